@@ -1,0 +1,152 @@
+"""Denoising loss plus local control: edge similarity of z0 and z0' inside the mask (arXiv 2602.01991).
+
+    local_b = weight * w(t_b) * mean_b( |F(z0'_b) - F(z0_b)|^2 * m_b )
+
+F is the filter, w the schedule and m the mask on the grid of the latents. Every term is per sample, (B,): a masked mean
+over the whole batch would change with the number of processes. Reduce once, at the edge: ``terms.total.mean()``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from kornia.filters import laplacian, sobel
+from torch import Tensor
+
+from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
+from localctl.masks import MASK_RESIZE, resize_mask
+
+FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "none": None,
+    "mse": lambda latents: latents,
+    "sobel": sobel,  # gradient magnitude; kornia's epsilon keeps its gradient finite on flat input
+    "laplacian": lambda latents: laplacian(latents, kernel_size=5),
+}
+SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
+NORMALISE = ("map", "mask")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Settings of the local term; ValueError for a value that makes no sense.
+
+    filter: what is compared inside the mask; ``none`` switches the local term off.
+    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
+        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
+    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
+        whole map, as published.
+    weight: factor of the local term. mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
+    """
+
+    filter: str = "sobel"
+    schedule: str = "constant"
+    normalise: str = "mask"
+    weight: float = 1e-3
+    t_min: int = 500
+    t_max: int = 999
+    snr_cap: float = 5.0
+    mask_resize: str = "area"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("filter", FILTERS),
+            ("schedule", SCHEDULES),
+            ("normalise", NORMALISE),
+            ("mask_resize", MASK_RESIZE),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"The loss weight must be finite and not negative, not {self.weight}.")
+        if not 0 <= self.t_min <= self.t_max:
+            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
+        if not self.snr_cap > 0:
+            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Per-sample terms, float32.
+
+    denoising (B,): mean squared error of the model output. local (B,): the local term with weight and schedule applied.
+    local_raw (B,): the same without both, for logs. predicted_x0 (B,C,h,w): z0', with its graph.
+    """
+
+    denoising: Tensor
+    local: Tensor
+    local_raw: Tensor
+    predicted_x0: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """denoising + local, (B,)."""
+        return self.denoising + self.local
+
+
+def schedule_weight(config: LossConfig, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """w(t), (B,) float32, for ``timesteps`` (B,) int64; without ``config.weight``."""
+    alpha_bar = gather_alpha_bar(alphas_cumprod, timesteps).float()
+    if config.schedule == "step_unit":
+        return ((timesteps >= config.t_min) & (timesteps <= config.t_max)).float()
+    if config.schedule == "time_unit":
+        return 1 - alpha_bar
+    if config.schedule == "snr":
+        return (alpha_bar / (1 - alpha_bar)).clamp(max=config.snr_cap)
+    return torch.ones_like(alpha_bar)
+
+
+def masked_mean(error: Tensor, mask: Tensor, normalise: str) -> Tensor:
+    """Per-sample mean of ``error`` (B,C,h,w) under ``mask`` (B,1,h,w), (B,).
+
+    ``map`` divides the masked sum by C h w, ``mask`` by C sum(mask); an empty mask gives 0 with zero gradient.
+    """
+    masked = (error * mask).mean(dim=1).flatten(1)  # (B,h*w)
+    if normalise == "map":
+        return masked.mean(dim=1)
+    area = mask.flatten(1).sum(dim=1)
+    return masked.sum(dim=1) / torch.where(area > 0, area, 1.0)
+
+
+def local_control_loss(
+    sample: DiffusionSample,
+    model_output: Tensor,
+    mask: Tensor,
+    alphas_cumprod: Tensor,
+    prediction_type: str,
+    config: LossConfig,
+) -> LossTerms:
+    """Denoising and local terms of one batch, computed in float32 whatever the inputs' dtype.
+
+    Args:
+        sample: the noised batch, latents (B,C,h,w).
+        model_output: (B,C,h,w), of the kind named by ``prediction_type``.
+        mask: (B,1,H,W) in [0,1] at pixel resolution (or any other), 1 = controlled.
+        alphas_cumprod: (T,) of the training scheduler.
+        prediction_type: one of ``diffusion.PREDICTION_TYPES``.
+
+    Raises:
+        ValueError: mask of a wrong shape, unknown prediction type.
+    """
+    batch = sample.latents.shape[0]
+    if mask.ndim != 4 or mask.shape[0] != batch or mask.shape[1] != 1:
+        raise ValueError(f"The mask must have shape ({batch}, 1, H, W) like its batch, not {tuple(mask.shape)}.")
+    assert model_output.shape == sample.latents.shape
+    # Under autocast the filters' convolutions would drop to half precision, where squared edges overflow.
+    with torch.autocast(sample.latents.device.type, enabled=False):
+        target = training_target(sample, alphas_cumprod, prediction_type).float()
+        denoising = (model_output.float() - target).square().flatten(1).mean(dim=1)  # (B,)
+        predicted_x0 = predict_x0(
+            sample.noisy.float(), model_output.float(), sample.timesteps, alphas_cumprod, prediction_type
+        )
+        edges = FILTERS[config.filter]
+        if edges is None:
+            local_raw = local = torch.zeros_like(denoising)
+        else:
+            # The mask goes over the filtered maps: masking before the filter would make the mask's border an edge.
+            error = (edges(predicted_x0) - edges(sample.latents.float())).square()  # (B,C,h,w)
+            small = resize_mask(mask.to(error), (error.shape[-2], error.shape[-1]), config.mask_resize)
+            local_raw = masked_mean(error, small, config.normalise)
+            local = config.weight * schedule_weight(config, sample.timesteps, alphas_cumprod) * local_raw
+    return LossTerms(denoising=denoising, local=local, local_raw=local_raw, predicted_x0=predicted_x0)

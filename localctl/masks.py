@@ -1,0 +1,296 @@
+"""Masks: float (B,1,H,W) or (1,H,W) in [0,1], 1 = controlled. Random shapes, files, and resizing to any grid.
+
+Random shapes are level sets of a distance field (distance to the shape's centre or line, over its radius): the area is
+set by where the field is cut, so a wanted area is met by construction. No sampler here tries and rejects.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from localctl.images import open_image
+
+MASK_RESIZE = ("area", "nearest", "inside", "cover")
+MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tensor:
+    """Bring ``mask`` (B,1,H,W) to (B,1,h,w) with ``size`` = (h, w); any sizes, smaller or larger.
+
+    ``area``: the covered share of each cell (leaks over the border on coarse grids). ``nearest``: one pixel per cell
+    (as published; misses thin masks). ``inside``: the minimum over each cell, 1 only where the cell lies wholly inside.
+    ``cover``: the maximum, so that nothing of the mask is lost. ValueError for an unknown ``mode``.
+    """
+    if mode not in MASK_RESIZE:
+        raise ValueError(f"Unknown mask resize {mode!r}; choose one of {', '.join(MASK_RESIZE)}.")
+    assert mask.ndim == 4 and mask.shape[1] == 1
+    if tuple(mask.shape[-2:]) == tuple(size):
+        return mask
+    if mode == "inside":  # (B,1,h,w); adaptive windows contain every pixel that touches the cell
+        return -F.adaptive_max_pool2d(-mask, size)
+    if mode == "cover":
+        return F.adaptive_max_pool2d(mask, size)
+    return F.interpolate(mask, size=size, mode=mode)
+
+
+@dataclass(kw_only=True)
+class MaskConfig:
+    """Which masks to draw; ValueError for settings that make no sense.
+
+    kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
+        short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
+        ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
+    min_area, max_area: bounds on the share of pixels that are 1, before the soft edge. They bind the random shapes;
+        ``objects`` keeps to min_area only (the objects grow evenly until it is met); ``fixed`` and ``full`` are as asked.
+    count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
+    soft_edge: width in pixels of a linear ramp added outside the mask.
+    box: xyxy in [0,1], for ``fixed``.
+    """
+
+    kind: str = "box"
+    min_area: float = 0.038
+    max_area: float = 1.0
+    count: int | tuple[int, int] = (1, 2)
+    soft_edge: float = 0.0
+    box: tuple[float, float, float, float] | None = None
+    mixture: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in MASK_KINDS:
+            raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
+        if not 0 <= self.min_area <= self.max_area <= 1:
+            raise ValueError(
+                f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
+            )
+        fewest, most = self.counts
+        if not 1 <= fewest <= most:
+            raise ValueError(f"The mask count must be at least 1 and ordered (fewest, most), not {self.count}.")
+        if not 0 <= self.soft_edge < math.inf:
+            raise ValueError(f"The mask's soft_edge is a width in pixels and not negative, not {self.soft_edge}.")
+        _check_box(self.box, needed=self.kind == "fixed" or "fixed" in (self.mixture or {}))
+        _check_mixture(self.mixture, needed=self.kind == "mixture")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """``count`` as (fewest, most)."""
+        if isinstance(self.count, int):
+            return self.count, self.count
+        if len(self.count) != 2:
+            raise ValueError(f"The mask count is a number or a pair (fewest, most), not {self.count}.")
+        return int(self.count[0]), int(self.count[1])
+
+
+def _check_box(box: Any, needed: bool) -> None:
+    if box is None and not needed:
+        return
+    if box is None or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"A fixed mask needs box=(x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, not {box}.")
+
+
+def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
+    if not mixture:
+        if needed:
+            raise ValueError("A mask mixture needs at least one kind with its weight, such as {box: 1, circle: 1}.")
+        return
+    for kind, weight in mixture.items():
+        if kind not in MASK_KINDS or kind == "mixture":
+            known = ", ".join(name for name in MASK_KINDS if name != "mixture")
+            raise ValueError(f"Unknown kind {kind!r} in the mask mixture; choose from {known}.")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"The weight of {kind!r} in the mask mixture must not be negative, not {weight}.")
+    if not sum(mixture.values()) > 0:
+        raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
+
+
+def sample_mask(
+    config: MaskConfig, size: tuple[int, int], rng: np.random.Generator, object_masks: Tensor | None = None
+) -> Tensor:
+    """Draw one mask (1,H,W) float32 in [0,1]; a function of ``config``, ``size`` = (H, W), ``rng`` and the objects only.
+
+    ``object_masks`` (n,H,W) in [0,1] are needed by the kind ``objects``. Takes O(H W log(H W)) at every size.
+
+    Raises:
+        ValueError: no mask of this kind and size has an area in [min_area, max_area]; ``objects`` without objects of
+            this size; a ``fixed`` box that holds no pixel of this size.
+    """
+    kind = config.kind
+    if kind == "mixture":
+        assert config.mixture is not None
+        kinds = sorted(config.mixture)  # the order in a file must not matter
+        weights = np.array([config.mixture[name] for name in kinds], dtype=np.float64)
+        kind = str(rng.choice(kinds, p=weights / weights.sum()))
+    if kind == "full":
+        mask = np.ones(size, np.float32)
+    elif kind == "fixed":
+        mask = _fixed(config, size)
+    elif kind == "objects":
+        mask = _objects(config, size, rng, object_masks)
+    elif kind == "box":
+        mask = _box(size, *_area_bounds(config, size), rng)
+    else:
+        field = _stroke_field(config, size, rng) if kind == "strokes" else _disc_field(kind, config, size, rng)
+        mask = _cut(field, *_area_bounds(config, size))
+    return torch.from_numpy(_soften(mask, config.soft_edge))[None]  # (1,H,W)
+
+
+def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """Read a mask file as (1,H,W) float32 in [0,1]; white = controlled, transparent = not.
+
+    ValueError when the file is no readable picture, its (H, W) is not ``size``, or nothing in it is white.
+    """
+    picture = open_image(path)
+    alpha = np.asarray(picture.getchannel("A")) / 255 if "A" in picture.getbands() else 1.0
+    mask = (np.asarray(picture.convert("L")) / 255 * alpha).astype(np.float32)  # (H,W)
+    if size is not None and mask.shape != tuple(size):
+        raise ValueError(
+            f"The mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels but the picture is {size[1]}x{size[0]}; "
+            "save the mask at the picture's size."
+        )
+    if not mask.any():
+        raise ValueError(f"The mask {path} is black everywhere; paint what shall be controlled in white.")
+    return torch.from_numpy(mask)[None]
+
+
+def _area_bounds(config: MaskConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Fewest and most pixels of a mask of this size; at least one pixel."""
+    pixels = size[0] * size[1]
+    slack = 1e-9 * pixels  # 0.25 * 64 must be 16, whatever the rounding
+    fewest, most = max(1, math.ceil(config.min_area * pixels - slack)), math.floor(config.max_area * pixels + slack)
+    if fewest > most:
+        raise ValueError(
+            f"No mask of {size[1]}x{size[0]} pixels has an area between {config.min_area} and {config.max_area} of the "
+            "picture; widen min_area and max_area."
+        )
+    return fewest, most
+
+
+def _fixed(config: MaskConfig, size: tuple[int, int]) -> np.ndarray:
+    assert config.box is not None
+    height, width = size
+    x0, y0, x1, y1 = config.box
+    mask = np.zeros(size, np.float32)
+    mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
+    if not mask.any():
+        raise ValueError(f"The fixed mask box {config.box} holds no pixel of a {width}x{height} picture; enlarge it.")
+    return mask
+
+
+def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """A rectangle: its height uniform over all that allow the area, its width uniform over what is left."""
+    height, width = size
+    heights = np.arange(1, height + 1)
+    narrowest = -(-fewest // heights)
+    widest = np.minimum(width, most // heights)
+    allowed = np.flatnonzero(narrowest <= widest)
+    if not allowed.size:
+        raise ValueError(
+            f"No box in {width}x{height} pixels has an area of {fewest} to {most} pixels; widen min_area and max_area."
+        )
+    row = rng.choice(allowed)
+    h, w = int(heights[row]), int(rng.integers(narrowest[row], widest[row] + 1))
+    top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+    mask = np.zeros(size, np.float32)
+    mask[top : top + h, left : left + w] = 1
+    return mask
+
+
+def _disc_field(kind: str, config: MaskConfig, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Distance of each pixel to the nearest centre, over that one's radius: <= 1 inside the circles or squares."""
+    height, width = size
+    rows, columns = np.arange(height)[:, None] + 0.5, np.arange(width)[None] + 0.5  # pixel centres
+    field = np.full(size, np.inf)
+    for _ in range(_draw_count(config, rng)):
+        y, x = rng.uniform(0, height), rng.uniform(0, width)
+        radius = rng.uniform(0.10, 0.25) * min(size)
+        dy, dx = np.abs(rows - y), np.abs(columns - x)
+        distance = np.hypot(dy, dx) if kind == "circle" else np.maximum(dy, dx)
+        field = np.minimum(field, distance / radius)
+    return field
+
+
+def _stroke_field(config: MaskConfig, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Distance of each pixel to the nearest polyline, over that one's half width."""
+    height, width = size
+    field = np.full(size, np.inf)
+    for _ in range(_draw_count(config, rng)):
+        corners = int(rng.integers(2, 6))
+        points = np.empty((corners, 2))
+        points[0] = rng.uniform(0, width), rng.uniform(0, height)
+        for i in range(1, corners):  # a walk with long steps; the border bends it back
+            angle, step = rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.5) * max(size)
+            points[i] = points[i - 1] + step * np.array([math.cos(angle), math.sin(angle)])
+            points[i] = np.clip(points[i], 0, (width - 1, height - 1))
+        points = np.clip(points, 0, (width - 1, height - 1)).round().astype(np.int32)
+        line = np.zeros(size, np.uint8)
+        cv2.polylines(line, [points.reshape(-1, 1, 2)], isClosed=False, color=1, thickness=1)
+        half_width = max(0.5, rng.uniform(0.02, 0.08) * min(size))
+        field = np.minimum(field, _distance_to(line > 0) / half_width)
+    return field
+
+
+def _objects(
+    config: MaskConfig, size: tuple[int, int], rng: np.random.Generator, object_masks: Tensor | None
+) -> np.ndarray:
+    if object_masks is None or object_masks.shape[0] == 0:
+        raise ValueError("The mask kind 'objects' needs object masks, which this data has not; choose another kind.")
+    if tuple(object_masks.shape[1:]) != tuple(size):
+        raise ValueError(f"The object masks must be (n, {size[0]}, {size[1]}), not {tuple(object_masks.shape)}.")
+    number = min(_draw_count(config, rng), object_masks.shape[0])
+    chosen = rng.choice(object_masks.shape[0], size=number, replace=False)
+    mask = object_masks.detach().cpu().float().numpy()[chosen].max(axis=0).clip(0, 1)  # (H,W), anti-aliased
+    core = mask >= 0.5
+    if not core.any():
+        raise ValueError("The chosen object masks are empty; leave objects without a visible pixel out of the data.")
+    fewest = max(1, math.ceil(config.min_area * mask.size - 1e-9 * mask.size))
+    if core.sum() >= fewest:
+        return mask
+    return np.maximum(mask, _cut(_distance_to(core), fewest, mask.size, level=0.0))
+
+
+def _draw_count(config: MaskConfig, rng: np.random.Generator) -> int:
+    fewest, most = config.counts
+    return int(rng.integers(fewest, most + 1))
+
+
+def _distance_to(shape: np.ndarray) -> np.ndarray:
+    """Euclidean distance in pixels of every pixel to ``shape`` (bool, not empty)."""
+    assert shape.any()
+    return cv2.distanceTransform((~shape).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+
+def _cut(field: np.ndarray, fewest: int, most: int, level: float = 1.0) -> np.ndarray:
+    """The pixels where ``field`` <= ``level``, with the level moved so that they number ``fewest`` to ``most``."""
+    ordered = np.sort(field, axis=None)
+    number = min(max(int(np.searchsorted(ordered, level, side="right")), fewest), most)
+    edge = ordered[number - 1]
+    if np.searchsorted(ordered, edge, side="right") <= most:
+        return (field <= edge).astype(np.float32)
+    if np.searchsorted(ordered, edge, side="left") >= fewest:
+        return (field < edge).astype(np.float32)
+    # Equal distances straddle both bounds: the area goes before the shape, take as many pixels as fit.
+    mask = np.zeros(field.size, np.float32)
+    mask[np.argsort(field, axis=None, kind="stable")[:number]] = 1
+    return mask.reshape(field.shape)
+
+
+def _soften(mask: np.ndarray, width: float) -> np.ndarray:
+    """Add a linear ramp of ``width`` pixels outside the mask; what was controlled stays fully controlled."""
+    core = mask >= 0.5
+    if width == 0 or core.all():
+        return mask
+    ramp = np.clip(1 - _distance_to(core) / (width + 1), 0, 1)  # still positive ``width`` pixels away
+    return np.maximum(mask, ramp).astype(np.float32)
+
+
+def mask_to_pil(mask: Tensor) -> Image.Image:
+    """A mask (1,H,W) in [0,1] as a grayscale picture, white = controlled."""
+    return Image.fromarray((mask[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())

@@ -1,0 +1,125 @@
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from localctl import diffusion as d
+
+SHAPE = (3, 4, 6, 5)
+
+
+@pytest.fixture
+def alphas() -> torch.Tensor:
+    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+
+
+def draw(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(SHAPE, generator=g, dtype=dtype) for _ in range(2))
+    return latents, noise, torch.tensor([0, 400, 999])
+
+
+def test_round_trips_float64(alphas: torch.Tensor) -> None:
+    latents, noise, t = draw()
+    alphas = alphas.double()
+    sample = d.add_noise(latents, noise, t, alphas)
+    a = d.gather_alpha_bar(alphas, t)
+    v = d.velocity(latents, noise, a)
+    close = {"rtol": 0, "atol": 1e-11}
+    torch.testing.assert_close(d.x0_from_eps(sample.noisy, noise, a), latents, **close)
+    torch.testing.assert_close(d.x0_from_v(sample.noisy, v, a), latents, **close)
+    torch.testing.assert_close(d.eps_from_x0(sample.noisy, latents, a), noise, **close)
+    torch.testing.assert_close(d.eps_from_v(sample.noisy, v, a), noise, **close)
+    torch.testing.assert_close(d.v_from_x0(sample.noisy, latents, a), v, **close)
+    torch.testing.assert_close(d.v_from_eps(sample.noisy, noise, a), v, **close)
+
+
+def test_alpha_bar_may_be_one_number_and_half_stays_half() -> None:
+    latents, noise, _ = draw()
+    a = torch.tensor(0.3, dtype=torch.float64)
+    noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+    torch.testing.assert_close(d.x0_from_eps(noisy, noise, a), latents)
+    half = d.x0_from_eps(noisy.half(), noise.half(), a)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.double(), latents, rtol=0, atol=1e-2)
+
+
+def test_add_noise_equals_the_scheduler(alphas: torch.Tensor) -> None:
+    latents, noise, t = draw(torch.float32)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    sample = d.add_noise(latents, noise, t, alphas)
+    torch.testing.assert_close(sample.noisy, scheduler.add_noise(latents, noise, t), rtol=1e-6, atol=1e-6)
+    assert sample.latents is latents and sample.noise is noise and sample.timesteps is t
+
+
+@pytest.mark.parametrize("scheduler_type", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("prediction_type", d.PREDICTION_TYPES)
+def test_equals_pred_original_sample_of_the_scheduler(scheduler_type: type, prediction_type: str) -> None:
+    scheduler = scheduler_type(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+    )
+    scheduler.set_timesteps(1000)
+    noisy, output, t = draw(torch.float32)
+    ours = d.predict_x0(noisy, output, t, scheduler.alphas_cumprod, prediction_type)
+    for i in range(len(t)):  # schedulers step one timestep at a time
+        theirs = scheduler.step(output[i : i + 1], int(t[i]), noisy[i : i + 1]).pred_original_sample
+        torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", d.PREDICTION_TYPES)
+def test_the_training_target_predicts_the_clean_latents(alphas: torch.Tensor, prediction_type: str) -> None:
+    latents, noise, t = draw()
+    sample = d.add_noise(latents, noise, t, alphas.double())
+    target = d.training_target(sample, alphas.double(), prediction_type)
+    predicted = d.predict_x0(sample.noisy, target, t, alphas.double(), prediction_type)
+    torch.testing.assert_close(predicted, latents, rtol=0, atol=1e-11)
+
+
+def test_velocity_equals_the_scheduler() -> None:
+    latents, noise, t = draw(torch.float32)
+    scheduler = DDPMScheduler()
+    sample = d.add_noise(latents, noise, t, scheduler.alphas_cumprod)
+    ours = d.training_target(sample, scheduler.alphas_cumprod, "v_prediction")
+    torch.testing.assert_close(ours, scheduler.get_velocity(latents, noise, t), rtol=1e-6, atol=1e-6)
+
+
+def test_unknown_prediction_type_is_named() -> None:
+    latents, noise, t = draw()
+    alphas = torch.linspace(0.99, 0.01, 1000)
+    with pytest.raises(ValueError, match="'eps'.*epsilon, v_prediction, sample"):
+        d.predict_x0(latents, noise, t, alphas, "eps")
+    with pytest.raises(ValueError, match="'eps'"):
+        d.training_target(d.add_noise(latents, noise, t, alphas), alphas, "eps")
+
+
+def test_zero_terminal_snr_needs_v_prediction() -> None:
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] == 0
+    with pytest.raises(ValueError, match="v_prediction"):
+        d.check_schedule(scheduler.alphas_cumprod, "epsilon")
+    d.check_schedule(scheduler.alphas_cumprod, "v_prediction")
+    d.check_schedule(DDIMScheduler().alphas_cumprod, "epsilon")
+    noisy, v, t = draw()
+    assert torch.isfinite(d.predict_x0(noisy, v, t, scheduler.alphas_cumprod, "v_prediction")).all()
+
+
+def test_timesteps() -> None:
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-24])
+    assert d.timesteps_from_uniform(ends, 1000).tolist() == [0, 500, 999]
+    assert d.timesteps_from_uniform(ends, 1000, "cubic").tolist() == [999, 875, 0]
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    uniform, cubic = d.timesteps_from_uniform(u, 1000), d.timesteps_from_uniform(u, 1000, "cubic")
+    assert uniform.dtype == torch.int64
+    assert torch.bincount(uniform, minlength=1000).unique().tolist() == [100]
+    assert cubic.min() >= 0 and cubic.max() == 999 and cubic.double().mean() == pytest.approx(749.5, abs=1)
+    with pytest.raises(ValueError, match="'linear'.*uniform, cubic"):
+        d.timesteps_from_uniform(u, 1000, "linear")
+
+
+def test_latent_size_rounds_up() -> None:
+    assert d.latent_size(512, 768) == (64, 96)
+    assert d.latent_size(513, 1) == (65, 1)
+    assert d.latent_size(9, 9, factor=4) == (3, 3)
