@@ -1,0 +1,1 @@
+"""The embedded base: procedural scenes, their reader, and the scripts that train a small Stable Diffusion on them."""

@@ -1,0 +1,118 @@
+"""The one loop behind every part of the base: keyed draws, cosine schedule, EMA, atomic checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(kw_only=True)
+class LoopConfig:
+    """steps: optimizer updates in all; minutes: stop this call after so long (0 = no limit), to be continued later."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 200
+    minutes: float = 0.0
+    final_fraction: float = 0.02  # of the learning rate, at the last step
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        low = self.final_fraction
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
+
+
+def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig, folder: Path) -> bool:
+    """Minimise `loss_fn(step, rng)["loss"]`; resumes from `folder/name.pt`. True when all steps are done.
+
+    The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
+    step = _resume(path, model, optimizer, average)
+    model.train()
+    started, log = time.monotonic(), (folder / f"{name}.jsonl").open("a")
+    with log, tqdm(total=config.steps, initial=step, desc=name, mininterval=10) as bar:
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            terms = loss_fn(step, np.random.default_rng([config.seed, step]))
+            optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not torch.isfinite(norm):
+                raise RuntimeError(f"{name}: the gradient is not finite at step {step}; the last checkpoint is {path}")
+            optimizer.step()
+            step += 1
+            _update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
+            bar.update()
+            if step % 50 == 0:
+                numbers = {k: round(float(v), 6) for k, v in terms.items()}
+                log.write(json.dumps({"step": step, "seconds": round(time.monotonic() - started, 1)} | numbers) + "\n")
+                log.flush()
+                bar.set_postfix(numbers, refresh=False)
+            out_of_time = bool(config.minutes) and time.monotonic() - started > 60 * config.minutes
+            if step % config.checkpoint_every == 0 or step == config.steps or out_of_time:
+                _save(
+                    path,
+                    {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average},
+                )
+            if out_of_time:
+                break
+    if average:
+        model.load_state_dict(average)
+    return step >= config.steps
+
+
+def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    if not average:
+        return
+    state = model.state_dict()
+    floats = [k for k, v in average.items() if v.is_floating_point()]
+    torch._foreach_lerp_([average[k] for k in floats], [state[k].detach() for k in floats], 1 - decay)
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for key, value in state["ema"].items():
+        average[key].copy_(value)
+    return int(state["step"])
+
+
+def _save(path: Path, state: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, or the plain ones where no average was kept."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state["ema"] or state["model"]

@@ -1,0 +1,215 @@
+"""Procedural scenes with exact captions, masks, boxes and depth: scene i is always the same picture.
+
+Profile `basic` is frozen: every figure of the project is measured on it. Profile `rich` adds textures, overlap,
+counts and more objects for variety in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
+
+SIZE = 128
+PROFILES = ("basic", "rich")
+SPLITS = ("train", "val", "test")
+RELATIONS = ("to the left of", "to the right of", "above", "below")
+_MIN_RADIUS, _MAX_RADIUS, _GAP = 13.0, 30.0, 4.0
+_RELATION_MARGIN = 14.0  # px between centres along the axis that a relation names
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One drawn object. `box` is xyxy in pixels; `depth` in (0, 1], 1 = nearest; `phrase` stands in the caption."""
+
+    shape: str
+    color: str
+    center: tuple[float, float]
+    radius: float
+    angle: float
+    box: tuple[float, float, float, float]
+    depth: float
+    texture: str = "flat"
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """image uint8 (128, 128, 3) RGB; masks float32 (n, 128, 128) in [0, 1], visible part; depth float32 (128, 128)
+    in [0, 1], 0 = background; segmentation uint8 (128, 128, 3), each object in its colour on black.
+
+    `relation` is (subject index, relation, object index) where the caption states one."""
+
+    index: int
+    caption: str
+    background: str
+    objects: tuple[SceneObject, ...]
+    relation: tuple[int, str, int] | None
+    image: np.ndarray
+    masks: np.ndarray
+    depth: np.ndarray
+    segmentation: np.ndarray
+
+
+def article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Whether `relation` is true of two centres (x, y): the named axis decides the sign, with no margin."""
+    axis, sign = {RELATIONS[0]: (0, -1), RELATIONS[1]: (0, 1), RELATIONS[2]: (1, -1), RELATIONS[3]: (1, 1)}[relation]
+    return (first[axis] - second[axis]) * sign > 0
+
+
+def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
+    """Scene number `index` of a profile and split; the splits share no scene."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown scene profile {profile!r}: choose one of {', '.join(PROFILES)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown scene split {split!r}: choose one of {', '.join(SPLITS)}")
+    rng = np.random.default_rng([PROFILES.index(profile), SPLITS.index(split), index])
+    background = str(rng.choice(list(BACKGROUNDS)))
+    if profile == "basic":
+        objects = _place(rng, int(rng.choice(3, p=[0.35, 0.45, 0.2])) + 1, gap=_GAP)
+        caption, relation = _caption(rng, objects, background)
+    else:
+        objects = _place(rng, int(rng.integers(1, 7)), gap=-12.0, max_radius=24.0, textured=True)
+        if len(objects) < 3:
+            caption, relation = _caption(rng, objects, background)
+        else:
+            caption, relation = _count_caption(rng, objects, background), None
+    image, masks = _paint(rng, objects, background)
+    depth = np.zeros((SIZE, SIZE), np.float32)
+    segmentation = np.zeros((SIZE, SIZE, 3), np.float32)
+    for item, mask in zip(objects, masks, strict=True):
+        depth += mask * item.depth
+        segmentation += mask[..., None] * np.asarray(COLORS[item.color], np.float32)
+    return Scene(
+        index,
+        caption,
+        background,
+        objects,
+        relation,
+        image,
+        masks,
+        depth.clip(0, 1),
+        segmentation.round().astype(np.uint8),
+    )
+
+
+def _place(
+    rng: np.random.Generator, count: int, gap: float, max_radius: float = _MAX_RADIUS, textured: bool = False
+) -> tuple[SceneObject, ...]:
+    """Up to `count` objects by rejection, no two alike in both colour and shape unless textured; far ones first."""
+    objects: list[SceneObject] = []
+    for _ in range(60 * count):
+        if len(objects) == count:
+            break
+        shape, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
+        radius = float(rng.uniform(_MIN_RADIUS, max_radius))
+        x, y = (float(v) for v in rng.uniform(radius + 1, SIZE - radius - 1, 2))
+        angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
+        free = all(np.hypot(x - o.center[0], y - o.center[1]) >= radius + o.radius + gap for o in objects)
+        fresh = textured or all((shape, color) != (o.shape, o.color) for o in objects)
+        if free and fresh:
+            texture = str(rng.choice(("flat", "stripes", "dots"))) if textured else "flat"
+            points = draw_mask(shape, (x, y), radius, angle, SIZE) > 0.5
+            ys, xs = np.nonzero(points)
+            box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
+            objects.append(SceneObject(shape, color, (x, y), radius, angle, box, 0.0, texture))
+    order = rng.permutation(len(objects))
+    near = [0.25 + 0.75 * (rank + 1) / len(objects) for rank in range(len(objects))]
+    return tuple(
+        SceneObject(o.shape, o.color, o.center, o.radius, o.angle, o.box, near[rank], o.texture)
+        for rank, o in ((rank, objects[i]) for rank, i in enumerate(order))
+    )
+
+
+def _caption(
+    rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
+) -> tuple[str, tuple[int, str, int] | None]:
+    phrases = [article(o.phrase) for o in objects]
+    relation = None
+    text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    if len(objects) == 2 and rng.random() < 0.5:
+        first, second = objects[0].center, objects[1].center
+        true = [
+            r
+            for axis, pair in ((0, RELATIONS[:2]), (1, RELATIONS[2:]))
+            if abs(first[axis] - second[axis]) >= _RELATION_MARGIN
+            for r in pair
+            if holds(r, first, second)
+        ]
+        if true:
+            chosen = str(rng.choice(true))
+            relation = (0, chosen, 1)
+            text = f"{phrases[0]} {chosen} {phrases[1]}"
+    if rng.random() < 0.7:
+        text += f" on {article(background)} background"
+    return text, relation
+
+
+def _count_caption(rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str) -> str:
+    """ "two red circles, a striped blue star and ..." for the rich profile."""
+    words = ("", "", "two", "three", "four", "five", "six")
+    counts: dict[tuple[str, str, str], int] = {}
+    for o in objects:
+        adjective = {"flat": "", "stripes": "striped ", "dots": "dotted "}[o.texture]
+        counts[(adjective, o.color, o.shape)] = counts.get((adjective, o.color, o.shape), 0) + 1
+    parts = []
+    for (adjective, color, shape), n in counts.items():
+        phrase = f"{adjective}{color} {shape}"
+        plural = "es" if shape == "cross" else "s"
+        parts.append(article(phrase) if n == 1 else f"{words[n]} {phrase}{plural}")
+    text = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{text} on {article(background)} background" if rng.random() < 0.7 else text
+
+
+def _texture(kind: str, color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Fill of an object, float32 (128, 128, 3)."""
+    fill = np.broadcast_to(color, (SIZE, SIZE, 3)).astype(np.float32)
+    if kind == "flat":
+        return fill
+    yy, xx = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    period, turn = rng.uniform(6, 10), rng.uniform(0, np.pi)
+    u, v = xx * np.cos(turn) + yy * np.sin(turn), -xx * np.sin(turn) + yy * np.cos(turn)
+    wave = np.sin(2 * np.pi * u / period)
+    if kind == "dots":
+        wave = wave * np.sin(2 * np.pi * v / period) - 0.25
+    dark = np.clip(wave * 2 + 0.5, 0, 1)[..., None]
+    return fill * (1 - 0.45 * dark)
+
+
+def _paint(
+    rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The picture, uint8 (128, 128, 3), and the visible part of each object, float32 (n, 128, 128)."""
+    yy, xx = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1) - 0.5
+    turn, slope = rng.uniform(0, 2 * np.pi), rng.uniform(4, 14)
+    canvas = np.asarray(BACKGROUNDS[background], np.float32) + rng.uniform(-6, 6)
+    canvas = canvas + (slope * (np.cos(turn) * xx + np.sin(turn) * yy))[..., None]  # (128, 128, 3)
+    masks = np.zeros((len(objects), SIZE, SIZE), np.float32)
+    for i, item in enumerate(objects):
+        mask = draw_mask(item.shape, item.center, item.radius, item.angle, SIZE)
+        color = np.asarray(COLORS[item.color], np.float32) + rng.uniform(-6, 6, 3)
+        canvas = canvas * (1 - mask[..., None]) + _texture(item.texture, color, rng) * mask[..., None]
+        masks[:i] *= 1 - mask  # later objects are nearer
+        masks[i] = mask
+    canvas = canvas + rng.normal(0, 1.5, canvas.shape)
+    return np.clip(np.round(canvas), 0, 255).astype(np.uint8), masks
+
+
+def sheet(scenes: list[Scene], columns: int = 8) -> np.ndarray:
+    """Pictures side by side, uint8 (rows*128, columns*128, 3), for looking at."""
+    rows = -(-len(scenes) // columns)
+    canvas = np.full((rows * SIZE, columns * SIZE, 3), 255, np.uint8)
+    for i, item in enumerate(scenes):
+        top, left = i // columns * SIZE, i % columns * SIZE
+        canvas[top : top + SIZE, left : left + SIZE] = cv2.resize(item.image, (SIZE, SIZE))
+    return canvas
