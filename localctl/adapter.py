@@ -1,0 +1,121 @@
+"""The local adapter: a T2I-Adapter that only speaks inside a mask (arXiv 2602.01991, section on masked features)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin, T2IAdapter
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from localctl.masks import MASK_RESIZE, resize_mask
+
+
+class LocalAdapter(ModelMixin, ConfigMixin):
+    """A diffusers ``T2IAdapter`` whose features are multiplied by a mask.
+
+    Training and sampling both call this module, so the masking cannot differ between them.
+
+    Args:
+        in_channels: C, the channels of the condition without the mask.
+        channels, num_res_blocks, downscale_factor, adapter_type: as for ``T2IAdapter``.
+        mask_resize: how the mask comes to each feature's own (h, w): ``area``, ``nearest``, ``inside`` or ``cover``.
+        mask_condition: blank the condition where the mask is 0, too. Then nothing outside can change anything; without
+            it, convolutions carry some of what is outside over the border of the mask.
+        condition: how conditions were made in training (``kind`` and its options); kept for the record and as the
+            default while sampling.
+        base: name, id or folder of the base the adapter was trained for.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        channels: Sequence[int] = (320, 640, 1280, 1280),
+        num_res_blocks: int = 2,
+        downscale_factor: int = 8,
+        adapter_type: str = "full_adapter",
+        mask_resize: str = "area",
+        mask_condition: bool = False,
+        condition: dict[str, Any] | None = None,
+        base: str | None = None,
+    ) -> None:
+        super().__init__()
+        if mask_resize not in MASK_RESIZE:
+            raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
+        self.adapter = T2IAdapter(
+            in_channels=in_channels,
+            channels=list(channels),
+            num_res_blocks=num_res_blocks,
+            downscale_factor=downscale_factor,
+            adapter_type=adapter_type,
+        )
+
+    @property
+    def channels_of_condition(self) -> int:
+        """C: the mask is one channel more."""
+        return self.config["in_channels"]
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of the condition must be multiples of this many pixels."""
+        return self.config["downscale_factor"]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Condition and mask -> masked features.
+
+        Args:
+            x: (B, C + 1, H, W) in [0, 1], the last channel is the mask. H and W: multiples of ``size_multiple``.
+
+        Returns:
+            One feature (B, c_i, h_i, w_i) per level of the U-Net, exactly 0 where the resized mask is 0. Coarser
+            levels halve with ceil, as the U-Net does.
+
+        Raises:
+            ValueError: wrong number of channels, or a size that does not fit.
+        """
+        self._check(x)
+        condition, mask = x[:, :-1], x[:, -1:]  # (B,C,H,W), (B,1,H,W)
+        if self.config["mask_condition"]:
+            # Blanked, not dimmed: a soft mask already scales the features.
+            condition = torch.where(mask > 0, condition, torch.zeros_like(condition))
+        return [self._mask_feature(feature, mask) for feature in self.adapter(condition)]
+
+    def _mask_feature(self, feature: Tensor, mask: Tensor) -> Tensor:
+        """feature (B,c,h,w) times mask (B,1,H,W). where, not only a product: 0 * inf is NaN, and half precision
+        overflows outside the mask must stay outside."""
+        cells = resize_mask(mask.float(), (feature.shape[-2], feature.shape[-1]), self.config["mask_resize"])
+        cells = cells.to(feature.dtype)  # (B,1,h,w)
+        return torch.where(cells > 0, feature * cells, torch.zeros_like(feature))
+
+    def _check(self, x: Tensor) -> None:
+        wanted = self.channels_of_condition + 1
+        if x.ndim != 4 or x.shape[1] != wanted:
+            raise ValueError(
+                f"The adapter takes (B, {wanted}, H, W): {wanted - 1} condition channels and the mask, "
+                f"not {tuple(x.shape)}; check the kind of condition."
+            )
+        height, width = x.shape[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
+            raise ValueError(
+                f"The condition is {width}x{height} pixels (width x height), but this adapter needs multiples of "
+                f"{self.size_multiple}; resize or crop it."
+            )
+
+    @classmethod
+    def from_t2iadapter(cls, adapter: T2IAdapter, **options: Any) -> LocalAdapter:
+        """Wrap (not copy) any T2I-Adapter; ``options`` are mask_resize, mask_condition, condition and base."""
+        names = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
+        with torch.device("meta"):  # the shape only: the weights are replaced on the next line
+            wrapped = cls(**{name: adapter.config[name] for name in names}, **options)
+        wrapped.adapter = adapter
+        return wrapped
+
+    def save_t2iadapter(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Save the inner adapter alone; ``T2IAdapter.from_pretrained`` loads it without this package."""
+        self.adapter.save_pretrained(save_directory, **options)

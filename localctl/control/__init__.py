@@ -1,0 +1,1 @@
+"""Controls: everything that steers the frozen U-Net while sampling, one method per file."""

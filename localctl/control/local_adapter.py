@@ -1,0 +1,147 @@
+"""The trained control: a LocalAdapter's features, added to the U-Net's down blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from localctl.adapter import LocalAdapter
+from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.layout import Layout
+
+
+@dataclass(eq=False)
+class LocalAdapterControl(Control):
+    """Follow ``condition`` inside ``mask``.
+
+    Args:
+        adapter: the trained adapter; it stays on its own device and in its own dtype.
+        condition: (C, H, W) for all layouts or (n, C, H, W), one per layout; in [0, 1].
+        mask: (1, H, W) or (n, 1, H, W) in [0, 1], 1 = controlled. n may be 1 or the number of layouts.
+        weight: factor of the features. Several controls on one U-Net add up.
+        start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
+
+    Raises:
+        ValueError: shapes, sizes, channels, ranges or the window do not fit.
+    """
+
+    adapter: LocalAdapter
+    condition: Tensor
+    mask: Tensor
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adapter, LocalAdapter):
+            raise ValueError(
+                f"The adapter is a {type(self.adapter).__name__}, not a LocalAdapter; "
+                "wrap a T2IAdapter with LocalAdapter.from_t2iadapter."
+            )
+        check_window(self.start, self.end)
+        self.condition = _batched("condition", self.condition)
+        self.mask = _batched("mask", self.mask)
+        channels = self.adapter.channels_of_condition
+        if self.condition.shape[1] != channels:
+            raise ValueError(
+                f"The condition has {self.condition.shape[1]} channels but the adapter was made for {channels}; "
+                "use the kind of condition it was trained with."
+            )
+        if self.mask.shape[1] != 1:
+            raise ValueError(f"A mask has one channel, not {self.mask.shape[1]}; give (1, H, W) or (n, 1, H, W).")
+        if self.mask.shape[-2:] != self.condition.shape[-2:]:
+            raise ValueError(
+                f"The mask is {self.mask.shape[-1]}x{self.mask.shape[-2]} pixels but the condition is "
+                f"{self.condition.shape[-1]}x{self.condition.shape[-2]}; they must be of one size."
+            )
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        for name, tensor in (("condition", self.condition), ("mask", self.mask)):
+            if tensor.shape[0] not in (1, len(layouts)):
+                raise ValueError(
+                    f"There are {tensor.shape[0]} {name}s for {len(layouts)} layouts; give one for all or one each."
+                )
+        return _BoundLocalAdapter(self, pipe.unet)
+
+
+class _BoundLocalAdapter(BoundControl):
+    """Runs the adapter once and keeps the features while the same layouts are drawn."""
+
+    def __init__(self, control: LocalAdapterControl, unet: nn.Module) -> None:
+        self.control = control
+        self.unet = unet
+        self.shared = control.condition.shape[0] == control.mask.shape[0] == 1  # one set of features for all layouts
+        self._key: tuple[object, ...] | None = None
+        self._features: list[Tensor] = []
+
+    def down_residuals(self, context: CallContext) -> list[Tensor] | None:
+        if not context.within(self.control.start, self.control.end):
+            return None
+        drawn = self._drawn(context)
+        key = (drawn, context.device, context.dtype)
+        if key != self._key:
+            self._features = self._compute(drawn, context)
+            self._key = key
+        rows = [0 if self.shared else drawn.index(layout) for layout in context.layout_of_row]
+        index = torch.tensor(rows, device=context.device)
+        return [feature.index_select(0, index) for feature in self._features]  # always a copy
+
+    def _drawn(self, context: CallContext) -> tuple[int, ...]:
+        """The layouts whose features this call needs."""
+        return (0,) if self.shared else tuple(sorted(set(context.layout_of_row)))
+
+    @torch.no_grad()
+    def _compute(self, drawn: tuple[int, ...], context: CallContext) -> list[Tensor]:
+        control, adapter = self.control, self.control.adapter
+        if tuple(control.condition.shape[-2:]) != context.image_size:
+            raise ValueError(
+                f"The condition is {control.condition.shape[-1]}x{control.condition.shape[-2]} pixels but the image is "
+                f"{context.image_size[1]}x{context.image_size[0]}; resize the condition or set height and width."
+            )
+        condition, mask = (_rows(tensor, drawn) for tensor in (control.condition, control.mask))
+        x = torch.cat([condition, mask], dim=1).to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
+        features = adapter(x)
+        self._check_shapes([tuple(feature.shape[1:]) for feature in features], context.latent_size)
+        return [(feature * control.weight).to(context.device, context.dtype) for feature in features]
+
+    def _check_shapes(self, features: list[tuple[int, ...]], latent_size: tuple[int, int]) -> None:
+        wanted = residual_shapes(self.unet, latent_size)
+        if features != wanted[: len(features)]:
+            raise ValueError(
+                f"The adapter makes features of shapes {features} but the U-Net takes {wanted}; "
+                "this adapter belongs to another kind of base."
+            )
+
+
+def residual_shapes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
+    """(c, h, w) that each down block of a ``UNet2DConditionModel``, and last its middle block, takes as a residual.
+
+    Blocks with cross-attention take it before they shrink, blocks without after.
+    """
+    shapes: list[tuple[int, ...]] = []
+    height, width = latent_size
+    for block, channels in zip(unet.down_blocks, unet.config.block_out_channels, strict=True):
+        halved = ((height + 1) // 2, (width + 1) // 2) if block.downsamplers is not None else (height, width)
+        attends = getattr(block, "has_cross_attention", False)
+        shapes.append((channels, height, width) if attends else (channels, *halved))
+        height, width = halved
+    return [*shapes, (channels, height, width)]
+
+
+def _batched(name: str, tensor: Tensor) -> Tensor:
+    """(C,H,W) or (n,C,H,W) as float32 (n,C,H,W), checked to lie in [0,1]."""
+    if tensor.ndim not in (3, 4):
+        raise ValueError(f"The {name} must be (C, H, W) or (n, C, H, W), not {tuple(tensor.shape)}.")
+    tensor = tensor.detach().float()
+    if not bool(((tensor >= 0) & (tensor <= 1)).all()):  # NaN fails both
+        raise ValueError(f"The {name} has values outside [0, 1]; divide 8-bit values by 255.")
+    return tensor if tensor.ndim == 4 else tensor[None]
+
+
+def _rows(tensor: Tensor, drawn: tuple[int, ...]) -> Tensor:
+    """The rows of the drawn layouts; a single row stands for every layout."""
+    return tensor.expand(len(drawn), -1, -1, -1) if tensor.shape[0] == 1 else tensor[list(drawn)]
