@@ -144,7 +144,9 @@ def _to_8bit(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture).astype(np.float64) / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     transparent = "A" in picture.getbands() or "transparency" in picture.info
-    return picture.convert("RGBA" if transparent else "RGB")
+    picture = picture.convert("RGBA" if transparent else "RGB")
+    picture.info.clear()  # camera, place and comments must not travel into what we save
+    return picture
 
 
 def _shorten(

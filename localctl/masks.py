@@ -50,7 +50,7 @@ class MaskConfig:
         short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
         ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
     min_area, max_area: bounds on the share of pixels that are 1, before the soft edge. They bind the random shapes;
-        ``objects`` keeps to min_area only (the objects grow evenly until it is met); ``fixed`` and ``full`` are as asked.
+        ``objects`` keeps to min_area only (they grow evenly until it is met); ``fixed`` and ``full`` are as asked.
     count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
     soft_edge: width in pixels of a linear ramp added outside the mask.
     box: xyxy in [0,1], for ``fixed``.
@@ -114,9 +114,9 @@ def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
 def sample_mask(
     config: MaskConfig, size: tuple[int, int], rng: np.random.Generator, object_masks: Tensor | None = None
 ) -> Tensor:
-    """Draw one mask (1,H,W) float32 in [0,1]; a function of ``config``, ``size`` = (H, W), ``rng`` and the objects only.
+    """Draw one mask (1,H,W) float32 in [0,1], determined by ``config``, ``size`` = (H, W), ``rng`` and the objects.
 
-    ``object_masks`` (n,H,W) in [0,1] are needed by the kind ``objects``. Takes O(H W log(H W)) at every size.
+    ``object_masks`` (n,H,W) in [0,1] are needed by the kind ``objects``. Nothing is drawn and rejected: it always ends.
 
     Raises:
         ValueError: no mask of this kind and size has an area in [min_area, max_area]; ``objects`` without objects of
@@ -269,12 +269,12 @@ def _distance_to(shape: np.ndarray) -> np.ndarray:
 
 def _cut(field: np.ndarray, fewest: int, most: int, level: float = 1.0) -> np.ndarray:
     """The pixels where ``field`` <= ``level``, with the level moved so that they number ``fewest`` to ``most``."""
-    ordered = np.sort(field, axis=None)
-    number = min(max(int(np.searchsorted(ordered, level, side="right")), fewest), most)
-    edge = ordered[number - 1]
-    if np.searchsorted(ordered, edge, side="right") <= most:
+    within = int(np.count_nonzero(field <= level))
+    number = min(max(within, fewest), most)
+    edge = level if number == within else np.partition(field, number - 1, axis=None)[number - 1]
+    if np.count_nonzero(field <= edge) <= most:
         return (field <= edge).astype(np.float32)
-    if np.searchsorted(ordered, edge, side="left") >= fewest:
+    if np.count_nonzero(field < edge) >= fewest:
         return (field < edge).astype(np.float32)
     # Equal distances straddle both bounds: the area goes before the shape, take as many pixels as fit.
     mask = np.zeros(field.size, np.float32)

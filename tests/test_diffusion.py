@@ -24,13 +24,12 @@ def test_round_trips_float64(alphas: torch.Tensor) -> None:
     sample = d.add_noise(latents, noise, t, alphas)
     a = d.gather_alpha_bar(alphas, t)
     v = d.velocity(latents, noise, a)
-    close = {"rtol": 0, "atol": 1e-11}
-    torch.testing.assert_close(d.x0_from_eps(sample.noisy, noise, a), latents, **close)
-    torch.testing.assert_close(d.x0_from_v(sample.noisy, v, a), latents, **close)
-    torch.testing.assert_close(d.eps_from_x0(sample.noisy, latents, a), noise, **close)
-    torch.testing.assert_close(d.eps_from_v(sample.noisy, v, a), noise, **close)
-    torch.testing.assert_close(d.v_from_x0(sample.noisy, latents, a), v, **close)
-    torch.testing.assert_close(d.v_from_eps(sample.noisy, noise, a), v, **close)
+    torch.testing.assert_close(d.x0_from_eps(sample.noisy, noise, a), latents, rtol=0, atol=1e-11)
+    torch.testing.assert_close(d.x0_from_v(sample.noisy, v, a), latents, rtol=0, atol=1e-11)
+    torch.testing.assert_close(d.eps_from_x0(sample.noisy, latents, a), noise, rtol=0, atol=1e-11)
+    torch.testing.assert_close(d.eps_from_v(sample.noisy, v, a), noise, rtol=0, atol=1e-11)
+    torch.testing.assert_close(d.v_from_x0(sample.noisy, latents, a), v, rtol=0, atol=1e-11)
+    torch.testing.assert_close(d.v_from_eps(sample.noisy, noise, a), v, rtol=0, atol=1e-11)
 
 
 def test_alpha_bar_may_be_one_number_and_half_stays_half() -> None:
@@ -96,14 +95,14 @@ def test_unknown_prediction_type_is_named() -> None:
 
 
 def test_zero_terminal_snr_needs_v_prediction() -> None:
-    scheduler = DDIMScheduler(rescale_betas_zero_snr=True)
-    assert scheduler.alphas_cumprod[-1] == 0
+    alphas: torch.Tensor = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod  # type: ignore[attr-defined]
+    assert alphas[-1] == 0
     with pytest.raises(ValueError, match="v_prediction"):
-        d.check_schedule(scheduler.alphas_cumprod, "epsilon")
-    d.check_schedule(scheduler.alphas_cumprod, "v_prediction")
-    d.check_schedule(DDIMScheduler().alphas_cumprod, "epsilon")
+        d.check_schedule(alphas, "epsilon")
+    d.check_schedule(alphas, "v_prediction")
+    d.check_schedule(DDPMScheduler().alphas_cumprod, "epsilon")
     noisy, v, t = draw()
-    assert torch.isfinite(d.predict_x0(noisy, v, t, scheduler.alphas_cumprod, "v_prediction")).all()
+    assert torch.isfinite(d.predict_x0(noisy, v, t, alphas, "v_prediction")).all()
 
 
 def test_timesteps() -> None:

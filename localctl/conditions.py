@@ -1,0 +1,87 @@
+"""Conditions: control images, float (C,H,W) in [0,1], taken from a picture or delivered by the data."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3}
+FROM_PICTURE = ("canny", "sobel", "palette")
+
+
+@dataclass(kw_only=True)
+class ConditionConfig:
+    """Which condition; ValueError for settings that make no sense.
+
+    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
+        ``segmentation`` come with the data.
+    low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
+    """
+
+    kind: str = "canny"
+    low: float = 50
+    high: float = 100
+    cells: int = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHANNELS:
+            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
+        if self.cells < 1:
+            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
+
+    @property
+    def channels(self) -> int:
+        """C of the condition."""
+        return CHANNELS[self.kind]
+
+
+def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
+    """The condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the picture's own size.
+
+    Scales are fixed, never stretched per picture, so that equal edges look equal in every picture.
+    ValueError for kinds that no picture yields (depth, segmentation), and for another shape or dtype.
+    """
+    if config.kind not in FROM_PICTURE:
+        raise ValueError(
+            f"A {config.kind} condition cannot be computed from a picture; pass it as a condition image instead."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"A condition needs an RGB picture uint8 (H, W, 3), not {image.dtype} {image.shape}.")
+    image = np.ascontiguousarray(image)
+    if config.kind == "palette":
+        condition = _palette(image, config.cells)  # (H,W,3)
+    elif config.kind == "canny":
+        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        condition = cv2.Canny(gray, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
+    else:
+        condition = _sobel(image)[..., None]  # (H,W,1)
+    return torch.from_numpy(np.ascontiguousarray(condition.transpose(2, 0, 1), dtype=np.float32))
+
+
+def _sobel(image: np.ndarray) -> np.ndarray:
+    """Gradient magnitude (H,W): a straight step from black to white is 1; corners of full contrast are clipped to 1."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
+    dx, dy = (
+        cv2.Sobel(gray, cv2.CV_32F, *order, ksize=3, borderType=cv2.BORDER_REPLICATE) for order in ((1, 0), (0, 1))
+    )
+    return np.hypot(dx, dy).clip(0, 4) / 4
+
+
+def _palette(image: np.ndarray, cells: int) -> np.ndarray:
+    """Mean colour of each cell, spread over the cell: (H,W,3) in [0,1]. Every pixel belongs to exactly one cell."""
+    height, width = image.shape[:2]
+    row_starts, row_cell = _split(height, cells)
+    column_starts, column_cell = _split(width, cells)
+    sums = np.add.reduceat(np.add.reduceat(image.astype(np.float64), row_starts, axis=0), column_starts, axis=1)
+    counts = np.outer(np.bincount(row_cell), np.bincount(column_cell))[..., None]
+    return (sums / counts / 255)[row_cell][:, column_cell]
+
+
+def _split(length: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of ``cells`` nearly equal parts starts, and the part of every pixel; no part is ever empty."""
+    part = np.arange(length) * min(cells, length) // length
+    return np.flatnonzero(np.diff(part, prepend=-1)), part

@@ -1,0 +1,1 @@
+"""Measurements: everything a reported figure is computed with."""

@@ -1,0 +1,62 @@
+"""How well edges agree inside a mask, with a tolerance in pixels (boundary matching as in BSDS and DAVIS)."""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Scores in [0,1], or NaN where undefined; the counts are edge pixels inside the mask."""
+
+    precision: float
+    recall: float
+    f1: float
+    n_target: int
+    n_prediction: int
+
+    @property
+    def defined(self) -> bool:
+        """False when the target had too few edges inside the mask to be scored; leave such a sample out and say so."""
+        return not math.isnan(self.f1)
+
+
+def edge_scores(
+    prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance_px: float = 2, min_target: int = 1
+) -> EdgeScores:
+    """Precision, recall and F1 of the edges ``prediction`` against ``target`` inside ``mask``, all three bool (H,W).
+
+    precision: the share of predicted edge pixels inside the mask with a target edge pixel at a Euclidean distance of at
+    most ``tolerance_px``. recall: the same with the two exchanged. Only the pixels that are counted must lie inside the
+    mask, their partners need not, or an edge along the mask's border would be lost by a shift of one pixel. Swapping
+    prediction and target swaps precision and recall. Many pixels may share one partner.
+
+    Fewer than ``min_target`` target pixels inside the mask: all three are NaN. A prediction without an edge there has
+    precision 0 and F1 0: what is empty must not drop out of a mean. ValueError when the shapes differ or are not (H,W),
+    for a negative tolerance, and for min_target < 1.
+    """
+    prediction, target, mask = (np.asarray(array).astype(bool) for array in (prediction, target, mask))
+    if not prediction.shape == target.shape == mask.shape or mask.ndim != 2:
+        raise ValueError(
+            "Prediction, target and mask must have one shape (H, W), "
+            f"not {prediction.shape}, {target.shape} and {mask.shape}."
+        )
+    if not tolerance_px >= 0 or min_target < 1:
+        raise ValueError(f"Need tolerance_px >= 0 and min_target >= 1, not {tolerance_px} and {min_target}.")
+    n_prediction, n_target = int((prediction & mask).sum()), int((target & mask).sum())
+    if n_target < min_target:
+        return EdgeScores(math.nan, math.nan, math.nan, n_target, n_prediction)
+    precision = _matched(prediction & mask, target, tolerance_px) / max(n_prediction, 1)
+    recall = _matched(target & mask, prediction, tolerance_px) / n_target
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return EdgeScores(precision, recall, f1, n_target, n_prediction)
+
+
+def _matched(edges: np.ndarray, partners: np.ndarray, tolerance_px: float) -> int:
+    """How many pixels of ``edges`` have one of ``partners`` within the tolerance."""
+    if not partners.any():
+        return 0
+    distance = cv2.distanceTransform((~partners).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return int((distance[edges] <= tolerance_px + 1e-4).sum())  # float32 square roots

@@ -1,0 +1,266 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localctl.masks import MASK_RESIZE, MaskConfig, load_mask, mask_to_pil, resize_mask, sample_mask
+
+SIZES = [(8, 8), (1, 1), (3, 40), (64, 96), (97, 61), (1024, 640)]
+RANDOM_SHAPES = ["box", "circle", "square", "strokes"]
+
+
+def draw(config: MaskConfig, size: tuple[int, int], seed: int = 0, objects: torch.Tensor | None = None) -> torch.Tensor:
+    return sample_mask(config, size, np.random.default_rng(seed), objects)
+
+
+def two_objects(size: tuple[int, int] = (64, 96)) -> torch.Tensor:
+    masks = torch.zeros(2, *size)
+    masks[0, 5:25, 5:25] = 1
+    masks[1, 30:60, 50:90] = 1
+    masks[1, 30] = masks[1, 30] * 0.6  # an anti-aliased border
+    return masks
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", RANDOM_SHAPES)
+def test_random_shapes_keep_to_their_area_at_every_size(kind: str, size: tuple[int, int]) -> None:
+    for seed in range(8):
+        mask = draw(MaskConfig(kind=kind), size, seed)
+        assert mask.shape == (1, *size) and mask.dtype == torch.float32
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+        assert mask.mean() >= 0.038
+
+
+@pytest.mark.parametrize("kind", RANDOM_SHAPES)
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.25), (0.9, 1.0), (0.0, 0.01), (0.5, 0.5)])
+@pytest.mark.parametrize("size", [(64, 96), (16, 16)])
+def test_both_bounds_hold(kind: str, low: float, high: float, size: tuple[int, int]) -> None:
+    for seed in range(8):
+        area = draw(MaskConfig(kind=kind, min_area=low, max_area=high), size, seed).double().mean().item()
+        assert low <= area <= high and area > 0
+
+
+@pytest.mark.parametrize("kind", RANDOM_SHAPES)
+def test_whole_picture_is_feasible_for_every_shape(kind: str) -> None:
+    assert draw(MaskConfig(kind=kind, min_area=1.0), (24, 200)).min() == 1
+
+
+@pytest.mark.parametrize("kind", RANDOM_SHAPES)
+def test_every_pixel_can_be_drawn_the_last_row_and_column_too(kind: str) -> None:
+    seen = torch.stack([draw(MaskConfig(kind=kind), (16, 24), seed) for seed in range(400)]).amax(dim=0)
+    assert seen.min() == 1
+
+
+@pytest.mark.parametrize("kind", [*RANDOM_SHAPES, "objects", "mixture"])
+def test_the_rng_alone_decides(kind: str) -> None:
+    config = MaskConfig(kind=kind, mixture={"box": 1, "strokes": 2, "circle": 1} if kind == "mixture" else None)
+    first = draw(config, (64, 96), 3, two_objects())
+    np.random.seed(99)
+    torch.manual_seed(99)
+    assert torch.equal(first, draw(config, (64, 96), 3, two_objects()))
+    assert any(not torch.equal(first, draw(config, (64, 96), seed, two_objects())) for seed in range(4, 12))
+
+
+def test_shapes_are_what_they_are_called() -> None:
+    for seed in range(20):
+        box = draw(MaskConfig(kind="box"), (40, 56), seed)[0]
+        assert torch.equal(box, box.amax(1, keepdim=True) * box.amax(0, keepdim=True))  # a product of two intervals
+        config = MaskConfig(kind="square", count=1, min_area=0.0)
+        square = draw(config, (200, 200), seed)[0]
+        rows, columns = square.amax(1), square.amax(0)
+        assert torch.equal(square, rows[:, None] * columns[None])
+        touches = bool(rows[0] + rows[-1] + columns[0] + columns[-1])
+        assert touches or abs(rows.sum() - columns.sum()) <= 1
+        circle = draw(MaskConfig(kind="circle", count=1, min_area=0.0), (200, 200), seed)[0]
+        rows, columns = circle.amax(1), circle.amax(0)
+        if not bool(rows[0] + rows[-1] + columns[0] + columns[-1]):  # not cut by the border
+            assert circle.sum() == pytest.approx(np.pi / 4 * float(rows.sum() * columns.sum()), rel=0.03)
+
+
+def test_count_is_the_number_of_shapes() -> None:
+    def parts(mask: torch.Tensor) -> int:
+        return cv2.connectedComponents(mask[0].to(torch.uint8).numpy())[0] - 1
+
+    config = MaskConfig(kind="circle", count=2, min_area=0.0)
+    counts = [parts(draw(config, (128, 128), seed)) for seed in range(60)]
+    assert set(counts) == {1, 2}  # two that may overlap
+    assert {parts(draw(MaskConfig(kind="circle", count=1), (128, 128), seed)) for seed in range(20)} == {1}
+
+
+def test_infeasible_areas_are_said() -> None:
+    with pytest.raises(ValueError, match="8x8 pixels has an area between 0.04 and 0.045.*widen"):
+        draw(MaskConfig(kind="circle", min_area=0.04, max_area=0.045), (8, 8))
+    with pytest.raises(ValueError, match="No box in 7x7 pixels has an area of 11 to 11 pixels; widen"):
+        draw(MaskConfig(kind="box", min_area=11 / 49, max_area=11 / 49), (7, 7))
+    # The same area is no problem for a shape that can be cut anywhere.
+    assert draw(MaskConfig(kind="circle", min_area=11 / 49, max_area=11 / 49), (7, 7)).sum() == 11
+
+
+def test_fixed_and_full() -> None:
+    mask = draw(MaskConfig(kind="fixed", box=(0.25, 0.0, 1.0, 0.5)), (8, 16))
+    expected = torch.zeros(1, 8, 16)
+    expected[:, :4, 4:] = 1
+    assert torch.equal(mask, expected)
+    assert draw(MaskConfig(kind="full", soft_edge=4), (5, 9)).min() == 1
+    with pytest.raises(ValueError, match="holds no pixel of a 8x8"):
+        draw(MaskConfig(kind="fixed", box=(0.51, 0.51, 0.55, 0.55)), (8, 8))
+
+
+def test_objects_are_the_samples_own() -> None:
+    objects = two_objects()
+    one = {tuple(draw(MaskConfig(kind="objects", count=1), (64, 96), s, objects).flatten().tolist()) for s in range(20)}
+    assert one == {tuple(m.flatten().tolist()) for m in objects}
+    both = draw(MaskConfig(kind="objects", count=5), (64, 96), 0, objects)
+    assert torch.equal(both[0], objects.amax(0))
+
+
+def test_small_objects_grow_to_the_minimum_area() -> None:
+    objects = torch.zeros(1, 64, 64)
+    objects[0, 30:33, 30:33] = 1
+    mask = draw(MaskConfig(kind="objects", min_area=0.1), (64, 64), 0, objects)
+    assert 0.1 <= mask.mean() < 0.12
+    assert (mask >= objects).all()
+    rows, columns = torch.nonzero(mask[0], as_tuple=True)
+    assert (rows.double().mean() - 31).abs() < 1 and (columns.double().mean() - 31).abs() < 1
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        (None, "needs object masks"),
+        (torch.zeros(0, 64, 96), "needs object masks"),
+        (torch.zeros(1, 64, 96), "empty"),
+        (torch.ones(1, 32, 32), r"must be \(n, 64, 96\)"),
+    ],
+)
+def test_objects_need_objects(objects: torch.Tensor | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(MaskConfig(kind="objects"), (64, 96), 0, objects)
+
+
+def test_mixture_follows_its_weights_not_its_order() -> None:
+    def share_of_full(mixture: dict[str, float]) -> list[bool]:
+        config = MaskConfig(kind="mixture", mixture=mixture, max_area=0.5)
+        return [bool(draw(config, (16, 16), seed).min() == 1) for seed in range(400)]
+
+    full = share_of_full({"full": 3, "box": 1})
+    assert 0.68 < np.mean(full) < 0.82
+    assert full == share_of_full({"box": 1, "full": 3})
+    assert not any(share_of_full({"box": 1, "full": 0}))
+
+
+@pytest.mark.parametrize("kind", [*RANDOM_SHAPES, "objects"])
+def test_soft_edge_only_adds_a_ramp_outside(kind: str) -> None:
+    hard = draw(MaskConfig(kind=kind, min_area=0.05, max_area=0.3), (64, 96), 1, two_objects())
+    soft = draw(MaskConfig(kind=kind, min_area=0.05, max_area=0.3, soft_edge=6), (64, 96), 1, two_objects())
+    assert soft.min() >= 0 and soft.max() == 1
+    assert (soft[hard == 1] == 1).all()
+    assert ((soft > 0) & (soft < 1)).sum() > 50
+    distance = torch.from_numpy(cv2.distanceTransform((hard[0] < 0.5).to(torch.uint8).numpy(), cv2.DIST_L2, 0))
+    assert (soft[0][distance >= 7] == 0).all() and (soft[0][(distance > 0) & (distance <= 6)] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "blob"}, "mask kind 'blob'"),
+        ({"min_area": 0.5, "max_area": 0.4}, "min_area=0.5"),
+        ({"min_area": -0.1}, "min_area"),
+        ({"max_area": 1.5}, "max_area"),
+        ({"count": 0}, "count"),
+        ({"count": (3, 2)}, "count"),
+        ({"count": (1, 2, 3)}, "count"),
+        ({"soft_edge": -1.0}, "soft_edge"),
+        ({"kind": "fixed"}, "needs box="),
+        ({"kind": "fixed", "box": (0.5, 0.0, 0.4, 1.0)}, "x0 < x1"),
+        ({"kind": "fixed", "box": (0.0, 0.0, 128.0, 128.0)}, "in \\[0,1\\]"),
+        ({"kind": "mixture"}, "at least one kind"),
+        ({"kind": "mixture", "mixture": {"mixture": 1}}, "'mixture' in the mask mixture"),
+        ({"kind": "mixture", "mixture": {"blob": 1}}, "'blob' in the mask mixture"),
+        ({"kind": "mixture", "mixture": {"box": -1}}, "'box'.*not be negative"),
+        ({"kind": "mixture", "mixture": {"box": 0}}, "all zero"),
+        ({"kind": "mixture", "mixture": {"fixed": 1}}, "needs box="),
+    ],
+)
+def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskConfig(**settings)
+
+
+@pytest.mark.parametrize("mode", MASK_RESIZE)
+@pytest.mark.parametrize("size", [(8, 8), (5, 3), (16, 24), (37, 50), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_masks_stay_exactly_constant(mode: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    for value in (0.0, 1.0):
+        resized = resize_mask(torch.full((2, 1, 16, 24), value, dtype=dtype), size, mode)
+        assert resized.dtype == dtype
+        assert torch.equal(resized, torch.full((2, 1, *size), value, dtype=dtype))
+
+
+def test_resize_modes() -> None:
+    mask = torch.zeros(1, 1, 8, 16)
+    mask[..., :6, :10] = 1
+    expected = {
+        "area": [[1, 1, 0.5, 0], [0.5, 0.5, 0.25, 0]],
+        "nearest": [[1, 1, 1, 0], [1, 1, 1, 0]],
+        "inside": [[1, 1, 0, 0], [0, 0, 0, 0]],
+        "cover": [[1, 1, 1, 0], [1, 1, 1, 0]],
+    }
+    for mode, values in expected.items():
+        assert resize_mask(mask, (2, 4), mode)[0, 0].tolist() == values, mode
+
+
+def test_thin_masks_survive_cover_and_area_but_not_nearest() -> None:
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 13, :] = 1
+    assert resize_mask(mask, (8, 8), "nearest").sum() == 0
+    assert resize_mask(mask, (8, 8), "cover")[0, 0, 1].min() == 1
+    assert resize_mask(mask, (8, 8), "area").mean() == mask.mean()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 31), (100, 130)])
+def test_inside_and_cover_enclose_area(size: tuple[int, int]) -> None:
+    mask = (torch.rand(2, 1, 33, 47, generator=torch.Generator().manual_seed(0)) > 0.3).float()
+    inside, area, cover = (resize_mask(mask, size, mode) for mode in ("inside", "area", "cover"))
+    assert (inside <= area).all() and (area <= cover).all()
+    assert torch.equal(inside, 1 - resize_mask(1 - mask, size, "cover"))
+
+
+def test_same_size_is_untouched_and_unknown_mode_is_named() -> None:
+    mask = torch.rand(1, 1, 6, 7)
+    assert all(torch.equal(resize_mask(mask, (6, 7), mode), mask) for mode in MASK_RESIZE)
+    with pytest.raises(ValueError, match="'bilinear'; choose one of area, nearest, inside, cover"):
+        resize_mask(mask, (3, 3), "bilinear")
+
+
+def test_load_mask(tmp_path: Path) -> None:
+    mask = draw(MaskConfig(kind="circle", soft_edge=3), (40, 56))
+    mask_to_pil(mask).save(tmp_path / "mask.png")
+    loaded = load_mask(tmp_path / "mask.png", (40, 56))
+    assert loaded.shape == (1, 40, 56) and loaded.dtype == torch.float32
+    torch.testing.assert_close(loaded, mask, rtol=0, atol=0.5 / 255 + 1e-6)
+    Image.fromarray(mask[0].numpy() > 0.5).save(tmp_path / "bits.png")
+    assert torch.equal(load_mask(tmp_path / "bits.png"), (mask > 0.5).float())
+
+
+def test_transparent_is_not_controlled(tmp_path: Path) -> None:
+    rgba = np.full((4, 6, 4), 255, np.uint8)
+    rgba[:, :3, 3] = 0
+    Image.fromarray(rgba).save(tmp_path / "mask.png")
+    assert load_mask(tmp_path / "mask.png")[0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_bad_mask_files(tmp_path: Path) -> None:
+    Image.new("L", (8, 6)).save(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="black everywhere"):
+        load_mask(tmp_path / "black.png")
+    with pytest.raises(ValueError, match="is 8x6 pixels but the picture is 6x8"):
+        load_mask(tmp_path / "black.png", (8, 6))
+    (tmp_path / "page.png").write_text("<html></html>")
+    with pytest.raises(ValueError, match="not a PNG"):
+        load_mask(tmp_path / "page.png")
+    with pytest.raises(ValueError, match="no image file"):
+        load_mask(tmp_path / "missing.png")
