@@ -146,8 +146,8 @@ def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = 
     """
     if sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(f"Unknown timestep sampling {sampling!r}; choose one of {', '.join(TIMESTEP_SAMPLINGS)}.")
-    u = u.double()  # float32 would round u just below 1 up to T
     fraction = u if sampling == "uniform" else 1 - u**3
+    # The clamp is for the ends: u = 0 of the cubic form, and u just below 1, which rounds up to T.
     return (fraction * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 
 

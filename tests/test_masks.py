@@ -54,6 +54,12 @@ def test_every_pixel_can_be_drawn_the_last_row_and_column_too(kind: str) -> None
     assert seen.min() == 1
 
 
+def test_small_boxes_reach_the_last_row_and_column() -> None:
+    config = MaskConfig(kind="box", min_area=0.01, max_area=0.04)  # too small to span the picture
+    seen = torch.stack([draw(config, (16, 24), seed) for seed in range(400)]).amax(dim=0)[0]
+    assert seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any()
+
+
 @pytest.mark.parametrize("kind", [*RANDOM_SHAPES, "objects", "mixture"])
 def test_the_rng_alone_decides(kind: str) -> None:
     config = MaskConfig(kind=kind, mixture={"box": 1, "strokes": 2, "circle": 1} if kind == "mixture" else None)
