@@ -86,6 +86,12 @@ def test_shapes_are_what_they_are_called() -> None:
             assert circle.sum() == pytest.approx(np.pi / 4 * float(rows.sum() * columns.sum()), rel=0.03)
 
 
+def test_a_square_shrunk_to_the_maximum_area_stays_a_square() -> None:
+    for seed in range(20):
+        square = draw(MaskConfig(kind="square", count=1, min_area=0.005, max_area=0.02), (100, 100), seed)[0]
+        assert torch.equal(square, square.amax(1, keepdim=True) * square.amax(0, keepdim=True))
+
+
 def test_count_is_the_number_of_shapes() -> None:
     def parts(mask: torch.Tensor) -> int:
         return cv2.connectedComponents(mask[0].to(torch.uint8).numpy())[0] - 1
