@@ -1,0 +1,1 @@
+"""What every trainer shares: configuration, checkpoints, logging."""

@@ -1,0 +1,143 @@
+"""Checkpoints: folders ``checkpoint-{step}`` that are either whole or absent.
+
+A checkpoint is written under another name, its files reach the disk, the manifest with their hashes comes last, then
+the folder is renamed into place; only after that are older ones removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every committed checkpoint in ``folder``, oldest first; none where there is no folder."""
+    found = {}
+    for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None = None, info: Mapping[str, Any]
+) -> Path:
+    """Commit ``checkpoint-{step}``: ``write`` puts the files into the folder it is given.
+
+    ``info`` goes into the manifest as it is. ``keep``: how many checkpoints may stay, at least 2 (None = all); the
+    oldest go first and only after the new one is in place. A failure leaves the earlier checkpoints as they were.
+    """
+    assert keep is None or keep >= 2, "one checkpoint alone is lost when its successor turns out damaged"
+    final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        entries = {}
+        for path in files:
+            _flush(path)
+            name = path.relative_to(temporary).as_posix()
+            entries[name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps({"step": step, "files": entries, "info": dict(info)}, indent=1))
+        _flush(manifest)
+        _flush(temporary)
+        _replace_folder(temporary, final)
+        _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep is not None:
+        for path in list(list_checkpoints(folder).values())[:-keep]:
+            shutil.rmtree(path)
+    return final
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
+        int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
+    for name, (digest, size) in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            raise ValueError(f"The checkpoint {path} is damaged: {name} is not what was saved; use another one.")
+    return manifest
+
+
+def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to continue from, verified; None for a fresh start.
+
+    ``request`` is None, a path, or ``latest``: the newest sound one in ``folder``. Damaged ones are named and passed
+    over; that there is none at all is said, too.
+
+    Raises:
+        ValueError: a path without a sound checkpoint, or ``latest`` where every checkpoint is damaged.
+    """
+    if request is None:
+        return None
+    if request != LATEST:
+        path = Path(request).expanduser()
+        if not path.is_dir():
+            raise ValueError(f"There is no checkpoint {request}; give the path of a checkpoint folder, or 'latest'.")
+        verify_checkpoint(path)
+        return path
+    candidates = list(reversed(list_checkpoints(folder).values()))
+    for path in candidates:
+        try:
+            verify_checkpoint(path)
+        except ValueError as damage:
+            say(str(damage))
+        else:
+            return path
+    if candidates:
+        raise ValueError(f"All {len(candidates)} checkpoints in {folder} are damaged; start afresh in another folder.")
+    say(f"No checkpoint in {folder} yet: starting from the beginning.")
+    return None
+
+
+def set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> None:
+    """Rename checkpoints beyond ``step`` to ``abandoned-...``: the run goes on from ``step`` and will differ."""
+    for later, path in list_checkpoints(folder).items():
+        if later > step:
+            aside = folder / f"abandoned-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"{path.name} lies beyond step {step} and is now {aside.name}.")
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``; an old target is moved out of the way first, as rename refuses full folders."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,241 @@
+"""Configuration: YAML groups composed by Hydra, changed from the command line, checked against typed dataclasses.
+
+The command line mixes Hydra's spelling (``base=sd15 loss.weight=1e-3 experiment=NAME``) with the ecosystem's
+(``--max_train_steps 100``, ``--max-train-steps=100``). Hydra only joins the groups: values are converted here by the
+type of the field they are for, so commas, parentheses and ``$`` in a prompt or a path mean nothing special.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
+NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
+
+Settings = TypeVar("Settings")
+
+
+def load_config(
+    argv: Sequence[str],
+    schema: type[Settings],
+    *,
+    aliases: Mapping[str, str] = NO_ALIASES,
+    free_groups: Mapping[str, str] = NO_ALIASES,
+    name: str = "train",
+    config_dir: Path = CONFIG_DIR,
+) -> Settings:
+    """Compose ``config_dir/name.yaml`` with the choices in ``argv`` and return a checked ``schema`` instance.
+
+    Args:
+        argv: ``key=value``, ``group=option``, ``--key value``, ``--key=value``, and ``--key`` alone for a bool.
+        schema: a keyword-only dataclass; nested dataclasses are groups or sections.
+        aliases: flag -> key or group, where the ecosystem's name differs from ours.
+        free_groups: group -> key that takes a path or hub id given in place of an option (``base=./folder``).
+
+    Raises:
+        ValueError: one sentence naming the nearest known key, flag or option; or what the dataclasses object to.
+    """
+    groups = config_groups(config_dir)
+    keys = schema_keys(schema)
+    chosen: dict[str, str] = {}
+    changed: dict[str, str] = {}
+    for key, value in _read_arguments(argv, keys, groups, aliases):
+        if key not in groups:
+            changed[key] = value
+        elif value not in groups[key] and key in free_groups and _is_place(value):
+            changed[free_groups[key]] = value
+        else:
+            _check_known(f"option for {key}", value, groups[key])
+            chosen[key] = value
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
+    values = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(values, dict)
+    for key, value in changed.items():
+        _set(values, key.split("."), value)
+    return _build(schema, values, "")
+
+
+def config_groups(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """Group -> its options, from the folders of ``config_dir``."""
+    if not config_dir.is_dir():
+        raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
+    folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir())
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of every value in a dataclass and those nested in it."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            keys |= schema_keys(hint, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = hint
+    return keys
+
+
+def help_text(
+    program: str, defaults: object, *, aliases: Mapping[str, str] = NO_ALIASES, config_dir: Path = CONFIG_DIR
+) -> str:
+    """What ``--help`` prints: groups with their options, and every key with its default value."""
+    lines = [f"usage: {program} [group=option ...] [key=value ...] [--key value ...]", "", "groups:"]
+    lines += [f"  {group}={'|'.join(options)}" for group, options in config_groups(config_dir).items()]
+    lines += ["", "keys (each also as a flag, --key value) and their defaults:"]
+    for key in schema_keys(type(defaults)):
+        value: Any = defaults
+        for part in key.split("."):
+            value = getattr(value, part)
+        lines.append(f"  {key}={'null' if value is None else value}")
+    lines += ["", "other names:"] + [f"  --{flag} for {key}" for flag, key in aliases.items()]
+    return "\n".join(lines)
+
+
+def _read_arguments(
+    argv: Sequence[str], keys: Mapping[str, Any], groups: Mapping[str, Any], aliases: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """``argv`` as (key or group, text) pairs, every name known; later ones win."""
+    known = [*keys, *groups, *aliases]
+    pairs: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        flag = token.startswith("--")
+        name, equals, value = (token[2:] if flag else token).partition("=")
+        if not flag and not equals:
+            raise ValueError(f"Cannot read the argument {token!r}; write key=value or --key value.")
+        if flag:
+            name = name.replace("-", "_")
+        key = aliases.get(name, name) if flag else name
+        if key not in keys and key not in groups:
+            _check_known("flag" if flag else "setting", name, known, show="--" if flag else "")
+        if flag and not equals:
+            value = _flag_value(name, keys.get(key), rest)
+        pairs.append((key, value))
+    return pairs
+
+
+def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
+    """The value that follows a flag, taken off ``rest``; a bool may stand alone and then means true."""
+    if hint is bool:
+        return rest.pop(0) if rest and rest[0].lower() in _BOOLS else "true"
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"The flag --{name} needs a value.")
+    return rest.pop(0)
+
+
+def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> None:
+    """ValueError unless ``name`` is in ``known``, with the nearest; a key may be asked for by its last part."""
+    if name in known:
+        return
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in known}
+    near = difflib.get_close_matches(name, [*known, *by_last_part], n=1, cutoff=0.5)
+    hint = f"did you mean {show}{by_last_part.get(near[0], near[0])}" if near else f"known are {', '.join(known)}"
+    raise ValueError(
+        f"There is no {kind} {show + name!r}; {hint}?" if near else f"There is no {kind} {name!r}; {hint}."
+    )
+
+
+def _is_place(value: str) -> bool:
+    """Whether a value looks like a folder or a hub id and not like a mistyped option."""
+    return "/" in value or value.startswith((".", "~")) or Path(value).exists()
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _build(schema: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
+    """A ``schema`` instance from nested dicts. Keys may be missing (the dataclass has defaults), never unknown."""
+    hints = typing.get_type_hints(schema)
+    for name in values:
+        if name not in hints:
+            _check_known("setting", f"{prefix}{name}", [prefix + key for key in hints])
+    return schema(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
+
+
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_NULLS = ("null", "none")
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """``value`` from YAML, or text from the command line, as the type ``hint``. ValueError naming ``key``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, _expect(value, Mapping, key, "a section of settings"), f"{key}.")
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, args, key)
+    if hint is str:
+        return _expect(value, (str, int, float), key, "text") if isinstance(value, str) else str(value)
+    if hint is bool:
+        found = value if isinstance(value, bool) else _BOOLS.get(str(value).lower())
+        return _expect(found, bool, key, "true or false", given=value)
+    if hint in (int, float):
+        return _number(value, hint, key)
+    if isinstance(value, str):  # lists and mappings on the command line are YAML, like [1, 2] and {a: 1}
+        value = _parse(value, key)
+    if origin is tuple:
+        value = _expect(value, (list, tuple), key, "a list like [1, 2]")
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{key} takes {len(args)} values, not {len(value)}.")
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(item, kind, key) for item, kind in zip(value, kinds, strict=True))
+    value = _expect(value, Mapping, key, "a mapping like {a: 1}")
+    return {str(name): _convert(item, args[1], f"{key}.{name}") for name, item in value.items()}
+
+
+def _convert_union(value: Any, options: Sequence[Any], key: str) -> Any:
+    """The first of ``options`` that fits; ``null`` where None is one of them."""
+    if types.NoneType in options and (value is None or (isinstance(value, str) and value.lower() in _NULLS)):
+        return None
+    kinds = [option for option in options if option is not types.NoneType]
+    for kind in kinds[:-1]:
+        try:
+            return _convert(value, kind, key)
+        except ValueError:
+            continue
+    return _convert(value, kinds[-1], key)
+
+
+def _number(value: Any, kind: type, key: str) -> Any:
+    wanted = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.") from None
+    if kind is float:
+        return number
+    if not number.is_integer():
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+    return int(value) if isinstance(value, int) or value == str(int(number)) else int(number)
+
+
+def _parse(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"{key} cannot be read from {text!r}; write a list as [1, 2] and a mapping as {{a: 1}}."
+        ) from None
+
+
+def _expect(value: Any, kind: Any, key: str, wanted: str, given: Any = None) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} must be {wanted}, not {value if given is None else given!r}.")
+    return value

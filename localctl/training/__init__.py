@@ -1,0 +1,1 @@
+"""Training a local adapter on a frozen base."""

@@ -1,0 +1,116 @@
+"""What changes during training, and how it is saved and found again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from localctl.run.checkpoints import save_checkpoint
+from localctl.training.models import Models, load_models
+from localctl.training.settings import TrainSettings
+from localctl.training.stats import StepStats
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainState:
+    """Models, optimizer and the number of finished steps (optimizer updates).
+
+    There is no state of random generators: every draw is keyed by what it is for. stats: what has been measured since
+    the last row of the log.
+    """
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    models: Models
+    optimizer: Any
+    step: int = 0
+    stats: StepStats = field(default_factory=StepStats)
+
+    def set_learning_rate(self) -> float:
+        """Set and return the learning rate of the coming step."""
+        rate = self.settings.learning_rate_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def save(self, folder: Path) -> Path:
+        """Commit ``folder/checkpoint-{step}``."""
+        return save_checkpoint(
+            folder,
+            self.step,
+            self._write,
+            keep=self.settings.checkpoints_total_limit,
+            info={"settings": asdict(self.settings)},
+        )
+
+    def _write(self, folder: Path) -> None:
+        self.models.plain_adapter.save_pretrained(folder / "adapter")
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        scaler = self.accelerator.scaler
+        extra = {"step": self.step, "stats": self.stats.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        (folder / "state.json").write_text(json.dumps(extra))
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from a verified checkpoint. ValueError when it is of an adapter of another shape."""
+        weights = load_file(checkpoint / "adapter" / "diffusion_pytorch_model.safetensors")
+        try:
+            self.models.plain_adapter.load_state_dict(weights)
+        except RuntimeError:
+            raise ValueError(
+                f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
+            ) from None
+        self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+        extra = json.loads((checkpoint / "state.json").read_text())
+        self.step = extra["step"]
+        self.stats = StepStats.from_state_dict(extra["stats"])
+        if self.accelerator.scaler is not None and extra["scaler"]:
+            self.accelerator.scaler.load_state_dict(extra["scaler"])
+
+
+def new_state(settings: TrainSettings) -> TrainState:
+    """Accelerator, frozen base, fresh adapter and optimizer. ValueError when settings, base and machine do not fit."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.gradient_accumulation_steps, mixed_precision=settings.mixed_precision
+    )
+    if accelerator.device.type == "cpu":
+        set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ)
+    models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
+    parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+    )
+    check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
+    models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
+    return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared)
+
+
+def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> None:
+    """Assert that what the optimizer updates is exactly what wants a gradient, all of it float32."""
+    updated = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    wanting = {id(p): name for name, module in modules.items() for p in module.parameters() if p.requires_grad}
+    assert updated.keys() == wanting.keys(), f"trainable parts and the optimizer differ: {set(wanting.values())}"
+    assert all(p.dtype == torch.float32 for p in updated.values()), "trained weights must be float32"
+
+
+def set_cpu_threads(threads: int | None, processes: int, environment: Mapping[str, str]) -> None:
+    """Use ``threads`` cores, or all of them where `accelerate launch` left one: it sets OMP_NUM_THREADS to 1 unless
+    told otherwise, which would nearly double the time on the smallest machine."""
+    if threads is None and "ACCELERATE_MIXED_PRECISION" in environment and environment.get("OMP_NUM_THREADS") == "1":
+        threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else None
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,76 @@
+"""What a step measures, gathered until the next row of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localctl.training.step import StepOutput
+
+BUCKETS = 10
+_PER_SAMPLE = ("timesteps", "denoising", "local", "local_raw")
+
+
+@dataclass
+class StepStats:
+    """Per-sample terms and times since the last row. Tensors stay where they are until a row is asked for, so that
+    logging does not make a GPU wait at every step."""
+
+    terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _PER_SAMPLE})
+    samples: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+
+    def add(self, output: StepOutput) -> None:
+        """Take in one micro-batch."""
+        values = (output.timesteps, output.terms.denoising, output.terms.local, output.terms.local_raw)
+        for name, value in zip(_PER_SAMPLE, values, strict=True):
+            self.terms[name].append(value.detach())
+
+    def add_time(self, samples: int, seconds: float, waiting: float) -> None:
+        """``samples`` of all processes took ``seconds``, of which ``waiting`` for data. Whole steps only: pictures for
+        validation and checkpoints are not counted."""
+        self.samples += samples
+        self.seconds += seconds
+        self.waiting += waiting
+
+    def row(self, num_train_timesteps: int, gather: Any) -> dict[str, Any]:
+        """The row for the log, over the samples of all processes, which ``gather`` brings together; then empty.
+
+        Means of the terms, the unweighted local term and the denoising term per tenth of the timesteps (None where no
+        sample fell), samples per second, and the share of time spent waiting for data.
+        """
+        terms = {name: gather(torch.cat(parts)).cpu().double() for name, parts in self.terms.items()}
+        buckets = terms["timesteps"].long() * BUCKETS // num_train_timesteps
+        row = {
+            "loss": (terms["denoising"] + terms["local"]).mean().item(),
+            **{name: terms[name].mean().item() for name in _PER_SAMPLE[1:]},
+            "local_raw_by_timestep": bucket_means(terms["local_raw"], buckets),
+            "denoising_by_timestep": bucket_means(terms["denoising"], buckets),
+            "images_per_second": self.samples / self.seconds if self.seconds else None,
+            "data_wait_share": self.waiting / self.seconds if self.seconds else None,
+        }
+        self.__init__()  # type: ignore[misc]
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain numbers, exactly."""
+        terms = {name: [value for part in parts for value in part.tolist()] for name, parts in self.terms.items()}
+        return {"terms": terms, "samples": self.samples, "seconds": self.seconds, "waiting": self.waiting}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> StepStats:
+        """The inverse of :meth:`state_dict`."""
+        kinds = {name: torch.int64 if name == "timesteps" else torch.float32 for name in _PER_SAMPLE}
+        terms = {name: [torch.tensor(v, dtype=kinds[name])] if v else [] for name, v in state["terms"].items()}
+        return cls(terms, state["samples"], state["seconds"], state["waiting"])
+
+
+def bucket_means(values: Tensor, buckets: Tensor) -> Sequence[float | None]:
+    """Mean of ``values`` (n,) in each of the buckets (n,) int64; None for an empty one."""
+    chosen = [values[buckets == bucket] for bucket in range(BUCKETS)]
+    return [part.mean().item() if len(part) else None for part in chosen]

@@ -1,0 +1,86 @@
+"""One training step: draws keyed by sample, then pixels -> latents -> U-Net with the adapter's features -> loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from localctl.data.sample import Batch
+from localctl.diffusion import add_noise, timesteps_from_uniform
+from localctl.losses import LossTerms, local_control_loss
+from localctl.random import generator, noise
+from localctl.training.models import Models
+from localctl.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides in a step, one row per sample.
+
+    posterior (B,c,h,w): noise of the VAE's latents. noise (B,c,h,w): of the diffusion. uniform (B,) float64 in [0,1):
+    becomes the timestep. empty_prompt (B,) bool: the caption is dropped.
+    """
+
+    posterior: Tensor
+    noise: Tensor
+    uniform: Tensor
+    empty_prompt: Tensor
+
+    def to(self, device: torch.device | str) -> Draws:
+        """The same draws on ``device``."""
+        return Draws(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def draw(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> Draws:
+    """The draws of ``batch``, keyed by (seed, what for, epoch, key of the sample): the same whatever else is in the
+    batch, whoever computes it, and after any resume."""
+    visits = list(zip(batch.epochs, batch.keys, strict=True))
+    seed = settings.seed
+
+    def normal(purpose: str) -> Tensor:
+        return torch.stack([noise(latent_shape, seed, purpose, *visit) for visit in visits])
+
+    def uniform(purpose: str) -> Tensor:
+        numbers = [torch.rand((), generator=generator(seed, purpose, *visit), dtype=torch.float64) for visit in visits]
+        return torch.stack(numbers)
+
+    return Draws(
+        posterior=normal("posterior"),
+        noise=normal("noise"),
+        uniform=uniform("timestep"),
+        empty_prompt=uniform("empty prompt") < settings.proportion_empty_prompts,
+    )
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """loss: what to differentiate, the mean of ``terms.total`` over the batch. timesteps (B,) int64."""
+
+    loss: Tensor
+    terms: LossTerms
+    timesteps: Tensor
+
+
+def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: Draws) -> StepOutput:
+    """The loss of ``batch`` under ``draws``, a pure function of its arguments; all tensors on the models' device.
+
+    Only the adapter gets gradients, and they reach it through the frozen U-Net.
+    """
+    latents = models.encode(batch, draws.posterior)  # (B,c,h,w)
+    timesteps = timesteps_from_uniform(draws.uniform, models.num_train_timesteps, settings.timestep_sampling)
+    sample = add_noise(latents, draws.noise, timesteps, models.alphas_cumprod)
+    dropped = draws.empty_prompt.tolist()
+    states = models.text_states(
+        ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+    )  # (B,L,D)
+    features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
+    output = models.unet(
+        sample.noisy.to(models.dtype),
+        timesteps,
+        encoder_hidden_states=states,
+        down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # the U-Net pops it
+    ).sample
+    terms = local_control_loss(sample, output, batch.mask, models.alphas_cumprod, models.prediction_type, settings.loss)
+    return StepOutput(loss=terms.total.mean(), terms=terms, timesteps=timesteps)

@@ -1,0 +1,181 @@
+"""Pictures of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.base import set_scheduler
+from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data.sample import Example, Source
+from localctl.images import grid, outline, to_pil
+from localctl.layout import Layout
+from localctl.masks import MaskConfig, sample_mask
+from localctl.metrics.edges import EdgeScores, edge_scores
+from localctl.random import numpy_rng
+from localctl.sampling import generate
+from localctl.training.models import Models
+from localctl.training.settings import TrainSettings, ValidationConfig
+
+MIN_EDGES = 40  # edge pixels inside the mask; a case with fewer says nothing
+COLUMNS = ("condition, mask", "generated", "its condition", "real")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A held-out example with its mask (1,H,W), and the edges (H,W) bool of its picture."""
+
+    example: Example
+    mask: Tensor
+    edges: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Mean over the cases: how well the pictures' edges inside the mask are those of the real ones."""
+
+    f1: float
+    precision: float
+    recall: float
+    per_case: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scores: Sequence[EdgeScores]) -> Fidelity:
+        mean = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in ("f1", "precision", "recall")}
+        return cls(**mean, per_case=tuple(s.f1 for s in scores))
+
+
+@dataclass(frozen=True)
+class References:
+    """What the base alone reaches (chance) and what is left after the VAE's round trip (the ceiling)."""
+
+    base: Fidelity
+    round_trip: Fidelity
+
+    def control(self, f1: float) -> float:
+        """The share of the way from the base to the ceiling; NaN where there is no way to go."""
+        span = self.round_trip.f1 - self.base.f1
+        return (f1 - self.base.f1) / span if span > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    fidelity: Fidelity
+    sheet: Image.Image
+
+
+class Validator:
+    """Draws the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
+    and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
+
+    def __init__(self, models: Models, settings: TrainSettings, source: Source) -> None:
+        self.models = models
+        self.config: ValidationConfig = settings.validation
+        self.condition = settings.condition
+        self.edge_condition = (
+            settings.condition if settings.condition.kind == "canny" else ConditionConfig(kind="canny")
+        )
+        set_scheduler(models.pipe, self.config.scheduler)
+        self.cases = choose_cases(source, settings.mask, self.config, self.edges_of)
+
+    def edges_of(self, picture: Image.Image) -> np.ndarray:
+        """Edges (H,W) bool, by which every kind of condition is scored."""
+        return extract(self.edge_condition, np.asarray(picture))[0].numpy() > 0.5
+
+    def run(self) -> ValidationResult:
+        """Draw all cases with the adapter as it is now, and score them."""
+        pictures = self._generate(self.models.plain_adapter)
+        fidelity = self._score(pictures)
+        return ValidationResult(fidelity, self._sheet(pictures, fidelity))
+
+    def references(self) -> References:
+        """Draw all cases without adapter, and pass the real ones through the VAE."""
+        return References(self._score(self._generate(None)), self._score(self._round_trip()))
+
+    def _generate(self, adapter: LocalAdapter | None) -> list[Image.Image]:
+        pictures: list[Image.Image] = []
+        for start in range(0, len(self.cases), self.config.batch_size):
+            cases = self.cases[start : start + self.config.batch_size]
+            height, width = cases[0].mask.shape[-2:]
+            controls = []
+            if adapter is not None:
+                condition, mask = (
+                    torch.stack(t) for t in zip(*((c.example.condition, c.mask) for c in cases), strict=True)
+                )
+                controls = [LocalAdapterControl(adapter, condition, mask)]
+            pictures += generate(
+                self.models.pipe,
+                [Layout(case.example.caption, height, width) for case in cases],
+                controls,
+                seeds=self.config.seed + start,
+                batch_size=self.config.batch_size,
+                num_inference_steps=self.config.num_inference_steps,
+                guidance_scale=self.config.guidance_scale,
+            ).images
+        return pictures
+
+    @torch.no_grad()
+    def _round_trip(self) -> list[Image.Image]:
+        vae = self.models.vae
+        pictures = []
+        for case in self.cases:
+            pixels = case.example.pixels[None].to(vae.device, vae.dtype)
+            pictures.append(to_pil(vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]))
+        return pictures
+
+    def _score(self, pictures: Sequence[Image.Image]) -> Fidelity:
+        pairs = zip(self.cases, pictures, strict=True)
+        return Fidelity.of([edge_scores(self.edges_of(p), case.edges, case.mask[0].numpy() > 0.5) for case, p in pairs])
+
+    def _sheet(self, pictures: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
+        rows, labels = [], []
+        for case, picture, f1 in list(zip(self.cases, pictures, fidelity.per_case, strict=True))[: self.config.rows]:
+            seen = self.condition if self.condition.kind in FROM_PICTURE else self.edge_condition
+            rows.append(
+                [
+                    outline(condition_to_pil(case.example.condition), case.mask),
+                    outline(picture, case.mask),
+                    outline(condition_to_pil(extract(seen, np.asarray(picture))), case.mask),
+                    to_pil(case.example.pixels),
+                ]
+            )
+            labels.append(f"F1 {f1:.2f}  {case.example.caption}")
+        return grid(rows, COLUMNS, labels)
+
+
+def choose_cases(
+    source: Source, masks: MaskConfig, config: ValidationConfig, edges_of: Callable[[Image.Image], np.ndarray]
+) -> list[Case]:
+    """The first ``config.count`` examples whose mask, drawn from ``config.seed``, holds enough edges to be scored.
+
+    ValueError when there is none.
+    """
+    cases: list[Case] = []
+    for index in range(len(source)):
+        if len(cases) == config.count:
+            break
+        example = source[index]
+        height, width = example.pixels.shape[-2:]
+        rng = numpy_rng(config.seed, "validation mask", example.key)
+        mask = example.mask
+        if mask is None:
+            mask = sample_mask(masks, (height, width), rng, example.object_masks)
+        edges = edges_of(to_pil(example.pixels))
+        if (edges & (mask[0].numpy() > 0.5)).sum() >= MIN_EDGES:
+            cases.append(Case(example, mask, edges))
+    if not cases:
+        raise ValueError(f"No held-out mask has {MIN_EDGES} edge pixels in it; use larger masks or validation_steps=0.")
+    return cases
+
+
+def condition_to_pil(condition: Tensor) -> Image.Image:
+    """A condition (1,H,W) or (3,H,W) in [0,1] as a picture."""
+    return to_pil(condition.expand(3, -1, -1) * 2 - 1)
