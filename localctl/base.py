@@ -177,8 +177,10 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     if name not in SCHEDULERS:
         raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     config = dict(pipe.scheduler.config)
-    if name in ("ddim", "ddpm"):
-        config.setdefault("clip_sample", False)  # their own default is for pixels; latents leave [-1, 1]
+    # What Stable Diffusion's own configs say, where the present scheduler does not know these settings: the defaults
+    # clip to [-1, 1], which latents leave, and start PNDM with twelve Runge-Kutta calls.
+    for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():
+        config.setdefault(setting, value)
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
 

@@ -167,12 +167,13 @@ def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
     found = (times == timestep).nonzero().flatten().tolist()
     if not found:
         raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")
-    index = getattr(scheduler, "step_index", None)
+    index: Any = getattr(scheduler, "step_index", None)
     position: int = index if index in found else found[0]
     order: int = getattr(scheduler, "order", 1)
     if order > 1:
         return position // order, -(-len(times) // order)
-    # PNDM repeats a timestep while it warms up (and halves some if it starts with Runge-Kutta).
+    # PNDM repeats a timestep while it warms up. If it starts with Runge-Kutta, it has half steps as well, and the
+    # count below is out by one at most.
     distinct = torch.unique_consecutive(times)
     position = int((distinct == timestep).nonzero()[0])
     num_steps = min(scheduler.num_inference_steps or len(distinct), len(distinct))
@@ -218,9 +219,10 @@ def generate(
     seeds: int | Sequence[int] = (0,),
     *,
     batch_size: int = 4,
+    paired: bool = False,
     **pipeline_arguments: Any,
 ) -> GenerateOutput:
-    """Draw every layout with every seed.
+    """Draw every layout with every seed, or, ``paired``, each layout with its own seed.
 
     All noise of a picture, the first and that of stochastic schedulers, comes from its own seed alone: it is the same
     whatever the batch size, the other pictures, the device or the dtype (up to rounding to that dtype).
@@ -231,6 +233,7 @@ def generate(
         controls: as for :func:`attach`.
         seeds: one seed or several.
         batch_size: at most this many pictures at once.
+        paired: as many seeds as layouts, and picture i is layout i drawn with seed i.
         pipeline_arguments: passed on to ``pipe``. ``negative_prompt``, ``prompt_2`` and ``negative_prompt_2`` may be
             one text for all layouts or a list with one per layout.
 
@@ -243,6 +246,10 @@ def generate(
     height, width = _image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     pictures = [(index, seed) for index in range(len(layouts)) for seed in seeds]
+    if paired:
+        if len(seeds) != len(layouts):
+            raise ValueError(f"There are {len(seeds)} seeds for {len(layouts)} layouts; paired needs one each.")
+        pictures = list(enumerate(seeds))
     images: list[Any] = []
     with attach(pipe, layouts, controls) as attached:
         for first in range(0, len(pictures), batch_size):

