@@ -62,9 +62,6 @@ def adapter_for(pipe: DiffusionPipeline, make_adapter: MakeAdapter, xl_adapter: 
     return xl_adapter if isinstance(pipe, StableDiffusionXLPipeline) else make_adapter()
 
 
-# --- what comes out -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("kind", PIPES)
 def test_full_mask_is_the_adapter_pipeline_of_diffusers(
@@ -126,9 +123,6 @@ def test_several_images_per_prompt_follow_their_prompts_condition(
     monkeypatch.setattr(Attachment, "begin_call", shifted)
     with pytest.raises(AssertionError, match="not close"):
         check_pairing(sd_pipe, item)
-
-
-# --- what the U-Net is given ----------------------------------------------------------------------------------------
 
 
 def test_every_call_gets_its_own_copies(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:
@@ -216,9 +210,6 @@ def test_a_timestep_off_the_schedule_is_an_error(sd_pipe: StableDiffusionPipelin
         outer_step(sd_pipe.scheduler, 3.5)
 
 
-# --- coming and going -----------------------------------------------------------------------------------------------
-
-
 def footprint(pipe: DiffusionPipeline) -> tuple[Any, ...]:
     return (
         dict(vars(pipe)),
@@ -297,9 +288,6 @@ def test_a_call_that_failed_does_not_spoil_the_next(
         with pytest.raises(ValueError, match="prompt 'x' while"):
             draw(sd_pipe, "x")
         assert torch.equal(draw(sd_pipe), first)
-
-
-# --- calls that do not fit ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sd_pipe", "sdxl_pipe"])
