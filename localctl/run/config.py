@@ -140,10 +140,11 @@ def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> 
         return
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in known}
     near = difflib.get_close_matches(name, [*known, *by_last_part], n=1, cutoff=0.5)
-    hint = f"did you mean {show}{by_last_part.get(near[0], near[0])}" if near else f"known are {', '.join(known)}"
-    raise ValueError(
-        f"There is no {kind} {show + name!r}; {hint}?" if near else f"There is no {kind} {name!r}; {hint}."
-    )
+    if near:
+        raise ValueError(
+            f"There is no {kind} {show + name!r}; did you mean {show}{by_last_part.get(near[0], near[0])}?"
+        )
+    raise ValueError(f"There is no {kind} {show + name!r}; known are {', '.join(known)}.")
 
 
 def _is_place(value: str) -> bool:
@@ -216,14 +217,14 @@ def _number(value: Any, kind: type, key: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{key} must be {wanted}, not {value!r}.")
     try:
+        if kind is int and isinstance(value, (int, str)) and str(value).strip().lstrip("+-").isdigit():
+            return int(value)  # not by way of a float, which rounds large seeds
         number = float(value)
     except ValueError:
         raise ValueError(f"{key} must be {wanted}, not {value!r}.") from None
-    if kind is float:
-        return number
-    if not number.is_integer():
+    if kind is int and not number.is_integer():
         raise ValueError(f"{key} must be {wanted}, not {value!r}.")
-    return int(value) if isinstance(value, int) or value == str(int(number)) else int(number)
+    return kind(number)
 
 
 def _parse(text: str, key: str) -> Any:

@@ -35,3 +35,8 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._give_back()
+
+
+def ignore_interrupt(worker: int) -> None:
+    """For data workers: Ctrl-C reaches the whole group of processes, and only the first may decide when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, Sample
 from localctl.layout import check_side
 from localctl.random import generator
 from localctl.run.checkpoints import find_checkpoint, list_checkpoints, set_aside_later
-from localctl.run.interrupt import Interrupt
+from localctl.run.interrupt import Interrupt, ignore_interrupt
 from localctl.run.logging import STATS, FileTracker, Tracker
 from localctl.training.export import (
     ADAPTER,
@@ -91,7 +91,7 @@ def check_unused(folder: Path, overwrite: bool) -> None:
 
 
 def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], None]) -> None:
-    """Remove what an earlier run wrote (only a fresh start comes here with ``overwrite``); set later checkpoints aside."""
+    """Fresh start: remove what an earlier run wrote (``check_unused`` allowed it). Resumed: set later checkpoints aside."""
     if resumed:
         set_aside_later(folder, step, say)
         return
@@ -159,7 +159,7 @@ class Run:
                 f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
                 f"loss        {loss}",
                 f"data        {len(self.train_source)} {settings.data.name} {settings.data.profile} examples",
-                f"steps       {begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}",
+                f"steps       {begin}to {settings.max_train_steps}, {batch} samples each; {accelerator.device}{threads}",
                 f"output      {self.output_dir}",
             )
         )
@@ -181,6 +181,7 @@ class Run:
             collate_fn=collate,
             num_workers=settings.dataloader_num_workers,
             generator=generator(settings.seed, "loader"),  # or the loader would draw from the global random state
+            worker_init_fn=ignore_interrupt,
         )
 
     def _bar(self) -> Any:
@@ -274,5 +275,7 @@ class Run:
 
     def _farewell(self, interrupted: bool) -> str:
         if interrupted:
-            return f"Stopped after step {self.state.step} with a checkpoint; continue with --resume_from_checkpoint latest."
+            return (
+                f"Stopped after step {self.state.step} with a checkpoint; go on with --resume_from_checkpoint latest."
+            )
         return f"Done: {self.output_dir / ADAPTER} (README.md beside it shows what it does)."

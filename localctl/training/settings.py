@@ -47,7 +47,7 @@ class DataConfig:
 
     name: str = "micro"
     profile: str = "basic"
-    count: int = 4000
+    count: int = 3000
     keep_latents: bool = True
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class TrainSettings:
     seed: int = 0
     report_to: str = "tensorboard"
 
-    max_train_steps: int = 1600
+    max_train_steps: int = 1500
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     dataloader_num_workers: int = 0
@@ -139,8 +139,8 @@ class TrainSettings:
     timestep_sampling: str = "cubic"
 
     logging_steps: int = 20
-    validation_steps: int = 400
-    checkpointing_steps: int = 400
+    validation_steps: int = 500
+    checkpointing_steps: int = 500
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
 

@@ -80,9 +80,7 @@ class Validator:
         self.models = models
         self.config: ValidationConfig = settings.validation
         self.condition = settings.condition
-        self.edge_condition = (
-            settings.condition if settings.condition.kind == "canny" else ConditionConfig(kind="canny")
-        )
+        self.edge_condition = self.condition if self.condition.kind == "canny" else ConditionConfig(kind="canny")
         set_scheduler(models.pipe, self.config.scheduler)
         self.cases = choose_cases(source, settings.mask, self.config, self.edges_of)
 
@@ -107,10 +105,8 @@ class Validator:
             height, width = cases[0].mask.shape[-2:]
             controls = []
             if adapter is not None:
-                condition, mask = (
-                    torch.stack(t) for t in zip(*((c.example.condition, c.mask) for c in cases), strict=True)
-                )
-                controls = [LocalAdapterControl(adapter, condition, mask)]
+                condition = torch.stack([case.example.condition for case in cases])
+                controls = [LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in cases]))]
             pictures += generate(
                 self.models.pipe,
                 [Layout(case.example.caption, height, width) for case in cases],

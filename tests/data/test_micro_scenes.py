@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from localctl.conditions import CHANNELS, ConditionConfig, extract
+from localctl.data.micro import MicroScenes
+from localctl.images import to_pil, to_pixels
+from localctl.micro.scenes import scene
+
+
+def test_an_example_is_the_scene():
+    example, drawn = MicroScenes("val", "basic", 5)[3], scene(3, "basic", "val")
+    assert np.array_equal(np.asarray(to_pil(example.pixels)), drawn.image)
+    assert torch.equal(example.pixels, to_pixels(to_pil(example.pixels)))
+    assert example.caption == drawn.caption and example.key == "basic-val-3"
+    assert torch.equal(example.condition, extract(ConditionConfig(), drawn.image))
+    assert torch.allclose(example.object_masks, torch.from_numpy(drawn.masks), atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(CHANNELS))
+def test_every_kind_of_condition(kind):
+    condition = MicroScenes("train", "basic", 2, ConditionConfig(kind=kind))[1].condition
+    assert condition.shape == (CHANNELS[kind], 128, 128) and condition.dtype == torch.float32
+    assert 0 <= condition.min() < condition.max() <= 1
+
+
+def test_exact_conditions_come_from_the_scene():
+    drawn = scene(1)
+    depth = MicroScenes(condition=ConditionConfig(kind="depth"))[1].condition
+    assert np.allclose(depth[0], drawn.depth, atol=0.5 / 255 + 1e-6)
+    parts = MicroScenes(condition=ConditionConfig(kind="segmentation"))[1].condition
+    assert np.allclose(parts.permute(1, 2, 0) * 255, drawn.segmentation)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_second_visit_is_the_first(keep):
+    scenes = MicroScenes(count=2, keep=keep)
+    first, again = scenes[0], scenes[0]
+    assert torch.equal(first.pixels, again.pixels) and torch.equal(first.object_masks, again.object_masks)
+    first.pixels.zero_()  # what is handed out is the caller's own
+    assert not torch.equal(first.pixels, scenes[0].pixels)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"split": "valid"}, "split 'valid'"), ({"profile": "poor"}, "profile 'poor'"), ({"count": 0}, "at least 1")],
+)
+def test_mistakes(options, words):
+    with pytest.raises(ValueError, match=words):
+        MicroScenes(**options)
+
+
+def test_the_end():
+    with pytest.raises(IndexError):
+        MicroScenes(count=2)[2]

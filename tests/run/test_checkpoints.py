@@ -1,0 +1,153 @@
+import json
+import os
+import shutil
+
+import pytest
+
+from localctl.run import checkpoints
+from localctl.run.checkpoints import (
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+    set_aside_later,
+    verify_checkpoint,
+)
+
+
+def save(folder, step, keep=None):
+    def write(path):
+        (path / "part").mkdir()
+        (path / "part" / "weights.bin").write_bytes(bytes(range(200)) * (step + 1))
+        (path / "state.json").write_text(str(step))
+
+    return save_checkpoint(folder, step, write, keep=keep, info={"step was": step})
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path, 3)
+    assert path == tmp_path / "checkpoint-3"
+    manifest = verify_checkpoint(path)
+    assert manifest["step"] == 3 and manifest["info"] == {"step was": 3}
+    assert set(manifest["files"]) == {"part/weights.bin", "state.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_the_list_is_ordered_by_number_and_ignores_everything_else(tmp_path):
+    for step in (10, 9, 100):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-x").mkdir()
+    (tmp_path / ".checkpoint-7.tmp").mkdir()
+    (tmp_path / "checkpoint-8").write_text("a file")
+    assert list(list_checkpoints(tmp_path)) == [9, 10, 100]
+    assert list_checkpoints(tmp_path / "none") == {}
+
+
+def test_pruning_keeps_the_newest_and_comes_after_the_rename(tmp_path, monkeypatch):
+    order = []
+    rename, remove = checkpoints._replace_folder, shutil.rmtree
+    monkeypatch.setattr(checkpoints, "_replace_folder", lambda *a: (order.append("commit"), rename(*a)))
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (order.append(f"remove {p.name}"), remove(p, **k)))
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=2)
+    assert list(list_checkpoints(tmp_path)) == [2, 3]
+    last = order[len(order) - order[::-1].index("commit") :]
+    assert "remove checkpoint-1" in last, order
+
+
+def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+
+    def fail(path):
+        (path / "half").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, 2, fail, keep=2, info={})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    verify_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_the_manifest_is_written_last_and_the_folder_appears_whole(tmp_path, monkeypatch):
+    seen = []
+    flush = checkpoints._flush
+    monkeypatch.setattr(
+        checkpoints, "_flush", lambda p: (seen.append((p.name, (tmp_path / "checkpoint-5").exists())), flush(p))
+    )
+    save(tmp_path, 5)
+    names = [name for name, _ in seen]
+    assert names.index("manifest.json") > names.index("weights.bin")
+    assert [exists for name, exists in seen if name == "manifest.json"] == [False]
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint-1" / "state.json").write_text("spoilt")
+    save(tmp_path, 1)
+    verify_checkpoint(tmp_path / "checkpoint-1")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def flip_bit(path):
+    data = bytearray((path / "part" / "weights.bin").read_bytes())
+    data[50] ^= 1
+    (path / "part" / "weights.bin").write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path / "part" / "weights.bin", 10)
+
+
+def lose(path):
+    (path / "state.json").unlink()
+
+
+def spoil_manifest(path):
+    (path / "manifest.json").write_text("{")
+
+
+def lose_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def odd_manifest(path):
+    (path / "manifest.json").write_text(json.dumps([1]))
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, lose, spoil_manifest, lose_manifest, odd_manifest])
+def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    damage(path)
+    with pytest.raises(ValueError, match="checkpoint-2"):
+        verify_checkpoint(path)
+    said = []
+    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-1"
+    assert len(said) == 1 and "checkpoint-2" in said[0]
+    with pytest.raises(ValueError, match="checkpoint-2"):
+        find_checkpoint(tmp_path, str(path), said.append)
+
+
+def test_find(tmp_path):
+    said = []
+    assert find_checkpoint(tmp_path, None, said.append) is None and not said
+    assert find_checkpoint(tmp_path, "latest", said.append) is None
+    assert "from the beginning" in said[0]
+    for step in (2, 10):
+        save(tmp_path, step)
+    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"), said.append) == tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError, match="checkpoint-3"):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
+    for step in (2, 10):
+        flip_bit(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="All 2 checkpoints"):
+        find_checkpoint(tmp_path, "latest", said.append)
+
+
+def test_later_ones_are_set_aside_not_deleted(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    said = []
+    set_aside_later(tmp_path, 1, said.append)
+    assert list(list_checkpoints(tmp_path)) == [1] and len(said) == 2
+    verify_checkpoint(tmp_path / "abandoned-checkpoint-3")

@@ -1,0 +1,199 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from localctl.run.config import CONFIG_DIR, config_groups, help_text, load_config, schema_keys
+from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+
+
+def load(*argv: str) -> TrainSettings:
+    return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+
+
+def test_no_arguments_give_the_default_recipe():
+    settings = load()
+    assert (settings.base.name, settings.data.name, settings.condition.kind) == ("micro", "micro", "canny")
+    assert (settings.condition.low, settings.condition.high) == (50, 100)
+    assert (settings.mask.kind, settings.loss.filter) == ("box", "sobel")
+
+
+def test_yaml_and_dataclasses_agree_on_the_defaults():
+    """Who builds TrainSettings() in Python gets the run that the command line gives."""
+    assert load() == TrainSettings()
+
+
+def test_groups_and_dotted_overrides():
+    settings = load("base=sd15", "loss=laplacian", "loss.weight=1e-3", "mask=circle", "mask.count=[2, 3]")
+    assert settings.base.name == "sd15"
+    assert (settings.loss.filter, settings.loss.weight) == ("laplacian", 1e-3)
+    assert (settings.mask.kind, settings.mask.count) == ("circle", (2, 3))
+
+
+def test_the_value_beats_its_group_whatever_the_order():
+    assert load("loss.weight=0.5", "loss=mse").loss.weight == 0.5
+
+
+def test_experiments_change_values_and_groups_and_are_beaten_by_the_command_line():
+    assert load("experiment=quick").max_train_steps == 100
+    assert load("experiment=quick", "max_train_steps=7").max_train_steps == 7
+    assert load("experiment=denoising_only").loss.filter == "none"
+    assert load("experiment=denoising_only", "loss=mse").loss.filter == "mse"
+
+
+@pytest.mark.parametrize("spelling", [("--max_train_steps", "7"), ("--max-train-steps=7",), ("max_train_steps=7",)])
+def test_flags_with_underscores_dashes_and_equals(spelling):
+    assert load(*spelling).max_train_steps == 7
+
+
+def test_flags_of_the_ecosystem():
+    settings = load(
+        *[
+            "--pretrained_model_name_or_path",
+            "sd21",
+            "--revision",
+            "main",
+            "--resume_from_checkpoint",
+            "latest",
+            "--output_dir",
+            "out",
+            "--train_batch_size",
+            "2",
+            "--learning_rate",
+            "1e-5",
+            "--seed",
+            "3",
+            "--mixed_precision",
+            "no",
+            "--gradient_accumulation_steps",
+            "4",
+            "--validation_steps",
+            "0",
+            "--checkpointing_steps",
+            "9",
+            "--checkpoints_total_limit",
+            "3",
+            "--dataloader_num_workers",
+            "2",
+            "--max_grad_norm",
+            "0.5",
+            "--lr_scheduler",
+            "linear",
+            "--lr_warmup_steps",
+            "0",
+            "--adam_beta1",
+            "0.8",
+            "--adam_beta2",
+            "0.9",
+            "--adam_weight_decay",
+            "0",
+            "--adam_epsilon",
+            "1e-6",
+            "--proportion_empty_prompts",
+            "0.5",
+            "--report_to",
+            "none",
+            "--max_train_samples",
+            "40",
+            "--overwrite_output_dir",
+            "base.local_files_only=true",
+        ]
+    )
+    assert (settings.base.name, settings.base.revision, settings.base.local_files_only) == ("sd21", "main", True)
+    assert (settings.data.count, settings.mixed_precision, settings.report_to) == (40, "no", "none")
+    assert (settings.learning_rate, settings.adam_epsilon, settings.overwrite_output_dir) == (1e-5, 1e-6, True)
+    assert (settings.resume_from_checkpoint, settings.checkpoints_total_limit) == ("latest", 3)
+
+
+def test_a_bool_flag_does_not_swallow_what_follows():
+    settings = load("--overwrite_output_dir", "seed=4")
+    assert settings.overwrite_output_dir and settings.seed == 4
+    assert not load("--overwrite_output_dir", "false").overwrite_output_dir
+
+
+@pytest.mark.parametrize("text", ["a,b (1) [x]", "out/{a}/${b}", "x=y", "#1: 'q'", "07", "true", "über"])
+def test_text_is_taken_literally(text):
+    assert load(f"output_dir={text}").output_dir == text
+    assert load("--output_dir", text).output_dir == text
+
+
+def test_null_and_numbers():
+    assert load("--checkpoints_total_limit", "null").checkpoints_total_limit is None
+    assert load("seed=12345678901234567891").seed == 12345678901234567891
+    assert load("mask.min_area=.1").mask.min_area == 0.1
+
+
+def test_a_base_can_be_a_folder_or_a_hub_id():
+    assert load("base=./some/folder").base.name == "./some/folder"
+    assert load("--pretrained_model_name_or_path", "owner/name").base.name == "owner/name"
+
+
+def test_mappings_and_nested_lists():
+    settings = load("mask=mixture", "mask.mixture={box: 1, full: 0.5}", "adapter.channels=[8, 16]")
+    assert settings.mask.mixture == {"box": 1.0, "full": 0.5}
+    assert settings.adapter.channels == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["loss.wieght=1"], ["loss.wieght", "loss.weight"]),
+        (["--learning_rte", "1"], ["--learning_rte", "--learning_rate"]),
+        (["weight=1"], ["weight", "loss.weight"]),
+        (["condition=cany"], ["cany", "canny"]),
+        (["base=sd1.5"], ["sd1.5", "sd15"]),
+        (["experiment=quik"], ["quik", "quick"]),
+        (["loss=huber"], ["huber"]),
+        (["train"], ["train", "key=value"]),
+        (["--seed"], ["--seed", "value"]),
+        (["--seed", "--report_to", "none"], ["--seed", "value"]),
+        (["seed=often"], ["seed", "often", "whole number"]),
+        (["seed=1.5"], ["seed", "1.5", "whole number"]),
+        (["loss.weight=heavy"], ["loss.weight", "heavy"]),
+        (["overwrite_output_dir=perhaps"], ["overwrite_output_dir", "perhaps"]),
+        (["adapter.channels=8"], ["adapter.channels", "[1, 2]"]),
+        (["mask.mixture=[1"], ["mask.mixture", "[1"]),
+        (["mask.box=[0, 1]"], ["mask.box", "4"]),
+        (["loss.weight=nan"], ["weight"]),
+        (["+new=1"], ["+new"]),
+    ],
+)
+def test_mistakes_are_named_in_one_sentence(argv, words):
+    with pytest.raises(ValueError) as caught:
+        load(*argv)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize("group", ["base", "data", "condition", "mask", "loss", "experiment"])
+def test_every_option_of_every_group_loads(group):
+    options = config_groups()[group]
+    assert options
+    for option in options:
+        load(f"{group}={option}")
+
+
+def test_an_unknown_key_in_a_file_is_an_error(tmp_path):
+    (tmp_path / "train.yaml").write_text("sead: 1\n")
+    with pytest.raises(ValueError, match="'sead'; did you mean seed"):
+        load_config([], TrainSettings, config_dir=tmp_path)
+
+
+def test_missing_folder_is_said(tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        load_config([], TrainSettings, config_dir=tmp_path / "none")
+
+
+def test_help_names_every_key_group_and_flag():
+    text = help_text("train_adapter.py", TrainSettings(), aliases=ALIASES)
+    for key in [*schema_keys(TrainSettings), *config_groups(), *ALIASES]:
+        assert key in text
+    assert "condition=canny|depth" in text and "resume_from_checkpoint=null" in text
+
+
+def test_the_sections_of_the_schema_are_the_groups():
+    sections = {f.name for f in dataclasses.fields(TrainSettings) if dataclasses.is_dataclass(f.default_factory)}
+    assert set(config_groups()) - {"experiment"} <= sections
+    defaults = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())["defaults"]
+    assert {name for entry in defaults if isinstance(entry, dict) for name in entry} == set(config_groups())
