@@ -30,10 +30,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0, help="stop each part after so long; run again to go on")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0 = all)")
     parser.add_argument("--scenes", type=int, default=30000)
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--clip_steps", type=int, default=1300)
+    parser.add_argument("--vae_steps", type=int, default=1850)
+    parser.add_argument("--clip_steps", type=int, default=950)
+    parser.add_argument("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     parser.add_argument("--unet_steps", type=int, default=20000)
-    parser.add_argument("--unet_batch", type=int, default=32)
+    parser.add_argument("--unet_batch", type=int, default=24)
     return parser.parse_args(argv)
 
 
@@ -48,7 +49,7 @@ def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
     clip.load_state_dict(read_weights(args.workdir / "clip.pt"))
     vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
     set_scaling(vae, data)
-    cache = latent_cache(data, vae, text_tower(clip), tokenizer, args.workdir / "latents.pt")
+    cache = latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, args.workdir / "latents.pt")
     config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
     return train_unet(cache, config, args.workdir, args.unet_batch)[1]
 

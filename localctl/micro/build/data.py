@@ -25,6 +25,10 @@ class SceneCache:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def head(self, count: int) -> SceneCache:
+        """The first `count` scenes."""
+        return SceneCache(self.images[:count], self.captions[:count], self.centers[:count])
+
 
 def _render(job: tuple[str, str, int, int]) -> tuple[np.ndarray, list[str], list[list[tuple[float, float]]]]:
     profile, split, start, stop = job

@@ -47,7 +47,9 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
     The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     step = _resume(path, model, optimizer, average)
     model.train()

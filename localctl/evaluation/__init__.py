@@ -1,0 +1,1 @@
+"""Measurements that need a base, adapters and data together."""

@@ -1,0 +1,219 @@
+"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
+
+python -m localctl.evaluation.control --adapter outputs/adapter/adapter
+python -m localctl.evaluation.control --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
+
+For every scene a random box is the mask, and the adapter sees the scene's edges. Four pictures are compared: the scene,
+its round trip through the VAE (the ceiling), what the base draws from the caption (the floor) and what the base draws
+with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.base import BaseConfig, load_pipeline, set_scheduler
+from localctl.conditions import ConditionConfig, extract
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.images import grid, outline
+from localctl.masks import MaskConfig, sample_mask
+from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.metrics.edges import edge_scores
+from localctl.micro.detect import detect
+from localctl.micro.report import round_trip
+from localctl.micro.scenes import Scene, SceneObject, scene
+from localctl.random import numpy_rng
+from localctl.sampling import generate
+
+MIN_EDGES = 40  # true edge pixels inside the mask
+MARGIN = 8  # px between the mask and an object that counts as hidden
+CANNY = ConditionConfig(kind="canny", low=50, high=100)  # the yardstick, whatever the adapter was trained on
+
+
+@dataclass(frozen=True)
+class Case:
+    """One held-out scene with its mask (1, 128, 128) and its own seed."""
+
+    item: Scene
+    mask: Tensor
+    edges: np.ndarray
+    seed: int
+
+    @property
+    def inside(self) -> np.ndarray:
+        return self.mask[0].numpy() > 0.5
+
+    @property
+    def hidden(self) -> list[SceneObject]:
+        """Objects lying wholly at least MARGIN px outside the mask."""
+        found = []
+        for item in self.item.objects:
+            x0, y0, x1, y1 = item.box
+            rows = slice(max(0, int(y0) - MARGIN), int(np.ceil(y1)) + MARGIN)
+            columns = slice(max(0, int(x0) - MARGIN), int(np.ceil(x1)) + MARGIN)
+            if not self.inside[rows, columns].any():
+                found.append(item)
+        return found
+
+
+def canny(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3) -> bool (H, W)."""
+    return extract(CANNY, image)[0].numpy() > 0.5
+
+
+def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
+    """Test scenes with a box drawn until it holds enough edges; the same for every adapter."""
+    made = []
+    for index in range(count):
+        item = scene(index, "basic", "test")
+        edges = canny(item.image)
+        for attempt in range(1000):
+            drawn = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
+            if edges[drawn[0].numpy() > 0.5].sum() >= MIN_EDGES:
+                break
+        else:
+            raise ValueError(f"No mask of kind {mask.kind!r} holds {MIN_EDGES} edge pixels of scene {index}.")
+        made.append(Case(item, drawn, edges, seed=1000 + index))
+    return made
+
+
+def sample_all(pipe: Any, chosen: list[Case], adapter: LocalAdapter | None, arguments: dict[str, Any]) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
+    controls: list[LocalAdapterControl] = []
+    if adapter is not None:
+        config = ConditionConfig(**adapter.config.condition)
+        condition = torch.stack([extract(config, case.item.image) for case in chosen])
+        controls.append(LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in chosen])))
+    prompts, seeds = [case.item.caption for case in chosen], [case.seed for case in chosen]
+    return np.stack([np.asarray(i) for i in generate(pipe, prompts, controls, seeds, paired=True, **arguments).images])
+
+
+def f1_inside(chosen: list[Case], images: np.ndarray) -> np.ndarray:
+    """In-mask F1 against the scene's edges, (n,)."""
+    pairs = zip(chosen, images, strict=True)
+    return np.asarray([edge_scores(canny(image), case.edges, case.inside, 2.0).f1 for case, image in pairs])
+
+
+def reproduced(case: Case, image: np.ndarray) -> float:
+    """Share of the hidden objects whose shape stands in the picture at the same place (box IoU >= 0.5)."""
+    found = detect(image).objects
+    hits = [any(d.shape == o.shape and box_iou(d.box, o.box) >= 0.5 for d in found) for o in case.hidden]
+    return float(np.mean(hits))
+
+
+def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(0.0, width) * max(0.0, height)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return overlap / (sum(areas) - overlap)
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Intervals over scenes; `control` is the share of the possible gain, `leak` the paired difference to the base."""
+
+    adapter: str
+    f1_base: Interval
+    f1_adapter: Interval
+    f1_ceiling: Interval
+    control: Interval
+    leak: Interval | None
+
+
+def compare(name: str, chosen: list[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray) -> ControlResult:
+    table = np.stack([f1_inside(chosen, pictures) for pictures in (base, ceiling, images)], axis=1)  # (n, 3)
+
+    def share(rows: np.ndarray) -> float:
+        floor, top, reached = rows.mean(0)
+        return float((reached - floor) / (top - floor))
+
+    hidden = [i for i, case in enumerate(chosen) if case.hidden]
+    leaks = [reproduced(chosen[i], images[i]) - reproduced(chosen[i], base[i]) for i in hidden]
+    return ControlResult(
+        adapter=name,
+        f1_base=bootstrap(table[:, 0]),
+        f1_adapter=bootstrap(table[:, 2]),
+        f1_ceiling=bootstrap(table[:, 1]),
+        control=bootstrap(table, share),
+        leak=bootstrap(np.asarray(leaks)) if leaks else None,
+    )
+
+
+def picture_sheet(chosen: list[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
+    lines = []
+    for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
+        edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
+        pictures = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
+        real, base_picture, result, found = (Image.fromarray(p) for p in pictures)
+        framed = [outline(p, case.mask) for p in (edges, base_picture, result, found)]
+        lines.append([p.resize((192, 192), Image.Resampling.NEAREST) for p in (*framed, real)])
+    labels = ("condition + mask", "base", "with adapter", "its edges", "scene of the edges")
+    return grid(lines, labels, [case.item.caption for case in chosen[:rows]])
+
+
+def table(results: list[ControlResult]) -> str:
+    lines = [
+        "| adapter | F1 base | F1 adapter | F1 VAE round trip | control | leak over base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        cells = (r.adapter, r.f1_base, r.f1_adapter, r.f1_ceiling, r.control, r.leak or "no hidden objects")
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="localctl.evaluation.control", description="In-mask control of adapters.")
+    parser.add_argument("--adapter", nargs="+", required=True, type=Path, help="folders of trained LocalAdapters")
+    parser.add_argument("--base", default="micro")
+    parser.add_argument("--count", type=int, default=200, help="held-out scenes")
+    parser.add_argument("--num_inference_steps", type=int, default=30)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--scheduler", default="ddim")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/control"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    adapters = {str(path): LocalAdapter.from_pretrained(path) for path in args.adapter}
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    set_scheduler(pipe, args.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
+    arguments = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "batch_size": args.batch_size,
+    }
+    ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
+    base = sample_all(pipe, chosen, None, arguments)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    results = []
+    for number, (name, adapter) in enumerate(adapters.items()):
+        images = sample_all(pipe, chosen, adapter, arguments)
+        results.append(compare(name, chosen, base, ceiling, images))
+        picture_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
+    settings = {k: [str(v) for v in value] if k == "adapter" else value for k, value in vars(args).items()}
+    content = {"settings": settings, "results": [asdict(r) for r in results]}
+    (args.output_dir / "control.json").write_text(json.dumps(content, indent=1, default=str))
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+
+from localctl.metrics.bootstrap import bootstrap
+
+
+def test_the_interval_of_a_mean_is_the_normal_one() -> None:
+    samples = np.random.default_rng(0).normal(3, 2, 400)
+    interval = bootstrap(samples)
+    half = 1.96 * samples.std() / 20
+    assert interval.value == pytest.approx(samples.mean())
+    assert interval.low == pytest.approx(interval.value - half, abs=0.03)
+    assert interval.high == pytest.approx(interval.value + half, abs=0.03)
+
+
+def test_columns_stay_paired() -> None:
+    """A difference of two columns that move together has no spread, however wide each is alone."""
+    base = np.random.default_rng(1).normal(0, 10, 100)
+    interval = bootstrap(np.stack([base, base + 1], axis=1), lambda rows: float((rows[:, 1] - rows[:, 0]).mean()))
+    assert interval.low == pytest.approx(1) and interval.high == pytest.approx(1)
+
+
+def test_it_draws_from_its_own_generator() -> None:
+    samples = np.arange(50.0)
+    state = np.random.get_state()[1].copy()
+    assert bootstrap(samples) == bootstrap(samples)
+    assert bootstrap(samples, seed=1) != bootstrap(samples)
+    assert np.array_equal(state, np.random.get_state()[1])
+
+
+@pytest.mark.parametrize(("samples", "message"), [([], "no samples"), ([1.0, float("nan")], "1 samples are NaN")])
+def test_undefined_input_is_refused(samples: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bootstrap(np.asarray(samples))
