@@ -141,9 +141,8 @@ def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> 
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in known}
     near = difflib.get_close_matches(name, [*known, *by_last_part], n=1, cutoff=0.5)
     if near:
-        raise ValueError(
-            f"There is no {kind} {show + name!r}; did you mean {show}{by_last_part.get(near[0], near[0])}?"
-        )
+        nearest = by_last_part.get(near[0], near[0])
+        raise ValueError(f"There is no {kind} {show + name!r}; did you mean {show}{nearest}?")
     raise ValueError(f"There is no {kind} {show + name!r}; known are {', '.join(known)}.")
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from localctl.adapter import LocalAdapter
 from localctl.base import load_pipeline
+from localctl.control.local_adapter import residual_shapes
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
 from localctl.random import key_seed
@@ -136,22 +137,26 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
 
 def new_adapter(settings: TrainSettings, pipe: DiffusionPipeline) -> LocalAdapter:
     """An adapter that fits the U-Net of ``pipe``, with fresh weights; the global random state is left alone."""
-    levels = tuple(pipe.unet.config.block_out_channels)
     options = asdict(settings.adapter)
-    channels = options.pop("channels") or levels
-    if tuple(channels) != levels[: len(channels)]:
-        raise ValueError(
-            f"The adapter's channels {list(channels)} are not those of the base's U-Net, {list(levels)}; "
-            "leave adapter.channels at null."
-        )
+    channels = options.pop("channels") or pipe.unet.config.block_out_channels
+    options |= {"in_channels": settings.condition.channels, "channels": list(channels)}
+    _check_fit(options, pipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(settings.seed, "adapter"))
-        return LocalAdapter(
-            in_channels=settings.condition.channels,
-            channels=list(channels),
-            condition=asdict(settings.condition),
-            base=settings.base.name,
-            **options,
+        return LocalAdapter(condition=asdict(settings.condition), base=settings.base.name, **options)
+
+
+def _check_fit(options: dict[str, Any], pipe: DiffusionPipeline) -> None:
+    """ValueError unless an adapter of these options makes what the U-Net takes; nothing is computed."""
+    side = 64 * pipe.vae_scale_factor
+    with torch.device("meta"):
+        features = LocalAdapter(**options)(torch.zeros(1, options["in_channels"] + 1, side, side))
+    made = [tuple(feature.shape[1:]) for feature in features]
+    taken = residual_shapes(pipe.unet, latent_size(side, side, pipe.vae_scale_factor))[: len(made)]
+    if made != taken:
+        raise ValueError(
+            f"For {side}x{side} pixels the adapter would make features {made} but the base's U-Net takes {taken}; "
+            "leave adapter.channels and adapter.downscale_factor at their defaults."
         )
 
 

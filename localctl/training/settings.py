@@ -71,6 +71,7 @@ class AdapterConfig:
         _choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
         _choose("adapter.mask_resize", self.mask_resize, MASK_RESIZE)
         _at_least("adapter.num_res_blocks", self.num_res_blocks, 1)
+        _at_least("adapter.downscale_factor", self.downscale_factor, 1)
         if self.channels is not None and (not self.channels or min(self.channels) < 1):
             raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
 

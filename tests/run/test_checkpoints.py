@@ -70,9 +70,12 @@ def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(tmp_path):
 def test_the_manifest_is_written_last_and_the_folder_appears_whole(tmp_path, monkeypatch):
     seen = []
     flush = checkpoints._flush
-    monkeypatch.setattr(
-        checkpoints, "_flush", lambda p: (seen.append((p.name, (tmp_path / "checkpoint-5").exists())), flush(p))
-    )
+
+    def watch(path):
+        seen.append((path.name, (tmp_path / "checkpoint-5").exists()))
+        flush(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", watch)
     save(tmp_path, 5)
     names = [name for name, _ in seen]
     assert names.index("manifest.json") > names.index("weights.bin")

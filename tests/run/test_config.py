@@ -1,4 +1,5 @@
 import dataclasses
+import shlex
 
 import pytest
 import yaml
@@ -48,56 +49,14 @@ def test_flags_with_underscores_dashes_and_equals(spelling):
 
 def test_flags_of_the_ecosystem():
     settings = load(
-        *[
-            "--pretrained_model_name_or_path",
-            "sd21",
-            "--revision",
-            "main",
-            "--resume_from_checkpoint",
-            "latest",
-            "--output_dir",
-            "out",
-            "--train_batch_size",
-            "2",
-            "--learning_rate",
-            "1e-5",
-            "--seed",
-            "3",
-            "--mixed_precision",
-            "no",
-            "--gradient_accumulation_steps",
-            "4",
-            "--validation_steps",
-            "0",
-            "--checkpointing_steps",
-            "9",
-            "--checkpoints_total_limit",
-            "3",
-            "--dataloader_num_workers",
-            "2",
-            "--max_grad_norm",
-            "0.5",
-            "--lr_scheduler",
-            "linear",
-            "--lr_warmup_steps",
-            "0",
-            "--adam_beta1",
-            "0.8",
-            "--adam_beta2",
-            "0.9",
-            "--adam_weight_decay",
-            "0",
-            "--adam_epsilon",
-            "1e-6",
-            "--proportion_empty_prompts",
-            "0.5",
-            "--report_to",
-            "none",
-            "--max_train_samples",
-            "40",
-            "--overwrite_output_dir",
-            "base.local_files_only=true",
-        ]
+        *shlex.split(
+            "--pretrained_model_name_or_path sd21 --revision main --resume_from_checkpoint latest --output_dir out "
+            "--train_batch_size 2 --learning_rate 1e-5 --seed 3 --mixed_precision no --gradient_accumulation_steps 4 "
+            "--validation_steps 0 --checkpointing_steps 9 --checkpoints_total_limit 3 --dataloader_num_workers 2 "
+            "--max_grad_norm 0.5 --lr_scheduler linear --lr_warmup_steps 0 --adam_beta1 0.8 --adam_beta2 0.9 "
+            "--adam_weight_decay 0 --adam_epsilon 1e-6 --proportion_empty_prompts 0.5 --report_to none "
+            "--max_train_samples 40 --overwrite_output_dir base.local_files_only=true"
+        )
     )
     assert (settings.base.name, settings.base.revision, settings.base.local_files_only) == ("sd21", "main", True)
     assert (settings.data.count, settings.mixed_precision, settings.report_to) == (40, "no", "none")

@@ -1,0 +1,38 @@
+import yaml
+from PIL import Image
+from training_helpers import tiny_settings
+
+from localctl.run.config import load_config
+from localctl.training.export import model_card, sheet_name, write_settings
+from localctl.training.settings import TrainSettings
+from localctl.training.validation import Fidelity, References, ValidationResult
+
+
+def fidelity(f1):
+    return Fidelity(f1, f1, f1, (f1, f1))
+
+
+def test_the_card_carries_grid_and_figures(tmp_path):
+    settings = tiny_settings("micro", tmp_path, gradient_accumulation_steps=2)
+    result = ValidationResult(fidelity(0.55), Image.new("RGB", (8, 8)))
+    card = model_card(settings, 40, result, References(fidelity(0.1), fidelity(1.0)))
+    front, body = card.split("---\n")[1:3]
+    meta = yaml.safe_load(front)
+    assert meta["base_model"] == "micro" and {"t2iadapter", "canny"} <= set(meta["tags"])
+    assert "40 steps" in body and f"({sheet_name(40)})" in body and "50% of the way" in body
+    assert "| with the adapter | 0.550 |" in body and "| base alone | 0.100 |" in body and "batch 8" in body
+    compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_card_without_validation_claims_nothing(tmp_path):
+    card = model_card(tiny_settings("micro", tmp_path), 40, None, None)
+    assert "F1" not in card and "validation/" not in card
+
+
+def test_the_written_settings_are_a_configuration_that_gives_the_same_run(tmp_path):
+    settings = load_config(
+        ["mask=mixture", "adapter.channels=[8, 16]", "loss.weight=1e-5", "output_dir=a, (b)"], TrainSettings
+    )
+    write_settings(settings, tmp_path / "config")
+    (tmp_path / "config" / "config.yaml").rename(tmp_path / "config" / "train.yaml")
+    assert load_config([], TrainSettings, config_dir=tmp_path / "config") == settings

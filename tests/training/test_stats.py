@@ -1,0 +1,59 @@
+import json
+
+import pytest
+import torch
+
+from localctl.losses import LossTerms
+from localctl.training.stats import StepStats, bucket_means
+from localctl.training.step import StepOutput
+
+
+def output(timesteps, scale=1.0):
+    t = torch.tensor(timesteps)
+    values = t.float() / 1000 * scale
+    return StepOutput(values.mean(), LossTerms(values, values / 8, values * 2, values), t)
+
+
+def row(stats):
+    return stats.row(1000, lambda tensor: tensor)
+
+
+def test_a_row_is_the_mean_over_samples_by_tenth_of_the_timesteps():
+    stats = StepStats()
+    stats.add(output([0, 99, 500]))
+    stats.add(output([999]))
+    stats.add_time(4, seconds=2.0, waiting=0.5)
+    values = row(stats)
+    assert values["denoising"] == pytest.approx((0 + 0.099 + 0.5 + 0.999) / 4)
+    assert values["loss"] == pytest.approx(values["denoising"] * 1.125)
+    assert values["local_raw_by_timestep"][0] == pytest.approx(0.099)
+    assert values["denoising_by_timestep"][9] == pytest.approx(0.999)
+    assert values["local_raw_by_timestep"][1] is None and len(values["local_raw_by_timestep"]) == 10
+    assert values["images_per_second"] == 2 and values["data_wait_share"] == 0.25
+
+
+def test_after_a_row_it_starts_anew():
+    stats = StepStats()
+    stats.add(output([0]))
+    row(stats)
+    stats.add(output([500]))
+    assert row(stats)["denoising"] == pytest.approx(0.5)
+
+
+def test_saved_and_restored_exactly_also_when_empty():
+    one, two = StepStats(), StepStats()
+    for stats in (one, two):
+        stats.add(output([3, 700], scale=1 / 3))
+    two = StepStats.from_state_dict(json.loads(json.dumps(two.state_dict())))
+    for stats in (one, two):
+        stats.add(output([100], scale=1 / 7))
+    assert row(one) == row(two)
+    empty = StepStats.from_state_dict(StepStats().state_dict())
+    empty.add(output([1]))
+    assert row(empty)["loss"] > 0
+
+
+def test_bucket_means_are_exact_at_the_borders():
+    timesteps = torch.tensor([0, 24, 25, 249])
+    means = bucket_means(torch.tensor([1.0, 2.0, 4.0, 8.0]), timesteps * 10 // 250)
+    assert means[0] == 1.5 and means[1] == 4.0 and means[9] == 8.0

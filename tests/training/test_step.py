@@ -1,0 +1,152 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from training_helpers import tiny_settings
+
+from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
+from localctl.masks import MaskConfig
+from localctl.training.models import Memo, load_models
+from localctl.training.step import Draws, draw, training_step
+
+SHAPE = (4, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def settings(sd_folder, tmp_path_factory):
+    return tiny_settings(sd_folder, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="module")
+def models(settings):
+    return load_models(settings, torch.device("cpu"), None)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return MaskedSamples(MicroScenes(count=4), MaskConfig(), 0)
+
+
+def batch_of(samples, *refs):
+    return collate([samples[SampleRef(*ref)] for ref in refs])
+
+
+def rows(draws, *index):
+    return Draws(*(getattr(draws, name)[list(index)] for name in ("posterior", "noise", "uniform", "empty_prompt")))
+
+
+def assert_same(a, b):
+    for name in ("posterior", "noise", "uniform", "empty_prompt"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
+    both = draw(batch_of(samples, (0, 0), (1, 3)), SHAPE, settings)
+    torch.rand(5)
+    assert_same(rows(both, 1), draw(batch_of(samples, (1, 3)), SHAPE, settings))
+    assert_same(rows(both, 1, 0), draw(batch_of(samples, (1, 3), (0, 0)), SHAPE, settings))
+    for other in (
+        draw(batch_of(samples, (1, 2)), SHAPE, settings),
+        draw(batch_of(samples, (1, 3)), SHAPE, replace(settings, seed=1)),
+    ):
+        assert not torch.equal(other.noise, both.noise[1:]) and not torch.equal(other.uniform, both.uniform[1:])
+
+
+def test_the_draws_of_one_sample_are_independent_of_each_other(samples, settings):
+    draws = draw(batch_of(samples, (0, 0)), SHAPE, settings)
+    assert abs(torch.corrcoef(torch.stack([draws.noise.flatten(), draws.posterior.flatten()]))[0, 1]) < 0.15
+
+
+def test_the_share_of_empty_prompts(samples, settings):
+    refs = [(i % 4, i) for i in range(400)]
+    keys = [f"basic-train-{i}" for i, _ in refs]
+    one = batch_of(samples, (0, 0))
+    many = replace(one, keys=tuple(keys), epochs=tuple(e for _, e in refs))
+    share = draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.3)).empty_prompt.double().mean()
+    assert 0.22 < share < 0.38
+    assert not draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.0)).empty_prompt.any()
+    assert draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=1.0)).empty_prompt.all()
+
+
+def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, settings, models):
+    """Written out once more with diffusers' own scheduler and the pipeline's own encoders."""
+    batch = batch_of(samples, (0, 0), (1, 0))
+    draws = replace(draw(batch, SHAPE, settings), empty_prompt=torch.tensor([False, True]))
+    output = training_step(batch, models, settings, draws)
+    with torch.no_grad():
+        posterior = models.vae.encode(batch.pixels).latent_dist
+        z0 = (posterior.mean + posterior.std * draws.posterior) * models.vae.config.scaling_factor
+        steps = ((1 - draws.uniform**3) * 1000).long()
+        scheduler = DDIMScheduler.from_config(models.pipe.scheduler.config)
+        noisy = scheduler.add_noise(z0, draws.noise, steps)
+        states, _ = models.pipe.encode_prompt([batch.captions[0], ""], "cpu", 1, False)
+        features = models.plain_adapter(torch.cat([batch.condition, batch.mask], dim=1))
+        predicted = models.unet(noisy, steps, states, down_intrablock_additional_residuals=features).sample
+    expected = (predicted - draws.noise).square().mean(dim=(1, 2, 3))
+    assert torch.equal(output.timesteps, steps)
+    assert torch.allclose(output.terms.denoising, expected, rtol=1e-4)
+    assert torch.allclose(output.loss, (output.terms.denoising + output.terms.local).mean())
+    assert (output.terms.local > 0).all()
+
+
+def test_without_a_mask_the_adapter_has_no_say(samples, settings, models):
+    batch = replace(batch_of(samples, (0, 0)), mask=torch.zeros(1, 1, 128, 128))
+    draws = draw(batch, SHAPE, settings)
+    output = training_step(batch, models, settings, draws)
+    with torch.no_grad():
+        other = training_step(replace(batch, condition=1 - batch.condition), models, settings, draws)
+    assert torch.equal(output.terms.denoising, other.terms.denoising)
+    output.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in models.plain_adapter.parameters())
+    models.plain_adapter.zero_grad()
+
+
+def test_the_gradient_passes_the_frozen_parts_and_stays_out_of_them(samples, settings, models):
+    batch = batch_of(samples, (0, 0), (1, 0))
+    training_step(batch, models, settings, draw(batch, SHAPE, settings)).loss.backward()
+    for name, parameter in models.plain_adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
+    assert all(p.grad is None for part in models.frozen.values() for p in part.parameters())
+    assert not any(part.training for part in models.frozen.values())
+    models.plain_adapter.zero_grad()
+
+
+def test_the_loss_settings_reach_the_loss(samples, settings, models):
+    batch = batch_of(samples, (0, 0))
+    draws = draw(batch, SHAPE, settings)
+    heavy = replace(settings, loss=replace(settings.loss, weight=1.0))
+    plain = replace(settings, loss=replace(settings.loss, filter="none"))
+    with torch.no_grad():
+        base, much, none = (training_step(batch, models, s, draws).terms for s in (settings, heavy, plain))
+    assert torch.allclose(much.local, base.local * 1000) and not none.local.any()
+
+
+def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
+    draws = draw(batch, SHAPE, settings)
+    kept = models.encode(batch, draws.posterior)
+    again = models.encode(batch, draws.posterior)
+    fresh = load_models(replace(settings, data=replace(settings.data, keep_latents=False)), torch.device("cpu"), None)
+    assert torch.equal(kept, again)
+    assert torch.allclose(kept, fresh.encode(batch, draws.posterior), atol=1e-5)
+    alone = batch_of(samples, (2, 0))
+    assert torch.equal(kept[2:], models.encode(alone, draws.posterior[2:]))
+
+
+def test_texts_are_read_as_the_pipeline_reads_them(models):
+    captions = ["a red circle", "", "a red circle"]
+    states, _ = models.pipe.encode_prompt(captions, "cpu", 1, False)
+    assert torch.allclose(models.text_states(captions), states, atol=1e-6)
+
+
+def test_memo_keeps_the_most_recently_used():
+    calls = []
+
+    def get(key):
+        return memo.get(key, lambda: (calls.append(key), torch.zeros(10))[1])
+
+    memo = Memo(max_bytes=80)
+    for key in ("a", "b", "a", "c", "a", "b"):
+        get(key)
+    assert calls == ["a", "b", "c", "b"]

@@ -1,0 +1,224 @@
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import T2IAdapter
+from training_helpers import loss_log, silent_run, tiny_settings
+
+from localctl.adapter import LocalAdapter
+from localctl.run.checkpoints import list_checkpoints
+
+
+def weights(run):
+    return [p.detach().clone() for p in run.state.models.plain_adapter.parameters()]
+
+
+def moments(run):
+    return [t for entry in run.state.optimizer.state_dict()["state"].values() for t in entry.values()]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module")
+def straight(sd_folder, tmp_path_factory):
+    """An uninterrupted run of 5 steps, logged every 3: (settings, run)."""
+    settings = tiny_settings(sd_folder, tmp_path_factory.mktemp("straight"), max_train_steps=5, logging_steps=3)
+    run = silent_run(settings)
+    run.train()
+    return settings, run
+
+
+@pytest.mark.parametrize("stops", [(2,), (1, 4)])
+def test_stop_and_resume_is_the_uninterrupted_run(straight, tmp_path, stops):
+    """Parameters, moments and the log, bit for bit; over the end of an epoch, and in the middle of a logging period."""
+    settings, whole = straight
+    settings = replace(settings, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    for stop in stops:
+        result = silent_run(settings).train(stop=lambda step, stop=stop: step == stop)
+        assert result.interrupted and result.step == stop
+    run = silent_run(settings)
+    assert run.state.step == stops[-1]
+    result = run.train()
+    assert not result.interrupted and result.step == 5
+    assert same(weights(run), weights(whole)) and same(moments(run), moments(whole))
+    log = loss_log(tmp_path)
+    assert log == loss_log(Path(whole.settings.output_dir)) and [row["step"] for row in log] == [3, 5]
+
+
+def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path):
+    settings, whole = straight
+    torch.rand(3)
+    watched = replace(settings, output_dir=str(tmp_path / "a"), validation_steps=2, dataloader_num_workers=2)
+    run = silent_run(watched)
+    before = torch.random.get_rng_state()
+    result = run.train(stop=lambda step: bool(torch.rand(1) > 2))
+    assert not torch.equal(torch.random.get_rng_state(), before)  # only by our own torch.rand
+    assert loss_log(tmp_path / "a") == loss_log(Path(settings.output_dir))
+    assert same(weights(run), weights(whole)) and result.fidelity is not None
+    assert sorted(p.name for p in (tmp_path / "a" / "validation").iterdir()) == [
+        f"step-{step:06d}.png" for step in (2, 4, 5)
+    ]
+
+
+def test_training_leaves_the_global_random_state_alone(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=2, validation_steps=1)
+    before = torch.random.get_rng_state()
+    silent_run(settings).train()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_seed_matters(straight, tmp_path):
+    run = silent_run(replace(straight[0], output_dir=str(tmp_path), seed=1))
+    run.train()
+    assert loss_log(tmp_path)[0]["loss"] != loss_log(Path(straight[0].output_dir))[0]["loss"]
+
+
+def test_accumulation_is_a_larger_batch(straight, tmp_path):
+    settings, whole = straight
+    small = replace(settings, output_dir=str(tmp_path), train_batch_size=2, gradient_accumulation_steps=2)
+    run = silent_run(small)
+    assert run.train().step == 5
+    for a, b in zip(loss_log(tmp_path), loss_log(Path(settings.output_dir)), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-3
+        )
+    for a, b in zip(weights(run), weights(whole), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_only_the_adapter_moves_and_all_of_it(sd_folder, tmp_path):
+    run = silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=2, lr_warmup_steps=0, adam_weight_decay=0.0))
+    frozen = {n: [p.clone() for p in part.parameters()] for n, part in run.state.models.frozen.items()}
+    start = weights(run)
+    run.train()
+    for name, part in run.state.models.frozen.items():
+        assert same(list(part.parameters()), frozen[name]), name
+        assert all(p.grad is None for p in part.parameters())
+    names = [name for name, _ in run.state.models.plain_adapter.named_parameters()]
+    assert [n for n, a, b in zip(names, start, weights(run), strict=True) if torch.equal(a, b)] == []
+
+
+def test_v_prediction_and_conditions_with_three_channels(v_folder, tmp_path):
+    settings = tiny_settings(v_folder, tmp_path, max_train_steps=2)
+    run = silent_run(replace(settings, condition=replace(settings.condition, kind="segmentation"), validation_steps=2))
+    assert run.state.models.prediction_type == "v_prediction"
+    run.train()
+    assert all(torch.isfinite(t).all() for t in weights(run))
+    assert run.state.models.plain_adapter.channels_of_condition == 3
+
+
+def test_bf16_trains_a_float32_adapter(sd_folder, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        run = silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=2, mixed_precision="bf16"))
+        assert run.state.models.dtype == torch.bfloat16
+        run.train()
+        assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in weights(run))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_a_run_leaves_behind(sd_folder, tmp_path):
+    settings = tiny_settings(sd_folder, tmp_path, max_train_steps=3, validation_steps=3, checkpointing_steps=1)
+    said: list[str] = []
+    run = silent_run(replace(settings, report_to="tensorboard"), said)
+    run.train()
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {
+        "README.md", "adapter", "t2iadapter", "config.yaml", "stats.jsonl", "logs", "validation",
+        "checkpoint-2", "checkpoint-3",
+    }  # fmt: skip
+    x = torch.rand(1, 2, 128, 128)
+    with torch.no_grad():
+        trained = run.state.models.plain_adapter(x)
+        adapter = LocalAdapter.from_pretrained(tmp_path / "adapter")
+        assert same(adapter(x), trained)
+        plain = T2IAdapter.from_pretrained(tmp_path / "t2iadapter")(x[:, :1])
+        assert same(plain, run.state.models.plain_adapter.adapter(x[:, :1]))
+    assert adapter.config.condition["low"] == 50 and adapter.config.base == str(sd_folder)
+    text = "\n".join(said)
+    for word in (str(sd_folder), "canny", "box", "sobel", "parameters", "to 3", str(tmp_path)):
+        assert word in text
+
+
+def test_resuming_a_finished_run_only_exports_again(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    (tmp_path / "README.md").unlink()
+    run = silent_run(replace(settings, resume_from_checkpoint="latest"))
+    assert run.train().step == 1 and (tmp_path / "README.md").exists() and len(loss_log(tmp_path)) == 1
+
+
+def test_an_earlier_run_is_not_mixed_up(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=2, checkpointing_steps=1)
+    silent_run(settings).train()
+    with pytest.raises(ValueError, match="earlier run.*--resume_from_checkpoint"):
+        silent_run(settings)
+    (tmp_path / "mine.txt").write_text("kept")
+    run = silent_run(replace(settings, overwrite_output_dir=True, max_train_steps=1))
+    assert not list_checkpoints(tmp_path) and (tmp_path / "mine.txt").exists()
+    run.train()
+    assert list(list_checkpoints(tmp_path)) == [1] and [r["step"] for r in loss_log(tmp_path)] == [1]
+
+
+def test_going_back_to_a_named_checkpoint(straight, tmp_path):
+    settings = replace(
+        straight[0], output_dir=str(tmp_path), checkpointing_steps=1, checkpoints_total_limit=None, logging_steps=1
+    )
+    silent_run(settings).train(stop=lambda step: step == 4)
+    said: list[str] = []
+    back = replace(settings, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run = silent_run(back, said)
+    assert run.state.step == 2 and sum("abandoned" in line for line in said) == 2
+    run.train()
+    assert list(list_checkpoints(tmp_path)) == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in loss_log(tmp_path)] == [1, 2, 3, 4, 5]
+    assert same(weights(run), weights(straight[1]))
+
+
+def test_latest_without_any_is_said_and_a_bad_path_is_an_error(straight, tmp_path):
+    said: list[str] = []
+    settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    assert silent_run(settings, said).state.step == 0
+    assert "from the beginning" in said[0]
+    with pytest.raises(ValueError, match="no checkpoint"):
+        silent_run(replace(settings, resume_from_checkpoint=str(tmp_path / "checkpoint-9")))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    other = replace(settings, adapter=replace(settings.adapter, num_res_blocks=1), resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="another shape"):
+        silent_run(other)
+
+
+def test_ctrl_c_leaves_a_checkpoint(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path), dataloader_num_workers=1)
+
+    def press(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    result = silent_run(settings).train(stop=press)
+    assert result.interrupted and result.step in (2, 3)
+    assert list(list_checkpoints(tmp_path)) == [result.step]
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_nan_stops_before_the_update_and_names_the_step(straight, tmp_path):
+    run = silent_run(replace(straight[0], output_dir=str(tmp_path)))
+    with torch.no_grad():
+        run.state.models.vae.encoder.conv_in.weight[0] = torch.nan
+    before = weights(run)
+    with pytest.raises(RuntimeError, match="not finite at step 1 .*basic-train-"):
+        run.train()
+    assert same(weights(run), before)

@@ -1,0 +1,93 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import tiny_settings
+
+from localctl.conditions import ConditionConfig
+from localctl.data import MicroScenes
+from localctl.images import to_pil
+from localctl.masks import MaskConfig
+from localctl.training.models import load_models
+from localctl.training.settings import ValidationConfig
+from localctl.training.validation import MIN_EDGES, Fidelity, References, Validator
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def settings(sd_folder, tmp_path_factory):
+    config = ValidationConfig(count=3, rows=2, batch_size=2, num_inference_steps=2)
+    return tiny_settings(sd_folder, tmp_path_factory.mktemp("out"), validation=config)
+
+
+@pytest.fixture(scope="module")
+def validator(settings):
+    return Validator(load_models(settings, CPU, None), settings, MicroScenes("val", count=30))
+
+
+def test_cases_are_held_out_scorable_and_fixed(settings, validator):
+    again = Validator(validator.models, settings, MicroScenes("val", count=60))
+    assert len(validator.cases) == 3
+    for case, other in zip(validator.cases, again.cases, strict=True):
+        assert case.example.key.startswith("basic-val-") and case.example.key == other.example.key
+        assert torch.equal(case.mask, other.mask)
+        assert (case.edges & (case.mask[0].numpy() > 0.5)).sum() >= MIN_EDGES
+
+
+def test_a_run_can_be_repeated_and_changes_no_weight_or_mode(validator):
+    adapter = validator.models.plain_adapter
+    before = {name: value.clone() for name, value in adapter.state_dict().items()}
+    state = torch.random.get_rng_state()
+    first, second = validator.run(), validator.run()
+    assert first.fidelity == second.fidelity
+    assert np.array_equal(np.asarray(first.sheet), np.asarray(second.sheet))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert adapter.training and all(p.requires_grad and p.grad is None for p in adapter.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+def test_the_adapter_is_what_is_being_judged(validator):
+    first = validator._generate(validator.models.plain_adapter)
+    base = validator._generate(None)
+    assert any(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(first, base, strict=True))
+
+
+def test_real_pictures_score_one_and_flat_ones_zero(validator):
+    real = [to_pil(case.example.pixels) for case in validator.cases]
+    assert validator._score(real).f1 == 1.0
+    flat = [picture.resize((1, 1)).resize(picture.size) for picture in real]
+    assert validator._score(flat) == Fidelity(0.0, 0.0, 0.0, (0.0,) * 3)
+
+
+def test_the_sheet_has_the_four_columns_and_the_asked_rows(validator):
+    sheet = validator.run().sheet
+    assert 4 * 128 <= sheet.width < 5 * 128 and 2 * 128 <= sheet.height < 3 * 128
+
+
+def test_control_is_the_share_of_the_way_to_the_ceiling():
+    def at(f1):
+        return Fidelity(f1, f1, f1, (f1,))
+
+    references = References(at(0.2), at(1.0))
+    assert references.control(0.6) == pytest.approx(0.5) and references.control(0.1) < 0
+    assert math.isnan(References(at(0.5), at(0.5)).control(0.7))
+
+
+def test_masks_without_edges_are_an_error(settings, validator):
+    corner = MaskConfig(kind="fixed", box=(0.0, 0.0, 0.02, 0.02))
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="larger masks"):
+        Validator(validator.models, replace(settings, mask=corner), MicroScenes("val", count=5))
+
+
+def test_conditions_no_picture_yields_are_scored_by_edges(settings):
+    from dataclasses import replace
+
+    depth = replace(settings, condition=ConditionConfig(kind="depth"))
+    result = Validator(
+        load_models(depth, CPU, None), depth, MicroScenes("val", count=30, condition=depth.condition)
+    ).run()
+    assert 0 <= result.fidelity.f1 <= 1

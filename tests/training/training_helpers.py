@@ -1,0 +1,42 @@
+"""Small training runs on the tiny pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from localctl.base import BaseConfig
+from localctl.run.logging import read_stats
+from localctl.training.loop import prepare
+from localctl.training.settings import DataConfig, TrainSettings, ValidationConfig
+
+TIMES = ("images_per_second", "data_wait_share")
+
+
+def tiny_settings(base: Path, output_dir: Path, **changes: Any) -> TrainSettings:
+    """6 scenes, batches of 4: the second step crosses into the next epoch."""
+    options: dict[str, Any] = {
+        "base": BaseConfig(name=str(base)),
+        "data": DataConfig(count=6),
+        "validation": ValidationConfig(count=2, rows=1, num_inference_steps=2),
+        "output_dir": str(output_dir),
+        "max_train_steps": 4,
+        "train_batch_size": 4,
+        "lr_warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "validation_steps": 0,
+        "checkpointing_steps": 0,
+        "report_to": "none",
+    }
+    return TrainSettings(**(options | changes))
+
+
+def silent_run(settings: TrainSettings, said: list[str] | None = None):
+    return prepare(settings, say=(said if said is not None else []).append)
+
+
+def loss_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of training steps without what depends on the clock."""
+    rows = [row for row in read_stats(folder) if "loss" in row]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
