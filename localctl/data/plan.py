@@ -19,7 +19,7 @@ from localctl.random import numpy_rng
 class SampleRef(NamedTuple):
     """One visit of one sample."""
 
-    index: int
+    sample: int
     epoch: int
 
 

@@ -54,7 +54,7 @@ class MaskedSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, ref: SampleRef) -> Example:
-        example = self.source[ref.index]
+        example = self.source[ref.sample]
         mask = example.mask
         if mask is None:
             rng = numpy_rng(self.seed, "mask", ref.epoch, example.key)

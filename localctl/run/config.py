@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -59,8 +59,7 @@ def load_config(
             chosen[key] = value
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
-    values = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(values, dict)
+    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     for key, value in changed.items():
         _set(values, key.split("."), value)
     return _build(schema, values, "")

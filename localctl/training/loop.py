@@ -75,25 +75,34 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
     run = Run(state, train, say)
     if state.accelerator.is_main_process:
         prepare_folder(output_dir, state.step, checkpoint is not None, say)
-        write_settings(settings, output_dir)
     state.accelerator.wait_for_everyone()
     return run
 
 
 def check_unused(folder: Path, overwrite: bool) -> None:
-    """ValueError when ``folder`` holds an earlier run that would be mixed up or lost."""
-    if overwrite or not (list_checkpoints(folder) or (folder / STATS).exists()):
-        return
-    raise ValueError(
-        f"{folder} holds an earlier run; continue it with --resume_from_checkpoint latest, choose another "
-        "--output_dir, or pass --overwrite_output_dir to replace it."
-    )
+    """ValueError when ``folder`` holds an earlier run that would be mixed up or lost, or files of somebody else's by
+    the names of ours, which not even ``overwrite`` may touch."""
+    if not holds_run(folder):
+        foreign = [name for name in _OUTPUTS if (folder / name).exists()]
+        if foreign:
+            raise ValueError(f"{folder} holds {foreign[0]}, but not of a training run; choose another --output_dir.")
+    elif not overwrite:
+        raise ValueError(
+            f"{folder} holds an earlier run; continue it with --resume_from_checkpoint latest, choose another "
+            "--output_dir, or pass --overwrite_output_dir to replace it."
+        )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training run has written to ``folder``."""
+    return bool(list_checkpoints(folder)) or (folder / STATS).exists()
 
 
 def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], None]) -> None:
-    """Fresh start: remove what an earlier run wrote (``check_unused`` allowed it). Resumed: set later checkpoints aside."""
+    """Resumed: set aside checkpoints beyond ``step``. Fresh: remove an earlier run, which ``check_unused`` let pass."""
     if resumed:
         set_aside_later(folder, step, say)
+    if resumed or not holds_run(folder):
         return
     for path in [*list_checkpoints(folder).values(), *(folder / name for name in _OUTPUTS)]:
         if path.is_dir():
@@ -125,6 +134,7 @@ class Run:
             self.say(self.announcement())
             tensorboard = settings.report_to == "tensorboard"
             self.tracker = FileTracker(self.output_dir, start=state.step, tensorboard=tensorboard)
+            write_settings(settings, self.output_dir)
         interrupted = False
         try:
             with Interrupt() as interrupt, self._bar() as bar:
@@ -151,7 +161,8 @@ class Run:
             loss += f" + {settings.loss.weight:g} x {settings.loss.filter} in the mask ({settings.loss.schedule})"
         batch = effective_batch(settings) * accelerator.num_processes
         threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-        begin = f"from step {self.state.step} " if self.state.step else ""
+        begin = f"from {self.state.step} " if self.state.step else ""
+        steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
         return "\n".join(
             (
                 f"base        {settings.base.name}, frozen ({frozen:,} parameters)",
@@ -159,7 +170,7 @@ class Run:
                 f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
                 f"loss        {loss}",
                 f"data        {len(self.train_source)} {settings.data.name} {settings.data.profile} examples",
-                f"steps       {begin}to {settings.max_train_steps}, {batch} samples each; {accelerator.device}{threads}",
+                f"steps       {steps}",
                 f"output      {self.output_dir}",
             )
         )

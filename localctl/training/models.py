@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,18 +91,15 @@ class Models:
 
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
         """The scaled latents z0 (B,c,h,w) float32 of the batch's pixels, sampled with ``posterior_noise``."""
-        if self._moments is None:
+        kept = self._moments
+        if kept is None:
             moments = self._encode_moments(batch.pixels)
         else:
             pictures = zip(batch.keys, batch.pixels, strict=True)
-            moments = torch.cat([self._kept_moments(key, pixels[None]) for key, pixels in pictures])
+            moments = torch.cat([kept.get(key, partial(self._encode_moments, p[None])) for key, p in pictures])
         mean, std = moments.chunk(2, dim=1)  # (B,c,h,w) each
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (mean + std * posterior_noise - shift) * self.vae.config.scaling_factor
-
-    def _kept_moments(self, key: str, pixels: Tensor) -> Tensor:
-        assert self._moments is not None
-        return self._moments.get(key, lambda: self._encode_moments(pixels))
 
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
@@ -111,7 +109,7 @@ class Models:
 
     def text_states(self, captions: list[str]) -> Tensor:
         """What the U-Net reads: (B, tokens, width), as the pipeline itself encodes prompts."""
-        return torch.cat([self._texts.get(caption, lambda c=caption: self._encode_text(c)) for caption in captions])
+        return torch.cat([self._texts.get(caption, partial(self._encode_text, caption)) for caption in captions])
 
     @torch.no_grad()
     def _encode_text(self, caption: str) -> Tensor:

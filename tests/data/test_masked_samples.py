@@ -50,6 +50,6 @@ def test_a_batch_keeps_rows_together(scenes):
     assert batch.pixels.shape == (2, 3, 128, 128) and batch.condition.shape == batch.mask.shape == (2, 1, 128, 128)
     for row, ref in enumerate(refs):
         assert torch.equal(batch.mask[row], samples[ref].mask)
-        assert torch.equal(batch.pixels[row], scenes[ref.index].pixels)
+        assert torch.equal(batch.pixels[row], scenes[ref.sample].pixels)
     moved = batch.to("meta")
     assert moved.pixels.device.type == "meta" and moved.keys == batch.keys

@@ -15,9 +15,9 @@ def test_every_epoch_visits_every_sample_once_in_another_order():
     visits = [plan.at(position) for position in range(30)]
     for epoch in range(3):
         part = visits[10 * epoch : 10 * epoch + 10]
-        assert sorted(ref.index for ref in part) == list(range(10))
+        assert sorted(ref.sample for ref in part) == list(range(10))
         assert {ref.epoch for ref in part} == {epoch}
-    orders = {tuple(ref.index for ref in visits[i : i + 10]) for i in (0, 10, 20)}
+    orders = {tuple(ref.sample for ref in visits[i : i + 10]) for i in (0, 10, 20)}
     assert len(orders) == 3
 
 
@@ -51,7 +51,7 @@ def test_accumulation_takes_the_same_samples_as_a_larger_batch():
 def test_length_and_counts():
     sampler = PlanSampler(SamplePlan(10, 0), 4, 0, 5)
     assert len(sampler) == 5 == len(list(sampler))
-    assert set(Counter(ref.index for batch in sampler for ref in batch).values()) == {2}
+    assert set(Counter(ref.sample for batch in sampler for ref in batch).values()) == {2}
 
 
 def test_a_batch_larger_than_the_data_set():

@@ -168,6 +168,14 @@ def test_an_earlier_run_is_not_mixed_up(straight, tmp_path):
     assert list(list_checkpoints(tmp_path)) == [1] and [r["step"] for r in loss_log(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_files_that_are_not_ours_are_never_touched(straight, tmp_path, overwrite):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="README.md"):
+        silent_run(replace(straight[0], output_dir=str(tmp_path), overwrite_output_dir=overwrite))
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_going_back_to_a_named_checkpoint(straight, tmp_path):
     settings = replace(
         straight[0], output_dir=str(tmp_path), checkpointing_steps=1, checkpoints_total_limit=None, logging_steps=1

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,15 +78,11 @@ def test_control_is_the_share_of_the_way_to_the_ceiling():
 
 def test_masks_without_edges_are_an_error(settings, validator):
     corner = MaskConfig(kind="fixed", box=(0.0, 0.0, 0.02, 0.02))
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match="larger masks"):
         Validator(validator.models, replace(settings, mask=corner), MicroScenes("val", count=5))
 
 
 def test_conditions_no_picture_yields_are_scored_by_edges(settings):
-    from dataclasses import replace
-
     depth = replace(settings, condition=ConditionConfig(kind="depth"))
     result = Validator(
         load_models(depth, CPU, None), depth, MicroScenes("val", count=30, condition=depth.condition)
