@@ -188,11 +188,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load_adapter(path: Path) -> LocalAdapter:
+    """ValueError when there is none, or none with a condition that can be taken from a scene."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"There is no adapter in {path} (no config.json); give the folder that training wrote.")
+    adapter = LocalAdapter.from_pretrained(path)
+    if not adapter.config.condition:
+        raise ValueError(f"The adapter in {path} does not say what condition it was trained on; train it again.")
+    return adapter
+
+
 def main(argv: list[str] | None = None) -> int:
+    """0 when done, 2 after a user's error."""
     args = parse(argv)
-    adapters = {str(path): LocalAdapter.from_pretrained(path) for path in args.adapter}
-    pipe = load_pipeline(BaseConfig(name=args.base))
-    set_scheduler(pipe, args.scheduler)
+    try:
+        adapters = {str(path): load_adapter(path) for path in args.adapter}
+        pipe = load_pipeline(BaseConfig(name=args.base))
+        set_scheduler(pipe, args.scheduler)
+    except ValueError as error:
+        print(f"localctl.evaluation.control: {error}", file=sys.stderr)
+        return 2
+    evaluate(args, adapters, pipe)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: Any) -> None:
     pipe.set_progress_bar_config(disable=True)
     chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
     arguments = {
@@ -212,7 +232,6 @@ def main(argv: list[str] | None = None) -> int:
     content = {"settings": settings, "results": [asdict(r) for r in results]}
     (args.output_dir / "control.json").write_text(json.dumps(content, indent=1, default=str))
     print(table(results))
-    return 0
 
 
 if __name__ == "__main__":

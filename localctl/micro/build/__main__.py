@@ -11,15 +11,17 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.micro.build.clip import new_clip, new_tokenizer, train_clip
 from localctl.micro.build.data import SceneCache, scene_cache
 from localctl.micro.build.export import WEIGHTS, export, text_tower
 from localctl.micro.build.loop import LoopConfig, read_weights
-from localctl.micro.build.unet import latent_cache, new_unet, train_unet
-from localctl.micro.build.vae import new_vae, set_scaling, train_vae
+from localctl.micro.build.unet import LatentCache, latent_cache, new_unet, train_unet
+from localctl.micro.build.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
 
-PARTS = ("vae", "clip", "unet", "export")
+PARTS = ("vae", "clip", "unet", "decoder", "clip_vision", "export")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=30000)
     parser.add_argument("--vae_steps", type=int, default=1850)
     parser.add_argument("--clip_steps", type=int, default=950)
+    parser.add_argument("--decoder_steps", type=int, default=900, help="decoder alone, on the U-Net's latents")
+    parser.add_argument("--clip_vision_steps", type=int, default=500, help="vision tower alone")
     parser.add_argument("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     parser.add_argument("--unet_steps", type=int, default=20000)
     parser.add_argument("--unet_batch", type=int, default=24)
@@ -43,23 +47,45 @@ def caches(args: argparse.Namespace) -> list[SceneCache]:
     return [scene_cache(folder, "basic", args.scenes), scene_cache(folder, "rich", max(200, args.scenes * 2 // 15))]
 
 
-def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
+def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
+    """Tokenizer, CLIP and VAE in their latest state."""
     tokenizer = new_tokenizer()
     clip, vae = new_clip(tokenizer), new_vae()
-    clip.load_state_dict(read_weights(args.workdir / "clip.pt"))
+    vision = args.workdir / "clip_vision.pt"
+    clip.load_state_dict(read_weights(vision if vision.exists() else args.workdir / "clip.pt"))
     vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
     set_scaling(vae, data)
-    cache = latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, args.workdir / "latents.pt")
+    if (args.workdir / "decoder.pt").exists():
+        load_decoder(vae, read_weights(args.workdir / "decoder.pt"))
+    return tokenizer, clip, vae
+
+
+def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
+    tokenizer, clip, vae = load(args, data)
+    return latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, args.workdir / "latents.pt")
+
+
+def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
     config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
-    return train_unet(cache, config, args.workdir, args.unet_batch)[1]
+    return train_unet(latents(args, data), config, args.workdir, args.unet_batch)[1]
+
+
+def build_decoder(args: argparse.Namespace, data: SceneCache) -> bool:
+    vae = load(args, data)[2]
+    config = LoopConfig(steps=args.decoder_steps, learning_rate=7e-4, weight_decay=0.0, minutes=args.minutes)
+    return train_decoder(vae, latents(args, data).latents, data.images, config, args.workdir)
+
+
+def build_clip_vision(args: argparse.Namespace, data: list[SceneCache]) -> bool:
+    tokenizer, clip, _ = load(args, data[0])
+    config = LoopConfig(steps=args.clip_vision_steps, learning_rate=5e-4, weight_decay=0.05, minutes=args.minutes)
+    return train_clip(data, config, args.workdir, model=clip)[1]
 
 
 def build_export(args: argparse.Namespace, data: SceneCache) -> int:
-    tokenizer = new_tokenizer()
-    clip, vae, unet = new_clip(tokenizer), new_vae(), new_unet()
-    for name, model in (("clip", clip), ("vae", vae), ("unet", unet)):
-        model.load_state_dict(read_weights(args.workdir / f"{name}.pt"))
-    set_scaling(vae, data)
+    tokenizer, clip, vae = load(args, data)
+    unet = new_unet()
+    unet.load_state_dict(read_weights(args.workdir / "unet.pt"))
     return export(args.output_dir, vae, clip, tokenizer, unet)
 
 
@@ -76,6 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         train_clip(data, config, args.workdir)
     if "unet" in args.parts:
         build_unet(args, data[0])
+    if "decoder" in args.parts:
+        build_decoder(args, data[0])
+    if "clip_vision" in args.parts:
+        build_clip_vision(args, data)
     if "export" in args.parts:
         print(f"{args.output_dir}: {build_export(args, data[0]) / 2**20:.1f} MiB")
     return 0

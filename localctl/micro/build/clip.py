@@ -119,10 +119,18 @@ def contrastive_loss(model: CLIPModel, images: Tensor, ids: Tensor, positives: T
     return {"loss": loss, "top1": (logits.argmax(1) == own).float().mean()}
 
 
-def train_clip(caches: list[SceneCache], config: LoopConfig, folder: Path, batch: int = 128) -> tuple[CLIPModel, bool]:
+def train_clip(
+    caches: list[SceneCache], config: LoopConfig, folder: Path, batch: int = 128, model: CLIPModel | None = None
+) -> tuple[CLIPModel, bool]:
+    """Contrastive training. A given `model` is tuned further with its text tower frozen (the U-Net was trained on its
+    states): the vision tower and both projections learn."""
     torch.manual_seed(config.seed)
     tokenizer = new_tokenizer()
-    model = new_clip(tokenizer)
+    name = "clip" if model is None else "clip_vision"
+    if model is None:
+        model = new_clip(tokenizer)
+    else:
+        model.text_model.requires_grad_(False)
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cache = caches[0] if rng.random() < 0.85 else caches[-1]
@@ -135,7 +143,7 @@ def train_clip(caches: list[SceneCache], config: LoopConfig, folder: Path, batch
         own = torch.tensor([codes[t] for t in texts])
         return contrastive_loss(model, preprocess(cache.images[chosen]), ids, own[:batch, None] == own[None])
 
-    done = train("clip", model, loss_fn, config, folder)
+    done = train(name, model, loss_fn, config, folder)
     return model, done
 
 

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from localctl.base import choose_pil_processors
 from localctl.micro.build.unet import new_scheduler
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -28,6 +29,9 @@ def export(
     folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> int:
     """Write the pipeline to `folder`, the whole CLIP to `folder/clip`; returns the size in bytes."""
+    choose_pil_processors()
+    from diffusers import StableDiffusionPipeline  # only now: it settles the processors on import
+
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline = StableDiffusionPipeline(

@@ -47,9 +47,8 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
     The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
     step = _resume(path, model, optimizer, average)
     model.train()
@@ -61,7 +60,7 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
             terms = loss_fn(step, np.random.default_rng([config.seed, step]))
             optimizer.zero_grad(set_to_none=True)
             terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(trained, 1.0)
             if not torch.isfinite(norm):
                 raise RuntimeError(f"{name}: the gradient is not finite at step {step}; the last checkpoint is {path}")
             optimizer.step()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from localctl.micro.build.data import SceneCache
 from localctl.micro.build.loop import LoopConfig, train
@@ -62,11 +62,16 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def reconstruction_terms(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     posterior = vae.encode(pixels).latent_dist
-    output = vae.decode(posterior.sample(generator)).sample
+    terms = pixel_terms(vae.decode(posterior.sample(generator)).sample, pixels)
+    kl = posterior.kl().mean()
+    return {**terms, "loss": terms["loss"] + 1e-6 * kl, "kl": kl}
+
+
+def pixel_terms(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """L1 + squared error + L1 of the differences along x and y, which keep edges sharp."""
     l1, mse = F.l1_loss(output, pixels), F.mse_loss(output, pixels)
     edges = sum(F.l1_loss(a, b) for a, b in zip(_differences(output), _differences(pixels), strict=True))
-    kl = posterior.kl().mean()
-    return {"loss": l1 + mse + edges + 1e-6 * kl, "l1": l1, "mse": mse, "kl": kl}
+    return {"loss": l1 + mse + edges, "l1": l1, "mse": mse}
 
 
 def train_vae(caches: list[SceneCache], config: LoopConfig, folder: Path) -> tuple[AutoencoderKL, bool]:
@@ -81,6 +86,34 @@ def train_vae(caches: list[SceneCache], config: LoopConfig, folder: Path) -> tup
 
     done = train("vae", vae, loss_fn, config, folder)
     return vae, done
+
+
+def train_decoder(
+    vae: AutoencoderKL, latents: Tensor, images: np.ndarray, config: LoopConfig, folder: Path, noise: float = 0.05
+) -> bool:
+    """Sharpen the decoder while the encoder stays: latents and whatever was trained on them remain valid.
+
+    Args:
+        latents: (n, 4, h, w), scaled as the U-Net sees them. images: uint8 (n, H, W, 3), the same pictures.
+        noise: standard deviation added to unscaled latents, about that of the posterior.
+    """
+    assert len(latents) <= len(images)
+    halves = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    halves.requires_grad_(True)
+
+    def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        chosen = np.sort(rng.choice(len(latents), 6, replace=False))
+        z = latents[torch.from_numpy(chosen)].float() / vae.config.scaling_factor
+        z = z + noise * torch.from_numpy(rng.standard_normal(z.shape, dtype=np.float32))
+        pixels = torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixel_terms(vae.decode(z).sample, pixels)
+
+    return train("decoder", halves, loss_fn, config, folder)
+
+
+def load_decoder(vae: AutoencoderKL, weights: dict[str, Tensor]) -> None:
+    """Put what `train_decoder` has learned into a VAE."""
+    nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).load_state_dict(weights)
 
 
 @torch.no_grad()
