@@ -37,7 +37,7 @@ def quadratic(target: torch.Tensor):
 
 def test_the_loop_resumes_exactly(tmp_path: Path) -> None:
     target = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    settings = {"learning_rate": 0.05, "warmup": 5, "ema": 0.9, "checkpoint_every": 20}
+    settings = {"learning_rate": 0.3, "warmup": 5, "ema": 0.9, "checkpoint_every": 20}
     results = []
     for name, stops in (("straight", [60]), ("stopped", [20, 40, 60])):
         torch.manual_seed(0)
@@ -143,11 +143,12 @@ def test_the_schedule_ends_in_noise() -> None:
 def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path) -> None:
     common = ["--workdir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "base"), "--scenes", "130"]
     steps = ["--vae_steps", "2", "--clip_steps", "1", "--unet_steps", "2", "--unet_scenes", "16", "--unet_batch", "4"]
+    steps += ["--decoder_steps", "1", "--clip_vision_steps", "1"]
     assert main([*common, *steps, "--parts", "vae", "clip"]) == 0
     assert main([*common, *steps]) == 0
     config = json.loads((tmp_path / "base" / "vae" / "config.json").read_text())
     assert config["scaling_factor"] != 0.18215
-    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red circle", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)

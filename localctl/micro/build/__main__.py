@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.micro.build.clip import new_clip, new_tokenizer, train_clip
@@ -39,6 +39,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     parser.add_argument("--unet_steps", type=int, default=20000)
     parser.add_argument("--unet_batch", type=int, default=24)
+    parser.add_argument(
+        "--unet_init", type=Path, help="checkpoint or U-Net folder whose weights a new U-Net starts from"
+    )
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     return parser.parse_args(argv)
 
 
@@ -67,7 +71,14 @@ def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
 
 def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
     config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
-    return train_unet(latents(args, data), config, args.workdir, args.unet_batch)[1]
+    initial = None
+    if args.unet_init is not None and args.unet_init.is_dir():
+        initial = UNet2DConditionModel.from_pretrained(args.unet_init, dtype=torch.float32).state_dict()
+    elif args.unet_init is not None:
+        initial = read_weights(args.unet_init)
+    cache = latents(args, data)
+    options = {"initial": initial, "prediction_type": args.prediction_type}
+    return train_unet(cache, config, args.workdir, args.unet_batch, **options)[1]
 
 
 def build_decoder(args: argparse.Namespace, data: SceneCache) -> bool:
@@ -86,7 +97,7 @@ def build_export(args: argparse.Namespace, data: SceneCache) -> int:
     tokenizer, clip, vae = load(args, data)
     unet = new_unet()
     unet.load_state_dict(read_weights(args.workdir / "unet.pt"))
-    return export(args.output_dir, vae, clip, tokenizer, unet)
+    return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type)
 
 
 def main(argv: list[str] | None = None) -> int:

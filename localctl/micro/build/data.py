@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ def scene_cache(folder: Path, profile: str, count: int, split: str = "train", wo
         captions: list[str] = []
         centers: list[list[tuple[float, float]]] = []
         jobs = [(profile, split, i, min(i + 250, count)) for i in range(0, count, 250)]
-        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        # spawn: a fork would inherit the threads of whatever has computed before, and hang
+        with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             for job, (block, texts, points) in zip(
                 jobs, tqdm(pool.map(_render, jobs), total=len(jobs), desc=f"drawing {stem}"), strict=True
             ):

@@ -26,7 +26,12 @@ def text_tower(clip: CLIPModel) -> CLIPTextModel:
 
 
 def export(
-    folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+    folder: Path,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    prediction_type: str = "epsilon",
 ) -> int:
     """Write the pipeline to `folder`, the whole CLIP to `folder/clip`; returns the size in bytes."""
     choose_pil_processors()
@@ -39,7 +44,7 @@ def export(
         text_encoder=text_tower(clip),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=new_scheduler(),
+        scheduler=new_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -68,7 +68,7 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
             _update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
             bar.update()
             if step % 50 == 0:
-                numbers = {k: round(float(v), 6) for k, v in terms.items()}
+                numbers = {k: round(float(v.detach()), 6) for k, v in terms.items()}
                 log.write(json.dumps({"step": step, "seconds": round(time.monotonic() - started, 1)} | numbers) + "\n")
                 log.flush()
                 bar.set_postfix(numbers, refresh=False)

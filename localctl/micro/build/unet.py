@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from localctl.diffusion import add_noise, training_target
 from localctl.micro.build.clip import token_ids
 from localctl.micro.build.data import SceneCache
 from localctl.micro.build.loop import LoopConfig, train
@@ -32,7 +33,7 @@ def new_unet(text_width: int = 128) -> UNet2DConditionModel:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
+def new_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Linear betas: SD1.5's scaled_linear leaves abar = 0.0047 at the last step, which leaks the mean of the
     picture into pure noise (white backgrounds come out gray); linear leaves 4e-5."""
     return DDIMScheduler(
@@ -43,7 +44,7 @@ def new_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
         timestep_spacing="trailing",
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
     )
 
 
@@ -112,14 +113,19 @@ def train_unet(
     empty: float = 0.1,
     padding_dropout: float = 0.5,
     initial: dict[str, Tensor] | None = None,
+    prediction_type: str = "epsilon",
 ) -> tuple[UNet2DConditionModel, bool]:
-    """Epsilon prediction, min-SNR weight with gamma 5 (arXiv 2303.09556), `empty` = share of empty captions."""
+    """Predict epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) unweighted.
+
+    empty: share of empty captions. initial: weights to start from."""
     torch.manual_seed(config.seed)
     unet = new_unet(cache.states.shape[-1])
     if initial:
         unet.load_state_dict(initial)
-    scheduler = new_scheduler()
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    scheduler = new_scheduler(prediction_type)
+    alphas = scheduler.alphas_cumprod
+    snr = alphas / (1 - alphas)
+    weight = snr.clamp(max=5) / snr if prediction_type == "epsilon" else torch.ones_like(snr)
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         chosen = torch.from_numpy(rng.integers(len(cache.latents), size=batch))
@@ -128,10 +134,11 @@ def train_unet(
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         # one stratum per row: the same spread of t in every batch
         t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) / batch * 1000).astype(np.int64))
-        noisy = scheduler.add_noise(latents, noise, t)
-        output = unet(noisy, t, text_batch(cache, rows, rng, padding_dropout)).sample
-        error = (output - noise).square().mean((1, 2, 3))  # (B,)
-        return {"loss": (error * snr[t].clamp(max=5) / snr[t]).mean(), "mse": error.mean()}
+        sample = add_noise(latents, noise, t, alphas)
+        target = training_target(sample, alphas, prediction_type)
+        output = unet(sample.noisy, t, text_batch(cache, rows, rng, padding_dropout)).sample
+        error = (output - target).square().mean((1, 2, 3))  # (B,)
+        return {"loss": (error * weight[t]).mean(), "mse": error.mean()}
 
     done = train("unet", unet, loss_fn, config, folder)
     return unet, done
