@@ -73,7 +73,7 @@ class TrainState:
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
         extra = json.loads((checkpoint / "state.json").read_text())
         self.step = extra["step"]
-        self.stats = StepStats.from_state_dict(extra["stats"])
+        self.stats = StepStats.from_state_dict(extra["stats"], self.accelerator.device)
         if self.accelerator.scaler is not None and extra["scaler"]:
             self.accelerator.scaler.load_state_dict(extra["scaler"])
 

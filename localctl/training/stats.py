@@ -63,10 +63,12 @@ class StepStats:
         return {"terms": terms, "samples": self.samples, "seconds": self.seconds, "waiting": self.waiting}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> StepStats:
-        """The inverse of :meth:`state_dict`."""
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> StepStats:
+        """The inverse of :meth:`state_dict`. ``device``: where the coming steps will leave theirs."""
         kinds = {name: torch.int64 if name == "timesteps" else torch.float32 for name in _PER_SAMPLE}
-        terms = {name: [torch.tensor(v, dtype=kinds[name])] if v else [] for name, v in state["terms"].items()}
+        terms = {
+            name: [torch.tensor(v, dtype=kinds[name], device=device)] if v else [] for name, v in state["terms"].items()
+        }
         return cls(terms, state["samples"], state["seconds"], state["waiting"])
 
 

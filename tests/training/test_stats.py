@@ -53,6 +53,14 @@ def test_saved_and_restored_exactly_also_when_empty():
     assert row(empty)["loss"] > 0
 
 
+def test_restored_terms_lie_where_the_coming_ones_will():
+    """Or a row that began before a resume could not be put together on a GPU."""
+    stats = StepStats()
+    stats.add(output([3, 700]))
+    restored = StepStats.from_state_dict(stats.state_dict(), "meta")
+    assert {part.device.type for parts in restored.terms.values() for part in parts} == {"meta"}
+
+
 def test_bucket_means_are_exact_at_the_borders():
     timesteps = torch.tensor([0, 24, 25, 249])
     means = bucket_means(torch.tensor([1.0, 2.0, 4.0, 8.0]), timesteps * 10 // 250)
