@@ -82,7 +82,7 @@ class _BoundLocalAdapter(BoundControl):
         if not context.within(self.control.start, self.control.end):
             return None
         drawn = self._drawn(context)
-        key = (drawn, context.device, context.dtype)
+        key = (drawn, context.device, context.dtype, context.image_size, self.control.weight)
         if key != self._key:
             self._features = self._compute(drawn, context)
             self._key = key

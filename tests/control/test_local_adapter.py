@@ -119,6 +119,21 @@ def test_counts_and_sizes_that_do_not_fit_are_named(
         bound.down_residuals(context(image_size=(64, 128), latent_size=(8, 16)))
 
 
+def test_kept_features_serve_only_the_size_and_weight_they_were_made_for(
+    make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline
+) -> None:
+    item = control(make_adapter())
+    bound = item.bind(sd_pipe, [Layout("a")])
+    first = bound.down_residuals(context())
+    with pytest.raises(ValueError, match="the image is 128x64"):
+        bound.down_residuals(context(image_size=(64, 128), latent_size=(8, 16)))
+    item.weight = 0.5
+    second = bound.down_residuals(context())
+    assert first is not None and second is not None
+    for whole, half in zip(first, second, strict=True):
+        torch.testing.assert_close(half, whole / 2)
+
+
 def test_an_adapter_of_another_base_is_refused(
     make_adapter: MakeAdapter, xl_adapter: LocalAdapter, sd_pipe: StableDiffusionPipeline
 ) -> None:
