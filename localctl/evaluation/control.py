@@ -23,9 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.base import BaseConfig, load_pipeline, set_scheduler
+from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, same_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data import MicroScenes
 from localctl.images import grid, outline
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -36,6 +37,7 @@ from localctl.micro.scenes import Scene, SceneObject, scene
 from localctl.random import numpy_rng
 from localctl.sampling import generate
 
+PROFILE, SPLIT = "basic", "test"
 MIN_EDGES = 40  # true edge pixels inside the mask
 MARGIN = 8  # px between the mask and an object that counts as hidden
 CANNY = ConditionConfig(kind="canny", low=50, high=100)  # the yardstick, whatever the adapter was trained on
@@ -76,7 +78,7 @@ def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
     """Test scenes with a box drawn until it holds enough edges; the same for every adapter."""
     made = []
     for index in range(count):
-        item = scene(index, "basic", "test")
+        item = scene(index, PROFILE, SPLIT)
         edges = canny(item.image)
         for attempt in range(1000):
             drawn = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
@@ -92,8 +94,9 @@ def sample_all(pipe: Any, chosen: list[Case], adapter: LocalAdapter | None, argu
     """Pictures uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
     controls: list[LocalAdapterControl] = []
     if adapter is not None:
-        config = ConditionConfig(**adapter.config.condition)
-        condition = torch.stack([extract(config, case.item.image) for case in chosen])
+        count = 1 + max(case.item.index for case in chosen)
+        scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
+        condition = torch.stack([scenes[case.item.index].condition for case in chosen])
         controls.append(LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in chosen])))
     prompts, seeds = [case.item.caption for case in chosen], [case.seed for case in chosen]
     return np.stack([np.asarray(i) for i in generate(pipe, prompts, controls, seeds, paired=True, **arguments).images])
@@ -177,7 +180,7 @@ def table(results: list[ControlResult]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="localctl.evaluation.control", description="In-mask control of adapters.")
     parser.add_argument("--adapter", nargs="+", required=True, type=Path, help="folders of trained LocalAdapters")
-    parser.add_argument("--base", default="micro")
+    parser.add_argument("--base", help="default: the one the adapters were trained on")
     parser.add_argument("--count", type=int, default=200, help="held-out scenes")
     parser.add_argument("--num_inference_steps", type=int, default=30)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
@@ -186,6 +189,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/control"))
     return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for settings that make no sense, or an output folder that cannot be made."""
+    for name in ("count", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
+    if args.scheduler not in SCHEDULERS:
+        raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The output folder {args.output_dir} cannot be made ({error.strerror}).") from error
+
+
+def base_of(asked: str | None, adapters: dict[str, LocalAdapter]) -> str:
+    """The base that all adapters were trained on, as far as they say; ValueError when they differ from it."""
+    trained = {path: adapter.config.base for path, adapter in adapters.items() if adapter.config.base}
+    base = asked or next(iter(trained.values()), "micro")
+    for path, own in trained.items():
+        if not same_base(own, base):
+            raise ValueError(f"The adapter {path} was trained on the base {own!r}, which is not {base!r}.")
+    return base
 
 
 def load_adapter(path: Path) -> LocalAdapter:
@@ -202,13 +228,15 @@ def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a user's error."""
     args = parse(argv)
     try:
+        check(args)
         adapters = {str(path): load_adapter(path) for path in args.adapter}
+        args.base = base_of(args.base, adapters)
         pipe = load_pipeline(BaseConfig(name=args.base))
         set_scheduler(pipe, args.scheduler)
+        evaluate(args, adapters, pipe)
     except ValueError as error:
         print(f"localctl.evaluation.control: {error}", file=sys.stderr)
         return 2
-    evaluate(args, adapters, pipe)
     return 0
 
 
@@ -222,7 +250,6 @@ def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: 
     }
     ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
     base = sample_all(pipe, chosen, None, arguments)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
     for number, (name, adapter) in enumerate(adapters.items()):
         images = sample_all(pipe, chosen, adapter, arguments)

@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import localctl.base
+import localctl.evaluation.control
 from localctl.adapter import LocalAdapter
-from localctl.evaluation.control import Case, box_iou, cases, compare, main, reproduced
+from localctl.conditions import ConditionConfig
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.evaluation.control import Case, box_iou, cases, compare, main, reproduced, sample_all
 from localctl.masks import MaskConfig
 from localctl.micro.build.clip import new_clip, new_tokenizer
 from localctl.micro.build.export import export
@@ -96,6 +102,51 @@ def test_the_script_writes_table_figures_and_sheet(
     content = json.loads((tmp_path / "out" / "control.json").read_text())
     assert content["results"][0]["f1_ceiling"]["n"] == 3
     assert (tmp_path / "out" / "sheet_0.png").exists() and "| control |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["depth", "segmentation"])
+def test_conditions_that_come_with_the_scene_are_measured_too(
+    kind: str, chosen: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ConditionConfig(kind=kind)
+    adapter = LocalAdapter(in_channels=settings.channels, channels=[8], condition={"kind": kind})
+    seen: list[LocalAdapterControl] = []
+
+    def drawn(pipe: Any, prompts: list[str], controls: list[LocalAdapterControl], *rest: Any, **more: Any) -> Any:
+        seen.extend(controls)
+        return SimpleNamespace(images=[case.item.image for case in chosen[5:8]])
+
+    monkeypatch.setattr(localctl.evaluation.control, "generate", drawn)
+    sample_all(None, chosen[5:8], adapter, {})
+    items = [case.item for case in chosen[5:8]]
+    truth = [item.depth[None] if kind == "depth" else item.segmentation.transpose(2, 0, 1) / 255 for item in items]
+    assert np.abs(seen[0].condition.numpy() - np.stack(truth)).max() < 0.003
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--base", "sd15"], "trained on the base 'micro', which is not 'sd15'"),
+        (["--scheduler", "dimm"], "Unknown scheduler 'dimm'"),
+        (["--output_dir", "file/out"], "output folder file/out cannot be made"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(
+    flags: list[str],
+    words: str,
+    micro_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(localctl.base.BASES, "micro", localctl.base.BaseSpec("micro", str(micro_base)))
+    Path("file").write_text("")
+    LocalAdapter(in_channels=1, channels=[64, 96, 160], condition={"kind": "canny"}, base="micro").save_pretrained("a")
+    assert main(["--adapter", "a", *flags]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
 
 
 def test_a_missing_adapter_is_one_sentence_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
