@@ -214,9 +214,9 @@ def card(figures: dict) -> str:
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
-UNet2DConditionModel, epsilon prediction) for 128x128 pictures of coloured shapes, trained from nothing on drawn scenes
-by `python -m localctl.micro.build`. It is there to make the whole chain run and be measured without a download; it
-draws nothing but such scenes.
+UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 pictures of coloured shapes, trained from nothing on
+drawn scenes by `python -m localctl.micro.build`. It is there to make the whole chain run and be measured without a
+download; it draws nothing but such scenes.
 
 Measured on held-out `basic` scenes by `python -m localctl.micro.report`
 ({SCHEDULER.upper()}, {STEPS} steps, guidance {GUIDANCE}; 95 % bootstrap intervals over scenes):

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--unet_init", type=Path, help="checkpoint or U-Net folder whose weights a new U-Net starts from"
     )
-    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction")
     return parser.parse_args(argv)
 
 

@@ -31,7 +31,7 @@ def export(
     clip: CLIPModel,
     tokenizer: CLIPTokenizer,
     unet: UNet2DConditionModel,
-    prediction_type: str = "epsilon",
+    prediction_type: str = "v_prediction",
 ) -> int:
     """Write the pipeline to `folder`, the whole CLIP to `folder/clip`; returns the size in bytes."""
     choose_pil_processors()

@@ -33,9 +33,10 @@ def new_unet(text_width: int = 128) -> UNet2DConditionModel:
     )
 
 
-def new_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
     """Linear betas: SD1.5's scaled_linear leaves abar = 0.0047 at the last step, which leaks the mean of the
-    picture into pure noise (white backgrounds come out gray); linear leaves 4e-5."""
+    picture into pure noise (white backgrounds come out gray); linear leaves 4e-5. With so little signal at the end,
+    epsilon says next to nothing about large flat areas, and v does (docs/log.md has the comparison)."""
     return DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -113,7 +114,7 @@ def train_unet(
     empty: float = 0.1,
     padding_dropout: float = 0.5,
     initial: dict[str, Tensor] | None = None,
-    prediction_type: str = "epsilon",
+    prediction_type: str = "v_prediction",
 ) -> tuple[UNet2DConditionModel, bool]:
     """Predict epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) unweighted.
 
