@@ -100,8 +100,14 @@ def same_base(first: str, second: str) -> bool:
     return _place(first) == _place(second)
 
 
+def lasting_name(name: str) -> str:
+    """``name`` as it may be written down for later: a folder by its absolute path, any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name not in BASES and path.is_dir() else name
+
+
 def _place(name: str) -> str:
-    return BASES[name].id_or_path if name in BASES else str(Path(name).resolve()) if Path(name).is_dir() else name
+    return BASES[name].id_or_path if name in BASES else lasting_name(name)
 
 
 def load_pipeline(

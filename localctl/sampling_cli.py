@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.base import DTYPES, SCHEDULERS, BaseConfig, resolve_base, same_base
+from localctl.base import DTYPES, SCHEDULERS, BaseConfig, lasting_name, resolve_base, same_base
 from localctl.conditions import CHANNELS, ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.control.local_adapter import LocalAdapterControl
@@ -311,6 +311,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
     return {
         **vars(job.options),
         "from_json": None,
-        "base": job.base.name,
+        "base": lasting_name(job.base.name),
         "adapter": [str(item.folder) for item in job.adapters],
     }

@@ -15,6 +15,7 @@ from localctl.base import (
     SCHEDULERS,
     BaseConfig,
     BaseSpec,
+    lasting_name,
     load_pipeline,
     resolve_base,
     same_base,
@@ -36,6 +37,17 @@ def test_a_folder_is_a_base(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert resolve_base(sd_folder.name).id_or_path == str(sd_folder.resolve())  # also a relative one
     assert same_base(sd_folder.name, str(sd_folder)) and same_base("sd15", BASES["sd15"].id_or_path)
     assert not same_base("sd15", "sd21") and not same_base("sd15", str(sd_folder))
+
+
+def test_a_folder_is_written_down_so_that_it_is_found_from_anywhere(
+    sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sd_folder.parent)
+    assert lasting_name(sd_folder.name) == str(sd_folder.resolve())
+    assert same_base(sd_folder.name, str(sd_folder)) and not same_base(sd_folder.name, "sd15")
+    monkeypatch.setenv("HOME", str(sd_folder.parent))
+    assert lasting_name(f"~/{sd_folder.name}") == str(sd_folder.resolve())
+    assert [lasting_name(name) for name in ("micro", "owner/name")] == ["micro", "owner/name"]
 
 
 @pytest.mark.parametrize("name", ["sd16", "/nowhere/at/all", "./runs/base", "a/b/c", ""])

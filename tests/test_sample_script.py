@@ -34,6 +34,7 @@ def workspace(make_adapter: MakeAdapter, sd_folder: Path, tmp_path: Path, monkey
     make_adapter(2, base="sd15", condition=CANNY).save_pretrained("foreign")
     make_adapter(2).save_pretrained("mute")
     make_adapter(3).save_t2iadapter("plain")
+    Path("base").symlink_to(sd_folder)
     rng = np.random.default_rng(0)
     photo = np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     Image.fromarray(photo).save("photo.png")
@@ -111,8 +112,9 @@ def test_a_plain_t2iadapter_works_and_no_mask_means_everywhere(workspace: Path, 
     base = ["--base", str(sd_folder)]
     assert sample.main([*flags, *base, *QUICK, "--output_dir", "one"]) == 0
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save("white.png")
-    assert sample.main([*flags, *base, *QUICK, "--mask", "white.png", "--output_dir", "two"]) == 0
+    assert sample.main([*flags, "--base", "base", *QUICK, "--mask", "white.png", "--output_dir", "two"]) == 0
     assert_same(pixels("one"), pixels("two"))
+    assert json.loads(Path("two/sample.json").read_text())["options"]["base"] == str(sd_folder.resolve())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from localctl.adapter import LocalAdapter
-from localctl.base import load_pipeline
+from localctl.base import lasting_name, load_pipeline
 from localctl.control.local_adapter import residual_shapes
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
@@ -141,7 +141,7 @@ def new_adapter(settings: TrainSettings, pipe: DiffusionPipeline) -> LocalAdapte
     _check_fit(options, pipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(settings.seed, "adapter"))
-        return LocalAdapter(condition=asdict(settings.condition), base=settings.base.name, **options)
+        return LocalAdapter(condition=asdict(settings.condition), base=lasting_name(settings.base.name), **options)
 
 
 def _check_fit(options: dict[str, Any], pipe: DiffusionPipeline) -> None:

@@ -26,6 +26,12 @@ def test_the_adapter_fits_the_unet_and_is_made_from_the_seed(sd_folder, tmp_path
     assert first.prediction_type == "epsilon" and first.num_train_timesteps == 1000
 
 
+def test_an_adapter_finds_the_folder_of_its_base_from_anywhere(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(sd_folder.parent)
+    models = load_models(tiny_settings(sd_folder.name, tmp_path), CPU, None)
+    assert models.plain_adapter.config.base == str(sd_folder.resolve())
+
+
 def test_half_precision_bases_leave_the_adapter_float32(sd_folder, tmp_path):
     models = load_models(tiny_settings(sd_folder, tmp_path), CPU, torch.bfloat16)
     assert models.dtype == models.vae.dtype == torch.bfloat16
