@@ -4,6 +4,7 @@ the events: step, log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
     """Check output folder, checkpoint, base and data, then load everything. ValueError in one sentence for the user."""
     resolve_base(settings.base.name)
     output_dir = Path(settings.output_dir).expanduser()
+    check_writable(output_dir)
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, say)
     if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
         check_unused(output_dir, settings.overwrite_output_dir)
@@ -79,6 +81,13 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
     return run
 
 
+def check_writable(folder: Path) -> None:
+    """ValueError when ``folder`` is not there and cannot be made, or cannot be written to."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
+
+
 def check_unused(folder: Path, overwrite: bool) -> None:
     """ValueError when ``folder`` holds an earlier run that would be mixed up or lost, or files of somebody else's by
     the names of ours, which not even ``overwrite`` may touch."""
@@ -87,8 +96,9 @@ def check_unused(folder: Path, overwrite: bool) -> None:
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]}, but not of a training run; choose another --output_dir.")
     elif not overwrite:
+        way_on = "continue it with --resume_from_checkpoint latest, " if list_checkpoints(folder) else ""
         raise ValueError(
-            f"{folder} holds an earlier run; continue it with --resume_from_checkpoint latest, choose another "
+            f"{folder} holds an earlier run{'' if way_on else ' without a checkpoint'}; {way_on}choose another "
             "--output_dir, or pass --overwrite_output_dir to replace it."
         )
 

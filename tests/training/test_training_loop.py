@@ -168,6 +168,13 @@ def test_an_earlier_run_is_not_mixed_up(straight, tmp_path):
     assert list(list_checkpoints(tmp_path)) == [1] and [r["step"] for r in loss_log(tmp_path)] == [1]
 
 
+def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(straight, tmp_path):
+    (tmp_path / "stats.jsonl").write_text("")
+    settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="without a checkpoint; choose another --output_dir"):
+        silent_run(settings)
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_files_that_are_not_ours_are_never_touched(straight, tmp_path, overwrite):
     (tmp_path / "README.md").write_text("mine")
