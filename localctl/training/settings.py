@@ -121,16 +121,16 @@ class TrainSettings:
     seed: int = 0
     report_to: str = "tensorboard"
 
-    max_train_steps: int = 1500
+    max_train_steps: int = 900
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     dataloader_num_workers: int = 0
     mixed_precision: str | None = None
     cpu_threads: int | None = None
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 100
+    lr_warmup_steps: int = 50
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
@@ -140,8 +140,8 @@ class TrainSettings:
     timestep_sampling: str = "cubic"
 
     logging_steps: int = 20
-    validation_steps: int = 500
-    checkpointing_steps: int = 500
+    validation_steps: int = 300
+    checkpointing_steps: int = 300
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
 
