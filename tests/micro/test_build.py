@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from localctl.micro.build.__main__ import main
@@ -153,3 +154,13 @@ def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path) -> Non
     image = pipe("a red circle", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)
     assert (tmp_path / "base" / "clip" / "model.safetensors").exists()
+
+    (tmp_path / "work2").mkdir()
+    (tmp_path / "work2" / "cache").symlink_to(tmp_path / "work" / "cache")  # the pictures need not be drawn again
+    again = ["--workdir", str(tmp_path / "work2"), "--output_dir", str(tmp_path / "base2"), "--scenes", "130"]
+    assert main([*again, *steps, "--continue_from", str(tmp_path / "base"), "--parts", "unet", "export"]) == 0
+    vaes = [load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("base", "base2")]
+    assert all(torch.equal(vaes[0][k], vaes[1][k]) for k in vaes[0])
+    unets = [load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("base", "base2")]
+    moved = max(float((unets[0][k].float() - unets[1][k].float()).abs().max()) for k in unets[0])
+    assert 0 < moved < 0.05, "two steps from the exported weights, not from new ones"

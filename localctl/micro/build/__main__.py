@@ -2,11 +2,13 @@
 
 python -m localctl.micro.build --workdir outputs/micro                 # all parts, then export
 python -m localctl.micro.build --parts unet export --minutes 60        # one more stretch of the U-Net
+python -m localctl.micro.build --continue_from localctl/micro/weights --parts unet export      # from shipped weights
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -39,8 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     parser.add_argument("--unet_steps", type=int, default=20000)
     parser.add_argument("--unet_batch", type=int, default=24)
+    parser.add_argument("--unet_init", type=Path, help="checkpoint that a new U-Net starts from")
     parser.add_argument(
-        "--unet_init", type=Path, help="checkpoint or U-Net folder whose weights a new U-Net starts from"
+        "--continue_from", type=Path, help="exported base to start from where workdir has no checkpoint of a part"
     )
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction")
     return parser.parse_args(argv)
@@ -52,31 +55,48 @@ def caches(args: argparse.Namespace) -> list[SceneCache]:
 
 
 def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
-    """Tokenizer, CLIP and VAE in their latest state."""
+    """Tokenizer, CLIP and VAE in their latest state: workdir's checkpoints, else the base to continue from."""
     tokenizer = new_tokenizer()
-    clip, vae = new_clip(tokenizer), new_vae()
-    vision = args.workdir / "clip_vision.pt"
-    clip.load_state_dict(read_weights(vision if vision.exists() else args.workdir / "clip.pt"))
-    vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
-    set_scaling(vae, data)
+    vision, whole = args.workdir / "clip_vision.pt", args.workdir / "clip.pt"
+    if vision.exists() or whole.exists() or args.continue_from is None:
+        clip = new_clip(tokenizer)
+        clip.load_state_dict(read_weights(vision if vision.exists() else whole))
+    else:
+        clip = CLIPModel.from_pretrained(args.continue_from / "clip", dtype=torch.float32)
+    if (args.workdir / "vae.pt").exists() or args.continue_from is None:
+        vae = new_vae()
+        vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
+        set_scaling(vae, data)
+    else:
+        vae = AutoencoderKL.from_pretrained(args.continue_from / "vae", dtype=torch.float32)
     if (args.workdir / "decoder.pt").exists():
         load_decoder(vae, read_weights(args.workdir / "decoder.pt"))
     return tokenizer, clip, vae
 
 
+def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, torch.Tensor] | None:
+    """From a checkpoint, else from the base to continue from; None where there is neither."""
+    if checkpoint is not None and checkpoint.exists():
+        return read_weights(checkpoint)
+    if args.continue_from is None:
+        return None
+    return UNet2DConditionModel.from_pretrained(args.continue_from / "unet", dtype=torch.float32).state_dict()
+
+
 def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
+    """Kept in a file named by what it was computed with, so that changed weights never meet old latents."""
     tokenizer, clip, vae = load(args, data)
-    return latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, args.workdir / "latents.pt")
+    digest = hashlib.sha256(str((args.scenes, args.unet_scenes)).encode())
+    for part in (vae.encoder, vae.quant_conv, clip.text_model):
+        for value in part.state_dict().values():
+            digest.update(value.contiguous().numpy().tobytes())
+    path = args.workdir / f"latents-{digest.hexdigest()[:12]}.pt"
+    return latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, path)
 
 
 def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
     config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
-    initial = None
-    if args.unet_init is not None and args.unet_init.is_dir():
-        initial = UNet2DConditionModel.from_pretrained(args.unet_init, dtype=torch.float32).state_dict()
-    elif args.unet_init is not None:
-        initial = read_weights(args.unet_init)
-    cache = latents(args, data)
+    cache, initial = latents(args, data), unet_weights(args, args.unet_init)
     options = {"initial": initial, "prediction_type": args.prediction_type}
     return train_unet(cache, config, args.workdir, args.unet_batch, **options)[1]
 
@@ -95,8 +115,11 @@ def build_clip_vision(args: argparse.Namespace, data: list[SceneCache]) -> bool:
 
 def build_export(args: argparse.Namespace, data: SceneCache) -> int:
     tokenizer, clip, vae = load(args, data)
+    weights = unet_weights(args, args.workdir / "unet.pt")
+    if weights is None:
+        raise SystemExit(f"There is no U-Net in {args.workdir}; train one with --parts unet, or give --continue_from.")
     unet = new_unet()
-    unet.load_state_dict(read_weights(args.workdir / "unet.pt"))
+    unet.load_state_dict(weights)
     return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type)
 
 
