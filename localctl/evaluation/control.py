@@ -75,18 +75,21 @@ def canny(image: np.ndarray) -> np.ndarray:
 
 
 def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
-    """Test scenes with a box drawn until it holds enough edges; the same for every adapter."""
-    made = []
-    for index in range(count):
+    """The first `count` test scenes that can be scored, each with a box drawn until it holds enough edges; the same
+    for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    made: list[Case] = []
+    index = -1
+    while len(made) < count:
+        index += 1
         item = scene(index, PROFILE, SPLIT)
         edges = canny(item.image)
-        for attempt in range(1000):
+        for attempt in range(1000 if edges.sum() >= MIN_EDGES else 0):
             drawn = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
             if edges[drawn[0].numpy() > 0.5].sum() >= MIN_EDGES:
+                made.append(Case(item, drawn, edges, seed=1000 + index))
                 break
-        else:
-            raise ValueError(f"No mask of kind {mask.kind!r} holds {MIN_EDGES} edge pixels of scene {index}.")
-        made.append(Case(item, drawn, edges, seed=1000 + index))
+        if index >= 10 * count + 50:
+            raise ValueError(f"Masks of kind {mask.kind!r} hardly ever hold {MIN_EDGES} edge pixels; use larger ones.")
     return made
 
 
