@@ -106,6 +106,15 @@ def text_batch(cache: LatentCache, rows: Tensor, rng: np.random.Generator, paddi
     return torch.where(replace, cache.states[0].float(), states)
 
 
+def draw_timesteps(batch: int, rng: np.random.Generator) -> np.ndarray:
+    """(B,) ints in [0, 1000), one stratum of the distribution per row, so that every batch has the same spread.
+
+    35 % are uniform; the rest lie in [150, 750), where places and shapes are decided: before, a latent of a few cells
+    is drowned (abar < 0.005), after, only texture is left (abar > 0.8)."""
+    u = (np.arange(batch) + rng.random(batch)) / batch
+    return np.interp(u, [0.0, 0.0525, 0.9125, 1.0], [0.0, 150.0, 750.0, 999.999]).astype(np.int64)
+
+
 def train_unet(
     cache: LatentCache,
     config: LoopConfig,
@@ -133,8 +142,7 @@ def train_unet(
         latents = cache.latents[chosen].float()
         rows = cache.caption_of[chosen].masked_fill(torch.from_numpy(rng.random(batch) < empty), 0)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        # one stratum per row: the same spread of t in every batch
-        t = torch.from_numpy(((np.arange(batch) + rng.random(batch)) / batch * 1000).astype(np.int64))
+        t = torch.from_numpy(draw_timesteps(batch, rng))
         sample = add_noise(latents, noise, t, alphas)
         target = training_target(sample, alphas, prediction_type)
         output = unet(sample.noisy, t, text_batch(cache, rows, rng, padding_dropout)).sample
