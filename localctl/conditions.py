@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3}
+CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
 FROM_PICTURE = ("canny", "sobel", "palette")
 
 
@@ -16,14 +16,16 @@ class ConditionConfig:
     """Which condition; ValueError for settings that make no sense.
 
     kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
-        ``segmentation`` come with the data.
+        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
     low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
+    channels: C of the condition. Only ``column`` leaves a choice, 1 (brightness) or 3 (colours); 0 = as the kind says.
     """
 
     kind: str = "canny"
     low: float = 50
     high: float = 100
     cells: int = 8
+    channels: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in CHANNELS:
@@ -32,18 +34,18 @@ class ConditionConfig:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
         if self.cells < 1:
             raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
-
-    @property
-    def channels(self) -> int:
-        """C of the condition."""
-        return CHANNELS[self.kind]
+        allowed = (1, 3) if self.kind == "column" else (CHANNELS[self.kind],)
+        self.channels = self.channels or CHANNELS[self.kind]
+        if self.channels not in allowed:
+            wanted = " or ".join(map(str, allowed))
+            raise ValueError(f"A {self.kind} condition has {wanted} channels, not condition.channels={self.channels}.")
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
     """The condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the picture's own size.
 
     Scales are fixed, never stretched per picture, so that equal edges look equal in every picture.
-    ValueError for kinds that no picture yields (depth, segmentation), and for another shape or dtype.
+    ValueError for kinds that no picture yields (depth, segmentation, column), and for another shape or dtype.
     """
     if config.kind not in FROM_PICTURE:
         raise ValueError(

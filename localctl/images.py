@@ -1,8 +1,10 @@
 """Pictures in and out: the only gate through which image files enter, and the drawing of overlays and sheets."""
 
+import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,37 +15,63 @@ from torch import Tensor
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16_000_000
 MAX_SIDE = 16_384
+Picture = TypeVar("Picture")
 
 
-def open_image(path: str | Path) -> Image.Image:
+class ImageError(ValueError):
+    """A picture that we cannot or will not read. reason: which kind of trouble, the same few words for all of a kind."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def open_image(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
     """Read a PNG, JPEG or WEBP file as 8-bit RGB, or RGBA where it has transparency; upright by its EXIF tag.
 
-    16-bit gray is scaled to 8 bit, CMYK, palette and gray become RGB. ValueError in one sentence for a missing,
-    damaged, animated or too large file (over 16 million pixels or 16,384 on a side, judged before decoding).
+    ``source``: a path, or the bytes of such a file, which messages then call ``name``. 16-bit gray is scaled to 8 bit,
+    CMYK, palette and gray become RGB. ImageError (a ValueError) in one sentence for a missing, damaged, animated or too
+    large file (over 16 million pixels or 16,384 on a side, judged before decoding).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no image file {path}; check the path.")
+    return _open(source, name, _to_8bit)
+
+
+def open_gray(source: str | Path | bytes, name: str = "the picture") -> np.ndarray:
+    """The brightness of a picture, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
+    is black. Otherwise as :func:`open_image`."""
+    return _open(source, name, _to_gray)
+
+
+def _open(source: str | Path | bytes, name: str, convert: Callable[[Image.Image], Picture]) -> Picture:
+    if isinstance(source, bytes):
+        file: Path | io.BytesIO = io.BytesIO(source)
+    else:
+        file = path = Path(source)
+        name = str(path)
+        if not path.is_file():
+            raise ImageError("missing", f"There is no image file {path}; check the path.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, stricter limit follows
-            with Image.open(path, formats=FORMATS) as picture:
-                _check_header(picture, path)
+            with Image.open(file, formats=FORMATS) as picture:
+                _check_header(picture, name)
                 picture.load()
-                return _to_8bit(ImageOps.exif_transpose(picture))
-    except _Refused as refusal:
-        raise ValueError(str(refusal)) from None
+                return convert(ImageOps.exif_transpose(picture))
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a {', '.join(FORMATS)} picture; convert it to one of these.") from None
+        sentence = f"{name} is not a {', '.join(FORMATS)} picture; convert it to one of these."
+        raise ImageError("not a picture", sentence) from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down.") from None
+        raise ImageError("too large", f"{name} has more than {MAX_PIXELS:,} pixels; scale it down.") from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise ValueError(f"{path} is damaged and cannot be read ({error}); export it again.") from error
+        sentence = f"{name} is damaged and cannot be read ({error}); export it again."
+        raise ImageError("damaged", sentence) from error
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read a picture as 8-bit RGB, transparent parts on white. ValueError as for :func:`open_image`."""
-    picture = open_image(path)
+def load_image(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
+    """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
+    picture = open_image(source, name)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
@@ -123,30 +151,36 @@ def grid(
     return sheet
 
 
-class _Refused(Exception):
-    """A readable file that we do not take; the message is for the user."""
-
-
-def _check_header(picture: Image.Image, path: Path) -> None:
+def _check_header(picture: Image.Image, name: str) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise _Refused(
-            f"{path} is {width}x{height}, over {MAX_PIXELS:,} pixels or {MAX_SIDE:,} on a side; scale it down."
-        )
+        sentence = f"{name} is {width}x{height}, over {MAX_PIXELS:,} pixels or {MAX_SIDE:,} on a side; scale it down."
+        raise ImageError("too large", sentence)
     # Phones put a second picture (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
     if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
-        raise _Refused(f"{path} is animated; save a single frame of it.")
+        raise ImageError("animated", f"{name} is animated; save a single frame of it.")
 
 
 def _to_8bit(picture: Image.Image) -> Image.Image:
     """RGB or RGBA, 8 bit. Pillow clips 16-bit gray at 255 where it should scale."""
     if picture.mode.startswith("I"):  # I;16 and its byte orders, I
-        values = np.asarray(picture).astype(np.float64) / 257
-        picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        picture = Image.fromarray((_from_16bit(picture) * 255).round().astype(np.uint8))
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     picture = picture.convert("RGBA" if transparent else "RGB")
     picture.info.clear()  # camera, place and comments must not travel into what we save
     return picture
+
+
+def _to_gray(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):
+        return _from_16bit(picture).astype(np.float32)
+    picture = _to_8bit(picture)
+    gray = np.asarray(picture.convert("L"), dtype=np.float32) / 255  # (H,W)
+    return gray * np.asarray(picture.getchannel("A"), dtype=np.float32) / 255 if picture.mode == "RGBA" else gray
+
+
+def _from_16bit(picture: Image.Image) -> np.ndarray:
+    return (np.asarray(picture).astype(np.float64) / 65535).clip(0, 1)
 
 
 def _shorten(

@@ -29,7 +29,12 @@ def test_channels() -> None:
         "palette": 3,
         "depth": 1,
         "segmentation": 3,
+        "column": 3,
     }
+    assert ConditionConfig(kind="column", channels=1).channels == 1
+    for kind, channels in (("canny", 3), ("column", 2), ("column", -1)):
+        with pytest.raises(ValueError, match=f"channels={channels}"):
+            ConditionConfig(kind=kind, channels=channels)
 
 
 def test_canny_is_opencvs_on_gray_with_these_thresholds() -> None:
