@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from localctl.data.bad import TooManyBadRows
 from localctl.run.config import help_text, load_config
 from localctl.training.loop import prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
@@ -26,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 2
-    return 130 if run.train().interrupted else 0
+    try:
+        return 130 if run.train().interrupted else 0
+    except TooManyBadRows as error:  # found out late, but the user's to repair
+        print(f"train_adapter.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Picture = TypeVar("Picture")
 
 
 class ImageError(ValueError):
-    """A picture that we cannot or will not read. reason: which kind of trouble, the same few words for all of a kind."""
+    """A picture that we cannot or will not read. reason: which kind of trouble, one of a few fixed words."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

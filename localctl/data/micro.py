@@ -43,6 +43,8 @@ class MicroScenes:
                 raise ValueError(f"Unknown scene {name} {value!r}; choose one of {', '.join(known)}.")
         if count < 1:
             raise ValueError(f"The number of scenes must be at least 1, not {count}.")
+        if condition is not None and condition.kind == "column":
+            raise ValueError("The embedded scenes have no column of condition images; choose another condition.")
         self.split = split
         self.profile = profile
         self.count = count

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from localctl.data.bad import BadRow, Problem
 from localctl.data.plan import SampleRef
 from localctl.masks import MaskConfig, sample_mask
 from localctl.random import numpy_rng
+
+ATTEMPTS = 16  # with half of the rows bad, one visit in 65,000 finds none
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Example:
 
     key: identifies it for ever, whatever else is in the data; random draws are keyed by it.
     pixels (3,H,W) in [-1,1]; condition (C,H,W) in [0,1]; mask (1,H,W) in [0,1], if there is one yet;
-    object_masks (n,H,W) in [0,1], if objects are known. epoch: of the visit this is.
+    object_masks (n,H,W) in [0,1], if objects are known. epoch: of the visit this is. view: names what part of the
+    picture the pixels show, where that can vary. problems: bad rows that this one stands in for.
     """
 
     key: str
@@ -31,19 +35,41 @@ class Example:
     object_masks: Tensor | None = None
     mask: Tensor | None = None
     epoch: int = 0
+    view: str = ""
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What a visit ends with when row after row was bad."""
+
+    problems: tuple[Problem, ...]
 
 
 class Source(Protocol):
-    """A data set: examples by index, each a pure function of it."""
+    """A data set: examples by index, each a pure function of it. BadRow for one that cannot be used."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
+@runtime_checkable
+class VisitedSource(Source, Protocol):
+    """A data set whose examples look different from epoch to epoch."""
+
+    def visit(self, ref: SampleRef, seed: int) -> Example:
+        """A pure function of its arguments."""
+        ...
+
+
 class MaskedSamples(Dataset):
     """``source`` with a mask for each visit, keyed by (seed, epoch, key): fresh in every epoch, the same in any worker.
-    A mask that the data brings along stays."""
+    A mask that the data brings along stays.
+
+    For a bad row another one is drawn by (seed, epoch, index), again and again up to ``ATTEMPTS`` times; what was met
+    on the way travels with the example, so that whoever uses it knows.
+    """
 
     def __init__(self, source: Source, config: MaskConfig, seed: int) -> None:
         self.source = source
@@ -53,19 +79,38 @@ class MaskedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, ref: SampleRef) -> Example:
-        example = self.source[ref.sample]
+    def __getitem__(self, ref: SampleRef) -> Example | Unusable:
+        problems: list[Problem] = []
+        others = numpy_rng(self.seed, "replacement", ref.epoch, ref.sample)
+        index = ref.sample
+        for _ in range(ATTEMPTS):
+            try:
+                example = self._visit(SampleRef(index, ref.epoch))
+                return replace(self._masked(example, ref.epoch), problems=tuple(problems))
+            except BadRow as bad:
+                problems.append(Problem(bad.key or f"example {index}", bad.reason, str(bad)))
+            index = int(others.integers(len(self.source)))
+        return Unusable(tuple(problems))
+
+    def _visit(self, ref: SampleRef) -> Example:
+        return self.source.visit(ref, self.seed) if isinstance(self.source, VisitedSource) else self.source[ref.sample]
+
+    def _masked(self, example: Example, epoch: int) -> Example:
         mask = example.mask
         if mask is None:
-            rng = numpy_rng(self.seed, "mask", ref.epoch, example.key)
+            rng = numpy_rng(self.seed, "mask", epoch, example.key)
             height, width = example.pixels.shape[-2:]
             mask = sample_mask(self.config, (height, width), rng, example.object_masks)
-        return replace(example, mask=mask, epoch=ref.epoch, object_masks=None)
+        return replace(example, mask=mask, epoch=epoch, object_masks=None)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples, stacked: pixels (B,3,H,W), condition (B,C,H,W), mask (B,1,H,W); keys, epochs, captions: B each."""
+    """Examples, stacked: pixels (B,3,H,W), condition (B,C,H,W), mask (B,1,H,W); keys, epochs, captions: B each.
+
+    views: B, of the examples; key and view together name the pixels. problems: bad rows met on the way. A batch that
+    could not be filled has no row at all, only problems.
+    """
 
     keys: tuple[str, ...]
     epochs: tuple[int, ...]
@@ -73,6 +118,8 @@ class Batch:
     pixels: Tensor
     condition: Tensor
     mask: Tensor
+    views: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -83,15 +130,22 @@ class Batch:
         return replace(self, pixels=pixels, condition=condition, mask=mask)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example | Unusable]) -> Batch:
     """Stack examples of one size, each with its mask."""
-    masks = [example.mask for example in examples if example.mask is not None]
-    assert len(masks) == len(examples)
+    problems = tuple(problem for example in examples for problem in example.problems)
+    found = [example for example in examples if isinstance(example, Example)]
+    if len(found) < len(examples):
+        nothing = torch.empty(0)
+        return Batch((), (), (), nothing, nothing, nothing, problems=problems)
+    masks = [example.mask for example in found if example.mask is not None]
+    assert len(masks) == len(found)
     return Batch(
-        keys=tuple(example.key for example in examples),
-        epochs=tuple(example.epoch for example in examples),
-        captions=tuple(example.caption for example in examples),
-        pixels=torch.stack([example.pixels for example in examples]),
-        condition=torch.stack([example.condition for example in examples]),
+        keys=tuple(example.key for example in found),
+        epochs=tuple(example.epoch for example in found),
+        captions=tuple(example.caption for example in found),
+        pixels=torch.stack([example.pixels for example in found]),
+        condition=torch.stack([example.condition for example in found]),
         mask=torch.stack(masks),
+        views=tuple(example.view for example in found),
+        problems=problems,
     )

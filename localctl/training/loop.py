@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from localctl.base import resolve_base
-from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate
+from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate, open_files
+from localctl.data.bad import QUARANTINE
 from localctl.layout import check_side
 from localctl.random import generator
 from localctl.run.checkpoints import find_checkpoint, list_checkpoints, set_aside_later
 from localctl.run.interrupt import Interrupt, ignore_interrupt
 from localctl.run.logging import STATS, FileTracker, Tracker
+from localctl.training.data_watch import describe, first_example, new_watch
 from localctl.training.export import (
     ADAPTER,
     CARD,
@@ -38,7 +40,7 @@ from localctl.training.state import TrainState, new_state
 from localctl.training.step import draw, training_step
 from localctl.training.validation import Fidelity, References, ValidationResult, Validator
 
-_OUTPUTS = (STATS, "logs", "validation", ADAPTER, T2IADAPTER, CARD, CONFIG)
+_OUTPUTS = (STATS, QUARANTINE, "logs", "validation", ADAPTER, T2IADAPTER, CARD, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class TrainResult:
 def make_source(settings: TrainSettings, split: str) -> Source:
     """The data set of a split: ``train`` or ``val``."""
     data = settings.data
+    if not data.is_micro:
+        return open_files(data, settings.condition, split)
+    assert data.count is not None
     count = data.count if split == "train" else 20 * settings.validation.count  # some are skipped
     return MicroScenes(split, data.profile, count, settings.condition)
 
@@ -68,9 +73,11 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
     if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
         check_unused(output_dir, settings.overwrite_output_dir)
     train = make_source(settings, "train")
-    for name, side in zip(("height", "width"), train[0].pixels.shape[-2:], strict=True):
+    first = first_example(MaskedSamples(train, settings.mask, settings.seed))
+    for name, side in zip(("height", "width"), first.pixels.shape[-2:], strict=True):
         check_side(name, side)
-    MaskedSamples(train, settings.mask, settings.seed)[SamplePlan(len(train), settings.seed).at(0)]
+    if settings.validation_steps:
+        make_source(settings, "val")  # its mistakes, too, before anything slow
     state = new_state(settings)
     if checkpoint is not None:
         state.load(checkpoint)
@@ -130,6 +137,9 @@ class Run:
         self.output_dir = Path(self.settings.output_dir).expanduser()
         self.main = state.accelerator.is_main_process
         self.tracker = Tracker()
+        self.watch = new_watch(
+            state.accelerator, state.models, self.settings.data, self.output_dir, len(train), state.step
+        )
         self.validator: Validator | None = None
         self.references: References | None = None
         self.last: ValidationResult | None = None
@@ -158,6 +168,8 @@ class Run:
         finally:
             self.tracker.close()
         if self.main:
+            for line in self.watch.lines():
+                self.say(line)
             self.say(self._farewell(interrupted))
         return TrainResult(state.step, self.output_dir, interrupted, self.last.fidelity if self.last else None)
 
@@ -179,7 +191,7 @@ class Run:
                 f"adapter     {settings.adapter.adapter_type} ({trained:,} parameters, trained)",
                 f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
                 f"loss        {loss}",
-                f"data        {len(self.train_source)} {settings.data.name} {settings.data.profile} examples",
+                f"data        {describe(settings.data, self.train_source)}",
                 f"steps       {steps}",
                 f"output      {self.output_dir}",
             )
@@ -220,6 +232,7 @@ class Run:
             asked = time.perf_counter()
             batch: Batch = next(batches)
             waiting += time.perf_counter() - asked
+            self.watch.look_at(batch, state.step + 1)
             keys += batch.keys
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]

@@ -95,8 +95,10 @@ class Models:
         if kept is None:
             moments = self._encode_moments(batch.pixels)
         else:
-            pictures = zip(batch.keys, batch.pixels, strict=True)
-            moments = torch.cat([kept.get(key, partial(self._encode_moments, p[None])) for key, p in pictures])
+            # key and view: a crop is another picture
+            names = [f"{key}\0{view}" for key, view in zip(batch.keys, batch.views or [""] * len(batch), strict=True)]
+            pictures = zip(names, batch.pixels, strict=True)
+            moments = torch.cat([kept.get(name, partial(self._encode_moments, p[None])) for name, p in pictures])
         mean, std = moments.chunk(2, dim=1)  # (B,c,h,w) each
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return (mean + std * posterior_noise - shift) * self.vae.config.scaling_factor
@@ -130,7 +132,7 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
         pipe.unet.to(memory_format=torch.channels_last)  # what CPU convolutions prefer
         pipe.vae.to(memory_format=torch.channels_last)
     adapter = new_adapter(settings, pipe).to(device)
-    return Models(pipe, adapter.train(), keep_latents=settings.data.keep_latents)
+    return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
 
 
 def new_adapter(settings: TrainSettings, pipe: DiffusionPipeline) -> LocalAdapter:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 from localctl.base import SCHEDULERS, BaseConfig
 from localctl.conditions import ConditionConfig
+from localctl.data.config import DataConfig
 from localctl.diffusion import TIMESTEP_SAMPLINGS
 from localctl.losses import LossConfig
 from localctl.masks import MASK_RESIZE, MaskConfig
-from localctl.micro.scenes import PROFILES
 from localctl.run.logging import REPORT_TO
 
-DATA = ("micro",)
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
 ADAPTER_TYPES = ("full_adapter", "light_adapter")
@@ -21,10 +20,21 @@ ALIASES = {
     "pretrained_model_name_or_path": "base",
     "revision": "base.revision",
     "variant": "base.variant",
+    "dataset_name": "data",
+    "dataset_config_name": "data.dataset_config_name",
+    "cache_dir": "data.cache_dir",
+    "train_data_dir": "data.path",
+    "image_column": "data.image_column",
+    "conditioning_image_column": "data.conditioning_image_column",
+    "mask_column": "data.mask_column",
+    "caption_column": "data.caption_column",
+    "resolution": "data.resolution",
+    "center_crop": "data.center_crop",
+    "random_flip": "data.random_flip",
     "max_train_samples": "data.count",
     "num_validation_images": "validation.count",
 }
-FREE_GROUPS = {"base": "base.name"}
+FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
 
 def _choose(what: str, value: str | None, known: tuple[str, ...]) -> None:
@@ -35,25 +45,6 @@ def _choose(what: str, value: str | None, known: tuple[str, ...]) -> None:
 def _at_least(what: str, value: float, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
         raise ValueError(f"{what} must be at least {least}, not {value}.")
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """name: which data set. profile, count: which and how many of the embedded scenes.
-
-    keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for
-        small pictures (8 kB each at 128 px).
-    """
-
-    name: str = "micro"
-    profile: str = "basic"
-    count: int = 3000
-    keep_latents: bool = True
-
-    def __post_init__(self) -> None:
-        _choose("data set", self.name, DATA)
-        _choose("scene profile", self.profile, PROFILES)
-        _at_least("data.count", self.count, 1)
 
 
 @dataclass(kw_only=True)

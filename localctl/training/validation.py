@@ -15,6 +15,7 @@ from localctl.adapter import LocalAdapter
 from localctl.base import set_scheduler
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data.bad import BadRow
 from localctl.data.sample import Example, Source
 from localctl.images import grid, outline, to_pil
 from localctl.layout import Layout
@@ -150,7 +151,7 @@ class Validator:
 def choose_cases(
     source: Source, masks: MaskConfig, config: ValidationConfig, edges_of: Callable[[Image.Image], np.ndarray]
 ) -> list[Case]:
-    """The first ``config.count`` examples whose mask, drawn from ``config.seed``, holds enough edges to be scored.
+    """The first ``config.count`` usable examples whose mask, drawn from ``config.seed``, holds enough edges to score.
 
     ValueError when there is none.
     """
@@ -158,7 +159,10 @@ def choose_cases(
     for index in range(len(source)):
         if len(cases) == config.count:
             break
-        example = source[index]
+        try:
+            example = source[index]
+        except BadRow:
+            continue
         height, width = example.pixels.shape[-2:]
         rng = numpy_rng(config.seed, "validation mask", example.key)
         mask = example.mask

@@ -148,7 +148,7 @@ def test_help_names_every_key_group_and_flag():
     text = help_text("train_adapter.py", TrainSettings(), aliases=ALIASES)
     for key in [*schema_keys(TrainSettings), *config_groups(), *ALIASES]:
         assert key in text
-    assert "condition=canny|depth" in text and "resume_from_checkpoint=null" in text
+    assert "condition=canny|column|depth" in text and "resume_from_checkpoint=null" in text
 
 
 def test_the_sections_of_the_schema_are_the_groups():

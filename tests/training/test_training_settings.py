@@ -2,7 +2,8 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, DataConfig, TrainSettings, ValidationConfig
+from localctl.data import DataConfig
+from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)

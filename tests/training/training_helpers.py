@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from localctl.base import BaseConfig
+from localctl.data import DataConfig
 from localctl.run.logging import read_stats
 from localctl.training.loop import prepare
-from localctl.training.settings import DataConfig, TrainSettings, ValidationConfig
+from localctl.training.settings import TrainSettings, ValidationConfig
 
 TIMES = ("images_per_second", "data_wait_share")
 

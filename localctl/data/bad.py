@@ -1,0 +1,93 @@
+"""Rows that cannot be used: named, counted and written down, and a run stopped when they are too many."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+QUARANTINE = "quarantine.jsonl"
+SHOWN = 10
+
+
+class BadRow(ValueError):
+    """An example that cannot be used. reason: the kind of trouble, for counting; detail: a clause without full stop;
+    key: of the example, where it is known."""
+
+    def __init__(self, reason: str, detail: str, key: str = "") -> None:
+        super().__init__(detail)
+        self.reason, self.key = reason, key
+
+
+class TooManyBadRows(ValueError):
+    """So many rows are unusable that something else must be wrong; the message lists them."""
+
+
+class Problem(NamedTuple):
+    """A visit to a bad row."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+def count_reasons(problems: Iterable[Problem]) -> str:
+    """``3 caption missing, 1 image damaged``, the most frequent first."""
+    counts = Counter(problem.reason for problem in problems)
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+
+
+class Quarantine:
+    """The bad rows a run has met, in the order it met them, each once, kept in ``folder/quarantine.jsonl``.
+
+    rows: how many the data has. A run that continues at step ``start`` keeps what was met up to there and forgets the
+    rest, which it will meet again. ``folder`` None: nothing is written (processes other than the first).
+    """
+
+    def __init__(self, folder: Path | None, rows: int, max_fraction: float, start: int = 0) -> None:
+        self.path = None if folder is None else folder / QUARANTINE
+        self.rows, self.max_fraction = rows, max_fraction
+        self.problems: dict[str, Problem] = {}
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run leaves half a line
+            kept = [record for record in records if record["step"] <= start]
+            self.problems = {r["key"]: Problem(r["key"], r["reason"], r["detail"]) for r in kept}
+            self._write(kept, "w") if kept else self.path.unlink()
+
+    def add(self, problems: Iterable[Problem], step: int) -> None:
+        """Take in what step ``step`` met. TooManyBadRows when more than ``max_fraction`` of the rows are bad."""
+        new = {p.key: p for p in problems if p.key not in self.problems}
+        if not new:
+            return
+        self.problems |= new
+        if self.path is not None:
+            self._write([{"step": step, **problem._asdict()} for problem in new.values()], "a")
+        if len(self.problems) > self.max_fraction * self.rows:
+            raise TooManyBadRows(self._too_many())
+
+    def summary(self) -> str:
+        """One line, empty when no row was bad."""
+        if not self.problems:
+            return ""
+        place = f", listed in {self.path}" if self.path else ""
+        number = len(self.problems)
+        return f"{number} of {self.rows} rows unusable and replaced ({count_reasons(self.problems.values())}){place}"
+
+    def _too_many(self) -> str:
+        first = "; ".join(f"{p.key}: {p.detail}" for p in list(self.problems.values())[:SHOWN])
+        more = "" if len(self.problems) <= SHOWN else f"; and {len(self.problems) - SHOWN} more"
+        place = f" (all in {self.path})" if self.path else ""
+        return (
+            f"{len(self.problems)} of {self.rows} rows of the data are unusable, over data.max_bad_fraction="
+            f"{self.max_fraction:g}{place}: {first}{more}. Repair them (python -m localctl.data check finds all) or "
+            "raise data.max_bad_fraction."
+        )
+
+    def _write(self, records: Iterable[dict[str, object]], mode: str) -> None:
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)

@@ -1,0 +1,123 @@
+"""Which data to train on, and how a picture of any size becomes one of the size to train at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from localctl.layout import check_side
+from localctl.micro.scenes import PROFILES
+
+MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
+LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
+INTERPOLATIONS = ("bilinear", "nearest")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which examples; ValueError for settings that make no sense. ``docs/data.md`` describes the formats.
+
+    name: ``micro`` the embedded scenes; ``imagefolder`` pictures with a metadata.jsonl; ``parquet``; ``folder`` a
+        folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the Hugging Face hub.
+    path: of imagefolder, parquet, folder. A path alone means ``imagefolder``, as in diffusers.
+    split, validation_split: which splits; null for the second sets ``validation_share`` of the examples apart, chosen
+        by a hash of each example's key, so that none changes sides when the data grows.
+    dataset_config_name, revision, cache_dir: as for ``datasets.load_dataset``.
+    image_column, conditioning_image_column, mask_column, caption_column: names of the columns. conditioning null:
+        ``conditioning_image``, or in a ``folder`` the file named like the condition. ``mask`` may be missing in the
+        data, then masks are drawn. caption_column null: no captions, every prompt is empty.
+    key_column: names each example for ever; null: the path of its picture, or else its row number.
+    resolution: pixels to train at, a number or [height, width], multiples of 8; null: 512, or the scenes' own 128.
+        A picture is scaled to cover it, then cropped.
+    center_crop: false crops at a place drawn for every visit. random_flip: mirrors half of the visits; off because it
+        makes captions with "left" and "right" wrong.
+    conditioning_interpolation: how condition images are resized, ``bilinear`` or ``nearest``; null: nearest for
+        segmentation.
+    max_bad_fraction: a run stops when more than this share of the examples turned out unusable.
+    profile, count: which of the embedded scenes, and how many; of other data, at most ``count`` (null = all).
+    keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for
+        few small pictures (8 kB each at 128 px, 131 kB at 512 px). Never with random crops.
+    """
+
+    name: str = "micro"
+    path: str | None = None
+    split: str = "train"
+    validation_split: str | None = None
+    dataset_config_name: str | None = None
+    revision: str | None = None
+    cache_dir: str | None = None
+    image_column: str = "image"
+    conditioning_image_column: str | None = None
+    mask_column: str | None = "mask"
+    caption_column: str | None = "text"
+    key_column: str | None = None
+    resolution: int | tuple[int, int] | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    conditioning_interpolation: str | None = None
+    validation_share: float = 0.05
+    max_bad_fraction: float = 0.01
+    profile: str = "basic"
+    count: int | None = None
+    keep_latents: bool = True
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.name == "micro":
+            self.name = "imagefolder"
+        if self.profile not in PROFILES:
+            raise ValueError(f"Unknown scene profile {self.profile!r}; choose one of {', '.join(PROFILES)}.")
+        for side in (self.resolution,) if isinstance(self.resolution, int) else self.resolution or ():
+            check_side("data.resolution", side)
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"data.count must be at least 1, not {self.count}.")
+        for name in ("validation_share", "max_bad_fraction"):
+            share = getattr(self, name)
+            if not (math.isfinite(share) and 0 <= share <= 1):
+                raise ValueError(f"data.{name} is a share from 0 to 1, not {share}.")
+        if self.conditioning_interpolation not in (None, *INTERPOLATIONS):
+            known = ", ".join(INTERPOLATIONS)
+            raise ValueError(
+                f"Unknown data.conditioning_interpolation {self.conditioning_interpolation!r}; choose one of {known}."
+            )
+        self._check_micro() if self.is_micro else self._check_name()
+
+    @property
+    def is_micro(self) -> bool:
+        """Whether these are the embedded scenes."""
+        return self.name == "micro"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels to train at."""
+        side = self.resolution or (MICRO_SIDE if self.is_micro else FILE_SIDE)
+        return (side, side) if isinstance(side, int) else side
+
+    @property
+    def latents_may_be_kept(self) -> bool:
+        """Whether a picture looks the same at most visits, so that keeping its latents is worth memory."""
+        return self.keep_latents and self.center_crop
+
+    def _check_micro(self) -> None:
+        self.count = self.count or MICRO_COUNT
+        if self.size != (MICRO_SIDE, MICRO_SIDE) or self.random_flip or not self.center_crop:
+            raise ValueError(
+                f"The embedded scenes are {MICRO_SIDE}x{MICRO_SIDE} pixels and never cropped or flipped; leave "
+                "data.resolution, center_crop and random_flip alone or choose other data."
+            )
+
+    def _check_name(self) -> None:
+        if self.path is not None and self.name not in LOCAL_FORMATS:
+            known = ", ".join(LOCAL_FORMATS)
+            raise ValueError(f"data.path belongs to {known}; {self.name!r} is found by its name alone, drop one.")
+        if self.name not in LOCAL_FORMATS and "/" not in self.name and not Path(self.name).exists():
+            known = ", ".join(("micro", *LOCAL_FORMATS))
+            raise ValueError(f"Unknown data set {self.name!r}; choose {known}, or one of the hub like USER/NAME.")
+
+    def check_place(self) -> None:
+        """ValueError unless there is something where the data should lie. Not part of making the settings, which may be
+        read where the data is not."""
+        if self.name in LOCAL_FORMATS and self.path is None:
+            raise ValueError(f"data={self.name} needs data.path, where it lies (--train_data_dir).")
+        if self.path is not None and not Path(self.path).expanduser().exists():
+            raise ValueError(f"There is no data at {self.path}; check data.path.")

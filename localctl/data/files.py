@@ -1,0 +1,206 @@
+"""Examples from files: read through our own gate, checked, split, and brought to one size together."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.data.bad import BadRow
+from localctl.data.config import DataConfig
+from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, draw_geometry, geometry, same_shape, to_array
+from localctl.data.plan import SampleRef
+from localctl.data.rows import Columns, FolderRows, ImageFolderRows, Row, Rows
+from localctl.data.sample import Example
+from localctl.data.tables import open_table
+from localctl.images import ImageError, load_image, open_gray
+from localctl.random import key_seed, numpy_rng
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A row as read, each picture at its own size. image: RGB. condition: RGB, or F in [0,1]. mask: (h,w) float32 in
+    [0,1], 1 = controlled."""
+
+    key: str
+    image: Image.Image
+    condition: Image.Image | None
+    mask: np.ndarray | None
+    captions: tuple[str, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.image.height, self.image.width
+
+
+class FileSource:
+    """The rows ``indices`` of ``rows`` as examples of ``data.size``.
+
+    ``source[i]`` shows the middle of picture i, the same whenever asked; ``visit`` crops and mirrors as settings say.
+    Both raise BadRow, with the reason, for a row that cannot be used.
+    """
+
+    def __init__(self, rows: Rows, indices: Sequence[int], data: DataConfig, condition: ConditionConfig) -> None:
+        self.rows, self.indices = rows, indices
+        self.data, self.condition = data, condition
+        nearest = data.conditioning_interpolation == "nearest" or (
+            data.conditioning_interpolation is None and condition.kind == "segmentation"
+        )
+        self._condition_filter = NEAREST if nearest else SMOOTH
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        parts = self.read(index)
+        return self.example(parts, geometry(parts.size, self.data.size), parts.captions[0])
+
+    def key(self, index: int) -> str:
+        """What example ``index`` is called for ever."""
+        return self.rows.keys[self.indices[index]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when examples come, go or change places; not when a picture changes."""
+        digest = hashlib.sha256()
+        for index in self.indices:
+            digest.update(self.rows.keys[index].encode(errors="replace") + b"\0")
+        return digest.hexdigest()
+
+    def visit(self, ref: SampleRef, seed: int) -> Example:
+        """Example ``ref.sample`` as seen in epoch ``ref.epoch``: crop, flip and choice among several captions are drawn
+        by (seed, epoch, key)."""
+        parts = self.read(ref.sample)
+        drawn = draw_geometry(
+            parts.size,
+            self.data.size,
+            center_crop=self.data.center_crop,
+            random_flip=self.data.random_flip,
+            seed=seed,
+            epoch=ref.epoch,
+            key=parts.key,
+        )
+        caption = parts.captions[0]
+        if len(parts.captions) > 1:
+            caption = parts.captions[numpy_rng(seed, "caption", ref.epoch, parts.key).integers(len(parts.captions))]
+        return self.example(parts, drawn, caption)
+
+    def read(self, index: int) -> Parts:
+        """Read and decode row ``index``. BadRow when a part is missing, damaged, or of another shape than the image."""
+        key = self.key(index)
+        try:
+            return self._read(key, self.rows[self.indices[index]])
+        except BadRow as bad:
+            raise BadRow(bad.reason, str(bad), key) from None
+
+    def _read(self, key: str, row: Row) -> Parts:
+        image = _decoded("image", key, row.image)
+        condition = None
+        if row.condition is not None:
+            condition = _decoded("condition", key, row.condition, gray=self.condition.channels == 1)
+            _check_shape("condition", condition, image)
+        mask = None
+        if row.mask is not None:
+            gray = _decoded("mask", key, row.mask, gray=True)
+            _check_shape("mask", gray, image)
+            mask = np.asarray(gray)
+        return Parts(key, image, condition, mask, row.captions)
+
+    def example(self, parts: Parts, seen: Geometry, caption: str) -> Example:
+        """``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the picture."""
+        image = np.array(seen.apply(parts.image, IMAGE))  # (H,W,3) uint8
+        if parts.condition is None:
+            condition = extract(self.condition, image)
+        else:
+            condition = _unit(seen.apply(parts.condition, self._condition_filter))
+        return Example(
+            key=parts.key,
+            pixels=torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1,
+            condition=condition,
+            caption=caption,
+            mask=None if parts.mask is None else torch.from_numpy(seen.apply_to_mask(parts.mask).clip(0, 1))[None],
+            view=seen.view,
+        )
+
+
+def open_files(data: DataConfig, condition: ConditionConfig, split: str) -> FileSource:
+    """The ``train`` or ``val`` part of the data that ``data`` names. ValueError when it cannot be opened, or when
+    nothing belongs to the part."""
+    assert split in SPLITS and not data.is_micro
+    data.check_place()
+    held_out = data.validation_split
+    rows = _open_rows(data, condition, held_out if held_out and split == "val" else data.split)
+    indices = list(range(len(rows)))
+    if held_out is None:
+        indices = [i for i in indices if is_held_out(rows.keys[i], data.validation_share) == (split == "val")]
+    if split == "train" and data.count is not None and len(indices) > data.count:
+        drawn = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
+        indices = sorted(drawn[: data.count])
+    if not indices:
+        way_out = "raise data.validation_share or pass --validation_steps 0" if split == "val" else "lower it"
+        raise ValueError(
+            f"None of the {len(rows)} rows of {data.path or data.name} falls into the {split} part with "
+            f"data.validation_share={data.validation_share:g}; {way_out}."
+        )
+    return FileSource(rows, indices, data, condition)
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Whether an example belongs to the validation part: decided by a hash of its key alone, so it stays where it is
+    when others come or go. Repeated rows of one picture (key#2) stay together."""
+    return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63 < share
+
+
+def _open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
+    in_folders = data.name == "folder"
+    column = data.conditioning_image_column or (condition.kind if in_folders else "conditioning_image")
+    columns = Columns(
+        image="original" if in_folders and data.image_column == "image" else data.image_column,
+        condition=None if condition.kind in FROM_PICTURE else column,
+        mask=data.mask_column,
+        caption="caption" if in_folders and data.caption_column == "text" else data.caption_column,
+        key=data.key_column,
+    )
+    if data.name not in ("imagefolder", "folder"):
+        return open_table(data, split, columns)
+    assert data.path is not None
+    root = Path(data.path).expanduser()
+    if (root / split).is_dir():
+        root = root / split
+    elif split != "train":
+        raise ValueError(f"There is no folder {root / split} for the split {split!r}.")
+    return FolderRows(root, columns) if in_folders else ImageFolderRows(root, columns)
+
+
+def _decoded(what: str, key: str, source: Path | bytes, gray: bool = False) -> Image.Image:
+    """RGB, or F in [0,1] where ``gray``."""
+    try:
+        if gray:
+            return Image.fromarray(open_gray(source, f"the {what} of {key}"))
+        return load_image(source, f"the {what} of {key}")
+    except ImageError as error:
+        raise BadRow(f"{what} {error.reason}", str(error).rstrip(".")) from None
+
+
+def _check_shape(what: str, picture: Image.Image, image: Image.Image) -> None:
+    if not same_shape((picture.height, picture.width), (image.height, image.width)):
+        detail = f"the {what} is {picture.width}x{picture.height}, another shape than the image's {image.width}x"
+        raise BadRow(f"{what} of another shape", f"{detail}{image.height}")
+
+
+def _unit(picture: Image.Image) -> Tensor:
+    """(C,H,W) float32 in [0,1]."""
+    array = to_array(picture)
+    values = torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
+    return values / 255 if values.dtype == torch.uint8 else values.clamp(0, 1)

@@ -1,0 +1,107 @@
+"""What a run says about its data: what it is, which rows were bad, which captions are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from localctl.data.bad import Problem, Quarantine, TooManyBadRows
+from localctl.data.config import DataConfig
+from localctl.data.files import FileSource
+from localctl.data.plan import SamplePlan
+from localctl.data.sample import Batch, Example, MaskedSamples, Source, Unusable
+from localctl.training.models import Models
+
+
+class DataWatch:
+    """Looks at each batch before it is used. All processes must call it alike.
+
+    Rows are counted when the training reaches them, not when a worker fetches them ahead: so the count, too, is the
+    same with any number of workers and after a resume.
+    """
+
+    def __init__(self, accelerator: Accelerator, models: Models, quarantine: Quarantine, data: DataConfig) -> None:
+        self.accelerator, self.models = accelerator, models
+        self.quarantine = quarantine
+        self._read_captions = not data.is_micro
+        self._seen: set[int] = set()
+        self.long_captions = 0
+
+    def look_at(self, batch: Batch, step: int) -> None:
+        """Note the bad rows met for ``batch`` of step ``step``. TooManyBadRows when they are too many, or when no
+        usable row was found in their place."""
+        problems = self._of_all_processes(batch.problems)
+        self.quarantine.add(problems, step)
+        if not len(batch):
+            raise nothing_usable(batch.problems)
+        if self._read_captions:
+            self._count_long(batch)
+
+    def lines(self) -> list[str]:
+        """What there is to say at the end of a run; nothing if all was well."""
+        lines = [self.quarantine.summary()] if self.quarantine.problems else []
+        if self.long_captions:
+            limit = self.models.pipe.tokenizer.model_max_length
+            lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
+        return [f"data        {line}" for line in lines]
+
+    def _of_all_processes(self, problems: tuple[Problem, ...]) -> list[Problem]:
+        if self.accelerator.num_processes == 1:
+            return list(problems)
+        number = torch.tensor(len(problems), device=self.accelerator.device)
+        if not int(self.accelerator.reduce(number)):
+            return []
+        return [Problem(*problem) for problem in gather_object(list(problems))]
+
+    def _count_long(self, batch: Batch) -> None:
+        for key, caption in zip(batch.keys, batch.captions, strict=True):
+            visited = hash((key, caption))
+            if visited not in self._seen:
+                self._seen.add(visited)
+                self.long_captions += is_cut(self.models.pipe.tokenizer, caption)
+
+
+def is_cut(tokenizer: object, caption: str) -> bool:
+    """Whether the text encoder sees only the beginning of ``caption``."""
+    limit = tokenizer.model_max_length  # type: ignore[attr-defined]
+    return len(tokenizer(caption, truncation=True, max_length=limit + 1).input_ids) > limit  # type: ignore[operator]
+
+
+def first_example(samples: MaskedSamples) -> Example:
+    """The first one of the training, as a test before slow work. TooManyBadRows when nothing usable is found."""
+    found = samples[SamplePlan(len(samples), samples.seed).at(0)]
+    if isinstance(found, Unusable):
+        raise nothing_usable(found.problems)
+    return found
+
+
+def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
+    """Why no example was found."""
+    listed = "; ".join(f"{problem.key}: {problem.detail}" for problem in dict.fromkeys(problems[:3]))
+    return TooManyBadRows(
+        f"No usable row was found in {len(problems)} tries ({listed}); run python -m localctl.data check with the same "
+        "arguments."
+    )
+
+
+def describe(data: DataConfig, source: Source) -> str:
+    """What is trained on, in a few words."""
+    if data.is_micro:
+        return f"{len(source)} micro {data.profile} examples"
+    place = f"{data.name} {data.path}" if data.path else data.name
+    masks = ""
+    if isinstance(source, FileSource) and source.rows.has_masks:
+        masks = f", masks from {data.mask_column!r}"
+    height, width = data.size
+    return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+
+
+def new_watch(
+    accelerator: Accelerator, models: Models, data: DataConfig, folder: Path, rows: int, start: int
+) -> DataWatch:
+    """The watch of a run that begins at step ``start``; only the first process writes."""
+    place = folder if accelerator.is_main_process else None
+    return DataWatch(accelerator, models, Quarantine(place, rows, data.max_bad_fraction, start), data)
