@@ -137,10 +137,9 @@ class FileSource:
 def open_files(data: DataConfig, condition: ConditionConfig, split: str) -> FileSource:
     """The ``train`` or ``val`` part of the data that ``data`` names. ValueError when it cannot be opened, or when
     nothing belongs to the part."""
-    assert split in SPLITS and not data.is_micro
-    data.check_place()
+    assert split in SPLITS
     held_out = data.validation_split
-    rows = _open_rows(data, condition, held_out if held_out and split == "val" else data.split)
+    rows = open_rows(data, condition, held_out if held_out and split == "val" else data.split)
     indices = list(range(len(rows)))
     if held_out is None:
         indices = [i for i in indices if is_held_out(rows.keys[i], data.validation_share) == (split == "val")]
@@ -162,7 +161,10 @@ def is_held_out(key: str, share: float) -> bool:
     return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63 < share
 
 
-def _open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
+def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
+    """All rows of ``split``. ValueError when the data cannot be opened."""
+    assert not data.is_micro
+    data.check_place()
     in_folders = data.name == "folder"
     column = data.conditioning_image_column or (condition.kind if in_folders else "conditioning_image")
     columns = Columns(

@@ -45,6 +45,7 @@ class Rows(Protocol):
     """A data set of files. keys: what each row is called for ever, all different. has_masks: whether masks belong to
     it. A row is found by its index; BadRow when it cannot be used."""
 
+    columns: Columns
     keys: Sequence[str]
     has_masks: bool
 

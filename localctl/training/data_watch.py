@@ -67,7 +67,7 @@ class DataWatch:
 def is_cut(tokenizer: object, caption: str) -> bool:
     """Whether the text encoder sees only the beginning of ``caption``."""
     limit = tokenizer.model_max_length  # type: ignore[attr-defined]
-    return len(tokenizer(caption, truncation=True, max_length=limit + 1).input_ids) > limit  # type: ignore[operator]
+    return len(tokenizer(caption, truncation=True, max_length=limit + 1, verbose=False).input_ids) > limit  # type: ignore[operator]
 
 
 def first_example(samples: MaskedSamples) -> Example:

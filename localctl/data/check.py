@@ -1,0 +1,195 @@
+"""Looking at a data set before hours are spent on it: every row is read as the training would read it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons
+from localctl.data.config import DataConfig
+from localctl.data.files import FileSource
+from localctl.data.geometry import geometry
+from localctl.data.sample import Example
+from localctl.images import grid, outline, to_pil
+
+EMPTY, FULL = 0.001, 0.999  # shares of the picture
+MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
+PREVIEW_SIDE = 256
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """What was seen in a row. upscaled: the picture is smaller than the size to train at. condition: (darkest, mean,
+    brightest, whether coloured). mask: (area, share of the picture's border inside it, largest value)."""
+
+    problem: Problem | None
+    upscaled: bool = False
+    condition: tuple[float, float, float, bool] | None = None
+    mask: tuple[float, float, float] | None = None
+    captions: tuple[str, ...] = ()
+
+
+class _Rows(Dataset):
+    def __init__(self, source: FileSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> RowReport:
+        return look(self.source, index)
+
+
+def look(source: FileSource, index: int) -> RowReport:
+    """Read row ``index`` and take its measure."""
+    try:
+        parts = source.read(index)
+    except BadRow as bad:
+        return RowReport(Problem(bad.key, bad.reason, str(bad)))
+    size = source.data.size
+    example = source.example(parts, geometry(parts.size, size), parts.captions[0])
+    condition = example.condition
+    coloured = bool((condition.amax(0) - condition.amin(0)).max() > 0.02)
+    mask = None
+    if example.mask is not None:
+        seen = example.mask[0].numpy()
+        border = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
+        mask = (float(seen.mean()), float(border.mean()), float(seen.max()))
+    return RowReport(
+        None,
+        parts.size[0] < size[0] or parts.size[1] < size[1],
+        (float(condition.min()), float(condition.mean()), float(condition.max()), coloured),
+        mask,
+        parts.captions,
+    )
+
+
+def look_at_all(source: FileSource, workers: int = 0, progress: bool = True) -> list[RowReport]:
+    """Every row, in order, with a progress bar on stderr."""
+    loader = DataLoader(_Rows(source), batch_size=None, num_workers=workers)
+    return list(tqdm(loader, total=len(source), desc="checking", unit="row", mininterval=1, disable=not progress))
+
+
+def write_report(
+    source: FileSource, rows: Sequence[RowReport], held_out: int, tokens: Callable[[str], int] | None, limit: int
+) -> str:
+    """Lines on what was found, warnings last. ``held_out`` rows belong to validation. tokens: length of a caption, of
+    which the text encoder reads ``limit``; None = not known."""
+    data = source.data
+    bad = [row.problem for row in rows if row.problem is not None]
+    good = [row for row in rows if row.problem is None]
+    height, width = data.size
+    lines = [
+        f"rows        {len(rows)}: {len(rows) - held_out} to train on, {held_out} for validation",
+        f"bad rows    {len(bad)}" + (f" ({count_reasons(bad)})" if bad else ""),
+        *(f"            {problem.key}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
+        *([f"            and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []),
+        f"size        {width}x{height}; {sum(row.upscaled for row in good)} pictures are smaller and scaled up",
+    ]
+    warnings = _bad_share(len(bad), len(rows), data)
+    if good:
+        warnings += _conditions(source, good, lines)
+        warnings += _masks(source, good, lines)
+        warnings += _captions(good, lines, tokens, limit, data)
+    return "\n".join([*lines, *(f"WARNING     {warning}" for warning in warnings)])
+
+
+def _bad_share(bad: int, rows: int, data: DataConfig) -> list[str]:
+    if bad <= data.max_bad_fraction * rows:
+        return []
+    return [f"a training would stop: {bad / rows:.1%} of the rows are bad, over data.max_bad_fraction"]
+
+
+def _conditions(source: FileSource, good: Sequence[RowReport], lines: list[str]) -> list[str]:
+    config = source.condition
+    low, mean, high, coloured = (
+        np.array(values) for values in zip(*(r.condition for r in good if r.condition), strict=True)
+    )
+    origin = f"from column {source.rows.columns.condition!r}" if source.rows.columns.condition else "from the pictures"
+    lines.append(
+        f"condition   {config.kind}, {config.channels} channel{'s' * (config.channels > 1)}, {origin}; "
+        f"darkest {low.min():.2f}, mean {mean.mean():.2f}, brightest {high.max():.2f}"
+    )
+    warnings = []
+    flat = np.mean(high - low < 0.02)
+    if flat > 0.05:
+        warnings.append(f"{flat:.0%} of the conditions are of one value and control nothing")
+    if source.rows.columns.condition and high.max() < 0.1:
+        warnings.append("all conditions are nearly black; are their values 0 ... 1 or 0 ... 10 of 255?")
+    if config.kind == "column" and config.channels == 3 and not coloured.any():
+        warnings.append("no condition has colours; condition.channels=1 would do")
+    return warnings
+
+
+def _masks(source: FileSource, good: Sequence[RowReport], lines: list[str]) -> list[str]:
+    if not source.rows.has_masks:
+        lines.append("masks       none in the data; drawn by the settings of mask")
+        return []
+    area, border, largest = (np.array(values) for values in zip(*(r.mask for r in good if r.mask), strict=True))
+    quartiles = ", ".join(f"{share:.0%}" for share in np.percentile(area, (5, 50, 95)))
+    lines.append(
+        f"masks       from column {source.data.mask_column!r}, white = controlled; area 5th/50th/95th {quartiles}"
+    )
+    dim = (largest > 0) & (largest < 0.05)
+    empty, full = (area < EMPTY) & ~dim, area > FULL
+    inverted = (area > 0.5) & (border > 0.9) & ~full
+    warnings = []
+    if dim.mean() > MOSTLY:
+        warnings.append("the masks are 0 and 1 of 255, so nearly black; multiply them by 255")
+    if empty.any():
+        warnings.append(f"{empty.sum()} masks are empty: those examples control nothing")
+    if full.any():
+        warnings.append(f"{full.sum()} masks are full: those examples are controlled everywhere")
+    if inverted.mean() > MOSTLY:
+        warnings.append(
+            f"{inverted.mean():.0%} of the masks cover the border and most of the picture: are they inverted? White is "
+            "what shall be controlled"
+        )
+    return warnings
+
+
+def _captions(
+    good: Sequence[RowReport], lines: list[str], tokens: Callable[[str], int] | None, limit: int, data: DataConfig
+) -> list[str]:
+    captions = [caption for row in good for caption in row.captions]
+    if data.caption_column is None:
+        lines.append("captions    none wanted (data.caption_column=null)")
+        return []
+    words = np.array([len(caption.split()) for caption in captions])
+    line = f"captions    {len(set(captions))} different, {np.median(words):.0f} words (median), {words.max()} at most"
+    common, number = Counter(captions).most_common(1)[0]
+    warnings = []
+    if number > 1 and number > 0.1 * len(captions):
+        warnings.append(f"{number} captions are the same: {common[:60]!r}")
+    if tokens is not None:
+        lengths = np.array([tokens(caption) for caption in captions])
+        line += f"; {lengths.max()} tokens at most"
+        if (lengths > limit).any():
+            warnings.append(f"{(lengths > limit).sum()} captions are longer than {limit} tokens; the rest is not read")
+    lines.append(line)
+    return warnings
+
+
+def preview(examples: Sequence[Example], labels: Sequence[str] = ()) -> Image.Image:
+    """A sheet of the pictures and their conditions, both with the mask's outline, and the masks."""
+    rows = []
+    for example in examples:
+        assert example.mask is not None
+        height, width = example.pixels.shape[-2:]
+        shrink = max(1.0, max(height, width) / PREVIEW_SIDE)
+        size = (round(width / shrink), round(height / shrink))
+        shown = (
+            to_pil(example.pixels),
+            outline(to_pil(example.pixels), example.mask),
+            outline(to_pil(example.condition.expand(3, -1, -1) * 2 - 1), example.mask),
+            to_pil(example.mask.expand(3, -1, -1) * 2 - 1),
+        )
+        rows.append([picture.resize(size, Image.Resampling.LANCZOS) for picture in shown])
+    labels = labels or [f"{example.key}: {example.caption}" for example in examples]
+    return grid(rows, ("image", "with mask", "condition with mask", "mask, white = controlled"), labels)
