@@ -5,8 +5,8 @@
 
 A list is .txt (an address per line, a caption after a tab), .jsonl (url, text) or .parquet. manifest.jsonl gets a line
 per address: file, sha256, size and caption, or why it failed. A second call continues where the first one stopped;
---retry asks failed addresses again. The manifest can itself be the list: a file whose sha256 differs is then refused, so
-that others get the very same pictures.
+--retry asks failed addresses again. The manifest can itself be the list: a file whose sha256 differs is then refused,
+so that others get the very same pictures.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python data/make_dataset.py --images photos --output dataset --captions captions.jsonl --format folder \\
         --condition canny sobel --masks masks
 
-`imagefolder` writes images/, metadata.jsonl and a folder per condition; `folder` a folder per picture with original.jpg,
-caption.txt, mask.png and one file per condition. Pictures and masks are copied as they are. Edges and palettes need not
-be written: training takes them from the picture after cropping.
+`imagefolder` writes images/, metadata.jsonl and a folder per condition; `folder` a folder per picture with
+original.jpg, caption.txt, mask.png and one file per condition. Pictures and masks are copied as they
+are. Edges and palettes need not be written: training takes them from the picture after cropping.
 """
 
 from __future__ import annotations

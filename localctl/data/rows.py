@@ -67,12 +67,12 @@ class ImageFolderRows:
         keys: list[str] = []
         seen: Counter[str] = Counter()
         for file in sorted(self.root.rglob(METADATA)):
+            prefix = "" if file.parent == self.root else f"{file.parent.relative_to(self.root).as_posix()}/"
             for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
                 if line.strip():
                     values = _parse(line)
                     name = values.get(columns.key or "") or _file_name(values, columns.image)
-                    place = file.parent.relative_to(self.root)
-                    keys.append((place / str(name)).as_posix() if name else f"{(place / METADATA).as_posix()}:{number}")
+                    keys.append(f"{prefix}{name}" if name else f"{prefix}{METADATA}:{number}")
                     seen.update(_column(name) for name, value in values.items() if value is not None)
                     self._lines.append((file.parent, line))
         if not self._lines:

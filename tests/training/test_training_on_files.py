@@ -15,7 +15,9 @@ from training_helpers import loss_log, silent_run, tiny_settings
 import train_adapter
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, open_files
+from localctl.run.config import load_config
 from localctl.training.models import load_models
+from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from file_data import read_metadata, to_folders, to_parquet, write_imagefolder, write_metadata  # noqa: E402
@@ -58,6 +60,23 @@ def test_every_source_trains_and_says_what_it_is(sd_folder, folder, tmp_path):
         assert "masks from 'mask'" in said[0] and f"{data.name} {data.path}" in said[0]
     assert logs["imagefolder"] == logs["parquet"]
     assert logs["imagefolder"] != logs["folder"]  # a JPEG, and keys of another kind
+
+
+def test_the_flags_are_those_of_diffusers(folder):
+    def data(*argv):
+        return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS).data
+
+    hub = data(
+        "--dataset_name", "user/set", "--image_column=photo", "--caption_column", "null", "--resolution", "[64, 96]"
+    )
+    assert (hub.name, hub.path, hub.image_column, hub.caption_column) == ("user/set", None, "photo", None)
+    assert hub.size == (64, 96) and hub.count is None
+    local = data("--train_data_dir", str(folder), "--max_train_samples", "7", "--conditioning_image_column", "pose")
+    assert (local.name, local.count, local.conditioning_image_column) == ("imagefolder", 7, "pose")
+    assert data("data=parquet", "data.path=x").name == "parquet"
+    assert data() == DataConfig(count=3000) and data("data=micro_rich").profile == "rich"
+    with pytest.raises(ValueError, match="image_column"):
+        data("--image_colum", "x")
 
 
 def spoil(folder):
