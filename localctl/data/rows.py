@@ -94,7 +94,7 @@ class ImageFolderRows:
             values = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise BadRow("caption not UTF-8", f"the line in {METADATA} is not UTF-8 ({error.reason})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow("metadata damaged", f"the line in {METADATA} is not JSON ({error})") from None
         if not isinstance(values, dict):
             raise BadRow("metadata damaged", f"the line in {METADATA} is not a JSON object")
@@ -111,7 +111,8 @@ class FolderRows:
 
     def __init__(self, root: Path, columns: Columns) -> None:
         self.root, self.columns = root.resolve(), columns
-        folders, self.has_masks = [], False
+        folders: list[str] = []
+        self.has_masks = False
         for folder, below, files in os.walk(self.root):
             if not below and Path(folder) != self.root:
                 folders.append(Path(folder).relative_to(self.root).as_posix())
@@ -120,13 +121,14 @@ class FolderRows:
             raise ValueError(
                 f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
             )
-        self.keys: Sequence[str] = sorted(folders)
+        self._folders = sorted(folders)
+        self.keys: Sequence[str] = unique(self._folders)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Row:
-        folder = self.root / self.keys[index]
+        folder = self.root / self._folders[index]
 
         def part(what: str, stem: str) -> Path | bytes | None:
             names = (f"{stem}{extension}" for extension in EXTENSIONS)
@@ -167,6 +169,7 @@ def unique(keys: Sequence[str]) -> list[str]:
     seen: Counter[str] = Counter()
     result = []
     for key in keys:
+        key = key.encode(errors="replace").decode()  # half a surrogate pair has no bytes to be hashed
         seen[key] += 1
         result.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
     return result
@@ -201,6 +204,8 @@ def captions_of(caption: Any) -> tuple[str, ...]:
     stripped = tuple(text.strip() for text in captions)
     if not all(stripped):
         raise BadRow("caption missing", "the caption is blank")
+    if any("\ud800" <= letter <= "\udfff" for text in stripped for letter in text):
+        raise BadRow("caption not UTF-8", "the caption holds half a surrogate pair")
     return stripped
 
 
@@ -208,7 +213,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     """The values of a line as far as they can be read, for its key and the list of columns."""
     try:
         values = json.loads(line.decode(errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

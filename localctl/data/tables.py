@@ -98,7 +98,8 @@ def _keys(table: Any, columns: Columns, roots: Sequence[Path]) -> list[str]:
     column = table.data.column(columns.image)
     if pa.types.is_struct(column.type) and "path" in [field.name for field in column.type]:
         column = pc.struct_field(column, "path")
-    names = [str(name or "") for name in column.to_pylist()] if pa.types.is_string(column.type) else [""]
+    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    names = [str(name or "") for name in column.to_pylist()] if text else [""]
     if not all(names):
         return [f"row {number}" for number in range(len(table))]
     return unique([_lasting(Path(name), roots[0]) for name in names])

@@ -116,6 +116,7 @@ def test_every_mode_is_read_as_it_looks(folder, mode):
         ({"text": "  "}, "caption missing"),
         ({"text": []}, "caption missing"),
         ({"text": 7}, "caption not text"),
+        ({"text": "half \ud83d"}, "caption not UTF-8"),
         ({"file_name": None}, "image missing"),
         ({"file_name": "images/none.png"}, "image missing"),
         ({"mask_file_name": None}, "mask missing"),
@@ -141,9 +142,10 @@ def test_lines_that_are_no_text_or_no_json(folder):
     lines[1] = lines[1].replace(b"picture 1", b"caf\xe9")
     lines[2] = lines[2][:20]
     lines[3] = b"[1, 2]"
+    lines[5] = b"[" * 100_000
     (folder / "metadata.jsonl").write_bytes(b"\n".join(lines))
     source = opened(folder)
-    assert [problem(source, i) for i in (1, 2, 3)] == ["caption not UTF-8", "metadata damaged", "metadata damaged"]
+    assert [problem(source, i) for i in (1, 2, 3, 5)] == ["caption not UTF-8"] + ["metadata damaged"] * 3
     assert source.key(1) == "images/001.png" and source.key(2) == "metadata.jsonl:3"
     assert source[4].caption == "picture 4"
 
@@ -275,3 +277,9 @@ def test_an_example_remembers_whom_it_replaces(damaged):
     example = samples[SampleRef(1, 0)]
     assert example.problems[0].key == "images/001.png"
     assert replace(example, problems=()).key == samples[SampleRef(int(example.key[-7:-4]), 0)].key
+
+
+def test_names_that_are_no_text(folder):
+    change(folder, 2, file_name="\udcff.png")
+    source = opened(folder)
+    assert problem(source, 2) == "image missing" and source.key(2) == "?.png" and len(source.fingerprint) == 64
