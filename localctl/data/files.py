@@ -131,6 +131,7 @@ class FileSource:
             caption=caption,
             mask=None if parts.mask is None else torch.from_numpy(seen.apply_to_mask(parts.mask).clip(0, 1))[None],
             view=seen.view,
+            original=(*parts.size, *seen.origin(parts.size)),
         )
 
 

@@ -31,6 +31,13 @@ class Geometry:
         """Names what is seen: equal for equal geometries only."""
         return f"{self.left!r} {self.top!r} {self.right!r} {self.bottom!r} {self.flip:d} {self.size[0]}x{self.size[1]}"
 
+    def origin(self, source: tuple[int, int]) -> tuple[int, int]:
+        """Where the crop begins (top, left) in a picture of ``source`` (h, w), mirrored if it is, on the scale of
+        ``size``."""
+        scale = max(self.size[0] / source[0], self.size[1] / source[1])
+        left = 1 - self.right if self.flip else self.left
+        return round(self.top * scale * source[0]), round(left * scale * source[1])
+
     def apply(self, picture: Image.Image, resample: Image.Resampling) -> Image.Image:
         """``picture``, of any size and Pillow's modes L, RGB or F, cropped, scaled and mirrored."""
         width, height = picture.size

@@ -26,6 +26,8 @@ class Example:
     pixels (3,H,W) in [-1,1]; condition (C,H,W) in [0,1]; mask (1,H,W) in [0,1], if there is one yet;
     object_masks (n,H,W) in [0,1], if objects are known. epoch: of the visit this is. view: names what part of the
     picture the pixels show, where that can vary. problems: bad rows that this one stands in for.
+    original: height and width of the picture as it was found, and where its crop begins (top, left, on the scale of
+        ``pixels``), if known; SDXL is told.
     """
 
     key: str
@@ -37,6 +39,7 @@ class Example:
     epoch: int = 0
     view: str = ""
     problems: tuple[Problem, ...] = ()
+    original: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ class MaskedSamples(Dataset):
 class Batch:
     """Examples, stacked: pixels (B,3,H,W), condition (B,C,H,W), mask (B,1,H,W); keys, epochs, captions: B each.
 
-    views: B, of the examples; key and view together name the pixels. problems: bad rows met on the way. A batch that
-    could not be filled has no row at all, only problems.
+    sizes: ``Example.original`` of each; empty = none is known. views: B, of the examples; key and view together name
+    the pixels. problems: bad rows met on the way. A batch that could not be filled has no row at all, only problems.
     """
 
     keys: tuple[str, ...]
@@ -120,6 +123,7 @@ class Batch:
     mask: Tensor
     views: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    sizes: tuple[tuple[int, int, int, int] | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -148,4 +152,5 @@ def collate(examples: Sequence[Example | Unusable]) -> Batch:
         mask=torch.stack(masks),
         views=tuple(example.view for example in found),
         problems=problems,
+        sizes=tuple(example.original for example in found),
     )

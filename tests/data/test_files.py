@@ -192,6 +192,13 @@ def test_a_drawing_stays_aligned_after_every_geometry(tmp_path, resolution, opti
         image, condition, mask = example.pixels[0] > 0, example.condition[0] > 0.5, example.mask[0] > 0.5
         assert iou(image, mask) > 0.99 and iou(image, condition) > 0.99, epoch
         mirrored.append(iou(image, mask.flip(1)))
+        height, width, top, left = example.original
+        scale = max(image.shape[0] / 482, image.shape[1] / 806)
+        assert (height, width) == (482, 806)
+        assert 0 <= top <= round(482 * scale) - image.shape[0] and 0 <= left <= round(806 * scale) - image.shape[1]
+        if not options:
+            assert abs(2 * top - (482 * scale - image.shape[0])) <= 1
+            assert abs(2 * left - (806 * scale - image.shape[1])) <= 1
         views.add(example.view)
     assert min(mirrored) < 0.9  # the test would see a part that was not mirrored
     assert len(views) == (12 if options else 1)
