@@ -18,7 +18,8 @@ class ConditionConfig:
     kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
         ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
     low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
-    channels: C of the condition. Only ``column`` leaves a choice, 1 (brightness) or 3 (colours); 0 = as the kind says.
+    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
+        whatever is given here.
     """
 
     kind: str = "canny"
@@ -34,11 +35,10 @@ class ConditionConfig:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
         if self.cells < 1:
             raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
-        allowed = (1, 3) if self.kind == "column" else (CHANNELS[self.kind],)
-        self.channels = self.channels or CHANNELS[self.kind]
-        if self.channels not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise ValueError(f"A {self.kind} condition has {wanted} channels, not condition.channels={self.channels}.")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
+        if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
+            self.channels = CHANNELS[self.kind]
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -32,7 +34,8 @@ def test_channels() -> None:
         "column": 3,
     }
     assert ConditionConfig(kind="column", channels=1).channels == 1
-    for kind, channels in (("canny", 3), ("column", 2), ("column", -1)):
+    assert replace(ConditionConfig(), kind="segmentation").channels == 3
+    for kind, channels in (("canny", 2), ("column", 2), ("column", -1)):
         with pytest.raises(ValueError, match=f"channels={channels}"):
             ConditionConfig(kind=kind, channels=channels)
 
