@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from localctl.run.config import help_text, load_config
-from localctl.training.loop import prepare
+from localctl.run.interrupt import exit_code
+from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as ``argv`` says. Returns 0; 2 after a user's error, named in one sentence; 130 when interrupted."""
+    """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
+    130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if "-h" in argv or "--help" in argv:
@@ -26,7 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 2
-    return 130 if run.train().interrupted else 0
+    try:
+        result = run.train()
+    except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
+        print(f"train_adapter.py: {error}", file=sys.stderr)
+        return 1
+    return exit_code(result.signal) if result.interrupted else 0
 
 
 if __name__ == "__main__":

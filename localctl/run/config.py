@@ -19,6 +19,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from localctl.run.record import mark_environment
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
@@ -59,7 +61,8 @@ def load_config(
             chosen[key] = value
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
-    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    raw, resolved = OmegaConf.to_container(composed), OmegaConf.to_container(composed, resolve=True)
+    values = cast(dict[str, Any], mark_environment(raw, resolved))
     for key, value in changed.items():
         _set(values, key.split("."), value)
     return _build(schema, values, "")

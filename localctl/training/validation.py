@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,17 +89,22 @@ class Validator:
         """Edges (H,W) bool, by which every kind of condition is scored."""
         return extract(self.edge_condition, np.asarray(picture))[0].numpy() > 0.5
 
-    def run(self) -> ValidationResult:
-        """Draw all cases with the adapter as it is now, and score them."""
-        pictures = self._generate(self.models.plain_adapter)
+    def run(self, beat: Callable[[], None] = lambda: None) -> ValidationResult:
+        """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
+        and may raise to give up."""
+        pictures = self._generate(self.models.plain_adapter, beat)
         fidelity = self._score(pictures)
         return ValidationResult(fidelity, self._sheet(pictures, fidelity))
 
-    def references(self) -> References:
-        """Draw all cases without adapter, and pass the real ones through the VAE."""
-        return References(self._score(self._generate(None)), self._score(self._round_trip()))
+    def references(self, beat: Callable[[], None] = lambda: None) -> References:
+        """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+        return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
 
-    def _generate(self, adapter: LocalAdapter | None) -> list[Image.Image]:
+    def _generate(self, adapter: LocalAdapter | None, beat: Callable[[], None]) -> list[Image.Image]:
+        def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            beat()
+            return values
+
         pictures: list[Image.Image] = []
         for start in range(0, len(self.cases), self.config.batch_size):
             cases = self.cases[start : start + self.config.batch_size]
@@ -115,6 +121,7 @@ class Validator:
                 batch_size=self.config.batch_size,
                 num_inference_steps=self.config.num_inference_steps,
                 guidance_scale=self.config.guidance_scale,
+                callback_on_step_end=after_step,
             ).images
         return pictures
 

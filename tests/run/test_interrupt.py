@@ -10,9 +10,9 @@ from localctl.run.interrupt import Interrupt
 def test_the_first_only_asks_the_second_interrupts():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
-        assert not interrupt.requested
+        assert not interrupt.signal
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.requested
+        assert interrupt.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -31,7 +31,7 @@ def test_works_in_a_thread_that_may_not_set_handlers():
     def work():
         try:
             with Interrupt() as interrupt:
-                assert not interrupt.requested
+                assert not interrupt.signal
         except Exception as error:
             errors.append(error)
 
