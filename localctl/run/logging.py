@@ -83,8 +83,11 @@ class BoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Logs to Weights & Biases, project ``localctl`` unless WANDB_PROJECT says otherwise; a continued run goes on under
-    the same id, drawn over its own ``step``. What was sent cannot be taken back: steps that are run again show twice."""
+    """Logs to Weights & Biases, project ``localctl`` unless WANDB_PROJECT says otherwise.
+
+    A continued run goes on under the same id, drawn over its own ``step``. What was sent cannot be taken back: steps
+    that are run again show twice.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         import wandb  # an optional dependency

@@ -132,10 +132,9 @@ class Run:
             write_settings(settings, self.output_dir)
         try:
             with self.interrupt, self._bar() as bar:
-                if self._validation_is_due() and (
-                    state.validated != state.step or state.step == settings.max_train_steps
-                ):
-                    self._validate()  # an earlier process was stopped before it could, or trained to the end
+                at_the_end = state.step == settings.max_train_steps  # then for the model card
+                if self._validation_is_due() and (at_the_end or state.validated != state.step):
+                    self._validate()
                 stopped = bool(self.signal)
                 batches = iter(self._loader())
                 while state.step < settings.max_train_steps and not stopped:

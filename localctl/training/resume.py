@@ -114,11 +114,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if not is_free(key) and old.get(key, defaults.get(key)) != value
     ]
     lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
-    if (
-        not lines
-        and before.get("config_sha256", now["config_sha256"]) != now["config_sha256"]
-        and old.keys() == new.keys()
-    ):
+    hashes = {before.get("config_sha256"), now["config_sha256"]}
+    if not lines and len(hashes) > 1 and old.keys() == new.keys():
         lines.append("a setting with a masked value")
     for name, meaning in (("world_size", "processes"), ("precision", "precision")):
         if before.get(name) != now[name]:
@@ -137,9 +134,8 @@ def check_unchanged(
     Other versions of libraries are said, too, and never an error; so is a length that moves the learning rate.
     """
     versions = before.get("versions", {})
-    moved = [
-        f"{name} {versions.get(name)} -> {new}" for name, new in now["versions"].items() if versions.get(name) != new
-    ]
+    pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
+    moved = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if moved:
         say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
     length = [before.get("settings", {}).get("max_train_steps"), now["settings"]["max_train_steps"]]
@@ -148,8 +144,8 @@ def check_unchanged(
     lines = changes(before, now)
     if lines and not force:
         raise ValueError(
-            "These changed since the checkpoint, so the run would not be continued but another one begun in its middle; "
-            "take them back, or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
+            "These changed since the checkpoint, so another run would be begun in the middle of this one; take them back, "
+            "or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
         )
     for line in lines:
         say(f"changed since the checkpoint, by --force_resume: {line}")

@@ -170,9 +170,20 @@ def test_an_earlier_run_is_not_mixed_up(straight, tmp_path):
 
 def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(straight, tmp_path):
     (tmp_path / "stats.jsonl").write_text("")
-    settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="without a checkpoint; choose another --output_dir"):
-        silent_run(settings)
+    (tmp_path / "adapter").mkdir()
+    for request in (None, "latest"):
+        settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint=request)
+        with pytest.raises(ValueError, match="without a checkpoint; choose another --output_dir"):
+            silent_run(settings)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_afresh_with_latest(straight, tmp_path):
+    (tmp_path / "stats.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / ".checkpoint-2.tmp").mkdir()
+    said: list[str] = []
+    run = silent_run(replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest"), said)
+    assert run.state.step == 0 and "from the beginning" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -211,8 +222,10 @@ def test_a_checkpoint_of_another_shape_is_refused(straight, tmp_path):
     settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
     other = replace(settings, adapter=replace(settings.adapter, num_res_blocks=1), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="adapter.num_res_blocks: 2 -> 1"):
         silent_run(other)
+    with pytest.raises(ValueError, match="another shape"):
+        silent_run(replace(other, force_resume=True))
 
 
 def test_ctrl_c_leaves_a_checkpoint(straight, tmp_path):
