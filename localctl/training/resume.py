@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from localctl.data.sample import Source
-from localctl.run.record import flat, recorded
+from localctl.run.record import MASKED, flat, recorded
 from localctl.training.settings import TrainSettings
 
 # Setting, or section of settings -> why it may change when a run is continued. Whatever is not named here may not.
@@ -114,8 +114,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if not is_free(key) and old.get(key, defaults.get(key)) != value
     ]
     lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
-    hashes = {before.get("config_sha256"), now["config_sha256"]}
-    if not lines and len(hashes) > 1 and old.keys() == new.keys():
+    if not lines and MASKED in old.values() and before.get("config_sha256") != now["config_sha256"]:
         lines.append("a setting with a masked value")
     for name, meaning in (("world_size", "processes"), ("precision", "precision")):
         if before.get(name) != now[name]:
@@ -144,7 +143,7 @@ def check_unchanged(
     lines = changes(before, now)
     if lines and not force:
         raise ValueError(
-            "These changed since the checkpoint, so another run would be begun in the middle of this one; take them back, "
+            "These changed since the checkpoint, so another run would begin in the middle of this one; take them back, "
             "or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
         )
     for line in lines:
