@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from localctl.base import SCHEDULERS, BaseConfig
 from localctl.conditions import ConditionConfig
@@ -173,11 +172,6 @@ class TrainSettings:
             _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
         if self.cpu_threads is not None:
             _at_least("cpu_threads", self.cpu_threads, 1)
-
-    def adam_options(self) -> dict[str, Any]:
-        """What AdamW is made with, but for the learning rate."""
-        betas = (self.adam_beta1, self.adam_beta2)
-        return {"betas": betas, "weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon}
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step ``step`` (0 = the first): linear warm-up, then as ``lr_scheduler`` says.

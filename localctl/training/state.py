@@ -95,9 +95,11 @@ class TrainState:
             raise ValueError(
                 f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
             ) from None
+        # The groups' decay, betas and so on would come along; the settings have the say, if changed by force.
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group in self.optimizer.param_groups:  # which came along; settings may have been changed by force
-            group |= self.settings.adam_options()
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         extra = json.loads((checkpoint / "state.json").read_text())
         self.step, self.validated, self.skipped = extra["step"], extra["validated"], extra["skipped"]
         accelerator = self.accelerator
@@ -124,7 +126,13 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
     """Frozen base, fresh adapter and optimizer. ValueError when settings and base do not fit."""
     models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, **settings.adam_options())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+    )
     check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
     models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
     return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared)

@@ -50,10 +50,11 @@ def test_stop_and_resume_is_the_uninterrupted_run(straight, tmp_path, stops):
     assert log == loss_log(Path(whole.settings.output_dir)) and [row["step"] for row in log] == [3, 5]
 
 
-def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path, workers):
     settings, whole = straight
     torch.rand(3)
-    watched = replace(settings, output_dir=str(tmp_path / "a"), validation_steps=2, dataloader_num_workers=2)
+    watched = replace(settings, output_dir=str(tmp_path / "a"), validation_steps=2, dataloader_num_workers=workers)
     run = silent_run(watched)
     before = torch.random.get_rng_state()
     result = run.train(stop=lambda step: bool(torch.rand(1) > 2))
