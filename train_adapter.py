@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 1
+    run.state.accelerator.end_training()
     return exit_code(result.signal) if result.interrupted else 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from localctl.run.files import share_weights
 from localctl.run.record import recorded
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
@@ -33,6 +34,8 @@ def export(
     """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``."""
     models.plain_adapter.save_pretrained(folder / ADAPTER)
     models.plain_adapter.save_t2iadapter(folder / T2IADAPTER)
+    for name in (ADAPTER, T2IADAPTER):
+        share_weights(folder / name)
     (folder / CARD).write_text(model_card(settings, step, result, references))
 
 

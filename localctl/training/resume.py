@@ -81,7 +81,11 @@ def data_fingerprint(source: Source) -> str:
         return str(own() if callable(own) else own)
     digest, count = hashlib.sha256(str(len(source)).encode()), len(source)
     for index in sorted({i * (count - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}):
-        example = source[index]
+        try:
+            example = source[index]
+        except ValueError:  # a bad row, which is the training's to report
+            digest.update(b"unusable")
+            continue
         digest.update(json.dumps([example.key, example.caption]).encode())
         for tensor in (example.pixels, example.condition):
             digest.update(_bytes(tensor))

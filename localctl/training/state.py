@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localctl.run.checkpoints import CheckpointError, save_checkpoint
+from localctl.run.files import share_weights
 from localctl.training.models import Models, load_models
 from localctl.training.settings import TrainSettings
 from localctl.training.stats import StepStats
@@ -75,6 +76,7 @@ class TrainState:
 
     def _write(self, folder: Path, stats: dict[str, Any]) -> None:
         self.models.plain_adapter.save_pretrained(folder / "adapter")
+        share_weights(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         scaler = self.accelerator.scaler
         extra = {

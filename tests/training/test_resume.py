@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ def test_the_free_settings_exist_and_each_has_its_reason():
     assert is_free("validation.count") and is_free("output_dir")
     for key in ("seed", "train_batch_size", "loss.filter", "data.count", "base.dtype", "learning_rate", "nothing"):
         assert not is_free(key)
+
+
+def test_the_docs_list_exactly_the_free_settings():
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    table = text.partition("| setting | why it may change |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| `{name}` | {reason} |" for name, reason in FREE.items()]
 
 
 def test_every_setting_that_is_not_free_is_guarded():
@@ -108,6 +115,14 @@ def test_data_are_told_apart():
     others = [MicroScenes(count=10), MicroScenes(count=9, profile="rich"), MicroScenes("val", count=9)]
     assert same[0] == same[1] and len({same[0], *(data_fingerprint(source) for source in others)}) == 4
     assert data_fingerprint(MicroScenes(count=1))
+
+    class WithBadRows(MicroScenes):
+        def __getitem__(self, index):
+            if index == 0:
+                raise ValueError("damaged")
+            return super().__getitem__(index)
+
+    assert len({data_fingerprint(WithBadRows(count=n)) for n in (8, 9)} | {same[0]}) == 3
 
     class Known(MicroScenes):
         fingerprint = "mine"

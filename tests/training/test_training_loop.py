@@ -149,6 +149,25 @@ def test_what_a_run_leaves_behind(sd_folder, tmp_path):
         assert word in text
 
 
+def test_others_may_read_what_the_umask_lets_them(straight, tmp_path):
+    former = os.umask(0o027)
+    try:
+        settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
+        run = silent_run(settings)
+        run.train()
+    finally:
+        os.umask(former)
+    weights_files = [p for p in tmp_path.rglob("*.safetensors")]
+    assert len(weights_files) == 3 and {p.stat().st_mode & 0o777 for p in weights_files} == {0o640}
+    for folder in (tmp_path / "adapter", tmp_path / "t2iadapter"):
+        for path in (*folder.iterdir(), folder):
+            path.chmod(path.stat().st_mode & ~0o222)
+    x = torch.rand(1, 2, 128, 128)
+    with torch.no_grad():
+        assert same(LocalAdapter.from_pretrained(tmp_path / "adapter")(x), run.state.models.plain_adapter(x))
+        T2IAdapter.from_pretrained(tmp_path / "t2iadapter")
+
+
 def test_resuming_a_finished_run_only_exports_again(straight, tmp_path):
     settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
