@@ -27,7 +27,12 @@ from localctl.training.models import Models
 from localctl.training.settings import TrainSettings, ValidationConfig
 
 MIN_EDGES = 40  # edge pixels inside the mask; a case with fewer says nothing
+Beat = Callable[[], None]
 COLUMNS = ("condition, mask", "generated", "its condition", "real")
+
+
+def nothing() -> None:
+    """What is done between denoising steps unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,18 @@ class Validator:
         """Edges (H,W) bool, by which every kind of condition is scored."""
         return extract(self.edge_condition, np.asarray(picture))[0].numpy() > 0.5
 
-    def run(self, beat: Callable[[], None] = lambda: None) -> ValidationResult:
+    def run(self, beat: Beat = nothing) -> ValidationResult:
         """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
         and may raise to give up."""
         pictures = self._generate(self.models.plain_adapter, beat)
         fidelity = self._score(pictures)
         return ValidationResult(fidelity, self._sheet(pictures, fidelity))
 
-    def references(self, beat: Callable[[], None] = lambda: None) -> References:
+    def references(self, beat: Beat = nothing) -> References:
         """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
         return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
 
-    def _generate(self, adapter: LocalAdapter | None, beat: Callable[[], None]) -> list[Image.Image]:
+    def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
         def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             beat()
             return values
