@@ -120,6 +120,8 @@ class Run:
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:
         """Train to the last step and export; or until SIGINT, SIGTERM or ``stop(step)``, leaving a checkpoint.
 
+        ``stop`` must say the same on all processes; a signal to any of them stops all.
+
         Raises:
             NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
             CheckpointError: a checkpoint could not be written.

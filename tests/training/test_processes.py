@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 from localctl import losses
 from localctl.data import PlanSampler, SamplePlan
 from localctl.losses import FILTERS
+from localctl.run import checkpoints
 from localctl.run.checkpoints import list_checkpoints
 from localctl.run.logging import read_stats
 from localctl.training import loop
@@ -145,6 +147,27 @@ def test_nan_on_one_process_stops_both_and_names_its_sample(sd_folder, tmp_path)
     texts = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
     culprit = "picture-" + str(SamplePlan(10, 0).at(3).sample)
     assert texts[0] == texts[1] and f"step 1 (samples {culprit})" in texts[0]
+
+
+def own_folder(base, folder):
+    loop.make_source = small_pictures
+    settings = settings_for(base, folder / os.environ["RANK"], "none", 2, resume_from_checkpoint="latest")
+    try:
+        silent_run(settings)
+    except ValueError as error:
+        return 7 if "different checkpoints" in str(error) else 0
+    return 0
+
+
+def test_processes_that_find_different_checkpoints_do_not_start(sd_folder, tmp_path, small):
+    settings = settings_for(sd_folder, tmp_path / "0", "none", 2, max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    manifest = tmp_path / "0" / "checkpoint-1" / "manifest.json"
+    body = json.loads(manifest.read_text())
+    body["info"]["world_size"] = 2
+    body["sha256"] = checkpoints._body_sha256({name: body[name] for name in ("step", "files", "info")})
+    manifest.write_text(json.dumps(body))
+    assert [finish(process) for process in start_ranks(2, own_folder, sd_folder, tmp_path)] == [7, 7]
 
 
 def accumulated(base, folder, batch, times, updates):

@@ -10,6 +10,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.run.checkpoints import list_checkpoints
+from localctl.training.settings import DataConfig
 
 
 def weights(run):
@@ -26,8 +27,9 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def straight(sd_folder, tmp_path_factory):
-    """An uninterrupted run of 5 steps, logged every 3: (settings, run)."""
-    settings = tiny_settings(sd_folder, tmp_path_factory.mktemp("straight"), max_train_steps=5, logging_steps=3)
+    """An uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
+    folder, small = tmp_path_factory.mktemp("straight"), {"data": DataConfig(count=3), "train_batch_size": 2}
+    settings = tiny_settings(sd_folder, folder, max_train_steps=5, logging_steps=3, **small)
     run = silent_run(settings)
     run.train()
     return settings, run
@@ -81,7 +83,7 @@ def test_the_seed_matters(straight, tmp_path):
 
 def test_accumulation_is_a_larger_batch(straight, tmp_path):
     settings, whole = straight
-    small = replace(settings, output_dir=str(tmp_path), train_batch_size=2, gradient_accumulation_steps=2)
+    small = replace(settings, output_dir=str(tmp_path), train_batch_size=1, gradient_accumulation_steps=2)
     run = silent_run(small)
     assert run.train().step == 5
     for a, b in zip(loss_log(tmp_path), loss_log(Path(settings.output_dir)), strict=True):
