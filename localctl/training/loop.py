@@ -29,7 +29,7 @@ from localctl.training.resume import check_unchanged, describe
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, draw, training_step
-from localctl.training.validation import Fidelity, References, ValidationResult, Validator
+from localctl.training.validation import Fidelity, References, ValidationResult, Validator, validation_row
 
 
 class NotFiniteError(RuntimeError):
@@ -317,15 +317,3 @@ class Run:
                 f"Stopped after step {self.state.step} with a checkpoint; go on with --resume_from_checkpoint latest."
             )
         return f"Done: {self.output_dir / ADAPTER} (README.md beside it shows what it does)."
-
-
-def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
-    """What is logged of a validation."""
-    return {
-        "validation/f1": fidelity.f1,
-        "validation/precision": fidelity.precision,
-        "validation/recall": fidelity.recall,
-        "validation/control": references.control(fidelity.f1),
-        "validation/base_f1": references.base.f1,
-        "validation/round_trip_f1": references.round_trip.f1,
-    }

@@ -78,6 +78,18 @@ class ValidationResult:
     sheet: Image.Image
 
 
+def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
+    """What is logged of a validation."""
+    return {
+        "validation/f1": fidelity.f1,
+        "validation/precision": fidelity.precision,
+        "validation/recall": fidelity.recall,
+        "validation/control": references.control(fidelity.f1),
+        "validation/base_f1": references.base.f1,
+        "validation/round_trip_f1": references.round_trip.f1,
+    }
+
+
 class Validator:
     """Draws the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
     and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
