@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 from localctl.data.bad import TooManyBadRows
 from localctl.run.config import help_text, load_config
-from localctl.training.loop import prepare
+from localctl.run.interrupt import exit_code
+from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as ``argv`` says. Returns 0; 2 after a user's error, named in one sentence; 130 when interrupted."""
+    """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
+    130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if "-h" in argv or "--help" in argv:
@@ -28,10 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 2
     try:
-        return 130 if run.train().interrupted else 0
+        result = run.train()
     except TooManyBadRows as error:  # found out late, but the user's to repair
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 2
+    except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
+        print(f"train_adapter.py: {error}", file=sys.stderr)
+        return 1
+    run.state.accelerator.end_training()
+    return exit_code(result.signal) if result.interrupted else 0
 
 
 if __name__ == "__main__":

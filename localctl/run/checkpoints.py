@@ -1,7 +1,8 @@
 """Checkpoints: folders ``checkpoint-{step}`` that are either whole or absent.
 
 A checkpoint is written under another name, its files reach the disk, the manifest with their hashes comes last, then
-the folder is renamed into place; only after that are older ones removed.
+the folder is renamed into place; only after that are older ones removed. What a killed process left half done is
+cleared away by the next one (``sweep``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
@@ -35,26 +40,28 @@ def save_checkpoint(
     """Commit ``checkpoint-{step}``: ``write`` puts the files into the folder it is given.
 
     ``info`` goes into the manifest as it is. ``keep``: how many checkpoints may stay, at least 2 (None = all); the
-    oldest go first and only after the new one is in place. A failure leaves the earlier checkpoints as they were.
+    oldest go first and only after the new one is in place.
+
+    Raises:
+        ValueError: ``keep`` below 2; one checkpoint alone is lost when its successor turns out damaged.
+        CheckpointError: it could not be written. The earlier ones are as they were, and nothing else is left.
     """
-    assert keep is None or keep >= 2, "one checkpoint alone is lost when its successor turns out damaged"
+    if keep is not None and keep < 2:
+        raise ValueError(f"At least 2 checkpoints must be kept, not {keep}: the newest may turn out damaged.")
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        entries = {}
-        for path in files:
-            _flush(path)
-            name = path.relative_to(temporary).as_posix()
-            entries[name] = {"sha256": _sha256(path), "size": path.stat().st_size}
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps({"step": step, "files": entries, "info": dict(info)}, indent=1))
-        _flush(manifest)
-        _flush(temporary)
+        _seal(temporary, step, info)
         _replace_folder(temporary, final)
         _flush(folder)
+    except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise CheckpointError(
+            f"{final.name} could not be saved in {folder} ({reason}); the checkpoints before it are as they were: make "
+            "room and go on with --resume_from_checkpoint latest."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
@@ -63,12 +70,42 @@ def save_checkpoint(
     return final
 
 
+def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
+    """Bring the files to the disk and then write the manifest that names them all."""
+    entries = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(path)
+        entries[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "size": path.stat().st_size}
+    for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
+        _flush(inner)
+    manifest = folder / MANIFEST
+    body = {"step": step, "files": entries, "info": dict(info)}
+    manifest.write_text(json.dumps({**body, "sha256": _body_sha256(body)}, indent=1))
+    _flush(manifest)
+    _flush(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what a process that was killed while saving left in ``folder``: half-written checkpoints go; one
+    that was being replaced by another of the same step comes back."""
+    for path in folder.glob(".checkpoint-*.old") if folder.is_dir() else ():
+        final = folder / path.name[1 : -len(".old")]
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+    for path in folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path)
+
+
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
         int(manifest["step"])
+        if manifest.pop("sha256") != _body_sha256(manifest):
+            raise ValueError("not as it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
     for name, (digest, size) in files.items():
@@ -136,6 +173,10 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _body_sha256(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,9 @@ from typing import Any, TypeVar, cast
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from localctl.run.record import mark_environment
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
@@ -59,7 +62,12 @@ def load_config(
             chosen[key] = value
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
-    values = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    try:
+        raw, resolved = OmegaConf.to_container(composed), OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"The configuration {config_dir / name}.yaml cannot be resolved ({reason}).") from error
+    values = cast(dict[str, Any], mark_environment(raw, resolved))
     for key, value in changed.items():
         _set(values, key.split("."), value)
     return _build(schema, values, "")

@@ -1,4 +1,5 @@
-"""Ctrl-C without losing work: the first one asks to stop at the next good moment, the second stops at once."""
+"""Being told to stop without losing work: the first SIGINT or SIGTERM asks to stop at the next good moment, the second
+acts at once."""
 
 from __future__ import annotations
 
@@ -7,29 +8,31 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class Interrupt:
-    """Context in which the first SIGINT only sets ``requested`` and gives the signal back to its former handler."""
+    """Context in which the first SIGINT or SIGTERM is only noted, in ``signal`` (its number, 0 before), and gives both
+    signals back to their former handlers."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._former: Any = None
-        self._ours = False
+        self.signal = 0
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
-            self._former = signal.signal(signal.SIGINT, self._handle)
-            self._ours = True
+            self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.signal = number
         self._give_back()
 
     def _give_back(self) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, self._former)
-            self._ours = False
+        while self._former:
+            number, handler = self._former.popitem()
+            # None: set by somebody else than Python, who alone could set it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -37,6 +40,13 @@ class Interrupt:
         self._give_back()
 
 
-def ignore_interrupt(worker: int) -> None:
-    """For data workers: Ctrl-C reaches the whole group of processes, and only the first may decide when to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def exit_code(number: int) -> int:
+    """What a process ends with that was stopped by signal ``number``: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + number
+
+
+def ignore_signals(worker: int) -> None:
+    """For data workers: signals reach the whole group of processes, and only the first may decide when to stop. A
+    worker ends when its parent asks it to or is gone."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

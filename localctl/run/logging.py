@@ -1,10 +1,13 @@
-"""Where a run's numbers go: ``stats.jsonl`` (one row of JSON per line) and, if wanted, TensorBoard."""
+"""Where a run's numbers go: ``stats.jsonl`` (one row of JSON per line) and, if wanted, TensorBoard and wandb."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-from collections.abc import Mapping
+import os
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 STATS = "stats.jsonl"
-REPORT_TO = ("tensorboard", "none")
+REPORT_TO = ("tensorboard", "wandb", "all", "none")
+BOARD, WANDB = "logs", "wandb"  # folders
 
 
 class Tracker:
@@ -29,38 +33,126 @@ class Tracker:
 
 
 class FileTracker(Tracker):
-    """Writes ``folder/stats.jsonl`` always and TensorBoard files to ``folder/logs`` if ``tensorboard``.
+    """Writes ``folder/stats.jsonl``.
 
     ``start``: the step the run continues from. What an earlier, interrupted stretch logged beyond it is cut away, so
     that the log of a continued run is that of an uninterrupted one.
     """
 
-    def __init__(self, folder: Path, *, start: int = 0, tensorboard: bool = True) -> None:
+    def __init__(self, folder: Path, *, start: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / STATS
         cut_back(path, start)
         self._file = path.open("a")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by everyone
-
-            self._board = SummaryWriter(str(folder / "logs"), purge_step=start + 1 if start else None)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, **_jsonable(values)}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, number in _scalars(values):
-                self._board.add_scalar(name, number, step)
-
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        if self._board is not None:
-            self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        os.fsync(self._file.fileno())  # or a checkpoint could outlive the rows before it
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+
+
+class BoardTracker(Tracker):
+    """Writes TensorBoard files to ``folder/logs``; readers pass over what lies beyond ``start`` from before.
+
+    ``settings``: flat, shown among the hyperparameters.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, start: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by everyone
+        from torch.utils.tensorboard.summary import hparams
+
+        self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
+        shown = {
+            name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()
+        }
+        for summary in hparams(shown, {}):  # into the run itself; the writer's own method would make a second run
+            self._board.file_writer.add_summary(summary)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, number in _scalars(values):
+            self._board.add_scalar(name, number, step)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class WandbTracker(Tracker):
+    """Logs to Weights & Biases, project ``localctl`` unless WANDB_PROJECT says otherwise.
+
+    A continued run goes on under the same id, drawn over its own ``step``. What was sent cannot be taken back: steps
+    that are run again show twice.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb  # an optional dependency
+
+        path = folder / WANDB / "run_id"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        project = os.environ.get("WANDB_PROJECT", "localctl")
+        self._picture = wandb.Image
+        self._run = wandb.init(
+            project=project, id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings)
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **dict(_scalars(values))})
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        self._run.log({"step": step, name: self._picture(picture)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackers(Tracker):
+    """Several as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
+        for tracker in self._trackers:
+            tracker.image(step, name, picture)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def make_tracker(report_to: str, folder: Path, settings: Mapping[str, Any], *, start: int = 0) -> Tracker:
+    """``stats.jsonl`` always, and what ``report_to`` names; ``all`` is TensorBoard, and wandb where it is installed.
+
+    ``settings``: flat, without secrets. ``start``: the step the run continues from.
+    """
+    trackers: list[Tracker] = [FileTracker(folder, start=start)]
+    if report_to in ("tensorboard", "all"):
+        trackers.append(BoardTracker(folder, settings, start=start))
+    if report_to == "wandb" or (report_to == "all" and _has_wandb()):
+        trackers.append(WandbTracker(folder, settings))
+    return Trackers(trackers)
+
+
+def check_report_to(report_to: str) -> None:
+    """ValueError when a tracker was asked for that is not installed."""
+    if report_to == "wandb" and not _has_wandb():
+        raise ValueError("report_to=wandb needs the package wandb; `pip install wandb`, or report_to=tensorboard.")
+
+
+def _has_wandb() -> bool:
+    return importlib.util.find_spec("wandb") is not None
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -87,7 +87,7 @@ def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
     )
 
 
-def describe(data: DataConfig, source: Source) -> str:
+def announced(data: DataConfig, source: Source) -> str:
     """What is trained on, in a few words."""
     if data.is_micro:
         return f"{len(source)} micro {data.profile} examples"

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from localctl.run.files import share_weights
+from localctl.run.record import recorded
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import References, ValidationResult
@@ -16,9 +18,9 @@ ADAPTER, T2IADAPTER, CONFIG, CARD = "adapter", "t2iadapter", "config.yaml", "REA
 
 
 def write_settings(settings: TrainSettings, folder: Path) -> None:
-    """The settings as they were understood, defaults included."""
+    """The settings as they were understood, defaults included, secrets masked."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(_plain(asdict(settings)), sort_keys=False))
+    (folder / CONFIG).write_text(yaml.safe_dump(recorded(settings), sort_keys=False))
 
 
 def export(
@@ -32,6 +34,8 @@ def export(
     """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``."""
     models.plain_adapter.save_pretrained(folder / ADAPTER)
     models.plain_adapter.save_t2iadapter(folder / T2IADAPTER)
+    for name in (ADAPTER, T2IADAPTER):
+        share_weights(folder / name)
     (folder / CARD).write_text(model_card(settings, step, result, references))
 
 
@@ -119,10 +123,3 @@ image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 
 def _named(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML can write."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

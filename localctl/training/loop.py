@@ -4,8 +4,6 @@ the events: step, log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,45 +11,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from localctl.base import resolve_base
 from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate, open_files
-from localctl.data.bad import QUARANTINE
 from localctl.layout import check_side
 from localctl.random import generator
-from localctl.run.checkpoints import find_checkpoint, list_checkpoints, set_aside_later
-from localctl.run.interrupt import Interrupt, ignore_interrupt
-from localctl.run.logging import STATS, FileTracker, Tracker
-from localctl.training.data_watch import describe, first_example, new_watch
-from localctl.training.export import (
-    ADAPTER,
-    CARD,
-    CONFIG,
-    T2IADAPTER,
-    effective_batch,
-    export,
-    sheet_name,
-    write_settings,
-)
+from localctl.run.checkpoints import find_checkpoint, sweep, verify_checkpoint
+from localctl.run.interrupt import Interrupt, ignore_signals
+from localctl.run.logging import Tracker, check_report_to, make_tracker
+from localctl.run.record import flat, recorded
+from localctl.training.data_watch import announced, first_example, new_watch
+from localctl.training.export import ADAPTER, effective_batch, export, sheet_name, write_settings
+from localctl.training.folder import check_unused, check_writable, prepare_folder
+from localctl.training.resume import check_unchanged, describe
 from localctl.training.settings import TrainSettings
-from localctl.training.state import TrainState, new_state
-from localctl.training.step import draw, training_step
-from localctl.training.validation import Fidelity, References, ValidationResult, Validator
+from localctl.training.state import TrainState, new_accelerator, new_state
+from localctl.training.step import StepOutput, draw, training_step
+from localctl.training.validation import Fidelity, References, ValidationResult, Validator, validation_row
 
-_OUTPUTS = (STATS, QUARANTINE, "logs", "validation", ADAPTER, T2IADAPTER, CARD, CONFIG)
+
+class NotFiniteError(RuntimeError):
+    """A loss or gradient is not finite, and the settings do not allow to leave out this update."""
+
+
+class _Stopped(Exception):
+    """Validation was given up because of a signal."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """step: how far it got. interrupted: stopped early, with a checkpoint to continue from. fidelity: of the last
-    validation, if any."""
+    validation, if any. signal: the number of the one that stopped it, or 0."""
 
     step: int
     output_dir: Path
     interrupted: bool
     fidelity: Fidelity | None = None
+    signal: int = 0
 
 
 def make_source(settings: TrainSettings, split: str) -> Source:
@@ -67,65 +66,43 @@ def make_source(settings: TrainSettings, split: str) -> Source:
 def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
     """Check output folder, checkpoint, base and data, then load everything. ValueError in one sentence for the user."""
     resolve_base(settings.base.name)
+    check_report_to(settings.report_to)
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
+    accelerator = new_accelerator(settings)
+    if not accelerator.is_main_process:
+        say = _silent
+    else:
+        sweep(output_dir)
+    accelerator.wait_for_everyone()
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, say)
     if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
-        check_unused(output_dir, settings.overwrite_output_dir)
+        check_unused(output_dir, settings.overwrite_output_dir, settings.resume_from_checkpoint)
     train = make_source(settings, "train")
     first = first_example(MaskedSamples(train, settings.mask, settings.seed))
     for name, side in zip(("height", "width"), first.pixels.shape[-2:], strict=True):
         check_side(name, side)
     if settings.validation_steps:
         make_source(settings, "val")  # its mistakes, too, before anything slow
-    state = new_state(settings)
+    state = new_state(settings, accelerator)
+    world_size, precision = accelerator.num_processes, accelerator.mixed_precision
+    state.info = describe(settings, train, state.models.frozen, world_size=world_size, precision=precision)
     if checkpoint is not None:
+        before = verify_checkpoint(checkpoint)["info"]
+        check_unchanged(before, state.info, force=settings.force_resume, say=say)
         state.load(checkpoint)
+    if state.agree(state.step, -state.step) != [state.step, -state.step]:
+        raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
     run = Run(state, train, say)
-    if state.accelerator.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         prepare_folder(output_dir, state.step, checkpoint is not None, say)
-    state.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return run
 
 
-def check_writable(folder: Path) -> None:
-    """ValueError when ``folder`` is not there and cannot be made, or cannot be written to."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
-
-
-def check_unused(folder: Path, overwrite: bool) -> None:
-    """ValueError when ``folder`` holds an earlier run that would be mixed up or lost, or files of somebody else's by
-    the names of ours, which not even ``overwrite`` may touch."""
-    if not holds_run(folder):
-        foreign = [name for name in _OUTPUTS if (folder / name).exists()]
-        if foreign:
-            raise ValueError(f"{folder} holds {foreign[0]}, but not of a training run; choose another --output_dir.")
-    elif not overwrite:
-        way_on = "continue it with --resume_from_checkpoint latest, " if list_checkpoints(folder) else ""
-        raise ValueError(
-            f"{folder} holds an earlier run{'' if way_on else ' without a checkpoint'}; {way_on}choose another "
-            "--output_dir, or pass --overwrite_output_dir to replace it."
-        )
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a training run has written to ``folder``."""
-    return bool(list_checkpoints(folder)) or (folder / STATS).exists()
-
-
-def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], None]) -> None:
-    """Resumed: set aside checkpoints beyond ``step``. Fresh: remove an earlier run, which ``check_unused`` let pass."""
-    if resumed:
-        set_aside_later(folder, step, say)
-    if resumed or not holds_run(folder):
-        return
-    for path in [*list_checkpoints(folder).values(), *(folder / name for name in _OUTPUTS)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _silent(text: str) -> None:
+    """What the other processes would say, the first one says."""
 
 
 class Run:
@@ -140,6 +117,8 @@ class Run:
         self.watch = new_watch(
             state.accelerator, state.models, self.settings.data, self.output_dir, len(train), state.step
         )
+        self.interrupt = Interrupt()
+        self.signal = 0  # that any process was sent, as all of them know it
         self.validator: Validator | None = None
         self.references: References | None = None
         self.last: ValidationResult | None = None
@@ -148,30 +127,41 @@ class Run:
             self.validator = Validator(state.models, self.settings, make_source(self.settings, "val"))
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:
-        """Train to the last step and export; or until SIGINT or ``stop(step)``, leaving a checkpoint."""
+        """Train to the last step and export; or until SIGINT, SIGTERM or ``stop(step)``, leaving a checkpoint.
+
+        ``stop`` must say the same on all processes; a signal to any of them stops all.
+
+        Raises:
+            NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
+            CheckpointError: a checkpoint could not be written.
+        """
         state, settings = self.state, self.settings
         if self.main:
             self.say(self.announcement())
-            tensorboard = settings.report_to == "tensorboard"
-            self.tracker = FileTracker(self.output_dir, start=state.step, tensorboard=tensorboard)
+            values = flat(recorded(settings))
+            self.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step)
             write_settings(settings, self.output_dir)
-        interrupted = False
         try:
-            with Interrupt() as interrupt, self._bar() as bar:
+            with self.interrupt, self._bar() as bar:
+                at_the_end = state.step == settings.max_train_steps  # then for the model card
+                if self._validation_is_due() and (at_the_end or state.validated != state.step):
+                    self._validate()
+                stopped = bool(self.signal)
                 batches = iter(self._loader())
-                while state.step < settings.max_train_steps and not interrupted:
+                while state.step < settings.max_train_steps and not stopped:
                     self._step(batches, bar)
-                    interrupted = interrupt.requested or stop(state.step)
-                    self._after_step(bar, interrupted)
-            if not interrupted:
-                self._finish()
+                    stopped = self._after_step(bar, stop(state.step))
+            if not stopped and self.main:
+                export(state.models, settings, state.step, self.output_dir, self.last, self.references)
         finally:
             self.tracker.close()
         if self.main:
             for line in self.watch.lines():
                 self.say(line)
-            self.say(self._farewell(interrupted))
-        return TrainResult(state.step, self.output_dir, interrupted, self.last.fidelity if self.last else None)
+            self.say(self._farewell(stopped))
+        state.accelerator.wait_for_everyone()
+        fidelity = self.last.fidelity if self.last else None
+        return TrainResult(state.step, self.output_dir, stopped, fidelity, self.signal)
 
     def announcement(self) -> str:
         """What is about to be trained, on what, for how long."""
@@ -191,7 +181,7 @@ class Run:
                 f"adapter     {settings.adapter.adapter_type} ({trained:,} parameters, trained)",
                 f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
                 f"loss        {loss}",
-                f"data        {describe(settings.data, self.train_source)}",
+                f"data        {announced(settings.data, self.train_source)}",
                 f"steps       {steps}",
                 f"output      {self.output_dir}",
             )
@@ -214,7 +204,7 @@ class Run:
             collate_fn=collate,
             num_workers=settings.dataloader_num_workers,
             generator=generator(settings.seed, "loader"),  # or the loader would draw from the global random state
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=ignore_signals,
         )
 
     def _bar(self) -> Any:
@@ -228,6 +218,7 @@ class Run:
         begun, waiting = time.perf_counter(), 0.0
         self.learning_rate = state.set_learning_rate()
         keys: list[str] = []
+        outputs: list[StepOutput] = []
         for _ in range(settings.gradient_accumulation_steps):
             asked = time.perf_counter()
             batch: Batch = next(batches)
@@ -239,24 +230,44 @@ class Run:
             draws = draw(batch, models.latent_shape(height, width), settings).to(accelerator.device)
             with accelerator.accumulate(models.adapter):
                 with accelerator.autocast():
-                    output = training_step(batch, models, settings, draws)
-                state.stats.add(output)
-                accelerator.backward(output.loss)
+                    outputs.append(training_step(batch, models, settings, draws))
+                state.stats.add(outputs[-1])
+                accelerator.backward(outputs[-1].loss)
         self.grad_norm = float(accelerator.clip_grad_norm_(models.plain_adapter.parameters(), settings.max_grad_norm))
-        if accelerator.scaler is None and not math.isfinite(self.grad_norm):  # the scaler skips such steps itself
-            raise RuntimeError(
-                f"The gradient is not finite at step {state.step + 1} (samples {', '.join(keys)}); the adapter was not "
-                "changed by it. Lower the learning rate or the loss weight and resume from the last checkpoint."
-            )
-        state.optimizer.step()
+        # A scaler leaves out steps whose gradient overflowed by its own factor; a loss it does not repair.
+        watched = self.grad_norm if accelerator.scaler is None else sum(float(output.loss) for output in outputs)
+        self.signal, bad = state.agree(self.interrupt.signal, not math.isfinite(watched))
+        if bad:
+            self._pass_over(keys, outputs)
+        else:
+            state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         samples = len(keys) * accelerator.num_processes
         state.stats.add_time(samples, time.perf_counter() - begun, waiting)
         bar.update()
 
-    def _after_step(self, bar: Any, interrupted: bool) -> None:
-        """Log, validate, save: whatever is due."""
+    def _pass_over(self, keys: list[str], outputs: list[StepOutput]) -> None:
+        """Name the samples of a step that is not finite; NotFiniteError unless one more may be left out. All processes
+        come here together, as their gradients are the same."""
+        finite = torch.cat([torch.isfinite(output.terms.total.detach()) for output in outputs]).tolist()
+        culprits = gather_object([key for key, fine in zip(keys, finite, strict=True) if not fine])
+        what, names = ("loss", culprits) if culprits else ("gradient", gather_object(keys))
+        found = f"The {what} is not finite at step {self.state.step + 1} (samples {', '.join(names)})"
+        if self.state.skipped >= self.settings.max_nonfinite_steps:
+            raise NotFiniteError(
+                f"{found}; the adapter was not changed by it. Look at these samples, or lower the learning rate or the "
+                "loss weight, and resume from the last checkpoint."
+            )
+        self.state.skipped += 1
+        self.say(f"{found}; this update is left out, {self.state.skipped} so far.")
+
+    def _validation_is_due(self) -> bool:
+        step, every = self.state.step, self.settings.validation_steps
+        return bool(every and step) and (step % every == 0 or step == self.settings.max_train_steps)
+
+    def _after_step(self, bar: Any, stopped: bool) -> bool:
+        """Log, validate, save: whatever is due. Returns whether to stop here."""
         state, settings = self.state, self.settings
         last = state.step == settings.max_train_steps
         if state.step % settings.logging_steps == 0 or last:
@@ -264,48 +275,53 @@ class Run:
             row |= {"learning_rate": self.learning_rate, "grad_norm": self.grad_norm}
             self.tracker.log(state.step, row)
             bar.set_postfix({"loss": f"{row['loss']:.4f}", "local": f"{row['local_raw']:.3f}"}, refresh=False)
-        if self.validator is not None and not interrupted and (state.step % settings.validation_steps == 0 or last):
-            self._validate(self.validator)
+        if self._validation_is_due() and not stopped and not self.signal:
+            self._validate()
+        stopped = stopped or bool(self.signal)
         every = settings.checkpointing_steps
-        if interrupted or (every and (state.step % every == 0 or last)):
-            if self.main:
-                state.save(self.output_dir)
-            state.accelerator.wait_for_everyone()
+        if stopped or (every and (state.step % every == 0 or last)):
+            state.save(self.output_dir)
+        return stopped
 
-    def _validate(self, validator: Validator) -> None:
-        step = self.state.step
+    def _validate(self) -> None:
+        """Draw the validation pictures on the first process. The others keep step with it, so that a signal to any of
+        them is heard and none waits long enough to be given up."""
+        state, done = self.state, 0
+        while not self.main and not done:
+            self.signal, done = state.agree(self.interrupt.signal, 0)
+        if not self.main:
+            return
+        try:
+            self._draw_validation()
+            state.validated = state.step
+        except _Stopped:
+            self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
+        finally:
+            self.signal, _ = state.agree(self.interrupt.signal, 1)
+
+    def _beat(self) -> None:
+        self.signal, _ = self.state.agree(self.interrupt.signal, 0)
+        if self.signal:
+            raise _Stopped
+
+    def _draw_validation(self) -> None:
+        step, validator = self.state.step, self.validator
+        assert validator is not None
         if self.references is None:
-            self.references = validator.references()
-        result = self.last = validator.run()
+            self.references = validator.references(self._beat)
+        result = validator.run(self._beat)
+        self.last = result
         path = self.output_dir / sheet_name(step)
         path.parent.mkdir(parents=True, exist_ok=True)
         result.sheet.save(path)
         fidelity, references = result.fidelity, self.references
-        control = references.control(fidelity.f1)
-        self.tracker.log(
-            step,
-            {
-                "validation/f1": fidelity.f1,
-                "validation/precision": fidelity.precision,
-                "validation/recall": fidelity.recall,
-                "validation/control": control,
-                "validation/base_f1": references.base.f1,
-                "validation/round_trip_f1": references.round_trip.f1,
-            },
-        )
-        self.tracker.image(step, "validation/grid", result.sheet)
+        if self.state.validated != step:
+            self.tracker.log(step, validation_row(fidelity, references))
+            self.tracker.image(step, "validation/grid", result.sheet)
         self.say(
             f"step {step}: edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
             f"{references.round_trip.f1:.3f}), {path}"
         )
-
-    def _finish(self) -> None:
-        """The last validation has run; a resumed run that had nothing left to do validates now."""
-        if not self.main:
-            return
-        if self.validator is not None and self.last is None:
-            self._validate(self.validator)
-        export(self.state.models, self.settings, self.state.step, self.output_dir, self.last, self.references)
 
     def _farewell(self, interrupted: bool) -> str:
         if interrupted:

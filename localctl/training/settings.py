@@ -96,6 +96,8 @@ class TrainSettings:
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
     checkpoints_total_limit: null keeps all; at least 2, as a single one may turn out damaged.
     resume_from_checkpoint: `latest` or the path of a checkpoint.
+    force_resume: go on also when settings, data or the number of processes changed (docs/reliability.md).
+    max_nonfinite_steps: so many updates may be left out because they are not finite; one more stops the run.
     cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
     """
 
@@ -135,10 +137,14 @@ class TrainSettings:
     checkpointing_steps: int = 300
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
+    force_resume: bool = False
+    max_nonfinite_steps: int = 0
 
     def __post_init__(self) -> None:
         ones = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps")
+        zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps") + (
+            "max_nonfinite_steps",
+        )
         rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
         for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
             for name in names:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import nn
 
-from localctl.run.checkpoints import save_checkpoint
+from localctl.run.checkpoints import CheckpointError, save_checkpoint
+from localctl.run.files import share_weights
 from localctl.training.models import Models, load_models
 from localctl.training.settings import TrainSettings
 from localctl.training.stats import StepStats
 
+WAIT = timedelta(hours=2)  # of processes for one another: the first may be busy with a model card or a slow disk
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -27,7 +31,8 @@ class TrainState:
     """Models, optimizer and the number of finished steps (optimizer updates).
 
     There is no state of random generators: every draw is keyed by what it is for. stats: what has been measured since
-    the last row of the log.
+    the last row of the log. validated: the step of the last validation. skipped: updates left out so far because they
+    were not finite. info: what a checkpoint's manifest says of the run (``resume.describe``).
     """
 
     settings: TrainSettings
@@ -36,6 +41,17 @@ class TrainState:
     optimizer: Any
     step: int = 0
     stats: StepStats = field(default_factory=StepStats)
+    validated: int = 0
+    skipped: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def agree(self, *values: int) -> list[int]:
+        """The largest of each value over all processes; all of them must ask."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        largest = torch.tensor(values, device=self.accelerator.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return largest.tolist()
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the coming step."""
@@ -44,21 +60,32 @@ class TrainState:
             group["lr"] = rate
         return rate
 
-    def save(self, folder: Path) -> Path:
-        """Commit ``folder/checkpoint-{step}``."""
-        return save_checkpoint(
-            folder,
-            self.step,
-            self._write,
-            keep=self.settings.checkpoints_total_limit,
-            info={"settings": asdict(self.settings)},
-        )
+    def save(self, folder: Path) -> None:
+        """Commit ``folder/checkpoint-{step}``; all processes must call, the first one writes, and all learn when that
+        failed (CheckpointError)."""
+        stats = self.stats.state_dict(self.accelerator.gather)
+        failure: CheckpointError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                limit = self.settings.checkpoints_total_limit
+                save_checkpoint(folder, self.step, lambda path: self._write(path, stats), keep=limit, info=self.info)
+            except CheckpointError as error:
+                failure = error
+        if any(self.agree(failure is not None)):
+            raise failure or CheckpointError(f"checkpoint-{self.step} could not be saved by the first process.")
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, stats: dict[str, Any]) -> None:
         self.models.plain_adapter.save_pretrained(folder / "adapter")
+        share_weights(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         scaler = self.accelerator.scaler
-        extra = {"step": self.step, "stats": self.stats.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        extra = {
+            "step": self.step,
+            "stats": stats,
+            "scaler": scaler.state_dict() if scaler else None,
+            "validated": self.validated,
+            "skipped": self.skipped,
+        }
         (folder / "state.json").write_text(json.dumps(extra))
 
     def load(self, checkpoint: Path) -> None:
@@ -70,21 +97,35 @@ class TrainState:
             raise ValueError(
                 f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
             ) from None
+        # The groups' decay, betas and so on would come along; the settings have the say, if changed by force.
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
         extra = json.loads((checkpoint / "state.json").read_text())
-        self.step = extra["step"]
-        self.stats = StepStats.from_state_dict(extra["stats"], self.accelerator.device)
+        self.step, self.validated, self.skipped = extra["step"], extra["validated"], extra["skipped"]
+        accelerator = self.accelerator
+        self.stats = StepStats.from_state_dict(
+            extra["stats"], accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
         if self.accelerator.scaler is not None and extra["scaler"]:
             self.accelerator.scaler.load_state_dict(extra["scaler"])
 
 
-def new_state(settings: TrainSettings) -> TrainState:
-    """Accelerator, frozen base, fresh adapter and optimizer. ValueError when settings, base and machine do not fit."""
+def new_accelerator(settings: TrainSettings) -> Accelerator:
+    """Where and how to compute, alone or with other processes. ValueError when the machine cannot."""
     accelerator = Accelerator(
-        gradient_accumulation_steps=settings.gradient_accumulation_steps, mixed_precision=settings.mixed_precision
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        mixed_precision=settings.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     if accelerator.device.type == "cpu":
         set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ)
+    return accelerator
+
+
+def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
+    """Frozen base, fresh adapter and optimizer. ValueError when settings and base do not fit."""
     models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -57,18 +57,29 @@ class StepStats:
         self.__init__()  # type: ignore[misc]
         return row
 
-    def state_dict(self) -> dict[str, Any]:
-        """As plain numbers, exactly."""
-        terms = {name: [value for part in parts for value in part.tolist()] for name, parts in self.terms.items()}
+    def state_dict(self, gather: Any = lambda tensor: tensor) -> dict[str, Any]:
+        """As plain numbers, exactly; of all processes, one after the other, which ``gather`` brings together."""
+        terms = {name: gather(torch.cat(parts)).tolist() if parts else [] for name, parts in self.terms.items()}
         return {"terms": terms, "samples": self.samples, "seconds": self.seconds, "waiting": self.waiting}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device | str = "cpu") -> StepStats:
-        """The inverse of :meth:`state_dict`. ``device``: where the coming steps will leave theirs."""
-        kinds = {name: torch.int64 if name == "timesteps" else torch.float32 for name in _PER_SAMPLE}
-        terms = {
-            name: [torch.tensor(v, dtype=kinds[name], device=device)] if v else [] for name, v in state["terms"].items()
-        }
+    def from_state_dict(
+        cls, state: dict[str, Any], device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
+    ) -> StepStats:
+        """The inverse of :meth:`state_dict`: the part of process ``rank`` of ``world_size``. Empty where there is no
+        such part, after a change of the number of processes.
+
+        ``device``: where the coming steps will leave theirs.
+        """
+        count = len(state["terms"]["timesteps"])
+        if count % world_size:
+            return cls()
+        mine = slice(rank * count // world_size, (rank + 1) * count // world_size)
+        terms: dict[str, list[Tensor]] = {name: [] for name in _PER_SAMPLE}
+        for name, values in state["terms"].items():
+            kind = torch.int64 if name == "timesteps" else torch.float32
+            if values:
+                terms[name].append(torch.tensor(values[mine], dtype=kind, device=device))
         return cls(terms, state["samples"], state["seconds"], state["waiting"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,12 @@ from localctl.training.models import Models
 from localctl.training.settings import TrainSettings, ValidationConfig
 
 MIN_EDGES = 40  # edge pixels inside the mask; a case with fewer says nothing
+Beat = Callable[[], None]
 COLUMNS = ("condition, mask", "generated", "its condition", "real")
+
+
+def nothing() -> None:
+    """What is done between denoising steps unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,18 @@ class ValidationResult:
     sheet: Image.Image
 
 
+def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
+    """What is logged of a validation."""
+    return {
+        "validation/f1": fidelity.f1,
+        "validation/precision": fidelity.precision,
+        "validation/recall": fidelity.recall,
+        "validation/control": references.control(fidelity.f1),
+        "validation/base_f1": references.base.f1,
+        "validation/round_trip_f1": references.round_trip.f1,
+    }
+
+
 class Validator:
     """Draws the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
     and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
@@ -89,17 +107,22 @@ class Validator:
         """Edges (H,W) bool, by which every kind of condition is scored."""
         return extract(self.edge_condition, np.asarray(picture))[0].numpy() > 0.5
 
-    def run(self) -> ValidationResult:
-        """Draw all cases with the adapter as it is now, and score them."""
-        pictures = self._generate(self.models.plain_adapter)
+    def run(self, beat: Beat = nothing) -> ValidationResult:
+        """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
+        and may raise to give up."""
+        pictures = self._generate(self.models.plain_adapter, beat)
         fidelity = self._score(pictures)
         return ValidationResult(fidelity, self._sheet(pictures, fidelity))
 
-    def references(self) -> References:
-        """Draw all cases without adapter, and pass the real ones through the VAE."""
-        return References(self._score(self._generate(None)), self._score(self._round_trip()))
+    def references(self, beat: Beat = nothing) -> References:
+        """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+        return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
 
-    def _generate(self, adapter: LocalAdapter | None) -> list[Image.Image]:
+    def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
+        def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            beat()
+            return values
+
         pictures: list[Image.Image] = []
         for start in range(0, len(self.cases), self.config.batch_size):
             cases = self.cases[start : start + self.config.batch_size]
@@ -116,6 +139,7 @@ class Validator:
                 batch_size=self.config.batch_size,
                 num_inference_steps=self.config.num_inference_steps,
                 guidance_scale=self.config.guidance_scale,
+                callback_on_step_end=after_step,
             ).images
         return pictures
 

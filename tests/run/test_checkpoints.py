@@ -6,10 +6,12 @@ import pytest
 
 from localctl.run import checkpoints
 from localctl.run.checkpoints import (
+    CheckpointError,
     find_checkpoint,
     list_checkpoints,
     save_checkpoint,
     set_aside_later,
+    sweep,
     verify_checkpoint,
 )
 
@@ -61,8 +63,9 @@ def test_a_failed_write_leaves_the_earlier_ones_and_nothing_else(tmp_path):
         (path / "half").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be saved .*disk full.*--resume_from") as error:
         save_checkpoint(tmp_path, 2, fail, keep=2, info={})
+    assert isinstance(error.value.__cause__, OSError)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     verify_checkpoint(tmp_path / "checkpoint-1")
 
@@ -88,6 +91,42 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     verify_checkpoint(tmp_path / "checkpoint-1")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("keep", [1, 0])
+def test_fewer_than_two_are_refused(tmp_path, keep):
+    with pytest.raises(ValueError, match="At least 2"):
+        save(tmp_path, 1, keep=keep)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".checkpoint-2.tmp").mkdir()
+    (tmp_path / ".checkpoint-2.tmp" / "half").write_text("half")
+    save(tmp_path, 3).rename(tmp_path / ".checkpoint-3.old")  # killed between the two renames
+    save(tmp_path, 4)
+    (tmp_path / ".checkpoint-4.old").mkdir()  # killed before the old one was removed
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    sweep(tmp_path / "not there")
+
+
+def test_one_bit_of_the_manifest_is_found(tmp_path):
+    path = save(tmp_path, 1) / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if json_or_none(path) != json.loads(whole):
+            with pytest.raises(ValueError, match="checkpoint-1"):
+                verify_checkpoint(path.parent)
+
+
+def json_or_none(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def flip_bit(path):

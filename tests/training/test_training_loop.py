@@ -10,6 +10,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.run.checkpoints import list_checkpoints
+from localctl.training.settings import DataConfig
 
 
 def weights(run):
@@ -26,8 +27,9 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def straight(sd_folder, tmp_path_factory):
-    """An uninterrupted run of 5 steps, logged every 3: (settings, run)."""
-    settings = tiny_settings(sd_folder, tmp_path_factory.mktemp("straight"), max_train_steps=5, logging_steps=3)
+    """An uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
+    folder, small = tmp_path_factory.mktemp("straight"), {"data": DataConfig(count=3), "train_batch_size": 2}
+    settings = tiny_settings(sd_folder, folder, max_train_steps=5, logging_steps=3, **small)
     run = silent_run(settings)
     run.train()
     return settings, run
@@ -50,10 +52,11 @@ def test_stop_and_resume_is_the_uninterrupted_run(straight, tmp_path, stops):
     assert log == loss_log(Path(whole.settings.output_dir)) and [row["step"] for row in log] == [3, 5]
 
 
-def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path, workers):
     settings, whole = straight
     torch.rand(3)
-    watched = replace(settings, output_dir=str(tmp_path / "a"), validation_steps=2, dataloader_num_workers=2)
+    watched = replace(settings, output_dir=str(tmp_path / "a"), validation_steps=2, dataloader_num_workers=workers)
     run = silent_run(watched)
     before = torch.random.get_rng_state()
     result = run.train(stop=lambda step: bool(torch.rand(1) > 2))
@@ -80,7 +83,7 @@ def test_the_seed_matters(straight, tmp_path):
 
 def test_accumulation_is_a_larger_batch(straight, tmp_path):
     settings, whole = straight
-    small = replace(settings, output_dir=str(tmp_path), train_batch_size=2, gradient_accumulation_steps=2)
+    small = replace(settings, output_dir=str(tmp_path), train_batch_size=1, gradient_accumulation_steps=2)
     run = silent_run(small)
     assert run.train().step == 5
     for a, b in zip(loss_log(tmp_path), loss_log(Path(settings.output_dir)), strict=True):
@@ -148,6 +151,25 @@ def test_what_a_run_leaves_behind(sd_folder, tmp_path):
         assert word in text
 
 
+def test_others_may_read_what_the_umask_lets_them(straight, tmp_path):
+    former = os.umask(0o027)
+    try:
+        settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
+        run = silent_run(settings)
+        run.train()
+    finally:
+        os.umask(former)
+    weights_files = [p for p in tmp_path.rglob("*.safetensors")]
+    assert len(weights_files) == 3 and {p.stat().st_mode & 0o777 for p in weights_files} == {0o640}
+    for folder in (tmp_path / "adapter", tmp_path / "t2iadapter"):
+        for path in (*folder.iterdir(), folder):
+            path.chmod(path.stat().st_mode & ~0o222)
+    x = torch.rand(1, 2, 128, 128)
+    with torch.no_grad():
+        assert same(LocalAdapter.from_pretrained(tmp_path / "adapter")(x), run.state.models.plain_adapter(x))
+        T2IAdapter.from_pretrained(tmp_path / "t2iadapter")
+
+
 def test_resuming_a_finished_run_only_exports_again(straight, tmp_path):
     settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
@@ -170,9 +192,20 @@ def test_an_earlier_run_is_not_mixed_up(straight, tmp_path):
 
 def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(straight, tmp_path):
     (tmp_path / "stats.jsonl").write_text("")
-    settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="without a checkpoint; choose another --output_dir"):
-        silent_run(settings)
+    (tmp_path / "adapter").mkdir()
+    for request in (None, "latest"):
+        settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint=request)
+        with pytest.raises(ValueError, match="without a checkpoint; choose another --output_dir"):
+            silent_run(settings)
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_afresh_with_latest(straight, tmp_path):
+    (tmp_path / "stats.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / ".checkpoint-2.tmp").mkdir()
+    said: list[str] = []
+    run = silent_run(replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest"), said)
+    assert run.state.step == 0 and "from the beginning" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -211,8 +244,10 @@ def test_a_checkpoint_of_another_shape_is_refused(straight, tmp_path):
     settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
     other = replace(settings, adapter=replace(settings.adapter, num_res_blocks=1), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="adapter.num_res_blocks: 2 -> 1"):
         silent_run(other)
+    with pytest.raises(ValueError, match="another shape"):
+        silent_run(replace(other, force_resume=True))
 
 
 def test_ctrl_c_leaves_a_checkpoint(straight, tmp_path):

@@ -31,7 +31,7 @@ def test_learning_rates_are_those_of_diffusers(name, warmup):
         ({"lr_scheduler": "cosin"}, "lr_scheduler"),
         ({"timestep_sampling": "linear"}, "timestep_sampling"),
         ({"mixed_precision": "fp8"}, "mixed_precision"),
-        ({"report_to": "wandb"}, "report_to"),
+        ({"report_to": "paper"}, "report_to"),
         ({"checkpoints_total_limit": 1}, "checkpoints_total_limit"),
         ({"validation_steps": -1}, "validation_steps"),
         ({"cpu_threads": 0}, "cpu_threads"),

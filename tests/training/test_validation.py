@@ -88,3 +88,24 @@ def test_conditions_no_picture_yields_are_scored_by_edges(settings):
         load_models(depth, CPU, None), depth, MicroScenes("val", count=30, condition=depth.condition)
     ).run()
     assert 0 <= result.fidelity.f1 <= 1
+
+
+def test_it_can_be_given_up_between_any_two_denoising_steps(validator):
+    processors = dict(validator.models.unet.attn_processors)
+    beats = 0
+
+    def count():
+        nonlocal beats
+        beats += 1
+
+    whole = validator.run(count).sheet
+    batches = -(-len(validator.cases) // validator.config.batch_size)
+    assert beats == batches * validator.config.num_inference_steps
+
+    def give_up():
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        validator.run(give_up)
+    assert validator.models.unet.attn_processors == processors
+    assert validator.run().sheet.tobytes() == whole.tobytes()

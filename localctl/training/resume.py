@@ -1,0 +1,156 @@
+"""What a checkpoint says about the run that wrote it, and whether another run may go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localctl.data.sample import Source
+from localctl.run.record import MASKED, flat, recorded
+from localctl.training.settings import TrainSettings
+
+# Setting, or section of settings -> why it may change when a run is continued. Whatever is not named here may not.
+FREE = {
+    "output_dir": "where, not what",
+    "overwrite_output_dir": "where, not what",
+    "resume_from_checkpoint": "where, not what",
+    "force_resume": "says that other settings may change",
+    "base.name": "the same weights may lie elsewhere; the weights themselves are compared",
+    "base.revision": "as base.name",
+    "base.variant": "as base.name",
+    "base.local_files_only": "how the same weights are fetched",
+    "max_train_steps": "to train longer; linear and cosine learning rates follow the new length from there on",
+    "logging_steps": "what is recorded",
+    "report_to": "what is recorded",
+    "validation": "held-out pictures, which training never sees",
+    "validation_steps": "when they are drawn",
+    "checkpointing_steps": "when checkpoints are written",
+    "checkpoints_total_limit": "how many of them stay",
+    "max_nonfinite_steps": "when to give up",
+    "dataloader_num_workers": "samples and draws do not depend on who makes them",
+    "data.keep_latents": "the same latents, computed again",
+    "data.path": "the same files may lie elsewhere; their fingerprint is compared",
+    "data.max_bad_fraction": "when to give up",
+    "cpu_threads": "changes no more than the last bits of a sum",
+}
+VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+_LOOKED_AT = 8  # samples of a data set
+
+
+def is_free(key: str) -> bool:
+    """Whether the setting ``key`` (dotted) may change when a run is continued."""
+    parts = key.split(".")
+    return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
+
+
+def describe(
+    settings: TrainSettings, source: Source, frozen: Mapping[str, nn.Module], *, world_size: int, precision: str
+) -> dict[str, Any]:
+    """What a checkpoint's manifest records of its run, without secrets.
+
+    settings; config_sha256 of those that may not change; data and base: fingerprints; world_size: processes;
+    precision: of the frozen parts' arithmetic; versions of the libraries.
+    """
+    return {
+        "settings": recorded(settings),
+        "config_sha256": config_hash(settings),
+        "data": data_fingerprint(source),
+        "base": weights_fingerprint(frozen),
+        "world_size": world_size,
+        "precision": precision,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+    }
+
+
+def config_hash(settings: TrainSettings) -> str:
+    """Of the settings that may not change, masked ones included."""
+    fixed = {key: value for key, value in flat(asdict(settings)).items() if not is_free(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def data_fingerprint(source: Source) -> str:
+    """A data set's own ``fingerprint``, if it has one; else of its size and of a few samples spread over it."""
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    digest, count = hashlib.sha256(str(len(source)).encode()), len(source)
+    for index in sorted({i * (count - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}):
+        try:
+            example = source[index]
+        except ValueError:  # a bad row, which is the training's to report
+            digest.update(b"unusable")
+            continue
+        digest.update(json.dumps([example.key, example.caption]).encode())
+        for tensor in (example.pixels, example.condition):
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def weights_fingerprint(parts: Mapping[str, nn.Module]) -> str:
+    """Of names, shapes and the first values of all parameters: tells bases apart without reading gigabytes."""
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        for name, parameter in parts[part].named_parameters():
+            digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
+            digest.update(_bytes(parameter.detach().flatten()[:16].float()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line ``name: old -> new`` for everything that differs between two descriptions and may not.
+
+    A setting that ``before`` does not know yet counts as having had its default.
+    """
+    defaults, old, new = flat(recorded(TrainSettings())), flat(before.get("settings", {})), flat(now["settings"])
+    lines = [
+        f"{key}: {old.get(key, defaults.get(key))} -> {value}"
+        for key, value in new.items()
+        if not is_free(key) and old.get(key, defaults.get(key)) != value
+    ]
+    lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
+    if not lines and MASKED in old.values() and before.get("config_sha256") != now["config_sha256"]:
+        lines.append("a setting with a masked value")
+    for name, meaning in (("world_size", "processes"), ("precision", "precision")):
+        if before.get(name) != now[name]:
+            lines.append(f"{meaning}: {before.get(name)} -> {now[name]}")
+    for name, meaning in (("data", "samples in the data"), ("base", "weights of the base")):
+        if before.get(name) != now[name]:
+            lines.append(f"{meaning}: {str(before.get(name))[:12]} -> {now[name][:12]}")
+    return lines
+
+
+def check_unchanged(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, force: bool, say: Callable[[str], None]
+) -> None:
+    """ValueError listing what changed since the checkpoint; with ``force`` it is only said.
+
+    Other versions of libraries are said, too, and never an error; so is a length that moves the learning rate.
+    """
+    versions = before.get("versions", {})
+    pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
+    moved = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    if moved:
+        say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
+    length = [before.get("settings", {}).get("max_train_steps"), now["settings"]["max_train_steps"]]
+    if length[0] != length[1] and now["settings"]["lr_scheduler"] in ("linear", "cosine"):
+        say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
+    lines = changes(before, now)
+    if lines and not force:
+        raise ValueError(
+            "These changed since the checkpoint, so another run would begin in the middle of this one; take them back, "
+            "or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
+        )
+    for line in lines:
+        say(f"changed since the checkpoint, by --force_resume: {line}")

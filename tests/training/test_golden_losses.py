@@ -1,0 +1,58 @@
+"""The losses of 50 steps on the embedded base, as they were: a change of any of them needs a deliberate update.
+
+LOCALCTL_UPDATE_GOLDENS=1 pytest tests/training/test_golden_losses.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from process_helpers import finish, start
+from training_helpers import loss_log, silent_run
+
+from localctl.base import BaseConfig
+from localctl.training.resume import weights_fingerprint
+from localctl.training.settings import DataConfig, TrainSettings
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "losses_of_50_steps.json"
+UPDATE = "LOCALCTL_UPDATE_GOLDENS"
+NAMES = ("loss", "denoising", "local_raw", "learning_rate", "grad_norm")
+
+
+def train(folder: Path) -> None:
+    """The default run but for its length and size, in float32 on one thread."""
+    settings = TrainSettings(
+        base=BaseConfig(name="micro"), data=DataConfig(count=20), output_dir=str(folder), max_train_steps=50,
+        train_batch_size=1, lr_warmup_steps=10, logging_steps=1, validation_steps=0, checkpointing_steps=0,
+        report_to="none", mixed_precision="no",
+    )  # fmt: skip
+    run = silent_run(settings)
+    (folder / "base").write_text(weights_fingerprint(run.state.models.frozen))
+    run.train()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("golden")
+    assert finish(start(train, folder), 300) == 0
+    return {
+        "base": (folder / "base").read_text(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "losses": [{name: row[name] for name in NAMES} for row in loss_log(folder)],
+    }
+
+
+def test_the_losses_are_the_golden_ones(measured):
+    """To 1e-6 on the kind of CPU they were computed on; other kinds sum in another order."""
+    if os.environ.get(UPDATE):
+        GOLDEN.write_text(json.dumps(measured, indent=0) + "\n")
+    golden = json.loads(GOLDEN.read_text())
+    assert measured["base"] == golden["base"], f"the weights of the embedded base changed: run again with {UPDATE}=1"
+    tolerance = 1e-6 if measured["cpu"] == golden["cpu"] else 1e-4
+    assert len(golden["losses"]) == len(measured["losses"]) == 50
+    for step, (row, expected) in enumerate(zip(measured["losses"], golden["losses"], strict=True), start=1):
+        assert row == pytest.approx(expected, rel=tolerance, abs=tolerance), f"step {step}"

@@ -1,0 +1,161 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import silent_run, tiny_settings
+
+from localctl.data import MicroScenes
+from localctl.run.checkpoints import verify_checkpoint
+from localctl.run.config import schema_keys
+from localctl.run.record import MASKED, FromEnvironment
+from localctl.training.resume import (
+    FREE,
+    changes,
+    check_unchanged,
+    config_hash,
+    data_fingerprint,
+    describe,
+    is_free,
+    weights_fingerprint,
+)
+from localctl.training.settings import TrainSettings
+
+
+def described(settings=None, count=6, bias=0.0, world_size=1, precision="no"):
+    torch.manual_seed(0)
+    part = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        part.bias += bias
+    settings = settings or TrainSettings()
+    made = describe(settings, MicroScenes(count=count), {"unet": part}, world_size=world_size, precision=precision)
+    return json.loads(json.dumps(made))  # as it comes back from a manifest
+
+
+def test_the_free_settings_exist_and_each_has_its_reason():
+    keys = schema_keys(TrainSettings)
+    for name, reason in FREE.items():
+        assert reason and any(key == name or key.startswith(f"{name}.") for key in keys), name
+    assert is_free("validation.count") and is_free("output_dir")
+    for key in ("seed", "train_batch_size", "loss.filter", "data.count", "base.dtype", "learning_rate", "nothing"):
+        assert not is_free(key)
+
+
+def test_the_docs_list_exactly_the_free_settings():
+    text = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    table = text.partition("| setting | why it may change |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| `{name}` | {reason} |" for name, reason in FREE.items()]
+
+
+def test_every_setting_that_is_not_free_is_guarded():
+    """Also those that are added later: the table names what may change, not what may not."""
+    before = described()
+    guarded = {key for key in schema_keys(TrainSettings) if not is_free(key)}
+    for key in guarded:
+        *path, last = key.split(".")
+        section = before["settings"]
+        for part in path:
+            section = section[part]
+        kept, section[last] = section[last], "something else"
+        assert changes(before, described()) == [f"{key}: something else -> {kept}"]
+        section[last] = kept
+    assert changes(before, described()) == []
+
+
+def test_what_changed_is_listed_old_to_new_and_can_be_forced():
+    first = TrainSettings()
+    second = replace(first, seed=3, learning_rate=1e-4, loss=replace(first.loss, filter="mse"), logging_steps=7)
+    lines = changes(described(first), described(second, count=7, bias=1.0, world_size=2, precision="bf16"))
+    assert lines[:3] == ["loss.filter: sobel -> mse", "seed: 0 -> 3", "learning_rate: 0.001 -> 0.0001"]
+    assert lines[3:5] == ["processes: 1 -> 2", "precision: no -> bf16"]
+    assert [line.partition(":")[0] for line in lines[5:]] == ["samples in the data", "weights of the base"]
+    said: list[str] = []
+    with pytest.raises(ValueError) as refused:
+        check_unchanged(described(first), described(second), force=False, say=said.append)
+    assert "--force_resume" in str(refused.value) and "\n  seed: 0 -> 3" in str(refused.value) and not said
+    check_unchanged(described(first), described(second), force=True, say=said.append)
+    assert [line.rpartition("force_resume: ")[2] for line in said] == lines[:3]
+
+
+def test_what_is_only_said():
+    before = described()
+    before["versions"]["torch"] = "1.0"
+    said: list[str] = []
+    check_unchanged(before, described(replace(TrainSettings(), max_train_steps=5)), force=False, say=said.append)
+    assert len(said) == 2 and "torch 1.0 -> " in said[0] and "max_train_steps 900 -> 5" in said[1]
+
+
+def test_a_setting_that_did_not_exist_yet_had_its_default():
+    before = described()
+    del before["settings"]["timestep_sampling"]
+    assert changes(before, described()) == []
+    changed = described(replace(TrainSettings(), timestep_sampling="uniform"))
+    assert changes(before, changed) == ["timestep_sampling: cubic -> uniform"]
+    before["settings"]["old_name"] = 4
+    assert changes(before, described()) == ["old_name: 4 -> gone"]
+
+
+def test_a_masked_setting_is_compared_too():
+    secret, other = (replace(TrainSettings(), timestep_sampling=FromEnvironment(t)) for t in ("cubic", "uniform"))
+    assert described(secret)["settings"]["timestep_sampling"] == MASKED
+    assert changes(described(secret), described(secret)) == []
+    assert changes(described(secret), described(other)) == ["a setting with a masked value"]
+    assert config_hash(secret) != config_hash(other)
+
+
+def test_the_hash_is_of_what_may_not_change():
+    first = TrainSettings()
+    assert config_hash(first) == config_hash(replace(first, output_dir="elsewhere", logging_steps=3))
+    assert config_hash(first) != config_hash(replace(first, seed=1))
+
+
+def test_data_are_told_apart():
+    same = [data_fingerprint(MicroScenes(count=9)) for _ in range(2)]
+    others = [MicroScenes(count=10), MicroScenes(count=9, profile="rich"), MicroScenes("val", count=9)]
+    assert same[0] == same[1] and len({same[0], *(data_fingerprint(source) for source in others)}) == 4
+    assert data_fingerprint(MicroScenes(count=1))
+
+    class WithBadRows(MicroScenes):
+        def __getitem__(self, index):
+            if index == 0:
+                raise ValueError("damaged")
+            return super().__getitem__(index)
+
+    assert len({data_fingerprint(WithBadRows(count=n)) for n in (8, 9)} | {same[0]}) == 3
+
+    class Known(MicroScenes):
+        fingerprint = "mine"
+
+    assert data_fingerprint(Known(count=3)) == "mine"
+
+
+def test_bases_are_told_apart(sd_pipe, v_pipe):
+    assert weights_fingerprint({"unet": sd_pipe.unet}) == weights_fingerprint({"unet": v_pipe.unet})  # same weights
+    before = weights_fingerprint({"unet": sd_pipe.unet})
+    sd_pipe.unet.conv_out.bias.data[0] += 1
+    assert weights_fingerprint({"unet": sd_pipe.unet}) != before
+
+
+def test_the_manifest_says_what_was_trained(sd_folder, tmp_path):
+    settings = tiny_settings(sd_folder, tmp_path, train_batch_size=1, max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    manifest = verify_checkpoint(tmp_path / "checkpoint-1")
+    info = manifest["info"]
+    assert manifest["step"] == 1 and set(manifest["files"]) == {
+        "adapter/config.json", "adapter/diffusion_pytorch_model.safetensors", "optimizer.pt", "state.json",
+    }  # fmt: skip
+    assert all(len(entry["sha256"]) == 64 and entry["size"] > 0 for entry in manifest["files"].values())
+    assert info["world_size"] == 1 and info["config_sha256"] == config_hash(settings)
+    assert info["data"] == data_fingerprint(MicroScenes(count=6)) and len(info["base"]) == 64
+    assert info["versions"]["torch"] == torch.__version__ and info["settings"]["seed"] == 0
+
+    resumed = replace(settings, resume_from_checkpoint="latest", max_train_steps=2)
+    for changed in (replace(resumed, seed=1), replace(resumed, data=replace(settings.data, count=7))):
+        with pytest.raises(ValueError, match="0 -> 1|6 -> 7"):
+            silent_run(changed)
+    said: list[str] = []
+    forced = silent_run(replace(resumed, seed=1, adam_beta2=0.5, force_resume=True), said)
+    assert forced.state.step == 1 and any("seed: 0 -> 1" in line for line in said)
+    assert forced.state.optimizer.param_groups[0]["betas"] == (0.9, 0.5)  # not the checkpoint's
+    assert silent_run(replace(resumed, dataloader_num_workers=1, logging_steps=5)).state.step == 1
