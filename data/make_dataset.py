@@ -25,8 +25,7 @@ from tqdm import tqdm
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow, Problem, count_reasons
 from localctl.data.rows import EXTENSIONS, METADATA, captions_of
-from localctl.images import ImageError, load_image
-from localctl.sampling_files import condition_to_pil
+from localctl.images import ImageError, condition_to_pil, load_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:

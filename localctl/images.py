@@ -94,6 +94,11 @@ def to_pil(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
 
 
+def condition_to_pil(condition: Tensor) -> Image.Image:
+    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB picture."""
+    return to_pil(condition.expand(3, -1, -1) * 2 - 1)
+
+
 def outline(picture: Image.Image, mask: Tensor, color: str = "magenta") -> Image.Image:
     """A copy of ``picture`` with the inner border of ``mask`` (1,H,W) or (H,W) drawn; 1 = controlled, cut at 0.5.
 

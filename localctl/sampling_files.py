@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from localctl import __version__
-from localctl.images import grid, outline
+from localctl.images import condition_to_pil, grid, outline
 from localctl.sampling import GenerateOutput
 
 RECORD = "sample.json"
@@ -74,9 +73,3 @@ def contact_sheet(output: GenerateOutput, conditions: Sequence[Tensor], masks: S
     rows = [[*shown, *output.images[i : i + len(seeds)]] for i in starts]
     labels = ["condition"] * len(shown) + [f"seed {seed}" for seed in seeds]
     return grid(rows, labels, [output.layouts[i].prompt for i in starts])
-
-
-def condition_to_pil(condition: Tensor) -> Image.Image:
-    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB picture."""
-    array = (condition.expand(3, -1, -1).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(array.permute(1, 2, 0).contiguous().cpu().numpy())

@@ -18,7 +18,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data.bad import BadRow
 from localctl.data.sample import Example, Source
-from localctl.images import grid, outline, to_pil
+from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.edges import EdgeScores, edge_scores
@@ -198,8 +198,3 @@ def choose_cases(
     if not cases:
         raise ValueError(f"No held-out mask has {MIN_EDGES} edge pixels in it; use larger masks or validation_steps=0.")
     return cases
-
-
-def condition_to_pil(condition: Tensor) -> Image.Image:
-    """A condition (1,H,W) or (3,H,W) in [0,1] as a picture."""
-    return to_pil(condition.expand(3, -1, -1) * 2 - 1)

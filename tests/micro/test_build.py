@@ -1,6 +1,9 @@
 """The build of the embedded base at toy length: every part learns, stops, resumes exactly, and exports a pipeline."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from localctl.micro.build.__main__ import main
+from localctl.micro.build.__main__ import load_tokenizer, main, parse
 from localctl.micro.build.clip import contrastive_loss, corrupt, new_clip, new_tokenizer, preprocess, token_ids
 from localctl.micro.build.data import scene_cache
 from localctl.micro.build.loop import LoopConfig, read_weights, train
@@ -91,6 +94,34 @@ def test_every_grammar_word_is_one_token_and_any_text_survives() -> None:
     assert len(tokenizer("a red circle", padding="max_length").input_ids) == 77
 
 
+def test_a_new_tokenizer_has_the_same_ids_in_every_process() -> None:
+    code = (
+        "from localctl.micro.build.clip import new_tokenizer as new; import json; print(json.dumps(new().get_vocab()))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(2)]
+    assert all(json.loads(run.stdout.splitlines()[-1]) == new_tokenizer().get_vocab() for run in runs)
+
+
+def test_the_tokenizer_stays_with_the_weights(tmp_path: Path) -> None:
+    work, base = tmp_path / "work", tmp_path / "base"
+    args = parse(["--workdir", str(work)])
+    first = load_tokenizer(args).get_vocab()
+    file = work / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    ids["red</w>"], ids["blue</w>"] = ids["blue</w>"], ids["red</w>"]
+    file.write_text(json.dumps(content))
+    changed = load_tokenizer(args).get_vocab()
+    assert changed != first, "workdir's own is read, not made anew"
+    shutil.copytree(work / "tokenizer", base / "tokenizer")
+    other = parse(["--workdir", str(tmp_path / "work2"), "--continue_from", str(base)])
+    assert load_tokenizer(other).get_vocab() == changed
+    (tmp_path / "work3").mkdir()
+    (tmp_path / "work3" / "clip.pt").touch()
+    with pytest.raises(SystemExit, match="without its tokenizer"):
+        load_tokenizer(parse(["--workdir", str(tmp_path / "work3")]))
+
+
 def test_hard_negatives_are_close_but_never_the_caption() -> None:
     rng = np.random.default_rng(0)
     for profile in ("basic", "rich"):
@@ -110,15 +141,15 @@ def test_the_contrastive_loss_ignores_duplicates_and_falls() -> None:
     images = preprocess(np.stack([s.image for s in scenes]))
     ids = token_ids(tokenizer, [s.caption for s in scenes], 32)
     own = torch.eye(8, dtype=torch.bool)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(12):
         loss = contrastive_loss(model, images, ids, own)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0]
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3
     everything_is_mine = contrastive_loss(model, images, ids, torch.ones(8, 8, dtype=torch.bool))["loss"]
     assert float(everything_is_mine) < 1e-3
 

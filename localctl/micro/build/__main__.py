@@ -54,9 +54,27 @@ def caches(args: argparse.Namespace) -> list[SceneCache]:
     return [scene_cache(folder, "basic", args.scenes), scene_cache(folder, "rich", max(200, args.scenes * 2 // 15))]
 
 
+def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
+    """Workdir's, else that of the base to continue from, else a new one, which is kept: its ids belong to the weights.
+
+    SystemExit where weights exist without the tokenizer they were made for."""
+    folder = args.workdir / "tokenizer"
+    if not folder.exists():
+        if args.continue_from is not None:
+            tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
+        elif (args.workdir / "clip.pt").exists():
+            raise SystemExit(f"{args.workdir} has clip.pt without its tokenizer; copy that of its exported base there.")
+        else:
+            tokenizer = new_tokenizer()
+        unfinished = folder.with_suffix(".tmp")
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
 def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
     """Tokenizer, CLIP and VAE in their latest state: workdir's checkpoints, else the base to continue from."""
-    tokenizer = new_tokenizer()
+    tokenizer = load_tokenizer(args)
     vision, whole = args.workdir / "clip_vision.pt", args.workdir / "clip.pt"
     if vision.exists() or whole.exists() or args.continue_from is None:
         clip = new_clip(tokenizer)
@@ -110,7 +128,7 @@ def build_decoder(args: argparse.Namespace, data: SceneCache) -> bool:
 def build_clip_vision(args: argparse.Namespace, data: list[SceneCache]) -> bool:
     tokenizer, clip, _ = load(args, data[0])
     config = LoopConfig(steps=args.clip_vision_steps, learning_rate=5e-4, weight_decay=0.05, minutes=args.minutes)
-    return train_clip(data, config, args.workdir, model=clip)[1]
+    return train_clip(data, tokenizer, config, args.workdir, model=clip)[1]
 
 
 def build_export(args: argparse.Namespace, data: SceneCache) -> int:
@@ -133,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         train_vae(data, config, args.workdir)
     if "clip" in args.parts:
         config = LoopConfig(steps=args.clip_steps, learning_rate=1e-3, weight_decay=0.05, minutes=args.minutes)
-        train_clip(data, config, args.workdir)
+        train_clip(data, load_tokenizer(args), config, args.workdir)
     if "unet" in args.parts:
         build_unet(args, data[0])
     if "decoder" in args.parts:

@@ -30,14 +30,25 @@ _EXTRA_WORDS = (
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which every word of the caption grammar is one token and any other word falls to pieces."""
+    """Byte-level BPE in which every word of the caption grammar is one token and any other word falls to pieces.
+
+    The same ids in every process, as weights are made for them."""
     plural = [s + ("es" if s == "cross" else "s") for s in SHAPES]
     words = [*SHAPES, *plural, *COLORS, *BACKGROUNDS, *" ".join(RELATIONS).split(), *_EXTRA_WORDS.split()]
     trainer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     trainer.pre_tokenizer = Whitespace()
+    # Merges of equal frequency go by the ids of their parts, and last letters get theirs in the order of a hash map
+    # unless they are named.
+    last_letters = sorted({word[-1] + "</w>" for word in words})
     trainer.train_from_iterator(
         [" ".join(words)],
-        BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False),
+        BpeTrainer(
+            vocab_size=100_000,
+            min_frequency=1,
+            end_of_word_suffix="</w>",
+            special_tokens=last_letters,
+            show_progress=False,
+        ),
     )
     merges = _merges(trainer)
     alphabet = sorted(ByteLevel.alphabet())
@@ -120,12 +131,16 @@ def contrastive_loss(model: CLIPModel, images: Tensor, ids: Tensor, positives: T
 
 
 def train_clip(
-    caches: list[SceneCache], config: LoopConfig, folder: Path, batch: int = 128, model: CLIPModel | None = None
+    caches: list[SceneCache],
+    tokenizer: CLIPTokenizer,
+    config: LoopConfig,
+    folder: Path,
+    batch: int = 128,
+    model: CLIPModel | None = None,
 ) -> tuple[CLIPModel, bool]:
     """Contrastive training. A given `model` is tuned further with its text tower frozen (the U-Net was trained on its
     states): the vision tower and both projections learn."""
     torch.manual_seed(config.seed)
-    tokenizer = new_tokenizer()
     name = "clip" if model is None else "clip_vision"
     if model is None:
         model = new_clip(tokenizer)
