@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from localctl.data.bad import Problem, Quarantine, TooManyBadRows
 from localctl.data.config import DataConfig
@@ -33,10 +33,10 @@ class DataWatch:
     def look_at(self, batch: Batch, step: int) -> None:
         """Note the bad rows met for ``batch`` of step ``step``. TooManyBadRows when they are too many, or when no
         usable row was found in their place."""
-        problems = self._of_all_processes(batch.problems)
+        problems, usable = self._of_all_processes(batch.problems, len(batch) > 0)
         self.quarantine.add(problems, step)
-        if not len(batch):
-            raise nothing_usable(batch.problems)
+        if not usable:  # on whichever process: all stop alike
+            raise nothing_usable(tuple(problems))
         if self._read_captions:
             self._count_long(batch)
 
@@ -48,13 +48,15 @@ class DataWatch:
             lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
         return [f"data        {line}" for line in lines]
 
-    def _of_all_processes(self, problems: tuple[Problem, ...]) -> list[Problem]:
+    def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
+        """The problems of all, and whether each of them has something to train on."""
         if self.accelerator.num_processes == 1:
-            return list(problems)
-        number = torch.tensor(len(problems), device=self.accelerator.device)
-        if not int(self.accelerator.reduce(number)):
-            return []
-        return [Problem(*problem) for problem in gather_object(list(problems))]
+            return list(problems), usable
+        numbers = torch.tensor([len(problems), int(not usable)], device=self.accelerator.device)
+        many, empty = self.accelerator.reduce(numbers).tolist()
+        if not many:
+            return [], not empty
+        return [Problem(*problem) for problem in gather_object(list(problems))], not empty
 
     def _count_long(self, batch: Batch) -> None:
         for key, caption in zip(batch.keys, batch.captions, strict=True):
@@ -102,6 +104,9 @@ def announced(data: DataConfig, source: Source) -> str:
 def new_watch(
     accelerator: Accelerator, models: Models, data: DataConfig, folder: Path, rows: int, start: int
 ) -> DataWatch:
-    """The watch of a run that begins at step ``start``; only the first process writes."""
+    """The watch of a run that begins at step ``start``; the first process keeps the list, all know it."""
     place = folder if accelerator.is_main_process else None
-    return DataWatch(accelerator, models, Quarantine(place, rows, data.max_bad_fraction, start), data)
+    quarantine = Quarantine(place, rows, data.max_bad_fraction, start)
+    if accelerator.num_processes > 1:
+        [quarantine.problems] = broadcast_object_list([quarantine.problems])
+    return DataWatch(accelerator, models, quarantine, data)

@@ -12,17 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from ddp_worker import GLOBAL_BATCH, settings_for, small_pictures, weights
 from process_helpers import checkpoint_contents, difference, finish, start_ranks, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl import losses
 from localctl.data import PlanSampler, SamplePlan
+from localctl.data.bad import Problem, TooManyBadRows
+from localctl.data.config import DataConfig
 from localctl.losses import FILTERS
 from localctl.run import checkpoints
 from localctl.run.checkpoints import list_checkpoints
 from localctl.run.logging import read_stats
 from localctl.training import loop
+from localctl.training.data_watch import new_watch
 
 
 @pytest.fixture
@@ -249,3 +253,47 @@ def test_a_step_is_never_short(sd_folder, tmp_path):
     settings = tiny_settings(sd_folder, tmp_path, train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=1)
     run = silent_run(replace(settings, data=replace(settings.data, count=3)))
     assert run.train().step == 1
+
+
+class OneBatch(list):
+    """Of the keys in it, with the problems met on the way."""
+
+    problems: tuple[Problem, ...] = ()
+
+
+def watched_batches(folder, usable):
+    """Rank 1 meets a bad row in step 1 and two more in step 2 (of 10 rows, a fifth may be bad), or no usable one."""
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    watch = new_watch(accelerator, None, DataConfig(max_bad_fraction=0.2), folder, 10, start=0)
+    bad = [Problem(f"row-{i}", "damaged", "it is damaged") for i in range(3)]
+    try:
+        for step, problems in enumerate((bad[:1], bad[1:]), start=1):
+            other = accelerator.process_index == 1
+            batch = OneBatch(["row-9"] if usable or not other else [])
+            batch.problems = tuple(problems) if other else ()
+            watch.look_at(batch, step)
+    except TooManyBadRows as error:
+        (folder / f"said-{accelerator.process_index}").write_text(f"step {step}: {error}")
+        return 5
+    return 0
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_bad_rows_met_by_one_process_stop_both_at_the_same_step(tmp_path, usable):
+    assert [finish(process) for process in start_ranks(2, watched_batches, tmp_path, usable)] == [5, 5]
+    texts = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    expected = "step 2: 3 of 10 rows" if usable else "step 1: No usable row"
+    assert all(text.startswith(expected) and "row-0" in text for text in texts)
+
+
+def resumed_watch(folder):
+    accelerator = Accelerator(cpu=True)
+    watch = new_watch(accelerator, None, DataConfig(), folder, 10, start=3)
+    return len(watch.quarantine.problems)
+
+
+def test_after_a_resume_all_processes_know_the_bad_rows(tmp_path):
+    lines = [{"step": s, "key": f"row-{s}", "reason": "damaged", "detail": "it is damaged"} for s in (2, 3, 4)]
+    (tmp_path / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [finish(process) for process in start_ranks(2, resumed_watch, tmp_path)] == [2, 2]
