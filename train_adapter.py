@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from localctl.data.bad import TooManyBadRows
 from localctl.run.config import help_text, load_config
 from localctl.run.interrupt import exit_code
+from localctl.training.dry_run import report
 from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text("train_adapter.py", defaults, aliases=ALIASES))
             return 0
         settings = load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+        if settings.dry_run:
+            print(report(settings))
+            return 0
         run = prepare(settings)
     except ValueError as error:
         print(f"train_adapter.py: {error}", file=sys.stderr)

@@ -59,11 +59,13 @@ class BaseConfig:
 
     name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
     revision, variant: as for ``from_pretrained``.
+    vae: another VAE, by hub id or folder; null = the base's own (SDXL in float16: the one that does not overflow).
     dtype: float32, float16 or bfloat16.
     local_files_only: never ask the network.
     """
 
     name: str = "micro"
+    vae: str | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: str = "float32"
@@ -139,37 +141,78 @@ def load_pipeline(
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
     try:
-        index = _read_index(spec, where)
+        index = read_index(spec, where)
         if "safety_checker" in index:
             # Neither the checker nor the picture processor that only it needs is loaded, and nothing nags about it.
             options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
-        if spec.fp16_vae and dtype == torch.float16 and "vae" not in options:
-            local = {"local_files_only": config.local_files_only}
-            options["vae"] = AutoencoderKL.from_pretrained(spec.fp16_vae, dtype=dtype, **local)
+        vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
+        if vae and "vae" not in options:
+            options["vae"] = load_vae(vae, dtype, config.local_files_only)
         pipe = DiffusionPipeline.from_pretrained(
             spec.id_or_path, dtype=dtype, variant=config.variant, **where, **options
         )
     except OSError as error:  # missing files, unknown ids and a missing network all arrive as this
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"The base {config.name!r} could not be loaded from {spec.id_or_path!r} ({reason}); "
-            "check name and network, or give a local diffusers folder."
-        ) from error
+        raise not_loaded(config, error) from error
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             freeze(component)
     return pipe.to(device)
 
 
-def _read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
-    """What the pipeline consists of; ValueError if it is of a kind we do not know."""
-    path = Path(spec.id_or_path, "model_index.json")
-    if not path.is_file():
-        path = Path(hf_hub_download(spec.id_or_path, path.name, **where))
+def not_loaded(config: BaseConfig, error: OSError) -> ValueError:
+    """What to tell somebody whose base cannot be read."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return ValueError(
+        f"The base {config.name!r} could not be loaded from {resolve_base(config.name).id_or_path!r} ({reason}); "
+        "check name and network, or give a local diffusers folder."
+    )
+
+
+def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
+    """A VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
+    pipeline = Path(name, "model_index.json").expanduser().is_file()
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        return AutoencoderKL.from_pretrained(
+            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
+            subfolder="vae" if pipeline else None,
+            dtype=dtype,
+            local_files_only=local_files_only,
+        )
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
+        ) from error
+
+
+def full_precision_vae(pipe: DiffusionPipeline) -> None:
+    """Put the VAE of ``pipe`` into float32 for good. SDXL's own overflows in half precision.
+
+    The pipeline hands it latents in its own dtype, so the VAE's two ends cast what they are given.
+    """
+    nn.Module.to(pipe.vae, torch.float32)  # diffusers' own warns of modules to keep in float32, even of none
+
+    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].float(), *args[1:])
+
+    for part in (pipe.vae.encoder, pipe.vae.post_quant_conv or pipe.vae.decoder):
+        part.register_forward_pre_hook(cast)
+
+
+def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any]:
+    """File ``name`` of a base; OSError when it is not there, ValueError when it is no JSON."""
+    path = Path(spec.id_or_path, name)
+    if not path.is_file():
+        path = Path(hf_hub_download(spec.id_or_path, name, **where))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch or save the base again.") from error
+
+
+def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
+    """What the pipeline consists of; ValueError if it is of a kind we do not know."""
+    index = read_json(spec, "model_index.json", where)
     if index.get("_class_name") not in PIPELINES:
         raise ValueError(
             f"The base {spec.name!r} is a {index.get('_class_name')}; supported are {' and '.join(PIPELINES)}."

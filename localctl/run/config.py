@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from localctl.run.record import mark_environment
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
+ACCELERATE = "accelerate"  # a folder of files for `accelerate launch`, no group
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 Settings = TypeVar("Settings")
@@ -77,7 +78,7 @@ def config_groups(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
     """Group -> its options, from the folders of ``config_dir``."""
     if not config_dir.is_dir():
         raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
-    folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir())
+    folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir() and folder.name != ACCELERATE)
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 

@@ -8,13 +8,16 @@ from typing import Any
 
 import yaml
 
+from localctl.base import BASES
 from localctl.run.files import share_weights
 from localctl.run.record import recorded
+from localctl.training.hub import push
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import References, ValidationResult
 
 ADAPTER, T2IADAPTER, CONFIG, CARD = "adapter", "t2iadapter", "config.yaml", "README.md"
+BEST = "best"  # the adapter of the best score, where there is a scorer
 
 
 def write_settings(settings: TrainSettings, folder: Path) -> None:
@@ -31,12 +34,15 @@ def export(
     result: ValidationResult | None,
     references: References | None,
 ) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``."""
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; upload it with ``push_to_hub``."""
     models.plain_adapter.save_pretrained(folder / ADAPTER)
     models.plain_adapter.save_t2iadapter(folder / T2IADAPTER)
     for name in (ADAPTER, T2IADAPTER):
         share_weights(folder / name)
     (folder / CARD).write_text(model_card(settings, step, result, references))
+    if settings.push_to_hub:
+        pictures = [] if result is None else [sheet_name(step)]
+        push(folder, settings, [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *pictures])
 
 
 def sheet_name(step: int) -> str:
@@ -49,10 +55,11 @@ def model_card(
 ) -> str:
     """Markdown with the metadata block that the Hugging Face hub reads."""
     condition, base = settings.condition, settings.base.name
+    place = BASES[base].id_or_path if base in BASES else base
+    base_model = "" if Path(place).exists() else f"base_model: {place}\n"  # the hub refuses what is not an id
     card = f"""---
 library_name: diffusers
-base_model: {base}
-tags: [t2iadapter, localctl, text-to-image, diffusers-training, {condition.kind}]
+{base_model}tags: [t2iadapter, localctl, text-to-image, diffusers-training, {condition.kind}]
 ---
 
 # Local {condition.kind} adapter for {base}

@@ -10,9 +10,9 @@ from pathlib import Path
 from localctl.data.bad import QUARANTINE
 from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep
 from localctl.run.logging import BOARD, STATS, WANDB
-from localctl.training.export import ADAPTER, CARD, CONFIG, T2IADAPTER
+from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
 
-_OUTPUTS = (STATS, QUARANTINE, BOARD, WANDB, "validation", ADAPTER, T2IADAPTER, CARD, CONFIG)
+_OUTPUTS = (STATS, QUARANTINE, BOARD, WANDB, "validation", ADAPTER, T2IADAPTER, BEST, CARD, CONFIG)
 
 
 def check_writable(folder: Path) -> None:

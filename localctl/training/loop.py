@@ -23,10 +23,14 @@ from localctl.run.checkpoints import find_checkpoint, sweep, verify_checkpoint
 from localctl.run.interrupt import Interrupt, ignore_signals
 from localctl.run.logging import Tracker, check_report_to, make_tracker
 from localctl.run.record import flat, recorded
-from localctl.training.data_watch import announced, first_example, new_watch
-from localctl.training.export import ADAPTER, effective_batch, export, sheet_name, write_settings
+from localctl.training.announce import announcement
+from localctl.training.data_watch import first_example, new_watch
+from localctl.training.early_stopping import Scorer, take_score
+from localctl.training.export import ADAPTER, BEST, export, sheet_name, write_settings
 from localctl.training.folder import check_unused, check_writable, prepare_folder
+from localctl.training.hub import check_hub
 from localctl.training.resume import check_unchanged, describe
+from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, draw, training_step
@@ -63,9 +67,10 @@ def make_source(settings: TrainSettings, split: str) -> Source:
     return MicroScenes(split, data.profile, count, settings.condition)
 
 
-def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
+def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, scorer: Scorer | None = None) -> Run:
     """Check output folder, checkpoint, base and data, then load everything. ValueError in one sentence for the user."""
     resolve_base(settings.base.name)
+    check_hub(settings)
     check_report_to(settings.report_to)
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
@@ -84,7 +89,9 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
         check_side(name, side)
     if settings.validation_steps:
         make_source(settings, "val")  # its mistakes, too, before anything slow
+    settings = bound_steps(settings, len(train), accelerator.num_processes)
     state = new_state(settings, accelerator)
+    state.models.check_size(*first.pixels.shape[-2:])
     world_size, precision = accelerator.num_processes, accelerator.mixed_precision
     state.info = describe(settings, train, state.models.frozen, world_size=world_size, precision=precision)
     if checkpoint is not None:
@@ -93,7 +100,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write) ->
         state.load(checkpoint)
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
-    run = Run(state, train, say)
+    run = Run(state, train, say, scorer)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare_folder(output_dir, state.step, checkpoint is not None, say)
@@ -137,22 +144,25 @@ class Run:
         """
         state, settings = self.state, self.settings
         if self.main:
-            self.say(self.announcement())
+            self.say(announcement(state, self.train_source, self.output_dir, scored=self.scorer is not None))
             values = flat(recorded(settings))
             self.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step)
             write_settings(settings, self.output_dir)
         try:
             with self.interrupt, self._bar() as bar:
-                at_the_end = state.step == settings.max_train_steps  # then for the model card
+                at_the_end = self._at_the_end  # then for the model card
                 if self._validation_is_due() and (at_the_end or state.validated != state.step):
                     self._validate()
                 stopped = bool(self.signal)
                 batches = iter(self._loader())
-                while state.step < settings.max_train_steps and not stopped:
+                if not stopped:
+                    self._score()  # what an interruption kept from being scored
+                while not self._at_the_end and not stopped:
                     self._step(batches, bar)
                     stopped = self._after_step(bar, stop(state.step))
             if not stopped and self.main:
-                export(state.models, settings, state.step, self.output_dir, self.last, self.references)
+                with state.averaged():
+                    export(state.models, settings, state.step, self.output_dir, self.last, self.references)
         finally:
             self.tracker.close()
         if self.main:
@@ -163,37 +173,13 @@ class Run:
         fidelity = self.last.fidelity if self.last else None
         return TrainResult(state.step, self.output_dir, stopped, fidelity, self.signal)
 
-    def announcement(self) -> str:
-        """What is about to be trained, on what, for how long."""
-        settings, models, accelerator = self.settings, self.state.models, self.state.accelerator
-        trained = sum(p.numel() for p in models.plain_adapter.parameters())
-        frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
-        loss = "denoising"
-        if settings.loss.filter != "none":
-            loss += f" + {settings.loss.weight:g} x {settings.loss.filter} in the mask ({settings.loss.schedule})"
-        batch = effective_batch(settings) * accelerator.num_processes
-        threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-        begin = f"from {self.state.step} " if self.state.step else ""
-        steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
-        return "\n".join(
-            (
-                f"base        {settings.base.name}, frozen ({frozen:,} parameters)",
-                f"adapter     {settings.adapter.adapter_type} ({trained:,} parameters, trained)",
-                f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
-                f"loss        {loss}",
-                f"data        {announced(settings.data, self.train_source)}",
-                f"steps       {steps}",
-                f"output      {self.output_dir}",
-            )
-        )
-
     def _loader(self) -> DataLoader:
         settings, accelerator = self.settings, self.state.accelerator
         sampler = PlanSampler(
             SamplePlan(len(self.train_source), settings.seed),
             settings.train_batch_size,
             self.state.step,
-            settings.max_train_steps,
+            settings.steps,
             accumulation=settings.gradient_accumulation_steps,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -208,7 +194,7 @@ class Run:
         )
 
     def _bar(self) -> Any:
-        state, total = self.state, self.settings.max_train_steps
+        state, total = self.state, self.settings.steps
         return tqdm(total=total, initial=state.step, desc="training", unit="step", disable=not self.main, mininterval=1)
 
     def _step(self, batches: Any, bar: Any) -> None:
@@ -241,6 +227,7 @@ class Run:
             self._pass_over(keys, outputs)
         else:
             state.optimizer.step()
+            state.update_ema()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         samples = len(keys) * accelerator.num_processes
@@ -262,14 +249,31 @@ class Run:
         self.state.skipped += 1
         self.say(f"{found}; this update is left out, {self.state.skipped} so far.")
 
+    @property
+    def _at_the_end(self) -> bool:
+        return self.state.step >= self.settings.steps or self.state.early_stopping.stopped
+
     def _validation_is_due(self) -> bool:
         step, every = self.state.step, self.settings.validation_steps
-        return bool(every and step) and (step % every == 0 or step == self.settings.max_train_steps)
+        return bool(every and step) and (step % every == 0 or self._at_the_end)
+
+    def _score(self) -> None:
+        """The score that early stopping goes by, if it is due."""
+        state, folder = self.state, self.output_dir / BEST
+        if self.scorer is None or not state.early_stopping.due(state.step):
+            return
+        with state.averaged():
+            row = take_score(state.early_stopping, self.scorer, state.models, state.step, folder if self.main else None)
+        self.tracker.log(state.step, row)
+        if state.early_stopping.stopped:
+            self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")
 
     def _after_step(self, bar: Any, stopped: bool) -> bool:
         """Log, validate, save: whatever is due. Returns whether to stop here."""
         state, settings = self.state, self.settings
-        last = state.step == settings.max_train_steps
+        if not stopped and not self.signal:
+            self._score()
+        last = self._at_the_end
         if state.step % settings.logging_steps == 0 or last:
             row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather)
             row |= {"learning_rate": self.learning_rate, "grad_norm": self.grad_norm}
@@ -309,7 +313,8 @@ class Run:
         assert validator is not None
         if self.references is None:
             self.references = validator.references(self._beat)
-        result = validator.run(self._beat)
+        with self.state.averaged():
+            result = validator.run(self._beat)
         self.last = result
         path = self.output_dir / sheet_name(step)
         path.parent.mkdir(parents=True, exist_ok=True)

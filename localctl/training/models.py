@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,18 +15,28 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from localctl.adapter import LocalAdapter
-from localctl.base import lasting_name, load_pipeline
-from localctl.control.local_adapter import residual_shapes
+from localctl.base import full_precision_vae, load_pipeline
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
-from localctl.random import key_seed
+from localctl.training.adapters import plan_adapter
 from localctl.training.settings import TrainSettings
+from localctl.training.text import TextStates, encode_text, is_xl, time_ids, unet_arguments
 
 MEMO_BYTES = 512 * 2**20
 
 
-class Memo:
-    """Remembers results of a pure function from text to tensor, the most recently used up to ``max_bytes``.
+class Sized(Protocol):
+    """Something that knows how much memory it takes."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Kept = TypeVar("Kept", bound=Sized)
+
+
+class Memo(Generic[Kept]):
+    """Remembers results of a pure function of a text, the most recently used up to ``max_bytes``.
 
     Each is computed alone, never in a batch: so it cannot depend on which others were missing at the time, and a run
     that starts with nothing remembered, after a resume, gets the very same bits.
@@ -35,11 +44,11 @@ class Memo:
 
     def __init__(self, max_bytes: int = MEMO_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The tensor for ``key``, computed on the first call."""
+    def get(self, key: str, compute: Callable[[], Kept]) -> Kept:
+        """The value for ``key``, computed on the first call."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -67,8 +76,9 @@ class Models:
         self.num_train_timesteps = len(self.alphas_cumprod)
         self.prediction_type = pipe.scheduler.config.prediction_type
         check_schedule(self.alphas_cumprod, self.prediction_type)
-        self._texts = Memo()
-        self._moments = Memo() if keep_latents else None
+        self.xl = is_xl(pipe)
+        self._texts: Memo[TextStates] = Memo()
+        self._moments: Memo[Tensor] | None = Memo() if keep_latents else None
 
     @property
     def device(self) -> torch.device:
@@ -106,58 +116,52 @@ class Models:
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
         """Mean and standard deviation (B,2c,h,w) float32 of the VAE's posterior."""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        # Without autocast: a VAE that is kept in float32 would compute in half precision after all.
+        with torch.autocast(pixels.device.type, enabled=False):
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    def text_states(self, captions: list[str]) -> Tensor:
-        """What the U-Net reads: (B, tokens, width), as the pipeline itself encodes prompts."""
-        return torch.cat([self._texts.get(caption, partial(self._encode_text, caption)) for caption in captions])
+    def text_states(self, captions: Sequence[str]) -> TextStates:
+        """What the U-Net reads, as the pipeline itself encodes prompts."""
+        parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
+        return TextStates.join(parts)
 
-    @torch.no_grad()
-    def _encode_text(self, caption: str) -> Tensor:
-        return self.pipe.encode_prompt(caption, self.device, 1, do_classifier_free_guidance=False)[0]
+    def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
+        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's pictures."""
+        height, width = batch.pixels.shape[-2:]
+        sizes = batch.sizes or (None,) * len(batch)
+        return unet_arguments(self.text_states(captions), time_ids(sizes, (height, width)) if self.xl else None)
+
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError for pictures of a size that the adapter cannot take."""
+        multiple = self.plain_adapter.size_multiple
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"The pictures are {width}x{height} pixels (width x height), but this adapter needs multiples of "
+                f"{multiple}; choose another resolution."
+            )
 
 
 def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtype | None) -> Models:
-    """Load the base, frozen, and a new adapter for it, float32 and trainable; its weights depend on the seed alone.
+    """Load the base, frozen, and the adapter for it, float32 and trainable; a new one's weights depend on the seed
+    alone.
 
-    ``dtype`` of the frozen parts; None = as the base's config says. ValueError when base and adapter do not fit.
+    ``dtype`` of the frozen parts; None = as the base's config says. ValueError when base and adapter do not fit, before
+    any weights are read.
     """
     with _no_progress_bars():
+        plan = plan_adapter(settings)
+        adapter = plan.make(settings.seed).to(device)
         pipe = load_pipeline(settings.base, dtype=dtype, device=device)
-    if type(pipe).__name__ != "StableDiffusionPipeline":  # importing the class would load it before its processors
-        raise ValueError(f"The base {settings.base.name!r} is a {type(pipe).__name__}; training takes SD 1.x and 2.x.")
     pipe.set_progress_bar_config(disable=True)
+    if is_xl(pipe) and pipe.vae.dtype != torch.float32 and pipe.vae.config.force_upcast:
+        full_precision_vae(pipe)
+    if settings.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
     if device.type == "cpu":
         pipe.unet.to(memory_format=torch.channels_last)  # what CPU convolutions prefer
         pipe.vae.to(memory_format=torch.channels_last)
-    adapter = new_adapter(settings, pipe).to(device)
     return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
-
-
-def new_adapter(settings: TrainSettings, pipe: DiffusionPipeline) -> LocalAdapter:
-    """An adapter that fits the U-Net of ``pipe``, with fresh weights; the global random state is left alone."""
-    options = asdict(settings.adapter)
-    channels = options.pop("channels") or pipe.unet.config.block_out_channels
-    options |= {"in_channels": settings.condition.channels, "channels": list(channels)}
-    _check_fit(options, pipe)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key_seed(settings.seed, "adapter"))
-        return LocalAdapter(condition=asdict(settings.condition), base=lasting_name(settings.base.name), **options)
-
-
-def _check_fit(options: dict[str, Any], pipe: DiffusionPipeline) -> None:
-    """ValueError unless an adapter of these options makes what the U-Net takes; nothing is computed."""
-    side = 64 * pipe.vae_scale_factor
-    with torch.device("meta"):
-        features = LocalAdapter(**options)(torch.zeros(1, options["in_channels"] + 1, side, side))
-    made = [tuple(feature.shape[1:]) for feature in features]
-    taken = residual_shapes(pipe.unet, latent_size(side, side, pipe.vae_scale_factor))[: len(made)]
-    if made != taken:
-        raise ValueError(
-            f"For {side}x{side} pixels the adapter would make features {made} but the base's U-Net takes {taken}; "
-            "leave adapter.channels and adapter.downscale_factor at their defaults."
-        )
 
 
 @contextmanager

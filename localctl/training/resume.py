@@ -27,7 +27,11 @@ FREE = {
     "base.revision": "as base.name",
     "base.variant": "as base.name",
     "base.local_files_only": "how the same weights are fetched",
-    "max_train_steps": "to train longer; linear and cosine learning rates follow the new length from there on",
+    "base.vae": "as base.name",
+    "adapter_model_name_or_path": "where the first step began",
+    "max_train_steps": "to train longer; learning rates that fall to the end follow the new length from there on",
+    "num_train_epochs": "as max_train_steps",
+    "early_stopping": "when to stop",
     "logging_steps": "what is recorded",
     "report_to": "what is recorded",
     "validation": "held-out pictures, which training never sees",
@@ -39,9 +43,15 @@ FREE = {
     "data.keep_latents": "the same latents, computed again",
     "data.path": "the same files may lie elsewhere; their fingerprint is compared",
     "data.max_bad_fraction": "when to give up",
+    "gradient_checkpointing": "the same activations, computed again",
+    "dry_run": "where, not what",
+    "push_to_hub": "what becomes of the result",
+    "hub_model_id": "what becomes of the result",
+    "hub_token": "what becomes of the result",
     "cpu_threads": "changes no more than the last bits of a sum",
 }
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "numpy")
+CONSTANT = ("constant", "constant_with_warmup")
 _LOOKED_AT = 8  # samples of a data set
 
 
@@ -144,7 +154,7 @@ def check_unchanged(
     if moved:
         say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
     length = [before.get("settings", {}).get("max_train_steps"), now["settings"]["max_train_steps"]]
-    if length[0] != length[1] and now["settings"]["lr_scheduler"] in ("linear", "cosine"):
+    if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
         say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
     lines = changes(before, now)
     if lines and not force:

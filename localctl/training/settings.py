@@ -12,14 +12,15 @@ from localctl.diffusion import TIMESTEP_SAMPLINGS
 from localctl.losses import LossConfig
 from localctl.masks import MASK_RESIZE, MaskConfig
 from localctl.run.logging import REPORT_TO
+from localctl.training.schedule import LR_END, LR_SCHEDULERS, learning_rate_at
 
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 MIXED_PRECISION = ("no", "fp16", "bf16")
-ADAPTER_TYPES = ("full_adapter", "light_adapter")
+ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 ALIASES = {
     "pretrained_model_name_or_path": "base",
     "revision": "base.revision",
     "variant": "base.variant",
+    "pretrained_vae_model_name_or_path": "base.vae",
     "dataset_name": "data",
     "dataset_config_name": "data.dataset_config_name",
     "cache_dir": "data.cache_dir",
@@ -49,20 +50,26 @@ def _at_least(what: str, value: float, least: float) -> None:
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Shape of the T2I-Adapter inside, and how its features are masked. channels null: those of the base's U-Net."""
+    """Shape of the T2I-Adapter inside, and how its features are masked.
 
-    adapter_type: str = "full_adapter"
+    null: as the adapter to continue from has it, or else as the base's U-Net wants it: ``full_adapter`` for SD 1.x and
+    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
+    """
+
+    adapter_type: str | None = None
     channels: tuple[int, ...] | None = None
-    num_res_blocks: int = 2
-    downscale_factor: int = 8
+    num_res_blocks: int | None = None
+    downscale_factor: int | None = None
     mask_resize: str = "area"
     mask_condition: bool = False
 
     def __post_init__(self) -> None:
-        _choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
+        if self.adapter_type is not None:
+            _choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
         _choose("adapter.mask_resize", self.mask_resize, MASK_RESIZE)
-        _at_least("adapter.num_res_blocks", self.num_res_blocks, 1)
-        _at_least("adapter.downscale_factor", self.downscale_factor, 1)
+        for name in ("num_res_blocks", "downscale_factor"):
+            if getattr(self, name) is not None:
+                _at_least(f"adapter.{name}", getattr(self, name), 1)
         if self.channels is not None and (not self.channels or min(self.channels) < 1):
             raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
 
@@ -87,17 +94,45 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True)
+class EarlyStoppingConfig:
+    """When to stop for a score that the caller of the training gives (``early_stopping.Scorer``).
+
+    every: steps between scores, 0 = never. patience: stop after this many scores in a row that beat the best by no more
+    than min_delta. lower_is_better: as with FID.
+    """
+
+    every: int = 0
+    patience: int = 3
+    min_delta: float = 0.0
+    lower_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("early_stopping.every", self.every, 0)
+        _at_least("early_stopping.patience", self.patience, 1)
+        _at_least("early_stopping.min_delta", self.min_delta, 0)
+
+
+@dataclass(kw_only=True)
 class TrainSettings:
     """A training run; ValueError for settings that make no sense.
 
     max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates;
         0 turns validation or checkpoints off.
+    num_train_epochs: at most so many visits of each sample; with max_train_steps, whichever ends first. One of the two
+        may be null.
     train_batch_size: samples per process and micro-batch; gradient_accumulation_steps micro-batches make a step.
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
     checkpoints_total_limit: null keeps all; at least 2, as a single one may turn out damaged.
     resume_from_checkpoint: `latest` or the path of a checkpoint.
     force_resume: go on also when settings, data or the number of processes changed (docs/reliability.md).
     max_nonfinite_steps: so many updates may be left out because they are not finite; one more stops the run.
+    adapter_model_name_or_path: continue from this T2IAdapter or LocalAdapter, a folder or hub id; null = a fresh one.
+    gradient_checkpointing: the U-Net computes its activations twice instead of keeping them.
+    use_8bit_adam: the optimizer's moments in 8 bits, by bitsandbytes. allow_tf32: faster float32 on NVIDIA GPUs.
+    use_ema: average the adapter's weights over the steps (``ema_decay``); validated and exported is the average.
+    dry_run: only print what the training would cost in memory and FLOPs.
+    push_to_hub: upload the finished adapter with its card as hub_model_id (null = named like output_dir); hub_token:
+        null = that of `hf auth login`; it is never written down.
     cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
     """
 
@@ -108,22 +143,37 @@ class TrainSettings:
     loss: LossConfig = field(default_factory=LossConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
+    adapter_model_name_or_path: str | None = None
     output_dir: str = "outputs/adapter"
     overwrite_output_dir: bool = False
+    dry_run: bool = False
     seed: int = 0
     report_to: str = "tensorboard"
 
-    max_train_steps: int = 900
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_token: str | None = None
+
+    max_train_steps: int | None = 900
+    num_train_epochs: int | None = None
     train_batch_size: int = 16
     gradient_accumulation_steps: int = 1
     dataloader_num_workers: int = 0
     mixed_precision: str | None = None
+    gradient_checkpointing: bool = False
+    allow_tf32: bool = False
+    use_8bit_adam: bool = False
+    use_ema: bool = False
+    ema_decay: float = 0.9999
     cpu_threads: int | None = None
 
     learning_rate: float = 1e-3
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 50
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
@@ -141,15 +191,22 @@ class TrainSettings:
     max_nonfinite_steps: int = 0
 
     def __post_init__(self) -> None:
-        ones = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        ones = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_num_cycles")
         zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps") + (
             "max_nonfinite_steps",
         )
-        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
+        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_power")
         for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
             for name in names:
                 _at_least(name, getattr(self, name), least)
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("max_train_steps", "num_train_epochs"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.max_train_steps is None and self.num_train_epochs is None:
+            raise ValueError("The training has no end; set max_train_steps or num_train_epochs.")
+        if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
+            raise ValueError(f"The polynomial lr_scheduler ends at {LR_END:g}; choose a learning_rate above it.")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -165,16 +222,11 @@ class TrainSettings:
             _at_least("cpu_threads", self.cpu_threads, 1)
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step ``step`` (0 = the first): linear warm-up, then as ``lr_scheduler`` says.
+        """The learning rate of step ``step`` (0 = the first)."""
+        return learning_rate_at(self, step)
 
-        A function of the step alone, so there is nothing to save, and nothing that several processes could advance
-        several times.
-        """
-        if self.lr_scheduler != "constant" and step < self.lr_warmup_steps:
-            return self.learning_rate * step / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        if self.lr_scheduler == "linear":
-            return self.learning_rate * max(0.0, 1 - progress)
-        if self.lr_scheduler == "cosine":
-            return self.learning_rate * max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-        return self.learning_rate
+    @property
+    def steps(self) -> int:
+        """``max_train_steps``, once the size of the data has settled it (``schedule.bound_steps``)."""
+        assert self.max_train_steps is not None
+        return self.max_train_steps

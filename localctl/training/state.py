@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import nn
 
 from localctl.run.checkpoints import CheckpointError, save_checkpoint
 from localctl.run.files import share_weights
+from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
+from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class
 from localctl.training.settings import TrainSettings
 from localctl.training.stats import StepStats
 
@@ -33,6 +36,7 @@ class TrainState:
     There is no state of random generators: every draw is keyed by what it is for. stats: what has been measured since
     the last row of the log. validated: the step of the last validation. skipped: updates left out so far because they
     were not finite. info: what a checkpoint's manifest says of the run (``resume.describe``).
+    ema: the averaged weights, None without ``use_ema``.
     """
 
     settings: TrainSettings
@@ -44,6 +48,20 @@ class TrainState:
     validated: int = 0
     skipped: int = 0
     info: dict[str, Any] = field(default_factory=dict)
+    ema: Any = None
+    early_stopping: EarlyStopping = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.early_stopping = EarlyStopping(self.settings.early_stopping)
+
+    def update_ema(self) -> None:
+        """Take the weights of the step that was just made into the average."""
+        if self.ema is not None:
+            self.ema.step(self.models.plain_adapter.parameters())
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The adapter with its averaged weights, if there are any, as it is validated and exported."""
+        return averaged(self.models.plain_adapter, self.ema)
 
     def agree(self, *values: int) -> list[int]:
         """The largest of each value over all processes; all of them must ask."""
@@ -78,6 +96,8 @@ class TrainState:
         self.models.plain_adapter.save_pretrained(folder / "adapter")
         share_weights(folder)
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if self.ema is not None:
+            torch.save(self.ema.state_dict(), folder / "ema.pt")
         scaler = self.accelerator.scaler
         extra = {
             "step": self.step,
@@ -85,6 +105,7 @@ class TrainState:
             "scaler": scaler.state_dict() if scaler else None,
             "validated": self.validated,
             "skipped": self.skipped,
+            "early_stopping": self.early_stopping.state_dict(),
         }
         (folder / "state.json").write_text(json.dumps(extra))
 
@@ -104,12 +125,22 @@ class TrainState:
             group.update(own)
         extra = json.loads((checkpoint / "state.json").read_text())
         self.step, self.validated, self.skipped = extra["step"], extra["validated"], extra["skipped"]
+        self.early_stopping.load_state_dict(extra["early_stopping"])
+        self._load_ema(checkpoint / "ema.pt")
         accelerator = self.accelerator
         self.stats = StepStats.from_state_dict(
             extra["stats"], accelerator.device, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         if self.accelerator.scaler is not None and extra["scaler"]:
             self.accelerator.scaler.load_state_dict(extra["scaler"])
+
+    def _load_ema(self, path: Path) -> None:
+        if self.ema is None:
+            return
+        if not path.exists():
+            raise ValueError(f"The checkpoint {path.parent} holds no averaged weights; set use_ema=false.")
+        self.ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.ema.to(self.accelerator.device)
 
 
 def new_accelerator(settings: TrainSettings) -> Accelerator:
@@ -126,18 +157,16 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
 
 def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
     """Frozen base, fresh adapter and optimizer. ValueError when settings and base do not fit."""
+    optimizer_kind = optimizer_class(settings)
+    if settings.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-    )
+    optimizer = make_optimizer(optimizer_kind, parameters, settings)
     check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
     models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
-    return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared)
+    ema = make_ema(models.plain_adapter, settings)
+    return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared, ema=ema)
 
 
 def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> None:

@@ -72,15 +72,15 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: 
     timesteps = timesteps_from_uniform(draws.uniform, models.num_train_timesteps, settings.timestep_sampling)
     sample = add_noise(latents, draws.noise, timesteps, models.alphas_cumprod)
     dropped = draws.empty_prompt.tolist()
-    states = models.text_states(
-        ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-    )  # (B,L,D)
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
     features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
-    output = models.unet(
-        sample.noisy.to(models.dtype),
-        timesteps,
-        encoder_hidden_states=states,
-        down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # the U-Net pops it
-    ).sample
+    # As while sampling: wholly in its own dtype, where autocast would keep activations in float32.
+    with torch.autocast(latents.device.type, enabled=False):
+        output = models.unet(
+            sample.noisy.to(models.dtype),
+            timesteps,
+            **models.unet_arguments(captions, batch),
+            down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
+        ).sample
     terms = local_control_loss(sample, output, batch.mask, models.alphas_cumprod, models.prediction_type, settings.loss)
     return StepOutput(loss=terms.total.mean(), terms=terms, timesteps=timesteps)

@@ -1,7 +1,9 @@
+import pytest
 import yaml
 from PIL import Image
 from training_helpers import tiny_settings
 
+from localctl.base import BASES
 from localctl.run.config import load_config
 from localctl.training.export import model_card, sheet_name, write_settings
 from localctl.training.settings import TrainSettings
@@ -18,10 +20,16 @@ def test_the_card_carries_grid_and_figures(tmp_path):
     card = model_card(settings, 40, result, References(fidelity(0.1), fidelity(1.0)))
     front, body = card.split("---\n")[1:3]
     meta = yaml.safe_load(front)
-    assert meta["base_model"] == "micro" and {"t2iadapter", "canny"} <= set(meta["tags"])
+    assert "base_model" not in meta and {"t2iadapter", "canny"} <= set(meta["tags"])
     assert "40 steps" in body and f"({sheet_name(40)})" in body and "50% of the way" in body
     assert "| with the adapter | 0.550 |" in body and "| base alone | 0.100 |" in body and "batch 8" in body
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+@pytest.mark.parametrize(("base", "meant"), [("sd15", BASES["sd15"].id_or_path), ("owner/name", "owner/name")])
+def test_a_base_of_the_hub_is_linked(base, meant, tmp_path):
+    card = model_card(tiny_settings(base, tmp_path), 40, None, None)
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == meant
 
 
 def test_a_card_without_validation_claims_nothing(tmp_path):

@@ -137,7 +137,7 @@ def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
 def test_texts_are_read_as_the_pipeline_reads_them(models):
     captions = ["a red circle", "", "a red circle"]
     states, _ = models.pipe.encode_prompt(captions, "cpu", 1, False)
-    assert torch.allclose(models.text_states(captions), states, atol=1e-6)
+    assert torch.allclose(models.text_states(captions).states, states, atol=1e-6)
 
 
 def test_memo_keeps_the_most_recently_used():

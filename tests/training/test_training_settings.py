@@ -3,19 +3,47 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from localctl.data import DataConfig
-from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
+from localctl.training.schedule import LR_SCHEDULERS, bound_steps
+from localctl.training.settings import AdapterConfig, TrainSettings, ValidationConfig
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_learning_rates_are_those_of_diffusers(name, warmup):
-    settings = TrainSettings(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=30, learning_rate=0.5)
+    settings = TrainSettings(
+        lr_scheduler=name,
+        lr_warmup_steps=warmup,
+        max_train_steps=30,
+        learning_rate=0.5,
+        lr_num_cycles=3,
+        lr_power=2.0,
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=30)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3, power=2.0)
     for step in range(30):
         assert settings.learning_rate_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "samples", "processes", "expected"),
+    [
+        (None, 900, 5, 1, 900),
+        (10, None, 100, 1, 125),  # 8 samples per step
+        (10, None, 103, 1, 128),  # 1030 / 8: not one sample more than ten times
+        (10, 50, 100, 1, 50),
+        (10, 500, 100, 1, 125),
+        (10, None, 100, 2, 62),
+        (1, None, 3, 1, 1),
+    ],
+)
+def test_the_smaller_of_epochs_and_steps(epochs, steps, samples, processes, expected):
+    settings = TrainSettings(
+        num_train_epochs=epochs, max_train_steps=steps, train_batch_size=4, gradient_accumulation_steps=2
+    )
+    bounded = bound_steps(settings, samples, processes)
+    assert bounded.steps == expected and bound_steps(bounded, samples, processes) == bounded
 
 
 @pytest.mark.parametrize(
@@ -35,6 +63,11 @@ def test_learning_rates_are_those_of_diffusers(name, warmup):
         ({"checkpoints_total_limit": 1}, "checkpoints_total_limit"),
         ({"validation_steps": -1}, "validation_steps"),
         ({"cpu_threads": 0}, "cpu_threads"),
+        ({"num_train_epochs": 0}, "num_train_epochs"),
+        ({"max_train_steps": None}, "no end; set max_train_steps or num_train_epochs"),
+        ({"lr_num_cycles": 0}, "lr_num_cycles"),
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "polynomial"),
+        ({"ema_decay": 1.0}, "ema_decay"),
     ],
 )
 def test_settings_that_make_no_sense(changes, word):

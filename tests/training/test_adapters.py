@@ -1,0 +1,80 @@
+"""Continuing from adapters: ours, plain ones, and those that do not fit."""
+
+import pytest
+import torch
+from diffusers import T2IAdapter
+from training_helpers import tiny_settings
+
+from localctl.adapter import LocalAdapter
+from localctl.conditions import ConditionConfig
+from localctl.training.adapters import find_adapter, plan_adapter
+from localctl.training.models import load_models
+from localctl.training.settings import AdapterConfig
+
+CPU = torch.device("cpu")
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.fixture
+def published(make_adapter, tmp_path):
+    """A plain T2IAdapter in half precision with one residual block, as others publish them."""
+    make_adapter(seed=3).adapter.half().save_pretrained(tmp_path / "published")
+    return tmp_path / "published"
+
+
+def test_continues_from_a_published_adapter(published, sd_folder, tmp_path):
+    settings = tiny_settings(
+        sd_folder, tmp_path, adapter_model_name_or_path=str(published), adapter=AdapterConfig(mask_resize="cover")
+    )
+    adapter = load_models(settings, CPU, None).plain_adapter
+    assert equal(adapter.adapter, T2IAdapter.from_pretrained(published).float())
+    assert {(p.dtype, p.requires_grad) for p in adapter.parameters()} == {(torch.float32, True)}
+    assert adapter.config["num_res_blocks"] == 1 and adapter.config["mask_resize"] == "cover"
+    assert adapter.config["base"] == str(sd_folder) and adapter.config["condition"]["kind"] == "canny"
+
+
+def test_continues_from_a_run_of_ours(make_adapter, sd_folder, tmp_path):
+    saved = make_adapter(seed=4, mask_resize="inside")
+    saved.save_pretrained(tmp_path / "run" / "adapter")
+    for name in ("run", "run/adapter"):
+        settings = tiny_settings(sd_folder, tmp_path, adapter_model_name_or_path=str(tmp_path / name))
+        adapter = load_models(settings, CPU, None).plain_adapter
+        assert isinstance(adapter, LocalAdapter) and equal(adapter, saved) and adapter.config["mask_resize"] == "area"
+
+
+def test_misfits_are_one_sentence_before_the_base_is_read(published, sd_folder, sdxl_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("localctl.training.models.load_pipeline", None)
+    for base, changes, words in (
+        (sd_folder, {"condition": ConditionConfig(kind="palette")}, "channels of 1|conditions of 1 channels"),
+        (sd_folder, {"adapter": AdapterConfig(num_res_blocks=2)}, "num_res_blocks is 2 but .* has 1; set adapter.num"),
+        (sd_folder, {"adapter": AdapterConfig(channels=(8, 16))}, r"channels is \(8, 16\) but"),
+        (sdxl_folder, {}, "another kind of base"),
+    ):
+        settings = tiny_settings(base, tmp_path, adapter_model_name_or_path=str(published), **changes)
+        with pytest.raises(ValueError, match=words) as error:
+            load_models(settings, CPU, None)
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_no_adapter_is_named(sd_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        (str(tmp_path / "empty"), "no config.json in it"),
+        (str(tmp_path / "nowhere"), "There is no adapter .*nowhere"),
+        (str(sd_folder / "unet"), "is a UNet2DConditionModel; give a T2IAdapter"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            find_adapter(name, local_files_only=True)
+        assert "\n" not in str(error.value)
+
+
+def test_damaged_weights_are_one_sentence(published, sd_folder, tmp_path):
+    weights = published / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    plan = plan_adapter(tiny_settings(sd_folder, tmp_path, adapter_model_name_or_path=str(published)))
+    with pytest.raises(ValueError, match="weights of the adapter .* cannot be read") as error:
+        plan.make(0)
+    assert "\n" not in str(error.value)

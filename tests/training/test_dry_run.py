@@ -1,0 +1,121 @@
+"""Costs from shapes: against figures that are known from elsewhere, and against real tensors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from training_helpers import tiny_settings
+
+import train_adapter
+from localctl.architectures import TABLE, BaseShape, read_shape
+from localctl.base import BaseConfig
+from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
+from localctl.masks import MaskConfig
+from localctl.training.adapters import plan_adapter
+from localctl.training.dry_run import Estimator, present_plan, report
+from localctl.training.memory import _Watch, count_step
+from localctl.training.models import load_models
+from localctl.training.step import draw, training_step
+
+PARAMETERS = {
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "sd21": {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840},
+    "sdxl": {
+        "unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_the_table_of_bases_has_their_published_numbers_of_parameters(name):
+    shape = BaseShape(TABLE[name])
+    counted = {part: sum(p.numel() for p in shape.build(part).parameters()) for part in shape.parts}
+    assert counted == PARAMETERS[name]
+
+
+def test_flops_of_the_real_sd15_at_512_px(tmp_path):
+    shape = BaseShape(TABLE["sd15"])
+    options = plan_adapter(tiny_settings("sd15", tmp_path), shape).options
+    cost = count_step(shape, options, (512, 512), torch.float32)
+    assert cost.flops == pytest.approx(1.745e12, rel=0.02)
+    assert cost.vae_flops == pytest.approx(1.117e12, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
+    """torch's counter over a real training step, attention computed by its products."""
+    settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)
+    models = load_models(settings, torch.device("cpu"), None)
+    models.unet.set_attn_processor(eager_attention())
+    models.vae.set_attn_processor(eager_attention())
+    batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
+    batch = replace(batch, mask=torch.ones_like(batch.mask))
+    draws = draw(batch, models.latent_shape(128, 128), settings)
+    models.text_states([*batch.captions, ""])  # remembered: no text encoder in what follows
+    with FlopCounterMode(display=False) as encoder:
+        models.encode(batch, draws.posterior)
+    plain = replace(settings, loss=replace(settings.loss, filter="none"))
+    with FlopCounterMode(display=False) as counter:
+        training_step(batch, models, plain, draws).loss.backward()
+    cost = count_step(read_shape(settings.base), plan_adapter(settings).options, (128, 128), torch.float32)
+    assert cost.vae_flops == encoder.get_total_flops()
+    assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def eager_attention():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    return AttnProcessor()
+
+
+def test_alive_bytes_are_those_that_nobody_has_freed():
+    with _Watch() as watch:
+        first = torch.empty(1000, device="meta")
+        kept = first * 2
+        assert watch.now == 8000
+        kept.view(10, 100)
+        del first
+        assert (watch.now, watch.peak) == (4000, 8000)
+        for _ in range(5):
+            kept = kept + 1
+    assert (watch.now, watch.peak) == (4000, 8000)
+
+
+def test_memory_counts_what_it_should(sd_folder, tmp_path):
+    settings = tiny_settings(sd_folder, tmp_path, mixed_precision="no")
+    estimator = Estimator(settings, read_shape(settings.base))
+    plan = replace(present_plan(settings), batch=2)
+    models = load_models(settings, torch.device("cpu"), None)
+    trained = sum(p.numel() for p in models.plain_adapter.parameters())
+    frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
+    full = estimator.estimate(plan)
+    assert (full.trained, full.frozen) == (trained, frozen)
+    assert full.weights == 4 * (trained + frozen) and full.gradients == 4 * trained and full.optimizer == 8 * trained
+    half = estimator.estimate(replace(plan, dtype=torch.bfloat16, adam_bytes=2, ema=True))
+    assert half.weights == 2 * frozen + 8 * trained and half.optimizer == 2 * trained
+    assert half.activations == full.activations // 2
+    assert estimator.estimate(replace(plan, batch=6)).activations == 3 * full.activations
+    assert estimator.estimate(replace(plan, checkpointing=True)).activations < full.activations
+
+
+def test_the_command_prints_a_table_and_ways_out(sd_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("localctl.training.dry_run.SIZES", {"sd15": 128})
+    argv = [f"base={sd_folder}", "--dry_run", "--output_dir", str(tmp_path / "out"), "--train_batch_size", "4"]
+    assert train_adapter.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["base", "size", "batch"]
+    assert f"these settings: {sd_folder}" in lines[1] and "128x128" in lines[1]
+    assert [line.split()[0] for line in lines[2:6]] == ["sd15"] * 4 and len({len(line) for line in lines[:6]}) == 1
+    text = "\n".join(lines)
+    for flag in ("bf16", "--gradient_checkpointing", "--gradient_accumulation_steps 4", "--use_8bit_adam", "all of"):
+        assert flag in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_together_is_said(sdxl_folder, tmp_path):
+    settings = tiny_settings(sdxl_folder, tmp_path)
+    with pytest.raises(ValueError, match="adapter would make features"):
+        report(replace(settings, adapter=replace(settings.adapter, adapter_type="full_adapter")))
+    with pytest.raises(ValueError, match="could not be loaded"):
+        report(replace(settings, base=BaseConfig(name="nobody/nothing", local_files_only=True)))

@@ -1,0 +1,107 @@
+"""The optimizer's options: 8 bits, averages, gradient checkpointing."""
+
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import T2IAdapter
+from training_helpers import loss_log, silent_run, tiny_settings
+
+from localctl.adapter import LocalAdapter
+from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
+from localctl.masks import MaskConfig
+from localctl.training.models import load_models
+from localctl.training.optimizer import optimizer_class
+from localctl.training.step import draw, training_step
+
+CPU = torch.device("cpu")
+
+
+def parameters(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_gradient_checkpointing_changes_nothing_but_memory(kind, request, tmp_path):
+    base = request.getfixturevalue(f"{kind}_folder")
+    batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        settings = tiny_settings(base, tmp_path, gradient_checkpointing=checkpointing)
+        models = load_models(settings, CPU, None)
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = training_step(batch, models, settings, draw(batch, models.latent_shape(128, 128), settings)).loss
+        loss.backward()
+        gradients.append([p.grad for p in models.plain_adapter.parameters()])
+        kept.append(count)
+    assert kept[1] < 0.5 * kept[0]
+    assert sum(bool(gradient.any()) for gradient in gradients[0]) > 0.8 * len(gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * max(1.0, a.abs().max())
+
+
+def test_8_bit_adam_is_asked_for_before_slow_work(sd_folder, tmp_path, monkeypatch):
+    settings = tiny_settings(sd_folder, tmp_path, use_8bit_adam=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("localctl.training.state.load_models", None)
+    with pytest.raises(ValueError, match="needs the package bitsandbytes.*pip install bitsandbytes") as error:
+        silent_run(settings)
+    assert "\n" not in str(error.value)
+
+
+def test_8_bit_adam_is_bitsandbytes_own(sd_folder, tmp_path, monkeypatch):
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    fake = types.ModuleType("bitsandbytes")
+    fake.optim = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert optimizer_class(tiny_settings(sd_folder, tmp_path)) is torch.optim.AdamW
+    assert optimizer_class(tiny_settings(sd_folder, tmp_path, use_8bit_adam=True)) is AdamW8bit
+
+
+def test_averages_are_exported_saved_and_resumed(sd_folder, tmp_path):
+    settings = tiny_settings(
+        sd_folder, tmp_path / "whole", use_ema=True, ema_decay=0.5, max_train_steps=3, checkpointing_steps=2
+    )
+    run = silent_run(settings)
+    steps = [parameters(run.state.models.plain_adapter)]
+    run.train(stop=lambda step: bool(steps.append(parameters(run.state.models.plain_adapter))))
+    # (1 + n) / (10 + n) is 2/11 and 3/12 at the second and third update; the first one takes the weights as they are.
+    expected = steps[1]
+    for decay, weights in ((2 / 11, steps[2]), (3 / 12, steps[3])):
+        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights, strict=True)]
+    exported = LocalAdapter.from_pretrained(tmp_path / "whole" / "adapter")
+    plain = T2IAdapter.from_pretrained(tmp_path / "whole" / "t2iadapter")
+    for a, b, raw in zip(exported.parameters(), expected, steps[3], strict=True):
+        assert torch.allclose(a, b, atol=1e-7)
+        assert not torch.equal(a, raw)
+    assert same(parameters(plain), parameters(exported))
+    assert same(parameters(run.state.models.plain_adapter), steps[3])  # training's own weights are back
+
+    cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
+    silent_run(cut).train(stop=lambda step: step == 2)
+    silent_run(cut).train()
+    assert same(parameters(LocalAdapter.from_pretrained(tmp_path / "cut" / "adapter")), parameters(exported))
+    assert loss_log(tmp_path / "cut") == loss_log(tmp_path / "whole")
+
+
+def test_averages_leave_the_training_alone_and_must_be_in_the_checkpoint(sd_folder, tmp_path):
+    settings = tiny_settings(sd_folder, tmp_path, max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    with pytest.raises(ValueError, match="holds no averaged weights; set use_ema=false"):
+        silent_run(replace(settings, use_ema=True, resume_from_checkpoint="latest"))
