@@ -115,9 +115,9 @@ def _silent(text: str) -> None:
 class Run:
     """A prepared training run."""
 
-    def __init__(self, state: TrainState, train: Source, say: Callable[[str], None]) -> None:
+    def __init__(self, state: TrainState, train: Source, say: Callable[[str], None], scorer: Scorer | None) -> None:
         self.state, self.settings, self.say = state, state.settings, say
-        self.train_source = train
+        self.train_source, self.scorer = train, scorer
         self.output_dir = Path(self.settings.output_dir).expanduser()
         self.main = state.accelerator.is_main_process
         self.tracker = Tracker()

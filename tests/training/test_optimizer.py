@@ -104,4 +104,4 @@ def test_averages_leave_the_training_alone_and_must_be_in_the_checkpoint(sd_fold
     settings = tiny_settings(sd_folder, tmp_path, max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
     with pytest.raises(ValueError, match="holds no averaged weights; set use_ema=false"):
-        silent_run(replace(settings, use_ema=True, resume_from_checkpoint="latest"))
+        silent_run(replace(settings, use_ema=True, resume_from_checkpoint="latest", force_resume=True))

@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_shape_is_refused(straight, tmp_path):
     settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
     silent_run(settings).train()
     other = replace(settings, adapter=replace(settings.adapter, num_res_blocks=1), resume_from_checkpoint="latest")
-    with pytest.raises(ValueError, match="adapter.num_res_blocks: 2 -> 1"):
+    with pytest.raises(ValueError, match="adapter.num_res_blocks: None -> 1"):
         silent_run(other)
     with pytest.raises(ValueError, match="another shape"):
         silent_run(replace(other, force_resume=True))
