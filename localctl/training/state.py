@@ -55,8 +55,8 @@ class TrainState:
         self.early_stopping = EarlyStopping(self.settings.early_stopping)
 
     def update_ema(self) -> None:
-        """Take the weights of the step that was just made into the average."""
-        if self.ema is not None:
+        """Take the weights of the step just made into the average; there are none where a scaler left it out."""
+        if self.ema is not None and not self.optimizer.step_was_skipped:
             self.ema.step(self.models.plain_adapter.parameters())
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -140,6 +140,7 @@ class TrainState:
         if not path.exists():
             raise ValueError(f"The checkpoint {path.parent} holds no averaged weights; set use_ema=false.")
         self.ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.ema.decay = self.settings.ema_decay  # as with the optimizer's options
         self.ema.to(self.accelerator.device)
 
 

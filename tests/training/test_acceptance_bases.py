@@ -1,17 +1,21 @@
-"""The published recipe on Stable Diffusion 1.5, 2.1 (v) and XL in small, square and not: only sizes are overridden."""
+"""The published recipe on Stable Diffusion 1.5, 2.1 (v) and XL in small, square and not, on every format of data: only
+sizes are overridden."""
 
 import hashlib
+import json
 import math
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from diffusers import DDIMScheduler, T2IAdapter
+from PIL import Image
 from training_helpers import loss_log
 
 from localctl.adapter import LocalAdapter
-from localctl.conditions import extract
 from localctl.control.local_adapter import LocalAdapterControl
-from localctl.data import Example
 from localctl.diffusion import predict_x0
 from localctl.micro.scenes import scene
 from localctl.run.config import load_config
@@ -27,20 +31,25 @@ SHRUNK = {
 STEPS = 20
 
 
-class Scenes:
-    """Embedded scenes, cut to (height, width)."""
-
-    def __init__(self, condition, size, count=8):
-        self.condition, self.size, self.count = condition, size, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        height, width = self.size
-        image = scene(index).image[:height, :width]
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1) / 127.5 - 1
-        return Example(f"scene-{index}", pixels, extract(self.condition, image), scene(index).caption)
+def write_scenes(root, data, count=8):
+    """Embedded scenes as files in the format ``data``, without conditions and masks; returns the place."""
+    for index in range(count):
+        (root / f"{index:02}").mkdir(parents=True)
+        picture, name = (
+            Image.fromarray(scene(index).image),
+            f"{index:02}/original.{'jpg' if data == 'folder' else 'png'}",
+        )
+        picture.save(root / name, quality=95)
+        (root / f"{index:02}" / "caption.txt").write_text(scene(index).caption)
+        with (root / "metadata.jsonl").open("a") as lines:
+            lines.write(json.dumps({"file_name": name, "text": scene(index).caption}) + "\n")
+    if data != "parquet":
+        return root
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    pictures = [{"bytes": (root / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    table = pyarrow.table({"image": pictures, "text": [row["text"] for row in rows]})
+    pyarrow.parquet.write_table(table, root / "all.parquet")
+    return root / "all.parquet"
 
 
 def digest(module):
@@ -54,24 +63,27 @@ SQUARE, WIDE = (64, 64), (64, 96)
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"),
+    ("kind", "data", "size"),
     [
-        ("sd", SQUARE),
-        ("v", WIDE),
-        ("sdxl", WIDE),
-        *(pytest.param(kind, size, marks=pytest.mark.slow) for kind, size in (("sd", WIDE), ("v", SQUARE))),
-        pytest.param("sdxl", SQUARE, marks=pytest.mark.slow),
+        ("sd", "imagefolder", SQUARE),
+        ("v", "parquet", WIDE),
+        ("sdxl", "folder", WIDE),
+        pytest.param("sd", "folder", WIDE, marks=pytest.mark.slow),
+        pytest.param("v", "imagefolder", SQUARE, marks=pytest.mark.slow),
+        pytest.param("sdxl", "parquet", SQUARE, marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_of_the_recipe(kind, size, request, tmp_path, monkeypatch):
-    base = request.getfixturevalue(f"{kind}_folder")
+def test_twenty_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeypatch):
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    base, place = request.getfixturevalue(f"{kind}_folder"), write_scenes(tmp_path / "data", data)
     settings = load_config(
-        ["experiment=paper_canny", f"base={base}", "data.resolution=null", *SHRUNK[kind], "--report_to", "none",
-         "--max_train_steps", str(STEPS), "--num_train_epochs", "null", "--output_dir", str(tmp_path),
-         "--validation_steps", "0", "--logging_steps", "1"],
+        ["experiment=paper_canny", f"base={base}", f"data={data}", f"data.path={place}", "data.validation_share=0",
+         f"data.resolution={list(size)}", *SHRUNK[kind], "--report_to", "none", "--max_train_steps", str(STEPS),
+         "--num_train_epochs", "null", "--output_dir", str(tmp_path / "run"), "--validation_steps", "0",
+         "--logging_steps", "1"],
         TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS,
     )  # fmt: skip
-    monkeypatch.setattr(loop, "make_source", lambda settings, *rest: Scenes(settings.condition, size))
     run = loop.prepare(settings, say=lambda text: None)
     models = run.state.models
     frozen = {name: digest(part) for name, part in models.frozen.items()}
@@ -79,7 +91,7 @@ def test_twenty_steps_of_the_recipe(kind, size, request, tmp_path, monkeypatch):
     reached = watch_features(models)
     run.train()
 
-    rows = loss_log(tmp_path)
+    rows = loss_log(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(math.isfinite(row[name]) for row in rows for name in ("loss", "local_raw", "grad_norm"))
     assert len(reached) == 4 and all(reached.values())
@@ -87,7 +99,7 @@ def test_twenty_steps_of_the_recipe(kind, size, request, tmp_path, monkeypatch):
     assert [name for (name, p), before in zip(named, start, strict=True) if torch.equal(p, before)] == []
     assert {name: digest(part) for name, part in models.frozen.items()} == frozen
 
-    exported = T2IAdapter.from_pretrained(tmp_path / "t2iadapter")
+    exported = T2IAdapter.from_pretrained(tmp_path / "run" / "t2iadapter")
     weights = zip(exported.parameters(), models.plain_adapter.adapter.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     adapter = LocalAdapter.from_t2iadapter(exported)

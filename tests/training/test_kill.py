@@ -27,6 +27,7 @@ def killed_settings(base: Path, folder: Path, steps: int, workers: int) -> Train
     return tiny_settings(
         base, folder, data=DataConfig(count=SAMPLES), train_batch_size=BATCH, max_train_steps=steps, logging_steps=3,
         checkpointing_steps=SAVE_EVERY, dataloader_num_workers=workers, resume_from_checkpoint="latest",
+        use_ema=True,
     )  # fmt: skip
 
 
@@ -102,7 +103,8 @@ def test_the_comparison_sees_one_bit(sd_folder, tmp_path):
     folder = tmp_path / "checkpoint-2"
     contents, other = checkpoint_contents(folder), checkpoint_contents(folder)
     assert difference(contents, other) == []
-    assert set(contents) >= {"adapter/diffusion_pytorch_model.safetensors", "optimizer.pt", "state.json"}
+    names = {"adapter/diffusion_pytorch_model.safetensors", "optimizer.pt", "ema.pt", "state.json"}
+    assert set(contents) >= names
     moments = other["optimizer.pt"]["state"][0]
     moments["exp_avg"].view(-1)[0] += 1e-6
     assert difference(contents, other) == ["/optimizer.pt/state/0/exp_avg"]

@@ -12,6 +12,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 from localctl.adapter import LocalAdapter
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
+from localctl.training import loop
 from localctl.training.models import load_models
 from localctl.training.optimizer import optimizer_class
 from localctl.training.step import draw, training_step
@@ -98,6 +99,30 @@ def test_averages_are_exported_saved_and_resumed(sd_folder, tmp_path):
     silent_run(cut).train()
     assert same(parameters(LocalAdapter.from_pretrained(tmp_path / "cut" / "adapter")), parameters(exported))
     assert loss_log(tmp_path / "cut") == loss_log(tmp_path / "whole")
+
+
+def test_an_update_that_is_left_out_is_not_averaged(sd_folder, tmp_path, monkeypatch):
+    settings = tiny_settings(
+        sd_folder, tmp_path, use_ema=True, max_train_steps=2, max_nonfinite_steps=1, checkpointing_steps=2
+    )
+    run, averages = silent_run(settings), []
+    monkeypatch.setattr(loop, "draw", lambda *given: poisoned(draw(*given), run.state.step == 1))
+    run.train(stop=lambda step: bool(averages.append([p.clone() for p in run.state.ema.shadow_params])))
+    assert (run.state.step, run.state.skipped, run.state.ema.optimization_step) == (2, 1, 1)
+    assert same(*averages)
+    run.state.optimizer = types.SimpleNamespace(step_was_skipped=True)  # by the scaler of fp16
+    run.state.update_ema()
+    assert run.state.ema.optimization_step == 1
+
+    changed = replace(settings, ema_decay=0.25, max_train_steps=3, resume_from_checkpoint="latest", force_resume=True)
+    ema = silent_run(changed).state.ema
+    assert same(ema.shadow_params, averages[1]) and (ema.decay, ema.optimization_step) == (0.25, 1)
+
+
+def poisoned(draws, wanted):
+    if wanted:
+        draws.noise[0] = torch.nan
+    return draws
 
 
 def test_averages_leave_the_training_alone_and_must_be_in_the_checkpoint(sd_folder, tmp_path):
