@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class BaseShape:
 
     parts: Mapping[str, Config]
     from_table: bool = False
+    _built: dict[tuple[str, torch.dtype], nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def xl(self) -> bool:
@@ -106,7 +107,10 @@ class BaseShape:
         return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
 
     def build(self, part: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The part on the meta device: shapes without weights, frozen, in eval mode."""
+        """The part on the meta device: shapes without weights, frozen, in eval mode; made once, as large ones take
+        seconds, so leave it as it is."""
+        if (part, dtype) in self._built:
+            return self._built[part, dtype]
         config = dict(self.parts[part])
         with torch.device("meta"):
             if part == "unet":
@@ -117,7 +121,8 @@ class BaseShape:
                 transformers = importlib.import_module("transformers")  # slow, and only sizes are asked of it
                 module = getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
         nn.Module.to(module, dtype)  # diffusers' own warns of modules to keep in float32, even of none
-        return module.eval().requires_grad_(False)
+        self._built[part, dtype] = module.eval().requires_grad_(False)
+        return module
 
 
 def read_shape(base: BaseConfig) -> BaseShape:

@@ -47,8 +47,7 @@ def count_step(
     options: of ``LocalAdapter``. The VAE counts in float32 for SDXL, as it runs.
     """
     unet = shape.build("unet", dtype)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
     with torch.device("meta"):
         adapter = LocalAdapter(**options)
     nn.Module.to(adapter, dtype)

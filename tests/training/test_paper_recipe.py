@@ -24,7 +24,6 @@ PINNED_DATA = {"data.resolution", "data.keep_latents", "data.center_crop", "data
 
 
 def load(*argv, config_dir=CONFIG_DIR):
-    argv = ("data.resolution=null", *argv)  # the embedded scenes, which other tests need not have at 512 px
     return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS, config_dir=config_dir)
 
 
