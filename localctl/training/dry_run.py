@@ -118,10 +118,11 @@ def report(settings: TrainSettings) -> str:
                 known = Plan(name, (side, side), batch, precision, HALF.get(precision, torch.float32))
                 rows.append(_row(name, known, estimators.estimate(known)))
     per_update = settings.gradient_accumulation_steps * plan.batch
-    text = [
-        _table(rows),
-        "",
-        f"An update of these settings takes {per_update} samples and process: "
+    text = [_table(rows), ""]
+    if estimator.shape.from_table:
+        text.append(f"None of the files of {plan.base} are here yet; its well-known shape is counted.")
+    text += [
+        f"An update of these settings takes {per_update} samples per process: "
         f"{per_update * (now.flops + now.vae_flops) / 1e12:.2f} TFLOP.",
         "A product with its addition counts as 2 FLOP; `step` is forward and backward of U-Net and adapter, where the",
         "frozen U-Net pays for no gradients of weights; `vae` is its encoder, once per picture if latents are kept.",

@@ -165,6 +165,9 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(optimizer_kind, parameters, settings)
     check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:  # which would take it from a loader, if one were prepared
+        deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
     models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
     ema = make_ema(models.plain_adapter, settings)
     return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared, ema=ema)

@@ -130,7 +130,6 @@ def test_every_option_of_every_group_loads(group):
     options = config_groups()[group]
     assert options
     for option in options:
-        # The published recipe is for 512 px, which the embedded scenes refuse.
         load(f"{group}={option}")
 
 
