@@ -58,8 +58,8 @@ def find_adapter(name: str, local_files_only: bool = False) -> SavedAdapter:
     folder = Path(name).expanduser()
     places = [place for place in (folder, folder / "adapter") if (place / "config.json").is_file()]
     try:
-        if not places and folder.exists():
-            raise FileNotFoundError("no config.json in it")
+        if not places and (folder.exists() or name.startswith(("/", ".", "~"))):  # a folder, no hub id
+            raise FileNotFoundError("no config.json in it" if folder.exists() else "no such folder")
         place = str(places[0]) if places else name
         path = Path(place, "config.json")
         if not places:
