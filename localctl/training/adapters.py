@@ -156,7 +156,7 @@ def _check_fit(options: dict[str, Any], shape: BaseShape, saved: SavedAdapter | 
         made = [tuple(feature.shape[1:]) for feature in features]
     taken = residual_shapes(shape.build("unet"), latent_size(side, side, factor))
     if made is None or made != taken[: len(made)]:
-        way_out = "leave adapter.adapter_type, channels and downscale_factor at their defaults (null)"
+        way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
         if saved is not None:
             way_out = f"the adapter {saved.place} belongs to another kind of base"
         features_made = made or "that do not fit each other"
