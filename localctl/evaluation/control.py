@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from localctl.adapter import LocalAdapter
-from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, same_base, set_scheduler
+from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
@@ -93,16 +94,26 @@ def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
     return made
 
 
-def sample_all(pipe: Any, chosen: list[Case], adapter: LocalAdapter | None, arguments: dict[str, Any]) -> np.ndarray:
+def sample_all(
+    pipe: Any, chosen: list[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
+) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
-    controls: list[LocalAdapterControl] = []
-    if adapter is not None:
-        count = 1 + max(case.item.index for case in chosen)
-        scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
-        condition = torch.stack([scenes[case.item.index].condition for case in chosen])
-        controls.append(LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in chosen])))
-    prompts, seeds = [case.item.caption for case in chosen], [case.seed for case in chosen]
-    return np.stack([np.asarray(i) for i in generate(pipe, prompts, controls, seeds, paired=True, **arguments).images])
+    size, drawn = arguments["batch_size"], []
+    with tqdm(total=len(chosen), desc=f"drawing with {name}", unit="picture") as bar:
+        for begin in range(0, len(chosen), size):
+            some = chosen[begin : begin + size]
+            prompts, seeds = [case.item.caption for case in some], [case.seed for case in some]
+            controls = [] if adapter is None else [_control(adapter, some)]
+            drawn += generate(pipe, prompts, controls, seeds, paired=True, **arguments).images
+            bar.update(len(some))
+    return np.stack([np.asarray(picture) for picture in drawn])
+
+
+def _control(adapter: LocalAdapter, chosen: list[Case]) -> LocalAdapterControl:
+    count = 1 + max(case.item.index for case in chosen)
+    scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
+    condition = torch.stack([scenes[case.item.index].condition for case in chosen])
+    return LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in chosen]))
 
 
 def f1_inside(chosen: list[Case], images: np.ndarray) -> np.ndarray:
@@ -186,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", help="default: the one the adapters were trained on")
     parser.add_argument("--count", type=int, default=200, help="held-out scenes")
     parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, help="default: the base's own")
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
@@ -234,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
         check(args)
         adapters = {str(path): load_adapter(path) for path in args.adapter}
         args.base = base_of(args.base, adapters)
+        if args.guidance_scale is None:
+            args.guidance_scale = resolve_base(args.base).guidance_scale
         pipe = load_pipeline(BaseConfig(name=args.base))
         set_scheduler(pipe, args.scheduler)
         evaluate(args, adapters, pipe)
@@ -255,7 +268,7 @@ def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: 
     base = sample_all(pipe, chosen, None, arguments)
     results = []
     for number, (name, adapter) in enumerate(adapters.items()):
-        images = sample_all(pipe, chosen, adapter, arguments)
+        images = sample_all(pipe, chosen, adapter, arguments, name)
         results.append(compare(name, chosen, base, ceiling, images))
         picture_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
     settings = {k: [str(v) for v in value] if k == "adapter" else value for k, value in vars(args).items()}

@@ -16,9 +16,10 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import CLIPModel, CLIPTokenizer
 
-from localctl.base import MICRO_WEIGHTS, BaseConfig, load_pipeline, set_scheduler
+from localctl.base import BASES, MICRO_WEIGHTS, BaseConfig, load_pipeline, set_scheduler
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
@@ -27,7 +28,7 @@ from localctl.micro.detect import Reading, detect
 from localctl.micro.scenes import Scene, scene
 from localctl.sampling import generate
 
-STEPS, GUIDANCE, SCHEDULER = 30, 4.0, "ddim"
+STEPS, GUIDANCE, SCHEDULER = 30, BASES["micro"].guidance_scale, "ddim"
 FLOORS = {
     "reader: objects right, true scenes": 0.98,
     "VAE round trip: PSNR (dB)": 33.0,
@@ -104,16 +105,17 @@ def pick(count: int, objects: int) -> list[Scene]:
 
 def draw(pipe: Any, scenes: list[Scene], batch_size: int = 16) -> list[Image.Image]:
     """One picture per caption; picture i starts from the noise of seed i."""
-    captions, seeds = [item.caption for item in scenes], range(len(scenes))
-    return generate(
-        pipe,
-        captions,
-        seeds=seeds,
-        paired=True,
-        batch_size=batch_size,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-    ).images
+    options: dict[str, Any] = {
+        "num_inference_steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "batch_size": batch_size,
+    }
+    drawn: list[Image.Image] = []
+    for begin in tqdm(range(0, len(scenes), batch_size), desc="drawing captions", unit="batch"):
+        captions = [item.caption for item in scenes[begin : begin + batch_size]]
+        seeds = range(begin, begin + len(captions))
+        drawn += generate(pipe, captions, seeds=seeds, paired=True, **options).images
+    return drawn
 
 
 def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:

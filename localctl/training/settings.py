@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from localctl.base import SCHEDULERS, BaseConfig
+from localctl.base import BASES, SCHEDULERS, BaseConfig, BaseSpec
 from localctl.conditions import ConditionConfig
 from localctl.data.config import DataConfig
 from localctl.diffusion import TIMESTEP_SAMPLINGS
@@ -77,13 +77,13 @@ class AdapterConfig:
 @dataclass(kw_only=True)
 class ValidationConfig:
     """Pictures of held-out scenes with fixed prompts, masks and noise. count: how many are drawn and scored; rows: how
-    many of them the grid shows; the rest as for the pipeline."""
+    many of them the grid shows; the rest as for the pipeline. guidance_scale null: the base's own."""
 
     count: int = 16
     rows: int = 6
     batch_size: int = 8
     num_inference_steps: int = 20
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     scheduler: str = "ddim"
     seed: int = 0
 
@@ -220,6 +220,9 @@ class TrainSettings:
             _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
         if self.cpu_threads is not None:
             _at_least("cpu_threads", self.cpu_threads, 1)
+        if self.validation.guidance_scale is None:  # written down as a number, so that a later default changes nothing
+            own = BASES.get(self.base.name, BaseSpec).guidance_scale
+            self.validation = replace(self.validation, guidance_scale=own)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step ``step`` (0 = the first)."""

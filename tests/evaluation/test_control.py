@@ -117,7 +117,7 @@ def test_conditions_that_come_with_the_scene_are_measured_too(
         return SimpleNamespace(images=[case.item.image for case in chosen[5:8]])
 
     monkeypatch.setattr(localctl.evaluation.control, "generate", drawn)
-    sample_all(None, chosen[5:8], adapter, {})
+    sample_all(None, chosen[5:8], adapter, {"batch_size": 4})
     items = [case.item for case in chosen[5:8]]
     truth = [item.depth[None] if kind == "depth" else item.segmentation.transpose(2, 0, 1) / 255 for item in items]
     assert np.abs(seen[0].condition.numpy() - np.stack(truth)).max() < 0.003
