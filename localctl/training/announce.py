@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from localctl.data.sample import Source
-from localctl.training.data_watch import announced
+from localctl.training.data_watch import announced, brings_masks
 from localctl.training.export import effective_batch
 from localctl.training.state import TrainState
 
@@ -26,11 +26,12 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
     steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
     if settings.early_stopping.every and not scored:
         steps += "; no score was given, so early stopping is off"
+    masks = "the data's masks" if brings_masks(source) else f"{settings.mask.kind} masks"
     return "\n".join(
         (
             f"base        {settings.base.name}, frozen ({frozen:,} parameters)",
             f"adapter     {models.plain_adapter.config['adapter_type']} ({trained:,} parameters, trained)",
-            f"condition   {settings.condition.kind}, obeyed inside {settings.mask.kind} masks (white = controlled)",
+            f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
             f"data        {announced(settings.data, source)}",
             f"steps       {steps}",

@@ -89,14 +89,17 @@ def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
     )
 
 
+def brings_masks(source: Source) -> bool:
+    """Whether examples come with their own masks; without, masks are drawn."""
+    return isinstance(source, FileSource) and source.rows.has_masks
+
+
 def announced(data: DataConfig, source: Source) -> str:
     """What is trained on, in a few words."""
     if data.is_micro:
         return f"{len(source)} micro {data.profile} examples"
     place = f"{data.name} {data.path}" if data.path else data.name
-    masks = ""
-    if isinstance(source, FileSource) and source.rows.has_masks:
-        masks = f", masks from {data.mask_column!r}"
+    masks = f", masks from {data.mask_column!r}" if brings_masks(source) else ""
     height, width = data.size
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
 

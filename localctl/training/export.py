@@ -33,13 +33,15 @@ def export(
     folder: Path,
     result: ValidationResult | None,
     references: References | None,
+    own_masks: bool = False,
 ) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; upload it with ``push_to_hub``."""
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; upload it with ``push_to_hub``. own_masks:
+    the data brought its masks."""
     models.plain_adapter.save_pretrained(folder / ADAPTER)
     models.plain_adapter.save_t2iadapter(folder / T2IADAPTER)
     for name in (ADAPTER, T2IADAPTER):
         share_weights(folder / name)
-    (folder / CARD).write_text(model_card(settings, step, result, references))
+    (folder / CARD).write_text(model_card(settings, step, result, references, own_masks))
     if settings.push_to_hub:
         pictures = [] if result is None else [sheet_name(step)]
         push(folder, settings, [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *pictures])
@@ -51,7 +53,11 @@ def sheet_name(step: int) -> str:
 
 
 def model_card(
-    settings: TrainSettings, step: int, result: ValidationResult | None, references: References | None
+    settings: TrainSettings,
+    step: int,
+    result: ValidationResult | None,
+    references: References | None,
+    own_masks: bool = False,
 ) -> str:
     """Markdown with the metadata block that the Hugging Face hub reads."""
     condition, base = settings.condition, settings.base.name
@@ -71,7 +77,7 @@ A T2I-Adapter that makes the base follow a {condition.kind} condition inside a m
 |---|---|
 | base | {base} (frozen) |
 | condition | {_named(asdict(condition))} |
-| masks | {_named(asdict(settings.mask))} |
+| masks | {"of the data" if own_masks else _named(asdict(settings.mask))} |
 | loss | denoising + {_named(asdict(settings.loss))} |
 | optimizer | AdamW, {settings.lr_scheduler} from {settings.learning_rate:g}, batch {effective_batch(settings)} |
 | timesteps | {settings.timestep_sampling}; {settings.proportion_empty_prompts:.0%} empty prompts |

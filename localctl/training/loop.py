@@ -24,7 +24,7 @@ from localctl.run.interrupt import Interrupt, ignore_signals
 from localctl.run.logging import Tracker, check_report_to, make_tracker
 from localctl.run.record import flat, recorded
 from localctl.training.announce import announcement
-from localctl.training.data_watch import first_example, new_watch
+from localctl.training.data_watch import brings_masks, first_example, new_watch
 from localctl.training.early_stopping import Scorer, take_score
 from localctl.training.export import ADAPTER, BEST, export, sheet_name, write_settings
 from localctl.training.folder import check_unused, check_writable, prepare_folder
@@ -162,7 +162,8 @@ class Run:
                     stopped = self._after_step(bar, stop(state.step))
             if not stopped and self.main:
                 with state.averaged():
-                    export(state.models, settings, state.step, self.output_dir, self.last, self.references)
+                    own = brings_masks(self.train_source)
+                    export(state.models, settings, state.step, self.output_dir, self.last, self.references, own)
         finally:
             self.tracker.close()
         if self.main:

@@ -57,6 +57,8 @@ def test_every_source_trains_and_says_what_it_is(sd_folder, folder, tmp_path):
         result, logs[name], said = run(sd_folder, tmp_path / name, data, max_train_steps=2)
         assert result.step == 2 and len(logs[name]) == 2
         assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in logs[name])
+        assert "obeyed inside the data's masks" in said[0]
+        assert "| masks | of the data |" in (tmp_path / name / "README.md").read_text()
         assert "masks from 'mask'" in said[0] and f"{data.name} {data.path}" in said[0]
     assert logs["imagefolder"] == logs["parquet"]
     assert logs["imagefolder"] != logs["folder"]  # a JPEG, and keys of another kind
