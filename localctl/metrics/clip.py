@@ -90,7 +90,9 @@ class CLIPScore(PerSample):
         captions = [captions] if isinstance(captions, str) else list(captions or ())
         pictures = rgb_batch(images)
         if len(captions) != len(pictures) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(f"There are {len(captions)} captions for {len(pictures)} pictures; give one text for each.")
+            raise ValueError(
+                f"There are {len(captions)} captions for {len(pictures)} pictures; give one text for each."
+            )
         pair = (self.clip.embed_images(pictures), self.clip.embed_texts(captions))
         cosine = torch.nn.functional.cosine_similarity(*(x.double() for x in pair))  # (B,)
         cut = [float(self.clip.is_cut(caption)) for caption in captions]

@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures (B,3,224,224) in [0,255] -> pooled features (B,1280); ``_fc``, the classifier, is loaded but not used."""
+    """Pictures (B,3,224,224) in [0,255] -> pooled features (B,1280); ``_fc``, the classifier, is loaded, not used."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks whose features distances are taken over, by name: always float32 and eval, known by their weights' sha256."""
+"""Networks whose features are compared, by name: always float32 and eval, known by their weights' sha256."""
 
 from __future__ import annotations
 

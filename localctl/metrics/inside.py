@@ -39,8 +39,8 @@ class EdgeScore(PerSample):
 def ssim_inside(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
     """Mean structural similarity (Wang et al. 2004, eq. 13) over the pixels of ``mask`` (bool (H,W)), or NaN if empty.
 
-    prediction, target: (H,W) in [0,1]. Means, variances and the covariance under the window (Gaussian, sigma 1.5, 11x11)
-    are taken over its pixels inside the mask alone, so what lies outside cannot change the result.
+    prediction, target: (H,W) in [0,1]. Means, variances and the covariance under the window (Gaussian, sigma 1.5,
+    11x11) are taken over its pixels inside the mask alone, so what lies outside cannot change the result.
     """
     if not mask.any():
         return float("nan")

@@ -17,9 +17,9 @@ Point = tuple[float, float]
 class RegionAccuracy(PerSample):
     """Phrases found in their regions, one row per region.
 
-    ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: that of the best
-    match, 0 where there is none. ``iou_found``: the same, undefined where there is none. ``coverage``: 1 where there is
-    one anywhere. Read the last two together: a detector that rarely finds anything flatters ``iou_found``.
+    ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: that of the
+    best match, 0 where there is none. ``iou_found``: the same, undefined where there is none. ``coverage``: 1 where
+    there is one anywhere. Read the last two together: a detector that rarely finds anything flatters ``iou_found``.
     """
 
     columns = ("accuracy", "iou", "iou_found", "coverage")

@@ -142,12 +142,17 @@ class FeatureStatistics(Metric):
         order = torch.argsort(ranks, stable=True)[: self.keep]
         return ranks[order], features[order]
 
-    def compute(self, **provenance: Any) -> Statistics:
-        """The statistics so far. ValueError when there are none."""
+    def compute(self) -> dict[str, Tensor]:
+        """What :class:`Statistics` consists of, over all processes. ValueError when there is no picture."""
         if self.counts.sum() == 0:
             raise ValueError("There is no picture to take statistics of.")
-        arrays = [state.cpu().numpy().copy() for state in (self.counts, self.sums, self.products)]
-        return Statistics(*arrays, kept=self._kept()[1].numpy(), provenance=provenance)
+        return {"counts": self.counts, "sums": self.sums, "products": self.products, "kept": self._kept()[1]}
+
+    def statistics(self, **provenance: Any) -> Statistics:
+        """The statistics so far, with what the pictures are. ValueError when there is no picture."""
+        arrays = {name: state.cpu().numpy().copy() for name, state in self.compute().items()}
+        arrays["kept"] = arrays["kept"].reshape(-1, self.dim)
+        return Statistics(**arrays, provenance=provenance)
 
 
 @dataclass(frozen=True)

