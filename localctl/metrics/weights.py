@@ -33,7 +33,7 @@ def sha256_of_folder(folder: str | Path) -> str:
 def resize(images: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B,H,W,3) -> float32 (B,3,side,side) in [0,255], antialiased bicubic; pictures of that size stay as they
     are. What is not square is squeezed."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float()
+    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
     if tuple(pixels.shape[-2:]) == (side, side):
         return pixels
     return F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)

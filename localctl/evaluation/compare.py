@@ -1,0 +1,244 @@
+"""Any number of drawn sets of the same examples, masks and noise, measured against the pictures that their conditions
+were taken from. The base alone is the floor of every control figure, the pictures' round trip through the VAE its
+ceiling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localctl.base import BaseConfig, load_pipeline
+from localctl.conditions import ConditionConfig
+from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
+from localctl.evaluation.control import CANNY, Case, canny
+from localctl.evaluation.drawn import open_source, read_pictures, read_set
+from localctl.evaluation.provenance import read_json, versions
+from localctl.evaluation.settings import FidSettings
+from localctl.images import to_pil
+from localctl.masks import MaskConfig
+from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.metrics.clip import Clip, CLIPScore
+from localctl.metrics.detection import Found
+from localctl.metrics.inside import EdgeScore, SSIMInside
+from localctl.metrics.lfmse import LFMSE, DiffCC
+from localctl.metrics.per_sample import PerSample
+from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
+from localctl.micro.report import round_trip
+from localctl.micro.scenes import Scene, scene
+
+CEILING = "VAE round trip"
+LOWER_IS_BETTER = ("lfmse_in", "hallucination_in", "hallucination_out", "leak")
+_SECTIONS = {"base": BaseConfig, "data": DataConfig, "condition": ConditionConfig, "mask": MaskConfig}
+_SAME = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "set", "num_inference_steps") + (
+    "guidance_scale",
+    "scheduler",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one picture is measured against. image uint8 (H,W,3), mask bool (H,W); item: of the embedded scenes."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    caption: str
+    item: Scene | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter."""
+
+    columns: tuple[str, ...]
+    tables: Mapping[str, np.ndarray]
+    ids: Sequence[str]
+    floor: str
+    provenance: Mapping[str, Any]
+
+    def interval(self, row: str, column: str) -> Interval | None:
+        """Mean over the samples where it is defined; None where it never is."""
+        values = self._column(row, column)
+        values = values[~np.isnan(values)]
+        return bootstrap(values) if len(values) else None
+
+    def undefined(self, row: str, column: str) -> int:
+        return int(np.isnan(self._column(row, column)).sum())
+
+    def difference(self, row: str, other: str, column: str) -> Interval | None:
+        """Mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and noise."""
+        values = self._column(row, column) - self._column(other, column)
+        values = values[~np.isnan(values)]
+        return bootstrap(values) if len(values) else None
+
+    def _column(self, row: str, column: str) -> np.ndarray:
+        return self.tables[row][:, self.columns.index(column)]
+
+
+def verdict(difference: Interval) -> str:
+    """``more``, ``less``, or ``no difference`` where the interval covers 0."""
+    if difference.low <= 0 <= difference.high:
+        return "no difference"
+    return "more" if difference.value > 0 else "less"
+
+
+def compare(folders: Mapping[str, Path], clip: Clip | None = None, batch_size: int = 16) -> Comparison:
+    """Measure the sets in ``folders``, by name.
+
+    Raises:
+        ValueError: pictures are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
+            differ; no set was drawn without an adapter; two have one name.
+    """
+    if CEILING in folders or not folders:
+        raise ValueError(f"Give at least one set, and none the name {CEILING!r}.")
+    sets = {name: read_set(folder) for name, folder in folders.items()}
+    ids = _check_same(folders, sets)
+    floors = [name for name, (settings, _) in sets.items() if settings["adapter"] is None]
+    if not floors:
+        raise ValueError("No set was drawn without an adapter; draw the base, `evaluate_fid.py gen` with adapter=null.")
+    settings = settings_of(next(iter(sets.values()))[0])
+    targets = read_targets(settings, folders[floors[0]], ids)
+    pipe = load_pipeline(settings.base)
+    originals = np.stack([target.image for target in targets])
+    pictures = {name: np.stack([d.image for d in read_pictures(folder, ids)]) for name, folder in folders.items()}
+    pictures[CEILING] = round_trip(pipe.vae, originals)
+    measured = {
+        name: [
+            measure(image, base, target, clip)
+            for image, base, target in zip(images, pictures[floors[0]], targets, strict=True)
+        ]
+        for name, images in pictures.items()
+    }
+    columns = tuple(measured[CEILING][0])
+    tables = {name: np.array([[row[c] for c in columns] for row in rows]) for name, rows in measured.items()}
+    return Comparison(columns, tables, ids, floors[0], _provenance(columns, sets, targets, clip))
+
+
+def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, Any], list[str]]]) -> list[str]:
+    """The ids that all sets share. ValueError when they have been drawn of other things."""
+    names = list(folders)
+    first = names[0]
+    settings, ids = sets[first]
+    for name in names[1:]:
+        other, other_ids = sets[name]
+        changed = [key for key in _SAME if other.get(key) != settings.get(key)]
+        if changed or other_ids != ids:
+            raise ValueError(
+                f"The sets {first!r} and {name!r} were drawn with another {', '.join(changed) or 'id'}; draw them with "
+                "the same settings but the adapter."
+            )
+        for number in ids:
+            about = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
+            masks = [(folders[n] / "masks" / f"{number}.png").read_bytes() for n in (first, name)]
+            if about[0] != about[1] or masks[0] != masks[1]:
+                raise ValueError(f"The picture {number} of {first!r} and {name!r} has another key, seed or mask.")
+    return ids
+
+
+def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
+    """The settings that a set was drawn with, from its settings.json."""
+    known = {field.name for field in fields(FidSettings)}
+    plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
+    sections: dict[str, Any] = {}
+    for name, kind in _SECTIONS.items():
+        sections[name] = kind(**{key: _tuples(value) for key, value in recorded[name].items()})
+    return FidSettings(**plain, **sections)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> list[Target]:
+    """What the pictures of the set in ``folder`` are measured against: found by position, and checked by key."""
+    samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
+    targets = []
+    for drawn in read_pictures(folder, ids):
+        index = int(drawn.id)
+        ref = SampleRef(index % len(samples), index // len(samples))
+        example = _by_key(samples, drawn.key) if settings.sample is not None else samples[ref]
+        if not isinstance(example, Example) or example.key != drawn.key:
+            raise ValueError(f"The picture {drawn.id} was drawn of {drawn.key!r}, which is no longer in its place.")
+        item = None
+        if settings.data.is_micro:
+            profile, split, number = example.key.split("-")
+            item = scene(int(number), profile, split)
+        image = np.asarray(to_pil(example.pixels))
+        targets.append(Target(image, drawn.mask > 0.5, drawn.caption, item))
+    return targets
+
+
+def _by_key(samples: MaskedSamples, key: str) -> Example:
+    for index in range(len(samples.source)):
+        example = samples.source[index]
+        if example.key == key:
+            return example
+    raise ValueError(f"There is no example {key!r} any more.")
+
+
+def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | None) -> dict[str, float]:
+    """All figures of one picture, NaN where undefined. ``base``: what the base draws of the same."""
+    edges, wanted = canny(image), canny(target.image)
+    values: dict[str, float] = {}
+    pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (
+        (EdgeScore(), ("precision", "recall", "f1")),
+        (SSIMInside(), ("ssim",)),
+        (LFMSE(), ("lfmse_in", "", "")),
+        (DiffCC(), ("coincidence", "hallucination_in", "hallucination_out")),
+    )
+    for metric, names in pairs:
+        metric.update(edges, wanted, target.mask)
+        values |= {name: float(v) for name, v in zip(names, metric.per_sample()[0], strict=True) if name}
+    if clip is not None:
+        score = CLIPScore(clip)
+        score.update(image, target.caption)
+        values["clip_score"] = float(score.per_sample()[0, 0])
+    if target.item is not None:
+        values |= _of_scene(image, base, target, target.item)
+    return values
+
+
+def _of_scene(image: np.ndarray, base: np.ndarray, target: Target, item: Scene) -> dict[str, float]:
+    """Region accuracy of objects wholly inside the mask, leak of those wholly outside, and the caption's relation."""
+    case = Case(item, torch.from_numpy(target.mask)[None].float(), canny(item.image), 0)
+    inside = [o for o in item.objects if target.mask[_pixels(o.box)].all()]
+    regions, leak, relation = RegionAccuracy(), Leak(), RelationAccuracy()
+    regions.update(image, [Found(o.phrase, o.box) for o in inside])
+    leak.update(image, base, [Found(o.shape, o.box) for o in case.hidden])
+    region = regions.per_sample()[:, 0]
+    values = {"region_accuracy": float(region.mean()) if len(region) else math.nan}
+    values["leak"], values["relation"] = float(leak.per_sample()[0, 0]), math.nan
+    if item.relation is not None:
+        first, kind, second = item.relation
+        relation.update(image, item.objects[first].phrase, kind, item.objects[second].phrase)
+        values["relation"] = float(relation.per_sample()[0, 1])
+    return values
+
+
+def _pixels(box: tuple[float, float, float, float]) -> tuple[slice, slice]:
+    x0, y0, x1, y1 = box
+    return slice(int(y0), math.ceil(y1)), slice(int(x0), math.ceil(x1))
+
+
+def _provenance(
+    columns: Sequence[str], sets: Mapping[str, tuple[dict[str, Any], list[str]]], targets: Sequence[Target], clip: Any
+) -> dict[str, Any]:
+    settings = next(iter(sets.values()))[0]
+    return {
+        "metrics": list(columns),
+        "n_real": len(targets),
+        "n_fake": len(targets),
+        "image_format": "PNG, 8 bit RGB",
+        "image_size": list(targets[0].image.shape[:2]),
+        "edges": {"kind": CANNY.kind, "low": CANNY.low, "high": CANNY.high, "tolerance_px": 2.0},
+        "clip": None if clip is None else {"weights_sha256": clip.weights_sha256, "side": clip.side},
+        "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},
+        "seeds": {"seed": settings["seed"], "picture": "hash of seed and index, the same for every set"},
+        "versions": versions(),
+        "sets": {name: drawn_with for name, (drawn_with, _) in sets.items()},
+    }

@@ -1,0 +1,253 @@
+"""A set of drawn pictures in a folder: drawing it, in any number of goes and processes, and reading it back.
+
+    settings.json      what it was drawn with; a folder takes no pictures of other settings
+    ids/ID.json        key, caption, prompt and seed of each picture
+    masks/ID.png       the mask it was drawn with; scores read this one
+    images/ID.png      written last: a picture that is there is finished
+
+Pictures are drawn in batches fixed by the settings: one that lacks a picture is drawn again as a whole, so that a run
+that was killed any number of times ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import T2IAdapter
+from PIL import Image
+
+from localctl.adapter import LocalAdapter
+from localctl.base import load_pipeline, resolve_base, same_base, set_scheduler
+from localctl.conditions import ConditionConfig
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
+from localctl.evaluation.provenance import read_json, write_bytes, write_json
+from localctl.evaluation.settings import FidSettings
+from localctl.images import load_image
+from localctl.layout import Layout
+from localctl.masks import load_mask, mask_to_pil
+from localctl.metrics.weights import sha256_of_folder
+from localctl.random import key_seed
+from localctl.run.record import recorded
+from localctl.sampling import generate
+from localctl.sampling_cli import find_adapter
+
+_FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
+
+
+def open_source(settings: FidSettings) -> Source:
+    """The examples of the part that ``settings`` name. ValueError when they cannot be opened."""
+    assert settings.part is not None
+    if settings.data.is_micro:
+        return MicroScenes(settings.part, settings.data.profile, settings.num_images, settings.condition, keep=False)
+    return open_files(settings.data, settings.condition, settings.part)
+
+
+def processes() -> tuple[int, int]:
+    """(rank, count) as torchrun tells."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def picture_id(index: int) -> str:
+    return f"{index:06d}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One picture of a set. image: uint8 (H,W,3); mask: float (H,W) in [0,1]."""
+
+    id: str
+    key: str
+    caption: str
+    image: np.ndarray
+    mask: np.ndarray
+
+
+def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = print) -> int:
+    """Draw what is missing of the set ``name``; how many pictures this process drew. ValueError in one sentence before
+    anything slow."""
+    folder = settings.folder / name
+    rank, count = processes()
+    resolve_base(settings.base.name)
+    adapter = load_adapter(settings)
+    samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
+    single = _index_of(samples.source, settings.sample) if settings.sample is not None else None
+    claim(folder, settings, name)
+    size = settings.batch_size
+    starts = range(0, settings.num_images, size)
+    todo = [b for b in starts if any(not image_file(folder, i).is_file() for i in _batch(b, settings))]
+    mine = [b for b in todo if b // size % count == rank]
+    if not mine:
+        return 0
+    pipe = load_pipeline(settings.base, device=_device(settings.device))
+    pipe.set_progress_bar_config(disable=True)
+    if settings.scheduler is not None:
+        set_scheduler(pipe, settings.scheduler)
+    drawn = 0
+    for number, first in enumerate(mine, start=1):
+        indices = list(_batch(first, settings))
+        _draw_batch(pipe, adapter, samples, indices, single, folder, settings)
+        drawn += len(indices)
+        say(f"{name}: batch {number} of {len(mine)}, pictures {indices[0]} to {indices[-1]}")
+    return drawn
+
+
+def _batch(first: int, settings: FidSettings) -> range:
+    return range(first, min(first + settings.batch_size, settings.num_images))
+
+
+def image_file(folder: Path, index: int) -> Path:
+    return folder / "images" / f"{picture_id(index)}.png"
+
+
+def _draw_batch(
+    pipe: Any,
+    adapter: LocalAdapter | None,
+    samples: MaskedSamples,
+    indices: Sequence[int],
+    single: int | None,
+    folder: Path,
+    settings: FidSettings,
+) -> None:
+    examples = [_example(samples, index, single) for index in indices]
+    prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
+    masks = torch.stack([e.mask for e in examples if e.mask is not None])
+    controls = []
+    if adapter is not None:
+        condition = torch.stack([e.condition for e in examples])
+        controls.append(LocalAdapterControl(adapter, condition, masks, weight=settings.weight))
+    seeds = [key_seed(settings.seed, "picture", index) for index in indices]
+    height, width = settings.data.size
+    images = generate(
+        pipe,
+        [Layout(prompt, height, width) for prompt in prompts],
+        controls,
+        seeds,
+        paired=True,
+        batch_size=len(indices),
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    ).images
+    for index, example, prompt, seed, mask, image in zip(indices, examples, prompts, seeds, masks, images, strict=True):
+        name = picture_id(index)
+        about = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
+        write_json(folder / "ids" / f"{name}.json", about)
+        write_bytes(folder / "masks" / f"{name}.png", _png(mask_to_pil(mask)))
+        write_bytes(image_file(folder, index), _png(image))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _example(samples: MaskedSamples, index: int, single: int | None) -> Example:
+    """What picture ``index`` follows: the examples in order, again with other masks when they are used up, or always
+    the same one. ValueError when example after example cannot be used."""
+    ref = SampleRef(index % len(samples), index // len(samples)) if single is None else SampleRef(single, 0)
+    example = samples[ref]
+    if not isinstance(example, Example) or (single is not None and example.problems):
+        problem = example.problems[0]
+        raise ValueError(f"The example {problem.key} cannot be used ({problem.detail}); see `localctl.data check`.")
+    return example
+
+
+def _index_of(source: Source, key: str) -> int:
+    """Which example is called ``key``. ValueError when there is none."""
+    known = getattr(source, "key", None)
+    for index in range(len(source)):
+        if (known(index) if known is not None else source[index].key) == key:
+            return index
+    raise ValueError(f"There is no example {key!r} among these {len(source)}; check sample and part.")
+
+
+def load_adapter(settings: FidSettings) -> LocalAdapter | None:
+    """The adapter that ``settings`` name. ValueError when it was trained on another base or condition."""
+    if settings.adapter is None:
+        return None
+    folder = find_adapter(settings.adapter)
+    kind = read_json(folder / "config.json", "adapter").get("_class_name")
+    try:
+        if kind == "T2IAdapter":
+            return LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(folder)))
+        adapter = LocalAdapter.from_pretrained(folder)
+    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"The adapter in {folder} cannot be loaded ({reason}); save it again.") from error
+    if adapter.config.base and not same_base(adapter.config.base, settings.base.name):
+        raise ValueError(
+            f"The adapter {folder} was trained on the base {adapter.config.base!r}, not {settings.base.name!r}; "
+            f"pass base={adapter.config.base}."
+        )
+    trained = ConditionConfig(**adapter.config.condition) if adapter.config.condition else settings.condition
+    if trained != settings.condition:
+        raise ValueError(f"The adapter {folder} was trained on {trained}, not {settings.condition}; pass condition=.")
+    return adapter
+
+
+def claim(folder: Path, settings: FidSettings, name: str) -> None:
+    """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
+    content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
+    content["data"]["key_column"] = settings.data.key_column  # a column's name, though it sounds like a secret
+    content["weights_sha256"] = {
+        "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
+        "adapter": None if settings.adapter is None else sha256_of_folder(find_adapter(settings.adapter)),
+    }
+    path = folder / "settings.json"
+    if path.is_file():
+        earlier = read_json(path, "settings")
+        changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
+        if changed:
+            raise ValueError(
+                f"{folder} holds pictures drawn with another {', '.join(changed)}; choose another output_dir."
+            )
+    else:
+        write_json(path, content)
+
+
+def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a set and the ids of its pictures. ValueError when one is missing, or is not known."""
+    settings = read_json(folder / "settings.json", "settings of the drawn pictures")
+    wanted = {picture_id(index) for index in range(int(settings["num_images"]))}
+    found = {p.stem for p in (folder / "images").glob("*") if not p.name.startswith(".")}
+    for what, ids in (("missing", wanted - found), ("not known", found - wanted)):
+        if ids:
+            raise ValueError(
+                f"{len(ids)} of {len(wanted)} pictures in {folder} are {what} (such as {min(ids)}); "
+                f"{'run gen again to draw them' if what == 'missing' else 'remove them'}."
+            )
+    return settings, sorted(wanted)
+
+
+def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
+    """The pictures of a set with the masks they were drawn with. ValueError for a damaged one, or another size."""
+    size: tuple[int, ...] | None = None
+    for name in ids:
+        about = read_json(folder / "ids" / f"{name}.json", "record")
+        image = np.asarray(load_image(folder / "images" / f"{name}.png"))
+        size = size or image.shape
+        if image.shape != size:
+            raise ValueError(f"The picture {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
+        mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
+        yield Drawn(name, about["key"], about["caption"], image, mask)
+
+
+def _device(name: str) -> torch.device:
+    """Of this process: ``auto`` spreads the processes over the GPUs. ValueError for a device that is not there."""
+    if name == "auto":
+        count = torch.cuda.device_count()
+        return torch.device("cuda", processes()[0] % count) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used here; try device=cpu.") from error
+    return device

@@ -1,0 +1,74 @@
+"""What a result must say about itself before it may be compared with another."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+REQUIRED = (
+    "metrics",
+    "n_real",
+    "n_fake",
+    "image_format",
+    "image_size",
+    "mask_protocol",
+    "seeds",
+    "versions",
+)
+FEATURES = ("extractor", "weights_sha256", "preprocessing", "feature_dtype")  # where features are compared
+LIBRARIES = (
+    "localctl",
+    "torch",
+    "diffusers",
+    "transformers",
+    "torchmetrics",
+    "numpy",
+    "scipy",
+    "opencv-python-headless",
+)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a figure may depend on, as far as they are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_provenance(name: str, content: Mapping[str, Any], needed: tuple[str, ...] = REQUIRED + FEATURES) -> None:
+    """ValueError, naming what is missing, unless ``content["provenance"]`` says all of ``needed``."""
+    found = content.get("provenance")
+    missing = [key for key in needed if not isinstance(found, Mapping) or found.get(key) in (None, "", {}, [])]
+    if missing:
+        raise ValueError(f"The result {name} does not say its {', '.join(missing)}; make it again.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``path`` at once or not at all."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """ValueError when there is no such file, or it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
+    except ValueError as error:
+        raise ValueError(f"The {what} {path} is damaged ({error}); make it again.") from error

@@ -1,0 +1,84 @@
+"""What `evaluate_fid.py` can be told, typed and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from localctl.base import BASES, SCHEDULERS, BaseConfig
+from localctl.conditions import ConditionConfig
+from localctl.data.config import DataConfig
+from localctl.masks import MaskConfig
+from localctl.micro.scenes import SPLITS
+
+PROMPTS = ("with", "without", "both")
+
+
+@dataclass(kw_only=True)
+class FidSettings:
+    """One comparison of drawn pictures with photos; ValueError for settings that make no sense.
+
+    part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
+        embedded scenes, else val.
+    adapter: folder of a trained adapter; null: the base alone. weight: its strength.
+    extractor: whose features are compared; weights: where they are, if the extractor needs to be told.
+    reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
+    num_images: how many are drawn, and for ``ref`` how many photos are read at most.
+    prompts: draw with the captions, without any, or both.
+    sample: key of one example, which alone is drawn num_images times.
+    guidance_scale, scheduler: null: the base's own.
+    """
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+
+    output_dir: str = "outputs/fid"
+    part: str | None = None
+    adapter: str | None = None
+    weight: float = 1.0
+    extractor: str = "micro_clip"
+    weights: str | None = None
+    reference: str | None = None
+    num_images: int = 2048
+    prompts: str = "with"
+    sample: str | None = None
+    seed: int = 0
+    batch_size: int = 16
+    num_inference_steps: int = 30
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        parts = SPLITS if self.data.is_micro else ("train", "val")
+        self.part = self.part or ("test" if self.data.is_micro else "val")
+        for name, value, known in (("part", self.part, parts), ("prompts", self.prompts, PROMPTS)):
+            if value not in known:
+                raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"Unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        numbers = [self.weight] if self.guidance_scale is None else [self.weight, self.guidance_scale]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("weight and guidance_scale must be finite numbers.")
+        if self.guidance_scale is None:
+            self.guidance_scale = BASES[self.base.name].guidance_scale if self.base.name in BASES else 7.5
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir).expanduser()
+
+    @property
+    def reference_file(self) -> Path:
+        return Path(self.reference).expanduser() if self.reference else self.folder / f"ref_{self.extractor}.npz"
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """Which sets are drawn; folders in output_dir."""
+        names = {"with": ("with_prompts",), "without": ("without_prompts",)}
+        return names.get(self.prompts, ("with_prompts", "without_prompts"))

@@ -1,0 +1,108 @@
+"""A comparison as JSON, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, Comparison, verdict
+from localctl.metrics.bootstrap import Interval
+
+
+def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
+    """Means with intervals, undefined counts, the paired differences to ``against``, every sample's values (NaN as
+    null), and the provenance."""
+    rows = {}
+    for name, table in comparison.tables.items():
+        figures = {}
+        for column in comparison.columns:
+            interval, difference = comparison.interval(name, column), comparison.difference(name, against, column)
+            figures[column] = {
+                "mean": None if interval is None else asdict(interval),
+                "undefined": comparison.undefined(name, column),
+                "difference": None if difference is None else asdict(difference) | {"verdict": verdict(difference)},
+            }
+        values = [[None if value != value else value for value in row] for row in table.tolist()]
+        rows[name] = {"figures": figures, "samples": values}
+    return {
+        "columns": list(comparison.columns),
+        "ids": list(comparison.ids),
+        "floor": comparison.floor,
+        "ceiling": CEILING,
+        "against": against,
+        "rows": rows,
+        "provenance": dict(comparison.provenance),
+    }
+
+
+def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) -> str:
+    """Two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
+    columns = columns or comparison.columns
+    lines = [_line(["", *(_headed(column) for column in columns)]), _line(["---"] * (len(columns) + 1))]
+    for name in comparison.tables:
+        cells = [_mean(comparison, name, column) for column in columns]
+        lines.append(_line([_labelled(comparison, name), *cells]))
+    n = len(comparison.ids)
+    lines += ["", f"Means over {n} samples with 95 % bootstrap intervals; (-k): k samples undefined and left out.", ""]
+    others = [name for name in comparison.tables if name not in (against, CEILING)]
+    if others:
+        lines += [_line([f"less {against!r}", *columns]), _line(["---"] * (len(columns) + 1))]
+        lines += [_line([name, *(_difference(comparison, name, against, c) for c in columns)]) for name in others]
+        lines += ["", f"Paired differences to {against!r}: the same examples, masks and noise."]
+    return "\n".join(lines) + "\n"
+
+
+def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
+    """A tabular with booktabs rules: means and half widths of their intervals, the best of the drawn rows in bold."""
+    columns = columns or comparison.columns
+    drawn = [name for name in comparison.tables if name != CEILING]
+    best = {}
+    for column in columns:
+        means = {name: i.value for name in drawn if (i := comparison.interval(name, column)) is not None}
+        if means:
+            best[column] = (min if column in LOWER_IS_BETTER else max)(means, key=lambda name: means[name])
+    lines = [f"\\begin{{tabular}}{{l{'c' * len(columns)}}}", "\\toprule"]
+    lines += [" & ".join(["", *(_escaped(column) for column in columns)]) + " \\\\", "\\midrule"]
+    for name in comparison.tables:
+        cells = [_latex_cell(comparison.interval(name, c), best.get(c) == name) for c in columns]
+        lines.append(" & ".join([_escaped(name), *cells]) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _headed(column: str) -> str:
+    return f"{column} {'(lower is better)' if column in LOWER_IS_BETTER else ''}".strip()
+
+
+def _labelled(comparison: Comparison, name: str) -> str:
+    return {CEILING: f"{name} (ceiling)", comparison.floor: f"{name} (floor)"}.get(name, name)
+
+
+def _mean(comparison: Comparison, name: str, column: str) -> str:
+    interval, undefined = comparison.interval(name, column), comparison.undefined(name, column)
+    return ("undefined" if interval is None else str(interval)) + (f" (-{undefined})" if undefined else "")
+
+
+def _difference(comparison: Comparison, name: str, against: str, column: str) -> str:
+    difference = comparison.difference(name, against, column)
+    if difference is None:
+        return "undefined"
+    said = " no difference" if verdict(difference) == "no difference" else ""
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{said}"
+
+
+def _latex_cell(interval: Interval | None, bold: bool) -> str:
+    if interval is None:
+        return "--"
+    text = f"{interval.value:.3f} \\pm {(interval.high - interval.low) / 2:.3f}"
+    return f"$\\mathbf{{{text}}}$" if bold else f"${text}$"
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\&%$#_{}":
+        text = text.replace(sign, "\\textbackslash " if sign == "\\" else "\\" + sign)
+    return text

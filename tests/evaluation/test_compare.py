@@ -1,0 +1,159 @@
+"""evaluate_quantitative_metrics.py: what it compares, what it refuses, and that its figures rank as they must."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate_fid
+import evaluate_quantitative_metrics
+from localctl.evaluation.compare import CEILING, Comparison, Target, measure, verdict
+from localctl.evaluation.tables import as_json, latex, markdown
+from localctl.metrics.bootstrap import Interval
+from localctl.micro.build.clip import new_clip, new_tokenizer
+from localctl.micro.build.export import export
+from localctl.micro.build.unet import new_unet
+from localctl.micro.build.vae import new_vae
+from localctl.micro.scenes import scene
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def base_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures drawn by an untrained base of the micro kind, without adapter."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("compare")
+    tokenizer = new_tokenizer()
+    export(folder / "base", new_vae(), new_clip(tokenizer), tokenizer, new_unet())
+    arguments = [f"base={folder / 'base'}", f"num_images={COUNT}", "num_inference_steps=1", "device=cpu"]
+    assert evaluate_fid.main(["gen", *arguments, f"output_dir={folder / 'drawn'}"]) == 0
+    return folder / "drawn" / "with_prompts"
+
+
+@pytest.fixture
+def sets(base_set: Path, tmp_path: Path) -> dict[str, Path]:
+    """The base, and in place of an adapter's pictures the true scenes themselves and noisy copies of them."""
+    folders = {"base": base_set}
+    for name in ("truth", "noisy"):
+        folders[name] = tmp_path / name
+        shutil.copytree(base_set, folders[name])
+        settings = json.loads((folders[name] / "settings.json").read_text())
+        (folders[name] / "settings.json").write_text(json.dumps(settings | {"adapter": name}))
+        for i in range(COUNT):
+            image = scene(i, "basic", "test").image
+            noise = np.random.default_rng(i).normal(0, 10, image.shape) if name == "noisy" else 0
+            Image.fromarray((image + noise).clip(0, 255).astype(np.uint8)).save(folders[name] / f"images/{i:06d}.png")
+    return folders
+
+
+def run(sets: dict[str, Path], tmp_path: Path, *flags: str) -> int:
+    arguments = [f"{name}={folder}" for name, folder in sets.items()]
+    return evaluate_quantitative_metrics.main([*arguments, "--output_dir", str(tmp_path / "out"), *flags])
+
+
+def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path], tmp_path: Path) -> None:
+    assert run(sets, tmp_path, "--against", "noisy") == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = {name: row["figures"] for name, row in content["rows"].items()}
+    assert set(rows) == {"base", "noisy", "truth", CEILING}
+    truth = {name: figure["mean"] and figure["mean"]["value"] for name, figure in rows["truth"].items()}
+    assert truth["f1"] == truth["ssim"] == pytest.approx(1) and truth["lfmse_in"] == 0
+    assert truth["region_accuracy"] in (1, None)
+    for name in ("f1", "ssim"):
+        noisy, base = (rows[row][name]["mean"]["value"] for row in ("noisy", "base"))
+        assert base < noisy < 1
+    better = rows["truth"]["f1"]["difference"]
+    assert better["low"] > 0 and better["verdict"] == "more"
+    assert rows["noisy"]["f1"]["difference"]["verdict"] == "no difference"
+    assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
+    assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
+    first = (tmp_path / "out" / "metrics.json").read_bytes()
+    turned = dict(reversed(sets.items()))
+    assert run(turned, tmp_path, "--against", "noisy") == 0
+    again = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert again["rows"] == json.loads(first)["rows"]
+
+
+def test_what_is_not_the_same_is_refused(
+    sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed(name: str, file: str, content: bytes) -> int:
+        path = sets[name] / file
+        kept = path.read_bytes()
+        path.write_bytes(content)
+        code = run(sets, tmp_path, "--clip", "none")
+        path.write_bytes(kept)
+        return code
+
+    settings = json.loads((sets["truth"] / "settings.json").read_text())
+    record = json.loads((sets["truth"] / "ids/000001.json").read_text())
+    other_mask = (sets["truth"] / "masks/000002.png").read_bytes()
+    cases: list[tuple[str, Any, str]] = [
+        ("settings.json", settings | {"seed": 5}, "drawn with another seed"),
+        ("settings.json", settings | {"num_images": 5}, "are not known"),
+        ("ids/000001.json", record | {"key": "other"}, "picture 000001 of 'base' and 'truth' has another"),
+        ("masks/000001.png", other_mask, "picture 000001 of 'base' and 'truth' has another"),
+    ]
+    for file, content, message in cases:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        assert changed("truth", file, data) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    without_base = {name: folder for name, folder in sets.items() if name != "base"}
+    assert run(without_base, tmp_path) == 2 and "without an adapter" in capsys.readouterr().err
+    assert run(sets, tmp_path, "--against", "x") == 2 and "no set 'x'" in capsys.readouterr().err
+    assert run({"base": tmp_path / "nowhere"}, tmp_path) == 2 and "cannot be read" in capsys.readouterr().err
+    assert evaluate_quantitative_metrics.main(["folder"]) == 2 and "NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_figures_worsen_with_damage() -> None:
+    item = next(s for s in (scene(i, "basic", "test") for i in range(50)) if len(s.objects) == 2 and s.relation)
+    mask = np.zeros((128, 128), bool)
+    x0, y0, x1, y1 = (int(v) for v in item.objects[0].box)
+    mask[max(0, y0 - 3) : y1 + 4, max(0, x0 - 3) : x1 + 4] = True
+    target = Target(item.image, mask, item.caption, item)
+    blank = np.full_like(item.image, 128)
+    noise = np.random.default_rng(0).normal(0, 1, item.image.shape)
+    rows = [
+        measure(image, blank, target, None)
+        for image in (item.image, (item.image + 40 * noise).clip(0, 255).astype(np.uint8), blank)
+    ]
+    f1, error = ([row[name] for row in rows] for name in ("f1", "lfmse_in"))
+    assert f1[0] == 1 and f1 == sorted(f1, reverse=True) and f1[2] == 0
+    assert error[0] == 0 and error[1] > 0 and error[2] > 0
+    assert (rows[0]["region_accuracy"], rows[0]["relation"], rows[2]["region_accuracy"]) == (1, 1, 0)
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.5, 0.1, (40, 2))
+    better = base + [0.2, 0.0] + rng.normal(0, 0.01, base.shape)
+    better[3, 1] = np.nan
+    tables = {"base": base, "a_b": better, CEILING: base + 0.4, "none": np.full_like(base, np.nan)}
+    return Comparison(("f1", "leak"), tables, [str(i) for i in range(40)], "base", {"metrics": ["f1"]})
+
+
+def test_tables_say_what_is_undefined_and_what_is_no_difference(comparison: Comparison) -> None:
+    text = markdown(comparison, "base")
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert "base (floor)" in rows and f"{CEILING} (ceiling)" in rows
+    assert "(-1)" in text and "undefined (-40)" in rows["none"] or "undefined" in rows["none"]
+    difference = comparison.difference("a_b", "base", "f1")
+    assert difference is not None and difference.low > 0.19 and f"+{difference.value:.3f}" in rows["a_b"]
+    assert rows["a_b"].rstrip(" |").endswith("no difference") and difference.n == 40
+    assert comparison.undefined("a_b", "leak") == 1
+    tex = latex(comparison)
+    assert "a\\_b & $\\mathbf{" in tex and tex.count("\\\\") == 5 and "--" in tex
+    json.dumps(as_json(comparison, "base"), allow_nan=False)
+
+
+def test_an_interval_that_covers_zero_is_no_difference() -> None:
+    assert verdict(Interval(0.1, -0.01, 0.2, 9)) == "no difference"
+    assert verdict(Interval(0.1, 0.01, 0.2, 9)) == "more" and verdict(Interval(-0.1, -0.2, -0.01, 9)) == "less"

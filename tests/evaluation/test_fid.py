@@ -1,0 +1,232 @@
+"""evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate_fid
+import localctl.evaluation.drawn
+from localctl.adapter import LocalAdapter
+from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
+from localctl.images import load_image
+from localctl.metrics.statistics import Statistics
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small photos with captions, one of them damaged."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(12):
+        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"photo {i}"}))
+    (folder / "7.png").write_bytes(b"no picture")
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def arguments(sd_folder: Path, photos: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"base={sd_folder}",
+        "data=imagefolder",
+        f"data.path={photos}",
+        f"data.resolution={SIDE}",
+        "part=train",
+        "num_images=5",
+        "batch_size=2",
+        "num_inference_steps=2",
+        "device=cpu",
+        f"output_dir={tmp_path / 'fid'}",
+    ]
+
+
+@pytest.fixture
+def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
+    condition = {"kind": "canny", "low": 50, "high": 100, "cells": 8, "channels": 1}
+    make_adapter(condition=condition, base=str(sd_folder)).save_pretrained(tmp_path / "adapter")
+    return f"adapter={tmp_path / 'adapter'}"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_reference_is_of_the_photos_and_made_once(
+    arguments: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*arguments, "num_images=100"]
+    assert evaluate_fid.main(["ref", *arguments]) == 0
+    assert "unusable (7.png: image" in capsys.readouterr().out
+    made = Statistics.load(tmp_path / "fid" / "ref_micro_clip.npz")
+    assert made.provenance["bad_rows"] == 1 and made.n == made.provenance["examples"] - 1
+    assert made.provenance["image_size"] == [SIDE, SIDE] and len(made.provenance["weights_sha256"]) == 64
+    assert made.provenance["data"]["path"] == str(photos)
+    assert evaluate_fid.main(["ref", *arguments]) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert evaluate_fid.main(["ref", *arguments, "data.center_crop=false"]) == 2
+    assert "holds statistics with another data;" in capsys.readouterr().err
+
+
+def test_drawing_after_kills_ends_with_the_same_bytes(
+    arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*arguments, adapter, "prompts=both"]
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    whole = contents(tmp_path / "fid")
+    assert len([name for name in whole if "/images/" in name]) == 10
+    first = [np.asarray(load_image(tmp_path / "fid" / f"{n}_prompts/images/000000.png")) for n in ("with", "without")]
+    assert not np.array_equal(*first)
+    again = [*arguments, f"output_dir={tmp_path / 'again'}"]
+    write, limit = localctl.evaluation.drawn.write_bytes, {"left": 0}
+
+    class Killed(BaseException):
+        pass
+
+    def write_until_killed(path: Path, content: bytes) -> None:
+        limit["left"] -= 1
+        if limit["left"] < 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.99").write_bytes(content[:7])
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(localctl.evaluation.drawn, "write_bytes", write_until_killed)
+    for writes in (1, 4):
+        limit["left"] = writes
+        with pytest.raises(Killed):
+            evaluate_fid.main(["gen", *again])
+    monkeypatch.setattr(localctl.evaluation.drawn, "write_bytes", write)
+    assert evaluate_fid.main(["gen", *again]) == 0
+    after = {name: data for name, data in contents(tmp_path / "again").items() if not Path(name).name.startswith(".")}
+    assert after == whole
+    calls: list[Any] = []
+    monkeypatch.setattr(localctl.evaluation.drawn, "load_pipeline", lambda *a, **k: calls.append(a))
+    assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # all there: nothing is even loaded
+
+
+def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    one = contents(tmp_path / "fid")
+    shutil.rmtree(tmp_path / "fid")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    counts = []
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert evaluate_fid.main(["gen", *arguments]) == 0
+        counts.append(len(list((tmp_path / "fid" / "with_prompts" / "images").iterdir())))
+    assert counts == [2, 5] and contents(tmp_path / "fid") == one
+
+
+def test_one_example_many_times(arguments: list[str], tmp_path: Path) -> None:
+    assert evaluate_fid.main(["gen", *arguments, "sample=3.png", "num_images=3"]) == 0
+    folder = tmp_path / "fid" / "with_prompts"
+    records = [json.loads(p.read_text()) for p in sorted((folder / "ids").iterdir())]
+    assert {r["key"] for r in records} == {"3.png"} and len({r["seed"] for r in records}) == 3
+    assert len({p.read_bytes() for p in (folder / "masks").iterdir()}) == 1
+    assert len({p.read_bytes() for p in (folder / "images").iterdir()}) == 3
+
+
+def test_score_says_everything_about_itself(
+    arguments: list[str], adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*arguments, adapter]
+    assert evaluate_fid.main(["ref", *arguments, "num_images=100"]) == 0
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    capsys.readouterr()
+    assert evaluate_fid.main(["score", *arguments]) == 0
+    assert "WARNING frechet_micro_clip" in capsys.readouterr().out
+    content = json.loads((tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_text())
+    names = {"frechet", "kid", "kid_error", "cmmd", "split_half", "clip_score"}
+    assert set(content["values"]) == {f"{name}_micro_clip" for name in names}
+    check_provenance("score", content)
+    assert content["provenance"]["n_fake"] == 5 and content["provenance"]["mask_protocol"]["mask"]["kind"] == "box"
+    for name in REQUIRED + FEATURES:
+        cut = {**content, "provenance": {k: v for k, v in content["provenance"].items() if k != name}}
+        with pytest.raises(ValueError, match=f"does not say its {name};"):
+            check_provenance("score", cut)
+    first = (tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_bytes()
+    assert evaluate_fid.main(["score", *arguments]) == 0
+    assert (tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_bytes() == first
+    images = tmp_path / "fid" / "with_prompts" / "images"
+    problems = [
+        (lambda: (images / "000002.png").unlink(), "1 of 5 pictures in .* are missing .such as 000002.; run gen again"),
+        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "000002.png"), ""),
+        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 pictures in .* are not known"),
+        (lambda: (images / "photo.png").unlink(), ""),
+        (lambda: Image.new("RGB", (32, 64)).save(images / "000003.png"), "32x64"),
+        (lambda: (images / "000003.png").write_bytes(b"cut"), "000003.png is not a"),
+    ]
+    for damage, message in problems:
+        damage()
+        assert evaluate_fid.main(["score", *arguments]) == (2 if message else 0)
+        error = capsys.readouterr().err  # the last line, after what loading weights prints
+        assert not message or re.search(message, error.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["drew"], "Say what to do, one of ref, gen, score"),
+        (["ref", "extractor=vgg"], "Unknown feature extractor 'vgg'"),
+        (["ref", "num_images=1"], "num_images must be at least 2, not 1"),
+        (["ref", "data.path=nowhere"], "There is no data at nowhere"),
+        (["gen", "prompts=some"], "Unknown prompts 'some'"),
+        (["gen", "adapter=nowhere"], "nowhere"),
+        (["gen", "sample=no.png"], "There is no example 'no.png'"),
+        (["gen", "part=test"], "Unknown part 'test'"),
+        (["gen", "num_image=3"], "did you mean num_images"),
+        (["score"], "There are no statistics"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    changes: list[str], message: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_fid.main([changes[0], *arguments, *changes[1:]]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_folders_and_adapters_of_other_settings_are_refused(
+    arguments: list[str], adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    assert evaluate_fid.main(["gen", *arguments, "seed=1"]) == 2
+    assert "drawn with another seed;" in capsys.readouterr().err
+    assert evaluate_fid.main(["gen", *arguments, adapter, "condition=sobel"]) == 2
+    assert "was trained on" in capsys.readouterr().err
+    assert evaluate_fid.main(["gen", *arguments, adapter, "base.name=micro"]) == 2
+    assert "was trained on the base" in capsys.readouterr().err
+
+
+def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate_fid.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "num_images=2048" in printed and "evaluate_fid.py gen" in printed
+
+
+def test_masks_of_the_pictures_are_those_of_the_adapter(
+    arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    real = LocalAdapter.forward
+
+    def forward(self: LocalAdapter, x: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        seen.append(x[:, -1].clone())
+        return real(self, x, *rest, **more)
+
+    monkeypatch.setattr(LocalAdapter, "forward", forward)
+    assert evaluate_fid.main(["gen", *arguments, adapter, "num_images=2"]) == 0
+    stored = [np.asarray(Image.open(p)) for p in sorted((tmp_path / "fid" / "with_prompts" / "masks").iterdir())]
+    assert np.array_equal(np.stack(stored), (seen[0] * 255).round().byte().numpy())
