@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +60,26 @@ class Comparison:
     ids: Sequence[str]
     floor: str
     provenance: Mapping[str, Any]
+    _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
         """Mean over the samples where it is defined; None where it never is."""
-        values = self._column(row, column)
-        values = values[~np.isnan(values)]
-        return bootstrap(values) if len(values) else None
+        return self._interval(row, "", column)
 
     def undefined(self, row: str, column: str) -> int:
         return int(np.isnan(self._column(row, column)).sum())
 
     def difference(self, row: str, other: str, column: str) -> Interval | None:
         """Mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and noise."""
-        values = self._column(row, column) - self._column(other, column)
-        values = values[~np.isnan(values)]
-        return bootstrap(values) if len(values) else None
+        return self._interval(row, other, column)
+
+    def _interval(self, row: str, other: str, column: str) -> Interval | None:
+        key = (row, other, column)
+        if key not in self._intervals:  # every table asks again
+            values = self._column(row, column) - (self._column(other, column) if other else 0)
+            values = values[~np.isnan(values)]
+            self._intervals[key] = bootstrap(values) if len(values) else None
+        return self._intervals[key]
 
     def _column(self, row: str, column: str) -> np.ndarray:
         return self.tables[row][:, self.columns.index(column)]
@@ -142,7 +147,7 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
 
 def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
     """The settings that a set was drawn with, from its settings.json."""
-    known = {field.name for field in fields(FidSettings)}
+    known = {item.name for item in fields(FidSettings)}
     plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
     sections: dict[str, Any] = {}
     for name, kind in _SECTIONS.items():

@@ -40,6 +40,11 @@ from localctl.sampling import generate
 from localctl.sampling_cli import find_adapter
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
+SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
+    "num_inference_steps",
+    "guidance_scale",
+    "weights_sha256",
+)
 
 
 def open_source(settings: FidSettings) -> Source:
@@ -216,6 +221,9 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The settings of a set and the ids of its pictures. ValueError when one is missing, or is not known."""
     settings = read_json(folder / "settings.json", "settings of the drawn pictures")
+    silent = [name for name in SAID if name not in settings]
+    if silent:
+        raise ValueError(f"The pictures in {folder} do not say their {', '.join(silent)}; draw them again.")
     wanted = {picture_id(index) for index in range(int(settings["num_images"]))}
     found = {p.stem for p in (folder / "images").glob("*") if not p.name.startswith(".")}
     for what, ids in (("missing", wanted - found), ("not known", found - wanted)):
@@ -232,6 +240,8 @@ def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
     size: tuple[int, ...] | None = None
     for name in ids:
         about = read_json(folder / "ids" / f"{name}.json", "record")
+        if not {"key", "caption", "seed"} <= set(about):
+            raise ValueError(f"The picture {name} in {folder} does not say its key, caption and seed; draw it again.")
         image = np.asarray(load_image(folder / "images" / f"{name}.png"))
         size = size or image.shape
         if image.shape != size:

@@ -31,8 +31,8 @@ class EdgeScore(PerSample):
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
         """Edge maps and masks of one shape, (H,W), (B,H,W) or (B,1,H,W), uint8 or [0,1], cut at one half. ValueError
         otherwise."""
-        for images in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
-            scores = edge_scores(*(image > 127 for image in images), self.tolerance_px, self.min_target)
+        for found, wanted, region in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
+            scores = edge_scores(found > 127, wanted > 127, region > 127, self.tolerance_px, self.min_target)
             self.add((scores.precision, scores.recall, scores.f1))
 
 

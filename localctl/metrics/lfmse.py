@@ -65,16 +65,16 @@ def diff_cc(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tup
     """
     inside = shrunk_mask(mask)
     low_target, low_prediction = low_frequencies(target), low_frequencies(prediction)
-    missing = _share(inside & (low_target > low_prediction), np.count_nonzero(low_target[inside]))
+    missing = _share(inside & (low_target > low_prediction), inside & (low_target > 0))
     return (
         1 - missing,
-        _share(inside & (low_prediction > low_target), np.count_nonzero(inside)),
-        _share(~inside & (low_prediction > 0), np.count_nonzero(~inside)),
+        _share(inside & (low_prediction > low_target), inside),
+        _share(~inside & (low_prediction > 0), ~inside),
     )
 
 
-def _share(cells: np.ndarray, of: int) -> float:
-    return np.count_nonzero(cells) / of if of else float("nan")
+def _share(cells: np.ndarray, of: np.ndarray) -> float:
+    return float(cells.sum() / of.sum()) if of.any() else float("nan")
 
 
 class LFMSE(PerSample):
@@ -94,8 +94,8 @@ class LFMSE(PerSample):
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
         """Edge maps and masks of one shape, (H,W), (B,H,W) or (B,1,H,W), uint8 or [0,1]. ValueError otherwise."""
-        for images in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
-            inside, outside = lfmse(*images, method=self.method)
+        for found, wanted, region in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
+            inside, outside = lfmse(found, wanted, region, self.method)
             self.add((inside, outside, inside + outside))
 
 

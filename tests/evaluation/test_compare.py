@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 import evaluate_fid
 import evaluate_quantitative_metrics
 from localctl.evaluation.compare import CEILING, Comparison, Target, measure, verdict
+from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import as_json, latex, markdown
 from localctl.metrics.bootstrap import Interval
 from localctl.micro.build.clip import new_clip, new_tokenizer
@@ -71,6 +73,8 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
     better = rows["truth"]["f1"]["difference"]
     assert better["low"] > 0 and better["verdict"] == "more"
     assert rows["noisy"]["f1"]["difference"]["verdict"] == "no difference"
+    with Image.open(tmp_path / "out" / "sheet_truth.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 3 * 128
     assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
     assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
     first = (tmp_path / "out" / "metrics.json").read_bytes()
@@ -94,7 +98,11 @@ def test_what_is_not_the_same_is_refused(
     settings = json.loads((sets["truth"] / "settings.json").read_text())
     record = json.loads((sets["truth"] / "ids/000001.json").read_text())
     other_mask = (sets["truth"] / "masks/000002.png").read_bytes()
+    black = cv2.imencode(".png", np.zeros((128, 128), np.uint8))[1].tobytes()
+    silent = {name: value for name, value in settings.items() if name != "mask"}
     cases: list[tuple[str, Any, str]] = [
+        ("settings.json", silent, "do not say their mask"),
+        ("masks/000003.png", black, "picture 000003 of 'base' and 'truth' has another"),
         ("settings.json", settings | {"seed": 5}, "drawn with another seed"),
         ("settings.json", settings | {"num_images": 5}, "are not known"),
         ("ids/000001.json", record | {"key": "other"}, "picture 000001 of 'base' and 'truth' has another"),
@@ -105,6 +113,12 @@ def test_what_is_not_the_same_is_refused(
         assert changed("truth", file, data) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+    for folder in sets.values():
+        shutil.copy(folder / "masks/000004.png", tmp_path / f"kept_{folder.name}.png")
+        (folder / "masks/000004.png").write_bytes(black)
+    assert run(sets, tmp_path, "--clip", "none") == 2 and "black everywhere" in capsys.readouterr().err
+    for folder in sets.values():
+        shutil.copy(tmp_path / f"kept_{folder.name}.png", folder / "masks/000004.png")
     without_base = {name: folder for name, folder in sets.items() if name != "base"}
     assert run(without_base, tmp_path) == 2 and "without an adapter" in capsys.readouterr().err
     assert run(sets, tmp_path, "--against", "x") == 2 and "no set 'x'" in capsys.readouterr().err
@@ -152,6 +166,11 @@ def test_tables_say_what_is_undefined_and_what_is_no_difference(comparison: Comp
     tex = latex(comparison)
     assert "a\\_b & $\\mathbf{" in tex and tex.count("\\\\") == 5 and "--" in tex
     json.dumps(as_json(comparison, "base"), allow_nan=False)
+    values = comparison.tables["a_b"][:, 1]
+    chosen = ranked(comparison, "a_b", "leak")
+    assert [what for what, _ in chosen] == ["best"] * 3 + ["median"] * 3 + ["worst"] * 3
+    assert chosen[0][1] == np.nanargmax(values) and chosen[-1][1] == np.nanargmin(values)
+    assert ranked(comparison, "none", "f1") == []
 
 
 def test_an_interval_that_covers_zero_is_no_difference() -> None:
