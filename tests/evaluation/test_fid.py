@@ -1,8 +1,10 @@
 """evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
 
 import json
+import multiprocessing
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,33 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
     calls: list[Any] = []
     monkeypatch.setattr(localctl.evaluation.drawn, "load_pipeline", lambda *a, **k: calls.append(a))
     assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # all there: nothing is even loaded
+
+
+def test_two_kills_change_neither_pictures_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
+    arguments = [*arguments, adapter, f"reference={tmp_path / 'ref.npz'}"]
+    again = [*arguments, f"output_dir={tmp_path / 'again'}"]
+    assert evaluate_fid.main(["ref", *arguments, "num_images=100"]) == 0
+    for command in ("gen", "score"):
+        assert evaluate_fid.main([command, *arguments]) == 0
+
+    def run() -> None:
+        torch.set_num_threads(1)  # the test's own threads did not come along
+        evaluate_fid.main(["gen", *again])
+
+    images = tmp_path / "again" / "with_prompts" / "images"
+    for wanted in (1, 3):
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        end = time.monotonic() + 100
+        while not images.is_dir() or len(list(images.glob("[0-9]*.png"))) < wanted:
+            assert process.is_alive() and time.monotonic() < end, "no picture was drawn"
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+    for command in ("gen", "score"):
+        assert evaluate_fid.main([command, *again]) == 0
+    one, other = contents(tmp_path / "fid"), contents(tmp_path / "again")
+    assert {name: data for name, data in other.items() if not Path(name).name.startswith(".")} == one
 
 
 def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,70 @@
+"""Does a distance see damage? Scenes against others: as they are, blurred more and more, under noise, and noise alone.
+
+python -m localctl.evaluation.ladder --extractor micro_clip efficientnet_lite0 --count 80
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import cv2
+import numpy as np
+
+from localctl.evaluation.fid import collect
+from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
+from localctl.metrics.statistics import Statistics, distances
+from localctl.micro.scenes import scene
+from localctl.random import numpy_rng
+
+BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
+
+
+def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """uint8 (n,H,W,3) -> the same pictures with more and more damage, each uint8 (n,H,W,3)."""
+    rng = numpy_rng(seed, "ladder")
+    result = {"as they are": images}
+    for sigma in BLURS:
+        result[f"blurred, sigma {sigma}"] = np.stack([cv2.GaussianBlur(image, (0, 0), sigma) for image in images])
+    for sigma in NOISES:
+        noisy = images + rng.normal(0, sigma, images.shape)
+        result[f"noise added, sigma {sigma}"] = noisy.clip(0, 255).astype(np.uint8)
+    return result | {"nothing but noise": rng.integers(0, 256, images.shape, dtype=np.uint8)}
+
+
+def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
+    """Of pictures uint8 (n,H,W,3)."""
+    pairs = ((str(index), image) for index, image in enumerate(images))
+    return collect(extractor, pairs, 16).statistics(**describe(extractor))
+
+
+def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
+    """Distances by rung: of ``count`` damaged test scenes from ``count`` others, untouched."""
+    real, other = (np.stack([scene(i, "basic", "test").image for i in range(s, s + count)]) for s in (0, count))
+    reference = statistics(extractor, real)
+    return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when done, 2 after a mistake of the user's."""
+    parser = argparse.ArgumentParser(prog="localctl.evaluation.ladder", description=__doc__)
+    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS)
+    parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
+    parser.add_argument("--count", type=int, default=80)
+    args = parser.parse_args(argv)
+    try:
+        for name in args.extractor:
+            rows = climb(load_extractor(name, args.weights), args.count)
+            columns = list(next(iter(rows.values())))
+            print("| " + " | ".join(["", *columns]) + " |\n|" + "---|" * (len(columns) + 1))
+            for rung, values in rows.items():
+                print("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
+            print()
+    except ValueError as error:
+        print(f"localctl.evaluation.ladder: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
