@@ -16,7 +16,7 @@ import torch
 from localctl.base import BaseConfig, load_pipeline
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
-from localctl.evaluation.control import CANNY, Case, canny
+from localctl.evaluation.control import CANNY, MIN_EDGES, Case, canny
 from localctl.evaluation.drawn import open_source, read_pictures, read_set
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
@@ -191,7 +191,7 @@ def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | No
     edges, wanted = canny(image), canny(target.image)
     values: dict[str, float] = {}
     pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (
-        (EdgeScore(), ("precision", "recall", "f1")),
+        (EdgeScore(min_target=MIN_EDGES), ("precision", "recall", "f1")),
         (SSIMInside(), ("ssim",)),
         (LFMSE(), ("lfmse_in", "", "")),
         (DiffCC(), ("coincidence", "hallucination_in", "hallucination_out")),
@@ -240,7 +240,13 @@ def _provenance(
         "n_fake": len(targets),
         "image_format": "PNG, 8 bit RGB",
         "image_size": list(targets[0].image.shape[:2]),
-        "edges": {"kind": CANNY.kind, "low": CANNY.low, "high": CANNY.high, "tolerance_px": 2.0},
+        "edges": {
+            "kind": CANNY.kind,
+            "low": CANNY.low,
+            "high": CANNY.high,
+            "tolerance_px": 2.0,
+            "min_target": MIN_EDGES,
+        },
         "clip": None if clip is None else {"weights_sha256": clip.weights_sha256, "side": clip.side},
         "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},
         "seeds": {"seed": settings["seed"], "picture": "hash of seed and index, the same for every set"},
