@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if {"-h", "--help"} & set(argv):
             defaults = load_config([], FidSettings, name="evaluate_fid", aliases=ALIASES)
-            print(f"{__doc__}\n{help_text('evaluate_fid.py ref|gen|score', defaults, aliases=ALIASES)}")
+            print(__doc__)
+            print(help_text("evaluate_fid.py ref|gen|score", defaults, aliases=ALIASES, name="evaluate_fid"))
             return 0
         if not argv or argv[0] not in COMMANDS:
             raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `evaluate_fid.py ref`; see --help.")

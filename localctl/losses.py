@@ -36,13 +36,14 @@ class LossConfig:
         ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
     normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
         whole map, as published.
-    weight: factor of the local term. mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
+    weight: factor of the local term; published 1e-3.
+    mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
     """
 
     filter: str = "sobel"
     schedule: str = "constant"
     normalise: str = "mask"
-    weight: float = 1e-3
+    weight: float = 0.3
     t_min: int = 500
     t_max: int = 999
     snr_cap: float = 5.0

@@ -23,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from localctl.run.record import mark_environment
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
-ACCELERATE = "accelerate"  # a folder of files for `accelerate launch`, no group
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 Settings = TypeVar("Settings")
@@ -49,7 +48,7 @@ def load_config(
     Raises:
         ValueError: one sentence naming the nearest known key, flag or option; or what the dataclasses object to.
     """
-    groups = config_groups(config_dir)
+    groups = config_groups(name, config_dir)
     keys = schema_keys(schema)
     chosen: dict[str, str] = {}
     changed: dict[str, str] = {}
@@ -74,12 +73,14 @@ def load_config(
     return _build(schema, values, "")
 
 
-def config_groups(config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
-    """Group -> its options, from the folders of ``config_dir``."""
+def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """Group -> its options, for the groups that ``config_dir/name.yaml`` is made of: another program's word of the same
+    name, like the folder of an adapter, is no group there."""
     if not config_dir.is_dir():
         raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
-    folders = sorted(folder for folder in config_dir.iterdir() if folder.is_dir() and folder.name != ACCELERATE)
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    defaults = yaml.safe_load((config_dir / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
+    names = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
+    return {group: sorted(file.stem for file in (config_dir / group).glob("*.yaml")) for group in names}
 
 
 def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -94,11 +95,16 @@ def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def help_text(
-    program: str, defaults: object, *, aliases: Mapping[str, str] = NO_ALIASES, config_dir: Path = CONFIG_DIR
+    program: str,
+    defaults: object,
+    *,
+    aliases: Mapping[str, str] = NO_ALIASES,
+    name: str = "train",
+    config_dir: Path = CONFIG_DIR,
 ) -> str:
     """What ``--help`` prints: groups with their options, and every key with its default value."""
     lines = [f"usage: {program} [group=option ...] [key=value ...] [--key value ...]", "", "groups:"]
-    lines += [f"  {group}={'|'.join(options)}" for group, options in config_groups(config_dir).items()]
+    lines += [f"  {group}={'|'.join(options)}" for group, options in config_groups(name, config_dir).items()]
     lines += ["", "keys (each also as a flag, --key value) and their defaults:"]
     for key in schema_keys(type(defaults)):
         value: Any = defaults

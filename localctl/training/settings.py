@@ -169,7 +169,7 @@ class TrainSettings:
     ema_decay: float = 0.9999
     cpu_threads: int | None = None
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 50
     lr_num_cycles: int = 1

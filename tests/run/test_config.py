@@ -2,7 +2,6 @@ import dataclasses
 import shlex
 
 import pytest
-import yaml
 
 from localctl.run.config import CONFIG_DIR, config_groups, help_text, load_config, schema_keys
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
@@ -154,5 +153,15 @@ def test_help_names_every_key_group_and_flag():
 def test_the_sections_of_the_schema_are_the_groups():
     sections = {f.name for f in dataclasses.fields(TrainSettings) if dataclasses.is_dataclass(f.default_factory)}
     assert set(config_groups()) - {"experiment"} <= sections
-    defaults = yaml.safe_load((CONFIG_DIR / "train.yaml").read_text())["defaults"]
-    assert {name for entry in defaults if isinstance(entry, dict) for name in entry} == set(config_groups())
+    folders = {folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir()}
+    assert folders - {"accelerate"} == set(config_groups()), "a folder of options that no program reads"
+
+
+def test_a_group_of_one_program_is_a_plain_word_for_another(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "auto.yaml").write_text("{}")
+    (tmp_path / "other.yaml").write_text("seed: 1\n")
+    assert config_groups("other", tmp_path) == {}
+    settings = load_config(["output_dir=runs/one"], TrainSettings, name="other", config_dir=tmp_path)
+    assert (settings.seed, settings.output_dir) == (1, "runs/one")
+    assert "adapter" not in config_groups("evaluate_fid")
