@@ -58,7 +58,7 @@ def test_a_fit_is_demanded_before_any_weights_are_read(sd_folder, sdxl_folder, t
         (sdxl_folder, {"adapter_type": "full_adapter"}),
         (sdxl_folder, {"downscale_factor": 8}),
     ):
-        with pytest.raises(ValueError, match=r"the adapter would make .* takes .*adapter\.adapter_type"):
+        with pytest.raises(ValueError, match=r"the adapter would make .* takes .*adapter=auto"):
             load_models(tiny_settings(base, tmp_path, adapter=AdapterConfig(**options)), CPU, None)
 
 
