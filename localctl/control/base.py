@@ -6,15 +6,18 @@ layouts; the resulting :class:`BoundControl` holds what is computed once per att
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.control.sites import Scores, Site
 from localctl.layout import Layout
 
 
@@ -22,9 +25,9 @@ from localctl.layout import Layout
 class CallContext:
     """Where one call of the U-Net stands.
 
-    step, num_steps: the outer sampling step, 0 <= step < num_steps. Schedulers of second order call the U-Net twice in
-        one step.
-    timestep: what the U-Net was given.
+    step, num_steps: the outer sampling step, 0 <= step < num_steps, of those this call of the pipeline makes (with
+        image-to-image not all of the schedule's). Schedulers of second order call the U-Net twice in one step.
+    timestep: what the U-Net was given. sigma: its noise level, sqrt((1 - abar) / abar).
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
@@ -40,6 +43,19 @@ class CallContext:
     image_size: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
+    sigma: float = math.nan
+
+    @property
+    def guided_rows(self) -> slice:
+        """The rows that carry the prompt: pipelines put them last."""
+        first = self.conditional.index(True)
+        assert all(self.conditional[first:])
+        return slice(first, len(self.conditional))
+
+    @property
+    def guided_layouts(self) -> tuple[int, ...]:
+        """For each row that carries the prompt, the index of its layout."""
+        return self.layout_of_row[self.guided_rows]
 
     def within(self, start: float, end: float) -> bool:
         """Whether this step lies in [start, end), as fractions of all outer steps. Windows that meet share no step."""
@@ -47,12 +63,42 @@ class CallContext:
 
 
 class BoundControl:
-    """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need."""
+    """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
+
+    At each call of the U-Net, ``down_residuals`` and ``text`` change its inputs; at each attention layer for which
+    ``attends`` says so, ``attention_bias`` and then ``read_attention`` are called.
+    """
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        """The pipeline begins to draw; ``arguments`` are those of its ``encode_prompt``."""
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
         """Hook on the inputs of the U-Net: tensors (R, c, h, w) added within its down blocks, one per block, finest
         first; or None to leave this call alone. They must be the caller's to keep: the U-Net may write to them."""
         return None
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        """Hook on the inputs of the U-Net: another text context (R, K, C) in place of ``text``, which must not be
+        written to; or None. Biases are then computed from the new one."""
+        return None
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        """Whether this control wants the next two hooks to be called at ``site`` in this call of the U-Net."""
+        return False
+
+    def max_queries(self, site: Site, scores: Scores) -> int:
+        """How many queries of this site the next two hooks can be given at once; a limit of memory."""
+        return site.cells
+
+    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+        """What to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K); or None,
+        for all queries of the site, to leave the layer exactly as it is. It sees the scores before any bias."""
+        return None
+
+    def read_attention(
+        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+    ) -> None:
+        """Look at the scores of these queries and the sum of all controls' biases; change neither."""
 
 
 class Control(ABC):
