@@ -11,13 +11,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
-from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.masks import resize_mask
 from localctl.phrases import find_phrase
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
-OVERLAPS = ("share", "first", "last", "smallest", "error")
-CELL_MODES = (*MASK_RESIZE, "centre")
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
 
 Box = tuple[float, float, float, float]
@@ -97,9 +96,9 @@ class Region:
         if mode not in CELL_MODES:
             raise ValueError(f"Unknown mask resize {mode!r}; choose one of {', '.join(CELL_MODES)}.")
         if self.mask is None:
-            covered = [_side(box[1], box[3], size[0], mode)[:, None] * _side(box[0], box[2], size[1], mode)
-                       for box in self.boxes]  # fmt: skip
-            return torch.stack(covered).amax(dim=0)
+            rows = [side_coverage(top, bottom, size[0], mode) for _, top, _, bottom in self.boxes]
+            columns = [side_coverage(left, right, size[1], mode) for left, _, right, _ in self.boxes]
+            return (torch.stack(rows)[:, :, None] * torch.stack(columns)[:, None]).amax(dim=0)
         if mode == "centre":
             # Between the four pixels around the centre: inside only where all four are.
             mask = torch.nn.functional.interpolate(self.mask[None], size=size, mode="bilinear")[0, 0]
@@ -192,7 +191,7 @@ class Layout:
             if not part.any():  # too small for this grid, or hidden on it: the cells that hold most of it
                 part = all_of_it if all_of_it.any() else region.coverage(size)
                 part = (part >= part.max() * (1 - 1e-6)).float()
-            kept.append(part * (peak / part.max()) if part.max() < peak else part)
+            kept.append(part / part.max() * peak if part.max() < peak else part)
         return torch.stack(kept)[:, None]
 
     @classmethod
@@ -240,22 +239,6 @@ class Layout:
             pen.rectangle(pen.textbbox(corner, region.phrase or "-", font=font), fill="white")
             pen.text(corner, region.phrase or "-", fill=color, font=font)
         return result
-
-
-def resolve_overlap(coverage: Tensor, overlap: str) -> Tensor:
-    """``coverage`` (n, h, w) in [0, 1] with what is hidden taken away, by the ``overlap`` policy of a layout."""
-    if overlap in ("share", "error"):
-        return coverage
-    order = list(range(len(coverage)))  # the topmost first
-    if overlap == "last":
-        order.reverse()
-    elif overlap == "smallest":
-        order.sort(key=lambda index: float(coverage[index].sum()))
-    shown, left = torch.zeros_like(coverage), torch.ones_like(coverage[0])
-    for index in order:
-        shown[index] = torch.minimum(coverage[index], left)
-        left = left - shown[index]
-    return shown
 
 
 def check_side(name: str, value: int | None) -> None:
@@ -337,17 +320,3 @@ def _checked_mask(name: str, mask: Any) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _side(first: float, last: float, count: int, mode: str) -> Tensor:
-    """(count,) in [0, 1]: how far each of ``count`` equal cells of [0, 1] is inside [first, last]."""
-    edges = torch.linspace(0, 1, count + 1, dtype=torch.float64)
-    share = (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * count
-    if mode == "area":
-        return share.clamp(max=1).float()
-    if mode == "inside":
-        return (share > 1 - 1e-6).float()
-    if mode == "cover":
-        return (share > 1e-6).float()
-    point = edges[:-1] + (0.5 / count if mode == "centre" else 0.0)  # nearest takes the cell's first corner
-    return ((point >= first - 1e-9) & (point < last - 1e-9)).float()

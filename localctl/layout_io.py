@@ -131,7 +131,9 @@ def from_coco(
             raise ValueError(f"There is no image {image_id} in the COCO annotations; check the id.")
         height, width = int(image["height"]), int(image["width"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"These are no COCO annotations of boxes (trouble with {error}); give an instances file.") from error
+        raise ValueError(
+            f"These are no COCO annotations of boxes (trouble with {error}); give an instances file."
+        ) from error
     used = [(name, _coco_box(box, height, width)) for name, box in found if categories is None or name in categories]
     sides = [max(8, round(side / 8) * 8) for side in (height, width)]
     if prompt is None:

@@ -20,11 +20,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions
 from localctl.control.sites import Scores, Site
-from localctl.layout import CELL_MODES, Layout, Region
+from localctl.layout import Layout, Region
 from localctl.phrases import positions_of
 
 RESTS = ("published", "segment")
@@ -40,8 +41,8 @@ class DenseModulation(Control):
         size_regularisation: 1 = large segments are modulated less, by their area; 0 = all alike.
         start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
         separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
-        rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them a segment
-            with the words that are left over, fit for layouts of few boxes.
+        rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
+            more segment, with the words that are left over, fit for layouts of few boxes.
         mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`.
         memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it.
 
@@ -195,9 +196,7 @@ class _BoundDense(BoundControl):
         assert self._segments[1] is not None
         return self._segments[1]
 
-    def _make_segments(
-        self, context: CallContext, site: Site, strengths: tuple[tuple[float, ...], ...]
-    ) -> _Segments:
+    def _make_segments(self, context: CallContext, site: Site, strengths: tuple[tuple[float, ...], ...]) -> _Segments:
         count = max(len(row) for row in strengths) + 1  # the last is the rest
         member = torch.zeros(len(strengths), count, site.cells)
         strength = torch.zeros(len(strengths), count, 1)

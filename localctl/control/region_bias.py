@@ -16,10 +16,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.regions import BoundRegions
 from localctl.control.sites import Scores, Site
-from localctl.layout import CELL_MODES, Layout
+from localctl.layout import Layout
 
 STD_FORMS = ("sample", "global")
 
@@ -34,8 +35,8 @@ class RegionBias(Control):
             region's own window applies within it. The noise level sigma fades the effect out by itself.
         std: ``sample``, of each picture's own scores, over heads and entries, so that a picture does not depend on its
             batch; ``global``, as published, over the whole batch with both halves of guidance.
-        mask_resize: how regions are brought to each layer's grid: ``area`` gives border cells their share; ``centre`` is
-            the published form; or as :func:`localctl.masks.resize_mask`.
+        mask_resize: how regions are brought to each layer's grid: ``area`` gives border cells their share; ``centre``
+            is the published form; or as :func:`localctl.masks.resize_mask`.
 
     Raises:
         ValueError: an unknown form, a strength that is no finite number, or a window that is none; when attached, as

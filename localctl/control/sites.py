@@ -1,4 +1,4 @@
-"""The attention layers of a U-Net as places to control: where each is, its scores, and the wrapper around its processor.
+"""The attention layers of a U-Net as places to control: where each is, its scores, the wrapper round its processor.
 
 Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the picture), K keys
 (tokens or cells), d width of a head.
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention layer: its ``name`` in the U-Net, whether it looks at the text (``cross``) or at the picture itself,
-    and the (h, w) of its cells."""
+    """One attention layer: its ``name`` in the U-Net, whether it looks at the text (``cross``) or at the picture
+    itself, and the (h, w) of its cells."""
 
     name: str
     cross: bool
@@ -47,9 +47,13 @@ def attention_sites(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple
     """All attention layers of the U-Net's transformers, in the order they run, for latents of this (h, w)."""
     sizes = level_sizes(unet, latent_size)
     down, middle = sizes[:-1], sizes[-1]
-    parts = [(f"down_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.down_blocks, down, strict=True))]
+    parts = [
+        (f"down_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.down_blocks, down, strict=True))
+    ]
     parts.append(("mid_block", unet.mid_block, middle))
-    parts += [(f"up_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.up_blocks, down[::-1], strict=True))]
+    parts += [
+        (f"up_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.up_blocks, down[::-1], strict=True))
+    ]
     return [
         (Site(f"{prefix}.{name}", module.is_cross_attention, size), module)
         for prefix, block, size in parts
@@ -125,7 +129,7 @@ class Scores:
 
     @cached_property
     def global_std(self) -> Tensor:
-        """(): one standard deviation over all rows, heads and entries, as published; with the mask, where one is set."""
+        """(): one standard deviation over all rows, heads and entries, as published; of the masked scores if masked."""
         if self.mask is not None:
             scores = self.query.float() @ (self.key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
             return (scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])).std()
@@ -261,4 +265,3 @@ class Installation:
         while self._originals:
             holder, original = self._originals.pop()
             holder["processor"] = original
-

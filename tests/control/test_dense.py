@@ -102,7 +102,7 @@ def test_parts_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         parts = steered(DenseModulation(memory_limit=0.02), scene(arrays), attn, inputs)
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
         # Four tensors of float32 for twice as many rows, all within the limit.
-        assert len(sizes) > 3 and max(sizes) * 2 * 4 * 4 <= 0.02 * 2**20 < full * 2 * 4 * 4
+        assert len(sizes) > 1 and max(sizes) * 2 * 4 * 4 <= 0.02 * 2**20 < full * 2 * 4 * 4
         sizes.clear()
 
 
