@@ -58,7 +58,7 @@ def token_positions(tokenizer: Any, layout: Layout) -> list[tuple[int, ...]]:
 
 
 def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:
-    """:func:`token_positions` for a pipeline; of both tokenizers, where it has two, as their outputs stand side by side."""
+    """:func:`token_positions` of a pipeline; of both tokenizers where it has two: their outputs stand side by side."""
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
     found = [token_positions(tokenizer, layout) for tokenizer in tokenizers if tokenizer is not None]
     return [tuple(sorted(set().union(*several))) for several in zip(*found, strict=True)]

@@ -19,7 +19,7 @@ LAYOUT = Layout(PROMPT, regions=(Region("cat", (0, 0, 0.5, 1)), Region("dogs", (
 OTHER = Layout("dogs x", regions=(Region("dogs", (0, 0, 1, 0.5)),))
 METHODS: dict[str, Callable[[], Control]] = {
     "bias": lambda: RegionBias(strength=1.0, outside_strength=0.5),
-    "dense": lambda: DenseModulation(rest="segment", end=1.0),
+    "dense": lambda: DenseModulation(rest="segment", end=1.0, w_self=1.0, separate_texts=False),
 }
 
 
