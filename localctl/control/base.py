@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -62,11 +62,14 @@ class CallContext:
         return start <= self.step / self.num_steps < end
 
 
+Attend = Callable[[Tensor, Sequence[int]], Tensor]
+
+
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
     At each call of the U-Net, ``down_residuals`` and ``text`` change its inputs; at each attention layer for which
-    ``attends`` says so, ``attention_bias`` and then ``read_attention`` are called.
+    ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention`` are called, in this order.
     """
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
@@ -83,7 +86,7 @@ class BoundControl:
         return None
 
     def attends(self, context: CallContext, site: Site) -> bool:
-        """Whether this control wants the next two hooks to be called at ``site`` in this call of the U-Net."""
+        """Whether this control wants the hooks below to be called at ``site`` in this call of the U-Net."""
         return False
 
     def max_queries(self, site: Site, scores: Scores) -> int:
@@ -99,6 +102,11 @@ class BoundControl:
         self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         """Look at the scores of these queries and the sum of all controls' biases; change neither."""
+
+    def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
+        """At cross-attention: another output (R, Q, C) in place of ``output``, or None. ``attend(text, rows)`` runs the
+        layer again for these rows of the batch with other texts (r, K, C), without any bias: (r, Q, C)."""
+        return None
 
 
 class Control(ABC):

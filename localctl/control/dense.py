@@ -23,7 +23,7 @@ from torch import Tensor
 from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.region_bias import check_strength
-from localctl.control.regions import BoundRegions
+from localctl.control.regions import BoundRegions, encode_texts
 from localctl.control.sites import Scores, Site
 from localctl.layout import Layout, Region
 from localctl.phrases import positions_of
@@ -138,15 +138,7 @@ class _BoundDense(BoundControl):
         ]
         if not wanted:
             return
-        options = {name: arguments[name] for name in ("device", "clip_skip", "lora_scale") if name in arguments}
-        # The class's own method: on the instance it is wrapped, and these are no prompts of a call.
-        encoded = type(self.pipe).encode_prompt(
-            self.pipe,
-            prompt=[phrase for _, _, phrase in wanted],
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **options,
-        )[0]  # (phrases, 77, C)
+        encoded = encode_texts(self.pipe, [phrase for _, _, phrase in wanted], arguments)  # (phrases, 77, C)
         for (layout, index, phrase), text in zip(wanted, encoded, strict=True):
             alone = positions_of(self.pipe, Layout(phrase, regions=(Region(phrase, (0, 0, 1, 1)),)))[0]
             self._texts[layout, index] = text[list(alone)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,17 @@ from localctl.control.base import CallContext
 from localctl.control.sites import Site
 from localctl.layout import Layout
 from localctl.phrases import positions_of
+
+
+def encode_texts(pipe: Any, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
+    """(n, K, C): texts as the pipeline encodes prompts, with the device and settings of a running call.
+
+    ``arguments`` are those of the call's own ``encode_prompt``.
+    """
+    options = {name: arguments[name] for name in ("device", "clip_skip", "lora_scale") if name in arguments}
+    # The class's own method: on the instance it is wrapped, and these texts are no prompts of a call.
+    encode = type(pipe).encode_prompt
+    return encode(pipe, list(texts), num_images_per_prompt=1, do_classifier_free_guidance=False, **options)[0]
 
 
 class BoundRegions:

@@ -181,7 +181,8 @@ class SteeredProcessor(nn.Module):
             # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
             bias = _joined([self._bias(scores, part) for part in parts])
             mask = self._mask(attn, scores, bias, slice(None))
-            return self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+            output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+            return self._mixed(attn, hidden_states, encoder_hidden_states, output, **kwargs)
         return self._in_parts(attn, scores, parts, **kwargs)
 
     def _in_parts(self, attn: Attention, scores: Scores, parts: Sequence[slice], **kwargs: Any) -> Tensor:
@@ -200,6 +201,19 @@ class SteeredProcessor(nn.Module):
             mask = self._mask(attn, scores, self._bias(scores, part) if index else first, part)
             outputs.append(self.inner(attn, hidden_states[:, part], hidden_states, mask, **kwargs))
         return torch.cat(outputs, dim=1)
+
+    def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
+        """The output after the controls that mix in other texts."""
+
+        def attend(text: Tensor, rows: Sequence[int]) -> Tensor:
+            chosen = list(rows)
+            pictures = [part[chosen] for part in source[1]] if isinstance(source, tuple) else None
+            return self.inner(attn, hidden_states[chosen], text if pictures is None else (text, pictures), **kwargs)
+
+        for user, context in self.users if self.site.cross else ():
+            mixed = user.mix_attention(context, self.site, output, attend)
+            output = output if mixed is None else mixed
+        return output
 
     def _bias(self, scores: Scores, queries: slice) -> Tensor | None:
         """(n, 1 or H, q, K): the sum over the controls; None for nothing. Those that read see the sum."""
