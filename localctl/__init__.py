@@ -20,12 +20,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AttentionMaps": "localctl.control.attention_maps",
+    "DenseModulation": "localctl.control.dense",
     "Layout": "localctl.layout",
     "LocalAdapter": "localctl.adapter",
     "LocalAdapterControl": "localctl.control.local_adapter",
+    "NegativePrompts": "localctl.control.negative_prompts",
+    "Region": "localctl.layout",
+    "RegionBias": "localctl.control.region_bias",
     "attach": "localctl.sampling",
     "generate": "localctl.sampling",
+    "load_layout": "localctl.layout_io",
     "load_pipeline": "localctl.base",
+    "save_layout": "localctl.layout_io",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.images import load_image
-from localctl.layout import Layout, Region
+from localctl.layout import SIZE_MULTIPLE, Layout, Region
 from localctl.masks import load_mask, mask_to_pil
 from localctl.phrases import find_phrase
 
@@ -100,7 +100,7 @@ def from_colors(
         if not mask.any() or near.min() > _MIN_DISTANCE:
             raise ValueError(f"The colour {color} of the phrase {phrase!r} is nowhere in the picture; check the table.")
         segments.append(Region(phrase, mask=mask))
-    height, width = size or tuple(max(8, round(side / 8) * 8) for side in array.shape[:2])
+    height, width = size or (_rounded(array.shape[0]), _rounded(array.shape[1]))
     return Layout.from_segments(segments, prompt, height, width)
 
 
@@ -135,9 +135,9 @@ def from_coco(
             f"These are no COCO annotations of boxes (trouble with {error}); give an instances file."
         ) from error
     used = [(name, _coco_box(box, height, width)) for name, box in found if categories is None or name in categories]
-    sides = [max(8, round(side / 8) * 8) for side in (height, width)]
+    height, width = _rounded(height), _rounded(width)
     if prompt is None:
-        return Layout.from_segments([Region(name, box) for name, box in used], None, *sides)
+        return Layout.from_segments([Region(name, box) for name, box in used], None, height, width)
     boxes: dict[str, list[Any]] = {}
     for name, box in used:
         boxes.setdefault(name, []).append(box)
@@ -146,7 +146,7 @@ def from_coco(
         places = max(1, min(len(find_phrase(prompt, name)), len(several)))
         for place in range(places):
             regions.append(Region(name, several[place:] if place == places - 1 else several[place], occurrence=place))
-    return Layout(prompt, *sides, tuple(regions))
+    return Layout(prompt, height, width, tuple(regions))
 
 
 def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, int] | None = None) -> Layout:
@@ -252,6 +252,11 @@ def _main_colors(array: np.ndarray, count: int) -> list[Color]:
         if len(chosen) == count:
             break
     return chosen
+
+
+def _rounded(side: int) -> int:
+    """The nearest size in pixels that the bases can draw."""
+    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
 
 def _coco_box(box: tuple[float, ...], height: int, width: int) -> tuple[float, float, float, float]:

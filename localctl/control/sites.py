@@ -161,7 +161,7 @@ class SteeredProcessor(nn.Module):
         self.site = site
         self.users: list[tuple[BoundControl, CallContext]] = []
         # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
-        vars(self)["__call__"] = inner.__call__
+        self.__dict__["__call__"] = inner.__call__
 
     def __call__(
         self,
