@@ -90,15 +90,21 @@ class Scores:
 
     @cached_property
     def query(self) -> Tensor:
-        """(R, H, Q, d), as projected."""
-        query = self._heads(self.attn.to_q(self.hidden_states))
-        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+        """(n, H, Q, d), as projected, for the rows that carry the prompt."""
+        return self._query(self.guided)
 
     @cached_property
     def key(self) -> Tensor:
-        """(R, H, K, d), as projected."""
-        source = self.source
-        if self.attn.norm_cross and source is not self.hidden_states:
+        """(n, H, K, d), as projected, for the rows that carry the prompt."""
+        return self._key(self.guided)
+
+    def _query(self, rows: slice) -> Tensor:
+        query = self._heads(self.attn.to_q(self.hidden_states[rows]))
+        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+
+    def _key(self, rows: slice) -> Tensor:
+        source = self.source[rows]
+        if self.attn.norm_cross and self.source is not self.hidden_states:
             source = self.attn.norm_encoder_hidden_states(source)
         key = self._heads(self.attn.to_k(source))
         return key if self.attn.norm_k is None else self.attn.norm_k(key)
@@ -108,8 +114,7 @@ class Scores:
 
     @cached_property
     def _guided(self) -> tuple[Tensor, Tensor]:
-        key = self.key[self.guided].float().transpose(-1, -2) * self.attn.scale
-        return self.query[self.guided], key
+        return self.query, self.key.float().transpose(-1, -2) * self.attn.scale
 
     def block(self, queries: slice) -> Tensor:
         """(n, H, q, K) float32: the scores of these queries, for the rows that carry the prompt; yours to change."""
@@ -123,17 +128,18 @@ class Scores:
         With q = mean(q) + q', k = mean(k) + k', each head's scores are the sum of four parts that are orthogonal over
         the entries, so that the sum of their squares needs the moments of q and k alone, and nothing cancels.
         """
-        squares, means, count = self._moments(self.query[self.guided], self.key[self.guided])
+        squares, means, count = self._moments(self.query, self.key)
         spread = count * (means - means.mean(dim=1, keepdim=True)) ** 2  # (n,H)
         return ((squares + spread).sum(dim=1) / (count * means.shape[1] - 1)).sqrt()
 
     @cached_property
     def global_std(self) -> Tensor:
         """(): one standard deviation over all rows, heads and entries, as published; of the masked scores if masked."""
+        query, key = self._query(slice(None)), self._key(slice(None))
         if self.mask is not None:
-            scores = self.query.float() @ (self.key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
+            scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
             return (scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])).std()
-        squares, means, count = self._moments(self.query, self.key)
+        squares, means, count = self._moments(query, key)
         spread = count * (means - means.mean()) ** 2
         return ((squares + spread).sum() / (count * means.numel() - 1)).sqrt()
 
