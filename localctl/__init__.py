@@ -23,6 +23,7 @@ _PUBLIC = {
     "AttentionMaps": "localctl.control.attention_maps",
     "DenseModulation": "localctl.control.dense",
     "Layout": "localctl.layout",
+    "LayoutGuidance": "localctl.control.layout_guidance",
     "LocalAdapter": "localctl.adapter",
     "LocalAdapterControl": "localctl.control.local_adapter",
     "NegativePrompts": "localctl.control.negative_prompts",

@@ -15,7 +15,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control, add_residuals
+from localctl.control.runs import UNetRun
 from localctl.control.schedule import outer_step, sigma_at
+from localctl.control.shifts import SchedulerShift, check_shiftable
 from localctl.control.sites import Installation, Site, attention_sites
 from localctl.layout import Layout, as_layouts
 
@@ -38,8 +40,9 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
 
     Raises:
         ValueError: at once if the controls do not fit the layouts, something is no control, or another thread has
-            attached to the U-Net; when ``pipe`` is called, if prompt or size are not the layout's, a condition does not
-            fit the picture or the U-Net, or the call comes from another thread.
+            attached to the U-Net, or the scheduler would lose what a control does to the latents; when ``pipe`` is
+            called, if prompt or size are not the layout's, a condition does not fit the picture or the U-Net, or the
+            call comes from another thread.
     """
     missing = [name for name in ("unet", "scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
@@ -62,7 +65,7 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
         ):
             yield attachment
     finally:
-        attachment.after_unet()  # an interrupt passes by the forward hook
+        attachment.put_back()
         for hook in hooks:
             hook.remove()
 
@@ -83,8 +86,11 @@ class Attachment:
         self.pipe = pipe
         self.layouts = tuple(layouts)
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
+        self._movers = [control for control in self.bound if control.moves_latents]
+        self._check_scheduler()
         self.thread = threading.get_ident()
         self._installation = Installation()
+        self._scheduler_shift = SchedulerShift()
         self._sites: dict[tuple[int, int], list[tuple[Site, Attention]]] = {}
         self._first_step: int | None = None  # of the running call; image-to-image does not begin at 0
         self._selected: tuple[int, ...] | None = None
@@ -100,6 +106,8 @@ class Attachment:
         self._layout_of_image, self._first_step = None, None
         if threading.get_ident() != self.thread:
             raise ValueError("The pipeline was called from another thread than the one that attached to it; use one.")
+        self.put_back()  # what an error in the call before may have left
+        self._check_scheduler()
         prompt = arguments["prompt"]
         if prompt is None:  # then there are embeddings; the pipeline has checked that
             drawn = self._drawn(len(arguments["prompt_embeds"]))
@@ -121,6 +129,15 @@ class Attachment:
     def end_call(self, arguments: Mapping[str, Any]) -> None:
         """From here on, calls of the U-Net are none of ours."""
         self._layout_of_image = None
+
+    def put_back(self) -> None:
+        """Undo what a call of the U-Net and of the scheduler may have left behind when they were interrupted."""
+        self._scheduler_shift.undo()
+        self._installation.undo()
+
+    def _check_scheduler(self) -> None:
+        if self._movers:
+            check_shiftable(self.pipe.scheduler)
 
     def _drawn(self, prompts: int) -> tuple[int, ...]:
         """The index of the layout of each of the prompts."""
@@ -151,6 +168,7 @@ class Attachment:
             name = "down_intrablock_additional_residuals"
             kwargs = {**kwargs, name: add_residuals(kwargs.get(name), added)}
         args, kwargs = self._replace_text(context, args, kwargs)
+        args, kwargs = self._shift_latents(unet, context, args, kwargs)
         self._steer_attention(unet, context)
         return args, kwargs
 
@@ -169,10 +187,37 @@ class Attachment:
             return (*args[:2], text, *args[3:]), kwargs
         return args, {**kwargs, "encoder_hidden_states": text}
 
-    def _steer_attention(self, unet: nn.Module, context: CallContext) -> None:
+    def _shift_latents(
+        self, unet: nn.Module, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move the latents, here for the U-Net and in the step to come for the scheduler."""
+        if not self._movers:
+            return args, kwargs
+        sample = args[0] if args else kwargs["sample"]  # (R, 4, h, w); for inpainting more channels follow
+        channels = self.pipe.vae.config.latent_channels
+        latents = sample[context.guided_rows, :channels].float()
+        run = UNetRun(unet, self._sites_of(unet, context), self.bound, context, args, kwargs)
+        moved = latents
+        for control in self._movers:
+            shift = control.shift_latents(context, moved, run)
+            moved = moved if shift is None else moved + shift
+        if moved is latents:
+            return args, kwargs
+        total = moved - latents
+        self._scheduler_shift.add(self.pipe.scheduler, total, context.sigma)
+        total = total.repeat(sample.shape[0] // total.shape[0], 1, 1, 1).to(sample)  # both halves of guidance
+        sample = torch.cat([sample[:, :channels] + total, sample[:, channels:]], dim=1)
+        if args:
+            return (sample, *args[1:]), kwargs
+        return args, {**kwargs, "sample": sample}
+
+    def _sites_of(self, unet: nn.Module, context: CallContext) -> list[tuple[Site, Attention]]:
         if context.latent_size not in self._sites:
             self._sites = {context.latent_size: attention_sites(unet, context.latent_size)}
-        for site, attn in self._sites[context.latent_size]:
+        return self._sites[context.latent_size]
+
+    def _steer_attention(self, unet: nn.Module, context: CallContext) -> None:
+        for site, attn in self._sites_of(unet, context):
             for control in self.bound:
                 if control.attends(context, site):
                     self._installation.add(attn, site, control, context)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from localctl.masks import MASK_RESIZE
 
 OVERLAPS = ("share", "first", "last", "smallest", "error")
-CELL_MODES = (*MASK_RESIZE, "centre")
+CELL_MODES = (*MASK_RESIZE, "centre", "floor")
 
 
 def resolve_overlap(coverage: Tensor, overlap: str) -> Tensor:
@@ -37,5 +39,8 @@ def side_coverage(first: float, last: float, count: int, mode: str) -> Tensor:
         return (share > 1 - 1e-6).float()
     if mode == "cover":
         return (share > 1e-6).float()
+    if mode == "floor":  # both ends rounded down
+        ends = [math.floor(end * count + 1e-9) for end in (first, last)]
+        return torch.tensor([float(ends[0] <= cell < ends[1]) for cell in range(count)])
     point = edges[:-1] + (0.5 / count if mode == "centre" else 0.0)  # nearest takes the cell's first corner
     return ((point >= first - 1e-9) & (point < last - 1e-9)).float()

@@ -91,7 +91,8 @@ class Region:
     def coverage(self, size: tuple[int, int], mode: str = "area") -> Tensor:
         """(h, w) in [0, 1]: how far each cell of a grid of ``size`` = (h, w) belongs to the region.
 
-        ``mode``: as :func:`localctl.masks.resize_mask`, or ``centre``: wholly if the cell's centre is inside, else not.
+        ``mode``: as :func:`localctl.masks.resize_mask`, or ``centre``: wholly if the cell's centre is inside, else not;
+        ``floor``: boxes with all ends rounded down to whole cells, masks as ``nearest``.
         """
         if mode not in CELL_MODES:
             raise ValueError(f"Unknown mask resize {mode!r}; choose one of {', '.join(CELL_MODES)}.")
@@ -103,7 +104,7 @@ class Region:
             # Between the four pixels around the centre: inside only where all four are.
             mask = torch.nn.functional.interpolate(self.mask[None], size=size, mode="bilinear")[0, 0]
             return (mask >= self.mask.max() * (1 - 1e-6)).float()
-        return resize_mask(self.mask[None], size, mode)[0, 0]
+        return resize_mask(self.mask[None], size, "nearest" if mode == "floor" else mode)[0, 0]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Region):

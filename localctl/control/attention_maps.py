@@ -100,6 +100,8 @@ class AttentionMaps(Control):
 
 
 class _BoundMaps(BoundControl):
+    only_looks = True
+
     def __init__(self, control: AttentionMaps, regions: BoundRegions) -> None:
         self.control = control
         self.regions = regions

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -61,19 +62,53 @@ class CallContext:
         """Whether this step lies in [start, end), as fractions of all outer steps. Windows that meet share no step."""
         return start <= self.step / self.num_steps < end
 
+    def only(self, images: Sequence[int]) -> CallContext:
+        """The same place for a call with nothing but the prompt rows of these pictures."""
+        layouts = self.guided_layouts
+        chosen = tuple(layouts[image] for image in images)
+        return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
+
 
 Attend = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+class RunUNet(Protocol):
+    """Runs the U-Net of the present call once more, on the prompt rows of some of its pictures."""
+
+    def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> AbstractContextManager[None]:
+        """``latents`` (m, c, h, w), with gradients if they want them, for pictures number ``images``. All that steers
+        the call steers this run, too; ``reader`` sees its attention and may raise :class:`EndOfRun` when it has seen
+        enough. Take gradients within the context: layers under gradient checkpointing are run again for them."""
+
+
+class EndOfRun(Exception):
+    """Raised by the reader of a :class:`RunUNet` to end that run early."""
 
 
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
-    At each call of the U-Net, ``down_residuals`` and ``text`` change its inputs; at each attention layer for which
-    ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention`` are called, in this order.
+    At each call of the U-Net, ``down_residuals``, ``text`` and ``shift_latents`` change its inputs; at each attention
+    layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention`` are called, in
+    this order.
+
+    moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
+    only_looks: changes nothing, and is left out when another control runs the U-Net for itself.
     """
+
+    moves_latents = False
+    only_looks = False
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """The pipeline begins to draw; ``arguments`` are those of its ``encode_prompt``."""
+
+    def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+        """Hook on the latents, for controls whose ``moves_latents`` is set: what to add to the noisy latents
+        (n, c, h, w) before this step, one row per picture, float32; or None.
+
+        ``latents`` are what the U-Net is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
+        whatever the scheduler's own scale; the shift is of the same scale."""
+        return None
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
         """Hook on the inputs of the U-Net: tensors (R, c, h, w) added within its down blocks, one per block, finest

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from localctl.control.base import BoundControl, CallContext
 
+    User = tuple[BoundControl, CallContext]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -163,9 +165,14 @@ class SteeredProcessor(nn.Module):
 
     def __init__(self, inner: Any, site: Site) -> None:
         super().__init__()
+        kind = type(inner).__name__
+        if "XFormers" in kind:
+            raise ValueError(
+                f"{kind} takes no attention bias; call pipe.disable_xformers_memory_efficient_attention() first."
+            )
         self.inner = inner
         self.site = site
-        self.users: list[tuple[BoundControl, CallContext]] = []
+        self.users: list[User] = []
         # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
         self.__dict__["__call__"] = inner.__call__
 
@@ -259,6 +266,18 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
 
 
+def users_of(attn: Attention) -> list[User]:
+    """Who steers this layer at the moment."""
+    current = _holder(attn)["processor"]
+    return list(current.users) if isinstance(current, SteeredProcessor) else []
+
+
+def _holder(attn: Attention) -> Any:
+    """Where the layer keeps its processor: one with weights is a submodule, any other a plain attribute. Writing there
+    in place keeps the order."""
+    return attn._modules if "processor" in attn._modules else vars(attn)
+
+
 class Installation:
     """The processors that are wrapped for one call of the U-Net, to be put back after it."""
 
@@ -267,18 +286,24 @@ class Installation:
 
     def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
         """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
-        # A processor with weights is a submodule, any other a plain attribute. Writing in place keeps the order.
-        holder: Any = attn._modules if "processor" in attn._modules else vars(attn)
+        holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
-            kind = type(current).__name__
-            if "XFormers" in kind:
-                raise ValueError(
-                    f"{kind} takes no attention bias; call pipe.disable_xformers_memory_efficient_attention() first."
-                )
             self._originals.append((holder, current))
             current = holder["processor"] = SteeredProcessor(current, site)
         current.users.append((user, context))
+
+    def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
+        """Let ``users`` alone steer this layer, in place of those that do now."""
+        holder = _holder(attn)
+        current = holder["processor"]
+        inner = current.inner if isinstance(current, SteeredProcessor) else current
+        if users:
+            wrapper = SteeredProcessor(inner, site)
+            wrapper.users.extend(users)
+        if users or inner is not current:
+            self._originals.append((holder, current))
+            holder["processor"] = wrapper if users else inner
 
     def undo(self) -> None:
         """Put the very same processors back; a second time does nothing."""
