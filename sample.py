@@ -8,7 +8,7 @@
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and
-sample.json, which repeats the run. Several adapters at once: every adapter flag takes one value for all or one for each.
+sample.json, which repeats the run. With several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AttentionMaps": "localctl.control.attention_maps",
     "DenseModulation": "localctl.control.dense",
+    "ForwardGuidance": "localctl.control.forward_guidance",
     "Layout": "localctl.layout",
     "LayoutGuidance": "localctl.control.layout_guidance",
     "LocalAdapter": "localctl.adapter",

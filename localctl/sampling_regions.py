@@ -9,15 +9,23 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from localctl.base import BASES, same_base
+from localctl.base import BASES, SCHEDULERS, same_base
 from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
+from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import PRESETS, LayoutGuidance
 from localctl.control.region_bias import RegionBias
+from localctl.control.shifts import check_shiftable_kind
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 
-CONTROLS: dict[str, type[Control]] = {"bias": RegionBias, "dense": DenseModulation, "guidance": LayoutGuidance}
+CONTROLS: dict[str, type[Control]] = {
+    "bias": RegionBias,
+    "dense": DenseModulation,
+    "guidance": LayoutGuidance,
+    "forward": ForwardGuidance,
+}
+_ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
 _MOST_CELLS = 64  # of a sweep
 
@@ -62,25 +70,44 @@ def load_layouts(options: argparse.Namespace) -> list[Layout]:
 def plan(options: argparse.Namespace, base: str) -> list[Variant]:
     """Every way to draw that the flags ask for, at least one; settings start from the preset of the base.
 
-    ValueError for unknown controls, settings or values, or flags that do not go together.
+    ValueError for unknown controls, settings or values, flags that do not go together, or a scheduler that loses what
+    a control does to the latents.
     """
+    variants = _plan(options, base)
+    if options.scheduler is not None:
+        for variant in variants:
+            if any(isinstance(control, LayoutGuidance) for control in variant.controls):
+                check_shiftable_kind(SCHEDULERS[options.scheduler])
+    return variants
+
+
+def _plan(options: argparse.Namespace, base: str) -> list[Variant]:
     if not options.layout:
         return [Variant(NONE, ())]
-    settings = [_setting(item) for item in options.set or ()]
     if options.compare:
         if options.control or options.sweep:
             raise ValueError("Give either --compare or --control and --sweep, not both.")
-        wanted = [NONE, *CONTROLS] if options.compare == ["all"] else list(options.compare)
-        if len(set(wanted)) < len(wanted):
-            raise ValueError("A control is given twice in --compare; give each one once.")
-        plans = [(name, _names([name])) for name in wanted]
-        _check_used(settings, [name for _, names in plans for name in names])
-        return [Variant(label, _build(names, settings, base), index) for index, (label, names) in enumerate(plans)]
+        return read_variants(options.compare, options.set or (), base)
+    settings = [_setting(item) for item in options.set or ()]
     names = _names(options.control or ["bias"])
     _check_used(settings, names)
     if not options.sweep:
-        return [Variant("+".join(names) or NONE, _build(names, settings, base))]
+        return [Variant("+".join(names) or NONE, make_controls(names, settings, base))]
     return _swept(options.sweep, names, settings, base)
+
+
+def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> list[Variant]:
+    """What to lay side by side: ``all``, or names of controls, joined by + where they act together.
+
+    ``settings``: NAME=VALUE each. ValueError as for :func:`plan`.
+    """
+    read = [_setting(item) for item in settings]
+    words = _ALL if list(words) == ["all"] else tuple(words)
+    if len(set(words)) < len(words):
+        raise ValueError("A control is given twice in --compare; give each one once.")
+    plans = [(word, _names([word])) for word in words]
+    _check_used(read, [name for _, names in plans for name in names])
+    return [Variant(label, make_controls(names, read, base), index) for index, (label, names) in enumerate(plans)]
 
 
 def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> list[Variant]:
@@ -102,7 +129,7 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
         chosen = [(name, values[index]) for (name, values), index in zip(axes, reversed(cell), strict=True)]
         label = " ".join(f"{name}={value}" for name, value in chosen)
         place = {"column": cell[-1], "row": cell[0] if len(cell) > 1 else 0}
-        variants.append(Variant(label, _build(names, [*settings, *chosen], base), **place))
+        variants.append(Variant(label, make_controls(names, [*settings, *chosen], base), **place))
     if len({variant.label for variant in variants}) < len(variants):
         raise ValueError("A value is given twice in --sweep; give each one once.")
     return variants
@@ -141,7 +168,11 @@ def _check_used(settings: Sequence[tuple[str, str]], names: Sequence[str]) -> No
             raise ValueError(f"No control of this run has a setting {setting!r}; {choice}.")
 
 
-def _build(names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> tuple[Control, ...]:
+def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> tuple[Control, ...]:
+    """The controls of these names with the preset of the base, then the settings, as (name, value) in words.
+
+    ValueError for a value that is of another kind or out of range.
+    """
     controls = []
     for name in names:
         values = dict(_preset(base)) if name == "guidance" else {}

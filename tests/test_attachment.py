@@ -155,6 +155,25 @@ def test_every_processor_is_steered_alike(kind: Any, sd_pipe: StableDiffusionPip
         torch.testing.assert_close(draw(sd_pipe), expected, rtol=0, atol=1e-4)
 
 
+def test_a_bias_for_all_heads_is_not_copied_for_each(
+    sd_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strides: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*args: Any, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if attn_mask is not None:
+            strides.append(attn_mask.stride(1))
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    with attach(sd_pipe, LAYOUT, RegionBias()):
+        draw(sd_pipe, guidance_scale=5.0)
+    assert strides and set(strides) == {0}
+    sites = attention_sites(sd_pipe.unet, (8, 8))
+    assert not any("prepare_attention_mask" in vars(attn) for _, attn in sites)
+
+
 def test_fused_projections(sd_pipe: StableDiffusionPipeline) -> None:
     with attach(sd_pipe, LAYOUT, DenseModulation()):
         expected = draw(sd_pipe)

@@ -131,7 +131,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--layout", "reversed.json"], "reversed or empty"),
         (["--layout", "photo.png"], "photo.png is not valid JSON"),
         (["--prompt", "a cat"], "either --layout or --prompt"),
-        (["--control", "dence"], "Unknown control 'dence'; choose among bias, dense, guidance and none"),
+        (["--control", "dence"], "Unknown control 'dence'; choose among bias, dense, guidance, forward and none"),
         (["--control", "bias", "none"], "bias none do not go together"),
         (["--control", "bias+bias"], "do not go together"),
         (["--compare", "all", "bias"], "Unknown control 'all'"),
@@ -151,6 +151,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 pictures on a sheet"),
         (["--height", "128"], "layout is 64x64 pixels but the picture is to be 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
+        (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),
     ],
 )
 def test_bad_input_is_one_sentence_before_the_base_is_loaded(
@@ -170,14 +171,11 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
     assert re.search(message, printed.err), printed.err
 
 
-def test_regions_flags_need_a_layout_and_guidance_a_scheduler(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample.main(["--prompt", "a cat", "--compare", "all"]) == 2
     assert "give --adapter" in capsys.readouterr().err
-    assert sample.main([*BASIC, "--control", "guidance", "--scheduler", "heun"]) == 2
-    assert "HeunDiscreteScheduler does not carry latents" in (printed := capsys.readouterr().err)
-    assert printed.count("\n") == 1
+    assert sample.main(["--prompt", "a cat", "--adapter", "any", "--compare", "all"]) == 2
+    assert "--compare needs regions to work on; give --layout" in capsys.readouterr().err
 
 
 def test_a_saved_layout_without_size_is_drawn_in_the_size_of_the_flags(workspace: Path) -> None:

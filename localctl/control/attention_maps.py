@@ -74,17 +74,28 @@ class AttentionMaps(Control):
 
     def draw(self, picture: int, image: Image.Image) -> Image.Image:
         """The drawn ``image`` under each phrase's heat (its own scale, from 0 to its maximum) and outline, in a row."""
+        cells = self.overlays(picture, image)
+        return grid([[shown for _, shown in cells]], [label for label, _ in cells])
+
+    def overlays(self, picture: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
+        """The pictures of :meth:`draw`, each with its label: the phrase and the share of its heat inside its region.
+
+        ValueError when no region has words.
+        """
         record, row = self._find(picture)
         layout = self._layouts[record.layouts[row]]
         masks = layout.masks((image.height, image.width))
-        cells, labels = [], []
-        for index, region in enumerate(layout.regions):
-            if region.phrase:
-                cells.append(outline(_overlay(image, self.heat(picture, index)), masks[index], "white"))
-                labels.append(f"{region.phrase} {self.mass(picture, index):.0%}")
+        cells = [
+            (
+                f"{region.phrase} {self.mass(picture, index):.0%}",
+                outline(_overlay(image, self.heat(picture, index)), masks[index], "white"),
+            )
+            for index, region in enumerate(layout.regions)
+            if region.phrase
+        ]
         if not cells:
             raise ValueError("The layout has no region with words, so there is no map to draw.")
-        return grid([cells], labels)
+        return cells
 
     def _find(self, picture: int) -> tuple[_Record, int]:
         first = 0

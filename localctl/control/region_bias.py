@@ -9,8 +9,9 @@ for the tokens of the region's phrase, 0 for all others; sigma is the noise leve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,7 +20,7 @@ from torch import Tensor
 from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Scores, Site
+from localctl.control.sites import Moments, Scores, Site
 from localctl.layout import Layout
 
 STD_FORMS = ("sample", "global")
@@ -73,6 +74,10 @@ class _BoundRegionBias(BoundControl):
     def __init__(self, control: RegionBias, regions: BoundRegions) -> None:
         self.control = control
         self.regions = regions
+        self._keys: dict[str, tuple[Tensor, slice, Moments]] = {}  # by site: of which text and rows, the keys' moments
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        self._keys = {}
 
     def attends(self, context: CallContext, site: Site) -> bool:
         return site.cross and context.within(self.control.start, self.control.end) and self._steers(context)
@@ -85,8 +90,20 @@ class _BoundRegionBias(BoundControl):
         )  # (n,Q,K): S of every cell and token
         if region_map is None:
             return None
-        std = scores.global_std if self.control.std == "global" else scores.std[:, None, None, None]
+        if self.control.std == "global":
+            std = scores.global_std
+        else:
+            self._share_key_moments(site, scores)
+            std = scores.std[:, None, None, None]
         return region_map[:, None, queries] * (context.sigma * std)  # (n,1,q,K)
+
+    def _share_key_moments(self, site: Site, scores: Scores) -> None:
+        """The text is one tensor for all steps of a call, and so are the keys and their moments."""
+        text, rows, moments = self._keys.get(site.name, (None, None, None))
+        if text is scores.source and rows == scores.guided and moments is not None:
+            scores.key_moments = moments
+        elif not torch.is_grad_enabled():
+            self._keys[site.name] = scores.source, scores.guided, scores.key_moments
 
     def _weights(self, layout: int, context: CallContext) -> tuple[tuple[float, float], ...]:
         """(S inside, S outside) of each region in this step."""

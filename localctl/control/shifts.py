@@ -17,14 +17,19 @@ _EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSD
 def check_shiftable(scheduler: Any) -> None:
     """ValueError for a scheduler that would lose a shift of the latents, or whose steps are not known to keep it."""
     name = type(scheduler).__name__
+    check_shiftable_kind(name)
+    if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
+        raise ValueError(
+            "PNDMScheduler starts with Runge-Kutta steps, which lose what a control moves; set skip_prk_steps=True."
+        )
+
+
+def check_shiftable_kind(name: str) -> None:
+    """As :func:`check_shiftable`, as far as the name of the scheduler's class says it."""
     if name not in (*_PRESERVING, *_EXPLODING):
         raise ValueError(
             f"{name} does not carry latents that a control moves from step to step; use DDIM, DDPM, PNDM, Euler, "
             "Euler ancestral, DPM++ 2M (DPMSolverMultistepScheduler) or LMS."
-        )
-    if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
-        raise ValueError(
-            "PNDMScheduler starts with Runge-Kutta steps, which lose what a control moves; set skip_prk_steps=True."
         )
 
 

@@ -6,10 +6,11 @@ Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q qu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -63,6 +64,21 @@ def attention_sites(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple
         for name, module in block.named_modules()
         if isinstance(module, Attention) and name.rpartition(".")[2] in ("attn1", "attn2")
     ]
+
+
+_VIEWING = tuple(
+    f"diffusers.models.attention_processor.{name}"
+    for name in ("AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0")
+)
+
+
+class Moments(NamedTuple):
+    """Of the vectors of each row and head: their mean (r,H,1,d), the sum of the products of their deviations from it
+    (r,H,d,d), and how many they are."""
+
+    mean: Tensor
+    spread: Tensor
+    count: int
 
 
 class Scores:
@@ -130,7 +146,7 @@ class Scores:
         With q = mean(q) + q', k = mean(k) + k', each head's scores are the sum of four parts that are orthogonal over
         the entries, so that the sum of their squares needs the moments of q and k alone, and nothing cancels.
         """
-        squares, means, count = self._moments(self.query, self.key)
+        squares, means, count = self._moments(_moments(self.query), self.key_moments)
         spread = count * (means - means.mean(dim=1, keepdim=True)) ** 2  # (n,H)
         return ((squares + spread).sum(dim=1) / (count * means.shape[1] - 1)).sqrt()
 
@@ -141,19 +157,31 @@ class Scores:
         if self.mask is not None:
             scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
             return (scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])).std()
-        squares, means, count = self._moments(query, key)
+        squares, means, count = self._moments(_moments(query), _moments(key))
         spread = count * (means - means.mean()) ** 2
         return ((squares + spread).sum() / (count * means.numel() - 1)).sqrt()
 
-    def _moments(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int]:
+    @cached_property
+    def key_moments(self) -> Moments:
+        """The moments of :attr:`key`. They may be set by somebody who has them from another call with the same text."""
+        return _moments(self.key)
+
+    def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
         """Per row and head: squared deviations from the head's mean, summed (r,H); the mean (r,H); entries per head."""
-        query, key = query.float(), key.float() * self.attn.scale
-        q, k = query.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)  # (r,H,1,d)
-        dq, dk = query - q, key - k
-        of_queries = (dq @ k.transpose(-1, -2)).square().sum(dim=(2, 3)) * key.shape[2]
-        of_keys = (dk @ q.transpose(-1, -2)).square().sum(dim=(2, 3)) * query.shape[2]
-        of_both = ((dq.transpose(-1, -2) @ dq) * (dk.transpose(-1, -2) @ dk)).sum(dim=(2, 3))
-        return of_queries + of_keys + of_both, (q * k).sum(dim=(2, 3)), query.shape[2] * key.shape[2]
+        q, k = query.mean, key.mean  # (r,H,1,d)
+        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.count
+        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.count
+        squares = of_queries + of_keys + (query.spread * key.spread).sum(dim=(2, 3))
+        scale = self.attn.scale
+        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.count * key.count
+
+
+def _moments(vectors: Tensor) -> Moments:
+    """Of vectors (r,H,count,d)."""
+    vectors = vectors.float()
+    mean = vectors.mean(dim=2, keepdim=True)
+    away = vectors - mean  # the sum of squares about zero would cancel
+    return Moments(mean, away.transpose(-1, -2) @ away, vectors.shape[2])
 
 
 class SteeredProcessor(nn.Module):
@@ -194,7 +222,8 @@ class SteeredProcessor(nn.Module):
             # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
             bias = _joined([self._bias(scores, part) for part in parts])
             mask = self._mask(attn, scores, bias, slice(None))
-            output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+            with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
+                output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
             return self._mixed(attn, hidden_states, encoder_hidden_states, output, **kwargs)
         return self._in_parts(attn, scores, parts, **kwargs)
 
@@ -212,7 +241,8 @@ class SteeredProcessor(nn.Module):
         outputs = []
         for index, part in enumerate(parts):
             mask = self._mask(attn, scores, self._bias(scores, part) if index else first, part)
-            outputs.append(self.inner(attn, hidden_states[:, part], hidden_states, mask, **kwargs))
+            with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
+                outputs.append(self.inner(attn, hidden_states[:, part], hidden_states, mask, **kwargs))
         return torch.cat(outputs, dim=1)
 
     def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
@@ -257,6 +287,26 @@ class SteeredProcessor(nn.Module):
         if mask is None:
             return full
         return full + (mask if mask.shape[0] == full.shape[0] else mask.repeat_interleave(heads, dim=0))
+
+
+@contextmanager
+def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None, rows: int) -> Iterator[None]:
+    """Keep diffusers from copying a mask (R,q,K) for every head where the processor can do with a view.
+
+    ``Attention.prepare_attention_mask`` repeats it to (R*H,q,K), which these processors then view as (R,H,q,K).
+    """
+    kind = f"{type(processor).__module__}.{type(processor).__name__}"
+    if mask is None or mask.shape[0] != rows or kind not in _VIEWING:
+        yield
+        return
+    own = vars(attn).get("prepare_attention_mask")
+    attn.prepare_attention_mask = lambda given, *args, **kwargs: given[:, None].expand(-1, attn.heads, -1, -1)
+    try:
+        yield
+    finally:
+        del attn.prepare_attention_mask
+        if own is not None:
+            attn.prepare_attention_mask = own
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

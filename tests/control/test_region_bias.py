@@ -147,3 +147,40 @@ def test_bias_moves_attention_into_the_region() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RegionBias(**options)
+
+
+def test_moments_of_the_keys_are_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again for another text, in another call, or where other rows carry the prompt."""
+    arrays = golden("region_bias")
+    bound = RegionBias().bind(bare_pipe(), [scene(arrays)])
+    attn, text, computed = layer(arrays), arrays["encoder_hidden_states"], []
+    compute = Scores.key.func  # type: ignore[attr-defined]
+
+    def count(scores: Scores) -> Tensor:
+        computed.append(scores)
+        return compute(scores)
+
+    monkeypatch.setattr(Scores.key, "func", count)
+
+    @torch.no_grad()
+    def bias(source: Tensor, guided: slice = slice(1, 2)) -> Tensor:
+        hidden = torch.randn(2, 64, 32)
+        scores = Scores(attn, hidden, source, None, guided)
+        result = bound.attention_bias(context(), site((8, 8)), scores, slice(None))
+        assert result is not None
+        fresh = Scores(attn, hidden, source, None, guided).block(slice(None)).flatten(1).std(dim=1)
+        torch.testing.assert_close(result.abs().max(), 0.5 * 5 * fresh.max() * arrays["strength"].abs().max())
+        computed.pop()  # that of the check
+        return result
+
+    bias(text)
+    bias(text)
+    assert len(computed) == 1
+    bias(text + 1)
+    bias(text)
+    assert len(computed) == 3
+    bias(text, slice(0, 1))
+    assert len(computed) == 4
+    bound.begin_call({})
+    bias(text, slice(0, 1))
+    assert len(computed) == 5
