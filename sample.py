@@ -1,11 +1,14 @@
-"""Draw pictures that follow a condition inside a mask.
+"""Draw pictures that follow a condition inside a mask, or a layout of regions.
 
   python sample.py --prompt "a red circle" --image photo.png --mask mask.png --adapter runs/canny
   python sample.py --prompt "a red circle" --condition_image edges.png --adapter runs/canny --seeds 1 2 3
+  python sample.py --layout scene.json --control bias guidance --set strength=0.6
+  python sample.py --layout scene.json --sweep strength=0,.3,.6 outside_strength=0,.2
+  python sample.py --layout scene.json --compare all
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
-Writes one PNG per prompt and seed, sheet.png with all of them beside the condition, and sample.json, which repeats the
-run. Several adapters at once: every adapter flag takes one value for all or one for each.
+Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and
+sample.json, which repeats the run. With several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.base import load_pipeline, set_scheduler
+from localctl.base import load_pipeline, same_base, set_scheduler
 from localctl.sampling import generate
 from localctl.sampling_cli import build_controls, parse, prepare, reproducing_options
 from localctl.sampling_files import open_output, save
@@ -29,18 +32,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipe = load_pipeline(job.base, device=job.device)
         if options.scheduler is not None:
             set_scheduler(pipe, options.scheduler)
-        output = generate(
-            pipe,
-            job.layouts,
-            controls,
-            options.seeds,
-            batch_size=options.batch_size,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            negative_prompt=options.negative_prompt,
-        )
-        conditions, masks = zip(*((item.condition, item.mask) for item in job.adapters), strict=True)
-        for path in save(output, reproducing_options(job), conditions, masks, folder):
+        outputs = []
+        for variant in job.variants:
+            output = generate(
+                pipe,
+                job.layouts,
+                [*controls, *variant.controls],
+                options.seeds,
+                batch_size=options.batch_size,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                negative_prompt=options.negative_prompt,
+            )
+            outputs.append((variant, output))
+        conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
+        read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
+        for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):
             print(path)
     except ValueError as error:
         print(f"sample.py: {error}", file=sys.stderr)

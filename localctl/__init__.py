@@ -20,12 +20,21 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AttentionMaps": "localctl.control.attention_maps",
+    "DenseModulation": "localctl.control.dense",
+    "ForwardGuidance": "localctl.control.forward_guidance",
     "Layout": "localctl.layout",
+    "LayoutGuidance": "localctl.control.layout_guidance",
     "LocalAdapter": "localctl.adapter",
     "LocalAdapterControl": "localctl.control.local_adapter",
+    "NegativePrompts": "localctl.control.negative_prompts",
+    "Region": "localctl.layout",
+    "RegionBias": "localctl.control.region_bias",
     "attach": "localctl.sampling",
     "generate": "localctl.sampling",
+    "load_layout": "localctl.layout_io",
     "load_pipeline": "localctl.base",
+    "save_layout": "localctl.layout_io",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -156,6 +156,18 @@ def grid(
     return sheet
 
 
+def captioned(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """``picture`` on white with lines of text under it; those too long for its width end in "..."."""
+    line, font = 14, ImageFont.load_default()
+    result = Image.new("RGB", (picture.width, picture.height + line * len(lines)), "white")
+    result.paste(picture.convert("RGB"))
+    draw = ImageDraw.Draw(result)
+    for index, text in enumerate(lines):
+        shown = _shorten(draw, text, picture.width - 4, font)
+        draw.text((2, picture.height + line * index + 1), shown, fill="black", font=font)
+    return result
+
+
 def _check_header(picture: Image.Image, name: str) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

@@ -1,23 +1,145 @@
-"""What to draw: one prompt and a size. Several prompts are a list of layouts."""
+"""What to draw and where: one prompt, a size and regions. Several prompts are a list of layouts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
+from localctl.images import outline
+from localctl.masks import resize_mask
+from localctl.phrases import find_phrase
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
+_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A phrase of the prompt and the place it belongs to.
+
+    Args:
+        phrase: words of the prompt, found as whole words in any case. None or "" for a part of the picture without
+            words; it then takes part in self-attention alone.
+        box: xyxy in [0, 1], or several such boxes for one phrase.
+        mask: (H, W) or (1, H, W) in [0, 1], 1 = here; any size, it is stretched over the picture. Instead of a box.
+        occurrence: which of the phrase's appearances in the prompt is meant, from 0.
+        strength, outside_strength: factors of the control's own, inside and outside the region; 0 = no effect.
+        start, end: steered in the outer steps from start up to, not including, end (fractions of the steps of a call).
+        prompt: a text of the region's own, for controls that use one. negative_prompt: the same for what to avoid.
+
+    Raises:
+        ValueError: neither or both of box and mask; a box that is reversed, empty or out of range; an empty mask.
+    """
+
+    phrase: str | None = None
+    box: Box | Sequence[Box] | None = None
+    mask: Tensor | None = None
+    occurrence: int = 0
+    strength: float = 1.0
+    outside_strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    prompt: str | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("phrase", "prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if not (text is None or isinstance(text, str)):
+                raise ValueError(f"The {name} of a region is a text, not {text!r}.")
+            object.__setattr__(self, name, (text or "").strip() or None)
+        if (self.box is None) == (self.mask is None):
+            raise ValueError(f"The region {self.name} needs either a box or a mask.")
+        if self.box is not None:
+            object.__setattr__(self, "box", _checked_boxes(self.name, self.box))
+        else:
+            object.__setattr__(self, "mask", _checked_mask(self.name, self.mask))
+        if not isinstance(self.occurrence, int) or self.occurrence < 0:
+            raise ValueError(f"The occurrence of the region {self.name} counts from 0, not {self.occurrence!r}.")
+        for name in ("strength", "outside_strength"):
+            if not _is_number(getattr(self, name)):
+                raise ValueError(f"The {name} of the region {self.name} is a number, not {getattr(self, name)!r}.")
+        if not (_is_number(self.start) and _is_number(self.end) and 0 <= self.start < self.end <= 1):
+            raise ValueError(
+                f"The region {self.name} needs 0 <= start < end <= 1 (fractions of the steps), "
+                f"not {self.start} and {self.end}."
+            )
+
+    @property
+    def name(self) -> str:
+        """What messages and pictures call it."""
+        return repr(self.phrase) if self.phrase else "without words"
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """All boxes, xyxy in [0, 1]; empty for a region with a mask."""
+        return () if self.box is None else self.box  # type: ignore[return-value]  # normalised on entry
+
+    def within(self, step: int, num_steps: int) -> bool:
+        """Whether the region is steered in this outer step."""
+        return self.start <= step / num_steps < self.end
+
+    def coverage(self, size: tuple[int, int], mode: str = "area") -> Tensor:
+        """(h, w) in [0, 1]: how far each cell of a grid of ``size`` = (h, w) belongs to the region.
+
+        ``mode``: as :func:`localctl.masks.resize_mask`, or ``centre``: wholly if the cell's centre is inside, else not;
+        ``floor``: boxes with all ends rounded down to whole cells, masks as ``nearest``.
+        """
+        if mode not in CELL_MODES:
+            raise ValueError(f"Unknown mask resize {mode!r}; choose one of {', '.join(CELL_MODES)}.")
+        if self.mask is None:
+            rows = [side_coverage(top, bottom, size[0], mode) for _, top, _, bottom in self.boxes]
+            columns = [side_coverage(left, right, size[1], mode) for left, _, right, _ in self.boxes]
+            return (torch.stack(rows)[:, :, None] * torch.stack(columns)[:, None]).amax(dim=0)
+        if mode == "centre":
+            # Between the four pixels around the centre: inside only where all four are.
+            mask = torch.nn.functional.interpolate(self.mask[None], size=size, mode="bilinear")[0, 0]
+            return (mask >= self.mask.max() * (1 - 1e-6)).float()
+        return resize_mask(self.mask[None], size, "nearest" if mode == "floor" else mode)[0, 0]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Region):
+            return NotImplemented
+        if (self.mask is None) != (other.mask is None):
+            return False
+        same = self.mask is None or torch.equal(self.mask, other.mask)  # type: ignore[arg-type]
+        names = [field.name for field in fields(self) if field.name != "mask"]
+        return same and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def __hash__(self) -> int:
+        return hash((self.phrase, self.box, self.occurrence, self.prompt))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One prompt and, if it matters, the picture's size in pixels (None = the base's own size).
+    """One prompt and, if they matter, the picture's size in pixels (None = the base's own) and regions.
 
-    ValueError when only one of height and width is given, or a size is no positive multiple of 8.
+    Args:
+        prompt: one text.
+        height, width: both or neither; positive multiples of 8.
+        regions: at most one per word of the prompt; their phrases may not overlap.
+        overlap: where regions cover the same place: ``share`` all of them count; ``first`` or ``last`` in the list, or
+            the ``smallest``, hides the others; ``error`` refuses such a layout.
+
+    Raises:
+        ValueError: sizes that do not fit; a phrase that is not in the prompt or overlaps another; a region that lies
+            wholly under others; an unknown overlap policy.
     """
 
     prompt: str
     height: int | None = None
     width: int | None = None
+    regions: tuple[Region, ...] = ()
+    overlap: str = "share"
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
@@ -26,11 +148,98 @@ class Layout:
             raise ValueError(f"Give a layout both height and width or neither, not {self.height} and {self.width}.")
         for name in ("height", "width"):
             check_side(name, getattr(self, name))
+        object.__setattr__(self, "regions", tuple(self.regions))
+        for region in self.regions:
+            if not isinstance(region, Region):
+                raise ValueError(f"The regions of a layout are Region objects, not {type(region).__name__}.")
+        if self.overlap not in OVERLAPS:
+            raise ValueError(f"Unknown overlap policy {self.overlap!r}; choose one of {', '.join(OVERLAPS)}.")
+        _check_phrases(self)
+        _check_overlap(self)
 
     @property
     def size(self) -> tuple[int, int] | None:
         """(height, width) in pixels, or None for the base's own size."""
         return None if self.height is None or self.width is None else (self.height, self.width)
+
+    def characters(self, region: Region) -> tuple[int, int] | None:
+        """Where the region's phrase stands in the prompt: [first, last) characters; None for one without words."""
+        if region.phrase is None:
+            return None
+        found = find_phrase(self.prompt, region.phrase)
+        if region.occurrence < len(found):
+            return found[region.occurrence]
+        words = " | ".join(self.prompt.split())
+        if found:
+            raise ValueError(
+                f"The phrase {region.phrase!r} stands {len(found)} times in the prompt ({words}), so there is no "
+                f"occurrence {region.occurrence}; they count from 0."
+            )
+        raise ValueError(f"The phrase {region.phrase!r} is not in the prompt ({words}); use words of the prompt.")
+
+    def masks(self, size: tuple[int, int], mode: str = "area") -> Tensor:
+        """(n, 1, h, w) float32 in [0, 1]: each region on a grid of ``size`` = (h, w), overlaps resolved.
+
+        However coarse the grid, every region keeps at least one cell that is as full as its fullest pixel.
+        """
+        if not self.regions:
+            return torch.zeros(0, 1, *size)
+        whole = torch.stack([region.coverage(size, mode) for region in self.regions])  # (n,h,w)
+        shown = resolve_overlap(whole, self.overlap)
+        kept = []
+        for region, all_of_it, part in zip(self.regions, whole, shown, strict=True):
+            peak = 1.0 if region.mask is None else float(region.mask.max())
+            if not part.any():  # too small for this grid, or hidden on it: the cells that hold most of it
+                part = all_of_it if all_of_it.any() else region.coverage(size)
+                part = (part >= part.max() * (1 - 1e-6)).float()
+            kept.append(part / part.max() * peak if part.max() < peak else part)
+        return torch.stack(kept)[:, None]
+
+    @classmethod
+    def from_segments(
+        cls,
+        segments: Sequence[Region],
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        overlap: str = "share",
+    ) -> Layout:
+        """A layout of segments; without a ``prompt``, their phrases joined by commas are the prompt.
+
+        Then each segment means its own part, whatever ``occurrence`` says. ValueError as for the layout itself, or when
+        there is neither a prompt nor a phrase.
+        """
+        if prompt is not None:
+            return cls(prompt, height, width, tuple(segments), overlap)
+        phrases = [" ".join(segment.phrase.split()) for segment in segments if segment.phrase]
+        if not phrases:
+            raise ValueError("There is neither a prompt nor a segment with words to build one from; give a prompt.")
+        prompt = ", ".join(phrases)
+        regions, first = [], 0
+        for segment in segments:
+            if segment.phrase:
+                phrase = " ".join(segment.phrase.split())
+                starts = [start for start, _ in find_phrase(prompt, phrase)]
+                segment = replace(segment, phrase=phrase, occurrence=starts.index(first))
+                first += len(phrase) + len(", ")
+            regions.append(segment)
+        return cls(prompt, height, width, tuple(regions), overlap)
+
+    def draw(self, picture: Image.Image | None = None) -> Image.Image:
+        """The regions' outlines and phrases on a copy of ``picture``, or on white."""
+        height, width = self.size or (512, 512)
+        result = Image.new("RGB", (width, height), "white") if picture is None else picture.convert("RGB")
+        font = ImageFont.load_default()
+        masks = self.masks((result.height, result.width), "area")
+        for index, (region, mask) in enumerate(zip(self.regions, masks, strict=True)):
+            color = _COLORS[index % len(_COLORS)]
+            result = outline(result, mask / mask.max(), color)
+            rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
+            corner = int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2
+            pen = ImageDraw.Draw(result)
+            pen.rectangle(pen.textbbox(corner, region.phrase or "-", font=font), fill="white")
+            pen.text(corner, region.phrase or "-", fill=color, font=font)
+        return result
 
 
 def check_side(name: str, value: int | None) -> None:
@@ -47,3 +256,68 @@ def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, .
     if not several:
         raise ValueError("There is no layout to draw; give at least one prompt.")
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
+
+
+def _check_phrases(layout: Layout) -> None:
+    spans = [(layout.characters(region), region) for region in layout.regions if region.phrase]
+    for index, (span, region) in enumerate(spans):
+        assert span is not None
+        for other, earlier in spans[:index]:
+            assert other is not None
+            if span[0] < other[1] and other[0] < span[1]:
+                raise ValueError(
+                    f"The phrases {earlier.phrase!r} and {region.phrase!r} overlap in the prompt {layout.prompt!r}; "
+                    "give each region words of its own (occurrence= picks a later one)."
+                )
+
+
+def _check_overlap(layout: Layout) -> None:
+    if layout.overlap == "share" or len(layout.regions) < 2:
+        return
+    height, width = layout.size or (512, 512)
+    coverage = torch.stack([region.coverage((height // 8, width // 8)) for region in layout.regions])
+    if layout.overlap == "error" and float(coverage.sum(dim=0).max()) > 1 + 1e-4:
+        place = (coverage.sum(dim=0) > 1 + 1e-4).nonzero()[0]
+        names = [region.name for region, cover in zip(layout.regions, coverage, strict=True) if cover[tuple(place)] > 0]
+        raise ValueError(f"The regions {' and '.join(names)} overlap; choose another overlap policy to allow it.")
+    for region, shown in zip(layout.regions, resolve_overlap(coverage, layout.overlap), strict=True):
+        if float(shown.max()) < 1e-4:
+            raise ValueError(
+                f"The region {region.name} lies wholly under others by the overlap policy {layout.overlap!r}; "
+                "move it or choose another policy."
+            )
+
+
+def _checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
+    """One box or several as a tuple of boxes."""
+    try:
+        several = list(box)
+        several = [several] if several and not isinstance(several[0], (list, tuple)) else several
+        boxes = tuple(tuple(float(value) for value in one) for one in several)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {box!r}.") from error
+    for one in boxes or ((),):
+        if len(one) != 4:
+            raise ValueError(f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {one}.")
+        if not all(0 <= value <= 1 for value in one):  # NaN fails, too
+            raise ValueError(f"The box {one} of the region {name} leaves [0, 1]; divide pixels by width and height.")
+        if not (one[0] < one[2] and one[1] < one[3]):
+            raise ValueError(f"The box {one} of the region {name} is reversed or empty; it needs x0 < x1 and y0 < y1.")
+    return boxes  # type: ignore[return-value]
+
+
+def _checked_mask(name: str, mask: Any) -> Tensor:
+    """(H,W) or (1,H,W) as float32 (1,H,W)."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != 1):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"The mask of the region {name} is a tensor (H, W) or (1, H, W), not {shape}.")
+    mask = mask.detach().float().cpu().reshape(1, *mask.shape[-2:])
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(f"The mask of the region {name} has values outside [0, 1]; divide 8-bit values by 255.")
+    if not mask.any():
+        raise ValueError(f"The mask of the region {name} is empty; paint its place in white or leave the region out.")
+    return mask
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from localctl.images import load_image
 from localctl.layout import Layout, check_side
 from localctl.masks import load_mask
 from localctl.sampling_files import INPUTS, RECORD
+from localctl.sampling_regions import Variant, add_flags, layout_paths, load_layouts, plan
 
 _COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray pictures a little
 
@@ -48,13 +49,14 @@ class AdapterJob:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs; ``options`` are the flags that reproduce it."""
+    """Everything a run needs; ``options`` are the flags that reproduce it, ``variants`` the ways to draw them."""
 
     layouts: list[Layout]
     adapters: list[AdapterJob]
     base: BaseConfig
     device: torch.device
     options: argparse.Namespace
+    variants: list[Variant]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,13 +83,14 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     group.add_argument("--weight", nargs="+", type=float, default=[1.0], help="strength (default 1)")
     group.add_argument("--start", nargs="+", type=float, default=[0.0], help="active from this fraction of the steps")
     group.add_argument("--end", nargs="+", type=float, default=[1.0], help="active up to this fraction of the steps")
-    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the one the adapter was trained on")
+    add_flags(parser)
+    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
     add("--seeds", nargs="+", type=int, default=[0], help="one picture per prompt and seed")
     add("--num_inference_steps", type=int, default=30)
     add("--guidance_scale", type=float, help="default: the base's own (micro 2, others 7.5)")
     add("--negative_prompt")
-    add("--height", type=int, help="must be the condition's own height; default")
-    add("--width", type=int, help="must be the condition's own width; default")
+    add("--height", type=int, help="default, and with a condition the only one: the condition's or the layout's own")
+    add("--width", type=int, help="as --height")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: the base's own")
     add("--batch_size", type=int, default=4, help="pictures at once; does not change them")
     add("--dtype", choices=list(DTYPES), default="float32")
@@ -104,9 +107,10 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
     options = parser.parse_args(argv)
     if options.from_json is not None:
         options = parser.parse_args([*_recorded_flags(Path(options.from_json), parser), *argv])
-    for name in ("prompt", "adapter"):
-        if not getattr(options, name):
-            raise ValueError(f"There is no {name}; give --{name}.")
+    if not options.prompt and not options.layout:
+        raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
+    if not options.adapter and not options.layout:
+        raise ValueError("There is no adapter; give --adapter, or --layout for a scene with regions.")
     return options
 
 
@@ -140,16 +144,30 @@ def prepare(options: argparse.Namespace) -> Job:
     """Check everything that can be checked without loading a model. ValueError in one sentence."""
     _check_numbers(options)
     device = _device(options.device)
-    folders = [find_adapter(path) for path in options.adapter]
+    scenes = load_layouts(options)
+    folders = [find_adapter(path) for path in options.adapter or ()]
     configs = [_adapter_config(folder) for folder in folders]
-    base = _base_name(options.base, folders, configs)
+    base = _base_name(options.base, folders, configs) if folders else options.base or "micro"
+    variants = plan(options, base)
     spec = resolve_base(base)
     if options.guidance_scale is None:  # recorded as a number, so that a later default changes no picture
         options.guidance_scale = spec.guidance_scale
     adapters = [_adapter_job(options, index, *pair) for index, pair in enumerate(zip(folders, configs, strict=True))]
-    height, width = _common_size(options, adapters)
-    layouts = [Layout(prompt, height, width) for prompt in options.prompt]
-    return Job(layouts, adapters, BaseConfig(name=base, dtype=options.dtype), device, options)
+    size = _common_size(options, adapters) if adapters else (options.height, options.width)
+    scenes = scenes or [Layout(prompt) for prompt in options.prompt]
+    layouts = [_sized(scene, size) for scene in scenes]
+    return Job(layouts, adapters, BaseConfig(name=base, dtype=options.dtype), device, options, variants)
+
+
+def _sized(layout: Layout, size: tuple[int | None, int | None]) -> Layout:
+    """The layout in the size (height, width) of the run, as far as that is said. ValueError when it has another."""
+    height, width = size[0] or layout.height, size[1] or layout.width
+    if layout.size not in (None, (height, width)):
+        raise ValueError(
+            f"The layout is {layout.width}x{layout.height} pixels but the picture is to be {width}x{height}; "
+            "change the layout, or leave its size out."
+        )
+    return replace(layout, height=height, width=width)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -162,11 +180,16 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
+    if not options.adapter:
+        for name in (*(item for item in INPUTS if item != "layout"), "condition"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} is for an adapter, and there is none; give --adapter.")
+        return
     if options.image and options.condition_image:
         raise ValueError("Give either --image or --condition_image, not both.")
     if not options.image and not options.condition_image:
         raise ValueError("There is nothing to follow; give --image or --condition_image.")
-    for name in (*INPUTS, "condition", "weight", "start", "end"):
+    for name in (*(item for item in INPUTS if item != "layout"), "condition", "weight", "start", "end"):
         count = len(getattr(options, name) or [None])
         if count not in (1, len(options.adapter)):
             raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
@@ -314,5 +337,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         **vars(job.options),
         "from_json": None,
         "base": lasting_name(job.base.name),
-        "adapter": [str(item.folder) for item in job.adapters],
+        "adapter": [str(item.folder) for item in job.adapters] or None,
+        "layout": layout_paths(job.options) or None,
     }

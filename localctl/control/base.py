@@ -6,15 +6,19 @@ layouts; the resulting :class:`BoundControl` holds what is computed once per att
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.control.sites import Scores, Site
 from localctl.layout import Layout
 
 
@@ -22,9 +26,9 @@ from localctl.layout import Layout
 class CallContext:
     """Where one call of the U-Net stands.
 
-    step, num_steps: the outer sampling step, 0 <= step < num_steps. Schedulers of second order call the U-Net twice in
-        one step.
-    timestep: what the U-Net was given.
+    step, num_steps: the outer sampling step, 0 <= step < num_steps, of those this call of the pipeline makes (with
+        image-to-image not all of the schedule's). Schedulers of second order call the U-Net twice in one step.
+    timestep: what the U-Net was given. sigma: its noise level, sqrt((1 - abar) / abar).
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
@@ -40,18 +44,103 @@ class CallContext:
     image_size: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
+    sigma: float = math.nan
+
+    @property
+    def guided_rows(self) -> slice:
+        """The rows that carry the prompt: pipelines put them last."""
+        first = self.conditional.index(True)
+        assert all(self.conditional[first:])
+        return slice(first, len(self.conditional))
+
+    @property
+    def guided_layouts(self) -> tuple[int, ...]:
+        """For each row that carries the prompt, the index of its layout."""
+        return self.layout_of_row[self.guided_rows]
 
     def within(self, start: float, end: float) -> bool:
         """Whether this step lies in [start, end), as fractions of all outer steps. Windows that meet share no step."""
         return start <= self.step / self.num_steps < end
 
+    def only(self, images: Sequence[int]) -> CallContext:
+        """The same place for a call with nothing but the prompt rows of these pictures."""
+        layouts = self.guided_layouts
+        chosen = tuple(layouts[image] for image in images)
+        return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
+
+
+Attend = Callable[[Tensor, Sequence[int]], Tensor]
+
+
+class RunUNet(Protocol):
+    """Runs the U-Net of the present call once more, on the prompt rows of some of its pictures."""
+
+    def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> AbstractContextManager[None]:
+        """``latents`` (m, c, h, w), with gradients if they want them, for pictures number ``images``. All that steers
+        the call steers this run, too; ``reader`` sees its attention and may raise :class:`EndOfRun` when it has seen
+        enough. Take gradients within the context: layers under gradient checkpointing are run again for them."""
+
+
+class EndOfRun(Exception):
+    """Raised by the reader of a :class:`RunUNet` to end that run early."""
+
 
 class BoundControl:
-    """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need."""
+    """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
+
+    At each call of the U-Net, ``down_residuals``, ``text`` and ``shift_latents`` change its inputs; at each attention
+    layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention`` are called, in
+    this order.
+
+    moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
+    only_looks: changes nothing, and is left out when another control runs the U-Net for itself.
+    """
+
+    moves_latents = False
+    only_looks = False
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        """The pipeline begins to draw; ``arguments`` are those of its ``encode_prompt``."""
+
+    def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+        """Hook on the latents, for controls whose ``moves_latents`` is set: what to add to the noisy latents
+        (n, c, h, w) before this step, one row per picture, float32; or None.
+
+        ``latents`` are what the U-Net is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
+        whatever the scheduler's own scale; the shift is of the same scale."""
+        return None
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
         """Hook on the inputs of the U-Net: tensors (R, c, h, w) added within its down blocks, one per block, finest
         first; or None to leave this call alone. They must be the caller's to keep: the U-Net may write to them."""
+        return None
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        """Hook on the inputs of the U-Net: another text context (R, K, C) in place of ``text``, which must not be
+        written to; or None. Biases are then computed from the new one."""
+        return None
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        """Whether this control wants the hooks below to be called at ``site`` in this call of the U-Net."""
+        return False
+
+    def max_queries(self, site: Site, scores: Scores) -> int:
+        """How many queries of this site the next two hooks can be given at once; a limit of memory."""
+        return site.cells
+
+    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+        """What to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K); or None,
+        for all queries of the site, to leave the layer exactly as it is. It sees the scores before any bias."""
+        return None
+
+    def read_attention(
+        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+    ) -> None:
+        """Look at the scores of these queries and the sum of all controls' biases; change neither."""
+
+    def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
+        """At cross-attention: another output (R, Q, C) in place of ``output``, or None. ``attend(text, rows)`` runs the
+        layer again for these rows of the batch with other texts (r, K, C), without any bias: (r, Q, C)."""
         return None
 
 

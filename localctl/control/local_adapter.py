@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
 from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.sites import level_sizes
 from localctl.layout import Layout
 
 
@@ -122,14 +123,12 @@ def residual_shapes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple
 
     Blocks with cross-attention take it before they shrink, blocks without after.
     """
+    sizes = level_sizes(unet, latent_size)
     shapes: list[tuple[int, ...]] = []
-    height, width = latent_size
-    for block, channels in zip(unet.down_blocks, unet.config.block_out_channels, strict=True):
-        halved = ((height + 1) // 2, (width + 1) // 2) if block.downsamplers is not None else (height, width)
+    for index, (block, channels) in enumerate(zip(unet.down_blocks, unet.config.block_out_channels, strict=True)):
         attends = getattr(block, "has_cross_attention", False)
-        shapes.append((channels, height, width) if attends else (channels, *halved))
-        height, width = halved
-    return [*shapes, (channels, height, width)]
+        shapes.append((channels, *sizes[index if attends else index + 1]))
+    return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]
 
 
 def _batched(name: str, tensor: Tensor) -> Tensor:

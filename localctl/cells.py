@@ -1,0 +1,46 @@
+"""Regions on the coarse grids of a U-Net: how far a cell is covered, and who owns it where regions overlap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from localctl.masks import MASK_RESIZE
+
+OVERLAPS = ("share", "first", "last", "smallest", "error")
+CELL_MODES = (*MASK_RESIZE, "centre", "floor")
+
+
+def resolve_overlap(coverage: Tensor, overlap: str) -> Tensor:
+    """``coverage`` (n, h, w) in [0, 1] with what is hidden taken away, by the ``overlap`` policy of a layout."""
+    if overlap in ("share", "error"):
+        return coverage
+    order = list(range(len(coverage)))  # the topmost first
+    if overlap == "last":
+        order.reverse()
+    elif overlap == "smallest":
+        order.sort(key=lambda index: float(coverage[index].sum()))
+    shown, left = torch.zeros_like(coverage), torch.ones_like(coverage[0])
+    for index in order:
+        shown[index] = torch.minimum(coverage[index], left)
+        left = left - shown[index]
+    return shown
+
+
+def side_coverage(first: float, last: float, count: int, mode: str) -> Tensor:
+    """(count,) in [0, 1]: how far each of ``count`` equal cells of [0, 1] is inside [first, last]."""
+    edges = torch.linspace(0, 1, count + 1, dtype=torch.float64)
+    share = (edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)).clamp(min=0) * count
+    if mode == "area":
+        return share.clamp(max=1).float()
+    if mode == "inside":
+        return (share > 1 - 1e-6).float()
+    if mode == "cover":
+        return (share > 1e-6).float()
+    if mode == "floor":  # both ends rounded down
+        ends = [math.floor(end * count + 1e-9) for end in (first, last)]
+        return torch.tensor([float(ends[0] <= cell < ends[1]) for cell in range(count)])
+    point = edges[:-1] + (0.5 / count if mode == "centre" else 0.0)  # nearest takes the cell's first corner
+    return ((point >= first - 1e-9) & (point < last - 1e-9)).float()

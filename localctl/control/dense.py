@@ -1,0 +1,222 @@
+"""Dense modulation: attention scores are pulled towards a layout of segments, without leaving their range of values.
+
+The method of DenseDiffusion (arXiv 2308.12964, eq. 3-5). For each query i and key j with score s_ij,
+
+    s'_ij = s_ij + lambda_i * (max_k s_ik - s_ij)   where i and j belong together,
+    s'_ij = s_ij - lambda_i * (s_ij - min_k s_ik)   elsewhere,
+    lambda_i = w * (t / 1000)^5 * (1 - size_regularisation * area_i).
+
+In cross-attention a cell belongs to the tokens of its segment's phrase, in self-attention to the cells of its segment;
+area_i is the share of the picture that the segments of cell i cover. The rows of the negative prompt stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.cells import CELL_MODES
+from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.region_bias import check_strength
+from localctl.control.regions import BoundRegions, encode_texts
+from localctl.control.sites import Scores, Site
+from localctl.layout import Layout, Region
+from localctl.phrases import positions_of
+
+RESTS = ("published", "segment")
+
+
+@dataclass(frozen=True)
+class DenseModulation(Control):
+    """Modulate self- and cross-attention towards the regions, which are meant to cover most of the picture.
+
+    Args:
+        w_cross, w_self: weights of the modulation of cross- and self-attention, w_c and w_s of the paper; a region's
+            strength multiplies them. 0 = no effect. In [0, 1], so that scores stay in their range.
+        size_regularisation: 1 = large segments are modulated less, by their area; 0 = all alike.
+        start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
+        separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
+        rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
+            more segment, with the words that are left over, fit for layouts of few boxes.
+        mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`.
+        memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it.
+
+    Raises:
+        ValueError: a weight or limit out of range, or a window that is none; when attached, as for
+            :func:`localctl.phrases.token_positions`.
+    """
+
+    w_cross: float = 1.0
+    w_self: float = 0.3
+    size_regularisation: float = 1.0
+    start: float = 0.0
+    end: float = 0.3
+    separate_texts: bool = True
+    rest: str = "published"
+    mask_resize: str = "nearest"
+    memory_limit: float = 256.0
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        for name in ("w_cross", "w_self", "size_regularisation"):
+            check_strength(name, getattr(self, name))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} lies in [0, 1], not {getattr(self, name)}; scores would leave their range.")
+        if self.rest not in RESTS:
+            raise ValueError(f"Unknown rest {self.rest!r}; choose one of {', '.join(RESTS)}.")
+        if self.mask_resize not in CELL_MODES:
+            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
+        if not self.memory_limit > 0:
+            raise ValueError(f"The memory limit is a positive number of MiB, not {self.memory_limit}.")
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        for layout in layouts:
+            for region in layout.regions:
+                if not 0 <= region.strength <= 1:
+                    raise ValueError(
+                        f"The strength of the region {region.name} must lie in [0, 1] for DenseModulation, "
+                        f"not {region.strength}."
+                    )
+        return _BoundDense(self, pipe, BoundRegions(pipe, layouts, self.mask_resize))
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """The segments of all rows with the prompt on one site's grid; s is the number of segments, the rest among them."""
+
+    member: Tensor  # (n,s,Q) 0 or 1
+    strength: Tensor  # (n,s,1)
+    size: Tensor  # (n,Q,1): 1 - size_regularisation * area_i
+    own: Tensor  # (n,Q,1): the strength of each cell's own segments
+
+    def cross(self, words: Tensor, queries: slice) -> Tensor:
+        """(n,q,K): lambda_i / (w (t/1000)^5), negative where a cell and a token do not belong together.
+
+        ``words`` (n,s,K): 1 where a token is of a segment's phrase.
+        """
+        member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
+        inside = member @ (words * self.strength)
+        outside = (1 - member) @ (words * self.strength)
+        free = 1 - words.amax(dim=1, keepdim=True)  # (n,1,K): tokens of no phrase, which are the rest's
+        of_free = (2 * member[..., -1:] - 1) * self.own[:, queries]  # (n,q,1)
+        return (inside - outside + free * of_free) * self.size[:, queries]
+
+    def self_(self, queries: slice) -> Tensor:
+        """(n,q,Q): the same for cells and cells."""
+        member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
+        together = (member @ self.member) > 0
+        inside = torch.zeros_like(together, dtype=member.dtype)
+        for index in range(self.member.shape[1]):
+            pair = member[:, :, index, None] * (self.member[:, index, None] * self.strength[:, index, None])
+            inside = torch.maximum(inside, pair)
+        return torch.where(together, inside, -self.own[:, queries]) * self.size[:, queries]
+
+
+class _BoundDense(BoundControl):
+    def __init__(self, control: DenseModulation, pipe: DiffusionPipeline, regions: BoundRegions) -> None:
+        self.control = control
+        self.pipe = pipe
+        self.regions = regions
+        self.timesteps = pipe.scheduler.config.num_train_timesteps
+        self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (tokens, C)
+        self._segments: tuple[Any, _Segments | None] = (None, None)
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        self._texts = {}
+        if not self.control.separate_texts or self.control.w_cross == self.control.w_self == 0:
+            return
+        wanted = [
+            (layout, index, region.phrase)
+            for layout, scene in enumerate(self.regions.layouts)
+            for index, region in enumerate(scene.regions)
+            if region.phrase and region.strength
+        ]
+        if not wanted:
+            return
+        encoded = encode_texts(self.pipe, [phrase for _, _, phrase in wanted], arguments)  # (phrases, 77, C)
+        for (layout, index, phrase), text in zip(wanted, encoded, strict=True):
+            alone = positions_of(self.pipe, Layout(phrase, regions=(Region(phrase, (0, 0, 1, 1)),)))[0]
+            self._texts[layout, index] = text[list(alone)]
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        if not self._texts:
+            return None
+        changed = text.clone()
+        rows = range(context.guided_rows.start, context.guided_rows.stop)
+        for row, layout in zip(rows, context.guided_layouts, strict=True):
+            for index in range(len(self.regions.layouts[layout].regions)):
+                if (layout, index) in self._texts:
+                    alone = self._texts[layout, index].to(text)
+                    positions = self.regions.tokens(layout, index, text.shape[1])[: len(alone)]
+                    changed[row, positions] = alone[: len(positions)]
+        return changed
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        weight = self.control.w_cross if site.cross else self.control.w_self
+        active = weight and context.within(self.control.start, self.control.end)
+        return bool(active) and any(any(self.regions.strengths(layout, context)) for layout in context.guided_layouts)
+
+    def max_queries(self, site: Site, scores: Scores) -> int:
+        # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.
+        per_query = 4 * 4 * scores.hidden_states.shape[0] * scores.attn.heads * scores.keys
+        return max(1, int(self.control.memory_limit * 2**20) // per_query)
+
+    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+        segments = self._segments_at(context, site)
+        if site.cross:
+            signed = segments.cross(self._words(context, segments, scores.keys), queries)
+        else:
+            signed = segments.self_(queries)  # (n,q,K)
+        weight = self.control.w_cross if site.cross else self.control.w_self
+        amount = weight * (context.timestep / self.timesteps) ** 5
+        block = scores.block(queries)  # (n,H,q,K)
+        low, high = block.aminmax(dim=-1, keepdim=True)
+        target = torch.where(signed[:, None] > 0, high, low)
+        return target.sub_(block).mul_(signed.abs_().mul_(amount)[:, None])
+
+    def _segments_at(self, context: CallContext, site: Site) -> _Segments:
+        """The segments on the site's grid; those of the last site are kept, the parts of its queries ask again."""
+        strengths = tuple(self.regions.strengths(layout, context) for layout in context.guided_layouts)
+        key = (site.size, context.guided_layouts, strengths, context.device)
+        if self._segments[0] != key or self._segments[1] is None:
+            self._segments = (key, self._make_segments(context, site, strengths))
+        assert self._segments[1] is not None
+        return self._segments[1]
+
+    def _make_segments(self, context: CallContext, site: Site, strengths: tuple[tuple[float, ...], ...]) -> _Segments:
+        count = max(len(row) for row in strengths) + 1  # the last is the rest
+        member = torch.zeros(len(strengths), count, site.cells)
+        strength = torch.zeros(len(strengths), count, 1)
+        for row, (layout, values) in enumerate(zip(context.guided_layouts, strengths, strict=True)):
+            masks = self.regions.masks(layout, site)  # (r,Q)
+            if not len(masks):
+                continue
+            member[row, : len(masks)] = (masks >= 0.5 * masks.amax(dim=1, keepdim=True)).float()
+            strength[row, : len(masks), 0] = torch.tensor(values)
+            strength[row, -1] = max(values)
+            if self.control.rest == "segment":
+                member[row, -1] = 1 - member[row].amax(dim=0)
+        covered = member.amax(dim=1)  # (n,Q)
+        area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
+        size = (1 - self.control.size_regularisation * area).clamp(min=0)
+        own = torch.where(covered > 0, (member * strength).amax(dim=1), strength[:, -1])
+        tensors = (tensor.to(context.device) for tensor in (member, strength, size[..., None], own[..., None]))
+        return _Segments(*tensors)
+
+    def _words(self, context: CallContext, segments: _Segments, keys: int) -> Tensor:
+        """(n,s,K): 1 where a token is of a segment's phrase."""
+
+        def make(layout: int) -> Tensor:
+            words = torch.zeros(segments.member.shape[1], keys)
+            for index in range(len(self.regions.layouts[layout].regions)):
+                words[index, self.regions.tokens(layout, index, keys)] = 1
+            return words
+
+        words = self.regions.per_row(context, ("words", segments.member.shape[1], keys), make)
+        assert words is not None
+        return words

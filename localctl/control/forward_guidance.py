@@ -1,0 +1,130 @@
+"""Forward guidance: the cross-attention of a phrase is mixed with a smooth window over its region, without gradients.
+
+The forward form of arXiv 2304.03373. With A_uk the probability that cell u looks at token k of region r, and g_r a
+window over the region that sums to 1,
+
+    A_uk <- (1 - strength) A_uk + strength g_r(u) sum_v A_vk,
+
+so each token keeps its share of attention and the part ``strength`` of it moves into the region. Each cell's
+probabilities are then brought back to a sum of 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.cells import CELL_MODES
+from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.guidance_sites import choose_sites
+from localctl.control.region_bias import check_strength
+from localctl.control.regions import BoundRegions
+from localctl.control.sites import Scores, Site
+from localctl.layout import Layout
+
+_FLOOR = 1e-6  # of a mixed probability; its logarithm stays finite where strength is 1
+
+
+@dataclass(frozen=True)
+class ForwardGuidance(Control):
+    """Mix each phrase's attention map with a window over its region.
+
+    Args:
+        strength: in [0, 1]; a region's own multiplies it. 0 = no effect.
+        start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
+            region's own window applies within it.
+        sites: the layers to steer, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
+        mask_resize: how regions are brought to each site's grid.
+
+    Raises:
+        ValueError: a strength out of range, also of a region; a window that is none; when attached, sites that the
+            U-Net does not have, or as for :func:`localctl.phrases.token_positions`.
+    """
+
+    strength: float = 0.8
+    start: float = 0.0
+    end: float = 0.2
+    sites: tuple[str, ...] | None = None
+    mask_resize: str = "area"
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        check_strength("strength", self.strength)
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"The strength of ForwardGuidance lies in [0, 1], not {self.strength}.")
+        if self.mask_resize not in CELL_MODES:
+            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        for layout in layouts:
+            for region in layout.regions:
+                if not 0 <= self.strength * region.strength <= 1:
+                    raise ValueError(
+                        f"The strength of the region {region.name} must lie in [0, 1] for ForwardGuidance, "
+                        f"not {region.strength}."
+                    )
+        names = choose_sites(pipe.unet, ("down", "mid", "up") if self.sites is None else self.sites)
+        return _BoundForward(self, BoundRegions(pipe, layouts, self.mask_resize), names)
+
+
+class _BoundForward(BoundControl):
+    def __init__(self, control: ForwardGuidance, regions: BoundRegions, sites: Sequence[str]) -> None:
+        self.control = control
+        self.regions = regions
+        self.sites = frozenset(sites)
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        if site.name not in self.sites or not context.within(self.control.start, self.control.end):
+            return False
+        return any(any(self._strengths(layout, context)) for layout in context.guided_layouts)
+
+    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+        active = tuple(self._strengths(layout, context) for layout in context.guided_layouts)
+        key = (site.size, scores.keys, active)
+        # (n,2,Q,K): of each cell and token, the part that is moved and the window; another shape than other controls'
+        maps = self.regions.per_row(context, key, lambda layout: self._maps(layout, context, site, scores.keys))
+        if maps is None:
+            return None
+        share, window = maps[:, None].unbind(dim=2)  # (n,1,Q,K)
+        probabilities = scores.block(slice(None)).softmax(dim=-1)  # (n,H,Q,K)
+        mass = probabilities.sum(dim=2, keepdim=True)  # (n,H,1,K)
+        mixed = (1 - share) + share * window * mass / probabilities.clamp(min=torch.finfo(torch.float32).tiny)
+        bias = mixed.clamp(min=_FLOOR).log()
+        return bias[:, :, queries]
+
+    def _strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
+        regions = self.regions.layouts[layout].regions
+        strengths = self.regions.strengths(layout, context)
+        return tuple(
+            self.control.strength * strength if region.phrase else 0.0
+            for region, strength in zip(regions, strengths, strict=True)
+        )
+
+    def _maps(self, layout: int, context: CallContext, site: Site, keys: int) -> Tensor | None:
+        strengths = self._strengths(layout, context)
+        if not any(strengths):
+            return None
+        result = torch.zeros(2, site.cells, keys)
+        for index, (mask, strength) in enumerate(zip(self.regions.masks(layout, site), strengths, strict=True)):
+            window = _window(mask, site.size)
+            for token in self.regions.tokens(layout, index, keys):
+                result[0, :, token], result[1, :, token] = strength, window
+        return result
+
+
+def _window(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """(Q,): a region's mask times a Gaussian round its middle, twice as wide as the region's spread; sums to 1."""
+    rows, columns = (torch.arange(count, dtype=torch.float32) for count in size)
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)  # (2,Q)
+    weight = mask / mask.sum()
+    middle = (grid * weight).sum(dim=1, keepdim=True)
+    # Within a single cell the spread is that of the cell.
+    spread = ((grid - middle).square() * weight).sum(dim=1, keepdim=True) + 1 / 12
+    window = mask * torch.exp(-((grid - middle).square() / (2 * 4 * spread)).sum(dim=0))
+    assert math.isfinite(float(window.sum()))
+    return window / window.sum()

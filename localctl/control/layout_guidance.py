@@ -1,0 +1,212 @@
+"""Layout guidance: the gradient of an energy of the attention maps moves the latents, so that objects find their place.
+
+The method of arXiv 2304.03373. With A_uk the cross-attention of cell u to token k, for each head of each site,
+
+    E = mean over sites, heads, regions r and their tokens k of (1 - sum_{u in r} A_uk / sum_u A_uk)^2,
+
+and in variance-exploding coordinates x = z / sqrt(abar), before the first steps, up to five times,
+
+    x <- x - scale * sigma^2 * grad_x E,   which is   z <- z - scale * (1 - abar) * grad_z E.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.cells import CELL_MODES
+from localctl.control.base import BoundControl, CallContext, Control, EndOfRun, RunUNet, check_window
+from localctl.control.guidance_sites import choose_sites
+from localctl.control.region_bias import check_strength
+from localctl.control.regions import BoundRegions
+from localctl.control.sites import Scores, Site
+from localctl.layout import Layout
+
+# By base. None: the middle block and the first up block with cross-attention, as published for Stable Diffusion 1.5.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sd15": {"sites": ("mid/8", "up/4")},
+        "sd21": {"sites": ("mid/8", "up/4")},
+        "sdxl": {"sites": ("mid/4", "up/4")},
+        "micro": {"sites": ("mid/4", "up/2")},
+    }
+)
+
+
+@dataclass(frozen=True)
+class LayoutGuidance(Control):
+    """Move the latents down the gradient of the energy of the regions' phrases.
+
+    Args:
+        scale: factor of the energy's gradient.
+        iterations: at most this many moves before each step.
+        threshold: a picture is not moved (again) once its energy is at most this; looked at anew in every step.
+        start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
+            the first 10 of 50. Each region's own window applies within it; its strength weighs its part of the energy.
+        sites: where the energy is read, each by the part of the U-Net and how much coarser than the latents it is:
+            ``mid``, ``up/4``, ``down/2`` ...; None, the middle block and the first up block with cross-attention.
+            ``PRESETS`` has those of the known bases.
+        mask_resize: how regions are brought to each site's grid; ``floor`` is the published form for boxes, which moves
+            them by up to a cell.
+        early_exit: end each run of the U-Net behind the last site that is needed.
+
+    Raises:
+        ValueError: a number out of range, a window that is none; when attached, sites that the U-Net does not have, a
+            scheduler that cannot be guided, or as for :func:`localctl.phrases.token_positions`.
+    """
+
+    scale: float = 30.0
+    iterations: int = 5
+    threshold: float = 0.2
+    start: float = 0.0
+    end: float = 0.2
+    sites: tuple[str, ...] | None = None
+    mask_resize: str = "area"
+    early_exit: bool = True
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        for name in ("scale", "threshold"):
+            check_strength(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                raise ValueError(f"The {name} of LayoutGuidance is at least 0, not {getattr(self, name)}.")
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise ValueError(f"The iterations of LayoutGuidance are a count from 0, not {self.iterations!r}.")
+        if self.mask_resize not in CELL_MODES:
+            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        names = choose_sites(pipe.unet, self.sites)
+        return BoundGuidance(self, BoundRegions(pipe, layouts, self.mask_resize), names)
+
+
+class BoundGuidance(BoundControl):
+    moves_latents = True
+
+    def __init__(self, control: LayoutGuidance, regions: BoundRegions, sites: Sequence[str]) -> None:
+        self.control = control
+        self.regions = regions
+        self.sites = tuple(sites)
+
+    def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+        control = self.control
+        if not context.within(control.start, control.end) or not control.scale:
+            return None
+        left = [row for row, layout in enumerate(context.guided_layouts) if any(self.weights(layout, context))]
+        # x -= scale * sigma^2 * grad_x, in the coordinates of the U-Net's input
+        size = control.scale * context.sigma**2 / (1 + context.sigma**2)
+        moved, any_move = latents.clone(), False
+        for _ in range(control.iterations):
+            if not left:
+                break
+            gradient, left = self._gradient(moved, left, run)
+            if left:
+                moved[left] -= size * gradient
+                any_move = True
+        return moved - latents if any_move else None
+
+    def _gradient(self, latents: Tensor, images: Sequence[int], run: RunUNet) -> tuple[Tensor, list[int]]:
+        """The energy's gradient for those of the pictures that are above the threshold, and which these are."""
+        with torch.inference_mode(False):
+            point = latents[list(images)].detach().requires_grad_()
+        reader = EnergyReader(self)
+        with run(point, images, reader):
+            energy = reader.energy()  # (m,)
+            if not bool(((energy > self.control.threshold) | energy.isnan()).any()):
+                return point.detach()[:0], []
+            # In half precision, a gradient times 30 keeps more digits.
+            scale = max(self.control.scale, 1.0)
+            gradient = torch.autograd.grad(energy.sum() * scale, point)[0].float() / scale
+        finite = energy.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
+        if not bool(finite.all()):
+            lost = [images[row] for row in (~finite).nonzero().flatten().tolist()]
+            warnings.warn(
+                f"Layout guidance left out a step of picture {', '.join(map(str, lost))} of this batch: its gradient "
+                "is not finite; try float32 or a smaller scale.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        chosen = (finite & (energy > self.control.threshold)).nonzero().flatten()
+        return gradient[chosen], [images[row] for row in chosen.tolist()]
+
+    def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:
+        """The weight of each region's energy in this step; 1 / (regions that count), times the region's strength."""
+        regions = self.regions.layouts[layout].regions
+        strengths = self.regions.strengths(layout, context)
+        active = [strength if region.phrase else 0.0 for region, strength in zip(regions, strengths, strict=True)]
+        count = sum(bool(strength) for strength in active)
+        return tuple(strength / max(1, count) for strength in active)
+
+
+class EnergyReader(BoundControl):
+    """Adds up the energy over the sites of one run of the U-Net, and ends the run behind the last."""
+
+    def __init__(self, guidance: BoundGuidance) -> None:
+        self.guidance = guidance
+        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of the queries, by site: inside and everywhere
+        self._energies: dict[str, Tensor] = {}
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        return site.name in self.guidance.sites
+
+    def read_attention(
+        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+    ) -> None:
+        # Under gradient checkpointing, layers run twice. The same must then be computed, but not counted, again.
+        again = site.name in self._energies
+        regions, keys = self.guidance.regions, scores.keys
+        masks = regions.per_row(context, ("masks", site.size), lambda layout: self._masks(layout, site))  # (n,r,Q)
+        assert masks is not None
+        block = scores.block(queries)
+        probabilities = (block if bias is None else block + bias).softmax(dim=-1)  # (n,H,q,K)
+        inside = masks[:, None, :, queries] @ probabilities  # (n,H,r,K)
+        everywhere = probabilities.sum(dim=2, keepdim=True)  # (n,H,1,K)
+        parts = self._parts.setdefault(site.name, [])
+        parts.append((inside, everywhere))
+        if queries.stop is not None and queries.stop < site.cells:
+            return
+        del self._parts[site.name]
+        inside, everywhere = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
+        weights = self._weights(context, keys)
+        energy = ((1 - inside / everywhere).square().mean(dim=1) * weights).sum(dim=(1, 2))  # (n,)
+        if not again:
+            self._energies[site.name] = energy
+            if self.guidance.control.early_exit and len(self._energies) == len(self.guidance.sites):
+                raise EndOfRun
+
+    def energy(self) -> Tensor:
+        """(n,): the mean over the sites."""
+        assert len(self._energies) == len(self.guidance.sites)
+        return torch.stack(list(self._energies.values())).mean(dim=0)
+
+    def _masks(self, layout: int, site: Site) -> Tensor:
+        """(r,Q), r the largest number of regions of a layout."""
+        regions = self.guidance.regions
+        masks = torch.zeros(max(len(item.regions) for item in regions.layouts), math.prod(site.size))
+        own = regions.masks(layout, site)
+        masks[: len(own)] = own
+        return masks
+
+    def _weights(self, context: CallContext, keys: int) -> Tensor:
+        """(n,r,K): what each region's and token's part counts; a region's tokens share its weight."""
+        regions = self.guidance.regions
+        active = tuple(self.guidance.weights(layout, context) for layout in context.guided_layouts)
+
+        def make(layout: int) -> Tensor:
+            weights = torch.zeros(max(len(item.regions) for item in regions.layouts), keys)
+            for index, weight in enumerate(self.guidance.weights(layout, context)):
+                tokens = regions.tokens(layout, index, keys)
+                weights[index, tokens] = weight / max(1, len(tokens))
+            return weights
+
+        result = regions.per_row(context, ("weights", keys, active), make)
+        assert result is not None
+        return result

@@ -1,0 +1,58 @@
+"""Where on the schedule of a diffusers scheduler a call of the U-Net stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
+    """Which of the outer sampling steps ``timestep`` belongs to, and how many there are.
+
+    Second-order schedulers visit two timesteps in one step, and Heun visits each twice: then ``step_index``, where the
+    scheduler keeps one, tells the visits apart. ValueError for a timestep that is not on the schedule.
+    """
+    times = _times(scheduler)
+    position = _position(scheduler, times, timestep)
+    order: int = getattr(scheduler, "order", 1)
+    if order > 1:
+        return position // order, -(-len(times) // order)
+    # PNDM repeats a timestep while it warms up. If it starts with Runge-Kutta, it has half steps as well, and the
+    # count below is out by one at most.
+    distinct = torch.unique_consecutive(times)
+    position = int((distinct == timestep).nonzero()[0])
+    num_steps = min(scheduler.num_inference_steps or len(distinct), len(distinct))
+    return position * num_steps // len(distinct), num_steps
+
+
+def sigma_at(scheduler: Any, timestep: float) -> float:
+    """The noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
+
+    Schedulers that choose their noise levels themselves (``sigmas``: Euler, DPM++, LMS, with Karras' spacing too) are
+    taken at their word, the others by ``alphas_cumprod`` at the timestep. ValueError for a timestep off the schedule.
+    """
+    times = _times(scheduler)
+    position = _position(scheduler, times, timestep)
+    sigmas = getattr(scheduler, "sigmas", None)
+    # DPM2 keeps the levels of the steps in between elsewhere; the timestep says them, too.
+    if sigmas is not None and len(sigmas) > position and not hasattr(scheduler, "sigmas_interpol"):
+        return float(sigmas[position])
+    abar = scheduler.alphas_cumprod.double().cpu().numpy()
+    levels = np.log((1 - abar) / abar) / 2
+    return float(np.exp(np.interp(timestep, np.arange(len(levels)), levels)))
+
+
+def _times(scheduler: Any) -> Tensor:
+    return torch.as_tensor(scheduler.timesteps).double().cpu()
+
+
+def _position(scheduler: Any, times: Tensor, timestep: float) -> int:
+    """The index of ``timestep`` in the schedule's ``times``."""
+    found = (times == timestep).nonzero().flatten().tolist()
+    if not found:
+        raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")
+    index: Any = getattr(scheduler, "step_index", None)
+    return index if index in found else found[0]

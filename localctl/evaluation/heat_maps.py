@@ -1,0 +1,81 @@
+"""Where each phrase is attended to, before and after each control: one picture, one seed, a row per control.
+
+  python -m localctl.evaluation.heat_maps --layout scene.json --output heat_maps.png
+
+The first column is the drawn picture with the outlines of its regions; then follows, for each phrase, its heat over the
+cross-attention layers and steps (see ``AttentionMaps``) with the share of it that lies inside the region.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from localctl.base import BaseConfig, load_pipeline, resolve_base
+from localctl.control.attention_maps import AttentionMaps
+from localctl.images import captioned, grid
+from localctl.layout_io import load_layout
+from localctl.sampling import generate
+from localctl.sampling_regions import Variant, read_variants
+
+_SMALLEST = 192  # px; smaller pictures are enlarged, so that words fit under them
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--layout", required=True, metavar="FILE", help="a scene (JSON)")
+    add("--controls", nargs="+", default=["none", "bias", "dense", "guidance"], help="as sample.py --compare")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls")
+    add("--base", default="micro")
+    add("--seed", type=int, default=0)
+    add("--num_inference_steps", type=int, default=30)
+    add("--end", type=float, default=1.0, help="look up to this fraction of the steps")
+    add("--output", default="heat_maps.png", metavar="FILE")
+    return parser
+
+
+def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
+    """The sheet's rows: the picture and its heat maps, for each variant."""
+    layout = load_layout(options.layout)
+    pipe = load_pipeline(BaseConfig(name=options.base))
+    rows = []
+    for variant in variants:
+        maps = AttentionMaps(end=options.end)
+        image = generate(
+            pipe,
+            layout,
+            [*variant.controls, maps],
+            options.seed,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=resolve_base(options.base).guidance_scale,
+        ).images[0]
+        factor = -(-_SMALLEST // image.width)
+        image = image.resize((factor * image.width, factor * image.height))
+        shown = [(variant.label, layout.draw(image)), *maps.overlays(0, image)]
+        rows.append([captioned(picture, [label]) for label, picture in shown])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    options = new_parser().parse_args(argv)
+    try:
+        variants = read_variants(options.controls, options.set, options.base)
+        rows = heat_rows(options, variants)
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        grid(rows).save(options.output)
+    except (ValueError, OSError) as error:
+        print(f"heat_maps: {error}", file=sys.stderr)
+        return 2
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

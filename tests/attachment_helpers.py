@@ -1,0 +1,59 @@
+"""A layout, the region methods, and short draws from fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.control.base import BoundControl, CallContext, Control
+from localctl.control.dense import DenseModulation
+from localctl.control.region_bias import RegionBias
+from localctl.layout import Layout, Region
+
+PROMPT = "a cat, dogs"
+LAYOUT = Layout(PROMPT, regions=(Region("cat", (0, 0, 0.5, 1)), Region("dogs", (0.5, 0.25, 1, 1))))
+OTHER = Layout("dogs x", regions=(Region("dogs", (0, 0, 1, 0.5)),))
+METHODS: dict[str, Callable[[], Control]] = {
+    "bias": lambda: RegionBias(strength=1.0, outside_strength=0.5),
+    "dense": lambda: DenseModulation(rest="segment", end=1.0, w_self=1.0, separate_texts=False),
+}
+
+
+def noise(count: int, size: tuple[int, int] = (8, 8), seed: int = 0) -> Tensor:
+    return torch.randn(count, 4, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(pipe: DiffusionPipeline, prompt: Any = PROMPT, count: int = 1, **options: Any) -> Tensor:
+    """Latents (count, 4, 8, 8) after few steps from fixed noise."""
+    options = {"num_inference_steps": 2, "output_type": "latent", "latents": noise(count), **options}
+    return pipe(prompt, **options).images
+
+
+def processors(pipe: DiffusionPipeline) -> dict[str, Any]:
+    return dict(pipe.unet.attn_processors)
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Watch(Control):
+    """Writes down (step, num_steps, sigma) of each call of the U-Net."""
+
+    def __init__(self, seen: list[tuple[int, int, float]]) -> None:
+        self.seen = seen
+
+    def bind(self, pipe: Any, layouts: Any) -> BoundControl:
+        seen = self.seen
+
+        class Bound(BoundControl):
+            def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+                seen.append((context.step, context.num_steps, context.sigma))
+                return None
+
+        return Bound()

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from control_helpers import bare_pipe, context, golden, layer, steered
+from torch import Tensor
+
+from localctl.control.dense import DenseModulation
+from localctl.control.sites import Scores, Site
+from localctl.layout import Layout, Region
+
+PROMPT = "w1 x w3 w4 y w6 w7 w8"  # between start and end: the golden's token spans
+PHRASES = ("w1", "w3 w4", "w6 w7 w8")
+
+
+def scene(arrays: dict[str, Tensor], **options: Any) -> Layout:
+    regions = [Region(phrase, mask=mask, **options) for phrase, mask in zip(PHRASES, arrays["layouts"], strict=True)]
+    return Layout(PROMPT, regions=tuple(regions))
+
+
+def inputs_of(arrays: dict[str, Tensor], kind: str) -> tuple[Tensor, ...]:
+    hidden = arrays[f"{kind}.hidden_states"]
+    return (hidden, arrays["cross.encoder_hidden_states"]) if kind == "cross" else (hidden,)
+
+
+@pytest.mark.parametrize("memory_limit", [256.0, 0.01])
+@pytest.mark.parametrize("kind", ["cross", "self"])
+def test_published_output(kind: str, memory_limit: float) -> None:
+    arrays = golden("dense_diffusion")
+    attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
+    where = context(timestep=float(arrays["timestep"]))
+    control = DenseModulation(memory_limit=memory_limit)
+    assert (control.w_cross, control.w_self, control.size_regularisation) == (1.0, 0.3, 1.0)
+    output = steered(control, scene(arrays), attn, inputs, where=where)
+    torch.testing.assert_close(output, arrays[f"{kind}.output"], rtol=1e-5, atol=1e-6)
+    plain = steered(control, Layout(PROMPT), attn, inputs, where=where)
+    torch.testing.assert_close(plain, arrays[f"{kind}.output_unmodulated"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross", "self"])
+@pytest.mark.parametrize("rest", ["published", "segment"])
+def test_scores_keep_their_range(kind: str, rest: str) -> None:
+    arrays = golden("dense_diffusion")
+    layout = Layout(PROMPT, regions=(Region("w3 w4", (0, 0, 0.5, 0.5)), Region("w1", (0.25, 0.25, 1, 1))))
+    where = context()
+    bound = DenseModulation(w_self=1.0, rest=rest).bind(bare_pipe(), [layout])
+    attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
+    scores = Scores(attn, inputs[0], inputs[1] if kind == "cross" else None, None, where.guided_rows)
+    bias = bound.attention_bias(where, Site("a", kind == "cross", (8, 8)), scores, slice(None))
+    assert bias is not None and bias.abs().max() > 0.1
+    before = scores.block(slice(None))
+    low, high = before.aminmax(dim=-1, keepdim=True)
+    assert bool((before + bias >= low - 1e-6).all()) and bool((before + bias <= high + 1e-6).all())
+
+
+def signs(rest: str, kind: str, **region: Any) -> Tensor:
+    """(Q, K) sign of the modulation for one box, the left half, and the word at position 1."""
+    arrays = golden("dense_diffusion")
+    layout = Layout(PROMPT, regions=(Region("w1", (0, 0, 0.5, 1), **region),))
+    bound = DenseModulation(rest=rest).bind(bare_pipe(), [layout])
+    attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
+    scores = Scores(attn, inputs[0], inputs[1] if kind == "cross" else None, None, slice(1, 2))
+    bias = bound.attention_bias(context(), Site("a", kind == "cross", (8, 8)), scores, slice(None))
+    assert bias is not None
+    return bias[0].sum(0).sign()
+
+
+def test_cells_that_no_region_covers() -> None:
+    left = torch.zeros(8, 8, dtype=torch.bool)
+    left[:, :4] = True
+    left = left.flatten()
+    flat, segment = signs("published", "cross"), signs("segment", "cross")
+    # Never strictly everywhere: the largest score of a row cannot rise, nor the smallest fall.
+    assert bool((flat[left][:, 1] >= 0).all()) and bool((flat[left][:, 1] > 0).any())
+    assert bool((flat[~left] < 0).any()) and not bool((flat[~left] > 0).any())
+    assert bool((segment[~left][:, 1] <= 0).all())
+    assert bool((segment[~left][:, [0, 2, 9]] >= 0).all()) and bool((segment[~left][:, [0, 2, 9]] > 0).any())
+    torch.testing.assert_close(segment[left], flat[left])
+    assert not bool((signs("published", "self")[~left] > 0).any())
+    together = signs("segment", "self")
+    assert bool((together[~left][:, ~left] >= 0).all()) and bool((together[~left][:, left] <= 0).all())
+
+
+def test_parts_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = golden("dense_diffusion")
+    sizes: list[int] = []
+    block = Scores.block
+
+    def watched(self: Scores, queries: slice) -> Tensor:
+        result = block(self, queries)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(Scores, "block", watched)
+    for kind in ("cross", "self"):
+        attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
+        whole = steered(DenseModulation(), scene(arrays), attn, inputs)
+        full = max(sizes)
+        sizes.clear()
+        parts = steered(DenseModulation(memory_limit=0.02), scene(arrays), attn, inputs)
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+        # Four tensors of float32 for twice as many rows, all within the limit.
+        assert len(sizes) > 1 and max(sizes) * 2 * 4 * 4 <= 0.02 * 2**20 < full * 2 * 4 * 4
+        sizes.clear()
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    arrays = golden("dense_diffusion")
+    layouts = [scene(arrays), Layout(PROMPT, regions=(Region("w6", (0, 0, 0.5, 1), strength=0.5),)), Layout(PROMPT)]
+    where = context(layout_of_row=(0, 1, 2) * 2, conditional=(False,) * 3 + (True,) * 3)
+    torch.manual_seed(2)
+    for kind in ("cross", "self"):
+        attn = layer(arrays, f"{kind}.w.")
+        rows = [torch.randn(3, *tensor.shape[1:]) for tensor in inputs_of(arrays, kind)]
+        together = steered(DenseModulation(), layouts, attn, tuple(row.repeat(2, 1, 1) for row in rows), where=where)
+        for index, layout in enumerate(layouts):
+            alone = tuple(row[index : index + 1].repeat(2, 1, 1) for row in rows)
+            single = steered(DenseModulation(), layout, attn, alone)
+            torch.testing.assert_close(together[[index, 3 + index]], single, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("control", "changes"),
+    [
+        (DenseModulation(w_cross=0.0, w_self=0.0), {}),
+        (DenseModulation(), {"strength": 0.0}),
+        (DenseModulation(start=0.5, end=0.6), {}),
+        (DenseModulation(), {"start": 0.5}),
+    ],
+)
+def test_no_modulation_is_no_mask_at_all(control: DenseModulation, changes: dict[str, Any]) -> None:
+    arrays = golden("dense_diffusion")
+    for kind in ("cross", "self"):
+        attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
+        assert torch.equal(steered(control, scene(arrays, **changes), attn, inputs), attn(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"w_cross": 1.5}, r"w_cross lies in \[0, 1\]"),
+        ({"w_self": float("nan")}, "w_self of a control is a finite number"),
+        ({"rest": "free"}, "Unknown rest 'free'"),
+        ({"mask_resize": "bilinear"}, "Unknown mask resize"),
+        ({"memory_limit": 0}, "memory limit is a positive number"),
+        ({"end": 0.0}, "0 <= start < end"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenseModulation(**options)
+
+
+def test_a_strength_beyond_the_range_is_named() -> None:
+    layout = Layout("w1", regions=(Region("w1", (0, 0, 1, 1), strength=1.5),))
+    with pytest.raises(ValueError, match="strength of the region 'w1' must lie in"):
+        DenseModulation().bind(bare_pipe(), [layout])
