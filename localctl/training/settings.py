@@ -62,6 +62,7 @@ class AdapterConfig:
     downscale_factor: int | None = None
     mask_resize: str = "area"
     mask_condition: bool = False
+    mask_features: bool = True
 
     def __post_init__(self) -> None:
         if self.adapter_type is not None:
