@@ -151,8 +151,8 @@ def _seeds_section(figures: Figures) -> list[str]:
 
 def _pictures(figures: Figures, folder: Path, link: str) -> list[str]:
     """A sheet of the first scenes under every row's first seed."""
-    strips = {"condition, mask": CONDITIONS, "base alone": f"{FLOOR}.png"}
-    strips |= {ROWS[name].title: f"{trained[0].name}.png" for name, trained in figures.rows.items()}
+    strips = {"condition, mask": CONDITIONS, FLOOR: f"{FLOOR}.png"}
+    strips |= {name: f"{trained[0].name}.png" for name, trained in figures.rows.items()}  # titles are too long
     there = {title: folder / file for title, file in strips.items() if (folder / file).is_file()}
     if not there:
         return []
