@@ -5,8 +5,8 @@
   python evaluate_quantitative_metrics.py base=outputs/base/with_prompts sobel=outputs/sobel/with_prompts
 
 All sets must show the same examples with the same masks and noise; one of them must be the base alone. Writes
-metrics.json (every sample's values and where they come from), metrics.md, metrics.tex, and a sheet of each set's best,
-median and worst pictures.
+metrics.json (every sample's values and where they come from), metrics.md, metrics.tex, bars with intervals in
+metrics.png, and a sheet of each set's best, median and worst pictures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from localctl.evaluation.compare import CEILING, compare
 from localctl.evaluation.provenance import REQUIRED, check_provenance, write_bytes, write_json
 from localctl.evaluation.sheets import contact_sheet
-from localctl.evaluation.tables import as_json, latex, markdown
+from localctl.evaluation.tables import as_json, latex, markdown, plot
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = markdown(comparison, against)
         write_bytes(args.output_dir / "metrics.md", text.encode())
         write_bytes(args.output_dir / "metrics.tex", latex(comparison).encode())
+        plot(comparison).save(args.output_dir / "metrics.png")
         for name in folders:
             if comparison.interval(name, "f1") is not None:
                 contact_sheet(comparison, folders, name).save(args.output_dir / f"sheet_{name.replace('/', '_')}.png")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from localctl.data.bad import TooManyBadRows
+from localctl.evaluation.scorer import make_scorer
 from localctl.run.config import help_text, load_config
 from localctl.run.interrupt import exit_code
 from localctl.training.dry_run import report
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.dry_run:
             print(report(settings))
             return 0
-        run = prepare(settings)
+        run = prepare(settings, scorer=make_scorer(settings))
     except ValueError as error:
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 2

@@ -23,6 +23,9 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         in_channels: C, the channels of the condition without the mask.
         channels, num_res_blocks, downscale_factor, adapter_type: as for ``T2IAdapter``.
         mask_resize: how the mask comes to each feature's own (h, w): ``area``, ``nearest``, ``inside`` or ``cover``.
+        mask_features: multiply the features by the mask, which is what makes an adapter local. False is for baselines:
+            a plain adapter, or with ``mask_condition`` one that is masked at its input alone; then features outside the
+            mask are not 0, and an all-zero mask is not the base.
         mask_condition: blank the condition where the mask is 0, too. Then nothing outside can change anything; without
             it, convolutions carry some of what is outside over the border of the mask.
         condition: how conditions were made in training (``kind`` and its options); kept for the record and as the
@@ -42,6 +45,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         adapter_type: str = "full_adapter",
         mask_resize: str = "area",
         mask_condition: bool = False,
+        mask_features: bool = True,
         condition: dict[str, Any] | None = None,
         base: str | None = None,
     ) -> None:
@@ -73,8 +77,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             x: (B, C + 1, H, W) in [0, 1], the last channel is the mask. H and W: multiples of ``size_multiple``.
 
         Returns:
-            One feature (B, c_i, h_i, w_i) per level of the U-Net, exactly 0 where the resized mask is 0. Coarser
-            levels halve with ceil, as the U-Net does.
+            One feature (B, c_i, h_i, w_i) per level of the U-Net, with ``mask_features`` exactly 0 where the resized
+            mask is 0. Coarser levels halve with ceil, as the U-Net does.
 
         Raises:
             ValueError: wrong number of channels, or a size that does not fit.
@@ -84,7 +88,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         if self.config["mask_condition"]:
             # Blanked, not dimmed: a soft mask already scales the features.
             condition = torch.where(mask > 0, condition, torch.zeros_like(condition))
-        return [self._mask_feature(feature, mask) for feature in self.adapter(condition)]
+        features = self.adapter(condition)
+        return [self._mask_feature(f, mask) for f in features] if self.config["mask_features"] else list(features)
 
     def _mask_feature(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (B,c,h,w) times mask (B,1,H,W). where, not only a product: 0 * inf is NaN, and half precision
@@ -109,7 +114,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_t2iadapter(cls, adapter: T2IAdapter, **options: Any) -> LocalAdapter:
-        """Wrap (not copy) any T2I-Adapter; ``options`` are mask_resize, mask_condition, condition and base."""
+        """Wrap (not copy) any T2I-Adapter; ``options`` are mask_resize, mask_condition, mask_features, condition and
+        base."""
         names = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
         with torch.device("meta"):  # the shape only: the weights are replaced on the next line
             wrapped = cls(**{name: adapter.config[name] for name in names}, **options)

@@ -144,3 +144,18 @@ def test_bad_input_is_named(make_adapter: MakeAdapter, shape: tuple[int, ...], m
 def test_unknown_mask_resize_is_named() -> None:
     with pytest.raises(ValueError, match="'bilinear'.*area, nearest"):
         LocalAdapter(channels=[8], mask_resize="bilinear")
+
+
+def test_unmasked_features_are_the_baselines(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    condition, mask = torch.rand(1, 1, 64, 64), left_half(64, 64)
+    x = torch.cat([condition, mask], dim=1)
+    plain = make_adapter(mask_features=False)
+    plain.save_pretrained(tmp_path)
+    whole = plain.adapter(condition)  # a plain T2I-Adapter: no mask changes anything
+    for adapter in (plain, LocalAdapter.from_pretrained(tmp_path).eval()):
+        assert all(torch.equal(a, b) for a, b in zip(adapter(x), whole, strict=True))
+    at_input = make_adapter(mask_features=False, mask_condition=True)
+    blank = at_input.adapter(torch.where(mask > 0, condition, torch.zeros_like(condition)))
+    features = at_input(x)
+    assert all(torch.equal(a, b) for a, b in zip(features, blank, strict=True))
+    assert any(bool(f[..., f.shape[-1] // 2 :].abs().max() > 0) for f in features)  # it does speak outside

@@ -91,7 +91,7 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     mine = [b for b in todo if b // size % count == rank]
     if not mine:
         return 0
-    pipe = load_pipeline(settings.base, device=_device(settings.device))
+    pipe = load_pipeline(settings.base, device=process_device(settings.device))
     pipe.set_progress_bar_config(disable=True)
     if settings.scheduler is not None:
         set_scheduler(pipe, settings.scheduler)
@@ -121,7 +121,7 @@ def _draw_batch(
     folder: Path,
     settings: FidSettings,
 ) -> None:
-    examples = [_example(samples, index, single) for index in indices]
+    examples = [example_of(samples, index, single) for index in indices]
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     masks = torch.stack([e.mask for e in examples if e.mask is not None])
     controls = []
@@ -154,7 +154,7 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _example(samples: MaskedSamples, index: int, single: int | None) -> Example:
+def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:
     """What picture ``index`` follows: the examples in order, again with other masks when they are used up, or always
     the same one. ValueError when example after example cannot be used."""
     ref = SampleRef(index % len(samples), index // len(samples)) if single is None else SampleRef(single, 0)
@@ -250,7 +250,7 @@ def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
         yield Drawn(name, about["key"], about["caption"], image, mask)
 
 
-def _device(name: str) -> torch.device:
+def process_device(name: str) -> torch.device:
     """Of this process: ``auto`` spreads the processes over the GPUs. ValueError for a device that is not there."""
     if name == "auto":
         count = torch.cuda.device_count()

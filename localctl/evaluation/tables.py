@@ -1,4 +1,4 @@
-"""A comparison as JSON, Markdown and LaTeX."""
+"""A comparison as JSON, Markdown, LaTeX and bars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from PIL import Image
+
 from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, Comparison, verdict
+from localctl.evaluation.plots import bars
 from localctl.metrics.bootstrap import Interval
 
 
@@ -68,6 +71,15 @@ def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
         cells = [_latex_cell(comparison.interval(name, c), best.get(c) == name) for c in columns]
         lines.append(" & ".join([_escaped(name), *cells]) + " \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def plot(comparison: Comparison) -> Image.Image:
+    """One panel of bars with their intervals per figure. ValueError where no figure is defined."""
+    panels = {
+        _headed(column): {_labelled(comparison, name): comparison.interval(name, column) for name in comparison.tables}
+        for column in comparison.columns
+    }
+    return bars(panels)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -109,7 +109,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
     options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in SHAPE}
     options["channels"] = list(options["channels"])
-    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition")}
+    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features")}
     options["in_channels"] = settings.condition.channels
     _check_fit(options, shape, saved)
     options |= {"condition": asdict(settings.condition), "base": lasting_name(settings.base.name)}

@@ -26,6 +26,8 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
     steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
     if settings.early_stopping.every and not scored:
         steps += "; no score was given, so early stopping is off"
+    elif settings.early_stopping.every:
+        steps += f"; or until {settings.early_stopping.metric or 'the score'} gets no better"
     masks = "the data's masks" if brings_masks(source) else f"{settings.mask.kind} masks"
     return "\n".join(
         (

@@ -58,12 +58,15 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint; JSON."""
-        return {name: getattr(self, name) for name in ("best", "best_step", "worse", "last_step")}
+        seen = {name: getattr(self, name) for name in ("best", "best_step", "worse", "last_step")}
+        return {**seen, "metric": self.config.metric}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; patience and the rest are those of the present settings."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Go on from :meth:`state_dict`; patience and the rest are those of the present settings. The best under
+        another metric says nothing of this one, and is forgotten."""
+        self.last_step = state["last_step"]
+        if state.get("metric") == self.config.metric:
+            self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
 
 
 def take_score(

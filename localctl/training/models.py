@@ -149,7 +149,7 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
     ``dtype`` of the frozen parts; None = as the base's config says. ValueError when base and adapter do not fit, before
     any weights are read.
     """
-    with _no_progress_bars():
+    with no_progress_bars():
         plan = plan_adapter(settings)
         adapter = plan.make(settings.seed).to(device)
         pipe = load_pipeline(settings.base, dtype=dtype, device=device)
@@ -165,7 +165,7 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Without the libraries' own bars, one per file they read, which would bury the run's first lines."""
     libraries: list[tuple[Any, bool]] = [
         (library, library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)

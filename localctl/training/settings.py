@@ -62,6 +62,7 @@ class AdapterConfig:
     downscale_factor: int | None = None
     mask_resize: str = "area"
     mask_condition: bool = False
+    mask_features: bool = True
 
     def __post_init__(self) -> None:
         if self.adapter_type is not None:
@@ -95,21 +96,39 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class EarlyStoppingConfig:
-    """When to stop for a score that the caller of the training gives (``early_stopping.Scorer``).
+    """When to stop for a score: one that the caller of the training gives (``early_stopping.Scorer``), or ``metric``.
 
     every: steps between scores, 0 = never. patience: stop after this many scores in a row that beat the best by no more
     than min_delta. lower_is_better: as with FID.
+    metric: ``fid`` or ``frechet_EXTRACTOR``, which `train_adapter.py` takes of num_images pictures that the adapter
+        draws from held-out examples, always with the same masks and noise; null: none. weights: of the extractor, if it
+        needs to be told. reference: statistics made by `evaluate_fid.py ref`; null: of the held-out pictures.
+    batch_size, num_inference_steps, scheduler, seed: of drawing; guidance_scale null: the base's own.
     """
 
     every: int = 0
     patience: int = 3
     min_delta: float = 0.0
     lower_is_better: bool = True
+    metric: str | None = None
+    weights: str | None = None
+    reference: str | None = None
+    num_images: int = 2048
+    batch_size: int = 8
+    num_inference_steps: int = 30
+    guidance_scale: float | None = None
+    scheduler: str = "ddim"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _at_least("early_stopping.every", self.every, 0)
         _at_least("early_stopping.patience", self.patience, 1)
         _at_least("early_stopping.min_delta", self.min_delta, 0)
+        for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
+            _at_least(f"early_stopping.{name}", getattr(self, name), least)
+        _choose("early_stopping.scheduler", self.scheduler, tuple(SCHEDULERS))
+        if self.metric is not None and not self.lower_is_better:
+            raise ValueError(f"early_stopping.metric={self.metric} is a distance; leave lower_is_better=true.")
 
 
 @dataclass(kw_only=True)
@@ -220,9 +239,12 @@ class TrainSettings:
             _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
         if self.cpu_threads is not None:
             _at_least("cpu_threads", self.cpu_threads, 1)
-        if self.validation.guidance_scale is None:  # written down as a number, so that a later default changes nothing
-            own = BASES.get(self.base.name, BaseSpec).guidance_scale
+        # Written down as numbers, so that a later default changes nothing.
+        own = BASES.get(self.base.name, BaseSpec).guidance_scale
+        if self.validation.guidance_scale is None:
             self.validation = replace(self.validation, guidance_scale=own)
+        if self.early_stopping.guidance_scale is None:
+            self.early_stopping = replace(self.early_stopping, guidance_scale=own)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step ``step`` (0 = the first)."""

@@ -75,6 +75,8 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
     assert rows["noisy"]["f1"]["difference"]["verdict"] == "no difference"
     with Image.open(tmp_path / "out" / "sheet_truth.png") as sheet:
         assert sheet.width > 3 * 128 and sheet.height > 3 * 128
+    with Image.open(tmp_path / "out" / "metrics.png") as bars:
+        assert bars.width > 1000 and np.asarray(bars).std() > 10
     assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
     assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
     first = (tmp_path / "out" / "metrics.json").read_bytes()

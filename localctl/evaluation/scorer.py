@@ -1,0 +1,163 @@
+"""The score that training's early stopping goes by: how far what the adapter draws is from held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localctl.base import set_scheduler
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data import MaskedSamples, MicroScenes, Source, open_files
+from localctl.data.bad import BadRow
+from localctl.evaluation.drawn import example_of, picture_id, process_device
+from localctl.images import to_pil
+from localctl.layout import Layout
+from localctl.metrics.distances import frechet_distance
+from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
+from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
+from localctl.random import key_seed
+from localctl.sampling import generate
+from localctl.training.models import Models, no_progress_bars
+from localctl.training.settings import TrainSettings
+
+METRICS = {frechet_name(extractor): extractor for extractor in EXTRACTORS}
+
+
+def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
+    """What ``early_stopping.metric`` asks for; None where nothing is to be scored.
+
+    ValueError in one sentence for an unknown metric, weights, a reference or held-out pictures that are not there.
+    """
+    config = settings.early_stopping
+    if config.metric is None:
+        return None
+    if config.metric not in METRICS:
+        raise ValueError(f"Unknown early_stopping.metric {config.metric!r}; choose one of {', '.join(METRICS)}.")
+    if not config.every:
+        return None
+    try:
+        held_out = _held_out(settings)
+        with no_progress_bars():
+            extractor = load_extractor(METRICS[config.metric], config.weights, process_device("auto"))
+        reference = None
+        if config.reference is not None:
+            reference = Statistics.load(Path(config.reference).expanduser())
+            _check_reference(reference, extractor, settings)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{reason}; or train without this score, --early_stopping.every 0.") from error
+    return FrechetScorer(settings, held_out, extractor, reference)
+
+
+def _held_out(settings: TrainSettings) -> Source:
+    data = settings.data
+    if data.is_micro:
+        return MicroScenes("val", data.profile, settings.early_stopping.num_images, settings.condition, keep=False)
+    source = open_files(data, settings.condition, "val")
+    if len(source) < 2:
+        raise ValueError("A distance needs at least 2 held-out pictures; raise data.validation_share.")
+    return source
+
+
+def _check_reference(reference: Statistics, extractor: Extractor, settings: TrainSettings) -> None:
+    """ValueError for statistics of another extractor or size, or of fewer than 2 pictures."""
+    place, about = settings.early_stopping.reference, reference.provenance
+    own = describe(extractor)
+    changed = [name for name in ("extractor", "weights_sha256") if about.get(name) != own[name]]
+    if list(about.get("image_size", settings.data.size)) != list(settings.data.size):
+        changed.append("image_size")
+    if changed:
+        raise ValueError(f"The reference {place} was made with another {', '.join(changed)}; make it again.")
+    reference.gaussian()
+
+
+class FrechetScorer:
+    """The Fréchet distance of pictures drawn with the adapter as it is to held-out ones, over an extractor.
+
+    Always the same captions, conditions, masks and noise, so that scores differ by the adapter alone. The batches are
+    shared out over the processes, and every one of them returns the first one's number. Weights, the pipeline's
+    scheduler and the global random state are left as they were.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, held_out: Source, extractor: Extractor, reference: Statistics | None
+    ) -> None:
+        self.config, self.size = settings.early_stopping, settings.data.size
+        self.samples = MaskedSamples(held_out, settings.mask, self.config.seed)
+        self.extractor = extractor
+        self.reference = reference
+
+    def __call__(self, models: Models, step: int) -> float:
+        if self.reference is None:
+            self.reference = self._of_held_out()
+        drawn = self._statistics(range(self.config.num_images), lambda indices: self._draw(models, indices))
+        distance = [frechet_distance(*self.reference.gaussian(), *drawn.gaussian())]
+        if torch.distributed.is_initialized():  # other machines may round differently, and must not disagree
+            torch.distributed.broadcast_object_list(distance, src=0)
+        return distance[0]
+
+    def _of_held_out(self) -> Statistics:
+        count = min(len(self.samples), self.config.num_images)
+        return self._statistics(range(count), self._photos)
+
+    def _statistics(self, indices: range, pictures: Any) -> Statistics:
+        """Of what ``pictures`` makes of ``indices``, batch by batch, over all processes. pictures: indices -> (ids,
+        uint8 (n,H,W,3)), perhaps fewer."""
+        together = torch.distributed.is_initialized()
+        rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
+        size = self.config.batch_size
+        found: dict[str, Tensor] = {}
+        for first in indices[:: size * count]:
+            batch = indices[first + rank * size : first + (rank + 1) * size]
+            ids, images = pictures(batch) if len(batch) else ((), ())
+            if len(ids):
+                found |= zip(ids, self.extractor(images), strict=True)
+        shares: list[dict[str, Tensor]] = [found]
+        if together:
+            shares = [{} for _ in range(count)]
+            torch.distributed.all_gather_object(shares, found)
+        features = {name: row for share in shares for name, row in share.items()}
+        if len(features) < 2:
+            raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(features)}.")
+        metric = FeatureStatistics(self.extractor.dim)
+        metric.sync_on_compute = False  # every process has them all
+        names = sorted(features)  # the same sums, whoever computed them
+        metric.update(torch.stack([features[name] for name in names]), names)
+        return metric.statistics(**describe(self.extractor))
+
+    def _photos(self, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        ids, images = [], []
+        for index in indices:
+            try:
+                example = self.samples.source[index]
+            except BadRow:
+                continue  # as many as are usable
+            ids.append(picture_id(index))
+            images.append(np.asarray(to_pil(example.pixels)))
+        return ids, np.stack(images) if images else np.empty((0, *self.size, 3), np.uint8)
+
+    def _draw(self, models: Models, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
+        examples = [example_of(self.samples, index) for index in indices]
+        masks = torch.stack([example.mask for example in examples if example.mask is not None])
+        condition = torch.stack([example.condition for example in examples])
+        pipe, before = models.pipe, models.pipe.scheduler
+        set_scheduler(pipe, self.config.scheduler)
+        try:
+            images = generate(
+                pipe,
+                [Layout(example.caption, *self.size) for example in examples],
+                LocalAdapterControl(models.plain_adapter, condition, masks),
+                [key_seed(self.config.seed, "score", index) for index in indices],
+                paired=True,
+                batch_size=len(examples),
+                num_inference_steps=self.config.num_inference_steps,
+                guidance_scale=self.config.guidance_scale,
+            ).images
+        finally:
+            pipe.scheduler = before
+        return [picture_id(index) for index in indices], np.stack([np.asarray(image) for image in images])
