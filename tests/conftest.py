@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,19 @@ from localctl.adapter import LocalAdapter
 TEXT_WIDTH = 16
 CHANNELS = (8, 16, 16, 24)  # of the tiny Stable Diffusion 1.5: differing, so that a mixed-up level shows
 XL_CHANNELS = (8, 16, 16)
+
+
+def pytest_configure() -> None:
+    """One thread, from before the first picture: tests fork processes, which cannot use the pools of threads of their
+    parent, and runs that are to be equal bit for bit must sum in the same order."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Again, after tests that chose otherwise."""
+    torch.set_num_threads(1)
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

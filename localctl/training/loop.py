@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
@@ -108,6 +109,12 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, sc
     return run
 
 
+def _start_worker(worker: int) -> None:
+    """A data worker leaves signals to its parent, and has none of the threads that OpenCV had started there."""
+    ignore_signals(worker)
+    cv2.setNumThreads(0)
+
+
 def _silent(text: str) -> None:
     """What the other processes would say, the first one says."""
 
@@ -191,7 +198,7 @@ class Run:
             collate_fn=collate,
             num_workers=settings.dataloader_num_workers,
             generator=generator(settings.seed, "loader"),  # or the loader would draw from the global random state
-            worker_init_fn=ignore_signals,
+            worker_init_fn=_start_worker,
         )
 
     def _bar(self) -> Any:

@@ -67,7 +67,7 @@ def test_what_changed_is_listed_old_to_new_and_can_be_forced():
     first = TrainSettings()
     second = replace(first, seed=3, learning_rate=1e-4, loss=replace(first.loss, filter="mse"), logging_steps=7)
     lines = changes(described(first), described(second, count=7, bias=1.0, world_size=2, precision="bf16"))
-    assert lines[:3] == ["loss.filter: sobel -> mse", "seed: 0 -> 3", "learning_rate: 0.001 -> 0.0001"]
+    assert lines[:3] == ["loss.filter: sobel -> mse", "seed: 0 -> 3", "learning_rate: 0.003 -> 0.0001"]
     assert lines[3:5] == ["processes: 1 -> 2", "precision: no -> bf16"]
     assert [line.partition(":")[0] for line in lines[5:]] == ["samples in the data", "weights of the base"]
     said: list[str] = []

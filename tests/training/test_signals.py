@@ -27,7 +27,7 @@ def arguments(base, folder, *more):
     return [
         f"base={base}", f"output_dir={folder}", "data.count=6", "train_batch_size=2", "max_train_steps=6",
         "lr_warmup_steps=1", "logging_steps=1", "validation_steps=0", "checkpointing_steps=0", "report_to=none",
-        "validation.count=2", "validation.batch_size=1", "resume_from_checkpoint=latest", *more,
+        "validation.count=2", "validation.batch_size=1", "resume_from_checkpoint=latest", "learning_rate=1e-3", *more,
     ]  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_the_gradient_passes_the_frozen_parts_and_stays_out_of_them(samples, set
 def test_the_loss_settings_reach_the_loss(samples, settings, models):
     batch = batch_of(samples, (0, 0))
     draws = draw(batch, SHAPE, settings)
-    heavy = replace(settings, loss=replace(settings.loss, weight=1.0))
+    heavy = replace(settings, loss=replace(settings.loss, weight=1000 * settings.loss.weight))
     plain = replace(settings, loss=replace(settings.loss, filter="none"))
     with torch.no_grad():
         base, much, none = (training_step(batch, models, s, draws).terms for s in (settings, heavy, plain))
