@@ -78,7 +78,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     spread: Tensor
-    count: int
+    number: int
 
 
 class Scores:
@@ -169,11 +169,11 @@ class Scores:
     def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
         """Per row and head: squared deviations from the head's mean, summed (r,H); the mean (r,H); entries per head."""
         q, k = query.mean, key.mean  # (r,H,1,d)
-        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.count
-        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.count
+        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.number
+        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.number
         squares = of_queries + of_keys + (query.spread * key.spread).sum(dim=(2, 3))
         scale = self.attn.scale
-        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.count * key.count
+        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.number * key.number
 
 
 def _moments(vectors: Tensor) -> Moments:
