@@ -15,10 +15,11 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control, add_residuals
+from localctl.control.installation import Installation
 from localctl.control.runs import UNetRun
 from localctl.control.schedule import outer_step, sigma_at
 from localctl.control.shifts import SchedulerShift, check_shiftable
-from localctl.control.sites import Installation, Site, attention_sites
+from localctl.control.sites import Site, attention_sites
 from localctl.layout import Layout, as_layouts
 
 Layouts = Layout | str | Sequence[Layout | str]

@@ -142,9 +142,9 @@ def _recorded_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
 
 def prepare(options: argparse.Namespace) -> Job:
     """Check everything that can be checked without loading a model. ValueError in one sentence."""
+    scenes = load_layouts(options)
     _check_numbers(options)
     device = _device(options.device)
-    scenes = load_layouts(options)
     folders = [find_adapter(path) for path in options.adapter or ()]
     configs = [_adapter_config(folder) for folder in folders]
     base = _base_name(options.base, folders, configs) if folders else options.base or "micro"

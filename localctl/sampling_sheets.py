@@ -37,7 +37,7 @@ def region_sheet(
     read: bool,
 ) -> Image.Image:
     """Pictures with the outlines of their row's layout, labelled; with ``read``, the reader's verdict under each."""
-    cells = []
+    cells: list[list[Image.Image]] = []
     for row, layout in zip(rows, layouts, strict=True):
         cells.append([])
         for picture in row:

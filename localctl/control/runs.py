@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import BoundControl, CallContext, EndOfRun
-from localctl.control.sites import Installation, Site, users_of
+from localctl.control.installation import Installation, users_of
+from localctl.control.sites import Site
 
 
 @dataclass

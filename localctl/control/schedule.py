@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 
 def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
@@ -22,8 +22,8 @@ def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
         return position // order, -(-len(times) // order)
     # PNDM repeats a timestep while it warms up. If it starts with Runge-Kutta, it has half steps as well, and the
     # count below is out by one at most.
-    distinct = torch.unique_consecutive(times)
-    position = int((distinct == timestep).nonzero()[0])
+    distinct = [time for time, _ in itertools.groupby(times)]
+    position = distinct.index(timestep)
     num_steps = min(scheduler.num_inference_steps or len(distinct), len(distinct))
     return position * num_steps // len(distinct), num_steps
 
@@ -40,18 +40,24 @@ def sigma_at(scheduler: Any, timestep: float) -> float:
     # DPM2 keeps the levels of the steps in between elsewhere; the timestep says them, too.
     if sigmas is not None and len(sigmas) > position and not hasattr(scheduler, "sigmas_interpol"):
         return float(sigmas[position])
-    abar = scheduler.alphas_cumprod.double().cpu().numpy()
-    levels = np.log((1 - abar) / abar) / 2
-    return float(np.exp(np.interp(timestep, np.arange(len(levels)), levels)))
+    last = len(scheduler.alphas_cumprod) - 1
+    timestep = min(max(timestep, 0.0), float(last))
+    below = int(timestep)  # this runs at every call of the U-Net, so only the two neighbours are looked at
+    low, high = (_log_level(float(scheduler.alphas_cumprod[index])) for index in (below, min(below + 1, last)))
+    return math.exp(low + (timestep - below) * (high - low))
 
 
-def _times(scheduler: Any) -> Tensor:
-    return torch.as_tensor(scheduler.timesteps).double().cpu()
+def _log_level(abar: float) -> float:
+    return math.log((1 - abar) / abar) / 2
 
 
-def _position(scheduler: Any, times: Tensor, timestep: float) -> int:
+def _times(scheduler: Any) -> list[float]:
+    return torch.as_tensor(scheduler.timesteps).double().tolist()
+
+
+def _position(scheduler: Any, times: list[float], timestep: float) -> int:
     """The index of ``timestep`` in the schedule's ``times``."""
-    found = (times == timestep).nonzero().flatten().tolist()
+    found = [position for position, time in enumerate(times) if time == timestep]
     if not found:
         raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")
     index: Any = getattr(scheduler, "step_index", None)

@@ -78,7 +78,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     spread: Tensor
-    count: int
+    number: int
 
 
 class Scores:
@@ -169,11 +169,11 @@ class Scores:
     def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
         """Per row and head: squared deviations from the head's mean, summed (r,H); the mean (r,H); entries per head."""
         q, k = query.mean, key.mean  # (r,H,1,d)
-        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.count
-        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.count
+        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.number
+        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.number
         squares = of_queries + of_keys + (query.spread * key.spread).sum(dim=(2, 3))
         scale = self.attn.scale
-        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.count * key.count
+        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.number * key.number
 
 
 def _moments(vectors: Tensor) -> Moments:
@@ -314,49 +314,3 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     given = [part for part in parts if part is not None]
     assert len(given) in (0, len(parts)), "a control has a bias for all queries of a site or for none"
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
-
-
-def users_of(attn: Attention) -> list[User]:
-    """Who steers this layer at the moment."""
-    current = _holder(attn)["processor"]
-    return list(current.users) if isinstance(current, SteeredProcessor) else []
-
-
-def _holder(attn: Attention) -> Any:
-    """Where the layer keeps its processor: one with weights is a submodule, any other a plain attribute. Writing there
-    in place keeps the order."""
-    return attn._modules if "processor" in attn._modules else vars(attn)
-
-
-class Installation:
-    """The processors that are wrapped for one call of the U-Net, to be put back after it."""
-
-    def __init__(self) -> None:
-        self._originals: list[tuple[dict[str, Any], Any]] = []
-
-    def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
-        """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
-        holder = _holder(attn)
-        current = holder["processor"]
-        if not isinstance(current, SteeredProcessor):
-            self._originals.append((holder, current))
-            current = holder["processor"] = SteeredProcessor(current, site)
-        current.users.append((user, context))
-
-    def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
-        """Let ``users`` alone steer this layer, in place of those that do now."""
-        holder = _holder(attn)
-        current = holder["processor"]
-        inner = current.inner if isinstance(current, SteeredProcessor) else current
-        if users:
-            wrapper = SteeredProcessor(inner, site)
-            wrapper.users.extend(users)
-        if users or inner is not current:
-            self._originals.append((holder, current))
-            holder["processor"] = wrapper if users else inner
-
-    def undo(self) -> None:
-        """Put the very same processors back; a second time does nothing."""
-        while self._originals:
-            holder, original = self._originals.pop()
-            holder["processor"] = original

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from localctl.control.base import CallContext, Control
-from localctl.control.sites import Installation, Site
+from localctl.control.installation import Installation
+from localctl.control.sites import Site
 from localctl.layout import Layout
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

@@ -1,0 +1,61 @@
+"""Which controls stand in front of which attention layer, and putting the very same processors back after a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from diffusers.models.attention_processor import Attention
+
+from localctl.control.sites import Site, SteeredProcessor
+
+if TYPE_CHECKING:
+    from localctl.control.base import BoundControl, CallContext
+
+    User = tuple[BoundControl, CallContext]
+
+
+def users_of(attn: Attention) -> list[User]:
+    """Who steers this layer at the moment."""
+    current = _holder(attn)["processor"]
+    return list(current.users) if isinstance(current, SteeredProcessor) else []
+
+
+def _holder(attn: Attention) -> Any:
+    """Where the layer keeps its processor: one with weights is a submodule, any other a plain attribute. Writing there
+    in place keeps the order."""
+    return attn._modules if "processor" in attn._modules else vars(attn)
+
+
+class Installation:
+    """The processors that are wrapped for one call of the U-Net, to be put back after it."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[dict[str, Any], Any]] = []
+
+    def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
+        """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
+        holder = _holder(attn)
+        current = holder["processor"]
+        if not isinstance(current, SteeredProcessor):
+            self._originals.append((holder, current))
+            current = holder["processor"] = SteeredProcessor(current, site)
+        current.users.append((user, context))
+
+    def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
+        """Let ``users`` alone steer this layer, in place of those that do now."""
+        holder = _holder(attn)
+        current = holder["processor"]
+        inner = current.inner if isinstance(current, SteeredProcessor) else current
+        if users:
+            wrapper = SteeredProcessor(inner, site)
+            wrapper.users.extend(users)
+        if users or inner is not current:
+            self._originals.append((holder, current))
+            holder["processor"] = wrapper if users else inner
+
+    def undo(self) -> None:
+        """Put the very same processors back; a second time does nothing."""
+        while self._originals:
+            holder, original = self._originals.pop()
+            holder["processor"] = original
