@@ -124,8 +124,7 @@ class FrechetScorer:
         features = {name: row for share in shares for name, row in share.items()}
         if len(features) < 2:
             raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(features)}.")
-        metric = FeatureStatistics(self.extractor.dim)
-        metric.sync_on_compute = False  # every process has them all
+        metric = FeatureStatistics(self.extractor.dim, sync_on_compute=False)  # every process has them all
         names = sorted(features)  # the same sums, whoever computed them
         metric.update(torch.stack([features[name] for name in names]), names)
         return metric.statistics(**describe(self.extractor))

@@ -93,7 +93,7 @@ class Statistics:
 class FeatureStatistics(Metric):
     """Collects :class:`Statistics` of feature vectors, over batches and processes.
 
-    Every sample goes to one of two halves, and is kept or not, by a hash of its key.
+    Every sample goes to one of two halves, and is kept or not, by a hash of its key. options: of ``Metric``.
     """
 
     is_differentiable = False
@@ -104,8 +104,8 @@ class FeatureStatistics(Metric):
     ranks: list[Tensor] | Tensor
     features: list[Tensor] | Tensor
 
-    def __init__(self, dim: int, keep: int = KEEP) -> None:
-        super().__init__()
+    def __init__(self, dim: int, keep: int = KEEP, **options: Any) -> None:
+        super().__init__(**options)
         self.dim, self.keep = dim, keep
         self.set_dtype(torch.float64)  # of the placeholders of a process without samples, too
         shapes = {"counts": (2,), "sums": (2, dim), "products": (2, dim, dim)}

@@ -113,11 +113,14 @@ def stop_at(name, draw):
     return wrapped
 
 
-def test_a_training_that_is_not_finite_does_not_stop_the_others(sd_folder, tmp_path, monkeypatch):
+def test_a_sweep_and_a_training_that_is_not_finite_which_stops_no_other(sd_folder, tmp_path, monkeypatch):
     def fail(settings, say):
         raise NotFiniteError("The loss is not finite at step 1")
 
-    assert main(flags(sd_folder, tmp_path, "--rows")) == 0
+    sweep = ("--sweep_weights", "0.5", "--sweep_schedules", "snr", "--sweep_normalise", "map", "--sweep_steps", "1")
+    assert main(flags(sd_folder, tmp_path, "--rows", "--sweep", *sweep)) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| no local term | 0 |" in page and "| snr, map | 0.5 |" in page and "page/sweep_f1.png" in page
     monkeypatch.setattr(measuring, "train", fail)
     assert main(flags(sd_folder, tmp_path, "--rows", "sobel", "--seeds", "0")) == 0
     assert "sobel_seed0 has no result: The loss is not finite at step 1" in (tmp_path / "page.md").read_text()
