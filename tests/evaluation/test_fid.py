@@ -1,10 +1,8 @@
 """evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
 
 import json
-import multiprocessing
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_helpers import start, wait_for
 
 import evaluate_fid
 import localctl.evaluation.drawn
@@ -125,18 +124,10 @@ def test_two_kills_change_neither_pictures_nor_scores(arguments: list[str], adap
     for command in ("gen", "score"):
         assert evaluate_fid.main([command, *arguments]) == 0
 
-    def run() -> None:
-        torch.set_num_threads(1)  # the test's own threads did not come along
-        evaluate_fid.main(["gen", *again])
-
     images = tmp_path / "again" / "with_prompts" / "images"
     for wanted in (1, 3):
-        process = multiprocessing.get_context("fork").Process(target=run)
-        process.start()
-        end = time.monotonic() + 100
-        while not images.is_dir() or len(list(images.glob("[0-9]*.png"))) < wanted:
-            assert process.is_alive() and time.monotonic() < end, "no picture was drawn"
-            time.sleep(0.0005)
+        process = start(evaluate_fid.main, ["gen", *again])
+        wait_for(lambda n=wanted: images.is_dir() and len(list(images.glob("[0-9]*.png"))) >= n, process, 100)
         process.kill()
         process.join()
     for command in ("gen", "score"):

@@ -93,22 +93,23 @@ def test_a_signal_inside_validation_is_heard_and_the_validation_made_good(sd_fol
     assert [(row["step"], "loss" in row) for row in rows] == [(1, True), (2, True), (2, False), (3, True), (3, False)]
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, tmp_path):
+def on_a_full_disk(argv, lines: Path) -> int:
     """The limit on the size of files stands in for the disk: it, too, makes a write fail half-way."""
+    save = TrainState.save
+
+    def limited(self, folder):
+        if self.step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return save(self, folder)
+
+    TrainState.save = limited
+    return program(argv, lines)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, tmp_path):
     out, lines = tmp_path / "out", tmp_path / "ids"
-
-    def on_a_full_disk() -> int:
-        save = TrainState.save
-
-        def limited(self, folder):
-            if self.step == 2:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-            return save(self, folder)
-
-        TrainState.save = limited
-        return program(arguments(sd_folder, out, "checkpointing_steps=1"), lines)
-
-    assert finish(start(on_a_full_disk)) == 1
+    process = start(on_a_full_disk, arguments(sd_folder, out, "checkpointing_steps=1"), lines)
+    assert finish(process) == 1
     message = lines.with_suffix(".err").read_text().splitlines()[-1]
     assert message.startswith("train_adapter.py: checkpoint-2 could not be saved in") and "latest" in message
     assert {p.name for p in out.iterdir()} == {"checkpoint-1", "stats.jsonl", "config.yaml"}

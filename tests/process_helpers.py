@@ -1,8 +1,11 @@
-"""Training in processes of their own: forked from the test, which has everything imported, so that one costs no more
-than its steps; killed and signalled at chosen moments."""
+"""Training in processes of their own, killed and signalled at chosen moments.
+
+They are forked from a server that has everything imported and does nothing else, so that one costs no more than its
+steps. A fork of the test itself would inherit the locks and pools of whatever threads earlier tests have started."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -13,27 +16,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from localctl.training import loop
 
-_FORK = multiprocessing.get_context("fork")
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch.distributed", "torch.utils.tensorboard", "localctl.training.loop"])
+
+
+def _run(work: Callable[..., int | None], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    raise SystemExit(work(*arguments) or 0)
 
 
 def start(work: Callable[..., int | None], *arguments: Any, **environment: str) -> Any:
-    """A process that runs ``work`` on one thread and ends with what it returns; its output is in no test's way."""
-
-    def run() -> None:
-        os.environ.update(environment)
-        torch.set_num_threads(1)  # the pools of the test's own threads did not come along
-        AcceleratorState._reset_state(reset_partial_state=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        raise SystemExit(work(*arguments) or 0)
-
-    process = _FORK.Process(target=run)
+    """A process that runs ``work`` (of a module, not of another function) on one thread and ends with what it returns;
+    its output is in no test's way."""
+    process = _SERVER.Process(target=_run, args=(work, arguments, {**os.environ, **environment}))
     process.start()
     return process
 
@@ -51,6 +60,8 @@ def finish(process: Any, seconds: float = 60) -> int:
     """The exit code, negative for the signal that killed it; a process that does not end fails the test."""
     process.join(seconds)
     if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)  # where it is, to stderr
+        time.sleep(1)
         process.kill()
         process.join()
         raise AssertionError(f"still running after {seconds} s")
