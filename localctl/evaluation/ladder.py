@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -45,6 +46,15 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
     return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
 
 
+def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """What :func:`climb` found, as Markdown."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| " + " | ".join(["", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for rung, values in rows.items():
+        lines.append("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="localctl.evaluation.ladder", description=__doc__)
@@ -54,12 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         for name in args.extractor:
-            rows = climb(load_extractor(name, args.weights), args.count)
-            columns = list(next(iter(rows.values())))
-            print("| " + " | ".join(["", *columns]) + " |\n|" + "---|" * (len(columns) + 1))
-            for rung, values in rows.items():
-                print("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
-            print()
+            print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
     except ValueError as error:
         print(f"localctl.evaluation.ladder: {error}", file=sys.stderr)
         return 2
