@@ -103,7 +103,8 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, batch_size: i
         raise ValueError(f"Give at least one set, and none the name {CEILING!r}.")
     sets = {name: read_set(folder) for name, folder in folders.items()}
     ids = _check_same(folders, sets)
-    floors = [name for name, (settings, _) in sets.items() if settings["adapter"] is None]
+    steered = ("adapter", "controlnet")
+    floors = [name for name, (drawn_with, _) in sets.items() if all(drawn_with.get(key) is None for key in steered)]
     if not floors:
         raise ValueError("No set was drawn without an adapter; draw the base, `evaluate_fid.py gen` with adapter=null.")
     settings = settings_of(next(iter(sets.values()))[0])

@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import T2IAdapter
+from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from localctl.adapter import LocalAdapter
-from localctl.base import load_pipeline, resolve_base, same_base, set_scheduler
+from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig
+from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
 from localctl.evaluation.provenance import read_json, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
@@ -38,6 +40,7 @@ from localctl.random import key_seed
 from localctl.run.record import recorded
 from localctl.sampling import generate
 from localctl.sampling_cli import find_adapter
+from localctl.training.models import no_progress_bars
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
 SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
@@ -81,7 +84,7 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     folder = settings.folder / name
     rank, count = processes()
     resolve_base(settings.base.name)
-    adapter = load_adapter(settings)
+    steering = load_adapter(settings) or load_controlnet(settings)
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
     single = _index_of(samples.source, settings.sample) if settings.sample is not None else None
     claim(folder, settings, name)
@@ -98,7 +101,7 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     drawn = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
-        _draw_batch(pipe, adapter, samples, indices, single, folder, settings)
+        _draw_batch(pipe, steering, samples, indices, single, folder, settings)
         drawn += len(indices)
         say(f"{name}: batch {number} of {len(mine)}, pictures {indices[0]} to {indices[-1]}")
     return drawn
@@ -114,7 +117,7 @@ def image_file(folder: Path, index: int) -> Path:
 
 def _draw_batch(
     pipe: Any,
-    adapter: LocalAdapter | None,
+    steering: LocalAdapter | ControlNetModel | None,
     samples: MaskedSamples,
     indices: Sequence[int],
     single: int | None,
@@ -124,10 +127,12 @@ def _draw_batch(
     examples = [example_of(samples, index, single) for index in indices]
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     masks = torch.stack([e.mask for e in examples if e.mask is not None])
-    controls = []
-    if adapter is not None:
-        condition = torch.stack([e.condition for e in examples])
-        controls.append(LocalAdapterControl(adapter, condition, masks, weight=settings.weight))
+    controls: list[Control] = []
+    condition = torch.stack([e.condition for e in examples])
+    if isinstance(steering, LocalAdapter):
+        controls.append(LocalAdapterControl(steering, condition, masks, weight=settings.weight))
+    elif steering is not None:
+        controls.append(MaskedControlNet(steering, condition, masks, weight=settings.weight))
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
     height, width = settings.data.size
     images = generate(
@@ -198,6 +203,22 @@ def load_adapter(settings: FidSettings) -> LocalAdapter | None:
     return adapter
 
 
+def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
+    """The ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
+    if settings.controlnet is None:
+        return None
+    folder = Path(settings.controlnet).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"The ControlNet folder {folder} does not exist; give one that diffusers saved.")
+    try:
+        with no_progress_bars():
+            net = ControlNetModel.from_pretrained(str(folder), local_files_only=True, dtype=DTYPES[settings.base.dtype])
+    except Exception as error:  # as above
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"The ControlNet in {folder} cannot be loaded ({reason}); save it again.") from error
+    return freeze(net).to(process_device(settings.device))
+
+
 def claim(folder: Path, settings: FidSettings, name: str) -> None:
     """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
@@ -206,6 +227,8 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
         "adapter": None if settings.adapter is None else sha256_of_folder(find_adapter(settings.adapter)),
     }
+    if settings.controlnet is not None:
+        content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
     path = folder / "settings.json"
     if path.is_file():
         earlier = read_json(path, "settings")

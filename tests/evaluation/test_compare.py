@@ -46,7 +46,8 @@ def sets(base_set: Path, tmp_path: Path) -> dict[str, Path]:
         folders[name] = tmp_path / name
         shutil.copytree(base_set, folders[name])
         settings = json.loads((folders[name] / "settings.json").read_text())
-        (folders[name] / "settings.json").write_text(json.dumps(settings | {"adapter": name}))
+        kind = {"truth": "adapter", "noisy": "controlnet"}[name]
+        (folders[name] / "settings.json").write_text(json.dumps(settings | {kind: name}))
         for i in range(COUNT):
             image = scene(i, "basic", "test").image
             noise = np.random.default_rng(i).normal(0, 10, image.shape) if name == "noisy" else 0

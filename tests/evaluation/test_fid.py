@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 import evaluate_fid
@@ -213,6 +214,8 @@ def test_score_says_everything_about_itself(
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),
         (["gen", "prompts=some"], "Unknown prompts 'some'"),
         (["gen", "adapter=nowhere"], "nowhere"),
+        (["gen", "controlnet=nowhere"], "ControlNet folder nowhere does not exist"),
+        (["gen", "controlnet=one", "adapter=two"], "either an adapter or a controlnet"),
         (["gen", "sample=no.png"], "There is no example 'no.png'"),
         (["gen", "part=test"], "Unknown part 'test'"),
         (["gen", "num_image=3"], "did you mean num_images"),
@@ -237,6 +240,29 @@ def test_folders_and_adapters_of_other_settings_are_refused(
     assert "was trained on" in capsys.readouterr().err
     assert evaluate_fid.main(["gen", *arguments, adapter, "base.name=micro"]) == 2
     assert "was trained on the base" in capsys.readouterr().err
+
+
+def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd_pipe: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(sd_pipe.unet, conditioning_channels=3)
+    for name, parameter in net.named_parameters():  # its zero convolutions, or it would change nothing
+        if "controlnet_" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    net.save_pretrained(tmp_path / "net")
+    drawn = {}
+    for name, extra in (
+        ("base", ()),
+        ("full", (f"controlnet={tmp_path / 'net'}", "mask=full")),
+        ("box", (f"controlnet={tmp_path / 'net'}",)),
+    ):
+        assert evaluate_fid.main(["gen", *arguments, f"output_dir={tmp_path / name}", "num_images=2", *extra]) == 0
+        drawn[name] = contents(tmp_path / name / "with_prompts" / "images")
+    assert drawn["base"] != drawn["box"] != drawn["full"] != drawn["base"]
+    settings, floor = (
+        json.loads((tmp_path / name / "with_prompts" / "settings.json").read_text()) for name in ("box", "base")
+    )
+    assert len(settings["weights_sha256"]["controlnet"]) == 64 and settings["controlnet"] == str(tmp_path / "net")
+    assert "controlnet" not in floor["weights_sha256"]
 
 
 def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
