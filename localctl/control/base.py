@@ -108,9 +108,9 @@ class EndOfRun(Exception):
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
-    At each call of the U-Net, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its inputs;
-    at each attention layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention``
-    are called, in this order.
+    At each call of the U-Net, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
+    inputs; at each attention layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and
+    ``mix_attention`` are called, in this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
     only_looks: changes nothing, and is left out when another control runs the U-Net for itself.

@@ -5,6 +5,7 @@ ceiling."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from localctl.base import BaseConfig, load_pipeline
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
 from localctl.evaluation.control import CANNY, MIN_EDGES, Case, canny
-from localctl.evaluation.drawn import open_source, read_pictures, read_set
+from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
@@ -53,13 +54,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter."""
+    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter.
+
+    speeds: of drawing, by set, as far as noted. seconds: that measuring took.
+    """
 
     columns: tuple[str, ...]
     tables: Mapping[str, np.ndarray]
     ids: Sequence[str]
     floor: str
     provenance: Mapping[str, Any]
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
+    seconds: float = math.nan
     _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
@@ -99,6 +105,7 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, batch_size: i
         ValueError: pictures are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
             differ; no set was drawn without an adapter; two have one name.
     """
+    began = time.perf_counter()
     if CEILING in folders or not folders:
         raise ValueError(f"Give at least one set, and none the name {CEILING!r}.")
     sets = {name: read_set(folder) for name, folder in folders.items()}
@@ -122,7 +129,9 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, batch_size: i
     }
     columns = tuple(measured[CEILING][0])
     tables = {name: np.array([[row[c] for c in columns] for row in rows]) for name, rows in measured.items()}
-    return Comparison(columns, tables, ids, floors[0], _provenance(columns, sets, targets, clip))
+    speeds = {name: speed for name, folder in folders.items() if (speed := read_speed(folder)) is not None}
+    provenance = _provenance(columns, sets, targets, clip)
+    return Comparison(columns, tables, ids, floors[0], provenance, speeds, time.perf_counter() - began)
 
 
 def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, Any], list[str]]]) -> list[str]:

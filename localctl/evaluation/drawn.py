@@ -3,6 +3,7 @@
     settings.json      what it was drawn with; a folder takes no pictures of other settings
     ids/ID.json        key, caption, prompt and seed of each picture
     masks/ID.png       the mask it was drawn with; scores read this one
+    timing/ID.json     seconds of the batch that begins with this picture
     images/ID.png      written last: a picture that is there is finished
 
 Pictures are drawn in batches fixed by the settings: one that lacks a picture is drawn again as a whole, so that a run
@@ -12,7 +13,7 @@ that was killed any number of times ends with the same bytes as one that was not
 from __future__ import annotations
 
 import io
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
+from localctl.evaluation.processes import processes
 from localctl.evaluation.provenance import read_json, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import load_image
@@ -56,11 +58,6 @@ def open_source(settings: FidSettings) -> Source:
     if settings.data.is_micro:
         return MicroScenes(settings.part, settings.data.profile, settings.num_images, settings.condition, keep=False)
     return open_files(settings.data, settings.condition, settings.part)
-
-
-def processes() -> tuple[int, int]:
-    """(rank, count) as torchrun tells."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def picture_id(index: int) -> str:
@@ -101,7 +98,10 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     drawn = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
+        began = time.perf_counter()
         _draw_batch(pipe, steering, samples, indices, single, folder, settings)
+        spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
+        write_json(folder / "timing" / f"{picture_id(first)}.json", {**spent, "device": str(pipe.device)})
         drawn += len(indices)
         say(f"{name}: batch {number} of {len(mine)}, pictures {indices[0]} to {indices[-1]}")
     return drawn
@@ -256,6 +256,34 @@ def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{'run gen again to draw them' if what == 'missing' else 'remove them'}."
             )
     return settings, sorted(wanted)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a set was drawn: pictures per second of one process, of how many; batch_size pictures at once."""
+
+    images_per_second: float
+    processes: int
+    batch_size: int
+    device: str
+
+    def __str__(self) -> str:
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.images_per_second:.3g} images/s{each} (batches of {self.batch_size}, {self.device})"
+
+
+def read_speed(folder: Path) -> Speed | None:
+    """Of the set in ``folder``, loading the base left out; None where nothing was noted."""
+    noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
+    if not noted:
+        return None
+    pictures, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
+    return Speed(
+        images_per_second=pictures / seconds,
+        processes=max(item["processes"] for item in noted),
+        batch_size=max(item["pictures"] for item in noted),
+        device=noted[0]["device"],
+    )
 
 
 def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:

@@ -35,8 +35,11 @@ def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
     """Of pictures uint8 (n,H,W,3)."""
-    pairs = ((str(index), image) for index, image in enumerate(images))
-    return collect(extractor, pairs, 16).statistics(**describe(extractor))
+
+    def pictures(indices: range) -> list[tuple[str, np.ndarray]]:
+        return [(str(index), images[index]) for index in indices]
+
+    return collect(extractor, len(images), pictures, 16).statistics(**describe(extractor))
 
 
 def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:

@@ -80,6 +80,10 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
         assert bars.width > 1000 and np.asarray(bars).std() > 10
     assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
     assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
+    timing = content["timing"]
+    assert timing["drawing"]["base"]["images_per_second"] > 0 and timing["measuring_seconds"] > 0
+    text = (tmp_path / "out" / "metrics.md").read_text()
+    assert "- base was drawn at " in text and f"- {4 * COUNT} pictures were measured in " in text
     first = (tmp_path / "out" / "metrics.json").read_bytes()
     turned = dict(reversed(sets.items()))
     assert run(turned, tmp_path, "--against", "noisy") == 0

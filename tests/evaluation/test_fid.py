@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from PIL import Image
 import evaluate_fid
 import localctl.evaluation.drawn
 from localctl.adapter import LocalAdapter
+from localctl.evaluation.drawn import read_speed
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
@@ -63,7 +67,9 @@ def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Of all files but those that say how long it took."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "timing"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def test_reference_is_of_the_photos_and_made_once(
@@ -157,6 +163,45 @@ def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monke
         assert evaluate_fid.main(["gen", *arguments]) == 0
         counts.append(len(list((tmp_path / "fid" / "with_prompts" / "images").iterdir())))
     assert counts == [2, 5] and contents(tmp_path / "fid") == one
+
+
+def test_the_speed_of_drawing_is_noted(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    folder = tmp_path / "fid" / "with_prompts"
+    speed = read_speed(folder)
+    assert speed is not None and str(speed) in capsys.readouterr().out and "images/s (batches of 2, cpu)" in str(speed)
+    noted = [json.loads(p.read_text()) for p in (folder / "timing").iterdir()]
+    assert sorted(n["pictures"] for n in noted) == [1, 2, 2]
+    assert speed.images_per_second == pytest.approx(5 / sum(n["seconds"] for n in noted))
+    shutil.rmtree(folder / "timing")
+    assert read_speed(folder) is None
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one(arguments: list[str], adapter: str, tmp_path: Path) -> None:
+    arguments = [*arguments, adapter, "prompts=both"]
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    reference, folder = tmp_path / "fid" / "ref_micro_clip.npz", tmp_path / "fid" / "with_prompts"
+    made = []
+    worker, root = Path(__file__).with_name("fid_worker.py"), Path(evaluate_fid.__file__).parent
+    for count in (1, 2):
+        reference.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        call = [*command, str(worker), str(tmp_path), *arguments, "num_images=5"]
+        subprocess.run(call, check=True, env=environment, timeout=600)
+        made.append((Statistics.load(reference), json.loads((folder / "score_micro_clip.json").read_text())))
+    # five pictures in batches of two, of the reference and of two sets
+    ranks = [(tmp_path / f"rank_{rank}_of_2.txt").read_text().split() for rank in (0, 1)]
+    assert [list(map(int, rank)) for rank in ranks] == [[2, 1, 2, 1, 2, 1], [2, 2, 2]]
+    (one, scores), (two, again) = made
+    assert np.array_equal(one.counts, two.counts) and np.array_equal(one.kept, two.kept)
+    np.testing.assert_allclose(two.products, one.products, rtol=1e-12)
+    assert one.provenance == two.provenance and one.n == 5
+    assert again["values"] == pytest.approx(scores["values"], rel=1e-9)
+    assert again["provenance"] == scores["provenance"]
 
 
 def test_one_example_many_times(arguments: list[str], tmp_path: Path) -> None:
