@@ -36,6 +36,7 @@ from localctl.micro.detect import detect
 from localctl.micro.report import round_trip
 from localctl.micro.scenes import Scene, SceneObject, scene
 from localctl.random import numpy_rng
+from localctl.run.program import one_sentence
 from localctl.sampling import generate
 
 PROFILE, SPLIT = "basic", "test"
@@ -238,21 +239,18 @@ def load_adapter(path: Path) -> LocalAdapter:
     return adapter
 
 
+@one_sentence("localctl.evaluation.control")
 def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a user's error."""
     args = parse(argv)
-    try:
-        check(args)
-        adapters = {str(path): load_adapter(path) for path in args.adapter}
-        args.base = base_of(args.base, adapters)
-        if args.guidance_scale is None:
-            args.guidance_scale = resolve_base(args.base).guidance_scale
-        pipe = load_pipeline(BaseConfig(name=args.base))
-        set_scheduler(pipe, args.scheduler)
-        evaluate(args, adapters, pipe)
-    except ValueError as error:
-        print(f"localctl.evaluation.control: {error}", file=sys.stderr)
-        return 2
+    check(args)
+    adapters = {str(path): load_adapter(path) for path in args.adapter}
+    args.base = base_of(args.base, adapters)
+    if args.guidance_scale is None:
+        args.guidance_scale = resolve_base(args.base).guidance_scale
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    set_scheduler(pipe, args.scheduler)
+    evaluate(args, adapters, pipe)
     return 0
 
 

@@ -17,6 +17,7 @@ from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_ex
 from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
 from localctl.random import numpy_rng
+from localctl.run.program import one_sentence
 
 BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
 
@@ -58,6 +59,7 @@ def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+@one_sentence("localctl.evaluation.ladder")
 def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="localctl.evaluation.ladder", description=__doc__)
@@ -65,12 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
     parser.add_argument("--count", type=int, default=80)
     args = parser.parse_args(argv)
-    try:
-        for name in args.extractor:
-            print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
-    except ValueError as error:
-        print(f"localctl.evaluation.ladder: {error}", file=sys.stderr)
-        return 2
+    for name in args.extractor:
+        print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
     return 0
 
 
