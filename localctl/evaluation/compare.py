@@ -18,7 +18,7 @@ import torch
 from localctl.base import BaseConfig, load_pipeline, resolve_base
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
-from localctl.evaluation.control import CANNY, MIN_EDGES, Case, canny
+from localctl.evaluation.control import MIN_EDGES, YARDSTICK, Case, canny
 from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.kept import kept_tables, sha256_of_files
 from localctl.evaluation.provenance import read_json, versions
@@ -28,6 +28,7 @@ from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.detection import Found
+from localctl.metrics.extractors import ClipExtractor, describe
 from localctl.metrics.inside import EdgeScore, SSIMInside
 from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
@@ -281,14 +282,8 @@ def _provenance(
         "n_fake": len(targets),
         "image_format": "PNG, 8 bit RGB",
         "image_size": list(targets[0].image.shape[:2]),
-        "edges": {
-            "kind": CANNY.kind,
-            "low": CANNY.low,
-            "high": CANNY.high,
-            "tolerance_px": 2.0,
-            "min_target": MIN_EDGES,
-        },
-        "clip": None if clip is None else {"weights_sha256": clip.weights_sha256, "side": clip.side},
+        "edges": YARDSTICK,
+        "clip": None if clip is None else describe(ClipExtractor(clip, "clip_score")),
         "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},
         "seeds": {"seed": settings["seed"], "picture": "hash of seed and index, the same for every set"},
         "versions": versions(),

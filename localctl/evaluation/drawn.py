@@ -32,7 +32,7 @@ from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
 from localctl.evaluation.processes import processes
-from localctl.evaluation.provenance import read_json, write_bytes, write_json
+from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import load_image
 from localctl.layout import Layout
@@ -229,9 +229,10 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
+    content["versions"] = versions()  # of what draws
     path = folder / "settings.json"
     if path.is_file():
-        earlier = read_json(path, "settings")
+        earlier = {"versions": content["versions"]} | read_json(path, "settings")  # not said by the first sets
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(

@@ -15,6 +15,7 @@ import evaluate_fid
 import evaluate_quantitative_metrics
 from localctl.evaluation import compare as compare_module
 from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
+from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import as_json, latex, markdown
 from localctl.metrics.bootstrap import Interval
@@ -81,6 +82,8 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
         assert bars.width > 1000 and np.asarray(bars).std() > 10
     assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
     assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
+    check_provenance("metrics", content, REQUIRED)
+    assert {"extractor", "weights_sha256", "preprocessing", "feature_dtype"} <= set(content["provenance"]["clip"])
     timing = content["timing"]
     assert timing["drawing"]["base"]["images_per_second"] > 0 and timing["measuring_seconds"] > 0
     text = (tmp_path / "out" / "metrics.md").read_text()

@@ -276,11 +276,17 @@ def test_mistakes_are_one_sentence(
 
 
 def test_folders_and_adapters_of_other_settings_are_refused(
-    arguments: list[str], adapter: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate_fid.main(["gen", *arguments]) == 0
     assert evaluate_fid.main(["gen", *arguments, "seed=1"]) == 2
     assert "drawn with another seed;" in capsys.readouterr().err
+    path = tmp_path / "fid" / "with_prompts" / "settings.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"versions": settings["versions"] | {"torch": "0.1"}}))
+    assert evaluate_fid.main(["gen", *arguments]) == 2
+    assert "drawn with another versions;" in capsys.readouterr().err
+    path.write_text(json.dumps(settings))
     assert evaluate_fid.main(["gen", *arguments, adapter, "condition=sobel"]) == 2
     assert "was trained on" in capsys.readouterr().err
     assert evaluate_fid.main(["gen", *arguments, adapter, "base.name=micro"]) == 2
