@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from localctl.evaluation.fid import draw, make_reference, score
 from localctl.evaluation.settings import FidSettings
 from localctl.run.config import help_text, load_config
+from localctl.run.program import one_sentence
 
 COMMANDS = {"ref": make_reference, "gen": draw, "score": score}
 ALIASES = {
@@ -28,25 +29,19 @@ ALIASES = {
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
 
+@one_sentence("evaluate_fid.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if {"-h", "--help"} & set(argv):
-            defaults = load_config([], FidSettings, name="evaluate_fid", aliases=ALIASES)
-            print(__doc__)
-            print(help_text("evaluate_fid.py ref|gen|score", defaults, aliases=ALIASES, name="evaluate_fid"))
-            return 0
-        if not argv or argv[0] not in COMMANDS:
-            raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `evaluate_fid.py ref`; see --help.")
-        settings = load_config(argv[1:], FidSettings, name="evaluate_fid", aliases=ALIASES, free_groups=FREE_GROUPS)
-        COMMANDS[argv[0]](settings)
-    except ValueError as error:
-        print(f"evaluate_fid.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate_fid.py: {error}", file=sys.stderr)
-        return 1
+    if {"-h", "--help"} & set(argv):
+        defaults = load_config([], FidSettings, name="evaluate_fid", aliases=ALIASES)
+        print(__doc__)
+        print(help_text("evaluate_fid.py ref|gen|score", defaults, aliases=ALIASES, name="evaluate_fid"))
+        return 0
+    if not argv or argv[0] not in COMMANDS:
+        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `evaluate_fid.py ref`; see --help.")
+    settings = load_config(argv[1:], FidSettings, name="evaluate_fid", aliases=ALIASES, free_groups=FREE_GROUPS)
+    COMMANDS[argv[0]](settings)
     return 0
 
 

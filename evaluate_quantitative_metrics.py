@@ -22,6 +22,7 @@ from localctl.evaluation.sheets import contact_sheet
 from localctl.evaluation.tables import as_json, latex, markdown, plot
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
+from localctl.run.program import one_sentence
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,33 +49,27 @@ def named(sets: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+@one_sentence("evaluate_quantitative_metrics.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     args = parse(argv)
-    try:
-        folders = named(args.sets)
-        if args.against is not None and args.against not in (*folders, CEILING):
-            raise ValueError(f"There is no set {args.against!r} for --against; choose one of {', '.join(folders)}.")
-        clip = None if args.clip == "none" else Clip(args.clip)
-        comparison = compare(folders, clip)
-        against = args.against or comparison.floor
-        content = as_json(comparison, against)
-        check_provenance("of this comparison", content, REQUIRED)
-        write_json(args.output_dir / "metrics.json", content)
-        text = markdown(comparison, against)
-        write_bytes(args.output_dir / "metrics.md", text.encode())
-        write_bytes(args.output_dir / "metrics.tex", latex(comparison).encode())
-        plot(comparison).save(args.output_dir / "metrics.png")
-        for name in folders:
-            if comparison.interval(name, "f1") is not None:
-                contact_sheet(comparison, folders, name).save(args.output_dir / f"sheet_{name.replace('/', '_')}.png")
-        print(text)
-    except ValueError as error:
-        print(f"evaluate_quantitative_metrics.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate_quantitative_metrics.py: {error}", file=sys.stderr)
-        return 1
+    folders = named(args.sets)
+    if args.against is not None and args.against not in (*folders, CEILING):
+        raise ValueError(f"There is no set {args.against!r} for --against; choose one of {', '.join(folders)}.")
+    clip = None if args.clip == "none" else Clip(args.clip)
+    comparison = compare(folders, clip)
+    against = args.against or comparison.floor
+    content = as_json(comparison, against)
+    check_provenance("of this comparison", content, REQUIRED)
+    write_json(args.output_dir / "metrics.json", content)
+    text = markdown(comparison, against)
+    write_bytes(args.output_dir / "metrics.md", text.encode())
+    write_bytes(args.output_dir / "metrics.tex", latex(comparison).encode())
+    plot(comparison).save(args.output_dir / "metrics.png")
+    for name in folders:
+        if comparison.interval(name, "f1") is not None:
+            contact_sheet(comparison, folders, name).save(args.output_dir / f"sheet_{name.replace('/', '_')}.png")
+    print(text)
     return 0
 
 

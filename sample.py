@@ -17,41 +17,39 @@ import sys
 from collections.abc import Sequence
 
 from localctl.base import load_pipeline, same_base, set_scheduler
+from localctl.run.program import one_sentence
 from localctl.sampling import generate
 from localctl.sampling_cli import build_controls, parse, prepare, reproducing_options
 from localctl.sampling_files import open_output, save
 
 
+@one_sentence("sample.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    try:
-        options = parse(sys.argv[1:] if argv is None else argv, __doc__)
-        job = prepare(options)
-        folder = open_output(options.output_dir)
-        controls = build_controls(job)
-        pipe = load_pipeline(job.base, device=job.device)
-        if options.scheduler is not None:
-            set_scheduler(pipe, options.scheduler)
-        outputs = []
-        for variant in job.variants:
-            output = generate(
-                pipe,
-                job.layouts,
-                [*controls, *variant.controls],
-                options.seeds,
-                batch_size=options.batch_size,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                negative_prompt=options.negative_prompt,
-            )
-            outputs.append((variant, output))
-        conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
-        read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
-        for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):
-            print(path)
-    except ValueError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
+    options = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    job = prepare(options)
+    folder = open_output(options.output_dir)
+    controls = build_controls(job)
+    pipe = load_pipeline(job.base, device=job.device)
+    if options.scheduler is not None:
+        set_scheduler(pipe, options.scheduler)
+    outputs = []
+    for variant in job.variants:
+        output = generate(
+            pipe,
+            job.layouts,
+            [*controls, *variant.controls],
+            options.seeds,
+            batch_size=options.batch_size,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            negative_prompt=options.negative_prompt,
+        )
+        outputs.append((variant, output))
+    conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
+    read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
+    for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):
+        print(path)
     return 0
 
 

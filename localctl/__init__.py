@@ -27,6 +27,7 @@ _PUBLIC = {
     "LayoutGuidance": "localctl.control.layout_guidance",
     "LocalAdapter": "localctl.adapter",
     "LocalAdapterControl": "localctl.control.local_adapter",
+    "MaskedControlNet": "localctl.control.masked_controlnet",
     "NegativePrompts": "localctl.control.negative_prompts",
     "Region": "localctl.layout",
     "RegionBias": "localctl.control.region_bias",

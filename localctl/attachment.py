@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.base import CallContext, Control, add_residuals
+from localctl.control.base import CallContext, Control, UNetInputs, add_residuals
 from localctl.control.installation import Installation
 from localctl.control.runs import UNetRun
 from localctl.control.schedule import outer_step, sigma_at
@@ -168,6 +168,8 @@ class Attachment:
         if added is not None:
             name = "down_intrablock_additional_residuals"
             kwargs = {**kwargs, name: add_residuals(kwargs.get(name), added)}
+        inputs = UNetInputs(sample, timestep, _text(args, kwargs), kwargs.get("added_cond_kwargs") or {})
+        kwargs = self._add_to_blocks(context, inputs, kwargs)
         args, kwargs = self._replace_text(context, args, kwargs)
         args, kwargs = self._shift_latents(unet, context, args, kwargs)
         self._steer_attention(unet, context)
@@ -177,10 +179,21 @@ class Attachment:
         """Forward hook, called after errors as well: the processors of this call are put back."""
         self._installation.undo()
 
+    def _add_to_blocks(self, context: CallContext, inputs: UNetInputs, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """``kwargs`` with what the controls add to skip connections and middle block, beside what is there already."""
+        names = ("down_block_additional_residuals", "mid_block_additional_residual")
+        for control in self.bound:
+            added = control.block_residuals(context, inputs)
+            if added is not None:
+                down, middle = (kwargs.get(name) for name in names)
+                middle = added.middle if middle is None else middle + added.middle
+                kwargs = {**kwargs, names[0]: add_residuals(down, added.down), names[1]: middle}
+        return kwargs
+
     def _replace_text(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]  # (R, K, C)
+        text = _text(args, kwargs)
         for control in self.bound:
             replaced = control.text(context, text)
             text = text if replaced is None else replaced
@@ -255,6 +268,11 @@ class Attachment:
             dtype=unet.dtype,
             sigma=sigma_at(self.pipe.scheduler, time),
         )
+
+
+def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The text context (R, K, C) in the arguments of the U-Net."""
+    return args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
 
 
 @contextmanager

@@ -69,6 +69,26 @@ class CallContext:
         return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
 
 
+@dataclass(frozen=True)
+class UNetInputs:
+    """What the U-Net is given in one call: sample (R, c, h, w), timestep, text (R, K, C) of the prompts, and for SDXL
+    the pooled texts and sizes by name in ``added``; not to be written to."""
+
+    sample: Tensor
+    timestep: Tensor | float
+    text: Tensor
+    added: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockResiduals:
+    """What a ControlNet adds: to each skip connection, finest first, ``down`` (R, c, h, w) each, and to what comes out
+    of the middle block, ``middle``."""
+
+    down: list[Tensor]
+    middle: Tensor
+
+
 Attend = Callable[[Tensor, Sequence[int]], Tensor]
 
 
@@ -88,9 +108,9 @@ class EndOfRun(Exception):
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
-    At each call of the U-Net, ``down_residuals``, ``text`` and ``shift_latents`` change its inputs; at each attention
-    layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and ``mix_attention`` are called, in
-    this order.
+    At each call of the U-Net, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
+    inputs; at each attention layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and
+    ``mix_attention`` are called, in this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
     only_looks: changes nothing, and is left out when another control runs the U-Net for itself.
@@ -113,6 +133,11 @@ class BoundControl:
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
         """Hook on the inputs of the U-Net: tensors (R, c, h, w) added within its down blocks, one per block, finest
         first; or None to leave this call alone. They must be the caller's to keep: the U-Net may write to them."""
+        return None
+
+    def block_residuals(self, context: CallContext, inputs: UNetInputs) -> BlockResiduals | None:
+        """Hook on the inputs of the U-Net: what to add to its skip connections and middle block, or None. ``inputs``
+        are the call's own, before any control changes text or latents."""
         return None
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
 from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.pictures import batched, check_counts, check_mask, check_size, rows_of
 from localctl.control.sites import level_sizes
 from localctl.layout import Layout
 
@@ -44,28 +45,18 @@ class LocalAdapterControl(Control):
                 "wrap a T2IAdapter with LocalAdapter.from_t2iadapter."
             )
         check_window(self.start, self.end)
-        self.condition = _batched("condition", self.condition)
-        self.mask = _batched("mask", self.mask)
+        self.condition = batched("condition", self.condition)
+        self.mask = batched("mask", self.mask)
         channels = self.adapter.channels_of_condition
         if self.condition.shape[1] != channels:
             raise ValueError(
                 f"The condition has {self.condition.shape[1]} channels but the adapter was made for {channels}; "
                 "use the kind of condition it was trained with."
             )
-        if self.mask.shape[1] != 1:
-            raise ValueError(f"A mask has one channel, not {self.mask.shape[1]}; give (1, H, W) or (n, 1, H, W).")
-        if self.mask.shape[-2:] != self.condition.shape[-2:]:
-            raise ValueError(
-                f"The mask is {self.mask.shape[-1]}x{self.mask.shape[-2]} pixels but the condition is "
-                f"{self.condition.shape[-1]}x{self.condition.shape[-2]}; they must be of one size."
-            )
+        check_mask(self.mask, self.condition)
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        for name, tensor in (("condition", self.condition), ("mask", self.mask)):
-            if tensor.shape[0] not in (1, len(layouts)):
-                raise ValueError(
-                    f"There are {tensor.shape[0]} {name}s for {len(layouts)} layouts; give one for all or one each."
-                )
+        check_counts(self.condition, self.mask, layouts)
         return _BoundLocalAdapter(self, pipe.unet)
 
 
@@ -98,12 +89,8 @@ class _BoundLocalAdapter(BoundControl):
     @torch.no_grad()
     def _compute(self, drawn: tuple[int, ...], context: CallContext) -> list[Tensor]:
         control, adapter = self.control, self.control.adapter
-        if tuple(control.condition.shape[-2:]) != context.image_size:
-            raise ValueError(
-                f"The condition is {control.condition.shape[-1]}x{control.condition.shape[-2]} pixels but the image is "
-                f"{context.image_size[1]}x{context.image_size[0]}; resize the condition or set height and width."
-            )
-        condition, mask = (_rows(tensor, drawn) for tensor in (control.condition, control.mask))
+        check_size(control.condition, context.image_size)
+        condition, mask = (rows_of(tensor, drawn) for tensor in (control.condition, control.mask))
         x = torch.cat([condition, mask], dim=1).to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
         features = adapter(x)
         self._check_shapes([tuple(feature.shape[1:]) for feature in features], context.latent_size)
@@ -129,18 +116,3 @@ def residual_shapes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple
         attends = getattr(block, "has_cross_attention", False)
         shapes.append((channels, *sizes[index if attends else index + 1]))
     return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]
-
-
-def _batched(name: str, tensor: Tensor) -> Tensor:
-    """(C,H,W) or (n,C,H,W) as float32 (n,C,H,W), checked to lie in [0,1]."""
-    if tensor.ndim not in (3, 4):
-        raise ValueError(f"The {name} must be (C, H, W) or (n, C, H, W), not {tuple(tensor.shape)}.")
-    tensor = tensor.detach().float()
-    if not bool(((tensor >= 0) & (tensor <= 1)).all()):  # NaN fails both
-        raise ValueError(f"The {name} has values outside [0, 1]; divide 8-bit values by 255.")
-    return tensor if tensor.ndim == 4 else tensor[None]
-
-
-def _rows(tensor: Tensor, drawn: tuple[int, ...]) -> Tensor:
-    """The rows of the drawn layouts; a single row stands for every layout."""
-    return tensor.expand(len(drawn), -1, -1, -1) if tensor.shape[0] == 1 else tensor[list(drawn)]

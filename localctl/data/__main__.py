@@ -22,6 +22,7 @@ from localctl.data.plan import SampleRef
 from localctl.data.sample import Example, MaskedSamples
 from localctl.random import numpy_rng
 from localctl.run.config import load_config
+from localctl.run.program import one_sentence
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 PROGRAM = "python -m localctl.data"
@@ -36,18 +37,15 @@ class CheckSettings(TrainSettings):
     adapter_model_name_or_path: str | None = None
 
 
+@one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the check ran, whatever it found; 2 after a mistake of the user's, named in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] != "check" or {"-h", "--help"} & set(argv):
         print(f"usage: {PROGRAM} check data=imagefolder data.path=FOLDER [as for train_adapter.py ...]\n\n{__doc__}")
         return 0 if {"-h", "--help"} & set(argv) else 2
-    try:
-        settings = load_config(argv[1:], CheckSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
-        print(check(settings))
-    except ValueError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
+    settings = load_config(argv[1:], CheckSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+    print(check(settings))
     return 0
 
 

@@ -4,7 +4,9 @@ ceiling."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from localctl.base import BaseConfig, load_pipeline
+from localctl.base import BaseConfig, load_pipeline, resolve_base
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
-from localctl.evaluation.control import CANNY, MIN_EDGES, Case, canny
-from localctl.evaluation.drawn import open_source, read_pictures, read_set
+from localctl.evaluation.control import MIN_EDGES, YARDSTICK, Case, canny
+from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
+from localctl.evaluation.kept import kept_tables, sha256_of_files
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
@@ -25,10 +28,12 @@ from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.detection import Found
+from localctl.metrics.extractors import ClipExtractor, describe
 from localctl.metrics.inside import EdgeScore, SSIMInside
 from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
+from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.report import round_trip
 from localctl.micro.scenes import Scene, scene
 
@@ -53,13 +58,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter."""
+    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter.
+
+    speeds: of drawing, by set, as far as noted. seconds: that measuring took.
+    """
 
     columns: tuple[str, ...]
     tables: Mapping[str, np.ndarray]
     ids: Sequence[str]
     floor: str
     provenance: Mapping[str, Any]
+    speeds: Mapping[str, Speed] = field(default_factory=dict)
+    seconds: float = math.nan
     _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
@@ -92,36 +102,68 @@ def verdict(difference: Interval) -> str:
     return "more" if difference.value > 0 else "less"
 
 
-def compare(folders: Mapping[str, Path], clip: Clip | None = None, batch_size: int = 16) -> Comparison:
-    """Measure the sets in ``folders``, by name.
+def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Path | None = None) -> Comparison:
+    """Measure the sets in ``folders``, by name. keep: a folder in which the figures of floor and ceiling are kept, and
+    from which they are read when nothing has changed.
 
     Raises:
         ValueError: pictures are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
             differ; no set was drawn without an adapter; two have one name.
     """
+    began = time.perf_counter()
     if CEILING in folders or not folders:
         raise ValueError(f"Give at least one set, and none the name {CEILING!r}.")
     sets = {name: read_set(folder) for name, folder in folders.items()}
     ids = _check_same(folders, sets)
-    floors = [name for name, (settings, _) in sets.items() if settings["adapter"] is None]
+    steered = ("adapter", "controlnet")
+    floors = [name for name, (drawn_with, _) in sets.items() if all(drawn_with.get(key) is None for key in steered)]
     if not floors:
         raise ValueError("No set was drawn without an adapter; draw the base, `evaluate_fid.py gen` with adapter=null.")
-    settings = settings_of(next(iter(sets.values()))[0])
-    targets = read_targets(settings, folders[floors[0]], ids)
-    pipe = load_pipeline(settings.base)
-    originals = np.stack([target.image for target in targets])
-    pictures = {name: np.stack([d.image for d in read_pictures(folder, ids)]) for name, folder in folders.items()}
-    pictures[CEILING] = round_trip(pipe.vae, originals)
-    measured = {
-        name: [
-            measure(image, base, target, clip)
-            for image, base, target in zip(images, pictures[floors[0]], targets, strict=True)
-        ]
-        for name, images in pictures.items()
+    floor = floors[0]
+    settings = settings_of(sets[floor][0])
+    targets = read_targets(settings, folders[floor], ids)
+    base = _images(folders[floor], ids)
+
+    def measured(images: np.ndarray) -> list[dict[str, float]]:
+        return [measure(image, own, target, clip) for image, own, target in zip(images, base, targets, strict=True)]
+
+    def frame() -> dict[str, list[dict[str, float]]]:
+        vae = load_pipeline(settings.base).vae
+        return {floor: measured(base), CEILING: measured(round_trip(vae, np.stack([t.image for t in targets])))}
+
+    framing = (
+        frame() if keep is None else kept_tables(keep, _depends_on(folders[floor], floor, ids, targets, clip), frame)
+    )
+    rows = {name: framing[name] if name == floor else measured(_images(folders[name], ids)) for name in folders}
+    rows[CEILING] = framing[CEILING]
+    columns = tuple(rows[CEILING][0])
+    tables = {name: np.array([[row[c] for c in columns] for row in made]) for name, made in rows.items()}
+    speeds = {name: speed for name, folder in folders.items() if (speed := read_speed(folder)) is not None}
+    provenance = _provenance(columns, sets, targets, clip)
+    return Comparison(columns, tables, ids, floor, provenance, speeds, time.perf_counter() - began)
+
+
+def _images(folder: Path, ids: Sequence[str]) -> np.ndarray:
+    return np.stack([drawn.image for drawn in read_pictures(folder, ids)])
+
+
+def _depends_on(
+    folder: Path, name: str, ids: Sequence[str], targets: Sequence[Target], clip: Clip | None
+) -> dict[str, Any]:
+    """What the figures of floor and ceiling depend on beside the code: how the floor was drawn, its pictures, masks and
+    captions, the true pictures, and the networks that look at them."""
+    settings = read_json(folder / "settings.json", "settings of the drawn pictures")
+    parts = (("images", "png"), ("masks", "png"), ("ids", "json"))
+    files = [folder / part / f"{number}.{kind}" for number in ids for part, kind in parts]
+    base = settings_of(settings).base
+    return {
+        "name": name,
+        "settings": settings,
+        "files_sha256": sha256_of_files(files, folder),
+        "targets_sha256": hashlib.sha256(b"".join(target.image.tobytes() for target in targets)).hexdigest(),
+        "vae_sha256": sha256_of_folder(base.vae or Path(resolve_base(base.name).id_or_path) / "vae"),
+        "clip_sha256": None if clip is None else clip.weights_sha256,
     }
-    columns = tuple(measured[CEILING][0])
-    tables = {name: np.array([[row[c] for c in columns] for row in rows]) for name, rows in measured.items()}
-    return Comparison(columns, tables, ids, floors[0], _provenance(columns, sets, targets, clip))
 
 
 def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, Any], list[str]]]) -> list[str]:
@@ -240,14 +282,8 @@ def _provenance(
         "n_fake": len(targets),
         "image_format": "PNG, 8 bit RGB",
         "image_size": list(targets[0].image.shape[:2]),
-        "edges": {
-            "kind": CANNY.kind,
-            "low": CANNY.low,
-            "high": CANNY.high,
-            "tolerance_px": 2.0,
-            "min_target": MIN_EDGES,
-        },
-        "clip": None if clip is None else {"weights_sha256": clip.weights_sha256, "side": clip.side},
+        "edges": YARDSTICK,
+        "clip": None if clip is None else describe(ClipExtractor(clip, "clip_score")),
         "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},
         "seeds": {"seed": settings["seed"], "picture": "hash of seed and index, the same for every set"},
         "versions": versions(),

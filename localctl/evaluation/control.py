@@ -11,9 +11,8 @@ with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 rou
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,30 @@ from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, resolve_base, s
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
+from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json
 from localctl.images import grid, outline
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
+from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.detect import detect
 from localctl.micro.report import round_trip
 from localctl.micro.scenes import Scene, SceneObject, scene
 from localctl.random import numpy_rng
+from localctl.run.program import one_sentence
 from localctl.sampling import generate
 
 PROFILE, SPLIT = "basic", "test"
 MIN_EDGES = 40  # true edge pixels inside the mask
 MARGIN = 8  # px between the mask and an object that counts as hidden
 CANNY = ConditionConfig(kind="canny", low=50, high=100)  # the yardstick, whatever the adapter was trained on
+YARDSTICK = {
+    "kind": CANNY.kind,
+    "low": CANNY.low,
+    "high": CANNY.high,
+    "tolerance_px": 2.0,
+    "min_target": MIN_EDGES,
+}
 
 
 @dataclass(frozen=True)
@@ -238,21 +247,18 @@ def load_adapter(path: Path) -> LocalAdapter:
     return adapter
 
 
+@one_sentence("localctl.evaluation.control")
 def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a user's error."""
     args = parse(argv)
-    try:
-        check(args)
-        adapters = {str(path): load_adapter(path) for path in args.adapter}
-        args.base = base_of(args.base, adapters)
-        if args.guidance_scale is None:
-            args.guidance_scale = resolve_base(args.base).guidance_scale
-        pipe = load_pipeline(BaseConfig(name=args.base))
-        set_scheduler(pipe, args.scheduler)
-        evaluate(args, adapters, pipe)
-    except ValueError as error:
-        print(f"localctl.evaluation.control: {error}", file=sys.stderr)
-        return 2
+    check(args)
+    adapters = {str(path): load_adapter(path) for path in args.adapter}
+    args.base = base_of(args.base, adapters)
+    if args.guidance_scale is None:
+        args.guidance_scale = resolve_base(args.base).guidance_scale
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    set_scheduler(pipe, args.scheduler)
+    evaluate(args, adapters, pipe)
     return 0
 
 
@@ -272,9 +278,35 @@ def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: 
         results.append(compare(name, chosen, base, ceiling, images))
         picture_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
     settings = {k: [str(v) for v in value] if k == "adapter" else value for k, value in vars(args).items()}
-    content = {"settings": settings, "results": [asdict(r) for r in results]}
-    (args.output_dir / "control.json").write_text(json.dumps(content, indent=1, default=str))
+    settings["output_dir"] = str(args.output_dir)
+    content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": _provenance(args, chosen)}
+    check_provenance("of this evaluation", content, REQUIRED)
+    write_json(args.output_dir / "control.json", content)
     print(table(results))
+
+
+def _provenance(args: argparse.Namespace, chosen: list[Case]) -> dict[str, Any]:
+    return {
+        "metrics": [field.name for field in fields(ControlResult) if field.name != "adapter"],
+        "n_real": len(chosen),
+        "n_fake": len(chosen),
+        "image_format": "8 bit RGB, in memory",
+        "image_size": list(chosen[0].edges.shape),
+        "edges": {
+            "kind": CANNY.kind,
+            "low": CANNY.low,
+            "high": CANNY.high,
+            "tolerance_px": 2.0,
+            "min_target": MIN_EDGES,
+        },
+        "mask_protocol": {"mask": "box", "drawn_by": "seed, scene and attempt"},
+        "seeds": {"masks": args.seed, "pictures": [case.seed for case in chosen]},
+        "weights_sha256": {
+            "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
+            **{str(path): sha256_of_folder(path) for path in args.adapter},
+        },
+        "versions": versions(),
+    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     settings.json      what it was drawn with; a folder takes no pictures of other settings
     ids/ID.json        key, caption, prompt and seed of each picture
     masks/ID.png       the mask it was drawn with; scores read this one
+    timing/ID.json     seconds of the batch that begins with this picture
     images/ID.png      written last: a picture that is there is finished
 
 Pictures are drawn in batches fixed by the settings: one that lacks a picture is drawn again as a whole, so that a run
@@ -12,7 +13,7 @@ that was killed any number of times ends with the same bytes as one that was not
 from __future__ import annotations
 
 import io
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import T2IAdapter
+from diffusers import ControlNetModel, T2IAdapter
 from PIL import Image
 
 from localctl.adapter import LocalAdapter
-from localctl.base import load_pipeline, resolve_base, same_base, set_scheduler
+from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig
+from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
-from localctl.evaluation.provenance import read_json, write_bytes, write_json
+from localctl.evaluation.processes import processes
+from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import load_image
 from localctl.layout import Layout
@@ -38,6 +42,7 @@ from localctl.random import key_seed
 from localctl.run.record import recorded
 from localctl.sampling import generate
 from localctl.sampling_cli import find_adapter
+from localctl.training.models import no_progress_bars
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
 SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
@@ -53,11 +58,6 @@ def open_source(settings: FidSettings) -> Source:
     if settings.data.is_micro:
         return MicroScenes(settings.part, settings.data.profile, settings.num_images, settings.condition, keep=False)
     return open_files(settings.data, settings.condition, settings.part)
-
-
-def processes() -> tuple[int, int]:
-    """(rank, count) as torchrun tells."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def picture_id(index: int) -> str:
@@ -81,7 +81,7 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     folder = settings.folder / name
     rank, count = processes()
     resolve_base(settings.base.name)
-    adapter = load_adapter(settings)
+    steering = load_adapter(settings) or load_controlnet(settings)
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
     single = _index_of(samples.source, settings.sample) if settings.sample is not None else None
     claim(folder, settings, name)
@@ -98,7 +98,10 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     drawn = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
-        _draw_batch(pipe, adapter, samples, indices, single, folder, settings)
+        began = time.perf_counter()
+        _draw_batch(pipe, steering, samples, indices, single, folder, settings)
+        spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
+        write_json(folder / "timing" / f"{picture_id(first)}.json", {**spent, "device": str(pipe.device)})
         drawn += len(indices)
         say(f"{name}: batch {number} of {len(mine)}, pictures {indices[0]} to {indices[-1]}")
     return drawn
@@ -114,7 +117,7 @@ def image_file(folder: Path, index: int) -> Path:
 
 def _draw_batch(
     pipe: Any,
-    adapter: LocalAdapter | None,
+    steering: LocalAdapter | ControlNetModel | None,
     samples: MaskedSamples,
     indices: Sequence[int],
     single: int | None,
@@ -124,10 +127,12 @@ def _draw_batch(
     examples = [example_of(samples, index, single) for index in indices]
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     masks = torch.stack([e.mask for e in examples if e.mask is not None])
-    controls = []
-    if adapter is not None:
-        condition = torch.stack([e.condition for e in examples])
-        controls.append(LocalAdapterControl(adapter, condition, masks, weight=settings.weight))
+    controls: list[Control] = []
+    condition = torch.stack([e.condition for e in examples])
+    if isinstance(steering, LocalAdapter):
+        controls.append(LocalAdapterControl(steering, condition, masks, weight=settings.weight))
+    elif steering is not None:
+        controls.append(MaskedControlNet(steering, condition, masks, weight=settings.weight))
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
     height, width = settings.data.size
     images = generate(
@@ -198,6 +203,22 @@ def load_adapter(settings: FidSettings) -> LocalAdapter | None:
     return adapter
 
 
+def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
+    """The ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
+    if settings.controlnet is None:
+        return None
+    folder = Path(settings.controlnet).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"The ControlNet folder {folder} does not exist; give one that diffusers saved.")
+    try:
+        with no_progress_bars():
+            net = ControlNetModel.from_pretrained(str(folder), local_files_only=True, dtype=DTYPES[settings.base.dtype])
+    except Exception as error:  # as above
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"The ControlNet in {folder} cannot be loaded ({reason}); save it again.") from error
+    return freeze(net).to(process_device(settings.device))
+
+
 def claim(folder: Path, settings: FidSettings, name: str) -> None:
     """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
@@ -206,9 +227,12 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
         "adapter": None if settings.adapter is None else sha256_of_folder(find_adapter(settings.adapter)),
     }
+    if settings.controlnet is not None:
+        content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
+    content["versions"] = versions()  # of what draws
     path = folder / "settings.json"
     if path.is_file():
-        earlier = read_json(path, "settings")
+        earlier = {"versions": content["versions"]} | read_json(path, "settings")  # not said by the first sets
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(
@@ -233,6 +257,34 @@ def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
                 f"{'run gen again to draw them' if what == 'missing' else 'remove them'}."
             )
     return settings, sorted(wanted)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a set was drawn: pictures per second of one process, of how many; batch_size pictures at once."""
+
+    images_per_second: float
+    processes: int
+    batch_size: int
+    device: str
+
+    def __str__(self) -> str:
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.images_per_second:.3g} images/s{each} (batches of {self.batch_size}, {self.device})"
+
+
+def read_speed(folder: Path) -> Speed | None:
+    """Of the set in ``folder``, loading the base left out; None where nothing was noted."""
+    noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
+    if not noted:
+        return None
+    pictures, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
+    return Speed(
+        images_per_second=pictures / seconds,
+        processes=max(item["processes"] for item in noted),
+        batch_size=max(item["pictures"] for item in noted),
+        device=noted[0]["device"],
+    )
 
 
 def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from localctl.data.bad import BadRow
-from localctl.evaluation.drawn import Drawn, draw_set, open_source, read_pictures, read_set
+from localctl.evaluation.drawn import Drawn, draw_set, open_source, process_device, read_pictures, read_set, read_speed
+from localctl.evaluation.processes import joined, union
 from localctl.evaluation.provenance import check_provenance, versions, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
@@ -28,7 +31,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
     """
     source = open_source(settings)
-    extractor = load_extractor(settings.extractor, settings.weights)
+    extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     path, count = settings.reference_file, min(len(source), settings.num_images)
     about = {
         "data": recorded(settings.data),
@@ -45,40 +48,45 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
             raise ValueError(f"{path} holds statistics with another {', '.join(changed)}; choose another reference.")
         say(f"{path} is up to date")
         return path
-    bad: list[str] = []
-    statistics = collect(extractor, _photos(source, count, bad), settings.batch_size)
-    made = statistics.statistics(**about, bad_rows=len(bad), versions=versions())
+    mine: set[str] = set()
+    with joined() as share:
+        metric = collect(extractor, count, partial(_photos, source, mine), settings.batch_size, share)
+        made, bad = metric.statistics(**about), sorted(union(mine))
+    made = replace(made, provenance={**made.provenance, "bad_rows": len(bad), "versions": versions()})
     made.gaussian()  # raises for fewer than 2
-    made.save(path)
-    say(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
+    if share[0] == 0:
+        made.save(path)
+        say(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
     return path
 
 
-def _photos(source: Any, count: int, bad: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    for index in range(count):
+def _photos(source: Any, bad: set[str], indices: range) -> Iterator[tuple[str, np.ndarray]]:
+    for index in indices:
         try:
             example = source[index]
         except BadRow as error:
-            bad.append(f"{error.key}: {error.reason}")
+            bad.add(f"{error.key}: {error.reason}")
             continue
         yield example.key, np.asarray(to_pil(example.pixels))
 
 
-def collect(extractor: Extractor, pictures: Iterable[tuple[str, np.ndarray]], batch_size: int) -> FeatureStatistics:
-    """Statistics of (key, uint8 (H,W,3)) pairs."""
-    metric = FeatureStatistics(extractor.dim)
-    batch: list[tuple[str, np.ndarray]] = []
+def collect(
+    extractor: Extractor,
+    count: int,
+    pictures: Callable[[range], Iterable[tuple[str, np.ndarray]]],
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+) -> FeatureStatistics:
+    """Statistics of what ``pictures`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps fewer.
 
-    def flush() -> None:
+    share: (rank, number of processes); the batches are dealt out, and are the same for any number of processes.
+    """
+    metric = FeatureStatistics(extractor.dim)
+    rank, processes = share
+    for number, first in enumerate(range(0, count, batch_size)):
+        batch = list(pictures(range(first, min(first + batch_size, count)))) if number % processes == rank else []
         if batch:
             metric.update(extractor(np.stack([image for _, image in batch])), [key for key, _ in batch])
-            batch.clear()
-
-    for pair in pictures:
-        batch.append(pair)
-        if len(batch) == batch_size:
-            flush()
-    flush()
     return metric
 
 
@@ -86,7 +94,8 @@ def draw(settings: FidSettings, say: Say = print) -> None:
     """``gen``: draw every set that is asked for, as far as it is not there yet."""
     for name in settings.set_names:
         drawn = draw_set(settings, name, say)
-        say(f"{settings.folder / name}: {drawn} pictures drawn in this process")
+        speed = read_speed(settings.folder / name)
+        say(f"{settings.folder / name}: {drawn} pictures drawn in this process" + (f", {speed}" if speed else ""))
 
 
 def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
@@ -96,17 +105,23 @@ def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
     """
     reference = Statistics.load(settings.reference_file)
     sets = {name: read_set(settings.folder / name) for name in settings.set_names}
-    extractor = load_extractor(settings.extractor, settings.weights)
+    extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     results = {}
-    for name, (drawn_with, ids) in sets.items():
-        folder = settings.folder / name
-        results[name] = score_set(folder, ids, drawn_with, reference, extractor, settings.batch_size)
-        write_json(folder / f"score_{extractor.name}.json", results[name])
-        for key, value in results[name]["values"].items():
-            say(f"{name}  {key} {value:.6g}")
-        for warning in results[name]["warnings"]:
-            say(f"{name}  WARNING {warning}")
+    with joined() as (rank, _):
+        for name, (drawn_with, ids) in sets.items():
+            folder = settings.folder / name
+            results[name] = score_set(folder, ids, drawn_with, reference, extractor, settings.batch_size)
+            if rank == 0:
+                _tell(name, results[name], folder / f"score_{extractor.name}.json", say)
     return results
+
+
+def _tell(name: str, result: dict[str, Any], path: Path, say: Say) -> None:
+    write_json(path, result)
+    for key, value in result["values"].items():
+        say(f"{name}  {key} {value:.6g}")
+    for warning in result["warnings"]:
+        say(f"{name}  WARNING {warning}")
 
 
 def score_set(
@@ -117,22 +132,28 @@ def score_set(
     extractor: Extractor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """values, warnings and provenance of one set."""
+    """values, warnings and provenance of one set; with several processes each looks at a part, and all get the same.
+    ValueError for pictures of another size than the photos, or of several."""
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
-    sizes: set[tuple[int, ...]] = set()
+    seen: set[tuple[int, ...]] = set()
 
-    def pictures() -> Iterator[tuple[str, np.ndarray]]:
-        for item in read_pictures(folder, ids):
-            _check_size(item, reference, folder, sizes)
+    def pictures(indices: range) -> Iterator[tuple[str, np.ndarray]]:
+        for item in read_pictures(folder, [ids[index] for index in indices]):
+            _check_size(item, reference, folder, seen)
             if clip is not None:
                 clip.update(item.image, item.caption)
             yield item.id, item.image
 
-    statistics = collect(extractor, pictures(), batch_size).statistics(**describe(extractor))
+    with joined() as share:
+        statistics = collect(extractor, len(ids), pictures, batch_size, share).statistics(**describe(extractor))
+        sizes = union(seen)
+        clip_score = None if clip is None else clip.compute()["clip_score"]
+    if len(sizes) > 1:
+        raise ValueError(f"The pictures in {folder} have different sizes (height, width): {sorted(sizes)}.")
     report = distances(reference, statistics)
     values = dict(report.values)
-    if clip is not None:
-        values[f"clip_score_{extractor.name}"] = clip.compute()["clip_score"]
+    if clip_score is not None:
+        values[f"clip_score_{extractor.name}"] = clip_score
     content = {
         "values": values,
         "warnings": list(report.warnings),

@@ -19,6 +19,7 @@ from localctl.base import BaseConfig, load_pipeline, resolve_base
 from localctl.control.attention_maps import AttentionMaps
 from localctl.images import captioned, grid
 from localctl.layout_io import load_layout
+from localctl.run.program import one_sentence
 from localctl.sampling import generate
 from localctl.sampling_regions import Variant, read_variants
 
@@ -62,17 +63,14 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
     return rows
 
 
+@one_sentence("heat_maps")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = new_parser().parse_args(argv)
-    try:
-        variants = read_variants(options.controls, options.set, options.base)
-        rows = heat_rows(options, variants)
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        grid(rows).save(options.output)
-    except (ValueError, OSError) as error:
-        print(f"heat_maps: {error}", file=sys.stderr)
-        return 2
+    variants = read_variants(options.controls, options.set, options.base)
+    rows = heat_rows(options, variants)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    grid(rows).save(options.output)
     print(options.output)
     return 0
 

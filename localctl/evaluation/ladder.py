@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_ex
 from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
 from localctl.random import numpy_rng
+from localctl.run.program import one_sentence
 
 BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
 
@@ -34,8 +36,11 @@ def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
     """Of pictures uint8 (n,H,W,3)."""
-    pairs = ((str(index), image) for index, image in enumerate(images))
-    return collect(extractor, pairs, 16).statistics(**describe(extractor))
+
+    def pictures(indices: range) -> list[tuple[str, np.ndarray]]:
+        return [(str(index), images[index]) for index in indices]
+
+    return collect(extractor, len(images), pictures, 16).statistics(**describe(extractor))
 
 
 def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
@@ -45,6 +50,16 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
     return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
 
 
+def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """What :func:`climb` found, as Markdown."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| " + " | ".join(["", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    for rung, values in rows.items():
+        lines.append("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
+    return "\n".join(lines)
+
+
+@one_sentence("localctl.evaluation.ladder")
 def main(argv: list[str] | None = None) -> int:
     """0 when done, 2 after a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="localctl.evaluation.ladder", description=__doc__)
@@ -52,17 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
     parser.add_argument("--count", type=int, default=80)
     args = parser.parse_args(argv)
-    try:
-        for name in args.extractor:
-            rows = climb(load_extractor(name, args.weights), args.count)
-            columns = list(next(iter(rows.values())))
-            print("| " + " | ".join(["", *columns]) + " |\n|" + "---|" * (len(columns) + 1))
-            for rung, values in rows.items():
-                print("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
-            print()
-    except ValueError as error:
-        print(f"localctl.evaluation.ladder: {error}", file=sys.stderr)
-        return 2
+    for name in args.extractor:
+        print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
     return 0
 
 

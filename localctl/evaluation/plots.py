@@ -91,20 +91,24 @@ def curves(
     y_label: str,
     levels: Mapping[str, float] | None = None,
     size: tuple[int, int] = (560, 320),
+    logarithmic: bool = True,
 ) -> Image.Image:
-    """One curve with intervals per name over positive x on a logarithmic axis; ``levels``: named horizontal lines.
+    """One curve with intervals per name over x, on a ``logarithmic`` axis or a plain one; ``levels``: named horizontal
+    lines.
 
-    ValueError where there is no point, or an x that is not positive.
+    ValueError where there is no point, or an x that is not positive on a logarithmic axis.
     """
     points = [i for curve in series.values() for i in curve.values()]
     xs = sorted({x for curve in series.values() for x in curve})
-    if not points or xs[0] <= 0:
+    if not points or (logarithmic and xs[0] <= 0):
         raise ValueError("Curves need at least one point, and x above 0 for their logarithmic axis.")
+    place = math.log10 if logarithmic else float
+    air = 0.3 if logarithmic else 0.05 * (xs[-1] - xs[0]) or 1.0
     levels = levels or {}
     canvas = Image.new("RGB", (size[0] + 200, size[1]), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     flat = [Interval(y, y, y, 1) for y in levels.values()]
-    across = Scale(math.log10(xs[0]) - 0.3, math.log10(xs[-1]) + 0.3, 60, size[0])
+    across = Scale(place(xs[0]) - air, place(xs[-1]) + air, 60, size[0])
     up = scale_of([*points, *flat], size[1] - 40, 24, zero=False)
     draw.rectangle((60, 24, size[0], size[1] - 40), outline="black")
     draw.text((60, 6), y_label, fill="black", font=font)
@@ -113,14 +117,14 @@ def curves(
         draw.line((56, up(tick), 60, up(tick)), fill="black")
         draw.text((52, up(tick)), f"{tick:g}", fill="black", font=font, anchor="rm")
     for x in xs:
-        draw.text((across(math.log10(x)), size[1] - 36), f"{x:g}", fill="black", font=font, anchor="ma")
+        draw.text((across(place(x)), size[1] - 36), f"{x:g}", fill="black", font=font, anchor="ma")
     labels = []
     for name, y in levels.items():
         draw.line((60, up(y), size[0], up(y)), fill="#999999")
         labels.append((up(y), name, "#666666"))
     for number, (name, curve) in enumerate(series.items()):
         color, shift = COLORS[number % len(COLORS)], 3 * number - 3 * (len(series) // 2)  # or whiskers would coincide
-        dots = [(across(math.log10(x)) + shift, up(curve[x].value)) for x in sorted(curve)]
+        dots = [(across(place(x)) + shift, up(curve[x].value)) for x in sorted(curve)]
         draw.line(dots, fill=color, width=2)
         for (px, py), x in zip(dots, sorted(curve), strict=True):
             _whisker(draw, (px, up(curve[x].low)), (px, up(curve[x].high)), color)

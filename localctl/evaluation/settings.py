@@ -21,7 +21,8 @@ class FidSettings:
 
     part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
         embedded scenes, else val.
-    adapter: folder of a trained adapter; null: the base alone. weight: its strength.
+    adapter: folder of a trained adapter. controlnet: folder of a diffusers ControlNetModel in its place, its residuals
+        masked; it must have been trained on this kind of condition. Neither: the base alone. weight: its strength.
     extractor: whose features are compared; weights: where they are, if the extractor needs to be told.
     reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
     num_images: how many are drawn, and for ``ref`` how many photos are read at most.
@@ -38,6 +39,7 @@ class FidSettings:
     output_dir: str = "outputs/fid"
     part: str | None = None
     adapter: str | None = None
+    controlnet: str | None = None
     weight: float = 1.0
     extractor: str = "micro_clip"
     weights: str | None = None
@@ -63,6 +65,8 @@ class FidSettings:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise ValueError(f"Unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        if self.adapter is not None and self.controlnet is not None:
+            raise ValueError("Give either an adapter or a controlnet, not both; each is a set of its own.")
         numbers = [self.weight] if self.guidance_scale is None else [self.weight, self.guidance_scale]
         if not all(map(math.isfinite, numbers)):
             raise ValueError("weight and guidance_scale must be finite numbers.")

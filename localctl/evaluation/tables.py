@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +36,10 @@ def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
         "ceiling": CEILING,
         "against": against,
         "rows": rows,
+        "timing": {
+            "drawing": {name: asdict(speed) for name, speed in comparison.speeds.items()},
+            "measuring_seconds": None if math.isnan(comparison.seconds) else comparison.seconds,
+        },
         "provenance": dict(comparison.provenance),
     }
 
@@ -53,7 +58,15 @@ def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) 
         lines += [_line([f"less {against!r}", *columns]), _line(["---"] * (len(columns) + 1))]
         lines += [_line([name, *(_difference(comparison, name, against, c) for c in columns)]) for name in others]
         lines += ["", f"Paired differences to {against!r}: the same examples, masks and noise."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_timing(comparison)]) + "\n"
+
+
+def _timing(comparison: Comparison) -> list[str]:
+    lines = [f"- {name} was drawn at {speed}." for name, speed in comparison.speeds.items()]
+    if not math.isnan(comparison.seconds):
+        pictures = len(comparison.tables) * len(comparison.ids)
+        lines.append(f"- {pictures} pictures were measured in {comparison.seconds:.1f} s.")
+    return ["", *lines] if lines else []
 
 
 def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:

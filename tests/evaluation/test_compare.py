@@ -13,7 +13,9 @@ from PIL import Image
 
 import evaluate_fid
 import evaluate_quantitative_metrics
-from localctl.evaluation.compare import CEILING, Comparison, Target, measure, verdict
+from localctl.evaluation import compare as compare_module
+from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
+from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import as_json, latex, markdown
 from localctl.metrics.bootstrap import Interval
@@ -41,12 +43,13 @@ def base_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def sets(base_set: Path, tmp_path: Path) -> dict[str, Path]:
     """The base, and in place of an adapter's pictures the true scenes themselves and noisy copies of them."""
-    folders = {"base": base_set}
+    folders = {name: tmp_path / name for name in ("base", "truth", "noisy")}
+    shutil.copytree(base_set, folders["base"])
     for name in ("truth", "noisy"):
-        folders[name] = tmp_path / name
         shutil.copytree(base_set, folders[name])
         settings = json.loads((folders[name] / "settings.json").read_text())
-        (folders[name] / "settings.json").write_text(json.dumps(settings | {"adapter": name}))
+        kind = {"truth": "adapter", "noisy": "controlnet"}[name]
+        (folders[name] / "settings.json").write_text(json.dumps(settings | {kind: name}))
         for i in range(COUNT):
             image = scene(i, "basic", "test").image
             noise = np.random.default_rng(i).normal(0, 10, image.shape) if name == "noisy" else 0
@@ -79,11 +82,34 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
         assert bars.width > 1000 and np.asarray(bars).std() > 10
     assert content["floor"] == "base" and content["provenance"]["sets"]["truth"]["adapter"] == "truth"
     assert content["ids"] == [f"{i:06d}" for i in range(COUNT)]
+    check_provenance("metrics", content, REQUIRED)
+    assert {"extractor", "weights_sha256", "preprocessing", "feature_dtype"} <= set(content["provenance"]["clip"])
+    timing = content["timing"]
+    assert timing["drawing"]["base"]["images_per_second"] > 0 and timing["measuring_seconds"] > 0
+    text = (tmp_path / "out" / "metrics.md").read_text()
+    assert "- base was drawn at " in text and f"- {4 * COUNT} pictures were measured in " in text
     first = (tmp_path / "out" / "metrics.json").read_bytes()
     turned = dict(reversed(sets.items()))
     assert run(turned, tmp_path, "--against", "noisy") == 0
     again = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert again["rows"] == json.loads(first)["rows"]
+
+
+def test_floor_and_ceiling_are_measured_once(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = compare(sets)
+    keep = tmp_path / "measured"
+    compare({name: sets[name] for name in ("base", "noisy")}, keep=keep)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was made again"))
+        again = compare(sets, keep=keep)
+    assert list(again.tables) == list(plain.tables)
+    for name, table in plain.tables.items():
+        np.testing.assert_array_equal(again.tables[name], table)
+    shutil.copy(sets["noisy"] / "images/000000.png", sets["base"] / "images/000001.png")  # another floor
+    compare(sets, keep=keep)
+    assert len(list(keep.iterdir())) == 2
 
 
 def test_what_is_not_the_same_is_refused(

@@ -15,6 +15,7 @@ from localctl.adapter import LocalAdapter
 from localctl.conditions import ConditionConfig
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.evaluation.control import Case, box_iou, cases, compare, main, reproduced, sample_all
+from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.masks import MaskConfig
 from localctl.micro.build.clip import new_clip, new_tokenizer
 from localctl.micro.build.export import export
@@ -100,6 +101,7 @@ def test_the_script_writes_table_figures_and_sheet(
     flags = ["--adapter", str(tmp_path / "adapter"), "--base", str(micro_base), "--count", "3"]
     assert main([*flags, "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out")]) == 0
     content = json.loads((tmp_path / "out" / "control.json").read_text())
+    check_provenance("control", content, REQUIRED)
     assert content["results"][0]["f1_ceiling"]["n"] == 3
     assert (tmp_path / "out" / "sheet_0.png").exists() and "| control |" in capsys.readouterr().out
 

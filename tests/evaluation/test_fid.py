@@ -1,20 +1,25 @@
 """evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image
 from process_helpers import start, wait_for
 
 import evaluate_fid
 import localctl.evaluation.drawn
 from localctl.adapter import LocalAdapter
+from localctl.evaluation.drawn import read_speed
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
@@ -61,7 +66,9 @@ def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Of all files but those that say how long it took."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "timing"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def test_reference_is_of_the_photos_and_made_once(
@@ -149,6 +156,45 @@ def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monke
     assert counts == [2, 5] and contents(tmp_path / "fid") == one
 
 
+def test_the_speed_of_drawing_is_noted(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    folder = tmp_path / "fid" / "with_prompts"
+    speed = read_speed(folder)
+    assert speed is not None and str(speed) in capsys.readouterr().out and "images/s (batches of 2, cpu)" in str(speed)
+    noted = [json.loads(p.read_text()) for p in (folder / "timing").iterdir()]
+    assert sorted(n["pictures"] for n in noted) == [1, 2, 2]
+    assert speed.images_per_second == pytest.approx(5 / sum(n["seconds"] for n in noted))
+    shutil.rmtree(folder / "timing")
+    assert read_speed(folder) is None
+
+
+@pytest.mark.slow
+def test_two_processes_measure_as_one(arguments: list[str], adapter: str, tmp_path: Path) -> None:
+    arguments = [*arguments, adapter, "prompts=both"]
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    reference, folder = tmp_path / "fid" / "ref_micro_clip.npz", tmp_path / "fid" / "with_prompts"
+    made = []
+    worker, root = Path(__file__).with_name("fid_worker.py"), Path(evaluate_fid.__file__).parent
+    for count in (1, 2):
+        reference.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        call = [*command, str(worker), str(tmp_path), *arguments, "num_images=5"]
+        subprocess.run(call, check=True, env=environment, timeout=600)
+        made.append((Statistics.load(reference), json.loads((folder / "score_micro_clip.json").read_text())))
+    # five pictures in batches of two, of the reference and of two sets
+    ranks = [(tmp_path / f"rank_{rank}_of_2.txt").read_text().split() for rank in (0, 1)]
+    assert [list(map(int, rank)) for rank in ranks] == [[2, 1, 2, 1, 2, 1], [2, 2, 2]]
+    (one, scores), (two, again) = made
+    assert np.array_equal(one.counts, two.counts) and np.array_equal(one.kept, two.kept)
+    np.testing.assert_allclose(two.products, one.products, rtol=1e-12)
+    assert one.provenance == two.provenance and one.n == 5
+    assert again["values"] == pytest.approx(scores["values"], rel=1e-9)
+    assert again["provenance"] == scores["provenance"]
+
+
 def test_one_example_many_times(arguments: list[str], tmp_path: Path) -> None:
     assert evaluate_fid.main(["gen", *arguments, "sample=3.png", "num_images=3"]) == 0
     folder = tmp_path / "fid" / "with_prompts"
@@ -204,6 +250,8 @@ def test_score_says_everything_about_itself(
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),
         (["gen", "prompts=some"], "Unknown prompts 'some'"),
         (["gen", "adapter=nowhere"], "nowhere"),
+        (["gen", "controlnet=nowhere"], "ControlNet folder nowhere does not exist"),
+        (["gen", "controlnet=one", "adapter=two"], "either an adapter or a controlnet"),
         (["gen", "sample=no.png"], "There is no example 'no.png'"),
         (["gen", "part=test"], "Unknown part 'test'"),
         (["gen", "num_image=3"], "did you mean num_images"),
@@ -219,15 +267,44 @@ def test_mistakes_are_one_sentence(
 
 
 def test_folders_and_adapters_of_other_settings_are_refused(
-    arguments: list[str], adapter: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate_fid.main(["gen", *arguments]) == 0
     assert evaluate_fid.main(["gen", *arguments, "seed=1"]) == 2
     assert "drawn with another seed;" in capsys.readouterr().err
+    path = tmp_path / "fid" / "with_prompts" / "settings.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"versions": settings["versions"] | {"torch": "0.1"}}))
+    assert evaluate_fid.main(["gen", *arguments]) == 2
+    assert "drawn with another versions;" in capsys.readouterr().err
+    path.write_text(json.dumps(settings))
     assert evaluate_fid.main(["gen", *arguments, adapter, "condition=sobel"]) == 2
     assert "was trained on" in capsys.readouterr().err
     assert evaluate_fid.main(["gen", *arguments, adapter, "base.name=micro"]) == 2
     assert "was trained on the base" in capsys.readouterr().err
+
+
+def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd_pipe: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(sd_pipe.unet, conditioning_channels=3)
+    for name, parameter in net.named_parameters():  # its zero convolutions, or it would change nothing
+        if "controlnet_" in name and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    net.save_pretrained(tmp_path / "net")
+    drawn = {}
+    for name, extra in (
+        ("base", ()),
+        ("full", (f"controlnet={tmp_path / 'net'}", "mask=full")),
+        ("box", (f"controlnet={tmp_path / 'net'}",)),
+    ):
+        assert evaluate_fid.main(["gen", *arguments, f"output_dir={tmp_path / name}", "num_images=2", *extra]) == 0
+        drawn[name] = contents(tmp_path / name / "with_prompts" / "images")
+    assert drawn["base"] != drawn["box"] != drawn["full"] != drawn["base"]
+    settings, floor = (
+        json.loads((tmp_path / name / "with_prompts" / "settings.json").read_text()) for name in ("box", "base")
+    )
+    assert len(settings["weights_sha256"]["controlnet"]) == 64 and settings["controlnet"] == str(tmp_path / "net")
+    assert "controlnet" not in floor["weights_sha256"]
 
 
 def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node 2 tests/metrics/metric_worker.py FILE
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def results(parts: tuple[slice, slice]) -> dict[str, Any]:
     found = feature_statistics(parts[0]).statistics()
     table = {f"{type(m).__name__}{i}": m.compute() for i, m in enumerate(sample_metrics(parts[1]))}
     mean, covariance = found.gaussian()
-    return {"n": found.n, "mean": mean, "covariance": covariance, "kept": found.kept, "samples": table}
+    arrays = {"mean": mean, "covariance": covariance, "kept": found.kept}
+    return {"n": found.n, **{name: array.tolist() for name, array in arrays.items()}, "samples": table}
 
 
 def main(file: Path) -> None:
@@ -60,7 +62,7 @@ def main(file: Path) -> None:
     parts = ((slice(0, 30), slice(0, 0)), (slice(30, None), slice(0, None)))[rank]
     found = results(parts)
     if rank == 0:
-        np.save(file, np.array([found], dtype=object), allow_pickle=True)
+        file.write_text(json.dumps(found))  # NaN stays NaN, floats keep every digit
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -13,6 +13,12 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     assert interval.high == pytest.approx(interval.value + half, abs=0.03)
 
 
+@pytest.mark.parametrize("count", [1, 37, 900])
+def test_means_at_once_are_means_one_by_one(count: int) -> None:
+    samples = np.random.default_rng(2).normal(size=count)
+    assert bootstrap(samples) == bootstrap(samples, lambda rows: float(rows.mean()))
+
+
 def test_columns_stay_paired() -> None:
     """A difference of two columns that move together has no spread, however wide each is alone."""
     base = np.random.default_rng(1).normal(0, 10, 100)

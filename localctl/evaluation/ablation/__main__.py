@@ -21,6 +21,7 @@ from localctl.evaluation.ablation.rows import ROWS, Cell, Sweep, row_cells, swee
 from localctl.losses import NORMALISE, SCHEDULES
 from localctl.metrics.extractors import EXTRACTORS
 from localctl.run.interrupt import exit_code
+from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.evaluation.ablation"
 
@@ -61,37 +62,32 @@ def planned(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+@one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a user's error, 1 when the disk is full; 130 or 143 when training was stopped."""
     args = parse(argv)
     folder = args.report.with_suffix("")
+    if folder == args.report:
+        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+    cells = planned(args)
+    protocol = Protocol(
+        base=args.base,
+        count=args.count,
+        num_inference_steps=args.num_inference_steps,
+        extractors=tuple(args.extractor),
+        references=args.references,
+    )
+    bench = Bench(protocol, folder, args.work_dir)
+    bench.check(cells)
     try:
-        if folder == args.report:
-            raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
-        cells = planned(args)
-        protocol = Protocol(
-            base=args.base,
-            count=args.count,
-            num_inference_steps=args.num_inference_steps,
-            extractors=tuple(args.extractor),
-            references=args.references,
-        )
-        bench = Bench(protocol, folder, args.work_dir)
-        bench.check(cells)
         bench.base()
         write_report(folder, args.report)
         for cell in cells:
             if bench.cell(cell):
                 write_report(folder, args.report)
-        print(f"{args.report}: {len(cells)} trainings measured")
     except Interrupted as stopped:
         return exit_code(stopped.signal)
-    except ValueError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+    print(f"{args.report}: {len(cells)} trainings measured")
     return 0
 
 

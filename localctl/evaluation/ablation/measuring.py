@@ -96,7 +96,7 @@ class Bench:
             return
         assert self.extractors
         folder = self._draw(FLOOR, None)
-        comparison = compare({FLOOR: folder}, self.clip, self.protocol.batch_size)
+        comparison = compare({FLOOR: folder}, self.clip, self.work / "measured")
         self._strip(folder, FLOOR, comparison)
         self._write(FLOOR, FLOOR, "base alone", 0, asked, comparison, folder, {}, ceiling=True)
 
@@ -118,7 +118,7 @@ class Bench:
             self.say(f"{cell.name}: {error}")
             return True
         folder, floor = self._draw(cell.name, adapter), self.work / "drawn" / FLOOR / "with_prompts"
-        comparison = compare({FLOOR: floor, cell.name: folder}, self.clip, self.protocol.batch_size)
+        comparison = compare({FLOOR: floor, cell.name: folder}, self.clip, self.work / "measured")
         training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
         if cell.row in ROWS:
             self._strip(folder, cell.name, comparison)

@@ -1,0 +1,104 @@
+"""A ControlNet (arXiv 2302.05543) that only speaks inside a mask: the baseline beside the trained local adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline
+from torch import Tensor
+
+from localctl.control.base import BlockResiduals, BoundControl, CallContext, Control, UNetInputs, check_window
+from localctl.control.pictures import batched, check_counts, check_mask, check_size, rows_of
+from localctl.layout import Layout
+from localctl.masks import MASK_RESIZE, resize_mask
+
+_ADDED = ("text_embeds", "time_ids")  # of SDXL; an IP-Adapter's pictures are not for ControlNets
+
+
+@dataclass(eq=False)
+class MaskedControlNet(Control):
+    """Follow ``condition`` inside ``mask``: each of the ControlNet's residuals is multiplied by the mask resized to its
+    own (h, w). A full mask is diffusers' ``StableDiffusionControlNetPipeline``, an all-zero one the base alone.
+
+    Args:
+        controlnet: a diffusers ``ControlNetModel`` for the pipeline's base; it stays on its own device.
+        condition: (C, H, W) for all layouts or (n, C, H, W), one per layout; in [0, 1]. One channel stands for as many
+            as the ControlNet takes.
+        mask: (1, H, W) or (n, 1, H, W) in [0, 1], 1 = controlled. n may be 1 or the number of layouts.
+        weight: factor of the residuals.
+        start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
+        mask_resize: how the mask comes to each residual's size (``masks.MASK_RESIZE``).
+
+    Raises:
+        ValueError: shapes, sizes, channels, ranges, the window or the base do not fit, or the ControlNet pools its
+            residuals over the picture, which leaves them no place to be masked.
+    """
+
+    controlnet: ControlNetModel
+    condition: Tensor
+    mask: Tensor
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask_resize: str = "area"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.controlnet, ControlNetModel):
+            raise ValueError(f"The ControlNet is a {type(self.controlnet).__name__}, not diffusers' ControlNetModel.")
+        if self.controlnet.config.global_pool_conditions:
+            raise ValueError("This ControlNet pools its residuals over the picture, so no mask applies; use another.")
+        if self.mask_resize not in MASK_RESIZE:
+            raise ValueError(f"Unknown mask_resize {self.mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
+        check_window(self.start, self.end)
+        self.condition, self.mask = batched("condition", self.condition), batched("mask", self.mask)
+        wanted, channels = self.controlnet.config.conditioning_channels, self.condition.shape[1]
+        if channels not in (1, wanted):
+            raise ValueError(f"The condition has {channels} channels but this ControlNet was made for {wanted}.")
+        self.condition = self.condition.expand(-1, wanted, -1, -1)  # (n,C,H,W)
+        check_mask(self.mask, self.condition)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        check_counts(self.condition, self.mask, layouts)
+        for name in ("cross_attention_dim", "block_out_channels"):
+            own, base = self.controlnet.config[name], pipe.unet.config[name]
+            if own != base and list(_listed(own)) != list(_listed(base)):
+                raise ValueError(f"The ControlNet has {name} {own} but the base {base}; it belongs to another base.")
+        return _BoundControlNet(self)
+
+
+def _listed(value: int | Sequence[int]) -> Sequence[int]:
+    return [value] if isinstance(value, int) else value
+
+
+class _BoundControlNet(BoundControl):
+    def __init__(self, control: MaskedControlNet) -> None:
+        self.control = control
+
+    @torch.no_grad()
+    def block_residuals(self, context: CallContext, inputs: UNetInputs) -> BlockResiduals | None:
+        control, net = self.control, self.control.controlnet
+        if not context.within(control.start, control.end):
+            return None
+        check_size(control.condition, context.image_size)
+        place = {"device": net.device, "dtype": net.dtype}
+        condition = rows_of(control.condition, context.layout_of_row).to(**place)  # (R,C,H,W)
+        down, middle = net(
+            inputs.sample[:, : net.config.in_channels].to(**place),  # inpainting has more
+            inputs.timestep,
+            inputs.text.to(**place),
+            condition,
+            conditioning_scale=control.weight,
+            added_cond_kwargs={name: inputs.added[name].to(net.device) for name in _ADDED if name in inputs.added},
+            return_dict=False,
+        )
+        mask = rows_of(control.mask, context.layout_of_row).to(net.device)  # (R,1,H,W)
+        masked = [self._masked(residual, mask).to(context.device, context.dtype) for residual in (*down, middle)]
+        return BlockResiduals(masked[:-1], masked[-1])
+
+    def _masked(self, residual: Tensor, mask: Tensor) -> Tensor:
+        """residual (R,c,h,w) times mask (R,1,H,W), and 0 outside even where the residual is not finite."""
+        cells = resize_mask(mask, (residual.shape[-2], residual.shape[-1]), self.control.mask_resize)
+        cells = cells.to(residual.dtype)  # (R,1,h,w)
+        return torch.where(cells > 0, residual * cells, torch.zeros_like(residual))

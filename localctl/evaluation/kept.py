@@ -1,0 +1,57 @@
+"""Measured tables kept in files, each under the hash of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import localctl
+from localctl.evaluation.provenance import read_json, versions, write_json
+
+Rows = list[dict[str, float]]
+
+
+def kept_tables(folder: Path, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Rows]]) -> dict[str, Rows]:
+    """What ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on`` (plain
+    values), libraries and code of this package, and read from ``folder`` ever after. ValueError for a damaged file."""
+    described = {"depends_on": dict(depends_on), "versions": versions(), "code": sha256_of_code()}
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        made = make()
+        write_json(path, {"described": described, "tables": {name: _plain(rows) for name, rows in made.items()}})
+        return made
+    tables = read_json(path, "kept measurement")["tables"]
+    return {
+        name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
+        for name, table in tables.items()
+    }
+
+
+def _plain(rows: Rows) -> dict[str, Any]:
+    """With the order of the columns, which JSON objects do not keep here, and NaN as null."""
+    columns = list(rows[0]) if rows else []
+    return {"columns": columns, "rows": [[None if math.isnan(row[c]) else row[c] for c in columns] for row in rows]}
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def sha256_of_code() -> str:
+    """Of this package's source files, by name."""
+    root = Path(localctl.__file__).parent
+    return sha256_of_files(sorted(root.rglob("*.py")), root)
+
+
+def sha256_of_files(paths: Sequence[Path], root: Path) -> str:
+    """Of names below ``root`` and contents."""
+    digest = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}:{len(content)}:".encode() + content)
+    return digest.hexdigest()

@@ -1,0 +1,38 @@
+"""Several processes on one measurement, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import distributed
+
+
+def processes() -> tuple[int, int]:
+    """(rank, count) as torchrun tells."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined() -> Iterator[tuple[int, int]]:
+    """(rank, count) of processes that can exchange results, which metrics then do by themselves; (0, 1) for one
+    alone. Whoever has joined them before keeps them."""
+    begun = distributed.is_available() and distributed.is_initialized()
+    if not begun and processes()[1] > 1:
+        distributed.init_process_group("gloo")
+    try:
+        together = distributed.is_available() and distributed.is_initialized()
+        yield (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    finally:
+        if not begun and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def union(items: set) -> set:
+    """Of all processes' ``items``, within :func:`joined`."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return items
+    shares: list[set] = [set() for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(shares, items)
+    return set().union(*shares)

@@ -1,0 +1,149 @@
+"""A ControlNet behind a mask: with a full one diffusers' own pipeline, with an empty one the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.attachment import attach
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.masked_controlnet import MaskedControlNet
+from localctl.sampling import generate
+
+PROMPT = "a cat, dogs"
+
+
+def controlnet(pipe: Any, seed: int = 0, **config: Any) -> ControlNetModel:
+    """Of the U-Net's shape, its zero convolutions drawn anew."""
+    torch.manual_seed(seed)
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval().requires_grad_(False)
+    for parameter in net.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1)
+    net.register_to_config(**config)
+    return net
+
+
+def condition(count: int = 1, channels: int = 3) -> Tensor:
+    return torch.rand(count, channels, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+def draw(pipe: Any, **options: Any) -> Tensor:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 2, "output_type": "latent", "latents": latents, **options}
+    return pipe([PROMPT] * 2, height=64, width=64, **options).images
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_full_mask_is_the_stock_pipeline_and_an_empty_one_the_base(kind: str, request: Any) -> None:
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    net, image = controlnet(pipe), condition()
+    stock = StableDiffusionXLControlNetPipeline if kind == "sdxl" else StableDiffusionControlNetPipeline
+    parts = {**pipe.components, "controlnet": net}
+    parts |= {} if kind == "sdxl" else {"requires_safety_checker": False}
+    theirs = stock(**parts)
+    theirs.set_progress_bar_config(disable=True)
+    plain = draw(pipe)
+    wanted = draw(theirs, image=image, controlnet_conditioning_scale=0.7)
+    for mask, expected in ((torch.ones(1, 64, 64), wanted), (torch.zeros(1, 64, 64), plain)):
+        with attach(pipe, PROMPT, MaskedControlNet(net, image, mask, weight=0.7)):
+            found = draw(pipe)
+        if expected is plain:
+            assert torch.equal(found, plain)
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - plain).abs().max() > 1e-3
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_residuals_are_zero_outside_the_mask_at_every_size(sd_pipe: Any) -> None:
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[0, :, :, :32] = 1
+    mask[1, :, :32] = 1
+    seen: list[tuple[list[Tensor], Tensor]] = []
+    control = MaskedControlNet(controlnet(sd_pipe), condition(2, channels=1), mask)
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append((kwargs["down_block_additional_residuals"], kwargs["mid_block_additional_residual"]))
+
+    with attach(sd_pipe, [PROMPT, "dogs"], control):
+        hook = sd_pipe.unet.register_forward_pre_hook(look, with_kwargs=True)  # after attach's own
+        sd_pipe([PROMPT, "dogs"], height=64, width=64, num_inference_steps=1, output_type="latent")
+        hook.remove()
+    down, middle = seen[0]
+    sizes = {r.shape[-1] for r in down}
+    assert sizes == {8, 4, 2, 1} and middle.shape[-1] == 1 and middle.abs().min() > 0
+    for residual in down:
+        side = residual.shape[-1]
+        if side > 1:
+            left, top = residual[[0, 2]], residual[[1, 3]]  # with guidance each layout has two rows
+            assert not left[..., side // 2 :].any() and not top[..., side // 2 :, :].any()
+            assert left[..., : side // 2].abs().min() > 0 and top[..., : side // 2, :].abs().min() > 0
+
+
+def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., LocalAdapter]) -> None:
+    nets, image, mask = [controlnet(sd_pipe, seed) for seed in (0, 1)], condition(), torch.ones(1, 64, 64)
+    one, two = (MaskedControlNet(net, image, mask) for net in nets)
+    adapter = LocalAdapterControl(make_adapter(), image[:, :1], mask)
+    late = MaskedControlNet(nets[0], image, mask, start=0.5)
+    drawn = []
+    for controls in ([], [one], [two], [one, two], [one, adapter], [adapter], [late]):
+        with attach(sd_pipe, PROMPT, controls):
+            drawn.append(draw(sd_pipe))
+    for index, found in enumerate(drawn):
+        assert all((found - other).abs().max() > 1e-4 for other in drawn[:index])
+    with attach(sd_pipe, PROMPT, one), attach(sd_pipe, PROMPT, two):
+        torch.testing.assert_close(draw(sd_pipe), drawn[3], rtol=1e-4, atol=1e-4)
+
+
+def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[0, :, :, :32], mask[1, :, 16:] = 1, 1
+    control = MaskedControlNet(controlnet(sd_pipe), condition(2), mask)
+    arguments = {"num_inference_steps": 2, "output_type": "latent"}
+    drawn = [
+        torch.stack(
+            generate(sd_pipe, [PROMPT, "dogs"], control, [1, 2], paired=True, batch_size=size, **arguments).images
+        )
+        for size in (1, 2)
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": torch.zeros(2, 64, 64)}, "2 channels but this ControlNet was made for 3"),
+        ({"condition": torch.full((3, 64, 64), 2.0)}, "condition has values outside"),
+        ({"mask": torch.ones(1, 64, 72)}, "mask is 72x64 pixels but the condition is 64x64"),
+        ({"mask_resize": "cubic"}, "Unknown mask_resize 'cubic'"),
+        ({"start": 0.5, "end": 0.5}, "start < end"),
+        ({"controlnet": "folder"}, "is a str, not diffusers' ControlNetModel"),
+    ],
+)
+def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str) -> None:
+    good = {"controlnet": controlnet(sd_pipe), "condition": condition(), "mask": torch.ones(1, 64, 64)}
+    with pytest.raises(ValueError, match=message):
+        MaskedControlNet(**{**good, **changes})
+
+
+def test_nets_that_do_not_fit_are_refused(sd_pipe: Any, sdxl_pipe: Any) -> None:
+    image, mask = condition(), torch.ones(1, 64, 64)
+    with (
+        pytest.raises(ValueError, match="belongs to another base"),
+        attach(sd_pipe, PROMPT, MaskedControlNet(controlnet(sdxl_pipe), image, mask)),
+    ):
+        pass
+    with pytest.raises(ValueError, match="so no mask applies"):
+        MaskedControlNet(controlnet(sd_pipe, global_pool_conditions=True), image, mask)
+    with (
+        pytest.raises(ValueError, match="3 masks for 2 layouts"),
+        attach(sd_pipe, [PROMPT, "dogs"], MaskedControlNet(controlnet(sd_pipe), image, mask.expand(3, 1, 64, 64))),
+    ):
+        pass

@@ -1,0 +1,27 @@
+"""What goes wrong in a program is one sentence and an exit code."""
+
+import pytest
+
+from localctl.run.program import one_sentence
+
+
+@one_sentence("tool")
+def main(error: Exception | None = None) -> int:
+    """Docs."""
+    if error is not None:
+        raise error
+    return 5
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError("No such base."), 2), (OSError("disk full"), 1)])
+def test_errors_become_a_sentence_and_a_code(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(error) == code
+    assert capsys.readouterr().err == f"tool: {error}\n"
+
+
+def test_all_else_goes_its_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main() == 5 and main.__doc__ == "Docs."
+    for error in (KeyError("ours"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            main(error)
+    assert capsys.readouterr().err == ""
