@@ -43,6 +43,10 @@ def bootstrap(
         raise ValueError(f"{int(np.isnan(samples).any(axis=-1).sum())} samples are NaN; count and drop them first.")
     measure = statistic or (lambda rows: float(rows.mean()))
     rng = np.random.default_rng(seed)
-    values = [measure(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(resamples)]
+    values: np.ndarray | list[float]
+    if statistic is None and samples.ndim == 1:  # the same draws as below, at once
+        values = samples[rng.integers(len(samples), size=(resamples, len(samples)))].mean(axis=1)
+    else:
+        values = [measure(samples[rng.integers(len(samples), size=len(samples))]) for _ in range(resamples)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return Interval(measure(samples), float(low), float(high), len(samples))
