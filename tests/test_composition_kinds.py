@@ -20,17 +20,11 @@ from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.local_adapter import LocalAdapterControl
 
 PIPES = ("sd_pipe", "v_pipe", "sdxl_pipe")
+SITES = ("up/2",)  # where guidance looks; on these small grids the published ones have one cell and four
 STRONG: dict[str, Callable[[], Control]] = {
     **METHODS,
-    "guidance": lambda: LayoutGuidance(scale=1000.0, threshold=0.0, iterations=3, end=0.5),
+    "guidance": lambda: LayoutGuidance(scale=100.0, threshold=0.0, iterations=3, end=0.5, sites=SITES),
 }
-
-
-def sites_of(pipe: Any, method: str) -> tuple[str, ...] | None:
-    """Those at which a method acts: guidance reads two, the others steer all."""
-    if method != "guidance":
-        return None
-    return ("mid", "up/4")
 
 
 def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...] = ()) -> dict[str, Tensor]:
@@ -40,7 +34,7 @@ def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...
     before = processors(pipe)
     drawn = {}
     for method, make in STRONG.items():
-        maps = [AttentionMaps(end=0.5, sites=sites_of(pipe, method)) for _ in range(2)]
+        maps = [AttentionMaps(end=0.5, sites=SITES if method == "guidance" else None) for _ in range(2)]
         with attach(pipe, LAYOUT, [*others, maps[0]]):
             plain = redraw(pipe, PROMPT, noise(1), **options)
         with attach(pipe, LAYOUT, [*others, make(), maps[1]]):
