@@ -94,6 +94,7 @@ class Attachment:
         self._scheduler_shift = SchedulerShift()
         self._sites: dict[tuple[int, int], list[tuple[Site, Attention]]] = {}
         self._first_step: int | None = None  # of the running call; image-to-image does not begin at 0
+        self._dtype: torch.dtype | None = None  # of the running call; the U-Net goes through all its layers to tell
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
@@ -104,7 +105,7 @@ class Attachment:
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Take the layout of each picture from what ``encode_prompt`` is given, the first thing a pipeline calls."""
-        self._layout_of_image, self._first_step = None, None
+        self._layout_of_image = self._first_step = self._dtype = None
         if threading.get_ident() != self.thread:
             raise ValueError("The pipeline was called from another thread than the one that attached to it; use one.")
         self.put_back()  # what an error in the call before may have left
@@ -247,6 +248,7 @@ class Attachment:
         time = float(torch.as_tensor(timestep).flatten()[0])
         step, num_steps = outer_step(self.pipe.scheduler, time)
         first = self._first_step = step if self._first_step is None else self._first_step
+        dtype = self._dtype = unet.dtype if self._dtype is None else self._dtype
         height, width = sample.shape[-2:]
         factor = self.pipe.vae_scale_factor
         image_size = (height * factor, width * factor)
@@ -265,7 +267,7 @@ class Attachment:
             latent_size=(height, width),
             image_size=image_size,
             device=sample.device,
-            dtype=unet.dtype,
+            dtype=dtype,
             sigma=sigma_at(self.pipe.scheduler, time),
         )
 

@@ -72,6 +72,7 @@ def generate(
             raise ValueError(f"There are {len(seeds)} seeds for {len(layouts)} layouts; paired needs one each.")
         pictures = list(enumerate(seeds))
     images: list[Any] = []
+    dtype = pipe.unet.dtype  # found once: it goes through all layers
     with attach(pipe, layouts, controls) as attached:
         for first in range(0, len(pictures), batch_size):
             batch = pictures[first : first + batch_size]
@@ -80,7 +81,7 @@ def generate(
                 prompt=[layouts[index].prompt for index, _ in batch],
                 height=height,
                 width=width,
-                latents=torch.cat([initial_noise(pipe, seed, height, width) for _, seed in batch]),
+                latents=torch.cat([initial_noise(pipe, seed, height, width, dtype) for _, seed in batch]),
                 generator=[generator(seed, "steps") for _, seed in batch],
                 **{name: [text[index] for index, _ in batch] for name, text in texts.items() if text is not None},
                 **pipeline_arguments,
@@ -89,11 +90,16 @@ def generate(
     return GenerateOutput(images, tuple(seed for _, seed in pictures), tuple(layouts[index] for index, _ in pictures))
 
 
-def initial_noise(pipe: DiffusionPipeline, seed: int, height: int, width: int) -> Tensor:
-    """The noise a picture starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler."""
+def initial_noise(
+    pipe: DiffusionPipeline, seed: int, height: int, width: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The noise a picture starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
+
+    ``dtype``: default that of the U-Net.
+    """
     factor = pipe.vae_scale_factor
     shape = (1, pipe.unet.config.in_channels, height // factor, width // factor)
-    return noise(shape, seed, "latents", dtype=pipe.unet.dtype)
+    return noise(shape, seed, "latents", dtype=dtype or pipe.unet.dtype)
 
 
 def _check_generate(

@@ -13,7 +13,8 @@ from localctl.base import BASES, SCHEDULERS, same_base
 from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
 from localctl.control.forward_guidance import ForwardGuidance
-from localctl.control.layout_guidance import PRESETS, LayoutGuidance
+from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.shifts import check_shiftable_kind
 from localctl.layout import Layout
@@ -175,7 +176,7 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     """
     controls = []
     for name in names:
-        values = dict(_preset(base)) if name == "guidance" else {}
+        values = dict(preset(name, base))
         for setting, text in settings:
             field = _knows(name, setting)
             if field is not None:
@@ -185,8 +186,10 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     return tuple(controls)
 
 
-def _preset(base: str) -> Mapping[str, Any]:
-    return next((preset for name, preset in PRESETS.items() if name in BASES and same_base(name, base)), {})
+def preset(control: str, base: str) -> Mapping[str, Any]:
+    """The settings of a control, by its name in ``CONTROLS``, that suit the base; empty for one that is not known."""
+    known = next((settings for name, settings in PRESETS.items() if name in BASES and same_base(name, base)), {})
+    return known.get(control, {})
 
 
 def _value(setting: str, text: str, default: Any) -> Any:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.guidance_sites import choose_sites
 from localctl.control.regions import BoundRegions
 from localctl.control.sites import Scores, Site
 from localctl.images import grid, outline
@@ -38,10 +39,15 @@ class AttentionMaps(Control):
 
     Args:
         start, end: look from start up to, not including, end (fractions of the steps).
+        sites: the layers to look at, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
+
+    Raises:
+        ValueError: a window that is none; when attached, sites that the U-Net does not have.
     """
 
     start: float = 0.0
     end: float = 1.0
+    sites: tuple[str, ...] | None = None
     _records: list[_Record] = field(default_factory=list, init=False, repr=False)
     _layouts: tuple[Layout, ...] = field(default=(), init=False, repr=False)
 
@@ -49,8 +55,9 @@ class AttentionMaps(Control):
         check_window(self.start, self.end)
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        names = None if self.sites is None else frozenset(choose_sites(pipe.unet, self.sites))
         self._records, self._layouts = [], tuple(layouts)  # attached again, it begins anew
-        return _BoundMaps(self, BoundRegions(pipe, layouts, "area"))
+        return _BoundMaps(self, BoundRegions(pipe, layouts, "area"), names)
 
     def heat(self, picture: int, region: int) -> Tensor:
         """(h, w) float32 on the latents' grid: the mean probability of one of the phrase's tokens, over heads, layers
@@ -113,16 +120,18 @@ class AttentionMaps(Control):
 class _BoundMaps(BoundControl):
     only_looks = True
 
-    def __init__(self, control: AttentionMaps, regions: BoundRegions) -> None:
+    def __init__(self, control: AttentionMaps, regions: BoundRegions, sites: frozenset[str] | None) -> None:
         self.control = control
         self.regions = regions
+        self.sites = sites  # None: all
         self._record: _Record | None = None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         self._record = None
 
     def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross and context.within(self.control.start, self.control.end)
+        chosen = site.cross and (self.sites is None or site.name in self.sites)
+        return chosen and context.within(self.control.start, self.control.end)
 
     @torch.no_grad()
     def read_attention(

@@ -44,7 +44,8 @@ class DenseModulation(Control):
         rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
             more segment, with the words that are left over, fit for layouts of few boxes.
         mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`.
-        memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it.
+        memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it. May be
+            infinite.
 
     Raises:
         ValueError: a weight or limit out of range, or a window that is none; when attached, as for
@@ -164,7 +165,7 @@ class _BoundDense(BoundControl):
     def max_queries(self, site: Site, scores: Scores) -> int:
         # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.
         per_query = 4 * 4 * scores.hidden_states.shape[0] * scores.attn.heads * scores.keys
-        return max(1, int(self.control.memory_limit * 2**20) // per_query)
+        return max(1, int(min(self.control.memory_limit * 2**20 / per_query, site.cells)))
 
     def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
         segments = self._segments_at(context, site)

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,16 +27,6 @@ from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions
 from localctl.control.sites import Scores, Site
 from localctl.layout import Layout
-
-# By base. None: the middle block and the first up block with cross-attention, as published for Stable Diffusion 1.5.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "sd15": {"sites": ("mid/8", "up/4")},
-        "sd21": {"sites": ("mid/8", "up/4")},
-        "sdxl": {"sites": ("mid/4", "up/4")},
-        "micro": {"sites": ("mid/4", "up/2")},
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class LayoutGuidance(Control):
             the first 10 of 50. Each region's own window applies within it; its strength weighs its part of the energy.
         sites: where the energy is read, each by the part of the U-Net and how much coarser than the latents it is:
             ``mid``, ``up/4``, ``down/2`` ...; None, the middle block and the first up block with cross-attention.
-            ``PRESETS`` has those of the known bases.
+            :mod:`localctl.control.presets` has those of the known bases.
         mask_resize: how regions are brought to each site's grid; ``floor`` is the published form for boxes, which moves
             them by up to a cell.
         early_exit: end each run of the U-Net behind the last site that is needed.

@@ -99,8 +99,12 @@ def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
     return name, basis @ weights
 
 
-def detect(image: np.ndarray) -> Reading:
-    """Read a scene: uint8 (h, w, 3) RGB -> background name and objects, largest first."""
+def detect(image: np.ndarray, min_match: float = MIN_MATCH) -> Reading:
+    """Read a scene: uint8 (h, w, 3) RGB -> background name and objects, largest first.
+
+    ``min_match``: blobs that match no shape as well as this are left out; 0 keeps every blob, for questions of colour
+    and place alone.
+    """
     smooth = cv2.medianBlur(image, 3).astype(np.float32)
     background, level = _background(smooth)
     away = np.linalg.norm(smooth - level, axis=-1)  # (h, w)
@@ -111,7 +115,7 @@ def detect(image: np.ndarray) -> Reading:
     objects = []
     for blob in _blobs(foreground, nearest, (distance.min(-1) < 0.9 * away) & foreground):
         shape, match = classify_shape(blob)
-        if match < MIN_MATCH:
+        if match < min_match:
             continue
         ys, xs = np.nonzero(blob)
         votes = np.bincount(nearest[cv2.erode(blob, np.ones((3, 3), np.uint8)) > 0], minlength=len(COLORS))

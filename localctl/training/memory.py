@@ -90,12 +90,12 @@ def _encode(vae: AutoencoderKL, size: tuple[int, int]) -> None:
 
 def _count(run: Callable[[], None]) -> tuple[float, int]:
     """FLOPs of ``run`` and the most bytes that it had alive at once."""
-    with _Watch() as watch, _fused_attention(watch):
+    with OperationWatch() as watch, _fused_attention(watch):
         run()
     return float(watch.flops), watch.peak
 
 
-class _Watch(TorchDispatchMode):
+class OperationWatch(TorchDispatchMode):
     """Sees every operation: counts its FLOPs by torch's own table, and the bytes of what it makes until that is freed.
 
     (torch's FlopCounterMode does the counting, too, but follows every module as well, which takes longer.)
@@ -135,7 +135,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _fused_attention(watch: _Watch) -> Iterator[None]:
+def _fused_attention(watch: OperationWatch) -> Iterator[None]:
     """Attention on the meta device by a stand-in that keeps what a fused kernel keeps: the device's own would make and
     keep the scores. (Not a function mode: those are off in backward, where checkpoints compute again.)"""
     real = F.scaled_dot_product_attention
@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
     kernel repeats to save memory do not count."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, watch: _Watch) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, watch: OperationWatch) -> Tensor:
         watch.add_products(query, key, 2)
         result = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, result)

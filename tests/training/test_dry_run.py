@@ -14,7 +14,7 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.training.adapters import plan_adapter
 from localctl.training.dry_run import Estimator, present_plan, report
-from localctl.training.memory import _Watch, count_step
+from localctl.training.memory import OperationWatch, count_step
 from localctl.training.models import load_models
 from localctl.training.step import draw, training_step
 
@@ -70,7 +70,7 @@ def eager_attention():
 
 
 def test_alive_bytes_are_those_that_nobody_has_freed():
-    with _Watch() as watch:
+    with OperationWatch() as watch:
         first = torch.empty(1000, device="meta")
         kept = first * 2
         assert watch.now == 8000

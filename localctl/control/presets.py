@@ -1,0 +1,22 @@
+"""Settings of the controls for the known bases, by base and by the control's name on the command line.
+
+Stable Diffusion's are the published ones; what is not named here has the control's own default. The embedded base has
+coarser grids and a text encoder of its own, so its settings come from ``python -m localctl.evaluation.layout_benchmark
+--tune``, on layouts that the benchmark does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+# sites None would be the middle block and the first up block with cross-attention, as published for Stable Diffusion.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "sd15": {"guidance": {"sites": ("mid/8", "up/4")}},
+        "sd21": {"guidance": {"sites": ("mid/8", "up/4")}},
+        "sdxl": {"guidance": {"sites": ("mid/4", "up/4")}},
+        "micro": {"guidance": {"sites": ("mid/4", "up/2")}},
+    }
+)

@@ -1,0 +1,93 @@
+"""What is compared: plain sampling, each control, compositions of two, and for tuning grids over a control's settings.
+
+Labels are those of ``sample.py --compare``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from localctl.control.base import Control
+from localctl.sampling_regions import CONTROLS, NONE, make_controls, preset, read_variants
+
+SINGLE = ("bias", "dense", "guidance", "forward")
+PAIRS = ("bias+guidance", "dense+guidance", "bias+dense", "bias+forward")
+METHODS = (NONE, *SINGLE, *PAIRS)
+
+# The settings that matter, a few values each; ``--grid`` replaces those of a control.
+GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "bias": {"strength": ("0.5", "1", "2", "4"), "outside_strength": ("0", "0.5", "2")},
+    "dense": {"rest": ("segment",), "separate_texts": ("true", "false"), "w_self": ("0.3", "1"), "end": ("0.3", "0.7")},
+    "guidance": {"scale": ("30", "100", "300"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
+    "forward": {"strength": ("0.5", "0.8", "1"), "end": ("0.2", "0.5", "1")},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: of its files and rows. settings: of the tuned control, as (name, value) in words; () for the preset."""
+
+    name: str
+    controls: tuple[Control, ...]
+    settings: tuple[tuple[str, str], ...] = ()
+
+    def described(self) -> list[dict[str, Any]]:
+        """Every setting of every control, so that results of others are told apart; as JSON reads them back."""
+        return [{"control": type(control).__name__, **_plain(asdict(control))} for control in self.controls]  # type: ignore[call-overload]
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def methods(labels: Sequence[str], settings: Sequence[str], base: str) -> list[Method]:
+    """The methods of these labels, plain sampling first whether it is named or not; ValueError as for
+    :func:`localctl.sampling_regions.read_variants`."""
+    wanted = [NONE, *(label for label in labels if label != NONE)]
+    return [Method(item.label, item.controls) for item in read_variants(wanted, settings, base)]
+
+
+def grids(controls: Sequence[str], changes: Sequence[str], base: str) -> list[Method]:
+    """Plain sampling, each control with its preset, and all settings of its grid. ``changes``: CONTROL.NAME=V,V each; a
+    control named there has that grid alone. ValueError for names or values that make no sense."""
+    asked: dict[str, dict[str, list[str]]] = {}
+    for change in changes:
+        place, equals, values = change.partition("=")
+        control, dot, name = place.partition(".")
+        if not (equals and dot and name and values) or control not in CONTROLS:
+            raise ValueError(f"{change!r} is no axis of a grid; write CONTROL.NAME=VALUE,VALUE, CONTROL of {_known()}.")
+        asked.setdefault(control, {})[name] = values.split(",")
+    found = [Method(NONE, ())]
+    for control in controls:
+        if control not in CONTROLS:
+            raise ValueError(f"There is no control {control!r} to tune; choose from {_known()}.")
+        grid = asked.get(control, GRIDS[control])
+        found.append(Method(control, make_controls([control], [], base)))
+        for values in itertools.product(*grid.values()):
+            chosen = tuple(zip(grid, values, strict=True))
+            name = f"{control} {' '.join(f'{key}={value}' for key, value in chosen)}"
+            found.append(Method(name, make_controls([control], check_names(control, chosen), base), chosen))
+    return found
+
+
+def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """``settings``; ValueError for one that the control does not have."""
+    known = {field for field in asdict(CONTROLS[control]())}  # type: ignore[call-overload]
+    for name, _ in settings:
+        if name not in known:
+            raise ValueError(f"The control {control!r} has no setting {name!r}; choose among {', '.join(known)}.")
+    return list(settings)
+
+
+def preset_words(method: Method, base: str) -> dict[str, Any]:
+    """The tuned method's settings as they belong into ``localctl.control.presets``: over those of the base."""
+    control = method.controls[0]
+    name = method.name.partition(" ")[0]
+    return dict(preset(name, base)) | {key: getattr(control, key) for key, _ in method.settings}
+
+
+def _known() -> str:
+    return ", ".join(CONTROLS)
