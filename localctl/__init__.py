@@ -30,6 +30,7 @@ _PUBLIC = {
     "NegativePrompts": "localctl.control.negative_prompts",
     "Region": "localctl.layout",
     "RegionBias": "localctl.control.region_bias",
+    "SpaceTimeAttention": "localctl.control.spacetime",
     "attach": "localctl.sampling",
     "generate": "localctl.sampling",
     "load_layout": "localctl.layout_io",

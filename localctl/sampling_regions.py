@@ -16,6 +16,7 @@ from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import PRESETS, LayoutGuidance
 from localctl.control.region_bias import RegionBias
 from localctl.control.shifts import check_shiftable_kind
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 
@@ -24,6 +25,7 @@ CONTROLS: dict[str, type[Control]] = {
     "dense": DenseModulation,
     "guidance": LayoutGuidance,
     "forward": ForwardGuidance,
+    "spacetime": SpaceTimeAttention,
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
@@ -179,14 +181,19 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
         for setting, text in settings:
             field = _knows(name, setting)
             if field is not None:
-                default = getattr(CONTROLS[name], field)
-                values[field] = _value(setting, text, default)
+                values[field] = _value(setting, text, _default(CONTROLS[name], field))
         controls.append(CONTROLS[name](**values))
     return tuple(controls)
 
 
 def _preset(base: str) -> Mapping[str, Any]:
     return next((preset for name, preset in PRESETS.items() if name in BASES and same_base(name, base)), {})
+
+
+def _default(control: type[Control], name: str) -> Any:
+    """A field's default; for numbers that may be left to the control, any number."""
+    kinds = {field.name: str(field.type) for field in fields(control)}  # type: ignore[arg-type]  # all are dataclasses
+    return 0.0 if kinds[name] == "float | None" else getattr(control, name)
 
 
 def _value(setting: str, text: str, default: Any) -> Any:

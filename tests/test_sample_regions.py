@@ -17,6 +17,7 @@ import sample
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.sampling import generate
@@ -109,6 +110,9 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert [item.controls for item in everything][:3] == [(), (RegionBias(),), (DenseModulation(),)]
     tuned = prepare(parse(["--layout", "scene.json", "--control", "guidance", "--set", "sites=up/2,mid"])).variants
     assert tuned[0].controls == (LayoutGuidance(sites=("up/2", "mid")),)
+    mixed = ["--control", "spacetime", "--set", "weight=0.7", "spacetime.schedule=linear", "mix=released"]
+    expected = SpaceTimeAttention(weight=0.7, schedule="linear", mix="released")
+    assert prepare(parse([*BASIC, *mixed])).variants[0].controls == (expected,)
     assert prepare(parse([*BASIC, "--control", "none"])).variants[0].controls == ()
 
 
@@ -131,7 +135,10 @@ def test_the_verdict_names_every_region() -> None:
         (["--layout", "reversed.json"], "reversed or empty"),
         (["--layout", "photo.png"], "photo.png is not valid JSON"),
         (["--prompt", "a cat"], "either --layout or --prompt"),
-        (["--control", "dence"], "Unknown control 'dence'; choose among bias, dense, guidance, forward and none"),
+        (
+            ["--control", "dence"],
+            "Unknown control 'dence'; choose among bias, dense, .*, spacetime and none",
+        ),
         (["--control", "bias", "none"], "bias none do not go together"),
         (["--control", "bias+bias"], "do not go together"),
         (["--compare", "all", "bias"], "Unknown control 'all'"),
@@ -143,6 +150,9 @@ def test_the_verdict_names_every_region() -> None:
         (["--control", "guidance", "--set", "iterations=1.5"], "iterations is a whole number"),
         (["--control", "guidance", "--set", "early_exit=maybe"], "early_exit is true or false"),
         (["--control", "none", "--set", "strength=1"], "there is no control to set"),
+        (["--control", "spacetime", "--set", "weight=much"], "weight is a number, not 'much'"),
+        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix lies in"),
+        (["--control", "spacetime", "--set", "weights=1,0"], "float tensor"),
         (["--sweep", "strength"], "'strength' is no setting"),
         (["--sweep", "strength=0,x"], "strength is a number, not 'x'"),
         (["--sweep", "strength=0,0"], "value is given twice"),
