@@ -5,7 +5,7 @@
 
 Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
 which leaves out what libraries hold for themselves. Time: the median of --repeats, per
-step, and its parts: the forward run, the same with local descriptions, with gradients, and the backward pass.
+step, on a CPU of the process alone, whatever else the machine does; and its parts: the forward run, the same with local descriptions, with gradients, and the backward pass.
 """
 
 from __future__ import annotations
@@ -120,8 +120,10 @@ class Bench:
         return {"forward": sampled - start, "VAE and CLIP": seen - sampled, "backward": self.now() - seen}
 
     def now(self) -> float:
-        if self.pipe.device.type == "cuda":
-            torch.cuda.synchronize()
+        """Seconds: of a clock on a GPU, of this process on a CPU."""
+        if self.pipe.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
     def peak(self, run: Callable[[], Any]) -> int:

@@ -19,6 +19,7 @@ from localctl.control.shifts import check_shiftable_kind
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
+from localctl.optimization.weights import OptimizedSpaceTime
 
 CONTROLS: dict[str, type[Control]] = {
     "bias": RegionBias,
@@ -26,6 +27,7 @@ CONTROLS: dict[str, type[Control]] = {
     "guidance": LayoutGuidance,
     "forward": ForwardGuidance,
     "spacetime": SpaceTimeAttention,
+    "spacetime_optimized": OptimizedSpaceTime,
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
@@ -76,6 +78,10 @@ def plan(options: argparse.Namespace, base: str) -> list[Variant]:
     a control does to the latents.
     """
     variants = _plan(options, base)
+    for variant in variants:
+        kinds = {type(control) for control in variant.controls}
+        if {OptimizedSpaceTime, LayoutGuidance} <= kinds:
+            raise ValueError("spacetime_optimized and guidance do not go together; use spacetime with guidance.")
     if options.scheduler is not None:
         for variant in variants:
             if any(isinstance(control, LayoutGuidance) for control in variant.controls):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -149,6 +149,16 @@ def _check_weights(weights: Any, mix: str) -> None:
         raise ValueError('The weights of SpaceTimeAttention lie in [0, 1]; for coefficients, say mix="released".')
 
 
+class _Mixture(NamedTuple):
+    """For each pair of a row and a region to mix into it: the row, (layout, region), text (pairs,K,C) and weight
+    (pairs,)."""
+
+    rows: list[int]
+    regions: list[tuple[int, int]]
+    texts: Tensor
+    weights: Tensor
+
+
 class _BoundSpaceTime(BoundControl):
     def __init__(
         self,
@@ -163,8 +173,10 @@ class _BoundSpaceTime(BoundControl):
         self.given = given
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
         self._tables: dict[tuple[int, int], Tensor] = {}  # (layout, steps) -> (steps, regions)
+        self._last: tuple[CallContext, _Mixture] | None = None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        self._last = None
         wanted = {
             (layout, index): text
             for layout, scene in enumerate(self.regions.layouts)
@@ -175,20 +187,14 @@ class _BoundSpaceTime(BoundControl):
         self._texts = dict(zip(wanted, texts, strict=True))
 
     def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross and bool(self._pairs(context))
+        return site.cross and bool(self._mixture(context).rows)
 
     def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
-        pairs = self._pairs(context)
-        row_of_pair = [row for row, _ in pairs]
-        layouts = [context.layout_of_row[row] for row in row_of_pair]
-        keys = [(layout, region) for layout, (_, region) in zip(layouts, pairs, strict=True)]
-        texts = torch.stack([self._texts[key] for key in keys])
-        local = attend(texts.to(context.device, context.dtype), row_of_pair)  # (pairs,Q,C)
-        masks = torch.stack([self.regions.masks(layout, site)[region] for layout, region in keys])  # (pairs,Q)
-        steps = {layout: self._weights(layout, context) for layout in set(layouts)}
-        weights = torch.stack([steps[layout][region] for layout, region in keys])  # (pairs,)
-        share = (weights.to(output)[:, None] * masks.to(output))[..., None]  # (pairs,Q,1)
-        rows = torch.tensor(row_of_pair, device=output.device)
+        mixture = self._mixture(context)
+        local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
+        masks = torch.stack([self.regions.masks(layout, site)[region] for layout, region in mixture.regions])
+        share = (mixture.weights.to(output)[:, None] * masks.to(output))[..., None]  # (pairs,Q,1)
+        rows = torch.tensor(mixture.rows, device=output.device)
         if self.control.mix == "released":
             negatives = context.guided_rows.start
             if not negatives:
@@ -202,14 +208,25 @@ class _BoundSpaceTime(BoundControl):
         whole = torch.where(total > 1, total, torch.ones_like(total))
         return (output * (1 - total / whole)).index_add(0, rows, local * (share / whole[rows]))
 
-    def _pairs(self, context: CallContext) -> list[tuple[int, int]]:
-        """(row, region) of all texts to mix in: rows of the prompt, regions with a weight in this step."""
-        wanted = {layout: self._wanted(layout, context) for layout in set(context.guided_layouts)}
-        return [
-            (row, region)
+    def _mixture(self, context: CallContext) -> _Mixture:
+        """What to mix in in this call of the U-Net: rows of the prompt, regions with a weight in this step. That of the
+        last call is kept, for all its layers ask."""
+        if self._last is not None and self._last[0] is context:
+            return self._last[1]
+        pairs = [
+            (row, (layout, region))
             for row, layout in enumerate(context.guided_layouts, start=context.guided_rows.start)
-            for region in wanted[layout]
+            for region in self._wanted(layout, context)
         ]
+        rows, regions = [row for row, _ in pairs], [key for _, key in pairs]
+        texts, weights = torch.empty(0), torch.empty(0)
+        if pairs:
+            texts = torch.stack([self._texts[key] for key in regions]).to(context.device, context.dtype)
+            steps = {layout: self._weights(layout, context) for layout, _ in regions}
+            weights = torch.stack([steps[layout][region] for layout, region in regions])
+        mixture = _Mixture(rows, regions, texts, weights)
+        self._last = (context, mixture)
+        return mixture
 
     def _wanted(self, layout: int, context: CallContext) -> list[int]:
         """The regions of a layout that are mixed in in this step."""
