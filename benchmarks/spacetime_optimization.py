@@ -4,8 +4,9 @@
   python benchmarks/spacetime_optimization.py time                   # a step for two objects against a plain guided one
 
 Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
-which leaves out what libraries hold for themselves. Time: the median of --repeats, per
-step, on a CPU of the process alone, whatever else the machine does; and its parts: the forward run, the same with local descriptions, with gradients, and the backward pass.
+which leaves out what libraries hold for themselves. Time: the median of --repeats, per step; on a CPU that of this
+process alone, whatever else the machine does. Its parts: the forward run with gradients and local descriptions, what
+looks at the picture, and the backward pass, which runs every step once more.
 """
 
 from __future__ import annotations
