@@ -151,7 +151,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--prompt", "a cat"], "either --layout or --prompt"),
         (
             ["--control", "dence"],
-            "Unknown control 'dence'; choose among bias, dense, .*, spacetime and none",
+            "Unknown control 'dence'; choose among bias, dense, .*spacetime_optimized and none",
         ),
         (["--control", "bias", "none"], "bias none do not go together"),
         (["--control", "bias+bias"], "do not go together"),

@@ -108,15 +108,15 @@ def optimize_weights(
         ValueError: no region has a description; a control moves latents; a loss is not finite; or as for ``attach``.
     """
     control = control or OptimizedSpaceTime()
+    if control.weights is not None:
+        raise ValueError("The control has weights already; start from one with none.")
     if num_inference_steps < 1:
         raise ValueError(f"The number of steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
         raise ValueError("No region of the layout has a phrase or a prompt, so there are no weights; give it one.")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor)
-    weights = control.step_weights(layout, num_inference_steps) if control.weights is None else control.weights
-    assert isinstance(weights, Tensor)
-    weights = weights.detach().float().cpu().clone().requires_grad_()
+    weights = control.step_weights(layout, num_inference_steps).requires_grad_()
     adam = torch.optim.Adam([weights], lr=control.learning_rate)
     noise = initial_noise(pipe, seed, height, width)
     losses = []
@@ -124,21 +124,16 @@ def optimize_weights(
         if any(bound.moves_latents for bound in attached.bound):
             raise ValueError("Weights cannot be optimised beside controls that move latents; leave LayoutGuidance out.")
         conditioning = encode(pipe, layout.prompt, (height, width), guidance_scale, negative_prompt)
-        with tqdm(total=control.epochs, desc="optimising weights", unit="epoch", disable=not progress) as bar:
+        pipe.scheduler.set_timesteps(num_inference_steps)
+        total = control.epochs * len(pipe.scheduler.timesteps)
+        with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
+            options = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
             for _ in range(control.epochs):
                 latents = sample_latents(
-                    pipe,
-                    conditioning,
-                    noise,
-                    num_inference_steps,
-                    last_steps=control.last_steps or None,
-                    checkpointing=checkpointing,
-                    after_call=bar.refresh,
+                    pipe, conditioning, noise, num_inference_steps, **options, after_call=bar.update
                 )
-                loss = objective(decode(pipe, latents))
-                losses.append(_step(adam, loss, weights, control.mix == "convex"))
+                losses.append(_step(adam, objective(decode(pipe, latents)), weights, control.mix == "convex"))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
-                bar.update()
     return OptimizedWeights(weights.detach().clone(), tuple(losses))
 
 
@@ -160,9 +155,13 @@ def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bo
 
 @contextmanager
 def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
-    """A scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end."""
-    own = pipe.scheduler
+    """A scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end.
+
+    The U-Net's own gradient checkpointing would run its layers again when the controls have left them, so it is off.
+    """
+    own, checkpointing = pipe.scheduler, pipe.unet.is_gradient_checkpointing
     try:
+        pipe.unet.disable_gradient_checkpointing()
         if is_differentiable(own):
             pipe.scheduler = copy.deepcopy(own)
         else:
@@ -173,6 +172,8 @@ def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
             yield
     finally:
         pipe.scheduler = own
+        if checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
 
 
 def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:

@@ -84,9 +84,11 @@ def test_the_loss_falls_and_the_pipeline_is_left_as_it_was(
     assert bool((found.weights != start).all()) and min(found.losses[1:]) < found.losses[0]
     if mix == "convex":
         assert float(found.weights.min()) >= 0 and float(found.weights.max()) <= 1
+    sd_pipe.unet.enable_gradient_checkpointing()
     once = optimize_weights(sd_pipe, LAYOUT, clip, OptimizedSpaceTime(epochs=1, mix=mix, weight=0.5), **options)
     torch.testing.assert_close((once.weights - 0.5).abs(), torch.full((STEPS, 2), 0.005), rtol=1e-3, atol=0)
     after = processors(sd_pipe)
+    assert sd_pipe.unet.is_gradient_checkpointing
     assert sd_pipe.scheduler is scheduler and all(after[name] is before[name] for name in before)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in sd_pipe.unet.parameters())
     sd_pipe.unet.requires_grad_(False)
