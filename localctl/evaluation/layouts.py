@@ -18,10 +18,11 @@ _PREDICTOR = "localctl.layout_predictor"
 
 def true_layout(item: Scene) -> Layout:
     """The caption with the boxes of the scene's objects, each described as "a red circle"."""
-    regions = tuple(
-        Region(o.phrase, tuple(value / SIZE for value in o.box), prompt=article(o.phrase)) for o in item.objects
-    )
-    return Layout(item.caption, SIZE, SIZE, regions)
+    regions = []
+    for one in item.objects:
+        x0, y0, x1, y1 = (value / SIZE for value in one.box)
+        regions.append(Region(one.phrase, (x0, y0, x1, y1), prompt=article(one.phrase)))
+    return Layout(item.caption, SIZE, SIZE, tuple(regions))
 
 
 def layout_source(name: str, folder: str | None = None) -> Callable[[Scene, int], Layout]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -127,7 +128,7 @@ def optimize_weights(
         pipe.scheduler.set_timesteps(num_inference_steps)
         total = control.epochs * len(pipe.scheduler.timesteps)
         with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
-            options = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
+            options: dict[str, Any] = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
             for _ in range(control.epochs):
                 latents = sample_latents(
                     pipe, conditioning, noise, num_inference_steps, **options, after_call=bar.update
@@ -203,7 +204,7 @@ def generate_optimized(
     optimized = found[0]
     others = [control for control in controls if control is not optimized]
     clip = find_clip(optimized.clip, pipe)
-    options = {
+    options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
