@@ -5,6 +5,7 @@
   python sample.py --layout scene.json --control bias guidance --set strength=0.6
   python sample.py --layout scene.json --sweep strength=0,.3,.6 outside_strength=0,.2
   python sample.py --layout scene.json --compare all
+  python sample.py --layout scene.json --control spacetime_optimized --set epochs=5 --num_inference_steps 20
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and
@@ -18,8 +19,8 @@ from collections.abc import Sequence
 
 from localctl.base import load_pipeline, same_base, set_scheduler
 from localctl.run.program import one_sentence
-from localctl.sampling import generate
 from localctl.sampling_cli import build_controls, parse, prepare, reproducing_options
+from localctl.sampling_drawing import draw
 from localctl.sampling_files import open_output, save
 
 
@@ -35,17 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_scheduler(pipe, options.scheduler)
     outputs = []
     for variant in job.variants:
-        output = generate(
-            pipe,
-            job.layouts,
-            [*controls, *variant.controls],
-            options.seeds,
-            batch_size=options.batch_size,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            negative_prompt=options.negative_prompt,
-        )
-        outputs.append((variant, output))
+        outputs.append((variant, draw(pipe, job, [*controls, *variant.controls])))
     conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
     read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
     for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):

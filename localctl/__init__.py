@@ -29,12 +29,16 @@ _PUBLIC = {
     "LocalAdapterControl": "localctl.control.local_adapter",
     "MaskedControlNet": "localctl.control.masked_controlnet",
     "NegativePrompts": "localctl.control.negative_prompts",
+    "OptimizedSpaceTime": "localctl.optimization.weights",
     "Region": "localctl.layout",
     "RegionBias": "localctl.control.region_bias",
+    "SpaceTimeAttention": "localctl.control.spacetime",
     "attach": "localctl.sampling",
     "generate": "localctl.sampling",
     "load_layout": "localctl.layout_io",
+    "generate_optimized": "localctl.optimization.weights",
     "load_pipeline": "localctl.base",
+    "optimize_weights": "localctl.optimization.weights",
     "save_layout": "localctl.layout_io",
 }
 __all__ = sorted(_PUBLIC)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
-from localctl.masks import resize_mask
+from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
@@ -73,6 +73,12 @@ class Region:
                 f"The region {self.name} needs 0 <= start < end <= 1 (fractions of the steps), "
                 f"not {self.start} and {self.end}."
             )
+
+    @classmethod
+    def disc(cls, phrase: str | None, centre: tuple[float, float], radius: float = 0.2, **options: Any) -> Region:
+        """A region round ``centre`` (x, y), as :func:`localctl.masks.disc_mask`; 0.2 is the published radius of
+        space-time attention. ``options``: all others of a region but its box and mask."""
+        return cls(phrase, mask=disc_mask(centre, radius), **options)
 
     @property
     def name(self) -> str:

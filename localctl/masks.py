@@ -142,6 +142,21 @@ def sample_mask(
     return torch.from_numpy(_soften(mask, config.soft_edge))[None]  # (1,H,W)
 
 
+def disc_mask(centre: tuple[float, float], radius: float, size: int = 512) -> Tensor:
+    """(1, size, size) float32: 1 where a pixel's first corner is nearer to ``centre`` (x, y) than ``radius``, else 0.
+
+    All in fractions of the sides, so that a disc stretched over a picture that is not square is an ellipse. ValueError
+    for a centre outside [0, 1] or a radius that is not positive.
+    """
+    if len(centre) != 2 or not all(0 <= value <= 1 for value in centre):
+        raise ValueError(f"The centre of a disc is (x, y) in [0, 1], not {centre}; divide pixels by width and height.")
+    if not 0 < radius < math.inf:
+        raise ValueError(f"The radius of a disc is a positive fraction of the sides, not {radius}.")
+    axis = torch.arange(size, dtype=torch.float64) / size
+    distance = (axis[:, None] - centre[1]) ** 2 + (axis[None] - centre[0]) ** 2
+    return (distance < radius**2).float()[None]
+
+
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """Read a mask file as (1,H,W) float32 in [0,1]; white = controlled, transparent = not.
 

@@ -16,7 +16,7 @@ from localctl.control.schedule import outer_step
 from localctl.layout import Layout, as_layouts
 from localctl.random import generator, noise
 
-__all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "initial_noise", "outer_step"]
+__all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
 
 # These schedulers draw one noise for the whole batch from a seed of their own, out of reach of the pictures' seeds.
 _OWN_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
@@ -64,7 +64,7 @@ def generate(
     layouts = as_layouts(layout)
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     _check_generate(pipe, seeds, batch_size, pipeline_arguments)
-    height, width = _image_size(pipe, layouts, pipeline_arguments)
+    height, width = image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     pictures = [(index, seed) for index in range(len(layouts)) for seed in seeds]
     if paired:
@@ -119,7 +119,7 @@ def _check_generate(
         )
 
 
-def _image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any]) -> tuple[int, int]:
+def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any]) -> tuple[int, int]:
     """Height and width in pixels: the layouts', or those in ``arguments`` (taken out), or the base's own."""
     asked = Layout("", arguments.pop("height", None), arguments.pop("width", None))  # checks the two
     sizes = {item.size for item in (*layouts, asked) if item.size is not None}

@@ -17,14 +17,18 @@ from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.shifts import check_shiftable_kind
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
+from localctl.optimization.weights import OptimizedSpaceTime
 
 CONTROLS: dict[str, type[Control]] = {
     "bias": RegionBias,
     "dense": DenseModulation,
     "guidance": LayoutGuidance,
     "forward": ForwardGuidance,
+    "spacetime": SpaceTimeAttention,
+    "spacetime_optimized": OptimizedSpaceTime,
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
@@ -75,6 +79,10 @@ def plan(options: argparse.Namespace, base: str) -> list[Variant]:
     a control does to the latents.
     """
     variants = _plan(options, base)
+    for variant in variants:
+        kinds = {type(control) for control in variant.controls}
+        if {OptimizedSpaceTime, LayoutGuidance} <= kinds:
+            raise ValueError("spacetime_optimized and guidance do not go together; use spacetime with guidance.")
     if options.scheduler is not None:
         for variant in variants:
             if any(isinstance(control, LayoutGuidance) for control in variant.controls):
@@ -180,8 +188,7 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
         for setting, text in settings:
             field = _knows(name, setting)
             if field is not None:
-                default = getattr(CONTROLS[name], field)
-                values[field] = _value(setting, text, default)
+                values[field] = _value(setting, text, _default(CONTROLS[name], field))
         controls.append(CONTROLS[name](**values))
     return tuple(controls)
 
@@ -190,6 +197,12 @@ def preset(control: str, base: str) -> Mapping[str, Any]:
     """The settings of a control, by its name in ``CONTROLS``, that suit the base; empty for one that is not known."""
     known = next((settings for name, settings in PRESETS.items() if name in BASES and same_base(name, base)), {})
     return known.get(control, {})
+
+
+def _default(control: type[Control], name: str) -> Any:
+    """A field's default; for numbers that may be left to the control, any number."""
+    kinds = {field.name: str(field.type) for field in fields(control)}  # type: ignore[arg-type]  # all are dataclasses
+    return 0.0 if kinds[name] == "float | None" else getattr(control, name)
 
 
 def _value(setting: str, text: str, default: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
 from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 
 PROMPT = "a cat, dogs"
@@ -20,6 +21,7 @@ OTHER = Layout("dogs x", regions=(Region("dogs", (0, 0, 1, 0.5)),))
 METHODS: dict[str, Callable[[], Control]] = {
     "bias": lambda: RegionBias(strength=1.0, outside_strength=0.5),
     "dense": lambda: DenseModulation(rest="segment", end=1.0, w_self=1.0, separate_texts=False),
+    "spacetime": lambda: SpaceTimeAttention(weight=0.8),
 }
 
 

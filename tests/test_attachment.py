@@ -28,7 +28,7 @@ from localctl.control.sites import SteeredProcessor, attention_sites
 from localctl.layout import Layout, Region
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["bias", "dense"])
 @pytest.mark.parametrize(("kind", "guidance"), [("sd_pipe", 1.0), ("v_pipe", 7.5), ("sdxl_pipe", 7.5)])
 def test_each_method_moves_attention_into_the_regions(
     kind: str, guidance: float, method: str, request: pytest.FixtureRequest

@@ -17,8 +17,12 @@ import sample
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
+from localctl.metrics.clip import Clip
+from localctl.metrics.extractors import MICRO_CLIP
+from localctl.optimization.weights import OptimizedSpaceTime, optimize_weights
 from localctl.sampling import generate
 from localctl.sampling_cli import parse, prepare
 from localctl.sampling_sheets import verdict
@@ -100,6 +104,17 @@ def test_a_sweep_is_a_labelled_grid_with_nothing_at_zero(workspace: Path) -> Non
         assert np.array_equal(image, plain) == ("_strength=0_outside_strength=0.png" in name)
 
 
+def test_optimised_weights_from_the_command_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--control", "bias", "spacetime_optimized", "--set", "epochs=1", f"clip={MICRO_CLIP}", "learning_rate=.2"]
+    assert sample.main([*BASIC, *flags, "--seeds", "3", "--output_dir", "out"]) == 0
+    pipe = localctl.base.load_pipeline("base")
+    control = OptimizedSpaceTime(epochs=1, learning_rate=0.2)
+    layout, call = load_layout("scene.json"), {"num_inference_steps": 2, "guidance_scale": 7.5}
+    found = optimize_weights(pipe, layout, Clip(MICRO_CLIP), control, seed=3, controls=[RegionBias()], **call)
+    expected = generate(pipe, layout, [RegionBias(), SpaceTimeAttention(weights=found.weights)], 3, **call).images
+    assert_same(pixels("out"), {"00_seed3.png": np.asarray(expected[0])})
+
+
 def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     job = prepare(parse([*BASIC, "--sweep", "strength=0,.3,.6", "outside_strength=0,.2"]))
     places = {(item.column, item.row): item.controls for item in job.variants}
@@ -109,6 +124,9 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert [item.controls for item in everything][:3] == [(), (RegionBias(),), (DenseModulation(),)]
     tuned = prepare(parse(["--layout", "scene.json", "--control", "guidance", "--set", "sites=up/2,mid"])).variants
     assert tuned[0].controls == (LayoutGuidance(sites=("up/2", "mid")),)
+    mixed = ["--control", "spacetime", "--set", "weight=0.7", "spacetime.schedule=linear", "mix=released"]
+    expected = SpaceTimeAttention(weight=0.7, schedule="linear", mix="released")
+    assert prepare(parse([*BASIC, *mixed])).variants[0].controls == (expected,)
     assert prepare(parse([*BASIC, "--control", "none"])).variants[0].controls == ()
 
 
@@ -131,7 +149,10 @@ def test_the_verdict_names_every_region() -> None:
         (["--layout", "reversed.json"], "reversed or empty"),
         (["--layout", "photo.png"], "photo.png is not valid JSON"),
         (["--prompt", "a cat"], "either --layout or --prompt"),
-        (["--control", "dence"], "Unknown control 'dence'; choose among bias, dense, guidance, forward and none"),
+        (
+            ["--control", "dence"],
+            "Unknown control 'dence'; choose among bias, dense, .*spacetime_optimized and none",
+        ),
         (["--control", "bias", "none"], "bias none do not go together"),
         (["--control", "bias+bias"], "do not go together"),
         (["--compare", "all", "bias"], "Unknown control 'all'"),
@@ -143,6 +164,11 @@ def test_the_verdict_names_every_region() -> None:
         (["--control", "guidance", "--set", "iterations=1.5"], "iterations is a whole number"),
         (["--control", "guidance", "--set", "early_exit=maybe"], "early_exit is true or false"),
         (["--control", "none", "--set", "strength=1"], "there is no control to set"),
+        (["--control", "spacetime", "--set", "weight=much"], "weight is a number, not 'much'"),
+        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix lies in"),
+        (["--control", "spacetime", "--set", "weights=1,0"], "float tensor"),
+        (["--control", "spacetime_optimized", "guidance"], "do not go together; use spacetime with guidance"),
+        (["--control", "spacetime_optimized", "--set", "epochs=0"], "at least 1 epoch"),
         (["--sweep", "strength"], "'strength' is no setting"),
         (["--sweep", "strength=0,x"], "strength is a number, not 'x'"),
         (["--sweep", "strength=0,0"], "value is given twice"),

@@ -37,7 +37,7 @@ class UNetRun:
         rows = [first + image for image in images]
         installation = Installation()
         # Inside inference mode nothing could be differentiated; what was made there is copied below.
-        with torch.inference_mode(False), torch.enable_grad(), _without_gradients(self.unet):
+        with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.unet):
             args = _select(self.args, rows, count)
             kwargs = {
                 # Masks of an IP-Adapter belong to its pictures, not to rows.
@@ -70,7 +70,7 @@ class UNetRun:
 
 
 @contextmanager
-def _without_gradients(module: nn.Module) -> Iterator[None]:
+def without_gradients(module: nn.Module) -> Iterator[None]:
     """No gradients for the module's own weights, which would keep more of the forward pass in memory."""
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:

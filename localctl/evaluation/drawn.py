@@ -149,11 +149,11 @@ def _draw_batch(
         name = picture_id(index)
         about = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
         write_json(folder / "ids" / f"{name}.json", about)
-        write_bytes(folder / "masks" / f"{name}.png", _png(mask_to_pil(mask)))
-        write_bytes(image_file(folder, index), _png(image))
+        write_bytes(folder / "masks" / f"{name}.png", png_bytes(mask_to_pil(mask)))
+        write_bytes(image_file(folder, index), png_bytes(image))
 
 
-def _png(picture: Image.Image) -> bytes:
+def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
+from transformers.image_processing_base import ImageProcessingMixin
 
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder
@@ -36,6 +38,7 @@ class Clip:
         self.folder, self.device = folder, torch.device(device)
         self.side = int(self.model.config.vision_config.image_size)
         self.dim = int(self.model.config.projection_dim)
+        self.mean, self.std = pixel_statistics(folder)
 
     @property
     def weights_sha256(self) -> str:
@@ -45,10 +48,21 @@ class Clip:
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
         """Pictures as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
-        pixels = resize(rgb_batch(images), self.side, self.device) / 255  # (B, 3, s, s)
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-        pooled = self.model.vision_model((pixels - mean) / std).pooler_output
-        return self.model.visual_projection(pooled).cpu()
+        return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
+        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed."""
+        pixels = pixels.to(self.device, torch.float32)
+        size = (self.side, self.side)
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        return self._embed(pixels)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """(B, 3, s, s) in [0, 1] -> (B, d)."""
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return self.model.visual_projection(self.model.vision_model((pixels - mean) / std).pooler_output)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -68,6 +82,16 @@ class Clip:
     def is_cut(self, text: str) -> bool:
         """Whether ``text`` is longer than the text encoder reads."""
         return len(self.tokenizer(text, verbose=False).input_ids) > self.length
+
+
+def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that a CLIP's picture processor takes off; CLIP's own where it has none. The folder
+    or hub id is only read: no processor, which may need torchvision, is made."""
+    try:
+        found = ImageProcessingMixin.get_image_processor_dict(folder)[0]
+    except OSError:  # no processor is kept beside the model
+        found = {}
+    return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
 
 
 class CLIPScore(PerSample):

@@ -1,0 +1,256 @@
+"""Space-time attention: inside each object's region, cross-attention to the object's own description is mixed in.
+
+The method of arXiv 2304.03869. With x the cells of a cross-attention layer, m_i the region of object i and w_i its
+weight in this step, the rows of the prompt become
+
+    (1 - sum_i w_i m_i) * attn(x, global) + sum_i w_i m_i * attn(x, local_i),   w_i in [0, 1],
+
+where regions that cover a cell together share it: their weights are scaled down to a sum of 1. ``mix="released"`` is
+what the published code does instead, with coefficients that nothing bounds, and the row of the negative prompt:
+
+    attn(x, global) + sum_i c_i m_i * (attn(x, local_i) - attn(x_negative, negative)).
+
+How strong which object is at which step may be constant, fade out, or be given, as ``optimize_weights`` returns it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.cells import CELL_MODES
+from localctl.control.base import Attend, BoundControl, CallContext, Control, check_window
+from localctl.control.region_bias import check_strength
+from localctl.control.regions import BoundRegions, encode_texts
+from localctl.control.sites import Site
+from localctl.layout import Layout, Region
+
+MIXES = ("convex", "released")
+SCHEDULES = ("constant", "linear", "cosine")
+_RELEASED_SUM = 5.0  # the published coefficients start at 5 / number of objects
+
+
+@dataclass(frozen=True)
+class SpaceTimeAttention(Control):
+    """Mix each region's local description into its place; the description is its ``prompt``, else its ``phrase``.
+
+    Args:
+        weight: of every object, times its region's strength; in [0, 1] with the convex mix, 0 = no effect. None: 0.5
+            for ``convex``, 5 / number of objects for ``released``.
+        schedule: ``constant``; ``linear`` or ``cosine`` fade from ``weight`` at ``start`` to 0 at ``end``.
+        weights: (steps, regions) in place of weight, schedule and strengths, for one layout; or a sequence of such
+            tensors, one per layout. The call must make that many steps. Windows still apply.
+        mix: ``convex`` (the paper's equation) or ``released`` (the published code's; needs guidance).
+        start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
+            region's own window applies within it.
+        mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`;
+            ``nearest`` is the published form for discs (:meth:`localctl.layout.Region.disc`).
+
+    Raises:
+        ValueError: an unknown mix or schedule, a window that is none, weights out of range; when attached, weights
+            that do not fit the layouts; when drawn, another number of steps, or ``released`` without guidance.
+    """
+
+    weight: float | None = None
+    schedule: str = "constant"
+    mix: str = "convex"
+    start: float = 0.0
+    end: float = 1.0
+    mask_resize: str = "area"
+    weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        for name, known in (("mix", MIXES), ("schedule", SCHEDULES), ("mask_resize", CELL_MODES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        if self.weight is not None:
+            check_strength("weight", self.weight)
+            if self.mix == "convex" and not 0 <= self.weight <= 1:
+                raise ValueError(f"The weight of a convex mix lies in [0, 1], not {self.weight}; 1 is the local text.")
+        given = () if self.weights is None else (self.weights,) if isinstance(self.weights, Tensor) else self.weights
+        for tensor in given:
+            _check_weights(tensor, self.mix)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        given: list[Tensor] | None = None
+        if self.weights is not None:
+            given = [self.weights] if isinstance(self.weights, Tensor) else list(self.weights)
+            if len(given) != len(layouts):
+                raise ValueError(
+                    f"There are weights for {len(given)} layouts and {len(layouts)} to draw; give each layout its own."
+                )
+            for tensor, layout in zip(given, layouts, strict=True):
+                if tensor.shape[1] != len(layout.regions):
+                    raise ValueError(
+                        f"The weights are for {tensor.shape[1]} regions but the layout {layout.prompt!r} has "
+                        f"{len(layout.regions)}; give one column per region."
+                    )
+        elif self.mix == "convex":
+            for layout in layouts:
+                for region in layout.regions:
+                    if not 0 <= region.strength <= 1:
+                        raise ValueError(
+                            f"The strength of the region {region.name} must lie in [0, 1] for SpaceTimeAttention, "
+                            f"not {region.strength}."
+                        )
+        return _BoundSpaceTime(self, pipe, BoundRegions(pipe, layouts, self.mask_resize), given)
+
+    def step_weights(self, layout: Layout, num_steps: int) -> Tensor:
+        """(num_steps, regions) float32: the weight of every region in every step by ``weight``, ``schedule``, the
+        strengths and the windows; what an optimisation starts from. 0 for regions without a description."""
+        count = sum(description(region) is not None for region in layout.regions)
+        weight = self.weight
+        if weight is None:
+            weight = 0.5 if self.mix == "convex" else _RELEASED_SUM / max(1, count)
+        strengths = torch.tensor([region.strength * bool(description(region)) for region in layout.regions])
+        fade = torch.tensor([self._fade(step / num_steps) for step in range(num_steps)])
+        return weight * fade[:, None] * strengths[None] * self.active(layout, num_steps)
+
+    def active(self, layout: Layout, num_steps: int) -> Tensor:
+        """(num_steps, regions) float32: 1 where the windows of the control and of the region allow a weight, else 0."""
+        return torch.tensor(
+            [
+                [
+                    float(self.start <= step / num_steps < self.end and region.within(step, num_steps))
+                    for region in layout.regions
+                ]
+                for step in range(num_steps)
+            ]
+        ).reshape(num_steps, len(layout.regions))
+
+    def _fade(self, fraction: float) -> float:
+        """The schedule's factor in [0, 1] at this fraction of the steps."""
+        done = min(max((fraction - self.start) / (self.end - self.start), 0.0), 1.0)
+        if self.schedule == "linear":
+            return 1 - done
+        return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0
+
+
+def description(region: Region) -> str | None:
+    """The local description of a region; None for one without words."""
+    return region.prompt or region.phrase
+
+
+def _check_weights(weights: Any, mix: str) -> None:
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or not weights.is_floating_point():
+        what = tuple(weights.shape) if isinstance(weights, Tensor) else repr(weights)
+        raise ValueError(f"The weights of SpaceTimeAttention are a float tensor (steps, regions), not {what}.")
+    values = weights.detach()
+    if not bool(values.isfinite().all()):
+        raise ValueError("The weights of SpaceTimeAttention hold values that are not finite; give finite ones.")
+    if mix == "convex" and not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError('The weights of SpaceTimeAttention lie in [0, 1]; for coefficients, say mix="released".')
+
+
+class _Mixture(NamedTuple):
+    """For each pair of a row and a region to mix into it: the row, (layout, region), text (pairs,K,C) and weight
+    (pairs,)."""
+
+    rows: list[int]
+    regions: list[tuple[int, int]]
+    texts: Tensor
+    weights: Tensor
+
+
+class _BoundSpaceTime(BoundControl):
+    def __init__(
+        self,
+        control: SpaceTimeAttention,
+        pipe: DiffusionPipeline,
+        regions: BoundRegions,
+        given: Sequence[Tensor] | None,
+    ) -> None:
+        self.control = control
+        self.pipe = pipe
+        self.regions = regions
+        self.given = given
+        self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
+        self._tables: dict[tuple[int, int], Tensor] = {}  # (layout, steps) -> (steps, regions)
+        self._last: tuple[CallContext, _Mixture] | None = None
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        self._last = None
+        wanted = {
+            (layout, index): text
+            for layout, scene in enumerate(self.regions.layouts)
+            for index, region in enumerate(scene.regions)
+            if (text := description(region)) is not None
+        }
+        texts = encode_texts(self.pipe, list(wanted.values()), arguments) if wanted else ()
+        self._texts = dict(zip(wanted, texts, strict=True))
+
+    def attends(self, context: CallContext, site: Site) -> bool:
+        return site.cross and bool(self._mixture(context).rows)
+
+    def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
+        mixture = self._mixture(context)
+        local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
+        masks = torch.stack([self.regions.masks(layout, site)[region] for layout, region in mixture.regions])
+        share = (mixture.weights.to(output)[:, None] * masks.to(output))[..., None]  # (pairs,Q,1)
+        rows = torch.tensor(mixture.rows, device=output.device)
+        if self.control.mix == "released":
+            negatives = context.guided_rows.start
+            if not negatives:
+                raise ValueError(
+                    'mix="released" subtracts the attention of the negative prompt, which this call of the U-Net does '
+                    'not have; draw with a guidance_scale above 1 and no LayoutGuidance, or choose mix="convex".'
+                )
+            return output.index_add(0, rows, share * (local - output[rows - negatives]))
+        total = output.new_zeros(*output.shape[:2], 1).index_add(0, rows, share)
+        # Not clamp: its gradient at exactly 1 would hold a weight there for good.
+        whole = torch.where(total > 1, total, torch.ones_like(total))
+        return (output * (1 - total / whole)).index_add(0, rows, local * (share / whole[rows]))
+
+    def _mixture(self, context: CallContext) -> _Mixture:
+        """What to mix in in this call of the U-Net: rows of the prompt, regions with a weight in this step. That of the
+        last call is kept, for all its layers ask."""
+        if self._last is not None and self._last[0] is context:
+            return self._last[1]
+        pairs = [
+            (row, (layout, region))
+            for row, layout in enumerate(context.guided_layouts, start=context.guided_rows.start)
+            for region in self._wanted(layout, context)
+        ]
+        rows, regions = [row for row, _ in pairs], [key for _, key in pairs]
+        texts, weights = torch.empty(0), torch.empty(0)
+        if pairs:
+            texts = torch.stack([self._texts[key] for key in regions]).to(context.device, context.dtype)
+            steps = {layout: self._weights(layout, context) for layout, _ in regions}
+            weights = torch.stack([steps[layout][region] for layout, region in regions])
+        mixture = _Mixture(rows, regions, texts, weights)
+        self._last = (context, mixture)
+        return mixture
+
+    def _wanted(self, layout: int, context: CallContext) -> list[int]:
+        """The regions of a layout that are mixed in in this step."""
+        weights = self._weights(layout, context)
+        used = self._table(layout, context.num_steps)[context.step] if weights.requires_grad else weights
+        return [index for index, value in enumerate(used.tolist()) if value and (layout, index) in self._texts]
+
+    def _weights(self, layout: int, context: CallContext) -> Tensor:
+        """(regions,) in this step; with gradients if the given weights want them."""
+        row = self._table(layout, context.num_steps)[context.step]
+        if self.given is None:
+            return row
+        weights = self.given[layout]
+        if len(weights) != context.num_steps:
+            raise ValueError(
+                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; draw with as many "
+                "steps as they were made for."
+            )
+        return weights[context.step] * row.to(weights)
+
+    def _table(self, layout: int, num_steps: int) -> Tensor:
+        """(num_steps, regions): the weights of the settings; with given ones, where the windows allow them."""
+        key = (layout, num_steps)
+        if key not in self._tables:
+            make = self.control.step_weights if self.given is None else self.control.active
+            self._tables[key] = make(self.regions.layouts[layout], num_steps)
+        return self._tables[key]

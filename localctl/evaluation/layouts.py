@@ -1,0 +1,48 @@
+"""Where the layouts of held-out captions come from: the scenes themselves, or a prediction from the caption alone."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from localctl.layout import Layout, Region
+from localctl.micro.scenes import SIZE, Scene, article
+
+LAYOUTS = ("true", "auto")
+_PREDICTOR = "localctl.layout_predictor"
+
+
+def true_layout(item: Scene) -> Layout:
+    """The caption with the boxes of the scene's objects, each described as "a red circle"."""
+    regions = []
+    for one in item.objects:
+        x0, y0, x1, y1 = (value / SIZE for value in one.box)
+        regions.append(Region(one.phrase, (x0, y0, x1, y1), prompt=article(one.phrase)))
+    return Layout(item.caption, SIZE, SIZE, tuple(regions))
+
+
+def layout_source(name: str, folder: str | None = None) -> Callable[[Scene, int], Layout]:
+    """From a scene and a seed to the layout to draw, ``true`` or ``auto``.
+
+    ``folder``: of the predictor for ``auto``; None = the weights that come along. ValueError when there is none.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"Unknown layouts {name!r}; choose one of {', '.join(LAYOUTS)}.")
+    if name == "true":
+        return lambda item, seed: true_layout(item)
+    predictor = _load_predictor(folder)
+    return lambda item, seed: replace(predictor.predict(item.caption, seed=seed), height=SIZE, width=SIZE)
+
+
+def _load_predictor(folder: str | None) -> Any:
+    spec = importlib.util.find_spec(_PREDICTOR)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("This version of localctl has no layout predictor; use the layouts of the scenes, true.")
+    place = Path(folder) if folder else Path(spec.submodule_search_locations[0]) / "weights"
+    if not place.is_dir():
+        raise ValueError(f"There is no layout predictor in {place}; train one or use the layouts of the scenes, true.")
+    return importlib.import_module(_PREDICTOR).LayoutPredictor.from_pretrained(place)
