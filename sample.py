@@ -5,6 +5,7 @@
   python sample.py --layout scene.json --control bias guidance --set strength=0.6
   python sample.py --layout scene.json --sweep strength=0,.3,.6 outside_strength=0,.2
   python sample.py --layout scene.json --compare all
+  python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and

@@ -1,8 +1,9 @@
-"""Train a layout predictor: `python train_layout_predictor.py`, `--help` for settings.
+r"""Train a layout predictor: `python train_layout_predictor.py`, `--help` for settings.
 
 Without arguments: on the embedded scenes and their captions. On MSCOCO 2017:
 
-  python train_layout_predictor.py data.name=coco data.instances=instances_train2017.json data.stuff=stuff_train2017.json
+  python train_layout_predictor.py data.name=coco \
+      data.instances=instances_train2017.json data.stuff=stuff_train2017.json
 """
 
 from __future__ import annotations

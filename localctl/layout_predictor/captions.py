@@ -37,9 +37,11 @@ class PlacedScene:
 
 @dataclass(frozen=True, eq=False)
 class Caption:
-    """A sentence. spans: [first, last) characters of each thing's first mention, in reading order; boxes (n, 4): theirs.
+    """A sentence.
 
-    relations: (subject, left | right | above | below, object) that it states, indices into spans. family: of sentences.
+    spans: [first, last) characters of each thing's first mention, in reading order. boxes: (n, 4), theirs.
+    relations: (subject, left | right | above | below, object) that it states, indices into spans.
+    family: of sentences.
     """
 
     text: str
@@ -175,7 +177,9 @@ def _write(
         text, read = text + template[read : match.start()], match.end()
         value = fields.get(match[1])
         if value is None:
-            text += _choice(rng, {"IS": t.IS, "PLACED": t.PLACED, "STANDS": t.STANDS, "BACKGROUND": t.BACKGROUNDS}[match[1]])
+            text += _choice(
+                rng, {"IS": t.IS, "PLACED": t.PLACED, "STANDS": t.STANDS, "BACKGROUND": t.BACKGROUNDS}[match[1]]
+            )
         elif isinstance(value, str):
             text += value
         else:

@@ -35,7 +35,7 @@ class Word:
 
     @property
     def is_word(self) -> bool:
-        return self.text[0].isalnum()
+        return self.text[:1].isalnum()
 
     @property
     def is_break(self) -> bool:
@@ -58,7 +58,7 @@ def split_words(prompt: str) -> list[Word]:
     found = []
     for match in _TOKEN.finditer(prompt):
         text, end = match[0].lower().replace("’", "'"), match.end()
-        if text.endswith("'") and not text.endswith("s'"):
+        if len(text) > 1 and text.endswith("'") and not text.endswith("s'"):
             text, end = text[:-1], end - 1
         found.append(Word(text, match.start(), end))
     return found
@@ -90,7 +90,9 @@ def _after_break(words: list[Word], position: int) -> int:
         return index < len(words) and not words[index].is_break and words[index].text not in w.DETERMINERS
 
     if text in w.BE:
-        existence = text == "there's" or any(words[i].text == "there" for i in (position - 1, position + 1) if _in(words, i))
+        existence = text == "there's" or any(
+            words[i].text == "there" for i in (position - 1, position + 1) if _in(words, i)
+        )
         while content(after) and (not existence or _is_participle(words[after].text)):
             after += 1
     elif text in w.VERBS_AHEAD or (text in w.PRONOUNS and text not in ("there", "here")):
@@ -188,28 +190,25 @@ def _is_picture(words: list[Word], end: int) -> bool:
 def _without_verbs(words: list[Word], first: int, end: int, follower: Word | None, singular: bool) -> int:
     """One past the last word that is no verb, adverb or place word ("a star left of")."""
     transitive = follower is not None and follower.text in w.DETERMINERS
+    verb_place = follower is not None and (
+        transitive or not follower.is_word or follower.text in w.PREPOSITIONS | w.ADVERBS | w.CONJUNCTIONS
+    )
     last = end
-    while last - first > 1:
+    while last - first > 1 and words[last - 2].text != "of":
         text = words[last - 1].text
-        if words[last - 2].text == "of":
+        direction = text in w.PLACES and _is_direction(words, last, follower)
+        verb = text in w.VERBS or (verb_place and _is_participle(text))
+        verb = verb or (verb_place and _is_third_person(text, singular or transitive))
+        adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
+        if not (direction or verb or adverb):
             break
-        verb_place = follower is not None and (transitive or follower.text in w.PREPOSITIONS | w.ADVERBS | w.CONJUNCTIONS)
-        if follower is not None and not follower.is_word:
-            verb_place = True
-        if text in w.VERBS or (text in w.PLACES and _is_direction(words, last, follower)):
-            last -= 1
-        elif verb_place and (_is_participle(text) or _is_third_person(text, singular or transitive)):
-            last -= 1
-        elif text.endswith("ly") and text not in w.NO_ADVERBS and len(text) > 4 and words[last - 2].text not in w.ADJECTIVES:
-            last -= 1
-        else:
-            break
+        last -= 1
         transitive = False
     return last
 
 
 def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
-    """"a star left of", "a star right below": a direction, where "the top left" is a place as a whole."""
+    """ "a star left of", "a star right below": a direction, where "the top left" is a place as a whole."""
     if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
         return False
     return follower is not None and follower.text in w.PREPOSITIONS
@@ -225,6 +224,6 @@ def _is_participle(text: str) -> bool:
 
 
 def _is_third_person(text: str, singular: bool) -> bool:
-    """"a dog barks at": after a singular article, a last word in -s is a verb."""
+    """ "a dog barks at": after a singular article, a last word in -s is a verb."""
     plain = text.endswith(("ss", "us", "is", "as", "os", "'s", "s'")) or text in w.NO_PARTICIPLES
     return singular and text.endswith("s") and len(text) > 3 and not plain

@@ -11,7 +11,7 @@ import numpy as np
 from localctl.layout_predictor.captions import PlacedScene
 from localctl.random import numpy_rng
 
-_LEFT_OUT = ("other", "things")  # stuff's class of all things, and what no class of its own has
+_LEFT_OUT = ("other", "things", "stuff")  # say nothing: "other" alone is stuff's class of all things
 
 
 class CocoLayouts:
@@ -51,7 +51,9 @@ class CocoLayouts:
             if scene is not None:
                 self.scenes.append(scene)
         if not self.scenes:
-            raise ValueError(f"{instances} has no picture with two different things that are large enough; use another.")
+            raise ValueError(
+                f"{instances} has no picture with two different things that are large enough; use another."
+            )
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -75,7 +77,9 @@ def _read(path: Path, sizes: dict[int, tuple[float, float]]) -> list[tuple[int, 
         raise ValueError(f"The annotations {path} cannot be read ({error.strerror}); check the path.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"{path} is no annotation file in MSCOCO's format ({reason}); give instances_*.json.") from error
+        raise ValueError(
+            f"{path} is no annotation file in MSCOCO's format ({reason}); give instances_*.json."
+        ) from error
 
 
 def plain_name(name: str) -> str:

@@ -50,9 +50,7 @@ def pieces_of(word: str, buckets: int) -> list[int]:
     return [1 + zlib.crc32(piece.encode()) % (buckets - 1) for piece in [framed, *grams]][:PIECES]
 
 
-def encode(
-    prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], buckets: int, max_words: int
-) -> Encoded:
+def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], buckets: int, max_words: int) -> Encoded:
     """Prompts with the [first, last) characters of their objects as numbers.
 
     Raises:

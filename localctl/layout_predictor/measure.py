@@ -105,7 +105,10 @@ class MeanBox:
     def nll(self, captions: Sequence[Caption]) -> tuple[float, float]:
         """Mean negative log-likelihood per object of centres and of the logarithms of sizes, nats."""
         boxes = np.concatenate([item.boxes for item in captions])
-        values = (boxes[:, :2], self.centre, self.centre_sigma), (np.log(boxes[:, 2:]), self.log_size, self.log_size_sigma)
+        values = (
+            (boxes[:, :2], self.centre, self.centre_sigma),
+            (np.log(boxes[:, 2:]), self.log_size, self.log_size_sigma),
+        )
         centre, size = (
             float((0.5 * ((x - mean) / sigma) ** 2 + np.log(sigma) + 0.5 * math.log(2 * math.pi)).sum(axis=1).mean())
             for x, mean, sigma in values

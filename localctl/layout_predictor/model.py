@@ -101,10 +101,10 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        width: int = 128,
+        width: int = 96,
         layers: int = 4,
         heads: int = 4,
-        hidden: int = 320,
+        hidden: int = 192,
         buckets: int = 4096,
         components: int = 6,
         max_words: int = 128,
@@ -240,5 +240,3 @@ def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredicto
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"The layout predictor in {source} cannot be loaded ({reason}); save it again.") from error
     return found.eval().requires_grad_(False)
-
-

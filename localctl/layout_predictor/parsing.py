@@ -51,7 +51,9 @@ def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[Prompt
         model = spacy_model(required=chunker == "spacy")
     chunks = rule_chunks(prompt) if chunker == "rules" or model is None else spacy_chunks(prompt, model)
     if not chunks:
-        raise ValueError(f"There is no object in the prompt {prompt!r}; name at least one thing, such as 'a red circle'.")
+        raise ValueError(
+            f"There is no object in the prompt {prompt!r}; name at least one thing, such as 'a red circle'."
+        )
     return tuple(_object(prompt, chunk) for chunk in _without_mentions(prompt, chunks))
 
 
@@ -79,7 +81,7 @@ def _object(prompt: str, chunk: Chunk) -> PromptObject:
 
 
 def spacy_model(required: bool = False) -> Any:
-    """The first installed English spaCy pipeline, loaded; None, or with ``required`` ValueError, where there is none."""
+    """The first installed English spaCy pipeline, loaded; where there is none None, or ValueError if ``required``."""
     if importlib.util.find_spec("spacy") is not None:
         import spacy  # slow to import, and optional
 
@@ -108,6 +110,8 @@ def spacy_chunks(prompt: str, model: Any) -> list[Chunk]:
         numbers = [NUMBERS.get(word.text, int(word.text) if word.text.isdigit() else 1) for word in words[:first]]
         offset = found.start_char
         chunks.append(
-            Chunk(offset + words[0].start, offset + words[first].start, offset + words[-1].end, head, max([1, *numbers]))
+            Chunk(
+                offset + words[0].start, offset + words[first].start, offset + words[-1].end, head, max([1, *numbers])
+            )
         )
     return chunks

@@ -22,10 +22,10 @@ FREE = (
 class PredictorConfig:
     """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`."""
 
-    width: int = 128
+    width: int = 96
     layers: int = 4
     heads: int = 4
-    hidden: int = 320
+    hidden: int = 192
     buckets: int = 4096
     components: int = 6
 
@@ -42,7 +42,7 @@ class LayoutDataConfig:
     """Where placed things come from.
 
     name: ``micro``, the embedded scenes; ``coco``, annotations in MSCOCO's format.
-    count: scenes at most (null = all there are, of micro 6000).
+    count: scenes at most (null = all there are, of micro 1500).
     instances: of coco, the annotation file of things (instances_train2017.json); stuff: that of stuff
         (stuff_train2017.json), or null.
     min_area: of coco, things that cover less of the picture than this are left out; max_objects: of a sentence.
@@ -71,8 +71,8 @@ class LayoutDataConfig:
 class LayoutTrainSettings:
     """A training of the layout predictor; ValueError for settings that make no sense.
 
-    max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates; 0 turns
-        validation or checkpoints off. The learning rate warms up, then falls to 0 as a cosine.
+    max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates; 0
+        turns validation or checkpoints off. The learning rate warms up, then falls to 0 as a cosine.
     train_batch_size: sentences per step. word_dropout: share of the words outside objects that training hides.
     known: the chance that the boxes of some objects of a sentence are shown, to predict the others from.
     validation_count: held-out sentences with a relation per validation.
@@ -91,9 +91,9 @@ class LayoutTrainSettings:
     device: str = "auto"
     cpu_threads: int | None = None
 
-    max_train_steps: int = 4000
-    train_batch_size: int = 64
-    learning_rate: float = 1e-3
+    max_train_steps: int = 3000
+    train_batch_size: int = 48
+    learning_rate: float = 2e-3
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -110,7 +110,13 @@ class LayoutTrainSettings:
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_count"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lr_warmup_steps", "validation_steps", "checkpointing_steps", "adam_weight_decay", "max_grad_norm"):
+        for name in (
+            "lr_warmup_steps",
+            "validation_steps",
+            "checkpointing_steps",
+            "adam_weight_decay",
+            "max_grad_norm",
+        ):
             _at_least(name, getattr(self, name), 0)
         _at_least("learning_rate", self.learning_rate, 0)
         for name in ("word_dropout", "known"):

@@ -1,8 +1,8 @@
 """How a relation between two things is said: families of sentences, some of which training never sees.
 
 Fields: {A} and {B} the two things, A being left / right / above / below of B. {P} a preposition ("to the left of").
-{AT} and {AT_OTHER} the places of A and B in the picture ("on the left"). {ITS} A's place as seen from B ("to its left").
-{IS}, {PLACED}, {STANDS} verbs. Each family is a tuple of sentences.
+{AT} and {AT_OTHER} the places of A and B in the picture ("on the left"). {ITS} A's place as seen from B ("to its
+left"). {IS}, {PLACED}, {STANDS} verbs. Each family is a tuple of sentences.
 """
 
 from __future__ import annotations
@@ -72,7 +72,15 @@ LISTS = ("{A} and {B}", "{A}, {B}", "{A} with {B}", "{A} next to {B}", "{A} besi
 WITH_A_THIRD = (", and {C}", ", and also {C}", "; there {IS} {C} as well", " and {C}")
 THIRD_RELATED = (", and {C} {P_C} {OTHER_AGAIN}", ", {C} {IS} {P_C} {OTHER_AGAIN}", " and {P_C} {OTHER_AGAIN} {C}")
 OPENINGS = ("", "", "", "", "a photo of ", "a picture of ", "an image showing ", "a drawing of ")
-ENDINGS = ("", "", "", ".", " on a white background", " on a {BACKGROUND} background", " against a {BACKGROUND} background")
+ENDINGS = (
+    "",
+    "",
+    "",
+    ".",
+    " on a white background",
+    " on a {BACKGROUND} background",
+    " against a {BACKGROUND} background",
+)
 BACKGROUNDS = ("white", "gray", "black", "brown", "green", "blue", "plain")
 SPOTS: dict[tuple[int, int], tuple[str, ...]] = {  # column and row, thirds of the picture
     (0, 0): ("in the top left corner", "at the upper left"),

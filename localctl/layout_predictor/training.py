@@ -37,7 +37,7 @@ from localctl.run.logging import STATS, check_report_to, make_tracker
 from localctl.run.record import flat, recorded
 
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
-_MICRO_SCENES = 6000
+_MICRO_SCENES = 1500  # each also mirrored and turned
 
 
 class NotFiniteError(RuntimeError):
@@ -132,9 +132,12 @@ class Run:
         tracker = make_tracker(settings.report_to, self.folder, flat(recorded(settings)), start=self.step)
         stopped = False
         try:
-            with Interrupt() as interrupt, tqdm(
-                total=settings.max_train_steps, initial=self.step, desc="training", unit="step", mininterval=1
-            ) as bar:
+            with (
+                Interrupt() as interrupt,
+                tqdm(
+                    total=settings.max_train_steps, initial=self.step, desc="training", unit="step", mininterval=1
+                ) as bar,
+            ):
                 likelihoods: list[Likelihood] = []
                 while self.step < settings.max_train_steps and not stopped:
                     likelihoods.append(self._learn())
@@ -223,7 +226,9 @@ class Run:
             changed.append("number of scenes")
         if changed:
             lines = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
-            raise ValueError(f"These changed since {checkpoint.name}: {lines}; take them back or choose another folder.")
+            raise ValueError(
+                f"These changed since {checkpoint.name}: {lines}; take them back or choose another folder."
+            )
         weights = LayoutPredictor.from_pretrained(str(checkpoint / PREDICTOR)).state_dict()
         self.model.load_state_dict(weights)
         states: dict[int, dict[str, Any]] = {}

@@ -12,10 +12,8 @@ def _words(text: str) -> frozenset[str]:
 
 SINGULAR = _words("a an one another each every this that either neither")
 PLURAL = _words("some many several few these those both various multiple all no any")
-NUMBERS = {
-    word: number
-    for number, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2)
-}
+_NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
 POSSESSIVE = _words("my your his her its our their whose")
 DETERMINERS = SINGULAR | PLURAL | POSSESSIVE | frozenset(NUMBERS) | {"the"}
 
@@ -76,9 +74,9 @@ VERBS = _words(
     "bring brings brought takes took goes went gone come comes came keeps keep stuck laid spread goes belongs"
 )
 NO_PARTICIPLES = _words(  # end like participles or verbs, but are things
-    "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving dwelling "
-    "bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning living "
-    "dining moped biped hundred naked wicked lens gas canvas atlas chess christmas series species glasses scissors "
-    "pants jeans shorts trousers stairs headphones binoculars sunglasses news alps tennis"
+    "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving "
+    "dwelling bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning "
+    "living dining moped biped hundred naked wicked lens gas canvas atlas chess christmas series species glasses "
+    "scissors pants jeans shorts trousers stairs headphones binoculars sunglasses news alps tennis"
 )
 NO_ADVERBS = _words("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")
