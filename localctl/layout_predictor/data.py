@@ -72,7 +72,7 @@ class CaptionSettings:
 
     own: float = 0.2
     lists: float = 0.1
-    rename: float = 0.5
+    rename: float = 0.3
     mirror: bool = True
     margin: float = 0.11
     variants: int | None = None

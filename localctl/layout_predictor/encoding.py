@@ -37,9 +37,11 @@ class Encoded:
     def to(self, device: torch.device | str) -> Encoded:
         return Encoded(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
-    def without(self, hidden: Tensor) -> Encoded:
-        """With those words outside objects unreadable that are ``hidden``: (B, L or more) bool."""
-        gone = hidden[:, : self.owner.shape[1]] & (self.owner < 0)
+    def without(self, hidden: Tensor, nameless: Tensor) -> Encoded:
+        """Some words unreadable: outside objects those that are ``hidden`` (B, L or more) bool; the names of all
+        objects in the sentences that are ``nameless`` (B,) bool."""
+        outside = self.owner < 0
+        gone = (hidden[:, : self.owner.shape[1]] & outside) | (nameless[:, None] & ~outside)
         return replace(self, pieces=self.pieces.masked_fill(gone[..., None], 0))
 
 

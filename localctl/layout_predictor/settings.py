@@ -74,6 +74,8 @@ class LayoutTrainSettings:
     max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates; 0
         turns validation or checkpoints off. The learning rate warms up, then falls to 0 as a cosine.
     train_batch_size: sentences per step. word_dropout: share of the words outside objects that training hides.
+    name_dropout: share of the sentences whose objects are hidden, so that relations alone place them.
+    relation_weight: of the loss of relations, added to the likelihood (``learning.Likelihood``); 0 = likelihood alone.
     known: the chance that the boxes of some objects of a sentence are shown, to predict the others from.
     validation_count: held-out sentences with a relation per validation.
     checkpoints_total_limit: null keeps all; at least 2. resume_from_checkpoint: `latest` or a checkpoint's path.
@@ -91,17 +93,19 @@ class LayoutTrainSettings:
     device: str = "auto"
     cpu_threads: int | None = None
 
-    max_train_steps: int = 3000
-    train_batch_size: int = 48
+    max_train_steps: int = 1800
+    train_batch_size: int = 32
     learning_rate: float = 2e-3
     lr_warmup_steps: int = 100
     adam_weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     word_dropout: float = 0.03
+    name_dropout: float = 0.5
+    relation_weight: float = 1.0
     known: float = 0.7
 
     logging_steps: int = 50
-    validation_steps: int = 500
+    validation_steps: int = 1000
     validation_count: int = 100
     checkpointing_steps: int = 250
     checkpoints_total_limit: int | None = 2
@@ -119,7 +123,7 @@ class LayoutTrainSettings:
         ):
             _at_least(name, getattr(self, name), 0)
         _at_least("learning_rate", self.learning_rate, 0)
-        for name in ("word_dropout", "known"):
+        for name in ("word_dropout", "name_dropout", "known"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
         if self.report_to not in REPORT_TO:

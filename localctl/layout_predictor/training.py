@@ -17,7 +17,7 @@ from tqdm import tqdm
 from localctl.layout_predictor.captions import Caption
 from localctl.layout_predictor.coco import CocoLayouts
 from localctl.layout_predictor.data import MicroLayouts, Scenes, example
-from localctl.layout_predictor.learning import Likelihood, draw_hidden, draw_known, likelihood
+from localctl.layout_predictor.learning import Likelihood, draw_known, draw_unread, likelihood
 from localctl.layout_predictor.measure import held_out_captions, relation_rate
 from localctl.layout_predictor.model import LayoutPredictor
 from localctl.layout_predictor.settings import FREE, LayoutTrainSettings
@@ -146,7 +146,7 @@ class Run:
                     if self.step % settings.logging_steps == 0 or last:
                         row = _means(likelihoods) | {"learning_rate": settings.learning_rate_at(self.step - 1)}
                         likelihoods = []
-                        bar.set_postfix({"loss": f"{row['loss']:.3f}"}, refresh=False)
+                        bar.set_postfix({"nll": f"{row['nll_centre']:.3f}"}, refresh=False)
                         tracker.log(self.step, row)
                     if settings.validation_steps and (self.step % settings.validation_steps == 0 or last):
                         tracker.log(self.step, self._validate())
@@ -177,18 +177,20 @@ class Run:
         captions = list(self._batch())
         known = draw_known(captions, settings.known, settings.seed, self.step)
         longest = model.config["max_words"]
-        hidden = draw_hidden(captions, settings.word_dropout, longest, settings.seed, self.step)
-        result = likelihood(model, captions, known, hidden)
-        if not math.isfinite(float(result.loss.detach())):
+        shares = settings.word_dropout, settings.name_dropout
+        unread = draw_unread(captions, *shares, longest, settings.seed, self.step)
+        result = likelihood(model, captions, known, unread)
+        loss = result.likelihood + settings.relation_weight * result.relation
+        if not math.isfinite(float(loss.detach())):
             raise NotFiniteError(f"The loss is not finite at step {self.step + 1}; lower the learning rate and resume.")
         self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(self.step)
         self.optimizer.step()
         self.step += 1
-        return Likelihood(result.centre.detach(), result.size.detach(), result.count)
+        return Likelihood(result.centre.detach(), result.size.detach(), result.relation.detach(), result.count)
 
     def _validate(self) -> dict[str, float]:
         """Relations that hold in the most likely layouts of sentences about scenes that training does not see."""
@@ -251,6 +253,8 @@ class Run:
 
 def _means(several: list[Likelihood]) -> dict[str, float]:
     total = sum(item.count for item in several)
-    centre = sum(float(item.centre) * item.count for item in several) / total
-    size = sum(float(item.size) * item.count for item in several) / total
-    return {"loss": centre + size, "nll_centre": centre, "nll_size": size}
+    row = {
+        f"nll_{name}": sum(float(getattr(item, name)) * item.count for item in several) / total
+        for name in ("centre", "size")
+    }
+    return row | {"relation": sum(float(item.relation) for item in several) / len(several)}

@@ -26,9 +26,10 @@ def annotations(names: dict[int, str], images: int, per_image: int, seed: int) -
                 {"id": 1000 * image + number, "image_id": 10 + image, "category_id": int(category), "bbox": bbox,
                  "area": width * height, "iscrowd": 0, "segmentation": []}
             )  # fmt: skip
+    size = {"width": WIDTH, "height": HEIGHT}
     return {
         "info": {}, "licenses": [],
-        "images": [{"id": 10 + i, "width": WIDTH, "height": HEIGHT, "file_name": f"{i:012d}.jpg"} for i in range(images)],
+        "images": [{"id": 10 + i, **size, "file_name": f"{i:012d}.jpg"} for i in range(images)],
         "categories": [{"id": key, "name": name, "supercategory": "x"} for key, name in names.items()],
         "annotations": rows,
     }  # fmt: skip

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train_layout_predictor
 from localctl.layout_predictor import load_predictor
-from localctl.layout_predictor.data import MicroLayouts, own_caption
-from localctl.layout_predictor.learning import draw_hidden, draw_known, likelihood
+from localctl.layout_predictor.captions import Caption, own_caption
+from localctl.layout_predictor.data import MicroLayouts
+from localctl.layout_predictor.learning import draw_known, draw_unread, likelihood, relation_loss
 from localctl.layout_predictor.measure import MeanBox, held_out_captions, judge, predictor_nll
 from localctl.layout_predictor.settings import LayoutTrainSettings
 from localctl.layout_predictor.training import prepare
@@ -40,7 +42,7 @@ def test_trains_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "Done" in out and "relations of 3 sentences hold" in out
     rows = read_stats(tmp_path)
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "nll_centre" in row] == [1, 2, 3, 4]
     assert 0 <= rows[-1]["validation/relations"] <= 1
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     (weights,) = (tmp_path / "predictor").glob("*.safetensors")
@@ -122,7 +124,8 @@ def test_what_is_shown_and_hidden() -> None:
     assert torch.equal(known, draw_known(captions, 1.0, 0, 5)) and not torch.equal(
         known, draw_known(captions, 1.0, 0, 6)
     )
-    assert abs(float(draw_hidden(captions, 0.25, 200, 0, 1).float().mean()) - 0.25) < 0.02
+    words, names = draw_unread(captions * 10, 0.25, 0.5, 200, 0, 1)
+    assert abs(float(words.float().mean()) - 0.25) < 0.02 and abs(float(names.float().mean()) - 0.5) < 0.1
 
 
 def test_likelihoods_are_those_of_the_objects_asked_for(tmp_path: Path) -> None:
@@ -141,6 +144,14 @@ def test_likelihoods_are_those_of_the_objects_asked_for(tmp_path: Path) -> None:
     assert predictor_nll(model, captions)[0] == pytest.approx(by_hand / total, abs=1e-5)
     everything = likelihood(model, captions, torch.zeros(6, max(len(c.spans) for c in captions), dtype=torch.bool))
     assert everything.count == total
+
+
+def test_the_loss_of_relations_asks_for_the_right_side() -> None:
+    caption = Caption("a above b", ((0, 1), (8, 9)), np.full((2, 4), 0.5), ((0, "above", 1),), "plain")
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    losses = [float(relation_loss(torch.tensor([[[0.9, y], [0.1, 0.5]]]), [caption], none)) for y in (0.2, 0.5, 0.8)]
+    assert losses == pytest.approx([0.04859, 0.69315, 3.04859], abs=1e-4)
+    assert relation_loss(torch.rand(1, 2, 2), [caption], ~none) == 0
 
 
 def test_the_mean_box_is_a_gaussian() -> None:
