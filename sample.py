@@ -6,6 +6,7 @@
   python sample.py --layout scene.json --sweep strength=0,.3,.6 outside_strength=0,.2
   python sample.py --layout scene.json --compare all
   python sample.py --layout scene.json --control spacetime_optimized --set epochs=5 --num_inference_steps 20
+  python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and

@@ -24,6 +24,7 @@ _PUBLIC = {
     "DenseModulation": "localctl.control.dense",
     "ForwardGuidance": "localctl.control.forward_guidance",
     "Layout": "localctl.layout",
+    "LayoutPredictor": "localctl.layout_predictor.model",
     "LayoutGuidance": "localctl.control.layout_guidance",
     "LocalAdapter": "localctl.adapter",
     "LocalAdapterControl": "localctl.control.local_adapter",
@@ -39,6 +40,7 @@ _PUBLIC = {
     "generate_optimized": "localctl.optimization.weights",
     "load_pipeline": "localctl.base",
     "optimize_weights": "localctl.optimization.weights",
+    "load_predictor": "localctl.layout_predictor.model",
     "save_layout": "localctl.layout_io",
 }
 __all__ = sorted(_PUBLIC)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from localctl import __version__
 from localctl.images import condition_to_pil, grid, outline
+from localctl.layout import Layout
 from localctl.layout_io import load_layout, save_layout
 from localctl.sampling import GenerateOutput
-from localctl.sampling_regions import Variant, named
+from localctl.sampling_regions import AUTO, Variant, named
 from localctl.sampling_sheets import axis_labels, region_sheet
 
 RECORD = "sample.json"
@@ -62,7 +63,7 @@ def save(
         rows = [[output.images[i] for _, output in outputs] for i in range(len(first.images))]
         columns = [variant.label for variant, _ in outputs]
         region_sheet(rows, first.layouts, columns, _captions(first), read).save(folder / "compare.png")
-    options = {**options, **_copy_inputs(options, folder)}
+    options = {**options, **_copy_inputs(options, first.layouts, folder)}
     record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return paths
@@ -97,17 +98,21 @@ def _sweep_sheet(outputs: Sequence[tuple[Variant, GenerateOutput]], index: int, 
     return region_sheet(rows, [layout] * len(rows), columns, captions, read)
 
 
-def _copy_inputs(options: Mapping[str, Any], folder: Path) -> dict[str, list[str]]:
-    """Copy the input files to ``folder``/inputs, so that the record needs no others; their names relative to it."""
+def _copy_inputs(options: Mapping[str, Any], drawn: Sequence[Layout], folder: Path) -> dict[str, Any]:
+    """Copy the input files to ``folder``/inputs, so that the record needs no others; their names relative to it.
+
+    Predicted layouts are written down as they were ``drawn``: a later predictor changes no recorded run.
+    """
     contents = {
         f"inputs/{name}_{index}{Path(path).suffix.lower()}": (name, Path(path).read_bytes())
         for name in INPUTS
         if name != "layout"
         for index, path in enumerate(options[name] or [])
     }  # all read before any is written: a repeated run may read from the folder it writes to
-    layouts = [load_layout(path) for path in options["layout"] or ()]
+    predicted = options["layout"] == [AUTO]
+    layouts = list(dict.fromkeys(drawn)) if predicted else [load_layout(path) for path in options["layout"] or ()]
     (folder / "inputs").mkdir(exist_ok=True)
-    copies: dict[str, list[str]] = {}
+    copies: dict[str, Any] = {"prompt": None, "layout_seed": None} if predicted else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
         copies.setdefault("layout", []).append(str(path.relative_to(folder)))

@@ -32,6 +32,7 @@ CONTROLS: dict[str, type[Control]] = {
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
+AUTO = "auto"  # in place of a scene: what the layout predictor makes of the prompt
 _MOST_CELLS = 64  # of a sweep
 
 
@@ -49,7 +50,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of regions."""
     group = parser.add_argument_group("regions", "what goes where; the layout brings its own prompt")
     names = ", ".join((*CONTROLS, NONE))
-    group.add_argument("--layout", nargs="+", metavar="FILE", help="scenes (JSON) in place of --prompt")
+    group.add_argument(
+        "--layout",
+        nargs="+",
+        metavar="FILE",
+        help=f"scenes (JSON) in place of --prompt; {AUTO}: predicted from --prompt",
+    )
+    group.add_argument("--layout_seed", type=int, help=f"with --layout {AUTO}: draw layouts; default: the most likely")
     group.add_argument("--control", nargs="+", metavar="NAME", help=f"{names}, or several; default: bias")
     group.add_argument("--set", nargs="+", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     group.add_argument(
@@ -63,13 +70,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def load_layouts(options: argparse.Namespace) -> list[Layout]:
     """The layouts of the flags. ValueError for flags that do not go together, or a file that is no layout."""
     if not options.layout:
-        for name in ("control", "set", "sweep", "compare"):
-            if getattr(options, name):
+        for name in ("control", "set", "sweep", "compare", "layout_seed"):
+            if getattr(options, name) is not None:
                 raise ValueError(f"--{name} needs regions to work on; give --layout.")
         return []
+    if AUTO in options.layout:
+        return _predicted(options)
+    if options.layout_seed is not None:
+        raise ValueError(f"--layout_seed is for --layout {AUTO}; leave it out.")
     if options.prompt:
         raise ValueError("A layout brings its own prompt; give either --layout or --prompt.")
     return [load_layout(path) for path in options.layout]
+
+
+def _predicted(options: argparse.Namespace) -> list[Layout]:
+    from localctl.layout_predictor.model import load_predictor  # only where it is wanted
+
+    if len(options.layout) > 1:
+        raise ValueError(f"--layout {AUTO} stands alone; leave out the other files.")
+    if not options.prompt:
+        raise ValueError(f"--layout {AUTO} reads the prompt; give --prompt.")
+    predictor = load_predictor()
+    return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 
 def plan(options: argparse.Namespace, base: str) -> list[Variant]:
@@ -228,5 +250,7 @@ def named(label: str) -> str:
 
 
 def layout_paths(options: argparse.Namespace) -> list[str]:
-    """The files of the layouts by absolute path, to be read from anywhere."""
+    """The files of the layouts by absolute path, to be read from anywhere; predicted ones have none yet."""
+    if options.layout == [AUTO]:
+        return [AUTO]
     return [str(Path(path).resolve()) for path in options.layout or ()]

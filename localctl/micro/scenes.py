@@ -67,23 +67,25 @@ def holds(relation: str, first: tuple[float, float], second: tuple[float, float]
     return (first[axis] - second[axis]) * sign > 0
 
 
+@dataclass(frozen=True)
+class ScenePlan:
+    """A scene before it is painted: what its caption says and where its objects are, as in :class:`Scene`."""
+
+    caption: str
+    background: str
+    objects: tuple[SceneObject, ...]
+    relation: tuple[int, str, int] | None
+
+
+def scene_plan(index: int, profile: str = "basic", split: str = "train") -> ScenePlan:
+    """Caption and objects of scene number `index`, without the picture; equal to those of :func:`scene`."""
+    return _plan(index, profile, split)[0]
+
+
 def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
     """Scene number `index` of a profile and split; the splits share no scene."""
-    if profile not in PROFILES:
-        raise ValueError(f"unknown scene profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown scene split {split!r}: choose one of {', '.join(SPLITS)}")
-    rng = np.random.default_rng([PROFILES.index(profile), SPLITS.index(split), index])
-    background = str(rng.choice(list(BACKGROUNDS)))
-    if profile == "basic":
-        objects = _place(rng, int(rng.choice(3, p=[0.35, 0.45, 0.2])) + 1, gap=_GAP)
-        caption, relation = _caption(rng, objects, background)
-    else:
-        objects = _place(rng, int(rng.integers(1, 7)), gap=-12.0, max_radius=24.0, textured=True)
-        if len(objects) < 3:
-            caption, relation = _caption(rng, objects, background)
-        else:
-            caption, relation = _count_caption(rng, objects, background), None
+    plan, rng = _plan(index, profile, split)
+    caption, background, objects, relation = plan.caption, plan.background, plan.objects, plan.relation
     image, masks = _paint(rng, objects, background)
     depth = np.zeros((SIZE, SIZE), np.float32)
     segmentation = np.zeros((SIZE, SIZE, 3), np.float32)
@@ -101,6 +103,27 @@ def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
         depth.clip(0, 1),
         segmentation.round().astype(np.uint8),
     )
+
+
+def _plan(index: int, profile: str, split: str) -> tuple[ScenePlan, np.random.Generator]:
+    """The plan, and the generator as it stands before painting."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown scene profile {profile!r}: choose one of {', '.join(PROFILES)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown scene split {split!r}: choose one of {', '.join(SPLITS)}")
+    rng = np.random.default_rng([PROFILES.index(profile), SPLITS.index(split), index])
+    background = str(rng.choice(list(BACKGROUNDS)))
+    relation: tuple[int, str, int] | None
+    if profile == "basic":
+        objects = _place(rng, int(rng.choice(3, p=[0.35, 0.45, 0.2])) + 1, gap=_GAP)
+        caption, relation = _caption(rng, objects, background)
+    else:
+        objects = _place(rng, int(rng.integers(1, 7)), gap=-12.0, max_radius=24.0, textured=True)
+        if len(objects) < 3:
+            caption, relation = _caption(rng, objects, background)
+        else:
+            caption, relation = _count_caption(rng, objects, background), None
+    return ScenePlan(caption, background, objects, relation), rng
 
 
 def _place(

@@ -1,0 +1,229 @@
+"""Noun phrases by rules, for prompts: no grammar model and no list of objects.
+
+1. Words are read in order. Function words (prepositions, conjunctions, pronouns, auxiliaries) and punctuation end a
+   phrase, a determiner begins one; whatever lies between is a phrase.
+2. Verbs are told by what stands around them: behind a form of "be" up to the next function word; right behind a pronoun
+   or a modal verb; at the end of a phrase, -ing and -ed (unless too short, or one of a few exceptions) and -s after a
+   singular article, where a preposition or determiner follows; and a few frequent irregular verbs.
+3. "X of Y" without an article for Y is one phrase ("cup of coffee"); a phrase that ends in adjectives goes on behind
+   "and" or a comma ("a red and white ball"); 's joins the owner to its thing.
+4. Phrases that name a place in the picture ("the left", "a white background") or the picture ("a photo of") are none.
+
+Known limits: bare verbs that are not on the list ("two cats admire a dog") and -s after "the" count as words of the
+phrase before them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from localctl.layout_predictor import words as w
+
+_TOKEN = re.compile(r"[^\W_]+(?:[-'’.&][^\W_]+)*['’]?|[^\w\s]")
+_OWNER = re.compile(r"(?:['’]s|s['’])$")
+_VOWEL = re.compile(r"[aeiouy]")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word or punctuation mark of the prompt; ``text`` in lower case with straight apostrophes."""
+
+    text: str
+    start: int
+    end: int
+
+    @property
+    def is_word(self) -> bool:
+        return self.text[:1].isalnum()
+
+    @property
+    def is_break(self) -> bool:
+        return not self.is_word or self.text in w.BREAKS
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A noun phrase: [start, end) characters with its determiner, ``first`` without; ``count`` things (1 or more)."""
+
+    start: int
+    first: int
+    end: int
+    head: str
+    count: int = 1
+
+
+def split_words(prompt: str) -> list[Word]:
+    """Words, numbers and punctuation marks with their characters."""
+    found = []
+    for match in _TOKEN.finditer(prompt):
+        text, end = match[0].lower().replace("’", "'"), match.end()
+        if len(text) > 1 and text.endswith("'") and not text.endswith("s'"):
+            text, end = text[:-1], end - 1
+        found.append(Word(text, match.start(), end))
+    return found
+
+
+def rule_chunks(prompt: str) -> list[Chunk]:
+    """The noun phrases of a prompt in reading order, places and pictures left out."""
+    words = split_words(prompt)
+    chunks: list[Chunk] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word.is_break:
+            position = _after_break(words, position)
+            continue
+        end = _phrase_end(words, position)
+        chunk = _chunk(words, position, end)
+        if chunk is not None:
+            chunks.append(chunk)
+        position = max(end, position + 1)
+    return chunks
+
+
+def _after_break(words: list[Word], position: int) -> int:
+    """Where reading goes on behind a function word: behind the verb that it announces."""
+    text, after = words[position].text, position + 1
+
+    def content(index: int) -> bool:
+        return index < len(words) and not words[index].is_break and words[index].text not in w.DETERMINERS
+
+    if text in w.BE:
+        existence = text == "there's" or any(
+            words[i].text == "there" for i in (position - 1, position + 1) if _in(words, i)
+        )
+        while content(after) and (not existence or _is_participle(words[after].text)):
+            after += 1
+    elif text in w.VERBS_AHEAD or (text in w.PRONOUNS and text not in ("there", "here")):
+        while after < len(words) and words[after].text in w.ADVERBS:
+            after += 1
+        if content(after):
+            after += 1
+    return after
+
+
+def _in(words: list[Word], index: int) -> bool:
+    return 0 <= index < len(words)
+
+
+def _phrase_end(words: list[Word], start: int) -> int:
+    """One past the last word of the phrase that begins at ``start``, verbs at its end included."""
+    end = start
+    while end < len(words):
+        word = words[end]
+        if end > start and word.text in w.DETERMINERS and word.text not in w.NUMBERS:
+            break
+        if word.is_break:
+            if word.text == "of" and _joins(words, start, end):
+                end += 1
+                continue
+            if word.text in ("and", ",") and _goes_on(words, start, end):
+                end += 1
+                continue
+            break
+        end += 1
+    return end
+
+
+def _joins(words: list[Word], start: int, of: int) -> bool:
+    """Whether "X of Y" is one phrase: Y is a plain word, and X neither a place nor a picture."""
+    if of == start or words[of - 1].text in w.PLACES | w.PICTURES or of + 1 >= len(words):
+        return False
+    follower = words[of + 1]
+    if words[of - 1].text in ("couple", "lot", "number") and follower.text in w.DETERMINERS:
+        return False
+    return not follower.is_break and follower.text not in w.DETERMINERS
+
+
+def _goes_on(words: list[Word], start: int, comma: int) -> bool:
+    """Whether a phrase that ends in an adjective goes on behind "and" or a comma."""
+    if comma == start or words[comma - 1].text not in w.ADJECTIVES or comma + 1 >= len(words):
+        return False
+    if words[comma].text == "," and words[comma + 1].text == "and":
+        return False
+    follower = words[comma + 1]
+    if follower.is_break or follower.text in w.DETERMINERS | w.PLACES:
+        return False
+    last = comma + 1
+    while last + 1 < len(words) and not words[last + 1].is_break:
+        last += 1
+    return last > comma + 1 or follower.text not in w.ADJECTIVES or words[comma].text == "and"
+
+
+def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
+    first, count, singular = start, 1, False
+    while first < end and words[first].text in w.DETERMINERS:
+        singular = singular or words[first].text in w.SINGULAR
+        count = w.NUMBERS.get(words[first].text, 2 if words[first].text == "both" else count)
+        first += 1
+    if first < end and words[first].text.isdigit():
+        count, first = max(1, int(words[first].text)), first + 1
+    follower = words[end] if end < len(words) else None
+    last = _without_verbs(words, first, end, follower, singular)
+    while first < last and words[first].text in w.VERBS and last - first > 1 and start == first:
+        first = start = first + 1  # a bare phrase behind a verb: "sits"
+    if first >= last or all(words[i].text in w.VERBS for i in range(first, last)) and start == first:
+        return None
+    head = words[last - 1].text
+    if head == "couple" or head in w.PLACES or head.isdigit():
+        return None
+    before = words[start - 1].text if start else ""
+    if before == "as" and head == "well":
+        return None
+    if before in ("of", "in", "on") and words[start].text == "the" and last - first == 1 and head in w.PICTURES:
+        return None  # "at the top of the picture"
+    if head in w.PICTURES and last - first <= 3 and _is_picture(words, end):
+        return None
+    if "couple" in (words[i].text for i in range(first, last)):
+        count = 2
+    stop = words[last - 1].end
+    if head.endswith("'s"):  # "the cat's on the mat": a verb, as no thing follows
+        head, stop = head[:-2], stop - 2
+    return Chunk(words[start].start, words[first].start, stop, head, count)
+
+
+def _is_picture(words: list[Word], end: int) -> bool:
+    return end < len(words) and words[end].text in ("of", "with", "where", "in", *w.HAVE)
+
+
+def _without_verbs(words: list[Word], first: int, end: int, follower: Word | None, singular: bool) -> int:
+    """One past the last word that is no verb, adverb or place word ("a star left of")."""
+    transitive = follower is not None and follower.text in w.DETERMINERS
+    verb_place = follower is not None and (
+        transitive or not follower.is_word or follower.text in w.PREPOSITIONS | w.ADVERBS | w.CONJUNCTIONS
+    )
+    last = end
+    while last - first > 1 and words[last - 2].text != "of":
+        text = words[last - 1].text
+        direction = text in w.PLACES and _is_direction(words, last, follower)
+        verb = text in w.VERBS or (verb_place and _is_participle(text))
+        verb = verb or (verb_place and _is_third_person(text, singular or transitive))
+        adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
+        if not (direction or verb or adverb):
+            break
+        last -= 1
+        transitive = False
+    return last
+
+
+def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
+    """ "a star left of", "a star right below": a direction, where "the top left" is a place as a whole."""
+    if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
+        return False
+    return follower is not None and follower.text in w.PREPOSITIONS
+
+
+def _is_participle(text: str) -> bool:
+    if text in w.NO_PARTICIPLES or text in w.ADJECTIVES:
+        return False
+    if text in w.VERBS:
+        return True
+    stem = text[:-3] if text.endswith("ing") else text[:-2] if text.endswith("ed") and not text.endswith("eed") else ""
+    return len(stem) > 1 and bool(_VOWEL.search(stem))
+
+
+def _is_third_person(text: str, singular: bool) -> bool:
+    """ "a dog barks at": after a singular article, a last word in -s is a verb."""
+    plain = text.endswith(("ss", "us", "is", "as", "os", "'s", "s'")) or text in w.NO_PARTICIPLES
+    return singular and text.endswith("s") and len(text) > 3 and not plain

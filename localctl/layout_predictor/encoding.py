@@ -1,0 +1,90 @@
+"""Prompts as numbers: words as hashed pieces, so that every word, known or not, has some.
+
+A word is the bag of itself and its character trigrams, each hashed into one of a fixed number of buckets. There is no
+vocabulary to be outside of: a new noun has pieces like any other, and shares some with words that look like it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from localctl.layout_predictor.chunker import split_words
+from localctl.random import key_seed
+
+PIECES = 12  # per word; longer words are cut
+OUTSIDE = -1
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """B prompts of up to L words with up to N objects each.
+
+    pieces: (B, L, P) int64, 0 = none. owner: (B, L) int64, the object whose phrase the word is part of, or -1.
+    words: (B, L) bool, which places hold a word. objects: (B, N) bool, which objects there are.
+    """
+
+    pieces: Tensor
+    owner: Tensor
+    words: Tensor
+    objects: Tensor
+
+    def to(self, device: torch.device | str) -> Encoded:
+        return Encoded(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def without(self, hidden: Tensor, nameless: Tensor) -> Encoded:
+        """Some words unreadable: outside objects those that are ``hidden`` (B, L or more) bool; the names of all
+        objects in the sentences that are ``nameless`` (B,) bool."""
+        outside = self.owner < 0
+        gone = (hidden[:, : self.owner.shape[1]] & outside) | (nameless[:, None] & ~outside)
+        return replace(self, pieces=self.pieces.masked_fill(gone[..., None], 0))
+
+
+def pieces_of(word: str, buckets: int) -> list[int]:
+    """Up to 12 buckets from 1 to ``buckets`` - 1: of the word, then of its trigrams; the same on every machine."""
+    framed = f"<{word}>"
+    grams = [framed[i : i + 3] for i in range(len(framed) - 2)] if len(word) > 1 else []
+    return [1 + zlib.crc32(piece.encode()) % (buckets - 1) for piece in [framed, *grams]][:PIECES]
+
+
+def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], buckets: int, max_words: int) -> Encoded:
+    """Prompts with the [first, last) characters of their objects as numbers.
+
+    Raises:
+        ValueError: more than ``max_words`` words.
+    """
+    rows = [split_words(prompt) for prompt in prompts]
+    length = max(1, *(len(row) for row in rows))
+    if length > max_words:
+        raise ValueError(f"The prompt has {length} words, more than the {max_words} that are read; shorten it.")
+    pieces = np.zeros((len(rows), length, PIECES), np.int64)
+    owner = np.full((len(rows), length), OUTSIDE, np.int64)
+    words = np.zeros((len(rows), length), bool)
+    objects = np.zeros((len(rows), max(1, *(len(row) for row in spans))), bool)
+    for i, (row, own) in enumerate(zip(rows, spans, strict=True)):
+        words[i, : len(row)] = True
+        objects[i, : len(own)] = True
+        for j, word in enumerate(row):
+            found = pieces_of(word.text, buckets)
+            pieces[i, j, : len(found)] = found
+            for k, (first, last) in enumerate(own):
+                if word.start < last and first < word.end:
+                    owner[i, j] = k
+    return Encoded(*(torch.from_numpy(array) for array in (pieces, owner, words, objects)))
+
+
+def made_up_word(seed: int, *keys: int | str) -> str:
+    """A pronounceable word that means nothing, from its key: 2 or 3 syllables."""
+    number = key_seed(seed, "word", *keys)
+    syllables = []
+    for _ in range(2 + number % 2):
+        number, onset = divmod(number >> 1, 20)
+        number, vowel = divmod(number, 5)
+        number, coda = divmod(number, 8)
+        syllables.append("bcdfghjklmnprstvwzqx"[onset] + "aeiou"[vowel] + ("", "", "", "n", "r", "l", "m", "k")[coda])
+    return "".join(syllables)

@@ -1,0 +1,266 @@
+"""The layout predictor: a small transformer from the words of a prompt to a density over each object's place and size.
+
+As in arXiv 2304.03869, each object's centre has a Gaussian mixture, here over (x, y) in [0, 1], and each object a box
+size, here log-normal. Objects are placed one after the other: the boxes of those already placed are part of the input
+(p(layout) = prod_i p(object i | prompt, objects before i)), so that a layout is drawn as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from localctl.layout import Layout, Region, check_side
+from localctl.layout_predictor.encoding import Encoded, encode
+from localctl.layout_predictor.parsing import PromptObject, parse
+from localctl.layout_predictor.placing import Placement, place
+
+WEIGHTS = Path(__file__).parent / "weights"
+_SMALLEST_SIGMA = 0.02  # of the picture's side
+_MOST_OBJECTS = 32
+
+
+@dataclass(frozen=True)
+class PlaceDensity:
+    """The density of each object's centre and size; leading dimensions are (B, N).
+
+    log_weights: (..., K). means: (..., K, 2), xy in units of the picture's sides. sigmas: (..., K, 2).
+    log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the picture's sides.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    sigmas: Tensor
+    log_size: Tensor
+    log_size_sigma: Tensor
+
+    def centre_log_prob(self, centres: Tensor) -> Tensor:
+        """log p of centres (..., 2) -> (...)."""
+        parts = _normal_log_prob(centres[..., None, :], self.means, self.sigmas).sum(dim=-1)  # (...,K)
+        return torch.logsumexp(self.log_weights + parts, dim=-1)
+
+    def size_log_prob(self, sizes: Tensor) -> Tensor:
+        """log p of the logarithms of sizes (..., 2), width and height -> (...)."""
+        return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
+
+    def of(self, row: int, index: int) -> PlaceDensity:
+        """The density of one object on the CPU, without leading dimensions."""
+        return PlaceDensity(*(getattr(self, name)[row, index].cpu() for name in self.__dataclass_fields__))
+
+
+def _normal_log_prob(value: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    return -0.5 * ((value - mean) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+
+
+class _Block(nn.Module):
+    """Pre-norm self-attention with a learned bias per head and distance, then an MLP."""
+
+    def __init__(self, width: int, heads: int, hidden: int, reach: int) -> None:
+        super().__init__()
+        self.heads, self.reach = heads, reach
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.distance = nn.Parameter(_looking_around(heads, reach))
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        """x (B, L, width), words (B, L) -> (B, L, width)."""
+        batch, length, width = x.shape
+        shape = (batch, length, 3, self.heads, width // self.heads)
+        q, k, v = self.qkv(self.norm_1(x)).reshape(shape).permute(2, 0, 3, 1, 4)  # (B,heads,L,width/heads)
+        place = torch.arange(length, device=x.device)
+        distance = (place[None] - place[:, None]).clamp(-self.reach, self.reach) + self.reach
+        bias = self.distance[:, distance].to(q.dtype)  # (heads,L,L)
+        bias = bias.masked_fill(~words[:, None, None], -torch.inf)  # (B,heads,L,L)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.mlp(self.norm_2(x))
+
+
+def _looking_around(heads: int, reach: int) -> Tensor:
+    """(heads, 2 reach + 1): half of the heads begin by looking back, half ahead, some farther than others. On which
+    side of a word its neighbours stand would otherwise have to be found out, which takes thousands of steps."""
+    distance = torch.arange(-reach, reach + 1).float()
+    bias = torch.empty(heads, 2 * reach + 1)
+    for head in range(heads):
+        side = -1.0 if head % 2 else 1.0
+        slope = 0.6 * 0.4 ** (head // 2)
+        bias[head] = -slope * distance.abs() - 3.0 * (side * distance < 0)
+    return bias
+
+
+class LayoutPredictor(ModelMixin, ConfigMixin):
+    """Words and object spans -> :class:`PlaceDensity`.
+
+    Args:
+        width, layers, heads, hidden: of the transformer.
+        buckets: for the hashed pieces of words (see ``encoding``).
+        components: K, Gaussians in each centre's mixture.
+        max_words: longest prompt, punctuation marks included.
+        reach: the farthest distance between two words that is told apart from farther ones.
+        trained_on: name of the data, for the record.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        width: int = 96,
+        layers: int = 4,
+        heads: int = 4,
+        hidden: int = 192,
+        buckets: int = 4096,
+        components: int = 6,
+        max_words: int = 128,
+        reach: int = 12,
+        trained_on: str | None = None,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"The width {width} is not a multiple of the {heads} heads; choose another.")
+        self.pieces = nn.Embedding(buckets, width, padding_idx=0)
+        self.role = nn.Embedding(2, width)  # outside and inside an object's phrase
+        self.known = nn.Linear(5, width)  # centre, size, and whether they are known
+        self.blocks = nn.ModuleList(_Block(width, heads, hidden, reach) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, components * 5 + 4)
+        self._start(components)
+
+    @torch.no_grad()
+    def _start(self, components: int) -> None:
+        """Begin with words that are told apart and heard: with torch's own, smaller weights it takes thousands of steps
+        until a preposition changes anything."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight") and parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        nn.init.normal_(self.pieces.weight)
+        nn.init.normal_(self.role.weight, std=0.1)
+        self.pieces.weight[0] = 0
+        self.head.weight.mul_(0.3)
+        self.head.bias.copy_(self._first_guess(components))
+
+    @staticmethod
+    def _first_guess(components: int) -> Tensor:
+        """Bias of an even mixture spread over the picture, and boxes of a third of it."""
+        angle = torch.arange(components) * (2 * math.pi / components)
+        means = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        parts = [torch.zeros(components), means.flatten(), torch.full((2 * components,), -1.5)]
+        return torch.cat([*parts, torch.full((2,), math.log(0.3)), torch.full((2,), -1.0)])
+
+    def forward(self, text: Encoded, boxes: Tensor, known: Tensor) -> PlaceDensity:
+        """Densities of all objects given those boxes that are known.
+
+        Args:
+            text: B prompts with up to N objects, see ``encoding``.
+            boxes: (B, N, 4) centre x, y, width, height in [0, 1]; anything where not known.
+            known: (B, N) bool, which objects are placed already.
+        """
+        inside = text.owner >= 0
+        owner = text.owner.clamp(min=0)
+        counts = (text.pieces > 0).sum(dim=-1, keepdim=True).clamp(min=1)
+        x = self.pieces(text.pieces).sum(dim=2) / counts.sqrt() + self.role(inside.long())  # (B,L,width)
+        given = torch.cat([boxes * 2 - 1, torch.ones_like(boxes[..., :1])], dim=-1) * known[..., None]  # (B,N,5)
+        given = torch.gather(given, 1, owner[..., None].expand(-1, -1, 5)) * inside[..., None]
+        x = x + self.known(given.to(x.dtype))
+        for block in self.blocks:
+            x = block(x, text.words)
+        x = self.norm(x)
+        members = F.one_hot(owner, known.shape[1]).to(x.dtype) * inside[..., None]  # (B,L,N)
+        members = members / members.sum(dim=1, keepdim=True).clamp(min=1)
+        return self._density(self.head(torch.einsum("bln,blw->bnw", members, x)))
+
+    def _density(self, raw: Tensor) -> PlaceDensity:
+        k = self.config["components"]
+        weights, means, sigmas, size, size_sigma = raw.float().split([k, 2 * k, 2 * k, 2, 2], dim=-1)
+        shape = (*raw.shape[:-1], k, 2)
+        return PlaceDensity(
+            weights.log_softmax(dim=-1),
+            means.reshape(shape).sigmoid(),
+            F.softplus(sigmas.reshape(shape)) + _SMALLEST_SIGMA,
+            size,
+            F.softplus(size_sigma) + _SMALLEST_SIGMA,
+        )
+
+    def encode(self, prompts: list[str], spans: list[list[tuple[int, int]]]) -> Encoded:
+        """Prompts and the characters of their objects for :meth:`forward`."""
+        return encode(prompts, spans, self.config["buckets"], self.config["max_words"])
+
+    @torch.no_grad()
+    def place_objects(
+        self, prompt: str, objects: tuple[PromptObject, ...], seed: int | None = None
+    ) -> list[list[Placement]]:
+        """For each object its boxes, as many as its ``count``; see :meth:`predict`."""
+        total = sum(item.count for item in objects)
+        if total > _MOST_OBJECTS:
+            raise ValueError(f"The prompt has {total} objects, more than {_MOST_OBJECTS}; name fewer.")
+        text = self.encode([prompt], [[item.span for item in objects]]).to(self.device)
+        boxes = torch.zeros(1, len(objects), 4, device=self.device)
+        known = torch.zeros(1, len(objects), dtype=torch.bool, device=self.device)
+        placed: list[Placement] = []
+        owners: list[int] = []
+        for index, item in enumerate(objects):
+            density = self(text, boxes, known).of(0, index)
+            for copy in range(item.count):
+                box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy))
+                placed.append(box)
+                owners.append(index)
+            # What the next objects are told of is as learned from: the box as it was meant, one for several copies.
+            first = placed[owners.index(index)]
+            boxes[0, index] = torch.tensor([first.x, first.y, *density.log_size.exp().clamp(max=1).tolist()])
+            known[0, index] = True
+        return [
+            [box for box, owner in zip(placed, owners, strict=True) if owner == index] for index in range(len(objects))
+        ]
+
+    def predict(
+        self,
+        prompt: str,
+        seed: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        chunker: str = "auto",
+    ) -> Layout:
+        """The layout of ``prompt``: a region for each object, with as many boxes as it has copies ("two dogs").
+
+        Boxes lie inside the picture and do not overlap. ``seed`` None: the most likely place of each object in turn;
+        else a layout drawn for that seed, always the same. height, width: of the layout, pixels. ``chunker``: as for
+        :func:`localctl.layout_predictor.parse`.
+
+        Raises:
+            ValueError: a prompt without an object, or one that is too long; sizes that are no multiples of 8.
+        """
+        for name, side in (("height", height), ("width", width)):
+            check_side(name, side)
+        objects = parse(prompt, chunker)
+        placed = self.place_objects(prompt, objects, seed)
+        regions = tuple(
+            Region(item.phrase, box=[box.corners for box in own], occurrence=item.occurrence, prompt=item.description)
+            for item, own in zip(objects, placed, strict=True)
+        )
+        return Layout(prompt, height, width, regions)
+
+
+def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
+    """A trained predictor in float32, ready to predict: the shipped one, or that of a folder or hub id.
+
+    ValueError when there is none, or it is damaged.
+    """
+    source = WEIGHTS if place_of_weights is None else Path(place_of_weights)
+    if (source / "predictor").is_dir():  # the folder of a training run
+        source = source / "predictor"
+    if place_of_weights is not None and source.exists() and not (source / "config.json").is_file():
+        raise ValueError(f"There is no layout predictor in {source}; give the folder that training saved.")
+    try:
+        found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32)
+    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(f"The layout predictor in {source} cannot be loaded ({reason}); save it again.") from error
+    return found.eval().requires_grad_(False)

@@ -1,0 +1,117 @@
+"""The objects of a prompt: which noun phrases it has, where they stand, and how each is described."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from localctl.layout_predictor.chunker import Chunk, rule_chunks, split_words
+from localctl.layout_predictor.words import DETERMINERS, NUMBERS, PICTURES, PLACES, PRONOUNS
+from localctl.phrases import find_phrase
+
+CHUNKERS = ("auto", "spacy", "rules")
+
+
+@dataclass(frozen=True)
+class PromptObject:
+    """One object of a prompt.
+
+    phrase: its words in the prompt, without the article; span: their [first, last) characters.
+    description: the local description, article included ("the white couch").
+    head: its last word, in lower case. count: how many of it (2 for "two dogs").
+    occurrence: which appearance of the phrase in the prompt this is, as ``Region`` counts.
+    """
+
+    phrase: str
+    span: tuple[int, int]
+    description: str
+    head: str
+    count: int = 1
+    occurrence: int = 0
+
+
+def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[PromptObject, ...]:
+    """The objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one.
+
+    Args:
+        prompt: one text.
+        chunker: ``spacy`` takes spaCy's noun chunks; ``rules`` those of :mod:`localctl.layout_predictor.chunker`;
+            ``auto`` spaCy where it and an English model are installed, else the rules.
+        model: a loaded spaCy pipeline in place of the installed one.
+
+    Raises:
+        ValueError: an unknown chunker; spaCy asked for but not there; a prompt that is no text or has no object.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"A prompt is a text, not {prompt!r}.")
+    if chunker not in CHUNKERS:
+        raise ValueError(f"Unknown chunker {chunker!r}; choose one of {', '.join(CHUNKERS)}.")
+    if chunker != "rules" and model is None:
+        model = spacy_model(required=chunker == "spacy")
+    chunks = rule_chunks(prompt) if chunker == "rules" or model is None else spacy_chunks(prompt, model)
+    if not chunks:
+        raise ValueError(
+            f"There is no object in the prompt {prompt!r}; name at least one thing, such as 'a red circle'."
+        )
+    return tuple(_object(prompt, chunk) for chunk in _without_mentions(prompt, chunks))
+
+
+def _without_mentions(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
+    """Without what only mentions an object again: "the X" where X has been before."""
+    kept: list[Chunk] = []
+    seen: set[str] = set()
+    for chunk in chunks:
+        phrase = " ".join(prompt[chunk.first : chunk.end].lower().split())
+        again = prompt[chunk.start : chunk.first].strip().lower() == "the"
+        if not (again and phrase in seen):
+            kept.append(chunk)
+        seen.add(phrase)
+    return kept
+
+
+def _object(prompt: str, chunk: Chunk) -> PromptObject:
+    phrase = prompt[chunk.first : chunk.end]
+    starts = [first for first, _ in find_phrase(prompt, phrase)]
+    assert chunk.first in starts, "a phrase is found where it was taken from"
+    description = prompt[chunk.start : chunk.end]
+    return PromptObject(
+        phrase, (chunk.first, chunk.end), description, chunk.head, chunk.count, starts.index(chunk.first)
+    )
+
+
+def spacy_model(required: bool = False) -> Any:
+    """The first installed English spaCy pipeline, loaded; where there is none None, or ValueError if ``required``."""
+    if importlib.util.find_spec("spacy") is not None:
+        import spacy  # slow to import, and optional
+
+        names = sorted(name for name in spacy.util.get_installed_models() if name.startswith("en_"))
+        if names:
+            return spacy.load(names[0], disable=["ner"])
+    if required:
+        raise ValueError("spaCy with an English model is not installed; `python -m spacy download en_core_web_sm`.")
+    return None
+
+
+def spacy_chunks(prompt: str, model: Any) -> list[Chunk]:
+    """spaCy's noun chunks as ours: pronouns, places and pictures left out, articles told apart."""
+    chunks = []
+    for found in model(prompt).noun_chunks:
+        words = [word for word in split_words(found.text) if word.is_word]
+        head = found.root.text.lower()
+        first = 0
+        while first < len(words) and (words[first].text in DETERMINERS or words[first].text.isdigit()):
+            first += 1
+        if first == len(words) or head in PLACES or head in PRONOUNS:
+            continue
+        following = prompt[found.end_char :].split(maxsplit=1)
+        if head in PICTURES and following and following[0].lower() in ("of", "with", "showing"):
+            continue
+        numbers = [NUMBERS.get(word.text, int(word.text) if word.text.isdigit() else 1) for word in words[:first]]
+        offset = found.start_char
+        chunks.append(
+            Chunk(
+                offset + words[0].start, offset + words[first].start, offset + words[-1].end, head, max([1, *numbers])
+            )
+        )
+    return chunks

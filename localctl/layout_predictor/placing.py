@@ -1,0 +1,124 @@
+"""Where to put one object, given its density and the boxes that are there: the most likely place, or a drawn one.
+
+Boxes never overlap. Where the best place is taken in part, both boxes give way: they shrink about their centres, along
+the axis that asks for the least. How much a place is worth is its log-likelihood (to within 8 % of the picture's side)
+plus 3 log(the factor they shrink by), so that a wide density moves to a free place and a narrow one stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from localctl.random import generator
+
+if TYPE_CHECKING:
+    from localctl.layout_predictor.model import PlaceDensity
+
+_GRID = 48  # candidate centres per side
+_DRAWS = 64
+_SMALLEST, _LARGEST = 0.04, 0.96  # sides of a box
+_BLUR = 0.08  # of the picture's side: likely is where much of the mass is near, not where the density has a spike
+_WORTH = 3.0  # nats for a box shrunk to 1/e
+_LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # no place that asks for more than this, unless there is no other
+_APART = 1 - 1e-5  # boxes that touch share no rounded pixel either
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A box inside the picture: centre and size in [0, 1]."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @property
+    def numbers(self) -> tuple[float, float, float, float]:
+        return self.x, self.y, self.width, self.height
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """xyxy in [0, 1]."""
+        half = self.width / 2, self.height / 2
+        left, top = max(0.0, self.x - half[0]), max(0.0, self.y - half[1])
+        return left, top, min(1.0, self.x + half[0]), min(1.0, self.y + half[1])
+
+
+def place(
+    density: PlaceDensity, taken: Sequence[Placement], keys: tuple[int, str, int, int] | None
+) -> tuple[Placement, list[Placement]]:
+    """A box for one object inside the picture, and those of ``taken`` as they give way to it.
+
+    Args:
+        density: of one object, without leading dimensions.
+        keys: None for the most likely place, among the means of the mixture and a grid; else (seed, prompt, object,
+            copy) of a draw: the first of 64 draws that is free and inside, or the one worth most where none is.
+    """
+    size, free_only = density.log_size, False
+    if keys is None:
+        ticks = (torch.arange(_GRID) + 0.5) / _GRID
+        centres = torch.cat([density.means, torch.cartesian_prod(ticks, ticks)])  # (n,2)
+    else:
+        draws = generator(keys[0], "layout", *keys[1:])
+        size = size + density.log_size_sigma * torch.randn(2, generator=draws)
+        centres, free_only = _draw(density, draws), True
+    sides = size.exp().clamp(_SMALLEST, _LARGEST)
+    # Inside the picture: what would stick out stands at its edge.
+    inside = torch.maximum(torch.minimum(centres, 1 - sides / 2), sides / 2)
+    room = _room(inside, sides, taken)
+    free = (room >= 1) & (inside == centres).all(dim=-1)
+    if free_only and free.any():
+        index = int(free.nonzero()[0])
+    else:
+        thinnest = min([float(sides.min()), *(min(other.width, other.height) for other in taken)])
+        tight = room < max(_LEAST_ROOM, _THINNEST / thinnest)
+        index = int((density_at(density, inside, _BLUR) + _WORTH * room.log() - _NEVER * tight).argmax())
+    box = Placement(*inside[index].tolist(), *sides.tolist())
+    return _give_way(box, taken)
+
+
+def _room(centres: Tensor, sides: Tensor, taken: Sequence[Placement]) -> Tensor:
+    """(n,) in [0, 1]: the factor by which a box at each centre (n, 2) has to shrink, with those it overlaps."""
+    room = torch.ones(len(centres))
+    for other in taken:
+        reach = (sides + torch.tensor([other.width, other.height])) / 2
+        away = (centres - torch.tensor([other.x, other.y])).abs()
+        room = room * (away / reach).amax(dim=-1).clamp(max=1)
+    return room
+
+
+def _give_way(box: Placement, taken: Sequence[Placement]) -> tuple[Placement, list[Placement]]:
+    """Shrink ``box`` and those it overlaps, each pair along the axis on which they are farther apart for their size."""
+    others = list(taken)
+    for index, other in enumerate(others):
+        wide = abs(box.x - other.x) / ((box.width + other.width) / 2)
+        high = abs(box.y - other.y) / ((box.height + other.height) / 2)
+        factor = max(wide, high)
+        if factor >= 1:
+            continue
+        factor *= _APART
+        if wide >= high:
+            box, other = (replace(item, width=item.width * factor) for item in (box, other))
+        else:
+            box, other = (replace(item, height=item.height * factor) for item in (box, other))
+        others[index] = other
+    return box, others
+
+
+def density_at(density: PlaceDensity, centres: Tensor, blur: float = 0.0) -> Tensor:
+    """log p of many centres (n, 2) of one object -> (n,), up to a constant; of centres with noise of sigma ``blur``."""
+    sigmas = (density.sigmas**2 + blur**2).sqrt()
+    parts = -0.5 * ((centres[:, None] - density.means) / sigmas) ** 2 - sigmas.log()  # (n,K,2)
+    return torch.logsumexp(density.log_weights + parts.sum(dim=-1), dim=-1)
+
+
+def _draw(density: PlaceDensity, draws: torch.Generator) -> Tensor:
+    """(64, 2) centres from the mixture."""
+    component = torch.multinomial(density.log_weights.exp(), _DRAWS, replacement=True, generator=draws)
+    noise = torch.randn(_DRAWS, 2, generator=draws)
+    return density.means[component] + density.sigmas[component] * noise

@@ -1,0 +1,146 @@
+"""What `train_layout_predictor.py` can be told, typed and checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from localctl.layout_predictor.data import CaptionSettings
+from localctl.run.logging import REPORT_TO
+
+SOURCES = ("micro", "coco")
+ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
+# Settings that may change when a run is continued; whatever is not named here may not.
+FREE = (
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "validation_steps",
+    "validation_count", "checkpointing_steps", "checkpoints_total_limit", "cpu_threads", "device", "data.instances",
+    "data.stuff",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class PredictorConfig:
+    """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`."""
+
+    width: int = 96
+    layers: int = 4
+    heads: int = 4
+    hidden: int = 192
+    buckets: int = 4096
+    components: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "hidden", "components"):
+            _at_least(f"predictor.{name}", getattr(self, name), 1)
+        _at_least("predictor.buckets", self.buckets, 16)
+        if self.width % self.heads:
+            raise ValueError(f"predictor.width={self.width} is not a multiple of predictor.heads={self.heads}.")
+
+
+@dataclass(kw_only=True)
+class LayoutDataConfig:
+    """Where placed things come from.
+
+    name: ``micro``, the embedded scenes; ``coco``, annotations in MSCOCO's format.
+    count: scenes at most (null = all there are, of micro 1500).
+    instances: of coco, the annotation file of things (instances_train2017.json); stuff: that of stuff
+        (stuff_train2017.json), or null.
+    min_area: of coco, things that cover less of the picture than this are left out; max_objects: of a sentence.
+    """
+
+    name: str = "micro"
+    count: int | None = None
+    instances: str | None = None
+    stuff: str | None = None
+    min_area: float = 0.02
+    max_objects: int = 3
+
+    def __post_init__(self) -> None:
+        if self.name not in SOURCES:
+            raise ValueError(f"Unknown data.name {self.name!r}; choose one of {', '.join(SOURCES)}.")
+        if self.name == "coco" and self.instances is None:
+            raise ValueError("data.name=coco needs annotations; give data.instances=instances_train2017.json.")
+        if self.count is not None:
+            _at_least("data.count", self.count, 1)
+        if not 0 <= self.min_area < 1:
+            raise ValueError(f"data.min_area must lie in [0, 1), not {self.min_area}.")
+        _at_least("data.max_objects", self.max_objects, 2)
+
+
+@dataclass(kw_only=True)
+class LayoutTrainSettings:
+    """A training of the layout predictor; ValueError for settings that make no sense.
+
+    max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates; 0
+        turns validation or checkpoints off. The learning rate warms up, then falls to 0 as a cosine.
+    train_batch_size: sentences per step. word_dropout: share of the words outside objects that training hides.
+    name_dropout: share of the sentences whose objects are hidden, so that relations alone place them.
+    relation_weight: of the loss of relations, added to the likelihood (``learning.Likelihood``); 0 = likelihood alone.
+    known: the chance that the boxes of some objects of a sentence are shown, to predict the others from.
+    validation_count: held-out sentences with a relation per validation.
+    checkpoints_total_limit: null keeps all; at least 2. resume_from_checkpoint: `latest` or a checkpoint's path.
+    device: auto, cpu, cuda, ... cpu_threads: null = torch's own choice.
+    """
+
+    data: LayoutDataConfig = field(default_factory=LayoutDataConfig)
+    captions: CaptionSettings = field(default_factory=CaptionSettings)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+
+    output_dir: str = "outputs/layout_predictor"
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    report_to: str = "none"
+    device: str = "auto"
+    cpu_threads: int | None = None
+
+    max_train_steps: int = 1800
+    train_batch_size: int = 32
+    learning_rate: float = 2e-3
+    lr_warmup_steps: int = 100
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    word_dropout: float = 0.03
+    name_dropout: float = 0.5
+    relation_weight: float = 1.0
+    known: float = 0.7
+
+    logging_steps: int = 50
+    validation_steps: int = 1000
+    validation_count: int = 100
+    checkpointing_steps: int = 250
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_count"):
+            _at_least(name, getattr(self, name), 1)
+        for name in (
+            "lr_warmup_steps",
+            "validation_steps",
+            "checkpointing_steps",
+            "adam_weight_decay",
+            "max_grad_norm",
+        ):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("learning_rate", self.learning_rate, 0)
+        for name in ("word_dropout", "name_dropout", "known"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
+        if self.report_to not in REPORT_TO:
+            raise ValueError(f"Unknown report_to {self.report_to!r}; choose one of {', '.join(REPORT_TO)}.")
+        if self.checkpoints_total_limit is not None:
+            _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
+        if self.cpu_threads is not None:
+            _at_least("cpu_threads", self.cpu_threads, 1)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step ``step`` (0 = the first)."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _at_least(what: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{what} must be at least {least}, not {value}.")
