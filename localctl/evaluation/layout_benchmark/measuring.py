@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,10 @@ class Bench:
                 partial.replace(path)
             self.say(f"{method.name}: {first + len(batch)} of {len(missing)} pictures")
 
+    def _keyed(self, method: Method, numbers: range) -> Iterator[tuple[str, np.ndarray]]:
+        for case, seed in self.pictures[numbers.start : numbers.stop]:
+            yield f"{case.id}-{seed}", np.asarray(load_image(self._picture(method, case, seed)))
+
     def _images(self, method: Method) -> Iterator[np.ndarray]:
         for pair in self.pictures:
             yield np.asarray(load_image(self._picture(method, *pair)))
@@ -210,9 +214,9 @@ class Bench:
         about = {}
         for extractor in self.extractors:
             reference = self._reference(extractor)
-            keys = [f"{case.id}-{seed}" for case, seed in self.pictures]
-            pairs = zip(keys, self._images(method), strict=True)
-            drawn = collect(extractor, pairs, self.batch_size).statistics(**describe(extractor))
+            pictures = partial(self._keyed, method)
+            metric = collect(extractor, len(self.pictures), pictures, self.batch_size)
+            drawn = metric.statistics(**describe(extractor))
             report = distances(reference, drawn)
             values |= report.values
             about[extractor.name] = {
@@ -233,8 +237,7 @@ class Bench:
             if all(found.provenance.get(key) == value for key, value in about.items()):
                 return found
         self.say(f"{path}: {self.protocol.references} scenes")
-        images = ((f"train-{index}", scene(index, PROFILE, "train").image) for index in range(self.protocol.references))
-        made = collect(extractor, images, 64).statistics(**about)
+        made = collect(extractor, self.protocol.references, _scenes, 64).statistics(**about)
         made.save(path)
         return made
 
@@ -287,6 +290,10 @@ def _sha256_of_base(folder: Path) -> str:
     """Of the weights that pictures depend on."""
     parts = (sha256_of_folder(folder / part) for part in ("unet", "text_encoder", "vae"))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _scenes(numbers: range) -> Iterator[tuple[str, np.ndarray]]:
+    return ((f"train-{index}", scene(index, PROFILE, "train").image) for index in numbers)
 
 
 def _lists(table: np.ndarray) -> list[list[float | None]]:
