@@ -20,7 +20,7 @@ from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
 from localctl.evaluation.control import MIN_EDGES, YARDSTICK, Case, canny
 from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
-from localctl.evaluation.kept import kept_tables, sha256_of_files
+from localctl.evaluation.kept import Kept, sha256_of_files
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
@@ -102,9 +102,9 @@ def verdict(difference: Interval) -> str:
     return "more" if difference.value > 0 else "less"
 
 
-def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Path | None = None) -> Comparison:
-    """Measure the sets in ``folders``, by name. keep: a folder in which the figures of floor and ceiling are kept, and
-    from which they are read when nothing has changed.
+def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | None = None) -> Comparison:
+    """Measure the sets in ``folders``, by name. keep: where the figures of floor and ceiling are kept, and read again
+    when nothing has changed.
 
     Raises:
         ValueError: pictures are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
@@ -131,9 +131,8 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Path | 
         vae = load_pipeline(settings.base).vae
         return {floor: measured(base), CEILING: measured(round_trip(vae, np.stack([t.image for t in targets])))}
 
-    framing = (
-        frame() if keep is None else kept_tables(keep, _depends_on(folders[floor], floor, ids, targets, clip), frame)
-    )
+    depends_on = _depends_on(folders[floor], floor, ids, targets, clip)
+    framing = frame() if keep is None else keep.tables(depends_on, frame)
     rows = {name: framing[name] if name == floor else measured(_images(folders[name], ids)) for name in folders}
     rows[CEILING] = framing[CEILING]
     columns = tuple(rows[CEILING][0])

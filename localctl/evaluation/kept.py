@@ -15,21 +15,30 @@ from localctl.evaluation.provenance import read_json, versions, write_json
 Rows = list[dict[str, float]]
 
 
-def kept_tables(folder: Path, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Rows]]) -> dict[str, Rows]:
-    """What ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on`` (plain
-    values), libraries and code of this package, and read from ``folder`` ever after. ValueError for a damaged file."""
-    described = {"depends_on": dict(depends_on), "versions": versions(), "code": sha256_of_code()}
-    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        made = make()
-        write_json(path, {"described": described, "tables": {name: _plain(rows) for name, rows in made.items()}})
-        return made
-    tables = read_json(path, "kept measurement")["tables"]
-    return {
-        name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
-        for name, table in tables.items()
-    }
+class Kept:
+    """Tables of figures in ``folder``. What they depend on beside what :meth:`tables` is told, the libraries and the
+    code of this package, is looked up here, so make this when the program starts: code may change while it runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        root = Path(localctl.__file__).parent
+        self.always = {"versions": versions(), "code_sha256": sha256_of_files(sorted(root.rglob("*.py")), root)}
+
+    def tables(self, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Rows]]) -> dict[str, Rows]:
+        """What ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on`` (plain
+        values), and read from the folder ever after. ValueError for a damaged file."""
+        described = {"depends_on": dict(depends_on), **self.always}
+        name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            made = make()
+            write_json(path, {"described": described, "tables": {name: _plain(rows) for name, rows in made.items()}})
+            return made
+        tables = read_json(path, "kept measurement")["tables"]
+        return {
+            name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
+            for name, table in tables.items()
+        }
 
 
 def _plain(rows: Rows) -> dict[str, Any]:
@@ -40,12 +49,6 @@ def _plain(rows: Rows) -> dict[str, Any]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def sha256_of_code() -> str:
-    """Of this package's source files, by name."""
-    root = Path(localctl.__file__).parent
-    return sha256_of_files(sorted(root.rglob("*.py")), root)
 
 
 def sha256_of_files(paths: Sequence[Path], root: Path) -> str:

@@ -15,6 +15,7 @@ import evaluate_fid
 import evaluate_quantitative_metrics
 from localctl.evaluation import compare as compare_module
 from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
+from localctl.evaluation.kept import Kept
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import as_json, latex, markdown
@@ -99,7 +100,7 @@ def test_floor_and_ceiling_are_measured_once(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = compare(sets)
-    keep = tmp_path / "measured"
+    keep = Kept(tmp_path / "measured")
     compare({name: sets[name] for name in ("base", "noisy")}, keep=keep)
     with monkeypatch.context() as patch:
         patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was made again"))
@@ -109,7 +110,7 @@ def test_floor_and_ceiling_are_measured_once(
         np.testing.assert_array_equal(again.tables[name], table)
     shutil.copy(sets["noisy"] / "images/000000.png", sets["base"] / "images/000001.png")  # another floor
     compare(sets, keep=keep)
-    assert len(list(keep.iterdir())) == 2
+    assert len(list(keep.folder.iterdir())) == 2
 
 
 def test_what_is_not_the_same_is_refused(

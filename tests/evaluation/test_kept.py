@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localctl.evaluation import kept
-from localctl.evaluation.kept import kept_tables, sha256_of_files
+from localctl.evaluation.kept import Kept, sha256_of_files
 
 
 def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,21 +18,21 @@ def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: py
         made.append(1)
         return {"base": [{"leak": math.nan, "f1": 0.1 + 0.2}, {"leak": 0.0, "f1": 1.0}]}
 
-    first = kept_tables(tmp_path, {"seed": 0}, make)
-    again = kept_tables(tmp_path, {"seed": 0}, make)
+    keep = Kept(tmp_path)
+    first, again = keep.tables({"seed": 0}, make), keep.tables({"seed": 0}, make)
     assert len(made) == 1 and again["base"][0]["f1"] == first["base"][0]["f1"]
-    assert (
-        list(again["base"][0]) == ["leak", "f1"]
-        and math.isnan(again["base"][0]["leak"])
-        and again["base"][1] == first["base"][1]
-    )
-    kept_tables(tmp_path, {"seed": 1}, make)
+    assert list(again["base"][0]) == ["leak", "f1"] and math.isnan(again["base"][0]["leak"])
+    assert again["base"][1] == first["base"][1]
+    keep.tables({"seed": 1}, make)
     assert len(made) == 2
-    monkeypatch.setattr(kept, "sha256_of_code", lambda: "other code")
-    kept_tables(tmp_path, {"seed": 0}, make)
     monkeypatch.setattr(kept, "versions", lambda: {"torch": "0"})
-    kept_tables(tmp_path, {"seed": 0}, make)
-    assert len(made) == 4 == len(list(tmp_path.iterdir()))
+    keep.tables({"seed": 0}, make)  # looked up when it was made
+    assert len(made) == 2
+    other = Kept(tmp_path)
+    other.tables({"seed": 0}, make)
+    other.always["code_sha256"] = "another"
+    other.tables({"seed": 0}, make)
+    assert len(made) == 4 == len(list(tmp_path.iterdir())) and len(keep.always["code_sha256"]) == 64
     path = next(iter(tmp_path.iterdir()))
     assert json.loads(path.read_text())["described"]["depends_on"]["seed"] in (0, 1)
 

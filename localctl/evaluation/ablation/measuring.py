@@ -21,6 +21,7 @@ from localctl.evaluation.compare import CEILING, Comparison, compare
 from localctl.evaluation.control import canny
 from localctl.evaluation.drawn import draw_set, read_pictures, read_set
 from localctl.evaluation.fid import make_reference, score_set
+from localctl.evaluation.kept import Kept
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import outline
@@ -77,6 +78,7 @@ class Bench:
     def __init__(self, protocol: Protocol, folder: Path, work: Path, say: Say = print) -> None:
         self.protocol, self.folder, self.work, self.say = protocol, folder, work, say
         resolve_base(protocol.base)
+        self.kept = Kept(work / "measured")
         example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
         self.condition: ConditionConfig = example.condition
         self.mask: MaskConfig = example.mask
@@ -96,7 +98,7 @@ class Bench:
             return
         assert self.extractors
         folder = self._draw(FLOOR, None)
-        comparison = compare({FLOOR: folder}, self.clip, self.work / "measured")
+        comparison = compare({FLOOR: folder}, self.clip, self.kept)
         self._strip(folder, FLOOR, comparison)
         self._write(FLOOR, FLOOR, "base alone", 0, asked, comparison, folder, {}, ceiling=True)
 
@@ -118,7 +120,7 @@ class Bench:
             self.say(f"{cell.name}: {error}")
             return True
         folder, floor = self._draw(cell.name, adapter), self.work / "drawn" / FLOOR / "with_prompts"
-        comparison = compare({FLOOR: floor, cell.name: folder}, self.clip, self.work / "measured")
+        comparison = compare({FLOOR: floor, cell.name: folder}, self.clip, self.kept)
         training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
         if cell.row in ROWS:
             self._strip(folder, cell.name, comparison)
