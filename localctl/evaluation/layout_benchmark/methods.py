@@ -21,7 +21,7 @@ METHODS = (NONE, *SINGLE, *PAIRS)
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "bias": {"strength": ("0.5", "1", "2", "4"), "outside_strength": ("0", "0.5", "2")},
     "dense": {"rest": ("segment",), "separate_texts": ("true", "false"), "w_self": ("0.3", "1"), "end": ("0.3", "0.7")},
-    "guidance": {"scale": ("30", "100", "300"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
+    "guidance": {"scale": ("10", "30", "60"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
     "forward": {"strength": ("0.5", "0.8", "1"), "end": ("0.2", "0.5", "1")},
 }
 
