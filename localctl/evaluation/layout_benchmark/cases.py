@@ -67,7 +67,7 @@ def cases(count: int, split: str, regions: Sequence[int] = REGIONS) -> list[Case
 def _case(item: Scene, split: str) -> Case:
     phrases = [article(thing.phrase) for thing in item.objects]
     listed = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-    regions = [Region(thing.phrase, tuple(side / SIZE for side in thing.box)) for thing in item.objects]  # type: ignore[arg-type]
+    regions = [Region(thing.phrase, tuple(side / SIZE for side in thing.box)) for thing in item.objects]  # type: ignore[misc]
     layout = Layout(f"{listed} on {article(item.background)} background", SIZE, SIZE, tuple(regions))
     return Case(f"{split}-{item.index}", layout, tuple((thing.color, thing.shape) for thing in item.objects))
 

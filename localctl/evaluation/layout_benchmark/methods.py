@@ -66,8 +66,8 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str) -> list[Me
             raise ValueError(f"There is no control {control!r} to tune; choose from {_known()}.")
         grid = asked.get(control, GRIDS[control])
         found.append(Method(control, make_controls([control], [], base)))
-        for values in itertools.product(*grid.values()):
-            chosen = tuple(zip(grid, values, strict=True))
+        for cell in itertools.product(*grid.values()):
+            chosen = tuple(zip(grid, cell, strict=True))
             name = f"{control} {' '.join(f'{key}={value}' for key, value in chosen)}"
             found.append(Method(name, make_controls([control], check_names(control, chosen), base), chosen))
     return found
