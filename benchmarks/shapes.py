@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.architectures import TABLE
@@ -30,15 +31,18 @@ def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
     tokenizer = CLIPTokenizer.from_pretrained(MICRO_WEIGHTS / "tokenizer")
     with torch.device(device):
         components: dict[str, Any] = {
-            "unet": diffusers.UNet2DConditionModel.from_config(dict(parts["unet"])).to(dtype),
-            "vae": diffusers.AutoencoderKL(
-                **{**parts["vae"], "block_out_channels": (8, 8, 8, 8)}, norm_num_groups=4
-            ).to(dtype),
-            "text_encoder": CLIPTextModel(_text_config(parts["text_encoder"], tokenizer)).to(dtype),
+            "unet": random_unet(parts["unet"], device),
+            "vae": diffusers.AutoencoderKL(**{**parts["vae"], "block_out_channels": (8, 8, 8, 8)}, norm_num_groups=4),
+            "text_encoder": CLIPTextModel(_text_config(parts["text_encoder"], tokenizer)),
         }
         if wide:
-            second = CLIPTextModelWithProjection(_text_config(parts["text_encoder_2"], tokenizer)).to(dtype)
-            components |= {"text_encoder_2": second, "tokenizer_2": tokenizer}
+            second = CLIPTextModelWithProjection(_text_config(parts["text_encoder_2"], tokenizer))
+            components |= {"text_encoder_2": second}
+    for module in components.values():
+        nn.Module.to(module, dtype)  # diffusers' own warns of modules to keep in float32, even of none
+        freeze(module)
+    if wide:
+        components |= {"tokenizer_2": tokenizer}
     components |= {"tokenizer": tokenizer, "scheduler": diffusers.DDIMScheduler(**_SCHEDULE)}
     if wide:
         pipe: Any = diffusers.StableDiffusionXLPipeline(**components, add_watermarker=False)
@@ -46,11 +50,21 @@ def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
         pipe = diffusers.StableDiffusionPipeline(
             **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        if getattr(pipe, name, None) is not None:
-            freeze(getattr(pipe, name))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def random_unet(config: Any, device: torch.device) -> nn.Module:
+    """With one block of random numbers over and over for weights, which is much faster than to draw them all."""
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(dict(config))
+    unet.to_empty(device=device)
+    block = 0.02 * torch.randn(1 << 20, device=device)
+    for parameter in unet.parameters():
+        flat = parameter.data.view(-1)
+        for part in flat.split(len(block)):
+            part.copy_(block[: len(part)])
+    return unet
 
 
 def _text_config(values: Any, tokenizer: CLIPTokenizer) -> CLIPTextConfig:

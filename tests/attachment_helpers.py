@@ -9,8 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.adapter import LocalAdapter
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
+from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
@@ -33,6 +35,14 @@ def draw(pipe: DiffusionPipeline, prompt: Any = PROMPT, count: int = 1, **option
     """Latents (count, 4, 8, 8) after few steps from fixed noise."""
     options = {"num_inference_steps": 2, "output_type": "latent", "latents": noise(count), **options}
     return pipe(prompt, **options).images
+
+
+def adapter_control(
+    adapter: LocalAdapter, layouts: int = 1, mask: float = 1.0, seed: int = 3, **options: Any
+) -> LocalAdapterControl:
+    """A control with differing random conditions; ``mask`` everywhere."""
+    torch.manual_seed(seed)
+    return LocalAdapterControl(adapter, torch.rand(layouts, 1, 64, 64), torch.full((1, 64, 64), mask), **options)
 
 
 def processors(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,14 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor
 
+from localctl.adapter import LocalAdapter
 from localctl.attachment import Attachment, attach
 from localctl.base import SCHEDULERS, set_scheduler
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
+from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.region_bias import RegionBias
 from localctl.control.schedule import outer_step, sigma_at
 from localctl.control.sites import SteeredProcessor, attention_sites
@@ -285,6 +289,28 @@ def test_what_is_no_control_is_named(sd_pipe: StableDiffusionPipeline) -> None:
         Layout("a cat", regions=(Region("dog", (0, 0, 1, 1)),))
     with attach(sd_pipe, LAYOUT, RegionBias()), pytest.raises(ValueError, match="prompt 'a dog' while the attached"):
         draw(sd_pipe, "a dog")
+
+
+def test_refusals_come_before_the_first_step(
+    sd_pipe: StableDiffusionPipeline, make_adapter: Callable[..., LocalAdapter]
+) -> None:
+    ran: list[Any] = []
+    sd_pipe.unet.conv_in.register_forward_pre_hook(lambda *_: ran.append(1))
+    wide = Layout(PROMPT, 64, 128, LAYOUT.regions)
+    large = LocalAdapterControl(make_adapter(), torch.zeros(1, 128, 128), torch.ones(1, 128, 128))
+    cases: list[tuple[Layout, Control, Any, str]] = [
+        (LAYOUT, RegionBias(), "a dog", "call it with layout.prompt"),
+        (LAYOUT, RegionBias(), [PROMPT, PROMPT, "x"], "call it with layout.prompt"),
+        (wide, RegionBias(), PROMPT, "draws 64x64 pixels but the layout is 128x64"),
+        (LAYOUT, large, PROMPT, "condition is 128x128 pixels but the image is 64x64"),
+        (LAYOUT, LayoutGuidance(sites=("up/16",)), PROMPT, "no cross-attention at 'up/16'"),
+        (Layout("a", regions=(Region("a", (0, 0, 1, 1), strength=2.0),)), DenseModulation(), "a", "must lie in"),
+    ]
+    for layout, control, prompt, message in cases:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        with pytest.raises(ValueError, match=re.escape(message)) as caught, attach(sd_pipe, layout, control):
+            draw(sd_pipe, prompt, count)
+        assert "\n" not in str(caught.value) and not ran
 
 
 def test_outer_step_of_two_modules_is_one() -> None:

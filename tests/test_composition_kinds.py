@@ -19,7 +19,8 @@ from localctl.control.base import Control
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.local_adapter import LocalAdapterControl
 
-PIPES = ("sd_pipe", "v_pipe", "sdxl_pipe")
+# At their tiny sizes, 2.1 differs from 1.5 by what the U-Net predicts alone.
+PIPES = ("sd_pipe", pytest.param("v_pipe", marks=pytest.mark.slow), "sdxl_pipe")
 SITES = ("up/2",)  # where guidance looks; on these small grids the published ones have one cell and four
 STRONG: dict[str, Callable[[], Control]] = {
     **METHODS,
@@ -32,15 +33,16 @@ def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...
     # At the end of the noise, where the methods are strongest.
     pipe.scheduler.register_to_config(timestep_spacing="trailing")
     before = processors(pipe)
+    looks = {method: AttentionMaps(end=0.5, sites=SITES if method == "guidance" else None) for method in STRONG}
+    with attach(pipe, LAYOUT, [*others, *looks.values()]):
+        plain = redraw(pipe, PROMPT, noise(1), **options)
     drawn = {}
     for method, make in STRONG.items():
-        maps = [AttentionMaps(end=0.5, sites=SITES if method == "guidance" else None) for _ in range(2)]
-        with attach(pipe, LAYOUT, [*others, maps[0]]):
-            plain = redraw(pipe, PROMPT, noise(1), **options)
-        with attach(pipe, LAYOUT, [*others, make(), maps[1]]):
+        after_it = AttentionMaps(end=0.5, sites=looks[method].sites)
+        with attach(pipe, LAYOUT, [*others, make(), after_it]):
             drawn[method] = redraw(pipe, PROMPT, noise(1), **options)
         assert (drawn[method] - plain).abs().max() > 1e-4, method
-        shares = [[item.mass(0, region) for region in range(2)] for item in maps]
+        shares = [[item.mass(0, region) for region in range(2)] for item in (looks[method], after_it)]
         if method == "guidance":  # its energy is of both phrases together
             assert sum(shares[1]) > sum(shares[0]) + 1e-5, method
         else:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attachment_helpers import adapter_control
 from diffusers import DiffusionPipeline, DPMSolverSDEScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
@@ -17,12 +18,6 @@ from localctl.layout import Layout
 from localctl.sampling import Attachment, generate, initial_noise
 
 MakeAdapter = Callable[..., LocalAdapter]
-
-
-def control(adapter: LocalAdapter) -> LocalAdapterControl:
-    """For two layouts, each with a random condition of its own."""
-    torch.manual_seed(3)
-    return LocalAdapterControl(adapter, torch.rand(2, 1, 64, 64), torch.ones(1, 64, 64))
 
 
 @pytest.mark.parametrize("size", [(96, 160), (72, 88)])
@@ -65,13 +60,13 @@ def test_pictures_depend_on_their_own_seed_only(
     scheduler: str, make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline
 ) -> None:
     set_scheduler(sd_pipe, scheduler)
-    check_seeds(sd_pipe, control(make_adapter()), eta=1.0 if scheduler == "ddim" else 0.0)
+    check_seeds(sd_pipe, adapter_control(make_adapter(), 2), eta=1.0 if scheduler == "ddim" else 0.0)
 
 
 def test_sdxl_pictures_depend_on_their_own_seed_only(
     xl_adapter: LocalAdapter, sdxl_pipe: StableDiffusionXLPipeline
 ) -> None:
-    check_seeds(sdxl_pipe, control(xl_adapter))
+    check_seeds(sdxl_pipe, adapter_control(xl_adapter, 2))
 
 
 def test_a_shifted_row_is_found(
@@ -80,13 +75,13 @@ def test_a_shifted_row_is_found(
     select = Attachment.select
     monkeypatch.setattr(Attachment, "select", lambda self, rows: select(self, [rows[-1], *rows[:-1]]))
     with pytest.raises(ValueError, match="while the attached layout says"):
-        check_seeds(sd_pipe, control(make_adapter()))
+        check_seeds(sd_pipe, adapter_control(make_adapter(), 2))
     monkeypatch.undo()
     noise_of, calls = initial_noise, iter(range(100))
-    wrong = {"initial_noise": lambda pipe, seed, h, w: noise_of(pipe, seed + (next(calls) == 7), h, w)}
+    wrong = {"initial_noise": lambda pipe, seed, *rest: noise_of(pipe, seed + (next(calls) == 7), *rest)}
     monkeypatch.setattr(localctl.sampling, "initial_noise", wrong["initial_noise"])
     with pytest.raises(AssertionError):
-        check_seeds(sd_pipe, control(make_adapter()))
+        check_seeds(sd_pipe, adapter_control(make_adapter(), 2))
 
 
 def test_noise_is_scaled_once_and_the_same_in_half_precision(sd_pipe: StableDiffusionPipeline) -> None:

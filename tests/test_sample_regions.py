@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sample_helpers import assert_same, pixels
 
 import localctl.base
 import sample
@@ -50,15 +51,6 @@ def workspace(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 BASIC = ["--layout", "scene.json", "--base", "base", "--num_inference_steps", "2"]
-
-
-def pixels(folder: str | Path) -> dict[str, np.ndarray]:
-    return {path.name: np.asarray(Image.open(path)) for path in sorted(Path(folder).glob("*_seed*.png"))}
-
-
-def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
-    assert first and first.keys() == second.keys()
-    assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
 def test_pictures_are_those_of_generate(workspace: Path) -> None:

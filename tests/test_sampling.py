@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import attachment_helpers
 import pytest
 import torch
+from attachment_helpers import adapter_control as control
+from attachment_helpers import noise
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionAdapterPipeline,
@@ -26,20 +29,9 @@ MakeAdapter = Callable[..., LocalAdapter]
 PIPES = ("sd_pipe", "v_pipe", "sdxl_pipe")
 
 
-def control(adapter: LocalAdapter, layouts: int = 1, mask: float = 1.0, **options: Any) -> LocalAdapterControl:
-    """A control with differing random conditions; ``mask`` everywhere."""
-    torch.manual_seed(3)
-    return LocalAdapterControl(adapter, torch.rand(layouts, 1, 64, 64), torch.full((1, 64, 64), mask), **options)
-
-
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
 def draw(pipe: DiffusionPipeline, prompt: Any = "a b", count: int = 1, **options: Any) -> Tensor:
     """Latents (count, 4, 8, 8) after few steps from fixed noise."""
-    options = {"num_inference_steps": 3, "output_type": "latent", "latents": noise(count), **options}
-    return pipe(prompt, **options).images
+    return attachment_helpers.draw(pipe, prompt, count, **{"num_inference_steps": 3, **options})
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def inputs_of(arrays: dict[str, Tensor], kind: str) -> tuple[Tensor, ...]:
     return (hidden, arrays["cross.encoder_hidden_states"]) if kind == "cross" else (hidden,)
 
 
-@pytest.mark.parametrize("memory_limit", [256.0, 0.01])
+@pytest.mark.parametrize("memory_limit", [256.0, 0.01, float("inf")])
 @pytest.mark.parametrize("kind", ["cross", "self"])
 def test_published_output(kind: str, memory_limit: float) -> None:
     arrays = golden("dense_diffusion")

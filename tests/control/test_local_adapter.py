@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import control_helpers
 import pytest
 import torch
+from attachment_helpers import adapter_control as control
 from diffusers import StableDiffusionPipeline, T2IAdapter
 
 from localctl.adapter import LocalAdapter
@@ -16,23 +18,8 @@ MakeAdapter = Callable[..., LocalAdapter]
 
 
 def context(**changes: Any) -> CallContext:
-    values = {
-        "step": 0,
-        "num_steps": 4,
-        "timestep": 500.0,
-        "layout_of_row": (0, 0),
-        "conditional": (False, True),
-        "latent_size": (8, 8),
-        "image_size": (64, 64),
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-    }
-    return CallContext(**{**values, **changes})
-
-
-def control(adapter: LocalAdapter, layouts: int = 1, **options: Any) -> LocalAdapterControl:
-    torch.manual_seed(5)
-    return LocalAdapterControl(adapter, torch.rand(layouts, 1, 64, 64), torch.ones(1, 64, 64), **options)
+    """One picture with guidance, in the first of four steps."""
+    return control_helpers.context(**{"num_steps": 4, **changes})
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ METHODS = (NONE, *SINGLE, *PAIRS)
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "bias": {"strength": ("0.5", "1", "2", "4"), "outside_strength": ("0", "0.5", "2")},
     "dense": {"rest": ("segment",), "separate_texts": ("true", "false"), "w_self": ("0.3", "1"), "end": ("0.3", "0.7")},
-    "guidance": {"scale": ("30", "100", "300"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
+    "guidance": {"scale": ("10", "30", "60"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
     "forward": {"strength": ("0.5", "0.8", "1"), "end": ("0.2", "0.5", "1")},
 }
 
@@ -66,8 +66,8 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str) -> list[Me
             raise ValueError(f"There is no control {control!r} to tune; choose from {_known()}.")
         grid = asked.get(control, GRIDS[control])
         found.append(Method(control, make_controls([control], [], base)))
-        for values in itertools.product(*grid.values()):
-            chosen = tuple(zip(grid, values, strict=True))
+        for cell in itertools.product(*grid.values()):
+            chosen = tuple(zip(grid, cell, strict=True))
             name = f"{control} {' '.join(f'{key}={value}' for key, value in chosen)}"
             found.append(Method(name, make_controls([control], check_names(control, chosen), base), chosen))
     return found
