@@ -97,7 +97,9 @@ def test_the_released_mix_subtracts_the_negative_prompts_attention(attn: Attenti
 def test_every_row_is_mixed_by_its_own_layout(attn: Attention) -> None:
     other = Layout("cat cat", regions=(Region("cat", (0, 0, 1, 0.5), strength=0.6, occurrence=1),))
     rows = {"layout_of_row": (0, 1, 0, 1), "conditional": (False, False, True, True)}
-    output, cells, text = mixed(SpaceTimeAttention(weight=0.5), attn, [SCENE, other], **rows)
+    given = [torch.tensor([[0.5, 0.5]] * 10), torch.tensor([[0.3]] * 10)]
+    output, cells, text = mixed(SpaceTimeAttention(weights=given), attn, [SCENE, other], **rows)
+    assert torch.equal(mixed(SpaceTimeAttention(weight=0.5), attn, [SCENE, other], **rows)[0], output)
     assert torch.equal(output[:2], attn(cells, text)[:2])
     for row, (layout, weights) in enumerate([(SCENE, (0.5, 0.5)), (other, (0.3,))], start=2):
         parts = parts_of(weights, layout)
@@ -111,6 +113,10 @@ def test_gradients_reach_weights_of_zero_and_of_one(attn: Attention) -> None:
     weights = torch.tensor([[0.0, 1.0]] * 10, requires_grad=True)
     mixed(SpaceTimeAttention(weights=weights), attn)[0].square().sum().backward()
     assert weights.grad is not None and bool((weights.grad[0] != 0).all()) and not weights.grad[1:].any()
+    alone = torch.ones(10, 1, requires_grad=True)  # no cell is less than full
+    whole = Layout("cat", regions=(Region("cat", (0, 0, 1, 1)),))
+    mixed(SpaceTimeAttention(weights=alone), attn, whole)[0].square().sum().backward()
+    assert alone.grad is not None and abs(float(alone.grad[0])) > 1e-3
 
 
 def test_the_weights_of_every_step() -> None:
