@@ -21,8 +21,8 @@ _SCALE = 0.1  # of the picture's side
 class Likelihood:
     """Mean negative log-likelihoods per object in nats, of centres and of the logarithms of sizes; count: of objects.
 
-    relation: mean over the stated relations of softplus(-d / 0.1), d being how far apart the expected centres are in the
-    right direction, as a fraction of the picture's side; of known boxes it is the centre itself.
+    relation: mean over the stated relations of softplus(-d / 0.1), d being how far apart the expected centres are in
+    the right direction, as a fraction of the picture's side; of known boxes it is the centre itself.
     """
 
     centre: Tensor

@@ -102,11 +102,11 @@ def _rate(counts: np.ndarray) -> float:
 
 
 def measure(model: LayoutPredictor, count: int, seed: int) -> dict[str, Any]:
-    """All figures: ``sets`` for the most likely layouts, ``drawn`` for layouts drawn with ``seed``, ``nll``."""
+    """All figures: ``sets`` for the most likely layouts, ``drawn`` with ``seed`` of a quarter of them, ``nll``."""
     sets = sentence_sets(MicroLayouts("test", _SCENES), count, seed)
     result: dict[str, Any] = {"count": count, "seed": seed, "sets": {}, "drawn": {}}
-    for kind, draw in (("sets", None), ("drawn", seed)):
-        for name, captions in sets.items():
+    for kind, draw, number in (("sets", None, count), ("drawn", seed, -(-count // 4))):
+        for name, captions in ((name, several[:number]) for name, several in sets.items()):
             judged = [judge(model, item, draw) for item in tqdm(captions, desc=name, mininterval=2, leave=False)]
             result[kind][name] = summary(judged, captions, seed)
     training = MicroLayouts("train", _BASELINE)
