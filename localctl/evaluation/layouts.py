@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from localctl.layout import Layout, Region
@@ -39,10 +38,6 @@ def layout_source(name: str, folder: str | None = None) -> Callable[[Scene, int]
 
 
 def _load_predictor(folder: str | None) -> Any:
-    spec = importlib.util.find_spec(_PREDICTOR)
-    if spec is None or not spec.submodule_search_locations:
+    if importlib.util.find_spec(_PREDICTOR) is None:
         raise ValueError("This version of localctl has no layout predictor; use the layouts of the scenes, true.")
-    place = Path(folder) if folder else Path(spec.submodule_search_locations[0]) / "weights"
-    if not place.is_dir():
-        raise ValueError(f"There is no layout predictor in {place}; train one or use the layouts of the scenes, true.")
-    return importlib.import_module(_PREDICTOR).LayoutPredictor.from_pretrained(place)
+    return importlib.import_module(_PREDICTOR).load_predictor(folder)
