@@ -29,7 +29,8 @@ STRONG: dict[str, Callable[[], Control]] = {
 
 
 def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...] = ()) -> dict[str, Tensor]:
-    """Each method changes the picture and raises the share of each phrase's attention in its region."""
+    """Each method changes the picture and raises the share of each phrase's attention in its region; but for space-time
+    attention, which mixes in texts of its own and leaves that of the prompt as it is."""
     # At the end of the noise, where the methods are strongest.
     pipe.scheduler.register_to_config(timestep_spacing="trailing")
     before = processors(pipe)
@@ -42,6 +43,8 @@ def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...
         with attach(pipe, LAYOUT, [*others, make(), after_it]):
             drawn[method] = redraw(pipe, PROMPT, noise(1), **options)
         assert (drawn[method] - plain).abs().max() > 1e-4, method
+        if method == "spacetime":
+            continue
         shares = [[item.mass(0, region) for region in range(2)] for item in (looks[method], after_it)]
         if method == "guidance":  # its energy is of both phrases together
             assert sum(shares[1]) > sum(shares[0]) + 1e-5, method

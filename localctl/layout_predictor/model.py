@@ -256,7 +256,8 @@ def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredicto
     source = WEIGHTS if place_of_weights is None else Path(place_of_weights)
     if (source / "predictor").is_dir():  # the folder of a training run
         source = source / "predictor"
-    if place_of_weights is not None and source.exists() and not (source / "config.json").is_file():
+    is_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2
+    if not (source / "config.json").is_file() and not is_hub_id:
         raise ValueError(f"There is no layout predictor in {source}; give the folder that training saved.")
     try:
         found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32)

@@ -10,24 +10,21 @@ from __future__ import annotations
 LEFT, RIGHT, ABOVE, BELOW = "left", "right", "above", "below"
 OPPOSITE = {LEFT: RIGHT, RIGHT: LEFT, ABOVE: BELOW, BELOW: ABOVE}
 
-PREPOSITIONS: dict[str, tuple[str, ...]] = {
-    side: (f"to the {side} of", f"on the {side} of", f"{side} of", f"on the {side} side of", f"at the {side} of")
-    for side in (LEFT, RIGHT)
-} | {
+
+def _sideways(*phrases: str) -> dict[str, tuple[str, ...]]:
+    """The phrases for left and for right, * being the side."""
+    return {side: tuple(phrase.replace("*", side) for phrase in phrases) for side in (LEFT, RIGHT)}
+
+
+PREPOSITIONS = _sideways("to the * of", "on the * of", "* of", "on the * side of", "at the * of") | {
     ABOVE: ("above", "over", "on top of", "higher than", "atop", "up above"),
     BELOW: ("below", "under", "beneath", "underneath", "lower than", "down below"),
 }
-AT: dict[str, tuple[str, ...]] = {
-    side: (f"on the {side}", f"at the {side}", f"to the {side}", f"on the {side} side", f"in the {side} half")
-    for side in (LEFT, RIGHT)
-} | {
+AT = _sideways("on the *", "at the *", "to the *", "on the * side", "in the * half") | {
     ABOVE: ("at the top", "on top", "on the top", "in the upper half", "up high"),
     BELOW: ("at the bottom", "on the bottom", "in the lower half", "down below", "down low"),
 }
-ITS: dict[str, tuple[str, ...]] = {
-    side: (f"to its {side}", f"to the {side} of it", f"{side} of it", f"on the {side} side of it")
-    for side in (LEFT, RIGHT)
-} | {
+ITS = _sideways("to its *", "to the * of it", "* of it", "on the * side of it") | {
     ABOVE: ("above it", "over it", "on top of it", "higher up"),
     BELOW: ("below it", "under it", "beneath it", "underneath it", "lower down"),
 }

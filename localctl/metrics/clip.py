@@ -28,6 +28,9 @@ class Clip:
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
+        place = Path(folder)
+        if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):  # nor a hub id to be looked up
+            raise ValueError(f"There is no CLIP at {folder}; give a folder with a CLIPModel, or a hub id.")
         try:
             # Not .from_pretrained(dtype="auto"): half precision features make distances useless.
             self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
