@@ -1,0 +1,108 @@
+"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one.
+
+python -m localctl.micro.words                      # the embedded base
+python -m localctl.micro.words --base FOLDER        # another micro base, while it is being trained, say
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from localctl.base import BaseConfig, load_pipeline
+from localctl.diffusion import add_noise, training_target
+from localctl.images import to_pixels
+from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.micro.scenes import COLORS, SHAPES, Scene, article, scene
+from localctl.random import noise
+from localctl.run.program import one_sentence
+
+WORDS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "color": tuple(COLORS)}
+
+
+@dataclass(frozen=True)
+class Use:
+    """told_apart: share of scenes whose own word gives the least error of all eight (chance 0.125); worse: what a wrong
+    word adds to the mean squared error, as a share of it."""
+
+    told_apart: Interval
+    worse: Interval
+
+
+def one_object_scenes(number: int) -> list[Scene]:
+    """The first of the test split."""
+    found: list[Scene] = []
+    for index in count():
+        if len(found) == number:
+            break
+        item = scene(index, "basic", "test")
+        found += [item] if len(item.objects) == 1 else []
+    return found
+
+
+def caption(item: Scene, **changes: str) -> str:
+    """Of one object and its background, with a word changed."""
+    words = {"shape": item.objects[0].shape, "color": item.objects[0].color, **changes}
+    return f"{article(words['color'] + ' ' + words['shape'])} on {article(item.background)} background"
+
+
+@torch.no_grad()
+def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int) -> Tensor:
+    """(captions,): mean squared error of the U-Net's output, from the same noise."""
+    pixels = to_pixels(Image.fromarray(item.image))[None]
+    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    drawn = noise(latents.shape, 0, "words", item.index, timestep)
+    alphas = pipe.scheduler.alphas_cumprod
+    sample = add_noise(latents, drawn, torch.tensor([timestep]), alphas)
+    target = training_target(sample, alphas, pipe.scheduler.config.prediction_type)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    states = pipe.text_encoder(pipe.tokenizer(list(captions), **options).input_ids)[0]  # (captions, 77, width)
+    output = pipe.unet(sample.noisy.expand(len(captions), -1, -1, -1), timestep, states).sample
+    return (output - target).square().mean((1, 2, 3))
+
+
+def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timestep: int) -> dict[str, Use]:
+    """For shapes and for colours, with 95 % bootstrap intervals over the scenes."""
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in WORDS}
+    for item in tqdm(scenes, desc=f"t = {timestep}", unit="scene"):
+        for kind, words in WORDS.items():
+            error = errors(pipe, item, [caption(item, **{kind: word}) for word in words], timestep)
+            own = words.index(getattr(item.objects[0], kind))
+            wrong = (error.sum() - error[own]) / (len(words) - 1)
+            found[kind].append((float(error.argmin() == own), float(wrong / error[own] - 1)))
+    columns = {kind: np.array(rows).T for kind, rows in found.items()}
+    return {kind: Use(bootstrap(told), bootstrap(worse)) for kind, (told, worse) in columns.items()}
+
+
+@one_sentence("localctl.micro.words")
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 with one sentence for a base that cannot be loaded or numbers that make no sense."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="micro")
+    parser.add_argument("--count", type=int, default=100, help="scenes")
+    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="of 1000")
+    args = parser.parse_args(argv)
+    if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
+        raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    scenes = one_object_scenes(args.count)
+    lines = []
+    for timestep in args.timesteps:
+        for kind, use in use_of_words(pipe, scenes, timestep).items():
+            lines.append(f"{timestep:5}  {kind:6}  told apart {use.told_apart}  a wrong word adds {use.worse}")
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
