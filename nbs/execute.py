@@ -1,0 +1,65 @@
+"""Run the notebooks and keep what they show: python nbs/execute.py [01 03 ...]
+
+All share one kernel, since half of a notebook's time is importing libraries; names of one never reach the next.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+FOLDER = Path(__file__).parent
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SECONDS = 300  # per cell; a whole notebook takes well under 90 s where nothing else runs
+
+
+@contextmanager
+def shared_kernel(folder: Path) -> Iterator[KernelManager]:
+    """A kernel that works in ``folder`` and imports this tree's package."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(folder), env={**os.environ, "PYTHONPATH": str(FOLDER.resolve().parent)})
+    try:
+        yield manager
+    finally:
+        manager.shutdown_kernel(now=True)
+
+
+def execute(path: Path, kernel: KernelManager) -> NotebookNode:
+    """The notebook with its outputs; CellExecutionError where a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    forget = nbformat.v4.new_code_cell("%reset -f")  # no name of the notebook before
+    notebook.cells.insert(0, forget)
+    NotebookClient(notebook, timeout=SECONDS, km=kernel, record_timing=False).execute()
+    del notebook.cells[0]
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
+    notebook.metadata.pop("language_info", None)  # of the interpreter that happened to run it
+    return notebook
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def main(chosen: Sequence[str]) -> None:
+    """Run the notebooks whose names begin with one of ``chosen``, or all, and write their outputs into them."""
+    with shared_kernel(FOLDER) as kernel:
+        for path in NOTEBOOKS:
+            if not chosen or path.name.startswith(tuple(chosen)):
+                nbformat.write(execute(path, kernel), path)
+                print(f"{path.name}: {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
