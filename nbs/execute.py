@@ -19,13 +19,21 @@ from nbformat import NotebookNode
 FOLDER = Path(__file__).parent
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SECONDS = 300  # per cell; a whole notebook takes well under 90 s where nothing else runs
+FORGET = """%reset -f
+import warnings
+from tqdm import TqdmWarning
+warnings.filterwarnings("ignore", category=TqdmWarning)  # that bars would need ipywidgets; there are none here
+del warnings, TqdmWarning
+"""  # no name of the notebook before
 
 
 @contextmanager
 def shared_kernel(folder: Path) -> Iterator[KernelManager]:
-    """A kernel that works in ``folder`` and imports this tree's package."""
+    """A kernel that works in ``folder``, imports this tree's package, and draws no progress bars: kept, they would be
+    a line per step."""
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(folder), env={**os.environ, "PYTHONPATH": str(FOLDER.resolve().parent)})
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.resolve().parent), "TQDM_DISABLE": "1"}
+    manager.start_kernel(cwd=str(folder), env=environment)
     try:
         yield manager
     finally:
@@ -35,13 +43,13 @@ def shared_kernel(folder: Path) -> Iterator[KernelManager]:
 def execute(path: Path, kernel: KernelManager) -> NotebookNode:
     """The notebook with its outputs; CellExecutionError where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
-    forget = nbformat.v4.new_code_cell("%reset -f")  # no name of the notebook before
-    notebook.cells.insert(0, forget)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
     NotebookClient(notebook, timeout=SECONDS, km=kernel, record_timing=False).execute()
     del notebook.cells[0]
     for number, cell in enumerate(code_cells(notebook), start=1):
         cell.execution_count = number
         for output in cell.outputs:
+            output.get("data", {}).pop("image/jpeg", None)  # the same picture again, not as it is
             if output.output_type == "execute_result":
                 output.execution_count = number
     notebook.metadata.pop("language_info", None)  # of the interpreter that happened to run it
