@@ -26,6 +26,10 @@ def outputs(notebook: NotebookNode) -> list[NotebookNode]:
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
+def text_data(output: NotebookNode) -> list[str]:
+    return [data for kind, data in output.get("data", {}).items() if kind.startswith("text/")]
+
+
 def pictures(notebook: NotebookNode) -> list[Image.Image]:
     shown = [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
     return [Image.open(io.BytesIO(base64.b64decode(png))) for png in shown]
@@ -68,7 +72,7 @@ def test_what_is_kept_is_clean(path: Path) -> None:
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert {output.output_type for output in outputs(notebook)} <= {"stream", "display_data", "execute_result"}
     assert not any(output.get("name") == "stderr" for output in outputs(notebook))  # warnings and progress bars
-    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
+    texts = [str(part) for output in outputs(notebook) for part in (output.get("text"), *text_data(output))]
     assert not re.search(r"(^|[\s'\"=(])(/\w|[A-Z]:\\|~/)|\r", "\n".join(texts))  # absolute paths, redrawn lines
     assert len(pictures(notebook)) >= 2
     assert all(len(np.unique(np.asarray(picture.convert("L")))) > 8 for picture in pictures(notebook))  # none is blank
