@@ -164,6 +164,8 @@ class EnergyReader(BoundControl):
         del self._parts[site.name]
         inside, everywhere = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
         weights = self._weights(context, keys)
+        # Where attention is sharp, some tokens' is 0 everywhere, and 0 / 0 spoils the sum even at weight 0.
+        everywhere = everywhere.clamp_min(torch.finfo(everywhere.dtype).tiny)
         energy = ((1 - inside / everywhere).square().mean(dim=1) * weights).sum(dim=(1, 2))  # (n,)
         if not again:
             self._energies[site.name] = energy

@@ -1,4 +1,4 @@
-"""The local control loss in pictures: z_t, z0', the filters' maps, what counts inside the mask, and over t."""
+"""Mask and local control loss in pictures: features, z_t, z0', the maps of filters, what counts in the mask, over t."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localctl.adapter import LocalAdapter
 from localctl.data import Example
 from localctl.diffusion import DiffusionSample, add_noise, predict_x0
 from localctl.evaluation.plots import curves
-from localctl.images import grid, outline, to_pil
+from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.losses import FILTERS, LossConfig, LossTerms, local_control_loss, schedule_weight
 from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -124,6 +124,42 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
     return grid([*rows, last], COLUMNS, [*labels, example.caption])
 
 
+def predicted_sheet(pipe: DiffusionPipeline, predictions: Mapping[str, Prediction], side: int = 128) -> Image.Image:
+    """z0' of one example through the decoder, with the mask's outline: one row per way to predict it, one column per
+    timestep, after the example itself."""
+    first = next(iter(predictions.values()))
+    assert first.example.mask is not None
+    truth = outline(to_pil(first.example.pixels), first.example.mask).resize((side, side))
+    rows = []
+    for prediction in predictions.values():
+        decoded = [decode(pipe, latents[None]) for latents in prediction.predicted_x0]
+        rows.append([truth, *(outline(p, first.example.mask).resize((side, side)) for p in decoded)])
+    times = [f"z0', t = {t}" for t in first.sample.timesteps.tolist()]
+    return grid(rows, ["the scene", *times], list(predictions))
+
+
+@torch.no_grad()
+def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> Image.Image:
+    """The adapter's features (c_i,h_i,w_i) of one example, one column per level, after the condition: in the first row
+    without a mask (all ones), in the second with the example's.
+
+    Shown is the root of the mean square over the channels; both rows of a level share one scale. ValueError when the
+    example has no mask yet.
+    """
+    if example.mask is None:
+        raise ValueError(f"The example {example.key} has no mask; take it from MaskedSamples.")
+    masks = torch.stack([torch.ones_like(example.mask), example.mask])  # (2,1,H,W)
+    x = torch.cat([example.condition.expand(2, -1, -1, -1), masks], dim=1)  # (2,C+1,H,W)
+    levels = [f.float().square().mean(1).sqrt() for f in adapter(x.to(adapter.device, adapter.dtype))]  # (2,h,w)
+    condition = condition_to_pil(example.condition[:1])
+    shown = [condition, outline(condition, example.mask)]
+    rows = [
+        [shown[i].resize((side, side)), *(map_to_pil(level[i], side, float(level.max())) for level in levels)]
+        for i in range(2)
+    ]
+    return grid(rows, ["condition", *(f"{f.shape[-1]} x {f.shape[-2]} cells" for f in levels)], ["no mask", "mask"])
+
+
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Image.Image:
     """One scaled latent (1,c,h,w) through the decoder."""
@@ -157,10 +193,24 @@ def local_plot(predictions: Sequence[Prediction], configs: Mapping[str, LossConf
 
     Every loss is divided by its own largest mean: losses differ in scale, and what matters is where they look.
     """
-    timesteps = predictions[0].sample.timesteps.tolist()
     series = {}
     for name, config in configs.items():
-        table = torch.stack([p.terms(config).local for p in predictions]).double().cpu().numpy()  # (n,T)
-        table = table / max(float(table.mean(0).max()), 1e-12)
-        series[name] = {float(t): bootstrap(column) for t, column in zip(timesteps, table.T, strict=True)}
+        table = _local(predictions, config)
+        series[name] = _over_t(predictions[0], table / max(float(table.mean(0).max()), 1e-12))
     return curves(series, "t", "local term, share of its largest mean", logarithmic=False)
+
+
+def compared_plot(predictions: Mapping[str, Sequence[Prediction]], config: LossConfig) -> Image.Image:
+    """The local term over t of each way to predict the same examples: means with 95 % bootstrap intervals."""
+    series = {name: _over_t(made[0], _local(made, config)) for name, made in predictions.items()}
+    return curves(series, "t", f"local term, {config.filter}, {config.schedule}", logarithmic=False)
+
+
+def _local(predictions: Sequence[Prediction], config: LossConfig) -> np.ndarray:
+    """(n,T), float64."""
+    return torch.stack([p.terms(config).local for p in predictions]).double().cpu().numpy()
+
+
+def _over_t(prediction: Prediction, table: np.ndarray) -> dict[float, Interval]:
+    timesteps = prediction.sample.timesteps.tolist()
+    return {float(t): bootstrap(column) for t, column in zip(timesteps, table.T, strict=True)}

@@ -203,7 +203,8 @@ class Run:
 
     def _bar(self) -> Any:
         state, total = self.state, self.settings.steps
-        return tqdm(total=total, initial=state.step, desc="training", unit="step", disable=not self.main, mininterval=1)
+        options = {} if self.main else {"disable": True}  # of the main process TQDM_DISABLE decides
+        return tqdm(total=total, initial=state.step, desc="training", unit="step", mininterval=1, **options)
 
     def _step(self, batches: Any, bar: Any) -> None:
         """One optimizer update, of ``gradient_accumulation_steps`` micro-batches."""

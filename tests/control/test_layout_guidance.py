@@ -61,6 +61,24 @@ def test_published_energy() -> None:
     assert (published_energy(mask_resize="cover") - expected).abs() > 1e-3
 
 
+def test_a_token_that_nothing_attends_to_counts_no_more_than_its_weight() -> None:
+    """Its share inside is 0 / 0, of a word without a region or of one with."""
+    layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
+    bound = BoundGuidance(LayoutGuidance(), BoundRegions(bare_pipe(), [layout], "area"), ("mid",))
+    where, site = context(layout_of_row=(0,), conditional=(True,)), Site("mid", True, (4, 4))
+    energies = []
+    for token in (5, 1):  # the words stand behind the first, special token
+        block = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+        block[..., token] = -200.0  # whose exponential is 0
+        scores = SimpleNamespace(keys=8, block=block.requires_grad_().__getitem__)
+        reader = EnergyReader(bound)
+        with pytest.raises(EndOfRun):
+            reader.read_attention(where, site, scores, slice(None), None)
+        energies.append(reader.energy())
+        assert torch.autograd.grad(energies[-1].sum(), block)[0].isfinite().all()
+    assert 0.0 < energies[0].item() < energies[1].item() <= 1.0
+
+
 def guided(pipe: Any, *controls: Any, layout: Any = LAYOUT, prompt: Any = PROMPT, **options: Any) -> Tensor:
     with attach(pipe, layout, list(controls)):
         return draw(pipe, prompt, **options)

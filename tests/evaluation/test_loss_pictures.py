@@ -12,10 +12,13 @@ from localctl.data import Example
 from localctl.diffusion import add_noise
 from localctl.evaluation.loss_pictures import (
     Prediction,
+    compared_plot,
+    feature_sheet,
     local_plot,
     loss_sheet,
     map_to_pil,
     predict,
+    predicted_sheet,
     schedule_plot,
 )
 from localctl.losses import LossConfig
@@ -73,6 +76,29 @@ def test_a_perfect_prediction_has_no_local_term(sd_pipe: Any, example: Example) 
     assert cells[0].tobytes() == cells[1].tobytes() and len(np.unique(np.asarray(cells[0]))) > 5
 
 
+def test_the_mask_blanks_features_and_leaves_the_rest_as_it_was(make_adapter: Any, example: Example) -> None:
+    side, pad = 64, 4
+    sheet = np.asarray(feature_sheet(make_adapter(), example, side))
+
+    def cell(row: int, column: int) -> np.ndarray:
+        left, top = pad + column * (side + pad), pad + 14 + 14 + row * (side + pad + 14)
+        return sheet[top : top + side, left : left + side]
+
+    whole, masked = cell(0, 1), cell(1, 1)  # of the first level; the mask is the left half
+    assert np.array_equal(whole[:, : side // 2], masked[:, : side // 2]) and len(np.unique(masked)) > 5
+    assert len(np.unique(masked[:, side // 2 :].reshape(-1, 3), axis=0)) == 1
+    assert not np.array_equal(whole, masked)
+
+
+def test_what_is_predicted_in_a_row_each(sd_pipe: Any, example: Example) -> None:
+    prediction = of_truth(example, sd_pipe.scheduler.alphas_cumprod)
+    one = predicted_sheet(sd_pipe, {"truth": prediction}, side=32)
+    two = predicted_sheet(sd_pipe, {"truth": prediction, "again": prediction}, side=32)
+    assert one.width == two.width == 4 + 4 * 36 and two.height > one.height
+    cells = [np.asarray(one.crop((4 + 36 * k, 32, 36 + 36 * k, 64))).astype(int) for k in (1, 2)]
+    assert np.abs(cells[0] - cells[1]).max() <= 2  # a perfect prediction is the same at every t
+
+
 def test_maps_and_plots(sd_pipe: Any, example: Example) -> None:
     values = np.asarray(map_to_pil(torch.tensor([[0.0, 1.0], [2.0, 4.0]]), 4, top=2.0)).astype(int)
     brightness = values.sum(-1)
@@ -83,14 +109,17 @@ def test_maps_and_plots(sd_pipe: Any, example: Example) -> None:
     ]
     prediction = predict(sd_pipe, example, TIMESTEPS)
     plots.append(local_plot([prediction, of_truth(example, alphas)], {"sobel": LossConfig()}))
+    plots.append(compared_plot({"base": [prediction], "truth": [of_truth(example, alphas)]}, LossConfig()))
     assert all(isinstance(plot, Image.Image) for plot in plots) and plots[0].tobytes() != plots[1].tobytes()
 
 
-def test_mistakes_are_said(sd_pipe: Any, example: Example) -> None:
+def test_mistakes_are_said(sd_pipe: Any, make_adapter: Any, example: Example) -> None:
     with pytest.raises(ValueError, match="from 0 to 999"):
         predict(sd_pipe, example, [1000])
     with pytest.raises(ValueError, match="has no mask"):
         predict(sd_pipe, replace(example, mask=None), [1])
+    with pytest.raises(ValueError, match="has no mask"):
+        feature_sheet(make_adapter(), replace(example, mask=None))
     prediction = predict(sd_pipe, example, [1])
     with pytest.raises(ValueError, match="no filter"):
         loss_sheet(sd_pipe, prediction, LossConfig(filter="none"))
