@@ -232,19 +232,25 @@ class Layout:
         return cls(prompt, height, width, tuple(regions), overlap)
 
     def draw(self, picture: Image.Image | None = None) -> Image.Image:
-        """The regions' outlines and phrases on a copy of ``picture``, or on white."""
+        """The regions' outlines and phrases on a copy of ``picture``, or on white with a frame."""
         height, width = self.size or (512, 512)
         result = Image.new("RGB", (width, height), "white") if picture is None else picture.convert("RGB")
+        if picture is None:
+            ImageDraw.Draw(result).rectangle((0, 0, width - 1, height - 1), outline="lightgray")
         font = ImageFont.load_default()
         masks = self.masks((result.height, result.width), "area")
         for index, (region, mask) in enumerate(zip(self.regions, masks, strict=True)):
             color = _COLORS[index % len(_COLORS)]
             result = outline(result, mask / mask.max(), color)
             rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
-            corner = int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2
-            pen = ImageDraw.Draw(result)
-            pen.rectangle(pen.textbbox(corner, region.phrase or "-", font=font), fill="white")
-            pen.text(corner, region.phrase or "-", fill=color, font=font)
+            pen, text = ImageDraw.Draw(result), region.phrase or "-"
+            left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+            corner = (  # at the region's, but inside the picture
+                max(0, min(int(columns[rows == rows.min()].min()) + 3, result.width - int(right - left) - 1)),
+                max(0, min(int(rows.min()) + 2, result.height - int(bottom) - 1)),
+            )
+            pen.rectangle(pen.textbbox(corner, text, font=font), fill="white")
+            pen.text(corner, text, fill=color, font=font)
         return result
 
 

@@ -178,6 +178,15 @@ def test_draw_shows_every_region() -> None:
     assert layout.draw(gray).size == (96, 48) and gray.getcolors() == [(96 * 48, (128, 128, 128))]
 
 
+def test_a_name_at_the_edge_is_drawn_whole() -> None:
+    def letters(box: tuple[float, float, float, float]) -> int:
+        layout = Layout("an old sailboat", 64, 128, (Region("old sailboat", box),))
+        drawn = np.asarray(layout.draw(Image.new("RGB", (128, 64)))).astype(int)
+        return int((drawn.sum(axis=2) > 3 * 200).sum())  # the white behind them
+
+    assert letters((0.8, 0.8, 1.0, 1.0)) == pytest.approx(letters((0.1, 0.2, 0.4, 0.9)), rel=0.1)
+
+
 def test_regions_compare_by_value() -> None:
     assert Region("a", mask=disc()) == Region("a", mask=disc()) != Region("a", mask=1 - disc())
     assert Region("a", LEFT) == Region("a", [LEFT]) != Region("a", RIGHT)
