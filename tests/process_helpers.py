@@ -32,6 +32,7 @@ def _run(work: Callable[..., int | None], arguments: tuple[Any, ...], environmen
     os.environ.update(environment)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    multiprocessing.set_start_method(None, force=True)  # data workers are forked, as in a program of its own
     AcceleratorState._reset_state(reset_partial_state=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
