@@ -12,6 +12,7 @@ from localctl.data.bad import TooManyBadRows
 from localctl.evaluation.scorer import make_scorer
 from localctl.run.config import help_text, load_config
 from localctl.run.interrupt import exit_code
+from localctl.run.processes import leave
 from localctl.training.dry_run import report
 from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
@@ -20,7 +21,13 @@ from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _train(sys.argv[1:] if argv is None else argv)
+    finally:
+        leave()
+
+
+def _train(argv: Sequence[str]) -> int:
     try:
         if "-h" in argv or "--help" in argv:
             defaults = load_config([], TrainSettings, aliases=ALIASES)
@@ -42,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
         print(f"train_adapter.py: {error}", file=sys.stderr)
         return 1
-    run.state.accelerator.end_training()
     return exit_code(result.signal) if result.interrupted else 0
 
 

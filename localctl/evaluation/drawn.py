@@ -31,7 +31,6 @@ from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
-from localctl.evaluation.processes import processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import load_image
@@ -39,6 +38,7 @@ from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
 from localctl.random import key_seed
+from localctl.run.processes import processes
 from localctl.run.record import recorded
 from localctl.sampling import generate
 from localctl.sampling_cli import find_adapter

@@ -15,6 +15,7 @@ from training_helpers import silent_run, tiny_settings
 from localctl.data.sample import Example
 from localctl.losses import FILTERS, LossConfig
 from localctl.random import generator
+from localctl.run.processes import leave
 from localctl.training import loop
 from localctl.training.settings import TrainSettings
 
@@ -69,7 +70,7 @@ def main(base: Path, folder: Path) -> None:
         run.train()
         if run.main:
             torch.save(weights(run), folder / f"{name}.pt")
-    run.state.accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

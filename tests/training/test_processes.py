@@ -25,6 +25,7 @@ from localctl.losses import FILTERS
 from localctl.run import checkpoints
 from localctl.run.checkpoints import list_checkpoints
 from localctl.run.logging import read_stats
+from localctl.run.processes import leave
 from localctl.training import loop
 from localctl.training.data_watch import new_watch
 
@@ -83,7 +84,7 @@ def two_small_steps(base, folder, stop_after=None):
     run = silent_run(settings)
     assert run.state.accelerator.num_processes == 2
     result = run.train(stop)
-    run.state.accelerator.end_training()
+    leave()
     return 128 + result.signal if result.signal else 0
 
 

@@ -1,8 +1,9 @@
-"""Several processes on one measurement, as torchrun starts them."""
+"""Several processes on one job, as torchrun starts them."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,16 @@ from torch import distributed
 def processes() -> tuple[int, int]:
     """(rank, count) as torchrun tells."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave() -> None:
+    """Let go of the other processes, if there are any, after the last exchange with them.
+
+    Gloo's threads need Python's lock once more to let go of what was exchanged last. When the group goes first, it
+    waits for them with that lock held, for ever. So they get a moment."""
+    if distributed.is_available() and distributed.is_initialized():
+        time.sleep(0.1)
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -25,8 +36,8 @@ def joined() -> Iterator[tuple[int, int]]:
         together = distributed.is_available() and distributed.is_initialized()
         yield (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
     finally:
-        if not begun and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+        if not begun:
+            leave()
 
 
 def union(items: set) -> set:
