@@ -1,4 +1,5 @@
-"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one.
+"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one;
+and what of the text states is told by a word at its own place.
 
 python -m localctl.micro.words                      # the embedded base
 python -m localctl.micro.words --base FOLDER        # another micro base, while it is being trained, say
@@ -84,6 +85,19 @@ def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timeste
     return {kind: Use(bootstrap(told), bootstrap(worse)) for kind, (told, worse) in columns.items()}
 
 
+@torch.no_grad()
+def shares_of_words(pipe: StableDiffusionPipeline) -> dict[str, float]:
+    """Of the variance of the text states at the shape's word, over all captions of one object, the shares that the
+    shape's and the colour's words make, each with a mean over the other."""
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    captions = [f"a {color} {shape} on a black background" for color in COLORS for shape in SHAPES]
+    states = pipe.text_encoder(pipe.tokenizer(captions, **options).input_ids)[0]  # (captions, 77, width)
+    grid = states[:, 3].unflatten(0, (len(COLORS), len(SHAPES)))  # behind the start of text, "a" and the colour
+    whole = float((grid - grid.mean((0, 1))).square().mean((0, 1)).sum())
+    parts = {"shape": grid.mean(0), "color": grid.mean(1)}
+    return {kind: float(part.var(0, correction=0).sum()) / whole for kind, part in parts.items()}
+
+
 @one_sentence("localctl.micro.words")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 with one sentence for a base that cannot be loaded or numbers that make no sense."""
@@ -96,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
     pipe = load_pipeline(BaseConfig(name=args.base))
     scenes = one_object_scenes(args.count)
-    lines = []
+    shares = " and ".join(f"{value:.2f} by the {kind}'s" for kind, value in shares_of_words(pipe).items())
+    lines = [f"text states at the shape's word: {shares} word"]
     for timestep in args.timesteps:
         for kind, use in use_of_words(pipe, scenes, timestep).items():
             lines.append(f"{timestep:5}  {kind:6}  told apart {use.told_apart}  a wrong word adds {use.worse}")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from localctl.base import BaseConfig, load_pipeline
-from localctl.micro.scenes import COLORS
-from localctl.micro.words import caption, errors, main, one_object_scenes, use_of_words
+from localctl.micro.scenes import COLORS, SHAPES
+from localctl.micro.words import caption, errors, main, one_object_scenes, shares_of_words, use_of_words
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,20 @@ def test_colours_are_told_apart_and_a_base_that_does_not_read_is_found_out(pipe,
     forward = pipe.unet.forward
     monkeypatch.setattr(pipe.unet, "forward", lambda x, t, states, **more: forward(x, t, states * 0, **more))
     assert abs(use_of_words(pipe, scenes, 400)["color"].worse.value) < 1e-4
+
+
+def test_shares_of_words_are_those_of_the_states(pipe, monkeypatch):
+    shares = shares_of_words(pipe)
+    assert min(shares.values()) > 0.05 and sum(shares.values()) <= 1.0 + 1e-6
+    shape = pipe.tokenizer.convert_tokens_to_ids("ring</w>")
+    ids = [pipe.tokenizer.convert_tokens_to_ids(name + "</w>") for name in SHAPES]
+    states = pipe.text_encoder.forward
+
+    def without_shapes(tokens, *more):
+        return states(tokens.masked_fill(torch.isin(tokens, torch.tensor(ids)), shape), *more)
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", without_shapes)
+    assert shares_of_words(pipe)["shape"] < 1e-6
 
 
 def test_bad_input_is_one_sentence(capsys):

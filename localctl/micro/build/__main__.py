@@ -19,11 +19,13 @@ from transformers import CLIPModel, CLIPTokenizer
 from localctl.micro.build.clip import new_clip, new_tokenizer, train_clip
 from localctl.micro.build.data import SceneCache, scene_cache
 from localctl.micro.build.export import WEIGHTS, export, text_tower
+from localctl.micro.build.focus import make_focus
 from localctl.micro.build.loop import LoopConfig, read_weights
 from localctl.micro.build.unet import LatentCache, latent_cache, new_unet, train_unet
 from localctl.micro.build.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
+from localctl.micro.build.words import train_words
 
-PARTS = ("vae", "clip", "unet", "decoder", "clip_vision", "export")
+PARTS = ("vae", "clip", "words", "unet", "decoder", "clip_vision", "export")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -36,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=30000)
     parser.add_argument("--vae_steps", type=int, default=1850)
     parser.add_argument("--clip_steps", type=int, default=950)
+    parser.add_argument("--words_steps", type=int, default=1500, help="text tower alone: each word at its own place")
     parser.add_argument("--decoder_steps", type=int, default=900, help="decoder alone, on the U-Net's latents")
     parser.add_argument("--clip_vision_steps", type=int, default=500, help="vision tower alone")
     parser.add_argument("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
@@ -72,15 +75,23 @@ def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
-    """Tokenizer, CLIP and VAE in their latest state: workdir's checkpoints, else the base to continue from."""
-    tokenizer = load_tokenizer(args)
+def load_clip(args: argparse.Namespace, tokenizer: CLIPTokenizer, words: bool = True) -> CLIPModel:
+    """``words``: with the text tower that the part of this name has tuned, if it has."""
     vision, whole = args.workdir / "clip_vision.pt", args.workdir / "clip.pt"
     if vision.exists() or whole.exists() or args.continue_from is None:
         clip = new_clip(tokenizer)
         clip.load_state_dict(read_weights(vision if vision.exists() else whole))
     else:
         clip = CLIPModel.from_pretrained(args.continue_from / "clip", dtype=torch.float32)
+    if words and (args.workdir / "words.pt").exists():
+        clip.text_model.load_state_dict(read_weights(args.workdir / "words.pt"))
+    return clip
+
+
+def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
+    """Tokenizer, CLIP and VAE in their latest state: workdir's checkpoints, else the base to continue from."""
+    tokenizer = load_tokenizer(args)
+    clip = load_clip(args, tokenizer)
     if (args.workdir / "vae.pt").exists() or args.continue_from is None:
         vae = new_vae()
         vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
@@ -112,10 +123,18 @@ def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
     return latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, path)
 
 
+def build_words(args: argparse.Namespace, data: list[SceneCache]) -> bool:
+    tokenizer = load_tokenizer(args)
+    config = LoopConfig(steps=args.words_steps, learning_rate=1.5e-3, warmup=50, weight_decay=0.0, minutes=args.minutes)
+    captions = [caption for cache in data for caption in cache.captions]
+    return train_words(load_clip(args, tokenizer, words=False), tokenizer, captions, config, args.workdir)
+
+
 def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
     config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
     cache, initial = latents(args, data), unet_weights(args, args.unet_init)
-    options = {"initial": initial, "prediction_type": args.prediction_type}
+    focus = make_focus(len(cache.latents), args.workdir / f"focus-{len(cache.latents)}.pt")
+    options = {"initial": initial, "prediction_type": args.prediction_type, "focus": focus}
     return train_unet(cache, config, args.workdir, args.unet_batch, **options)[1]
 
 
@@ -152,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     if "clip" in args.parts:
         config = LoopConfig(steps=args.clip_steps, learning_rate=1e-3, weight_decay=0.05, minutes=args.minutes)
         train_clip(data, load_tokenizer(args), config, args.workdir)
+    if "words" in args.parts:
+        build_words(args, data)
     if "unet" in args.parts:
         build_unet(args, data[0])
     if "decoder" in args.parts:

@@ -15,7 +15,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from localctl.diffusion import add_noise, training_target
 from localctl.micro.build.clip import token_ids
 from localctl.micro.build.data import SceneCache
+from localctl.micro.build.focus import Focus, focus_loss, watch
 from localctl.micro.build.loop import LoopConfig, train
+
+FOCUS_WEIGHT = 0.04
+FAR, NEAR = 0.25, 2.25  # weights of the error away from objects and at them
 
 
 def new_unet(text_width: int = 128) -> UNet2DConditionModel:
@@ -124,10 +128,11 @@ def train_unet(
     padding_dropout: float = 0.5,
     initial: dict[str, Tensor] | None = None,
     prediction_type: str = "v_prediction",
+    focus: Focus | None = None,
 ) -> tuple[UNet2DConditionModel, bool]:
     """Predict epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) unweighted.
 
-    empty: share of empty captions. initial: weights to start from."""
+    empty: share of empty captions. initial: weights to start from. focus: of the cached scenes, see there."""
     torch.manual_seed(config.seed)
     unet = new_unet(cache.states.shape[-1])
     if initial:
@@ -136,18 +141,40 @@ def train_unet(
     alphas = scheduler.alphas_cumprod
     snr = alphas / (1 - alphas)
     weight = snr.clamp(max=5) / snr if prediction_type == "epsilon" else torch.ones_like(snr)
+    odds = None if focus is None else focus.odds.cumsum(0)
+    kept = [] if focus is None else watch(unet)
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        chosen = torch.from_numpy(rng.integers(len(cache.latents), size=batch))
+        kept.clear()
+        chosen = _draw_scenes(len(cache.latents), odds, batch, rng)
         latents = cache.latents[chosen].float()
-        rows = cache.caption_of[chosen].masked_fill(torch.from_numpy(rng.random(batch) < empty), 0)
+        is_empty = torch.from_numpy(rng.random(batch) < empty)
+        rows = cache.caption_of[chosen].masked_fill(is_empty, 0)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        t = torch.from_numpy(draw_timesteps(batch, rng))
+        t = torch.from_numpy(rng.permutation(draw_timesteps(batch, rng)))
         sample = add_noise(latents, noise, t, alphas)
         target = training_target(sample, alphas, prediction_type)
         output = unet(sample.noisy, t, text_batch(cache, rows, rng, padding_dropout)).sample
-        error = (output - target).square().mean((1, 2, 3))  # (B,)
-        return {"loss": (error * weight[t]).mean(), "mse": error.mean()}
+        error = (output - target).square().mean(1)  # (B, 16, 16)
+        mse = error.mean((1, 2))  # (B,)
+        if focus is None:
+            return {"loss": (mse * weight[t]).mean(), "mse": mse.mean()}
+        near = focus.near[chosen].float()
+        weighted = (error * (FAR + (NEAR - FAR) * near)).mean((1, 2))
+        seen = ((800 - t.float()) / 200).clamp(0, 1) * ~is_empty  # in more noise nobody knows where objects are
+        attention, share = focus_loss(kept, focus.masks[chosen].float(), focus.tokens[chosen], seen)
+        loss = (weighted * weight[t]).mean() + FOCUS_WEIGHT * attention
+        objects = (error * near).sum() / near.sum().clamp(min=1)
+        return {"loss": loss, "mse": mse.mean(), "objects": objects, "attention": share}
 
     done = train("unet", unet, loss_fn, config, folder)
+    unet.set_default_attn_processor()
     return unet, done
+
+
+def _draw_scenes(count: int, odds: Tensor | None, batch: int, rng: np.random.Generator) -> Tensor:
+    """(B,) numbers of scenes: any, or by cumulated ``odds``, one stratum per row."""
+    if odds is None:
+        return torch.from_numpy(rng.integers(count, size=batch))
+    places = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch)
+    return torch.searchsorted(odds, places).clamp(max=count - 1)
