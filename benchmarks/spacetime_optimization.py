@@ -32,6 +32,7 @@ from localctl.layout import Layout, Region
 from localctl.optimization.differentiable import decode, encode, sample_latents
 from localctl.optimization.objective import ClipObjective
 from localctl.optimization.weights import find_clip
+from localctl.run.program import one_sentence
 from localctl.sampling import image_size, initial_noise
 
 SCENE = Layout(
@@ -171,18 +172,15 @@ def timing(bench: Bench, steps: int, repeats: int) -> None:
         print(f"{name}: {1000 * statistics.median(values):.1f} ms per step, {statistics.median(values) / plain:.2f} x")
 
 
+@one_sentence("spacetime_optimization")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = new_parser().parse_args(argv)
-    try:
-        bench = Bench(options)
-        if options.what == "memory":
-            memory(bench, options.steps)
-        else:
-            timing(bench, options.steps[0], options.repeats)
-    except ValueError as error:
-        print(f"spacetime_optimization: {error}", file=sys.stderr)
-        return 2
+    bench = Bench(options)
+    if options.what == "memory":
+        memory(bench, options.steps)
+    else:
+        timing(bench, options.steps[0], options.repeats)
     return 0
 
 

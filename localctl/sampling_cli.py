@@ -28,6 +28,7 @@ from localctl.control.local_adapter import LocalAdapterControl
 from localctl.images import load_image
 from localctl.layout import Layout, check_side
 from localctl.masks import load_mask
+from localctl.run.processes import process_device
 from localctl.sampling_files import INPUTS, RECORD
 from localctl.sampling_regions import Variant, add_flags, layout_paths, load_layouts, plan
 
@@ -144,7 +145,7 @@ def prepare(options: argparse.Namespace) -> Job:
     """Check everything that can be checked without loading a model. ValueError in one sentence."""
     scenes = load_layouts(options)
     _check_numbers(options)
-    device = _device(options.device)
+    device = process_device(options.device)
     folders = [find_adapter(path) for path in options.adapter or ()]
     configs = [_adapter_config(folder) for folder in folders]
     base = _base_name(options.base, folders, configs) if folders else options.base or "micro"
@@ -193,17 +194,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
         count = len(getattr(options, name) or [None])
         if count not in (1, len(options.adapter)):
             raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {name!r} cannot be used here; try --device cpu.") from error
-    return device
 
 
 def find_adapter(path: str | Path) -> Path:

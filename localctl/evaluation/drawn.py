@@ -38,7 +38,7 @@ from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
 from localctl.random import key_seed
-from localctl.run.processes import processes
+from localctl.run.processes import process_device, processes
 from localctl.run.record import recorded
 from localctl.sampling import generate
 from localctl.sampling_cli import find_adapter
@@ -300,16 +300,3 @@ def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
             raise ValueError(f"The picture {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
         mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
         yield Drawn(name, about["key"], about["caption"], image, mask)
-
-
-def process_device(name: str) -> torch.device:
-    """Of this process: ``auto`` spreads the processes over the GPUs. ValueError for a device that is not there."""
-    if name == "auto":
-        count = torch.cuda.device_count()
-        return torch.device("cuda", processes()[0] % count) if count else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {name!r} cannot be used here; try device=cpu.") from error
-    return device

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from localctl.evaluation.fid import collect
+from localctl.evaluation.tables import head, line
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
@@ -53,9 +54,9 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
 def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """What :func:`climb` found, as Markdown."""
     columns = list(next(iter(rows.values())))
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines = head(["", *columns])
     for rung, values in rows.items():
-        lines.append("| " + " | ".join([rung, *(f"{values[column]:.4g}" for column in columns)]) + " |")
+        lines.append(line([rung, *(f"{values[column]:.4g}" for column in columns)]))
     return "\n".join(lines)
 
 

@@ -14,13 +14,14 @@ from localctl.base import set_scheduler
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MaskedSamples, MicroScenes, Source, open_files
 from localctl.data.bad import BadRow
-from localctl.evaluation.drawn import example_of, picture_id, process_device
+from localctl.evaluation.drawn import example_of, picture_id
 from localctl.images import to_pil
 from localctl.layout import Layout
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
 from localctl.random import key_seed
+from localctl.run.processes import process_device
 from localctl.sampling import generate
 from localctl.training.models import Models, no_progress_bars
 from localctl.training.settings import TrainSettings

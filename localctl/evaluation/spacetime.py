@@ -39,6 +39,7 @@ from localctl.metrics.clip import Clip
 from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.optimization.weights import OptimizedSpaceTime, find_clip, optimize_weights
+from localctl.run.program import one_sentence
 from localctl.sampling import generate
 from localctl.sampling_regions import read_variants
 
@@ -238,15 +239,12 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"The output folder {options.output_dir} cannot be made ({error.strerror}).") from error
 
 
+@one_sentence("localctl.evaluation.spacetime")
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a user's error."""
     options = new_parser().parse_args(argv)
-    try:
-        check(options)
-        print(run(options))
-    except ValueError as error:
-        print(f"localctl.evaluation.spacetime: {error}", file=sys.stderr)
-        return 2
+    check(options)
+    print(run(options))
     return 0
 
 

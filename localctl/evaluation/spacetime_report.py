@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from localctl.evaluation.tables import line
 from localctl.images import captioned, grid
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -55,12 +56,12 @@ def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[s
     shared = {row: table[:optimised] for row, table in tables.items()}
     if 0 < optimised < n:
         lines += [f"On the {optimised} captions that all rows share", "", *_means(shared), ""]
-    lines += [_line(["paired difference", *COLUMNS]), _line(["---"] * (len(COLUMNS) + 1))]
+    lines += [line(["paired difference", *COLUMNS]), line(["---"] * (len(COLUMNS) + 1))]
     figures: dict[str, Any] = {"means": _intervals(tables), "means of the shared": _intervals(shared)}
     figures["differences"] = {}
     for row, other in pairs:
         gains = [difference(tables[row][:, i], tables[other][:, i]) for i in range(len(COLUMNS))]
-        lines.append(_line([f"{row} - {other}", *(_signed(gain) for gain in gains)]))
+        lines.append(line([f"{row} - {other}", *(_signed(gain) for gain in gains)]))
         figures["differences"][f"{row} - {other}"] = dict(zip(COLUMNS, map(_plain, gains), strict=True))
     lines += ["", "Paired: same caption, layout and noise; over the captions where both are defined."]
     lines += ["Only the CLIP score was optimised; the other figures were not."]
@@ -85,11 +86,11 @@ def _intervals(tables: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def _means(tables: Mapping[str, np.ndarray]) -> list[str]:
-    lines = [_line(["", "captions", *COLUMNS]), _line(["---"] * (len(COLUMNS) + 2))]
+    lines = [line(["", "captions", *COLUMNS]), line(["---"] * (len(COLUMNS) + 2))]
     for row, table in tables.items():
         drawn = int((~np.isnan(table[:, 0])).sum())
         cells = [_interval(table[:, i]) for i in range(len(COLUMNS))]
-        lines.append(_line([row, str(drawn), *("undefined" if cell is None else str(cell) for cell in cells)]))
+        lines.append(line([row, str(drawn), *("undefined" if cell is None else str(cell) for cell in cells)]))
     return lines
 
 
@@ -102,10 +103,6 @@ def _signed(gain: Interval | None) -> str:
         return "undefined"
     said = "" if gain.low > 0 or gain.high < 0 else ", no difference"
     return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] of {gain.n}{said}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def relation_sheet(

@@ -47,16 +47,16 @@ def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
 def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) -> str:
     """Two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
     columns = columns or comparison.columns
-    lines = [_line(["", *(_headed(column) for column in columns)]), _line(["---"] * (len(columns) + 1))]
+    lines = [line(["", *(_headed(column) for column in columns)]), line(["---"] * (len(columns) + 1))]
     for name in comparison.tables:
         cells = [_mean(comparison, name, column) for column in columns]
-        lines.append(_line([_labelled(comparison, name), *cells]))
+        lines.append(line([_labelled(comparison, name), *cells]))
     n = len(comparison.ids)
     lines += ["", f"Means over {n} samples with 95 % bootstrap intervals; (-k): k samples undefined and left out.", ""]
     others = [name for name in comparison.tables if name not in (against, CEILING)]
     if others:
-        lines += [_line([f"less {against!r}", *columns]), _line(["---"] * (len(columns) + 1))]
-        lines += [_line([name, *(_difference(comparison, name, against, c) for c in columns)]) for name in others]
+        lines += [line([f"less {against!r}", *columns]), line(["---"] * (len(columns) + 1))]
+        lines += [line([name, *(_difference(comparison, name, against, c) for c in columns)]) for name in others]
         lines += ["", f"Paired differences to {against!r}: the same examples, masks and noise."]
     return "\n".join([*lines, *_timing(comparison)]) + "\n"
 
@@ -95,8 +95,14 @@ def plot(comparison: Comparison) -> Image.Image:
     return bars(panels)
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def head(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return [line(cells), line(["---"] * len(cells))]
 
 
 def _headed(column: str) -> str:

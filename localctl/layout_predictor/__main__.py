@@ -20,6 +20,7 @@ from localctl.layout import Layout, Region
 from localctl.layout_io import save_layout
 from localctl.layout_predictor.model import load_predictor
 from localctl.layout_predictor.parsing import CHUNKERS
+from localctl.run.program import one_sentence
 
 _COLUMNS = 3
 _SHORT_SIDE = 320  # px, of the drawn picture
@@ -86,26 +87,21 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [*lines, ""][:2]
 
 
+@one_sentence("localctl.layout_predictor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    try:
-        options = new_parser().parse_args(argv)
-        if options.save and len(options.prompt) > 1:
-            raise ValueError("--save writes one layout; give one prompt.")
-        predictor = load_predictor(options.predictor)
-        size = {"height": options.height, "width": options.width}
-        layouts = [
-            predictor.predict(prompt, options.seed, chunker=options.chunker, **size) for prompt in options.prompt
-        ]
-        for layout in layouts:
-            print(*(line for region in layout.regions for line in described(region)), sep="\n")
-        draw(layouts, Path(options.output))
-        print(options.output)
-        if options.save:
-            print(save_layout(layouts[0], options.save))
-    except ValueError as error:
-        print(f"layout_predictor: {error}", file=sys.stderr)
-        return 2
+    options = new_parser().parse_args(argv)
+    if options.save and len(options.prompt) > 1:
+        raise ValueError("--save writes one layout; give one prompt.")
+    predictor = load_predictor(options.predictor)
+    size = {"height": options.height, "width": options.width}
+    layouts = [predictor.predict(prompt, options.seed, chunker=options.chunker, **size) for prompt in options.prompt]
+    for layout in layouts:
+        print(*(line for region in layout.regions for line in described(region)), sep="\n")
+    draw(layouts, Path(options.output))
+    print(options.output)
+    if options.save:
+        print(save_layout(layouts[0], options.save))
     return 0
 
 

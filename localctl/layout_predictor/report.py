@@ -24,6 +24,7 @@ from localctl.layout_predictor.measure import Judged, MeanBox, held_out_captions
 from localctl.layout_predictor.model import LayoutPredictor, load_predictor
 from localctl.metrics.bootstrap import bootstrap
 from localctl.random import numpy_rng
+from localctl.run.program import one_sentence
 
 # Things that no training sentence names; most are none of COCO's classes either.
 NEW_NAMES = (
@@ -146,6 +147,7 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@one_sentence("localctl.layout_predictor.report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,16 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     options = parser.parse_args(argv)
-    try:
-        if options.count < 1:
-            raise ValueError(f"--count must be at least 1, not {options.count}.")
-        result = measure(load_predictor(options.predictor), options.count, options.seed)
-        print(as_text(result))
-        if options.output:
-            Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    if options.count < 1:
+        raise ValueError(f"--count must be at least 1, not {options.count}.")
+    result = measure(load_predictor(options.predictor), options.count, options.seed)
+    print(as_text(result))
+    if options.output:
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -34,6 +34,7 @@ from localctl.run.checkpoints import (
 from localctl.run.files import share_weights
 from localctl.run.interrupt import Interrupt
 from localctl.run.logging import STATS, check_report_to, make_tracker
+from localctl.run.processes import process_device
 from localctl.run.record import flat, recorded
 
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
@@ -58,7 +59,7 @@ def make_scenes(settings: LayoutTrainSettings) -> Scenes:
 def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
     """Check folder, checkpoint and data, then make the model. ValueError in one sentence for the user."""
     check_report_to(settings.report_to)
-    device = _device(settings.device)
+    device = process_device(settings.device)
     folder = Path(settings.output_dir).expanduser()
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -83,17 +84,6 @@ def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.wri
         for step, path in list_checkpoints(folder).items():
             path.rename(folder / f"abandoned-checkpoint-{step}")
     return run
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"The device {name!r} cannot be used here; try --device cpu.") from error
-    return device
 
 
 class Run:

@@ -7,12 +7,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import distributed
 
 
 def processes() -> tuple[int, int]:
     """(rank, count) as torchrun tells."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_device(name: str) -> torch.device:
+    """Of this process: ``auto`` spreads the processes over the GPUs. ValueError for a device that is not there."""
+    if name == "auto":
+        count = torch.cuda.device_count()
+        return torch.device("cuda", processes()[0] % count) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"The device {name!r} cannot be used here; try the device 'cpu'.") from error
+    return device
 
 
 def leave() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,6 +13,7 @@ from localctl.evaluation.ablation.sweeping import sweep_section
 from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, verdict
 from localctl.evaluation.plots import bars
 from localctl.evaluation.provenance import write_bytes
+from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
 
@@ -40,14 +40,6 @@ def write_report(folder: Path, page: Path) -> str:
     )
     write_bytes(page, text.encode())
     return text
-
-
-def line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def head(cells: Sequence[str]) -> list[str]:
-    return [line(cells), line(["---"] * len(cells))]
 
 
 def _introduction(figures: Figures, page: Path) -> list[str]:

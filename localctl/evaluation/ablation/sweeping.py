@@ -8,6 +8,7 @@ from pathlib import Path
 
 from localctl.evaluation.ablation.figures import CONTROL, Figures
 from localctl.evaluation.plots import curves
+from localctl.evaluation.tables import head, line
 from localctl.metrics.bootstrap import Interval
 
 NONE = "sweep_none"
@@ -67,14 +68,13 @@ def sweep_section(figures: Figures, folder: Path, link: str) -> list[str]:
         "",
         f"Sobel in the mask, {steps} steps each, one seed. Curves are named `schedule, normalisation`.",
         "",
-        "| setting | weight | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 2) + "|",
+        *head(["setting", "weight", *columns]),
     ]
     for name, curve, weight in [(NONE, "no local term", 0.0), *((p.name, p.curve, p.weight) for p in points)]:
         cells = [str(figures.mean(name, "f1")), str(figures.mean(name, CONTROL))]
         cells += [f"{figures.distance(name, d):.4g}" for d in frechet]
         worse = "" if name == NONE else ", ".join(loses(figures, name)) or "no"
-        lines.append(f"| {curve} | {weight:g} | " + " | ".join([*cells, worse]) + " |")
+        lines.append(line([curve, f"{weight:g}", *cells, worse]))
     lines += ["", f"Worse: a KID more than {ERRORS:g} standard errors above that without the local term.", ""]
     lines += [_verdict(figures), "", *_plots(figures, points, frechet, folder, link), ""]
     return lines

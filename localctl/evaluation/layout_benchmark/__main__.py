@@ -22,6 +22,7 @@ from localctl.evaluation.layout_benchmark.measuring import Bench, Protocol
 from localctl.evaluation.layout_benchmark.methods import METHODS, SINGLE, Method, grids, methods, preset_words
 from localctl.evaluation.layout_benchmark.report import explain, write_report, write_tuning
 from localctl.metrics.extractors import EXTRACTORS
+from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.evaluation.layout_benchmark"
 
@@ -68,39 +69,30 @@ def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
     )
 
 
+@one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a user's error, 1 when the disk is full."""
     args = parse(argv)
     tune = args.tune is not None
-    try:
-        if args.grid and not tune:
-            raise ValueError("--grid says what --tune goes over; give --tune.")
-        name = "layout_tuning" if tune else "layout_benchmark"
-        page = args.report or Path(f"outputs/{name}.md")
-        folder = page.with_suffix("")
-        if folder == page:
-            raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
-        if tune:
-            chosen = grids(args.tune or SINGLE, args.grid, args.base)
-        else:
-            chosen = methods(args.methods, args.set, args.base)
-        work = args.work_dir or Path(f"outputs/{name}_work")
-        bench = Bench(protocol_of(args, tune), folder, work, args.batch_size, args.device)
-        bench.check(chosen)
-        write = write_tuning if tune else write_report
-        for method in chosen:
-            if bench.measure(method):
-                write(folder, page)
-        write(folder, page)
-        print(page)
-        figures = Figures(read_results(folder))
-        say_best(figures, chosen, args.base) if tune else say_gates(figures)
-    except ValueError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+    if args.grid and not tune:
+        raise ValueError("--grid says what --tune goes over; give --tune.")
+    name = "layout_tuning" if tune else "layout_benchmark"
+    page = args.report or Path(f"outputs/{name}.md")
+    folder = page.with_suffix("")
+    if folder == page:
+        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+    chosen = grids(args.tune or SINGLE, args.grid, args.base) if tune else methods(args.methods, args.set, args.base)
+    work = args.work_dir or Path(f"outputs/{name}_work")
+    bench = Bench(protocol_of(args, tune), folder, work, args.batch_size, args.device)
+    bench.check(chosen)
+    write = write_tuning if tune else write_report
+    for method in chosen:
+        if bench.measure(method):
+            write(folder, page)
+    write(folder, page)
+    print(page)
+    figures = Figures(read_results(folder))
+    say_best(figures, chosen, args.base) if tune else say_gates(figures)
     return 0
 
 

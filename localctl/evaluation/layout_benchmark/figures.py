@@ -138,15 +138,17 @@ def gates(figures: Figures) -> list[Gate]:
     ]
 
 
+RANKED = ("right", "accuracy", "color_right", "color_iou")
+
+
 def ranked(figures: Figures) -> list[str]:
     """Methods of a tuning, the best first: those that draw not much worse than plain, by the sum of what is right with
     two regions and its milder forms. Of few layouts, one picture that happens to be right decides nothing alone."""
-    columns = ("right", "accuracy", "color_right", "color_iou")
 
     def score(name: str) -> tuple[float, ...]:
         return (
             float(figures.frechet(name) <= MOST_FRECHET),
-            sum(_value(figures.mean(name, column, 2)) for column in columns),
+            sum(_value(figures.mean(name, column, 2)) for column in RANKED),
         )
 
     return sorted(figures.results, key=score, reverse=True)

@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
-from localctl.evaluation.drawn import process_device
 from localctl.evaluation.fid import collect
 from localctl.evaluation.layout_benchmark.attention import attention_of
 from localctl.evaluation.layout_benchmark.cases import COLUMNS, PROFILE, Case, cases, read
@@ -29,6 +28,7 @@ from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_ex
 from localctl.metrics.statistics import Statistics, distances
 from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.scenes import scene
+from localctl.run.processes import process_device
 from localctl.sampling import generate
 from localctl.sampling_regions import named
 

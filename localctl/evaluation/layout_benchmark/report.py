@@ -11,6 +11,7 @@ from localctl.evaluation.layout_benchmark.attention import KINDS
 from localctl.evaluation.layout_benchmark.figures import (
     GATES,
     MOST_FRECHET,
+    RANKED,
     Figures,
     Gate,
     gates,
@@ -20,6 +21,7 @@ from localctl.evaluation.layout_benchmark.figures import (
 from localctl.evaluation.layout_benchmark.measuring import SHOWN
 from localctl.evaluation.plots import bars
 from localctl.evaluation.provenance import write_bytes
+from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
 from localctl.sampling_regions import NONE, named
@@ -64,24 +66,24 @@ def write_tuning(folder: Path, page: Path) -> str:
     """The table of a tuning, the best of each control first; returns the text. ValueError as for
     :func:`write_report`."""
     figures = Figures(read_results(folder))
-    columns = ("right", "accuracy", "color_right", "clip_score")
+    columns = (*RANKED, "clip_score")
     lines = [
         "# Settings of the controls on the embedded base",
         "",
         f"Written by `{COMMAND} --tune`:",
         f"{len(figures.plain.ids)} layouts of two regions that the benchmark does not use, {_drawing(figures)}.",
-        "Plain sampling first, then by `right`; settings with a Fréchet distance over",
-        f"{MOST_FRECHET:g} times plain's come last.",
+        f"Plain sampling first, then by the sum of {', '.join(f'`{column}`' for column in RANKED)};",
+        f"settings with a Fréchet distance over {MOST_FRECHET:g} times plain's come last.",
         "The best of many flatters itself: only the benchmark's figures count.",
         "",
     ]
     order = ranked(figures)
     for control in dict.fromkeys(name.partition(" ")[0] for name in order if name != NONE):
-        lines += [f"## {control}", "", *_head(["", *columns, "Fréchet over plain"])]
+        lines += [f"## {control}", "", *head(["", *columns, "Fréchet over plain"])]
         for name in (NONE, *(name for name in order if name.partition(" ")[0] == control)):
             label = "preset" if name == control else name.removeprefix(f"{control} ")
             lines.append(
-                _line([label, *(_cell(figures.mean(name, c)) for c in columns), f"{figures.frechet(name):.2f}"])
+                line([label, *(_cell(figures.mean(name, c)) for c in columns), f"{figures.frechet(name):.2f}"])
             )
         lines.append("")
     text = "\n".join(lines)
@@ -150,19 +152,19 @@ def _tables(figures: Figures) -> list[str]:
     lines = []
     for regions in (None, *numbers):
         title = "All layouts" if regions is None else f"{regions} region{'s' if regions > 1 else ''}"
-        lines += [f"## {title}", "", *_head(["", *SHAPED])]
-        lines += [_line([n, *(_cell(figures.mean(n, c, regions)) for c in SHAPED)]) for n in _names(figures)]
-        lines += ["", *_head(["", *COLORED])]
-        lines += [_line([n, *(_cell(figures.mean(n, c, regions)) for c in COLORED)]) for n in _names(figures)]
+        lines += [f"## {title}", "", *head(["", *SHAPED])]
+        lines += [line([n, *(_cell(figures.mean(n, c, regions)) for c in SHAPED)]) for n in _names(figures)]
+        lines += ["", *head(["", *COLORED])]
+        lines += [line([n, *(_cell(figures.mean(n, c, regions)) for c in COLORED)]) for n in _names(figures)]
         lines.append("")
-    lines += ["## Less plain sampling, two regions", "", *_head(["", *COMPARED])]
+    lines += ["## Less plain sampling, two regions", "", *head(["", *COMPARED])]
     for name in _names(figures)[1:]:
-        lines.append(_line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
+        lines.append(line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
     distances = list(figures.plain.distances)
-    lines += ["", "## Distances to scenes of the training part", "", *_head(["", *distances, "Fréchet over plain"])]
+    lines += ["", "## Distances to scenes of the training part", "", *head(["", *distances, "Fréchet over plain"])]
     for name in _names(figures):
         values = [f"{figures.results[name].distances[key]:.4g}" for key in distances]
-        lines.append(_line([name, *values, f"{figures.frechet(name):.2f}"]))
+        lines.append(line([name, *values, f"{figures.frechet(name):.2f}"]))
     about = figures.plain.provenance.get("distances", {})
     return [*lines, "", *(f"- {warning}" for item in about.values() for warning in item["warnings"]), ""]
 
@@ -177,11 +179,11 @@ def _attention(figures: Figures) -> list[str]:
         "Shares of the cross-attention by kind of token, over layers, heads, cells and steps, and the share of the",
         "phrases' that lies inside their boxes (a spread-out one: the boxes' area). Eight pictures of two regions.",
         "",
-        *_head(["", *KINDS, "inside", "area"]),
+        *head(["", *KINDS, "inside", "area"]),
     ]
     for name in names:
         found = figures.results[name].attention
-        lines.append(_line([name, *(f"{found[kind]:.3f}" for kind in (*KINDS, "inside", "area"))]))
+        lines.append(line([name, *(f"{found[kind]:.3f}" for kind in (*KINDS, "inside", "area"))]))
     return [*lines, ""]
 
 
@@ -195,12 +197,12 @@ def _costs(figures: Figures) -> list[str]:
         f"Measured on {figures.plain.provenance['device']}, in turns with plain sampling, medians of a short run with",
         "the methods' own windows; memory is what a run holds beside what was there before.",
         "",
-        *_head(["", "seconds per picture", "over plain", "peak MiB"]),
+        *head(["", "seconds per picture", "over plain", "peak MiB"]),
     ]
     for name in names:
         cost = figures.results[name].cost
         peak = "not known" if cost["peak_mib"] is None else f"{cost['peak_mib']:.0f}"
-        lines.append(_line([name, f"{cost['seconds']:.3f}", f"{cost['overhead']:+.0%}", peak]))
+        lines.append(line([name, f"{cost['seconds']:.3f}", f"{cost['overhead']:+.0%}", peak]))
     return [*lines, ""]
 
 
@@ -270,11 +272,3 @@ def _cell(interval: Interval | None) -> str:
 
 def _signed(interval: Interval | None) -> str:
     return "undefined" if interval is None else f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), _line(["---"] * len(cells))]
