@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -170,7 +171,7 @@ def train_unet(
         return {"loss": loss, "mse": mse.mean(), "objects": objects, "attention": share}
 
     done = train("unet", unet, loss_fn, config, folder)
-    unet.set_default_attn_processor()
+    unet.set_attn_processor(AttnProcessor2_0())
     return unet, done
 
 
