@@ -241,7 +241,7 @@ def check(options: argparse.Namespace) -> None:
 
 @one_sentence("localctl.evaluation.spacetime")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error."""
+    """0 when done, 2 after a user's error, 1 when the disk is full."""
     options = new_parser().parse_args(argv)
     check(options)
     print(run(options))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from localctl.evaluation.tables import line
+from localctl.evaluation.tables import head, line
 from localctl.images import captioned, grid
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -56,7 +56,7 @@ def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[s
     shared = {row: table[:optimised] for row, table in tables.items()}
     if 0 < optimised < n:
         lines += [f"On the {optimised} captions that all rows share", "", *_means(shared), ""]
-    lines += [line(["paired difference", *COLUMNS]), line(["---"] * (len(COLUMNS) + 1))]
+    lines += head(["paired difference", *COLUMNS])
     figures: dict[str, Any] = {"means": _intervals(tables), "means of the shared": _intervals(shared)}
     figures["differences"] = {}
     for row, other in pairs:
@@ -86,7 +86,7 @@ def _intervals(tables: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def _means(tables: Mapping[str, np.ndarray]) -> list[str]:
-    lines = [line(["", "captions", *COLUMNS]), line(["---"] * (len(COLUMNS) + 2))]
+    lines = head(["", "captions", *COLUMNS])
     for row, table in tables.items():
         drawn = int((~np.isnan(table[:, 0])).sum())
         cells = [_interval(table[:, i]) for i in range(len(COLUMNS))]

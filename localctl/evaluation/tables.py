@@ -47,7 +47,7 @@ def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
 def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) -> str:
     """Two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
     columns = columns or comparison.columns
-    lines = [line(["", *(_headed(column) for column in columns)]), line(["---"] * (len(columns) + 1))]
+    lines = head(["", *(_headed(column) for column in columns)])
     for name in comparison.tables:
         cells = [_mean(comparison, name, column) for column in columns]
         lines.append(line([_labelled(comparison, name), *cells]))
@@ -55,7 +55,7 @@ def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) 
     lines += ["", f"Means over {n} samples with 95 % bootstrap intervals; (-k): k samples undefined and left out.", ""]
     others = [name for name in comparison.tables if name not in (against, CEILING)]
     if others:
-        lines += [line([f"less {against!r}", *columns]), line(["---"] * (len(columns) + 1))]
+        lines += head([f"less {against!r}", *columns])
         lines += [line([name, *(_difference(comparison, name, against, c) for c in columns)]) for name in others]
         lines += ["", f"Paired differences to {against!r}: the same examples, masks and noise."]
     return "\n".join([*lines, *_timing(comparison)]) + "\n"

@@ -149,7 +149,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 @one_sentence("localctl.layout_predictor.report")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """0 when done; 2 with one sentence on stderr for bad input, 1 for an --output that cannot be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predictor", metavar="DIR", help="default: the shipped one")
     parser.add_argument("--count", type=int, default=1000, help="sentences per set")
