@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
+from localctl.attachment import Attachment
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
 from localctl.control.local_adapter import LocalAdapterControl
@@ -69,3 +71,16 @@ class Watch(Control):
                 return None
 
         return Bound()
+
+
+def shift_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every image of a call gets the layout of the next one: what a wrong row would do."""
+    begin = Attachment.begin_call
+
+    def shifted(self: Attachment, arguments: Any) -> None:
+        begin(self, arguments)
+        rows = self._layout_of_image
+        assert rows is not None
+        self._layout_of_image = (*rows[1:], rows[0])
+
+    monkeypatch.setattr(Attachment, "begin_call", shifted)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+import sample
 
 
 def pixels(folder: str | Path) -> dict[str, np.ndarray]:
@@ -16,3 +22,18 @@ def pixels(folder: str | Path) -> dict[str, np.ndarray]:
 def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
     assert first and first.keys() == second.keys()
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def assert_refused_early(
+    argv: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``sample.py`` says one sentence that ``message`` matches, and has not loaded the base by then."""
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(sample, "load_pipeline", never)
+    assert sample.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert re.search(message, printed.err), printed.err

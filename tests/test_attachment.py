@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, METHODS, OTHER, PROMPT, Watch, draw, noise, processors
+from attachment_helpers import LAYOUT, METHODS, OTHER, PROMPT, Watch, draw, noise, processors, shift_rows
 from conftest import TEXT_WIDTH
 from diffusers import (
     StableDiffusionPipeline,
@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.attachment import Attachment, attach
+from localctl.attachment import attach
 from localctl.base import SCHEDULERS, set_scheduler
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
@@ -83,15 +83,7 @@ def test_rows_belong_to_their_layouts(
 
     singles = torch.cat([alone(row) for row in range(4)])
     torch.testing.assert_close(together(), singles, rtol=0, atol=1e-4)
-    begin = Attachment.begin_call
-
-    def shifted(self: Attachment, arguments: Any) -> None:
-        begin(self, arguments)
-        rows = self._layout_of_image
-        assert rows is not None
-        self._layout_of_image = (*rows[1:], rows[0])
-
-    monkeypatch.setattr(Attachment, "begin_call", shifted)
+    shift_rows(monkeypatch)
     assert (together() - singles).abs().max() > 1e-3  # a wrong row would show
 
 

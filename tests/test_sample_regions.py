@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sample_helpers import assert_same, pixels
+from sample_helpers import assert_refused_early, assert_same, pixels
 
 import localctl.base
 import sample
@@ -179,14 +179,7 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the base was loaded")
-
-    monkeypatch.setattr(sample, "load_pipeline", never)
-    assert sample.main([*BASIC, *flags]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-    assert re.search(message, printed.err), printed.err
+    assert_refused_early([*BASIC, *flags], message, monkeypatch, capsys)
 
 
 def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

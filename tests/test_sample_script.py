@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_helpers import assert_same, pixels
+from sample_helpers import assert_refused_early, assert_same, pixels
 
 import localctl.base
 import sample
@@ -152,15 +151,7 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def never(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the base was loaded")
-
-    monkeypatch.setattr(sample, "load_pipeline", never)
-    assert sample.main([*BASIC, *changes]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.count("\n") == 1
-
-    assert re.search(message, printed.err), printed.err
+    assert_refused_early([*BASIC, *changes], message, monkeypatch, capsys)
 
 
 def test_conditions_of_two_sizes_and_colours_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import attachment_helpers
 import pytest
 import torch
 from attachment_helpers import adapter_control as control
-from attachment_helpers import noise
+from attachment_helpers import noise, shift_rows
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionAdapterPipeline,
@@ -23,7 +23,7 @@ from localctl.adapter import LocalAdapter
 from localctl.base import SCHEDULERS, set_scheduler
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.layout import Layout
-from localctl.sampling import Attachment, attach, outer_step
+from localctl.sampling import attach, outer_step
 
 MakeAdapter = Callable[..., LocalAdapter]
 PIPES = ("sd_pipe", "v_pipe", "sdxl_pipe")
@@ -104,15 +104,7 @@ def test_several_images_per_prompt_follow_their_prompts_condition(
 ) -> None:
     item = control(make_adapter(), layouts=2)
     check_pairing(sd_pipe, item)
-    begin = Attachment.begin_call
-
-    def shifted(self: Attachment, arguments: Any) -> None:
-        begin(self, arguments)
-        rows = self._layout_of_image
-        assert rows is not None
-        self._layout_of_image = (*rows[1:], rows[0])
-
-    monkeypatch.setattr(Attachment, "begin_call", shifted)
+    shift_rows(monkeypatch)
     with pytest.raises(AssertionError, match="not close"):
         check_pairing(sd_pipe, item)
 
