@@ -2,7 +2,7 @@
 
   python -m localctl.evaluation.ablation --report docs/ablation.md            all rows; the same again goes on
   python -m localctl.evaluation.ablation --report docs/ablation.md --sweep    and the sweep of the local term
-  python -m localctl.evaluation.ablation --rows sobel feature_masked --max_train_steps 300
+  python -m localctl.evaluation.ablation --rows sobel feature_masked --max_train_steps 200
 
 Each training's result is written beside the page when it is done, and never made again; a training that was stopped
 goes on from its checkpoint. A GPU is used where there is one (ACCELERATE_USE_CPU=true keeps training off it).
@@ -37,10 +37,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_train_steps", type=int, help="default: that of the experiments")
     add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other configuration of every training")
     add("--sweep", action="store_true", help="also sweep the local term")
-    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 1e-2, 1e-1, 1.0])
+    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 3e-2, 0.3, 1.0])
     add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"])
     add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"])
-    add("--sweep_steps", type=int, default=300, help="of each training of the sweep")
+    add("--sweep_steps", type=int, default=250, help="of each training of the sweep")
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--count", type=int, default=protocol.count, help="held-out scenes")
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps)

@@ -56,7 +56,7 @@ class Protocol:
 
     base: str = "micro"
     count: int = 200
-    num_inference_steps: int = 30
+    num_inference_steps: int = 20
     guidance_scale: float = 2.0
     scheduler: str = "ddim"
     batch_size: int = 16
