@@ -4,7 +4,7 @@ The method of DenseDiffusion (arXiv 2308.12964, eq. 3-5). For each query i and k
 
     s'_ij = s_ij + lambda_i * (max_k s_ik - s_ij)   where i and j belong together,
     s'_ij = s_ij - lambda_i * (s_ij - min_k s_ik)   elsewhere,
-    lambda_i = w * (t / 1000)^5 * (1 - size_regularisation * area_i).
+    lambda_i = w * (t / 1000)^decay * (1 - size_regularisation * area_i),   decay = 5 as published.
 
 In cross-attention a cell belongs to the tokens of its segment's phrase, in self-attention to the cells of its segment;
 area_i is the share of the picture that the segments of cell i cover. The rows of the negative prompt stay as they are.
@@ -39,6 +39,8 @@ class DenseModulation(Control):
         w_cross, w_self: weights of the modulation of cross- and self-attention, w_c and w_s of the paper; a region's
             strength multiplies them. 0 = no effect. In [0, 1], so that scores stay in their range.
         size_regularisation: 1 = large segments are modulated less, by their area; 0 = all alike.
+        decay: exponent of t / 1000, at least 0; the larger, the sooner the modulation fades as t falls, 0 = not at all.
+            Small latents take their layout at a lower t than those the published 5 was chosen on.
         start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
         separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
         rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
@@ -55,6 +57,7 @@ class DenseModulation(Control):
     w_cross: float = 1.0
     w_self: float = 0.3
     size_regularisation: float = 1.0
+    decay: float = 5.0
     start: float = 0.0
     end: float = 0.3
     separate_texts: bool = True
@@ -68,6 +71,9 @@ class DenseModulation(Control):
             check_strength(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} lies in [0, 1], not {getattr(self, name)}; scores would leave their range.")
+        check_strength("decay", self.decay)
+        if self.decay < 0:
+            raise ValueError(f"The decay of DenseModulation is at least 0, not {self.decay}.")
         if self.rest not in RESTS:
             raise ValueError(f"Unknown rest {self.rest!r}; choose one of {', '.join(RESTS)}.")
         if self.mask_resize not in CELL_MODES:
@@ -96,7 +102,7 @@ class _Segments:
     own: Tensor  # (n,Q,1): the strength of each cell's own segments
 
     def cross(self, words: Tensor, queries: slice) -> Tensor:
-        """(n,q,K): lambda_i / (w (t/1000)^5), negative where a cell and a token do not belong together.
+        """(n,q,K): lambda_i / (w (t/1000)^decay), negative where a cell and a token do not belong together.
 
         ``words`` (n,s,K): 1 where a token is of a segment's phrase.
         """
@@ -174,7 +180,7 @@ class _BoundDense(BoundControl):
         else:
             signed = segments.self_(queries)  # (n,q,K)
         weight = self.control.w_cross if site.cross else self.control.w_self
-        amount = weight * (context.timestep / self.timesteps) ** 5
+        amount = weight * (context.timestep / self.timesteps) ** self.control.decay
         block = scores.block(queries)  # (n,H,q,K)
         low, high = block.aminmax(dim=-1, keepdim=True)
         target = torch.where(signed[:, None] > 0, high, low)

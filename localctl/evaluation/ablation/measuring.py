@@ -119,7 +119,7 @@ class Bench:
             write_json(self.folder / f"{cell.name}.json", content)
             self.say(f"{cell.name}: {error}")
             return True
-        folder, floor = self._draw(cell.name, adapter), self.work / "drawn" / FLOOR / "with_prompts"
+        folder, floor = self._draw(cell.name, adapter), self._draw(FLOOR, None)  # the base's may be of another machine
         comparison = compare({FLOOR: floor, cell.name: folder}, self.clip, self.kept)
         training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
         if cell.row in ROWS:
