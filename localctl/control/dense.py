@@ -28,7 +28,7 @@ from localctl.control.sites import Scores, Site
 from localctl.layout import Layout, Region
 from localctl.phrases import positions_of
 
-RESTS = ("published", "segment")
+RESTS = ("published", "segment", "free")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class DenseModulation(Control):
         start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
         separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
         rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
-            more segment, with the words that are left over, fit for layouts of few boxes.
+            more segment, with the words that are left over; ``free`` only keeps them off the phrases and the segments
+            of others. The latter two are fit for layouts of few boxes.
         mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`.
         memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it. May be
             infinite.
@@ -100,6 +101,7 @@ class _Segments:
     strength: Tensor  # (n,s,1)
     size: Tensor  # (n,Q,1): 1 - size_regularisation * area_i
     own: Tensor  # (n,Q,1): the strength of each cell's own segments
+    free: Tensor  # (n,Q,1): what each cell's attention to tokens of no phrase gets, -own, own or 0
 
     def cross(self, words: Tensor, queries: slice) -> Tensor:
         """(n,q,K): lambda_i / (w (t/1000)^decay), negative where a cell and a token do not belong together.
@@ -109,9 +111,8 @@ class _Segments:
         member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
         inside = member @ (words * self.strength)
         outside = (1 - member) @ (words * self.strength)
-        free = 1 - words.amax(dim=1, keepdim=True)  # (n,1,K): tokens of no phrase, which are the rest's
-        of_free = (2 * member[..., -1:] - 1) * self.own[:, queries]  # (n,q,1)
-        return (inside - outside + free * of_free) * self.size[:, queries]
+        others = 1 - words.amax(dim=1, keepdim=True)  # (n,1,K): tokens of no phrase
+        return (inside - outside + others * self.free[:, queries]) * self.size[:, queries]
 
     def self_(self, queries: slice) -> Tensor:
         """(n,q,Q): the same for cells and cells."""
@@ -206,13 +207,18 @@ class _BoundDense(BoundControl):
             member[row, : len(masks)] = (masks >= 0.5 * masks.amax(dim=1, keepdim=True)).float()
             strength[row, : len(masks), 0] = torch.tensor(values)
             strength[row, -1] = max(values)
-            if self.control.rest == "segment":
-                member[row, -1] = 1 - member[row].amax(dim=0)
         covered = member.amax(dim=1)  # (n,Q)
-        area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
-        size = (1 - self.control.size_regularisation * area).clamp(min=0)
         own = torch.where(covered > 0, (member * strength).amax(dim=1), strength[:, -1])
-        tensors = (tensor.to(context.device) for tensor in (member, strength, size[..., None], own[..., None]))
+        rest = {"published": -1.0, "segment": 1.0, "free": 0.0}[self.control.rest]
+        if self.control.rest == "segment":
+            member[:, -1] = 1 - covered
+        area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
+        if self.control.rest == "free":  # together, so that they keep their scores among each other; of no segment's size
+            member[:, -1], strength[:, -1] = 1 - covered, 0
+        size = (1 - self.control.size_regularisation * area).clamp(min=0)
+        free = torch.where(covered > 0, -own, rest * own)
+        found = (member, strength, size[..., None], own[..., None], free[..., None])
+        tensors = (tensor.to(context.device) for tensor in found)
         return _Segments(*tensors)
 
     def _words(self, context: CallContext, segments: _Segments, keys: int) -> Tensor:

@@ -40,7 +40,7 @@ def test_published_output(kind: str, memory_limit: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cross", "self"])
-@pytest.mark.parametrize("rest", ["published", "segment"])
+@pytest.mark.parametrize("rest", ["published", "segment", "free"])
 def test_scores_keep_their_range(kind: str, rest: str) -> None:
     arrays = golden("dense_diffusion")
     layout = Layout(PROMPT, regions=(Region("w3 w4", (0, 0, 0.5, 0.5)), Region("w1", (0.25, 0.25, 1, 1))))
@@ -81,6 +81,18 @@ def test_cells_that_no_region_covers() -> None:
     assert not bool((signs("published", "self")[~left] > 0).any())
     together = signs("segment", "self")
     assert bool((together[~left][:, ~left] >= 0).all()) and bool((together[~left][:, left] <= 0).all())
+
+
+def test_cells_that_no_region_covers_are_left_free() -> None:
+    left = torch.arange(64) % 8 < 4
+    free, flat = signs("free", "cross"), signs("published", "cross")
+    torch.testing.assert_close(free[left], flat[left])
+    assert bool((free[~left][:, 1] < 0).any()) and not bool((free[~left][:, 1] > 0).any())
+    assert not bool(free[~left][:, [0, *range(2, free.shape[1])]].any())
+    together = signs("free", "self")
+    torch.testing.assert_close(together[left], signs("published", "self")[left])
+    assert bool((together[~left][:, left] < 0).any()) and not bool((together[~left][:, left] > 0).any())
+    assert not bool(together[~left][:, ~left].any())
 
 
 def test_parts_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
