@@ -154,7 +154,8 @@ def test_no_modulation_is_no_mask_at_all(control: DenseModulation, changes: dict
     [
         ({"w_cross": 1.5}, r"w_cross lies in \[0, 1\]"),
         ({"w_self": float("nan")}, "w_self of a control is a finite number"),
-        ({"rest": "free"}, "Unknown rest 'free'"),
+        ({"decay": -1.0}, "decay of DenseModulation is at least 0"),
+        ({"rest": "other"}, "Unknown rest 'other'"),
         ({"mask_resize": "bilinear"}, "Unknown mask resize"),
         ({"memory_limit": 0}, "memory limit is a positive number"),
         ({"end": 0.0}, "0 <= start < end"),
