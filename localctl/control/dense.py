@@ -213,7 +213,8 @@ class _BoundDense(BoundControl):
         if self.control.rest == "segment":
             member[:, -1] = 1 - covered
         area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
-        if self.control.rest == "free":  # one more, without strength: scores among its cells stay; its size counts nowhere
+        if self.control.rest == "free":
+            # One more without strength, so that scores among its cells stay; its size counts nowhere.
             member[:, -1], strength[:, -1] = 1 - covered, 0
         size = (1 - self.control.size_regularisation * area).clamp(min=0)
         free = torch.where(covered > 0, -own, rest * own)
