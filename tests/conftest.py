@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
+from localctl.base import choose_pil_processors
 
 TEXT_WIDTH = 16
 CHANNELS = (8, 16, 16, 24)  # of the tiny Stable Diffusion 1.5: differing, so that a mixed-up level shows
@@ -31,6 +27,7 @@ def pytest_configure() -> None:
     parent, and runs that are to be equal bit for bit must sum in the same order."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    choose_pil_processors()  # pipelines are not to be imported before it
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +82,7 @@ def tiny_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
-def tiny_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+def tiny_sd(prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
     """Stable Diffusion 1.x (epsilon) or 2.1 (v) in small: 64x64 pixels, 8x8 latents."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -99,7 +96,7 @@ def tiny_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         norm_num_groups=4,
         sample_size=8,
     )
-    pipe = StableDiffusionPipeline(
+    pipe = diffusers.StableDiffusionPipeline(
         vae=tiny_vae(),
         text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         tokenizer=tokenizer,
@@ -112,7 +109,7 @@ def tiny_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     return _quiet(pipe)
 
 
-def tiny_sdxl() -> StableDiffusionXLPipeline:
+def tiny_sdxl() -> diffusers.StableDiffusionXLPipeline:
     """Stable Diffusion XL in small: two text encoders, no attention on the finest level; 64x64 pixels."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -131,7 +128,7 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
         norm_num_groups=4,
         sample_size=8,
     )
-    pipe = StableDiffusionXLPipeline(
+    pipe = diffusers.StableDiffusionXLPipeline(
         vae=tiny_vae(),
         text_encoder=CLIPTextModel(tiny_text_config(tokenizer)),
         text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(tokenizer)),
@@ -153,34 +150,34 @@ def _quiet(pipe: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def _sd_session() -> StableDiffusionPipeline:
+def _sd_session() -> diffusers.StableDiffusionPipeline:
     return tiny_sd()
 
 
 @pytest.fixture(scope="session")
-def _v_session() -> StableDiffusionPipeline:
+def _v_session() -> diffusers.StableDiffusionPipeline:
     return tiny_sd("v_prediction")
 
 
 @pytest.fixture(scope="session")
-def _sdxl_session() -> StableDiffusionXLPipeline:
+def _sdxl_session() -> diffusers.StableDiffusionXLPipeline:
     return tiny_sdxl()
 
 
 @pytest.fixture
-def sd_pipe(_sd_session: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def sd_pipe(_sd_session: diffusers.StableDiffusionPipeline) -> diffusers.StableDiffusionPipeline:
     """A tiny Stable Diffusion 1.5, the test's own to change."""
     return copy.deepcopy(_sd_session)
 
 
 @pytest.fixture
-def v_pipe(_v_session: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def v_pipe(_v_session: diffusers.StableDiffusionPipeline) -> diffusers.StableDiffusionPipeline:
     """As ``sd_pipe``, with v-prediction."""
     return copy.deepcopy(_v_session)
 
 
 @pytest.fixture
-def sdxl_pipe(_sdxl_session: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+def sdxl_pipe(_sdxl_session: diffusers.StableDiffusionXLPipeline) -> diffusers.StableDiffusionXLPipeline:
     """A tiny Stable Diffusion XL, the test's own to change."""
     return copy.deepcopy(_sdxl_session)
 
@@ -191,19 +188,19 @@ def _saved(pipe: Any, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd_folder(_sd_session: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_folder(_sd_session: diffusers.StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion 1.5 as a diffusers folder; not to be written to."""
     return _saved(_sd_session, tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="session")
-def v_folder(_v_session: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def v_folder(_v_session: diffusers.StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny v-prediction pipeline as a diffusers folder; not to be written to."""
     return _saved(_v_session, tmp_path_factory.mktemp("v"))
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(_sdxl_session: StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_folder(_sdxl_session: diffusers.StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion XL as a diffusers folder; not to be written to."""
     return _saved(_sdxl_session, tmp_path_factory.mktemp("sdxl"))
 
