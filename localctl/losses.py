@@ -43,7 +43,7 @@ class LossConfig:
     filter: str = "sobel"
     schedule: str = "constant"
     normalise: str = "mask"
-    weight: float = 0.3
+    weight: float = 1e-3
     t_min: int = 500
     t_max: int = 999
     snr_cap: float = 5.0

@@ -180,7 +180,7 @@ def test_terms_and_weight() -> None:
     torch.testing.assert_close(terms.local, 0.02 * (1 - ALPHAS[sample.timesteps]) * terms.local_raw)
     assert torch.equal(terms.total, terms.denoising + terms.local)
     assert terms.predicted_x0.shape == sample.latents.shape
-    assert LossConfig().normalise == "mask" and LossConfig().weight == 0.3
+    assert LossConfig().normalise == "mask" and LossConfig().weight == 1e-3
 
 
 def test_half_precision_inputs_are_computed_in_float32() -> None:
