@@ -68,8 +68,10 @@ def _sentence(figures: Figures) -> list[str]:
     counted = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     said = {"more": "more, and the interval leaves out 0", "less": "less, and the interval leaves out 0"}
     meaning = said.get(verdict(difference), "no difference, for the interval covers 0")
+    loss = figures.rows[METHOD][0].training["settings"]["loss"]
+    term = f"weight {loss['weight']:g}, {loss['schedule']}, {loss['normalise']}"
     return [
-        "**The method (Sobel in the mask) against the same without its local term: F1 inside the mask "
+        f"**The method (Sobel in the mask; {term}) against the same without its local term: F1 inside the mask "
         f"{signed(difference)} ({counted}, {len(figures.base.ids)} scenes): {meaning}.**",
         "",
     ]

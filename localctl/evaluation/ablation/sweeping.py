@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localctl.evaluation.ablation.figures import CONTROL, Figures
+from localctl.evaluation.ablation.rows import WITHOUT
 from localctl.evaluation.plots import curves
 from localctl.evaluation.tables import head, line
 from localctl.metrics.bootstrap import Interval
@@ -91,7 +92,18 @@ def _verdict(figures: Figures) -> str:
         f"The highest F1 among those that draw no worse is {chosen.curve}, weight {chosen.weight:g}: "
         f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] against no local term"
         f"{', no difference' if covers else ''}. It was chosen among {len(points_of(figures))} on the same scenes, so "
-        "its interval flatters it: train it with several seeds before trusting it."
+        f"its interval flatters it: train it with several seeds before trusting it.{_seeds_apart(figures)}"
+    )
+
+
+def _seeds_apart(figures: Figures) -> str:
+    """What another seed alone changes, where that is known."""
+    values = [value for _, value in figures.per_seed(WITHOUT, "f1")] if WITHOUT in figures.rows else []
+    if len(values) < 2:
+        return ""
+    return (
+        f" Seeds alone move the F1 of `{WITHOUT}` by {max(values) - min(values):.3f} "
+        f"({min(values):.3f} to {max(values):.3f})."
     )
 
 
