@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe = random_pipeline(options.base, device, getattr(torch, options.dtype))
     if options.checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    settings = {"iterations": 1, "threshold": 0.0, "end": 1.0, **PRESETS[options.base]["guidance"]}
+    settings = {**PRESETS[options.base]["guidance"], "iterations": 1, "threshold": 0.0, "start": 0.0, "end": 1.0}
     control = Passes(settings, options.repeats)
     size = {"height": options.size, "width": options.size}
     generate(pipe, SCENE, control, 0, num_inference_steps=1, guidance_scale=5.0, output_type="latent", **size)

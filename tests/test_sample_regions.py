@@ -17,6 +17,7 @@ import localctl.base
 import sample
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
@@ -115,7 +116,7 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert [item.label for item in everything] == ["none", "bias", "dense", "guidance"]
     assert [item.controls for item in everything][:3] == [(), (RegionBias(),), (DenseModulation(),)]
     tuned = prepare(parse(["--layout", "scene.json", "--control", "guidance", "--set", "sites=up/2,mid"])).variants
-    assert tuned[0].controls == (LayoutGuidance(sites=("up/2", "mid")),)
+    assert tuned[0].controls == (LayoutGuidance(**{**PRESETS["micro"]["guidance"], "sites": ("up/2", "mid")}),)
     mixed = ["--control", "spacetime", "--set", "weight=0.7", "spacetime.schedule=linear", "mix=released"]
     expected = SpaceTimeAttention(weight=0.7, schedule="linear", mix="released")
     assert prepare(parse([*BASIC, *mixed])).variants[0].controls == (expected,)

@@ -15,6 +15,7 @@ from PIL import Image
 from localctl.base import load_pipeline
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.evaluation.layout_benchmark.__main__ import main
 from localctl.evaluation.layout_benchmark.attention import KINDS, attention_of, token_kinds
@@ -87,16 +88,18 @@ def _differ(item: Any) -> bool:
 
 
 def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
-    found = methods(METHODS, ["bias.strength=2"], "micro")
+    found = methods(METHODS, ["bias.strength=0.7"], "micro")
     assert [m.name for m in found] == list(METHODS) and found[0].controls == ()
     by_name = {m.name: m for m in found}
-    assert by_name["bias"].controls == (RegionBias(strength=2.0),)
+    tuned_bias = {**PRESETS["micro"]["bias"], "strength": 0.7}
+    assert by_name["bias"].controls == (RegionBias(**tuned_bias),)
     assert [type(c) for c in by_name["bias+guidance"].controls] == [RegionBias, LayoutGuidance]
-    tuned = grids(["guidance", "dense"], ["guidance.scale=1,2", "guidance.end=.1,.2", "guidance.sites=mid"], "micro")
+    tuned = grids(["guidance", "dense"], ["guidance.scale=1,2", "guidance.end=.5,.7", "guidance.sites=mid"], "micro")
     scales = [(c.scale, c.end) for m in tuned for c in m.controls if isinstance(c, LayoutGuidance) and m.settings]
-    assert scales == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+    assert scales == [(1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7)]
     last = [m for m in tuned if m.name.startswith("guidance ")][-1]
-    assert preset_words(last, "micro") == {"sites": ("mid",), "scale": 2.0, "end": 0.2}
+    changed = {"sites": ("mid",), "scale": 2.0, "end": 0.7}
+    assert preset_words(last, "micro") == {**PRESETS["micro"]["guidance"], **changed}
     assert any(isinstance(c, DenseModulation) and c.rest == "segment" for m in tuned for c in m.controls)
     assert len({m.name for m in tuned}) == len(tuned)
     json.dumps([m.described() for m in tuned])
@@ -188,15 +191,15 @@ def test_a_damaged_or_foreign_result_is_refused(tmp_path: Path) -> None:
 
 def test_tuning_uses_other_layouts_and_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*QUICK, "--report", str(tmp_path / "tuned.md"), "--output", str(tmp_path / "work")]
-    assert main([*flags, "--tune", "bias", "--grid", "bias.strength=0,3"]) == 0
+    assert main([*flags, "--tune", "bias", "--grid", "bias.strength=0,3", "bias.outside_strength=0"]) == 0
     said = capsys.readouterr().out
     assert '"bias": {' in said and "bias: right" in said
-    content = json.loads((tmp_path / "tuned" / "bias_strength=0.json").read_text())
+    content = json.loads((tmp_path / "tuned" / "bias_strength=0_outside_strength=0.json").read_text())
     assert all(name.startswith("val-") for name in content["ids"]) and content["counts"] == [2, 2]
     plain = json.loads((tmp_path / "tuned" / "none.json").read_text())
     assert content["samples"] == plain["samples"] and content["cost"] == {}
     text = (tmp_path / "tuned.md").read_text()
-    assert "| strength=3 |" in text and "| preset |" in text and "| none |" in text
+    assert "| strength=3 outside_strength=0 |" in text and "| preset |" in text and "| none |" in text
 
 
 @pytest.mark.parametrize(

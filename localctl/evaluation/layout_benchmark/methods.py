@@ -20,8 +20,8 @@ METHODS = (NONE, *SINGLE, *PAIRS)
 # The settings that matter, a few values each; ``--grid`` replaces those of a control.
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "bias": {"strength": ("1", "2", "4", "8"), "outside_strength": ("0", "1", "2", "4")},
-    "dense": {"rest": ("segment",), "separate_texts": ("true", "false"), "w_self": ("0.3", "1"), "end": ("0.3", "1")},
-    "guidance": {"scale": ("10", "30", "60"), "threshold": ("0.05", "0.2"), "end": ("0.2", "0.5")},
+    "dense": {"rest": ("segment", "free"), "decay": ("0", "1"), "w_self": ("0.3", "1"), "end": ("0.7", "1")},
+    "guidance": {"scale": ("30", "60"), "threshold": ("0.02", "0.05"), "start": ("0", "0.2"), "end": ("0.6", "0.8")},
     "forward": {"strength": ("0.5", "0.8", "1"), "end": ("0.2", "0.5", "1")},
 }
 
