@@ -21,7 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "micro": {
             "bias": {"strength": 2.0, "outside_strength": 2.0},
             "dense": {"rest": "free", "separate_texts": False, "decay": 0.0, "end": 0.7},
-            "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.05, "start": 0.2, "end": 0.6},
+            "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
         },
     }
 )
