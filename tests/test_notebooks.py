@@ -47,8 +47,10 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
     root = tmp_path_factory.mktemp("tree")
     (root / "nbs").mkdir()
     (root / "examples").symlink_to(FOLDER.resolve().parent / "examples", target_is_directory=True)
-    with shared_kernel(root / "nbs") as manager:
-        yield manager
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as all tests: threads that wait for a core of others burn its time
+        with shared_kernel(root / "nbs") as manager:
+            yield manager
 
 
 def test_there_are_four() -> None:

@@ -93,7 +93,7 @@ def test_two_processes_stop_together_at_a_signal_to_one_and_go_on_exactly(sd_fol
     straight = start_ranks(2, two_small_steps, sd_folder, tmp_path / "straight")
     assert [finish(process) for process in straight] == [0, 0]
     stopped = start_ranks(2, two_small_steps, sd_folder, tmp_path / "stopped", 1)
-    assert [finish(process, 30) for process in stopped] == [143, 143]
+    assert [finish(process) for process in stopped] == [143, 143]
     assert list(list_checkpoints(tmp_path / "stopped")) == [2]
     resumed = start_ranks(2, two_small_steps, sd_folder, tmp_path / "stopped")
     assert [finish(process) for process in resumed] == [0, 0]
@@ -121,7 +121,7 @@ def test_a_signal_to_one_is_heard_while_the_other_validates(sd_folder, tmp_path)
     ranks = start_ranks(2, long_validation, sd_folder, tmp_path)
     wait_for(lambda: (tmp_path / "stats.jsonl").exists() and read_stats(tmp_path), ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
-    assert [finish(process, 30) for process in ranks] == [143, 143]
+    assert [finish(process) for process in ranks] == [143, 143]
     assert list(list_checkpoints(tmp_path)) == [1]
 
 
