@@ -57,7 +57,7 @@ def start_ranks(count: int, work: Callable[..., int | None], *arguments: Any) ->
     return [start(work, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(count)]
 
 
-def finish(process: Any, seconds: float = 120) -> int:
+def finish(process: Any, seconds: float = 60) -> int:
     """The exit code, negative for the signal that killed it; a process that does not end fails the test."""
     process.join(seconds)
     if process.is_alive():
@@ -69,7 +69,7 @@ def finish(process: Any, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def wait_for(condition: Callable[[], Any], process: Any, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], Any], process: Any, seconds: float = 60) -> None:
     """Until ``condition`` holds; fails when the process is gone or the time is up."""
     end = time.monotonic() + seconds
     while not condition():

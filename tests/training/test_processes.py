@@ -121,7 +121,7 @@ def test_a_signal_to_one_is_heard_while_the_other_validates(sd_folder, tmp_path)
     ranks = start_ranks(2, long_validation, sd_folder, tmp_path)
     wait_for(lambda: (tmp_path / "stats.jsonl").exists() and read_stats(tmp_path), ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
-    assert [finish(process) for process in ranks] == [143, 143]
+    assert [finish(process, 30) for process in ranks] == [143, 143]
     assert list(list_checkpoints(tmp_path)) == [1]
 
 
