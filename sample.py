@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.base import load_pipeline, same_base, set_scheduler
+from localctl.base import load_pipeline, same_base
 from localctl.run.program import one_sentence
 from localctl.sampling_cli import build_controls, parse, prepare, reproducing_options
 from localctl.sampling_drawing import draw
@@ -33,11 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = open_output(options.output_dir)
     controls = build_controls(job)
     pipe = load_pipeline(job.base, device=job.device)
-    if options.scheduler is not None:
-        set_scheduler(pipe, options.scheduler)
-    outputs = []
-    for variant in job.variants:
-        outputs.append((variant, draw(pipe, job, [*controls, *variant.controls])))
+    outputs = [(variant, draw(pipe, job, variant, controls)) for variant in job.variants]
     conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
     read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
     for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):

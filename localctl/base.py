@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,18 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():
         config.setdefault(setting, value)
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+
+
+@contextmanager
+def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
+    """``pipe`` with the scheduler of this name for a while, as :func:`set_scheduler`; None: the one it has."""
+    before = pipe.scheduler
+    if name is not None:
+        set_scheduler(pipe, name)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
 
 
 def choose_pil_processors() -> None:

@@ -88,11 +88,11 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
     add("--seeds", nargs="+", type=int, default=[0], help="one picture per prompt and seed")
     add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, help="default: the base's own (micro 2, others 7.5)")
+    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
     add("--negative_prompt")
     add("--height", type=int, help="default, and with a condition the only one: the condition's or the layout's own")
     add("--width", type=int, help="as --height")
-    add("--scheduler", choices=sorted(SCHEDULERS), help="default: the base's own")
+    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     add("--batch_size", type=int, default=4, help="pictures at once; does not change them")
     add("--dtype", choices=list(DTYPES), default="float32")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -150,14 +150,23 @@ def prepare(options: argparse.Namespace) -> Job:
     configs = [_adapter_config(folder) for folder in folders]
     base = _base_name(options.base, folders, configs) if folders else options.base or "micro"
     variants = plan(options, base)
-    spec = resolve_base(base)
-    if options.guidance_scale is None:  # recorded as a number, so that a later default changes no picture
-        options.guidance_scale = spec.guidance_scale
+    _say_sampling(options, variants, resolve_base(base).guidance_scale)
     adapters = [_adapter_job(options, index, *pair) for index, pair in enumerate(zip(folders, configs, strict=True))]
     size = _common_size(options, adapters) if adapters else (options.height, options.width)
     scenes = scenes or [Layout(prompt) for prompt in options.prompt]
     layouts = [_sized(scene, size) for scene in scenes]
     return Job(layouts, adapters, BaseConfig(name=base, dtype=options.dtype), device, options, variants)
+
+
+def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
+    """Guidance scale and scheduler are recorded where they are one for all variants, so that a later default changes no
+    picture."""
+    scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
+    schedulers = {variant.sampling.scheduler for variant in variants}
+    if options.guidance_scale is None and len(scales) == 1:
+        options.guidance_scale = scales.pop()
+    if options.scheduler is None and len(schedulers) == 1:
+        options.scheduler = schedulers.pop()
 
 
 def _sized(layout: Layout, size: tuple[int | None, int | None]) -> Layout:

@@ -14,7 +14,7 @@ from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
 from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.presets import PRESETS
+from localctl.control.presets import BESIDE, PRESETS, SAMPLING
 from localctl.control.region_bias import RegionBias
 from localctl.control.shifts import check_shiftable_kind
 from localctl.control.spacetime import SpaceTimeAttention
@@ -37,13 +37,26 @@ _MOST_CELLS = 64  # of a sweep
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """A scheduler by its name in ``SCHEDULERS`` and a guidance scale; None: what the base or the user says."""
+
+    scheduler: str | None = None
+    guidance_scale: float | None = None
+
+
+FREE = Sampling()
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One way to draw all pictures: how it is called on the sheet, its controls, and its place there."""
+    """One way to draw all pictures: how it is called on the sheet, its controls, its place there, and what it is drawn
+    with unless the user says otherwise."""
 
     label: str
     controls: tuple[Control, ...]
     column: int = 0
     row: int = 0
+    sampling: Sampling = FREE
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,7 +136,8 @@ def _plan(options: argparse.Namespace, base: str) -> list[Variant]:
     names = _names(options.control or ["bias"])
     _check_used(settings, names)
     if not options.sweep:
-        return [Variant("+".join(names) or NONE, make_controls(names, settings, base))]
+        controls = make_controls(names, settings, base)
+        return [Variant("+".join(names) or NONE, controls, sampling=sampling_of(names, base))]
     return _swept(options.sweep, names, settings, base)
 
 
@@ -138,7 +152,10 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
         raise ValueError("A control is given twice in --compare; give each one once.")
     plans = [(word, _names([word])) for word in words]
     _check_used(read, [name for _, names in plans for name in names])
-    return [Variant(label, make_controls(names, read, base), index) for index, (label, names) in enumerate(plans)]
+    return [
+        Variant(label, make_controls(names, read, base), index, sampling=sampling_of(names, base))
+        for index, (label, names) in enumerate(plans)
+    ]
 
 
 def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> list[Variant]:
@@ -159,8 +176,9 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
     for cell in cells:
         chosen = [(name, values[index]) for (name, values), index in zip(axes, reversed(cell), strict=True)]
         label = " ".join(f"{name}={value}" for name, value in chosen)
-        place = {"column": cell[-1], "row": cell[0] if len(cell) > 1 else 0}
-        variants.append(Variant(label, make_controls(names, [*settings, *chosen], base), **place))
+        controls = make_controls(names, [*settings, *chosen], base)
+        row = cell[0] if len(cell) > 1 else 0
+        variants.append(Variant(label, controls, cell[-1], row, sampling_of(names, base)))
     if len({variant.label for variant in variants}) < len(variants):
         raise ValueError("A value is given twice in --sweep; give each one once.")
     return variants
@@ -206,7 +224,7 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     """
     controls = []
     for name in names:
-        values = dict(preset(name, base))
+        values = dict(preset(name, base, names))
         for setting, text in settings:
             field = _knows(name, setting)
             if field is not None:
@@ -215,10 +233,29 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     return tuple(controls)
 
 
-def preset(control: str, base: str) -> Mapping[str, Any]:
-    """The settings of a control, by its name in ``CONTROLS``, that suit the base; empty for one that is not known."""
-    known = next((settings for name, settings in PRESETS.items() if name in BASES and same_base(name, base)), {})
-    return known.get(control, {})
+def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, Any]:
+    """The settings of a control, by its name in ``CONTROLS``, that suit the base, also beside the others of these
+    names; empty for one that is not known."""
+    values = dict(_of_base(PRESETS, base).get(control, {}))
+    for (own, other), changed in _of_base(BESIDE, base).items():
+        if own == control and other in beside:
+            values |= changed
+    return values
+
+
+def sampling_of(names: Sequence[str], base: str) -> Sampling:
+    """What suits the controls of these names together: what all of them ask for."""
+    wanted = [_of_base(SAMPLING, base).get(name, {}) for name in names]
+    agreed = {
+        field.name: wanted[0].get(field.name)
+        for field in fields(Sampling)
+        if wanted and len({item.get(field.name) for item in wanted}) == 1
+    }
+    return Sampling(**agreed)
+
+
+def _of_base(table: Mapping[str, Mapping[Any, Any]], base: str) -> Mapping[Any, Any]:
+    return next((found for name, found in table.items() if name in BASES and same_base(name, base)), {})
 
 
 def _default(control: type[Control], name: str) -> Any:

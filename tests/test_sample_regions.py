@@ -123,6 +123,50 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert prepare(parse([*BASIC, "--control", "none"])).variants[0].controls == ()
 
 
+def test_the_embedded_base_is_drawn_with_what_suits_the_controls(workspace: Path) -> None:
+    """Which the user overrides, and the record says where it is one for all."""
+
+    def planned(*flags: str) -> tuple[Any, dict[str, Any]]:
+        job = prepare(parse(["--layout", "scene.json", *flags]))
+        ways = {item.label: (item.sampling.scheduler, item.sampling.guidance_scale) for item in job.variants}
+        return ways, {name: getattr(job.options, name) for name in ("scheduler", "guidance_scale")}
+
+    ways, said = planned("--compare", "none", "bias", "bias+dense", "bias+guidance")
+    own = ("ddpm", 4.0)
+    assert ways == {"none": (None, None), "bias": own, "bias+dense": own, "bias+guidance": (None, None)}
+    assert said == {"scheduler": None, "guidance_scale": None}
+    assert planned("--control", "bias")[1] == {"scheduler": "ddpm", "guidance_scale": 4.0}
+    assert planned("--control", "none")[1] == {"scheduler": None, "guidance_scale": 2.0}
+    assert planned("--control", "bias", "--guidance_scale", "3")[1] == {"scheduler": "ddpm", "guidance_scale": 3.0}
+    assert planned("--control", "bias", "--base", "base")[1] == {"scheduler": None, "guidance_scale": 7.5}
+
+    together = prepare(parse(["--layout", "scene.json", "--control", "bias", "guidance"])).variants[0].controls
+    presets = PRESETS["micro"]
+    assert together == (RegionBias(**{**presets["bias"], "start": 0.6}), LayoutGuidance(**presets["guidance"]))
+    later = ["--control", "bias", "guidance", "--set", "bias.start=0.8"]
+    assert prepare(parse(["--layout", "scene.json", *later])).variants[0].controls[0] == RegionBias(
+        **{**presets["bias"], "start": 0.8}
+    )
+
+
+def test_each_of_a_comparison_is_drawn_its_own_way(workspace: Path) -> None:
+    Path("micro.json").write_text(json.dumps({**SCENE, "regions": SCENE["regions"][:1]}))
+    flags = ["--layout", "micro.json", "--num_inference_steps", "2"]
+    assert sample.main([*flags, "--compare", "bias", "none", "--output_dir", "out"]) == 0
+    pipe, layout = localctl.base.load_pipeline("micro"), load_layout("micro.json")
+    plain = generate(pipe, layout, (), 0, num_inference_steps=2, guidance_scale=2.0).images[0]
+    localctl.base.set_scheduler(pipe, "ddpm")
+    control = RegionBias(**PRESETS["micro"]["bias"])
+    image = generate(pipe, layout, control, 0, num_inference_steps=2, guidance_scale=4.0).images[0]
+    expected = {"00_seed0_none.png": np.asarray(plain), "00_seed0_bias.png": np.asarray(image)}
+    assert_same(pixels("out"), expected)
+    again = ["--from_json", "out/sample.json", "--output_dir", "again"]
+    assert sample.main(again) == 0
+    assert_same(pixels("again"), expected)
+    assert sample.main([*again, "--scheduler", "ddim"]) == 0
+    assert not np.array_equal(pixels("again")["00_seed0_bias.png"], np.asarray(image))
+
+
 def test_the_verdict_names_every_region() -> None:
     picture = Image.new("RGB", (128, 128), "white")
     picture.paste((220, 40, 40), (10, 10, 60, 60))
@@ -150,7 +194,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--control", "bias+bias"], "do not go together"),
         (["--compare", "all", "bias"], "Unknown control 'all'"),
         (["--compare", "all", "--control", "bias"], "either --compare or --control"),
-        (["--set", "strenght=1"], "has a setting 'strenght'; choose among end, mask_resize"),
+        (["--set", "strenght=1"], "has a setting 'strenght'; choose among end, hide_phrases, mask_resize"),
         (["--set", "strength=much"], "strength is a number, not 'much'"),
         (["--set", "strength=nan"], "finite number"),
         (["--set", "dense.w_self=1"], "No control of this run has a setting 'dense.w_self'"),

@@ -25,6 +25,7 @@ from localctl.control.base import BoundControl, CallContext, Control, check_wind
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions, encode_texts
 from localctl.control.sites import Scores, Site
+from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
 from localctl.phrases import positions_of
 
@@ -42,6 +43,8 @@ class DenseModulation(Control):
         decay: exponent of t / 1000, at least 0; the larger, the sooner the modulation fades as t falls, 0 = not at all.
             Small latents take their layout at a lower t than those the published 5 was chosen on.
         start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
+        hide_phrases: while active, encode all tokens but the phrases' own from the prompt without the phrases, as for
+            :class:`~localctl.control.RegionBias`.
         separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
         rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
             more segment, with the words that are left over; ``free`` only keeps them off the phrases and the segments
@@ -62,6 +65,7 @@ class DenseModulation(Control):
     start: float = 0.0
     end: float = 0.3
     separate_texts: bool = True
+    hide_phrases: bool = False
     rest: str = "published"
     mask_resize: str = "nearest"
     memory_limit: float = 256.0
@@ -90,7 +94,8 @@ class DenseModulation(Control):
                         f"The strength of the region {region.name} must lie in [0, 1] for DenseModulation, "
                         f"not {region.strength}."
                     )
-        return _BoundDense(self, pipe, BoundRegions(pipe, layouts, self.mask_resize))
+        regions = BoundRegions(pipe, layouts, self.mask_resize)
+        return _BoundDense(self, pipe, regions, HiddenPhrases(pipe, regions) if self.hide_phrases else None)
 
 
 @dataclass(frozen=True)
@@ -126,16 +131,21 @@ class _Segments:
 
 
 class _BoundDense(BoundControl):
-    def __init__(self, control: DenseModulation, pipe: DiffusionPipeline, regions: BoundRegions) -> None:
+    def __init__(
+        self, control: DenseModulation, pipe: DiffusionPipeline, regions: BoundRegions, hidden: HiddenPhrases | None
+    ) -> None:
         self.control = control
         self.pipe = pipe
         self.regions = regions
+        self.hidden = hidden
         self.timesteps = pipe.scheduler.config.num_train_timesteps
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (tokens, C)
         self._segments: tuple[Any, _Segments | None] = (None, None)
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         self._texts = {}
+        if self.hidden is not None:
+            self.hidden.begin_call(arguments)
         if not self.control.separate_texts or self.control.w_cross == self.control.w_self == 0:
             return
         wanted = [
@@ -152,9 +162,12 @@ class _BoundDense(BoundControl):
             self._texts[layout, index] = text[list(alone)]
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        hidden = None
+        if self.hidden is not None and (self.control.w_cross or self.control.w_self) and self._active(context):
+            hidden = self.hidden.replace(context, text)
         if not self._texts:
-            return None
-        changed = text.clone()
+            return hidden
+        changed = (text if hidden is None else hidden).clone()
         rows = range(context.guided_rows.start, context.guided_rows.stop)
         for row, layout in zip(rows, context.guided_layouts, strict=True):
             for index in range(len(self.regions.layouts[layout].regions)):
@@ -166,8 +179,12 @@ class _BoundDense(BoundControl):
 
     def attends(self, context: CallContext, site: Site) -> bool:
         weight = self.control.w_cross if site.cross else self.control.w_self
-        active = weight and context.within(self.control.start, self.control.end)
-        return bool(active) and any(any(self.regions.strengths(layout, context)) for layout in context.guided_layouts)
+        return bool(weight) and self._active(context)
+
+    def _active(self, context: CallContext) -> bool:
+        if not context.within(self.control.start, self.control.end):
+            return False
+        return any(any(self.regions.strengths(layout, context)) for layout in context.guided_layouts)
 
     def max_queries(self, site: Site, scores: Scores) -> int:
         # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.

@@ -2,7 +2,7 @@
 
 Stable Diffusion's are the published ones; what is not named here has the control's own default. The embedded base has
 coarser grids and a text encoder of its own, so its settings come from ``python -m localctl.evaluation.layout_benchmark
---tune``, on layouts that the benchmark does not use.
+--tune`` and docs/log.md, on layouts that the benchmark does not use.
 """
 
 from __future__ import annotations
@@ -19,9 +19,39 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "sdxl": {"guidance": {"sites": ("mid/4", "up/4")}},
         # The first third of its steps is noise (abar 0.01 at t = 670); the layout is settled in the second.
         "micro": {
-            "bias": {"strength": 2.0, "outside_strength": 2.0},
-            "dense": {"rest": "free", "separate_texts": False, "decay": 0.0, "end": 0.7},
+            "bias": {"strength": 2.0, "outside_strength": 2.0, "hide_phrases": True},
+            "dense": {
+                "rest": "free",
+                "separate_texts": False,
+                "hide_phrases": True,
+                "decay": 0.0,
+                "end": 0.7,
+                "w_self": 1.0,
+            },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
         },
+    }
+)
+
+# What a control's preset changes beside another control: where attention lies in the regions already, the energy of the
+# guidance is low, and it does nothing. So they come one after the other.
+BESIDE: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "micro": {
+            ("bias", "guidance"): {"start": 0.6},
+            ("dense", "guidance"): {"start": 0.6, "end": 0.9},
+        }
+    }
+)
+
+# What pictures are drawn with under a control, where nothing else is said: ``scheduler``, ``guidance_scale``.
+# Controls of attention act through the prompt's rows alone, and against a place that the first noise suggests: a higher
+# scale and fresh noise in each step let them through. Guidance moves the latents itself, and fresh noise undoes it.
+SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "micro": {
+            "bias": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "dense": {"scheduler": "ddpm", "guidance_scale": 4.0},
+        }
     }
 )

@@ -21,6 +21,7 @@ from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.regions import BoundRegions
 from localctl.control.sites import Moments, Scores, Site
+from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout
 
 STD_FORMS = ("sample", "global")
@@ -38,6 +39,8 @@ class RegionBias(Control):
             batch; ``global``, as published, over the whole batch with both halves of guidance.
         mask_resize: how regions are brought to each layer's grid: ``area`` gives border cells their share; ``centre``
             is the published form; or as :func:`localctl.masks.resize_mask`.
+        hide_phrases: while active, encode all tokens but the phrases' own from the prompt without the phrases, so that
+            cells outside a region read nothing of its object in the other words, the end and the padding.
 
     Raises:
         ValueError: an unknown form, a strength that is no finite number, or a window that is none; when attached, as
@@ -50,6 +53,7 @@ class RegionBias(Control):
     end: float = 1.0
     std: str = "sample"
     mask_resize: str = "area"
+    hide_phrases: bool = False
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
@@ -61,7 +65,8 @@ class RegionBias(Control):
             check_strength(name, getattr(self, name))
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        return _BoundRegionBias(self, BoundRegions(pipe, layouts, self.mask_resize))
+        regions = BoundRegions(pipe, layouts, self.mask_resize)
+        return _BoundRegionBias(self, regions, HiddenPhrases(pipe, regions) if self.hide_phrases else None)
 
 
 def check_strength(name: str, value: float) -> None:
@@ -71,16 +76,24 @@ def check_strength(name: str, value: float) -> None:
 
 
 class _BoundRegionBias(BoundControl):
-    def __init__(self, control: RegionBias, regions: BoundRegions) -> None:
+    def __init__(self, control: RegionBias, regions: BoundRegions, hidden: HiddenPhrases | None) -> None:
         self.control = control
         self.regions = regions
+        self.hidden = hidden
         self._keys: dict[str, tuple[Tensor, slice, Moments]] = {}  # by site: of which text and rows, the keys' moments
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         self._keys = {}
+        if self.hidden is not None:
+            self.hidden.begin_call(arguments)
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        if self.hidden is None or not self._active(context):
+            return None
+        return self.hidden.replace(context, text)
 
     def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross and context.within(self.control.start, self.control.end) and self._steers(context)
+        return site.cross and self._active(context)
 
     def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
         active = tuple(self._weights(layout, context) for layout in context.guided_layouts)
@@ -114,7 +127,9 @@ class _BoundRegionBias(BoundControl):
             weights.append((inside, outside) if active else (0.0, 0.0))
         return tuple(weights)
 
-    def _steers(self, context: CallContext) -> bool:
+    def _active(self, context: CallContext) -> bool:
+        if not context.within(self.control.start, self.control.end):
+            return False
         return any(any(pair) for layout in set(context.guided_layouts) for pair in self._weights(layout, context))
 
     def _map(self, layout: int, context: CallContext, site: Site, keys: int) -> Tensor | None:

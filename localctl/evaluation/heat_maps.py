@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from localctl.base import BaseConfig, load_pipeline, resolve_base
+from localctl.base import BaseConfig, load_pipeline, resolve_base, with_scheduler
 from localctl.control.attention_maps import AttentionMaps
 from localctl.images import captioned, grid
 from localctl.layout_io import load_layout
@@ -48,14 +48,16 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
     rows = []
     for variant in variants:
         maps = AttentionMaps(end=options.end)
-        image = generate(
-            pipe,
-            layout,
-            [*variant.controls, maps],
-            options.seed,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=resolve_base(options.base).guidance_scale,
-        ).images[0]
+        scale = variant.sampling.guidance_scale or resolve_base(options.base).guidance_scale
+        with with_scheduler(pipe, variant.sampling.scheduler):
+            image = generate(
+                pipe,
+                layout,
+                [*variant.controls, maps],
+                options.seed,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=scale,
+            ).images[0]
         factor = -(-_SMALLEST // image.width)
         image = image.resize((factor * image.width, factor * image.height))
         shown = [(variant.label, layout.draw(image)), *maps.overlays(0, image)]

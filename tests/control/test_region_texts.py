@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from torch import Tensor
 from localctl.attachment import attach
 from localctl.control.dense import DenseModulation
 from localctl.control.negative_prompts import NegativePrompts
+from localctl.control.region_bias import RegionBias
+from localctl.control.texts import without_phrases
 from localctl.layout import Layout, Region
+from localctl.sampling import generate
 
 
 def test_a_regions_negative_prompt_rules_inside_it(sd_pipe: StableDiffusionPipeline) -> None:
@@ -55,3 +59,62 @@ def test_phrases_are_encoded_alone(kind: str, request: pytest.FixtureRequest) ->
     for text in seen:
         torch.testing.assert_close(text[0], negative[0])
         torch.testing.assert_close(text[1], expected)
+
+
+def test_prompts_without_their_phrases() -> None:
+    def left(prompt: str, *regions: Region) -> str:
+        return without_phrases(Layout(prompt, regions=regions))
+
+    box = (0, 0, 1, 1)
+    assert left("a red circle, and two  red circles", Region("red circle", box)) == "a , and two red circles"
+    assert left("a cat and a cat", Region("cat", box, occurrence=1), Region(None, box)) == "a cat and a"
+    assert left("cat", Region("cat", box)) == "" and left("a b") == "a b"
+
+
+@pytest.mark.parametrize("control", [RegionBias(hide_phrases=True), DenseModulation(hide_phrases=True)])
+@pytest.mark.parametrize("kind", ["sd_pipe", "sdxl_pipe"])
+def test_hidden_phrases_are_in_their_own_tokens_alone(kind: str, control: Any, request: pytest.FixtureRequest) -> None:
+    pipe = request.getfixturevalue(kind)
+    seen: list[Tensor] = []
+    draw(pipe)
+    options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    plain, negative = pipe.encode_prompt(PROMPT, **options)[:2]
+    rest = pipe.encode_prompt(without_phrases(LAYOUT), **options)[0][0]
+    if isinstance(control, DenseModulation):
+        control = replace(control, separate_texts=False, end=0.5)
+    else:
+        control = replace(control, end=0.5)
+    with attach(pipe, LAYOUT, [control, RegionBias(hide_phrases=True, end=0.5)]):
+        hook = pipe.unet.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        draw(pipe)
+        hook.remove()
+    expected = rest.clone()
+    expected[2:5], expected[6:10] = plain[0, 2:5], plain[0, 6:10]
+    active, passive = seen  # the window ends before the second step
+    torch.testing.assert_close(active[0], negative[0])
+    torch.testing.assert_close(active[1], expected)
+    assert (expected - plain[0]).abs().max() > 1e-3
+    torch.testing.assert_close(passive[1], plain[0])
+
+
+def test_hiding_without_strength_changes_nothing(sd_pipe: StableDiffusionPipeline) -> None:
+    plain = draw(sd_pipe)
+    for control in (
+        RegionBias(strength=0.0, hide_phrases=True),
+        DenseModulation(w_cross=0.0, w_self=0.0, hide_phrases=True),
+        RegionBias(start=0.6, end=0.7, hide_phrases=True),  # neither of the two steps
+    ):
+        with attach(sd_pipe, LAYOUT, control):
+            assert torch.equal(draw(sd_pipe), plain)
+    with attach(sd_pipe, LAYOUT, RegionBias(strength=1e-9, hide_phrases=True)):
+        assert (draw(sd_pipe) - plain).abs().max() > 1e-4
+    with attach(sd_pipe, PROMPT, RegionBias(hide_phrases=True)):
+        assert torch.equal(draw(sd_pipe), plain)
+    rows = [PROMPT, LAYOUT, replace(LAYOUT, regions=LAYOUT.regions[:1])]
+    control = RegionBias(hide_phrases=True)
+    together = generate(sd_pipe, rows, control, 3, num_inference_steps=2, output_type="pt").images
+    for row, image in zip(rows, together, strict=True):
+        alone = generate(sd_pipe, row, control, 3, num_inference_steps=2, output_type="pt").images[0]
+        torch.testing.assert_close(alone, image, rtol=0, atol=1e-4)

@@ -27,6 +27,7 @@ from localctl.evaluation.layout_benchmark.report import write_report
 from localctl.layout import Layout, Region
 from localctl.metrics.weights import sha256_of
 from localctl.micro.scenes import scene
+from localctl.sampling_regions import Sampling
 
 CPU = torch.device("cpu")
 
@@ -89,7 +90,17 @@ def _differ(item: Any) -> bool:
 
 def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
     found = methods(METHODS, ["bias.strength=0.7"], "micro")
-    assert [m.name for m in found] == list(METHODS) and found[0].controls == ()
+    assert [m.name for m in found] == ["none", "none ddpm 4", *METHODS[1:]] and found[0].controls == ()
+    own, fixed = Sampling("ddpm", 4.0), Sampling("euler")
+    assert {m.name for m in found if m.sampling == own} == {"none ddpm 4", "bias", "dense", "bias+dense"}
+    assert [m.name for m in methods(["bias"], [], "micro", fixed)] == ["none", "none 4", "bias"]
+    assert [m.name for m in methods(["bias"], [], "micro", Sampling("ddim", 2.0))] == ["none", "bias"]
+    assert [m.name for m in grids(["bias"], ["bias.strength=3"], "micro")] == [
+        "none",
+        "none ddpm 4",
+        "bias",
+        "bias strength=3",
+    ]
     by_name = {m.name: m for m in found}
     tuned_bias = {**PRESETS["micro"]["bias"], "strength": 0.7}
     assert by_name["bias"].controls == (RegionBias(**tuned_bias),)
@@ -136,6 +147,20 @@ def test_gates_are_gains_over_plain_with_two_regions_and_a_fair_distance() -> No
         Figures({"bias": weak})
 
 
+def test_methods_are_compared_with_plain_sampling_of_their_own_way() -> None:
+    counts = [2] * 50
+    own = {"sampling": {"scheduler": "ddpm", "guidance_scale": 4.0}}
+    plain, other = result("none", [[0, 0]] * 50, counts), result("none ddpm 4", [[1, 0]] * 50, counts, frechet=5.0)
+    bias, dense = result("bias", [[1, 1]] * 50, counts), result("dense", [[1, 1]] * 50, counts)
+    both = {"none": plain, other.name: replace(other, asked=own), "bias": replace(bias, asked=own), "dense": dense}
+    figures = Figures(both)
+    gains = {name: figures.difference(name, "right", 2) for name in ("bias", "dense")}
+    assert {name: gain.value for name, gain in gains.items() if gain is not None} == {"bias": 0.5, "dense": 1.0}
+    assert (figures.frechet("bias"), figures.frechet("dense")) == (2.0, 1.0)
+    with pytest.raises(ValueError, match="bias was drawn with .*ddpm.* and plain sampling was not"):
+        Figures({"none": plain, "bias": both["bias"]})
+
+
 def test_seeds_of_a_layout_are_resampled_together_and_undefined_ones_left_out() -> None:
     rows = [[1.0, 1.0], [0.0, 0.0]] * 50
     mean = Figures({"none": result("none", rows, [2] * 100)}).mean("none", "right")
@@ -168,7 +193,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     before = sha256_of(kept), kept.stat().st_mtime_ns
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out
-    assert "none: done before" in said and "bias: 1 of 1 pictures" in said
+    assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 pictures" in said
     assert (sha256_of(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
     again = json.loads((folder / "bias.json").read_text())
     assert again["asked"] == content["asked"]
@@ -196,10 +221,10 @@ def test_tuning_uses_other_layouts_and_names_the_best(tmp_path: Path, capsys: py
     assert '"bias": {' in said and "bias: right" in said
     content = json.loads((tmp_path / "tuned" / "bias_strength=0_outside_strength=0.json").read_text())
     assert all(name.startswith("val-") for name in content["ids"]) and content["counts"] == [2, 2]
-    plain = json.loads((tmp_path / "tuned" / "none.json").read_text())
+    plain = json.loads((tmp_path / "tuned" / "none_ddpm_4.json").read_text())
     assert content["samples"] == plain["samples"] and content["cost"] == {}
     text = (tmp_path / "tuned.md").read_text()
-    assert "| strength=3 outside_strength=0 |" in text and "| preset |" in text and "| none |" in text
+    assert "| strength=3 outside_strength=0 |" in text and "| preset |" in text and "| none ddpm 4 |" in text
 
 
 @pytest.mark.parametrize(

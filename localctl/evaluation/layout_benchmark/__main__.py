@@ -23,6 +23,7 @@ from localctl.evaluation.layout_benchmark.methods import METHODS, SINGLE, Method
 from localctl.evaluation.layout_benchmark.report import explain, write_report, write_tuning
 from localctl.metrics.extractors import EXTRACTORS
 from localctl.run.program import one_sentence
+from localctl.sampling_regions import Sampling
 
 PROGRAM = "localctl.evaluation.layout_benchmark"
 
@@ -43,7 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps)
-    add("--scheduler", choices=sorted(SCHEDULERS), default=protocol.scheduler)
+    add("--scheduler", choices=sorted(SCHEDULERS), help=f"of all; default: each method's own, or {protocol.scheduler}")
+    add("--guidance_scale", type=float, help="of all; default: each method's own, or the base's")
     add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
     add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
     add("--batch_size", type=int, default=16)
@@ -62,7 +64,8 @@ def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
         regions=(2,) if tune else Protocol.regions,
         seeds=tuple(((0,) if tune else Protocol.seeds) if args.seeds is None else args.seeds),
         num_inference_steps=args.num_inference_steps,
-        scheduler=args.scheduler,
+        scheduler=args.scheduler or Protocol.scheduler,
+        guidance_scale=args.guidance_scale,
         extractors=tuple(args.extractor),
         references=args.references,
         cost=not tune,
@@ -81,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = page.with_suffix("")
     if folder == page:
         raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
-    chosen = grids(args.tune or SINGLE, args.grid, args.base) if tune else methods(args.methods, args.set, args.base)
+    fixed = Sampling(args.scheduler, args.guidance_scale)
+    if tune:
+        chosen = grids(args.tune or SINGLE, args.grid, args.base, fixed)
+    else:
+        chosen = methods(args.methods, args.set, args.base, fixed)
     work = args.work_dir or Path(f"outputs/{name}_work")
     bench = Bench(protocol_of(args, tune), folder, work, args.batch_size, args.device)
     bench.check(chosen)
@@ -112,7 +119,7 @@ def say_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
         if name in known and known[name].controls:
             best.setdefault(name.partition(" ")[0], name)
     for control, name in best.items():
-        right, plain = figures.mean(name, "right", 2), figures.mean("none", "right", 2)
+        right, plain = figures.mean(name, "right", 2), figures.mean(figures.plain_of(name).name, "right", 2)
         print(f"{control}: right {right} (plain {plain}), Fréchet {figures.frechet(name):.2f} times plain's")
         print(f'  "{control}": {preset_words(known[name], base)},')
 

@@ -79,6 +79,16 @@ class Figures:
         if NONE not in results:
             raise ValueError("There is no result of plain sampling, against which all others are read.")
         self.results, self.plain = results, results[NONE]
+        for name in results:
+            self.plain_of(name)
+
+    def plain_of(self, name: str) -> Result:
+        """Plain sampling with the scheduler and guidance scale of this method. ValueError if it was not measured."""
+        way = self.results[name].asked.get("sampling")
+        for result in self.results.values():
+            if result.name.split(" ")[0] == NONE and result.asked.get("sampling") == way:
+                return result
+        raise ValueError(f"{name} was drawn with {way}, and plain sampling was not; measure that, too.")
 
     def column(self, name: str, column: str, regions: int | None = None) -> np.ndarray:
         """(layouts, seeds) of those with so many regions; None: all."""
@@ -90,14 +100,15 @@ class Figures:
         """Over the layouts where it is defined; None where it never is."""
         return _interval(self.column(name, column, regions))
 
-    def difference(self, name: str, column: str, regions: int | None = None, to: str = NONE) -> Interval | None:
-        """Less that of plain sampling, or of ``to``, layout by layout and seed by seed."""
+    def difference(self, name: str, column: str, regions: int | None = None) -> Interval | None:
+        """Less that of plain sampling in the same way, layout by layout and seed by seed."""
+        to = self.plain_of(name).name
         return _interval(self.column(name, column, regions) - self.column(to, column, regions))
 
     def frechet(self, name: str) -> float:
-        """Of the first extractor, over plain sampling's."""
+        """Of the first extractor, over that of plain sampling in the same way."""
         key = next(key for key in self.plain.distances if key.startswith(("frechet_", "fid")))
-        return self.results[name].distances[key] / self.plain.distances[key]
+        return self.results[name].distances[key] / self.plain_of(name).distances[key]
 
     @property
     def several(self) -> list[str]:

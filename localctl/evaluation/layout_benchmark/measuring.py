@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
+from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler, with_scheduler
 from localctl.evaluation.fid import collect
 from localctl.evaluation.layout_benchmark.attention import attention_of
 from localctl.evaluation.layout_benchmark.cases import COLUMNS, PROFILE, Case, cases, read
@@ -30,7 +30,7 @@ from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.scenes import scene
 from localctl.run.processes import process_device
 from localctl.sampling import generate
-from localctl.sampling_regions import named
+from localctl.sampling_regions import FREE, named
 
 Say = Callable[[str], None]
 ALL_COLUMNS = (*COLUMNS, "clip_score")
@@ -45,6 +45,7 @@ class Protocol:
     """How every method is measured: the same layouts and seeds, against ``references`` scenes of the training part.
 
     regions: how many the layouts have, in turn. cost: whether time, memory and attention are measured, too.
+    guidance_scale: None, the base's own. Methods may ask for another scheduler and scale (``Method.sampling``).
     """
 
     base: str = "micro"
@@ -57,6 +58,7 @@ class Protocol:
     extractors: tuple[str, ...] = ("micro_clip",)
     references: int = 2048
     cost: bool = True
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("layouts", 2), ("num_inference_steps", 1), ("references", 2)):
@@ -142,9 +144,12 @@ class Bench:
 
     def _asked(self, method: Method) -> dict[str, Any]:
         protocol = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.protocol).items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self.protocol).items()
+            if value is not None
         }
-        return {"protocol": protocol, "base_sha256": self.base_sha256, "controls": method.described()}
+        asked = {"protocol": protocol, "base_sha256": self.base_sha256, "controls": method.described()}
+        return asked if method.sampling == FREE else {**asked, "sampling": asdict(method.sampling)}
 
     def _done(self, method: Method) -> bool:
         path = self._result(method)
@@ -156,8 +161,9 @@ class Bench:
     def _drawing(self, method: Method) -> dict[str, Any]:
         """What a picture depends on beside its own layout and seed."""
         asked = self._asked(method)
-        kept = {key: asked["protocol"][key] for key in ("num_inference_steps", "scheduler")}
-        return {**kept, "base_sha256": self.base_sha256, "controls": asked["controls"]}
+        known = {**asked["protocol"], **asked}
+        names = ("num_inference_steps", "scheduler", "guidance_scale", "sampling", "base_sha256", "controls")
+        return {name: known[name] for name in names if name in known}
 
     def _same_pictures(self, method: Method) -> None:
         path = self._pictures_of(method) / "drawn.json"
@@ -175,10 +181,11 @@ class Bench:
     def _picture(self, method: Method, case: Case, seed: int) -> Path:
         return self._pictures_of(method) / f"{case.id}_seed{seed}.png"
 
-    def _options(self, steps: int | None = None) -> dict[str, Any]:
+    def _options(self, method: Method, steps: int | None = None) -> dict[str, Any]:
+        scale = method.sampling.guidance_scale or self.protocol.guidance_scale
         return {
             "num_inference_steps": steps or self.protocol.num_inference_steps,
-            "guidance_scale": resolve_base(self.protocol.base).guidance_scale,
+            "guidance_scale": resolve_base(self.protocol.base).guidance_scale if scale is None else scale,
             "batch_size": self.batch_size,
         }
 
@@ -192,7 +199,8 @@ class Bench:
         for first in range(0, len(missing), self.batch_size):
             batch = missing[first : first + self.batch_size]
             layouts, seeds = [case.layout for case, _ in batch], [seed for _, seed in batch]
-            drawn = generate(self.pipe, layouts, method.controls, seeds, paired=True, **self._options())
+            with with_scheduler(self.pipe, method.sampling.scheduler):
+                drawn = generate(self.pipe, layouts, method.controls, seeds, paired=True, **self._options(method))
             for pair, image in zip(batch, drawn.images, strict=True):
                 path = self._picture(method, *pair)
                 partial = path.with_name(f".{path.name}")
@@ -245,18 +253,20 @@ class Bench:
         """Of runs in turns with plain sampling; ``seconds`` per picture."""
         few = self.cases[: min(LOOKED_AT, self.batch_size)]
         layouts, seeds = [case.layout for case in few], [0] * len(few)
-        options = self._options(min(TIMED_STEPS, self.protocol.num_inference_steps))
+        options = self._options(method, min(TIMED_STEPS, self.protocol.num_inference_steps))
 
         def run(controls: Sequence[Any]) -> None:
             generate(self.pipe, layouts, controls, seeds, paired=True, **options)
 
-        cost = compare_cost(lambda: run(method.controls), lambda: run(()), self.device)
+        with with_scheduler(self.pipe, method.sampling.scheduler):
+            cost = compare_cost(lambda: run(method.controls), lambda: run(()), self.device)
         peak = None if cost.peak is None else round(cost.peak, 1)
         return {"seconds": cost.seconds / len(few), "overhead": cost.overhead, "peak_mib": peak}
 
     def _attention(self, method: Method) -> dict[str, float]:
         layouts = [case.layout for case in self.cases if len(case.objects) == 2][:LOOKED_AT] or [self.cases[0].layout]
-        found = attention_of(self.pipe, layouts, method.controls, self.protocol.seeds[0], **self._options())
+        with with_scheduler(self.pipe, method.sampling.scheduler):
+            found = attention_of(self.pipe, layouts, method.controls, self.protocol.seeds[0], **self._options(method))
         return {name: round(value, DIGITS) for name, value in found.items()}
 
     def _provenance(self, features: Mapping[str, Any]) -> dict[str, Any]:

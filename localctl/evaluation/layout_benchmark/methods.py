@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from localctl.control.base import Control
-from localctl.sampling_regions import CONTROLS, NONE, make_controls, preset, read_variants
+from localctl.sampling_regions import CONTROLS, FREE, NONE, Sampling, make_controls, preset, read_variants, sampling_of
 
 SINGLE = ("bias", "dense", "guidance", "forward")
 PAIRS = ("bias+guidance", "dense+guidance", "bias+dense", "bias+forward")
@@ -28,11 +28,13 @@ GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """name: of its files and rows. settings: of the tuned control, as (name, value) in words; () for the preset."""
+    """name: of its files and rows. settings: of the tuned control, as (name, value) in words; () for the preset.
+    sampling: what it is drawn with in place of the protocol's."""
 
     name: str
     controls: tuple[Control, ...]
     settings: tuple[tuple[str, str], ...] = ()
+    sampling: Sampling = FREE
 
     def described(self) -> list[dict[str, Any]]:
         """Every setting of every control, so that results of others are told apart; as JSON reads them back."""
@@ -43,16 +45,44 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def methods(labels: Sequence[str], settings: Sequence[str], base: str) -> list[Method]:
-    """The methods of these labels, plain sampling first whether it is named or not; ValueError as for
-    :func:`localctl.sampling_regions.read_variants`."""
+def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
+    """The methods of these labels, with plain sampling first whether it is named or not, once for each way to sample.
+
+    ``fixed``: for all methods, in place of what suits each. ValueError as for
+    :func:`localctl.sampling_regions.read_variants`.
+    """
     wanted = [NONE, *(label for label in labels if label != NONE)]
-    return [Method(item.label, item.controls) for item in read_variants(wanted, settings, base)]
+    found = [
+        Method(item.label, item.controls, sampling=_free(item.sampling, fixed))
+        for item in read_variants(wanted, settings, base)
+    ]
+    return _with_plain(found)
 
 
-def grids(controls: Sequence[str], changes: Sequence[str], base: str) -> list[Method]:
+def _free(own: Sampling, fixed: Sampling) -> Sampling:
+    """What is left to the method; the rest is the protocol's."""
+    return Sampling(
+        own.scheduler if fixed.scheduler is None else None, own.guidance_scale if fixed.guidance_scale is None else None
+    )
+
+
+def _with_plain(found: Sequence[Method]) -> list[Method]:
+    """The methods with plain sampling in each of their ways."""
+    ways = dict.fromkeys(method.sampling for method in found)
+    plain = [Method(plain_name(way), (), sampling=way) for way in ways]
+    return [*plain, *(method for method in found if method.controls)]
+
+
+def plain_name(way: Sampling) -> str:
+    """``none``, and where that is not the protocol's, what it is drawn with."""
+    scale = None if way.guidance_scale is None else f"{way.guidance_scale:g}"
+    return " ".join([NONE, *(word for word in (way.scheduler, scale) if word is not None)])
+
+
+def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
     """Plain sampling, each control with its preset, and all settings of its grid. ``changes``: CONTROL.NAME=V,V each; a
-    control named there has that grid alone. ValueError for names or values that make no sense."""
+    control named there has that grid alone. ``fixed``: as for :func:`methods`. ValueError for names or values that
+    make no sense."""
     asked: dict[str, dict[str, list[str]]] = {}
     for change in changes:
         place, equals, values = change.partition("=")
@@ -65,12 +95,13 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str) -> list[Me
         if control not in CONTROLS:
             raise ValueError(f"There is no control {control!r} to tune; choose from {_known()}.")
         grid = asked.get(control, GRIDS[control])
-        found.append(Method(control, make_controls([control], [], base)))
+        way = _free(sampling_of([control], base), fixed)
+        found.append(Method(control, make_controls([control], [], base), sampling=way))
         for cell in itertools.product(*grid.values()):
             chosen = tuple(zip(grid, cell, strict=True))
             name = f"{control} {' '.join(f'{key}={value}' for key, value in chosen)}"
-            found.append(Method(name, make_controls([control], check_names(control, chosen), base), chosen))
-    return found
+            found.append(Method(name, make_controls([control], check_names(control, chosen), base), chosen, way))
+    return _with_plain(found)
 
 
 def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -78,9 +78,10 @@ def write_tuning(folder: Path, page: Path) -> str:
         "",
     ]
     order = ranked(figures)
-    for control in dict.fromkeys(name.partition(" ")[0] for name in order if name != NONE):
+    for control in dict.fromkeys(name.partition(" ")[0] for name in order if not _plain(name)):
         lines += [f"## {control}", "", *head(["", *columns, "Fréchet over plain"])]
-        for name in (NONE, *(name for name in order if name.partition(" ")[0] == control)):
+        own = [name for name in order if name.partition(" ")[0] == control]
+        for name in (figures.plain_of(own[0]).name, *own):
             label = "preset" if name == control else name.removeprefix(f"{control} ")
             lines.append(
                 line([label, *(_cell(figures.mean(name, c)) for c in columns), f"{figures.frechet(name):.2f}"])
@@ -94,7 +95,9 @@ def write_tuning(folder: Path, page: Path) -> str:
 def explain(figures: Figures, gate: Gate) -> str:
     """Where the attention sits under a method whose gate was missed, beside plain sampling."""
     return "\n".join(
-        f"  {name}: {_attention_words(figures, name)}" for name in (NONE, gate.name) if figures.results[name].attention
+        f"  {name}: {_attention_words(figures, name)}"
+        for name in (figures.plain_of(gate.name).name, gate.name)
+        if figures.results[name].attention
     )
 
 
@@ -115,10 +118,26 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_drawing(figures)};",
         "the same noise for every method. The prompt names the objects, their boxes were drawn at random. Intervals",
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
+        *_ways(figures),
         "",
         *_MEANINGS,
         "",
     ]
+
+
+def _plain(name: str) -> bool:
+    return name.partition(" ")[0] == NONE
+
+
+def _ways(figures: Figures) -> list[str]:
+    """Which methods are drawn in another way, and what they are compared with."""
+    lines = []
+    for plain in (name for name in figures.results if _plain(name) and name != NONE):
+        own = [name for name in _names(figures) if not _plain(name) and figures.plain_of(name).name == plain]
+        way = figures.results[plain].asked["sampling"]
+        words = " and ".join(f"{key.replace('_', ' ')} {value}" for key, value in way.items() if value is not None)
+        lines.append(f"Drawn with {words}, which suits them, and compared with `{plain}`: {', '.join(own)}.")
+    return lines
 
 
 def _gates(figures: Figures) -> list[str]:
@@ -135,7 +154,8 @@ def _gates(figures: Figures) -> list[str]:
     ]
     for gate in found:
         if not gate.met and figures.results[gate.name].attention:
-            lines += ["", f"{gate.name}, where it looks:", f"- plain: {_attention_words(figures, NONE)}"]
+            plain = figures.plain_of(gate.name).name
+            lines += ["", f"{gate.name}, where it looks:", f"- {plain}: {_attention_words(figures, plain)}"]
             lines.append(f"- {gate.name}: {_attention_words(figures, gate.name)}")
     if figures.several:
         name = figures.several[0]
@@ -158,8 +178,9 @@ def _tables(figures: Figures) -> list[str]:
         lines += [line([n, *(_cell(figures.mean(n, c, regions)) for c in COLORED)]) for n in _names(figures)]
         lines.append("")
     lines += ["## Less plain sampling, two regions", "", *head(["", *COMPARED])]
-    for name in _names(figures)[1:]:
-        lines.append(line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
+    for name in _names(figures):
+        if not _plain(name):
+            lines.append(line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
     distances = list(figures.plain.distances)
     lines += ["", "## Distances to scenes of the training part", "", *head(["", *distances, "Fréchet over plain"])]
     for name in _names(figures):
@@ -239,7 +260,9 @@ def _provenance(figures: Figures, link: str) -> list[str]:
         sha, n_real, n_fake = features["weights_sha256"][:12], features["n_real"], features["n_fake"]
         lines.append(f"- {name}: sha256 {sha}, {n_real} scenes against {n_fake} pictures, {features['preprocessing']}")
     lines.append("- " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    for name in _names(figures)[1:]:
+    for name in _names(figures):
+        if _plain(name):
+            continue
         controls = figures.results[name].asked["controls"]
         lines.append(f"- {name}: {'; '.join(_words(control) for control in controls)}")
     return [*lines, ""]
@@ -252,9 +275,10 @@ def _words(control: dict[str, object]) -> str:
 
 def _names(figures: Figures) -> list[str]:
     """Plain sampling, single controls, compositions."""
-    singles = [name for name in figures.results if name != NONE and "+" not in name]
+    plain = sorted(filter(_plain, figures.results))
+    singles = [name for name in figures.results if not _plain(name) and "+" not in name]
     order = [*GATES, *(name for name in singles if name not in GATES)]
-    return [NONE, *sorted(singles, key=order.index), *figures.several]
+    return [*plain, *sorted(singles, key=order.index), *figures.several]
 
 
 def _drawing(figures: Figures) -> str:
