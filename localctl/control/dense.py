@@ -163,8 +163,8 @@ class _BoundDense(BoundControl):
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
         hidden = None
-        if self.hidden is not None and (self.control.w_cross or self.control.w_self) and self._active(context):
-            hidden = self.hidden.replace(context, text)
+        if self.hidden is not None and (self.control.w_cross or self.control.w_self):
+            hidden = self.hidden.replace(context, text, self._active(context))
         if not self._texts:
             return hidden
         changed = (text if hidden is None else hidden).clone()
@@ -179,12 +179,13 @@ class _BoundDense(BoundControl):
 
     def attends(self, context: CallContext, site: Site) -> bool:
         weight = self.control.w_cross if site.cross else self.control.w_self
-        return bool(weight) and self._active(context)
+        return bool(weight) and bool(self._active(context))
 
-    def _active(self, context: CallContext) -> bool:
+    def _active(self, context: CallContext) -> set[int]:
+        """The layouts that are steered in this step."""
         if not context.within(self.control.start, self.control.end):
-            return False
-        return any(any(self.regions.strengths(layout, context)) for layout in context.guided_layouts)
+            return set()
+        return {layout for layout in context.guided_layouts if any(self.regions.strengths(layout, context))}
 
     def max_queries(self, site: Site, scores: Scores) -> int:
         # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.

@@ -88,12 +88,10 @@ class _BoundRegionBias(BoundControl):
             self.hidden.begin_call(arguments)
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        if self.hidden is None or not self._active(context):
-            return None
-        return self.hidden.replace(context, text)
+        return None if self.hidden is None else self.hidden.replace(context, text, self._active(context))
 
     def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross and self._active(context)
+        return site.cross and bool(self._active(context))
 
     def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
         active = tuple(self._weights(layout, context) for layout in context.guided_layouts)
@@ -127,10 +125,12 @@ class _BoundRegionBias(BoundControl):
             weights.append((inside, outside) if active else (0.0, 0.0))
         return tuple(weights)
 
-    def _active(self, context: CallContext) -> bool:
+    def _active(self, context: CallContext) -> set[int]:
+        """The layouts that are steered in this step."""
         if not context.within(self.control.start, self.control.end):
-            return False
-        return any(any(pair) for layout in set(context.guided_layouts) for pair in self._weights(layout, context))
+            return set()
+        layouts = set(context.guided_layouts)
+        return {layout for layout in layouts if any(any(pair) for pair in self._weights(layout, context))}
 
     def _map(self, layout: int, context: CallContext, site: Site, keys: int) -> Tensor | None:
         weights = self._weights(layout, context)

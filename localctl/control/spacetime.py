@@ -29,6 +29,7 @@ from localctl.control.base import Attend, BoundControl, CallContext, Control, ch
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions, encode_texts
 from localctl.control.sites import Site
+from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
 
 MIXES = ("convex", "released")
@@ -51,6 +52,8 @@ class SpaceTimeAttention(Control):
             region's own window applies within it.
         mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`;
             ``nearest`` is the published form for discs (:meth:`localctl.layout.Region.disc`).
+        hide_phrases: where anything is mixed in, the global prompt is encoded without the phrases, so that objects
+            come from their descriptions, inside their regions, alone.
 
     Raises:
         ValueError: an unknown mix or schedule, a window that is none, weights out of range; when attached, weights
@@ -63,6 +66,7 @@ class SpaceTimeAttention(Control):
     start: float = 0.0
     end: float = 1.0
     mask_resize: str = "area"
+    hide_phrases: bool = False
     weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -174,9 +178,12 @@ class _BoundSpaceTime(BoundControl):
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
         self._tables: dict[tuple[int, int], Tensor] = {}  # (layout, steps) -> (steps, regions)
         self._last: tuple[CallContext, _Mixture] | None = None
+        self.hidden = HiddenPhrases(pipe, regions, keep=False) if control.hide_phrases else None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         self._last = None
+        if self.hidden is not None:
+            self.hidden.begin_call(arguments)
         wanted = {
             (layout, index): text
             for layout, scene in enumerate(self.regions.layouts)
@@ -185,6 +192,11 @@ class _BoundSpaceTime(BoundControl):
         }
         texts = encode_texts(self.pipe, list(wanted.values()), arguments) if wanted else ()
         self._texts = dict(zip(wanted, texts, strict=True))
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        if self.hidden is None:
+            return None
+        return self.hidden.replace(context, text, {layout for layout, _ in self._mixture(context).regions})
 
     def attends(self, context: CallContext, site: Site) -> bool:
         return site.cross and bool(self._mixture(context).rows)

@@ -15,6 +15,7 @@ from localctl.attachment import attach
 from localctl.control.dense import DenseModulation
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.control.texts import without_phrases
 from localctl.layout import Layout, Region
 from localctl.sampling import generate
@@ -112,9 +113,37 @@ def test_hiding_without_strength_changes_nothing(sd_pipe: StableDiffusionPipelin
         assert (draw(sd_pipe) - plain).abs().max() > 1e-4
     with attach(sd_pipe, PROMPT, RegionBias(hide_phrases=True)):
         assert torch.equal(draw(sd_pipe), plain)
-    rows = [PROMPT, LAYOUT, replace(LAYOUT, regions=LAYOUT.regions[:1])]
-    control = RegionBias(hide_phrases=True)
-    together = generate(sd_pipe, rows, control, 3, num_inference_steps=2, output_type="pt").images
-    for row, image in zip(rows, together, strict=True):
-        alone = generate(sd_pipe, row, control, 3, num_inference_steps=2, output_type="pt").images[0]
-        torch.testing.assert_close(alone, image, rtol=0, atol=1e-4)
+
+
+def test_phrases_are_hidden_row_by_row(sd_pipe: StableDiffusionPipeline) -> None:
+    off = replace(LAYOUT, regions=tuple(replace(region, strength=0.0) for region in LAYOUT.regions))
+    rows = [PROMPT, LAYOUT, replace(LAYOUT, regions=LAYOUT.regions[:1]), off]
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
+    plain = generate(sd_pipe, PROMPT, (), 3, **options).images[0]
+    for control in (
+        RegionBias(hide_phrases=True),
+        DenseModulation(hide_phrases=True),
+        SpaceTimeAttention(hide_phrases=True),
+    ):
+        together = generate(sd_pipe, rows, control, 3, **options).images
+        for row, image in zip(rows, together, strict=True):
+            torch.testing.assert_close(generate(sd_pipe, row, control, 3, **options).images[0], image)
+        torch.testing.assert_close(together[0], plain)
+        torch.testing.assert_close(together[3], plain)
+        assert min((together[i] - together[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
+
+
+def test_space_time_attention_hides_the_phrases_themselves(sd_pipe: StableDiffusionPipeline) -> None:
+    """With no weight outside, the regions alone know of the objects."""
+    rest = replace(LAYOUT, prompt=without_phrases(LAYOUT), regions=())
+    seen: list[Tensor] = []
+    with attach(sd_pipe, LAYOUT, SpaceTimeAttention(hide_phrases=True, end=0.5)):
+        hook = sd_pipe.unet.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+        )
+        draw(sd_pipe)
+        hook.remove()
+    options: dict[str, Any] = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    texts = [sd_pipe.encode_prompt(text, **options)[0][0] for text in (rest.prompt, PROMPT)]
+    for text, expected in zip(seen, texts, strict=True):
+        torch.testing.assert_close(text[1], expected)
