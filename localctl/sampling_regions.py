@@ -244,8 +244,10 @@ def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, 
 
 
 def sampling_of(names: Sequence[str], base: str) -> Sampling:
-    """What suits the controls of these names together: what all of them ask for."""
-    wanted = [_of_base(SAMPLING, base).get(name, {}) for name in names]
+    """What suits the controls of these names together; where nothing is known of them together, what all ask for."""
+    known = _of_base(SAMPLING, base)
+    together = known.get("+".join(sorted(names)))
+    wanted = [known.get(name, {}) for name in names] if together is None else [together]
     agreed = {
         field.name: wanted[0].get(field.name)
         for field in fields(Sampling)

@@ -131,9 +131,9 @@ def test_the_embedded_base_is_drawn_with_what_suits_the_controls(workspace: Path
         ways = {item.label: (item.sampling.scheduler, item.sampling.guidance_scale) for item in job.variants}
         return ways, {name: getattr(job.options, name) for name in ("scheduler", "guidance_scale")}
 
-    ways, said = planned("--compare", "none", "bias", "bias+dense", "bias+guidance")
-    own = ("ddpm", 4.0)
-    assert ways == {"none": (None, None), "bias": own, "bias+dense": own, "bias+guidance": (None, None)}
+    ways, said = planned("--compare", "none", "bias", "bias+dense", "guidance+bias", "bias+forward")
+    own, free = ("ddpm", 4.0), (None, None)
+    assert ways == {"none": free, "bias": own, "bias+dense": own, "guidance+bias": own, "bias+forward": free}
     assert said == {"scheduler": None, "guidance_scale": None}
     assert planned("--control", "bias")[1] == {"scheduler": "ddpm", "guidance_scale": 4.0}
     assert planned("--control", "none")[1] == {"scheduler": None, "guidance_scale": 2.0}

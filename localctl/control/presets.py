@@ -44,14 +44,17 @@ BESIDE: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = MappingProxy
     }
 )
 
-# What pictures are drawn with under a control, where nothing else is said: ``scheduler``, ``guidance_scale``.
-# Controls of attention act through the prompt's rows alone, and against a place that the first noise suggests: a higher
-# scale and fresh noise in each step let them through. Guidance moves the latents itself, and fresh noise undoes it.
+# What pictures are drawn with under a control or a composition, where nothing else is said: ``scheduler``,
+# ``guidance_scale``. Controls of attention act through the prompt's rows alone, and against a place that the first
+# noise suggests: a higher scale and fresh noise in each step let them through. Guidance moves the latents itself, and
+# fresh noise undoes some of it, unless another control holds the objects.
 SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "micro": {
             "bias": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "dense": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "bias+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "dense+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
         }
     }
 )

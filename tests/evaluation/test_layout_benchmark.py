@@ -92,7 +92,14 @@ def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
     found = methods(METHODS, ["bias.strength=0.7"], "micro")
     assert [m.name for m in found] == ["none", "none ddpm 4", *METHODS[1:]] and found[0].controls == ()
     own, fixed = Sampling("ddpm", 4.0), Sampling("euler")
-    assert {m.name for m in found if m.sampling == own} == {"none ddpm 4", "bias", "dense", "bias+dense"}
+    assert {m.name for m in found if m.sampling == own} == {
+        "none ddpm 4",
+        "bias",
+        "dense",
+        "bias+dense",
+        "bias+guidance",
+        "dense+guidance",
+    }
     assert [m.name for m in methods(["bias"], [], "micro", fixed)] == ["none", "none 4", "bias"]
     assert [m.name for m in methods(["bias"], [], "micro", Sampling("ddim", 2.0))] == ["none", "bias"]
     assert [m.name for m in grids(["bias"], ["bias.strength=3"], "micro")] == [
