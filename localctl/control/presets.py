@@ -29,6 +29,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "w_self": 1.0,
             },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
+            "spacetime": {"weight": 1.0, "hide_phrases": True, "end": 0.7},
+            "spacetime_optimized": {"weight": 1.0, "hide_phrases": True, "end": 0.7, "learning_rate": 0.1},
         },
     }
 )
@@ -53,6 +55,8 @@ SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "micro": {
             "bias": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "dense": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "spacetime": {"scheduler": "ddpm", "guidance_scale": 4.0},
+            "spacetime_optimized": {"guidance_scale": 4.0},  # found with DDIM
             "bias+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "dense+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
         }

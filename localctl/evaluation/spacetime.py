@@ -41,14 +41,15 @@ from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.optimization.weights import OptimizedSpaceTime, find_clip, optimize_weights
 from localctl.run.program import one_sentence
 from localctl.sampling import generate
-from localctl.sampling_regions import read_variants
+from localctl.sampling_regions import read_variants, sampling_of
 
 PROFILE, SPLIT = "basic", "test"
 # By row: the control of sample.py, and the settings that make it this row.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("none", ()),
     "constant": ("spacetime", ()),
-    "scheduled": ("spacetime", ("schedule=linear",)),
+    # What fades out must leave the objects in the global prompt.
+    "scheduled": ("spacetime", ("schedule=linear", "hide_phrases=false", "end=1")),
     "optimised": ("spacetime_optimized", ()),
 }
 _FREE = ("output_dir", "count", "optimised", "device")  # change no picture
@@ -76,7 +77,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", default=[], metavar="ROW.NAME=VALUE", help="settings of the rows; without ROW, of all")
     add("--base", default="micro")
     add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, help="default: the base's own")
+    add("--guidance_scale", type=float, help="default: what suits the controls on the base")
     add("--scheduler", default="ddim", choices=sorted(SCHEDULERS))
     add("--batch_size", type=int, default=16)
     add("--device", default="cpu")
@@ -184,7 +185,8 @@ def run(options: argparse.Namespace) -> str:
     """Draw, measure, write everything; the report."""
     rows = controls_of_rows(options.set, options.base)
     if options.guidance_scale is None:
-        options.guidance_scale = resolve_base(options.base).guidance_scale
+        suits = sampling_of(["spacetime_optimized"], options.base).guidance_scale
+        options.guidance_scale = suits or resolve_base(options.base).guidance_scale
     cases = relation_cases(options.count, layout_source(options.layout, options.layout_predictor))
     settings = claim(options, cases)
     pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)

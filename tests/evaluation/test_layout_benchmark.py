@@ -98,7 +98,6 @@ def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
         "dense",
         "bias+dense",
         "bias+guidance",
-        "dense+guidance",
     }
     assert [m.name for m in methods(["bias"], [], "micro", fixed)] == ["none", "none 4", "bias"]
     assert [m.name for m in methods(["bias"], [], "micro", Sampling("ddim", 2.0))] == ["none", "bias"]

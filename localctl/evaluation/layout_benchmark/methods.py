@@ -14,13 +14,18 @@ from localctl.control.base import Control
 from localctl.sampling_regions import CONTROLS, FREE, NONE, Sampling, make_controls, preset, read_variants, sampling_of
 
 SINGLE = ("bias", "dense", "guidance", "forward")
-PAIRS = ("bias+guidance", "dense+guidance", "bias+dense", "bias+forward")
+PAIRS = ("bias+guidance", "bias+dense")
 METHODS = (NONE, *SINGLE, *PAIRS)
 
 # The settings that matter, a few values each; ``--grid`` replaces those of a control.
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "bias": {"strength": ("1", "2", "4", "8"), "outside_strength": ("0", "1", "2", "4")},
-    "dense": {"rest": ("segment", "free"), "decay": ("0", "1"), "w_self": ("0.3", "1"), "end": ("0.7", "1")},
+    "bias": {"strength": ("1", "2", "4", "8"), "outside_strength": ("1", "2", "4"), "hide_phrases": ("false", "true")},
+    "dense": {
+        "rest": ("segment", "free"),
+        "decay": ("0", "1"),
+        "w_self": ("0.3", "1"),
+        "hide_phrases": ("false", "true"),
+    },
     "guidance": {"scale": ("30", "60"), "threshold": ("0.02", "0.05"), "start": ("0", "0.2"), "end": ("0.6", "0.8")},
     "forward": {"strength": ("0.5", "0.8", "1"), "end": ("0.2", "0.5", "1")},
 }
