@@ -38,12 +38,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 # What a control's preset changes beside another control: where attention lies in the regions already, the energy of the
 # guidance is low, and it does nothing. So they come one after the other.
 BESIDE: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = MappingProxyType(
-    {
-        "micro": {
-            ("bias", "guidance"): {"start": 0.6},
-            ("dense", "guidance"): {"start": 0.6, "end": 0.9},
-        }
-    }
+    {"micro": {("bias", "guidance"): {"start": 0.6}}}
 )
 
 # What pictures are drawn with under a control or a composition, where nothing else is said: ``scheduler``,
@@ -58,7 +53,6 @@ SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "spacetime": {"scheduler": "ddpm", "guidance_scale": 4.0},
             "spacetime_optimized": {"guidance_scale": 4.0},  # found with DDIM
             "bias+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
-            "dense+guidance": {"scheduler": "ddpm", "guidance_scale": 4.0},
         }
     }
 )
