@@ -20,6 +20,7 @@ from localctl.base import (
     resolve_base,
     same_base,
     set_scheduler,
+    with_scheduler,
 )
 
 
@@ -130,6 +131,18 @@ def test_schedulers_do_not_clip_latents(sd_pipe: StableDiffusionPipeline) -> Non
         assert sd_pipe.scheduler.config.clip_sample is False
     set_scheduler(sd_pipe, "pndm")
     assert sd_pipe.scheduler.config.skip_prk_steps is True
+
+
+def test_another_scheduler_for_a_while(sd_pipe: StableDiffusionPipeline) -> None:
+    before = sd_pipe.scheduler
+    with with_scheduler(sd_pipe, None):
+        assert sd_pipe.scheduler is before
+    with pytest.raises(RuntimeError), with_scheduler(sd_pipe, "euler"):
+        assert type(sd_pipe.scheduler).__name__ == SCHEDULERS["euler"]
+        raise RuntimeError
+    assert sd_pipe.scheduler is before
+    with pytest.raises(ValueError, match="Unknown scheduler 'dimm'"), with_scheduler(sd_pipe, "dimm"):
+        pass
 
 
 def test_the_screen_stays_clean(sd_folder: Path, sdxl_folder: Path) -> None:
