@@ -125,6 +125,9 @@ def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
             grids(["bias"], grid, "micro")
     with pytest.raises(ValueError, match="no control 'biass' to tune"):
         grids(["biass"], [], "micro")
+    with pytest.raises(ValueError, match="no grid for 'spacetime'; give --grid spacetime.NAME"):
+        grids(["spacetime"], [], "micro")
+    assert len(grids(["spacetime"], ["spacetime.weight=0.5,1"], "micro")) == 5
 
 
 def result(name: str, right: list[list[float]], counts: list[int], frechet: float = 10.0) -> Result:

@@ -99,7 +99,9 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sam
     for control in controls:
         if control not in CONTROLS:
             raise ValueError(f"There is no control {control!r} to tune; choose from {_known()}.")
-        grid = asked.get(control, GRIDS[control])
+        grid = asked.get(control, GRIDS.get(control))
+        if grid is None:
+            raise ValueError(f"There is no grid for {control!r}; give --grid {control}.NAME=VALUE,VALUE.")
         way = _free(sampling_of([control], base), fixed)
         found.append(Method(control, make_controls([control], [], base), sampling=way))
         for cell in itertools.product(*grid.values()):
