@@ -34,6 +34,11 @@ class Result:
     provenance: Mapping[str, Any]
 
 
+def is_plain(name: str) -> bool:
+    """Whether this is plain sampling, in whatever way."""
+    return name.partition(" ")[0] == NONE
+
+
 def read_results(folder: Path) -> dict[str, Result]:
     """The results in ``folder`` by name. ValueError for a damaged one, or ways of measuring that differ."""
     results: dict[str, Result] = {}
@@ -86,7 +91,7 @@ class Figures:
         """Plain sampling with the scheduler and guidance scale of this method. ValueError if it was not measured."""
         way = self.results[name].asked.get("sampling")
         for result in self.results.values():
-            if result.name.split(" ")[0] == NONE and result.asked.get("sampling") == way:
+            if is_plain(result.name) and result.asked.get("sampling") == way:
                 return result
         raise ValueError(f"{name} was drawn with {way}, and plain sampling was not; measure that, too.")
 

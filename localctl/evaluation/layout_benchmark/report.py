@@ -15,6 +15,7 @@ from localctl.evaluation.layout_benchmark.figures import (
     Figures,
     Gate,
     gates,
+    is_plain,
     ranked,
     read_results,
 )
@@ -78,7 +79,7 @@ def write_tuning(folder: Path, page: Path) -> str:
         "",
     ]
     order = ranked(figures)
-    for control in dict.fromkeys(name.partition(" ")[0] for name in order if not _plain(name)):
+    for control in dict.fromkeys(name.partition(" ")[0] for name in order if not is_plain(name)):
         lines += [f"## {control}", "", *head(["", *columns, "Fréchet over plain"])]
         own = [name for name in order if name.partition(" ")[0] == control]
         for name in (figures.plain_of(own[0]).name, *own):
@@ -125,15 +126,11 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
     ]
 
 
-def _plain(name: str) -> bool:
-    return name.partition(" ")[0] == NONE
-
-
 def _ways(figures: Figures) -> list[str]:
     """Which methods are drawn in another way, and what they are compared with."""
     lines = []
-    for plain in (name for name in figures.results if _plain(name) and name != NONE):
-        own = [name for name in _names(figures) if not _plain(name) and figures.plain_of(name).name == plain]
+    for plain in (name for name in figures.results if is_plain(name) and name != NONE):
+        own = [name for name in _names(figures) if not is_plain(name) and figures.plain_of(name).name == plain]
         way = figures.results[plain].asked["sampling"]
         words = " and ".join(f"{key.replace('_', ' ')} {value}" for key, value in way.items() if value is not None)
         lines.append(f"Drawn with {words}, which suits them, and compared with `{plain}`: {', '.join(own)}.")
@@ -179,7 +176,7 @@ def _tables(figures: Figures) -> list[str]:
         lines.append("")
     lines += ["## Less plain sampling, two regions", "", *head(["", *COMPARED])]
     for name in _names(figures):
-        if not _plain(name):
+        if not is_plain(name):
             lines.append(line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
     distances = list(figures.plain.distances)
     lines += ["", "## Distances to scenes of the training part", "", *head(["", *distances, "Fréchet over plain"])]
@@ -261,7 +258,7 @@ def _provenance(figures: Figures, link: str) -> list[str]:
         lines.append(f"- {name}: sha256 {sha}, {n_real} scenes against {n_fake} pictures, {features['preprocessing']}")
     lines.append("- " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
     for name in _names(figures):
-        if _plain(name):
+        if is_plain(name):
             continue
         controls = figures.results[name].asked["controls"]
         lines.append(f"- {name}: {'; '.join(_words(control) for control in controls)}")
@@ -275,8 +272,8 @@ def _words(control: dict[str, object]) -> str:
 
 def _names(figures: Figures) -> list[str]:
     """Plain sampling, single controls, compositions."""
-    plain = sorted(filter(_plain, figures.results))
-    singles = [name for name in figures.results if not _plain(name) and "+" not in name]
+    plain = sorted(filter(is_plain, figures.results))
+    singles = [name for name in figures.results if not is_plain(name) and "+" not in name]
     order = [*GATES, *(name for name in singles if name not in GATES)]
     return [*plain, *sorted(singles, key=order.index), *figures.several]
 
