@@ -18,6 +18,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import nn
 
+from localctl.files import first_line
+
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -163,7 +165,7 @@ def load_pipeline(
 
 def not_loaded(config: BaseConfig, error: OSError) -> ValueError:
     """What to tell somebody whose base cannot be read."""
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    reason = first_line(error)
     return ValueError(
         f"The base {config.name!r} could not be loaded from {resolve_base(config.name).id_or_path!r} ({reason}); "
         "check name and network, or give a local diffusers folder."
@@ -181,7 +183,7 @@ def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> A
             local_files_only=local_files_only,
         )
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(
             f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
         ) from error

@@ -25,6 +25,7 @@ from localctl.base import DTYPES, SCHEDULERS, BaseConfig, lasting_name, resolve_
 from localctl.conditions import CHANNELS, ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.control.local_adapter import LocalAdapterControl
+from localctl.files import first_line
 from localctl.images import load_image
 from localctl.layout import Layout, check_side
 from localctl.masks import load_mask
@@ -323,7 +324,7 @@ def build_controls(job: Job) -> list[LocalAdapterControl]:
             else:
                 adapter = LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(item.folder)))
         except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             raise ValueError(f"The adapter in {item.folder} cannot be loaded ({reason}); save it again.") from error
         adapter = adapter.to(job.device).eval().requires_grad_(False)
         controls.append(LocalAdapterControl(adapter, item.condition, item.mask, item.weight, item.start, item.end))

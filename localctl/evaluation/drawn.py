@@ -33,6 +33,7 @@ from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
 from localctl.evaluation.settings import FidSettings
+from localctl.files import first_line
 from localctl.images import load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
@@ -190,7 +191,7 @@ def load_adapter(settings: FidSettings) -> LocalAdapter | None:
             return LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(folder)))
         adapter = LocalAdapter.from_pretrained(folder)
     except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"The adapter in {folder} cannot be loaded ({reason}); save it again.") from error
     if adapter.config.base and not same_base(adapter.config.base, settings.base.name):
         raise ValueError(
@@ -214,7 +215,7 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
         with no_progress_bars():
             net = ControlNetModel.from_pretrained(str(folder), local_files_only=True, dtype=DTYPES[settings.base.dtype])
     except Exception as error:  # as above
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"The ControlNet in {folder} cannot be loaded ({reason}); save it again.") from error
     return freeze(net).to(process_device(settings.device))
 

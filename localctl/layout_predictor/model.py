@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from localctl.files import first_line
 from localctl.layout import Layout, Region, check_side
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
@@ -262,6 +263,6 @@ def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredicto
     try:
         found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32)
     except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"The layout predictor in {source} cannot be loaded ({reason}); save it again.") from error
     return found.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from localctl.files import share_weights
 from localctl.layout_predictor.captions import Caption
 from localctl.layout_predictor.coco import CocoLayouts
 from localctl.layout_predictor.data import MicroLayouts, Scenes, example
@@ -31,7 +32,6 @@ from localctl.run.checkpoints import (
     sweep,
     verify_checkpoint,
 )
-from localctl.run.files import share_weights
 from localctl.run.interrupt import Interrupt
 from localctl.run.logging import STATS, check_report_to, make_tracker
 from localctl.run.processes import process_device

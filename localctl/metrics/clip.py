@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from localctl.files import first_line
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder
 
@@ -36,7 +37,7 @@ class Clip:
             self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error
         self.folder, self.device = folder, torch.device(device)
         self.side = int(self.model.config.vision_config.image_size)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from localctl.files import first_line, sha256
+
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
@@ -57,7 +59,7 @@ def save_checkpoint(
         _replace_folder(temporary, final)
         _flush(folder)
     except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise CheckpointError(
             f"{final.name} could not be saved in {folder} ({reason}); the checkpoints before it are as they were: make "
             "room and go on with --resume_from_checkpoint latest."
@@ -75,7 +77,7 @@ def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
     entries = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
-        entries[path.relative_to(folder).as_posix()] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        entries[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "size": path.stat().st_size}
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         _flush(inner)
     manifest = folder / MANIFEST
@@ -110,7 +112,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
     for name, (digest, size) in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
             raise ValueError(f"The checkpoint {path} is damaged: {name} is not what was saved; use another one.")
     return manifest
 
@@ -177,8 +179,3 @@ def _flush(path: Path) -> None:
 
 def _body_sha256(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from localctl.files import first_line
 from localctl.run.record import mark_environment
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
@@ -65,7 +66,7 @@ def load_config(
     try:
         raw, resolved = OmegaConf.to_container(composed), OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"The configuration {config_dir / name}.yaml cannot be resolved ({reason}).") from error
     values = cast(dict[str, Any], mark_environment(raw, resolved))
     for key, value in changed.items():

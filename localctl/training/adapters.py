@@ -19,6 +19,7 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.base import lasting_name
 from localctl.control.local_adapter import residual_shapes
 from localctl.diffusion import latent_size
+from localctl.files import first_line
 from localctl.random import key_seed
 from localctl.training.settings import TrainSettings
 
@@ -44,7 +45,7 @@ class SavedAdapter:
                 return LocalAdapter.from_pretrained(self.place, dtype=torch.float32).adapter
             return T2IAdapter.from_pretrained(self.place, dtype=torch.float32)
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             raise ValueError(
                 f"The weights of the adapter {self.place} cannot be read ({reason}); fetch or save it again."
             ) from error
@@ -66,7 +67,7 @@ def find_adapter(name: str, local_files_only: bool = False) -> SavedAdapter:
             path = Path(hf_hub_download(name, "config.json", local_files_only=local_files_only))
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a name that is no hub id is a ValueError
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(
             f"There is no adapter {name!r} ({reason}); give the folder or hub id of a T2IAdapter or LocalAdapter."
         ) from error

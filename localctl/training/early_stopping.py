@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from localctl.run.files import share_weights
+from localctl.files import share_weights
 from localctl.training.models import Models
 from localctl.training.settings import EarlyStoppingConfig
 

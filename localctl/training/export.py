@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from localctl.base import BASES
-from localctl.run.files import share_weights
+from localctl.files import share_weights
 from localctl.run.record import recorded
 from localctl.training.hub import push
 from localctl.training.models import Models

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_token
 
+from localctl.files import first_line
 from localctl.training.settings import TrainSettings
 
 
@@ -31,7 +32,7 @@ def push(folder: Path, settings: TrainSettings, files: list[str], api: Any = Non
             repo_id=name, folder_path=str(folder), allow_patterns=files, commit_message="Trained with localctl"
         )
     except OSError as error:  # everything that goes wrong between here and there is one
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise OSError(
             f"The adapter is safe in {folder}, but could not be pushed to {name} ({reason}); push it later with "
             f"`hf upload {name} {folder}`."

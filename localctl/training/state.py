@@ -17,8 +17,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import nn
 
+from localctl.files import share_weights
 from localctl.run.checkpoints import CheckpointError, save_checkpoint
-from localctl.run.files import share_weights
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
 from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class

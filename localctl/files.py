@@ -1,0 +1,86 @@
+"""Reading and writing the small files of a run: JSON that may be anybody's, texts that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, as the part of a sentence: its first line, without the full stop; its kind if it says
+    nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as ``json.loads`` reads it, a byte order mark allowed. ValueError for everything that is none, JSON nested
+    too deep for Python, numbers with too many digits and bytes that are not UTF-8 included."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The JSON in ``path``. ValueError in one sentence that calls the file ``what``, if it cannot be read or is none."""
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read ({error.strerror or first_line(error)}).") from error
+    except ValueError as error:
+        raise ValueError(f"{what} {path} is not JSON ({first_line(error)}).") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all. A link at ``path`` is replaced, never followed.
+
+    OSError that names the file when the disk is full or the folder cannot be written to; what was there stays."""
+    temporary: str | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            dir=path.parent,
+            prefix=f".{path.name[:100]}.",
+            delete=False,
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def share_weights(folder: Path) -> None:
+    """Give weights in ``folder`` the access rights of the configuration beside them, which follow the user's umask:
+    safetensors makes its files readable by their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))
+
+
+def _umask() -> int:
+    """The umask, which can only be asked for by setting it; Linux tells it without."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
+    except (OSError, StopIteration, ValueError):
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return mask

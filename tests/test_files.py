@@ -1,0 +1,59 @@
+"""Small files: JSON of anybody's, texts written whole."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from localctl.files import first_line, parse_json, read_json, write_text
+
+
+def test_first_line_is_part_of_a_sentence():
+    assert first_line(ValueError("one.\ntwo")) == "one"
+    assert first_line(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5_000, b"\xff\xfe{}", b"\xe9", "nonsense", ""]
+)
+def test_what_is_no_json_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    assert parse_json("\ufeff[1]") == parse_json(b"\xef\xbb\xbf[1]") == [1]
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "a.json", "The file") == {"a": 1}
+
+
+def test_read_json_names_the_file(tmp_path):
+    with pytest.raises(ValueError, match="^The layout .*none.json cannot be read"):
+        read_json(tmp_path / "none.json", "The layout")
+    with pytest.raises(ValueError, match="^The layout .* cannot be read"):
+        read_json(tmp_path, "The layout")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="deep.json is not JSON .nested too deep"):
+        read_json(tmp_path / "deep.json", "The layout")
+
+
+def test_write_text_replaces_a_link_and_keeps_its_target(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("mine")
+    link.symlink_to(target)
+    write_text(link, "é\ud800")
+    assert target.read_text() == "mine" and not link.is_symlink()
+    assert link.read_text(encoding="utf-8") == "é\\ud800"
+    assert stat.S_IMODE(link.stat().st_mode) == stat.S_IMODE(target.stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["link", "target"]
+
+
+def test_write_text_that_fails_names_the_file_and_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="none/a.txt could not be written: No such file"):
+        write_text(tmp_path / "none" / "a.txt", "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder could not be written"):
+        write_text(tmp_path / "folder", "")
+    assert os.listdir(tmp_path) == ["folder"]
