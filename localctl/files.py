@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """The JSON in ``path``. ValueError in one sentence that calls the file ``what``, if it cannot be read or is none."""
+    """The JSON in ``path``. ValueError in one sentence naming ``what``, if it cannot be read or is none."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
