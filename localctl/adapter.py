@@ -28,6 +28,10 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             mask are not 0, and an all-zero mask is not the base.
         mask_condition: blank the condition where the mask is 0, too. Then nothing outside can change anything; without
             it, convolutions carry some of what is outside over the border of the mask.
+        dim_condition: with ``mask_condition``, multiply the condition by the mask, as published, so that a soft mask dims
+            it. False blanks it where the mask is 0 and leaves it whole elsewhere: a soft mask scales the features already.
+        level_weights: a factor of each level's features, finest level first; part of the adapter, so training and
+            sampling use the same. None: all 1.
         condition: how conditions were made in training (``kind`` and its options); kept for the record and as the
             default while sampling.
         base: name, id or folder of the base the adapter was trained for.
@@ -48,6 +52,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         mask_features: bool = True,
         condition: dict[str, Any] | None = None,
         base: str | None = None,
+        dim_condition: bool = False,
+        level_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if mask_resize not in MASK_RESIZE:
@@ -86,10 +92,20 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         self._check(x)
         condition, mask = x[:, :-1], x[:, -1:]  # (B,C,H,W), (B,1,H,W)
         if self.config["mask_condition"]:
-            # Blanked, not dimmed: a soft mask already scales the features.
-            condition = torch.where(mask > 0, condition, torch.zeros_like(condition))
-        features = self.adapter(condition)
-        return [self._mask_feature(f, mask) for f in features] if self.config["mask_features"] else list(features)
+            seen = condition * mask if self.config["dim_condition"] else condition
+            condition = torch.where(mask > 0, seen, torch.zeros_like(condition))
+        features = list(self.adapter(condition))
+        if self.config["mask_features"]:
+            features = [self._mask_feature(f, mask) for f in features]
+        weights = self.config["level_weights"]
+        if weights is None:
+            return features
+        if len(weights) != len(features):
+            raise ValueError(
+                f"The adapter has {len(features)} levels of features, but level_weights are {list(weights)}; give one "
+                "weight for each level."
+            )
+        return [feature * weight for feature, weight in zip(features, weights, strict=True)]
 
     def _mask_feature(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (B,c,h,w) times mask (B,1,H,W). where, not only a product: 0 * inf is NaN, and half precision
@@ -114,8 +130,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_t2iadapter(cls, adapter: T2IAdapter, **options: Any) -> LocalAdapter:
-        """Wrap (not copy) any T2I-Adapter; ``options`` are mask_resize, mask_condition, mask_features, condition and
-        base."""
+        """Wrap (not copy) any T2I-Adapter; ``options`` are those of the class that are not the T2I-Adapter's own."""
         names = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
         with torch.device("meta"):  # the shape only: the weights are replaced on the next line
             wrapped = cls(**{name: adapter.config[name] for name in names}, **options)

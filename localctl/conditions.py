@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
 FROM_PICTURE = ("canny", "sobel", "palette")
+CHANNELS_USED = ("gray", "rgb")
+PALETTE_FILTERS = ("mean", "bicubic")
 
 
 @dataclass(kw_only=True)
@@ -17,7 +20,12 @@ class ConditionConfig:
 
     kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
         ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
-    low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
+    low, high: canny's thresholds of hysteresis, on 8-bit values.
+    channels_used: what canny sees: ``gray`` the brightness; ``rgb`` all three colours, each pixel by the one with the
+        strongest gradient, as published. Colour finds edges between colours of equal brightness, and more noise.
+    cells: the palette has cells x cells colours.
+    palette_filter: how a cell gets its colour: ``mean`` of its own pixels; ``bicubic`` as Pillow resizes the image to
+        cells x cells, as published, which looks beyond the cell and overshoots at strong edges.
     channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
         whatever is given here.
     """
@@ -27,6 +35,8 @@ class ConditionConfig:
     high: float = 100
     cells: int = 8
     channels: int = 0
+    channels_used: str = "gray"
+    palette_filter: str = "mean"
 
     def __post_init__(self) -> None:
         if self.kind not in CHANNELS:
@@ -35,6 +45,9 @@ class ConditionConfig:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
         if self.cells < 1:
             raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
+        for name, known in (("channels_used", CHANNELS_USED), ("palette_filter", PALETTE_FILTERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown condition.{name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
         if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
@@ -55,10 +68,11 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
         raise ValueError(f"A condition needs an RGB picture uint8 (H, W, 3), not {image.dtype} {image.shape}.")
     image = np.ascontiguousarray(image)
     if config.kind == "palette":
-        condition = _palette(image, config.cells)  # (H,W,3)
+        make = _palette if config.palette_filter == "mean" else _resized_palette
+        condition = make(image, config.cells)  # (H,W,3)
     elif config.kind == "canny":
-        gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        condition = cv2.Canny(gray, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
+        seen = image if config.channels_used == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        condition = cv2.Canny(seen, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
     else:
         condition = _sobel(image)[..., None]  # (H,W,1)
     return torch.from_numpy(np.ascontiguousarray(condition.transpose(2, 0, 1), dtype=np.float32))
@@ -81,6 +95,13 @@ def _palette(image: np.ndarray, cells: int) -> np.ndarray:
     sums = np.add.reduceat(np.add.reduceat(image.astype(np.float64), row_starts, axis=0), column_starts, axis=1)
     counts = np.outer(np.bincount(row_cell), np.bincount(column_cell))[..., None]
     return (sums / counts / 255)[row_cell][:, column_cell]
+
+
+def _resized_palette(image: np.ndarray, cells: int) -> np.ndarray:
+    """The image resized to cells x cells colours and back: (H,W,3) in [0,1], in steps of 1/255."""
+    height, width = image.shape[:2]
+    small = Image.fromarray(image).resize((cells, cells), Image.Resampling.BICUBIC)
+    return np.asarray(small.resize((width, height), Image.Resampling.NEAREST), dtype=np.float32) / 255
 
 
 def _split(length: int, cells: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Denoising loss plus local control: edge similarity of z0 and z0' inside the mask (arXiv 2602.01991).
 
+    denoising_b = denoising_weight * mean_b( |model output_b - target_b|^2 )
     local_b = weight * w(t_b) * mean_b( |F(z0'_b) - F(z0_b)|^2 * m_b )
 
 F is the filter, w the schedule and m the mask on the grid of the latents. Every term is per sample, (B,): a masked mean
@@ -29,7 +30,7 @@ NORMALISE = ("map", "mask")
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """Settings of the local term; ValueError for a value that makes no sense.
+    """Settings of both terms; ValueError for a value that makes no sense.
 
     filter: what is compared inside the mask; ``none`` switches the local term off.
     schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
@@ -38,6 +39,12 @@ class LossConfig:
         whole map, as published.
     weight: factor of the local term; published 1e-3.
     mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
+    squared_mask: weigh by m^2 where m is neither 0 nor 1, as published, (m F(z0') - m F(z0))^2. It matters for soft
+        masks, and for every mask with mask_resize=area, whose border cells are soft. False weighs by m, so that half a
+        cell counts half.
+    denoising_weight: factor of the denoising term.
+    mask_denoising: take the denoising term inside the mask alone, too, as the local one. Then nothing is learned of
+        what an image looks like outside; all-zero masks teach nothing.
     """
 
     filter: str = "sobel"
@@ -48,6 +55,9 @@ class LossConfig:
     t_max: int = 999
     snr_cap: float = 5.0
     mask_resize: str = "area"
+    squared_mask: bool = False
+    denoising_weight: float = 1.0
+    mask_denoising: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -59,8 +69,11 @@ class LossConfig:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"The loss weight must be finite and not negative, not {self.weight}.")
+        for name, weight in (("weight", self.weight), ("denoising_weight", self.denoising_weight)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"The loss {name} must be finite and not negative, not {weight}.")
+        if not self.denoising_weight and (self.filter == "none" or not self.weight):
+            raise ValueError("The loss is 0 whatever the adapter does; give it a denoising_weight, or a local term.")
         if not 0 <= self.t_min <= self.t_max:
             raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
         if not self.snr_cap > 0:
@@ -71,7 +84,8 @@ class LossConfig:
 class LossTerms:
     """Per-sample terms, float32.
 
-    denoising (B,): mean squared error of the model output. local (B,): the local term with weight and schedule applied.
+    denoising (B,): mean squared error of the model output with its weight applied. local (B,): the local term with
+    weight and schedule applied.
     local_raw (B,): the same without both, for logs. predicted_x0 (B,C,h,w): z0', with its graph.
     """
 
@@ -110,6 +124,13 @@ def masked_mean(error: Tensor, mask: Tensor, normalise: str) -> Tensor:
     return masked.sum(dim=1) / torch.where(area > 0, area, 1.0)
 
 
+def _masked_error(found: Tensor, wanted: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """Per-sample mean (B,) of the squared difference (B,C,h,w) under ``mask`` (B,1,H,W), as ``config`` says."""
+    error = (found - wanted).square()
+    small = resize_mask(mask.to(error), (error.shape[-2], error.shape[-1]), config.mask_resize)
+    return masked_mean(error, small.square() if config.squared_mask else small, config.normalise)
+
+
 def local_control_loss(
     sample: DiffusionSample,
     model_output: Tensor,
@@ -137,7 +158,11 @@ def local_control_loss(
     # Under autocast the filters' convolutions would drop to half precision, where squared edges overflow.
     with torch.autocast(sample.latents.device.type, enabled=False):
         target = training_target(sample, alphas_cumprod, prediction_type).float()
-        denoising = (model_output.float() - target).square().flatten(1).mean(dim=1)  # (B,)
+        if config.mask_denoising:
+            denoising = _masked_error(model_output.float(), target, mask, config)  # (B,)
+        else:
+            denoising = (model_output.float() - target).square().flatten(1).mean(dim=1)
+        denoising = config.denoising_weight * denoising
         predicted_x0 = predict_x0(
             sample.noisy.float(), model_output.float(), sample.timesteps, alphas_cumprod, prediction_type
         )
@@ -146,8 +171,6 @@ def local_control_loss(
             local_raw = local = torch.zeros_like(denoising)
         else:
             # The mask goes over the filtered maps: masking before the filter would make the mask's border an edge.
-            error = (edges(predicted_x0) - edges(sample.latents.float())).square()  # (B,C,h,w)
-            small = resize_mask(mask.to(error), (error.shape[-2], error.shape[-1]), config.mask_resize)
-            local_raw = masked_mean(error, small, config.normalise)
+            local_raw = _masked_error(edges(predicted_x0), edges(sample.latents.float()), mask, config)
             local = config.weight * schedule_weight(config, sample.timesteps, alphas_cumprod) * local_raw
     return LossTerms(denoising=denoising, local=local, local_raw=local_raw, predicted_x0=predicted_x0)

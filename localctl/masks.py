@@ -20,6 +20,7 @@ from torch import Tensor
 from localctl.images import open_image
 
 MASK_RESIZE = ("area", "nearest", "inside", "cover")
+BOX_LAWS = ("sides", "corners")
 MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
 
 
@@ -53,6 +54,9 @@ class MaskConfig:
         ``objects`` keeps to min_area only (they grow evenly until it is met); ``fixed`` and ``full`` are as asked.
     count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
     soft_edge: width in pixels of a linear ramp added outside the mask.
+    box_law: how a random rectangle is sampled: ``sides`` its height uniform over all that allow the area, then its
+        width; ``corners`` as published, one corner uniform, then the other one uniform beyond it, which makes smaller
+        boxes (with the published minimum they cover 0.136 of the area on average, against 0.284).
     box: xyxy in [0,1], for ``fixed``.
     """
 
@@ -63,10 +67,13 @@ class MaskConfig:
     soft_edge: float = 0.0
     box: tuple[float, float, float, float] | None = None
     mixture: Mapping[str, float] | None = None
+    box_law: str = "sides"
 
     def __post_init__(self) -> None:
         if self.kind not in MASK_KINDS:
             raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
+        if self.box_law not in BOX_LAWS:
+            raise ValueError(f"Unknown mask box_law {self.box_law!r}; choose one of {', '.join(BOX_LAWS)}.")
         if not 0 <= self.min_area <= self.max_area <= 1:
             raise ValueError(
                 f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
@@ -135,7 +142,8 @@ def sample_mask(
     elif kind == "objects":
         mask = _objects(config, size, rng, object_masks)
     elif kind == "box":
-        mask = _box(size, *_area_bounds(config, size), rng)
+        sample_box = _box if config.box_law == "sides" else _corners
+        mask = sample_box(size, *_area_bounds(config, size), rng)
     else:
         field = _stroke_field(config, size, rng) if kind == "strokes" else _disc_field(kind, config, size, rng)
         mask = _cut(field, *_area_bounds(config, size))
@@ -202,17 +210,47 @@ def _fixed(config: MaskConfig, size: tuple[int, int]) -> np.ndarray:
 def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
     """A rectangle: its height uniform over all that allow the area, its width uniform over what is left."""
     height, width = size
-    heights = np.arange(1, height + 1)
-    narrowest = -(-fewest // heights)
-    widest = np.minimum(width, most // heights)
-    allowed = np.flatnonzero(narrowest <= widest)
-    if not allowed.size:
-        raise ValueError(
-            f"No box in {width}x{height} pixels has an area of {fewest} to {most} pixels; widen min_area and max_area."
-        )
-    row = rng.choice(allowed)
-    h, w = int(heights[row]), int(rng.integers(narrowest[row], widest[row] + 1))
+    narrowest, widest = _widths(size, fewest, most, (height, width))
+    h = 1 + int(rng.choice(np.flatnonzero(narrowest <= widest)))
+    w = int(rng.integers(narrowest[h - 1], widest[h - 1] + 1))
     top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+    mask = np.zeros(size, np.float32)
+    mask[top : top + h, left : left + w] = 1
+    return mask
+
+
+def _widths(size: tuple[int, int], fewest: int, most: int, largest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest width of a box of ``fewest`` to ``most`` pixels for each height 1, 2, ... up to
+    ``largest`` (height, width); where the least is greater there is none. ValueError when there is none at all."""
+    heights = np.arange(1, largest[0] + 1)
+    narrowest, widest = -(-fewest // heights), np.minimum(largest[1], most // heights)
+    if not (narrowest <= widest).any():
+        raise ValueError(
+            f"No box in {size[1]}x{size[0]} pixels has an area of {fewest} to {most} pixels; widen min_area and "
+            "max_area."
+        )
+    return narrowest, widest
+
+
+def _corners(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    """A rectangle by the published law: on each axis its first pixel uniform over all but the last, its end uniform
+    over the pixels behind the first; of these rectangles, one that has the area.
+
+    Of n + 1 pixels, a side that starts at i has the law 1 / n / (n - i) whatever its length, so one of k pixels has
+    (1/k + ... + 1/n) / n. Height, width and place come one after the other, by their shares of the boxes that have the
+    area: nothing is sampled and rejected.
+    """
+    height, width = size
+    largest = (height - 1, width - 1)  # the end is a pixel, too: the last row and column stay outside
+    narrowest, widest = _widths(size, fewest, most, largest)
+    of_height, of_width = (np.cumsum(1 / np.arange(n, 0, -1))[::-1] for n in largest)  # of side 1, 2, ..., times n
+    up_to = np.concatenate([[0.0], np.cumsum(of_width)])
+    share = of_height * np.where(narrowest <= widest, up_to[widest] - up_to[np.minimum(narrowest - 1, widest)], 0.0)
+    h = 1 + int(rng.choice(largest[0], p=share / share.sum()))
+    shares = of_width[narrowest[h - 1] - 1 : widest[h - 1]]
+    w = int(narrowest[h - 1]) + int(rng.choice(len(shares), p=shares / shares.sum()))
+    starts = [1 / np.arange(n, side - 1, -1) for n, side in zip(largest, (h, w), strict=True)]
+    top, left = (int(rng.choice(len(start), p=start / start.sum())) for start in starts)
     mask = np.zeros(size, np.float32)
     mask[top : top + h, left : left + w] = 1
     return mask

@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -83,23 +84,25 @@ class BoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Logs to Weights & Biases, project ``localctl`` unless WANDB_PROJECT says otherwise.
+    """Logs to Weights & Biases, project ``localctl`` unless ``options`` or WANDB_PROJECT say otherwise.
 
+    ``options``: of ``wandb.init``, such as project, name, group, tags and notes; None = as wandb's variables say.
     A continued run goes on under the same id, drawn over its own ``step``. What was sent cannot be taken back: steps
     that are run again show twice.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         import wandb  # an optional dependency
 
         path = folder / WANDB / "run_id"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8])
-        project = os.environ.get("WANDB_PROJECT", "localctl")
+        named = {"project": os.environ.get("WANDB_PROJECT", "localctl")}
+        named |= {name: value for name, value in options.items() if value is not None}
         self._picture = wandb.Image
         self._run = wandb.init(
-            project=project, id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings)
+            id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings), **named
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -132,16 +135,24 @@ class Trackers(Tracker):
             tracker.close()
 
 
-def make_tracker(report_to: str, folder: Path, settings: Mapping[str, Any], *, start: int = 0) -> Tracker:
+def make_tracker(
+    report_to: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    start: int = 0,
+    wandb: Mapping[str, Any] = MappingProxyType({}),
+) -> Tracker:
     """``stats.jsonl`` always, and what ``report_to`` names; ``all`` is TensorBoard, and wandb where it is installed.
 
-    ``settings``: flat, without secrets. ``start``: the step the run continues from.
+    ``settings``: flat, without secrets. ``start``: the step the run continues from. ``wandb``: project, name and the
+    like, as for :class:`WandbTracker`.
     """
     trackers: list[Tracker] = [FileTracker(folder, start=start)]
     if report_to in ("tensorboard", "all"):
         trackers.append(BoardTracker(folder, settings, start=start))
     if report_to == "wandb" or (report_to == "all" and _has_wandb()):
-        trackers.append(WandbTracker(folder, settings))
+        trackers.append(WandbTracker(folder, settings, wandb))
     return Trackers(trackers)
 
 

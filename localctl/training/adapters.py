@@ -110,7 +110,9 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
     options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in SHAPE}
     options["channels"] = list(options["channels"])
-    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features")}
+    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features", "dim_condition")}
+    weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
+    options["level_weights"] = weights and list(weights)
     options["in_channels"] = settings.condition.channels
     _check_fit(options, shape, saved)
     options |= {"condition": asdict(settings.condition), "base": lasting_name(settings.base.name)}

@@ -17,9 +17,12 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
     settings, models, accelerator = state.settings, state.models, state.accelerator
     trained = sum(p.numel() for p in models.plain_adapter.parameters())
     frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
-    loss = "denoising"
-    if settings.loss.filter != "none":
-        loss += f" + {settings.loss.weight:g} x {settings.loss.filter} in the mask ({settings.loss.schedule})"
+    terms = settings.loss
+    loss = "denoising in the mask" if terms.mask_denoising else "denoising"
+    if terms.denoising_weight != 1:
+        loss = f"{terms.denoising_weight:g} x {loss}"
+    if terms.filter != "none":
+        loss += f" + {terms.weight:g} x {terms.filter} in the mask ({terms.schedule})"
     batch = effective_batch(settings) * accelerator.num_processes
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     begin = f"from {state.step} " if state.step else ""

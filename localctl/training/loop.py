@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ class Run:
         if self.main:
             self.say(announcement(state, self.train_source, self.output_dir, scored=self.scorer is not None))
             values = flat(recorded(settings))
-            self.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step)
+            named = asdict(settings.wandb)
+            self.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step, wandb=named)
             write_settings(settings, self.output_dir)
         try:
             with self.interrupt, self._bar() as bar:

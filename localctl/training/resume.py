@@ -34,6 +34,7 @@ FREE = {
     "early_stopping": "when to stop",
     "logging_steps": "what is recorded",
     "report_to": "what is recorded",
+    "wandb": "what is recorded",
     "validation": "held-out pictures, which training never sees",
     "validation_steps": "when they are drawn",
     "checkpointing_steps": "when checkpoints are written",

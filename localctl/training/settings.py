@@ -34,6 +34,7 @@ ALIASES = {
     "random_flip": "data.random_flip",
     "max_train_samples": "data.count",
     "num_validation_images": "validation.count",
+    "tracker_project_name": "wandb.project",
 }
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
@@ -48,12 +49,18 @@ def _at_least(what: str, value: float, least: float) -> None:
         raise ValueError(f"{what} must be at least {least}, not {value}.")
 
 
+def _share(what: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{what} must lie in [0, 1], not {value}.")
+
+
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Shape of the T2I-Adapter inside, and how its features are masked.
+    """Shape of the T2I-Adapter inside, and how its features are masked (``LocalAdapter`` says what each option does).
 
     null: as the adapter to continue from has it, or else as the base's U-Net wants it: ``full_adapter`` for SD 1.x and
-    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
+    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16), every
+    level_weights 1.
     """
 
     adapter_type: str | None = None
@@ -63,6 +70,8 @@ class AdapterConfig:
     mask_resize: str = "area"
     mask_condition: bool = False
     mask_features: bool = True
+    dim_condition: bool = False
+    level_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.adapter_type is not None:
@@ -73,12 +82,21 @@ class AdapterConfig:
                 _at_least(f"adapter.{name}", getattr(self, name), 1)
         if self.channels is not None and (not self.channels or min(self.channels) < 1):
             raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
+        if self.dim_condition and not self.mask_condition:
+            raise ValueError("adapter.dim_condition does nothing while the condition is not masked; set mask_condition.")
+        if self.level_weights is not None:
+            for weight in self.level_weights:
+                _at_least("Every one of adapter.level_weights", weight, 0)
+            if not any(self.level_weights):
+                raise ValueError("adapter.level_weights are all 0, so the adapter could do nothing; raise one.")
 
 
 @dataclass(kw_only=True)
 class ValidationConfig:
     """Pictures of held-out scenes with fixed prompts, masks and noise. count: how many are drawn and scored; rows: how
-    many of them the grid shows; the rest as for the pipeline. guidance_scale null: the base's own."""
+    many of them the grid shows; the rest as for the pipeline. guidance_scale null: the base's own.
+    proportion_empty_prompts: this share of them, always the same ones, is generated without its caption: what the
+    adapter does alone."""
 
     count: int = 16
     rows: int = 6
@@ -87,10 +105,12 @@ class ValidationConfig:
     guidance_scale: float | None = None
     scheduler: str = "ddim"
     seed: int = 0
+    proportion_empty_prompts: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("count", "rows", "batch_size", "num_inference_steps"):
             _at_least(f"validation.{name}", getattr(self, name), 1)
+        _share("validation.proportion_empty_prompts", self.proportion_empty_prompts)
         _choose("validation.scheduler", self.scheduler, tuple(SCHEDULERS))
 
 
@@ -132,6 +152,19 @@ class EarlyStoppingConfig:
 
 
 @dataclass(kw_only=True)
+class WandbConfig:
+    """How the run is called at Weights & Biases, for report_to=wandb; null: as the variables WANDB_PROJECT, WANDB_NAME,
+    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES and WANDB_JOB_TYPE say, and the project else ``localctl``."""
+
+    project: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] | None = None
+    notes: str | None = None
+    job_type: str | None = None
+
+
+@dataclass(kw_only=True)
 class TrainSettings:
     """A training run; ValueError for settings that make no sense.
 
@@ -163,6 +196,7 @@ class TrainSettings:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     adapter_model_name_or_path: str | None = None
     output_dir: str = "outputs/adapter"
@@ -228,11 +262,13 @@ class TrainSettings:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")
-        if not 0 <= self.proportion_empty_prompts <= 1:
-            raise ValueError(f"proportion_empty_prompts must lie in [0, 1], not {self.proportion_empty_prompts}.")
+        _share("proportion_empty_prompts", self.proportion_empty_prompts)
         _choose("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         _choose("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         _choose("report_to", self.report_to, REPORT_TO)
+        named = [f"wandb.{name}" for name, value in vars(self.wandb).items() if value is not None]
+        if named and self.report_to not in ("wandb", "all"):
+            raise ValueError(f"{', '.join(named)}: nothing goes to wandb with report_to={self.report_to}; set it to wandb.")
         if self.mixed_precision is not None:
             _choose("mixed_precision", self.mixed_precision, MIXED_PRECISION)
         if self.checkpoints_total_limit is not None:

@@ -13,6 +13,7 @@ from localctl.training.step import StepOutput
 
 BUCKETS = 10
 _PER_SAMPLE = ("timesteps", "denoising", "local", "local_raw")
+_FEATURES = ("feature_mean", "feature_var")  # of each sample and level
 
 
 @dataclass
@@ -20,15 +21,17 @@ class StepStats:
     """Per-sample terms and times since the last row. Tensors stay where they are until a row is asked for, so that
     logging does not make a GPU wait at every step."""
 
-    terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _PER_SAMPLE})
+    terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in (*_PER_SAMPLE, *_FEATURES)})
     samples: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
 
     def add(self, output: StepOutput) -> None:
         """Take in one micro-batch."""
-        values = (output.timesteps, output.terms.denoising, output.terms.local, output.terms.local_raw)
-        for name, value in zip(_PER_SAMPLE, values, strict=True):
+        terms = output.terms
+        values = (output.timesteps, terms.denoising, terms.local, terms.local_raw)
+        values += (output.feature_mean, output.feature_var)
+        for name, value in zip((*_PER_SAMPLE, *_FEATURES), values, strict=True):
             self.terms[name].append(value.detach())
 
     def add_time(self, samples: int, seconds: float, waiting: float) -> None:
@@ -42,15 +45,20 @@ class StepStats:
         """The row for the log, over the samples of all processes, which ``gather`` brings together; then empty.
 
         Means of the terms, the unweighted local term and the denoising term per tenth of the timesteps (None where no
-        sample fell), samples per second, and the share of time spent waiting for data.
+        sample fell), mean and standard deviation of the adapter's features per level, before the mask, samples per
+        second, and the share of time spent waiting for data.
         """
         terms = {name: gather(torch.cat(parts)).cpu().double() for name, parts in self.terms.items()}
+        mean, var = terms["feature_mean"], terms["feature_var"]  # (n,levels)
+        std = (var.mean(dim=0) + mean.var(dim=0, correction=0)).sqrt()  # within the samples, and between them
         buckets = terms["timesteps"].long() * BUCKETS // num_train_timesteps
         row = {
             "loss": (terms["denoising"] + terms["local"]).mean().item(),
             **{name: terms[name].mean().item() for name in _PER_SAMPLE[1:]},
             "local_raw_by_timestep": bucket_means(terms["local_raw"], buckets),
             "denoising_by_timestep": bucket_means(terms["denoising"], buckets),
+            "feature_mean_by_level": mean.mean(dim=0).tolist(),
+            "feature_std_by_level": std.tolist(),
             "images_per_second": self.samples / self.seconds if self.seconds else None,
             "data_wait_share": self.waiting / self.seconds if self.seconds else None,
         }
@@ -67,15 +75,16 @@ class StepStats:
         cls, state: dict[str, Any], device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
     ) -> StepStats:
         """The inverse of :meth:`state_dict`: the part of process ``rank`` of ``world_size``. Empty where there is no
-        such part, after a change of the number of processes.
+        such part: after a change of the number of processes, or with what an earlier version gathered.
 
         ``device``: where the coming steps will leave theirs.
         """
         count = len(state["terms"]["timesteps"])
-        if count % world_size:
+        known = all(len(state["terms"].get(name, ())) == count for name in (*_PER_SAMPLE, *_FEATURES))
+        if count % world_size or not known:  # earlier versions did not gather all of it
             return cls()
         mine = slice(rank * count // world_size, (rank + 1) * count // world_size)
-        terms: dict[str, list[Tensor]] = {name: [] for name in _PER_SAMPLE}
+        terms: dict[str, list[Tensor]] = {name: [] for name in (*_PER_SAMPLE, *_FEATURES)}
         for name, values in state["terms"].items():
             kind = torch.int64 if name == "timesteps" else torch.float32
             if values:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from localctl.data.sample import Batch
 from localctl.diffusion import add_noise, timesteps_from_uniform
@@ -56,11 +59,14 @@ def draw(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettin
 
 @dataclass(frozen=True)
 class StepOutput:
-    """loss: what to differentiate, the mean of ``terms.total`` over the batch. timesteps (B,) int64."""
+    """loss: what to differentiate, the mean of ``terms.total`` over the batch. timesteps (B,) int64. feature_mean,
+    feature_var (B,levels): of the adapter's features of each sample, before the mask."""
 
     loss: Tensor
     terms: LossTerms
     timesteps: Tensor
+    feature_mean: Tensor
+    feature_var: Tensor
 
 
 def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: Draws) -> StepOutput:
@@ -73,7 +79,9 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: 
     sample = add_noise(latents, draws.noise, timesteps, models.alphas_cumprod)
     dropped = draws.empty_prompt.tolist()
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-    features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
+    with _statistics(models.plain_adapter.adapter) as statistics:
+        features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
+    feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
     # As while sampling: wholly in its own dtype, where autocast would keep activations in float32.
     with torch.autocast(latents.device.type, enabled=False):
         output = models.unet(
@@ -83,4 +91,20 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: 
             down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
         ).sample
     terms = local_control_loss(sample, output, batch.mask, models.alphas_cumprod, models.prediction_type, settings.loss)
-    return StepOutput(loss=terms.total.mean(), terms=terms, timesteps=timesteps)
+    return StepOutput(terms.total.mean(), terms, timesteps, feature_mean, feature_var)
+
+
+@contextmanager
+def _statistics(adapter: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Gathers (variance, mean) (B,) each of every feature that ``adapter`` makes meanwhile, as published before the
+    mask: with it, they would tell of the masks' areas. The adapter may run inside a wrapper of several processes."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def look(module: nn.Module, arguments: Any, features: list[Tensor]) -> None:
+        found.extend(torch.var_mean(feature.detach().float().flatten(1), dim=1, correction=0) for feature in features)
+
+    hook = adapter.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()

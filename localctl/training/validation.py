@@ -38,11 +38,13 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out example with its mask (1,H,W), and the edges (H,W) bool of its picture."""
+    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its picture, and the prompt it is generated
+    with: its caption, or nothing."""
 
     example: Example
     mask: Tensor
     edges: np.ndarray
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Validator:
                 controls = [LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in cases]))]
             pictures += generate(
                 self.models.pipe,
-                [Layout(case.example.caption, height, width) for case in cases],
+                [Layout(case.prompt, height, width) for case in cases],
                 controls,
                 seeds=self.config.seed + start,
                 batch_size=self.config.batch_size,
@@ -168,7 +170,7 @@ class Validator:
                     to_pil(case.example.pixels),
                 ]
             )
-            labels.append(f"F1 {f1:.2f}  {case.example.caption}")
+            labels.append(f"F1 {f1:.2f}  {case.prompt or '(no prompt)'}")
         return grid(rows, COLUMNS, labels)
 
 
@@ -194,7 +196,9 @@ def choose_cases(
             mask = sample_mask(masks, (height, width), rng, example.object_masks)
         edges = edges_of(to_pil(example.pixels))
         if (edges & (mask[0].numpy() > 0.5)).sum() >= MIN_EDGES:
-            cases.append(Case(example, mask, edges))
+            chance = numpy_rng(config.seed, "validation empty prompt", example.key).random()
+            prompt = "" if chance < config.proportion_empty_prompts else example.caption
+            cases.append(Case(example, mask, edges, prompt))
     if not cases:
         raise ValueError(f"No held-out mask has {MIN_EDGES} edge pixels in it; use larger masks or validation_steps=0.")
     return cases
