@@ -28,8 +28,9 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             mask are not 0, and an all-zero mask is not the base.
         mask_condition: blank the condition where the mask is 0, too. Then nothing outside can change anything; without
             it, convolutions carry some of what is outside over the border of the mask.
-        dim_condition: with ``mask_condition``, multiply the condition by the mask, as published, so that a soft mask dims
-            it. False blanks it where the mask is 0 and leaves it whole elsewhere: a soft mask scales the features already.
+        dim_condition: with ``mask_condition``, multiply the condition by the mask, as published, so that a soft mask
+            dims it. False blanks it where the mask is 0 and keeps it whole elsewhere: a soft mask already scales the
+            features.
         level_weights: a factor of each level's features, finest level first; part of the adapter, so training and
             sampling use the same. None: all 1.
         condition: how conditions were made in training (``kind`` and its options); kept for the record and as the

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +160,40 @@ def test_unmasked_features_are_the_baselines(make_adapter: MakeAdapter, tmp_path
     features = at_input(x)
     assert all(torch.equal(a, b) for a, b in zip(features, blank, strict=True))
     assert any(bool(f[..., f.shape[-1] // 2 :].abs().max() > 0) for f in features)  # it does speak outside
+
+
+def test_a_dimmed_condition_is_the_published_input(make_adapter: MakeAdapter) -> None:
+    """condition * mask, for soft masks as for others; features as they are."""
+    adapter = make_adapter(mask_condition=True, dim_condition=True, mask_features=False)
+    condition, mask = torch.rand(2, 1, 64, 64), torch.rand(2, 1, 64, 64)
+    mask[..., :20] = 0
+    features = adapter(torch.cat([condition, mask], dim=1))
+    for feature, inner in zip(features, adapter.adapter(condition * mask), strict=True):
+        assert torch.equal(feature, inner)
+    blanked = make_adapter(mask_condition=True, mask_features=False)(torch.cat([condition, mask], dim=1))
+    assert not torch.equal(blanked[0], features[0])
+
+
+def test_a_weight_per_level_is_part_of_the_adapter(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    x = torch.cat([torch.rand(1, 1, 64, 64), left_half(64, 64)], dim=1)
+    plain, weights = make_adapter(), (0.5, 0.0, 1.0, 2.0)
+    adapter = make_adapter(level_weights=weights)
+    adapter.save_pretrained(tmp_path)
+    for made in (adapter, LocalAdapter.from_pretrained(tmp_path)):
+        for feature, inner, weight in zip(made(x), plain(x), weights, strict=True):
+            assert torch.equal(feature, inner * weight)
+    with pytest.raises(ValueError, match=r"has 4 levels of features, but level_weights are \[1.0, 2.0\]; give one"):
+        make_adapter(level_weights=(1.0, 2.0))(x)
+
+
+def test_adapters_saved_before_these_options_are_as_they_were(make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    adapter = make_adapter(mask_condition=True)
+    adapter.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("dim_condition", "level_weights"):
+        assert name in config
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.rand(1, 2, 64, 64)
+    for first, second in zip(adapter(x), LocalAdapter.from_pretrained(tmp_path)(x), strict=True):
+        assert torch.equal(first, second)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from localctl.conditions import CHANNELS, FROM_PICTURE, ConditionConfig, extract
 
@@ -116,7 +117,8 @@ def test_other_arrays_are_refused(image: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"kind": "hed"}, "'hed'; choose one of canny"), ({"low": 200}, "low=200"), ({"cells": 0}, "at least 1")],
+    [({"channels_used": "red"}, "channels_used 'red'; choose one of gray, rgb"), ({"palette_filter": "box"}, "'box'")]
+    + [({"kind": "hed"}, "'hed'; choose one of canny"), ({"low": 200}, "low=200"), ({"cells": 0}, "at least 1")],
 )
 def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -130,3 +132,47 @@ def test_the_picture_is_not_changed_and_views_work() -> None:
         flipped = extract(ConditionConfig(kind=kind), image[:, ::-1])  # negative strides
         assert flipped.shape[1:] == image.shape[:2]
     assert np.array_equal(image, before)
+
+
+def photo(size: tuple[int, int] = (96, 120)) -> np.ndarray:
+    """Smooth colours with edges between some of equal brightness."""
+    small = np.random.default_rng(5).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    image = cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC)
+    cv2.circle(image, (40, 50), 30, (255, 0, 0), -1)
+    cv2.circle(image, (60, 50), 20, (0, 130, 0), -1)  # as bright as the red
+    return image
+
+
+@pytest.mark.parametrize("thresholds", [(100, 200), (50, 100)])
+def test_canny_in_colour_is_the_published_one(thresholds: tuple[int, int]) -> None:
+    low, high = thresholds
+    image = photo()
+    condition = extract(ConditionConfig(low=low, high=high, channels_used="rgb"), image)
+    assert condition.shape == (1, *image.shape[:2])
+    assert np.array_equal(condition[0].numpy() * 255, cv2.Canny(image, low, high))
+    gray = extract(ConditionConfig(low=low, high=high), image)
+    assert not torch.equal(condition, gray)
+    assert condition[0, 30:70, 75:85].sum() > gray[0, 30:70, 75:85].sum()  # the green one's border on the red
+
+
+def test_palette_by_pillows_resize_is_the_published_one() -> None:
+    image = photo()
+    condition = extract(ConditionConfig(kind="palette", palette_filter="bicubic"), image)
+    small = Image.fromarray(image).resize((8, 8))  # Pillow's own default
+    expected = np.asarray(small.resize((image.shape[1], image.shape[0]), resample=Image.Resampling.NEAREST))
+    assert np.array_equal((condition.permute(1, 2, 0).numpy() * 255).round(), expected)
+    assert not torch.equal(condition, extract(ConditionConfig(kind="palette"), image))
+
+
+@pytest.mark.parametrize("size", [(97, 61), (5, 3), (1, 1)])
+def test_the_published_forms_take_every_size(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for kind in ("canny", "palette"):
+        condition = extract(ConditionConfig(kind=kind, channels_used="rgb", palette_filter="bicubic"), image)
+        assert condition.shape[1:] == size and condition.min() >= 0 and condition.max() <= 1
+
+
+def test_conditions_of_earlier_adapters_are_as_they_were() -> None:
+    saved = {"kind": "canny", "low": 50, "high": 100, "cells": 8, "channels": 1}
+    assert ConditionConfig(**saved) == ConditionConfig()
+    assert (ConditionConfig().channels_used, ConditionConfig().palette_filter) == ("gray", "mean")

@@ -241,3 +241,78 @@ def test_the_local_term_can_be_learned() -> None:
         optimizer.step()
         history.append(terms.local.mean().item())
     assert history[-1] < 0.5 * history[0]
+
+
+@pytest.fixture(scope="module")
+def training_golden() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN.with_name("training.npz"), allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
+
+
+def golden_terms(golden: dict[str, torch.Tensor], mask: torch.Tensor, **settings: object) -> losses.LossTerms:
+    config = LossConfig(normalise="map", mask_resize="nearest", **settings)
+    sample = DiffusionSample(golden["latents"], golden["noise"], golden["noisy_latents"], golden["timesteps"])
+    return local_control_loss(sample, golden["model_pred"], mask, golden["alphas_cumprod"], "epsilon", config)
+
+
+@pytest.mark.parametrize("filter_name", ["mse", "sobel", "laplacian"])
+def test_equals_the_published_loss_under_a_soft_mask(
+    golden: dict[str, torch.Tensor], training_golden: dict[str, torch.Tensor], filter_name: str
+) -> None:
+    """With a weight of the denoising term, too."""
+    mask, weight = training_golden["mask"], training_golden["denoising_weight"].item()
+    assert ((mask > 0.1) & (mask < 0.9)).float().mean() > 0.5
+    options = {"filter": filter_name, "weight": 1e-3, "denoising_weight": weight}
+    terms = golden_terms(golden, mask, squared_mask=True, **options)
+    torch.testing.assert_close(terms.total, training_golden[f"{filter_name}.loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.local.mean(), training_golden[f"{filter_name}.pred_x0"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.denoising.mean(), training_golden[f"{filter_name}.simple"], rtol=1e-5, atol=0)
+    ours = golden_terms(golden, mask, **options)
+    assert (ours.local > 1.05 * terms.local).all()  # m, not m^2
+
+
+def test_masked_denoising_is_the_published_masked_loss(
+    golden: dict[str, torch.Tensor], training_golden: dict[str, torch.Tensor]
+) -> None:
+    for mask, expected in (
+        (golden["mask"], golden["masked_mse_per_channel"]),
+        (training_golden["mask"], training_golden["masked_mse_per_channel"]),
+    ):
+        terms = golden_terms(golden, mask, filter="none", mask_denoising=True, squared_mask=True)
+        torch.testing.assert_close(terms.total.mean(), expected.mean(), rtol=1e-5, atol=0)
+        assert terms.local.tolist() == [0, 0, 0]
+
+
+def test_masked_denoising_feels_nothing_outside() -> None:
+    sample, mask = batch(), half_mask(batch())
+    output = off_by(sample).requires_grad_()
+    for normalise in losses.NORMALISE:
+        config = LossConfig(filter="none", mask_denoising=True, normalise=normalise)
+        (gradient,) = torch.autograd.grad(
+            local_control_loss(sample, output, mask, ALPHAS, "epsilon", config).total.sum(), output
+        )
+        assert gradient[..., 6:].abs().max() == 0 and gradient[..., :6].abs().min() > 0  # the mask ends at column 6
+
+
+def test_the_weight_of_the_denoising_term() -> None:
+    sample, output = batch(), off_by(batch())
+    one, half, none = (
+        local_control_loss(sample, output, half_mask(sample), ALPHAS, "epsilon", LossConfig(denoising_weight=weight))
+        for weight in (1.0, 0.5, 0.0)
+    )
+    assert torch.equal(half.denoising, 0.5 * one.denoising) and torch.equal(half.local, one.local)
+    assert torch.equal(none.total, none.local) and one.local.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"denoising_weight": -1.0}, "loss denoising_weight"),
+        ({"denoising_weight": float("nan")}, "loss denoising_weight"),
+        ({"denoising_weight": 0.0, "filter": "none"}, "0 whatever the adapter does"),
+        ({"denoising_weight": 0.0, "weight": 0.0}, "0 whatever the adapter does"),
+    ],
+)
+def test_a_loss_of_nothing_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**settings)

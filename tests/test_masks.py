@@ -276,3 +276,65 @@ def test_bad_mask_files(tmp_path: Path) -> None:
         load_mask(tmp_path / "page.png")
     with pytest.raises(ValueError, match="no image file"):
         load_mask(tmp_path / "missing.png")
+
+
+def published_sides(pixels: int) -> np.ndarray:
+    """(pixels,): the chance of a side of 0, 1, ... pixels: first pixel uniform, last one uniform beyond it."""
+    chance = np.zeros(pixels)
+    for first in range(pixels - 1):
+        ends = np.arange(first + 1, pixels)
+        chance[ends - first] += 1 / (pixels - 1) / len(ends)
+    return chance
+
+
+def test_boxes_by_their_corners_are_the_published_ones() -> None:
+    """Mean and median of 4,000 areas against the law and against what the published sampler gave for as many."""
+    config = MaskConfig(box_law="corners", min_area=10_000 / 512**2)
+    rng = np.random.default_rng(0)
+    areas = np.array([sample_mask(config, (512, 512), rng).mean().item() for _ in range(4000)])
+    assert areas.min() >= 10_000 / 512**2
+    sides = published_sides(512)
+    pixels = np.outer(np.arange(512), np.arange(512)).ravel()
+    chance = np.outer(sides, sides).ravel() * (pixels >= 10_000)
+    chance /= chance.sum()
+    order = np.argsort(pixels)
+    median = pixels[order][np.searchsorted(np.cumsum(chance[order]), 0.5)]
+    assert areas.mean() == pytest.approx((pixels * chance).sum() / 512**2, abs=0.005)
+    assert np.median(areas) == pytest.approx(median / 512**2, abs=0.005)
+    with np.load(Path(__file__).parent / "goldens" / "training.npz", allow_pickle=False) as published:
+        assert areas.mean() == pytest.approx(published["box_area_mean"].item(), abs=0.005)
+        assert np.median(areas) == pytest.approx(published["box_area_median"].item(), abs=0.005)
+
+
+def test_every_box_of_the_published_law_has_its_chance() -> None:
+    law = {
+        (top, bottom, left, right): 1 / (4 - top) / (5 - left)
+        for top in range(4) for bottom in range(top + 1, 5) for left in range(5) for right in range(left + 1, 6)
+        if 6 <= (bottom - top) * (right - left) <= 12
+    }  # fmt: skip
+    config, rng = MaskConfig(box_law="corners", min_area=0.2, max_area=0.4), np.random.default_rng(1)
+    found = dict.fromkeys(law, 0)
+    for _ in range(10_000):
+        mask = sample_mask(config, (5, 6), rng)[0].numpy()
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        found[rows[0], rows[-1] + 1, columns[0], columns[-1] + 1] += 1  # KeyError: a box that the law has not
+    total = sum(law.values())
+    for box, chance in law.items():
+        share = chance / total
+        assert found[box] / 10_000 == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / 10_000))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (3, 40), (97, 61), (1024, 640)])
+def test_boxes_by_their_corners_keep_to_their_area(size: tuple[int, int]) -> None:
+    for low, high in ((0.038, 1.0), (0.2, 0.3), (0.0, 0.02)):
+        for seed in range(8):
+            area = draw(MaskConfig(box_law="corners", min_area=low, max_area=high), size, seed).double().mean().item()
+            assert low <= area <= high and area > 0
+
+
+def test_a_box_law_that_is_none_or_leaves_no_box_is_said() -> None:
+    with pytest.raises(ValueError, match="box_law 'uniform'; choose one of sides, corners"):
+        MaskConfig(box_law="uniform")
+    for size in ((1, 1), (1, 9), (8, 8)):
+        with pytest.raises(ValueError, match="No box in .* pixels has an area of .*; widen"):
+            draw(MaskConfig(box_law="corners", min_area=1.0), size)

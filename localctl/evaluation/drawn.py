@@ -233,7 +233,7 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
     content["versions"] = versions()  # of what draws
     path = folder / "settings.json"
     if path.is_file():
-        earlier = {"versions": content["versions"]} | read_json(path, "settings")  # not said by the first sets
+        earlier = {"versions": content["versions"]} | _filled(read_json(path, "settings"))  # not said by the first sets
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(
@@ -243,9 +243,16 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
         write_json(path, content)
 
 
+def _filled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a set with what came up after it: an option that it does not name had its default."""
+    defaults = recorded(FidSettings())
+    known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
+    return settings | {name: defaults[name] | settings[name] for name in known}
+
+
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The settings of a set and the ids of its pictures. ValueError when one is missing, or is not known."""
-    settings = read_json(folder / "settings.json", "settings of the drawn pictures")
+    settings = _filled(read_json(folder / "settings.json", "settings of the drawn pictures"))
     silent = [name for name in SAID if name not in settings]
     if silent:
         raise ValueError(f"The pictures in {folder} do not say their {', '.join(silent)}; draw them again.")

@@ -101,9 +101,7 @@ class WandbTracker(Tracker):
         named = {"project": os.environ.get("WANDB_PROJECT", "localctl")}
         named |= {name: value for name, value in options.items() if value is not None}
         self._picture = wandb.Image
-        self._run = wandb.init(
-            id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings), **named
-        )
+        self._run = wandb.init(id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings), **named)
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -156,8 +154,13 @@ def make_tracker(
     return Trackers(trackers)
 
 
-def check_report_to(report_to: str) -> None:
-    """ValueError when a tracker was asked for that is not installed."""
+def check_report_to(report_to: str, wandb: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """ValueError when a tracker was asked for that is not installed, or ``wandb`` names a run that goes elsewhere."""
+    named = [f"wandb.{name}" for name, value in wandb.items() if value is not None]
+    if named and not (report_to == "wandb" or (report_to == "all" and _has_wandb())):
+        raise ValueError(
+            f"{' and '.join(named)} given, but report_to={report_to} sends nothing to wandb; set report_to=wandb."
+        )
     if report_to == "wandb" and not _has_wandb():
         raise ValueError("report_to=wandb needs the package wandb; `pip install wandb`, or report_to=tensorboard.")
 

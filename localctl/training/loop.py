@@ -72,7 +72,7 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, sc
     """Check output folder, checkpoint, base and data, then load everything. ValueError in one sentence for the user."""
     resolve_base(settings.base.name)
     check_hub(settings)
-    check_report_to(settings.report_to)
+    check_report_to(settings.report_to, asdict(settings.wandb))
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
     accelerator = new_accelerator(settings)

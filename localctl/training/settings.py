@@ -83,7 +83,9 @@ class AdapterConfig:
         if self.channels is not None and (not self.channels or min(self.channels) < 1):
             raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
         if self.dim_condition and not self.mask_condition:
-            raise ValueError("adapter.dim_condition does nothing while the condition is not masked; set mask_condition.")
+            raise ValueError(
+                "adapter.dim_condition does nothing while the condition is not masked; set mask_condition."
+            )
         if self.level_weights is not None:
             for weight in self.level_weights:
                 _at_least("Every one of adapter.level_weights", weight, 0)
@@ -266,9 +268,6 @@ class TrainSettings:
         _choose("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
         _choose("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
         _choose("report_to", self.report_to, REPORT_TO)
-        named = [f"wandb.{name}" for name, value in vars(self.wandb).items() if value is not None]
-        if named and self.report_to not in ("wandb", "all"):
-            raise ValueError(f"{', '.join(named)}: nothing goes to wandb with report_to={self.report_to}; set it to wandb.")
         if self.mixed_precision is not None:
             _choose("mixed_precision", self.mixed_precision, MIXED_PRECISION)
         if self.checkpoints_total_limit is not None:

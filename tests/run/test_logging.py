@@ -129,6 +129,34 @@ def test_wandb_gets_settings_numbers_and_pictures_and_the_same_run_on_resuming(t
     assert (tmp_path / "logs").exists() == (report_to == "all")
 
 
+def test_wandb_is_told_how_the_run_is_called(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "of the environment")
+    named = {
+        "project": "mine",
+        "name": "first",
+        "group": "edges",
+        "tags": ("a", "b"),
+        "notes": "a try",
+        "job_type": None,
+    }
+    make_tracker("wandb", tmp_path, {}, wandb=named).close()
+    make_tracker("wandb", tmp_path, {}, wandb=dict.fromkeys(named)).close()
+    first, second = [options for name, *rest in wandb.calls if name == "init" for options in rest]
+    assert {name: first[name] for name in named if name in first} == {k: v for k, v in named.items() if k != "job_type"}
+    assert second["project"] == "of the environment" and "name" not in second
+
+
+def test_names_for_wandb_that_would_go_nowhere_are_refused(monkeypatch):
+    for report_to, installed in (("tensorboard", True), ("none", True), ("all", False)):
+        monkeypatch.setattr(logging, "_has_wandb", lambda installed=installed: installed)
+        check_report_to(report_to, {"name": None})
+        with pytest.raises(ValueError, match="wandb.name and wandb.tags given, but report_to=.*; set report_to=wandb"):
+            check_report_to(report_to, {"name": "x", "tags": ("y",), "group": None})
+    monkeypatch.setattr(logging, "_has_wandb", lambda: True)
+    for report_to in ("all", "wandb"):
+        check_report_to(report_to, {"name": "x"})
+
+
 def test_wandb_that_is_not_installed_is_said_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "_has_wandb", lambda: False)
     with pytest.raises(ValueError, match="report_to=wandb needs the package wandb; `pip install wandb`") as error:

@@ -78,3 +78,25 @@ def test_damaged_weights_are_one_sentence(published, sd_folder, tmp_path):
     with pytest.raises(ValueError, match="weights of the adapter .* cannot be read") as error:
         plan.make(0)
     assert "\n" not in str(error.value)
+
+
+def test_level_weights_are_set_or_taken_over_and_checked_before_the_base_is_read(make_adapter, sd_folder, tmp_path):
+    weights = (0.5, 1.0, 1.0, 2.0)
+    fresh = plan_adapter(tiny_settings(sd_folder, tmp_path, adapter=AdapterConfig(level_weights=weights)))
+    assert tuple(fresh.make(0).config["level_weights"]) == weights
+    make_adapter(level_weights=weights).save_pretrained(tmp_path / "saved")
+    options = {"adapter_model_name_or_path": str(tmp_path / "saved")}
+    for config, expected in ((AdapterConfig(), weights), (AdapterConfig(level_weights=(1.0,) * 4), (1.0,) * 4)):
+        plan = plan_adapter(tiny_settings(sd_folder, tmp_path, adapter=config, **options))
+        assert tuple(plan.make(0).config["level_weights"]) == expected
+    with pytest.raises(ValueError, match="has 4 levels of features, but level_weights are"):
+        plan_adapter(tiny_settings(sd_folder, tmp_path, adapter=AdapterConfig(level_weights=(1.0, 2.0))))
+
+
+def test_the_adapter_says_how_its_condition_is_computed(sd_folder, tmp_path):
+    """So that sampling computes the same."""
+    condition = ConditionConfig(kind="canny", channels_used="rgb", low=100, high=200)
+    adapter = plan_adapter(tiny_settings(sd_folder, tmp_path, condition=condition)).make(0)
+    adapter.save_pretrained(tmp_path / "adapter")
+    saved = LocalAdapter.from_pretrained(tmp_path / "adapter").config["condition"]
+    assert ConditionConfig(**saved) == condition

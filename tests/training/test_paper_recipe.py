@@ -1,6 +1,7 @@
 """The published recipe is what it says, whatever the defaults become."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from localctl.run.config import CONFIG_DIR, load_config, schema_keys
 from localctl.training.adapters import plan_adapter
 from localctl.training.schedule import bound_steps
-from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings, WandbConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("paper_*.yaml"))
 # Where it runs and on which pictures, not what is learned.
@@ -19,6 +20,7 @@ FREE = {
     "base.vae", "base.revision", "base.variant", "base.dtype", "base.local_files_only", "overwrite_output_dir",
     "dry_run", "report_to", "dataloader_num_workers", "cpu_threads", "allow_tf32", "resume_from_checkpoint",
     "force_resume", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_token",
+    *(f"wandb.{field.name}" for field in fields(WandbConfig)),
 }  # fmt: skip
 PINNED_DATA = {"data.resolution", "data.keep_latents", "data.center_crop", "data.random_flip"}
 
@@ -36,20 +38,28 @@ def test_every_value_of_the_published_recipe():
     assert (adapter.mask_condition, adapter.mask_resize) == (False, "nearest")
     assert plan_adapter(canny).options["in_channels"] == 1
     assert (canny.condition.kind, canny.condition.low, canny.condition.high) == ("canny", 100, 200)
-    assert (canny.mask.kind, canny.mask.min_area, canny.mask.max_area, canny.mask.soft_edge) == ("box", 0.038, 1, 0)
+    assert canny.condition.channels_used == "rgb"
+    mask = canny.mask
+    assert (mask.kind, mask.min_area, mask.max_area, mask.soft_edge) == ("box", 10_000 / 512**2, 1, 0)
+    assert mask.box_law == "corners"
     loss = canny.loss
     assert (loss.filter, loss.schedule, loss.weight, loss.normalise) == ("sobel", "constant", 1e-3, "map")
-    assert loss.mask_resize == "nearest"
+    assert (loss.mask_resize, loss.squared_mask, loss.denoising_weight) == ("nearest", True, 1.0)
     assert (canny.timestep_sampling, canny.proportion_empty_prompts) == ("cubic", 0.5)
     assert (canny.learning_rate, canny.adam_beta1, canny.adam_beta2) == (8e-5, 0.9, 0.999)
     assert (canny.adam_weight_decay, canny.adam_epsilon, canny.max_grad_norm) == (1e-2, 1e-8, 1.0)
-    assert (canny.lr_scheduler, canny.lr_warmup_steps) == ("constant_with_warmup", 500)
-    assert (canny.learning_rate_at(250), canny.learning_rate_at(500), canny.learning_rate_at(10**6)) == (
-        4e-5, 8e-5, 8e-5,
-    )  # fmt: skip
+    assert (canny.lr_scheduler, canny.lr_warmup_steps) == ("linear", 500)
+    bound = bound_steps(canny, 600_000)
+    assert (bound.learning_rate_at(250), bound.learning_rate_at(500), bound.learning_rate_at(750_000)) == (
+        4e-5,
+        8e-5,
+        0,
+    )
+    assert bound.learning_rate_at(375_250) == pytest.approx(4e-5)
     assert (canny.train_batch_size, canny.gradient_accumulation_steps) == (4, 2)
     assert (canny.num_train_epochs, canny.max_train_steps) == (10, None)
-    assert bound_steps(canny, 600_000).max_train_steps == 750_000
+    assert bound.max_train_steps == 750_000
+    assert canny.validation.proportion_empty_prompts == 0.3
     assert canny.early_stopping.every == 10_000
     assert not (canny.use_8bit_adam or canny.use_ema)
 
@@ -58,6 +68,7 @@ def test_colour_and_sobel_differ_where_they_should():
     canny, color, sobel = (load(f"experiment=paper_{name}") for name in ("canny", "color", "sobel"))
     assert (color.adapter.adapter_type, color.adapter.channels) == ("light_adapter", (320, 640, 1280))
     assert color.adapter.num_res_blocks == 4 and (color.condition.kind, color.condition.cells) == ("palette", 8)
+    assert color.condition.palette_filter == "bicubic"
     assert plan_adapter(color).options["in_channels"] == 3 and plan_adapter(sobel).options["in_channels"] == 1
     assert sobel.adapter == canny.adapter and sobel.condition.kind == "sobel"
     for other in (color, sobel):
@@ -114,7 +125,7 @@ def test_the_default_runs_values_do_not_leak_in(name, tmp_path):
     folder = tmp_path / "config"
     shutil.copytree(CONFIG_DIR, folder)
     train = yaml.safe_load((folder / "train.yaml").read_text())
-    for key, changed in {"learning_rate": 0.7, "train_batch_size": 99, "lr_scheduler": "linear", "seed": 5}.items():
+    for key, changed in {"learning_rate": 0.7, "train_batch_size": 99, "lr_scheduler": "constant", "seed": 5}.items():
         assert key in train
         train[key] = changed
     for key in set(train) - {"defaults", "lr_scheduler", "timestep_sampling", "output_dir"}:
@@ -135,3 +146,26 @@ def test_groups_can_still_be_chosen_beside_it():
     assert (other.loss.filter, other.loss.normalise) == ("laplacian", "mask") and other.base.name == "sdxl"
     assert plan_adapter(other).options["adapter_type"] == "full_adapter_xl"
     assert bound_steps(other, 600_000).max_train_steps == 7
+
+
+def test_the_masked_denoising_loss_is_an_option_of_the_group():
+    loss = load("loss=masked").loss
+    assert (loss.filter, loss.mask_denoising, loss.normalise, loss.mask_resize) == ("none", True, "map", "nearest")
+    assert loss.squared_mask and load("loss=sobel", "loss.mask_denoising=true").loss.filter == "sobel"
+
+
+def test_level_weights_dimming_and_names_from_the_command_line():
+    adapter = load(
+        "adapter.level_weights=[1,1,0.5,0]", "adapter.mask_condition=true", "adapter.dim_condition=true"
+    ).adapter
+    assert adapter.level_weights == (1, 1, 0.5, 0) and adapter.dim_condition
+    named = load("--report_to", "wandb", "--tracker_project_name", "mine", "wandb.tags=[a,b]", "--wandb.name", "one")
+    assert (named.wandb.project, named.wandb.tags, named.wandb.name) == ("mine", ("a", "b"), "one")
+    for argv, words in (
+        (["adapter.dim_condition=true"], "dim_condition does nothing while the condition is not masked"),
+        (["adapter.level_weights=[0,0,0,0]"], "level_weights are all 0"),
+        (["adapter.level_weights=[1,-1,1,1]"], "level_weights must be at least 0, not -1"),
+        (["validation.proportion_empty_prompts=1.5"], "validation.proportion_empty_prompts must lie in"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load(*argv)

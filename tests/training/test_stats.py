@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from localctl.training.step import StepOutput
 def output(timesteps, scale=1.0):
     t = torch.tensor(timesteps)
     values = t.float() / 1000 * scale
-    return StepOutput(values.mean(), LossTerms(values, values / 8, values * 2, values), t)
+    features = torch.stack([values, 2 * values], dim=1)
+    return StepOutput(values.mean(), LossTerms(values, values / 8, values * 2, values), t, features, features + 1)
 
 
 def row(stats):
@@ -30,6 +32,29 @@ def test_a_row_is_the_mean_over_samples_by_tenth_of_the_timesteps():
     assert values["denoising_by_timestep"][9] == pytest.approx(0.999)
     assert values["local_raw_by_timestep"][1] is None and len(values["local_raw_by_timestep"]) == 10
     assert values["images_per_second"] == 2 and values["data_wait_share"] == 0.25
+
+
+def test_features_by_level_are_those_of_all_samples_together():
+    features = torch.randn(7, 3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 2
+    features[:, 1] *= 5
+    stats = StepStats()
+    for part in (features[:3], features[3:]):
+        var, mean = torch.var_mean(part, dim=2, correction=0)
+        stats.add(replace(output([0] * len(part)), feature_mean=mean, feature_var=var))
+    values, together = row(stats), features.transpose(0, 1).flatten(1)
+    assert values["feature_mean_by_level"] == pytest.approx(together.mean(dim=1).tolist())
+    assert values["feature_std_by_level"] == pytest.approx(together.std(dim=1, correction=0).tolist())
+
+
+def test_what_an_earlier_version_gathered_is_left_out():
+    stats = StepStats()
+    stats.add(output([3, 700]))
+    state = stats.state_dict()
+    for name in ("feature_mean", "feature_var"):
+        del state["terms"][name]
+    restored = StepStats.from_state_dict(state)
+    restored.add(output([100]))
+    assert row(restored)["denoising"] == pytest.approx(0.1)
 
 
 def test_after_a_row_it_starts_anew():

@@ -150,3 +150,16 @@ def test_memo_keeps_the_most_recently_used():
     for key in ("a", "b", "a", "c", "a", "b"):
         get(key)
     assert calls == ["a", "b", "c", "b"]
+
+
+def test_feature_statistics_are_those_before_the_mask(samples, settings, models):
+    batch = batch_of(samples, (0, 0), (1, 3))
+    output = training_step(batch, models, settings, draw(batch, SHAPE, settings))
+    features = models.plain_adapter.adapter(batch.condition)
+    assert output.feature_mean.shape == output.feature_var.shape == (2, len(features))
+    assert not output.feature_mean.requires_grad
+    for level, feature in enumerate(features):
+        flat = feature.detach().flatten(1)
+        torch.testing.assert_close(output.feature_mean[:, level], flat.mean(dim=1))
+        torch.testing.assert_close(output.feature_var[:, level], flat.var(dim=1, correction=0))
+    assert not models.plain_adapter.adapter._forward_hooks

@@ -12,7 +12,7 @@ from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.training.models import load_models
 from localctl.training.settings import ValidationConfig
-from localctl.training.validation import MIN_EDGES, Fidelity, References, Validator
+from localctl.training.validation import MIN_EDGES, Fidelity, References, Validator, choose_cases
 
 CPU = torch.device("cpu")
 
@@ -60,6 +60,26 @@ def test_real_pictures_score_one_and_flat_ones_zero(validator):
     assert validator._score(real).f1 == 1.0
     flat = [picture.resize((1, 1)).resize(picture.size) for picture in real]
     assert validator._score(flat) == Fidelity(0.0, 0.0, 0.0, (0.0,) * 3)
+
+
+def test_a_share_of_the_cases_has_no_prompt(settings, validator):
+    assert [case.prompt for case in validator.cases] == [case.example.caption for case in validator.cases]
+    assert all(case.prompt for case in validator.cases)
+
+    def cases(share, count=3):
+        config = replace(settings.validation, proportion_empty_prompts=share, count=count)
+        scenes = MicroScenes("val", count=60)
+        return choose_cases(scenes, settings.mask, config, validator.edges_of)
+
+    assert not any(case.prompt for case in cases(1.0))
+    many = cases(0.5, 30)
+    assert 6 <= sum(not case.prompt for case in many) <= 24
+    assert [case.prompt for case in many[:10]] == [case.prompt for case in cases(0.5, 10)]  # not by place or count
+    silent = replace(settings, validation=replace(settings.validation, proportion_empty_prompts=1.0))
+    other = Validator(validator.models, silent, MicroScenes("val", count=30))
+    pairs = zip(other._generate(None), validator._generate(None), strict=True)
+    assert any(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)
+    assert other.run().sheet
 
 
 def test_the_sheet_has_the_four_columns_and_the_asked_rows(validator):
