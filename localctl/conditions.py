@@ -1,44 +1,12 @@
 """Conditions: control images, float (C,H,W) in [0,1], taken from a picture or delivered by the data."""
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
-FROM_PICTURE = ("canny", "sobel", "palette")
-
-
-@dataclass(kw_only=True)
-class ConditionConfig:
-    """Which condition; ValueError for settings that make no sense.
-
-    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
-        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
-    low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
-    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
-        whatever is given here.
-    """
-
-    kind: str = "canny"
-    low: float = 50
-    high: float = 100
-    cells: int = 8
-    channels: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in CHANNELS:
-            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
-        if not 0 <= self.low <= self.high:
-            raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
-        if self.cells < 1:
-            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
-        if self.channels not in (0, 1, 3):
-            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
-        if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
-            self.channels = CHANNELS[self.kind]
+from localctl.settings import CHANNELS as CHANNELS
+from localctl.settings import FROM_PICTURE, ConditionConfig
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:

@@ -6,7 +6,6 @@ F is the filter, w the schedule and m the mask on the grid of the latents. Every
 over the whole batch would change with the number of processes. Reduce once, at the edge: ``terms.total.mean()``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,10 @@ from kornia.filters import laplacian, sobel
 from torch import Tensor
 
 from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
-from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.masks import resize_mask
+from localctl.settings import NORMALISE as NORMALISE
+from localctl.settings import SCHEDULES as SCHEDULES
+from localctl.settings import LossConfig
 
 FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
@@ -23,48 +25,6 @@ FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "sobel": sobel,  # gradient magnitude; kornia's epsilon keeps its gradient finite on flat input
     "laplacian": lambda latents: laplacian(latents, kernel_size=5),
 }
-SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
-NORMALISE = ("map", "mask")
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """Settings of the local term; ValueError for a value that makes no sense.
-
-    filter: what is compared inside the mask; ``none`` switches the local term off.
-    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
-        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
-    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
-        whole map, as published.
-    weight: factor of the local term; published 1e-3.
-    mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
-    """
-
-    filter: str = "sobel"
-    schedule: str = "constant"
-    normalise: str = "mask"
-    weight: float = 1e-3
-    t_min: int = 500
-    t_max: int = 999
-    snr_cap: float = 5.0
-    mask_resize: str = "area"
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("filter", FILTERS),
-            ("schedule", SCHEDULES),
-            ("normalise", NORMALISE),
-            ("mask_resize", MASK_RESIZE),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"The loss weight must be finite and not negative, not {self.weight}.")
-        if not 0 <= self.t_min <= self.t_max:
-            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
-        if not self.snr_cap > 0:
-            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from localctl.layout import check_side
-from localctl.micro.scenes import PROFILES
+from localctl.micro import PROFILES
+from localctl.sizes import check_side
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from localctl.base import BASES, SCHEDULERS, BaseConfig
-from localctl.conditions import ConditionConfig
+from localctl.bases import BASES, SCHEDULERS, BaseConfig
 from localctl.data.config import DataConfig
-from localctl.masks import MaskConfig
-from localctl.micro.scenes import SPLITS
+from localctl.micro import SPLITS
+from localctl.settings import ConditionConfig, MaskConfig
 
 PROMPTS = ("with", "without", "both")
 

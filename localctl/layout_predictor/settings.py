@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from localctl.layout_predictor.data import CaptionSettings
-from localctl.run.logging import REPORT_TO
+from localctl.settings import REPORT_TO
 
 SOURCES = ("micro", "coco")
 ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
@@ -65,6 +64,28 @@ class LayoutDataConfig:
         if not 0 <= self.min_area < 1:
             raise ValueError(f"data.min_area must lie in [0, 1), not {self.min_area}.")
         _at_least("data.max_objects", self.max_objects, 2)
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """How sentences are made in training. own: share with the scene's own caption; lists: without a relation; rename:
+    share of the rest with made-up names; variants: different sentences per scene, null = another one at each visit."""
+
+    own: float = 0.2
+    lists: float = 0.1
+    rename: float = 0.3
+    mirror: bool = True
+    margin: float = 0.11
+    variants: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("own", "lists", "rename"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"captions.{name} must lie in [0, 1], not {getattr(self, name)}.")
+        if not 0 < self.margin < 0.5:
+            raise ValueError(f"captions.margin must lie between 0 and 0.5, not {self.margin}.")
+        if self.variants is not None and self.variants < 1:
+            raise ValueError(f"captions.variants must be at least 1, not {self.variants}.")
 
 
 @dataclass(kw_only=True)

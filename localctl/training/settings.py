@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from localctl.base import BASES, SCHEDULERS, BaseConfig, BaseSpec
-from localctl.conditions import ConditionConfig
+from localctl.bases import BASES, SCHEDULERS, BaseConfig, BaseSpec
 from localctl.data.config import DataConfig
-from localctl.diffusion import TIMESTEP_SAMPLINGS
-from localctl.losses import LossConfig
-from localctl.masks import MASK_RESIZE, MaskConfig
-from localctl.run.logging import REPORT_TO
+from localctl.settings import MASK_RESIZE, REPORT_TO, TIMESTEP_SAMPLINGS, ConditionConfig, LossConfig, MaskConfig
 from localctl.training.schedule import LR_END, LR_SCHEDULERS, learning_rate_at
 
 MIXED_PRECISION = ("no", "fp16", "bf16")

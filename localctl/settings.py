@@ -1,0 +1,158 @@
+"""What conditions, masks and the loss can be told, typed and checked; without torch, so that a program can answer at
+once. ``conditions``, ``masks``, ``losses`` and ``diffusion`` do what is said here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
+FROM_PICTURE = ("canny", "sobel", "palette")
+MASK_RESIZE = ("area", "nearest", "inside", "cover")
+MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
+LOSS_FILTERS = ("none", "mse", "sobel", "laplacian")
+SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
+NORMALISE = ("map", "mask")
+TIMESTEP_SAMPLINGS = ("uniform", "cubic")
+REPORT_TO = ("tensorboard", "wandb", "all", "none")
+
+
+@dataclass(kw_only=True)
+class ConditionConfig:
+    """Which condition; ValueError for settings that make no sense.
+
+    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
+        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
+    low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
+    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
+        whatever is given here.
+    """
+
+    kind: str = "canny"
+    low: float = 50
+    high: float = 100
+    cells: int = 8
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHANNELS:
+            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
+        if self.cells < 1:
+            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
+        if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
+            self.channels = CHANNELS[self.kind]
+
+
+@dataclass(kw_only=True)
+class MaskConfig:
+    """Which masks to draw; ValueError for settings that make no sense.
+
+    kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
+        short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
+        ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
+    min_area, max_area: bounds on the share of pixels that are 1, before the soft edge. They bind the random shapes;
+        ``objects`` keeps to min_area only (they grow evenly until it is met); ``fixed`` and ``full`` are as asked.
+    count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
+    soft_edge: width in pixels of a linear ramp added outside the mask.
+    box: xyxy in [0,1], for ``fixed``.
+    """
+
+    kind: str = "box"
+    min_area: float = 0.038
+    max_area: float = 1.0
+    count: int | tuple[int, int] = (1, 2)
+    soft_edge: float = 0.0
+    box: tuple[float, float, float, float] | None = None
+    mixture: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in MASK_KINDS:
+            raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
+        if not 0 <= self.min_area <= self.max_area <= 1:
+            raise ValueError(
+                f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
+            )
+        fewest, most = self.counts
+        if not 1 <= fewest <= most:
+            raise ValueError(f"The mask count must be at least 1 and ordered (fewest, most), not {self.count}.")
+        if not 0 <= self.soft_edge < math.inf:
+            raise ValueError(f"The mask's soft_edge is a width in pixels and not negative, not {self.soft_edge}.")
+        _check_box(self.box, needed=self.kind == "fixed" or "fixed" in (self.mixture or {}))
+        _check_mixture(self.mixture, needed=self.kind == "mixture")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """``count`` as (fewest, most)."""
+        if isinstance(self.count, int):
+            return self.count, self.count
+        if len(self.count) != 2:
+            raise ValueError(f"The mask count is a number or a pair (fewest, most), not {self.count}.")
+        return int(self.count[0]), int(self.count[1])
+
+
+def _check_box(box: Any, needed: bool) -> None:
+    if box is None and not needed:
+        return
+    if box is None or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"A fixed mask needs box=(x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, not {box}.")
+
+
+def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
+    if not mixture:
+        if needed:
+            raise ValueError("A mask mixture needs at least one kind with its weight, such as {box: 1, circle: 1}.")
+        return
+    for kind, weight in mixture.items():
+        if kind not in MASK_KINDS or kind == "mixture":
+            known = ", ".join(name for name in MASK_KINDS if name != "mixture")
+            raise ValueError(f"Unknown kind {kind!r} in the mask mixture; choose from {known}.")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"The weight of {kind!r} in the mask mixture must not be negative, not {weight}.")
+    if not sum(mixture.values()) > 0:
+        raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Settings of the local term; ValueError for a value that makes no sense.
+
+    filter: what is compared inside the mask; ``none`` switches the local term off.
+    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
+        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
+    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
+        whole map, as published.
+    weight: factor of the local term; published 1e-3.
+    mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
+    """
+
+    filter: str = "sobel"
+    schedule: str = "constant"
+    normalise: str = "mask"
+    weight: float = 1e-3
+    t_min: int = 500
+    t_max: int = 999
+    snr_cap: float = 5.0
+    mask_resize: str = "area"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("filter", LOSS_FILTERS),
+            ("schedule", SCHEDULES),
+            ("normalise", NORMALISE),
+            ("mask_resize", MASK_RESIZE),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"The loss weight must be finite and not negative, not {self.weight}.")
+        if not 0 <= self.t_min <= self.t_max:
+            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
+        if not self.snr_cap > 0:
+            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")
