@@ -48,8 +48,9 @@ class BaseConfig:
     """Which base to load and how.
 
     name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
-    revision, variant: as for ``from_pretrained``.
     vae: another VAE, by hub id or folder; null = the base's own (SDXL in float16: the one that does not overflow).
+    revision: of the hub's repository: a branch, tag or commit; null = its main branch.
+    variant: of the weight files, such as fp16.
     dtype: float32, float16 or bfloat16.
     local_files_only: never ask the network.
     """

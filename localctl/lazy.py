@@ -14,7 +14,7 @@ from typing import Any
 def lazy_names(
     package: str, places: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of ``package``; ``places``: module in it -> the names found there."""
+    """``__getattr__``, ``__dir__``, ``__all__`` of ``package``; ``places``: module in it -> the names found there."""
     modules = {name: f"{package}.{module}" for module, names in places.items() for name in names}
 
     def load(name: str) -> Any:

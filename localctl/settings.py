@@ -25,7 +25,9 @@ class ConditionConfig:
 
     kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
         ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
-    low, high: canny's thresholds of hysteresis, on 8-bit gray. cells: the palette has cells x cells colours.
+    low: canny's lower threshold of hysteresis, on 8-bit gray.
+    high: canny's upper threshold.
+    cells: the palette has cells x cells colours.
     channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
         whatever is given here.
     """
@@ -56,11 +58,13 @@ class MaskConfig:
     kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
         short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
         ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
-    min_area, max_area: bounds on the share of pixels that are 1, before the soft edge. They bind the random shapes;
-        ``objects`` keeps to min_area only (they grow evenly until it is met); ``fixed`` and ``full`` are as asked.
+    min_area: the least share of pixels that are 1, before the soft edge; ``objects`` grow evenly until it is met,
+        ``fixed`` and ``full`` are as asked.
+    max_area: the largest such share; binds the random shapes, but not ``objects``.
     count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
     soft_edge: width in pixels of a linear ramp added outside the mask.
-    box: xyxy in [0,1], for ``fixed``.
+    box: x0, y0, x1, y1 in [0, 1], for ``fixed``.
+    mixture: kind -> weight, for ``mixture``, such as {box: 2, full: 1}.
     """
 
     kind: str = "box"
@@ -122,13 +126,18 @@ def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
 class LossConfig:
     """Settings of the local term; ValueError for a value that makes no sense.
 
-    filter: what is compared inside the mask; ``none`` switches the local term off.
+    filter: what is compared inside the mask: ``sobel`` or ``laplacian`` edges, ``mse`` the latents themselves; ``none``
+        switches the local term off.
     schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
         ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
     normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
         whole map, as published.
     weight: factor of the local term; published 1e-3.
-    mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
+    t_min: first timestep of ``step_unit``.
+    t_max: last timestep of ``step_unit``.
+    snr_cap: the largest weight of ``snr``.
+    mask_resize: how the mask comes to the latents' grid: ``area`` the covered share of a cell, ``nearest`` one pixel of
+        it, ``inside`` the minimum, ``cover`` the maximum.
     """
 
     filter: str = "sobel"
