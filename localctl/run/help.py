@@ -5,7 +5,6 @@ The words come from the docstrings of the dataclasses, ``name: text``, and from 
 
 from __future__ import annotations
 
-import inspect
 import re
 import shutil
 import textwrap
@@ -25,8 +24,8 @@ def help_text(
     if groups:
         lines += ["", "Groups of values, chosen as group=option or --group option:"]
     for group, options in groups.items():
-        lines.append(f"  {group}={'|'.join(options)}")
         said = {option: summary(config_dir / group / f"{option}.yaml") for option in options}
+        lines.append(f"  {group}={'NAME' if all(said.values()) else '|'.join(options)}")
         lines += [line for option, text in said.items() if text for line in _entry(f"  {option}", text)]
     for title, prefix, section in sections(defaults):
         texts = descriptions(type(section))
@@ -50,15 +49,16 @@ def sections(defaults: Any) -> list[tuple[str, str, Any]]:
 
 
 def descriptions(schema: type) -> dict[str, str]:
-    """Field -> what the docstring of the dataclass says about it, behind ``field: `` or ``field, other: ``."""
+    """Field -> what the docstring of the dataclass (or of the one it extends) says about it, behind ``field: `` or
+    ``field, other: ``."""
     names = "|".join(sorted((field.name for field in fields(schema)), key=len, reverse=True))  # type: ignore[arg-type]
-    doc = " ".join((inspect.getdoc(schema) or "").split())
-    found = list(re.finditer(rf"(?<![\w.`-])((?:{names})(?:, (?:{names}))*): ", doc))
-    ends = [match.start() for match in found[1:]] + [len(doc)]
     texts = {}
-    for match, end in zip(found, ends, strict=True):
-        text = doc[match.end() : end].strip().replace("``", "")
-        texts |= {name: text for name in match[1].split(", ")}
+    for part in reversed([part for part in schema.__mro__ if is_dataclass(part)]):
+        doc = " ".join((part.__doc__ or "").split())
+        found = list(re.finditer(rf"(?<![\w.`-])((?:{names})(?:, (?:{names}))*): ", doc))
+        ends = [*(match.start() for match in found[1:]), len(doc)]
+        for match, end in zip(found, ends, strict=False):
+            texts |= dict.fromkeys(match[1].split(", "), doc[match.end() : end].strip().replace("``", ""))
     return texts
 
 
