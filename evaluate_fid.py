@@ -13,12 +13,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.evaluation.fid import draw, make_reference, score
 from localctl.evaluation.settings import FidSettings
-from localctl.run.config import help_text, load_config
+from localctl.run.config import settings_or_help
 from localctl.run.program import one_sentence
 
-COMMANDS = {"ref": make_reference, "gen": draw, "score": score}
+COMMANDS = {"ref": "make_reference", "gen": "draw", "score": "score"}  # -> functions of localctl.evaluation.fid
+PROGRAM = "evaluate_fid.py"
 ALIASES = {
     "pretrained_model_name_or_path": "base",
     "train_data_dir": "data.path",
@@ -33,15 +33,25 @@ FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):
-        defaults = load_config([], FidSettings, name="evaluate_fid", aliases=ALIASES)
-        print(__doc__)
-        print(help_text("evaluate_fid.py ref|gen|score", defaults, aliases=ALIASES, name="evaluate_fid"))
-        return 0
-    if not argv or argv[0] not in COMMANDS:
-        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `evaluate_fid.py ref`; see --help.")
-    settings = load_config(argv[1:], FidSettings, name="evaluate_fid", aliases=ALIASES, free_groups=FREE_GROUPS)
-    COMMANDS[argv[0]](settings)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else None
+    settings = None
+    if command is not None or {"-h", "--help", "--version"} & set(argv):
+        settings = settings_or_help(
+            f"{PROGRAM} {'|'.join(COMMANDS)}",
+            argv,
+            FidSettings,
+            about=__doc__,
+            aliases=ALIASES,
+            free_groups=FREE_GROUPS,
+            name="evaluate_fid",
+        )
+        if settings is None:
+            return 0
+    if command is None or settings is None:
+        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{PROGRAM} ref`; see --help.")
+    from localctl.evaluation import fid  # after the flags: this loads torch
+
+    getattr(fid, COMMANDS[command])(settings)
     return 0
 
 

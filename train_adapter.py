@@ -8,46 +8,62 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.data.bad import TooManyBadRows
-from localctl.evaluation.scorer import make_scorer
-from localctl.run.config import help_text, load_config
-from localctl.run.interrupt import exit_code
-from localctl.run.processes import leave
-from localctl.training.dry_run import report
-from localctl.training.loop import NotFiniteError, prepare
+from localctl.run.config import settings_or_help
+from localctl.run.messages import fail
+from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+
+PROGRAM = "train_adapter.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
     try:
-        return _train(sys.argv[1:] if argv is None else argv)
+        settings = settings_or_help(
+            PROGRAM,
+            sys.argv[1:] if argv is None else argv,
+            TrainSettings,
+            about=__doc__,
+            aliases=ALIASES,
+            free_groups=FREE_GROUPS,
+            elsewhere=ELSEWHERE,
+        )
+    except ValueError as error:
+        fail(PROGRAM, error)
+        return 2
+    if settings is None:
+        return 0
+    from localctl.run.processes import leave  # after the flags: what follows loads torch and takes its time
+
+    try:
+        return _train(settings)
     finally:
         leave()
 
 
-def _train(argv: Sequence[str]) -> int:
+def _train(settings: TrainSettings) -> int:
+    from localctl.data.bad import TooManyBadRows
+    from localctl.evaluation.scorer import make_scorer
+    from localctl.run.interrupt import exit_code
+    from localctl.training.dry_run import report
+    from localctl.training.loop import NotFiniteError, prepare
+
     try:
-        if "-h" in argv or "--help" in argv:
-            defaults = load_config([], TrainSettings, aliases=ALIASES)
-            print(help_text("train_adapter.py", defaults, aliases=ALIASES))
-            return 0
-        settings = load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
         if settings.dry_run:
             print(report(settings))
             return 0
         run = prepare(settings, scorer=make_scorer(settings))
     except ValueError as error:
-        print(f"train_adapter.py: {error}", file=sys.stderr)
+        fail(PROGRAM, error)
         return 2
     try:
         result = run.train()
     except TooManyBadRows as error:  # found out late, but the user's to repair
-        print(f"train_adapter.py: {error}", file=sys.stderr)
+        fail(PROGRAM, error)
         return 2
     except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
-        print(f"train_adapter.py: {error}", file=sys.stderr)
+        fail(PROGRAM, error)
         return 1
     return exit_code(result.signal) if result.interrupted else 0
 

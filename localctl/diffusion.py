@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localctl.settings import TIMESTEP_SAMPLINGS
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SAMPLINGS = ("uniform", "cubic")
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
+from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
+from localctl.sizes import check_side as check_side
 
-SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
 
 Box = tuple[float, float, float, float]
@@ -252,14 +253,6 @@ class Layout:
             pen.rectangle(pen.textbbox(corner, text, font=font), fill="white")
             pen.text(corner, text, fill=color, font=font)
         return result
-
-
-def check_side(name: str, value: int | None) -> None:
-    """ValueError unless ``value`` is None or a positive multiple of 8."""
-    if value is None or (value > 0 and value % SIZE_MULTIPLE == 0):
-        return
-    near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
 
 
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:

@@ -7,7 +7,6 @@ F is the filter, w the schedule and m the mask on the grid of the latents. Every
 over the whole batch would change with the number of processes. Reduce once, at the edge: ``terms.total.mean()``.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,10 @@ from kornia.filters import laplacian, sobel
 from torch import Tensor
 
 from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
-from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.masks import resize_mask
+from localctl.settings import NORMALISE as NORMALISE
+from localctl.settings import SCHEDULES as SCHEDULES
+from localctl.settings import LossConfig
 
 FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
@@ -24,60 +26,6 @@ FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "sobel": sobel,  # gradient magnitude; kornia's epsilon keeps its gradient finite on flat input
     "laplacian": lambda latents: laplacian(latents, kernel_size=5),
 }
-SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
-NORMALISE = ("map", "mask")
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """Settings of both terms; ValueError for a value that makes no sense.
-
-    filter: what is compared inside the mask; ``none`` switches the local term off.
-    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
-        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
-    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
-        whole map, as published.
-    weight: factor of the local term; published 1e-3.
-    mask_resize: how the mask comes to the latents' grid (``masks.MASK_RESIZE``).
-    squared_mask: weigh by m^2 where m is neither 0 nor 1, as published, (m F(z0') - m F(z0))^2. It matters for soft
-        masks, and for every mask with mask_resize=area, whose border cells are soft. False weighs by m, so that half a
-        cell counts half.
-    denoising_weight: factor of the denoising term.
-    mask_denoising: take the denoising term inside the mask alone, too, as the local one. Then nothing is learned of
-        what an image looks like outside; all-zero masks teach nothing.
-    """
-
-    filter: str = "sobel"
-    schedule: str = "constant"
-    normalise: str = "mask"
-    weight: float = 1e-3
-    t_min: int = 500
-    t_max: int = 999
-    snr_cap: float = 5.0
-    mask_resize: str = "area"
-    squared_mask: bool = False
-    denoising_weight: float = 1.0
-    mask_denoising: bool = False
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("filter", FILTERS),
-            ("schedule", SCHEDULES),
-            ("normalise", NORMALISE),
-            ("mask_resize", MASK_RESIZE),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
-        for name, weight in (("weight", self.weight), ("denoising_weight", self.denoising_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"The loss {name} must be finite and not negative, not {weight}.")
-        if not self.denoising_weight and (self.filter == "none" or not self.weight):
-            raise ValueError("The loss is 0 whatever the adapter does; give it a denoising_weight, or a local term.")
-        if not 0 <= self.t_min <= self.t_max:
-            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
-        if not self.snr_cap > 0:
-            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,7 @@ set by where the field is cut, so a wanted area is met by construction. No sampl
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,10 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.images import open_image
-
-MASK_RESIZE = ("area", "nearest", "inside", "cover")
-BOX_LAWS = ("sides", "corners")
-MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
+from localctl.settings import MASK_KINDS as MASK_KINDS
+from localctl.settings import MASK_RESIZE, MaskConfig
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tensor:
@@ -41,81 +36,6 @@ def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tens
     if mode == "cover":
         return F.adaptive_max_pool2d(mask, size)
     return F.interpolate(mask, size=size, mode=mode)
-
-
-@dataclass(kw_only=True)
-class MaskConfig:
-    """Which masks to draw; ValueError for settings that make no sense.
-
-    kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
-        short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
-        ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
-    min_area, max_area: bounds on the share of pixels that are 1, before the soft edge. They bind the random shapes;
-        ``objects`` keeps to min_area only (they grow evenly until it is met); ``fixed`` and ``full`` are as asked.
-    count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
-    soft_edge: width in pixels of a linear ramp added outside the mask.
-    box_law: how a random rectangle is sampled: ``sides`` its height uniform over all that allow the area, then its
-        width; ``corners`` as published, one corner uniform, then the other one uniform beyond it, which makes smaller
-        boxes (with the published minimum they cover 0.135 of the area on average, not 0.284).
-    box: xyxy in [0,1], for ``fixed``.
-    """
-
-    kind: str = "box"
-    min_area: float = 0.038
-    max_area: float = 1.0
-    count: int | tuple[int, int] = (1, 2)
-    soft_edge: float = 0.0
-    box: tuple[float, float, float, float] | None = None
-    mixture: Mapping[str, float] | None = None
-    box_law: str = "sides"
-
-    def __post_init__(self) -> None:
-        if self.kind not in MASK_KINDS:
-            raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
-        if self.box_law not in BOX_LAWS:
-            raise ValueError(f"Unknown mask box_law {self.box_law!r}; choose one of {', '.join(BOX_LAWS)}.")
-        if not 0 <= self.min_area <= self.max_area <= 1:
-            raise ValueError(
-                f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
-            )
-        fewest, most = self.counts
-        if not 1 <= fewest <= most:
-            raise ValueError(f"The mask count must be at least 1 and ordered (fewest, most), not {self.count}.")
-        if not 0 <= self.soft_edge < math.inf:
-            raise ValueError(f"The mask's soft_edge is a width in pixels and not negative, not {self.soft_edge}.")
-        _check_box(self.box, needed=self.kind == "fixed" or "fixed" in (self.mixture or {}))
-        _check_mixture(self.mixture, needed=self.kind == "mixture")
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """``count`` as (fewest, most)."""
-        if isinstance(self.count, int):
-            return self.count, self.count
-        if len(self.count) != 2:
-            raise ValueError(f"The mask count is a number or a pair (fewest, most), not {self.count}.")
-        return int(self.count[0]), int(self.count[1])
-
-
-def _check_box(box: Any, needed: bool) -> None:
-    if box is None and not needed:
-        return
-    if box is None or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-        raise ValueError(f"A fixed mask needs box=(x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, not {box}.")
-
-
-def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
-    if not mixture:
-        if needed:
-            raise ValueError("A mask mixture needs at least one kind with its weight, such as {box: 1, circle: 1}.")
-        return
-    for kind, weight in mixture.items():
-        if kind not in MASK_KINDS or kind == "mixture":
-            known = ", ".join(name for name in MASK_KINDS if name != "mixture")
-            raise ValueError(f"Unknown kind {kind!r} in the mask mixture; choose from {known}.")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"The weight of {kind!r} in the mask mixture must not be negative, not {weight}.")
-    if not sum(mixture.values()) > 0:
-        raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
 
 
 def sample_mask(

@@ -12,25 +12,28 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import CLIPTokenizer
-
-from localctl.base import resolve_base
-from localctl.data.check import look_at_all, preview, write_report
-from localctl.data.files import FileSource, is_held_out, open_rows
-from localctl.data.plan import SampleRef
-from localctl.data.sample import Example, MaskedSamples
-from localctl.random import numpy_rng
-from localctl.run.config import load_config
+from localctl.bases import resolve_base
+from localctl.run.config import settings_or_help
 from localctl.run.program import one_sentence
+from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.data.sample import Example, MaskedSamples
 
 PROGRAM = "python -m localctl.data"
 
 
 @dataclass(kw_only=True)
 class CheckSettings(TrainSettings):
-    """A training's settings and what only the check needs. adapter_model_name_or_path: an adapter that must fit."""
+    """A training's settings and what only the check needs.
+
+    preview: where the sheet of examples goes, an image file.
+    preview_rows: examples on it.
+    adapter_model_name_or_path: an adapter that must fit.
+    """
 
     preview: str = "outputs/data_check.png"
     preview_rows: int = 8
@@ -40,17 +43,30 @@ class CheckSettings(TrainSettings):
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the check ran, whatever it found; 2 after a mistake of the user's, named in one sentence."""
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] != "check" or {"-h", "--help"} & set(argv):
-        print(f"usage: {PROGRAM} check data=imagefolder data.path=FOLDER [as for train_adapter.py ...]\n\n{__doc__}")
-        return 0 if {"-h", "--help"} & set(argv) else 2
-    settings = load_config(argv[1:], CheckSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
-    print(check(settings))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = {"-h", "--help", "--version"} & set(argv)
+    if argv[:1] != ["check"] and not asked:
+        raise ValueError("Say what to do: check, as in `python -m localctl.data check data.path=FOLDER`; see --help.")
+    settings = settings_or_help(
+        f"{PROGRAM} check",
+        argv[1:] if argv[:1] == ["check"] else argv,
+        CheckSettings,
+        about=__doc__,
+        aliases=ALIASES,
+        free_groups=FREE_GROUPS,
+        elsewhere=ELSEWHERE,
+    )
+    if settings is not None:
+        print(check(settings))
     return 0
 
 
 def check(settings: CheckSettings) -> str:
     """The report. ValueError for data that cannot be opened, and for an adapter that takes another condition."""
+    from localctl.data.check import look_at_all, preview, write_report
+    from localctl.data.files import FileSource, is_held_out, open_rows
+    from localctl.data.sample import MaskedSamples
+
     data = settings.data
     if data.is_micro:
         raise ValueError("The embedded scenes need no check; name your own data, as data=imagefolder data.path=FOLDER.")
@@ -75,6 +91,10 @@ def check(settings: CheckSettings) -> str:
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:
     """Some usable examples from all over the data, as the first epoch shows them."""
+    from localctl.data.plan import SampleRef
+    from localctl.data.sample import Example
+    from localctl.random import numpy_rng
+
     order = numpy_rng(settings.seed, "preview").permutation(len(samples))[: settings.preview_rows]
     found = [samples[SampleRef(int(index), 0)] for index in sorted(order)]
     return [example for example in found if isinstance(example, Example) and not example.problems]
@@ -104,6 +124,8 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
 
 def _token_counter(settings: CheckSettings) -> tuple[Callable[[str], int] | None, int, str]:
     """How to count tokens, how many are read, and what to add to the report."""
+    from transformers import CLIPTokenizer
+
     place = settings.base.name
     try:
         place = str(resolve_base(settings.base.name).id_or_path)

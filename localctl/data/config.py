@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from localctl.layout import check_side
-from localctl.micro.scenes import PROFILES
+from localctl.micro import PROFILES
+from localctl.sizes import check_side
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
@@ -21,21 +21,28 @@ class DataConfig:
     name: ``micro`` the embedded scenes; ``imagefolder`` pictures with a metadata.jsonl; ``parquet``; ``folder`` a
         folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the Hugging Face hub.
     path: of imagefolder, parquet, folder. A path alone means ``imagefolder``, as in diffusers.
-    split, validation_split: which splits; null for the second sets ``validation_share`` of the examples apart, chosen
-        by a hash of each example's key, so that none changes sides when the data grows.
-    dataset_config_name, revision, cache_dir: as for ``datasets.load_dataset``.
-    image_column, conditioning_image_column, mask_column, caption_column: names of the columns. conditioning null:
-        ``conditioning_image``, or in a ``folder`` the file named like the condition. ``mask`` may be missing in the
-        data, then masks are drawn. caption_column null: no captions, every prompt is empty.
+    split: which split to train on.
+    validation_split: which split is held out; null sets ``validation_share`` of the examples apart, chosen by a hash of
+        each example's key, so that none changes sides when the data grows.
+    dataset_config_name: of a hub data set with several configurations, as for ``datasets.load_dataset``.
+    revision: of a hub data set: a branch, tag or commit.
+    cache_dir: where a hub data set is kept; null = the usual cache.
+    image_column: name of the column of images.
+    conditioning_image_column: name of the column of condition images; null = ``conditioning_image``, or in a ``folder``
+        the file named like the condition.
+    mask_column: name of the column of masks; it may be missing in the data, then masks are drawn.
+    caption_column: name of the column of captions; null = no captions, every prompt is empty.
     key_column: names each example for ever; null: the path of its picture, or else its row number.
-    resolution: pixels to train at, a number or [height, width], multiples of 8; null: 512, or the scenes' own 128.
-        A picture is scaled to cover it, then cropped.
-    center_crop: false crops at a place drawn for every visit. random_flip: mirrors half of the visits; off because it
-        makes captions with "left" and "right" wrong.
+    resolution: pixels to train at: a number, WIDTHxHEIGHT, or [height, width]; multiples of 8; null: 512, or the
+        scenes' own 128. A picture is scaled to cover it, then cropped.
+    center_crop: false crops at a place drawn for every visit.
+    random_flip: mirrors half of the visits; off because it makes captions with "left" and "right" wrong.
     conditioning_interpolation: how condition images are resized, ``bilinear`` or ``nearest``; null: nearest for
         segmentation.
+    validation_share: share of the examples that is held out where the data has no split for it.
     max_bad_fraction: a run stops when more than this share of the examples turned out unusable.
-    profile, count: which of the embedded scenes, and how many; of other data, at most ``count`` (null = all).
+    profile: which of the embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
+    count: at most so many examples; null = all, of the embedded scenes 3000.
     keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for
         few small pictures (8 kB each at 128 px, 131 kB at 512 px). Never with random crops.
     """

@@ -18,7 +18,7 @@ import torch
 from localctl.base import BaseConfig, load_pipeline, resolve_base
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
-from localctl.evaluation.control import MIN_EDGES, YARDSTICK, Case, canny
+from localctl.evaluation.control.measuring import MIN_EDGES, YARDSTICK, Case, canny
 from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.kept import Kept, sha256_of_files
 from localctl.evaluation.provenance import read_json, versions
@@ -34,7 +34,7 @@ from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
 from localctl.metrics.weights import sha256_of_folder
-from localctl.micro.report import round_trip
+from localctl.micro.report.measuring import round_trip
 from localctl.micro.scenes import Scene, scene
 
 CEILING = "VAE round trip"

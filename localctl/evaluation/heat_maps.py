@@ -1,6 +1,6 @@
 """Where each phrase is attended to, before and after each control: one picture, one seed, a row per control.
 
-  python -m localctl.evaluation.heat_maps --layout scene.json --output heat_maps.png
+  python -m localctl.evaluation.heat_maps --layout scene.json
 
 The first column is the drawn picture with the outlines of its regions; then follows, for each phrase, its heat over the
 cross-attention layers and steps (see ``AttentionMaps``) with the share of it that lies inside the region.
@@ -12,37 +12,43 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
-
-from localctl.base import BaseConfig, load_pipeline, resolve_base, with_scheduler
-from localctl.control.attention_maps import AttentionMaps
-from localctl.images import captioned, grid
-from localctl.layout_io import load_layout
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
-from localctl.sampling import generate
-from localctl.sampling_regions import Variant, read_variants
 
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from PIL import Image
+
+    from localctl.sampling_regions import Variant
+
+PROGRAM = "localctl.evaluation.heat_maps"
 _SMALLEST = 192  # px; smaller pictures are enlarged, so that words fit under them
 
 
-def new_parser() -> argparse.ArgumentParser:
+def new_parser() -> Arguments:
     """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--layout", required=True, metavar="FILE", help="a scene (JSON)")
     add("--controls", nargs="+", default=["none", "bias", "dense", "guidance"], help="as sample.py --compare")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls")
-    add("--base", default="micro")
-    add("--seed", type=int, default=0)
-    add("--num_inference_steps", type=int, default=30)
+    add("--base", default="micro", help="micro, sd15, sd21, sdxl, a folder or a hub id")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--num_inference_steps", type=int, default=30, help="sampling steps")
     add("--end", type=float, default=1.0, help="look up to this fraction of the steps")
-    add("--output", default="heat_maps.png", metavar="FILE")
+    add("--output", default="outputs/heat_maps.png", metavar="FILE", help="the sheet")
     return parser
 
 
 def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
     """The sheet's rows: the picture and its heat maps, for each variant."""
+    from localctl.base import BaseConfig, load_pipeline, resolve_base, with_scheduler
+    from localctl.control.attention_maps import AttentionMaps
+    from localctl.images import captioned
+    from localctl.layout_io import load_layout
+    from localctl.sampling import generate
+
     layout = load_layout(options.layout)
     pipe = load_pipeline(BaseConfig(name=options.base))
     rows = []
@@ -65,10 +71,13 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
     return rows
 
 
-@one_sentence("heat_maps")
+@one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    options = new_parser().parse_args(argv)
+    options = new_parser().read(argv)
+    from localctl.images import grid
+    from localctl.sampling_regions import read_variants
+
     variants = read_variants(options.controls, options.set, options.base)
     rows = heat_rows(options, variants)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)

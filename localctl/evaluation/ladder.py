@@ -5,26 +5,30 @@ python -m localctl.evaluation.ladder --extractor micro_clip efficientnet_lite0 -
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from localctl.evaluation.fid import collect
-from localctl.evaluation.tables import head, line
-from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
-from localctl.metrics.statistics import Statistics, distances
+from localctl.metrics import EXTRACTORS
 from localctl.micro.scenes import scene
-from localctl.random import numpy_rng
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
 
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.metrics.extractors import Extractor
+    from localctl.metrics.statistics import Statistics
+
+PROGRAM = "localctl.evaluation.ladder"
 BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
 
 
 def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """uint8 (n,H,W,3) -> the same pictures with more and more damage, each uint8 (n,H,W,3)."""
+    from localctl.random import numpy_rng
+
     rng = numpy_rng(seed, "ladder")
     result = {"as they are": images}
     for sigma in BLURS:
@@ -37,6 +41,8 @@ def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
     """Of pictures uint8 (n,H,W,3)."""
+    from localctl.evaluation.fid import collect
+    from localctl.metrics.extractors import describe
 
     def pictures(indices: range) -> list[tuple[str, np.ndarray]]:
         return [(str(index), images[index]) for index in indices]
@@ -46,6 +52,8 @@ def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
 
 def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
     """Distances by rung: of ``count`` damaged test scenes from ``count`` others, untouched."""
+    from localctl.metrics.statistics import distances
+
     real, other = (np.stack([scene(i, "basic", "test").image for i in range(s, s + count)]) for s in (0, count))
     reference = statistics(extractor, real)
     return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
@@ -53,6 +61,8 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
 
 def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """What :func:`climb` found, as Markdown."""
+    from localctl.evaluation.tables import head, line
+
     columns = list(next(iter(rows.values())))
     lines = head(["", *columns])
     for rung, values in rows.items():
@@ -60,14 +70,16 @@ def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-@one_sentence("localctl.evaluation.ladder")
-def main(argv: list[str] | None = None) -> int:
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="localctl.evaluation.ladder", description=__doc__)
-    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS)
+    parser = Arguments(PROGRAM, __doc__)
+    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="whose features")
     parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
-    parser.add_argument("--count", type=int, default=80)
-    args = parser.parse_args(argv)
+    parser.add_argument("--count", type=int, default=80, help="scenes on each side")
+    args = parser.read(argv)
+    from localctl.metrics.extractors import load_extractor
+
     for name in args.extractor:
         print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
     return 0

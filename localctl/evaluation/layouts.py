@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from localctl.evaluation import LAYOUTS as LAYOUTS
 from localctl.layout import Layout, Region
 from localctl.micro.scenes import SIZE, Scene, article
 
-LAYOUTS = ("true", "auto")
 _PREDICTOR = "localctl.layout_predictor"
 
 

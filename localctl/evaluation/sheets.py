@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from localctl.evaluation.compare import Comparison
-from localctl.evaluation.control import canny
+from localctl.evaluation.control.measuring import canny
 from localctl.evaluation.drawn import Drawn, read_pictures
 from localctl.images import grid, outline
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "LayoutPredictor": "localctl.layout_predictor.model",
-    "PromptObject": "localctl.layout_predictor.parsing",
-    "load_predictor": "localctl.layout_predictor.model",
-    "parse": "localctl.layout_predictor.parsing",
-}
-__all__ = sorted(_PUBLIC)
+from localctl.lazy import lazy_names
 
+if TYPE_CHECKING:
+    from localctl.layout_predictor.model import LayoutPredictor as LayoutPredictor
+    from localctl.layout_predictor.model import load_predictor as load_predictor
+    from localctl.layout_predictor.parsing import PromptObject as PromptObject
+    from localctl.layout_predictor.parsing import parse as parse
 
-def __getattr__(name: str) -> Any:
-    """Load public names on first use: parsing alone needs no torch."""
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'localctl.layout_predictor' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "model": ["LayoutPredictor", "load_predictor"],
+        "parsing": ["PromptObject", "parse"],
+    },
+)

@@ -9,43 +9,33 @@ box (x0, y0, x1, y1). Several prompts are drawn on one sheet.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from localctl.images import captioned, grid
-from localctl.layout import Layout, Region
-from localctl.layout_io import save_layout
-from localctl.layout_predictor.model import load_predictor
 from localctl.layout_predictor.parsing import CHUNKERS
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.layout import Layout, Region
 
 _COLUMNS = 3
 _SHORT_SIDE = 320  # px, of the drawn picture
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}; see --help.")
-
-
-def new_parser() -> argparse.ArgumentParser:
+def new_parser() -> Arguments:
     """The flags."""
-    parser = _Parser(
-        prog="python -m localctl.layout_predictor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments("python -m localctl.layout_predictor", __doc__)
     add = parser.add_argument
     add("prompt", nargs="+", help="a sentence, or several")
     add("--seed", type=int, help="draw a layout; default: the most likely one")
     add("--predictor", metavar="DIR", help="a folder that train_layout_predictor.py saved; default: the shipped one")
     add("--chunker", choices=CHUNKERS, default="auto", help="what finds the objects; auto: spaCy where it is installed")
     add("--height", type=int, help="of the layout in pixels, with --width")
-    add("--width", type=int)
-    add("--output", default="layout.png", metavar="FILE", help="the drawing")
+    add("--width", type=int, help="as --height")
+    add("--output", default="outputs/layout.png", metavar="FILE", help="the drawing")
     add("--save", metavar="FILE", help="also write the layout as JSON, for sample.py --layout; of one prompt")
     return parser
 
@@ -61,6 +51,9 @@ def described(region: Region) -> list[str]:
 
 def draw(layouts: Sequence[Layout], output: Path) -> None:
     """The layouts on one sheet, each over its prompt. ValueError when the file cannot be written."""
+    from localctl.images import captioned, grid
+    from localctl.layout import Layout
+
     pictures = []
     for layout in layouts:
         height, width = layout.size or (_SHORT_SIDE, _SHORT_SIDE)
@@ -90,9 +83,12 @@ def _wrapped(text: str, width: int) -> list[str]:
 @one_sentence("localctl.layout_predictor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    options = new_parser().parse_args(argv)
+    options = new_parser().read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
+    from localctl.layout_io import save_layout
+    from localctl.layout_predictor.model import load_predictor
+
     predictor = load_predictor(options.predictor)
     size = {"height": options.height, "width": options.width}
     layouts = [predictor.predict(prompt, options.seed, chunker=options.chunker, **size) for prompt in options.prompt]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localctl.layout_predictor.captions import Caption, PlacedScene, describe, mirrored, own_caption, renamed
+from localctl.layout_predictor.settings import CaptionSettings
 from localctl.micro.scenes import RELATIONS, SIZE, scene_plan
 from localctl.random import numpy_rng
 
@@ -63,28 +63,6 @@ def micro_layout(index: int, split: str) -> PlacedScene:
         relation = (first, SIDES[words], second)
     names = tuple(item.phrase for item in plan.objects)
     return PlacedScene(f"{split}-{index}", names, boxes, plan.caption, relation)
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """How sentences are made in training. own: share with the scene's own caption; lists: without a relation; rename:
-    share of the rest with made-up names; variants: different sentences per scene, null = another one at each visit."""
-
-    own: float = 0.2
-    lists: float = 0.1
-    rename: float = 0.3
-    mirror: bool = True
-    margin: float = 0.11
-    variants: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("own", "lists", "rename"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"captions.{name} must lie in [0, 1], not {getattr(self, name)}.")
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"captions.margin must lie between 0 and 0.5, not {self.margin}.")
-        if self.variants is not None and self.variants < 1:
-            raise ValueError(f"captions.variants must be at least 1, not {self.variants}.")
 
 
 def example(scenes: Scenes, index: int, visit: int, settings: CaptionSettings, seed: int) -> Caption:

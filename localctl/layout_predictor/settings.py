@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from localctl.layout_predictor.data import CaptionSettings
-from localctl.run.logging import REPORT_TO
+from localctl.settings import REPORT_TO
 
 SOURCES = ("micro", "coco")
 ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
@@ -20,7 +19,15 @@ FREE = (
 
 @dataclass(kw_only=True)
 class PredictorConfig:
-    """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`."""
+    """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`.
+
+    width: numbers per word.
+    layers: blocks of attention.
+    heads: of the attention; width is a multiple of it.
+    hidden: width inside the blocks' feed-forward layers.
+    buckets: rows of the table for the hashed pieces of words.
+    components: Gaussians in the mixture of each centre.
+    """
 
     width: int = 96
     layers: int = 4
@@ -42,10 +49,11 @@ class LayoutDataConfig:
     """Where placed things come from.
 
     name: ``micro``, the embedded scenes; ``coco``, annotations in MSCOCO's format.
-    count: scenes at most (null = all there are, of micro 1500).
-    instances: of coco, the annotation file of things (instances_train2017.json); stuff: that of stuff
-        (stuff_train2017.json), or null.
-    min_area: of coco, things that cover less of the picture than this are left out; max_objects: of a sentence.
+    count: scenes at most; null = all there are, of micro 1500.
+    instances: of coco, the annotation file of things (instances_train2017.json).
+    stuff: of coco, that of stuff (stuff_train2017.json); null = things alone.
+    min_area: of coco, things that cover less of the picture than this are left out.
+    max_objects: things of a sentence at most.
     """
 
     name: str = "micro"
@@ -67,19 +75,63 @@ class LayoutDataConfig:
         _at_least("data.max_objects", self.max_objects, 2)
 
 
+@dataclass(frozen=True)
+class CaptionSettings:
+    """How sentences are made in training.
+
+    own: share of the visits that read the scene's own caption.
+    lists: share of sentences without a relation.
+    rename: share of the rest whose things have made-up names.
+    mirror: also mirror the scenes.
+    margin: how far apart centres are for a relation to be named.
+    variants: different sentences per scene; null = another one at each visit.
+    """
+
+    own: float = 0.2
+    lists: float = 0.1
+    rename: float = 0.3
+    mirror: bool = True
+    margin: float = 0.11
+    variants: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("own", "lists", "rename"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"captions.{name} must lie in [0, 1], not {getattr(self, name)}.")
+        if not 0 < self.margin < 0.5:
+            raise ValueError(f"captions.margin must lie between 0 and 0.5, not {self.margin}.")
+        if self.variants is not None and self.variants < 1:
+            raise ValueError(f"captions.variants must be at least 1, not {self.variants}.")
+
+
 @dataclass(kw_only=True)
 class LayoutTrainSettings:
     """A training of the layout predictor; ValueError for settings that make no sense.
 
-    max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates; 0
-        turns validation or checkpoints off. The learning rate warms up, then falls to 0 as a cosine.
-    train_batch_size: sentences per step. word_dropout: share of the words outside objects that training hides.
+    Steps are optimizer updates; the learning rate warms up, then falls to 0 as a cosine.
+
+    output_dir: where log, checkpoints and the predictor go.
+    overwrite_output_dir: begin anew in a folder that holds another run.
+    seed: of everything drawn at random.
+    report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
+    device: auto, cpu, cuda, ...
+    cpu_threads: on a CPU; null = torch's own choice.
+    max_train_steps: how long to train.
+    train_batch_size: sentences per step.
+    learning_rate: the highest of the schedule.
+    lr_warmup_steps: steps until the highest learning rate.
+    adam_weight_decay: AdamW's pull towards zero.
+    max_grad_norm: gradients are scaled down to this norm.
+    word_dropout: share of the words outside objects that training hides.
     name_dropout: share of the sentences whose objects are hidden, so that relations alone place them.
     relation_weight: of the loss of relations, added to the likelihood (``learning.Likelihood``); 0 = likelihood alone.
     known: the chance that the boxes of some objects of a sentence are shown, to predict the others from.
+    logging_steps: steps between rows of the log.
+    validation_steps: steps between validations; 0 = none.
     validation_count: held-out sentences with a relation per validation.
-    checkpoints_total_limit: null keeps all; at least 2. resume_from_checkpoint: `latest` or a checkpoint's path.
-    device: auto, cpu, cuda, ... cpu_threads: null = torch's own choice.
+    checkpointing_steps: steps between checkpoints; 0 = none.
+    checkpoints_total_limit: how many checkpoints are kept; null = all; at least 2.
+    resume_from_checkpoint: `latest` or a checkpoint's path.
     """
 
     data: LayoutDataConfig = field(default_factory=LayoutDataConfig)

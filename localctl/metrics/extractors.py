@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from localctl.metrics import EXTRACTORS as EXTRACTORS
 from localctl.metrics.clip import Clip
 from localctl.metrics.efficientnet_lite import FEATURES, SIDE, EfficientNetLite0
 from localctl.metrics.per_sample import rgb_batch
 from localctl.metrics.weights import RESIZE, resize, sha256_of
 
-EXTRACTORS = ("micro_clip", "efficientnet_lite0", "fid", "clip")
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"

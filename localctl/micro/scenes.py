@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from localctl.micro import PROFILES as PROFILES
+from localctl.micro import SPLITS as SPLITS
 from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
 
 SIZE = 128
-PROFILES = ("basic", "rich")
-SPLITS = ("train", "val", "test")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 _MIN_RADIUS, _MAX_RADIUS, _GAP = 13.0, 30.0, 4.0
 _RELATION_MARGIN = 14.0  # px between centres along the axis that a relation names

@@ -1,14 +1,14 @@
 """Configuration: YAML groups composed by Hydra, changed from the command line, checked against typed dataclasses.
 
 The command line mixes Hydra's spelling (``base=sd15 loss.weight=1e-3 experiment=NAME``) with the ecosystem's
-(``--max_train_steps 100``, ``--max-train-steps=100``). Hydra only joins the groups: values are converted here by the
-type of the field they are for, so commas, parentheses and ``$`` in a prompt or a path mean nothing special.
+(``--max_train_steps 100``, ``--max-train-steps=100``); names and aliases are the same in both. Hydra only joins the
+groups: values are converted here by the type of the field they are for, so commas, parentheses and ``$`` in a prompt or
+a path mean nothing special.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from localctl.files import first_line
+from localctl.run.arguments import VERSION
+from localctl.run.help import help_text
 from localctl.run.record import mark_environment
+from localctl.run.suggest import nearest
+from localctl.sizes import typed_size
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
@@ -35,6 +39,7 @@ def load_config(
     *,
     aliases: Mapping[str, str] = NO_ALIASES,
     free_groups: Mapping[str, str] = NO_ALIASES,
+    elsewhere: Mapping[str, str] = NO_ALIASES,
     name: str = "train",
     config_dir: Path = CONFIG_DIR,
 ) -> Settings:
@@ -45,6 +50,7 @@ def load_config(
         schema: a keyword-only dataclass; nested dataclasses are groups or sections.
         aliases: flag -> key or group, where the ecosystem's name differs from ours.
         free_groups: group -> key that takes a path or hub id given in place of an option (``base=./folder``).
+        elsewhere: flag of other programs -> a sentence that says what takes its place here.
 
     Raises:
         ValueError: one sentence naming the nearest known key, flag or option; or what the dataclasses object to.
@@ -53,7 +59,7 @@ def load_config(
     keys = schema_keys(schema)
     chosen: dict[str, str] = {}
     changed: dict[str, str] = {}
-    for key, value in _read_arguments(argv, keys, groups, aliases):
+    for key, value in _read_arguments(argv, keys, groups, aliases, elsewhere):
         if key not in groups:
             changed[key] = value
         elif value not in groups[key] and key in free_groups and _is_place(value):
@@ -95,29 +101,39 @@ def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
     return keys
 
 
-def help_text(
+def settings_or_help(
     program: str,
-    defaults: object,
+    argv: Sequence[str],
+    schema: type[Settings],
     *,
+    about: str | None = None,
     aliases: Mapping[str, str] = NO_ALIASES,
+    free_groups: Mapping[str, str] = NO_ALIASES,
+    elsewhere: Mapping[str, str] = NO_ALIASES,
     name: str = "train",
-    config_dir: Path = CONFIG_DIR,
-) -> str:
-    """What ``--help`` prints: groups with their options, and every key with its default value."""
-    lines = [f"usage: {program} [group=option ...] [key=value ...] [--key value ...]", "", "groups:"]
-    lines += [f"  {group}={'|'.join(options)}" for group, options in config_groups(name, config_dir).items()]
-    lines += ["", "keys (each also as a flag, --key value) and their defaults:"]
-    for key in schema_keys(type(defaults)):
-        value: Any = defaults
-        for part in key.split("."):
-            value = getattr(value, part)
-        lines.append(f"  {key}={'null' if value is None else value}")
-    lines += ["", "other names:"] + [f"  --{flag} for {key}" for flag, key in aliases.items()]
-    return "\n".join(lines)
+) -> Settings | None:
+    """As :func:`load_config`; None when ``argv`` asks for ``--help`` or ``--version``, which is then printed.
+
+    ``about``: what the help begins with, the docstring of ``program``.
+    """
+    if "--version" in argv:
+        print(VERSION)
+        return None
+    if {"-h", "--help"} & set(argv):
+        defaults = load_config([], schema, aliases=aliases, name=name)
+        if about:
+            print(about.strip(), end="\n\n")
+        print(help_text(program, defaults, config_groups(name), CONFIG_DIR, aliases))
+        return None
+    return load_config(argv, schema, aliases=aliases, free_groups=free_groups, elsewhere=elsewhere, name=name)
 
 
 def _read_arguments(
-    argv: Sequence[str], keys: Mapping[str, Any], groups: Mapping[str, Any], aliases: Mapping[str, str]
+    argv: Sequence[str],
+    keys: Mapping[str, Any],
+    groups: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    elsewhere: Mapping[str, str],
 ) -> list[tuple[str, str]]:
     """``argv`` as (key or group, text) pairs, every name known; later ones win."""
     known = [*keys, *groups, *aliases]
@@ -126,12 +142,13 @@ def _read_arguments(
     while rest:
         token = rest.pop(0)
         flag = token.startswith("--")
-        name, equals, value = (token[2:] if flag else token).partition("=")
+        name, equals, value = token.removeprefix("--").partition("=")
         if not flag and not equals:
             raise ValueError(f"Cannot read the argument {token!r}; write key=value or --key value.")
-        if flag:
-            name = name.replace("-", "_")
-        key = aliases.get(name, name) if flag else name
+        name = name.replace("-", "_")
+        key = name if name in keys or name in groups else aliases.get(name, name)
+        if name in elsewhere and key not in keys and key not in groups:
+            raise ValueError(f"There is no {'--' if flag else ''}{name} here: {elsewhere[name]}")
         if key not in keys and key not in groups:
             _check_known("flag" if flag else "setting", name, known, show="--" if flag else "")
         if flag and not equals:
@@ -150,15 +167,11 @@ def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
 
 
 def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> None:
-    """ValueError unless ``name`` is in ``known``, with the nearest; a key may be asked for by its last part."""
-    if name in known:
-        return
-    by_last_part = {key.rsplit(".", 1)[-1]: key for key in known}
-    near = difflib.get_close_matches(name, [*known, *by_last_part], n=1, cutoff=0.5)
-    if near:
-        nearest = by_last_part.get(near[0], near[0])
-        raise ValueError(f"There is no {kind} {show + name!r}; did you mean {show}{nearest}?")
-    raise ValueError(f"There is no {kind} {show + name!r}; known are {', '.join(known)}.")
+    """ValueError unless ``name`` is in ``known``, with what is near; a key may be asked for by its last part."""
+    if name not in known:
+        few = f"known are {', '.join(known)}." if kind.startswith("option") and known else "see --help."
+        hint = nearest(show + name, [show + item for item in known], few)
+        raise ValueError(f"There is no {kind} {show + name!r}; {hint}")
 
 
 def _is_place(value: str) -> bool:
@@ -183,6 +196,7 @@ def _build(schema: type[Settings], values: Mapping[str, Any], prefix: str) -> Se
 
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULLS = ("null", "none")
+_SIZE = "resolution"  # last part of keys that hold [height, width]
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -201,6 +215,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _expect(found, bool, key, "true or false", given=value)
     if hint in (int, float):
         return _number(value, hint, key)
+    if key.endswith(_SIZE) and isinstance(value, str):
+        value = _size(value, key)
     if isinstance(value, str):  # lists and mappings on the command line are YAML, like [1, 2] and {a: 1}
         value = _parse(value, key)
     if origin is tuple:
@@ -239,6 +255,13 @@ def _number(value: Any, kind: type, key: str) -> Any:
     if kind is int and not number.is_integer():
         raise ValueError(f"{key} must be {wanted}, not {value!r}.")
     return kind(number)
+
+
+def _size(text: str, key: str) -> Any:
+    """[height, width] from WIDTHxHEIGHT as people type it, or from the list itself."""
+    if not text.startswith("[") and typed_size(text) is None:
+        raise ValueError(f"{key} is a number, WIDTHxHEIGHT like 512x768, or [height, width], not {text!r}.")
+    return typed_size(text) or _parse(text, key)
 
 
 def _parse(text: str, key: str) -> Any:

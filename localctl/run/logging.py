@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from localctl.settings import REPORT_TO as REPORT_TO
+
 STATS = "stats.jsonl"
-REPORT_TO = ("tensorboard", "wandb", "all", "none")
 BOARD, WANDB = "logs", "wandb"  # folders
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import ParamSpec
+
+from localctl.run.messages import fail
 
 Arguments = ParamSpec("Arguments")
 
@@ -21,7 +22,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
             try:
                 return main(*args, **kwargs)
             except (ValueError, OSError) as error:
-                print(f"{program}: {error}", file=sys.stderr)
+                fail(program, error)
                 return 2 if isinstance(error, ValueError) else 1
 
         return guarded

@@ -5,13 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from localctl.base import BASES, SCHEDULERS, BaseConfig, BaseSpec
-from localctl.conditions import ConditionConfig
+from localctl.bases import BASES, SCHEDULERS, BaseConfig, BaseSpec
 from localctl.data.config import DataConfig
-from localctl.diffusion import TIMESTEP_SAMPLINGS
-from localctl.losses import LossConfig
-from localctl.masks import MASK_RESIZE, MaskConfig
-from localctl.run.logging import REPORT_TO
+from localctl.settings import MASK_RESIZE, REPORT_TO, TIMESTEP_SAMPLINGS, ConditionConfig, LossConfig, MaskConfig
 from localctl.training.schedule import LR_END, LR_SCHEDULERS, learning_rate_at
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
@@ -59,8 +55,17 @@ class AdapterConfig:
     """Shape of the T2I-Adapter inside, and how its features are masked (``LocalAdapter`` says what each option does).
 
     null: as the adapter to continue from has it, or else as the base's U-Net wants it: ``full_adapter`` for SD 1.x and
-    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16), every
-    level_weights 1.
+    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
+
+    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what suits the base.
+    channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's.
+    num_res_blocks: residual blocks per level; null = 2.
+    downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16).
+    mask_resize: how the mask comes to each feature map's grid: area, nearest, inside or cover.
+    mask_condition: also blank the condition outside the mask.
+    mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
+    dim_condition: with mask_condition, a soft mask dims the condition, as published, in place of blanking it outside.
+    level_weights: a factor of each level's features, finest first; null = every one 1.
     """
 
     adapter_type: str | None = None
@@ -95,10 +100,18 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Pictures of held-out scenes with fixed prompts, masks and noise. count: how many are drawn and scored; rows: how
-    many of them the grid shows; the rest as for the pipeline. guidance_scale null: the base's own.
+    """Pictures of held-out scenes with fixed prompts, masks and noise; the rest as for the pipeline.
+
+    count: how many are drawn and scored.
+    rows: how many of them the grid shows.
+    batch_size: pictures drawn at once; does not change them.
+    num_inference_steps: sampling steps of each.
+    guidance_scale: of classifier-free guidance; null = the base's own.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
+    seed: of the noise.
     proportion_empty_prompts: this share of them, always the same ones, is generated without its caption: what the
-    adapter does alone."""
+        adapter does alone.
+    """
 
     count: int = 16
     rows: int = 6
@@ -120,12 +133,20 @@ class ValidationConfig:
 class EarlyStoppingConfig:
     """When to stop for a score: one that the caller of the training gives (``early_stopping.Scorer``), or ``metric``.
 
-    every: steps between scores, 0 = never. patience: stop after this many scores in a row that beat the best by no more
-    than min_delta. lower_is_better: as with FID.
+    every: steps between scores, 0 = never.
+    patience: stop after this many scores in a row that beat the best by no more than min_delta.
+    min_delta: what counts as better than the best.
+    lower_is_better: as with FID.
     metric: ``fid`` or ``frechet_EXTRACTOR``, which `train_adapter.py` takes of num_images pictures that the adapter
-        draws from held-out examples, always with the same masks and noise; null: none. weights: of the extractor, if it
-        needs to be told. reference: statistics made by `evaluate_fid.py ref`; null: of the held-out pictures.
-    batch_size, num_inference_steps, scheduler, seed: of drawing; guidance_scale null: the base's own.
+        draws from held-out examples, always with the same masks and noise; null = none.
+    weights: of the extractor, if it needs to be told.
+    reference: statistics made by `evaluate_fid.py ref`; null = of the held-out pictures.
+    num_images: pictures drawn for each score.
+    batch_size: of them drawn at once.
+    num_inference_steps: sampling steps of each.
+    guidance_scale: of classifier-free guidance; null = the base's own.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
+    seed: of masks and noise.
     """
 
     every: int = 0
@@ -155,8 +176,15 @@ class EarlyStoppingConfig:
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """How the run is called at Weights & Biases, for report_to=wandb; null: as the variables WANDB_PROJECT, WANDB_NAME,
-    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES and WANDB_JOB_TYPE say, and the project else ``localctl``."""
+    """How the run is called at Weights & Biases, for report_to=wandb.
+
+    project: null = as the variable WANDB_PROJECT says, else ``localctl``.
+    name: null = as WANDB_NAME says.
+    group: null = as WANDB_RUN_GROUP says.
+    tags: like [canny, sd15]; null = as WANDB_TAGS says.
+    notes: null = as WANDB_NOTES says.
+    job_type: null = as WANDB_JOB_TYPE says.
+    """
 
     project: str | None = None
     name: str | None = None
@@ -170,24 +198,50 @@ class WandbConfig:
 class TrainSettings:
     """A training run; ValueError for settings that make no sense.
 
-    max_train_steps, validation_steps, checkpointing_steps, logging_steps, lr_warmup_steps count optimizer updates;
-        0 turns validation or checkpoints off.
+    Steps are optimizer updates everywhere.
+
+    adapter_model_name_or_path: continue from this T2IAdapter or LocalAdapter, a folder or hub id; null = a fresh one.
+    output_dir: where logs, pictures, checkpoints and the adapter go.
+    overwrite_output_dir: begin anew in a folder that holds another run.
+    dry_run: only print what the training would cost in memory and FLOPs.
+    seed: of everything drawn at random: weights, order, masks, noise, timesteps.
+    report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
+    push_to_hub: upload the finished adapter with its card.
+    hub_model_id: the repository to upload to, OWNER/NAME; null = named like output_dir.
+    hub_token: null = that of `hf auth login`; it is never written down.
+    max_train_steps: how long to train, in steps; null = as long as num_train_epochs says.
     num_train_epochs: at most so many visits of each sample; with max_train_steps, whichever ends first. One of the two
         may be null.
-    train_batch_size: samples per process and micro-batch; gradient_accumulation_steps micro-batches make a step.
+    train_batch_size: samples per process and micro-batch.
+    gradient_accumulation_steps: micro-batches that make a step.
+    dataloader_num_workers: processes that prepare samples; 0 = the training's own.
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
-    checkpoints_total_limit: null keeps all; at least 2, as a single one may turn out damaged.
+    gradient_checkpointing: the U-Net computes its activations twice instead of keeping them.
+    allow_tf32: faster float32 on NVIDIA GPUs, less exact.
+    use_8bit_adam: the optimizer's moments in 8 bits, by bitsandbytes.
+    use_ema: average the adapter's weights over the steps; validated and exported is the average.
+    ema_decay: how much of the average a step keeps.
+    cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
+    learning_rate: the highest of the schedule.
+    lr_scheduler: constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial.
+    lr_warmup_steps: steps until the highest learning rate.
+    lr_num_cycles: of cosine_with_restarts.
+    lr_power: of polynomial.
+    adam_beta1: AdamW's decay of the mean.
+    adam_beta2: AdamW's decay of the square.
+    adam_weight_decay: AdamW's pull towards zero.
+    adam_epsilon: AdamW's guard against dividing by zero.
+    max_grad_norm: gradients are scaled down to this norm.
+    proportion_empty_prompts: share of the captions that is replaced by an empty prompt.
+    timestep_sampling: which timesteps are trained: uniform, or cubic, which prefers noisy ones as published.
+    logging_steps: steps between rows of the log.
+    validation_steps: steps between validations; 0 = none.
+    checkpointing_steps: steps between checkpoints; 0 = none.
+    checkpoints_total_limit: how many checkpoints are kept; null = all; at least 2, as a single one may turn out
+        damaged.
     resume_from_checkpoint: `latest` or the path of a checkpoint.
     force_resume: go on also when settings, data or the number of processes changed (docs/reliability.md).
     max_nonfinite_steps: so many updates may be left out because they are not finite; one more stops the run.
-    adapter_model_name_or_path: continue from this T2IAdapter or LocalAdapter, a folder or hub id; null = a fresh one.
-    gradient_checkpointing: the U-Net computes its activations twice instead of keeping them.
-    use_8bit_adam: the optimizer's moments in 8 bits, by bitsandbytes. allow_tf32: faster float32 on NVIDIA GPUs.
-    use_ema: average the adapter's weights over the steps (``ema_decay``); validated and exported is the average.
-    dry_run: only print what the training would cost in memory and FLOPs.
-    push_to_hub: upload the finished adapter with its card as hub_model_id (null = named like output_dir); hub_token:
-        null = that of `hf auth login`; it is never written down.
-    cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
     """
 
     base: BaseConfig = field(default_factory=BaseConfig)

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 import localctl.base
-import localctl.evaluation.control
+import localctl.evaluation.control.measuring
 from localctl.adapter import LocalAdapter
 from localctl.conditions import ConditionConfig
 from localctl.control.local_adapter import LocalAdapterControl
-from localctl.evaluation.control import Case, box_iou, cases, compare, main, reproduced, sample_all
+from localctl.evaluation.control.__main__ import main
+from localctl.evaluation.control.measuring import Case, box_iou, cases, compare, reproduced, sample_all
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.masks import MaskConfig
 from localctl.micro.build.clip import new_clip, new_tokenizer
 from localctl.micro.build.export import export
 from localctl.micro.build.unet import new_unet
 from localctl.micro.build.vae import new_vae
-from localctl.micro.report import FLOORS, match_objects, reader_figures, table, vae_figures
+from localctl.micro.report.measuring import FLOORS, match_objects, reader_figures, table, vae_figures
 from localctl.micro.scenes import scene
 
 
@@ -118,7 +119,7 @@ def test_conditions_that_come_with_the_scene_are_measured_too(
         seen.extend(controls)
         return SimpleNamespace(images=[case.item.image for case in chosen[5:8]])
 
-    monkeypatch.setattr(localctl.evaluation.control, "generate", drawn)
+    monkeypatch.setattr(localctl.evaluation.control.measuring, "generate", drawn)
     sample_all(None, chosen[5:8], adapter, {"batch_size": 4})
     items = [case.item for case in chosen[5:8]]
     truth = [item.depth[None] if kind == "depth" else item.segmentation.transpose(2, 0, 1) / 255 for item in items]

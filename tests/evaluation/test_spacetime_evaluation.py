@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import localctl.evaluation.spacetime as evaluation
+import localctl.evaluation.spacetime.measuring as evaluation
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.evaluation.layouts import layout_source, true_layout
-from localctl.evaluation.spacetime import controls_of_rows, main, relation_cases
+from localctl.evaluation.spacetime.__main__ import main
+from localctl.evaluation.spacetime.measuring import controls_of_rows, relation_cases
 from localctl.evaluation.spacetime_report import measure, relation_report
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP

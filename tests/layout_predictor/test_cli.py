@@ -14,12 +14,13 @@ from PIL import Image
 
 import sample
 from localctl.layout_io import load_layout
-from localctl.layout_predictor import load_predictor, report
+from localctl.layout_predictor import load_predictor
 from localctl.layout_predictor.__main__ import main
 from localctl.layout_predictor.captions import MARGIN
 from localctl.layout_predictor.data import MicroLayouts
 from localctl.layout_predictor.measure import held_out_captions, relation_rate
 from localctl.layout_predictor.model import WEIGHTS
+from localctl.layout_predictor.report import __main__ as report
 from localctl.sampling_cli import parse, prepare
 
 ROOT = Path(sample.__file__).parent

@@ -14,10 +14,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from localctl.micro.build.__main__ import load_tokenizer, main, parse
+from localctl.micro.build.__main__ import main, parse
 from localctl.micro.build.clip import contrastive_loss, corrupt, new_clip, new_tokenizer, preprocess, token_ids
 from localctl.micro.build.data import scene_cache
 from localctl.micro.build.loop import LoopConfig, read_weights, train
+from localctl.micro.build.parts import load_tokenizer
 from localctl.micro.build.unet import LatentCache, encode_captions, new_scheduler, text_batch
 from localctl.micro.scenes import scene
 

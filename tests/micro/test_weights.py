@@ -8,7 +8,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.base import MICRO_WEIGHTS
 from localctl.micro.build.clip import retrieval_top1
-from localctl.micro.report import round_trip, vae_figures
+from localctl.micro.report.measuring import round_trip, vae_figures
 from localctl.micro.scenes import scene
 
 LIMIT = 40 * 10**6

@@ -5,7 +5,8 @@ import torch
 
 from localctl.base import BaseConfig, load_pipeline
 from localctl.micro.scenes import COLORS, SHAPES
-from localctl.micro.words import caption, errors, main, one_object_scenes, shares_of_words, use_of_words
+from localctl.micro.words.__main__ import main
+from localctl.micro.words.measuring import caption, errors, one_object_scenes, shares_of_words, use_of_words
 
 
 @pytest.fixture(scope="module")

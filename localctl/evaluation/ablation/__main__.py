@@ -15,40 +15,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from localctl.evaluation.ablation.measuring import Bench, Interrupted, Protocol
-from localctl.evaluation.ablation.report import write_report
+from localctl.evaluation.ablation.protocol import Protocol
 from localctl.evaluation.ablation.rows import ROWS, Cell, Sweep, row_cells, sweep_cells
-from localctl.losses import NORMALISE, SCHEDULES
-from localctl.metrics.extractors import EXTRACTORS
-from localctl.run.interrupt import exit_code
+from localctl.metrics import EXTRACTORS
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
+from localctl.settings import NORMALISE, SCHEDULES
 
 PROGRAM = "localctl.evaluation.ablation"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     protocol = Protocol()
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--rows", nargs="*", default=list(ROWS), help=f"which, of {', '.join(ROWS)}; none: only the page and the sweep")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; rows besides the headline take the first")
     add("--max_train_steps", type=int, help="default: that of the experiments")
     add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other configuration of every training")
     add("--sweep", action="store_true", help="also sweep the local term")
-    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 3e-2, 0.3, 1.0])
-    add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"])
-    add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"])
+    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 3e-2, 0.3, 1.0], help="of the local term")
+    add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"], help="w(t) of the local term")
+    add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"], help="its means")
     add("--sweep_steps", type=int, default=250, help="of each training of the sweep")
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--count", type=int, default=protocol.count, help="held-out scenes")
-    add("--num_inference_steps", type=int, default=protocol.num_inference_steps)
+    add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
     add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
     add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
     add("--report", type=Path, default=Path("outputs/ablation.md"), help="page; results go into the folder of its name")
     add("--work_dir", type=Path, default=Path("outputs/ablation_work"), help="trainings and pictures")
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def planned(args: argparse.Namespace) -> list[Cell]:
@@ -70,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder == args.report:
         raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
     cells = planned(args)
+    from localctl.evaluation.ablation.measuring import Bench, Interrupted  # after the flags: these load torch
+    from localctl.evaluation.ablation.report import write_report
+    from localctl.run.interrupt import exit_code
+
     protocol = Protocol(
         base=args.base,
         count=args.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from PIL import Image
 from localctl.base import BaseConfig, resolve_base
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig
+from localctl.evaluation.ablation.protocol import Protocol
 from localctl.evaluation.ablation.results import CONDITIONS
 from localctl.evaluation.ablation.rows import FLOOR, ROWS, WITHOUT, Cell, row_cells
 from localctl.evaluation.compare import CEILING, Comparison, compare
-from localctl.evaluation.control import canny
+from localctl.evaluation.control.measuring import canny
 from localctl.evaluation.drawn import draw_set, read_pictures, read_set
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.kept import Kept
@@ -47,26 +48,6 @@ class Interrupted(Exception):
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How every cell is measured: on ``count`` test scenes with the same masks and noise, against ``references``
-    scenes of the training part."""
-
-    base: str = "micro"
-    count: int = 200
-    num_inference_steps: int = 20
-    guidance_scale: float = 2.0
-    scheduler: str = "ddim"
-    batch_size: int = 16
-    extractors: tuple[str, ...] = ("micro_clip", "efficientnet_lite0")
-    references: int = 2048
-
-    def __post_init__(self) -> None:
-        for name, least in (("count", 2), ("num_inference_steps", 1), ("references", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
 
 
 class Bench:

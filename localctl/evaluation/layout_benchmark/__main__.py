@@ -15,24 +15,24 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from localctl.base import SCHEDULERS
-from localctl.evaluation.layout_benchmark.figures import Figures, gates, ranked, read_results
-from localctl.evaluation.layout_benchmark.measuring import Bench, Protocol
-from localctl.evaluation.layout_benchmark.methods import METHODS, SINGLE, Method, grids, methods, preset_words
-from localctl.evaluation.layout_benchmark.report import explain, write_report, write_tuning
-from localctl.metrics.extractors import EXTRACTORS
+from localctl.bases import SCHEDULERS
+from localctl.evaluation.layout_benchmark.protocol import METHODS, SINGLE, Protocol
+from localctl.metrics import EXTRACTORS
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
-from localctl.sampling_regions import Sampling
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.evaluation.layout_benchmark.figures import Figures
+    from localctl.evaluation.layout_benchmark.methods import Method
 
 PROGRAM = "localctl.evaluation.layout_benchmark"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     protocol = Protocol()
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(METHODS), help=f"as sample.py --compare; default: {' '.join(METHODS)}")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls, over the presets")
@@ -43,16 +43,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
     add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
-    add("--num_inference_steps", type=int, default=protocol.num_inference_steps)
+    add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
     add("--scheduler", choices=sorted(SCHEDULERS), help=f"of all; default: each method's own, or {protocol.scheduler}")
     add("--guidance_scale", type=float, help="of all; default: each method's own, or the base's")
     add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
     add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
-    add("--batch_size", type=int, default=16)
+    add("--batch_size", type=int, default=16, help="images at once; does not change them")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add("--report", type=Path, help="page; results go into the folder of its name")
     add("--output", "--work_dir", dest="work_dir", type=Path, help="pictures and what else can be made again")
-    return parser.parse_args(argv)
+    return parser.read(argv)
 
 
 def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
@@ -84,6 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = page.with_suffix("")
     if folder == page:
         raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+    from localctl.evaluation.layout_benchmark.figures import Figures, read_results
+    from localctl.evaluation.layout_benchmark.measuring import Bench
+    from localctl.evaluation.layout_benchmark.methods import grids, methods
+    from localctl.evaluation.layout_benchmark.report import write_report, write_tuning
+    from localctl.sampling_regions import Sampling
+
     fixed = Sampling(args.scheduler, args.guidance_scale)
     if tune:
         chosen = grids(args.tune or SINGLE, args.grid, args.base, fixed)
@@ -105,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def say_gates(figures: Figures) -> None:
     """Every gate, and where the attention sits where it was missed."""
+    from localctl.evaluation.layout_benchmark.figures import gates
+    from localctl.evaluation.layout_benchmark.report import explain
+
     for gate in gates(figures):
         print(gate)
         if not gate.met:
@@ -113,6 +122,9 @@ def say_gates(figures: Figures) -> None:
 
 def say_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
     """The best settings of each control, as they belong into the presets."""
+    from localctl.evaluation.layout_benchmark.figures import ranked
+    from localctl.evaluation.layout_benchmark.methods import preset_words
+
     known = {method.name: method for method in chosen}
     best: dict[str, str] = {}
     for name in ranked(figures):

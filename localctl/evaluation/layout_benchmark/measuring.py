@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from localctl.evaluation.layout_benchmark.attention import attention_of
 from localctl.evaluation.layout_benchmark.cases import COLUMNS, PROFILE, Case, cases, read
 from localctl.evaluation.layout_benchmark.cost import compare_cost
 from localctl.evaluation.layout_benchmark.methods import Method
+from localctl.evaluation.layout_benchmark.protocol import Protocol
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance, read_json, versions, write_json
 from localctl.images import load_image
 from localctl.metrics.clip import Clip, CLIPScore
@@ -38,34 +39,6 @@ SHOWN = 6  # layouts on the contact sheet
 LOOKED_AT = 8  # pictures whose attention is taken apart, and at most so many in a run that is timed
 TIMED_STEPS = 10  # of a run that is timed
 DIGITS = 5
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How every method is measured: the same layouts and seeds, against ``references`` scenes of the training part.
-
-    regions: how many the layouts have, in turn. cost: whether time, memory and attention are measured, too.
-    guidance_scale: None, the base's own. Methods may ask for another scheduler and scale (``Method.sampling``).
-    """
-
-    base: str = "micro"
-    split: str = "test"
-    layouts: int = 200
-    regions: tuple[int, ...] = (2, 1, 2, 3)
-    seeds: tuple[int, ...] = (0, 1)
-    num_inference_steps: int = 30
-    scheduler: str = "ddim"
-    extractors: tuple[str, ...] = ("micro_clip",)
-    references: int = 2048
-    cost: bool = True
-    guidance_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("layouts", 2), ("num_inference_steps", 1), ("references", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"The seeds must be different, and at least one, not {list(self.seeds)}.")
 
 
 class Bench:

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from localctl.control.base import Control
+from localctl.evaluation.layout_benchmark.protocol import METHODS as METHODS
+from localctl.evaluation.layout_benchmark.protocol import SINGLE as SINGLE
 from localctl.sampling_regions import CONTROLS, FREE, NONE, Sampling, make_controls, preset, read_variants, sampling_of
-
-SINGLE = ("bias", "dense", "guidance", "forward")
-PAIRS = ("bias+guidance", "bias+dense")
-METHODS = (NONE, *SINGLE, *PAIRS)
 
 # The settings that matter, a few values each; ``--grid`` replaces those of a control.
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {

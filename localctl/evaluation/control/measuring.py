@@ -11,7 +11,6 @@ with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 rou
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from localctl.adapter import LocalAdapter
-from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, resolve_base, same_base, set_scheduler
+from localctl.base import BaseConfig, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
@@ -34,10 +33,9 @@ from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
 from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.detect import detect
-from localctl.micro.report import round_trip
+from localctl.micro.report.measuring import round_trip
 from localctl.micro.scenes import Scene, SceneObject, scene
 from localctl.random import numpy_rng
-from localctl.run.program import one_sentence
 from localctl.sampling import generate
 
 PROFILE, SPLIT = "basic", "test"
@@ -200,33 +198,6 @@ def table(results: list[ControlResult]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="localctl.evaluation.control", description="In-mask control of adapters.")
-    parser.add_argument("--adapter", nargs="+", required=True, type=Path, help="folders of trained LocalAdapters")
-    parser.add_argument("--base", help="default: the one the adapters were trained on")
-    parser.add_argument("--count", type=int, default=200, help="held-out scenes")
-    parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument("--guidance_scale", type=float, help="default: the base's own")
-    parser.add_argument("--scheduler", default="ddim")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/control"))
-    return parser.parse_args(argv)
-
-
-def check(args: argparse.Namespace) -> None:
-    """ValueError for settings that make no sense, or an output folder that cannot be made."""
-    for name in ("count", "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    if args.scheduler not in SCHEDULERS:
-        raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"The output folder {args.output_dir} cannot be made ({error.strerror}).") from error
-
-
 def base_of(asked: str | None, adapters: dict[str, LocalAdapter]) -> str:
     """The base that all adapters were trained on, as far as they say; ValueError when they differ from it."""
     trained = {path: adapter.config.base for path, adapter in adapters.items() if adapter.config.base}
@@ -247,11 +218,8 @@ def load_adapter(path: Path) -> LocalAdapter:
     return adapter
 
 
-@one_sentence("localctl.evaluation.control")
-def main(argv: list[str] | None = None) -> int:
-    """0 when done, 2 after a user's error."""
-    args = parse(argv)
-    check(args)
+def run(args: argparse.Namespace) -> None:
+    """Load, measure, write and print."""
     adapters = {str(path): load_adapter(path) for path in args.adapter}
     args.base = base_of(args.base, adapters)
     if args.guidance_scale is None:
@@ -259,7 +227,6 @@ def main(argv: list[str] | None = None) -> int:
     pipe = load_pipeline(BaseConfig(name=args.base))
     set_scheduler(pipe, args.scheduler)
     evaluate(args, adapters, pipe)
-    return 0
 
 
 def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: Any) -> None:
@@ -307,7 +274,3 @@ def _provenance(args: argparse.Namespace, chosen: list[Case]) -> dict[str, Any]:
         },
         "versions": versions(),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,12 +7,8 @@ Every layout is predicted from the words alone. Intervals are 95 %, bootstrapped
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +17,9 @@ from tqdm import tqdm
 from localctl.layout_predictor.captions import MARGIN, Caption, PlacedScene, own_caption
 from localctl.layout_predictor.data import MicroLayouts, Scenes
 from localctl.layout_predictor.measure import Judged, MeanBox, held_out_captions, judge, predictor_nll
-from localctl.layout_predictor.model import LayoutPredictor, load_predictor
+from localctl.layout_predictor.model import LayoutPredictor
 from localctl.metrics.bootstrap import bootstrap
 from localctl.random import numpy_rng
-from localctl.run.program import one_sentence
 
 # Things that no training sentence names; most are none of COCO's classes either.
 NEW_NAMES = (
@@ -145,25 +140,3 @@ def as_text(result: dict[str, Any]) -> str:
         (centre, size), (base_centre, base_size) = row["predictor"], row["mean box"]
         lines.append(f"| {name} | {centre:.3f} | {base_centre:.3f} | {size:.3f} | {base_size:.3f} |")
     return "\n".join(lines)
-
-
-@one_sentence("localctl.layout_predictor.report")
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done; 2 with one sentence on stderr for bad input, 1 for an --output that cannot be written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictor", metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--count", type=int, default=1000, help="sentences per set")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
-    options = parser.parse_args(argv)
-    if options.count < 1:
-        raise ValueError(f"--count must be at least 1, not {options.count}.")
-    result = measure(load_predictor(options.predictor), options.count, options.seed)
-    print(as_text(result))
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

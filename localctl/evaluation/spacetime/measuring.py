@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +26,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, resolve_base, set_scheduler
+from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.control.base import Control
 from localctl.evaluation.drawn import png_bytes
-from localctl.evaluation.layouts import LAYOUTS, layout_source
+from localctl.evaluation.layouts import layout_source
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
 from localctl.evaluation.spacetime_report import COLUMNS, measure, relation_report, relation_sheet
 from localctl.images import load_image
@@ -39,7 +38,6 @@ from localctl.metrics.clip import Clip
 from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.optimization.weights import OptimizedSpaceTime, find_clip, optimize_weights
-from localctl.run.program import one_sentence
 from localctl.sampling import generate
 from localctl.sampling_regions import read_variants, sampling_of
 
@@ -62,27 +60,6 @@ class RelationCase:
     item: Scene
     layout: Layout
     seed: int
-
-
-def new_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(
-        prog="localctl.evaluation.spacetime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--count", type=int, default=200, help="held-out captions")
-    add("--optimised", type=int, default=40, help="of them, how many are drawn with optimised weights")
-    add("--layout", choices=LAYOUTS, default="true")
-    add("--layout_predictor", help="folder of the predictor for --layout auto; default: the one that comes along")
-    add("--set", nargs="+", default=[], metavar="ROW.NAME=VALUE", help="settings of the rows; without ROW, of all")
-    add("--base", default="micro")
-    add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, help="default: what suits the controls on the base")
-    add("--scheduler", default="ddim", choices=sorted(SCHEDULERS))
-    add("--batch_size", type=int, default=16)
-    add("--device", default="cpu")
-    add("--output_dir", type=Path, default=Path("outputs/spacetime"))
-    return parser
 
 
 def relation_cases(count: int, layout_of: Callable[[Scene, int], Layout]) -> list[RelationCase]:
@@ -239,16 +216,3 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"The device {options.device!r} cannot be used here; try --device cpu.") from error
     except OSError as error:
         raise ValueError(f"The output folder {options.output_dir} cannot be made ({error.strerror}).") from error
-
-
-@one_sentence("localctl.evaluation.spacetime")
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error, 1 when the disk is full."""
-    options = new_parser().parse_args(argv)
-    check(options)
-    print(run(options))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

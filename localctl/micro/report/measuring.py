@@ -6,9 +6,7 @@ python -m localctl.micro.report --quick    # a fifth of the pictures, printed on
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,34 +248,22 @@ Eight scenes (top) and their round trip through the autoencoder (bottom):
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="localctl.micro.report", description="Measure the embedded base.")
-    parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the pictures; print only")
-    parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent)
-    args = parser.parse_args(argv)
-    folder = (MICRO_WEIGHTS if args.base == "micro" else Path(args.base)) / "clip"
-    try:
-        if not folder.is_dir():
-            raise ValueError(f"There is no CLIP in {folder}; give micro or a folder that the micro build has written.")
-        pipe = load_pipeline(BaseConfig(name=args.base))
-    except ValueError as error:
-        print(f"localctl.micro.report: {error}", file=sys.stderr)
-        return 2
+def run(base: str, quick: bool, output_dir: Path) -> None:
+    """Measure, print, and unless ``quick`` write card, figures and sheets. ValueError for a base that is not there."""
+    folder = (MICRO_WEIGHTS if base == "micro" else Path(base)) / "clip"
+    if not folder.is_dir():
+        raise ValueError(f"There is no CLIP in {folder}; give micro or a folder that the micro build has written.")
+    pipe = load_pipeline(BaseConfig(name=base))
     set_scheduler(pipe, SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     clip, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPTokenizer.from_pretrained(folder)
-    figures, sheets = measure(pipe, clip, tokenizer, 0.2 if args.quick else 1.0)
+    figures, sheets = measure(pipe, clip, tokenizer, 0.2 if quick else 1.0)
     print(table(figures))
-    if not args.quick:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "MODEL_CARD.md").write_text(card(figures))
-        plain = {k: vars(v) if isinstance(v, Interval) else v for k, v in figures.items()}
-        (args.output_dir / "report.json").write_text(json.dumps(plain, indent=1))
+    if quick:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "MODEL_CARD.md").write_text(card(figures))
+    plain = {k: vars(v) if isinstance(v, Interval) else v for k, v in figures.items()}
+    (output_dir / "report.json").write_text(json.dumps(plain, indent=1))
     for name, picture in sheets.items():
-        picture.save(args.output_dir / f"report_{name}.png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        picture.save(output_dir / f"report_{name}.png")

@@ -7,8 +7,6 @@ python -m localctl.micro.words --base FOLDER        # another micro base, while 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -26,7 +24,6 @@ from localctl.images import to_pixels
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.scenes import COLORS, SHAPES, Scene, article, scene
 from localctl.random import noise
-from localctl.run.program import one_sentence
 
 WORDS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "color": tuple(COLORS)}
 
@@ -98,26 +95,13 @@ def shares_of_words(pipe: StableDiffusionPipeline) -> dict[str, float]:
     return {kind: float(part.var(0, correction=0).sum()) / whole for kind, part in parts.items()}
 
 
-@one_sentence("localctl.micro.words")
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 with one sentence for a base that cannot be loaded or numbers that make no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="micro")
-    parser.add_argument("--count", type=int, default=100, help="scenes")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="of 1000")
-    args = parser.parse_args(argv)
-    if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
-        raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
-    pipe = load_pipeline(BaseConfig(name=args.base))
-    scenes = one_object_scenes(args.count)
+def report(base: str, number: int, timesteps: Sequence[int]) -> str:
+    """The figures of ``number`` scenes in lines. ValueError for a base that cannot be loaded."""
+    pipe = load_pipeline(BaseConfig(name=base))
+    scenes = one_object_scenes(number)
     shares = " and ".join(f"{value:.2f} by the {kind}'s" for kind, value in shares_of_words(pipe).items())
     lines = [f"text states at the shape's word: {shares} word"]
-    for timestep in args.timesteps:
+    for timestep in timesteps:
         for kind, use in use_of_words(pipe, scenes, timestep).items():
             lines.append(f"{timestep:5}  {kind:6}  told apart {use.told_apart}  a wrong word adds {use.worse}")
-    print("\n".join(lines))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return "\n".join(lines)

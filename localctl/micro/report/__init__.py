@@ -1,0 +1,1 @@
+"""Figures and model card of the embedded base: `python -m localctl.micro.report`."""

@@ -1,0 +1,1 @@
+"""Does the base use the words of a caption? `python -m localctl.micro.words`."""

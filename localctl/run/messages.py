@@ -1,0 +1,29 @@
+"""How a warning and a failure look: in colour on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+_YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
+
+
+def warning(text: str, stream: TextIO | None = None) -> str:
+    """``text`` as a line that is seen to be a warning; ``stream``: where it will be printed, default stdout."""
+    return f"{_coloured('warning:', _YELLOW, stream or sys.stdout)} {text}"
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    print(warning(text, sys.stderr), file=sys.stderr)
+
+
+def fail(program: str, error: object) -> None:
+    """Print on stderr why ``program`` ends."""
+    print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
+
+
+def _coloured(text: str, colour: str, stream: TextIO) -> str:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"{colour}{text}{_PLAIN}"

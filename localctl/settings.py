@@ -1,0 +1,197 @@
+"""What conditions, masks and the loss can be told, typed and checked; without torch, so that a program can answer at
+once. ``conditions``, ``masks``, ``losses`` and ``diffusion`` do what is said here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
+FROM_PICTURE = ("canny", "sobel", "palette")
+CHANNELS_USED = ("gray", "rgb")
+PALETTE_FILTERS = ("mean", "bicubic")
+MASK_RESIZE = ("area", "nearest", "inside", "cover")
+BOX_LAWS = ("sides", "corners")
+MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
+LOSS_FILTERS = ("none", "mse", "sobel", "laplacian")
+SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
+NORMALISE = ("map", "mask")
+TIMESTEP_SAMPLINGS = ("uniform", "cubic")
+REPORT_TO = ("tensorboard", "wandb", "all", "none")
+
+
+@dataclass(kw_only=True)
+class ConditionConfig:
+    """Which condition; ValueError for settings that make no sense.
+
+    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
+        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
+    low: canny's lower threshold of hysteresis, on 8-bit values.
+    high: canny's upper threshold.
+    channels_used: what canny sees: ``gray`` the brightness; ``rgb`` all three colours, each pixel by the one with the
+        strongest gradient, as published. Colour finds edges between colours of equal brightness, and more noise.
+    cells: the palette has cells x cells colours.
+    palette_filter: how a cell gets its colour: ``mean`` of its own pixels; ``bicubic`` as Pillow resizes the image to
+        cells x cells, as published, which looks beyond the cell and overshoots at strong edges.
+    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
+        whatever is given here.
+    """
+
+    kind: str = "canny"
+    low: float = 50
+    high: float = 100
+    cells: int = 8
+    channels: int = 0
+    channels_used: str = "gray"
+    palette_filter: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHANNELS:
+            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
+        if self.cells < 1:
+            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
+        for name, known in (("channels_used", CHANNELS_USED), ("palette_filter", PALETTE_FILTERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown condition.{name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
+        if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
+            self.channels = CHANNELS[self.kind]
+
+
+@dataclass(kw_only=True)
+class MaskConfig:
+    """Which masks to draw; ValueError for settings that make no sense.
+
+    kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
+        short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
+        ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
+    min_area: the least share of pixels that are 1, before the soft edge; ``objects`` grow evenly until it is met,
+        ``fixed`` and ``full`` are as asked.
+    max_area: the largest such share; binds the random shapes, but not ``objects``.
+    count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
+    soft_edge: width in pixels of a linear ramp added outside the mask.
+    box_law: how a random rectangle is sampled: ``sides`` its height uniform over all that allow the area, then its
+        width; ``corners`` as published, one corner uniform, then the other one uniform beyond it, which makes smaller
+        boxes (with the published minimum they cover 0.135 of the area on average, not 0.284).
+    box: x0, y0, x1, y1 in [0, 1], for ``fixed``.
+    mixture: kind -> weight, for ``mixture``, such as {box: 2, full: 1}.
+    """
+
+    kind: str = "box"
+    min_area: float = 0.038
+    max_area: float = 1.0
+    count: int | tuple[int, int] = (1, 2)
+    soft_edge: float = 0.0
+    box: tuple[float, float, float, float] | None = None
+    mixture: Mapping[str, float] | None = None
+    box_law: str = "sides"
+
+    def __post_init__(self) -> None:
+        if self.kind not in MASK_KINDS:
+            raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
+        if self.box_law not in BOX_LAWS:
+            raise ValueError(f"Unknown mask box_law {self.box_law!r}; choose one of {', '.join(BOX_LAWS)}.")
+        if not 0 <= self.min_area <= self.max_area <= 1:
+            raise ValueError(
+                f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
+            )
+        fewest, most = self.counts
+        if not 1 <= fewest <= most:
+            raise ValueError(f"The mask count must be at least 1 and ordered (fewest, most), not {self.count}.")
+        if not 0 <= self.soft_edge < math.inf:
+            raise ValueError(f"The mask's soft_edge is a width in pixels and not negative, not {self.soft_edge}.")
+        _check_box(self.box, needed=self.kind == "fixed" or "fixed" in (self.mixture or {}))
+        _check_mixture(self.mixture, needed=self.kind == "mixture")
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """``count`` as (fewest, most)."""
+        if isinstance(self.count, int):
+            return self.count, self.count
+        if len(self.count) != 2:
+            raise ValueError(f"The mask count is a number or a pair (fewest, most), not {self.count}.")
+        return int(self.count[0]), int(self.count[1])
+
+
+def _check_box(box: Any, needed: bool) -> None:
+    if box is None and not needed:
+        return
+    if box is None or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError(f"A fixed mask needs box=(x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, not {box}.")
+
+
+def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
+    if not mixture:
+        if needed:
+            raise ValueError("A mask mixture needs at least one kind with its weight, such as {box: 1, circle: 1}.")
+        return
+    for kind, weight in mixture.items():
+        if kind not in MASK_KINDS or kind == "mixture":
+            known = ", ".join(name for name in MASK_KINDS if name != "mixture")
+            raise ValueError(f"Unknown kind {kind!r} in the mask mixture; choose from {known}.")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"The weight of {kind!r} in the mask mixture must not be negative, not {weight}.")
+    if not sum(mixture.values()) > 0:
+        raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """Settings of both terms; ValueError for a value that makes no sense.
+
+    filter: what is compared inside the mask: ``sobel`` or ``laplacian`` edges, ``mse`` the latents themselves; ``none``
+        switches the local term off.
+    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
+        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
+    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
+        whole map, as published.
+    weight: factor of the local term; published 1e-3.
+    t_min: first timestep of ``step_unit``.
+    t_max: last timestep of ``step_unit``.
+    snr_cap: the largest weight of ``snr``.
+    mask_resize: how the mask comes to the latents' grid: ``area`` the covered share of a cell, ``nearest`` one pixel of
+        it, ``inside`` the minimum, ``cover`` the maximum.
+    squared_mask: weigh by m^2 where m is neither 0 nor 1, as published, (m F(z0') - m F(z0))^2. It matters for soft
+        masks, and for every mask with mask_resize=area, whose border cells are soft. False weighs by m, so that half a
+        cell counts half.
+    denoising_weight: factor of the denoising term.
+    mask_denoising: take the denoising term inside the mask alone, too, as the local one. Then nothing is learned of
+        what an image looks like outside; all-zero masks teach nothing.
+    """
+
+    filter: str = "sobel"
+    schedule: str = "constant"
+    normalise: str = "mask"
+    weight: float = 1e-3
+    t_min: int = 500
+    t_max: int = 999
+    snr_cap: float = 5.0
+    mask_resize: str = "area"
+    squared_mask: bool = False
+    denoising_weight: float = 1.0
+    mask_denoising: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("filter", LOSS_FILTERS),
+            ("schedule", SCHEDULES),
+            ("normalise", NORMALISE),
+            ("mask_resize", MASK_RESIZE),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
+        for name, weight in (("weight", self.weight), ("denoising_weight", self.denoising_weight)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"The loss {name} must be finite and not negative, not {weight}.")
+        if not self.denoising_weight and (self.filter == "none" or not self.weight):
+            raise ValueError("The loss is 0 whatever the adapter does; give it a denoising_weight, or a local term.")
+        if not 0 <= self.t_min <= self.t_max:
+            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
+        if not self.snr_cap > 0:
+            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")

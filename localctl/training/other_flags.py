@@ -1,0 +1,99 @@
+"""Flags of diffusers' training scripts (and of their kin) that are not settings here, and what takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_IMAGES = "validation uses held-out examples of the data, their captions and conditions; see data.validation_share."
+_RATE = "the learning rate is taken as it is given; multiply --learning_rate by processes and batch yourself."
+_LORA = "what is trained is a T2I-Adapter, not a LoRA; its size is adapter.channels and adapter.num_res_blocks."
+_FULL = "the base stays frozen, nothing but the adapter is trained; leave it out."
+_DREAM = "subjects and their classes (DreamBooth) are not trained here; captions come with the data."
+_BIAS = "which timesteps are trained is --timestep_sampling, uniform or cubic."
+_ATTENTION = "attention is torch's own, which keeps no scores; leave it out."
+_PRECISION = "say --mixed_precision fp16 or --mixed_precision bf16."
+
+ELSEWHERE: Mapping[str, str] = {
+    # train_t2i_adapter_sdxl.py, train_controlnet.py
+    "tokenizer_name": "the base's own tokenizer is used; give a base that has the one you want.",
+    "controlnet_model_name_or_path": "T2I-Adapters are trained; continue from one by --adapter_model_name_or_path.",
+    "detection_resolution": "conditions are taken from the training picture, at --resolution.",
+    "crops_coords_top_left_h": "the crop of each picture is known and given to SDXL; leave it out.",
+    "crops_coords_top_left_w": "the crop of each picture is known and given to SDXL; leave it out.",
+    "scale_lr": _RATE,
+    "logging_dir": "logs go into the folder logs of --output_dir.",
+    "tracker_project_name": "TensorBoard logs into --output_dir; for wandb set WANDB_PROJECT.",
+    "enable_xformers_memory_efficient_attention": _ATTENTION,
+    "enable_npu_flash_attention": _ATTENTION,
+    "set_grads_to_none": "gradients are always set to none; leave it out.",
+    "validation_image": _IMAGES,
+    "validation_images": _IMAGES,
+    "validation_prompt": _IMAGES,
+    "validation_prompts": _IMAGES,
+    "validation_epochs": "validations are counted in steps, --validation_steps.",
+    "validation_scheduler": "it is called --validation.scheduler.",
+    "image_interpolation_mode": "pictures are scaled by one method; that of conditions is "
+    "data.conditioning_interpolation.",
+    # train_text_to_image.py and its SDXL and LoRA forms
+    "input_perturbation": "the noise is not perturbed; leave it out.",
+    "noise_offset": "the noise has no offset; leave it out.",
+    "dream_training": "DREAM is not here; leave it out.",
+    "dream_detail_preservation": "DREAM is not here; leave it out.",
+    "snr_gamma": "the denoising loss is unweighted as published; the local term is weighted by "
+    "loss.schedule=snr and loss.snr_cap.",
+    "prediction_type": "what the base predicts is read from its scheduler; leave it out.",
+    "non_ema_revision": "say --revision.",
+    "offload_ema": "the average stays on the device; leave it out.",
+    "foreach_ema": "how the average is computed cannot be chosen; leave it out.",
+    "timestep_bias_strategy": _BIAS,
+    "timestep_bias_multiplier": _BIAS,
+    "timestep_bias_begin": _BIAS,
+    "timestep_bias_end": _BIAS,
+    "timestep_bias_portion": _BIAS,
+    "train_text_encoder": _FULL,
+    "text_encoder_lr": _FULL,
+    "adam_weight_decay_text_encoder": _FULL,
+    "rank": _LORA,
+    "lora_alpha": _LORA,
+    "lora_dropout": _LORA,
+    "lora_layers": _LORA,
+    "use_dora": _LORA,
+    # train_dreambooth.py and textual inversion
+    "instance_data_dir": "say --train_data_dir.",
+    "instance_prompt": _DREAM,
+    "class_data_dir": _DREAM,
+    "class_prompt": _DREAM,
+    "with_prior_preservation": _DREAM,
+    "prior_loss_weight": _DREAM,
+    "num_class_images": _DREAM,
+    "repeats": "say --num_train_epochs.",
+    "sample_batch_size": "it is called --validation.batch_size.",
+    "optimizer": "it is AdamW, in 8 bits with --use_8bit_adam.",
+    "save_steps": "it is called --checkpointing_steps.",
+    "no_safe_serialization": "weights are always saved as safetensors; leave it out.",
+    "local_rank": "`accelerate launch` tells each process its number; leave it out.",
+    # other trainers
+    "lr": "it is called --learning_rate.",
+    "batch_size": "it is called --train_batch_size; of validation, --validation.batch_size.",
+    "per_device_train_batch_size": "it is called --train_batch_size.",
+    "weight_decay": "it is called --adam_weight_decay.",
+    "warmup_steps": "it is called --lr_warmup_steps.",
+    "lr_warmup_ratio": "the warm-up is counted in steps, --lr_warmup_steps.",
+    "warmup_ratio": "the warm-up is counted in steps, --lr_warmup_steps.",
+    "max_steps": "it is called --max_train_steps.",
+    "epochs": "it is called --num_train_epochs.",
+    "eval_steps": "it is called --validation_steps.",
+    "save_total_limit": "it is called --checkpoints_total_limit.",
+    "logging_first_step": "rows are written every --logging_steps; leave it out.",
+    "fp16": _PRECISION,
+    "bf16": _PRECISION,
+    "num_workers": "it is called --dataloader_num_workers.",
+    "dataloader_drop_last": "every batch is full, whatever the number of samples; leave it out.",
+    "dataloader_pin_memory": "the loader has --dataloader_num_workers alone; leave it out.",
+    "dataloader_prefetch_factor": "the loader has --dataloader_num_workers alone; leave it out.",
+    "dataloader_persistent_workers": "the loader has --dataloader_num_workers alone; leave it out.",
+    "num_inference_steps": "say --validation.num_inference_steps, or --early_stopping.num_inference_steps.",
+    "guidance_scale": "say --validation.guidance_scale, or --early_stopping.guidance_scale.",
+    "caption_dropout": "it is called --proportion_empty_prompts.",
+    "weighting_scheme": _BIAS,
+}
