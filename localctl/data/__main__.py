@@ -7,7 +7,6 @@ an adapter. Ends with 0; 2 after a mistake in the arguments.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,21 +104,18 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
     condition, name = settings.condition, settings.adapter_model_name_or_path
     if name is None:
         return [f"adapter     a new one, of {condition.channels} input channels"]
-    folder = Path(name).expanduser()
-    found = next(
-        (f for f in (folder, folder / "adapter", folder / "t2iadapter") if (f / "config.json").is_file()), None
-    )
-    if found is None:
-        raise ValueError(f"There is no adapter at {folder} (no config.json); check --adapter_model_name_or_path.")
-    config = json.loads((found / "config.json").read_text())
-    if config.get("in_channels") != condition.channels:
+    from localctl.adapter_files import find_adapter
+
+    found = find_adapter(name, settings.base.local_files_only)
+    channels = found.config.get("in_channels", 3)  # T2IAdapter's default
+    if channels != condition.channels:
         raise ValueError(
-            f"The adapter {found} takes conditions of {config.get('in_channels')} channels, but condition="
+            f"The adapter {found.place} takes conditions of {channels} channels, but condition="
             f"{condition.kind} has {condition.channels}; choose another condition or condition.channels."
         )
-    trained = (config.get("condition") or {}).get("kind")
+    trained = (found.config.get("condition") or {}).get("kind")
     known = f", trained on {trained}" if trained else ""
-    return [f"adapter     {found}, of {condition.channels} input channels{known}: fits"]
+    return [f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"]
 
 
 def _token_counter(settings: CheckSettings) -> tuple[Callable[[str], int] | None, int, str]:
