@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -13,14 +12,23 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
+from localctl.layout_checks import (
+    MAX_STRENGTH,
+    Box,
+    check_count,
+    check_side,
+    check_text,
+    checked_boxes,
+    checked_mask,
+    is_number,
+    shown,
+)
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
 from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 from localctl.sizes import check_side as check_side
 
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +64,30 @@ class Region:
         for name in ("phrase", "prompt", "negative_prompt"):
             text = getattr(self, name)
             if not (text is None or isinstance(text, str)):
-                raise ValueError(f"The {name} of a region is a text, not {text!r}.")
+                raise ValueError(f"The {name} of a region is a text, not {shown(text)}.")
+            check_text(f"The {name} of a region", text or "")
             object.__setattr__(self, name, (text or "").strip() or None)
         if (self.box is None) == (self.mask is None):
             raise ValueError(f"The region {self.name} needs either a box or a mask.")
         if self.box is not None:
-            object.__setattr__(self, "box", _checked_boxes(self.name, self.box))
+            object.__setattr__(self, "box", checked_boxes(self.name, self.box))
         else:
-            object.__setattr__(self, "mask", _checked_mask(self.name, self.mask))
-        if not isinstance(self.occurrence, int) or self.occurrence < 0:
-            raise ValueError(f"The occurrence of the region {self.name} counts from 0, not {self.occurrence!r}.")
+            object.__setattr__(self, "mask", checked_mask(self.name, self.mask))
+        if not isinstance(self.occurrence, int) or isinstance(self.occurrence, bool) or self.occurrence < 0:
+            raise ValueError(f"The occurrence of the region {self.name} counts from 0, not {shown(self.occurrence)}.")
         for name in ("strength", "outside_strength"):
-            if not _is_number(getattr(self, name)):
-                raise ValueError(f"The {name} of the region {self.name} is a number, not {getattr(self, name)!r}.")
-        if not (_is_number(self.start) and _is_number(self.end) and 0 <= self.start < self.end <= 1):
+            value = getattr(self, name)
+            if not is_number(value):
+                raise ValueError(f"The {name} of the region {self.name} is a number, not {shown(value)}.")
+            if abs(value) > MAX_STRENGTH:
+                raise ValueError(
+                    f"The {name} of the region {self.name} is at most {MAX_STRENGTH:g}, beyond which numbers overflow, "
+                    f"not {shown(value)}."
+                )
+        if not (is_number(self.start) and is_number(self.end) and 0 <= self.start < self.end <= 1):
             raise ValueError(
                 f"The region {self.name} needs 0 <= start < end <= 1 (fractions of the steps), "
-                f"not {self.start} and {self.end}."
+                f"not {shown(self.start)} and {shown(self.end)}."
             )
 
     @classmethod
@@ -150,12 +165,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            raise ValueError(f"A layout has one prompt (a str), not {self.prompt!r}; make one layout per prompt.")
+            raise ValueError(f"A layout has one prompt (a str), not {shown(self.prompt)}; make one layout per prompt.")
+        check_text("The prompt of a layout", self.prompt)
         if (self.height is None) != (self.width is None):
             raise ValueError(f"Give a layout both height and width or neither, not {self.height} and {self.width}.")
         for name in ("height", "width"):
             check_side(name, getattr(self, name))
         object.__setattr__(self, "regions", tuple(self.regions))
+        check_count(len(self.regions), "The layout")
         for region in self.regions:
             if not isinstance(region, Region):
                 raise ValueError(f"The regions of a layout are Region objects, not {type(region).__name__}.")
@@ -218,6 +235,7 @@ class Layout:
         """
         if prompt is not None:
             return cls(prompt, height, width, tuple(segments), overlap)
+        check_count(len(segments), "The layout")
         phrases = [" ".join(segment.phrase.split()) for segment in segments if segment.phrase]
         if not phrases:
             raise ValueError("There is neither a prompt nor a segment with words to build one from; give a prompt.")
@@ -285,44 +303,9 @@ def _check_overlap(layout: Layout) -> None:
         place = (coverage.sum(dim=0) > 1 + 1e-4).nonzero()[0]
         names = [region.name for region, cover in zip(layout.regions, coverage, strict=True) if cover[tuple(place)] > 0]
         raise ValueError(f"The regions {' and '.join(names)} overlap; choose another overlap policy to allow it.")
-    for region, shown in zip(layout.regions, resolve_overlap(coverage, layout.overlap), strict=True):
-        if float(shown.max()) < 1e-4:
+    for region, part in zip(layout.regions, resolve_overlap(coverage, layout.overlap), strict=True):
+        if float(part.max()) < 1e-4:
             raise ValueError(
                 f"The region {region.name} lies wholly under others by the overlap policy {layout.overlap!r}; "
                 "move it or choose another policy."
             )
-
-
-def _checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
-    """One box or several as a tuple of boxes."""
-    try:
-        several = list(box)
-        several = [several] if several and not isinstance(several[0], (list, tuple)) else several
-        boxes = tuple(tuple(float(value) for value in one) for one in several)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {box!r}.") from error
-    for one in boxes or ((),):
-        if len(one) != 4:
-            raise ValueError(f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {one}.")
-        if not all(0 <= value <= 1 for value in one):  # NaN fails, too
-            raise ValueError(f"The box {one} of the region {name} leaves [0, 1]; divide pixels by width and height.")
-        if not (one[0] < one[2] and one[1] < one[3]):
-            raise ValueError(f"The box {one} of the region {name} is reversed or empty; it needs x0 < x1 and y0 < y1.")
-    return boxes  # type: ignore[return-value]
-
-
-def _checked_mask(name: str, mask: Any) -> Tensor:
-    """(H,W) or (1,H,W) as float32 (1,H,W)."""
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != 1):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"The mask of the region {name} is a tensor (H, W) or (1, H, W), not {shape}.")
-    mask = mask.detach().float().cpu().reshape(1, *mask.shape[-2:])
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError(f"The mask of the region {name} has values outside [0, 1]; divide 8-bit values by 255.")
-    if not mask.any():
-        raise ValueError(f"The mask of the region {name} is empty; paint its place in white or leave the region out.")
-    return mask
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

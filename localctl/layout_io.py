@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from localctl.coco import coco_box, coco_id, is_crowd, places, spoken
+from localctl.files import first_line, parse_json, write_text
 from localctl.images import load_image
-from localctl.layout import SIZE_MULTIPLE, Layout, Region
+from localctl.layout import Layout, Region
+from localctl.layout_checks import MAX_SIDE, SIZE_MULTIPLE, Box, check_count, shown
 from localctl.masks import load_mask, mask_to_pil
-from localctl.phrases import find_phrase
 
 Color = tuple[int, int, int]
 _LAYOUT_KEYS = ("prompt", "height", "width", "overlap", "regions")
@@ -47,12 +51,12 @@ def save_layout(layout: Layout, path: str | Path) -> Path:
         regions.append(item)
     content = {"prompt": layout.prompt, "height": layout.height, "width": layout.width, "overlap": layout.overlap}
     content = {name: value for name, value in content.items() if value is not None}
-    path.write_text(json.dumps({**content, "regions": regions}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps({**content, "regions": regions}, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def load_layout(path: str | Path) -> Layout:
-    """Read a layout that :func:`save_layout` wrote, or one written by hand; masks are looked up beside the file.
+    """Read a layout that :func:`save_layout` wrote, or one written by hand; masks lie in its folder, or below it.
 
     ValueError in one sentence for a missing or damaged file, an unknown key, a value of the wrong kind, or anything
     that :class:`localctl.layout.Layout` refuses. Without a prompt, the phrases are joined to one.
@@ -62,11 +66,12 @@ def load_layout(path: str | Path) -> Layout:
     _check_keys(content, _LAYOUT_KEYS, f"The layout {path}")
     items = content.get("regions", [])
     if not isinstance(items, list):
-        raise ValueError(f"'regions' in {path} is a list of regions, not {items!r}.")
+        raise ValueError(f"'regions' in {path} is a list of regions, not {shown(items)}.")
+    check_count(len(items), f"The layout {path}")
     regions = [_region(item, path, index) for index, item in enumerate(items)]
     for name in ("height", "width"):
         if not (content.get(name) is None or type(content[name]) is int):
-            raise ValueError(f"'{name}' in {path} is a number of pixels, not {content[name]!r}.")
+            raise ValueError(f"'{name}' in {path} is a number of pixels, not {shown(content[name])}.")
     size = content.get("height"), content.get("width")
     try:
         return Layout.from_segments(regions, content.get("prompt"), *size, content.get("overlap", "share"))
@@ -91,6 +96,7 @@ def from_colors(
     Raises:
         ValueError: a colour that is none, or that nothing in the picture has; two that are too alike.
     """
+    check_count(len(phrases), "The table of colours")
     colors = [_color(color) for color in phrases]
     array = _rgb(picture)  # (H,W,3)
     masks = _nearest_color(array, colors)
@@ -106,47 +112,98 @@ def from_colors(
 
 def from_coco(
     annotations: str | Path | Mapping[str, Any],
-    image_id: int,
+    image_id: int | str,
     prompt: str | None = None,
     categories: Sequence[str] | None = None,
 ) -> Layout:
     """A layout from the boxes of one image in COCO's format (``images``, ``annotations``, ``categories``).
 
     A category's n-th box goes to its n-th appearance in the prompt; where there are fewer appearances than boxes, the
-    last one gets the rest. Without a prompt, the names of all boxes are joined. Crowds are left out. ``categories``
-    limits which are used. The size is the image's, rounded to multiples of 8.
+    last one gets the rest. A name's underscores are spaces, and the prompt may have its plural ("two persons"). Without
+    a prompt, the names of all boxes are joined. Crowds are left out. Boxes are cut to the image; those without an area
+    in it are left out, with a warning. ``categories`` limits which are used. The size is the image's, rounded to
+    multiples of 8. Ids may be text or numbers.
 
-    ValueError for a file that is not COCO, an unknown image, or as for the layout.
+    ValueError for a file that is not COCO, an unknown image or category, no box that is left, or as for the layout.
     """
     content = _read_json(Path(annotations)) if isinstance(annotations, (str, Path)) else annotations
+    wanted = coco_id(image_id)
     try:
-        names = {item["id"]: str(item["name"]) for item in content["categories"]}
-        image = next((item for item in content["images"] if item["id"] == image_id), None)
+        names = {coco_id(item["id"]): str(item["name"]) for item in content["categories"]}
+        image = next((item for item in content["images"] if coco_id(item["id"]) == wanted), None)
         found = [
-            (names[item["category_id"]], tuple(float(value) for value in item["bbox"]))
+            (names[coco_id(item["category_id"])], item["bbox"])
             for item in content["annotations"]
-            if item["image_id"] == image_id and not item.get("iscrowd", 0)
+            if coco_id(item["image_id"]) == wanted and not is_crowd(item)
         ]
         if image is None:
             raise ValueError(f"There is no image {image_id} in the COCO annotations; check the id.")
-        height, width = int(image["height"]), int(image["width"])
-    except (KeyError, TypeError) as error:
+        sides = image["height"], image["width"]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"These are no COCO annotations of boxes (trouble with {error}); give an instances file."
         ) from error
-    used = [(name, _coco_box(box, height, width)) for name, box in found if categories is None or name in categories]
-    height, width = _rounded(height), _rounded(width)
+    height, width = (_coco_side(side, sides, image_id) for side in sides)
+    used = _used_boxes(found, (height, width), _chosen_names(categories, names.values()), image_id)
+    size = _rounded(height), _rounded(width)
     if prompt is None:
-        return Layout.from_segments([Region(name, box) for name, box in used], None, height, width)
+        return Layout.from_segments([Region(spoken(name), box) for name, box in used], None, *size)
     boxes: dict[str, list[Any]] = {}
     for name, box in used:
         boxes.setdefault(name, []).append(box)
     regions = []
     for name, several in boxes.items():
-        places = max(1, min(len(find_phrase(prompt, name)), len(several)))
-        for place in range(places):
-            regions.append(Region(name, several[place:] if place == places - 1 else several[place], occurrence=place))
-    return Layout(prompt, height, width, tuple(regions))
+        said = (places(prompt, name) or [(spoken(name), 0)])[: len(several)]  # the layout says what is not there
+        for place, (phrase, occurrence) in enumerate(said):
+            own = several[place:] if place == len(said) - 1 else several[place : place + 1]
+            regions.append(Region(phrase, own, occurrence=occurrence))
+    return Layout(prompt, *size, tuple(regions))
+
+
+def _used_boxes(
+    found: Sequence[tuple[str, Any]], size: tuple[int, int], names: Collection[str], image_id: Any
+) -> list[tuple[str, Box]]:
+    """Name and box (xyxy in [0, 1]) of what lies in the image; what does not is left out, and said."""
+    placed = [(name, coco_box(box, size[1], size[0])) for name, box in found if name in names]
+    used = [(name, box) for name, box in placed if box is not None]
+    lost = len(placed) - len(used)
+    if placed and not used:
+        raise ValueError(f"None of the {lost} boxes of the image {image_id} has an area in it; check the annotations.")
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: no area in the image.", stacklevel=3
+        )
+    return used
+
+
+def _coco_side(side: Any, sides: Any, image_id: Any) -> int:
+    """A side of the image in pixels."""
+    try:
+        pixels = int(float(side))
+    except (TypeError, ValueError, OverflowError):
+        pixels = 0
+    if not 0 < pixels <= MAX_SIDE:
+        raise ValueError(
+            f"The image {image_id} of the COCO annotations is (height, width) {shown(sides)}; a side has 1 to "
+            f"{MAX_SIDE} pixels."
+        )
+    return pixels
+
+
+def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> Collection[str]:
+    """The names that ``categories`` mean, in any case and with or without underscores."""
+    if categories is None:
+        return names
+    known = {spoken(name).lower(): name for name in names}
+    chosen = []
+    for category in [categories] if isinstance(categories, str) else categories:
+        name = known.get(spoken(str(category)).lower())
+        if name is None:
+            near = difflib.get_close_matches(str(category), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {len(names)}."
+            raise ValueError(f"There is no category {category!r} in the COCO annotations; {hint}")
+        chosen.append(name)
+    return chosen
 
 
 def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, int] | None = None) -> Layout:
@@ -163,6 +220,9 @@ def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, 
     if not isinstance(scene, dict) or not {"textual_condition", "segment_descriptions"} <= set(scene):
         raise ValueError(f"There is no scene {index} in {folder / 'valset.json'}; it has {len(content)}.")
     texts = scene["segment_descriptions"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"The descriptions of scene {index} are a list of texts, not {shown(texts)}.")
+    check_count(len(texts), f"Scene {index} in {folder / 'valset.json'}")
     array = _rgb(folder / f"{index}.png")
     colors = _main_colors(array, len(texts))
     if len(colors) < len(texts):
@@ -183,21 +243,39 @@ def _region(item: Any, path: Path, index: int) -> Region:
     values = dict(item)
     if values.get("mask") is not None:
         if not isinstance(values["mask"], str):
-            raise ValueError(f"'mask' of region {index} of {path} is the name of a picture, not {values['mask']!r}.")
-        values["mask"] = load_mask(path.parent / values["mask"])
+            mask = shown(values["mask"])
+            raise ValueError(f"'mask' of region {index} of {path} is the name of a picture, not {mask}.")
+        values["mask"] = load_mask(_beside(path, values["mask"], where))
     try:
         return Region(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+def _beside(path: Path, name: str, where: str) -> Path:
+    """The file of a mask. A layout may be anybody's: it names no file outside its folder."""
+    inside = os.path.normpath(name)
+    if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or Path(inside).drive:
+        raise ValueError(
+            f"{where} has its mask {shown(name)} outside the folder of the layout; copy the mask beside the layout."
+        )
+    try:
+        (path.parent / inside).stat()
+    except FileNotFoundError:
+        pass  # the reader of images says it
+    except (OSError, ValueError) as error:  # a name that is too long, or with a null byte
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{where}: the mask {shown(name)} cannot be read ({reason}).") from error
+    return path.parent / inside
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"The file {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); repair it.") from error
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); repair it.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object with named fields.")
     return content
@@ -205,12 +283,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_keys(content: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"{where} is an object with named fields, not {content!r}.")
+        raise ValueError(f"{where} is an object with named fields, not {shown(content)}.")
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}."
-            raise ValueError(f"{where} has an unknown field {key!r}; {hint}")
+            raise ValueError(f"{where} has an unknown field {shown(key)}; {hint}")
 
 
 def _rgb(picture: str | Path | Image.Image) -> np.ndarray:
@@ -257,16 +335,3 @@ def _main_colors(array: np.ndarray, count: int) -> list[Color]:
 def _rounded(side: int) -> int:
     """The nearest size in pixels that the bases can draw."""
     return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-
-
-def _coco_box(box: tuple[float, ...], height: int, width: int) -> tuple[float, float, float, float]:
-    """COCO's (x, y, width, height) in pixels as xyxy in [0, 1], cut to the image."""
-    if len(box) != 4:
-        raise ValueError(f"A COCO box is (x, y, width, height), not {box}.")
-    x, y, w, h = box
-    return (
-        min(max(x / width, 0.0), 1.0),
-        min(max(y / height, 0.0), 1.0),
-        min(max((x + w) / width, 0.0), 1.0),
-        min(max((y + h) / height, 0.0), 1.0),
-    )

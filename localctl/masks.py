@@ -5,6 +5,7 @@ set by where the field is cut, so a wanted area is met by construction. No sampl
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import cv2
@@ -14,9 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from localctl.images import open_image
+from localctl.images import open_gray
 from localctl.settings import MASK_KINDS as MASK_KINDS
 from localctl.settings import MASK_RESIZE, MaskConfig
+
+# What may stand for white in a mask of two values, as a share of its file's range.
+_ONES = {1 / 255: "0 and 1 of 255", 255 / 65535: "0 and 255 of 65535", 1 / 65535: "0 and 1 of 65535"}
+_DIM, _WHITE, _NOISE = 0.5, 0.98, 0.05  # a mask in doubt has nothing brighter; what counts as white, and as noise
+_FEW, _LABELS = 0.005, 32  # share of pixels that may be flat by chance; more values than that are no labels
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tensor:
@@ -88,11 +94,11 @@ def disc_mask(centre: tuple[float, float], radius: float, size: int = 512) -> Te
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """Read a mask file as (1,H,W) float32 in [0,1]; white = controlled, transparent = not.
 
-    ValueError when the file is no readable picture, its (H, W) is not ``size``, or nothing in it is white.
+    A mask that holds 0 and 1 in place of black and white is stretched, as :func:`stretch_mask`; this, and what looks
+    like labels, is warned of. ValueError when the file is no readable image, its (H, W) is not ``size``, or nothing in
+    it is white.
     """
-    picture = open_image(path)
-    alpha = np.asarray(picture.getchannel("A")) / 255 if "A" in picture.getbands() else 1.0
-    mask = (np.asarray(picture.convert("L")) / 255 * alpha).astype(np.float32)  # (H,W)
+    mask, how = stretch_mask(open_gray(path))
     if size is not None and mask.shape != tuple(size):
         raise ValueError(
             f"The mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels but the picture is {size[1]}x{size[0]}; "
@@ -100,7 +106,44 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
         )
     if not mask.any():
         raise ValueError(f"The mask {path} is black everywhere; paint what shall be controlled in white.")
+    if said := how or mask_doubt(mask):
+        warnings.warn(f"The mask {path} {said}.", stacklevel=2)
     return torch.from_numpy(mask)[None]
+
+
+def stretch_mask(gray: np.ndarray) -> tuple[np.ndarray, str]:
+    """A mask as read from a file, (H,W) float32 in [0,1], with 0 and 1 put for black and white where that is certain:
+    nothing is in it but 0 and 1 of 8 or 16 bits, or 0 and 255 of 16 bits.
+
+    Returns:
+        The mask and, if it was stretched, what was done as a clause ("holds only ..."); else the mask itself and "".
+    """
+    peak = float(gray.max(initial=0))
+    for one, words in _ONES.items():
+        if abs(peak - one) < 1e-7 and bool(((gray == 0) | (gray == gray.max())).all()):
+            return (gray > 0).astype(np.float32), f"holds only {words}; it is read as black and white"
+    return gray, ""
+
+
+def mask_doubt(mask: np.ndarray) -> str:
+    """Why ``mask`` (H,W) in [0,1], not all black, may be no mask but a map of labels, as a clause; "" for nothing.
+
+    That is a dim one, or one of flat patches of gray. Feathered and antialiased edges and the noise of a codec are not
+    flat: their neighbours differ.
+    """
+    way_out = "are these labels? Controlled is what is white; save 0 and 255, or leave it if this is meant"
+    peak = float(mask.max(initial=0))
+    if 0 < peak < _DIM:
+        return f"is dim, its brightest value is {peak:.2g} of 1; {way_out}"
+    # The noise of a codec shows near white, too, and may be flat near black.
+    black = _NOISE if bool(((mask > 0.9) & (mask < 1)).any()) else 0.0
+    here, below, right = mask[:-1, :-1], mask[1:, :-1], mask[:-1, 1:]
+    gray = here[(here == below) & (here == right) & (here > black) & (here < _WHITE)]
+    if gray.size > max(np.count_nonzero(mask >= _WHITE), _FEW * mask.size):
+        values = np.unique(gray)
+        if values.size <= _LABELS:  # a wide gradient has many
+            return f"is mostly flat gray ({', '.join(f'{value:.2g}' for value in values[:3])} of 1); {way_out}"
+    return ""
 
 
 def _area_bounds(config: MaskConfig, size: tuple[int, int]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from localctl.layout import Layout, Region
 from localctl.layout_io import from_coco, from_colors, from_dense_diffusion, load_layout, save_layout
+from localctl.masks import mask_to_pil
 
 
 def ellipse() -> torch.Tensor:
@@ -164,3 +166,139 @@ def test_from_dense_diffusions_benchmark(tmp_path: Path) -> None:
         from_dense_diffusion(tmp_path, 2)
     with pytest.raises(ValueError, match=r"valset.json cannot be read"):
         from_dense_diffusion(tmp_path / "nowhere", 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is not valid JSON .nested too deep"),
+        ('{"prompt": "a", "regions": ' + "[" * 100_000, "nested too deep"),
+        ('{"prompt": "a", "height": 8000000000, "width": 8}', "height 8000000000 is over 8192 pixels"),
+        ('{"prompt": "a", "height": 1' + "0" * 400 + ', "width": 8}', "is over 8192 pixels"),
+        (
+            '{"prompt": "a", "regions": [' + ",".join(['{"box": [0, 0, 1, 1]}'] * 10_000) + "]}",
+            "10000 regions, more than",
+        ),
+        ({"prompt": "a", "regions": [{"phrase": "a", "box": [[0, 0, 1, 1]] * 20_000}]}, "20000 boxes, more than 1024"),
+        ({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 10**400]}]}, "is four numbers"),
+        (
+            {"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 1], "strength": 1e308}]},
+            "strength .* at most",
+        ),
+        (
+            {"prompt": "a", "regions": [{"box": [0, 0, 1, 1], "outside_strength": -1e4}]},
+            "outside_strength .* most",
+        ),
+        ({"prompt": "a", "regions": [{"box": [0, 0, 1, 1], "strength": 10**400}]}, "strength .* is a number"),
+        ({"prompt": "a", "regions": [{"box": [0, 0, 1, 1], "occurrence": True}]}, "counts from 0, not True"),
+        ('{"prompt": "half a letter \\ud83d"}', "prompt of a layout holds half a letter"),
+        ('{"prompt": "a", "regions": [{"phrase": "\\udc00", "box": [0, 0, 1, 1]}]}', "phrase of a region holds half"),
+        ({"prompt": ["a"] * 9999}, "has one prompt"),
+        ({"prompt": "a", "regions": [{"phrase": ["a"], "box": [0, 0, 1, 1]}]}, "phrase of a region is a text"),
+        ({"prompt": "a", "regions": [{"mask": "m" * 5000 + ".png"}]}, "mask 'mmm.* cannot be read .File name too long"),
+        ({"prompt": "a", "regions": [{"mask": "a\0.png"}]}, "cannot be read .embedded null byte"),
+        (
+            {"prompt": "a", "regions": [{"mask": "../mask.png"}]},
+            "outside the folder of the layout;",
+        ),
+        ({"prompt": "a", "regions": [{"mask": "x/../../mask.png"}]}, "outside the folder of the layout"),
+        ({"prompt": "a", "regions": [{"mask": "/etc/passwd"}]}, "outside the folder of the layout"),
+    ],
+)
+def test_hostile_files_end_in_one_short_sentence(tmp_path: Path, content: Any, message: str) -> None:
+    mask_to_pil(torch.ones(1, 8, 8)).save(tmp_path / "mask.png")
+    (tmp_path / "inner").mkdir()
+    path = tmp_path / "inner" / "bad.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_layout(path)
+    assert len(str(caught.value)) < 900 and "\n" not in str(caught.value)
+
+
+def test_masks_lie_in_the_folder_or_below_and_a_mark_in_front_is_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    mask_to_pil(torch.ones(1, 8, 8)).save(tmp_path / "masks" / "all.png")
+    text = '{"prompt": "a", "regions": [{"mask": "masks/all.png"}, {"mask": "./masks/../masks/all.png"}]}'
+    (tmp_path / "scene.json").write_text(text, encoding="utf-8-sig")
+    assert len(load_layout(tmp_path / "scene.json").regions) == 2
+
+
+def test_many_equal_phrases_are_read_at_once() -> None:
+    layout = Layout.from_segments([Region("cat", (0, 0, 1, 1))] * 256)
+    assert [region.occurrence for region in layout.regions] == list(range(256))
+    with pytest.raises(ValueError, match="3000 regions, more than 256"):
+        Layout.from_segments([Region("cat", (0, 0, 1, 1))] * 3000)
+
+
+def coco(names: list[str], boxes: list[Any], size: tuple[Any, Any] = (100, 100), image_id: Any = 7) -> dict[str, Any]:
+    """One image with one box per name."""
+    return {
+        "images": [{"id": image_id, "height": size[0], "width": size[1]}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": image_id, "category_id": i, "bbox": box} for i, box in enumerate(boxes)],
+    }
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[10, 10, 5, 0], [10, 10, 0, 5], [200, 10, 5, 5], [-20, 10, 20, 5], [10, 10, -5, 5], [math.nan, 0, 5, 5], [], None],
+)
+def test_coco_boxes_without_an_area_are_left_out_and_counted(box: Any) -> None:
+    content = coco(["cat", "dog"], [[10, 10, 50, 50], box])
+    with pytest.warns(UserWarning, match="1 of 2 boxes of the image 7 are left out: no area in the image"):
+        layout = from_coco(content, 7)
+    assert [region.phrase for region in layout.regions] == ["cat"]
+    with pytest.raises(ValueError, match="None of the 1 boxes of the image 7 has an area"):
+        from_coco(content, 7, categories=["dog"])
+
+
+def test_coco_boxes_over_the_border_are_cut() -> None:
+    layout = from_coco(coco(["cat"], [[-50, 50, 100, 100]]), 7)
+    assert layout.regions[0].boxes == ((0.0, 0.5, 0.5, 1.0),)
+
+
+@pytest.mark.parametrize("height", [0, -8, math.nan, math.inf, 10**400, "x", None, 10**9])
+def test_a_coco_image_without_a_size_is_named(height: Any) -> None:
+    with pytest.raises(ValueError, match="image 7 .* a side has 1 to 8192 pixels"):
+        from_coco(coco(["cat"], [[0, 0, 5, 5]], (height, 8)), 7)
+
+
+def test_coco_ids_are_text_or_numbers() -> None:
+    for written, asked in ((7, "7"), ("7", 7), (7.0, 7), ("007", 7), ("img_7", "img_7")):
+        assert from_coco(coco(["cat"], [[0, 0, 5, 5]], image_id=written), asked).prompt == "cat"
+    content = coco(["cat"], [[0, 0, 5, 5]], image_id="a")
+    content["annotations"][0] |= {"category_id": "0", "iscrowd": "0"}
+    assert from_coco(content, "a").prompt == "cat"
+
+
+@pytest.mark.parametrize(
+    ("names", "prompt", "found"),
+    [
+        (["person"], "two persons on a hill", [("persons", 0)]),
+        (["person"], "some people and a person", [("people", 0)]),
+        (["dining_table"], "a dining table", [("dining table", 0)]),
+        (["dining table"], "two dining tables", [("dining tables", 0)]),
+        (["dining_table"], "a dining_table", [("dining_table", 0)]),
+        (["hot dog"], "a hot-dog", [("hot-dog", 0)]),
+        (
+            ["knife", "bus", "butterfly"],
+            "knives, buses and Butterflies",
+            [("knives", 0), ("buses", 0), ("butterflies", 0)],
+        ),
+        (["Dogs"], "a dog", [("dog", 0)]),
+        (["sheep"], "three sheep", [("sheep", 0)]),
+    ],
+)
+def test_coco_names_are_found_as_prompts_say_them(names: list[str], prompt: str, found: list[tuple[str, int]]) -> None:
+    layout = from_coco(coco(names, [[10 * i, 10, 10, 10] for i in range(len(names))]), 7, prompt)
+    assert [(region.phrase, region.occurrence) for region in layout.regions] == found
+
+
+def test_coco_names_without_a_prompt_and_unknown_ones() -> None:
+    content = coco(["dining_table", "traffic light"], [[0, 0, 5, 5], [5, 5, 5, 5]])
+    assert from_coco(content, 7).prompt == "dining table, traffic light"
+    assert from_coco(content, 7, categories="Dining Table").prompt == "dining table"
+    with pytest.raises(ValueError, match="no category 'dining_tabl'.*did you mean 'dining_table'"):
+        from_coco(content, 7, categories=["dining_tabl"])
+    with pytest.raises(ValueError, match="'dining table' is not in the prompt"):
+        from_coco(content, 7, "a cat")

@@ -17,6 +17,7 @@ from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
 from localctl.data.sample import Example
 from localctl.images import grid, outline, to_pil
+from localctl.masks import mask_doubt
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
 MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
@@ -26,13 +27,16 @@ PREVIEW_SIDE = 256
 @dataclass(frozen=True)
 class RowReport:
     """What was seen in a row. upscaled: the picture is smaller than the size to train at. condition: (darkest, mean,
-    brightest, whether coloured). mask: (area, share of the picture's border inside it, largest value)."""
+    brightest, whether coloured). mask: (area, share of the image's border inside it). stretched, doubt: as for masks of
+    :func:`localctl.masks.stretch_mask` and :func:`localctl.masks.mask_doubt`."""
 
     problem: Problem | None
     upscaled: bool = False
     condition: tuple[float, float, float, bool] | None = None
-    mask: tuple[float, float, float] | None = None
+    mask: tuple[float, float] | None = None
     captions: tuple[str, ...] = ()
+    stretched: str = ""
+    doubt: str = ""
 
 
 class _Rows(Dataset):
@@ -60,13 +64,15 @@ def look(source: FileSource, index: int) -> RowReport:
     if example.mask is not None:
         seen = example.mask[0].numpy()
         border = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
-        mask = (float(seen.mean()), float(border.mean()), float(seen.max()))
+        mask = (float(seen.mean()), float(border.mean()))
     return RowReport(
         None,
         parts.size[0] < size[0] or parts.size[1] < size[1],
         (float(condition.min()), float(condition.mean()), float(condition.max()), coloured),
         mask,
         parts.captions,
+        parts.stretched,
+        "" if parts.mask is None else mask_doubt(parts.mask),
     )
 
 
@@ -131,17 +137,20 @@ def _masks(source: FileSource, good: Sequence[RowReport], lines: list[str]) -> l
     if not source.rows.has_masks:
         lines.append("masks       none in the data; drawn by the settings of mask")
         return []
-    area, border, largest = (np.array(values) for values in zip(*(r.mask for r in good if r.mask), strict=True))
+    area, border = (np.array(values) for values in zip(*(r.mask for r in good if r.mask), strict=True))
     quartiles = ", ".join(f"{share:.0%}" for share in np.percentile(area, (5, 50, 95)))
     lines.append(
         f"masks       from column {source.data.mask_column!r}, white = controlled; area 5th/50th/95th {quartiles}"
     )
-    dim = (largest > 0) & (largest < 0.05)
-    empty, full = (area < EMPTY) & ~dim, area > FULL
+    masked = [row for row in good if row.mask]
+    empty, full = area < EMPTY, area > FULL
     inverted = (area > 0.5) & (border > 0.9) & ~full
     warnings = []
-    if dim.mean() > MOSTLY:
-        warnings.append("the masks are 0 and 1 of 255, so nearly black; multiply them by 255")
+    for said in ([row.stretched for row in masked], [row.doubt for row in masked]):
+        if any(said):
+            warnings.append(
+                f"{sum(map(bool, said))} of {len(masked)} masks: the first of them {next(filter(None, said))}"
+            )
     if empty.any():
         warnings.append(f"{empty.sum()} masks are empty: those examples control nothing")
     if full.any():

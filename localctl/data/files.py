@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,21 +24,24 @@ from localctl.data.rows import Columns, FolderRows, ImageFolderRows, Row, Rows
 from localctl.data.sample import Example
 from localctl.data.tables import open_table
 from localctl.images import ImageError, load_image, open_gray
+from localctl.masks import mask_doubt, stretch_mask
 from localctl.random import key_seed, numpy_rng
 
 SPLITS = ("train", "val")
+_LOOKED_AT = 4  # masks, when data is opened
 
 
 @dataclass(frozen=True)
 class Parts:
     """A row as read, each picture at its own size. image: RGB. condition: RGB, or F in [0,1]. mask: (h,w) float32 in
-    [0,1], 1 = controlled."""
+    [0,1], 1 = controlled. stretched: how, for a mask of 0 and 1 in place of black and white; else ""."""
 
     key: str
     image: Image.Image
     condition: Image.Image | None
     mask: np.ndarray | None
     captions: tuple[str, ...]
+    stretched: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -110,12 +115,12 @@ class FileSource:
         if row.condition is not None:
             condition = _decoded("condition", key, row.condition, gray=self.condition.channels == 1)
             _check_shape("condition", condition, image)
-        mask = None
+        mask, stretched = None, ""
         if row.mask is not None:
             gray = _decoded("mask", key, row.mask, gray=True)
             _check_shape("mask", gray, image)
-            mask = np.asarray(gray)
-        return Parts(key, image, condition, mask, row.captions)
+            mask, stretched = stretch_mask(np.asarray(gray))
+        return Parts(key, image, condition, mask, row.captions, stretched)
 
     def example(self, parts: Parts, seen: Geometry, caption: str) -> Example:
         """``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the picture."""
@@ -153,7 +158,22 @@ def open_files(data: DataConfig, condition: ConditionConfig, split: str) -> File
             f"None of the {len(rows)} rows of {data.path or data.name} falls into the {split} part with "
             f"data.validation_share={data.validation_share:g}; {way_out}."
         )
-    return FileSource(rows, indices, data, condition)
+    source = FileSource(rows, indices, data, condition)
+    _say_of_masks(source)
+    return source
+
+
+def _say_of_masks(source: FileSource) -> None:
+    """Warn once if masks of the data are stretched or look like labels; a few are looked at."""
+    if not source.rows.has_masks:
+        return
+    for index in dict.fromkeys(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int).tolist()):
+        with suppress(BadRow):  # named when it is used
+            parts = source.read(index)
+            said = "" if parts.mask is None else parts.stretched or mask_doubt(parts.mask)
+            if said:
+                warnings.warn(f"The mask of {parts.key} in the data {said}; others may do so, too.", stacklevel=3)
+                return
 
 
 def is_held_out(key: str, share: float) -> bool:

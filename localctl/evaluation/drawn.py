@@ -308,5 +308,7 @@ def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
         size = size or image.shape
         if image.shape != size:
             raise ValueError(f"The picture {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
-        mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about a mask was said when the data was opened
+            mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
         yield Drawn(name, about["key"], about["caption"], image, mask)

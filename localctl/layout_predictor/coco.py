@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from localctl.coco import coco_box, coco_id, is_crowd
+from localctl.files import parse_json
+from localctl.layout_checks import Box
 from localctl.layout_predictor.captions import PlacedScene
 from localctl.random import numpy_rng
 
@@ -37,14 +39,14 @@ class CocoLayouts:
         min_area: float = 0.02,
         max_objects: int = 3,
     ) -> None:
-        sizes: dict[int, tuple[float, float]] = {}
-        things: dict[int, list[tuple[str, np.ndarray]]] = {}
+        sizes: dict[int | str, tuple[float, float]] = {}
+        things: dict[int | str, list[tuple[str, np.ndarray]]] = {}
         for path in (instances, stuff) if stuff is not None else (instances,):
             for image, name, box in _read(Path(path), sizes):
                 if box[2] * box[3] >= min_area:
                     things.setdefault(image, []).append((name, box))
         self.scenes: list[PlacedScene] = []
-        for image in sorted(things):
+        for image in sorted(things, key=lambda image: (isinstance(image, str), image)):
             if count is not None and len(self.scenes) == count:
                 break
             scene = _scene(image, things[image], max_objects)
@@ -62,24 +64,29 @@ class CocoLayouts:
         return self.scenes[index]
 
 
-def _read(path: Path, sizes: dict[int, tuple[float, float]]) -> list[tuple[int, str, np.ndarray]]:
+def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple[int | str, str, np.ndarray]]:
     """(picture, name, box) of each annotation; box (4,): centre x, y, width, height as fractions of the picture."""
     try:
-        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        sizes |= {int(item["id"]): (float(item["width"]), float(item["height"])) for item in content["images"]}
-        names = {int(item["id"]): plain_name(item["name"]) for item in content["categories"]}
-        return [
-            (int(item["image_id"]), names[int(item["category_id"])], _box(item["bbox"], sizes[int(item["image_id"])]))
+        content = parse_json(path.expanduser().read_bytes())
+        sizes |= {coco_id(item["id"]): (float(item["width"]), float(item["height"])) for item in content["images"]}
+        names = {coco_id(item["id"]): plain_name(item["name"]) for item in content["categories"]}
+        found = [
+            (coco_id(item["image_id"]), names[coco_id(item["category_id"])], item.get("bbox"))
             for item in content["annotations"]
-            if not item.get("iscrowd", 0) and names[int(item["category_id"])]
+            if not is_crowd(item) and names[coco_id(item["category_id"])]
         ]
+        boxes = [(image, name, coco_box(box, *sizes[image])) for image, name, box in found]
     except OSError as error:
         raise ValueError(f"The annotations {path} cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
             f"{path} is no annotation file in MSCOCO's format ({reason}); give instances_*.json."
         ) from error
+    lost = sum(box is None for _, _, box in boxes)
+    if lost:
+        warnings.warn(f"{lost} of {len(boxes)} boxes in {path} are left out: no area in their image.", stacklevel=3)
+    return [(image, name, _centred(box)) for image, name, box in boxes if box is not None]
 
 
 def plain_name(name: str) -> str:
@@ -88,13 +95,12 @@ def plain_name(name: str) -> str:
     return " ".join(reversed(words)).strip()
 
 
-def _box(values: Any, size: tuple[float, float]) -> np.ndarray:
-    x, y, width, height = (float(value) for value in values)
-    corners = np.array([x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1]]).clip(0, 1)
+def _centred(box: Box) -> np.ndarray:
+    corners = np.array(box)
     return np.concatenate([(corners[:2] + corners[2:]) / 2, corners[2:] - corners[:2]])
 
 
-def _scene(image: int, things: list[tuple[str, np.ndarray]], most: int) -> PlacedScene | None:
+def _scene(image: int | str, things: list[tuple[str, np.ndarray]], most: int) -> PlacedScene | None:
     """The largest things whose class stands once in the picture, in an order of the picture's own."""
     names = [name for name, _ in things]
     single = sorted((item for item in things if names.count(item[0]) == 1), key=lambda item: -item[1][2] * item[1][3])

@@ -64,6 +64,8 @@ def test_bad_rows_are_counted_with_their_reasons(folder, tmp_path, capsys):
         ((0, 0), "8 masks are empty"),
         ((255, 255), "8 masks are full"),
         ((1, 0), "0 and 1 of 255"),
+        ((38, 0), "8 of 8 masks: the first of them is dim, its brightest value is 0.15"),
+        ((150, 0), "mostly flat gray"),
     ],
 )
 def test_masks_that_look_wrong(folder, tmp_path, capsys, values, words):

@@ -274,3 +274,20 @@ def test_many_rows_open_quickly_and_alone(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))  # none of the pictures exists: nothing may be opened
     files = source(tmp_path, condition=ConditionConfig(), validation_share=0.1)
     assert 17_500 < len(files) < 18_500
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "parquet"])
+def test_masks_of_0_and_1_train_as_black_and_white_and_are_said_once(folder, tmp_path, form):
+    half = np.zeros((40, 56), np.uint8)
+    half[:, :28] = 1
+    for file, line in zip(sorted((folder / "masks").iterdir()), read_metadata(folder), strict=True):
+        size = Image.open(folder / line["file_name"]).size
+        Image.fromarray(half).resize(size, Image.Resampling.NEAREST).save(file)
+    place = folder if form == "imagefolder" else to_parquet(folder, tmp_path / "rows.parquet").parent
+    with pytest.warns(
+        UserWarning, match="in the data holds only 0 and 1 of 255; it is read as black and white"
+    ) as said:
+        files = source(place, form)
+    assert len(said) == 1
+    masks = torch.stack([files[i].mask for i in range(len(files))])
+    assert masks.max() == 1 and masks.min() == 0 and 0.3 < masks.mean() < 0.7

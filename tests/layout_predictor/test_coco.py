@@ -106,3 +106,26 @@ def test_a_few_sentences_are_learned(tmp_path: Path) -> None:
 def test_64_sentences_are_learned_by_heart(tmp_path: Path) -> None:
     rate, count = overfitted(tmp_path, sentences=64, steps=400, width=96)
     assert count >= 60 and rate >= 0.95
+
+
+def test_boxes_without_an_area_are_left_out_and_counted(tmp_path: Path) -> None:
+    things = [
+        {"image_id": "7", "category_id": "1", "bbox": box} for box in ([1, 1, 40, 40], [5, 5, 9, 0], [500, 0, 9, 9])
+    ]
+    things += [
+        {"image_id": 7, "category_id": 2, "bbox": [50, 50, 40, 40]},
+        {"image_id": 8, "category_id": 2, "bbox": [0, 0, 9, 9]},
+    ]
+    content = {
+        "images": [{"id": 7, "width": 100, "height": 100}, {"id": "8", "width": 0, "height": 0}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": "2", "name": "dining_table"}],
+        "annotations": things,
+    }
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    with pytest.warns(UserWarning, match="3 of 5 boxes in .*instances.json are left out: no area in their image"):
+        (scene,) = CocoLayouts(path).scenes
+    assert sorted(scene.names) == ["cat", "dining table"]
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="no annotation file in MSCOCO's format .*nested too deep"):
+        CocoLayouts(path)

@@ -1,0 +1,91 @@
+"""Annotations in MSCOCO's format as they are met: ids as text or number, boxes without area, names with underscores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from localctl.layout_checks import Box
+from localctl.phrases import find_phrase
+
+_PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese"}
+_PLURALS |= {
+    "foot": "feet",
+    "tooth": "teeth",
+    "knife": "knives",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "shelf": "shelves",
+}
+_PLURALS |= {"scarf": "scarves", "wolf": "wolves", "calf": "calves", "half": "halves"}
+_SINGULARS = {plural: one for one, plural in _PLURALS.items()}
+
+
+def coco_id(value: Any) -> int | str:
+    """An id of an image or category, whether it was written as a number or as text: 7, "7" and 7.0 are one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    return int(text) if text.isdecimal() and len(text) < 20 else text
+
+
+def coco_box(values: Any, width: float, height: float) -> Box | None:
+    """COCO's (x, y, width, height) in pixels as xyxy in [0, 1], cut to the image. None for a box without an area in the
+    image, and for one that is empty or not finite. ValueError for anything else than four numbers."""
+    if values is None or (isinstance(values, (list, tuple)) and not values):
+        return None
+    try:
+        x, y, w, h = (float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"A COCO box is (x, y, width, height), not {str(values)[:80]}.") from None
+    if not all(map(math.isfinite, (x, y, w, h))) or not (width > 0 and height > 0):
+        return None
+    corners = (x / width, y / height, (x + w) / width, (y + h) / height)
+    left, top, right, bottom = (min(max(value, 0.0), 1.0) for value in corners)
+    return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def is_crowd(annotation: Any) -> bool:
+    """Whether an annotation is a crowd; some tools write the flag as text."""
+    return str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false")
+
+
+def spoken(name: str) -> str:
+    """A category as one says it: without underscores."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def places(prompt: str, name: str) -> list[tuple[str, int]]:
+    """Where a category stands in ``prompt``, in reading order: the words it is called there and which appearance of
+    these it is. Underscores and hyphens may be spaces, one may be many ("two persons", "people") and the other way."""
+    found: dict[tuple[int, int], tuple[str, int]] = {}
+    for form in _forms(name):
+        for occurrence, span in enumerate(find_phrase(prompt, form)):
+            found.setdefault(span, (form, occurrence))
+    ordered = sorted(found)
+    outer = [span for span in ordered if not any(o != span and o[0] <= span[0] and span[1] <= o[1] for o in ordered)]
+    return [found[span] for span in outer]
+
+
+def _forms(name: str) -> list[str]:
+    """What a category may be called in a prompt, its own name first."""
+    plain = spoken(name)
+    forms = [name.strip(), plain, plain.replace("-", " "), plain.replace(" ", "-")]
+    for form in tuple(forms[1:]):
+        start, space, last = form.rpartition(" ")
+        forms += [start + space + other for other in _numbers(last)]
+    return [form for form in dict.fromkeys(forms) if form]
+
+
+def _numbers(word: str) -> list[str]:
+    """Plurals of a word, and what it may be the plural of."""
+    lower = word.lower()
+    several = [lower + "s", lower + "es", lower[:-1] + "ies" if lower.endswith("y") else "", _PLURALS.get(lower, "")]
+    single = [_SINGULARS.get(lower, "")]
+    if lower.endswith("s") and not lower.endswith("ss") and len(lower) > 3:
+        single += [
+            lower[:-1],
+            lower[:-2] if lower.endswith("es") else "",
+            lower[:-3] + "y" if lower.endswith("ies") else "",
+        ]
+    return [form for form in (*several, *single) if form]

@@ -1,0 +1,94 @@
+"""What a layout may hold: bounds, and its boxes, masks, texts and numbers checked one by one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
+# A layout may be anybody's file. Text encoders read 77 tokens, and no region of words is shorter than one.
+MAX_SIDE, MAX_REGIONS, MAX_BOXES, MAX_STRENGTH = 8192, 256, 1024, 1000.0
+
+Box = tuple[float, float, float, float]
+
+
+def check_side(name: str, value: int | None) -> None:
+    """ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
+    if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
+        return
+    if value > MAX_SIDE:
+        raise ValueError(f"The {name} {shown(value)} is over {MAX_SIDE} pixels; generate a smaller image.")
+    near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+    raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
+
+
+def check_count(regions: int, what: str) -> None:
+    """ValueError for more regions than a layout may have. ``what``: begins the sentence."""
+    if regions > MAX_REGIONS:
+        raise ValueError(f"{what} has {regions} regions, more than {MAX_REGIONS}; leave the small ones out.")
+
+
+def check_text(what: str, text: str) -> None:
+    """ValueError for a text that holds half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds half a letter (a lone surrogate at {error.start}), as from a text that was cut or read in "
+            "another encoding; write it as UTF-8."
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """``value`` as a sentence may show it, however long it is or deeply nested."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"
+
+
+def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
+    """One box or several as a tuple of boxes."""
+    try:
+        several = list(box)
+        several = [several] if several and not isinstance(several[0], (list, tuple)) else several
+        if len(several) <= MAX_BOXES:
+            boxes = tuple(tuple(float(value) for value in one) for one in several)
+    except (TypeError, ValueError, OverflowError) as error:
+        shape = f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {shown(box)}."
+        raise ValueError(shape) from error
+    if len(several) > MAX_BOXES:
+        raise ValueError(f"The region {name} has {len(several)} boxes, more than {MAX_BOXES}; give it a mask.")
+    for one in boxes or ((),):
+        if len(one) != 4:
+            raise ValueError(f"The box of the region {name} is four numbers (x0, y0, x1, y1), not {shown(one)}.")
+        if not all(0 <= value <= 1 for value in one):  # NaN fails, too
+            raise ValueError(f"The box {one} of the region {name} leaves [0, 1]; divide pixels by width and height.")
+        if not (one[0] < one[2] and one[1] < one[3]):
+            raise ValueError(f"The box {one} of the region {name} is reversed or empty; it needs x0 < x1 and y0 < y1.")
+    return boxes  # type: ignore[return-value]
+
+
+def checked_mask(name: str, mask: Any) -> Tensor:
+    """(H,W) or (1,H,W) as float32 (1,H,W)."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != 1):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"The mask of the region {name} is a tensor (H, W) or (1, H, W), not {shape}.")
+    mask = mask.detach().float().cpu().reshape(1, *mask.shape[-2:])
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError(f"The mask of the region {name} has values outside [0, 1]; divide 8-bit values by 255.")
+    if not mask.any():
+        raise ValueError(f"The mask of the region {name} is empty; paint its place in white or leave the region out.")
+    return mask
+
+
+def is_number(value: Any) -> bool:
+    """Finite, and no integer beyond what a float holds."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
