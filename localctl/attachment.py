@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +14,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control, UNetInputs, add_residuals
+from localctl.control.compatible import check_unskipped
 from localctl.control.installation import Installation
+from localctl.control.mask_check import MaskCheck
+from localctl.control.methods import skipping_layers, uncompiled, wrapped
 from localctl.control.runs import UNetRun
-from localctl.control.schedule import outer_step, sigma_at
+from localctl.control.schedule import Visits, outer_step, sigma_at, steps_of_call
 from localctl.control.shifts import SchedulerShift, check_shiftable
 from localctl.control.sites import Site, attention_sites
 from localctl.layout import Layout, as_layouts
@@ -41,9 +43,9 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
 
     Raises:
         ValueError: at once if the controls do not fit the layouts, something is no control, or another thread has
-            attached to the U-Net, or the scheduler would lose what a control does to the latents; when ``pipe`` is
-            called, if prompt or size are not the layout's, a condition does not fit the picture or the U-Net, or the
-            call comes from another thread.
+            attached to the U-Net, the scheduler would lose what a control does to the latents, or something in the
+            U-Net would (a cache, weights without gradients); when ``pipe`` is called, if prompt or size are not the
+            layout's, a condition does not fit the picture or the U-Net, or the call comes from another thread.
     """
     missing = [name for name in ("unet", "scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
@@ -60,9 +62,16 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
     try:
         _check_thread(pipe.unet)  # after the hook: of two threads at the same moment at least one sees the other
         with (
-            _wrapped(pipe, "encode_prompt", before=attachment.begin_call),
+            wrapped(
+                pipe,
+                "encode_prompt",
+                before=attachment.begin_call,
+                within=lambda arguments: skipping_layers(pipe, arguments.get("clip_skip")),
+            ),
+            wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # the last thing before the first step
             # The last thing every pipeline does, on success; after an error the next call begins anew.
-            _wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
+            wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
+            uncompiled(pipe.unet),
         ):
             yield attachment
     finally:
@@ -88,12 +97,13 @@ class Attachment:
         self.layouts = tuple(layouts)
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
         self._movers = [control for control in self.bound if control.moves_latents]
-        self._check_scheduler()
+        self._check_pipe()
         self.thread = threading.get_ident()
-        self._installation = Installation()
+        self._installation = Installation(MaskCheck())
         self._scheduler_shift = SchedulerShift()
         self._sites: dict[tuple[int, int], list[tuple[Site, Attention]]] = {}
-        self._first_step: int | None = None  # of the running call; image-to-image does not begin at 0
+        self._visits: Visits = (None, None)  # of the running call
+        self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and how many it makes
         self._dtype: torch.dtype | None = None  # of the running call; the U-Net goes through all its layers to tell
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
@@ -105,11 +115,12 @@ class Attachment:
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Take the layout of each picture from what ``encode_prompt`` is given, the first thing a pipeline calls."""
-        self._layout_of_image = self._first_step = self._dtype = None
+        self._layout_of_image = self._steps = self._dtype = None
+        self._visits = (None, None)
         if threading.get_ident() != self.thread:
             raise ValueError("The pipeline was called from another thread than the one that attached to it; use one.")
         self.put_back()  # what an error in the call before may have left
-        self._check_scheduler()
+        self._check_pipe()
         prompt = arguments["prompt"]
         if prompt is None:  # then there are embeddings; the pipeline has checked that
             drawn = self._drawn(len(arguments["prompt_embeds"]))
@@ -128,6 +139,10 @@ class Attachment:
             control.begin_call(arguments)
         self._layout_of_image = tuple(index for index in drawn for _ in range(copies))  # as repeat_interleave
 
+    def begin_steps(self, arguments: Mapping[str, Any]) -> None:
+        """Take how many timesteps this call visits: image-to-image leaves out the first, ``denoising_end`` the last."""
+        self._visits = getattr(self.pipe, "_num_timesteps", None), arguments.get("total")
+
     def end_call(self, arguments: Mapping[str, Any]) -> None:
         """From here on, calls of the U-Net are none of ours."""
         self._layout_of_image = None
@@ -137,9 +152,12 @@ class Attachment:
         self._scheduler_shift.undo()
         self._installation.undo()
 
-    def _check_scheduler(self) -> None:
+    def _check_pipe(self) -> None:
+        """ValueError if something in the pipeline, put there now or since, would keep the controls from acting."""
         if self._movers:
             check_shiftable(self.pipe.scheduler)
+        if self.bound:
+            check_unskipped(self.pipe.unet)
 
     def _drawn(self, prompts: int) -> tuple[int, ...]:
         """The index of the layout of each of the prompts."""
@@ -246,8 +264,10 @@ class Attachment:
             )
         guided = rows == 2 * images  # [negative; positive], each one row per picture
         time = float(torch.as_tensor(timestep).flatten()[0])
-        step, num_steps = outer_step(self.pipe.scheduler, time)
-        first = self._first_step = step if self._first_step is None else self._first_step
+        step, _ = outer_step(self.pipe.scheduler, time)
+        if self._steps is None:
+            self._steps = steps_of_call(self.pipe.scheduler, time, self._visits)
+        first, num_steps = self._steps
         dtype = self._dtype = unet.dtype if self._dtype is None else self._dtype
         height, width = sample.shape[-2:]
         factor = self.pipe.vae_scale_factor
@@ -260,7 +280,7 @@ class Attachment:
                 )
         return CallContext(
             step=step - first,
-            num_steps=num_steps - first,
+            num_steps=num_steps,
             timestep=time,
             layout_of_row=layout_of_image * (2 if guided else 1),
             conditional=(False,) * (images if guided else 0) + (True,) * images,
@@ -268,33 +288,10 @@ class Attachment:
             image_size=image_size,
             device=sample.device,
             dtype=dtype,
-            sigma=sigma_at(self.pipe.scheduler, time),
+            sigma=functools.partial(sigma_at, self.pipe.scheduler, time),
         )
 
 
 def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The text context (R, K, C) in the arguments of the U-Net."""
     return args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-
-
-@contextmanager
-def _wrapped(instance: Any, name: str, before: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
-    """Call ``before`` with the bound arguments ahead of each call of a method, on this instance only."""
-    method, own = getattr(instance, name), vars(instance).get(name)
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        before(bound.arguments)
-        return method(*args, **kwargs)
-
-    setattr(instance, name, wrapper)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(instance, name)
-        else:
-            setattr(instance, name, own)

@@ -16,6 +16,9 @@ from torch import Tensor
 from localctl.settings import TIMESTEP_SAMPLINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# The smallest root that anything is divided by, where a schedule leaves no signal or no noise: diffusers' schedulers
+# take abar = 2**-24 there. The roots of real schedules lie above it.
+ROOT_FLOOR = 2**-12
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,9 @@ def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def x0_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x0 = (z_t - sqrt(1-abar) eps) / sqrt(abar). Not finite at abar = 0: see :func:`check_schedule`."""
+    """x0 = (z_t - sqrt(1-abar) eps) / sqrt(abar); finite at abar = 0, but says nothing: see :func:`check_schedule`."""
     signal, sigma = _roots(alpha_bar, noisy)
-    return ((noisy - sigma * eps) / signal).to(noisy.dtype)
+    return ((noisy - sigma * eps) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def x0_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -50,9 +53,9 @@ def x0_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def eps_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """eps = (z_t - sqrt(abar) x0) / sqrt(1-abar). Not finite at abar = 1."""
+    """eps = (z_t - sqrt(abar) x0) / sqrt(1-abar); finite at abar = 1."""
     signal, sigma = _roots(alpha_bar, noisy)
-    return ((noisy - signal * x0) / sigma).to(noisy.dtype)
+    return ((noisy - signal * x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def eps_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -62,15 +65,15 @@ def eps_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def v_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = (sqrt(abar) z_t - x0) / sqrt(1-abar). Not finite at abar = 1."""
+    """v = (sqrt(abar) z_t - x0) / sqrt(1-abar); finite at abar = 1."""
     signal, sigma = _roots(alpha_bar, noisy)
-    return ((signal * noisy - x0) / sigma).to(noisy.dtype)
+    return ((signal * noisy - x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def v_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = (eps - sqrt(1-abar) z_t) / sqrt(abar). Not finite at abar = 0."""
+    """v = (eps - sqrt(1-abar) z_t) / sqrt(abar); finite at abar = 0."""
     signal, sigma = _roots(alpha_bar, noisy)
-    return ((eps - sigma * noisy) / signal).to(noisy.dtype)
+    return ((eps - sigma * noisy) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -16,17 +16,16 @@ from localctl.layout_checks import (
     MAX_STRENGTH,
     Box,
     check_count,
-    check_side,
     check_text,
     checked_boxes,
     checked_mask,
     is_number,
-    shown,
 )
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
 from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 from localctl.sizes import check_side as check_side
+from localctl.sizes import shown
 
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
 

@@ -7,21 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
+from localctl.sizes import shown
+
 # A layout may be anybody's file. Text encoders read 77 tokens, and no region of words is shorter than one.
-MAX_SIDE, MAX_REGIONS, MAX_BOXES, MAX_STRENGTH = 8192, 256, 1024, 1000.0
+MAX_REGIONS, MAX_BOXES, MAX_STRENGTH = 256, 1024, 1000.0
 
 Box = tuple[float, float, float, float]
-
-
-def check_side(name: str, value: int | None) -> None:
-    """ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
-    if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
-        return
-    if value > MAX_SIDE:
-        raise ValueError(f"The {name} {shown(value)} is over {MAX_SIDE} pixels; generate a smaller image.")
-    near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
 
 
 def check_count(regions: int, what: str) -> None:
@@ -39,16 +30,6 @@ def check_text(what: str, text: str) -> None:
             f"{what} holds half a letter (a lone surrogate at {error.start}), as from a text that was cut or read in "
             "another encoding; write it as UTF-8."
         ) from None
-
-
-def shown(value: Any) -> str:
-    """``value`` as a sentence may show it, however long it is or deeply nested."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # ValueError: thousands of digits
-        return f"a {type(value).__name__} that is too large to show"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"
 
 
 def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:

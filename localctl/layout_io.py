@@ -20,8 +20,9 @@ from localctl.coco import coco_box, coco_id, is_crowd, places, spoken
 from localctl.files import first_line, parse_json, write_text
 from localctl.images import load_image
 from localctl.layout import Layout, Region
-from localctl.layout_checks import MAX_SIDE, SIZE_MULTIPLE, Box, check_count, shown
+from localctl.layout_checks import Box, check_count
 from localctl.masks import load_mask, mask_to_pil
+from localctl.sizes import MAX_SIDE, SIZE_MULTIPLE, shown
 
 Color = tuple[int, int, int]
 _LAYOUT_KEYS = ("prompt", "height", "width", "overlap", "regions")

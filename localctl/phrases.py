@@ -3,34 +3,73 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from localctl.layout import Layout
 
+# Quotes that keyboards and editors put in each other's place.
+_QUOTES = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\uff07`\u00b4", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\uff02", '"'),
+    }
+)
+
 
 def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
-    """[first, last) characters of every appearance of ``phrase`` as whole words, in any case and spacing."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
-    return [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", prompt, re.IGNORECASE)]
+    """[first, last) characters of every appearance of ``phrase`` as whole words, in any case and spacing, with accents
+    composed or not, and with any quotes."""
+    folded, places = _folded(prompt)
+    pattern = r"\s+".join(map(re.escape, _folded(phrase)[0].split()))
+    found = re.finditer(rf"(?<!\w){pattern}(?!\w)", folded, re.IGNORECASE)
+    return [(places[match.start()][0], places[match.end() - 1][1]) for match in found if match.group()]
 
 
-def token_positions(tokenizer: Any, layout: Layout) -> list[tuple[int, ...]]:
+def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """``text`` as tokenizers of CLIP bring it into one form, in NFC and lower case, with plain quotes besides; and for
+    each of its characters, the [first, last) characters of ``text`` that it stands for."""
+    # Where a character of its own begins: not at accents and vowel signs, nor within a Hangul syllable in parts.
+    starts = [
+        index
+        for index, letter in enumerate(text)
+        if not index or not (unicodedata.category(letter).startswith("M") or "\u1160" <= letter <= "\u11ff")
+    ]
+    parts, places = [], []
+    for first, last in pairwise([*starts, len(text)]):
+        part = unicodedata.normalize("NFC", text[first:last]).lower().translate(_QUOTES)
+        parts.append(part)
+        places += [(first, last)] * len(part)
+    return "".join(parts), places
+
+
+def token_positions(
+    tokenizer: Any, layout: Layout, convert: Callable[[str], str] | None = None
+) -> list[tuple[int, ...]]:
     """For each region, which positions of the text encoder's output are its phrase's; () for one without words.
 
     Args:
         tokenizer: a fast tokenizer (one that knows character offsets); its ``model_max_length`` is the limit.
         layout: its prompt is tokenised as a whole, with the start token at position 0.
+        convert: what the pipeline does to a prompt before it tokenises it.
 
     Raises:
         ValueError: more regions than tokens; a phrase behind the limit, where the text encoder does not see it; two
-            phrases that share a token; a slow tokenizer.
+            phrases that share a token; a phrase of which ``convert`` makes something else; a slow tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no character offsets; load the fast tokenizer of the base.")
-    coded = tokenizer(layout.prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+    spans = [layout.characters(region) for region in layout.regions]
+    prompt = layout.prompt
+    if convert is not None:
+        prompt, spans = _converted(layout, spans, convert)
+    coded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
     offsets: list[tuple[int, int]] = coded["offset_mapping"]
-    shown = " | ".join(layout.prompt[first:last] for first, last in offsets if last > first)
+    shown = " | ".join(prompt[first:last] for first, last in offsets if last > first)
     count = sum(last > first for first, last in offsets)
     worded = [region for region in layout.regions if region.phrase]
     if len(worded) > count:
@@ -38,8 +77,7 @@ def token_positions(tokenizer: Any, layout: Layout) -> list[tuple[int, ...]]:
     limit = tokenizer.model_max_length - 1  # the end token needs the last place
     positions: list[tuple[int, ...]] = []
     owner: dict[int, str] = {}
-    for region in layout.regions:
-        span = layout.characters(region)
+    for region, span in zip(layout.regions, spans, strict=True):
         own = () if span is None else tuple(_within(offsets, span))
         if any(position >= limit for position in own):
             raise ValueError(
@@ -60,8 +98,35 @@ def token_positions(tokenizer: Any, layout: Layout) -> list[tuple[int, ...]]:
 def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:
     """:func:`token_positions` of a pipeline; of both tokenizers where it has two: their outputs stand side by side."""
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
-    found = [token_positions(tokenizer, layout) for tokenizer in tokenizers if tokenizer is not None]
+    # Learned words of several vectors are written out, as the pipeline does it for each of its tokenizers.
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    found = [
+        token_positions(tokenizer, layout, convert and partial(convert, tokenizer=tokenizer))
+        for tokenizer in tokenizers
+        if tokenizer is not None
+    ]
     return [tuple(sorted(set().union(*several))) for several in zip(*found, strict=True)]
+
+
+def _converted(
+    layout: Layout, spans: list[tuple[int, int] | None], convert: Callable[[str], str]
+) -> tuple[str, list[tuple[int, int] | None]]:
+    """The prompt as it is tokenised, and where the phrases at ``spans`` are in it: it is converted part by part."""
+    prompt, whole = layout.prompt, convert(layout.prompt)
+    if whole == prompt:
+        return prompt, spans
+    edges = sorted({0, len(prompt), *(edge for span in spans if span is not None for edge in span)})
+    parts = [convert(prompt[first:last]) for first, last in pairwise(edges)]
+    if "".join(parts) != whole:
+        phrases = ", ".join(repr(region.phrase) for region in layout.regions if region.phrase)
+        raise ValueError(
+            f"The pipeline reads the prompt as {whole!r}, where the phrases {phrases} can't be followed; give phrases "
+            "that hold its learned words as a whole."
+        )
+    places = {0: 0}
+    for edge, part, before in zip(edges[1:], parts, edges, strict=False):
+        places[edge] = places[before] + len(part)
+    return whole, [None if span is None else (places[span[0]], places[span[1]]) for span in spans]
 
 
 def _within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:

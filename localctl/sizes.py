@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
+MAX_SIDE = 8192
 _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
 def check_side(name: str, value: int | None) -> None:
-    """ValueError unless ``value`` is a positive multiple of 8 or None."""
-    if value is None or (value > 0 and value % SIZE_MULTIPLE == 0):
+    """ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
+    if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
         return
+    if value > MAX_SIDE:
+        raise ValueError(f"The {name} {shown(value)} is over {MAX_SIDE} pixels; generate a smaller image.")
     near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
     raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
 
@@ -20,3 +24,13 @@ def typed_size(text: str) -> tuple[int, int] | None:
     """(height, width) of a size as people type it, WIDTHxHEIGHT like "512x768"; None for any other text."""
     found = _TYPED.fullmatch(text.strip())
     return (int(found[2]), int(found[1])) if found else None
+
+
+def shown(value: Any) -> str:
+    """``value`` as a sentence may show it, however long it is or deeply nested."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"

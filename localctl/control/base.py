@@ -22,13 +22,33 @@ from localctl.control.sites import Scores, Site
 from localctl.layout import Layout
 
 
+class _WhenAsked:
+    """A field that is a number, or a function which is asked for the number once, when somebody reads it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> float:
+        if instance is None:
+            return math.nan  # the field's default
+        value = vars(instance)[self.name]
+        if callable(value):
+            value = vars(instance)[self.name] = value()
+        return value
+
+    def __set__(self, instance: Any, value: float | Callable[[], float]) -> None:
+        vars(instance)[self.name] = value
+
+
 @dataclass(frozen=True)
 class CallContext:
     """Where one call of the U-Net stands.
 
     step, num_steps: the outer sampling step, 0 <= step < num_steps, of those this call of the pipeline makes (with
-        image-to-image not all of the schedule's). Schedulers of second order call the U-Net twice in one step.
-    timestep: what the U-Net was given. sigma: its noise level, sqrt((1 - abar) / abar).
+        image-to-image or ``denoising_end`` not all of the schedule's). Schedulers of second order call the U-Net twice
+        in one step.
+    timestep: what the U-Net was given. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0; may be
+        given as a function, which is called when a control reads it.
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
@@ -44,7 +64,7 @@ class CallContext:
     image_size: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
-    sigma: float = math.nan
+    sigma: _WhenAsked = _WhenAsked()
 
     @property
     def guided_rows(self) -> slice:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 
+from localctl.control.mask_check import MaskCheck
 from localctl.control.sites import Site, SteeredProcessor
 
 if TYPE_CHECKING:
@@ -28,18 +32,25 @@ def _holder(attn: Attention) -> Any:
 
 
 class Installation:
-    """The processors that are wrapped for one call of the U-Net, to be put back after it."""
+    """The processors that are wrapped for one call of the U-Net, to be put back after it.
 
-    def __init__(self) -> None:
+    While any is, what ``torch.compile`` has compiled runs as it is written: a graph would be made for these very
+    wrappers, and again for those of each step. ``check`` looks at their outputs.
+    """
+
+    def __init__(self, check: MaskCheck | None = None) -> None:
+        self.check = check
         self._originals: list[tuple[dict[str, Any], Any]] = []
+        self._uncompiled = ExitStack()
 
     def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
         """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
         holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
-            self._originals.append((holder, current))
+            self._keep(holder, current)
             current = holder["processor"] = SteeredProcessor(current, site)
+            current.check = self.check
         current.users.append((user, context))
 
     def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
@@ -51,11 +62,17 @@ class Installation:
             wrapper = SteeredProcessor(inner, site)
             wrapper.users.extend(users)
         if users or inner is not current:
-            self._originals.append((holder, current))
+            self._keep(holder, current)
             holder["processor"] = wrapper if users else inner
+
+    def _keep(self, holder: dict[str, Any], processor: Any) -> None:
+        if not self._originals and "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        self._originals.append((holder, processor))
 
     def undo(self) -> None:
         """Put the very same processors back; a second time does nothing."""
         while self._originals:
             holder, original = self._originals.pop()
             holder["processor"] = original
+        self._uncompiled.close()

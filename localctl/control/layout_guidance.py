@@ -22,6 +22,7 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, EndOfRun, RunUNet, check_window
+from localctl.control.compatible import check_gradients
 from localctl.control.guidance_sites import choose_sites
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions
@@ -47,8 +48,9 @@ class LayoutGuidance(Control):
         early_exit: end each run of the U-Net behind the last site that is needed.
 
     Raises:
-        ValueError: a number out of range, a window that is none; when attached, sites that the U-Net does not have, a
-            scheduler that cannot be guided, or as for :func:`localctl.phrases.token_positions`.
+        ValueError: a number out of range, a window that is none; when attached, sites that the U-Net does not have,
+            weights that let no gradients pass, a scheduler that cannot be guided, or as for
+            :func:`localctl.phrases.token_positions`.
     """
 
     scale: float = 30.0
@@ -72,6 +74,7 @@ class LayoutGuidance(Control):
             raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        check_gradients(pipe.unet, "LayoutGuidance")
         names = choose_sites(pipe.unet, self.sites)
         return BoundGuidance(self, BoundRegions(pipe, layouts, self.mask_resize), names)
 

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+# The signal that is left where a schedule says none is (rescale_betas_zero_snr): diffusers' own, in the schedulers that
+# need a finite noise level. sigma is then 4096.
+SIGNAL_FLOOR = 2**-24
+
+Visits = tuple[int | None, int | None]  # see steps_of_call
+
 
 def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
     """Which of the outer sampling steps ``timestep`` belongs to, and how many there are.
@@ -16,14 +22,36 @@ def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
     scheduler keeps one, tells the visits apart. ValueError for a timestep that is not on the schedule.
     """
     times = _times(scheduler)
+    return _outer_step(scheduler, times, _position(scheduler, times, timestep))
+
+
+def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)) -> tuple[int, int]:
+    """The first outer step of a call of the pipeline that begins at ``timestep``, and how many outer steps it makes.
+
+    ``visits``: what a pipeline says of it, as far as it does: how many of the schedule's timesteps it visits, which
+    several count before ``denoising_end`` cuts them; and the total of its progress bar, which are outer steps, or
+    timesteps where the call ends early. ValueError as for :func:`outer_step`.
+    """
+    times = _times(scheduler)
     position = _position(scheduler, times, timestep)
+    first, num_steps = _outer_step(scheduler, times, position)
+    visited, total = visits
+    if total is not None and total != num_steps - first and (visited is None or total < visited):
+        visited = total
+    if visited is None or position + visited >= len(times):
+        return first, num_steps - first
+    last, _ = _outer_step(scheduler, times, position + max(visited, 1) - 1)
+    return first, last - first + 1
+
+
+def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int, int]:
     order: int = getattr(scheduler, "order", 1)
     if order > 1:
         return position // order, -(-len(times) // order)
     # PNDM repeats a timestep while it warms up. If it starts with Runge-Kutta, it has half steps as well, and the
     # count below is out by one at most.
     distinct = [time for time, _ in itertools.groupby(times)]
-    position = distinct.index(timestep)
+    position = distinct.index(times[position])
     num_steps = min(scheduler.num_inference_steps or len(distinct), len(distinct))
     return position * num_steps // len(distinct), num_steps
 
@@ -32,14 +60,16 @@ def sigma_at(scheduler: Any, timestep: float) -> float:
     """The noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
 
     Schedulers that choose their noise levels themselves (``sigmas``: Euler, DPM++, LMS, with Karras' spacing too) are
-    taken at their word, the others by ``alphas_cumprod`` at the timestep. ValueError for a timestep off the schedule.
+    taken at their word, the others by ``alphas_cumprod`` at the timestep. Where no signal is left, sigma is what
+    ``SIGNAL_FLOOR`` makes it. ValueError for a timestep off the schedule.
     """
     times = _times(scheduler)
     position = _position(scheduler, times, timestep)
     sigmas = getattr(scheduler, "sigmas", None)
     # DPM2 keeps the levels of the steps in between elsewhere; the timestep says them, too.
     if sigmas is not None and len(sigmas) > position and not hasattr(scheduler, "sigmas_interpol"):
-        return float(sigmas[position])
+        sigma = float(sigmas[position])
+        return sigma if math.isfinite(sigma) else math.exp(_log_level(0.0))
     last = len(scheduler.alphas_cumprod) - 1
     timestep = min(max(timestep, 0.0), float(last))
     below = int(timestep)  # this runs at every call of the U-Net, so only the two neighbours are looked at
@@ -48,6 +78,7 @@ def sigma_at(scheduler: Any, timestep: float) -> float:
 
 
 def _log_level(abar: float) -> float:
+    abar = min(max(abar, SIGNAL_FLOOR), 1 - SIGNAL_FLOOR)
     return math.log((1 - abar) / abar) / 2
 
 
@@ -60,5 +91,9 @@ def _position(scheduler: Any, times: list[float], timestep: float) -> int:
     found = [position for position, time in enumerate(times) if time == timestep]
     if not found:
         raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")
-    index: Any = getattr(scheduler, "step_index", None)
-    return index if index in found else found[0]
+    # Before the first step only the index to begin at is known, and that only where a call does not begin at 0.
+    for name in ("step_index", "begin_index"):
+        index: Any = getattr(scheduler, name, None)
+        if index is not None:
+            return index if index in found else found[0]
+    return found[0]

@@ -6,7 +6,7 @@ Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q qu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -201,6 +201,7 @@ class SteeredProcessor(nn.Module):
         self.inner = inner
         self.site = site
         self.users: list[User] = []
+        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # of the output under a mask
         # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
         self.__dict__["__call__"] = inner.__call__
 
@@ -214,9 +215,15 @@ class SteeredProcessor(nn.Module):
     ) -> Tensor:
         # With an IP-Adapter, the context is (text, pictures).
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        if hidden_states.shape[1] != self.site.cells:
+            raise ValueError(
+                f"The attention layer {self.site.name} was given {hidden_states.shape[1]} cells in place of "
+                f"{self.site.cells}, so controls cannot tell places; take off what merges or splits them (ToMe or "
+                "HyperTile, for example)."
+            )
         context = self.users[0][1]
         scores = Scores(attn, hidden_states, text, attention_mask, context.guided_rows)
-        chunk = min((user.max_queries(self.site, scores) for user, _ in self.users), default=self.site.cells)
+        chunk = min(user.max_queries(self.site, scores) for user, _ in self.users)
         parts = [slice(first, first + chunk) for first in range(0, hidden_states.shape[1], chunk)]
         if self.site.cross or len(parts) == 1:
             # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
@@ -224,6 +231,8 @@ class SteeredProcessor(nn.Module):
             mask = self._mask(attn, scores, bias, slice(None))
             with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
                 output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+            if bias is not None and self.check is not None:
+                self.check(attn, self.inner, scores, mask, output)
             return self._mixed(attn, hidden_states, encoder_hidden_states, output, **kwargs)
         return self._in_parts(attn, scores, parts, **kwargs)
 
@@ -282,6 +291,8 @@ class SteeredProcessor(nn.Module):
         full = torch.zeros(
             rows, *bias.shape[1:], device=bias.device, dtype=torch.float32 if upcast else scores.query.dtype
         )
+        if full.dtype != torch.float32:  # a large noise level can leave half precision, and inf - inf is not a number
+            bias = bias.clamp(*(sign * torch.finfo(full.dtype).max / 2 for sign in (-1, 1)))
         full[scores.guided] = bias.to(full.dtype)
         full = full.flatten(0, 1)  # (R*H,q,K)
         if mask is None:

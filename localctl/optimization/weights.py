@@ -21,8 +21,10 @@ from tqdm import tqdm
 from localctl.attachment import attach
 from localctl.base import set_scheduler
 from localctl.control.base import BoundControl, Control
+from localctl.control.compatible import check_gradients
 from localctl.control.runs import without_gradients
 from localctl.control.spacetime import SpaceTimeAttention, description
+from localctl.diffusion import check_schedule
 from localctl.layout import Layout, as_layouts
 from localctl.metrics.clip import Clip
 from localctl.optimization.differentiable import decode, encode, is_differentiable, sample_latents
@@ -106,7 +108,8 @@ def optimize_weights(
         checkpointing: the memory of one step, at the price of a second run of each; without, that of all steps.
 
     Raises:
-        ValueError: no region has a description; a control moves latents; a loss is not finite; or as for ``attach``.
+        ValueError: no region has a description; a control moves latents; weights let no gradients pass; a schedule or a
+            loss has no finite values; or as for ``attach``.
     """
     control = control or OptimizedSpaceTime()
     if control.weights is not None:
@@ -115,6 +118,7 @@ def optimize_weights(
         raise ValueError(f"The number of steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
         raise ValueError("No region of the layout has a phrase or a prompt, so there are no weights; give it one.")
+    check_gradients(pipe.unet, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor)
     weights = control.step_weights(layout, num_inference_steps).requires_grad_()
@@ -126,6 +130,8 @@ def optimize_weights(
             raise ValueError("Weights cannot be optimised beside controls that move latents; leave LayoutGuidance out.")
         conditioning = encode(pipe, layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
+        visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]
+        check_schedule(visited, pipe.scheduler.config.prediction_type)
         total = control.epochs * len(pipe.scheduler.timesteps)
         with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
             options: dict[str, Any] = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}

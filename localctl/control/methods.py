@@ -1,0 +1,83 @@
+"""Methods of a pipeline, watched or mended on one instance for a while."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+Arguments = Mapping[str, Any]
+
+
+@contextmanager
+def wrapped(
+    instance: Any,
+    name: str,
+    before: Callable[[Arguments], None],
+    within: Callable[[Arguments], AbstractContextManager[None]] = lambda arguments: nullcontext(),
+) -> Iterator[None]:
+    """Call ``before`` with the bound arguments ahead of each call of a method, on this instance only; both calls run
+    ``within`` what that returns for the arguments."""
+    method, own = getattr(instance, name), vars(instance).get(name)
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        with within(bound.arguments):
+            before(bound.arguments)
+            return method(*args, **kwargs)
+
+    setattr(instance, name, wrapper)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(instance, name)
+        else:
+            setattr(instance, name, own)
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """``module`` without the graph that ``module.compile()`` runs it by, hooks included; its parts keep theirs."""
+    own = vars(module).get("_compiled_call_impl")
+    if own is None:
+        yield
+        return
+    module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = own
+
+
+@contextmanager
+def skipping_layers(pipe: Any, clip_skip: int | None) -> Iterator[None]:
+    """Text encoders as ``encode_prompt`` expects them with a ``clip_skip``.
+
+    diffusers looks for a CLIP's last norm in ``text_encoder.text_model``, which transformers 5 has no more: the text
+    encoder answers to that name for a while. ValueError for a number of layers that an encoder does not have.
+    """
+    if clip_skip is None:
+        yield
+        return
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    found = [encoder for encoder in encoders if encoder is not None]
+    xl = getattr(pipe, "text_encoder_2", None) is not None  # takes the last layer but one without any skip
+    most = min((encoder.config.num_hidden_layers for encoder in found), default=0) - xl
+    if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
+        raise ValueError(f"clip_skip is a whole number from 0 to {most} with this base, not {clip_skip!r}.")
+    bare = [encoder for encoder in found if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model")]
+    for encoder in bare:
+        vars(encoder)["text_model"] = encoder  # not as a submodule, which would make it a part of itself
+    try:
+        yield
+    finally:
+        for encoder in bare:
+            del vars(encoder)["text_model"]
