@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow
 from localctl.data.config import DataConfig
+from localctl.data.fingerprint import fingerprints
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, draw_geometry, geometry, same_shape, to_array
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Columns, FolderRows, ImageFolderRows, Row, Rows
@@ -76,12 +79,14 @@ class FileSource:
         return self.rows.keys[self.indices[index]]
 
     @property
+    def fingerprints(self) -> dict[str, Any]:
+        """Of names, captions and files, as :func:`localctl.data.fingerprint.fingerprints` has them."""
+        return fingerprints(self.rows, self.indices)
+
+    @property
     def fingerprint(self) -> str:
-        """Changes when examples come, go or change places; not when a picture changes."""
-        digest = hashlib.sha256()
-        for index in self.indices:
-            digest.update(self.rows.keys[index].encode(errors="replace") + b"\0")
-        return digest.hexdigest()
+        """All of them in one."""
+        return hashlib.sha256(json.dumps(self.fingerprints).encode()).hexdigest()
 
     def visit(self, ref: SampleRef, seed: int) -> Example:
         """Example ``ref.sample`` as seen in epoch ``ref.epoch``: crop, flip and choice among several captions are drawn

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,10 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
+
+    def captions(self) -> Iterator[Any] | None:
+        """Every row's caption as it was found; None where each is a file of its own, or there are none."""
+        ...
 
 
 class ImageFolderRows:
@@ -104,6 +108,11 @@ class ImageFolderRows:
 
         return make_row(part, self.columns, self.has_masks, values.get(self.columns.caption or ""))
 
+    def captions(self) -> Iterator[Any] | None:
+        """As in :class:`Rows`, from memory."""
+        name = self.columns.caption
+        return (_parse(line).get(name) for _, line in self._lines) if name else None
+
 
 class FolderRows:
     """A folder per example (the innermost ones below ``root``) with a picture, a condition, perhaps a mask, named by
@@ -136,6 +145,9 @@ class FolderRows:
             return find_file(what, found, folder, (self.root,))
 
         return make_row(part, self.columns, self.has_masks, self._caption(folder))
+
+    def captions(self) -> None:
+        """As in :class:`Rows`: files."""
 
     def _caption(self, folder: Path) -> str | None:
         if self.columns.caption is None:

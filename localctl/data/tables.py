@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from localctl.data.bad import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, unique
+
+_AT_ONCE = 10_000  # cells of a column
 
 
 class TableRows:
@@ -50,6 +52,27 @@ class TableRows:
             return find_file(what, values[name], self._roots[0], self._roots)
 
         return make_row(part, columns, self.has_masks, values[columns.caption] if columns.caption else None)
+
+    def captions(self) -> Iterator[Any] | None:
+        """As in :class:`Rows`, from the Arrow table."""
+        return None if self.columns.caption is None else self._cells(self.columns.caption)
+
+    def _cells(self, name: str) -> Iterator[Any]:
+        """A column; None for a cell that cannot be read."""
+        column = self._table.select_columns([name])
+        for first in range(0, len(self), _AT_ONCE):
+            last = min(first + _AT_ONCE, len(self))
+            try:
+                yield from column[first:last][name]
+            except (OSError, ValueError):  # of one of them
+                yield from (_cell(column, name, index) for index in range(first, last))
+
+
+def _cell(column: Any, name: str, index: int) -> Any:
+    try:
+        return column[index][name]
+    except (OSError, ValueError):
+        return None
 
 
 def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:

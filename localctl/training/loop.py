@@ -94,7 +94,9 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, sc
     state = new_state(settings, accelerator)
     state.models.check_size(*first.pixels.shape[-2:])
     world_size, precision = accelerator.num_processes, accelerator.mixed_precision
-    state.info = describe(settings, train, state.models.frozen, world_size=world_size, precision=precision)
+    pipe = state.models.pipe
+    base = {"pipeline": pipe, **pipe.components}
+    state.info = describe(settings, train, base, world_size=world_size, precision=precision)
     if checkpoint is not None:
         before = verify_checkpoint(checkpoint)["info"]
         check_unchanged(before, state.info, force=settings.force_resume, say=say)

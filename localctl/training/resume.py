@@ -10,11 +10,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
 from localctl.run.record import MASKED, flat, recorded
+from localctl.training import fingerprint
 from localctl.training.settings import TrainSettings
 
 # Setting, or section of settings -> why it may change when a run is continued. Whatever is not named here may not.
@@ -64,18 +65,21 @@ def is_free(key: str) -> bool:
 
 
 def describe(
-    settings: TrainSettings, source: Source, frozen: Mapping[str, nn.Module], *, world_size: int, precision: str
+    settings: TrainSettings, source: Source, base: Mapping[str, Any], *, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """What a checkpoint's manifest records of its run, without secrets.
+    """What a checkpoint's manifest records of its run, without secrets. ``base``: the pipeline's components by name,
+    and itself as ``pipeline``.
 
-    settings; config_sha256 of those that may not change; data and base: fingerprints; world_size: processes;
-    precision: of the frozen parts' arithmetic; versions of the libraries.
+    settings; config_sha256 of those that may not change; data and base: fingerprints, by what they are of;
+    base_first_values: as checkpoints were told apart before; world_size: processes; precision: of the frozen parts'
+    arithmetic; versions of the libraries.
     """
     return {
         "settings": recorded(settings),
         "config_sha256": config_hash(settings),
         "data": data_fingerprint(source),
-        "base": weights_fingerprint(frozen),
+        "base": fingerprint.fingerprints(base),
+        "base_first_values": weights_fingerprint(base),
         "world_size": world_size,
         "precision": precision,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
@@ -88,11 +92,11 @@ def config_hash(settings: TrainSettings) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def data_fingerprint(source: Source) -> str:
-    """A data set's own ``fingerprint``, if it has one; else of its size and of a few samples spread over it."""
-    own = getattr(source, "fingerprint", None)
+def data_fingerprint(source: Source) -> dict[str, Any]:
+    """A data set's own ``fingerprints``, if it has any; else of its size and of a few samples spread over it."""
+    own = getattr(source, "fingerprints", None)
     if own is not None:
-        return str(own() if callable(own) else own)
+        return dict(own)
     digest, count = hashlib.sha256(str(len(source)).encode()), len(source)
     for index in sorted({i * (count - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}):
         try:
@@ -102,22 +106,18 @@ def data_fingerprint(source: Source) -> str:
             continue
         digest.update(json.dumps([example.key, example.caption]).encode())
         for tensor in (example.pixels, example.condition):
-            digest.update(_bytes(tensor))
-    return digest.hexdigest()
+            digest.update(fingerprint.as_bytes(tensor))
+    return {"samples in the data": digest.hexdigest()}
 
 
-def weights_fingerprint(parts: Mapping[str, nn.Module]) -> str:
-    """Of names, shapes and the first values of all parameters: tells bases apart without reading gigabytes."""
+def weights_fingerprint(parts: Mapping[str, Any]) -> str:
+    """Of names, shapes and the first values of all parameters: all that checkpoints of before know of their base."""
     digest = hashlib.sha256()
-    for part in sorted(parts):
+    for part in sorted(name for name, module in parts.items() if isinstance(module, nn.Module)):
         for name, parameter in parts[part].named_parameters():
             digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
-            digest.update(_bytes(parameter.detach().flatten()[:16].float()))
+            digest.update(fingerprint.as_bytes(parameter.detach().flatten()[:16].float()))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -137,10 +137,38 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name, meaning in (("world_size", "processes"), ("precision", "precision")):
         if before.get(name) != now[name]:
             lines.append(f"{meaning}: {before.get(name)} -> {now[name]}")
-    for name, meaning in (("data", "samples in the data"), ("base", "weights of the base")):
-        if before.get(name) != now[name]:
-            lines.append(f"{meaning}: {str(before.get(name))[:12]} -> {now[name][:12]}")
+    if is_old(before):
+        same = before["data"] in now["data"].values(), before["base"] == now["base_first_values"]
+        names = ("samples in the data", "weights of the base")
+        return lines + [f"{name}: others than before" for name, right in zip(names, same, strict=True) if not right]
+    for name in ("data", "base"):
+        known = before.get(name)
+        lines += _content_changes(known, now[name]) if isinstance(known, Mapping) else [f"{name}: {known} -> known"]
     return lines
+
+
+def is_old(before: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint knows of its data no more than names, of its base no more than the first values."""
+    return isinstance(before.get("data"), str) and isinstance(before.get("base"), str)
+
+
+def _content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Of one kind of fingerprints. What ``before`` does not know yet, as a new version of a library or of ours may
+    look at more, is not compared."""
+    gone = [name for name in before if name not in now and "." not in name]
+    lines = [f"{name}: {_short(before[name])} -> gone" for name in gone]
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    if {COUNT, NAMES}.intersection(changed):  # row by row nothing can be compared
+        changed = [name for name in changed if name in (COUNT, NAMES)]
+    return lines + [f"{name}: {_short(before[name])} -> {_short(now[name])}" for name in changed]
+
+
+def _short(value: Any) -> str:
+    """A digest's beginning, any other value whole, unless it is long."""
+    text = str(value)
+    if isinstance(value, str) and len(text) == 64:
+        return text[:12]
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_unchanged(
@@ -159,6 +187,11 @@ def check_unchanged(
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
         say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
     lines = changes(before, now)
+    if is_old(before):
+        say(
+            "The checkpoint was written before captions, files and the base's settings were remembered; only the names "
+            "of the examples and the first values of the base's weights could be compared."
+        )
     if lines and not force:
         raise ValueError(
             "These changed since the checkpoint, so another run would begin in the middle of this one; take them back, "

@@ -69,7 +69,7 @@ def test_what_changed_is_listed_old_to_new_and_can_be_forced():
     lines = changes(described(first), described(second, count=7, bias=1.0, world_size=2, precision="bf16"))
     assert lines[:3] == ["loss.filter: sobel -> mse", "seed: 0 -> 3", "learning_rate: 0.003 -> 0.0001"]
     assert lines[3:5] == ["processes: 1 -> 2", "precision: no -> bf16"]
-    assert [line.partition(":")[0] for line in lines[5:]] == ["samples in the data", "weights of the base"]
+    assert [line.partition(":")[0] for line in lines[5:]] == ["samples in the data", "weights of unet"]
     said: list[str] = []
     with pytest.raises(ValueError) as refused:
         check_unchanged(described(first), described(second), force=False, say=said.append)
@@ -111,10 +111,13 @@ def test_the_hash_is_of_what_may_not_change():
 
 
 def test_data_are_told_apart():
-    same = [data_fingerprint(MicroScenes(count=9)) for _ in range(2)]
+    def samples(source):
+        return data_fingerprint(source)["samples in the data"]
+
+    same = [samples(MicroScenes(count=9)) for _ in range(2)]
     others = [MicroScenes(count=10), MicroScenes(count=9, profile="rich"), MicroScenes("val", count=9)]
-    assert same[0] == same[1] and len({same[0], *(data_fingerprint(source) for source in others)}) == 4
-    assert data_fingerprint(MicroScenes(count=1))
+    assert same[0] == same[1] and len({same[0], *(samples(source) for source in others)}) == 4
+    assert samples(MicroScenes(count=1))
 
     class WithBadRows(MicroScenes):
         def __getitem__(self, index):
@@ -122,12 +125,47 @@ def test_data_are_told_apart():
                 raise ValueError("damaged")
             return super().__getitem__(index)
 
-    assert len({data_fingerprint(WithBadRows(count=n)) for n in (8, 9)} | {same[0]}) == 3
+    assert len({samples(WithBadRows(count=n)) for n in (8, 9)} | {same[0]}) == 3
 
     class Known(MicroScenes):
-        fingerprint = "mine"
+        fingerprints = {"captions": "mine"}
 
-    assert data_fingerprint(Known(count=3)) == "mine"
+    assert data_fingerprint(Known(count=3)) == {"captions": "mine"}
+
+
+def old_manifest(info: dict) -> dict:
+    """As it was written before contents were remembered."""
+    samples = info["data"].get("names of the examples") or info["data"]["samples in the data"]
+    return {**info, "data": samples, "base": info["base_first_values"]}
+
+
+def test_a_checkpoint_of_before_is_compared_as_before_and_says_so():
+    said: list[str] = []
+    check_unchanged(old_manifest(described()), described(), force=False, say=said.append)
+    assert len(said) == 1 and "could be compared" in said[0]
+    with pytest.raises(ValueError, match="samples in the data: others than before\n  weights of the base: others"):
+        check_unchanged(old_manifest(described()), described(count=7, bias=1.0), force=False, say=said.append)
+
+
+def test_what_a_checkpoint_does_not_know_is_not_compared():
+    """A newer version of a library has more keys, a newer one of ours looks at more."""
+    before = described()
+    before["base"]["unet.gone_key"] = 1
+    now = described()
+    now["base"] |= {"unet.new_key": 1, "scheduler.beta_end": 0.012}
+    now["data"]["captions"] = "abc"
+    assert changes(before, now) == []
+    before["base"]["weights of text_encoder_2"] = "d" * 64
+    before["data"] = {}
+    assert changes(before, now) == ["weights of text_encoder_2: dddddddddddd -> gone"]
+    assert changes({**before, "base": None}, now) == ["base: None -> known"]
+
+
+def test_where_rows_came_or_went_nothing_else_is_compared():
+    names = {"number of examples": 5, "names of the examples": "a", "captions": "b", "images": "c"}
+    before, now = described(), described()
+    before["data"], now["data"] = names, {**names, "number of examples": 6, "names of the examples": "x", "images": "y"}
+    assert changes(before, now) == ["number of examples: 5 -> 6", "names of the examples: a -> x"]
 
 
 def test_bases_are_told_apart(sd_pipe, v_pipe):
@@ -147,7 +185,8 @@ def test_the_manifest_says_what_was_trained(sd_folder, tmp_path):
     }  # fmt: skip
     assert all(len(entry["sha256"]) == 64 and entry["size"] > 0 for entry in manifest["files"].values())
     assert info["world_size"] == 1 and info["config_sha256"] == config_hash(settings)
-    assert info["data"] == data_fingerprint(MicroScenes(count=6)) and len(info["base"]) == 64
+    assert info["data"] == data_fingerprint(MicroScenes(count=6)) and len(info["base_first_values"]) == 64
+    assert len(info["base"]["weights of unet"]) == 64 and info["base"]["scheduler.prediction_type"] == "epsilon"
     assert info["versions"]["torch"] == torch.__version__ and info["settings"]["seed"] == 0
 
     resumed = replace(settings, resume_from_checkpoint="latest", max_train_steps=2)
