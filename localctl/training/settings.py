@@ -60,7 +60,10 @@ class AdapterConfig:
 
     null: as the adapter to continue from has it, or else as the base's U-Net wants it: ``full_adapter`` for SD 1.x and
     2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16), every
-    level_weights 1.
+    level weight 1.
+
+    dim_condition: with mask_condition, multiply the condition by the mask, as published, not only blank it outside.
+    level_weights: a factor of each feature level, finest first, like [1, 1, 0.5, 0.5]; kept in the adapter.
     """
 
     adapter_type: str | None = None
@@ -155,8 +158,15 @@ class EarlyStoppingConfig:
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """How the run is called at Weights & Biases, for report_to=wandb; null: as the variables WANDB_PROJECT, WANDB_NAME,
-    WANDB_RUN_GROUP, WANDB_TAGS, WANDB_NOTES and WANDB_JOB_TYPE say, and the project else ``localctl``."""
+    """How the run is called at Weights & Biases, for report_to=wandb; null = as wandb's own variables say.
+
+    project: where the run belongs; null = WANDB_PROJECT, else localctl.
+    name: of the run.
+    group: runs that belong together.
+    tags: words to find it by, like [canny, first].
+    notes: a longer text.
+    job_type: such as train.
+    """
 
     project: str | None = None
     name: str | None = None
