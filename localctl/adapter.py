@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,9 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         if mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
+        for weight in level_weights or ():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ValueError(f"level_weights are finite numbers from 0, one for each level, not {level_weights!r}.")
         self.adapter = T2IAdapter(
             in_channels=in_channels,
             channels=list(channels),

@@ -197,3 +197,9 @@ def test_adapters_saved_before_these_options_are_as_they_were(make_adapter: Make
     x = torch.rand(1, 2, 64, 64)
     for first, second in zip(adapter(x), LocalAdapter.from_pretrained(tmp_path)(x), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (float("nan"),) * 4, ("1",) * 4, (True,) * 4])
+def test_level_weights_that_are_none_are_said(make_adapter: MakeAdapter, weights: tuple) -> None:
+    with pytest.raises(ValueError, match="level_weights are finite numbers from 0, one for each level, not"):
+        make_adapter(level_weights=weights)

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,7 +38,9 @@ class LayoutGuidance(Control):
     Args:
         scale: factor of the energy's gradient.
         iterations: at most this many moves before each step.
-        threshold: a picture is not moved (again) once its energy is at most this; looked at anew in every step.
+        threshold: a picture is not moved (again) once its energy is at most this.
+        recheck: look anew in every step. False, as published: the energy is looked at after each move, the last one
+            included, and a picture that has once come to the threshold is left alone for the rest of the call.
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
             the first 10 of 50. Each region's own window applies within it; its strength weighs its part of the energy.
         sites: where the energy is read, each by the part of the U-Net and how much coarser than the latents it is:
@@ -61,6 +64,7 @@ class LayoutGuidance(Control):
     sites: tuple[str, ...] | None = None
     mask_resize: str = "area"
     early_exit: bool = True
+    recheck: bool = True
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
@@ -86,12 +90,17 @@ class BoundGuidance(BoundControl):
         self.control = control
         self.regions = regions
         self.sites = tuple(sites)
+        self._done: set[int] = set()  # pictures of this call that are left alone from here on
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        self._done = set()
 
     def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
         control = self.control
         if not context.within(control.start, control.end) or not control.scale:
             return None
-        left = [row for row, layout in enumerate(context.guided_layouts) if any(self.weights(layout, context))]
+        wanted = [row for row, layout in enumerate(context.guided_layouts) if any(self.weights(layout, context))]
+        left = [row for row in wanted if row not in self._done]
         # x -= scale * sigma^2 * grad_x, in the coordinates of the U-Net's input
         size = control.scale * context.sigma**2 / (1 + context.sigma**2)
         moved, any_move = latents.clone(), False
@@ -102,16 +111,18 @@ class BoundGuidance(BoundControl):
             if left:
                 moved[left] -= size * gradient
                 any_move = True
+            left = [row for row in left if row not in self._done]
         return moved - latents if any_move else None
 
     def _gradient(self, latents: Tensor, images: Sequence[int], run: RunUNet) -> tuple[Tensor, list[int]]:
-        """The energy's gradient for those of the pictures that are above the threshold, and which these are."""
+        """The energy's gradient for those of the pictures that are to be moved, and which these are: those above the
+        threshold; without ``recheck`` also those that have come to it, for the last time."""
         with torch.inference_mode(False):
             point = latents[list(images)].detach().requires_grad_()
         reader = EnergyReader(self)
         with run(point, images, reader):
             energy = reader.energy()  # (m,)
-            if not bool(((energy > self.control.threshold) | energy.isnan()).any()):
+            if self.control.recheck and not bool(((energy > self.control.threshold) | energy.isnan()).any()):
                 return point.detach()[:0], []
             # In half precision, a gradient times 30 keeps more digits.
             scale = max(self.control.scale, 1.0)
@@ -125,7 +136,11 @@ class BoundGuidance(BoundControl):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        chosen = (finite & (energy > self.control.threshold)).nonzero().flatten()
+        above = energy > self.control.threshold
+        if not self.control.recheck:
+            self._done |= {images[row] for row in (finite & ~above).nonzero().flatten().tolist()}
+            above = torch.ones_like(above)
+        chosen = (finite & above).nonzero().flatten()
         return gradient[chosen], [images[row] for row in chosen.tolist()]
 
     def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:

@@ -29,8 +29,15 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "w_self": 1.0,
             },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
-            "spacetime": {"weight": 1.0, "hide_phrases": True, "end": 0.7},
-            "spacetime_optimized": {"weight": 1.0, "hide_phrases": True, "end": 0.7, "learning_rate": 0.1},
+            # Its text encoder has read no "photo", only the names of the scenes' objects.
+            "spacetime": {"weight": 1.0, "hide_phrases": True, "end": 0.7, "template": "{}"},
+            "spacetime_optimized": {
+                "weight": 1.0,
+                "hide_phrases": True,
+                "end": 0.7,
+                "template": "{}",
+                "learning_rate": 0.1,
+            },
         },
     }
 )

@@ -31,6 +31,7 @@ from localctl.control.regions import BoundRegions, encode_texts
 from localctl.control.sites import Site
 from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
+from localctl.layout_predictor.words import DETERMINERS
 
 MIXES = ("convex", "released")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -39,12 +40,15 @@ _RELEASED_SUM = 5.0  # the published coefficients start at 5 / number of objects
 
 @dataclass(frozen=True)
 class SpaceTimeAttention(Control):
-    """Mix each region's local description into its place; the description is its ``prompt``, else its ``phrase``.
+    """Mix each region's local description into its place: its own ``prompt``, else its ``phrase`` in the template.
 
     Args:
         weight: of every object, times its region's strength; in [0, 1] with the convex mix, 0 = no effect. None: 0.5
             for ``convex``, 5 / number of objects for ``released``.
         schedule: ``constant``; ``linear`` or ``cosine`` fade from ``weight`` at ``start`` to 0 at ``end``.
+        template: what makes a description of an object's name, which takes the place of ``{}``; the name is a region's
+            phrase, or a prompt that is no more than its phrase with an article. Every other prompt stands as it is.
+            The published "a photo of {}"; "{}" takes the bare name.
         weights: (steps, regions) in place of weight, schedule and strengths, for one layout; or a sequence of such
             tensors, one per layout. The call must make that many steps. Windows still apply.
         mix: ``convex`` (the paper's equation) or ``released`` (the published code's; needs guidance).
@@ -67,6 +71,7 @@ class SpaceTimeAttention(Control):
     end: float = 1.0
     mask_resize: str = "area"
     hide_phrases: bool = False
+    template: str = "a photo of {}"
     weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +83,8 @@ class SpaceTimeAttention(Control):
             check_strength("weight", self.weight)
             if self.mix == "convex" and not 0 <= self.weight <= 1:
                 raise ValueError(f"The weight of a convex mix lies in [0, 1], not {self.weight}; 1 is the local text.")
+        if not isinstance(self.template, str) or self.template.count("{}") != 1:
+            raise ValueError(f"The template holds {{}} once, where the name comes, not {self.template!r}.")
         given = () if self.weights is None else (self.weights,) if isinstance(self.weights, Tensor) else self.weights
         for tensor in given:
             _check_weights(tensor, self.mix)
@@ -138,8 +145,25 @@ class SpaceTimeAttention(Control):
 
 
 def description(region: Region) -> str | None:
-    """The local description of a region; None for one without words."""
+    """What a region is described by, before any template; None for one without words."""
     return region.prompt or region.phrase
+
+
+def local_text(region: Region, template: str) -> str | None:
+    """The local description of a region, a name in its ``template``; None for one without words."""
+    own, phrase = region.prompt, region.phrase
+    if own is None or (phrase is not None and _bare(own) == _bare(phrase)):
+        name = own or phrase
+        return None if name is None else template.replace("{}", name)
+    return own
+
+
+def _bare(text: str) -> list[str]:
+    """Its words in lower case, without articles, numbers and the like before them."""
+    words = text.lower().split()
+    while len(words) > 1 and (words[0] in DETERMINERS or words[0].isdigit()):
+        words = words[1:]
+    return words
 
 
 def _check_weights(weights: Any, mix: str) -> None:
@@ -188,7 +212,7 @@ class _BoundSpaceTime(BoundControl):
             (layout, index): text
             for layout, scene in enumerate(self.regions.layouts)
             for index, region in enumerate(scene.regions)
-            if (text := description(region)) is not None
+            if (text := local_text(region, self.control.template)) is not None
         }
         texts = encode_texts(self.pipe, list(wanted.values()), arguments) if wanted else ()
         self._texts = dict(zip(wanted, texts, strict=True))

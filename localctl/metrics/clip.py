@@ -54,19 +54,22 @@ class Clip:
         """Pictures as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
         return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
 
-    def embed_pixels(self, pixels: Tensor) -> Tensor:
+    def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
-        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed."""
+        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and deviation off,
+        as CLIP was trained."""
         pixels = pixels.to(self.device, torch.float32)
         size = (self.side, self.side)
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return self._embed(pixels)
+        return self._embed(pixels, normalise)
 
-    def _embed(self, pixels: Tensor) -> Tensor:
+    def _embed(self, pixels: Tensor, normalise: bool = True) -> Tensor:
         """(B, 3, s, s) in [0, 1] -> (B, d)."""
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return self.model.visual_projection(self.model.vision_model((pixels - mean) / std).pooler_output)
+        if normalise:
+            mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
+            pixels = (pixels - mean) / std
+        return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

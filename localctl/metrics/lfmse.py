@@ -34,11 +34,15 @@ def _shrunk(image: np.ndarray) -> tuple[int, int]:
     return width // SHRINK, height // SHRINK
 
 
-def lfmse(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: str = "canny") -> tuple[float, float]:
+def lfmse(
+    prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: str = "canny", wrapped: bool = False
+) -> tuple[float, float]:
     """(in, out) of uint8 (H,W) each; NaN where undefined.
 
     in: mean squared difference to the target inside the mask. out: to 1 outside it. canny compares low frequencies;
     sobel the full pictures, each over its own maximum (the target's within the mask), undefined where that is 0.
+    wrapped: of sobel's ``out``, as in the published code, whose 1 - mask wraps round in uint8 and is nowhere 0: over the
+    whole picture, to 1 plus what the target has inside.
     """
     if method == "canny":
         inside = shrunk_mask(mask)
@@ -49,6 +53,8 @@ def lfmse(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: 
         if not visible.any() or not prediction.any():  # the published form divides by zero
             return float("nan"), float("nan")
         wanted, found = visible / visible.max(), prediction / prediction.max()
+        if wrapped:
+            return _mean((found - wanted)[inside] ** 2), _mean((found - 1 - wanted) ** 2)
     return _mean((found - wanted)[inside] ** 2), _mean((found - 1)[~inside] ** 2)
 
 
@@ -80,22 +86,24 @@ def _share(cells: np.ndarray, of: np.ndarray) -> float:
 class LFMSE(PerSample):
     """Low-frequency mean squared error, ``in``, ``out`` and ``tot`` = in + out, as :func:`lfmse`.
 
-    ValueError for an unknown method (``canny`` or ``sobel``).
+    ValueError for an unknown method (``canny`` or ``sobel``), and for ``wrapped`` without sobel.
     """
 
     columns = ("in", "out", "tot")
     higher_is_better = False
 
-    def __init__(self, method: str = "canny") -> None:
+    def __init__(self, method: str = "canny", wrapped: bool = False) -> None:
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"Unknown LFMSE method {method!r}; choose one of {', '.join(METHODS)}.")
-        self.method = method
+        if wrapped and method != "sobel":
+            raise ValueError(f"wrapped is of LFMSE's sobel alone, not of {method}; leave it out.")
+        self.method, self.wrapped = method, wrapped
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
         """Edge maps and masks of one shape, (H,W), (B,H,W) or (B,1,H,W), uint8 or [0,1]. ValueError otherwise."""
         for found, wanted, region in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
-            inside, outside = lfmse(found, wanted, region, self.method)
+            inside, outside = lfmse(found, wanted, region, self.method, self.wrapped)
             self.add((inside, outside, inside + outside))
 
 

@@ -23,10 +23,18 @@ class ClipObjective:
         layout: its prompt and those of its regions that have a description count.
         size: (height, width) of the pictures.
         region_factor: 5 as published.
+        normalise_pixels: as CLIP was trained; False gives it pixels in [0, 1], as the published code does.
     """
 
-    def __init__(self, clip: Clip, layout: Layout, size: tuple[int, int], region_factor: float = 5.0) -> None:
-        self.clip, self.region_factor = clip, region_factor
+    def __init__(
+        self,
+        clip: Clip,
+        layout: Layout,
+        size: tuple[int, int],
+        region_factor: float = 5.0,
+        normalise_pixels: bool = True,
+    ) -> None:
+        self.clip, self.region_factor, self.normalise_pixels = clip, region_factor, normalise_pixels
         masks = layout.masks(size)
         self.crops = [
             _box(mask[0])
@@ -40,7 +48,7 @@ class ClipObjective:
     def parts(self, pixels: Tensor) -> Tensor:
         """(1 + objects,): d of the whole picture, then of each object. ``pixels``: (1, 3, H, W) in [0, 1]."""
         views = [pixels, *(pixels[:, :, rows, columns] for rows, columns in self.crops)]
-        embedded = torch.cat([self.clip.embed_pixels(view) for view in views])
+        embedded = torch.cat([self.clip.embed_pixels(view, self.normalise_pixels) for view in views])
         return 1 - (torch.nn.functional.normalize(embedded, dim=-1) * self.texts).sum(dim=-1)
 
     def __call__(self, pixels: Tensor) -> Tensor:

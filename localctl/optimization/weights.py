@@ -42,6 +42,7 @@ class OptimizedSpaceTime(SpaceTimeAttention):
     Args:
         epochs, learning_rate: of Adam; 3 and 0.005 as published. A step of Adam moves a weight by about the rate.
         region_factor: what the regions' CLIP losses count beside the picture's.
+        normalise_pixels: show the CLIP pixels as it was trained on; False: in [0, 1], as the published code does.
         last_steps: gradients through so many of the last steps only; 0 = through all.
         clip: folder or hub id of a CLIPModel; ``auto``: the one in the base's folder, if any, else the published one.
 
@@ -52,6 +53,7 @@ class OptimizedSpaceTime(SpaceTimeAttention):
     epochs: int = 3
     learning_rate: float = 0.005
     region_factor: float = 5.0
+    normalise_pixels: bool = True
     last_steps: int = 0
     clip: str = "auto"
 
@@ -120,7 +122,7 @@ def optimize_weights(
         raise ValueError("No region of the layout has a phrase or a prompt, so there are no weights; give it one.")
     check_gradients(pipe.unet, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
-    objective = ClipObjective(clip, layout, (height, width), control.region_factor)
+    objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
     weights = control.step_weights(layout, num_inference_steps).requires_grad_()
     adam = torch.optim.Adam([weights], lr=control.learning_rate)
     noise = initial_noise(pipe, seed, height, width)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -311,3 +313,58 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayoutGuidance(**options)
+
+
+def moves_by_step(bound: BoundGuidance, energies: list[float], steps: int) -> list[int]:
+    """How often each step moves a picture whose energy is in turn as given, whatever the moves do."""
+    given = iter(energies)
+
+    class Reader(EnergyReader):
+        def energy(self) -> Tensor:
+            return next(given) + 0.0 * self.point.sum()
+
+    moves = []
+    for step in range(steps):
+        latents, count = torch.zeros(1, 4, 2, 2), 0
+
+        @contextmanager
+        def run(point: Tensor, images: Any, reader: Any) -> Iterator[None]:
+            nonlocal count
+            count += 1
+            reader.point = point
+            yield
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("localctl.control.layout_guidance.EnergyReader", Reader)
+            bound.shift_latents(context(step=step, layout_of_row=(0,), conditional=(True,)), latents, run)
+        moves.append(count)
+    return moves
+
+
+def test_once_at_the_threshold_is_for_good_as_published() -> None:
+    """The published loop: while the energy seen last is above the threshold, at most 5 times a step, look and move."""
+    energies = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9]
+    layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
+    seen, last, published = iter(energies), 10_000.0, []
+    for _ in range(3):
+        count = 0
+        while last > 0.2 and count < 5:
+            last, count = next(seen), count + 1
+        published.append(count)
+    assert published == [5, 3, 0]
+    for recheck, expected in ((False, published), (True, [5, 3, 5])):
+        control = LayoutGuidance(end=1.0, recheck=recheck)
+        bound = BoundGuidance(control, BoundRegions(bare_pipe(), [layout], "area"), ("mid",))
+        assert moves_by_step(bound, energies, 3) == expected
+        bound.begin_call({})
+        assert moves_by_step(bound, energies, 1) == [5]  # a new call begins anew
+
+
+def test_a_picture_that_comes_to_the_threshold_is_moved_once_more_as_published(
+    sd_pipe: StableDiffusionPipeline,
+) -> None:
+    options = {"scale": 3000.0, "threshold": 0.99, "end": 1.0}  # any energy is below
+    for recheck in (True, False):
+        guide = Watched(**options, recheck=recheck)
+        guided(sd_pipe, guide, num_inference_steps=3)
+        assert [bool(shift.any()) for shift in guide.shifts] == [not recheck, False, False]

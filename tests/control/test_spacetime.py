@@ -17,7 +17,7 @@ from localctl.control.installation import Installation
 from localctl.control.region_bias import RegionBias
 from localctl.control.regions import encode_texts
 from localctl.control.sites import Site
-from localctl.control.spacetime import SpaceTimeAttention
+from localctl.control.spacetime import SpaceTimeAttention, local_text
 from localctl.layout import Layout, Region
 
 SIZE = (6, 8)  # not square
@@ -27,8 +27,8 @@ SCENE = Layout("cat and dogs", regions=REGIONS)
 
 
 def encoded(pipe: Any, texts: list[str], arguments: Any) -> Tensor:
-    """(n, 5, 12): a fixed random context of each text."""
-    seeds = [TEXTS.index(text) for text in texts]
+    """(n, 5, 12): a fixed random context of each text, by what it is a photo of."""
+    seeds = [TEXTS.index(text.removeprefix("a photo of ")) for text in texts]
     return torch.stack([torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -107,6 +107,35 @@ def test_every_row_is_mixed_by_its_own_layout(attn: Attention) -> None:
         local = torch.stack([by_hand(attn, cells[row], encoded(None, [name], None)[0]) for name in names])
         expected = (1 - parts.sum(0)) * by_hand(attn, cells[row], text[row]) + (parts * local).sum(0)
         torch.testing.assert_close(output[row], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "prompt", "expected"),
+    [
+        ("white couch", None, "a photo of white couch"),
+        ("white couch", "the white couch", "a photo of the white couch"),  # as a predicted layout says it
+        ("bed", "The  bed", "a photo of The  bed"),
+        ("dogs", "two dogs", "a photo of two dogs"),
+        ("dogs", "their 3 dogs", "a photo of their 3 dogs"),
+        ("dog", "a tall dog", "a tall dog"),
+        ("cat", "an oil painting of a cat", "an oil painting of a cat"),
+        ("cat", "a photo of a cat", "a photo of a cat"),
+        ("{cat}", None, "a photo of {cat}"),
+        (None, "the cat", "the cat"),
+        (None, None, None),
+    ],
+)
+def test_the_published_description_of_a_name(phrase: str | None, prompt: str | None, expected: str | None) -> None:
+    region = Region(phrase, (0, 0, 1, 1), prompt=prompt)
+    assert local_text(region, SpaceTimeAttention().template) == expected
+    assert local_text(region, "{}") == (prompt or phrase)
+
+
+def test_the_template_is_what_is_encoded(sd_pipe: StableDiffusionPipeline) -> None:
+    whole = Layout(PROMPT, regions=(Region("cat", (0, 0, 1, 1)),))
+    with attach(sd_pipe, whole, SpaceTimeAttention(weight=1.0, template="{}")):
+        drawn = draw(sd_pipe)
+    torch.testing.assert_close(drawn, draw(sd_pipe, "cat"), rtol=0, atol=1e-5)
 
 
 def test_gradients_reach_weights_of_zero_and_of_one(attn: Attention) -> None:
@@ -195,7 +224,7 @@ def test_zero_is_plain_one_everywhere_is_the_local_text(kind: str, mix: str, req
         local = draw(pipe)
     assert (local - plain).abs().max() > 1e-4
     if mix == "convex" and kind != "sdxl_pipe":  # SDXL's pooled text stays the prompt's
-        torch.testing.assert_close(local, draw(pipe, "cat"), rtol=0, atol=1e-5)
+        torch.testing.assert_close(local, draw(pipe, "a photo of cat"), rtol=0, atol=1e-5)
     after = processors(pipe)
     assert all(after[name] is before[name] for name in before) and torch.equal(draw(pipe), plain)
 
@@ -235,6 +264,8 @@ def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
     [
         ({"mix": "sum"}, "Unknown mix 'sum'"),
         ({"schedule": "steep"}, "Unknown schedule 'steep'"),
+        ({"template": "a photo"}, "template holds {} once, where the name comes, not 'a photo'"),
+        ({"template": "{} and {}"}, "template holds {} once"),
         ({"weight": 1.2}, r"lies in \[0, 1\], not 1.2"),
         ({"weight": float("nan"), "mix": "released"}, "finite number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),

@@ -65,9 +65,9 @@ def test_settings_reach_their_rows() -> None:
     rows = controls_of_rows(["weight=0.7", "scheduled.schedule=cosine", "optimised.learning_rate=0.1"], "micro")
     assert rows == {
         "plain": (),
-        "constant": (SpaceTimeAttention(weight=0.7, hide_phrases=True, end=0.7),),
-        "scheduled": (SpaceTimeAttention(weight=0.7, schedule="cosine"),),
-        "optimised": (OptimizedSpaceTime(weight=0.7, learning_rate=0.1, hide_phrases=True, end=0.7),),
+        "constant": (SpaceTimeAttention(weight=0.7, hide_phrases=True, end=0.7, template="{}"),),
+        "scheduled": (SpaceTimeAttention(weight=0.7, schedule="cosine", template="{}"),),
+        "optimised": (OptimizedSpaceTime(weight=0.7, learning_rate=0.1, hide_phrases=True, end=0.7, template="{}"),),
     }
 
 

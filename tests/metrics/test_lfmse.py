@@ -127,3 +127,16 @@ def test_bad_values_and_no_values() -> None:
         rgb_batch(np.zeros((2, 8, 8), np.uint8))
     with pytest.raises(ValueError, match="from 0 to 1"):
         rgb_batch(-torch.ones(2, 3, 8, 8))
+
+
+def test_lfmse_out_of_the_shipped_code_that_wraps(golden: dict[str, np.ndarray]) -> None:
+    """1 - 255 is 2 in uint8, so that its "outside" is everywhere."""
+    with np.load(GOLDEN.with_name("training.npz"), allow_pickle=False) as arrays:
+        shipped = arrays["lfmse_sobel_out_shipped"]
+    metric = LFMSE("sobel", wrapped=True)
+    metric.update(golden["prediction_sobel"], golden["target_sobel"], golden["mask"])
+    np.testing.assert_allclose(metric.per_sample()[:, 1], shipped, rtol=1e-5)
+    np.testing.assert_allclose(metric.per_sample()[:, 0], golden["lfmse_sobel_in"], rtol=1e-5)
+    assert np.abs(shipped / golden["lfmse_sobel_out"] - 1).min() > 5e-3
+    with pytest.raises(ValueError, match="wrapped is of LFMSE's sobel alone, not of canny"):
+        LFMSE("canny", wrapped=True)

@@ -70,6 +70,19 @@ def test_the_objective_is_one_score_and_five_times_those_of_the_crops(clip: Clip
     )
 
 
+def test_pixels_may_be_shown_as_the_published_code_does(clip: Clip) -> None:
+    """In [0, 1], neither mean nor deviation taken off."""
+    layout = Layout("a red circle", regions=(Region("red circle", (0.25, 0, 0.75, 0.5)),))
+    pixels = torch.rand(1, 3, clip.side, clip.side, generator=torch.Generator().manual_seed(0))
+    raw, usual = (ClipObjective(clip, layout, (clip.side,) * 2, 0.0, normalise) for normalise in (False, True))
+    seen = clip.model.visual_projection(clip.model.vision_model(pixels).pooler_output)
+    text = clip.embed_texts(["a red circle"])
+    expected = 1 - torch.nn.functional.cosine_similarity(seen, text)
+    torch.testing.assert_close(raw(pixels), expected[0], rtol=1e-5, atol=1e-6)
+    assert (raw(pixels) - usual(pixels)).abs() > 1e-4
+    assert OptimizedSpaceTime().normalise_pixels
+
+
 @pytest.mark.parametrize("mix", ["convex", "released"])
 def test_the_loss_falls_and_the_pipeline_is_left_as_it_was(
     sd_pipe: StableDiffusionPipeline, clip: Clip, mix: str
