@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import pytest
 
 from localctl.run.messages import fail, warn, warning
+from localctl.run.program import one_sentence
 
 
 class Terminal(io.StringIO):
@@ -29,3 +31,21 @@ def test_warnings_and_failures_go_to_stderr(capsys: pytest.CaptureFixture[str]) 
     fail("tool", ValueError("no such thing"))
     found = capsys.readouterr()
     assert (found.out, found.err) == ("", "warning: dim\ntool: no such thing\n")
+
+
+def test_what_the_package_warns_of_in_a_program_reads_like_a_warning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @one_sentence("tool")
+    def main() -> int:
+        warnings.warn("dim", stacklevel=1)
+        warnings.warn("of a library", FutureWarning, stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        monkeypatch.setattr(warnings, "showwarning", warnings._showwarning_orig)  # type: ignore[attr-defined]
+        before = warnings.formatwarning
+        assert main() == 0 and warnings.formatwarning is before
+    error = capsys.readouterr().err
+    assert error.startswith("warning: dim\n") and "FutureWarning: of a library" in error
