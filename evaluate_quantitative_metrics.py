@@ -82,10 +82,11 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
     _check_against(args.against, folders)
     if args.clip is not None:
         raise ValueError("--clip scores captions, which plain folders do not have; leave it out, or see --extractor.")
-    from localctl.evaluation.plain import compare_folders, table  # after the flags: these load torch
+    from localctl.evaluation.plain import check_folders, compare_folders, table  # after the flags: these load torch
     from localctl.evaluation.provenance import write_bytes, write_json
     from localctl.metrics.extractors import load_extractor
 
+    check_folders(folders)
     extractor = load_extractor(args.extractor or "micro_clip", args.weights)
     content = compare_folders(folders, extractor, args.against or next(iter(folders)))
     write_json(args.output_dir / "metrics.json", content)

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from localctl.run.config import settings_or_help
-from localctl.run.messages import fail
+from localctl.run.messages import fail, plain_warnings
 from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 PROGRAM = "train_adapter.py"
 
 
+@plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""

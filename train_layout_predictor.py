@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 from localctl.layout_predictor.settings import ALIASES, LayoutTrainSettings
 from localctl.run.config import settings_or_help
-from localctl.run.messages import fail
+from localctl.run.messages import fail, plain_warnings
 
 CONFIG = "train_layout_predictor"
 PROGRAM = f"{CONFIG}.py"
 
 
+@plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""

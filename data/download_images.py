@@ -27,10 +27,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from localctl.run.arguments import Arguments
-from localctl.run.messages import fail
+from localctl.images import ImageError, open_image
 
-PROGRAM = "download_images.py"
 MANIFEST = "manifest.jsonl"
 SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
 OPT_OUT = ("noai", "noimageai")  # in X-Robots-Tag
@@ -42,11 +40,11 @@ class Refused(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the list was worked through, whatever failed; 2 after a mistake of the user's."""
+    args = parse(argv)
     try:
-        args = parse(argv)
         wanted = {item["url"]: item for item in read_list(args)}
     except ValueError as error:
-        fail(PROGRAM, error)
+        print(f"download_images.py: {error}", file=sys.stderr)
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     manifest = args.output / MANIFEST
@@ -66,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Arguments(PROGRAM, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--list", type=Path, required=True, help=".txt, .jsonl or .parquet")
     add("--output", type=Path, required=True, help="folder for pictures, captions and manifest.jsonl")
-    add("--url_column", default="url", help="where the list has the addresses")
-    add("--caption_column", default="text", help="where the list has the captions")
+    add("--url_column", default="url")
+    add("--caption_column", default="text")
     add("--timeout", type=float, default=15, help="seconds without an answer; a whole picture may take four times it")
     add("--max_bytes", type=int, default=20_000_000, help="larger files are not fetched")
     add("--threads", type=int, default=8, help="fetched at once")
     add("--retry", action="store_true", help="ask addresses again that failed before")
-    return parser.read(argv)
+    return parser.parse_args(argv)
 
 
 def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -112,8 +110,6 @@ def finished(manifest: Path, folder: Path, retry: bool) -> set[str]:
 
 def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The line of the manifest for one address; its files are written."""
-    from localctl.images import ImageError, open_image  # after the flags: this loads torch
-
     url = item["url"]
     try:
         content = download(url, args.timeout, args.max_bytes)

@@ -18,28 +18,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow, Problem, count_reasons
 from localctl.data.rows import EXTENSIONS, METADATA, captions_of
-from localctl.run.arguments import Arguments
-from localctl.run.messages import fail, warn
-from localctl.settings import FROM_PICTURE, ConditionConfig
-
-PROGRAM = "make_dataset.py"
+from localctl.images import ImageError, condition_to_pil, load_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when a data set was written; 2 after a mistake of the user's, named in one sentence."""
+    args = parse(argv)
     try:
-        args = parse(argv)
         pictures = find_pictures(args)
         captions = None if args.captions is None else read_captions(args.captions)
     except ValueError as error:
-        fail(PROGRAM, error)
+        print(f"make_dataset.py: {error}", file=sys.stderr)
         return 2
-    from localctl.images import ImageError  # after the flags: this loads torch
-
     lines, problems = [], []
     for picture in tqdm(pictures, desc="pictures", mininterval=1):
         name = picture.relative_to(args.images)
@@ -52,22 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         written.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         written.replace(args.output / METADATA)  # all or nothing
     for problem in problems:
-        warn(f"left out {problem.key}: {problem.detail}")
+        print(f"left out {problem.key}: {problem.detail}", file=sys.stderr)
     print(f"{len(lines)} examples in {args.output}; left out: {count_reasons(problems) or 'none'}")
     print(f"next: python -m localctl.data check data={args.format} data.path={args.output}")
     return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Arguments(PROGRAM, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with pictures, also in folders below it")
     add("--output", type=Path, required=True, help="a new folder")
-    add("--format", choices=("imagefolder", "folder"), default="imagefolder", help="of the data set")
+    add("--format", choices=("imagefolder", "folder"), default="imagefolder")
     add("--captions", type=Path, help="jsonl with file_name and text; default: a .txt beside each picture")
     add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write as files")
     add("--masks", type=Path, help="folder of masks named like the pictures, .png, white = controlled")
-    return parser.read(argv)
+    return parser.parse_args(argv)
 
 
 def find_pictures(args: argparse.Namespace) -> list[Path]:
@@ -102,11 +99,6 @@ def caption_of(picture: Path, name: str, captions: dict[str, str] | None) -> str
 
 def write_example(args: argparse.Namespace, picture: Path, name: Path, caption: str) -> dict[str, str]:
     """Write one example; its line of metadata. BadRow or ImageError before anything is written."""
-    import numpy as np
-
-    from localctl.conditions import extract
-    from localctl.images import condition_to_pil, load_image
-
     image = load_image(picture)
     mask = None if args.masks is None else args.masks / name.with_suffix(".png")
     if mask is not None and not mask.is_file():
@@ -129,7 +121,7 @@ def write_example(args: argparse.Namespace, picture: Path, name: Path, caption: 
         shutil.copyfile(mask, place("mask"))
         line["mask_file_name"] = places["mask"]
     for kind in args.condition:
-        edges = condition_to_pil(extract(ConditionConfig(kind=kind), np.asarray(image)))
+        edges: Image.Image = condition_to_pil(extract(ConditionConfig(kind=kind), np.asarray(image)))
         edges.save(place(kind))
         line[f"{kind}_file_name"] = places[kind]
     if args.format == "folder":

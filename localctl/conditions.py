@@ -1,13 +1,18 @@
 """Conditions: control images, float (C,H,W) in [0,1], taken from a picture or delivered by the data."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from localctl.settings import CHANNELS as CHANNELS
 from localctl.settings import FROM_PICTURE, ConditionConfig
+
+if TYPE_CHECKING:  # torch is imported where it is used
+    from torch import Tensor
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
@@ -31,6 +36,8 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
         condition = cv2.Canny(seen, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
     else:
         condition = _sobel(image)[..., None]  # (H,W,1)
+    import torch
+
     return torch.from_numpy(np.ascontiguousarray(condition.transpose(2, 0, 1), dtype=np.float32))
 
 

@@ -1,16 +1,19 @@
 """Pictures in and out: the only gate through which image files enter, and the drawing of overlays and sheets."""
 
+from __future__ import annotations
+
 import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
+    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16_000_000
@@ -80,6 +83,8 @@ def load_image(source: str | Path | bytes, name: str = "the picture") -> Image.I
 def to_pixels(picture: Image.Image) -> Tensor:
     """A picture as pixels (3,H,W) float32 in [-1,1]."""
     array = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (H,W,3)
+    import torch
+
     return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
@@ -88,6 +93,8 @@ def to_pil(pixels: Tensor) -> Image.Image:
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"Pixels must have shape (3, H, W), not {tuple(pixels.shape)}.")
     pixels = pixels.detach().float().cpu()
+    import torch
+
     if torch.isnan(pixels).any():
         raise ValueError("The pixels contain NaN, which is no colour; decode in float32 (the VAE may overflow).")
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

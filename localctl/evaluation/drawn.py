@@ -43,9 +43,9 @@ from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of, sha256_of_folder
 from localctl.random import key_seed
 from localctl.run.processes import process_device, processes
+from localctl.run.quiet import no_progress_bars
 from localctl.run.record import recorded
 from localctl.sampling import generate
-from localctl.training.models import no_progress_bars
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
 SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (

@@ -18,6 +18,7 @@ from localctl.images import to_pil
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
+from localctl.run.messages import warning
 from localctl.run.processes import joined, process_device, union
 from localctl.run.record import recorded
 
@@ -120,8 +121,8 @@ def _tell(name: str, result: dict[str, Any], path: Path, say: Say) -> None:
     write_json(path, result)
     for key, value in result["values"].items():
         say(f"{name}  {key} {value:.6g}")
-    for warning in result["warnings"]:
-        say(f"{name}  WARNING {warning}")
+    for text in result["warnings"]:
+        say(warning(f"{name}  {text}"))
 
 
 def score_set(

@@ -43,6 +43,15 @@ def image_files(folder: Path) -> list[Path]:
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
+def check_folders(folders: Mapping[str, Path]) -> None:
+    """ValueError for fewer than two folders, and for one with fewer than 2 images; reads none of them."""
+    if len(folders) < 2:
+        raise ValueError("Give two folders at least; the others are compared with the first.")
+    for name, folder in folders.items():
+        if len(image_files(folder)) < 2:
+            raise ValueError(f"{folder} ({name}) has fewer than 2 images; a distance needs at least 2 on each side.")
+
+
 def read_folder(folder: Path, extractor: Extractor) -> Folder:
     """ValueError for a folder with fewer than 2 images that can be read."""
     metric, sizes = FeatureStatistics(extractor.dim), Counter[tuple[int, int]]()
@@ -81,13 +90,8 @@ def _batches(
 def compare_folders(folders: Mapping[str, Path], extractor: Extractor, reference: str) -> dict[str, Any]:
     """Distances of every folder to the one named ``reference``, sizes, warnings, and where the figures come from.
 
-    ValueError for fewer than two folders, and for one with fewer than 2 images.
+    ValueError as for :func:`check_folders` and :func:`read_folder`.
     """
-    if len(folders) < 2:
-        raise ValueError("Give two folders at least; the others are compared with the first.")
-    for name, folder in folders.items():
-        if len(image_files(folder)) < 2:
-            raise ValueError(f"{folder} ({name}) has fewer than 2 images; a distance needs at least 2 on each side.")
     read = {name: read_folder(folder, extractor) for name, folder in folders.items()}
     rows: dict[str, Any] = {}
     warnings: list[str] = []

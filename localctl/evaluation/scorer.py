@@ -22,8 +22,9 @@ from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_ex
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
 from localctl.random import key_seed
 from localctl.run.processes import process_device
+from localctl.run.quiet import no_progress_bars
 from localctl.sampling import generate
-from localctl.training.models import Models, no_progress_bars
+from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 
 METRICS = {frechet_name(extractor): extractor for extractor in EXTRACTORS}

@@ -6,6 +6,7 @@ Works on `transformers` 5, whose `get_image_features` no longer returns a tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from localctl.files import first_line
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder
+from localctl.run.quiet import no_progress_bars
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -33,9 +35,11 @@ class Clip:
         if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):  # nor a hub id to be looked up
             raise ValueError(f"There is no CLIP at {folder}; give a folder with a CLIPModel, or a hub id.")
         try:
-            # Not .from_pretrained(dtype="auto"): half precision features make distances useless.
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
-            self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            with no_progress_bars() if place.is_dir() else nullcontext():  # a download shows how far it is
+                # Not dtype="auto": half precision features make distances useless.
+                model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+                self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            self.model = model.eval().requires_grad_(False).to(device)
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error

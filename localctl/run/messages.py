@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TextIO
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
@@ -17,6 +20,23 @@ def warning(text: str, stream: TextIO | None = None) -> str:
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     print(warning(text, sys.stderr), file=sys.stderr)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within, what the package warns of by ``warnings.warn`` reads like any other warning, without place and source."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> str:
+        if category is UserWarning:
+            return warning(str(message), sys.stderr) + "\n"
+        return before(message, category, filename, *rest, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def fail(program: str, error: object) -> None:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec
 
-from localctl.run.messages import fail
+from localctl.run.messages import fail, plain_warnings
 
 Arguments = ParamSpec("Arguments")
 
@@ -20,7 +20,8 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
         @functools.wraps(main)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
             try:
-                return main(*args, **kwargs)
+                with plain_warnings():
+                    return main(*args, **kwargs)
             except (ValueError, OSError) as error:
                 fail(program, error)
                 return 2 if isinstance(error, ValueError) else 1

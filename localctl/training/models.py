@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from localctl.adapter import LocalAdapter
 from localctl.base import full_precision_vae, load_pipeline
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
+from localctl.run.quiet import no_progress_bars
 from localctl.training.adapters import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.text import TextStates, encode_text, is_xl, time_ids, unet_arguments
@@ -162,19 +160,3 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
         pipe.unet.to(memory_format=torch.channels_last)  # what CPU convolutions prefer
         pipe.vae.to(memory_format=torch.channels_last)
     return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without the libraries' own bars, one per file they read, which would bury the run's first lines."""
-    libraries: list[tuple[Any, bool]] = [
-        (library, library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)
-    ]
-    for library, _ in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, enabled in libraries:
-            if enabled:
-                library.enable_progress_bar()

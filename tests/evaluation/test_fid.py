@@ -212,7 +212,7 @@ def test_score_says_everything_about_itself(
     assert evaluate_fid.main(["gen", *arguments]) == 0
     capsys.readouterr()
     assert evaluate_fid.main(["score", *arguments]) == 0
-    assert "WARNING frechet_micro_clip" in capsys.readouterr().out
+    assert "warning: with_prompts  frechet_micro_clip" in capsys.readouterr().out
     content = json.loads((tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_text())
     names = {"frechet", "kid", "kid_error", "cmmd", "split_half", "clip_score"}
     assert set(content["values"]) == {f"{name}_micro_clip" for name in names}

@@ -1,14 +1,16 @@
 import dataclasses
+import re
 import shlex
 
 import pytest
 
-from localctl.run.config import CONFIG_DIR, config_groups, help_text, load_config, schema_keys
+from localctl.run.config import CONFIG_DIR, config_groups, load_config, schema_keys, settings_or_help
+from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 
 def load(*argv: str) -> TrainSettings:
-    return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+    return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS, elsewhere=ELSEWHERE)
 
 
 def test_no_arguments_give_the_default_recipe():
@@ -75,6 +77,25 @@ def test_text_is_taken_literally(text):
     assert load("--output_dir", text).output_dir == text
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", (512, 512)), ("512x768", (768, 512)), ("1024X768", (768, 1024)), ("[768, 512]", (768, 512))],
+)
+def test_a_size_is_a_number_width_x_height_or_a_list_of_height_and_width(text, size):
+    for argv in (["--resolution", text], [f"resolution={text}"], [f"data.resolution={text}"]):
+        assert load("--train_data_dir=photos", *argv).data.size == size
+
+
+def test_names_of_the_ecosystem_and_dashes_work_in_both_spellings():
+    settings = load("train-data-dir=photos", "max_train_samples=7", "--validation.num-inference-steps", "3")
+    assert (settings.data.path, settings.data.count, settings.validation.num_inference_steps) == ("photos", 7, 3)
+
+
+def test_no_flag_is_both_here_and_elsewhere():
+    assert not set(ELSEWHERE) & ({*schema_keys(TrainSettings)} | {*ALIASES} | {*config_groups()})
+    assert all(text.endswith(".") for text in ELSEWHERE.values())
+
+
 def test_null_and_numbers():
     assert load("--checkpoints_total_limit", "null").checkpoints_total_limit is None
     assert load("seed=12345678901234567891").seed == 12345678901234567891
@@ -114,6 +135,17 @@ def test_mappings_and_nested_lists():
         (["mask.box=[0, 1]"], ["mask.box", "4"]),
         (["loss.weight=nan"], ["weight"]),
         (["+new=1"], ["+new"]),
+        (["--scale_lr"], ["--scale_lr", "--learning_rate"]),
+        (["--lr", "1"], ["--lr", "--learning_rate"]),
+        (["--enable-xformers-memory-efficient-attention"], ["enable_xformers", "leave it out"]),
+        (["validation_prompt=a cat"], ["validation_prompt", "held-out"]),
+        (["--snr_gamma=5"], ["snr_gamma", "loss.schedule=snr"]),
+        (["--logging_dir", "logs"], ["--logging_dir", "--output_dir"]),
+        (["--num_inference_steps", "5"], ["--validation.num_inference_steps", "--early_stopping.num_inference_steps"]),
+        (["frobnicate=1"], ["frobnicate", "see --help"]),
+        (["scheduler=ddim"], ["validation.scheduler or early_stopping.scheduler"]),
+        (["--resolution", "512by768"], ["data.resolution", "WIDTHxHEIGHT", "[height, width]", "512by768"]),
+        (["train_data_dir=x", "--resolution", "500x768"], ["500", "multiple of 8"]),
     ],
 )
 def test_mistakes_are_named_in_one_sentence(argv, words):
@@ -143,11 +175,25 @@ def test_missing_folder_is_said(tmp_path):
         load_config([], TrainSettings, config_dir=tmp_path / "none")
 
 
-def test_help_names_every_key_group_and_flag():
-    text = help_text("train_adapter.py", TrainSettings(), aliases=ALIASES)
+def test_help_names_every_key_group_and_flag(capsys):
+    assert settings_or_help("train_adapter.py", ["--help"], TrainSettings, about="What for.", aliases=ALIASES) is None
+    text = capsys.readouterr().out
     for key in [*schema_keys(TrainSettings), *config_groups(), *ALIASES]:
         assert key in text
+    assert text.startswith("What for.\n\nusage: train_adapter.py ")
     assert "condition=canny|column|depth" in text and "resume_from_checkpoint=null" in text
+    for experiment in config_groups()["experiment"]:
+        assert re.search(rf"^    {experiment} +\w", text, re.MULTILINE), experiment
+
+
+def test_help_is_for_narrow_terminals_too(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    settings_or_help("train_adapter.py", ["seed=1", "-h"], TrainSettings, aliases=ALIASES)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        max(len(line) for line in lines if not line.lstrip().startswith(("usage", "condition=", "loss=", "mask=")))
+        <= 80
+    )
 
 
 def test_the_sections_of_the_schema_are_the_groups():

@@ -1,0 +1,94 @@
+"""evaluate_quantitative_metrics.py on folders of images that nobody kept records of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate_quantitative_metrics
+from localctl.evaluation.plain import LEFT_OUT, image_files
+from localctl.micro.scenes import scene
+
+COUNT = 6
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """Photos; others like them; and the photos under noise, of which one has another size and one is broken."""
+    made = {name: tmp_path / name for name in ("photos", "near", "noisy")}
+    for name, folder in made.items():
+        (folder / "deeper").mkdir(parents=True)
+        for i in range(COUNT):
+            image = scene(i + (COUNT if name == "near" else 0), "basic", "test").image
+            if name == "noisy":
+                image = np.random.default_rng(i).integers(0, 256, image.shape, dtype=np.uint8)
+            Image.fromarray(image).save(folder / ("deeper" if i % 2 else ".") / f"{i}.PNG")
+    (made["photos"] / ".trash").mkdir()
+    (made["photos"] / ".trash" / "old.png").write_bytes(b"")
+    (made["photos"] / "notes.txt").write_text("no image")
+    Image.new("RGB", (200, 100)).save(made["noisy"] / "wide.jpg")
+    (made["noisy"] / "broken.png").write_bytes(b"\x89PNG")
+    return made
+
+
+def run(folders: dict[str, Path], out: Path, *flags: str) -> int:
+    sets = [f"{name}={folder}" for name, folder in folders.items()]
+    return evaluate_quantitative_metrics.main([*sets, f"output-dir={out}", *flags])
+
+
+def test_folders_are_compared_and_what_needs_records_is_said(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folders, tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = content["rows"]
+    assert {name: row["images"] for name, row in rows.items()} == {"photos": COUNT, "near": COUNT, "noisy": COUNT + 1}
+    assert rows["noisy"]["sizes"] == {"128x128": COUNT, "200x100": 1} and "distances" not in rows["photos"]
+    near, noisy = (rows[name]["distances"]["frechet_micro_clip"] for name in ("near", "noisy"))
+    assert (
+        0 < near < noisy and rows["near"]["distances"]["kid_micro_clip"] < rows["noisy"]["distances"]["kid_micro_clip"]
+    )
+    assert LEFT_OUT in shown.out and (tmp_path / "out" / "metrics.md").read_text() in shown.out
+    assert "warning: 1 files of noisy cannot be read (broken.png" in shown.err and "several sizes" in shown.err
+    assert content["reference"] == "photos" and content["provenance"]["weights_sha256"]
+
+
+def test_a_folder_alone_is_named_like_itself_and_another_may_be_the_reference(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    argv = [str(folders["photos"]), str(folders["near"]), "--against", "near", f"output_dir={tmp_path / 'out'}"]
+    assert evaluate_quantitative_metrics.main(argv) == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["reference"] == "near" and "distances" in content["rows"]["photos"]
+
+
+def test_mistakes_are_one_sentence(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "settings.json").write_text("{}")
+    photos = {"photos": folders["photos"]}
+    cases = (
+        (photos, [], "two folders"),
+        (photos | {"none": tmp_path / "empty"}, [], "fewer than 2 images"),
+        (photos | {"drawn": tmp_path / "set"}, [], "like with like"),
+        (folders, ["--against", "x"], "no set 'x'"),
+        (folders, ["--clip", "none"], "--clip"),
+        (folders, ["--extractor", "clip"], "needs weights"),
+        ({"drawn": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
+    )
+    for sets, flags, words in cases:
+        assert run(sets, tmp_path / "out", *flags) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_hidden_files_and_other_files_are_no_images(folders: dict[str, Path]) -> None:
+    assert len(image_files(folders["photos"])) == COUNT
