@@ -192,7 +192,7 @@ def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.Argume
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, flags, 1, 0.75)), None)
-    hint = f"; did you mean {near}?" if near else ""
+    hint = f" (did you mean {near}?)" if near else ""
     parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{hint}")
 
 
