@@ -100,8 +100,9 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
 
     ValueError when there is none, or it is of another class.
     """
-    name, path = str(name), Path(name).expanduser()
+    name = str(name)
     try:
+        path = Path(name).expanduser()
         if path.is_file():
             return _from_file(name, path, local_files_only)
         if path.exists() or name.startswith(("/", ".", "~")) or not _HUB_ID.match(name):  # a folder, no hub id
@@ -111,8 +112,9 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
             file = hf_hub_download(repository, inside, local_files_only=local_files_only)
             return _from_file(name, Path(file), local_files_only)
         config = Path(hf_hub_download(name, CONFIG, local_files_only=local_files_only))
-    except (OSError, HFValidationError) as error:  # most of the hub's are of the first kind
-        asked = "" if isinstance(error, _Missing) else "no such folder or file; as a hub id: "
+    except (OSError, HFValidationError, RuntimeError) as error:  # of the hub; of a "~" without a home
+        of_hub = not isinstance(error, (_Missing, RuntimeError))
+        asked = "no such folder or file; as a hub id: " if of_hub else ""
         raise ValueError(f"There is no adapter {name!r} ({asked}{first_line(error)}); {_WAY_OUT}.") from error
     return SavedAdapter(name, name, _read_config(name, config), None, local_files_only)
 

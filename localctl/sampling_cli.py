@@ -159,9 +159,10 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
     ValueError for bad flags, or a file that is no record.
     """
     parser = new_parser(description)
-    known, unknown = parser.parse_known_args([_underscored(token) for token in argv])
+    argv = [_underscored(token) for token in argv]
+    known, unknown = parser.parse_known_args(argv)
     if unknown:
-        _refuse(unknown, parser)
+        _refuse(argv, unknown, parser)
     typed = vars(known)
     if "prompt" in typed:
         typed["prompt"] = _prompts(typed["prompt"])
@@ -183,17 +184,29 @@ def _underscored(token: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token
 
 
-def _refuse(unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
     """ValueError for what no flag takes."""
     first = unknown[0]
     if not first.startswith("-"):
-        words = " ".join(word for word in unknown if not word.startswith("-"))
-        parser.error(f'{_short(words)!r} belongs to no flag; a prompt is given as --prompt "{_short(words)}"')
+        parser.error(f"{_short(first)!r} belongs to no flag; put a text in quotes: {_quoted(argv, first)}")
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, flags, 1, 0.75)), None)
-    hint = f"; did you mean {near}?" if near else ""
+    hint = f" (did you mean {near}?)" if near else ""
     parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{hint}")
+
+
+def _quoted(argv: Sequence[str], word: str) -> str:
+    """The flag as it was meant, where the shell took the text of ``word`` apart."""
+    at = argv.index(word)
+    end = next((i for i in range(at, len(argv)) if argv[i].startswith("--")), len(argv))
+    flag = max((i for i in range(at) if argv[i].startswith("--")), default=-1)
+    name, _, value = argv[flag].partition("=") if flag >= 0 else ("", "", "")
+    if name in ("--prompt", "--negative_prompt"):
+        words = [*([value] if value else []), *argv[flag + 1 : end]]
+    else:
+        name, words = "--prompt", list(argv[at:end])
+    return f'{name} "{_short(" ".join(words))}"'
 
 
 def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:

@@ -95,7 +95,7 @@ def _condition(kind: str | None, adapter: SavedAdapter, computed: bool) -> Condi
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
-    if settings.channels != _channels(adapter):
+    if settings.channels != _channels(adapter) and not _repeated(settings, adapter):
         raise ValueError(
             f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
             f"{_channels(adapter)}; give the --condition it was trained on."
@@ -103,6 +103,11 @@ def _condition(kind: str | None, adapter: SavedAdapter, computed: bool) -> Condi
     if computed:
         extract(settings, np.zeros((8, 8, 3), np.uint8))  # ValueError for one that no photo yields
     return settings
+
+
+def _repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
+    """Whether a gray condition goes into all three channels, as published adapters that take an RGB image expect."""
+    return (condition.channels, _channels(adapter)) == (1, 3) and adapter.condition is None
 
 
 def _ready(image: Image.Image, path: str, channels: int) -> Image.Image:
@@ -175,6 +180,7 @@ def follow(
         window = _nth(options, "start", index), _nth(options, "end", index)
         check_window(*window)
         condition, mask = _condition_of(source, seen), _mask_of(source, seen)
+        condition = condition.expand(_channels(adapter), -1, -1)
         jobs.append(AdapterJob(adapter, condition, mask, _nth(options, "weight", index), *window))
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"

@@ -67,8 +67,9 @@ def prepare(options: argparse.Namespace) -> Job:
     notes += _check_adapters(found, base.name, shape)
     notes += _check_sampling(options, variants, base, shape)
     own = _own_size(shape)
-    size = choose_size(_asked(options, scenes), sources[0].size if sources else None, own, size_multiple(found))
-    if None in (options.height, options.width):
+    asked = _asked(options, scenes)
+    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
+    if None in asked:
         check_one_shape(sources)
     adapters, said = follow(options, found, sources, size)
     options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
