@@ -12,11 +12,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localctl.files import first_line, read_json, remove, sha256
+from localctl.files import first_line, read_json, remove, sha256, share_weights
 from localctl.files import replace_folder as _replace_folder
 
 try:
@@ -73,7 +73,9 @@ def save_checkpoint(
         _flush(folder)
     except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
         reason = f"{why_not_written(error)}{room_left(folder)}"
-        earlier = "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before it"
+        earlier = (
+            "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before it"
+        )
         raise CheckpointError(
             f"{final.name} could not be saved in {folder} ({reason}); {earlier}: make room and go on with "
             "--resume_from_checkpoint latest."
@@ -88,6 +90,42 @@ def save_checkpoint(
             except OSError as error:
                 say(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
     return final
+
+
+def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Write ``place/NAME`` for every name, by its writer: all of them whole, or none and those before stay.
+
+    Raises:
+        OSError: the disk took no more; the message names the folder and what room there is.
+    """
+    temporary = place / f".{next(iter(writers))}.tmp"
+    try:
+        remove(temporary)
+        for name, write in writers.items():
+            (temporary / name).mkdir(parents=True)
+            write(temporary / name)
+        share_weights(temporary)
+        for name in writers:
+            _replace_folder(temporary / name, place / name)
+    except Exception as error:  # of a full disk, safetensors tells in an exception of its own
+        names = " and ".join(writers)
+        raise OSError(
+            f"{names} could not be written to {place} ({why_not_written(error)}{room_left(place)})"
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_folders(place: Path, names: Iterable[str]) -> None:
+    """Clear away what a process that was killed in :func:`write_folders` left; an old folder that had no successor yet
+    comes back."""
+    for name in names:
+        old, new = place / f".{name}.old", place / name
+        if old.exists() and not new.exists():
+            old.rename(new)
+        remove(old)
+        remove(place / f".{name}.tmp")
 
 
 def why_not_written(error: BaseException) -> str:
@@ -193,6 +231,12 @@ def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None
         raise ValueError(f"All {len(candidates)} checkpoints in {folder} are damaged; start afresh in another folder.")
     say(f"No checkpoint in {folder} yet: starting from the beginning.")
     return None
+
+
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether ``checkpoint`` is one of ``folder``: itself, or as a link there."""
+    places = (checkpoint.resolve().parent, checkpoint.absolute().parent.resolve())
+    return folder.resolve() in places
 
 
 def set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> None:

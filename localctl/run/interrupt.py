@@ -46,6 +46,10 @@ class Interrupt:
         """Whether the launcher is gone."""
         return self.launcher is not None and os.getppid() != self.launcher
 
+    def ask_to_stop(self) -> None:
+        """As a SIGTERM does."""
+        self._noted = self._noted or signal.SIGTERM
+
     def __enter__(self) -> Interrupt:
         self._former = _set_handlers(self._handle)
         return self

@@ -13,7 +13,8 @@ from typing import Any
 
 MASKED = "***"
 _SECRET = re.compile(
-    r"(^|[_.-])(token|secret|password|passwd|passphrase|credentials?|key)$|(^|[_.-])(secret|password)[_.-]", re.IGNORECASE
+    r"(^|[_.-])(token|secret|password|passwd|passphrase|credentials?|key)$|(^|[_.-])(secret|password)[_.-]",
+    re.IGNORECASE,
 )
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 

@@ -9,6 +9,7 @@ import torch
 from localctl.data.sample import Source
 from localctl.training.data_watch import announced, brings_masks
 from localctl.training.export import effective_batch
+from localctl.training.schedule import schedule_notes
 from localctl.training.state import TrainState
 
 
@@ -37,6 +38,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"loss        {loss}",
             f"data        {announced(settings.data, source)}",
             f"steps       {steps}",
+            *(f"            {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
             f"output      {output_dir}",
         )
     )

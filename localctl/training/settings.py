@@ -146,12 +146,13 @@ class TrainSettings:
     force_resume: go on also when settings, data or the number of processes changed (docs/reliability.md).
     max_nonfinite_steps: so many updates may be left out because they are not finite; one more stops the run.
     adapter_model_name_or_path: continue from this T2IAdapter or LocalAdapter, a folder or hub id; null = a fresh one.
+    max_grad_norm: gradients are scaled down to this norm; null = they are not.
     gradient_checkpointing: the U-Net computes its activations twice instead of keeping them.
     use_8bit_adam: the optimizer's moments in 8 bits, by bitsandbytes. allow_tf32: faster float32 on NVIDIA GPUs.
     use_ema: average the adapter's weights over the steps (``ema_decay``); validated and exported is the average.
     dry_run: only print what the training would cost in memory and FLOPs.
     push_to_hub: upload the finished adapter with its card as hub_model_id (null = named like output_dir); hub_token:
-        null = that of `hf auth login`; it is never written down.
+        null = that of `hf auth login`; it is never written down. hub_private_repo: a new repository is private.
     cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
     """
 
@@ -174,6 +175,7 @@ class TrainSettings:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_token: str | None = None
+    hub_private_repo: bool = True
 
     max_train_steps: int | None = 900
     num_train_epochs: int | None = None
@@ -197,7 +199,7 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     proportion_empty_prompts: float = 0.1
     timestep_sampling: str = "cubic"
 
@@ -214,10 +216,17 @@ class TrainSettings:
         zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps") + (
             "max_nonfinite_steps",
         )
-        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_power")
+        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "lr_power")
         for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
             for name in names:
                 _at_least(name, getattr(self, name), least)
+        if self.max_grad_norm == math.inf:
+            self.max_grad_norm = None
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm:g} would leave no gradient; use null for no clipping, or a number "
+                "above 0."
+            )
         for name in ("max_train_steps", "num_train_epochs"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
