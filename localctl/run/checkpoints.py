@@ -73,9 +73,7 @@ def save_checkpoint(
         _flush(folder)
     except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
         reason = f"{why_not_written(error)}{room_left(folder)}"
-        earlier = (
-            "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before it"
-        )
+        earlier = "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before"
         raise CheckpointError(
             f"{final.name} could not be saved in {folder} ({reason}); {earlier}: make room and go on with "
             "--resume_from_checkpoint latest."

@@ -25,9 +25,7 @@ def finish(events: Events, own_masks: bool) -> None:
     if events.main:
         try:
             with state.averaged(), working("exporting"):
-                export(
-                    state.models, settings, state.step, events.output_dir, events.last, events.references, own_masks
-                )
+                export(state.models, settings, state.step, events.output_dir, events.last, events.references, own_masks)
         except OSError as error:
             failure = str(error)
     if any(state.agree(bool(failure))):

@@ -4,10 +4,8 @@ the events: step, log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,26 +16,24 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from localctl.base import resolve_base
-from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate, open_files
-from localctl.files import remove
+from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
 from localctl.layout import check_side
-from localctl.random import generator
-from localctl.run.checkpoints import CheckpointError, find_checkpoint, lies_in, sweep, verify_checkpoint, write_folders
+from localctl.run.checkpoints import find_checkpoint, lies_in, sweep, verify_checkpoint
 from localctl.run.interrupt import Interrupt, launcher
 from localctl.run.lock import FolderLock
 from localctl.run.logging import check_report_to, make_tracker
 from localctl.run.processes import LostProcess, lost_process, on_first
 from localctl.run.program import tolerant, working
 from localctl.run.record import flat, recorded
-from localctl.run.workers import WorkerError, loading
+from localctl.run.workers import WorkerError
 from localctl.training.announce import announcement
 from localctl.training.data_watch import brings_masks, first_example, new_watch
 from localctl.training.early_stopping import Scorer
 from localctl.training.events import Events
+from localctl.training.export import ADAPTER, write_settings
 from localctl.training.finish import finish
-from localctl.training.export import ADAPTER, export, published, write_settings
 from localctl.training.folder import FolderGuard, check_unused, check_writable, prepare_folder
-from localctl.training.hub import check_hub, push
+from localctl.training.hub import check_hub
 from localctl.training.loader import batches_of, next_batch
 from localctl.training.resume import check_unchanged, describe
 from localctl.training.schedule import bound_steps
