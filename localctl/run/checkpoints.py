@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -138,18 +139,23 @@ def why_not_written(error: BaseException) -> str:
     return "the disk is full, or the file too large for it" if "inline_container" in text else text
 
 
-def room_left(folder: Path) -> str:
-    """``, 3.1 MB free there``; and the largest size of a file where one is set (``ulimit -f``)."""
+def room(folder: Path) -> tuple[float, float]:
+    """Bytes that may be written to ``folder``, in all and to one file (``ulimit -f``), as far as the system says."""
     try:
         nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        text = f", {shutil.disk_usage(nearest).free / 1e6:.1f} MB free there"
+        usage = shutil.disk_usage(nearest)
+        free = float(usage.free) if usage.total else math.inf
     except OSError:
-        return ""
-    if resource is not None:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        if limit != resource.RLIM_INFINITY:
-            text += f", files of at most {limit / 1e6:.1f} MB allowed (ulimit -f)"
-    return text
+        free = math.inf
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return free, math.inf if limit < 0 else float(limit)
+
+
+def room_left(folder: Path) -> str:
+    """:func:`room` as the part of a sentence: ``, 3.1 MB free there``."""
+    free, largest = room(folder)
+    text = "" if free == math.inf else f", {free / 1e6:.1f} MB free there"
+    return text + ("" if largest == math.inf else f", files of at most {largest / 1e6:.1f} MB allowed (ulimit -f)")
 
 
 def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:

@@ -37,8 +37,8 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
         _kill([child for child in multiprocessing.active_children() if child not in before])
         raise
     processes: Sequence[Any] = getattr(batches, "_workers", ())
-    if main:  # torch's own handler would raise in the middle of anything
-        former = signal.signal(signal.SIGCHLD, former or signal.SIG_DFL)
+    if main:  # torch's handler would raise in the middle of anything
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield _Batches(batches, processes)
     finally:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from localctl.data.bad import TooManyBadRows
 from localctl.files import first_line
@@ -62,20 +61,20 @@ class Events:
         step, every = self.state.step, self.settings.validation_steps
         return bool(every and step) and (step % every == 0 or self.at_the_end)
 
-    def before_the_first_step(self) -> None:
+    def before_the_first_step(self, bar: Any) -> None:
         """What an interruption kept from being done, and the validation for the card of a finished run."""
         state = self.state
         [state.validated] = state.agree(max(state.validated, self._last_logged_validation()))
         if self.validation_is_due() and (self.at_the_end or state.validated != state.step):
-            self.validate()
+            self.validate(bar)
         if not self.signal:
-            self.score()
+            self.score(bar)
 
     def after_step(self, bar: Any, measured: dict[str, float], stopped: bool) -> bool:
         """Score, log, save, validate: whatever is due. Returns whether to stop here. measured: numbers of the step."""
         state, settings = self.state, self.settings
         if not stopped and not self.signal:
-            self.score()
+            self.score(bar)
         if state.step % settings.logging_steps == 0 or self.at_the_end:
             row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather) | measured
             self.tracker.log(state.step, row)
@@ -85,16 +84,17 @@ class Events:
         if due:
             state.save(self.output_dir)
         if self.validation_is_due() and not stopped and not self.signal:
-            self.validate()
+            self.validate(bar)
             if self.signal and not due:  # it came while validating
                 state.save(self.output_dir)
         return stopped or bool(self.signal)
 
-    def score(self) -> None:
+    def score(self, bar: Any) -> None:
         """The score that early stopping goes by, if it is due."""
         state, folder = self.state, self.output_dir / BEST
         if self.scorer is None or not state.early_stopping.due(state.step):
             return
+        bar.set_postfix_str("scoring")
         score, failure = math.nan, ""
         with state.averaged():
             try:
@@ -113,7 +113,7 @@ class Events:
         if state.early_stopping.stopped:
             self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")
 
-    def validate(self) -> None:
+    def validate(self, bar: Any) -> None:
         """Draw the validation images on the first process. The others keep step with it, so that a signal to any of
         them is heard and none waits long enough to be given up."""
         state, done = self.state, 0
@@ -122,7 +122,7 @@ class Events:
         if not self.main:
             return
         try:
-            self._draw_validation()
+            self._draw_validation(bar)
             state.validated = state.step
         except Stopped:
             self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
@@ -142,22 +142,27 @@ class Events:
             state.save(self.output_dir)
         return f"checkpoint-{state.step} holds all of the training: go on with --resume_from_checkpoint latest"
 
-    def _draw_validation(self) -> None:
+    def _draw_validation(self, bar: Any) -> None:
         step, validator = self.state.step, self.validator
         assert validator is not None
-        passes = validator.steps * (1 if self.references else 2)
-        with tqdm(total=passes, desc="validating", unit="step", mininterval=1, leave=False) as bar:
+        made, shown, passes = 0, time.monotonic(), validator.steps * (1 if self.references else 2)
+        bar.set_postfix_str("validating")
 
-            def beat() -> None:
-                bar.update()
-                self.signal, _ = self.state.agree(self.interrupt.signal, 0)
-                if self.signal:
-                    raise Stopped
+        def beat() -> None:
+            nonlocal made, shown
+            made += 1
+            if time.monotonic() - shown > 1:  # a sign of life
+                shown = time.monotonic()
+                bar.set_postfix_str(f"validating, {made / passes:.0%}")
+            self.signal, _ = self.state.agree(self.interrupt.signal, 0)
+            if self.signal:
+                raise Stopped
 
-            if self.references is None:
-                self.references = validator.references(beat)
-            with self.state.averaged():
-                result = validator.run(beat)
+        if self.references is None:
+            self.references = validator.references(beat)
+        with self.state.averaged():
+            result = validator.run(beat)
+        bar.set_postfix_str("", refresh=False)
         self.last = result
         fidelity, references = result.fidelity, self.references
         if self.state.validated != step:

@@ -24,7 +24,7 @@ def finish(events: Events, own_masks: bool) -> None:
     failure = ""
     if events.main:
         try:
-            with state.averaged(), working("exporting"):
+            with state.averaged(), working("training: exporting"):
                 export(state.models, settings, state.step, events.output_dir, events.last, events.references, own_masks)
         except OSError as error:
             failure = str(error)
@@ -43,15 +43,14 @@ def _keep_anyhow(events: Events) -> str:
     """Where the training is kept when its export failed, as the part of a sentence."""
     try:
         return events.keep()
-    except CheckpointError as error:
+    except CheckpointError:
         if not events.main:
             return "no checkpoint either"
-        lost = str(error).partition(";")[0]
     place = Path(tempfile.mkdtemp(prefix="localctl-"))
     try:
         with events.state.averaged():
             write_folders(place, {ADAPTER: events.state.models.plain_adapter.save_pretrained})
-    except OSError as error:
+    except OSError:
         remove(place)
-        return f"{lost}; {error}: this training could not be kept"
-    return f"{lost}; the adapter alone is kept in {place / ADAPTER}"
+        return f"nor a checkpoint, nor the adapter alone in {place.parent}: this training could not be kept"
+    return f"nor a checkpoint, but the adapter alone is kept in {place / ADAPTER}"

@@ -102,8 +102,8 @@ class FolderGuard:
             raise OSError(f"{lock.folder} was taken over by {taken}; this run ends without writing there again.")
         if not lock.folder.is_dir() and not self.trouble:
             self.trouble = (
-                f"The output folder {lock.folder} was removed while training; what could be saved is there again: go on "
-                "with --resume_from_checkpoint latest."
+                f"The output folder {lock.folder} was removed while training; what could be saved is there again: go "
+                "on with --resume_from_checkpoint latest."
             )
         if not lock.mine:
             lock.renew()

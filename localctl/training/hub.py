@@ -52,7 +52,7 @@ def prepare_upload(folder: Path, files: list[str]) -> Path:
     """``folder/hub``: copies of what ``files`` match, the settings in them without paths of this machine."""
     upload = folder / UPLOAD
     remove(upload)
-    upload.mkdir()
+    upload.mkdir(parents=True)
     for path in sorted({found for pattern in files for found in folder.glob(pattern) if found.is_file()}):
         target = upload / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)

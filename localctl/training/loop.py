@@ -26,7 +26,7 @@ from localctl.run.processes import LostProcess, lost_process, on_first
 from localctl.run.program import tolerant, working
 from localctl.run.record import flat, recorded
 from localctl.run.workers import WorkerError
-from localctl.training.announce import announcement
+from localctl.training.announce import announcement, short_of_room
 from localctl.training.data_watch import brings_masks, first_example, new_watch
 from localctl.training.early_stopping import Scorer
 from localctl.training.events import Events
@@ -121,7 +121,7 @@ def _prepare(
     if settings.validation_steps:
         make_source(settings, "val")  # its mistakes, too, before anything slow
     settings = bound_steps(settings, len(train), accelerator.num_processes)
-    with working(f"loading {settings.base.name}", shown=accelerator.is_main_process):
+    with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
     state.say = say
     state.models.check_size(*first.pixels.shape[-2:])
@@ -212,6 +212,8 @@ class Run:
             return
         state, settings = self.state, self.settings
         self.say(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
+        if short := short_of_room(state, self.output_dir):
+            self.say(short)
         values = flat(recorded(settings))
         self.events.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step, say=self.say)
         write_settings(settings, self.output_dir)
@@ -220,7 +222,7 @@ class Run:
         """All steps with what is due between them. Returns whether it was stopped before the end."""
         state, events = self.state, self.events
         with self._bar() as bar, batches_of(self.train_source, self.state) as batches:
-            events.before_the_first_step()
+            events.before_the_first_step(bar)
             [events.signal] = state.agree(self.interrupt.signal)
             stopped = bool(events.signal)
             while not events.at_the_end and not stopped:
