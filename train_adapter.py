@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
-from localctl.run.config import settings_or_help
+from localctl.run.interrupt import Signalled, ending_at_once, exit_code, launcher
 from localctl.run.messages import fail, plain_warnings
-from localctl.training.other_flags import ELSEWHERE
-from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 PROGRAM = "train_adapter.py"
 
@@ -19,54 +19,80 @@ PROGRAM = "train_adapter.py"
 @plain_warnings()
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
-    130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
+    129 after SIGHUP, 130 after SIGINT and 143 after SIGTERM, with a checkpoint unless it came before the first step."""
+    parent = launcher()
+    try:
+        with ending_at_once():
+            run = _prepare(sys.argv[1:] if argv is None else argv, parent)
+        return run if isinstance(run, int) else _train(run)
+    except Signalled as signal:
+        _tell(f"stopped by {signal} before the first step; nothing was trained.")
+        return exit_code(signal.number)
+    except KeyboardInterrupt:
+        _tell("interrupted a second time; go on from the last checkpoint with --resume_from_checkpoint latest.")
+        return 130
+    finally:
+        _leave()
+
+
+def _prepare(argv: Sequence[str], parent: int | None) -> Any:
+    """The run that ``argv`` asks for, or the exit code where nothing is to be trained."""
+    # Imported here, so that a signal that comes meanwhile is heard; and torch only after the flags were read.
+    from localctl.run.config import settings_or_help
+    from localctl.training.other_flags import ELSEWHERE
+    from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+
     try:
         settings = settings_or_help(
             PROGRAM,
-            sys.argv[1:] if argv is None else argv,
+            argv,
             TrainSettings,
             about=__doc__,
             aliases=ALIASES,
             free_groups=FREE_GROUPS,
             elsewhere=ELSEWHERE,
         )
-    except ValueError as error:
-        fail(PROGRAM, error)
-        return 2
-    if settings is None:
-        return 0
-    from localctl.run.processes import leave  # after the flags: what follows loads torch and takes its time
+        if settings is None:
+            return 0
+        from localctl.evaluation.scorer import make_scorer
+        from localctl.training.dry_run import report
+        from localctl.training.loop import prepare
 
-    try:
-        return _train(settings)
-    finally:
-        leave()
-
-
-def _train(settings: TrainSettings) -> int:
-    from localctl.data.bad import TooManyBadRows
-    from localctl.evaluation.scorer import make_scorer
-    from localctl.run.interrupt import exit_code
-    from localctl.training.dry_run import report
-    from localctl.training.loop import NotFiniteError, prepare
-
-    try:
         if settings.dry_run:
             print(report(settings))
             return 0
-        run = prepare(settings, scorer=make_scorer(settings))
-    except ValueError as error:
-        fail(PROGRAM, error)
-        return 2
+        return prepare(settings, scorer=make_scorer(settings), parent=parent)
+    except (ValueError, OSError) as error:
+        _tell(error)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _train(run: Any) -> int:
+    from localctl.data.bad import TooManyBadRows
+    from localctl.training.loop import NotFiniteError
+
     try:
         result = run.train()
     except TooManyBadRows as error:  # found out late, but the user's to repair
-        fail(PROGRAM, error)
+        _tell(error)
         return 2
     except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
-        fail(PROGRAM, error)
+        _tell(error)
         return 1
-    return exit_code(result.signal) if result.interrupted else 0
+    return exit_code(result.signal) if result.signal else 0
+
+
+def _leave() -> None:
+    """Let go of other processes, if they were ever met."""
+    if "localctl.run.processes" in sys.modules:
+        from localctl.run.processes import leave
+
+        leave()
+
+
+def _tell(text: object) -> None:
+    with suppress(OSError):  # nobody listens any more
+        fail(PROGRAM, text)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -37,21 +38,19 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all. A link at ``path`` is replaced, never followed.
+    """Write ``text`` as UTF-8, as :func:`write_bytes` does."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` whole or not at all. A link at ``path`` is replaced, never followed.
 
     OSError that names the file when the disk is full or the folder cannot be written to; what was there stays."""
     temporary: str | None = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w",
-            encoding="utf-8",
-            errors="backslashreplace",
-            dir=path.parent,
-            prefix=f".{path.name[:100]}.",
-            delete=False,
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}.", delete=False) as file:
             temporary = file.name
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -59,7 +58,51 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+        raise OSError(f"{path} could not be written: {error.strerror or first_line(error)}") from error
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor that writes to the end of ``path``, made if it is not there. OSError for a link, which could lead
+    anywhere, and for whatever else cannot be written to, named."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        why = "it is a link" if path.is_symlink() else error.strerror
+        raise OSError(f"{path} could not be written: {why}") from error
+
+
+def append(descriptor: int, content: bytes, path: Path) -> None:
+    """Write ``content`` to the end of ``path``, open as ``descriptor``, and bring it to the disk: whole or not at all.
+
+    OSError naming the file; what was there stays."""
+    size = os.fstat(descriptor).st_size
+    try:
+        written = os.write(descriptor, content)
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        os.fsync(descriptor)
+    except OSError as error:
+        os.ftruncate(descriptor, size)
+        raise OSError(f"{path} could not be written: {error.strerror}") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link without what it leads to; nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target``; an old target is moved out of the way first, as rename refuses full folders."""
+    old = target.with_name(f".{target.name}.old")
+    remove(old)
+    if target.exists() or target.is_symlink():
+        target.rename(old)
+    source.rename(target)
+    remove(old)
 
 
 def sha256(path: Path) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from localctl.files import append, open_to_append, parse_json, write_text
 
 QUARANTINE = "quarantine.jsonl"
 SHOWN = 10
@@ -51,11 +54,13 @@ class Quarantine:
         self.rows, self.max_fraction = rows, max_fraction
         self.problems: dict[str, Problem] = {}
         if self.path is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run leaves half a line
+            records = [record for line in self.path.read_bytes().split(b"\n") if (record := _record(line))]
             kept = [record for record in records if record["step"] <= start]
             self.problems = {r["key"]: Problem(r["key"], r["reason"], r["detail"]) for r in kept}
-            self._write(kept, "w") if kept else self.path.unlink()
+            if kept:
+                write_text(self.path, _lines(kept))
+            else:
+                self.path.unlink()
 
     def add(self, problems: Iterable[Problem], step: int) -> None:
         """Take in what step ``step`` met. TooManyBadRows when more than ``max_fraction`` of the rows are bad."""
@@ -64,7 +69,7 @@ class Quarantine:
             return
         self.problems |= new
         if self.path is not None:
-            self._write([{"step": step, **problem._asdict()} for problem in new.values()], "a")
+            self._append([{"step": step, **problem._asdict()} for problem in new.values()])
         if len(self.problems) > self.max_fraction * self.rows:
             raise TooManyBadRows(self._too_many())
 
@@ -86,8 +91,26 @@ class Quarantine:
             "raise data.max_bad_fraction."
         )
 
-    def _write(self, records: Iterable[dict[str, object]], mode: str) -> None:
+    def _append(self, records: Iterable[dict[str, object]]) -> None:
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        descriptor = open_to_append(self.path)
+        try:
+            append(descriptor, _lines(records).encode(), self.path)
+        finally:
+            os.close(descriptor)
+
+
+def _lines(records: Iterable[dict[str, object]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the list; None for one that a killed run left half written, or that is not ours."""
+    try:
+        record = parse_json(line)
+        texts = [record[name] for name in ("key", "reason", "detail")]
+        ours = isinstance(record["step"], int) and all(isinstance(text, str) for text in texts)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return record if ours else None

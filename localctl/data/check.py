@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons
@@ -18,6 +18,7 @@ from localctl.data.geometry import geometry
 from localctl.data.sample import Example
 from localctl.images import grid, outline, to_pil
 from localctl.masks import mask_doubt
+from localctl.run.workers import loading
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
 MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
@@ -78,8 +79,8 @@ def look(source: FileSource, index: int) -> RowReport:
 
 def look_at_all(source: FileSource, workers: int = 0, progress: bool = True) -> list[RowReport]:
     """Every row, in order, with a progress bar on stderr."""
-    loader = DataLoader(_Rows(source), batch_size=None, num_workers=workers)
-    return list(tqdm(loader, total=len(source), desc="checking", unit="row", mininterval=1, disable=not progress))
+    with loading(_Rows(source), workers, batch_size=None) as rows:
+        return list(tqdm(rows, total=len(source), desc="checking", unit="row", mininterval=1, disable=not progress))
 
 
 def write_report(

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localctl.files import first_line, sha256
+from localctl.files import first_line, read_json, remove, sha256, share_weights
+from localctl.files import replace_folder as _replace_folder
+
+try:
+    import resource
+except ImportError:  # of Unix
+    resource = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -37,12 +44,19 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None = None, info: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep: int | None = None,
+    info: Mapping[str, Any],
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Commit ``checkpoint-{step}``: ``write`` puts the files into the folder it is given.
 
     ``info`` goes into the manifest as it is. ``keep``: how many checkpoints may stay, at least 2 (None = all); the
-    oldest go first and only after the new one is in place.
+    oldest go first and only after the new one is in place. Of one that is a link, the link goes; what cannot be removed
+    is said.
 
     Raises:
         ValueError: ``keep`` below 2; one checkpoint alone is lost when its successor turns out damaged.
@@ -51,25 +65,97 @@ def save_checkpoint(
     if keep is not None and keep < 2:
         raise ValueError(f"At least 2 checkpoints must be kept, not {keep}: the newest may turn out damaged.")
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        remove(temporary)
         temporary.mkdir(parents=True)
         write(temporary)
         _seal(temporary, step, info)
         _replace_folder(temporary, final)
         _flush(folder)
     except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
-        reason = first_line(error)
+        reason = f"{why_not_written(error)}{room_left(folder)}"
+        earlier = "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before"
         raise CheckpointError(
-            f"{final.name} could not be saved in {folder} ({reason}); the checkpoints before it are as they were: make "
-            "room and go on with --resume_from_checkpoint latest."
+            f"{final.name} could not be saved in {folder} ({reason}); {earlier}: make room and go on with "
+            "--resume_from_checkpoint latest."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
         for path in list(list_checkpoints(folder).values())[:-keep]:
-            shutil.rmtree(path)
+            try:
+                remove(path)
+            except OSError as error:
+                say(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
     return final
+
+
+def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Write ``place/NAME`` for every name, by its writer: all of them whole, or none and those before stay.
+
+    Raises:
+        OSError: the disk took no more; the message names the folder and what room there is.
+    """
+    temporary = place / f".{next(iter(writers))}.tmp"
+    try:
+        remove(temporary)
+        for name, write in writers.items():
+            (temporary / name).mkdir(parents=True)
+            write(temporary / name)
+        share_weights(temporary)
+        for name in writers:
+            _replace_folder(temporary / name, place / name)
+    except Exception as error:  # of a full disk, safetensors tells in an exception of its own
+        names = " and ".join(writers)
+        raise OSError(
+            f"{names} could not be written to {place} ({why_not_written(error)}{room_left(place)})"
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_folders(place: Path, names: Iterable[str]) -> None:
+    """Clear away what a process that was killed in :func:`write_folders` left; an old folder that had no successor yet
+    comes back."""
+    for name in names:
+        old, new = place / f".{name}.old", place / name
+        if old.exists() and not new.exists():
+            old.rename(new)
+        remove(old)
+        remove(place / f".{name}.tmp")
+
+
+def why_not_written(error: BaseException) -> str:
+    """Why a file of weights could not be written, as the part of a sentence: of a full disk, torch and safetensors
+    each tell in words of their own, and torch's say nothing of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    text = first_line(error)
+    return "the disk is full, or the file too large for it" if "inline_container" in text else text
+
+
+def room(folder: Path) -> tuple[float, float]:
+    """Bytes that may be written to ``folder``, in all and to one file (``ulimit -f``), as far as the system says."""
+    try:
+        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        usage = shutil.disk_usage(nearest)
+        free = float(usage.free) if usage.total else math.inf
+    except OSError:
+        free = math.inf
+    limit = -1 if resource is None else resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return free, math.inf if limit < 0 else float(limit)
+
+
+def room_left(folder: Path) -> str:
+    """:func:`room` as the part of a sentence: ``, 3.1 MB free there``."""
+    free, largest = room(folder)
+    text = "" if free == math.inf else f", {free / 1e6:.1f} MB free there"
+    return text + ("" if largest == math.inf else f", files of at most {largest / 1e6:.1f} MB allowed (ulimit -f)")
 
 
 def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
@@ -93,22 +179,23 @@ def sweep(folder: Path) -> None:
     for path in folder.glob(".checkpoint-*.old") if folder.is_dir() else ():
         final = folder / path.name[1 : -len(".old")]
         if final.exists():
-            shutil.rmtree(path)
+            remove(path)
         else:
             path.rename(final)
     for path in folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(path)
+        remove(path)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST, "manifest")
         files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
-        int(manifest["step"])
+        if int(manifest["step"]) < 0 or not isinstance(manifest["info"], dict) or not files:
+            raise ValueError("not one of ours")
         if manifest.pop("sha256") != _body_sha256(manifest):
             raise ValueError("not as it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
     for name, (digest, size) in files.items():
         file = path / name
@@ -139,6 +226,8 @@ def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None
         try:
             verify_checkpoint(path)
         except ValueError as damage:
+            if not path.exists():  # removed between two looks, as old ones are: there are newer ones
+                return find_checkpoint(folder, request, say)
             say(str(damage))
         else:
             return path
@@ -148,24 +237,20 @@ def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None
     return None
 
 
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Whether ``checkpoint`` is one of ``folder``: itself, or as a link there."""
+    places = (checkpoint.resolve().parent, checkpoint.absolute().parent.resolve())
+    return folder.resolve() in places
+
+
 def set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> None:
     """Rename checkpoints beyond ``step`` to ``abandoned-...``: the run goes on from ``step`` and will differ."""
     for later, path in list_checkpoints(folder).items():
         if later > step:
             aside = folder / f"abandoned-{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             path.rename(aside)
             say(f"{path.name} lies beyond step {step} and is now {aside.name}.")
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old target is moved out of the way first, as rename refuses full folders."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

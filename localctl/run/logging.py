@@ -7,7 +7,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from localctl.files import append, first_line, open_to_append, parse_json, write_bytes, write_text
+from localctl.run.messages import warning
 from localctl.settings import REPORT_TO as REPORT_TO
 
 STATS = "stats.jsonl"
@@ -43,17 +45,23 @@ class FileTracker(Tracker):
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / STATS
-        cut_back(path, start)
-        self._file = path.open("a")
+        self._path = folder / STATS
+        cut_back(self._path, start)
+        self._file = open_to_append(self._path)
+        self._waiting = b""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({"step": step, **_jsonable(values)}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())  # or a checkpoint could outlive the rows before it
+        """OSError where the disk takes no more; the row then comes with the next one."""
+        self._waiting += (json.dumps({"step": step, **_jsonable(values)}) + "\n").encode()
+        append(self._file, self._waiting, self._path)  # to the disk, or a checkpoint could outlive the rows before it
+        self._waiting = b""
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            if self._waiting:
+                append(self._file, self._waiting, self._path)
+        finally:
+            os.close(self._file)
 
 
 class BoardTracker(Tracker):
@@ -98,7 +106,7 @@ class WandbTracker(Tracker):
         path = folder / WANDB / "run_id"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_text(uuid.uuid4().hex[:8])
+            write_text(path, uuid.uuid4().hex[:8])
         named = {"project": os.environ.get("WANDB_PROJECT", "localctl")}
         named |= {name: value for name, value in options.items() if value is not None}
         self._picture = wandb.Image
@@ -116,22 +124,30 @@ class WandbTracker(Tracker):
 
 
 class Trackers(Tracker):
-    """Several as one."""
+    """Several as one, by name. What one of them raises costs neither the training nor the others: it is said once for
+    each tracker."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = tuple(trackers)
+    def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]) -> None:
+        self._trackers, self._say = dict(trackers), say
+        self._failed: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        self._each(lambda tracker: tracker.log(step, values), f"step {step}")
 
     def image(self, step: int, name: str, picture: Image.Image) -> None:
-        for tracker in self._trackers:
-            tracker.image(step, name, picture)
+        self._each(lambda tracker: tracker.image(step, name, picture), f"step {step}")
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._each(lambda tracker: tracker.close(), "the end")
+
+    def _each(self, work: Callable[[Tracker], None], when: str) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                work(tracker)
+            except Exception as error:  # anybody's library
+                if name not in self._failed:
+                    self._failed.add(name)
+                    self._say(f"WARNING {name} takes nothing at {when} ({first_line(error)}); the training goes on.")
 
 
 def make_tracker(
@@ -141,18 +157,26 @@ def make_tracker(
     *,
     start: int = 0,
     wandb: Mapping[str, Any] = MappingProxyType({}),
+    say: Callable[[str], None] = print,
 ) -> Tracker:
     """``stats.jsonl`` always, and what ``report_to`` names; ``all`` is TensorBoard, and wandb where it is installed.
 
     ``settings``: flat, without secrets. ``start``: the step the run continues from. ``wandb``: project, name and the
-    like, as for :class:`WandbTracker`.
+    like, as for :class:`WandbTracker`. A tracker that cannot begin is said and left out. OSError where ``stats.jsonl``
+    cannot be written.
     """
-    trackers: list[Tracker] = [FileTracker(folder, start=start)]
+    trackers: dict[str, Tracker] = {STATS: FileTracker(folder, start=start)}
+    wanted: dict[str, Callable[[], Tracker]] = {}
     if report_to in ("tensorboard", "all"):
-        trackers.append(BoardTracker(folder, settings, start=start))
+        wanted["TensorBoard"] = lambda: BoardTracker(folder, settings, start=start)
     if report_to == "wandb" or (report_to == "all" and _has_wandb()):
-        trackers.append(WandbTracker(folder, settings, wandb))
-    return Trackers(trackers)
+        wanted["wandb"] = lambda: WandbTracker(folder, settings, wandb)
+    for name, make in wanted.items():
+        try:
+            trackers[name] = make()
+        except Exception as error:  # anybody's library
+            say(warning(f"{name} cannot begin ({first_line(error)}); the training goes on without it."))
+    return Trackers(trackers, say)
 
 
 def check_report_to(report_to: str, wandb: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -174,20 +198,18 @@ def cut_back(path: Path, step: int) -> None:
     """Drop the rows of ``path`` after ``step``, and a last line that was never finished."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (row := _row(line)) and row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    kept = [line for line in path.read_bytes().split(b"\n") if (row := _row(line)) and row["step"] <= step]
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``folder/stats.jsonl``."""
-    return [row for line in (folder / STATS).read_text().splitlines() if (row := _row(line))]
+    return [row for line in (folder / STATS).read_bytes().split(b"\n") if (row := _row(line))]
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # cut off by a crash
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import distributed
+
+from localctl.files import first_line
+
+Result = TypeVar("Result")
+
+
+class LostProcess(OSError):
+    """Another process of this job is gone."""
 
 
 def processes() -> tuple[int, int]:
@@ -61,3 +70,34 @@ def union(items: set) -> set:
     shares: list[set] = [set() for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, items)
     return set().union(*shares)
+
+
+def on_first(work: Callable[[], Result]) -> Result | None:
+    """What ``work`` returns on the first process; None on the others, which wait for it. A ValueError or OSError of it
+    is raised on all of them, so that none waits in vain."""
+    together = distributed.is_available() and distributed.is_initialized()
+    result: Result | None = None
+    failure: ValueError | OSError | None = None
+    if not together or distributed.get_rank() == 0:
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = error
+    if together:
+        told = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
+        distributed.broadcast_object_list(told, src=0)
+        if failure is None and told[0] is not None:
+            failure = (ValueError if told[0][0] else OSError)(told[0][1])
+    if failure is not None:
+        raise failure
+    return result
+
+
+def lost_process(error: RuntimeError) -> LostProcess | None:
+    """``error`` as a sentence, where it is how torch tells that another process of the job is gone; else None."""
+    text = str(error)
+    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if not together or not any(sign in text for sign in signs):
+        return None
+    return LostProcess(f"Another process of this job is gone ({first_line(error)[:200]})")

@@ -12,7 +12,10 @@ from dataclasses import asdict
 from typing import Any
 
 MASKED = "***"
-_SECRET = re.compile("token|key|secret|password", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[_.-])(token|secret|password|passwd|passphrase|credentials?|key)$|(^|[_.-])(secret|password)[_.-]",
+    re.IGNORECASE,
+)
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from localctl.data.sample import Source
+from localctl.run.checkpoints import room, room_left
 from localctl.training.data_watch import announced, brings_masks
 from localctl.training.export import effective_batch
+from localctl.training.schedule import schedule_notes
 from localctl.training.state import TrainState
 
 
@@ -40,6 +42,24 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"loss        {loss}",
             f"data        {announced(settings.data, source)}",
             f"steps       {steps}",
+            *(f"            {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
             f"output      {output_dir}",
         )
+    )
+
+
+def short_of_room(state: TrainState, folder: Path) -> str:
+    """A warning where the disk has too little room for what the run will write; empty where it has enough."""
+    settings = state.settings
+    adapter = sum(p.numel() * p.element_size() for p in state.models.plain_adapter.parameters())
+    files = [adapter, adapter]  # both forms
+    if settings.checkpointing_steps:
+        files += [adapter, adapter // 2 if settings.use_8bit_adam else 2 * adapter, adapter if settings.use_ema else 0]
+    free, largest = room(folder)
+    if free >= sum(files) and largest >= max(files):
+        return ""
+    what = "the adapter and a checkpoint" if settings.checkpointing_steps else "the adapter"
+    return (
+        f"WARNING     {what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less room "
+        f"in {folder}{room_left(folder)}"
     )

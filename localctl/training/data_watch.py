@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
 
 from localctl.data.bad import Problem, Quarantine, TooManyBadRows
 from localctl.data.config import DataConfig
@@ -14,6 +16,9 @@ from localctl.data.files import FileSource
 from localctl.data.plan import SamplePlan
 from localctl.data.sample import Batch, Example, MaskedSamples, Source, Unusable
 from localctl.training.models import Models
+
+ENOUGH_MASKS = 8  # empty ones in a row are no chance
+MOSTLY = 0.5
 
 
 class DataWatch:
@@ -29,6 +34,8 @@ class DataWatch:
         self._read_captions = not data.is_micro
         self._seen: set[int] = set()
         self.long_captions = 0
+        self.masks = self.empty_masks = 0
+        self.say: Callable[[str], None] = tqdm.write
 
     def look_at(self, batch: Batch, step: int) -> None:
         """Note the bad rows met for ``batch`` of step ``step``. TooManyBadRows when they are too many, or when no
@@ -38,6 +45,7 @@ class DataWatch:
         if not usable:  # on whichever process: all stop alike
             raise nothing_usable(tuple(problems))
         if self._read_captions:
+            self._count_empty(batch)
             self._count_long(batch)
 
     def lines(self) -> list[str]:
@@ -46,7 +54,20 @@ class DataWatch:
         if self.long_captions:
             limit = self.models.pipe.tokenizer.model_max_length
             lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
+        if self.empty_masks > MOSTLY * self.masks:
+            lines.append(f"WARNING {self.empty_masks} of {self.masks} masks seen were empty: there nothing was learned")
         return [f"data        {line}" for line in lines]
+
+    def _count_empty(self, batch: Batch) -> None:
+        """Say it once, and early, when all masks so far are empty: the training would run to its end for nothing."""
+        empty = int((batch.mask.flatten(1).amax(1) <= 0).sum())
+        before = self.masks
+        self.masks, self.empty_masks = self.masks + len(batch), self.empty_masks + empty
+        if before < ENOUGH_MASKS <= self.masks and self.empty_masks == self.masks:
+            self.say(
+                f"WARNING all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and "
+                "nothing can be learned; white is controlled, look at the masks with python -m localctl.data check."
+            )
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
         """The problems of all, and whether each of them has something to train on."""

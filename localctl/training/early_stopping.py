@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from localctl.files import share_weights
+from tqdm import tqdm
+
+from localctl.run.checkpoints import write_folders
 from localctl.training.models import Models
 from localctl.training.settings import EarlyStoppingConfig
 
@@ -70,12 +73,19 @@ class EarlyStopping:
 
 
 def take_score(
-    stopping: EarlyStopping, scorer: Scorer, models: Models, step: int, best_folder: Path | None
+    stopping: EarlyStopping,
+    scorer: Scorer,
+    models: Models,
+    step: int,
+    best_folder: Path | None,
+    say: Callable[[str], None] = tqdm.write,
 ) -> dict[str, Any]:
     """Score the adapter after ``step`` steps and keep it in ``best_folder`` if it is the best so far (None: this
-    process writes nothing). Returns the row for the log."""
+    process writes nothing); a disk that takes no more is said. Returns the row for the log."""
     score = scorer(models, step)
     if stopping.update(step, score) and best_folder is not None:
-        models.plain_adapter.save_pretrained(best_folder)
-        share_weights(best_folder)
+        try:
+            write_folders(best_folder.parent, {best_folder.name: models.plain_adapter.save_pretrained})
+        except OSError as error:
+            say(f"WARNING step {step}: the best adapter so far is not kept, {error}; the training goes on.")
     return {"score": score, "score/best": stopping.best, "score/best_step": stopping.best_step}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import yaml
 
 from localctl.base import BASES
-from localctl.files import share_weights
+from localctl.files import write_text
+from localctl.run.checkpoints import write_folders
 from localctl.run.record import recorded
-from localctl.training.hub import push
+from localctl.training.hub import is_local
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import References, ValidationResult
@@ -23,7 +25,7 @@ BEST = "best"  # the adapter of the best score, where there is a scorer
 def write_settings(settings: TrainSettings, folder: Path) -> None:
     """The settings as they were understood, defaults included, secrets masked."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(recorded(settings), sort_keys=False))
+    write_text(folder / CONFIG, yaml.safe_dump(recorded(settings), sort_keys=False, allow_unicode=True))
 
 
 def export(
@@ -35,16 +37,21 @@ def export(
     references: References | None,
     own_masks: bool = False,
 ) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; upload it with ``push_to_hub``. own_masks:
-    the data brought its masks."""
-    models.plain_adapter.save_pretrained(folder / ADAPTER)
-    models.plain_adapter.save_t2iadapter(folder / T2IADAPTER)
-    for name in (ADAPTER, T2IADAPTER):
-        share_weights(folder / name)
-    (folder / CARD).write_text(model_card(settings, step, result, references, own_masks))
-    if settings.push_to_hub:
-        pictures = [] if result is None else [sheet_name(step)]
-        push(folder, settings, [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *pictures])
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none. own_masks: the data
+    brought its masks.
+
+    Raises:
+        OSError: the disk takes no more, named; what was there before stays.
+    """
+    adapter = models.plain_adapter
+    write_folders(folder, {ADAPTER: adapter.save_pretrained, T2IADAPTER: adapter.save_t2iadapter})
+    write_text(folder / CARD, model_card(settings, step, result, references, own_masks))
+
+
+def published(step: int, result: ValidationResult | None) -> list[str]:
+    """What of a finished run is for others: patterns of files in its folder."""
+    sheets = [] if result is None else [sheet_name(step)]
+    return [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *sheets]
 
 
 def sheet_name(step: int) -> str:
@@ -60,9 +67,9 @@ def model_card(
     own_masks: bool = False,
 ) -> str:
     """Markdown with the metadata block that the Hugging Face hub reads."""
-    condition, base = settings.condition, settings.base.name
-    place = BASES[base].id_or_path if base in BASES else base
-    base_model = "" if Path(place).exists() else f"base_model: {place}\n"  # the hub refuses what is not an id
+    condition, base = settings.condition, _shown(settings.base.name)
+    place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
+    base_model = "" if is_local(place) else f"base_model: {place}\n"  # the hub refuses what is not an id
     card = f"""---
 library_name: diffusers
 {base_model}tags: [t2iadapter, localctl, text-to-image, diffusers-training, {condition.kind}]
@@ -124,7 +131,7 @@ def _usage(settings: TrainSettings) -> str:
 ```python
 from localctl import LocalAdapter, LocalAdapterControl, generate, load_pipeline
 
-pipe = load_pipeline({settings.base.name!r})
+pipe = load_pipeline({_shown(settings.base.name)!r})
 adapter = LocalAdapter.from_pretrained("{ADAPTER}")
 control = LocalAdapterControl(adapter, condition, mask)  # (C, H, W) and (1, H, W), both in [0, 1]
 image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
@@ -132,6 +139,12 @@ image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 
 `{T2IADAPTER}/` holds the same weights for `diffusers.T2IAdapter.from_pretrained`, without the masking.
 """
+
+
+def _shown(base: str) -> str:
+    """A base as others may read it: of a folder its name alone, on one line and without markup."""
+    name = Path(base).expanduser().resolve().name if base not in BASES and is_local(base) else base
+    return re.sub(r"[\s`|<>\[\]]+", " ", name).strip()
 
 
 def _named(values: dict[str, Any]) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from localctl.data.bad import QUARANTINE
-from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep
+from localctl.files import remove
+from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep, sweep_folders
+from localctl.run.lock import FolderLock
 from localctl.run.logging import BOARD, STATS, WANDB
 from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
 
+_REPLACED = ".replaced"  # folder in which an earlier run lies while it is removed
 _OUTPUTS = (STATS, QUARANTINE, BOARD, WANDB, "validation", ADAPTER, T2IADAPTER, BEST, CARD, CONFIG)
 
 
@@ -29,7 +31,7 @@ def check_unused(folder: Path, overwrite: bool, resume: str | None = None) -> No
     With ``resume`` = ``latest``, a run that was stopped before its first checkpoint is no obstacle.
     """
     if not holds_run(folder):
-        foreign = [name for name in _OUTPUTS if (folder / name).exists()]
+        foreign = [name for name in _OUTPUTS if os.path.lexists(folder / name)]
         if foreign:
             raise ValueError(f"{folder} holds {foreign[0]}, but not of a training run; choose another --output_dir.")
     elif not overwrite and not (resume == LATEST and _never_got_far(folder)):
@@ -51,15 +53,58 @@ def _never_got_far(folder: Path) -> bool:
 
 
 def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], None]) -> None:
-    """Resumed: set aside checkpoints beyond ``step``. Fresh: remove an earlier run, which ``check_unused`` let pass."""
+    """Resumed: set aside checkpoints beyond ``step``. Fresh: remove an earlier run, which ``check_unused`` let pass.
+
+    OSError naming what cannot be removed; then nothing is.
+    """
     sweep(folder)
+    sweep_folders(folder, (ADAPTER, BEST, T2IADAPTER))
+    remove(folder / _REPLACED)
     if resumed:
         set_aside_later(folder, step, say)
     if resumed or not holds_run(folder):
         return
     # The log goes last: as long as it is there, this is known to be a run's folder.
-    for path in [*list_checkpoints(folder).values(), *(folder / name for name in reversed(_OUTPUTS))]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    outputs = [path for name in reversed(_OUTPUTS) if os.path.lexists(path := folder / name)]
+    _remove_all(folder / _REPLACED, [*list_checkpoints(folder).values(), *outputs])
+
+
+def _remove_all(aside: Path, paths: list[Path]) -> None:
+    """Remove ``paths``, links without what they lead to: first out of the way, all of them or none."""
+    aside.mkdir()
+    moved: list[Path] = []
+    try:
+        for path in paths:
+            path.rename(aside / path.name)
+            moved.append(path)
+    except OSError as error:
+        for done in reversed(moved):
+            (aside / done.name).rename(done)
+        aside.rmdir()
+        raise OSError(f"{path} cannot be removed ({error.strerror}); nothing was.") from error
+    remove(aside)
+
+
+class FolderGuard:
+    """Looks after the locked output folder while a run writes there. trouble: what became of it, as a sentence; empty
+    as long as all is well."""
+
+    def __init__(self, lock: FolderLock) -> None:
+        self.lock, self.trouble = lock, ""
+
+    def look(self) -> bool:
+        """Whether the run must save and end, as somebody has removed the folder; it is made again.
+
+        OSError where another run has taken it over: nothing may be written any more.
+        """
+        lock = self.lock
+        if taken := lock.taken:
+            raise OSError(f"{lock.folder} was taken over by {taken}; this run ends without writing there again.")
+        if not lock.folder.is_dir() and not self.trouble:
+            self.trouble = (
+                f"The output folder {lock.folder} was removed while training; what could be saved is there again: go "
+                "on with --resume_from_checkpoint latest."
+            )
+        if not lock.mine:
+            lock.renew()
+        return bool(self.trouble)

@@ -5,45 +5,48 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from localctl.base import resolve_base
-from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate, open_files
+from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
 from localctl.layout import check_side
-from localctl.random import generator
-from localctl.run.checkpoints import find_checkpoint, sweep, verify_checkpoint
-from localctl.run.interrupt import Interrupt, ignore_signals
-from localctl.run.logging import Tracker, check_report_to, make_tracker
+from localctl.run.checkpoints import find_checkpoint, lies_in, sweep, verify_checkpoint
+from localctl.run.interrupt import Interrupt, launcher
+from localctl.run.lock import FolderLock
+from localctl.run.logging import check_report_to, make_tracker
+from localctl.run.processes import LostProcess, lost_process, on_first
+from localctl.run.program import tolerant, working
 from localctl.run.record import flat, recorded
-from localctl.training.announce import announcement
+from localctl.run.workers import WorkerError
+from localctl.training.announce import announcement, short_of_room
 from localctl.training.data_watch import brings_masks, first_example, new_watch
-from localctl.training.early_stopping import Scorer, take_score
-from localctl.training.export import ADAPTER, BEST, export, sheet_name, write_settings
-from localctl.training.folder import check_unused, check_writable, prepare_folder
+from localctl.training.early_stopping import Scorer
+from localctl.training.events import Events
+from localctl.training.export import ADAPTER, write_settings
+from localctl.training.finish import finish
+from localctl.training.folder import FolderGuard, check_unused, check_writable, prepare_folder
 from localctl.training.hub import check_hub
+from localctl.training.loader import batches_of, next_batch
 from localctl.training.resume import check_unchanged, describe
 from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, draw, training_step
-from localctl.training.validation import Fidelity, References, ValidationResult, Validator, validation_row
+from localctl.training.validation import Fidelity, Validator
+
+_SIGNAL_ON_ITS_WAY = 0.5  # seconds: who stops a job may signal each of its processes, workers too
 
 
 class NotFiniteError(RuntimeError):
     """A loss or gradient is not finite, and the settings do not allow to leave out this update."""
-
-
-class _Stopped(Exception):
-    """Validation was given up because of a signal."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,48 @@ def make_source(settings: TrainSettings, split: str) -> Source:
     return MicroScenes(split, data.profile, count, settings.condition)
 
 
-def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, scorer: Scorer | None = None) -> Run:
-    """Check output folder, checkpoint, base and data, then load everything. ValueError in one sentence for the user."""
+def prepare(
+    settings: TrainSettings,
+    say: Callable[[str], None] = tqdm.write,
+    scorer: Scorer | None = None,
+    parent: int | None = None,
+) -> Run:
+    """Check output folder, checkpoint, base and data, then load everything. parent: the launcher, as
+    :func:`~localctl.run.interrupt.launcher` found it when the program began.
+
+    Raises:
+        ValueError: in one sentence for the user; :class:`~localctl.run.lock.FolderInUse` for the output folder.
+        OSError: of the disk.
+    """
     resolve_base(settings.base.name)
     check_hub(settings)
     check_report_to(settings.report_to, asdict(settings.wandb))
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
     accelerator = new_accelerator(settings)
-    if not accelerator.is_main_process:
-        say = _silent
-    else:
-        sweep(output_dir)
-    accelerator.wait_for_everyone()
+    say = tolerant(say) if accelerator.is_main_process else _silent
+    lock = on_first(lambda: FolderLock(output_dir, say))
+    try:
+        return _prepare(settings, accelerator, say, scorer, lock, parent)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _prepare(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+    scorer: Scorer | None,
+    lock: FolderLock | None,
+    parent: int | None,
+) -> Run:
+    """:func:`prepare`, with the output folder locked."""
+    output_dir = Path(settings.output_dir).expanduser()
+    on_first(lambda: sweep(output_dir))
     checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, say)
-    if checkpoint is None or checkpoint.resolve().parent != output_dir.resolve():
+    if checkpoint is None or not lies_in(checkpoint, output_dir):
         check_unused(output_dir, settings.overwrite_output_dir, settings.resume_from_checkpoint)
     train = make_source(settings, "train")
     first = first_example(MaskedSamples(train, settings.mask, settings.seed))
@@ -91,30 +121,23 @@ def prepare(settings: TrainSettings, say: Callable[[str], None] = tqdm.write, sc
     if settings.validation_steps:
         make_source(settings, "val")  # its mistakes, too, before anything slow
     settings = bound_steps(settings, len(train), accelerator.num_processes)
-    state = new_state(settings, accelerator)
+    with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
+        state = new_state(settings, accelerator)
+    state.say = say
     state.models.check_size(*first.pixels.shape[-2:])
     world_size, precision = accelerator.num_processes, accelerator.mixed_precision
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(settings, train, base, world_size=world_size, precision=precision)
     if checkpoint is not None:
-        before = verify_checkpoint(checkpoint)["info"]
-        check_unchanged(before, state.info, force=settings.force_resume, say=say)
-        state.load(checkpoint)
+        manifest = verify_checkpoint(checkpoint)
+        check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=say)
+        state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
-    run = Run(state, train, say, scorer)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        prepare_folder(output_dir, state.step, checkpoint is not None, say)
-    accelerator.wait_for_everyone()
+    run = Run(state, train, say, scorer, lock, parent)
+    on_first(lambda: prepare_folder(output_dir, state.step, checkpoint is not None, say))
     return run
-
-
-def _start_worker(worker: int) -> None:
-    """A data worker leaves signals to its parent, and has none of the threads that OpenCV had started there."""
-    ignore_signals(worker)
-    cv2.setNumThreads(0)
 
 
 def _silent(text: str) -> None:
@@ -124,102 +147,125 @@ def _silent(text: str) -> None:
 class Run:
     """A prepared training run."""
 
-    def __init__(self, state: TrainState, train: Source, say: Callable[[str], None], scorer: Scorer | None) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        train: Source,
+        say: Callable[[str], None],
+        scorer: Scorer | None,
+        lock: FolderLock | None,
+        parent: int | None,
+    ) -> None:
         self.state, self.settings, self.say = state, state.settings, say
-        self.train_source, self.scorer = train, scorer
+        self.train_source, self.lock = train, lock
         self.output_dir = Path(self.settings.output_dir).expanduser()
         self.main = state.accelerator.is_main_process
-        self.tracker = Tracker()
         self.watch = new_watch(
             state.accelerator, state.models, self.settings.data, self.output_dir, len(train), state.step
         )
-        self.interrupt = Interrupt()
-        self.signal = 0  # that any process was sent, as all of them know it
-        self.validator: Validator | None = None
-        self.references: References | None = None
-        self.last: ValidationResult | None = None
-        self.learning_rate, self.grad_norm = 0.0, 0.0  # of the last step
+        self.watch.say = say
+        self.interrupt = Interrupt(launcher() if parent is None else parent)
+        self.guard = None if lock is None else FolderGuard(lock)
+        validator = None
         if self.settings.validation_steps and self.main:
-            self.validator = Validator(state.models, self.settings, make_source(self.settings, "val"))
+            validator = Validator(state.models, self.settings, make_source(self.settings, "val"))
+        self.events = Events(state, self.output_dir, self.interrupt, say, scorer, validator)
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:
-        """Train to the last step and export; or until SIGINT, SIGTERM or ``stop(step)``, leaving a checkpoint.
+        """Train to the last step and export; or until a signal or ``stop(step)``, leaving a checkpoint.
 
         ``stop`` must say the same on all processes; a signal to any of them stops all.
 
         Raises:
             NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
-            CheckpointError: a checkpoint could not be written.
+            OSError: what could not be written, a data worker that was killed, another process that is gone, or an
+                output folder that was removed; the message says what is left of the training.
         """
-        state, settings = self.state, self.settings
-        if self.main:
-            self.say(announcement(state, self.train_source, self.output_dir, scored=self.scorer is not None))
-            values = flat(recorded(settings))
-            named = asdict(settings.wandb)
-            self.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step, wandb=named)
-            write_settings(settings, self.output_dir)
         try:
-            with self.interrupt, self._bar() as bar:
-                at_the_end = self._at_the_end  # then for the model card
-                if self._validation_is_due() and (at_the_end or state.validated != state.step):
-                    self._validate()
-                stopped = bool(self.signal)
-                batches = iter(self._loader())
+            with self.interrupt:
+                self._begin()
+                stopped = self._loop(stop)
                 if not stopped:
-                    self._score()  # what an interruption kept from being scored
-                while not self._at_the_end and not stopped:
-                    self._step(batches, bar)
-                    stopped = self._after_step(bar, stop(state.step))
-            if not stopped and self.main:
-                with state.averaged():
-                    own = brings_masks(self.train_source)
-                    export(state.models, settings, state.step, self.output_dir, self.last, self.references, own)
+                    finish(self.events, own_masks=brings_masks(self.train_source))
+        except RuntimeError as error:
+            lost = lost_process(error)
+            if lost is None:
+                raise
+            raise LostProcess(
+                f"{lost}; go on from the last checkpoint with --resume_from_checkpoint latest."
+            ) from error
         finally:
-            self.tracker.close()
+            self.events.tracker.close()
+            if self.lock is not None:
+                self.lock.release()
+        if self.guard is not None and self.guard.trouble:
+            raise OSError(self.guard.trouble)
         if self.main:
             for line in self.watch.lines():
                 self.say(line)
             self.say(self._farewell(stopped))
-        state.accelerator.wait_for_everyone()
-        fidelity = self.last.fidelity if self.last else None
-        return TrainResult(state.step, self.output_dir, stopped, fidelity, self.signal)
+        self.state.accelerator.wait_for_everyone()
+        fidelity = self.events.last.fidelity if self.events.last else None
+        return TrainResult(self.state.step, self.output_dir, stopped, fidelity, self.events.signal)
 
-    def _loader(self) -> DataLoader:
-        settings, accelerator = self.settings, self.state.accelerator
-        sampler = PlanSampler(
-            SamplePlan(len(self.train_source), settings.seed),
-            settings.train_batch_size,
-            self.state.step,
-            settings.steps,
-            accumulation=settings.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+    def _begin(self) -> None:
+        """Say what is going to be done, and open the log."""
+        if not self.main:
+            return
+        state, settings = self.state, self.settings
+        self.say(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
+        if short := short_of_room(state, self.output_dir):
+            self.say(short)
+        values = flat(recorded(settings))
+        named = asdict(settings.wandb)
+        self.events.tracker = make_tracker(
+            settings.report_to, self.output_dir, values, start=state.step, wandb=named, say=self.say
         )
-        return DataLoader(
-            MaskedSamples(self.train_source, settings.mask, settings.seed),
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=settings.dataloader_num_workers,
-            generator=generator(settings.seed, "loader"),  # or the loader would draw from the global random state
-            worker_init_fn=_start_worker,
-        )
+        write_settings(settings, self.output_dir)
+
+    def _loop(self, stop: Callable[[int], bool]) -> bool:
+        """All steps with what is due between them. Returns whether it was stopped before the end."""
+        state, events = self.state, self.events
+        with self._bar() as bar, batches_of(self.train_source, self.state) as batches:
+            events.before_the_first_step(bar)
+            [events.signal] = state.agree(self.interrupt.signal)
+            stopped = bool(events.signal)
+            while not events.at_the_end and not stopped:
+                try:
+                    measured = self._step(batches, bar)
+                except WorkerError as error:
+                    self._without_worker(error)
+                    return True
+                stopped = events.after_step(bar, measured, stop(state.step))
+                if self.guard is not None and self.guard.look():
+                    self.interrupt.ask_to_stop()
+        return stopped
+
+    def _without_worker(self, error: WorkerError) -> None:
+        """Save, and end: with the signal that may have killed the worker, or else with the error."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        time.sleep(_SIGNAL_ON_ITS_WAY)
+        [self.events.signal] = self.state.agree(self.interrupt.signal)
+        kept = self.events.keep()
+        if not self.events.signal:
+            raise WorkerError(f"{str(error).rstrip('.')}; {kept}.") from error
 
     def _bar(self) -> Any:
         state, total = self.state, self.settings.steps
         options = {} if self.main else {"disable": True}  # of the main process TQDM_DISABLE decides
         return tqdm(total=total, initial=state.step, desc="training", unit="step", mininterval=1, **options)
 
-    def _step(self, batches: Any, bar: Any) -> None:
-        """One optimizer update, of ``gradient_accumulation_steps`` micro-batches."""
+    def _step(self, batches: Iterator[Batch], bar: Any) -> dict[str, float]:
+        """One optimizer update, of ``gradient_accumulation_steps`` micro-batches; what is logged of it."""
         state, settings = self.state, self.settings
         accelerator, models = state.accelerator, state.models
         begun, waiting = time.perf_counter(), 0.0
-        self.learning_rate = state.set_learning_rate()
+        learning_rate = state.set_learning_rate()
         keys: list[str] = []
         outputs: list[StepOutput] = []
         for _ in range(settings.gradient_accumulation_steps):
             asked = time.perf_counter()
-            batch: Batch = next(batches)
+            batch = next_batch(batches, state)
             waiting += time.perf_counter() - asked
             self.watch.look_at(batch, state.step + 1)
             keys += batch.keys
@@ -229,12 +275,14 @@ class Run:
             with accelerator.accumulate(models.adapter):
                 with accelerator.autocast():
                     outputs.append(training_step(batch, models, settings, draws))
-                state.stats.add(outputs[-1])
                 accelerator.backward(outputs[-1].loss)
-        self.grad_norm = float(accelerator.clip_grad_norm_(models.plain_adapter.parameters(), settings.max_grad_norm))
+        for output in outputs:
+            state.stats.add(output)
+        limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+        grad_norm = float(accelerator.clip_grad_norm_(models.plain_adapter.parameters(), limit))
         # A scaler leaves out steps whose gradient overflowed by its own factor; a loss it does not repair.
-        watched = self.grad_norm if accelerator.scaler is None else sum(float(output.loss) for output in outputs)
-        self.signal, bad = state.agree(self.interrupt.signal, not math.isfinite(watched))
+        watched = grad_norm if accelerator.scaler is None else sum(float(output.loss) for output in outputs)
+        self.events.signal, bad = state.agree(self.interrupt.signal, not math.isfinite(watched))
         if bad:
             self._pass_over(keys, outputs)
         else:
@@ -245,6 +293,7 @@ class Run:
         samples = len(keys) * accelerator.num_processes
         state.stats.add_time(samples, time.perf_counter() - begun, waiting)
         bar.update()
+        return {"learning_rate": learning_rate, "grad_norm": grad_norm}
 
     def _pass_over(self, keys: list[str], outputs: list[StepOutput]) -> None:
         """Name the samples of a step that is not finite; NotFiniteError unless one more may be left out. All processes
@@ -261,88 +310,12 @@ class Run:
         self.state.skipped += 1
         self.say(f"{found}; this update is left out, {self.state.skipped} so far.")
 
-    @property
-    def _at_the_end(self) -> bool:
-        return self.state.step >= self.settings.steps or self.state.early_stopping.stopped
-
-    def _validation_is_due(self) -> bool:
-        step, every = self.state.step, self.settings.validation_steps
-        return bool(every and step) and (step % every == 0 or self._at_the_end)
-
-    def _score(self) -> None:
-        """The score that early stopping goes by, if it is due."""
-        state, folder = self.state, self.output_dir / BEST
-        if self.scorer is None or not state.early_stopping.due(state.step):
-            return
-        with state.averaged():
-            row = take_score(state.early_stopping, self.scorer, state.models, state.step, folder if self.main else None)
-        self.tracker.log(state.step, row)
-        if state.early_stopping.stopped:
-            self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")
-
-    def _after_step(self, bar: Any, stopped: bool) -> bool:
-        """Log, validate, save: whatever is due. Returns whether to stop here."""
-        state, settings = self.state, self.settings
-        if not stopped and not self.signal:
-            self._score()
-        last = self._at_the_end
-        if state.step % settings.logging_steps == 0 or last:
-            row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather)
-            row |= {"learning_rate": self.learning_rate, "grad_norm": self.grad_norm}
-            self.tracker.log(state.step, row)
-            bar.set_postfix({"loss": f"{row['loss']:.4f}", "local": f"{row['local_raw']:.3f}"}, refresh=False)
-        if self._validation_is_due() and not stopped and not self.signal:
-            self._validate()
-        stopped = stopped or bool(self.signal)
-        every = settings.checkpointing_steps
-        if stopped or (every and (state.step % every == 0 or last)):
-            state.save(self.output_dir)
-        return stopped
-
-    def _validate(self) -> None:
-        """Draw the validation pictures on the first process. The others keep step with it, so that a signal to any of
-        them is heard and none waits long enough to be given up."""
-        state, done = self.state, 0
-        while not self.main and not done:
-            self.signal, done = state.agree(self.interrupt.signal, 0)
-        if not self.main:
-            return
-        try:
-            self._draw_validation()
-            state.validated = state.step
-        except _Stopped:
-            self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
-        finally:
-            self.signal, _ = state.agree(self.interrupt.signal, 1)
-
-    def _beat(self) -> None:
-        self.signal, _ = self.state.agree(self.interrupt.signal, 0)
-        if self.signal:
-            raise _Stopped
-
-    def _draw_validation(self) -> None:
-        step, validator = self.state.step, self.validator
-        assert validator is not None
-        if self.references is None:
-            self.references = validator.references(self._beat)
-        with self.state.averaged():
-            result = validator.run(self._beat)
-        self.last = result
-        path = self.output_dir / sheet_name(step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.sheet.save(path)
-        fidelity, references = result.fidelity, self.references
-        if self.state.validated != step:
-            self.tracker.log(step, validation_row(fidelity, references))
-            self.tracker.image(step, "validation/grid", result.sheet)
-        self.say(
-            f"step {step}: edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
-            f"{references.round_trip.f1:.3f}), {path}"
+    def _farewell(self, stopped: bool) -> str:
+        why = " (the process that launched this one is gone)" if self.interrupt.orphaned else ""
+        if not stopped:
+            return f"Done: {self.output_dir / ADAPTER} (README.md beside it shows what it does)."
+        if not self.state.step:
+            return f"Stopped before the first step{why}; nothing was trained."
+        return (
+            f"Stopped after step {self.state.step} with a checkpoint{why}; go on with --resume_from_checkpoint latest."
         )
-
-    def _farewell(self, interrupted: bool) -> str:
-        if interrupted:
-            return (
-                f"Stopped after step {self.state.step} with a checkpoint; go on with --resume_from_checkpoint latest."
-            )
-        return f"Done: {self.output_dir / ADAPTER} (README.md beside it shows what it does)."

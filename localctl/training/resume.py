@@ -51,6 +51,7 @@ FREE = {
     "push_to_hub": "what becomes of the result",
     "hub_model_id": "what becomes of the result",
     "hub_token": "what becomes of the result",
+    "hub_private_repo": "what becomes of the result",
     "cpu_threads": "changes no more than the last bits of a sum",
 }
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "numpy")

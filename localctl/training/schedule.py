@@ -42,8 +42,38 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:
     """The settings with ``max_train_steps`` as a number: at most as many steps as make ``num_train_epochs`` epochs of
     ``samples`` on ``processes``, never more than that, and at least one."""
-    if settings.num_train_epochs is None:
+    steps = epoch_steps(settings, samples, processes)
+    if steps is None:
         return settings
-    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
-    steps = max(1, settings.num_train_epochs * samples // per_step)
     return replace(settings, max_train_steps=min(steps, settings.max_train_steps or steps))
+
+
+def epoch_steps(settings: TrainSettings, samples: int, processes: int = 1) -> int | None:
+    """How many steps ``num_train_epochs`` epochs of ``samples`` are; None without such a setting."""
+    if settings.num_train_epochs is None:
+        return None
+    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
+    return max(1, settings.num_train_epochs * samples // per_step)
+
+
+def schedule_notes(settings: TrainSettings, samples: int, processes: int = 1) -> list[str]:
+    """What of the bound ``settings`` of a run on ``samples`` may not be what was meant: which of steps and epochs sets
+    the end, and a warm-up that is not over by then."""
+    notes, steps, by_epochs = [], settings.steps, epoch_steps(settings, samples, processes)
+    if by_epochs is not None:
+        epochs = f"num_train_epochs={settings.num_train_epochs} of {samples} examples"
+        if steps < by_epochs:
+            notes.append(
+                f"max_train_steps={steps} sets the end: {epochs} would be {by_epochs} steps (max_train_steps=null "
+                "makes them all)"
+            )
+        else:
+            notes.append(f"{epochs} set the end: {steps} steps")
+    if settings.lr_scheduler != "constant" and settings.lr_warmup_steps >= steps:
+        warning = "" if settings.lr_warmup_steps == type(settings).lr_warmup_steps else "WARNING "  # the default's
+        reached = learning_rate_at(settings, steps - 1) / settings.learning_rate if settings.learning_rate else 0
+        notes.append(
+            f"{warning}lr_warmup_steps={settings.lr_warmup_steps} is not less than the {steps} steps: the learning "
+            f"rate only reaches {reached:.1%} of learning_rate={settings.learning_rate:g}"
+        )
+    return notes

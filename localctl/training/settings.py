@@ -231,7 +231,7 @@ class TrainSettings:
     adam_beta2: AdamW's decay of the square.
     adam_weight_decay: AdamW's pull towards zero.
     adam_epsilon: AdamW's guard against dividing by zero.
-    max_grad_norm: gradients are scaled down to this norm.
+    max_grad_norm: gradients are scaled down to this norm; null = they are not.
     proportion_empty_prompts: share of the captions that is replaced by an empty prompt.
     timestep_sampling: which timesteps are trained: uniform, or cubic, which prefers noisy ones as published.
     logging_steps: steps between rows of the log.
@@ -264,6 +264,7 @@ class TrainSettings:
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_token: str | None = None
+    hub_private_repo: bool = True
 
     max_train_steps: int | None = 900
     num_train_epochs: int | None = None
@@ -287,7 +288,7 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     proportion_empty_prompts: float = 0.1
     timestep_sampling: str = "cubic"
 
@@ -304,10 +305,17 @@ class TrainSettings:
         zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps") + (
             "max_nonfinite_steps",
         )
-        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_power")
+        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "lr_power")
         for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
             for name in names:
                 _at_least(name, getattr(self, name), least)
+        if self.max_grad_norm == math.inf:
+            self.max_grad_norm = None
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"max_grad_norm={self.max_grad_norm:g} would leave no gradient; use null for no clipping, or a number "
+                "above 0."
+            )
         for name in ("max_train_steps", "num_train_epochs"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 
-from localctl.files import share_weights
+from localctl.files import first_line, read_json, share_weights, write_text
 from localctl.run.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
@@ -26,7 +30,14 @@ from localctl.training.settings import TrainSettings
 from localctl.training.stats import StepStats
 
 WAIT = timedelta(hours=2)  # of processes for one another: the first may be busy with a model card or a slow disk
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) + (
+    pickle.UnpicklingError,
+)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _Unfit(ValueError):
+    """A checkpoint that is whole, but not for these settings."""
 
 
 @dataclass
@@ -36,7 +47,7 @@ class TrainState:
     There is no state of random generators: every draw is keyed by what it is for. stats: what has been measured since
     the last row of the log. validated: the step of the last validation. skipped: updates left out so far because they
     were not finite. info: what a checkpoint's manifest says of the run (``resume.describe``).
-    ema: the averaged weights, None without ``use_ema``.
+    ema: the averaged weights, None without ``use_ema``. say: where sentences go.
     """
 
     settings: TrainSettings
@@ -49,6 +60,7 @@ class TrainState:
     skipped: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     ema: Any = None
+    say: Callable[[str], None] = tqdm.write
     early_stopping: EarlyStopping = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +98,8 @@ class TrainState:
         if self.accelerator.is_main_process:
             try:
                 limit = self.settings.checkpoints_total_limit
-                save_checkpoint(folder, self.step, lambda path: self._write(path, stats), keep=limit, info=self.info)
+                write = partial(self._write, stats=stats)
+                save_checkpoint(folder, self.step, write, keep=limit, info=self.info, say=self.say)
             except CheckpointError as error:
                 failure = error
         if any(self.agree(failure is not None)):
@@ -107,15 +120,25 @@ class TrainState:
             "skipped": self.skipped,
             "early_stopping": self.early_stopping.state_dict(),
         }
-        (folder / "state.json").write_text(json.dumps(extra))
+        write_text(folder / "state.json", json.dumps(extra))
 
-    def load(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint. ValueError when it is of an adapter of another shape."""
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Continue from a verified checkpoint of ``step``. ValueError when it is of an adapter of another shape, or
+        does not hold what a checkpoint of ours holds."""
+        try:
+            self._load(checkpoint, step)
+        except _UNREADABLE as error:
+            if isinstance(error, _Unfit):
+                raise
+            reason = first_line(error)[:200]
+            raise ValueError(f"The checkpoint {checkpoint} cannot be used ({reason}); use another one.") from error
+
+    def _load(self, checkpoint: Path, step: int) -> None:
         weights = load_file(checkpoint / "adapter" / "diffusion_pytorch_model.safetensors")
         try:
             self.models.plain_adapter.load_state_dict(weights)
         except RuntimeError:
-            raise ValueError(
+            raise _Unfit(
                 f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
             ) from None
         # The groups' decay, betas and so on would come along; the settings have the say, if changed by force.
@@ -123,7 +146,9 @@ class TrainState:
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
-        extra = json.loads((checkpoint / "state.json").read_text())
+        extra = read_json(checkpoint / "state.json", "the state")
+        if extra["step"] != step:
+            raise ValueError(f"its state is of step {extra['step']}, its manifest of {step}")
         self.step, self.validated, self.skipped = extra["step"], extra["validated"], extra["skipped"]
         self.early_stopping.load_state_dict(extra["early_stopping"])
         self._load_ema(checkpoint / "ema.pt")
@@ -138,7 +163,7 @@ class TrainState:
         if self.ema is None:
             return
         if not path.exists():
-            raise ValueError(f"The checkpoint {path.parent} holds no averaged weights; set use_ema=false.")
+            raise _Unfit(f"The checkpoint {path.parent} holds no averaged weights; set use_ema=false.")
         self.ema.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.ema.decay = self.settings.ema_decay  # as with the optimizer's options
         self.ema.to(self.accelerator.device)
@@ -152,7 +177,7 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
     if accelerator.device.type == "cpu":
-        set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ)
+        set_cpu_threads(settings.cpu_threads, accelerator.num_processes, os.environ, launcher_environment())
     return accelerator
 
 
@@ -181,10 +206,27 @@ def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.M
     assert all(p.dtype == torch.float32 for p in updated.values()), "trained weights must be float32"
 
 
-def set_cpu_threads(threads: int | None, processes: int, environment: Mapping[str, str]) -> None:
+def set_cpu_threads(
+    threads: int | None, processes: int, environment: Mapping[str, str], users: Collection[str] = ()
+) -> None:
     """Use ``threads`` cores, or all of them where `accelerate launch` left one: it sets OMP_NUM_THREADS to 1 unless
-    told otherwise, which would nearly double the time on the smallest machine."""
-    if threads is None and "ACCELERATE_MIXED_PRECISION" in environment and environment.get("OMP_NUM_THREADS") == "1":
+    told otherwise, which would nearly double the time on the smallest machine. users: names of the variables that the
+    user gave the launcher; an OMP_NUM_THREADS among them is kept."""
+    if (
+        threads is None
+        and "ACCELERATE_MIXED_PRECISION" in environment
+        and environment.get("OMP_NUM_THREADS") == "1"
+        and "OMP_NUM_THREADS" not in users
+    ):
         threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else None
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def launcher_environment() -> list[str]:
+    """Names of what the launcher of this process was given by its user, as far as the system tells."""
+    try:
+        content = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return []
+    return [item.partition(b"=")[0].decode(errors="replace") for item in content.split(b"\0")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data.bad import BadRow
 from localctl.data.sample import Example, Source
+from localctl.files import write_bytes
 from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
 from localctl.masks import MaskConfig, sample_mask
@@ -80,6 +83,13 @@ class ValidationResult:
     fidelity: Fidelity
     sheet: Image.Image
 
+    def save(self, path: Path) -> None:
+        """The sheet as a PNG; OSError naming the file where it cannot be written."""
+        buffer = io.BytesIO()
+        self.sheet.save(buffer, format="PNG")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, buffer.getvalue())
+
 
 def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
     """What is logged of a validation."""
@@ -104,6 +114,11 @@ class Validator:
         self.edge_condition = self.condition if self.condition.kind == "canny" else ConditionConfig(kind="canny")
         set_scheduler(models.pipe, self.config.scheduler)
         self.cases = choose_cases(source, settings.mask, self.config, self.edges_of)
+
+    @property
+    def steps(self) -> int:
+        """How many denoising steps a :meth:`run` makes."""
+        return math.ceil(len(self.cases) / self.config.batch_size) * self.config.num_inference_steps
 
     def edges_of(self, picture: Image.Image) -> np.ndarray:
         """Edges (H,W) bool, by which every kind of condition is scored."""

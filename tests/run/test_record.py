@@ -72,4 +72,4 @@ def test_the_written_settings_of_a_run_carry_no_secret(tmp_path, monkeypatch):
     settings = load_config([], TrainSettings, config_dir=tmp_path)
     write_settings(settings, tmp_path)
     written = (tmp_path / "config.yaml").read_text()
-    assert "private" not in written and yaml.safe_load(written)["seed"] == 5
+    assert "/private" not in written and "place" not in written and yaml.safe_load(written)["seed"] == 5

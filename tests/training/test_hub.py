@@ -18,8 +18,8 @@ class FakeHub:
     def __init__(self, token=None, error=None):
         self.token, self.error, self.created, self.files = token, error, [], {}
 
-    def create_repo(self, *, repo_id, exist_ok):
-        self.created.append((repo_id, exist_ok))
+    def create_repo(self, *, repo_id, exist_ok, private):
+        self.created.append((repo_id, exist_ok, private))
         if self.error:
             raise self.error
         return types.SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"someone/{repo_id}")
@@ -28,7 +28,8 @@ class FakeHub:
         self.repo_id = repo_id
         paths = [path for path in Path(folder_path).rglob("*") if path.is_file()]
         names = {path.relative_to(folder_path).as_posix(): path for path in paths}
-        self.files = {n: p for n, p in names.items() if any(fnmatch(n, pattern) for pattern in allow_patterns)}
+        chosen = {n: p for n, p in names.items() if any(fnmatch(n, pattern) for pattern in allow_patterns)}
+        self.files = {name: path.read_bytes() for name, path in chosen.items()}
 
 
 def test_a_finished_run_is_pushed_with_its_card_and_grid_and_no_token_is_written(sd_folder, tmp_path, monkeypatch):
@@ -40,12 +41,12 @@ def test_a_finished_run_is_pushed_with_its_card_and_grid_and_no_token_is_written
     )  # fmt: skip
     silent_run(settings).train()
     (api,) = hubs
-    assert (api.token, api.created, api.repo_id) == (TOKEN, [("owner/adapter", True)], "owner/adapter")
+    assert (api.token, api.created, api.repo_id) == (TOKEN, [("owner/adapter", True, True)], "owner/adapter")
     assert set(api.files) == {
         "README.md", "config.yaml", "validation/step-000002.png",
         *(f"{kind}/{name}" for kind in ("adapter", "t2iadapter") for name in FILES),
     }  # fmt: skip
-    card = api.files["README.md"].read_text()
+    card = api.files["README.md"].decode()
     assert "(validation/step-000002.png)" in card and "| with the adapter |" in card
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.parent.name.startswith("checkpoint") for path in written)

@@ -10,6 +10,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.run.checkpoints import list_checkpoints
+from localctl.run.lock import LOCK
 from localctl.training.settings import DataConfig
 
 
@@ -205,7 +206,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_afresh_with_latest(str
     said: list[str] = []
     run = silent_run(replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest"), said)
     assert run.state.step == 0 and "from the beginning" in said[0]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # which the run holds until it ends
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

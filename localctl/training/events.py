@@ -1,0 +1,187 @@
+"""What happens between the steps: scoring, logging, saving, validating. None of it may cost the training."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from localctl.data.bad import TooManyBadRows
+from localctl.files import first_line
+from localctl.run.checkpoints import list_checkpoints
+from localctl.run.interrupt import Interrupt
+from localctl.run.logging import STATS, Tracker, read_stats
+from localctl.training.early_stopping import Scorer, take_score
+from localctl.training.export import BEST, sheet_name
+from localctl.training.state import TrainState
+from localctl.training.validation import References, ValidationResult, Validator, validation_row
+
+VALIDATED = "validation/f1"  # a row of the log with it is a validation
+
+
+class Stopped(Exception):
+    """Validation was given up because of a signal."""
+
+
+class Events:
+    """Whatever is due after a step, of one run.
+
+    Checkpoints come before what may fail or take long. What validation, a score or a tracker raises is said in one
+    sentence, and the training goes on; a signal, and data that cannot be used, keep their meaning. All processes must
+    call every method alike.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        output_dir: Path,
+        interrupt: Interrupt,
+        say: Callable[[str], None],
+        scorer: Scorer | None,
+        validator: Validator | None,
+    ) -> None:
+        self.state, self.settings, self.output_dir = state, state.settings, output_dir
+        self.interrupt, self.say, self.scorer = interrupt, say, scorer
+        self.main = state.accelerator.is_main_process
+        self.tracker = Tracker()
+        self.signal = 0  # that any process was sent, as all of them know it
+        self.validator = validator
+        self.references: References | None = None
+        self.last: ValidationResult | None = None
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether no step is left."""
+        return self.state.step >= self.settings.steps or self.state.early_stopping.stopped
+
+    def validation_is_due(self) -> bool:
+        """Whether the settings want one after the present step."""
+        step, every = self.state.step, self.settings.validation_steps
+        return bool(every and step) and (step % every == 0 or self.at_the_end)
+
+    def before_the_first_step(self, bar: Any) -> None:
+        """What an interruption kept from being done, and the validation for the card of a finished run."""
+        state = self.state
+        [state.validated] = state.agree(max(state.validated, self._last_logged_validation()))
+        if self.validation_is_due() and (self.at_the_end or state.validated != state.step):
+            self.validate(bar)
+        if not self.signal:
+            self.score(bar)
+
+    def after_step(self, bar: Any, measured: dict[str, float], stopped: bool) -> bool:
+        """Score, log, save, validate: whatever is due. Returns whether to stop here. measured: numbers of the step."""
+        state, settings = self.state, self.settings
+        if not stopped and not self.signal:
+            self.score(bar)
+        if state.step % settings.logging_steps == 0 or self.at_the_end:
+            row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather) | measured
+            self.tracker.log(state.step, row)
+            bar.set_postfix({"loss": f"{row['loss']:.4f}", "local": f"{row['local_raw']:.3f}"}, refresh=False)
+        every = settings.checkpointing_steps
+        due = stopped or self.signal or (every and (state.step % every == 0 or self.at_the_end))
+        if due:
+            state.save(self.output_dir)
+        if self.validation_is_due() and not stopped and not self.signal:
+            self.validate(bar)
+            if self.signal and not due:  # it came while validating
+                state.save(self.output_dir)
+        return stopped or bool(self.signal)
+
+    def score(self, bar: Any) -> None:
+        """The score that early stopping goes by, if it is due."""
+        state, folder = self.state, self.output_dir / BEST
+        if self.scorer is None or not state.early_stopping.due(state.step):
+            return
+        bar.set_postfix_str("scoring")
+        score, failure = math.nan, ""
+        with state.averaged():
+            try:
+                score = self.scorer(state.models, state.step)
+            except TooManyBadRows:
+                raise
+            except Exception as error:
+                failure = _named(error)
+            if any(state.agree(bool(failure))):
+                failure = failure or "another process failed"
+                self.say(f"WARNING step {state.step}: no score ({failure}); the training goes on.")
+                return
+            where = folder if self.main else None
+            row = take_score(state.early_stopping, lambda *_: score, state.models, state.step, where, self.say)
+        self.tracker.log(state.step, row)
+        if state.early_stopping.stopped:
+            self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")
+
+    def validate(self, bar: Any) -> None:
+        """Draw the validation images on the first process. The others keep step with it, so that a signal to any of
+        them is heard and none waits long enough to be given up."""
+        state, done = self.state, 0
+        while not self.main and not done:
+            self.signal, done = state.agree(self.interrupt.signal, 0)
+        if not self.main:
+            return
+        try:
+            self._draw_validation(bar)
+            state.validated = state.step
+        except Stopped:
+            self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
+        except TooManyBadRows:
+            raise
+        except Exception as error:
+            self.say(f"WARNING step {state.step}: no validation ({_named(error)}); the training goes on.")
+        finally:
+            self.signal, _ = state.agree(self.interrupt.signal, 1)
+
+    def keep(self) -> str:
+        """Save what there is, because the run must end here; where it is, as the part of a sentence."""
+        state = self.state
+        if state.step == 0:
+            return "no step was made"
+        if not any(state.agree(state.step in list_checkpoints(self.output_dir))):
+            state.save(self.output_dir)
+        return f"checkpoint-{state.step} holds all of the training: go on with --resume_from_checkpoint latest"
+
+    def _draw_validation(self, bar: Any) -> None:
+        step, validator = self.state.step, self.validator
+        assert validator is not None
+        made, shown, passes = 0, time.monotonic(), validator.steps * (1 if self.references else 2)
+        bar.set_postfix_str("validating")
+
+        def beat() -> None:
+            nonlocal made, shown
+            made += 1
+            if time.monotonic() - shown > 1:  # a sign of life
+                shown = time.monotonic()
+                bar.set_postfix_str(f"validating, {made / passes:.0%}")
+            self.signal, _ = self.state.agree(self.interrupt.signal, 0)
+            if self.signal:
+                raise Stopped
+
+        if self.references is None:
+            self.references = validator.references(beat)
+        with self.state.averaged():
+            result = validator.run(beat)
+        bar.set_postfix_str("", refresh=False)
+        self.last = result
+        fidelity, references = result.fidelity, self.references
+        if self.state.validated != step:
+            self.tracker.log(step, validation_row(fidelity, references))
+            self.tracker.image(step, "validation/grid", result.sheet)
+        path = self.output_dir / sheet_name(step)
+        result.save(path)
+        self.say(
+            f"step {step}: edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
+            f"{references.round_trip.f1:.3f}), {path}"
+        )
+
+    def _last_logged_validation(self) -> int:
+        """The step of it, as this folder's log has it: a checkpoint is older than the validation after it."""
+        if not (self.main and self.state.step and (self.output_dir / STATS).is_file()):
+            return 0
+        rows = read_stats(self.output_dir)
+        return max((row["step"] for row in rows if VALIDATED in row and row["step"] <= self.state.step), default=0)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
