@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from localctl.files import first_line
+from localctl.files import first_line, read_json
 
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -114,6 +114,17 @@ def lasting_name(name: str) -> str:
     """``name`` as it may be written down for later: a folder by its absolute path, any other name as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in BASES and path.is_dir() else name
+
+
+def own_side(name: str) -> int | None:
+    """The side in pixels of the images that a base on this disk was made for; None = not known without loading it."""
+    try:
+        spec = resolve_base(name)
+        unet = read_json(Path(spec.id_or_path).expanduser() / "unet" / "config.json", "The U-Net's settings")
+        vae = read_json(Path(spec.id_or_path).expanduser() / "vae" / "config.json", "The VAE's settings")
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _place(name: str) -> str:
