@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from localctl.files import first_line, read_json
+from localctl.files import first_line
 
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -117,13 +117,13 @@ def lasting_name(name: str) -> str:
 
 
 def own_side(name: str) -> int | None:
-    """The side in pixels of the images that a base on this disk was made for; None = not known without loading it."""
+    """The side in pixels of the images that a base on this disk was made for; None = not known without asking."""
     try:
-        spec = resolve_base(name)
-        unet = read_json(Path(spec.id_or_path).expanduser() / "unet" / "config.json", "The U-Net's settings")
-        vae = read_json(Path(spec.id_or_path).expanduser() / "vae" / "config.json", "The VAE's settings")
+        spec, here = resolve_base(name), {"local_files_only": True}
+        unet = read_json(spec, "unet/config.json", here)
+        vae = read_json(spec, "vae/config.json", here)
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -97,7 +97,7 @@ def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, lis
         try:
             if not choose_cases(parts["val"], settings)[0].scored:
                 warnings.append(
-                    f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation has no score; larger masks would"
+                    f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation has no score; use larger masks"
                 )
         except ValueError as error:
             warnings.append(f"a training would stop: {error}")
