@@ -167,7 +167,7 @@ class Writer:
             condition.save(place(args.output, places[kind]))
             line[f"{kind}_file_name"] = places[kind]
         if args.format == "folder":
-            write_text(place(args.output, places["caption"]), captions[0] + "\n")
+            place(args.output, places["caption"]).write_text(captions[0] + "\n", encoding="utf-8")
         return line | {"text": captions[0] if len(captions) == 1 else list(captions)}
 
     def _places(self, name: str, mask: Path | None) -> dict[str, str]:

@@ -110,7 +110,7 @@ def announced(data: DataConfig, source: Source) -> str:
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
 
 
-def remarks(settings: TrainSettings, source: Source) -> list[str]:
+def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
     """What of the data is not used as one might think, a clause each."""
     if not isinstance(source, FileSource):
         return []

@@ -1,5 +1,6 @@
 """The scripts in data/: from pictures and addresses to data sets that train."""
 
+import errno
 import hashlib
 import json
 import sys
@@ -16,6 +17,7 @@ import pytest
 from file_data import identities, picture, png, write_metadata
 from PIL import Image
 
+from localctl import web
 from localctl.conditions import ConditionConfig, extract
 from localctl.data import DataConfig, open_files
 from localctl.images import load_image
@@ -96,6 +98,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "file:///etc/hostname")
             self.end_headers()
             return
+        if self.path == "/inside":
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/latest/meta-data")
+            self.end_headers()
+            return
+        if self.path in ("/drip", "/drip_headers"):
+            self.drip(b"HTTP/1.0 200 OK\r\n" + b"\r\n" * (self.path == "/drip"))
+            return
         if self.path == "/html":
             content = b"<html>not found, sorry</html>"
         if self.path == "/large":
@@ -112,6 +122,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2] if self.path == "/half" else content)
         except OSError:  # the other side has had enough
             return
+
+    def drip(self, begin):
+        """Never end, and never keep silent for long."""
+        try:
+            self.wfile.write(begin)
+            while True:
+                time.sleep(0.05)
+                self.wfile.write(b"x")
+        except OSError:
+            self.close_connection = True
 
     def log_message(self, *arguments):
         return
@@ -133,9 +153,8 @@ def rows_of(folder):
 
 
 def fetch(listed, folder, *more):
-    return download_images.main(
-        ["--list", str(listed), "--output", str(folder), "--timeout", "0.6", "--max_bytes", "50000", *more]
-    )
+    limits = ("--timeout", "0.6", "--max_bytes", "50000", "--allow_inner_addresses")
+    return download_images.main(["--list", str(listed), "--output", str(folder), *limits, *more])
 
 
 def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
@@ -160,6 +179,119 @@ def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
     assert len(list((tmp_path / "photos").rglob("*.png"))) == 1 and not list(tmp_path.rglob("*.part"))
     assert make_dataset.main(["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]) == 0
     assert opened(tmp_path / "out", "imagefolder")[0].caption == "caption of good"
+
+
+def test_a_server_that_drips_is_given_up(server, tmp_path):
+    (tmp_path / "urls.txt").write_text(f"{server}/drip\n{server}/drip_headers\n{server}/good\n")
+    assert fetch(tmp_path / "urls.txt", tmp_path / "photos", "--timeout", "0.2", "--threads", "1") == 0
+    rows = rows_of(tmp_path / "photos")
+    assert rows[f"{server}/drip"]["error"] == rows[f"{server}/drip_headers"]["error"] == "too slow"
+    assert "file" in rows[f"{server}/good"]
+
+
+def test_inner_addresses_are_not_asked_unless_allowed(server, tmp_path, monkeypatch):
+    port = server.rpartition(":")[2]
+    inner = [server, f"http://localhost:{port}/a", f"http://2130706433:{port}/b", f"http://[::ffff:127.0.0.1]:{port}/c"]
+    (tmp_path / "urls.txt").write_text("\n".join(inner))
+    argv = ["--list", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "photos")]
+    assert download_images.main(argv) == 0 and not Handler.asked
+    assert [row["error"] for row in rows_of(tmp_path / "photos").values()] == ["inner address"] * 4
+    # a redirection: the server itself is taken for a public one
+    public = web.is_public
+    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1" or public(address))
+    (tmp_path / "urls.txt").write_text(f"{server}/inside")
+    assert download_images.main([*argv[:3], str(tmp_path / "more")]) == 0 and Handler.asked == {"/inside": 1}
+    assert rows_of(tmp_path / "more")[f"{server}/inside"]["error"] == "inner address"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [("8.8.8.8", True), ("2001:4860:4860::8888", True), ("127.0.0.1", False), ("10.1.2.3", False), ("::1", False)]
+    + [("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False)]
+    + [("::ffff:192.168.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b::808:808", True), ("2002:7f00:1::", False)]
+    + [("::7f00:1", False), ("fc00::1", False), ("fe80::1%eth0", False)],
+)  # fmt: skip
+def test_public_addresses(address, public):
+    assert web.is_public(address) is public
+
+
+def test_addresses_that_are_no_text(server, tmp_path):
+    rows = [
+        {"url": [f"{server}/a"], "text": "a"},
+        {"url": None},
+        {"url": 7},
+        {"url": {"x": 1}},
+        {"url": "http://\ud83d/"},
+    ]
+    rows += [{"url": f"{server}/good", "text": ["first", "second"]}, {"url": f"{server}/odd", "text": {"x": "\udcff"}}]
+    (tmp_path / "urls.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):
+        assert fetch(tmp_path / "urls.jsonl", tmp_path / "photos") == 0
+        found = rows_of(tmp_path / "photos")
+        assert len(found) == 7 and sum("file" in row for row in found.values()) == 2
+    assert found['["' + f"{server}/a" + '"]']["error"] == "no http address"
+    good = tmp_path / "photos" / found[f"{server}/good"]["file"]
+    assert good.with_suffix(".txt").read_text() == "first"
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\u0085", "\x1e", "\v"])
+def test_letters_that_python_takes_for_line_ends(server, tmp_path, letter):
+    line = {"url": f"{server}/good", "text": f"a{letter}b", "error": "no answer"}
+    (tmp_path / "list.jsonl").write_bytes(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    if letter > " ":
+        (photos / "manifest.jsonl").write_bytes((tmp_path / "list.jsonl").read_bytes())
+        assert fetch(tmp_path / "list.jsonl", photos) == 0 and not Handler.asked
+    assert fetch(tmp_path / "list.jsonl", photos, "--retry") == 0 and Handler.asked["/good"] == 1
+    assert fetch(photos / "manifest.jsonl", tmp_path / "others") == 0 and Handler.asked["/good"] == 2
+    (tmp_path / "list.txt").write_text(f"{server}/good\ta{letter}b\n{server}/two\tc\n")
+    assert fetch(tmp_path / "list.txt", tmp_path / "third") == 0
+    assert rows_of(tmp_path / "third")[f"{server}/good"]["text"] == f"a{letter}b"
+
+
+def test_a_full_disk_ends_with_one_sentence_and_what_is_there_stays(server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "urls.txt").write_text("\n".join(f"{server}/{i}" for i in range(6)))
+    write, written = Path.write_bytes, []
+
+    def full_after_two(self, content):
+        if len(written) == 2:
+            write(self, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(self)
+        return write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_after_two)
+        assert fetch(tmp_path / "urls.txt", tmp_path / "photos", "--threads", "1") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error and "after 2 images were fetched" in error
+    assert not list((tmp_path / "photos").rglob("*.part"))
+    assert fetch(tmp_path / "urls.txt", tmp_path / "photos") == 0
+    assert "2 here already, 4 fetched" in capsys.readouterr().out
+
+
+def test_conditions_are_computed_while_fetching(server, tmp_path, capsys):
+    (tmp_path / "urls.txt").write_text(f"{server}/one\tcaption one\n{server}/gone\tx\n")
+    photos = tmp_path / "photos"
+    assert fetch(tmp_path / "urls.txt", photos) == 0  # without, at first
+    (tmp_path / "urls.txt").write_text(f"{server}/one\tcaption one\n{server}/two\tcaption two\n")
+    assert fetch(tmp_path / "urls.txt", photos, "--condition", "canny", "palette") == 0
+    assert Handler.asked == {"/one": 1, "/gone": 1, "/two": 1}
+    options = {"conditioning_image_column": "palette"}
+    source = opened(photos, "imagefolder", "column", **options)
+    assert sorted(source[i].caption for i in range(2)) == ["caption one", "caption two"]
+    assert identities((source[0].pixels[:1] + 1) / 2) == identities(source[0].condition[:1]) == [3]
+    assert not any("left out" in remark or "no line" in remark for remark in source.rows.remarks())
+    for name in ("canny", "palette"):
+        files = list((photos / name).rglob("*.png"))
+        assert len(files) == 2
+    image = load_image(photos / rows_of(photos)[f"{server}/two"]["file"])
+    edges = load_image(photos / "canny" / (rows_of(photos)[f"{server}/two"]["file"] + ".png"))
+    assert np.array_equal(np.asarray(edges)[..., 0] / 255, extract(ConditionConfig(), np.asarray(image))[0])
+    capsys.readouterr()
+    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 0
+    assert "2 examples" in capsys.readouterr().out  # edges are no photos
 
 
 def test_a_second_call_continues(server, tmp_path, capsys):
