@@ -209,7 +209,7 @@ def copy(source: Path, target: Path) -> None:
     try:
         shutil.copyfile(source, target)
     except OSError as error:
-        if error.filename == str(source):
+        if error.filename == str(source) and error.filename2 is None:  # where the disk is full, both are named
             raise BadRow("image unreadable", f"it cannot be read ({error.strerror})") from None
         raise
 

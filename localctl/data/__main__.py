@@ -84,7 +84,9 @@ def check(settings: CheckSettings) -> str:
 def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, list[str], list[str]]:
     """What a training would make of the rows: how many it trains on and holds out, what it would say of them, and what
     it would stop with."""
-    data, warnings = settings.data, []
+    data = settings.data
+    notes: list[str] = []
+    warnings: list[str] = []
     parts: dict[str, FileSource] = {}
     names = ("train", "val") if settings.validation_steps else ("train",)
     for name in names:
@@ -96,16 +98,14 @@ def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, lis
     if "val" in parts:
         try:
             if not choose_cases(parts["val"], settings)[0].scored:
-                warnings.append(
-                    f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation has no score; use larger masks"
-                )
+                notes.append(f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score")
         except ValueError as error:
             warnings.append(f"a training would stop: {error}")
     count = {name: len(part) for name, part in parts.items()}
     if len(names) == 1:
         count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
     said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
-    return said, remarks(settings, next(iter(parts.values()), None)), warnings
+    return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
 
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:

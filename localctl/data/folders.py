@@ -135,3 +135,9 @@ def select(splits: Sequence[str | None], wanted: str, place: str) -> list[int]:
             "data.validation_split."
         )
     return named
+
+
+def not_chosen(splits: Sequence[str | None], chosen: Sequence[int]) -> Counter[str]:
+    """How many of each split :func:`select` left."""
+    taken = set(chosen)
+    return Counter(split or "no split at all" for index, split in enumerate(splits) if index not in taken)

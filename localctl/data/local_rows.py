@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from localctl.data.bad import BadRow
-from localctl.data.folders import Walk, canonical, count_words, is_hidden, is_image, select, split_named, split_of
+from localctl.data.folders import (
+    Walk,
+    canonical,
+    count_words,
+    is_hidden,
+    is_image,
+    not_chosen,
+    select,
+    split_named,
+    split_of,
+)
 from localctl.data.metadata import METADATA, METADATA_NAMES, metadata_lines
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, read_caption, unique
 from localctl.files import first_line
@@ -53,9 +63,11 @@ class ImageFolderRows:
             raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
         if len(tops) != 1:
             chosen = select(splits, split, str(root))
+            self._all_lines = self._lines
             keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
-            self.other_splits = Counter(name for name in splits if name not in (None, canonical(split)))
+            self.other_splits = not_chosen(splits, chosen)
         else:
+            self._all_lines = self._lines
             self.other_splits = other_splits(root, split)
         seen["image"] += seen["file"]
         check_columns(columns, seen, str(root))
@@ -101,7 +113,7 @@ class ImageFolderRows:
         """What of the folder is not used. Goes through all of it."""
         named = {
             os.path.normpath(os.path.join(folder, value))
-            for folder, line in self._lines
+            for folder, line in self._all_lines
             for value in _parse(line).values()
             if isinstance(value, str) and is_image(value)
         }
@@ -153,8 +165,9 @@ class FolderRows:
             self.other_splits = other_splits(root, split)
         else:
             splits = [split_of(name.parts[:-1], split) for name in names]
-            names = [names[index] for index in select(splits, split, str(root))]
-            self.other_splits = Counter(name for name in splits if name not in (None, canonical(split)))
+            chosen = select(splits, split, str(root))
+            names = [names[index] for index in chosen]
+            self.other_splits = not_chosen(splits, chosen)
         self._folders = [name.as_posix() for name in names]
         self.keys: Sequence[str] = unique(self._folders)
 

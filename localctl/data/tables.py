@@ -9,7 +9,7 @@ from typing import Any
 
 from localctl.data.bad import BadRow
 from localctl.data.config import DataConfig
-from localctl.data.folders import Walk, count_words, select, split_of
+from localctl.data.folders import Walk, count_words, not_chosen, select, split_of
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, unique
 from localctl.files import first_line
 from localctl.labels import brief
@@ -130,7 +130,7 @@ def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     if not any(splits):
         splits = [split_of((file.stem.split("-")[0], file.name), split) for file in files]
     chosen = select(splits, split, str(folder))
-    others = Counter(name or "in no split" for index, name in enumerate(splits) if index not in set(chosen))
+    others = not_chosen(splits, chosen)
     return [files[index] for index in chosen], (
         [f"not used here, other parquet files: {count_words(others)} (data.split, data.validation_split)"]
         if others
