@@ -74,7 +74,8 @@ def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:
         place = Path(data.path).expanduser()
         files, remarks = ([place], []) if place.is_file() else _parquet_files(place, split)
         table_name, options["data_files"] = "parquet", {split: [str(file) for file in files]}
-        options["columns"] = _common_columns(files, columns)
+        if common := _common_columns(files, columns):
+            options["columns"] = common
         roots = [place.parent if place.is_file() else place]
     else:
         table_name, place = data.name, Path(data.name).expanduser()
