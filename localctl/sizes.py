@@ -7,6 +7,7 @@ from typing import Any
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
 MAX_SIDE = 8192
+PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras have up to 102 million
 _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 

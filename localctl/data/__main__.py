@@ -20,6 +20,8 @@ from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.data.files import FileSource
+    from localctl.data.rows import Rows
     from localctl.data.sample import Example, MaskedSamples
 
 PROGRAM = "python -m localctl.data"
@@ -62,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(settings: CheckSettings) -> str:
     """The report. ValueError for data that cannot be opened, and for an adapter that takes another condition."""
-    from localctl.data.check import look_at_all, preview, write_report
-    from localctl.data.files import FileSource, is_held_out, open_rows
+    from localctl.data.check import bad_rows, look_at_all, preview, write_report
+    from localctl.data.files import FileSource, open_rows
     from localctl.data.sample import MaskedSamples
 
     data = settings.data
@@ -73,19 +75,55 @@ def check(settings: CheckSettings) -> str:
     target = Path(settings.preview).expanduser()
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"The preview {target} is no picture's name; end it in .png.")
-    all_rows = open_rows(data, settings.condition, data.split)
-    source = FileSource(all_rows, range(len(all_rows)), data, settings.condition)
-    share = 0.0 if data.validation_split else data.validation_share
-    held_out = sum(is_held_out(key, share) for key in all_rows.keys)
+    rows = open_rows(data, settings.condition, data.split)
+    held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
+    source = FileSource(rows, range(len(rows)), data, settings.condition)
     tokens, limit, whose = _token_counter(settings)
-    rows = look_at_all(source, settings.dataloader_num_workers)
+    looked_at = look_at_all(source, settings.dataloader_num_workers)
+    parts, notes, warnings = _training(settings, rows, held or rows)
+    lines = [write_report(source, looked_at, parts, notes, tokens, limit) + whose, *fit]
+    if held is not None:
+        of_split = look_at_all(FileSource(held, range(len(held)), data, settings.condition))
+        lines.append(f"validation  {bad_rows(of_split)[0]}, in the split {data.validation_split!r}")
+        lines += bad_rows(of_split)[1:]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
-    lines = [write_report(source, rows, held_out, tokens, limit) + whose, *fit]
+    lines += [f"WARNING     {warning}" for warning in warnings]
     if examples:
         target.parent.mkdir(parents=True, exist_ok=True)
         preview(examples).save(target)
         lines.append(f"preview     {target}")
     return "\n".join(lines)
+
+
+def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, list[str], list[str]]:
+    """What a training would make of the rows: how many it trains on and holds out, what it would say of them, and what
+    it would stop with."""
+    from localctl.data.files import WITHOUT_VALIDATION, held_out, part_of
+    from localctl.training.data_watch import remarks
+    from localctl.training.validation import MIN_EDGES, choose_cases
+
+    data = settings.data
+    notes: list[str] = []
+    warnings: list[str] = []
+    parts: dict[str, FileSource] = {}
+    names = ("train", "val") if settings.validation_steps else ("train",)
+    for name in names:
+        try:
+            of_name = held if name == "val" else rows
+            parts[name] = part_of(of_name, data, settings.condition, name, WITHOUT_VALIDATION)
+        except ValueError as error:
+            warnings.append(f"a training would stop: {error}")
+    if "val" in parts:
+        try:
+            if not choose_cases(parts["val"], settings)[0].scored:
+                notes.append(f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score")
+        except ValueError as error:
+            warnings.append(f"a training would stop: {error}")
+    count = {name: len(part) for name, part in parts.items()}
+    if len(names) == 1:
+        count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
+    said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+    return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
 
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:

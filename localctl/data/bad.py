@@ -10,9 +10,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from localctl.files import append, open_to_append, parse_json, write_text
+from localctl.labels import brief
 
 QUARANTINE = "quarantine.jsonl"
 SHOWN = 10
+_WAYS_OUT = {  # by the end of the reason, the first that fits
+    "caption missing": "write a caption, or data.caption_column=null to train without any",
+    "mask missing": "add it, or take the masks from all rows (data.mask_column=null) to have them sampled",
+    "missing": "add the file, or correct its name in the row",
+    "not a picture": "convert it, or take the row out",
+    "damaged": "export the file again, or take the row out",
+    "animated": "save a single frame",
+    "too large": "scale it down, or raise data.max_pixels",
+    "another shape": "export it with the image's shape; another size is fine",
+    "outside the data": "copy it into the data's folder; nothing outside is read",
+    "not UTF-8": "save the text as UTF-8",
+    "not text": "a caption is a text or a list of texts",
+    "too long": "a caption has one paragraph; is this another file?",
+    "": "look at the file, its name and its access rights",
+}
+MOST_DETAIL = 500  # letters; names in somebody's list may have any number
 
 
 class BadRow(ValueError):
@@ -20,7 +37,7 @@ class BadRow(ValueError):
     key: of the example, where it is known."""
 
     def __init__(self, reason: str, detail: str, key: str = "") -> None:
-        super().__init__(detail)
+        super().__init__(brief(detail, MOST_DETAIL))
         self.reason, self.key = reason, key
 
 
@@ -40,6 +57,11 @@ def count_reasons(problems: Iterable[Problem]) -> str:
     """``3 caption missing, 1 image damaged``, the most frequent first."""
     counts = Counter(problem.reason for problem in problems)
     return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
+
+
+def way_out(reason: str) -> str:
+    """What can be done about rows that are bad for ``reason``."""
+    return next(advice for words, advice in _WAYS_OUT.items() if reason.endswith(words))
 
 
 class Quarantine:
@@ -82,7 +104,7 @@ class Quarantine:
         return f"{number} of {self.rows} rows unusable and replaced ({count_reasons(self.problems.values())}){place}"
 
     def _too_many(self) -> str:
-        first = "; ".join(f"{p.key}: {p.detail}" for p in list(self.problems.values())[:SHOWN])
+        first = "; ".join(f"{brief(p.key)}: {p.detail}" for p in list(self.problems.values())[:SHOWN])
         more = "" if len(self.problems) <= SHOWN else f"; and {len(self.problems) - SHOWN} more"
         place = f" (all in {self.path})" if self.path else ""
         return (
@@ -109,7 +131,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line of the list; None for one that a killed run left half written, or that is not ours."""
     try:
         record = parse_json(line)
-        texts = [record[name] for name in ("key", "reason", "detail")]
+        texts = [record[name] for name in Problem._fields]
         ours = isinstance(record["step"], int) and all(isinstance(text, str) for text in texts)
     except (ValueError, TypeError, KeyError):
         return None

@@ -8,7 +8,7 @@ import torch
 
 from localctl.data.sample import Source
 from localctl.run.checkpoints import room, room_left
-from localctl.training.data_watch import announced, brings_masks
+from localctl.training.data_watch import announced, brings_masks, remarks
 from localctl.training.export import effective_batch
 from localctl.training.schedule import schedule_notes
 from localctl.training.state import TrainState
@@ -41,6 +41,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
             f"data        {announced(settings.data, source)}",
+            *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
             *(f"            {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
             f"output      {output_dir}",

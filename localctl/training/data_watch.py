@@ -10,12 +10,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from localctl.base import own_side
 from localctl.data.bad import Problem, Quarantine, TooManyBadRows
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.plan import SamplePlan
 from localctl.data.sample import Batch, Example, MaskedSamples, Source, Unusable
 from localctl.training.models import Models
+from localctl.training.settings import TrainSettings
 
 ENOUGH_MASKS = 8  # empty ones in a row are no chance
 MOSTLY = 0.5
@@ -56,6 +58,8 @@ class DataWatch:
             lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
         if self.empty_masks > MOSTLY * self.masks:
             lines.append(f"WARNING {self.empty_masks} of {self.masks} masks seen were empty: there nothing was learned")
+        elif self.empty_masks:
+            lines.append(f"{self.empty_masks} of {self.masks} masks seen were empty, so controlled nothing")
         return [f"data        {line}" for line in lines]
 
     def _count_empty(self, batch: Batch) -> None:
@@ -123,6 +127,23 @@ def announced(data: DataConfig, source: Source) -> str:
     masks = f", masks from {data.mask_column!r}" if brings_masks(source) else ""
     height, width = data.size
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+
+
+def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
+    """What of the data is not used as one might think, a clause each."""
+    if not isinstance(source, FileSource):
+        return []
+    notes = [source.note, size_note(settings.data, settings.base.name)]
+    return [*source.rows.remarks(), *filter(None, notes)]
+
+
+def size_note(data: DataConfig, base: str) -> str:
+    """A clause where the size to train at is nobody's choice and not the base's own; else empty."""
+    own = own_side(base)
+    if data.is_micro or data.resolution is not None or own is None or data.size == (own, own):
+        return ""
+    side = data.size[0]
+    return f"{side}x{side} is only the default, and the base {base} makes images of {own}x{own}: --resolution {own}"
 
 
 def new_watch(

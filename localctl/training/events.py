@@ -16,7 +16,7 @@ from localctl.run.logging import STATS, Tracker, read_stats
 from localctl.training.early_stopping import Scorer, take_score
 from localctl.training.export import BEST, sheet_name
 from localctl.training.state import TrainState
-from localctl.training.validation import References, ValidationResult, Validator, validation_row
+from localctl.training.validation import References, ValidationResult, Validator, in_words, validation_row
 
 VALIDATED = "validation/f1"  # a row of the log with it is a validation
 
@@ -170,10 +170,7 @@ class Events:
             self.tracker.image(step, "validation/grid", result.sheet)
         path = self.output_dir / sheet_name(step)
         result.save(path)
-        self.say(
-            f"step {step}: edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
-            f"{references.round_trip.f1:.3f}), {path}"
-        )
+        self.say(f"step {step}: {in_words(fidelity, references)}, {path}")
 
     def _last_logged_validation(self) -> int:
         """The step of it, as this folder's log has it: a checkpoint is older than the validation after it."""

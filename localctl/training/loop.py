@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from localctl.base import resolve_base
 from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
+from localctl.data.files import WITHOUT_VALIDATION
 from localctl.layout import check_side
 from localctl.run.checkpoints import find_checkpoint, lies_in, sweep, verify_checkpoint
 from localctl.run.interrupt import Interrupt, launcher
@@ -65,7 +66,7 @@ def make_source(settings: TrainSettings, split: str) -> Source:
     """The data set of a split: ``train`` or ``val``."""
     data = settings.data
     if not data.is_micro:
-        return open_files(data, settings.condition, split)
+        return open_files(data, settings.condition, split, WITHOUT_VALIDATION)
     assert data.count is not None
     count = data.count if split == "train" else 20 * settings.validation.count  # some are skipped
     return MicroScenes(split, data.profile, count, settings.condition)

@@ -208,6 +208,7 @@ class TrainSettings:
     report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
     push_to_hub: upload the finished adapter with its card.
     hub_model_id: the repository to upload to, OWNER/NAME; null = named like output_dir.
+    hub_private_repo: a new repository is private.
     hub_token: null = that of `hf auth login`; it is never written down.
     max_train_steps: how long to train, in steps; null = as long as num_train_epochs says.
     num_train_epochs: at most so many visits of each sample; with max_train_steps, whichever ends first. One of the two
