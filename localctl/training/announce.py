@@ -61,6 +61,6 @@ def short_of_room(state: TrainState, folder: Path) -> str:
         return ""
     what = "the adapter and a checkpoint" if settings.checkpointing_steps else "the adapter"
     return (
-        f"WARNING     {what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less room "
-        f"in {folder}{room_left(folder)}"
+        f"WARNING     {what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less "
+        f"room in {folder}{room_left(folder)}"
     )

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from localctl.run.interrupt import SIGNALS, Interrupt, exit_code, ignore_signals
+from localctl.run.interrupt import SIGNALS, Interrupt, Signalled, ending_at_once, exit_code, ignore_signals, launcher
 
 
 def test_the_first_only_asks_the_second_interrupts():
@@ -61,3 +61,36 @@ def test_works_in_a_thread_that_may_not_set_handlers():
     thread.start()
     thread.join()
     assert not errors
+
+
+def test_a_closed_session_counts_and_nohup_keeps_its_meaning():
+    assert signal.SIGHUP in SIGNALS and exit_code(signal.SIGHUP) == 129
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupt.signal == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for context in (Interrupt(), ending_at_once()):
+            with context:
+                os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_where_nothing_is_to_be_saved_a_signal_ends_at_once(number):
+    before = signal.getsignal(number)
+    with pytest.raises(Signalled, match=signal.Signals(number).name) as caught, ending_at_once():
+        os.kill(os.getpid(), number)
+        raise AssertionError("not reached")
+    assert caught.value.number == number and signal.getsignal(number) is before
+
+
+def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None and Interrupt(None).signal == 0  # a shell may go: nobody waits for its word
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert launcher() == os.getppid()
+    assert Interrupt(os.getppid()).signal == 0
+    assert Interrupt(os.getppid() + 1).signal == signal.SIGTERM
