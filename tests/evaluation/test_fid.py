@@ -88,7 +88,7 @@ def test_reference_is_of_the_photos_and_made_once(
 
 
 def test_a_part_of_one_photo_is_no_reference(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["ref", *arguments, ""part=val", "data.validation_share=1e-9"]
+    argv = ["ref", *arguments, "part=val", "data.validation_share=1e-9"]
     assert evaluate_fid.main(argv) == 2
     error = capsys.readouterr().err
     assert "has 1 example" in error and "raise data.validation_share, or take part=train" in error
