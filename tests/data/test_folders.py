@@ -313,6 +313,8 @@ def test_of_a_small_set_one_example_is_held_out(tmp_path):
     assert sum(held_out(["a", "a#2", "b"], 1e-9)[0]) in (1, 2)
     with pytest.raises(ValueError, match="raise data.validation_share.$"):
         opened(root, part="val", validation_share=0)
+    with pytest.raises(ValueError, match="None of the 1 rows .* add a second example.$"):
+        opened(write_imagefolder(tmp_path / "one", 1), part="val", validation_share=0.05)
 
 
 def test_a_walk_counts_only_when_asked(tmp_path):

@@ -176,7 +176,7 @@ def test_a_small_set_of_odd_captions_trains_and_validates_with_the_defaults(sd_f
         assert result.step == 2 and len(log) == 2
         assert len(list((tmp_path / f"run{workers}" / "validation").glob("*.png"))) == 2
         assert "8 examples of imagefolder" in said[0] and "so one is held out for validation: images/" in said[0]
-        assert "1 images in" in said[0] and "have no line in metadata.jsonl" in said[0]
+        assert "3 images in" in said[0] and "have no line in metadata.jsonl" in said[0]
 
 
 def test_empty_masks_and_a_validation_without_score_are_said(sd_folder, folder, tmp_path):
