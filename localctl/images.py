@@ -132,10 +132,11 @@ def _decode(
             if shrink > 1:
                 picture.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            if upright.size != picture.size:
+            lying = picture.size
+            ImageOps.exif_transpose(picture, in_place=True)
+            if picture.size != lying:
                 width, height = height, width
-    converted = convert(upright)
+            converted = convert(picture)
     rest = limits.shrink((width, height)) * converted.height // height  # what draft has left to do
     return (converted if rest <= 1 else converted.reduce(rest)), (height, width)
 
@@ -270,7 +271,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = _to_8bit(picture)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _to_gray(picture: Image.Image) -> Image.Image:

@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/large":
             content = content + b"\0" * 60_000
         if self.path == "/slow":
-            time.sleep(1.5)
+            time.sleep(2.5)
         if self.path == "/private":
             headers["X-Robots-Tag"] = "noai"
         self.send_response(200)
@@ -271,7 +271,7 @@ def rows_of(folder):
 
 
 def fetch(listed, folder, *more):
-    limits = ("--timeout", "0.6", "--max_bytes", "50000", "--allow_inner_addresses")
+    limits = ("--timeout", "1.5", "--max_bytes", "50000", "--allow_inner_addresses")
     return download_images.main(["--list", str(listed), "--output", str(folder), *limits, *more])
 
 
