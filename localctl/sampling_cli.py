@@ -16,16 +16,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import T2IAdapter
 from PIL import Image
 from torch import Tensor
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import ADAPTERS, check_config, load_adapter
 from localctl.base import DTYPES, SCHEDULERS, BaseConfig, lasting_name, resolve_base, same_base
 from localctl.conditions import CHANNELS, ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.control.local_adapter import LocalAdapterControl
-from localctl.files import first_line
+from localctl.files import parse_json
 from localctl.images import load_image
 from localctl.layout import Layout, check_side
 from localctl.masks import load_mask
@@ -218,13 +217,13 @@ def find_adapter(path: str | Path) -> Path:
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_bytes())
         kind = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json is damaged; save the adapter again.") from error
-    if kind not in ("LocalAdapter", "T2IAdapter"):
+    if kind not in tuple(ADAPTERS):
         raise ValueError(f"{folder} holds a {kind}, not an adapter; give the folder that training saved.")
-    return config
+    return check_config(config, folder)
 
 
 def _base_name(asked: str | None, folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> str:
@@ -318,14 +317,7 @@ def build_controls(job: Job) -> list[LocalAdapterControl]:
     """Load the adapters. ValueError when a file is missing or damaged."""
     controls = []
     for item in job.adapters:
-        try:
-            if item.is_local:
-                adapter = LocalAdapter.from_pretrained(item.folder)
-            else:
-                adapter = LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(item.folder)))
-        except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-            reason = first_line(error)
-            raise ValueError(f"The adapter in {item.folder} cannot be loaded ({reason}); save it again.") from error
+        adapter = load_adapter(item.folder, "LocalAdapter" if item.is_local else "T2IAdapter")
         adapter = adapter.to(job.device).eval().requires_grad_(False)
         controls.append(LocalAdapterControl(adapter, item.condition, item.mask, item.weight, item.start, item.end))
     return controls

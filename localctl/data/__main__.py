@@ -7,7 +7,6 @@ an adapter. Ends with 0; 2 after a mistake in the arguments.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from localctl.adapter import check_config
 from localctl.base import resolve_base
 from localctl.data.check import look_at_all, preview, write_report
 from localctl.data.files import FileSource, is_held_out, open_rows
 from localctl.data.plan import SampleRef
 from localctl.data.sample import Example, MaskedSamples
+from localctl.files import read_json
 from localctl.random import numpy_rng
 from localctl.run.config import load_config
 from localctl.run.program import one_sentence
@@ -91,7 +92,7 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
     )
     if found is None:
         raise ValueError(f"There is no adapter at {folder} (no config.json); check --adapter_model_name_or_path.")
-    config = json.loads((found / "config.json").read_text())
+    config = check_config(read_json(found / "config.json", "The adapter's"), found)
     if config.get("in_channels") != condition.channels:
         raise ValueError(
             f"The adapter {found} takes conditions of {config.get('in_channels')} channels, but condition="

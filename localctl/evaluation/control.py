@@ -22,12 +22,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import LocalAdapter, check_config
+from localctl.adapter import load_adapter as load_weights
 from localctl.base import SCHEDULERS, BaseConfig, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json
+from localctl.files import read_json
 from localctl.images import grid, outline
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -241,7 +243,8 @@ def load_adapter(path: Path) -> LocalAdapter:
     """ValueError when there is none, or none with a condition that can be taken from a scene."""
     if not (path / "config.json").is_file():
         raise ValueError(f"There is no adapter in {path} (no config.json); give the folder that training wrote.")
-    adapter = LocalAdapter.from_pretrained(path)
+    config = check_config(read_json(path / "config.json", "The adapter's"), path)
+    adapter = load_weights(path, config["_class_name"])
     if not adapter.config.condition:
         raise ValueError(f"The adapter in {path} does not say what condition it was trained on; train it again.")
     return adapter

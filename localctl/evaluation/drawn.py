@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel
 from PIL import Image
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import LocalAdapter, check_config
+from localctl.adapter import load_adapter as load_weights
 from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, same_base, set_scheduler
 from localctl.conditions import ConditionConfig
 from localctl.control.base import Control
@@ -186,14 +187,8 @@ def load_adapter(settings: FidSettings) -> LocalAdapter | None:
     if settings.adapter is None:
         return None
     folder = find_adapter(settings.adapter)
-    kind = read_json(folder / "config.json", "adapter").get("_class_name")
-    try:
-        if kind == "T2IAdapter":
-            return LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(folder)))
-        adapter = LocalAdapter.from_pretrained(folder)
-    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-        reason = first_line(error)
-        raise ValueError(f"The adapter in {folder} cannot be loaded ({reason}); save it again.") from error
+    config = check_config(read_json(folder / "config.json", "adapter"), folder)
+    adapter = load_weights(folder, config["_class_name"])
     if adapter.config.base and not same_base(adapter.config.base, settings.base.name):
         raise ValueError(
             f"The adapter {folder} was trained on the base {adapter.config.base!r}, not {settings.base.name!r}; "

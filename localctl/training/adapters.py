@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import LocalAdapter, check_config, load_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.base import lasting_name
 from localctl.control.local_adapter import residual_shapes
 from localctl.diffusion import latent_size
-from localctl.files import first_line
+from localctl.files import first_line, parse_json
 from localctl.random import key_seed
 from localctl.training.settings import TrainSettings
 
@@ -40,15 +38,7 @@ class SavedAdapter:
 
     def load(self) -> T2IAdapter:
         """The inner T2I-Adapter, float32. ValueError when its weights cannot be read."""
-        try:
-            if self.local:
-                return LocalAdapter.from_pretrained(self.place, dtype=torch.float32).adapter
-            return T2IAdapter.from_pretrained(self.place, dtype=torch.float32)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = first_line(error)
-            raise ValueError(
-                f"The weights of the adapter {self.place} cannot be read ({reason}); fetch or save it again."
-            ) from error
+        return load_adapter(self.place, self.config["_class_name"], dtype=torch.float32).adapter
 
 
 def find_adapter(name: str, local_files_only: bool = False) -> SavedAdapter:
@@ -65,17 +55,16 @@ def find_adapter(name: str, local_files_only: bool = False) -> SavedAdapter:
         path = Path(place, "config.json")
         if not places:
             path = Path(hf_hub_download(name, "config.json", local_files_only=local_files_only))
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:  # a name that is no hub id is a ValueError
         reason = first_line(error)
         raise ValueError(
             f"There is no adapter {name!r} ({reason}); give the folder or hub id of a T2IAdapter or LocalAdapter."
         ) from error
-    if config.get("_class_name") not in (LocalAdapter.__name__, T2IAdapter.__name__):
-        raise ValueError(
-            f"{name} is a {config.get('_class_name')}; give a T2IAdapter or LocalAdapter to continue from."
-        )
-    return SavedAdapter(place, config)
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind not in (LocalAdapter.__name__, T2IAdapter.__name__):
+        raise ValueError(f"{name} is a {kind}; give a T2IAdapter or LocalAdapter to continue from.")
+    return SavedAdapter(place, check_config(config, place))
 
 
 @dataclass(frozen=True)
