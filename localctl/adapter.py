@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,14 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from localctl.conditions import ConditionConfig
+from localctl.files import first_line
 from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.sizes import shown
+
+ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
+# A config may be anybody's, and modules are built by it. Published adapters have up to 8e7 weights in 4 or 5 levels.
+MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
 
 
 class LocalAdapter(ModelMixin, ConfigMixin):
@@ -37,6 +46,9 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         condition: how conditions were made in training (``kind`` and its options); kept for the record and as the
             default while sampling.
         base: name, id or folder of the base the adapter was trained for.
+
+    Raises:
+        ValueError: as for :func:`check_shape`; an unknown ``mask_resize``.
     """
 
     config_name = "config.json"
@@ -58,6 +70,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         level_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type)
         if mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         for weight in level_weights or ():
@@ -136,12 +149,110 @@ class LocalAdapter(ModelMixin, ConfigMixin):
     @classmethod
     def from_t2iadapter(cls, adapter: T2IAdapter, **options: Any) -> LocalAdapter:
         """Wrap (not copy) any T2I-Adapter; ``options`` are those of the class that are not the T2I-Adapter's own."""
-        names = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
         with torch.device("meta"):  # the shape only: the weights are replaced on the next line
-            wrapped = cls(**{name: adapter.config[name] for name in names}, **options)
+            wrapped = cls(**{name: adapter.config[name] for name in SHAPE}, **options)
         wrapped.adapter = adapter
         return wrapped
 
     def save_t2iadapter(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save the inner adapter alone; ``T2IAdapter.from_pretrained`` loads it without this package."""
         self.adapter.save_pretrained(save_directory, **options)
+
+
+def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_factor: Any, adapter_type: Any) -> None:
+    """ValueError in one sentence unless an adapter of this shape can be built within reason; nothing is built."""
+    if adapter_type not in ADAPTER_TYPES:
+        raise ValueError(f"adapter_type is one of {', '.join(ADAPTER_TYPES)}, not {shown(adapter_type)}.")
+    for name, value, most in (
+        ("in_channels", in_channels, MAX_WEIGHTS),
+        ("num_res_blocks", num_res_blocks, MAX_BLOCKS),
+        ("downscale_factor", downscale_factor, MAX_FACTOR),
+    ):
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} of an adapter is a whole number from 1 to {most}, not {shown(value)}.")
+    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= MAX_LEVELS:
+        raise ValueError(f"channels of an adapter are 1 to {MAX_LEVELS} whole numbers, not {shown(channels)}.")
+    for value in channels:
+        if type(value) is not int or not 1 <= value <= MAX_WEIGHTS:
+            raise ValueError(f"channels of an adapter are positive whole numbers, not {shown(value)}.")
+    # Convolutions of 3x3 and 1x1 in each block, and the first one on pixels that were unshuffled into channels.
+    weights = 9 * in_channels * downscale_factor**2 * channels[0]
+    weights += sum(10 * num_res_blocks * value**2 for value in channels)
+    if weights > MAX_WEIGHTS:
+        raise ValueError(
+            f"An adapter of in_channels {in_channels}, channels {shown(list(channels))} and num_res_blocks "
+            f"{num_res_blocks} has about {weights:.1e} weights, more than {MAX_WEIGHTS:.0e}; check its config.json."
+        )
+
+
+def check_config(config: Any, place: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of an adapter's ``config.json``, ours or a plain T2I-Adapter's, if everything in it can be used.
+    ValueError in one sentence that names ``place`` if not; nothing is built by then."""
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise ValueError(f"The config.json in {place} names the class {shown(kind)}; give a {' or '.join(ADAPTERS)}.")
+    default = {name: value.default for name, value in inspect.signature(ADAPTERS[kind].__init__).parameters.items()}
+    shape = {name: config.get(name, default[name]) for name in SHAPE}
+    try:
+        check_shape(**shape)
+        for name, types, what in (
+            ("condition", dict, "an object with named fields"),
+            ("base", str, "the name, id or folder of a base"),
+            ("mask_resize", str, f"one of {', '.join(MASK_RESIZE)}"),
+            ("mask_features", bool, "true or false"),
+            ("mask_condition", bool, "true or false"),
+            ("dim_condition", bool, "true or false"),
+            ("level_weights", (list, tuple), "a list of numbers"),
+        ):
+            value = config.get(name)
+            if not (value is None or isinstance(value, types)):
+                raise ValueError(f"{name} is {what}, not {shown(value)}.")
+        if config.get("condition"):
+            ConditionConfig(**config["condition"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The config.json of the adapter {place} cannot be used: {first_line(error)}.") from error
+    return config
+
+
+def load_adapter(place: str | os.PathLike[str], kind: str = "LocalAdapter", **options: Any) -> LocalAdapter:
+    """The adapter in a folder or of a hub id, in eval mode; a plain ``T2IAdapter`` is wrapped.
+
+    Args:
+        place: a folder with ``config.json`` and safetensors, or a hub id; its config was looked at by
+            :func:`check_config`.
+        kind: the class it was saved by, a key of ``ADAPTERS``.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        ValueError: weights that are missing, cut off, of another shape or not finite; only pickled ones.
+    """
+    try:
+        found, report = ADAPTERS[kind].from_pretrained(
+            str(place), use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+        reason = f"the weights of the adapter there cannot be read ({first_line(error)})"
+        raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; {_way_out(place)}.") from error
+    for what, names in report.items():
+        if names and what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            tensor = f"{len(names)} {what.replace('_keys', '')} tensors, such as {shown(sorted(map(str, names))[0])}"
+            raise ValueError(f"The weights of the adapter in {place} do not fit its config ({tensor}); save it again.")
+    for name, weights in found.named_parameters():
+        if not bool(torch.isfinite(weights).all()):
+            raise ValueError(f"The weights of the adapter in {place} hold NaN or infinity ({name}); save it again.")
+    return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
+
+
+def _way_out(place: str | os.PathLike[str]) -> str:
+    """What to do about an adapter that cannot be loaded. Pickles, which may run code, are not read."""
+    folder = Path(place)
+    if any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin")):
+        return "save it again"
+    return (
+        "its .bin weights are pickles, which are not read; convert them: "
+        f"diffusers.T2IAdapter.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+    )
+
+
+SHAPE = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
+ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

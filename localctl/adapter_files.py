@@ -13,11 +13,11 @@ from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import LocalAdapter, check_config, load_adapter
 from localctl.adapter_weights import SUFFIXES, read_weights
 from localctl.base import same_base
 from localctl.conditions import ConditionConfig
-from localctl.files import first_line, parse_json
+from localctl.files import first_line, read_json
 
 CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
@@ -71,27 +71,26 @@ class SavedAdapter:
 
     def load(self) -> LocalAdapter:
         """The adapter, float32, in eval mode. ValueError when its weights cannot be read."""
+        if not Path(self.place).is_file():
+            return self._from_pretrained()
         try:
-            if Path(self.place).is_file():
-                adapter = T2IAdapter.from_config(dict(self.config))
-                adapter.load_state_dict(read_weights(Path(self.place))[1])
-                return LocalAdapter.from_t2iadapter(adapter.float()).eval()
-            kind = LocalAdapter if self.local else T2IAdapter
-            loaded = self._from_pretrained(kind)
-        except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+            adapter = T2IAdapter.from_config(dict(self.config))
+            adapter.load_state_dict(read_weights(Path(self.place))[1])
+        except Exception as error:  # cut files and foreign shapes each raise their own kind
             raise ValueError(
                 f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it again."
             ) from error
-        return loaded if self.local else LocalAdapter.from_t2iadapter(loaded)
+        return LocalAdapter.from_t2iadapter(adapter.float()).eval()
 
-    def _from_pretrained(self, kind: Any) -> Any:
+    def _from_pretrained(self) -> LocalAdapter:
+        kind = str(self.config["_class_name"])
         options = {"dtype": torch.float32, "local_files_only": self.local_files_only}
         try:
-            return kind.from_pretrained(self.place, variant=self.variant, **options)
-        except OSError:
-            if self.variant or Path(self.place).exists():
+            return load_adapter(self.place, kind, variant=self.variant, **options)
+        except ValueError as error:
+            if self.variant or Path(self.place).exists() or not isinstance(error.__cause__, OSError):
                 raise
-            return kind.from_pretrained(self.place, variant="fp16", **options)  # all that some publish
+            return load_adapter(self.place, kind, variant="fp16", **options)  # all that some publish
 
 
 def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapter:
@@ -143,8 +142,8 @@ def _from_file(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
         return SavedAdapter(name, str(path.parent.resolve()), _read_config(name, beside), chosen, local_files_only)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} is a file but no weights ({', '.join(SUFFIXES)}); {_WAY_OUT}.")
-    options, _ = read_weights(path)
-    return SavedAdapter(name, str(path.resolve()), {"_class_name": T2IAdapter.__name__, **options})
+    config = check_config({"_class_name": T2IAdapter.__name__, **read_weights(path)[0]}, name)
+    return SavedAdapter(name, str(path.resolve()), config)
 
 
 def _variant(folder: Path) -> str | None:
@@ -157,15 +156,4 @@ def _variant(folder: Path) -> str | None:
 
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({first_line(error)}); fetch or save the adapter again.") from error
-    kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-    if kind not in (LocalAdapter.__name__, T2IAdapter.__name__):
-        raise ValueError(f"{name} is a {kind}; give a T2IAdapter or LocalAdapter.")
-    for key, wanted in (("base", str), ("condition", dict), ("in_channels", int), ("downscale_factor", int)):
-        value = config.get(key)
-        if value is not None and (not isinstance(value, wanted) or value == 0):
-            raise ValueError(f"{key!r} in {path} is damaged ({str(value)[:60]}); fetch or save the adapter again.")
-    return config
+    return check_config(read_json(path, f"Of the adapter {name} the settings"), name)

@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from localctl.files import parse_json
+
 REQUIRED = (
     "metrics",
     "n_real",
@@ -67,7 +69,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_json(path: Path, what: str) -> Any:
     """ValueError when there is no such file, or it is no JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:

@@ -198,24 +198,13 @@ def cut_back(path: Path, step: int) -> None:
     """Drop the rows of ``path`` after ``step``, and a last line that was never finished."""
     if not path.exists():
         return
-<<<<<<< HEAD
     kept = [line for line in path.read_bytes().split(b"\n") if (row := _row(line)) and row["step"] <= step]
     write_bytes(path, b"".join(line + b"\n" for line in kept))
-=======
-    kept = [line for line in path.read_text().split("\n") if (row := _row(line)) and row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
->>>>>>> fe9fa381ba2aa33a03eb39f92de718f1458a1ca2
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``folder/stats.jsonl``."""
-<<<<<<< HEAD
     return [row for line in (folder / STATS).read_bytes().split(b"\n") if (row := _row(line))]
-=======
-    return [row for line in (folder / STATS).read_text().split("\n") if (row := _row(line))]
->>>>>>> fe9fa381ba2aa33a03eb39f92de718f1458a1ca2
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
