@@ -57,8 +57,8 @@ def _has_foreign_forward(module: nn.Module) -> bool:
 
 
 def check_gradients(unet: nn.Module, who: str) -> None:
-    """ValueError if gradients do not pass through the U-Net's layers: weights kept in 8 bits or converted for each call,
-    made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried, with zeros."""
+    """ValueError if gradients do not pass through the U-Net's layers: their weights are kept in 8 bits, converted for
+    each call, made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried."""
     tried = set()
     with torch.inference_mode(False), torch.enable_grad(), without_gradients(unet):
         for module, point in _layers(unet):
