@@ -66,7 +66,7 @@ def check_gradients(unet: nn.Module, who: str) -> None:
             inference = isinstance(weight, Tensor) and weight.is_inference()
             hooked = "_diffusers_hook" in vars(module)
             kind = (type(module), type(weight), getattr(weight, "dtype", None), inference, hooked)
-            plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and not (inference or hooked)
+            plain = type(weight) is nn.Parameter and kind[2] in _FLOATS and not (inference or hooked)
             if kind in tried or (plain and type(module).__module__.startswith("torch.nn.")):
                 continue
             tried.add(kind)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+from tolerances import rounding
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -60,6 +61,30 @@ def test_a_full_mask_is_the_stock_pipeline_and_an_empty_one_the_base(kind: str, 
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - plain).abs().max() > 1e-3
     assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_guess_mode_is_that_of_the_stock_pipeline(kind: str, guidance_scale: float, request: Any) -> None:
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    net, image, mask = controlnet(pipe), condition(), torch.ones(1, 64, 64)
+    stock = StableDiffusionXLControlNetPipeline if kind == "sdxl" else StableDiffusionControlNetPipeline
+    theirs = stock(
+        **{**pipe.components, "controlnet": net}, **({} if kind == "sdxl" else {"requires_safety_checker": False})
+    )
+    theirs.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": guidance_scale}
+    wanted = draw(theirs, image=image, controlnet_conditioning_scale=0.7, guess_mode=True, **options)
+    drawn = {}
+    for guess_mode in (True, False):
+        with attach(pipe, PROMPT, MaskedControlNet(net, image, mask, weight=0.7, guess_mode=guess_mode)):
+            drawn[guess_mode] = draw(pipe, **options)
+    close = rounding(4096)  # some 15 layers in a row, sums of up to 300 terms each
+    torch.testing.assert_close(drawn[True], wanted, rtol=close, atol=close * float(wanted.abs().max()))
+    assert (drawn[True] - drawn[False]).abs().max() > 1e-3
+    with attach(pipe, PROMPT, MaskedControlNet(net, image, 0 * mask, guess_mode=True)):
+        empty = draw(pipe, **options)
+    assert torch.equal(empty, draw(pipe, **options))
 
 
 def test_residuals_are_zero_outside_the_mask_at_every_size(sd_pipe: Any) -> None:
