@@ -17,15 +17,14 @@ from localctl.attachment import attach
 from localctl.control.base import Control
 from localctl.control.layout_guidance import LayoutGuidance
 
-STEPS = {"num_inference_steps": 4}
+STEPS = {"num_inference_steps": 2}
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        yield
+    yield
     torch._dynamo.reset()
 
 
@@ -48,7 +47,7 @@ def blocks(pipe: Any) -> None:
 WAYS: dict[str, Callable[[Any], None]] = {way.__name__: way for way in (whole, in_place, forward, blocks)}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[] if way == "blocks" else pytest.mark.slow) for way in WAYS])
 def test_the_same_images_without_a_graph_for_each_step(
     way: str, sd_pipe: StableDiffusionPipeline, make_adapter: Callable[..., LocalAdapter]
 ) -> None:
@@ -74,7 +73,7 @@ def test_the_same_images_without_a_graph_for_each_step(
     assert counters["stats"]["unique_graphs"] == graphs
 
 
-@pytest.mark.parametrize("way", ["whole", "blocks"])
+@pytest.mark.parametrize("way", [pytest.param("whole", marks=pytest.mark.slow), "blocks"])
 def test_steps_outside_the_window_run_compiled(way: str, sd_pipe: StableDiffusionPipeline) -> None:
     ran: list[str] = []
 

@@ -79,7 +79,7 @@ def test_strength(fixture: str, name: str, request: pytest.FixtureRequest) -> No
     base = request.getfixturevalue(fixture)
     set_scheduler(base, name)
     pipe = sibling(base, "Img2Img")
-    for strength in (0.3, 0.5, 0.75, 1.0):
+    for strength in (0.3, 0.75):
         steps, count = places(pipe, image=PHOTO, strength=strength, num_inference_steps=8)
         # PNDM warms up with one timestep twice; Heun comes in at the second half of a step.
         assert sorted(set(steps)) == list(range(count)) and abs(count - 8 * strength) < 1.6, (steps, count)

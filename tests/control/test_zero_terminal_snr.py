@@ -53,8 +53,15 @@ def zero_signal(pipe: Any, name: str, spacing: str = "trailing") -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", SCHEDULERS + DROP_IT)
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [(name, "trailing") for name in SCHEDULERS + DROP_IT]
+    + [
+        pytest.param(name, spacing, marks=[] if name == "DDIMScheduler" else pytest.mark.slow)
+        for name in SCHEDULERS + DROP_IT
+        for spacing in ("leading", "linspace")
+    ],
+)
 def test_attention_controls_with_every_scheduler(name: str, spacing: str, v_pipe: StableDiffusionPipeline) -> None:
     zero_signal(v_pipe, name, spacing)
     seen: list[tuple[int, int, float]] = []
