@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control, UNetInputs, add_residuals
-from localctl.control.compatible import check_unskipped
+from localctl.control.compatible import check_gradients, check_unskipped
 from localctl.control.installation import Installation
 from localctl.control.mask_check import MaskCheck
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
@@ -96,6 +96,7 @@ class Attachment:
         self.pipe = pipe
         self.layouts = tuple(layouts)
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
+        self._names = [type(control).__name__ for control in controls]
         self._movers = [control for control in self.bound if control.moves_latents]
         self._check_pipe()
         self.thread = threading.get_ident()
@@ -158,6 +159,9 @@ class Attachment:
             check_shiftable(self.pipe.scheduler)
         if self.bound:
             check_unskipped(self.pipe.unet)
+        for name, control in zip(self._names, self.bound, strict=True):
+            if control.takes_gradients:
+                check_gradients(self.pipe.unet, name)
 
     def _drawn(self, prompts: int) -> tuple[int, ...]:
         """The index of the layout of each of the prompts."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tolerances import rounding
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -37,6 +38,24 @@ def draw(pipe: DiffusionPipeline, prompt: Any = PROMPT, count: int = 1, **option
     """Latents (count, 4, 8, 8) after few steps from fixed noise."""
     options = {"num_inference_steps": 2, "output_type": "latent", "latents": noise(count), **options}
     return pipe(prompt, **options).images
+
+
+# In a row, a number of one call of the tiny U-Nets goes through 28 convolutions of some 220 terms and 10 transformer
+# blocks of 8 sums of some 50; vector units add at least 8 terms side by side.
+CALL_TERMS = (28 * 220 + 10 * 8 * 50) // 8
+
+
+def same_draw(found: Tensor, expected: Tensor, calls: int = 2) -> None:
+    """Latents that are equal but for rounding, after so many calls of the U-Net."""
+    atol = rounding(calls * CALL_TERMS, expected.dtype) * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def in_double(pipe: Any) -> Any:
+    """``pipe`` in float64, where rounding hides nothing; give it latents of this kind."""
+    for module in (pipe.unet, pipe.text_encoder):
+        module.double()
+    return pipe
 
 
 def adapter_control(

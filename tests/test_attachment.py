@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, METHODS, OTHER, PROMPT, Watch, draw, noise, processors, shift_rows
+from attachment_helpers import LAYOUT, METHODS, OTHER, PROMPT, Watch, draw, noise, processors, same_draw, shift_rows
 from conftest import TEXT_WIDTH
 from diffusers import (
     StableDiffusionPipeline,
@@ -82,7 +82,7 @@ def test_rows_belong_to_their_layouts(
             return draw(sd_pipe, layouts[row // 2].prompt, latents=start[row : row + 1], **options)
 
     singles = torch.cat([alone(row) for row in range(4)])
-    torch.testing.assert_close(together(), singles, rtol=0, atol=1e-4)
+    same_draw(together(), singles)
     shift_rows(monkeypatch)
     assert (together() - singles).abs().max() > 1e-3  # a wrong row would show
 
@@ -131,14 +131,14 @@ def test_biases_add_up_also_in_nested_attaches(sd_pipe: StableDiffusionPipeline)
     with attach(sd_pipe, LAYOUT, [bias, dense]):
         together = draw(sd_pipe)
     with attach(sd_pipe, LAYOUT, bias), attach(sd_pipe, LAYOUT, dense):
-        torch.testing.assert_close(draw(sd_pipe), together, rtol=0, atol=1e-6)
+        same_draw(draw(sd_pipe), together)
     with attach(sd_pipe, LAYOUT, dense), attach(sd_pipe, LAYOUT, bias):
-        torch.testing.assert_close(draw(sd_pipe), together, rtol=0, atol=1e-5)
+        same_draw(draw(sd_pipe), together)
     halves = [RegionBias(strength=0.25), RegionBias(strength=0.75)]
     with attach(sd_pipe, LAYOUT, halves):
         twice = draw(sd_pipe)
     with attach(sd_pipe, LAYOUT, bias):
-        torch.testing.assert_close(twice, draw(sd_pipe), rtol=0, atol=1e-5)
+        same_draw(twice, draw(sd_pipe))
 
 
 @pytest.mark.parametrize("kind", [AttnProcessor, AttnProcessor2_0, lambda: SlicedAttnProcessor(1)])
@@ -148,7 +148,7 @@ def test_every_processor_is_steered_alike(kind: Any, sd_pipe: StableDiffusionPip
     sd_pipe.unet.set_attn_processor(kind())
     # In parts of few queries, too.
     with attach(sd_pipe, LAYOUT, [RegionBias(strength=1.0), DenseModulation(end=1.0, memory_limit=0.005)]):
-        torch.testing.assert_close(draw(sd_pipe), expected, rtol=0, atol=1e-4)
+        same_draw(draw(sd_pipe), expected)
 
 
 def test_a_bias_for_all_heads_is_not_copied_for_each(
@@ -175,7 +175,7 @@ def test_fused_projections(sd_pipe: StableDiffusionPipeline) -> None:
         expected = draw(sd_pipe)
     sd_pipe.fuse_qkv_projections(vae=False)
     with attach(sd_pipe, LAYOUT, DenseModulation()):
-        torch.testing.assert_close(draw(sd_pipe), expected, rtol=0, atol=1e-4)
+        same_draw(draw(sd_pipe), expected)
     with attach(sd_pipe, LAYOUT, DenseModulation(memory_limit=0.005)), pytest.raises(ValueError, match="unfuse_qkv"):
         draw(sd_pipe)
 

@@ -133,10 +133,12 @@ class BoundControl:
     ``mix_attention`` are called, in this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
+    takes_gradients: whether it asks for gradients through the U-Net, which not all weights let pass.
     only_looks: changes nothing, and is left out when another control runs the U-Net for itself.
     """
 
     moves_latents = False
+    takes_gradients = False
     only_looks = False
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:

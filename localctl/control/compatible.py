@@ -57,8 +57,8 @@ def _has_foreign_forward(module: nn.Module) -> bool:
 
 
 def check_gradients(unet: nn.Module, who: str) -> None:
-    """ValueError if gradients do not pass through the U-Net's layers: weights kept in 8 bits or converted for each call,
-    made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried, with zeros."""
+    """ValueError if gradients do not pass through the U-Net's layers: their weights are kept in 8 bits, converted for
+    each call, made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried."""
     tried = set()
     with torch.inference_mode(False), torch.enable_grad(), without_gradients(unet):
         for module, point in _layers(unet):
@@ -66,7 +66,7 @@ def check_gradients(unet: nn.Module, who: str) -> None:
             inference = isinstance(weight, Tensor) and weight.is_inference()
             hooked = "_diffusers_hook" in vars(module)
             kind = (type(module), type(weight), getattr(weight, "dtype", None), inference, hooked)
-            plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and not (inference or hooked)
+            plain = type(weight) is nn.Parameter and kind[2] in _FLOATS and not (inference or hooked)
             if kind in tried or (plain and type(module).__module__.startswith("torch.nn.")):
                 continue
             tried.add(kind)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES
 from localctl.control.base import BoundControl, CallContext, Control, EndOfRun, RunUNet, check_window
-from localctl.control.compatible import check_gradients
 from localctl.control.guidance_sites import choose_sites
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions
@@ -78,13 +77,13 @@ class LayoutGuidance(Control):
             raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        check_gradients(pipe.unet, "LayoutGuidance")
         names = choose_sites(pipe.unet, self.sites)
         return BoundGuidance(self, BoundRegions(pipe, layouts, self.mask_resize), names)
 
 
 class BoundGuidance(BoundControl):
     moves_latents = True
+    takes_gradients = True
 
     def __init__(self, control: LayoutGuidance, regions: BoundRegions, sites: Sequence[str]) -> None:
         self.control = control

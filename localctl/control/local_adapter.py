@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from localctl.adapter import LocalAdapter
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.pictures import batched, check_counts, check_mask, check_size, rows_of
+from localctl.control.region_bias import check_strength
 from localctl.control.sites import level_sizes
 from localctl.layout import Layout
 
@@ -24,7 +25,8 @@ class LocalAdapterControl(Control):
         adapter: the trained adapter; it stays on its own device and in its own dtype.
         condition: (C, H, W) for all layouts or (n, C, H, W), one per layout; in [0, 1].
         mask: (1, H, W) or (n, 1, H, W) in [0, 1], 1 = controlled. n may be 1 or the number of layouts.
-        weight: factor of the features. Several controls on one U-Net add up.
+        weight: factor of the features, or one for each level of them, finest first. Several controls on one U-Net add
+            up.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
 
     Raises:
@@ -34,7 +36,7 @@ class LocalAdapterControl(Control):
     adapter: LocalAdapter
     condition: Tensor
     mask: Tensor
-    weight: float = 1.0
+    weight: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
 
@@ -45,6 +47,7 @@ class LocalAdapterControl(Control):
                 "wrap a T2IAdapter with LocalAdapter.from_t2iadapter."
             )
         check_window(self.start, self.end)
+        self.weight = _checked_weight(self.weight, len(self.adapter.config["channels"]))
         self.condition = batched("condition", self.condition)
         self.mask = batched("mask", self.mask)
         channels = self.adapter.channels_of_condition
@@ -58,6 +61,21 @@ class LocalAdapterControl(Control):
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         check_counts(self.condition, self.mask, layouts)
         return _BoundLocalAdapter(self, pipe.unet)
+
+
+def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
+    """The weight, or those of the levels as a tuple. ValueError unless they are finite numbers, one per level."""
+    if not isinstance(weight, Sequence):
+        check_strength("weight", weight)
+        return weight
+    weights = tuple(weight)
+    if len(weights) != levels:
+        raise ValueError(
+            f"There are {len(weights)} weights for {levels} levels of features; give one weight for all or one each."
+        )
+    for one in weights:
+        check_strength("weight", one)
+    return weights
 
 
 class _BoundLocalAdapter(BoundControl):
@@ -94,7 +112,11 @@ class _BoundLocalAdapter(BoundControl):
         x = torch.cat([condition, mask], dim=1).to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
         features = adapter(x)
         self._check_shapes([tuple(feature.shape[1:]) for feature in features], context.latent_size)
-        return [(feature * control.weight).to(context.device, context.dtype) for feature in features]
+        weights = control.weight if isinstance(control.weight, tuple) else [control.weight] * len(features)
+        return [
+            (feature * weight).to(context.device, context.dtype)
+            for feature, weight in zip(features, weights, strict=True)
+        ]
 
     def _check_shapes(self, features: list[tuple[int, ...]], latent_size: tuple[int, int]) -> None:
         wanted = residual_shapes(self.unet, latent_size)

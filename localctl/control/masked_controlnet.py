@@ -30,6 +30,8 @@ class MaskedControlNet(Control):
         weight: factor of the residuals.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
         mask_resize: how the mask comes to each residual's size (``masks.MASK_RESIZE``).
+        guess_mode: as diffusers' ControlNet pipelines define it, for conditions that need no words: only the rows of
+            the prompt are controlled, and the residuals are scaled by 0.1 at the finest level up to 1 in the middle.
 
     Raises:
         ValueError: shapes, sizes, channels, ranges, the window or the base do not fit, or the ControlNet pools its
@@ -43,6 +45,7 @@ class MaskedControlNet(Control):
     start: float = 0.0
     end: float = 1.0
     mask_resize: str = "area"
+    guess_mode: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.controlnet, ControlNetModel):
@@ -83,18 +86,30 @@ class _BoundControlNet(BoundControl):
             return None
         check_size(control.condition, context.image_size)
         place = {"device": net.device, "dtype": net.dtype}
-        condition = rows_of(control.condition, context.layout_of_row).to(**place)  # (R,C,H,W)
+        rows = context.guided_rows if control.guess_mode else slice(None)  # r of the R rows
+        layouts = context.layout_of_row[rows]
+        condition = rows_of(control.condition, layouts).to(**place)  # (r,C,H,W)
+        timestep = inputs.timestep
         down, middle = net(
-            inputs.sample[:, : net.config.in_channels].to(**place),  # inpainting has more
-            inputs.timestep,
-            inputs.text.to(**place),
+            inputs.sample[rows, : net.config.in_channels].to(**place),  # inpainting has more
+            timestep[rows] if isinstance(timestep, Tensor) and timestep.ndim else timestep,
+            inputs.text[rows].to(**place),
             condition,
             conditioning_scale=control.weight,
-            added_cond_kwargs={name: inputs.added[name].to(net.device) for name in _ADDED if name in inputs.added},
+            guess_mode=control.guess_mode,
+            added_cond_kwargs={
+                name: inputs.added[name][rows].to(net.device) for name in _ADDED if name in inputs.added
+            },
             return_dict=False,
         )
-        mask = rows_of(control.mask, context.layout_of_row).to(net.device)  # (R,1,H,W)
+        mask = rows_of(control.mask, layouts).to(net.device)  # (r,1,H,W)
         masked = [self._masked(residual, mask).to(context.device, context.dtype) for residual in (*down, middle)]
+        left_out = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
+        if left_out:
+            masked = [
+                torch.cat([torch.zeros_like(residual[:1]).expand(left_out, -1, -1, -1), residual])
+                for residual in masked
+            ]
         return BlockResiduals(masked[:-1], masked[-1])
 
     def _masked(self, residual: Tensor, mask: Tensor) -> Tensor:

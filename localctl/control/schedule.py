@@ -36,9 +36,15 @@ def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)
     position = _position(scheduler, times, timestep)
     first, num_steps = _outer_step(scheduler, times, position)
     visited, total = visits
-    if total is not None and total != num_steps - first and (visited is None or total < visited):
+    visited = len(times) - position if visited is None else visited
+    # Of a whole call, the total is that of its outer steps; PNDM visits one timestep more than it was asked for.
+    extra = len(times) - (scheduler.num_inference_steps or len(times)) if getattr(scheduler, "order", 1) == 1 else 0
+    if total is not None and total != num_steps - first and total + extra < visited:
         visited = total
-    if visited is None or position + visited >= len(times):
+    latest = (
+        len(times) - 1 - times[::-1].index(timestep)
+    )  # of several visits it may be the last that this call begins at
+    if latest + visited >= len(times):
         return first, num_steps - first
     last, _ = _outer_step(scheduler, times, position + max(visited, 1) - 1)
     return first, last - first + 1

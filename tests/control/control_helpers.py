@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers.models.attention_processor import Attention
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tolerances import rounding
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -73,6 +74,16 @@ def bare_pipe() -> Any:
     return SimpleNamespace(
         tokenizer=word_tokenizer(), scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
     )
+
+
+# A layer's output goes through a projection (32 terms), the scores of a head (16), the softmax and the sum over 64
+# cells, and the last projection; vector units add at least 8 terms side by side.
+LAYER_TERMS = (32 + 16 + 2 * 64 + 32) // 8
+
+
+def close(found: Tensor, expected: Tensor, terms: int = LAYER_TERMS) -> None:
+    """Equal but for the rounding of so many operations in a row; by default those of one attention layer."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounding(terms) * float(expected.abs().max()))
 
 
 def steered(

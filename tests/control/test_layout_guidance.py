@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, OTHER, PROMPT, draw, noise, processors
+from attachment_helpers import LAYOUT, OTHER, PROMPT, draw, noise, processors, same_draw
 from control_helpers import bare_pipe, context, golden
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from tolerances import rounding
 from torch import Tensor
 
 from localctl.attachment import attach
@@ -59,7 +60,9 @@ def published_energy(chunk: int = 1000, **options: Any) -> Tensor:
 def test_published_energy() -> None:
     expected = golden("layout_guidance")["loss"][None]
     for options in ({}, {"chunk": 5}, {"early_exit": False}):
-        torch.testing.assert_close(published_energy(**options), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            published_energy(**options), expected, rtol=rounding(64 + 77 + 20), atol=0
+        )  # cells, tokens, heads
     assert (published_energy(mask_resize="cover") - expected).abs() > 1e-3
 
 
@@ -128,7 +131,7 @@ def test_one_step_agrees_on_ddim_and_euler(moves: int, sd_pipe: StableDiffusionP
         guided(sd_pipe, guide, latents=noise(1), num_inference_steps=4)
         shifts.append(guide.shifts[0])
     assert shifts[0].abs().max() > 1e-3
-    torch.testing.assert_close(shifts[1], shifts[0], rtol=1e-4, atol=1e-4 * float(shifts[0].abs().max()))
+    same_draw(shifts[1], shifts[0], calls=2 * moves)  # there and back
 
 
 def test_one_move_is_that_of_the_gradient(sd_pipe: StableDiffusionPipeline) -> None:
@@ -183,7 +186,7 @@ def test_pictures_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline)
     for row, layout in enumerate(layouts):
         alone = Watched(**STRONG)
         single = guided(sd_pipe, alone, layout=layout, prompt=prompts[row], latents=start[row : row + 1], **options)
-        torch.testing.assert_close(guide.shifts[0][row : row + 1], alone.shifts[0], rtol=1e-3, atol=1e-5)
+        same_draw(guide.shifts[0][row : row + 1], alone.shifts[0], calls=4)
         torch.testing.assert_close(together[row : row + 1], single, rtol=0, atol=1e-3)
     assert not guide.shifts[0][2].any()
 
@@ -234,7 +237,7 @@ def test_early_exit_and_checkpointing_change_nothing(
     guide = Watched(**STRONG, early_exit=early_exit)
     dense = DenseModulation(w_cross=0.0, w_self=0.0, memory_limit=0.002)
     guided(sd_pipe, guide, dense)
-    torch.testing.assert_close(guide.shifts[0], reference.shifts[0], rtol=1e-3, atol=1e-6)
+    same_draw(guide.shifts[0], reference.shifts[0], calls=4)  # two moves, there and back
     # One guided step of two moves, and two calls of the pipeline's own.
     assert ran.count("mid_block") == 4 and ran.count("up_blocks.3") == (2 if early_exit else 4)
     after = processors(sd_pipe)
@@ -248,7 +251,7 @@ def test_queries_in_parts_under_checkpointing(sd_pipe: StableDiffusionPipeline) 
         guide = Watched(**STRONG)
         guided(sd_pipe, guide, DenseModulation(end=1.0, memory_limit=limit))
         shifts.append(guide.shifts[0])
-    torch.testing.assert_close(shifts[1], shifts[0], rtol=1e-3, atol=1e-6)
+    same_draw(shifts[1], shifts[0], calls=4)
 
 
 def test_weights_keep_their_gradients_switch_and_inference_mode_works(sd_pipe: StableDiffusionPipeline) -> None:
@@ -276,7 +279,7 @@ def test_a_gradient_that_is_no_number_skips_the_step_and_is_said(sd_pipe: Stable
         True
     ]
     torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-3)
-    torch.testing.assert_close(result[1], plain[1], rtol=0, atol=1e-4)
+    same_draw(result[1], plain[1])
 
 
 def test_no_effect_is_bit_equal_to_plain(sd_pipe: StableDiffusionPipeline) -> None:

@@ -34,6 +34,10 @@ def context(**changes: Any) -> CallContext:
         ({"mask": -torch.ones(1, 64, 64)}, "mask has values outside"),
         ({"start": 0.5, "end": 0.5}, "start < end"),
         ({"end": 1.5}, "start < end <= 1"),
+        ({"weight": [1.0, 0.5]}, "2 weights for 4 levels"),
+        ({"weight": [1.0, 0.5, float("nan"), 1.0]}, "weight of a control is a finite number, not nan"),
+        ({"weight": "1"}, "1 weights for 4 levels"),
+        ({"weight": None}, "weight of a control is a finite number, not None"),
     ],
 )
 def test_bad_input_is_named(make_adapter: MakeAdapter, changes: dict[str, Any], message: str) -> None:
@@ -46,6 +50,20 @@ def test_bad_input_is_named(make_adapter: MakeAdapter, changes: dict[str, Any], 
 def test_a_plain_t2iadapter_is_sent_to_the_wrapper() -> None:
     with pytest.raises(ValueError, match="from_t2iadapter"):
         LocalAdapterControl(T2IAdapter(channels=[8]), torch.zeros(3, 64, 64), torch.ones(1, 64, 64))  # type: ignore
+
+
+def test_a_weight_for_each_level(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:
+    def residuals(weight: Any) -> list[torch.Tensor]:
+        item = control(make_adapter(), weight=weight)
+        found = item.bind(sd_pipe, [Layout("a")]).down_residuals(context())
+        assert found is not None
+        return found
+
+    plain, weights = residuals(1.0), [2.0, 0.0, 0.5, -1]
+    for found, whole, weight in zip(residuals(weights), plain, weights, strict=True):
+        assert torch.equal(found, whole * weight)
+    for same in ([1.0] * 4, (1, 1, 1, 1), 1):
+        assert all(torch.equal(found, whole) for found, whole in zip(residuals(same), plain, strict=True))
 
 
 def test_rows_get_the_features_of_their_layout(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attachment_helpers import same_draw
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from torch import Tensor
 
@@ -57,9 +58,32 @@ def test_a_full_mask_is_the_stock_pipeline_and_an_empty_one_the_base(kind: str, 
         if expected is plain:
             assert torch.equal(found, plain)
         else:
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            same_draw(found, wanted)
     assert (wanted - plain).abs().max() > 1e-3
     assert torch.equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_guess_mode_is_that_of_the_stock_pipeline(kind: str, guidance_scale: float, request: Any) -> None:
+    pipe = request.getfixturevalue(f"{kind}_pipe")
+    net, image, mask = controlnet(pipe), condition(), torch.ones(1, 64, 64)
+    stock = StableDiffusionXLControlNetPipeline if kind == "sdxl" else StableDiffusionControlNetPipeline
+    theirs = stock(
+        **{**pipe.components, "controlnet": net}, **({} if kind == "sdxl" else {"requires_safety_checker": False})
+    )
+    theirs.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": guidance_scale}
+    wanted = draw(theirs, image=image, controlnet_conditioning_scale=0.7, guess_mode=True, **options)
+    drawn = {}
+    for guess_mode in (True, False):
+        with attach(pipe, PROMPT, MaskedControlNet(net, image, mask, weight=0.7, guess_mode=guess_mode)):
+            drawn[guess_mode] = draw(pipe, **options)
+    same_draw(drawn[True], wanted)
+    assert (drawn[True] - drawn[False]).abs().max() > 1e-3
+    with attach(pipe, PROMPT, MaskedControlNet(net, image, 0 * mask, guess_mode=True)):
+        empty = draw(pipe, **options)
+    assert torch.equal(empty, draw(pipe, **options))
 
 
 def test_residuals_are_zero_outside_the_mask_at_every_size(sd_pipe: Any) -> None:
@@ -99,7 +123,7 @@ def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., Loca
     for index, found in enumerate(drawn):
         assert all((found - other).abs().max() > 1e-4 for other in drawn[:index])
     with attach(sd_pipe, PROMPT, one), attach(sd_pipe, PROMPT, two):
-        torch.testing.assert_close(draw(sd_pipe), drawn[3], rtol=1e-4, atol=1e-4)
+        same_draw(draw(sd_pipe), drawn[3])
 
 
 def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
@@ -113,7 +137,7 @@ def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
         )
         for size in (1, 2)
     ]
-    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    same_draw(*drawn)
 
 
 @pytest.mark.parametrize(

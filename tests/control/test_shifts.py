@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, PROMPT, draw, noise
+from attachment_helpers import LAYOUT, PROMPT, draw, noise, same_draw
 from diffusers import (
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
@@ -80,7 +80,7 @@ def test_a_shift_before_any_step_moves_the_result(name: str, sd_pipe: StableDiff
         def between(pipe: Any, done: int, time: Any, tensors: Any, step: int = step, factor: float = factor) -> Any:
             return {"latents": tensors["latents"] + factor * SHIFT} if done == step - 1 else tensors
 
-        torch.testing.assert_close(moved, sampled(sd_pipe, callback_on_step_end=between), rtol=1e-4, atol=1e-4)
+        same_draw(moved, sampled(sd_pipe, callback_on_step_end=between), calls=STEPS)
     assert torch.equal(sampled(sd_pipe), plain)
 
 
@@ -102,11 +102,11 @@ def test_several_pictures_halves_and_nested_attaches(sd_pipe: StableDiffusionPip
     with attach(sd_pipe, LAYOUT, Nudge(1)), attach(sd_pipe, LAYOUT, Nudge(1, 2)):
         nested = draw(sd_pipe, num_inference_steps=STEPS, **options)
         assert "step" not in vars(sd_pipe.scheduler)
-    torch.testing.assert_close(nested, together, rtol=0, atol=5e-5)
+    same_draw(nested, together, calls=STEPS)
     with attach(sd_pipe, LAYOUT, [Nudge(1, amount=2), Nudge(2)]):
-        torch.testing.assert_close(draw(sd_pipe, num_inference_steps=STEPS, **options), together, rtol=0, atol=5e-5)
+        same_draw(draw(sd_pipe, num_inference_steps=STEPS, **options), together, calls=STEPS)
     single = sampled(sd_pipe, Nudge(1), Nudge(1, 2), latents=noise(2)[1:], guidance_scale=7.5)
-    torch.testing.assert_close(together[1:], single, rtol=0, atol=1e-4)
+    same_draw(together[1:], single, calls=STEPS)
 
 
 def test_inpainting_keeps_its_other_channels(sd_pipe: StableDiffusionPipeline) -> None:

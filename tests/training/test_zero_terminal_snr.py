@@ -1,0 +1,31 @@
+"""Training, with its validation and its score, on a base whose schedule ends at zero signal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import diffusers
+import pytest
+from diffusers import StableDiffusionPipeline
+from training_helpers import silent_run, tiny_settings
+
+from localctl.run.logging import read_stats
+from localctl.training.settings import ValidationConfig
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+def test_training_validates_and_scores(name: str, v_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    v_pipe.scheduler = getattr(diffusers, name).from_config(v_pipe.scheduler.config, **options)
+    v_pipe.save_pretrained(tmp_path / "base")
+    validation = ValidationConfig(count=2, rows=1, num_inference_steps=2)
+    settings = tiny_settings(
+        tmp_path / "base", tmp_path / "out", validation=validation, validation_steps=2, max_train_steps=2
+    )
+    with silent_run(settings) as run:
+        run.train()
+    rows = read_stats(Path(settings.output_dir))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    scores = [row for row in rows if any("fidelity" in key or "score" in key for key in row)]
+    assert len(losses) == 2 and all(map(math.isfinite, losses)) and scores
