@@ -77,7 +77,7 @@ class MaskConfig:
     soft_edge: width in pixels of a linear ramp added outside the mask.
     box_law: how a random rectangle is sampled: ``sides`` its height uniform over all that allow the area, then its
         width; ``corners`` as published, one corner uniform, then the other one uniform beyond it, which makes smaller
-        boxes (with the published minimum they cover 0.135 of the area on average, not 0.284).
+        boxes (with the published minimum they cover 0.135 of the area on average, not 0.28).
     box: x0, y0, x1, y1 in [0, 1], for ``fixed``.
     mixture: kind -> weight, for ``mixture``, such as {box: 2, full: 1}.
     """

@@ -60,8 +60,8 @@ class Clip:
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
-        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and deviation off,
-        as CLIP was trained."""
+        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and
+        deviation off, as CLIP was trained."""
         pixels = pixels.to(self.device, torch.float32)
         size = (self.side, self.side)
         if tuple(pixels.shape[-2:]) != size:

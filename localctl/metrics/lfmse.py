@@ -41,8 +41,8 @@ def lfmse(
 
     in: mean squared difference to the target inside the mask. out: to 1 outside it. canny compares low frequencies;
     sobel the full pictures, each over its own maximum (the target's within the mask), undefined where that is 0.
-    wrapped: of sobel's ``out``, as in the published code, whose 1 - mask wraps round in uint8 and is nowhere 0: over the
-    whole picture, to 1 plus what the target has inside.
+    wrapped: of sobel's ``out``, as in the published code, whose 1 - mask wraps round in uint8 and is nowhere 0: over
+    the whole image, to 1 plus what the target has inside.
     """
     if method == "canny":
         inside = shrunk_mask(mask)

@@ -128,6 +128,8 @@ examples are for watching a run; measure with more before comparing.
 
 
 def _usage(settings: TrainSettings) -> str:
+    weights = settings.adapter.level_weights
+    levels = "" if weights is None else f" and the weights of the levels, {', '.join(f'{w:g}' for w in weights)}"
     return f"""
 ## Use
 
@@ -140,7 +142,7 @@ control = LocalAdapterControl(adapter, condition, mask)  # (C, H, W) and (1, H, 
 image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 ```
 
-`{T2IADAPTER}/` holds the same weights for `diffusers.T2IAdapter.from_pretrained`, without the masking.
+`{T2IADAPTER}/` holds the same weights for `diffusers.T2IAdapter.from_pretrained`, without the masking{levels}.
 """
 
 

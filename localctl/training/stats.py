@@ -29,9 +29,8 @@ class StepStats:
     def add(self, output: StepOutput) -> None:
         """Take in one micro-batch."""
         terms = output.terms
-        values = (output.timesteps, terms.denoising, terms.local, terms.local_raw)
-        values += (output.feature_mean, output.feature_var)
-        for name, value in zip((*_PER_SAMPLE, *_FEATURES), values, strict=True):
+        values = (output.timesteps, terms.denoising, terms.local, terms.local_raw, output.feature_mean)
+        for name, value in zip((*_PER_SAMPLE, *_FEATURES), (*values, output.feature_var), strict=True):
             self.terms[name].append(value.detach())
 
     def add_time(self, samples: int, seconds: float, waiting: float) -> None:

@@ -287,6 +287,13 @@ def test_folders_and_adapters_of_other_settings_are_refused(
     path.write_text(json.dumps(settings | {"versions": settings["versions"] | {"torch": "0.1"}}))
     assert evaluate_fid.main(["gen", *arguments]) == 2
     assert "drawn with another versions;" in capsys.readouterr().err
+    known = {"condition": ("channels_used", "palette_filter"), "mask": ("box_law",)}  # since later versions
+    earlier = {name: {k: v for k, v in settings[name].items() if k not in keys} for name, keys in known.items()}
+    path.write_text(json.dumps(settings | earlier))
+    assert evaluate_fid.main(["gen", *arguments]) == 0
+    capsys.readouterr()
+    assert evaluate_fid.main(["gen", *arguments, "mask.box_law=corners"]) == 2
+    assert "drawn with another mask;" in capsys.readouterr().err
     path.write_text(json.dumps(settings))
     assert evaluate_fid.main(["gen", *arguments, adapter, "condition=sobel"]) == 2
     assert "was trained on" in capsys.readouterr().err
