@@ -21,8 +21,9 @@ class FidSettings:
 
     part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
         embedded scenes, else val.
-    adapter: folder of a trained adapter. controlnet: folder of a diffusers ControlNetModel in its place, its residuals
-        masked; it must have been trained on this kind of condition. Neither: the base alone. weight: its strength.
+    adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``. controlnet: folder of a
+        diffusers ControlNetModel in its place, its residuals masked; it must have been trained on this kind of
+        condition. Neither: the base alone. weight: its strength.
     extractor: whose features are compared; weights: where they are, if the extractor needs to be told.
     reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
     num_images: how many are drawn, and for ``ref`` how many photos are read at most.
