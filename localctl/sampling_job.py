@@ -13,7 +13,7 @@ import torch
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.base import BaseConfig, lasting_name, resolve_base
-from localctl.control.adapter_fit import check_fit
+from localctl.control.adapter_fit import check_base
 from localctl.layout import Layout, check_side
 from localctl.optimization.weights import OptimizedSpaceTime
 from localctl.run.processes import process_device
@@ -64,7 +64,7 @@ def prepare(options: argparse.Namespace) -> Job:
     _say_sampling(options, variants, resolve_base(base.name).guidance_scale)
     shape = read_shape(base)
     sources = read_sources(options, found)
-    notes += _check_adapters(found, base.name, shape)
+    notes += [note for adapter in found if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
     own = _own_size(shape)
     asked = _asked(options, scenes)
@@ -106,14 +106,6 @@ def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> Base
         dtype=options.dtype,
         local_files_only=bool(options.local_files_only),
     )
-
-
-def _check_adapters(adapters: Sequence[SavedAdapter], base: str, shape: BaseShape) -> list[str]:
-    """ValueError for an adapter that does not fit the base; a note on one that was trained on another."""
-    for adapter in adapters:
-        trained = f", trained on {adapter.base}," if adapter.base else ""
-        check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit the base {base}")
-    return [note for adapter in adapters if (note := adapter.used_on(base))]
 
 
 def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
