@@ -72,6 +72,8 @@ def prepare(options: argparse.Namespace) -> Job:
     if None in asked:
         check_one_shape(sources)
     adapters, said = follow(options, found, sources, size)
+    if said and asked == (None, None):
+        said.append("That is the base's own area; --resolution, or --height and --width, choose another size.")
     options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
     layouts = [_sized(scene, size) for scene in scenes or [Layout(prompt) for prompt in options.prompt]]
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
@@ -94,10 +96,19 @@ def _readable(options: argparse.Namespace) -> list[str]:
 
 
 def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> BaseConfig:
-    """The base asked for, else that of the first adapter that says one."""
-    name = options.base or next((adapter.base for adapter in adapters if adapter.base), None)
+    """The base asked for, else that of the first adapter that says one. ValueError when that is not there."""
+    name = options.base
     if name is None and adapters:
-        raise ValueError("The adapter does not say which base it was trained on; give --base.")
+        adapter = next((adapter for adapter in adapters if adapter.base), None)
+        if adapter is None or adapter.base is None:
+            raise ValueError("The adapter does not say which base it was trained on; give --base.")
+        name = adapter.base
+        try:
+            resolve_base(name)
+        except ValueError as error:
+            raise ValueError(
+                f"There is no base {name!r} here, which the adapter {adapter.name} was trained on; give --base."
+            ) from error
     return BaseConfig(
         name=name or "micro",
         vae=options.vae,

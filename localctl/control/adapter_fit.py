@@ -40,6 +40,6 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
 def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:
     """ValueError for an adapter that does not fit the base of this name and shape; a sentence on one that was trained
     on another base."""
-    trained = f", trained on the base {adapter.base}," if adapter.base else ""
+    trained = f", which was trained on the base {adapter.base}," if adapter.base else ""
     check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit {base}")
     return adapter.used_on(base)
