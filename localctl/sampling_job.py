@@ -141,10 +141,9 @@ def _check_sampling(
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
-    if options.clip_skip and options.clip_skip >= layers:
-        raise ValueError(
-            f"--clip_skip {options.clip_skip} leaves nothing of the text encoder's {layers} layers; lower it."
-        )
+    most = layers - shape.xl  # SDXL reads the last layer but one without any skip
+    if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
+        raise ValueError(f"--clip_skip is a whole number from 0 to {most} with this base, not {options.clip_skip}.")
     if options.use_karras_sigmas:
         for variant in variants:
             check_karras(base, options.scheduler or variant.sampling.scheduler)
@@ -207,8 +206,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale lies between 0 and 1, not at {options.guidance_rescale}.")
-    if (options.clip_skip or 0) < 0:
-        raise ValueError(f"--clip_skip is a number of layers, not {options.clip_skip}.")
 
 
 def _check_counts(options: argparse.Namespace) -> None:
