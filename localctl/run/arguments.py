@@ -24,8 +24,8 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, program: str, description: str | None = None, **options: Any) -> None:
         """``options``: more of ``argparse.ArgumentParser``."""
         super().__init__(prog=program, description=description, formatter_class=_Format, allow_abbrev=False, **options)
-        more = {"dest": argparse.SUPPRESS, "help": "print the version and end"}
-        self.add_argument("--version", action="version", version=VERSION, **more)
+        said = "print the version and end"
+        self.add_argument("--version", action="version", version=VERSION, dest=argparse.SUPPRESS, help=said)
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls when flags do not fit."""
