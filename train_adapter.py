@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from localctl.run.interrupt import Signalled, ending_at_once, exit_code, launcher
-from localctl.run.messages import fail, plain_warnings
+from localctl.run.messages import fail, loading, plain_warnings
 
 PROGRAM = "train_adapter.py"
 
@@ -54,9 +54,10 @@ def _prepare(argv: Sequence[str], parent: int | None) -> Any:
         )
         if settings is None:
             return 0
-        from localctl.evaluation.scorer import make_scorer
-        from localctl.training.dry_run import report
-        from localctl.training.loop import prepare
+        with loading():
+            from localctl.evaluation.scorer import make_scorer
+            from localctl.training.dry_run import report
+            from localctl.training.loop import prepare
 
         if settings.dry_run:
             print(report(settings))

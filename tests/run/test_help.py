@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localctl.bases import BASES, DTYPE_NAMES, SCHEDULERS
-from localctl.data.__main__ import CheckSettings
+from localctl.data.check_settings import CheckSettings
 from localctl.data.config import INTERPOLATIONS, LOCAL_FORMATS
 from localctl.evaluation.settings import PROMPTS, FidSettings
 from localctl.layout_predictor.settings import SOURCES, LayoutTrainSettings
