@@ -38,7 +38,7 @@ def _polar(angles_deg: np.ndarray, radii: np.ndarray) -> np.ndarray:
 def outline(shape: str, inner: float | None = None) -> np.ndarray:
     """Corner points (n, 2) of `shape`, circumscribed radius 1, unrotated. Circles and rings are 64-gons.
 
-    ``inner``: of a star, the radius of its dents, of a ring that of its hole, if not the usual one.
+    ``inner``: of a star, the radius of its dents, if not the usual one.
     """
     if shape in ("circle", "ring"):
         return _polar(np.arange(64) * 360 / 64, np.ones(64))
@@ -66,8 +66,8 @@ def draw_mask(
     """Anti-aliased coverage of a shape: float32 (size, size) in [0, 1].
 
     Args:
-        center: (x, y) in pixels. radius: circumscribed radius in pixels. angle: degrees, clockwise. inner: as for
-            :func:`outline`.
+        center: (x, y) in pixels. radius: circumscribed radius in pixels. angle: degrees, clockwise. inner: of
+            a star the radius of its dents, of a ring that of its hole, in units of ``radius``, if not the usual one.
     """
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     rotation = np.array([[cos, sin], [-sin, cos]])
