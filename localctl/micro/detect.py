@@ -1,7 +1,8 @@
 """A classical reader of micro scenes: colour, shape and box of every object, and the background's name.
 
 No learning: pixels are assigned to the nearest palette colour, connected blobs are matched against rotated templates
-of the eight shapes. Thresholds were set on `val` scenes; figures are measured on `test` scenes.
+of the eight shapes. Thresholds were set on `val` scenes and on generated images that a person labelled; figures are
+measured on `test` scenes and on other such images (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from localctl.micro.scenes import holds
 from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
 
+VERSION = 2  # another one reads other objects in the same images: results of two do not go together
 MIN_AREA = 50  # px; the smallest object (a ring or diamond of radius 13) covers over 200
 MIN_MATCH = 0.68  # below it a blob is no object
 MIN_WHOLE = 0.75  # below it, blobs of several colours that touch are taken one by one
