@@ -25,6 +25,7 @@ from localctl.micro.shapes import SHAPES
 
 HERE = Path(__file__).parent
 ROW = 20  # images side by side
+SKIPPED = 100  # layouts of `val` before the first of these images, see ``reader_images.py``
 PARTS = ("to set thresholds", "kept aside", "fresh")
 REACH = 24.0  # px between the middle of what was seen, which is rough, and of what was read
 RIGHT, SHAPE, COLOR, MISSED = "right", "wrong shape", "wrong colour", "missed"
@@ -126,6 +127,23 @@ def tally(indices: Sequence[int], reader: Callable[[np.ndarray], Reading] = dete
     return result
 
 
+def asked_for(reader: Callable[[np.ndarray], Reading] = detect) -> Counter[tuple[str, bool]]:
+    """Of the objects that the images were asked to show: whether a person sees one ("yes"; "perhaps" where another name
+    would do as well, or with doubt; "no"), and whether ``reader`` finds one."""
+    from localctl.evaluation.layout_benchmark.cases import cases  # torch is slow to import
+
+    stored, all_labels, result = images(), labels(), Counter[tuple[str, bool]]()
+    chosen = cases(SKIPPED + len(stored), "val")[SKIPPED:]
+    for image, (_, seen), case in zip(stored, all_labels, chosen, strict=True):
+        reading = reader(image)
+        for color, shape in case.objects:
+            fitting = [thing for thing in seen if color in thing.colors and shape in thing.shapes]
+            sure = any(len(thing.shapes) == len(thing.colors) == 1 and not thing.doubtful for thing in fitting)
+            what = "yes" if sure else "perhaps" if fitting else "no"
+            result[what, reading.has(f"{color} {shape}")] += 1
+    return result
+
+
 def interval(hits: int, count: int) -> str:
     """A share with its 95 % interval (Wilson's)."""
     if not count:
@@ -161,3 +179,7 @@ def table(result: Tally) -> str:
 if __name__ == "__main__":
     for name in PARTS:
         print(f"\n{name}: {len(part(name))} images\n\n{table(tally(part(name)))}")
+    print("\nOf the objects asked for, all images:")
+    found = asked_for()
+    for what in ("yes", "perhaps", "no"):
+        print(f"  a person sees it: {what}: {found[what, True]} found by the reader, {found[what, False]} not")
