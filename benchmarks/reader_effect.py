@@ -63,8 +63,9 @@ def main() -> None:
         committed = json.loads((COMMITTED / f"{named(method.name)}.json").read_text())["samples"]
         before = np.array(committed[: len(now)], dtype=float)  # None becomes NaN
         for name, values in (("as committed", before), ("now", now)):
-            by_layout = [np.nanmean(values[:, k].reshape(-1, len(SEEDS)), axis=1) for k in map(COLUMNS.index, SHOWN)]
-            cells = [str(bootstrap(column[~np.isnan(column)])) for column in by_layout]
+            layouts = [values[:, COLUMNS.index(column)].reshape(-1, len(SEEDS)) for column in SHOWN]
+            defined = [rows[~np.isnan(rows).all(axis=1)] for rows in layouts]
+            cells = [str(bootstrap(np.nanmean(rows, axis=1))) for rows in defined]
             print(f"| {method.name} | {name} | {' | '.join(cells)} |", flush=True)
 
 
