@@ -59,7 +59,8 @@ def main() -> None:
     print(f"| | read | {' | '.join(SHOWN)} |\n|---|---|{'---|' * len(SHOWN)}")
     for method in methods(args.methods, (), "micro"):
         found = images(pipe, method, chosen, args.folder / named(method.name))
-        now = np.array([read(image, case) for image, case in zip(found, np.repeat(chosen, len(SEEDS)), strict=True)])
+        shown = [case for case in chosen for _ in SEEDS]
+        now = np.array([read(image, case) for image, case in zip(found, shown, strict=True)])
         committed = json.loads((COMMITTED / f"{named(method.name)}.json").read_text())["samples"]
         before = np.array(committed[: len(now)], dtype=float)  # None becomes NaN
         for name, values in (("as committed", before), ("now", now)):
