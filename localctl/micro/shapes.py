@@ -35,8 +35,11 @@ def _polar(angles_deg: np.ndarray, radii: np.ndarray) -> np.ndarray:
     return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
 
 
-def outline(shape: str) -> np.ndarray:
-    """Corner points (n, 2) of `shape`, circumscribed radius 1, unrotated. Circles and rings are 64-gons."""
+def outline(shape: str, inner: float | None = None) -> np.ndarray:
+    """Corner points (n, 2) of `shape`, circumscribed radius 1, unrotated. Circles and rings are 64-gons.
+
+    ``inner``: of a star, the radius of its dents, if not the usual one.
+    """
     if shape in ("circle", "ring"):
         return _polar(np.arange(64) * 360 / 64, np.ones(64))
     if shape == "square":
@@ -48,7 +51,7 @@ def outline(shape: str) -> np.ndarray:
     if shape == "diamond":
         return np.array([[0.0, -1.0], [0.62, 0.0], [0.0, 1.0], [-0.62, 0.0]])
     if shape == "star":
-        return _polar(np.arange(10) * 36.0, np.where(np.arange(10) % 2 == 0, 1.0, _INNER["star"]))
+        return _polar(np.arange(10) * 36.0, np.where(np.arange(10) % 2 == 0, 1.0, inner or _INNER["star"]))
     if shape == "cross":
         w = 0.33  # half the arm's width
         r = math.sqrt(1 - w * w)
@@ -57,19 +60,22 @@ def outline(shape: str) -> np.ndarray:
     raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
 
 
-def draw_mask(shape: str, center: tuple[float, float], radius: float, angle: float, size: int) -> np.ndarray:
+def draw_mask(
+    shape: str, center: tuple[float, float], radius: float, angle: float, size: int, inner: float | None = None
+) -> np.ndarray:
     """Anti-aliased coverage of a shape: float32 (size, size) in [0, 1].
 
     Args:
-        center: (x, y) in pixels. radius: circumscribed radius in pixels. angle: degrees, clockwise.
+        center: (x, y) in pixels. radius: circumscribed radius in pixels. angle: degrees, clockwise. inner: of
+            a star the radius of its dents, of a ring that of its hole, in units of ``radius``, if not the usual one.
     """
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     rotation = np.array([[cos, sin], [-sin, cos]])
-    points = outline(shape) @ rotation * radius + np.asarray(center)
+    points = outline(shape, inner) @ rotation * radius + np.asarray(center)
     canvas = np.zeros((size * _SUPERSAMPLE, size * _SUPERSAMPLE), np.uint8)
     fixed = [np.round((points * _SUPERSAMPLE - 0.5) * 16).astype(np.int32)]  # 4 fractional bits
     cv2.fillPoly(canvas, fixed, (255,), shift=4)
     if shape == "ring":
-        hole = (points - np.asarray(center)) * _INNER["ring"] + np.asarray(center)
+        hole = (points - np.asarray(center)) * (inner or _INNER["ring"]) + np.asarray(center)
         cv2.fillPoly(canvas, [np.round((hole * _SUPERSAMPLE - 0.5) * 16).astype(np.int32)], (0,), shift=4)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255

@@ -216,6 +216,14 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     assert main([*flags, "--methods", "bias", "--set", "strength=3"]) == 2
     assert "was made with another controls" in capsys.readouterr().err
 
+    before = json.loads((folder / "bias.json").read_text())  # as if the reader had been mended since
+    before["asked"]["reader"] -= 1
+    (folder / "bias.json").write_text(json.dumps(before))
+    assert main([*flags, "--methods", "bias"]) == 2
+    assert "was made with another reader" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="measured in different ways"):
+        read_results(folder)
+
 
 def test_a_damaged_or_foreign_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tolerances import rounding
 
 from localctl.data import Example
 from localctl.diffusion import add_noise
@@ -25,6 +26,7 @@ from localctl.losses import LossConfig
 from localctl.random import noise
 
 TIMESTEPS = [10, 400, 990]
+UNET = 40 * 9 * 32  # layers in a row of the tiny base, the longest sums of each
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def test_prediction_is_the_unets_of_one_picture_at_every_timestep(sd_pipe: Any, 
     together = predict(sd_pipe, example, TIMESTEPS)
     alone = predict(sd_pipe, example, TIMESTEPS[1:2])
     assert torch.equal(together.sample.noise[0], together.sample.noise[2])
-    torch.testing.assert_close(together.output[1], alone.output[0], rtol=1e-4, atol=1e-5)
+    near = float(alone.output.abs().max()) * rounding(UNET)  # of a batch of three and of one, in other orders
+    torch.testing.assert_close(together.output[1], alone.output[0], rtol=0, atol=near)
     with torch.no_grad():
         text = sd_pipe.encode_prompt("a cat", "cpu", 1, False)[0]
         wanted = sd_pipe.unet(alone.sample.noisy, TIMESTEPS[1], text).sample

@@ -21,6 +21,7 @@ from localctl.metrics.weights import resize, sha256_of
 from localctl.micro.scenes import scene
 
 COUNT = 24
+CLIP = rounding(16 * 16 * 3 + 4 * (4 * 128 + 128 + 512))  # patches, then per layer q, k, v, out and the two of the MLP
 
 
 @pytest.fixture(scope="module")

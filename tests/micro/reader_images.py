@@ -1,6 +1,6 @@
-"""The 200 images that a person labelled for the reader: one for each of 200 held-out layouts, by five methods in turn.
+"""The 260 images that a person labelled for the reader: one for each of 260 held-out layouts, by five methods in turn.
 
-python tests/micro/reader_images.py FOLDER      generates them again, 000.png to 199.png (minutes on a CPU)
+python tests/micro/reader_images.py FOLDER      generates them again, 000.png to 259.png (minutes on a CPU)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from localctl.evaluation.layout_benchmark.cases import cases
 from localctl.evaluation.layout_benchmark.methods import methods
 from localctl.sampling import generate
 
-COUNT, SKIPPED = 200, 100  # layouts of `val`; the first 100 are left to the tuning of the controls
+COUNT, SKIPPED = 260, 100  # layouts of `val`; the first 100 are left to the tuning of the controls
 METHODS = ("guidance", "bias", "dense", "bias+guidance")  # and plain sampling
 FIRST_SEED = 1000  # image i starts from the noise of seed FIRST_SEED + i
 

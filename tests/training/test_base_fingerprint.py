@@ -83,6 +83,13 @@ def test_another_tokenizer(sd_pipe):
     assert changed(before, of_base(sd_pipe)) == ["tokenizer"]
 
 
+def test_sdxl_and_what_it_makes_of_an_empty_prompt(sdxl_pipe):
+    before = of_base(sdxl_pipe)
+    assert {"weights of text_encoder_2", "tokenizer_2", "text_encoder_2.projection_dim"} <= before.keys()
+    sdxl_pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert changed(before, of_base(sdxl_pipe)) == ["pipeline.force_zeros_for_empty_prompt"]
+
+
 def test_a_single_value_anywhere_and_exchanged_values(sd_pipe):
     unet = sd_pipe.unet
     parameter = max(unet.parameters(), key=lambda p: p.numel()).data.view(-1)

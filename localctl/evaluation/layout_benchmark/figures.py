@@ -50,7 +50,8 @@ def read_results(folder: Path) -> dict[str, Result]:
             raise ValueError(f"{path} is no result of the layout benchmark (no {missing[0]}); remove it.")
         check_provenance(content["name"], content, REQUIRED)
         results[content["name"]] = _result(content)
-        ways.add(repr(sorted(content["asked"]["protocol"].items())) + content["asked"]["base_sha256"])
+        asked = content["asked"]
+        ways.add(repr((sorted(asked["protocol"].items()), asked["base_sha256"], asked.get("reader", 1))))
     if len(ways) > 1:
         raise ValueError(f"The results in {folder} were measured in different ways; measure them again, in one.")
     return results

@@ -28,6 +28,7 @@ from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
 from localctl.metrics.statistics import Statistics, distances
 from localctl.metrics.weights import sha256_of_folder
+from localctl.micro.detect import VERSION
 from localctl.micro.scenes import scene
 from localctl.run.processes import process_device
 from localctl.sampling import generate
@@ -121,7 +122,12 @@ class Bench:
             for key, value in asdict(self.protocol).items()
             if value is not None
         }
-        asked = {"protocol": protocol, "base_sha256": self.base_sha256, "controls": method.described()}
+        asked = {
+            "protocol": protocol,
+            "base_sha256": self.base_sha256,
+            "controls": method.described(),
+            "reader": VERSION,
+        }
         return asked if method.sampling == FREE else {**asked, "sampling": asdict(method.sampling)}
 
     def _done(self, method: Method) -> bool:

@@ -22,7 +22,7 @@ from localctl.images import grid
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
 from localctl.micro.build.clip import retrieval_top1
-from localctl.micro.detect import Reading, detect
+from localctl.micro.detect import VERSION, Reading, detect
 from localctl.micro.scenes import Scene, scene
 from localctl.sampling import generate
 
@@ -233,6 +233,8 @@ Measured on held-out `basic` scenes by `python -m localctl.micro.report`
 ({SCHEDULER.upper()}, {STEPS} steps, guidance {GUIDANCE}; 95 % bootstrap intervals over scenes):
 
 {table(figures)}
+
+What the reader, version {VERSION}, gets wrong on generated images: docs/evaluation.md.
 
 One-object captions (the caption above, the reader's verdict below each picture):
 
