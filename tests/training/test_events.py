@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from safetensors import SafetensorError
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.data.bad import TooManyBadRows
+from localctl.data import DataConfig, Example, collate
+from localctl.data.bad import Quarantine, TooManyBadRows
 from localctl.run import logging
 from localctl.run.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
 from localctl.run.lock import LOCK, FolderInUse, FolderLock
 from localctl.run.logging import Trackers, read_stats
 from localctl.run.workers import WorkerError
 from localctl.training import loop
+from localctl.training.data_watch import DataWatch
 from localctl.training.loop import prepare
 from localctl.training.settings import EarlyStoppingConfig
 from localctl.training.state import TrainState
@@ -282,3 +285,39 @@ def test_a_folder_taken_over_meanwhile_is_not_written_to(settings, tmp_path):
     with pytest.raises(OSError, match="taken over by process 5 on node7"):
         run.train(take)
     assert not list_checkpoints(tmp_path)
+
+
+def watched(masks):
+    said: list[str] = []
+    watch = DataWatch(None, None, Quarantine(None, 10, 0.5), DataConfig())  # type: ignore[arg-type]
+    watch.say = said.append
+    for number, mask in enumerate(masks):
+        example = Example(str(number), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8), "", mask=mask)
+        watch._count_empty(collate([example, example]))
+    return said, watch.lines()
+
+
+def test_empty_masks_are_said_early_and_at_the_end():
+    empty, full = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    said, lines = watched([empty] * 12)
+    assert len(said) == 1 and said[0].startswith("WARNING all 8 masks seen so far are empty")
+    assert "24 of 24 masks seen were empty" in lines[0]
+    assert watched([empty, full] * 6) == ([], [])
+    said, lines = watched([full] + [empty] * 9)
+    assert said == [] and "18 of 20" in lines[0]
+
+
+def test_a_card_and_settings_need_no_locale(settings, tmp_path, monkeypatch):
+    """As in a job with LC_ALL=C: what is written is UTF-8 whatever the locale says."""
+    text = Path.write_text
+
+    def ascii_only(self, data, encoding=None, errors=None, newline=None):
+        return text(self, data, encoding or "ascii", errors, newline)
+
+    monkeypatch.setattr(Path, "write_text", ascii_only)
+    base = tmp_path / "基本"
+    shutil.copytree(settings.base.name, base)
+    out = tmp_path / "out"
+    silent_run(replace(settings, base=replace(settings.base, name=str(base)), output_dir=str(out))).train()
+    assert "# Local canny adapter for 基本" in (out / "README.md").read_text(encoding="utf-8")
+    assert "基本" in (out / "config.yaml").read_text(encoding="utf-8")
