@@ -34,7 +34,7 @@ from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
-from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
+from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
 from localctl.files import first_line
 from localctl.images import load_image
@@ -225,15 +225,13 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
     content["versions"] = versions()  # of what draws
     path = folder / "settings.json"
-    if path.is_file():
+    if not write_json_once(path, content):
         earlier = {"versions": content["versions"]} | _filled(read_json(path, "settings"))  # not said by the first sets
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(
                 f"{folder} holds pictures drawn with another {', '.join(changed)}; choose another output_dir."
             )
-    else:
-        write_json(path, content)
 
 
 def _filled(settings: dict[str, Any]) -> dict[str, Any]:

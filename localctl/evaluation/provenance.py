@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -58,10 +59,29 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
 
 
+def write_json_once(path: Path, content: Any) -> bool:
+    """Write ``path`` unless it is there, whoever else tries in the same moment; whether it was written."""
+    if path.exists():
+        return False
+    whole = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write_json(whole, content)
+    try:
+        os.link(whole, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+    return True
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
     partial.write_bytes(content)
     os.replace(partial, path)
 

@@ -114,15 +114,24 @@ class FrechetScorer:
         rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
         size = self.config.batch_size
         found: dict[str, Tensor] = {}
-        for first in indices[:: size * count]:
-            batch = indices[first + rank * size : first + (rank + 1) * size]
-            ids, images = pictures(batch) if len(batch) else ((), ())
-            if len(ids):
-                found |= zip(ids, self.extractor(images), strict=True)
+        failure: Exception | None = None
+        try:
+            for first in indices[:: size * count]:
+                batch = indices[first + rank * size : first + (rank + 1) * size]
+                ids, images = pictures(batch) if len(batch) else ((), ())
+                if len(ids):
+                    found |= zip(ids, self.extractor(images), strict=True)
+        except Exception as error:  # told to the others first, who wait for this share
+            failure = error
         shares: list[dict[str, Tensor]] = [found]
         if together:
-            shares = [{} for _ in range(count)]
-            torch.distributed.all_gather_object(shares, found)
+            told: list[Any] = [None for _ in range(count)]
+            torch.distributed.all_gather_object(told, (found, failure is not None))
+            shares = [share for share, _ in told]
+            if failure is None and any(failed for _, failed in told):
+                failure = RuntimeError("another process could not draw or look at its share")
+        if failure is not None:
+            raise failure
         features = {name: row for share in shares for name, row in share.items()}
         if len(features) < 2:
             raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(features)}.")

@@ -52,9 +52,19 @@ class FileTracker(Tracker):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """OSError where the disk takes no more; the row then comes with the next one."""
+        self._find_again()
         self._waiting += (json.dumps({"step": step, **_jsonable(values)}) + "\n").encode()
         append(self._file, self._waiting, self._path)  # to the disk, or a checkpoint could outlive the rows before it
         self._waiting = b""
+
+    def _find_again(self) -> None:
+        """Begin a new file where somebody has removed the one that is written to."""
+        if self._path.exists() and os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        new = open_to_append(self._path)
+        os.close(self._file)
+        self._file = new
 
     def close(self) -> None:
         try:

@@ -91,6 +91,7 @@ class FolderGuard:
 
     def __init__(self, lock: FolderLock) -> None:
         self.lock, self.trouble = lock, ""
+        self._first = os.stat(lock.folder)
 
     def look(self) -> bool:
         """Whether the run must save and end, as somebody has removed the folder; it is made again.
@@ -100,7 +101,7 @@ class FolderGuard:
         lock = self.lock
         if taken := lock.taken:
             raise OSError(f"{lock.folder} was taken over by {taken}; this run ends without writing there again.")
-        if not lock.folder.is_dir() and not self.trouble:
+        if not self._is_there() and not self.trouble:
             self.trouble = (
                 f"The output folder {lock.folder} was removed while training; what could be saved is there again: go "
                 "on with --resume_from_checkpoint latest."
@@ -108,3 +109,10 @@ class FolderGuard:
         if not lock.mine:
             lock.renew()
         return bool(self.trouble)
+
+    def _is_there(self) -> bool:
+        """Whether the folder is the one of the beginning; a new one of its name may have been made by whoever wrote."""
+        try:
+            return os.path.samestat(self._first, os.stat(self.lock.folder))
+        except OSError:
+            return False

@@ -239,6 +239,7 @@ class Run:
                     return True
                 stopped = events.after_step(bar, measured, stop(state.step))
                 if self.guard is not None and self.guard.look():
+                    write_settings(self.settings, self.output_dir)
                     self.interrupt.ask_to_stop()
         return stopped
 

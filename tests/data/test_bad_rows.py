@@ -28,6 +28,7 @@ from localctl.data import (
     collate,
     open_files,
 )
+from localctl.data.bad import QUARANTINE, Problem, Quarantine
 from localctl.data.sample import ATTEMPTS
 from localctl.masks import MaskConfig
 
@@ -367,3 +368,17 @@ def test_names_that_are_no_text(folder):
     change(folder, 2, file_name="\udcff.png")
     source = opened(folder)
     assert problem(source, 2) == "image missing" and source.key(2) == "?.png" and len(source.fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    "rest", [b'{"step": 1, "key": {"a": 1}', b"[" * 100_000, b"\xff\xfe", b"[1]", b'{"step": "1"}', b"3"]
+)
+def test_a_list_that_ends_in_anything_is_read_as_far_as_it_is_ours(tmp_path, rest):
+    """A killed run leaves half a line, which may end in a bracket all the same."""
+    ours = {"step": 1, "key": "a", "reason": "damaged", "detail": "it is"}
+    (tmp_path / QUARANTINE).write_bytes(json.dumps(ours).encode() + b"\n" + rest)
+    quarantine = Quarantine(tmp_path, 10, 0.5, start=3)
+    assert list(quarantine.problems) == ["a"]
+    quarantine.add([Problem("b", "damaged", "it is")], 4)
+    lines = (tmp_path / QUARANTINE).read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["a", "b"]

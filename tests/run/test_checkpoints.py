@@ -193,3 +193,111 @@ def test_later_ones_are_set_aside_not_deleted(tmp_path):
     set_aside_later(tmp_path, 1, said.append)
     assert list(list_checkpoints(tmp_path)) == [1] and len(said) == 2
     verify_checkpoint(tmp_path / "abandoned-checkpoint-3")
+
+
+def sealed(path, **changes):
+    """A manifest that fits its hash, as only somebody who forges it would write it."""
+    body = json.loads((path / "manifest.json").read_text())
+    body.pop("sha256")
+    body |= changes
+    body = {name: value for name, value in body.items() if value is not None}
+    (path / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoints._body_sha256(body)}))
+
+
+MANIFESTS = {
+    "brackets": lambda path: (path / "manifest.json").write_text("[" * 100_000),
+    "digits": lambda path: (path / "manifest.json").write_text("9" * 5000),
+    "not UTF-8": lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe{}"),
+    "a folder": lambda path: ((path / "manifest.json").unlink(), (path / "manifest.json").mkdir()),
+    "no info": lambda path: sealed(path, info=None),
+    "info a list": lambda path: sealed(path, info=[1]),
+    "no files": lambda path: sealed(path, files={}),
+    "step -5": lambda path: sealed(path, step=-5),
+    "files a list": lambda path: sealed(path, files=[1]),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFESTS)
+def test_a_manifest_of_anybodys_is_named_and_the_one_before_used(tmp_path, damage):
+    save(tmp_path, 1)
+    MANIFESTS[damage](save(tmp_path, 2))
+    said = []
+    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-1"
+    assert said == [f"The checkpoint {tmp_path / 'checkpoint-2'} has no readable manifest.json; use another one."]
+
+
+def test_files_and_links_where_temporary_folders_should_be_are_cleared_away(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    (tmp_path / ".checkpoint-9.tmp").write_text("")
+    (tmp_path / ".checkpoint-8.tmp").symlink_to(target)
+    (tmp_path / ".checkpoint-7.old").symlink_to(target)
+    save(tmp_path, 7)
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "checkpoint-7"}
+    (tmp_path / ".checkpoint-3.tmp").symlink_to(target)
+    save(tmp_path, 3)
+    assert (target / "mine").read_text() == "mine" and not (tmp_path / ".checkpoint-3.tmp").is_symlink()
+
+
+def test_an_old_checkpoint_that_is_a_link_is_pruned_as_a_link(tmp_path):
+    save(tmp_path, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "elsewhere")
+    for step in (2, 3):
+        save(tmp_path, step, keep=2)
+    assert list(list_checkpoints(tmp_path)) == [2, 3] and (tmp_path / "elsewhere" / "state.json").exists()
+
+
+def test_one_pruned_between_two_looks_is_no_damage(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    verify, said = checkpoints.verify_checkpoint, []
+
+    def pruned(path):
+        if path.name == "checkpoint-3":
+            shutil.rmtree(path)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoints, "verify_checkpoint", pruned)
+    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-2" and said == []
+
+
+def test_a_checkpoint_behind_a_link_lies_in_the_folder_of_the_link(tmp_path):
+    save(tmp_path / "else", 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-2").symlink_to(tmp_path / "else" / "checkpoint-2")
+    link = find_checkpoint(tmp_path / "out", "latest", print)
+    assert checkpoints.lies_in(link, tmp_path / "out") and checkpoints.lies_in(link, tmp_path / "else")
+    assert not checkpoints.lies_in(tmp_path / "else" / "checkpoint-2", tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2", ""])
+def test_a_full_disk_is_said_with_its_room(tmp_path, text):
+    def full(path):
+        raise RuntimeError(text) from OSError(28, "No space left on device") if not text else RuntimeError(text)
+
+    with pytest.raises(CheckpointError) as error:
+        save_checkpoint(tmp_path, 1, full, info={})
+    said = str(error.value)
+    assert "inline_container" not in said and " MB free there" in said and str(tmp_path) in said
+    assert ("No space left on device" if not text else "the disk is full") in said
+
+
+def test_folders_are_written_whole_or_not_at_all(tmp_path):
+    def good(path):
+        (path / "file").write_text("new")
+
+    def bad(path):
+        good(path)
+        raise RuntimeError("I/O error: full")
+
+    checkpoints.write_folders(tmp_path, {"a": good, "b": good})
+    (tmp_path / "a" / "file").write_text("old")
+    with pytest.raises(OSError, match=r"a and b could not be written to .*\(I/O error: full, .* free there"):
+        checkpoints.write_folders(tmp_path, {"a": good, "b": bad})
+    assert (tmp_path / "a" / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "a").rename(tmp_path / ".a.old")
+    (tmp_path / ".b.tmp").mkdir()
+    checkpoints.sweep_folders(tmp_path, ("a", "b"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from localctl.data import DataConfig
+from localctl.run import record
 from localctl.run.config import load_config
 from localctl.run.record import MASKED, flat, recorded
 from localctl.training.export import write_settings
@@ -79,3 +80,19 @@ def test_the_written_settings_of_a_run_carry_no_secret(tmp_path, monkeypatch):
     write_settings(settings, tmp_path)
     written = (tmp_path / "config.yaml").read_text()
     assert "/private" not in written and "place" not in written and yaml.safe_load(written)["seed"] == 5
+
+
+@pytest.mark.parametrize("name", ["key", "api_key", "API_KEY", "hub_token", "aws_secret_access_key", "secret_name"])
+def test_secrets_are_known_by_their_names(name):
+    assert record._plain({name: "x"}) == {name: MASKED}
+
+
+@pytest.mark.parametrize("name", ["key_column", "keys", "max_tokens", "tokenizer", "keep", "monkey", "passwords_file"])
+def test_what_only_sounds_like_a_secret_is_none(name):
+    assert record._plain({name: "x"}) == {name: "x"}
+
+
+def test_a_run_can_be_repeated_from_its_key_column(tmp_path):
+    settings = load_config(["data=imagefolder", "data.path=x", "data.key_column=id"], TrainSettings)
+    write_settings(settings, tmp_path)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["key_column"] == "id"

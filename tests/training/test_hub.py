@@ -76,3 +76,40 @@ def test_a_push_without_a_token_is_refused_before_slow_work(sd_folder, tmp_path,
         silent_run(tiny_settings(sd_folder, tmp_path, push_to_hub=True))
     monkeypatch.setattr(hub, "get_token", lambda: "x")
     hub.check_hub(tiny_settings(sd_folder, tmp_path, push_to_hub=True))
+
+
+def test_nothing_that_is_uploaded_names_a_path_of_this_machine(sd_folder, tmp_path, monkeypatch):
+    """Nor does the card at home; what the adapter needs to find its base again stays there."""
+    hubs = []
+    monkeypatch.setattr(hub, "HfApi", lambda token: hubs.append(FakeHub(token)) or hubs[-1])
+    settings = tiny_settings(
+        sd_folder, tmp_path / "out", max_train_steps=1, push_to_hub=True, hub_token=TOKEN, hub_private_repo=False
+    )
+    silent_run(settings).train()
+    (api,) = hubs
+    assert api.created == [("out", True, False)] and len(api.files) == 6
+    for name, content in api.files.items():
+        assert str(tmp_path.parent).encode() not in content and str(sd_folder).encode() not in content, name
+    assert str(sd_folder) not in (tmp_path / "out" / "README.md").read_text()
+    assert str(sd_folder) in (tmp_path / "out" / "adapter" / "config.json").read_text()
+    assert not (tmp_path / "out" / "hub").exists()
+
+
+def test_a_failed_push_advises_what_uploads_no_log(sd_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", lambda token: FakeHub(token, ConnectionError("refused")))
+    run = silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=1, push_to_hub=True, hub_token=TOKEN))
+    with pytest.raises(OSError, match=r"hf upload .*/hub \. --private`"):
+        run.train()
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {"README.md", "config.yaml", "adapter", "t2iadapter"}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/me/my base", "my base"), ("~/base", "base"), ("C:\\data\\me", "me"),
+        ("runwayml/sd-v1-5", "runwayml/sd-v1-5"),
+        (["/a/b", 3, None], ["b", 3, None]), ({"x": {"y": "../c/d"}}, {"x": {"y": "d"}}), ("a / b", "a / b"),
+    ],
+)  # fmt: skip
+def test_of_a_path_the_last_part_is_shown(value, shown):
+    assert hub.without_paths(value) == shown

@@ -121,6 +121,7 @@ def test_all_cores_where_the_launcher_left_one(monkeypatch):
     set_cpu_threads(None, 1, {})
     set_cpu_threads(None, 1, {"OMP_NUM_THREADS": "1"})
     set_cpu_threads(None, 1, launched | {"OMP_NUM_THREADS": "4"})
+    set_cpu_threads(None, 1, launched, ["PATH", "OMP_NUM_THREADS"])  # set by the user, not by the launcher
     assert chosen == []
     set_cpu_threads(None, 1, launched)
     set_cpu_threads(None, 4, launched)

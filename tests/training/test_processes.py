@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from ddp_worker import GLOBAL_BATCH, settings_for, small_pictures, weights
 from process_helpers import checkpoint_contents, difference, finish, start_ranks, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
@@ -198,6 +199,35 @@ def test_accumulation_is_a_larger_batch_also_over_the_end_of_an_epoch(sd_folder,
     two = accumulated(sd_folder, tmp_path / "4x2", 4, 2, 8)
     assert furthest(weights(one), weights(two)) < 1e-6
     check_same_rows(loss_log(tmp_path / "8"), loss_log(tmp_path / "4x2"))
+
+
+def test_gradients_of_accumulation_are_those_of_the_batch_at_any_rate(sd_folder, tmp_path, small, monkeypatch):
+    """What Adam makes of them is another matter: it divides those that are nothing but rounding by their own size."""
+    step, found = AcceleratedOptimizer.step, []
+
+    def looked_at(self):
+        found.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return step(self)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", looked_at)
+    for batch, times in ((8, 1), (4, 2)):
+        accumulated(sd_folder, tmp_path / str(times), batch, times, 1)
+    for one, two in zip(*found, strict=True):
+        assert (one - two).abs().max() <= 1e-5 * one.abs().max()
+
+
+def test_losses_stay_together_at_a_high_rate_with_a_short_warm_up(sd_folder, tmp_path, small):
+    high = {"learning_rate": 3e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "logging_steps": 1}
+    rows, ends = [], []
+    for batch, times in ((8, 1), (4, 2)):
+        options = {**high, "train_batch_size": batch, "gradient_accumulation_steps": times, "max_train_steps": 8}
+        run = silent_run(settings_for(sd_folder, tmp_path / str(times), "sobel", 1, **options))
+        run.train()
+        rows.append(loss_log(tmp_path / str(times)))
+        ends.append(weights(run))
+    assert furthest(*ends) <= 2 * sum(row["learning_rate"] for row in rows[0])
+    for one, two in zip(*rows, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
 def test_a_mean_over_the_whole_batch_would_be_seen(sd_folder, tmp_path, small, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -71,6 +72,47 @@ def test_a_second_signal_leaves_at_once(sd_folder, tmp_path):
     assert process.is_alive()
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process, 10) == -signal.SIGTERM
+
+
+def ended_workers(argv, lines: Path) -> int:
+    """train_adapter.py, then whether it left a worker behind."""
+    code = program(argv, lines, 0.3)
+    return code if not multiprocessing.active_children() else 99
+
+
+def test_ctrl_c_twice_ends_busy_workers_too(sd_folder, tmp_path):
+    lines = tmp_path / "ids"
+    argv = arguments(sd_folder, tmp_path / "out", "dataloader_num_workers=2", "max_train_steps=60")
+    process = start(ended_workers, argv, lines)
+    wait_for(lambda: len(sample_lines(lines)) >= 2, process)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert finish(process, 30) == 130
+    assert "Traceback" not in lines.with_suffix(".err").read_text()
+
+
+def test_a_killed_worker_ends_it_with_a_checkpoint_and_a_sentence(sd_folder, tmp_path):
+    lines, out = tmp_path / "ids", tmp_path / "out"
+    argv = arguments(sd_folder, out, "dataloader_num_workers=2", "max_train_steps=200")
+    process = start(ended_workers, argv, lines)
+    wait_for(lambda: len(sample_lines(lines)) >= 2, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert finish(process, 30) == 1
+    (step,) = list_checkpoints(out)
+    message = lines.with_suffix(".err").read_text().splitlines()[-1]
+    assert "A data worker was killed (SIGKILL; out of memory?)" in message
+    assert f"checkpoint-{step} holds all of the training" in message
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_at_once(sd_folder, tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(loop, "new_state", lambda *values: os.kill(os.getpid(), number))
+    assert train_adapter.main(arguments(sd_folder, tmp_path / "out")) == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1].endswith("before the first step; nothing was trained.")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_signal_inside_validation_is_heard_and_the_validation_made_good(sd_folder, tmp_path):

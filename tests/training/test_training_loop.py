@@ -1,4 +1,6 @@
+import json
 import os
+import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -273,3 +275,87 @@ def test_nan_stops_before_the_update_and_names_the_step(straight, tmp_path):
     with pytest.raises(RuntimeError, match="not finite at step 1 .*basic-train-"):
         run.train()
     assert same(weights(run), before)
+
+
+@pytest.mark.parametrize("name", ["stats.jsonl", "config.yaml", "README.md", "quarantine.jsonl", "adapter", "best"])
+def test_a_link_to_nowhere_is_not_followed(straight, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "planted")
+    with pytest.raises(ValueError, match=f"holds {name}, but not of a training run"):
+        silent_run(replace(straight[0], output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "planted").exists() and [p.name for p in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_replacing_a_run_takes_links_as_links(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path / "out"), max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "log").write_text("mine")
+    (tmp_path / "out" / "logs").symlink_to(tmp_path / "mine")
+    run = silent_run(replace(settings, overwrite_output_dir=True))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK] and (tmp_path / "mine" / "log").exists()
+    run.train()
+
+
+def test_nothing_of_a_run_is_removed_before_all_of_it_can_be(straight, tmp_path, monkeypatch):
+    settings = replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1)
+    silent_run(settings).train()
+    before, rename = sorted(p.name for p in tmp_path.iterdir()), Path.rename
+
+    def stuck(self, target):
+        if self.name == "config.yaml":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stuck)
+    with pytest.raises(OSError, match="config.yaml cannot be removed .*; nothing was"):
+        silent_run(replace(settings, overwrite_output_dir=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_the_only_checkpoint_may_lie_on_another_disk(straight, tmp_path):
+    settings = replace(straight[0], output_dir=str(tmp_path / "out"), checkpointing_steps=1)
+    silent_run(settings).train(stop=lambda step: step == 2)
+    (tmp_path / "out" / "checkpoint-2").rename(tmp_path / "else")
+    (tmp_path / "out" / "checkpoint-1").rename(tmp_path / "other")
+    (tmp_path / "out" / "checkpoint-2").symlink_to(tmp_path / "else")
+    run = silent_run(replace(settings, resume_from_checkpoint="latest"))
+    assert run.state.step == 2
+    run.train()
+    assert same(weights(run), weights(straight[1])) and (tmp_path / "else" / "state.json").exists()
+
+
+FORGED = {
+    "another step": lambda path: rewrite(path, step=-5),
+    "no step": lambda path: rewrite(path, step=None),
+    "brackets": lambda path: (path / "state.json").write_text("[" * 100_000),
+    "a payload": lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(os.getcwd)),
+    "no moments": lambda path: (path / "optimizer.pt").unlink(),
+    "no adapter": lambda path: (path / "adapter" / "diffusion_pytorch_model.safetensors").write_bytes(b"x"),
+}
+
+
+def rewrite(path, **changes):
+    state = json.loads((path / "state.json").read_text()) | changes
+    (path / "state.json").write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_checkpoint_sealed_by_somebody_else_is_one_sentence(straight, tmp_path, forgery):
+    run = silent_run(replace(straight[0], output_dir=str(tmp_path), max_train_steps=1, checkpointing_steps=1))
+    run.train()
+    path = tmp_path / "checkpoint-1"
+    FORGED[forgery](path)
+    with pytest.raises(ValueError, match="checkpoint-1 cannot be used .*; use another one") as error:
+        run.state.load(path, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_no_clipping_learns_as_a_limit_never_reached(straight, tmp_path):
+    runs = [
+        silent_run(replace(straight[0], output_dir=str(tmp_path / str(limit)), max_grad_norm=limit))
+        for limit in (None, 1e9, 1e-3)
+    ]
+    for run in runs:
+        run.train()
+    assert same(weights(runs[0]), weights(runs[1])) and not same(weights(runs[0]), weights(runs[2]))

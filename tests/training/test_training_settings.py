@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
 from localctl.data import DataConfig
-from localctl.training.schedule import LR_SCHEDULERS, bound_steps
+from localctl.training.schedule import LR_SCHEDULERS, bound_steps, schedule_notes
 from localctl.training.settings import AdapterConfig, TrainSettings, ValidationConfig
 
 
@@ -91,3 +93,35 @@ def test_settings_that_make_no_sense(changes, word):
 def test_sections_that_make_no_sense(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def test_no_clipping_is_null_or_infinity_and_zero_is_refused():
+    assert TrainSettings(max_grad_norm=None).max_grad_norm is None
+    assert TrainSettings(max_grad_norm=math.inf).max_grad_norm is None
+    for value in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="use null for no clipping"):
+            TrainSettings(max_grad_norm=value)
+
+
+def test_which_of_steps_and_epochs_sets_the_end_is_said_with_the_numbers():
+    def notes(samples=8, **changes):
+        settings = TrainSettings(train_batch_size=2, lr_scheduler="constant", **changes)
+        return schedule_notes(bound_steps(settings, samples), samples)
+
+    assert notes() == []
+    (binding,) = notes(num_train_epochs=1000)
+    assert binding.startswith(
+        "max_train_steps=900 sets the end: num_train_epochs=1000 of 8 examples would be 4000 steps"
+    )
+    assert notes(num_train_epochs=2) == ["num_train_epochs=2 of 8 examples set the end: 8 steps"]
+    assert notes(num_train_epochs=5, max_train_steps=None) == ["num_train_epochs=5 of 8 examples set the end: 20 steps"]
+    assert notes(num_train_epochs=1, max_train_steps=4) == ["num_train_epochs=1 of 8 examples set the end: 4 steps"]
+
+
+@pytest.mark.parametrize(("warmup", "steps", "said"), [(500, 4, True), (4, 4, True), (3, 4, False), (0, 1, False)])
+def test_a_warm_up_longer_than_the_run_is_said(warmup, steps, said):
+    settings = TrainSettings(lr_warmup_steps=warmup, max_train_steps=steps)
+    (note,) = schedule_notes(settings, 8) or [""]
+    assert said == note.startswith(f"WARNING lr_warmup_steps={warmup} is not less than the {steps} steps")
+    assert not said or f"{(steps - 1) / warmup:.1%} of learning_rate=0.003" in note
+    assert schedule_notes(TrainSettings(lr_warmup_steps=500, max_train_steps=4, lr_scheduler="constant"), 8) == []
