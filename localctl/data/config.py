@@ -41,7 +41,8 @@ class DataConfig:
         segmentation.
     max_pixels: larger images are bad rows, judged before they are decoded. Those over 16 million are read smaller, down
         to twice the resolution, JPEGs without ever being decoded whole.
-    max_bad_fraction: a run stops when more than this share of the examples turned out unusable.
+    max_bad_fraction: a run stops when more than this share of the examples, and more than one, turned out unusable;
+        0: at the first.
     profile, count: which of the embedded scenes, and how many; of other data, at most ``count`` (null = all).
     keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for
         few small pictures (8 kB each at 128 px, 131 kB at 512 px). Never with random crops.
