@@ -333,6 +333,18 @@ def test_public_addresses(address, public):
     assert web.is_public(address) is public
 
 
+def test_a_proxy_may_be_inside_and_what_is_behind_it_may_not(server, tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server)
+    (tmp_path / "urls.txt").write_text("http://nowhere.invalid/good\nhttp://10.0.0.1/good\nhttp://localhost/good\n")
+    assert download_images.main(["--list", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "photos")]) == 0
+    rows = rows_of(tmp_path / "photos")
+    assert "file" in rows.pop("http://nowhere.invalid/good")  # a name that only the proxy may know
+    assert {row["error"] for row in rows.values()} == {"inner address"}
+    assert Handler.asked == {"http://nowhere.invalid/good": 1}
+
+
 def test_addresses_that_are_no_text(server, tmp_path):
     rows = [
         {"url": [f"{server}/a"], "text": "a"},
