@@ -146,12 +146,24 @@ def test_lists_of_captions(photos, tmp_path, capsys, kind):
     assert ("1 images have several captions" in capsys.readouterr().out) == (kind == "jsonl")
 
 
-def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys, name):
     (photos / "more").rename(photos / "val")
-    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 0
+    argv = ["--images", str(photos), "--output", str(tmp_path / "out"), "--format", name]
+    assert make_dataset.main(argv) == 0
     assert "splits, by the names of folders: 1 validation" in capsys.readouterr().out
-    data = DataConfig(path=str(tmp_path / "out"), resolution=32, validation_split="val")
+    data = DataConfig(name=name, path=str(tmp_path / "out"), resolution=32, validation_split="val")
     assert [len(open_files(data, ConditionConfig(), part)) for part in ("train", "val")] == [2, 1]
+
+
+def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing_in_the_way(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    picture(0).save(tmp_path / "photos" / "a.png")
+    argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert make_dataset.main(argv) == 2
+    assert "None of the 1 images can be used (1 caption missing)." in capsys.readouterr().err
+    (tmp_path / "photos" / "a.txt").write_text("a")
+    assert make_dataset.main(argv) == 0
 
 
 def test_camera_photos_become_a_data_set(tmp_path, capsys):
