@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: most programs read imag
 
 from localctl.files import first_line
 from localctl.labels import LINE, brief, write
-from localctl.png import PNG_SIGNATURE, without_texts
+from localctl.png import is_png, without_texts
 from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 
 # Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
@@ -103,9 +103,9 @@ def _open(
         except ImageError:
             raise
         except (ValueError, SyntaxError, UnidentifiedImageError):  # of texts and profiles over 1 MB, which nobody needs
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            if not content.startswith(PNG_SIGNATURE):
+            if not is_png(source):
                 raise
+            content = source if isinstance(source, bytes) else source.read_bytes()
             return _decode(without_texts(content), name, convert, limits)
     except ImageError:
         raise

@@ -78,6 +78,16 @@ def test_splits_by_folders_of_any_usual_name(tmp_path, name, folders):
         opened(root, name, split="test", condition=condition)
 
 
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_what_lies_beside_the_folder_of_the_split_is_said(tmp_path, name):
+    made = [write_imagefolder(tmp_path / "made" / place, 2) for place in ("train", "more")]
+    if name == "folder":
+        made = [to_folders(root, tmp_path / "data" / root.name, "depth") for root in made]
+    root = made[0].parent
+    source = opened(root, name, condition=ConditionConfig(kind="depth") if name == "folder" else COLUMN)
+    assert len(source) == 2 and any("no split at all" in remark for remark in source.rows.remarks())
+
+
 @pytest.mark.parametrize("alone", ["val", "Testing", "eval"])
 def test_a_split_alone_is_not_taken_for_another(tmp_path, alone):
     write_imagefolder(tmp_path / alone, 3)
