@@ -261,7 +261,7 @@ def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredicto
     if not (source / "config.json").is_file() and not is_hub_id:
         raise ValueError(f"There is no layout predictor in {source}; give the folder that training saved.")
     try:
-        found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32)
+        found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
         reason = first_line(error)
         raise ValueError(f"The layout predictor in {source} cannot be loaded ({reason}); save it again.") from error

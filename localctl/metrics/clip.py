@@ -15,10 +15,12 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from localctl.base_files import pickled_only
 from localctl.files import first_line
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder
 
+_FEWEST_TOKENS = 10
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -34,11 +36,16 @@ class Clip:
             raise ValueError(f"There is no CLIP at {folder}; give a folder with a CLIPModel, or a hub id.")
         try:
             # Not .from_pretrained(dtype="auto"): half precision features make distances useless.
-            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False).to(device)
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # missing, pickled, damaged and foreign files each raise their own kind
             reason = first_line(error)
+            if place.is_dir() and pickled_only(place):
+                reason = "its .bin weights are pickles, which are not read; load it with transformers and save it again"
             raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error
+        if len(self.tokenizer) < _FEWEST_TOKENS:  # transformers makes an empty one where nothing is found
+            raise ValueError(f"The CLIP at {folder} has no tokenizer; copy tokenizer.json beside its config.json.")
+        self.model = model.eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, torch.device(device)
         self.side = int(self.model.config.vision_config.image_size)
         self.dim = int(self.model.config.projection_dim)
