@@ -28,6 +28,7 @@ from localctl.files import parse_json
 from localctl.images import load_image
 from localctl.layout import Layout, check_side
 from localctl.masks import load_mask
+from localctl.prompt_syntax import warn_of_syntax
 from localctl.run.processes import process_device
 from localctl.sampling_files import INPUTS, RECORD
 from localctl.sampling_regions import Variant, add_flags, layout_paths, load_layouts, plan
@@ -155,6 +156,7 @@ def prepare(options: argparse.Namespace) -> Job:
     size = _common_size(options, adapters) if adapters else (options.height, options.width)
     scenes = scenes or [Layout(prompt) for prompt in options.prompt]
     layouts = [_sized(scene, size) for scene in scenes]
+    warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(layouts, adapters, BaseConfig(name=base, dtype=options.dtype), device, options, variants)
 
 

@@ -20,8 +20,10 @@ from localctl.layout import Layout, Region
 from localctl.layout_io import save_layout
 from localctl.layout_predictor.model import load_predictor
 from localctl.layout_predictor.parsing import CHUNKERS
+from localctl.prompt_syntax import warn_of_syntax
 from localctl.run.program import one_sentence
 
+OUTPUT = "outputs/layout_predictor/layout.png"
 _COLUMNS = 3
 _SHORT_SIDE = 320  # px, of the drawn picture
 
@@ -45,7 +47,7 @@ def new_parser() -> argparse.ArgumentParser:
     add("--chunker", choices=CHUNKERS, default="auto", help="what finds the objects; auto: spaCy where it is installed")
     add("--height", type=int, help="of the layout in pixels, with --width")
     add("--width", type=int)
-    add("--output", default="layout.png", metavar="FILE", help="the drawing")
+    add("--output", default=OUTPUT, metavar="FILE", help=f"the sheet of layouts (default {OUTPUT})")
     add("--save", metavar="FILE", help="also write the layout as JSON, for sample.py --layout; of one prompt")
     return parser
 
@@ -80,7 +82,7 @@ def draw(layouts: Sequence[Layout], output: Path) -> None:
 def _wrapped(text: str, width: int) -> list[str]:
     """Two lines at most, of about as many letters as fit."""
     letters, lines = width // 6, [""]
-    for word in text.split():
+    for word in text[: 4 * letters].split():  # no more than two lines show
         if lines[-1] and len(lines[-1]) + len(word) >= letters and len(lines) < 2:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = new_parser().parse_args(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
+    warn_of_syntax(options.prompt)
     predictor = load_predictor(options.predictor)
     size = {"height": options.height, "width": options.width}
     layouts = [predictor.predict(prompt, options.seed, chunker=options.chunker, **size) for prompt in options.prompt]
