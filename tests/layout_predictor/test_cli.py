@@ -141,3 +141,16 @@ def test_flags_of_sample_that_do_not_go_together(
     assert sample.main(argv) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_nothing_is_written_into_the_working_folder_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="marks of other tools"):
+        assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
+    printed = capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "outputs"
+    ] and "outputs/layout_predictor/layout.png" in printed
+    assert printed.count("position") == 2
