@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +156,32 @@ def test_nothing_is_written_into_the_working_folder_unasked(
         "outputs"
     ] and "outputs/layout_predictor/layout.png" in printed
     assert printed.count("position") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 10**8}, "layers of a layout predictor is a whole number"),
+        ({"layers": 10**5}, "too many weights"),
+        ({"width": 0}, "width of a layout predictor"),
+        ({"buckets": 10**6, "width": 10**6}, "too many weights"),
+        ({"heads": "4"}, "heads of a layout predictor .* not '4'"),
+        ({"width": 48, "heads": 4}, "cannot be loaded"),
+    ],
+)
+def test_predictors_of_anybody_are_bounded(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=words) as error:
+        load_predictor(tmp_path / "own")
+    assert str(tmp_path / "own") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_predictors_of_nan_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "own")
+    predictor = load_predictor()
+    predictor.head.bias.fill_(math.nan)
+    predictor.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        load_predictor(tmp_path / "own")
