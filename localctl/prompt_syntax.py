@@ -12,26 +12,24 @@ _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # What it looks like -> how it is found. Plain parentheses and brackets of letters, as in "[V] dog", are English.
 _SYNTAX = {
     "(word:1.3)": re.compile(rf":\s*{_NUMBER}\s*(?=\))"),
-    "((word))": re.compile(r"\({2,}(?=[^()]*\){2})|(?<=\))\)+"),
+    "((word))": re.compile(r"\(\([^()]*\)\)"),
     "[word]": re.compile(rf"\[(?!\w{{0,2}}\*?\])[^\[\]<>]*\](?!\()|\[[^\[\]]*:\s*{_NUMBER}\s*\]"),
     "<lora:name:0.8>": re.compile(r"<\s*(?:lora|lyco|loha|locon|hypernet|ti|embedding)s?\s*:[^<>]*>", re.IGNORECASE),
     "embedding:name": re.compile(r"(?<!\w)embedding:[\w./-]+", re.IGNORECASE),
-    "{a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
-    "__wildcard__": re.compile(r"(?<!\w)__\w[\w/ -]*?__(?!\w)"),
-    "word++": re.compile(rf"(?<=\w)(?:\+{{2,}}|-{{2,}})(?=[\s,.)]|$)|(?<=\))(?:[+-]+|{_NUMBER})(?=[\s,.)]|$)"),
+    "{a|b}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
+    "__wildcard__": re.compile(r"(?<!\w)__\w[\w/ -]{0,60}?__(?!\w)"),
+    "word++": re.compile(rf"(?<=\w\w)\+{{2,}}(?=[\s,.)]|$)|(?<=\))(?:[+-]+|{_NUMBER})(?=[\s,.)]|$)"),
     "BREAK": re.compile(r"(?<!\w)BREAK(?!\w)"),
     "AND": re.compile(r"(?<!\w)AND(?!\w)"),
 }
-_SHOUTED = ("BREAK", "AND")  # English, where every letter is a capital
 _WHOLE = ("<lora:name:0.8>", "embedding:name", "{a|b}", "__wildcard__")  # nothing in them is a thing of the scene
-_ENDS = ("BREAK", "AND")  # a phrase ends there
+_ENDS = ("BREAK", "AND")  # a phrase ends there; English, where every letter is a capital
 
 
 def foreign_syntax(prompt: str) -> list[str]:
     """The kinds of marks in ``prompt`` that other tools read as weights, networks, parts or choices, as examples."""
     shouts = prompt == prompt.upper()
-    found = [name for name, pattern in _SYNTAX.items() if not (shouts and name in _SHOUTED) and pattern.search(prompt)]
-    return [name for name in found if name != "((word))" or _doubled(prompt)]
+    return [name for name, pattern in _SYNTAX.items() if not (shouts and name in _ENDS) and pattern.search(prompt)]
 
 
 def warn_of_syntax(prompts: Iterable[str]) -> None:
@@ -58,7 +56,3 @@ def without_syntax(prompt: str) -> str:
         elif name == "[word]":
             prompt = re.sub(rf":\s*{_NUMBER}\s*(?=\])", lambda match: " " * len(match[0]), prompt)
     return prompt
-
-
-def _doubled(prompt: str) -> bool:
-    return bool(re.search(r"\(\([^()]*\)\)", prompt))
