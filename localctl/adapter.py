@@ -14,6 +14,7 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from localctl.base_files import check_weights, pickled_only
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line
 from localctl.masks import MASK_RESIZE, resize_mask
@@ -226,13 +227,22 @@ def load_adapter(place: str | os.PathLike[str], kind: str = "LocalAdapter", **op
     Raises:
         ValueError: weights that are missing, cut off, of another shape or not finite; only pickled ones.
     """
+    folder = Path(place)
+    if pickled_only(folder):
+        convert = f"T2IAdapter.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
+        raise ValueError(
+            f"The adapter in {place} has only .bin weights, which are pickles and not read; convert them: "
+            f"diffusers.{convert}."
+        )
     try:
+        if folder.is_dir():
+            check_weights(folder)
         found, report = ADAPTERS[kind].from_pretrained(
             str(place), use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
         reason = f"the weights of the adapter there cannot be read ({first_line(error)})"
-        raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; {_way_out(place)}.") from error
+        raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; save it again.") from error
     for what, names in report.items():
         if names and what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             tensor = f"{len(names)} {what.replace('_keys', '')} tensors, such as {shown(sorted(map(str, names))[0])}"
@@ -241,17 +251,6 @@ def load_adapter(place: str | os.PathLike[str], kind: str = "LocalAdapter", **op
         if not bool(torch.isfinite(weights).all()):
             raise ValueError(f"The weights of the adapter in {place} hold NaN or infinity ({name}); save it again.")
     return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
-
-
-def _way_out(place: str | os.PathLike[str]) -> str:
-    """What to do about an adapter that cannot be loaded. Pickles, which may run code, are not read."""
-    folder = Path(place)
-    if any(folder.glob("*.safetensors*")) or not any(folder.glob("*.bin")):
-        return "save it again"
-    return (
-        "its .bin weights are pickles, which are not read; convert them: "
-        f"diffusers.T2IAdapter.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
-    )
 
 
 SHAPE = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")

@@ -18,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from localctl.base import BASES, BaseConfig, not_loaded, read_index, read_json, resolve_base
+from localctl.base_files import check_files
 
 Config = Mapping[str, Any]
 
@@ -152,7 +153,8 @@ def _read_parts(spec: Any, where: dict[str, Any]) -> dict[str, Config]:
     index = read_index(spec, where)
     names = [name for name in ("unet", "vae", *TEXT_CLASSES) if name in index]
     if Path(spec.id_or_path).is_dir():
-        for name in names:
-            if not Path(spec.id_or_path, name, "config.json").is_file():
-                raise FileNotFoundError(f"no {name}/config.json")
+        try:
+            check_files(Path(spec.id_or_path), index)
+        except ValueError as error:
+            raise FileNotFoundError(str(error)) from error
     return {name: read_json(spec, f"{name}/config.json", where) for name in names}

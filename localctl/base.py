@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,14 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from torch import nn
 
+from localctl.base_files import check_files, check_weights
 from localctl.bases import BASES as BASES
 from localctl.bases import DTYPE_NAMES, PIPELINES, SCHEDULERS, BaseConfig, BaseSpec, resolve_base
 from localctl.bases import MICRO_WEIGHTS as MICRO_WEIGHTS
 from localctl.bases import lasting_name as lasting_name
 from localctl.bases import same_base as same_base
-from localctl.files import first_line
+from localctl.files import first_line, parse_json
+from localctl.sizes import shown
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -63,16 +64,20 @@ def load_pipeline(
     choose_pil_processors()
     try:
         index = read_index(spec, where)
+        vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
+        _check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:
             # Neither the checker nor the picture processor that only it needs is loaded, and nothing nags about it.
             options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
-        vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         if vae and "vae" not in options:
             options["vae"] = load_vae(vae, dtype, config.local_files_only)
-        pipe = DiffusionPipeline.from_pretrained(
-            spec.id_or_path, dtype=dtype, variant=config.variant, **where, **options
-        )
     except OSError as error:  # missing files, unknown ids and a missing network all arrive as this
+        raise not_loaded(config, error) from error
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
+        )
+    except Exception as error:  # damaged files and foreign shapes each raise their own kind
         raise not_loaded(config, error) from error
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
@@ -80,26 +85,40 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def not_loaded(config: BaseConfig, error: OSError) -> ValueError:
+def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
     """What to tell somebody whose base cannot be read."""
-    reason = first_line(error)
-    return ValueError(
-        f"The base {config.name!r} could not be loaded from {resolve_base(config.name).id_or_path!r} ({reason}); "
-        "check name and network, or give a local diffusers folder."
-    )
+    place, reason = resolve_base(config.name).id_or_path, first_line(error)
+    way_out = "check name and network, or give a local diffusers folder"
+    if Path(place).is_dir():
+        way_out = "fetch or save the base again"
+    return ValueError(f"The base {config.name!r} could not be loaded from {place!r} ({reason}); {way_out}.")
+
+
+def _check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
+    """ValueError that names the file when a base is a folder and something in it is missing or damaged."""
+    folder = Path(resolve_base(config.name).id_or_path)
+    if folder.is_dir():
+        try:
+            check_files(folder, index, replaced)
+        except ValueError as error:
+            raise not_loaded(config, error) from error
 
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
     """A VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
     pipeline = Path(name, "model_index.json").expanduser().is_file()
+    folder = Path(name, "vae" if pipeline else "").expanduser()
     try:
+        if folder.is_dir():
+            check_weights(folder)
         return AutoencoderKL.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
             subfolder="vae" if pipeline else None,
             dtype=dtype,
             local_files_only=local_files_only,
+            use_safetensors=True,
         )
-    except OSError as error:
+    except Exception as error:  # damaged files and foreign shapes each raise their own kind
         reason = first_line(error)
         raise ValueError(
             f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
@@ -121,23 +140,25 @@ def full_precision_vae(pipe: DiffusionPipeline) -> None:
 
 
 def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any]:
-    """File ``name`` of a base; OSError when it is not there, ValueError when it is no JSON."""
+    """File ``name`` of a base; OSError when it is not there, ValueError when it is no JSON object."""
     path = Path(spec.id_or_path, name)
     if not path.is_file():
         path = Path(hf_hub_download(spec.id_or_path, name, **where))
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch or save the base again.") from error
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); fetch or save the base again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {shown(content)}, not an object with named fields; fetch the base again.")
+    return content
 
 
 def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
     """What the pipeline consists of; ValueError if it is of a kind we do not know."""
     index = read_json(spec, "model_index.json", where)
-    if index.get("_class_name") not in PIPELINES:
-        raise ValueError(
-            f"The base {spec.name!r} is a {index.get('_class_name')}; supported are {' and '.join(PIPELINES)}."
-        )
+    kind = str(index.get("_class_name"))[:80]
+    if kind not in PIPELINES:
+        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}.")
     return index
 
 

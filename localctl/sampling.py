@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -14,6 +15,7 @@ from localctl.attachment import Attachment, Layouts, attach
 from localctl.control.base import Control
 from localctl.control.schedule import outer_step
 from localctl.layout import Layout, as_layouts
+from localctl.layout_checks import shown
 from localctl.random import generator, noise
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
@@ -59,7 +61,8 @@ def generate(
             one text for all layouts or a list with one per layout.
 
     Raises:
-        ValueError: an argument that this function sets itself, sizes that differ, or as for :func:`attach`.
+        ValueError: an argument that this function sets itself, sizes that differ, an image that is not a number (NaN),
+            or as for :func:`attach`.
     """
     layouts = as_layouts(layout)
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
@@ -73,6 +76,7 @@ def generate(
         pictures = list(enumerate(seeds))
     images: list[Any] = []
     dtype = pipe.unet.dtype  # found once: it goes through all layers
+    pipeline_arguments, as_asked = _as_numbers(pipe, pipeline_arguments)
     with attach(pipe, layouts, controls) as attached:
         for first in range(0, len(pictures), batch_size):
             batch = pictures[first : first + batch_size]
@@ -86,8 +90,30 @@ def generate(
                 **{name: [text[index] for index, _ in batch] for name, text in texts.items() if text is not None},
                 **pipeline_arguments,
             )
-            images.extend(output.images)
+            _check_finite(output.images, batch, layouts)
+            images.extend(as_asked(output.images))
     return GenerateOutput(images, tuple(seed for _, seed in pictures), tuple(layouts[index] for index, _ in pictures))
+
+
+def _as_numbers(
+    pipe: DiffusionPipeline, arguments: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[Any], Sequence[Any]]]:
+    """The arguments with images asked for as numbers, which show NaN where bytes would be black, and what makes of
+    these the same images as the pipeline does."""
+    processor = getattr(pipe, "image_processor", None)
+    if processor is None or arguments.get("output_type", "pil") != "pil" or arguments.get("padding_mask_crop"):
+        return arguments, list
+    return {**arguments, "output_type": "np"}, processor.numpy_to_pil
+
+
+def _check_finite(images: Any, batch: Sequence[tuple[int, int]], layouts: Sequence[Layout]) -> None:
+    """ValueError naming the seed when an image, given as numbers, holds NaN. ``batch``: (layout, seed) of each."""
+    for image, (index, seed) in zip(images, batch, strict=False):
+        if isinstance(image, (np.ndarray, Tensor)) and not bool(torch.as_tensor(image).isfinite().all()):
+            raise ValueError(
+                f"The image of seed {seed} of the prompt {shown(layouts[index].prompt)} is not a number (NaN); lower "
+                "strengths and guidance scale, or use float32 (in float16, values over 65,504 overflow)."
+            )
 
 
 def initial_noise(

@@ -16,6 +16,7 @@ from localctl.base import BaseConfig, lasting_name, resolve_base
 from localctl.control.adapter_fit import check_base
 from localctl.layout import Layout, check_side
 from localctl.optimization.weights import OptimizedSpaceTime
+from localctl.prompt_syntax import warn_of_syntax
 from localctl.run.processes import process_device
 from localctl.sampling_base import check_karras, check_vae
 from localctl.sampling_inputs import (
@@ -76,6 +77,7 @@ def prepare(options: argparse.Namespace) -> Job:
         said.append("That is the base's own area; --resolution, or --height and --width, choose another size.")
     options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
     layouts = [_sized(scene, size) for scene in scenes or [Layout(prompt) for prompt in options.prompt]]
+    warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
 
 

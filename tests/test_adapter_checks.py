@@ -168,7 +168,7 @@ def test_pickled_weights_are_not_read_and_how_to_convert_them_is_said(
     adapter = make_adapter().adapter
     adapter.save_pretrained(tmp_path / "plain", safe_serialization=False)
     assert [path.name for path in (tmp_path / "plain").glob("*.bin")]
-    with pytest.raises(ValueError, match="bin weights are pickles, which are not read; convert them: ") as error:
+    with pytest.raises(ValueError, match="only .bin weights, which are pickles and not read; convert them: ") as error:
         load_adapter(tmp_path / "plain", "T2IAdapter")
     eval(str(error.value).partition("convert them: ")[2].rstrip("."), {"diffusers": diffusers})  # as it says
     loaded = load_adapter(tmp_path / "plain", "T2IAdapter")

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from localctl.base import (
     BaseSpec,
     lasting_name,
     load_pipeline,
+    load_vae,
     resolve_base,
     same_base,
     set_scheduler,
@@ -159,3 +164,99 @@ def test_the_screen_stays_clean(sd_folder: Path, sdxl_folder: Path) -> None:
     lines = [line for line in (done.stdout + done.stderr).replace("\r", "\n").splitlines() if line.strip()]
     stray = [line for line in lines if "%|" not in line]  # progress bars are welcome
     assert stray == []
+
+
+def cut(name: str, length: int) -> Callable[[Path], object]:
+    return lambda base: os.truncate(base / name, length)
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_text(text)
+
+
+def change(name: str, **values: Any) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), **values}))
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda base: shutil.rmtree(base / name)
+
+
+def empty(name: str) -> Callable[[Path], object]:
+    return lambda base: [path.unlink() for path in (base / name).iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (cut("text_encoder/model.safetensors", 5000), "text_encoder/model.safetensors is damaged or cut off"),
+        (cut("text_encoder/model.safetensors", 0), "text_encoder/model.safetensors is damaged or cut off"),
+        (cut("vae/diffusion_pytorch_model.safetensors", 9000), "vae/diffusion_pytorch_model.safetensors is damaged"),
+        (cut("unet/diffusion_pytorch_model.safetensors", 99), "unet/diffusion_pytorch_model.safetensors is damaged"),
+        (write("unet/diffusion_pytorch_model.safetensors", "<html>" * 99), "model.safetensors is damaged or cut off"),
+        (write("model_index.json", "[]"), r"model_index.json holds \[\], not an object"),
+        (write("model_index.json", "[" * 100_000), "model_index.json is not valid JSON .nested too deep"),
+        (write("model_index.json", "3"), "model_index.json holds 3, not an object"),
+        (change("model_index.json", _class_name=["a"]), "is a .*; supported are"),
+        (change("model_index.json", unet="Nope"), "model_index.json says 'Nope' of unet"),
+        (change("model_index.json", unet=["diffusers", "Nope"]), "no class `Nope`"),
+        (change("model_index.json", vae=["os", "system"]), "could not be loaded"),
+        (write("tokenizer/tokenizer.json", "{x"), "tokenizer/tokenizer.json is not JSON"),
+        (write("tokenizer/tokenizer.json", "[]"), r"tokenizer/tokenizer.json holds \[\], not an object"),
+        (write("tokenizer/tokenizer_config.json", "{"), "tokenizer/tokenizer_config.json is not JSON"),
+        (write("scheduler/scheduler_config.json", "["), "scheduler/scheduler_config.json is not JSON"),
+        (write("unet/config.json", "{"), "unet/config.json is not JSON"),
+        (write("text_encoder/config.json", "[1]"), r"text_encoder/config.json holds \[1\]"),
+        (remove("tokenizer"), "there is no folder tokenizer"),
+        (empty("tokenizer"), "no tokenizer/tokenizer.json or tokenizer/vocab.json"),
+        (remove("vae"), "there is no folder vae"),
+        (empty("scheduler"), "no scheduler/scheduler_config.json"),
+        (lambda base: (base / "vae/diffusion_pytorch_model.safetensors").unlink(), "no weights .* in vae"),
+        (change("unet/config.json", block_out_channels="a"), "could not be loaded"),
+        (change("unet/config.json", layers_per_block=10**8), "layers_per_block in .* is 100000000, more than 256"),
+        (change("unet/config.json", layers_per_block=[1, 10**8]), "layers_per_block in .*, more than 256"),
+        (change("unet/config.json", block_out_channels=[8] * 10**5), "block_out_channels in .* 100000 entries"),
+        (change("text_encoder/config.json", num_hidden_layers=10**8), "num_hidden_layers in .* more than 256"),
+        (change("text_encoder/config.json", hidden_size=32), "could not be loaded"),
+    ],
+)
+def test_a_damaged_base_is_one_sentence(
+    damage: Callable[[Path], object], words: str, sd_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sd_folder, tmp_path / "base")
+    damage(tmp_path / "base")
+    with pytest.raises(ValueError, match=words) as error:
+        load_pipeline(str(tmp_path / "base"))
+    assert str(tmp_path / "base") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_part_that_comes_from_elsewhere_may_be_damaged(sd_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "vae")
+    with pytest.raises(ValueError, match="no folder vae"):
+        load_pipeline(str(tmp_path / "base"))
+    assert load_pipeline(BaseConfig(name=str(tmp_path / "base"), vae=str(sd_folder))).vae is not None
+    assert load_pipeline(str(tmp_path / "base"), vae=None, unet=None).vae is None
+
+
+@pytest.mark.parametrize("length", [0, 100, 9000])
+def test_a_damaged_vae_is_one_sentence(length: int, sd_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder / "vae", tmp_path / "vae")
+    os.truncate(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", length)
+    with pytest.raises(ValueError, match="The VAE '.*vae' could not be loaded") as error:
+        load_vae(str(tmp_path / "vae"), torch.float32)
+    assert "\n" not in str(error.value)
+
+
+def test_pickled_weights_are_not_read(sd_folder: Path, sd_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder, tmp_path / "base")
+    for part in ("unet", "vae"):
+        shutil.rmtree(tmp_path / "base" / part)
+        getattr(sd_pipe, part).save_pretrained(tmp_path / "base" / part, safe_serialization=False)
+    with pytest.raises(ValueError, match="unet has only .bin weights, which are pickles and not read; convert it: "):
+        load_pipeline(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="The VAE '.*vae' could not be loaded"):
+        load_vae(str(tmp_path / "base" / "vae"), torch.float32)
+    converted = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    converted.save_pretrained(tmp_path / "new")
+    assert load_pipeline(str(tmp_path / "new")).unet is not None

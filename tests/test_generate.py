@@ -135,3 +135,34 @@ def test_schedulers_with_noise_of_their_own_are_refused(sd_pipe: StableDiffusion
     sd_pipe.scheduler = DPMSolverSDEScheduler.__new__(DPMSolverSDEScheduler)
     with pytest.raises(ValueError, match="DPMSolverSDEScheduler draws noise that the seeds cannot set"):
         generate(sd_pipe, "a")
+
+
+def test_an_image_of_nan_is_refused_by_its_seed(sd_pipe: StableDiffusionPipeline, sdxl_pipe: DiffusionPipeline) -> None:
+    """One of a batch, as numbers too; never a black image."""
+    for pipe in (sd_pipe, sdxl_pipe):
+        for asked in ("pil", "np", "pt", "latent"):
+            bad = initial_noise(pipe, 7, 64, 64)
+
+            def spoil(module: Any, args: Any, result: Any, bad: Tensor = bad) -> Any:
+                rows = [i for i, row in enumerate(args[0]) if torch.equal(row, bad[0])]
+                result[0][rows] = torch.nan
+                return result
+
+            pipe.set_progress_bar_config(disable=True)
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            hook = pipe.unet.register_forward_hook(spoil)
+            with pytest.raises(ValueError, match=r"image of seed 7 of the prompt 'a cat' is not a number .NaN."):
+                generate(pipe, "a cat", seeds=[5, 7], num_inference_steps=1, output_type=asked)
+            good = generate(pipe, "a cat", seeds=[5, 6], num_inference_steps=1, output_type=asked)
+            hook.remove()
+            assert len(good.images) == 2
+
+
+def test_images_are_those_of_the_pipeline(sd_pipe: StableDiffusionPipeline) -> None:
+    layout = Layout("a cat", 64, 64)
+    ours = generate(sd_pipe, layout, seeds=3, num_inference_steps=2).images[0]
+    plain = sd_pipe(
+        "a cat", latents=initial_noise(sd_pipe, 3, 64, 64), height=64, width=64, num_inference_steps=2
+    ).images[0]
+    assert type(ours) is type(plain) and ours.mode == plain.mode
+    assert np.array_equal(np.asarray(ours), np.asarray(plain))

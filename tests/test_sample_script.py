@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,26 @@ def test_the_device_default_exists(workspace: Path) -> None:
     job = prepare(parse(BASIC))
     assert torch.empty(0, device=job.device).device.type == job.device.type
     assert job.layouts[0].size == (64, 64) and job.adapters[0].saved.place == str((workspace / "canny").resolve())
+
+
+def test_marks_of_other_tools_are_said_before_the_base_is_loaded(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    at = BASIC.index("--prompt")
+    argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
+    with (
+        pytest.warns(UserWarning, match="marks of other tools .such as .word:1.3., <lora:name:0.8>."),
+        suppress(TypeError),
+    ):
+        sample.main(argv)
+
+
+def test_an_image_of_nan_ends_with_code_2_and_is_not_written(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A weight that overflows, as a strength of 1e308 would."""
+    assert sample.main([*BASIC, *QUICK, "--weight", "1e300", "--output_dir", "out"]) == 2
+    printed = capsys.readouterr().err
+    assert "image of seed" in printed and "is not a number (NaN)" in printed
+    assert not list(Path("out").glob("*.png"))

@@ -19,6 +19,7 @@ from localctl.data.sample import Example
 from localctl.images import grid, outline, to_pil
 from localctl.labels import brief
 from localctl.masks import mask_doubt
+from localctl.prompt_syntax import foreign_syntax
 from localctl.run.workers import loading
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
@@ -197,6 +198,10 @@ def _captions(
     warnings = []
     if number > 1 and number > 0.1 * len(captions):
         warnings.append(f"{number} captions are the same: {brief(common, 60)!r}")
+    foreign = [caption for caption in captions if foreign_syntax(caption)]
+    if foreign:
+        marks = ", ".join(foreign_syntax(foreign[0]))
+        warnings.append(f"{len(foreign)} captions have marks of other tools ({marks}), which are read as plain letters")
     if tokens is not None:
         lengths = np.array([tokens(caption) for caption in captions])
         line += f"; {lengths.max()} tokens at most"

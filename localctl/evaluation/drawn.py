@@ -206,7 +206,8 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
         raise ValueError(f"The ControlNet folder {folder} does not exist; give one that diffusers saved.")
     try:
         with no_progress_bars():
-            net = ControlNetModel.from_pretrained(str(folder), local_files_only=True, dtype=DTYPES[settings.base.dtype])
+            options = {"local_files_only": True, "use_safetensors": True, "dtype": DTYPES[settings.base.dtype]}
+            net = ControlNetModel.from_pretrained(str(folder), **options)
     except Exception as error:  # as above
         reason = first_line(error)
         raise ValueError(f"The ControlNet in {folder} cannot be loaded ({reason}); save it again.") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localctl.layout_predictor.parsing import CHUNKERS
+from localctl.prompt_syntax import warn_of_syntax
 from localctl.run.arguments import Arguments
 from localctl.run.messages import loading
 from localctl.run.program import one_sentence
@@ -22,6 +23,7 @@ from localctl.run.program import one_sentence
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from localctl.layout import Layout, Region
 
+OUTPUT = "outputs/layout_predictor/layout.png"
 _COLUMNS = 3
 _SHORT_SIDE = 320  # px, of the drawn picture
 
@@ -36,7 +38,7 @@ def new_parser() -> Arguments:
     add("--chunker", choices=CHUNKERS, default="auto", help="what finds the objects; auto: spaCy where it is installed")
     add("--height", type=int, help="of the layout in pixels, with --width")
     add("--width", type=int, help="as --height")
-    add("--output", default="outputs/layout.png", metavar="FILE", help="the drawing")
+    add("--output", default=OUTPUT, metavar="FILE", help="the sheet of layouts")
     add("--save", metavar="FILE", help="also write the layout as JSON, for sample.py --layout; of one prompt")
     return parser
 
@@ -74,7 +76,7 @@ def draw(layouts: Sequence[Layout], output: Path) -> None:
 def _wrapped(text: str, width: int) -> list[str]:
     """Two lines at most, of about as many letters as fit."""
     letters, lines = width // 6, [""]
-    for word in text.split():
+    for word in text[: 4 * letters].split():  # no more than two lines show
         if lines[-1] and len(lines[-1]) + len(word) >= letters and len(lines) < 2:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
@@ -87,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = new_parser().read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
+    warn_of_syntax(options.prompt)
     with loading():
         from localctl.layout_io import save_layout
         from localctl.layout_predictor.model import load_predictor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from localctl.files import first_line
 from localctl.layout import Layout, Region, check_side
+from localctl.layout_checks import shown
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
 from localctl.layout_predictor.placing import Placement, place
@@ -26,6 +28,7 @@ from localctl.layout_predictor.placing import Placement, place
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the picture's side
 _MOST_OBJECTS = 32
+_LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the shipped one has 4 layers and 7e5 weights
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,16 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         trained_on: str | None = None,
     ) -> None:
         super().__init__()
+        _check_sizes(
+            width=width,
+            layers=layers,
+            heads=heads,
+            hidden=hidden,
+            buckets=buckets,
+            components=components,
+            max_words=max_words,
+            reach=reach,
+        )
         if width % heads:
             raise ValueError(f"The width {width} is not a multiple of the {heads} heads; choose another.")
         self.pieces = nn.Embedding(buckets, width, padding_idx=0)
@@ -249,6 +262,21 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         return Layout(prompt, height, width, regions)
 
 
+def _check_sizes(**sizes: Any) -> None:
+    """ValueError for sizes that no predictor has; a config may be anybody's, and nothing is built by then."""
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise ValueError(
+                f"{name} of a layout predictor is a whole number from 1 to {_LARGEST}, not {shown(value)}."
+            )
+    blocks = sizes["layers"] * (4 * sizes["width"] + 2 * sizes["hidden"] + sizes["heads"] * 2 * sizes["reach"])
+    weights = sizes["width"] * (sizes["buckets"] + blocks + 5 * sizes["components"])
+    if weights > _MOST_WEIGHTS or sizes["layers"] > _MOST_LAYERS:
+        raise ValueError(
+            f"A layout predictor of {sizes} has too many weights (about {weights:.1e}); use a smaller one."
+        )
+
+
 def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
     """A trained predictor in float32, ready to predict: the shipped one, or that of a folder or hub id.
 
@@ -261,7 +289,13 @@ def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredicto
     if not (source / "config.json").is_file() and not is_hub_id:
         raise ValueError(f"There is no layout predictor in {source}; give the folder that training saved.")
     try:
-        found = LayoutPredictor.from_pretrained(str(source), torch_dtype=torch.float32)
+        found, report = LayoutPredictor.from_pretrained(
+            str(source), torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+            raise ValueError("its weights do not fit its config.json")
+        if not all(bool(weights.isfinite().all()) for weights in found.parameters()):
+            raise ValueError("its weights hold NaN or infinity")
     except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
         reason = first_line(error)
         raise ValueError(f"The layout predictor in {source} cannot be loaded ({reason}); save it again.") from error

@@ -6,9 +6,11 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from localctl.layout_checks import MAX_REGIONS, check_text, shown
 from localctl.layout_predictor.chunker import Chunk, rule_chunks, split_words
-from localctl.layout_predictor.words import DETERMINERS, NUMBERS, PICTURES, PLACES, PRONOUNS
+from localctl.layout_predictor.words import DENIALS, DETERMINERS, NUMBERS, PICTURES, PLACES, PRONOUNS
 from localctl.phrases import find_phrase
+from localctl.prompt_syntax import without_syntax
 
 CHUNKERS = ("auto", "spacy", "rules")
 
@@ -32,7 +34,8 @@ class PromptObject:
 
 
 def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[PromptObject, ...]:
-    """The objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one.
+    """The objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one; "no cat" is
+    none, nor are the marks of other tools (:mod:`localctl.prompt_syntax`).
 
     Args:
         prompt: one text.
@@ -44,17 +47,36 @@ def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[Prompt
         ValueError: an unknown chunker; spaCy asked for but not there; a prompt that is no text or has no object.
     """
     if not isinstance(prompt, str):
-        raise ValueError(f"A prompt is a text, not {prompt!r}.")
+        raise ValueError(f"A prompt is a text, not {shown(prompt)}.")
     if chunker not in CHUNKERS:
         raise ValueError(f"Unknown chunker {chunker!r}; choose one of {', '.join(CHUNKERS)}.")
     if chunker != "rules" and model is None:
         model = spacy_model(required=chunker == "spacy")
-    chunks = rule_chunks(prompt) if chunker == "rules" or model is None else spacy_chunks(prompt, model)
+    check_text("The prompt", prompt)
+    plain = without_syntax(prompt)
+    chunks = rule_chunks(plain) if chunker == "rules" or model is None else spacy_chunks(plain, model)
+    chunks = _without_denials(plain, chunks)
     if not chunks:
         raise ValueError(
-            f"There is no object in the prompt {prompt!r}; name at least one thing, such as 'a red circle'."
+            f"There is no object in the prompt {shown(prompt)}; name at least one thing, such as 'a red circle'."
         )
+    if len(chunks) > MAX_REGIONS:
+        raise ValueError(f"The prompt names {len(chunks)} objects, more than {MAX_REGIONS}; name fewer.")
     return tuple(_object(prompt, chunk) for chunk in _without_mentions(prompt, chunks))
+
+
+def _without_denials(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
+    """Without numbers and marks, and without what is said not to be there: "no people", "without a hat or gloves"."""
+    kept: list[Chunk] = []
+    denied, last = False, 0
+    for chunk in chunks:
+        between = [word.text for word in split_words(prompt[last : chunk.start])]
+        own = [word.text for word in split_words(prompt[chunk.start : chunk.first])]
+        denied = bool(DENIALS & {*between[-1:], *own}) or (denied and between in (["or"], ["nor"], [",", "or"]))
+        last = chunk.end
+        if not denied and any(character.isalpha() for character in prompt[chunk.first : chunk.end]):
+            kept.append(chunk)
+    return kept
 
 
 def _without_mentions(prompt: str, chunks: list[Chunk]) -> list[Chunk]:

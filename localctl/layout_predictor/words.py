@@ -37,6 +37,9 @@ ADVERBS = _words(
     "just very too also only directly immediately slightly exactly now still always never almost quite rather "
     "somewhere together apart again both even straight there here somewhat furthermore"
 )
+DENIALS = _words(
+    "no not without neither nor never minus except excluding isn't aren't wasn't weren't"
+)  # of what follows
 BREAKS = PRONOUNS | PREPOSITIONS | CONJUNCTIONS | BE | VERBS_AHEAD | HAVE | ADVERBS
 
 # Places within the picture, not things in it, when they end a phrase: "on the left", "in the top right corner".

@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
+from localctl.base_files import pickled_only
 from localctl.files import first_line
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder
 from localctl.run.quiet import no_progress_bars
 
+_FEWEST_TOKENS = 10
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -35,14 +37,19 @@ class Clip:
         if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):  # nor a hub id to be looked up
             raise ValueError(f"There is no CLIP at {folder}; give a folder with a CLIPModel, or a hub id.")
         try:
+            # Not dtype="auto": half precision features make distances useless.
+            options = {"dtype": torch.float32, "use_safetensors": True}
             with no_progress_bars() if place.is_dir() else nullcontext():  # a download shows how far it is
-                # Not dtype="auto": half precision features make distances useless.
-                model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+                model = CLIPModel.from_pretrained(folder, **options)
                 self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-            self.model = model.eval().requires_grad_(False).to(device)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # missing, pickled, damaged and foreign files each raise their own kind
             reason = first_line(error)
+            if place.is_dir() and pickled_only(place):
+                reason = "its .bin weights are pickles, which are not read; load it with transformers and save it again"
             raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error
+        if len(self.tokenizer) < _FEWEST_TOKENS:  # transformers makes an empty one where nothing is found
+            raise ValueError(f"The CLIP at {folder} has no tokenizer; copy tokenizer.json beside its config.json.")
+        self.model = model.eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, torch.device(device)
         self.side = int(self.model.config.vision_config.image_size)
         self.dim = int(self.model.config.projection_dim)

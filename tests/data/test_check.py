@@ -189,3 +189,12 @@ def test_every_reason_has_a_way_out():
 def test_usage(capsys):
     assert main(["check", "--help"]) == 0 and "data check" in capsys.readouterr().out
     assert main([]) == 2
+
+
+def test_marks_of_other_tools_in_captions_are_counted(folder, tmp_path, capsys):
+    lines = read_metadata(folder)
+    for line in lines[:3]:
+        line["text"] += ", (best quality:1.3)"
+    write_metadata(folder, lines)
+    _, out, _ = run(folder, tmp_path, capsys)
+    assert "3 captions have marks of other tools ((word:1.3)), which are read as plain letters" in out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,9 @@ import pytest
 from PIL import Image
 
 import sample
-from localctl.evaluation import heat_maps
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
-from localctl.layout_predictor.__main__ import main, new_parser
+from localctl.layout_predictor.__main__ import main
 from localctl.layout_predictor.captions import MARGIN
 from localctl.layout_predictor.data import MicroLayouts
 from localctl.layout_predictor.measure import held_out_captions, relation_rate
@@ -146,6 +147,43 @@ def test_flags_of_sample_that_do_not_go_together(
     assert words in error and error.count("\n") == 1
 
 
-def test_nothing_is_written_outside_outputs_unasked() -> None:
-    assert new_parser().get_default("output") == "outputs/layout.png"
-    assert heat_maps.new_parser().get_default("output") == "outputs/heat_maps.png"
+def test_nothing_is_written_into_the_working_folder_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="marks of other tools"):
+        assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
+    printed = capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "outputs"
+    ] and "outputs/layout_predictor/layout.png" in printed
+    assert printed.count("position") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 10**8}, "layers of a layout predictor is a whole number"),
+        ({"layers": 10**5}, "too many weights"),
+        ({"width": 0}, "width of a layout predictor"),
+        ({"buckets": 10**6, "width": 10**6}, "too many weights"),
+        ({"heads": "4"}, "heads of a layout predictor .* not '4'"),
+        ({"width": 48, "heads": 4}, "cannot be loaded"),
+    ],
+)
+def test_predictors_of_anybody_are_bounded(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    (tmp_path / "own" / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=words) as error:
+        load_predictor(tmp_path / "own")
+    assert str(tmp_path / "own") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_predictors_of_nan_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "own")
+    predictor = load_predictor()
+    predictor.head.bias.fill_(math.nan)
+    predictor.save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        load_predictor(tmp_path / "own")

@@ -1,5 +1,7 @@
 """Extractors: known by their weights, in eval and float32 whatever happens, and sound as measuring instruments."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from depth import depth
+from safetensors.torch import load_file
 from tolerances import rounding
 from torch import nn
 
@@ -164,3 +167,29 @@ def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.M
     extractor = load_extractor("fid", file)
     assert extractor(np.zeros((2, 30, 30, 3), np.uint8)).shape == (2, 2048)
     assert built == [("inception", ["2048"], str(file))] and extractor.name == "fid"
+
+
+def test_a_damaged_clip_is_one_sentence_and_pickles_are_not_read(tmp_path: Path) -> None:
+    for name, damage, words in (
+        ("cut", lambda place: os.truncate(place / "model.safetensors", 4000), "There is no CLIP at"),
+        ("config", lambda place: (place / "config.json").write_text("[1]"), "There is no CLIP at"),
+        ("tokenizer", lambda place: (place / "tokenizer.json").write_text("{"), "There is no CLIP at"),
+        ("mute", lambda place: [path.unlink() for path in place.glob("tokenizer*")], "has no tokenizer"),
+        ("pickle", lambda place: pickled(place), "its .bin weights are pickles, which are not read"),
+    ):
+        shutil.copytree(MICRO_CLIP, tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(ValueError, match=words) as error:
+            Clip(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def pickled(place: Path) -> None:
+    torch.save(load_file(place / "model.safetensors"), place / "pytorch_model.bin")
+    (place / "model.safetensors").unlink()
+
+
+def test_statistics_hold_no_pickles(tmp_path: Path) -> None:
+    np.savez(tmp_path / "evil.npz", provenance=np.array([{"a": 1}], dtype=object), counts=np.zeros(2))
+    with pytest.raises(ValueError, match="holds no statistics or is damaged"):
+        Statistics.load(tmp_path / "evil.npz")

@@ -1,0 +1,58 @@
+"""Marks that other tools read in prompts and diffusers does not: said once, and no objects of the scene."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+
+from localctl.layout_checks import shown
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
+# What it looks like -> how it is found. Plain parentheses and brackets of letters, as in "[V] dog", are English.
+_SYNTAX = {
+    "(word:1.3)": re.compile(rf":\s*{_NUMBER}\s*(?=\))"),
+    "((word))": re.compile(r"\(\([^()]*\)\)"),
+    "[word]": re.compile(rf"\[(?!\w{{0,2}}\*?\])[^\[\]<>]*\](?!\()|\[[^\[\]]*:\s*{_NUMBER}\s*\]"),
+    "<lora:name:0.8>": re.compile(r"<\s*(?:lora|lyco|loha|locon|hypernet|ti|embedding)s?\s*:[^<>]*>", re.IGNORECASE),
+    "embedding:name": re.compile(r"(?<!\w)embedding:[\w./-]+", re.IGNORECASE),
+    "{a|b}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
+    "__wildcard__": re.compile(r"(?<!\w)__\w[\w/ -]{0,60}?__(?!\w)"),
+    "word++": re.compile(rf"(?<=\w\w)\+{{2,}}(?=[\s,.)]|$)|(?<=\))(?:[+-]+|{_NUMBER})(?=[\s,.)]|$)"),
+    "BREAK": re.compile(r"(?<!\w)BREAK(?!\w)"),
+    "AND": re.compile(r"(?<!\w)AND(?!\w)"),
+}
+_WHOLE = ("<lora:name:0.8>", "embedding:name", "{a|b}", "__wildcard__")  # nothing in them is a thing of the scene
+_ENDS = ("BREAK", "AND")  # a phrase ends there; English, where every letter is a capital
+
+
+def foreign_syntax(prompt: str) -> list[str]:
+    """The kinds of marks in ``prompt`` that other tools read as weights, networks, parts or choices, as examples."""
+    shouts = prompt == prompt.upper()
+    return [name for name, pattern in _SYNTAX.items() if not (shouts and name in _ENDS) and pattern.search(prompt)]
+
+
+def warn_of_syntax(prompts: Iterable[str]) -> None:
+    """Warn once of all such marks in ``prompts``."""
+    kinds: dict[str, str] = {}
+    for prompt in prompts:
+        for kind in foreign_syntax(prompt):
+            kinds.setdefault(kind, prompt)
+    if kinds:
+        warnings.warn(
+            f"The prompt {shown(next(iter(kinds.values())))} has marks of other tools (such as {', '.join(kinds)}), "
+            "which are read as plain letters here and weigh nothing; leave them out, or set the strength of a region.",
+            stacklevel=2,
+        )
+
+
+def without_syntax(prompt: str) -> str:
+    """``prompt`` with blanks in place of such marks, each letter that stays where it was; weighted words stay."""
+    for name in foreign_syntax(prompt):
+        if name in _WHOLE or name in ("(word:1.3)", "word++"):
+            prompt = _SYNTAX[name].sub(lambda match: " " * len(match[0]), prompt)
+        elif name in _ENDS:
+            prompt = _SYNTAX[name].sub(lambda match: "," * len(match[0]), prompt)
+        elif name == "[word]":
+            prompt = re.sub(rf":\s*{_NUMBER}\s*(?=\])", lambda match: " " * len(match[0]), prompt)
+    return prompt

@@ -1,0 +1,98 @@
+"""Marks of other tools in prompts: said once, and no objects."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from localctl.layout_predictor.parsing import parse
+from localctl.prompt_syntax import foreign_syntax, warn_of_syntax, without_syntax
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kinds"),
+    [
+        ("(a cat:1.2) and a dog", ["(word:1.3)"]),
+        ("(a cat: .5), a dog", ["(word:1.3)"]),
+        ("((a cat)) and a dog", ["((word))"]),
+        ("(((masterpiece))), a dog", ["((word))"]),
+        ("[a cat] and a dog", ["[word]"]),
+        ("a [cat:dog:0.5]", ["[word]"]),
+        ("a cat, <lora:fluffy:0.8>", ["<lora:name:0.8>"]),
+        ("a cat <LyCO:x:1>", ["<lora:name:0.8>"]),
+        ("a cat, <hypernet:y:0.5>", ["<lora:name:0.8>"]),
+        ("a cat BREAK a dog", ["BREAK"]),
+        ("a cat AND a dog", ["AND"]),
+        ("a {red|blue} cat", ["{a|b}"]),
+        ("a cat in __place__", ["__wildcard__"]),
+        ("a fluffy++ cat", ["word++"]),
+        ("a (fluffy)1.3 cat", ["word++"]),
+        ("a cat, embedding:easynegative", ["embedding:name"]),
+        ("(a cat:1.2), <lora:x:0.8>", ["(word:1.3)", "<lora:name:0.8>"]),
+    ],
+)
+def test_marks_of_other_tools_are_found(prompt: str, kinds: list[str]) -> None:
+    assert foreign_syntax(prompt) == kinds
+    with pytest.warns(UserWarning, match="has marks of other tools .such as") as caught:
+        warn_of_syntax([prompt, prompt, "a cat"])
+    assert len(caught) == 1 and len(without_syntax(prompt)) == len(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a cat (sitting) on a mat",
+        "a photo of a house (Paris, 1920)",
+        "a clock at 10:30 and a sign (open 9:00 to 17:00 daily)",
+        "a photo of [V] dog",
+        "a <cat-toy> on a shelf",
+        "a C++ book? no: a cat",
+        "A CAT AND A DOG BREAK A VASE",
+        "Dogs and cats, a break in the clouds",
+        "a cat -- the grey one -- and a dog",
+        "a smiling face :) and a heart <3",
+        "snake_case on a screen, scale 1:20",
+        "the sandbox",
+        "",
+    ],
+)
+def test_plain_english_is_not_warned_of(prompt: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_syntax([prompt])
+    assert without_syntax(prompt) == prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrases"),
+    [
+        ("(a cat:1.2) and a dog", ["cat", "dog"]),
+        ("a cat, <lora:fluffy:0.8>", ["cat"]),
+        ("a dog, no people", ["dog"]),
+        ("a man without a hat or gloves, and a dog", ["man", "dog"]),
+        ("a street, no cars, no trees", ["street"]),
+        ("not a cat but a dog", ["dog"]),
+        ("neither a cat nor a dog, a bird", ["bird"]),
+        ("a cat that is not on the mat", ["cat", "mat"]),
+        ("a cat BREAK a dog", ["cat", "dog"]),
+        ("a cat AND a dog", ["cat", "dog"]),
+        ("((a red circle)), 1.2, 0.8 and a blue star", ["red circle", "blue star"]),
+        ("{red|blue}, a cat and __animal__", ["cat"]),
+        ("[a cat], (a dog:0.7)", ["cat", "dog"]),
+        ("a cat, embedding:bad, 8.5", ["cat"]),
+    ],
+)
+def test_neither_marks_nor_what_is_denied_are_objects(prompt: str, phrases: list[str]) -> None:
+    assert [item.phrase for item in parse(prompt, "rules")] == phrases
+
+
+def test_prompts_of_many_letters_end_at_once() -> None:
+    with pytest.raises(ValueError, match="objects, more than 256; name fewer"):
+        parse("a cat, " * 3000, "rules")
+    with pytest.raises(ValueError, match="no object") as error:
+        parse("of the " * 3000, "rules")
+    assert len(str(error.value)) < 300
+    assert parse("a " + "very red " * 3000 + "cat", "rules")
+    with pytest.raises(ValueError, match="half a letter"):
+        parse("a cat \ud800", "rules")
