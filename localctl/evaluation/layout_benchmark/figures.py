@@ -39,6 +39,11 @@ def is_plain(name: str) -> bool:
     return name.partition(" ")[0] == NONE
 
 
+def reader_version(asked: Mapping[str, Any]) -> int:
+    """Of the reader of micro scenes that a result was made with; the first ones do not say."""
+    return int(asked.get("reader", 1))
+
+
 def read_results(folder: Path) -> dict[str, Result]:
     """The results in ``folder`` by name. ValueError for a damaged one, or ways of measuring that differ."""
     results: dict[str, Result] = {}
@@ -51,7 +56,7 @@ def read_results(folder: Path) -> dict[str, Result]:
         check_provenance(content["name"], content, REQUIRED)
         results[content["name"]] = _result(content)
         asked = content["asked"]
-        ways.add(repr((sorted(asked["protocol"].items()), asked["base_sha256"], asked.get("reader", 1))))
+        ways.add(repr((sorted(asked["protocol"].items()), asked["base_sha256"], reader_version(asked))))
     if len(ways) > 1:
         raise ValueError(f"The results in {folder} were measured in different ways; measure them again, in one.")
     return results

@@ -20,6 +20,7 @@ from localctl.evaluation.fid import collect
 from localctl.evaluation.layout_benchmark.attention import attention_of
 from localctl.evaluation.layout_benchmark.cases import COLUMNS, PROFILE, Case, cases, read
 from localctl.evaluation.layout_benchmark.cost import compare_cost
+from localctl.evaluation.layout_benchmark.figures import reader_version
 from localctl.evaluation.layout_benchmark.methods import Method
 from localctl.evaluation.layout_benchmark.protocol import Protocol
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance, read_json, versions, write_json
@@ -76,10 +77,17 @@ class Bench:
         return [(case, seed) for case in self.cases for seed in self.protocol.seeds]
 
     def check(self, methods: Sequence[Method]) -> None:
-        """ValueError when there are results or pictures of other settings under the name of one of them."""
+        """ValueError when there are results or pictures of other settings under the name of one of them, or when what
+        is to be measured would stand beside results of another version of the reader."""
+        waiting = [method.name for method in methods if not self._done(method)]
         for method in methods:
-            self._done(method)
             self._same_pictures(method)
+        there = {reader_version(read_json(path, "result").get("asked", {})) for path in self.folder.glob("*.json")}
+        if waiting and there - {VERSION}:
+            raise ValueError(
+                f"The results in {self.folder} were read by version {min(there)} of the reader, now {VERSION}; "
+                f"choose another --report for {', '.join(waiting)}, or remove them."
+            )
 
     def measure(self, method: Method) -> bool:
         """Whether there was anything to do. ValueError as for :meth:`check`, or for a damaged picture."""
@@ -134,7 +142,9 @@ class Bench:
         path = self._result(method)
         if not path.is_file():
             return False
-        self._same(path, read_json(path, "result").get("asked", {}), self._asked(method), "another --report")
+        asked = read_json(path, "result").get("asked", {})
+        same = {"reader": VERSION, "controls": method.filled(asked.get("controls", []))}
+        self._same(path, {**asked, **same}, self._asked(method), "another --report")
         return True
 
     def _drawing(self, method: Method) -> dict[str, Any]:

@@ -43,6 +43,11 @@ class Method:
         """Every setting of every control, so that results of others are told apart; as JSON reads them back."""
         return [{"control": type(control).__name__, **_plain(asdict(control))} for control in self.controls]  # type: ignore[call-overload]
 
+    def filled(self, described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """``described`` by an earlier result: a setting that came up after it had its default."""
+        defaults = {type(control).__name__: _plain(asdict(type(control)())) for control in self.controls}  # type: ignore[call-overload]
+        return [{**defaults.get(item.get("control", ""), {}), **item} for item in described]
+
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
