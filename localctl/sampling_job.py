@@ -72,9 +72,9 @@ def prepare(options: argparse.Namespace) -> Job:
     size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
     if None in asked:
         check_one_shape(sources)
-    adapters, said = follow(options, found, sources, size)
-    if said and asked == (None, None):
-        said.append("That is the base's own area; --resolution, or --height and --width, choose another size.")
+    chosen = asked == (None, None) and bool(sources) and sources[0].size != size
+    why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
+    adapters, said = follow(options, found, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
     layouts = [_sized(scene, size) for scene in scenes or [Layout(prompt) for prompt in options.prompt]]
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
