@@ -26,7 +26,7 @@ from localctl.data import (
     collate,
     open_files,
 )
-from localctl.data.bad import QUARANTINE, Problem, Quarantine
+from localctl.data.bad import QUARANTINE
 from localctl.data.sample import ATTEMPTS
 from localctl.masks import MaskConfig
 
