@@ -230,7 +230,7 @@ class Bench:
 def train(settings: TrainSettings, say: Say) -> Path:
     """Train, or go on from the newest checkpoint; the folder of the adapter."""
     result = prepare(settings, say=say).train()
-    if result.interrupted:
+    if result.interrupted or result.signal:
         raise Interrupted(result.signal)
     return result.output_dir / ADAPTER
 
