@@ -1,12 +1,17 @@
-"""Fetch the pictures of a list of addresses, with a caption file beside each: input for make_dataset.py.
+"""Fetch the images of a list of addresses, with a caption file beside each: input for make_dataset.py.
 
     python data/download_images.py --list urls.txt --output photos
     python data/download_images.py --list part-0.parquet --url_column URL --caption_column TEXT --output photos
+    python data/download_images.py --list urls.txt --output photos --condition canny   # a data set to train on as it is
 
 A list is .txt (an address per line, a caption after a tab), .jsonl (url, text) or .parquet. manifest.jsonl gets a line
 per address: file, sha256, size and caption, or why it failed. A second call continues where the first one stopped;
 --retry asks failed addresses again. The manifest can itself be the list: a file whose sha256 differs is then refused,
-so that others get the very same pictures.
+so that others get the very same images.
+
+--condition writes edges or palettes while fetching, into a folder of that name, and metadata.jsonl: train on them with
+data=imagefolder data.path=photos condition=column data.conditioning_image_column=canny condition.channels=1.
+(condition=canny needs none of these files: training takes such conditions from the images, after cropping.)
 """
 
 from __future__ import annotations
@@ -15,154 +20,243 @@ import argparse
 import hashlib
 import http.client
 import json
+import os
 import sys
-import time
 import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from localctl.images import ImageError, open_image
+from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.data.bad import BadRow
+from localctl.data.folders import mark_made
+from localctl.data.metadata import METADATA, check_utf8, split_lines
+from localctl.data.rows import captions_of
+from localctl.files import first_line, parse_json, write_text
+from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
+from localctl.labels import brief
+from localctl.run.program import one_sentence
+from localctl.web import Refused, WebLimits, fetch_bytes
 
 MANIFEST = "manifest.jsonl"
-SIGNATURES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp"}
-OPT_OUT = ("noai", "noimageai")  # in X-Robots-Tag
+SIGNATURES = {
+    **{b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"},
+    **{b"II*\0": ".tif", b"MM\0*": ".tif", b"\0\0\0\x0cjP": ".jp2"},
+}
+CONDITION_SIDE = 1024  # as in make_dataset.py
 
 
-class Refused(Exception):
-    """A picture that is not taken; the message says why."""
-
-
+@one_sentence("download_images.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the list was worked through, whatever failed; 2 after a mistake of the user's."""
+    """0 when the list was worked through, whatever failed; 2 after a mistake of the user's; 1 when the disk is full."""
     args = parse(argv)
-    try:
-        wanted = {item["url"]: item for item in read_list(args)}
-    except ValueError as error:
-        print(f"download_images.py: {error}", file=sys.stderr)
-        return 2
-    args.output.mkdir(parents=True, exist_ok=True)
+    wanted = {item["url"]: item for item in read_list(args)}
     manifest = args.output / MANIFEST
-    done = finished(manifest, args.output, args.retry)
-    todo = [item for url, item in wanted.items() if url not in done]
-    counts: Counter[str] = Counter({"here already": len(wanted) - len(todo)})
-    with manifest.open("a", encoding="utf-8") as file, ThreadPoolExecutor(args.threads) as pool:
-        if manifest.stat().st_size and not manifest.read_bytes().endswith(b"\n"):
-            file.write("\n")  # after a kill in the middle of a line
-        results = pool.map(lambda item: fetch(item, args), todo)
-        for result in tqdm(results, total=len(todo), desc="fetching", mininterval=1):
-            counts["fetched" if "file" in result else result["error"].split(":")[0]] += 1
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-            file.flush()
+    fetched = 0
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        rows = read_manifest(manifest)
+        done = finished(rows, args.output, args.retry)
+        todo = [item for url, item in wanted.items() if url not in done]
+        counts: Counter[str] = Counter({"here already": len(wanted) - len(todo)})
+        with manifest.open("a", encoding="utf-8") as file:
+            if manifest.stat().st_size and not manifest.read_bytes().endswith(b"\n"):
+                file.write("\n")  # after a kill in the middle of a line
+            for result in at_once(todo, args):
+                counts["fetched" if "file" in result else result["error"].split(":")[0]] += 1
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                fetched += "file" in result
+                rows.append(result)
+        if args.condition:
+            write_metadata(args, {row["url"]: row for row in rows if "file" in row})
+    except OSError as error:
+        raise OSError(
+            f"{args.output} could not be written to ({error.strerror or first_line(error)}) after {fetched} images "
+            "were fetched, which stay; make room and call again to continue."
+        ) from None
     print(", ".join(f"{number} {what}" for what, number in counts.items() if number), f"({manifest})")
     return 0
+
+
+def at_once(todo: Sequence[dict[str, Any]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The lines of the manifest, in order, with ``args.threads`` addresses asked at a time."""
+    pool = ThreadPoolExecutor(args.threads)
+    try:
+        results = pool.map(lambda item: fetch(item, args), todo)
+        yield from tqdm(results, total=len(todo), desc="fetching", mininterval=1)
+    finally:
+        pool.shutdown(cancel_futures=True)  # what is asked already ends by its own time limit
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--list", type=Path, required=True, help=".txt, .jsonl or .parquet")
-    add("--output", type=Path, required=True, help="folder for pictures, captions and manifest.jsonl")
+    add("--output", type=Path, required=True, help="folder for images, captions and manifest.jsonl")
     add("--url_column", default="url")
     add("--caption_column", default="text")
-    add("--timeout", type=float, default=15, help="seconds without an answer; a whole picture may take four times it")
+    add("--timeout", type=float, default=15, help="seconds without an answer; a whole image may take four times it")
     add("--max_bytes", type=int, default=20_000_000, help="larger files are not fetched")
+    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are not kept; as data.max_pixels")
     add("--threads", type=int, default=8, help="fetched at once")
     add("--retry", action="store_true", help="ask addresses again that failed before")
-    return parser.parse_args(argv)
+    add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write, and metadata.jsonl")
+    add("--allow_inner_addresses", action="store_true", help="also ask this machine and its network (127.0.0.1, 10.*)")
+    args = parser.parse_args(argv)
+    args.list, args.output = args.list.expanduser(), args.output.expanduser()
+    if not (args.timeout > 0 and args.threads > 0 and args.max_bytes > 0):
+        parser.error("--timeout, --threads and --max_bytes must be above 0")
+    return args
 
 
 def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """url, text and, where known, sha256. ValueError for a list that cannot be read."""
     path, url, text = args.list, args.url_column, args.caption_column
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq
 
-            rows = pq.read_table(path, columns=[url, text]).to_pylist()
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = {url, text, "sha256"} & set(pq.read_schema(path).names)
+            rows = pq.read_table(path, columns=sorted(names)).to_pylist()
         else:
-            lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-            rows = [dict(zip((url, text), line.split("\t", 1), strict=False)) for line in lines if line]
-        return iter([{"url": row[url], "text": row.get(text), "sha256": row.get("sha256")} for row in rows])
+            content = path.read_bytes()
+            check_utf8(content, str(path))
+            lines = [line for line in split_lines(content.removeprefix(b"\xef\xbb\xbf")) if line.strip()]
+            if path.suffix.lower() == ".jsonl":
+                rows = [parse_json(line) for line in lines]
+            else:
+                texts = [line.decode().strip() for line in lines]
+                rows = [dict(zip((url, text), line.split("\t", 1), strict=False)) for line in texts]
+        return iter([{"url": as_url(row[url]), "text": row.get(text), "sha256": row.get("sha256")} for row in rows])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no list with a column {url!r} ({error}); check --list and --url_column.") from None
+        why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise ValueError(f"{path} is no list with a column {url!r} ({why}); check --list and --url_column.") from None
 
 
-def finished(manifest: Path, folder: Path, retry: bool) -> set[str]:
+def as_url(value: Any) -> str:
+    """The cell of an address as text; what is none becomes a text that is no address, and fails as one."""
+    return value.strip() if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def read_manifest(manifest: Path) -> list[dict[str, Any]]:
+    """Its rows, without a line that a kill cut short."""
+    rows = []
+    for line in split_lines(manifest.read_bytes()) if manifest.exists() else []:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("url"), str):
+            rows.append(row)
+    return rows
+
+
+def finished(rows: Sequence[dict[str, Any]], folder: Path, retry: bool) -> set[str]:
     """Addresses that need not be asked again: whose file is here in full, or that failed."""
     done: set[str] = set()
-    for line in manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []:
-        if not line.endswith("}"):
-            continue
-        row = json.loads(line)
-        file = folder / row.get("file", "")
-        here = "file" in row and file.is_file() and file.stat().st_size == row["bytes"]
+    for row in rows:
+        here = is_here(row, folder)
         (done.add if here or ("error" in row and not retry) else done.discard)(row["url"])
     return done
 
 
+def is_here(row: dict[str, Any], folder: Path) -> bool:
+    """Whether the file of a row of the manifest lies in ``folder`` in full."""
+    name = row.get("file")
+    if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
+        return False
+    file = folder / name
+    return file.is_file() and file.stat().st_size == row.get("bytes")
+
+
 def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The line of the manifest for one address; its files are written."""
+    """The line of the manifest for one address; its files are written. OSError when the disk is full."""
     url = item["url"]
+    limits = WebLimits(args.timeout, 4 * args.timeout, args.max_bytes, args.allow_inner_addresses)
     try:
-        content = download(url, args.timeout, args.max_bytes)
+        content = fetch_bytes(url, limits)
         digest = hashlib.sha256(content).hexdigest()
         if item["sha256"] not in (None, digest):
-            raise Refused("another picture than listed (sha256)")
-        open_image(content, "the file")
+            raise Refused("another image than listed (sha256)")
+        load_image(content, "the file", photo_limits(args))
     except (Refused, ImageError) as refusal:
         reason = refusal.reason if isinstance(refusal, ImageError) else str(refusal)
         return {"url": url, "text": item["text"], "error": reason}
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else "no answer"
-        return {"url": url, "text": item["text"], "error": f"{reason}: {error}"}
-    extension = next((end for start, end in SIGNATURES.items() if content.startswith(start)), ".png")
-    stem = hashlib.sha256(url.encode()).hexdigest()[:20]
+        return {"url": url, "text": item["text"], "error": f"{reason}: {brief(str(error))}"}
+    extension = next((end for start, end in SIGNATURES.items() if content.startswith(start)), None)
+    extension = extension or (".avif" if content[4:8] == b"ftyp" else ".png")
+    stem = hashlib.sha256(url.encode(errors="replace")).hexdigest()[:20]
     place = args.output / stem[:2] / f"{stem}{extension}"
     place.parent.mkdir(exist_ok=True)
-    if item["text"]:
-        place.with_suffix(".txt").write_text(str(item["text"]), encoding="utf-8")
+    if caption := one_caption(item["text"]):
+        place.with_suffix(".txt").write_text(caption, encoding="utf-8", errors="replace")
     part = place.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(place)  # a picture is there in full or not at all
+    try:
+        part.write_bytes(content)
+        part.replace(place)  # an image is there in full or not at all
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     name = place.relative_to(args.output).as_posix()
+    write_conditions(args, name)
     return {"url": url, "text": item["text"], "file": name, "sha256": digest, "bytes": len(content)}
 
 
-def download(url: str, timeout: float, max_bytes: int) -> bytes:
-    """The content of an http or https address. Refused when it is too large, too slow, or its owner opted out."""
-    if not str(url).lower().startswith(("http://", "https://")):
-        raise Refused("no http address")
-    opener = urllib.request.OpenerDirector()  # http and https only, also after a redirection
-    for handler in (
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    begun, content = time.monotonic(), bytearray()
-    request = urllib.request.Request(url, headers={"User-Agent": "localctl"})
-    with opener.open(request, timeout=timeout) as answer:
-        if any(word in (answer.headers.get("X-Robots-Tag") or "").lower() for word in OPT_OUT):
-            raise Refused("opted out of machine learning")
-        while block := answer.read(65_536):
-            content += block
-            if len(content) > max_bytes:
-                raise Refused("too many bytes")
-            if time.monotonic() - begun > 4 * timeout:
-                raise Refused("too slow")
-    return bytes(content)
+def photo_limits(args: argparse.Namespace) -> Limits:
+    return Limits(args.max_pixels, (CONDITION_SIDE, CONDITION_SIDE))
+
+
+def one_caption(text: Any) -> str:
+    """What goes into the caption file: the first of several; empty when there is none."""
+    try:
+        return captions_of(text)[0]
+    except BadRow:
+        return "" if text is None or isinstance(text, (list, dict)) else str(text)
+
+
+def condition_name(name: str, kind: str) -> str:
+    """Where the condition of the image ``name`` lies, both relative to the output."""
+    return f"{kind}/{name}.png"
+
+
+def write_conditions(args: argparse.Namespace, name: str) -> None:
+    """Write the conditions of the image ``name`` that are not there yet. ImageError when it cannot be read any more."""
+    missing = [kind for kind in args.condition if not (args.output / condition_name(name, kind)).is_file()]
+    if not missing:
+        return
+    image = np.asarray(load_image(args.output / name, limits=photo_limits(args)))
+    for kind in missing:
+        place = args.output / condition_name(name, kind)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_suffix(".part")
+        condition_to_pil(extract(ConditionConfig(kind=kind), image)).save(part, "PNG")
+        part.replace(place)
+
+
+def write_metadata(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
+    """metadata.jsonl of all images that are here, with the conditions of each, those of earlier calls made now."""
+    for kind in args.condition:
+        (args.output / kind).mkdir(exist_ok=True)
+        mark_made(args.output / kind)  # or make_dataset.py would take them for photos
+    lines = []
+    for row in tqdm(rows.values(), desc="conditions", mininterval=1):
+        try:
+            if not is_here(row, args.output):
+                continue
+            write_conditions(args, row["file"])
+        except ImageError:
+            continue
+        line = {"file_name": row["file"], "text": row.get("text")}
+        lines.append(line | {f"{kind}_file_name": condition_name(row["file"], kind) for kind in args.condition})
+    write_text(args.output / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -1,56 +1,80 @@
-"""Make a data set from a folder of pictures.
+"""Make a data set from a folder of images.
 
     python data/make_dataset.py --images photos --output dataset                       # captions from photos/NAME.txt
     python data/make_dataset.py --images photos --output dataset --captions captions.jsonl --format folder \\
         --condition canny sobel --masks masks
 
-`imagefolder` writes images/, metadata.jsonl and a folder per condition; `folder` a folder per picture with
-original.jpg, caption.txt, mask.png and one file per condition. Pictures and masks are copied as they
-are. Edges and palettes need not be written: training takes them from the picture after cropping.
+`imagefolder` writes images/, metadata.jsonl and a folder per condition; `folder` a folder per image with
+original.jpg, caption.txt, mask.png and one file per condition. Images and masks are copied as they
+are. Edges and palettes need not be written: training takes them from the image after cropping. Hidden folders and
+what this script wrote earlier are passed over; everything else that is left out is named or counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow, Problem, count_reasons
-from localctl.data.rows import EXTENSIONS, METADATA, captions_of
-from localctl.images import ImageError, condition_to_pil, load_image
+from localctl.data.folders import Walk, count_words, is_image, is_made, mark_made, split_of
+from localctl.data.metadata import METADATA, metadata_lines
+from localctl.data.rows import captions_of, read_caption
+from localctl.files import parse_json, write_text
+from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
+from localctl.labels import brief
+from localctl.run.program import one_sentence
+
+# A condition's file may be smaller than its image: of photos over 16 million pixels it is twice this on its short side.
+CONDITION_SIDE = 1024
 
 
+@one_sentence("make_dataset.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when a data set was written; 2 after a mistake of the user's, named in one sentence."""
+    """0 when a data set was written; 2 after a mistake of the user's, 1 on a full disk, named in one sentence."""
     args = parse(argv)
+    images, left_out = find_images(args)
+    captions = None if args.captions is None else read_captions(args.captions)
+    writer = Writer(args)
+    lines, problems, taken = [], [], []
     try:
-        pictures = find_pictures(args)
-        captions = None if args.captions is None else read_captions(args.captions)
-    except ValueError as error:
-        print(f"make_dataset.py: {error}", file=sys.stderr)
-        return 2
-    lines, problems = [], []
-    for picture in tqdm(pictures, desc="pictures", mininterval=1):
-        name = picture.relative_to(args.images)
-        try:
-            lines.append(write_example(args, picture, name, caption_of(picture, name.as_posix(), captions)))
-        except (BadRow, ImageError) as bad:
-            problems.append(Problem(name.as_posix(), bad.reason, str(bad)))
-    if args.format == "imagefolder" and lines:
-        written = args.output / f"{METADATA}.part"
-        written.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        written.replace(args.output / METADATA)  # all or nothing
+        args.output.mkdir(parents=True, exist_ok=True)
+        mark_made(args.output)
+        for image in tqdm(images, desc="images", mininterval=1):
+            name = image.relative_to(args.images).as_posix()
+            try:
+                lines.append(writer.write(image, name, caption_for(image, name, captions)))
+                taken.append(name)
+            except (BadRow, ImageError) as bad:
+                problems.append(Problem(name, bad.reason, str(bad)))
+        if args.format == "imagefolder" and lines:  # all or nothing
+            write_text(args.output / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    except OSError as error:
+        raise OSError(
+            f"{len(taken)} of {len(images)} examples were written when {args.output} could not be written to "
+            f"({error.strerror or error}); make room, remove it and call again."
+        ) from None
     for problem in problems:
-        print(f"left out {problem.key}: {problem.detail}", file=sys.stderr)
-    print(f"{len(lines)} examples in {args.output}; left out: {count_reasons(problems) or 'none'}")
+        print(brief(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
+    words = ", ".join(filter(None, (count_reasons(problems), count_words(left_out))))
+    print(f"{len(lines)} examples in {args.output}; left out: {words or 'none'}")
+    if captions is not None and (unused := len(captions.keys() - set(taken))):
+        print(f"{unused} lines of {args.captions} name no image that was taken")
+    if writer.several and args.format == "folder":
+        print(f"{writer.several} images have several captions, of which caption.txt holds the first")
+    splits = Counter(split for name in taken if (split := split_of(name.split("/")[:-1], "train")))
+    if splits:
+        print(f"splits, by the names of folders: {count_words(splits)}; the rest is trained on only if none is 'train'")
     print(f"next: python -m localctl.data check data={args.format} data.path={args.output}")
     return 0
 
@@ -58,75 +82,136 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="folder with pictures, also in folders below it")
+    add("--images", type=Path, required=True, help="folder with images, also in folders below it")
     add("--output", type=Path, required=True, help="a new folder")
     add("--format", choices=("imagefolder", "folder"), default="imagefolder")
-    add("--captions", type=Path, help="jsonl with file_name and text; default: a .txt beside each picture")
+    add("--captions", type=Path, help="jsonl or csv with file_name and text; default: a .txt beside each image")
     add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write as files")
-    add("--masks", type=Path, help="folder of masks named like the pictures, .png, white = controlled")
-    return parser.parse_args(argv)
+    add("--masks", type=Path, help="folder of masks named like the images, white = controlled")
+    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are left out; as data.max_pixels")
+    args = parser.parse_args(argv)
+    args.images, args.output = args.images.expanduser(), args.output.expanduser()
+    return args
 
 
-def find_pictures(args: argparse.Namespace) -> list[Path]:
-    """Sorted. ValueError when there is none, or the output would be mixed with other files."""
-    if not args.images.is_dir():
-        raise ValueError(f"There is no folder {args.images}; check --images.")
-    if args.masks is not None and not args.masks.is_dir():
-        raise ValueError(f"There is no folder {args.masks}; check --masks.")
+def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
+    """Sorted, and counts of what else lies there. ValueError when there is none, or the output would be mixed with
+    other files."""
+    for flag, folder in (("--images", args.images), ("--masks", args.masks)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"There is no folder {folder}; check {flag}.")
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ValueError(f"{args.output} is there already and not empty; choose another --output.")
-    pictures = sorted(p for p in args.images.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    if not pictures:
-        raise ValueError(f"There is no {', '.join(EXTENSIONS)} file in {args.images}; check --images.")
-    return pictures
+    walk, images, made = Walk(args.images, count=True), [], 0
+    for folder, below, files in walk:
+        mine = [name for name in below if is_made(folder / name)]
+        below[:] = [name for name in below if name not in mine]
+        made += len(mine)
+        images += [folder / name for name in files if is_image(name)]
+    walk.left_out["folder that this script wrote"] = made
+    if not images:
+        words = count_words(walk.left_out)
+        raise ValueError(
+            f"There is no image in {args.images}{f' (left out: {words})' if words else ''}; check --images. Read are "
+            f"{', '.join(EXTENSIONS)}."
+        )
+    return sorted(images), walk.left_out
 
 
-def read_captions(path: Path) -> dict[str, str]:
+def read_captions(path: Path) -> dict[str, Any]:
     """file_name -> text. ValueError for a file that is no such list."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {row["file_name"]: row["text"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no list of lines with file_name and text ({error}); check --captions.") from None
+    found, broken = {}, 0
+    for _, line in metadata_lines(path):
+        try:
+            row = parse_json(line)
+            found[os.path.normpath(row["file_name"])] = row["text"]
+        except (ValueError, KeyError, TypeError):
+            broken += 1
+    if not found:
+        raise ValueError(f"{path} has no line with file_name and text; check --captions.")
+    if broken:
+        print(f"{broken} lines of {path} have no file_name and text and are left out", file=sys.stderr)
+    return found
 
 
-def caption_of(picture: Path, name: str, captions: dict[str, str] | None) -> str:
+def caption_for(image: Path, name: str, captions: dict[str, Any] | None) -> tuple[str, ...]:
+    """The captions of an image: at least one. BadRow when there is none."""
     if captions is not None:
-        return captions_of(captions.get(name))[0]
-    beside = picture.with_suffix(".txt")
-    return captions_of(beside.read_bytes() if beside.is_file() else None)[0]
+        return captions_of(captions.get(name))
+    content = read_caption(image.with_suffix(".txt"))
+    return captions_of(read_caption(image.with_suffix(".TXT")) if content is None else content)
 
 
-def write_example(args: argparse.Namespace, picture: Path, name: Path, caption: str) -> dict[str, str]:
-    """Write one example; its line of metadata. BadRow or ImageError before anything is written."""
-    image = load_image(picture)
-    mask = None if args.masks is None else args.masks / name.with_suffix(".png")
-    if mask is not None and not mask.is_file():
-        raise BadRow("mask missing", f"there is no mask {mask}")
-    stem = name.as_posix().replace("/", "_")  # with the extension: a.jpg and a.png are two pictures
-    single = args.output / stem  # `folder` only
-    places = {"image": f"images/{name.as_posix()}", "mask": f"masks/{stem}.png"}
-    places |= {kind: f"{kind}/{stem}.png" for kind in args.condition}
-    if args.format == "folder":
-        places = {"image": f"original{name.suffix.lower()}"} | {k: f"{k}.png" for k in ("mask", *args.condition)}
-    root = single if args.format == "folder" else args.output
+class Writer:
+    """Writes examples, each under a name of its own. several: how many of them have more than one caption."""
 
-    def place(what: str) -> Path:
-        (root / places[what]).parent.mkdir(parents=True, exist_ok=True)
-        return root / places[what]
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.several = 0
+        self._stems: set[str] = set()
 
-    shutil.copyfile(picture, place("image"))
-    line = {"file_name": places["image"]}
-    if mask is not None:
-        shutil.copyfile(mask, place("mask"))
-        line["mask_file_name"] = places["mask"]
-    for kind in args.condition:
-        edges: Image.Image = condition_to_pil(extract(ConditionConfig(kind=kind), np.asarray(image)))
-        edges.save(place(kind))
-        line[f"{kind}_file_name"] = places[kind]
-    if args.format == "folder":
-        (root / "caption.txt").write_text(caption + "\n", encoding="utf-8")
-    return line | {"text": caption}
+    def write(self, source: Path, name: str, captions: tuple[str, ...]) -> dict[str, Any]:
+        """Write one example; its line of metadata. BadRow or ImageError before anything is written."""
+        args = self.args
+        image = load_image(source, limits=Limits(args.max_pixels, (CONDITION_SIDE, CONDITION_SIDE)))
+        mask = None if args.masks is None else find_mask(args.masks / name)
+        places = self._places(name, mask)
+        self.several += len(captions) > 1
+        copy(source, place(args.output, places["image"]))
+        line: dict[str, Any] = {"file_name": places["image"]}
+        if mask is not None:
+            copy(mask, place(args.output, places["mask"]))
+            line["mask_file_name"] = places["mask"]
+        for kind in args.condition:
+            condition = condition_to_pil(extract(ConditionConfig(kind=kind), np.asarray(image)))
+            condition.save(place(args.output, places[kind]))
+            line[f"{kind}_file_name"] = places[kind]
+        if args.format == "folder":
+            place(args.output, places["caption"]).write_text(captions[0] + "\n", encoding="utf-8")
+        return line | {"text": captions[0] if len(captions) == 1 else list(captions)}
+
+    def _places(self, name: str, mask: Path | None) -> dict[str, str]:
+        """Where each part of the example goes, below the output. BadRow for a name that no list or disk takes."""
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise BadRow("name not UTF-8", "its name is not UTF-8; rename it") from None
+        stem = name.replace("/", "_")  # with the extension: a.jpg and a.png are two images
+        if len(stem.encode()) > 240:
+            raise BadRow("name too long", "its name and its folders' together have over 240 bytes; rename it")
+        while stem in self._stems:  # a/b.jpg and a_b.jpg
+            stem = f"{stem}_"
+        self._stems.add(stem)
+        suffix = mask.suffix.lower() if mask is not None else ""
+        kinds = self.args.condition
+        if self.args.format == "folder":
+            own = {"image": f"original{Path(name).suffix.lower()}", "mask": f"mask{suffix}", "caption": "caption.txt"}
+            return {what: f"{stem}/{file}" for what, file in {**own, **{k: f"{k}.png" for k in kinds}}.items()}
+        return {"image": f"images/{name}", "mask": f"masks/{stem}{suffix}"} | {k: f"{k}/{stem}.png" for k in kinds}
+
+
+def find_mask(beside: Path) -> Path:
+    """The mask named like an image, with any extension. BadRow when there is none."""
+    found = (beside.with_suffix(end) for extension in (".png", *EXTENSIONS) for end in (extension, extension.upper()))
+    mask = next((file for file in found if file.is_file()), None)
+    if mask is None:
+        raise BadRow("mask missing", f"there is no mask {beside.with_suffix('.png')}")
+    return mask
+
+
+def place(root: Path, name: str) -> Path:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    return root / name
+
+
+def copy(source: Path, target: Path) -> None:
+    """BadRow when ``source`` cannot be read; OSError when ``target`` cannot be written."""
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        if error.filename == str(source) and error.filename2 is None:  # where the disk is full, both are named
+            raise BadRow("image unreadable", f"it cannot be read ({error.strerror})") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -26,6 +26,17 @@ from localctl.files import first_line
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
+def own_side(name: str) -> int | None:
+    """The side in pixels of the images that a base on this disk was made for; None = not known without asking."""
+    try:
+        spec, here = resolve_base(name), {"local_files_only": True}
+        unet = read_json(spec, "unet/config.json", here)
+        vae = read_json(spec, "vae/config.json", here)
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def load_pipeline(
     base: str | BaseConfig = "micro",
     dtype: torch.dtype | None = None,

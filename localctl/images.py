@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from localctl.files import first_line
+from localctl.labels import LINE, brief, write
+from localctl.png import PNG_SIGNATURE, without_texts
 
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 16_000_000
+# Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".jpe", ".apng") + (
+    (".dib", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+MAX_PIXELS = 16_000_000  # of what is decoded whole
+PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras have up to 102 million
 MAX_SIDE = 16_384
 Picture = TypeVar("Picture")
 
@@ -29,55 +40,117 @@ class ImageError(ValueError):
         self.reason = reason
 
 
-def open_image(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
-    """Read a PNG, JPEG or WEBP file as 8-bit RGB, or RGBA where it has transparency; upright by its EXIF tag.
+@dataclass(frozen=True)
+class Limits:
+    """How large an image may be, and how much of it is needed.
+
+    pixels: more are refused, judged by the header. cover: what the image is going to be scaled down to, (height,
+    width): beyond MAX_PIXELS it is then read smaller, a JPEG decoded at 1/2 to 1/8 of its size, down to twice what
+    covers that. None: always whole.
+    """
+
+    pixels: int = MAX_PIXELS
+    cover: tuple[int, int] | None = None
+
+    def shrink(self, size: tuple[int, int]) -> int:
+        """By which factor an image of ``size`` may be read smaller, 1 = not at all."""
+        if self.cover is None or size[0] * size[1] <= MAX_PIXELS:
+            return 1
+        return max(1, min(size) // (2 * max(self.cover)))  # whichever way up it is
+
+
+def open_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
+    """Read an image file of one of ``FORMATS`` as 8-bit RGB, or RGBA where it has transparency; upright by its EXIF
+    tag, the first page or frame of a TIFF or GIF.
 
     ``source``: a path, or the bytes of such a file, which messages then call ``name``. 16-bit gray is scaled to 8 bit,
     CMYK, palette and gray become RGB. ImageError (a ValueError) in one sentence for a missing, damaged, animated or too
-    large file (over 16 million pixels or 16,384 on a side, judged before decoding).
+    large file (over ``limits.pixels`` or 16,384 on a side, judged before decoding).
     """
-    return _open(source, name, _to_8bit)
+    return _open(source, name, _to_8bit, limits)[0]
 
 
 def open_gray(source: str | Path | bytes, name: str = "the picture") -> np.ndarray:
     """The brightness of a picture, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
     is black. Otherwise as :func:`open_image`."""
-    return _open(source, name, _to_gray)
+    return np.array(_open(source, name, _to_gray, Limits())[0])
 
 
-def _open(source: str | Path | bytes, name: str, convert: Callable[[Image.Image], Picture]) -> Picture:
-    if isinstance(source, bytes):
-        file: Path | io.BytesIO = io.BytesIO(source)
-    else:
-        file = path = Path(source)
-        name = str(path)
-        if not path.is_file():
-            raise ImageError("missing", f"There is no image file {path}; check the path.")
+def load_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
+    """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
+    return _open(source, name, _to_rgb, limits)[0]
+
+
+def read_photo(
+    source: str | Path | bytes, name: str, limits: Limits, gray: bool = False
+) -> tuple[Image.Image, tuple[int, int]]:
+    """RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width) of
+    the file itself, upright, however much smaller it was read."""
+    return _open(source, name, _to_gray if gray else _to_rgb, limits)
+
+
+def _open(
+    source: str | Path | bytes, name: str, convert: Callable[[Image.Image], Image.Image], limits: Limits
+) -> tuple[Image.Image, tuple[int, int]]:
+    """The converted image and the (height, width) of the file, upright."""
+    if not isinstance(source, bytes):
+        source = Path(source)
+        name = brief(str(source), 300)
+        _check_file(source, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, stricter limit follows
-            with Image.open(file, formats=FORMATS) as picture:
-                _check_header(picture, name)
-                picture.load()
-                return convert(ImageOps.exif_transpose(picture))
+        try:
+            return _decode(source, name, convert, limits)
+        except ImageError:
+            raise
+        except (ValueError, SyntaxError, UnidentifiedImageError):  # of texts and profiles over 1 MB, which nobody needs
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            if not content.startswith(PNG_SIGNATURE):
+                raise
+            return _decode(without_texts(content), name, convert, limits)
     except ImageError:
         raise
     except UnidentifiedImageError:
         sentence = f"{name} is not a {', '.join(FORMATS)} picture; convert it to one of these."
         raise ImageError("not a picture", sentence) from None
     except Image.DecompressionBombError:
-        raise ImageError("too large", f"{name} has more than {MAX_PIXELS:,} pixels; scale it down.") from None
+        raise _too_large(name, f"has more than {limits.pixels:,} pixels") from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        sentence = f"{name} is damaged and cannot be read ({error}); export it again."
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError("unreadable", f"{name} cannot be read ({error.strerror}).") from error
+        sentence = f"{name} is damaged and cannot be read ({first_line(error)}); export it again."
         raise ImageError("damaged", sentence) from error
 
 
-def load_image(source: str | Path | bytes, name: str = "the picture") -> Image.Image:
-    """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
-    picture = open_image(source, name)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+def _decode(
+    source: Path | bytes, name: str, convert: Callable[[Image.Image], Image.Image], limits: Limits
+) -> tuple[Image.Image, tuple[int, int]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, stricter limit follows
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+            _check_header(picture, name, limits)
+            (width, height), shrink = picture.size, limits.shrink(picture.size)
+            if shrink > 1:
+                picture.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            if upright.size != picture.size:
+                width, height = height, width
+    converted = convert(upright)
+    rest = limits.shrink((width, height)) * converted.height // height  # what draft has left to do
+    return (converted if rest <= 1 else converted.reduce(rest)), (height, width)
+
+
+def _check_file(path: Path, name: str) -> None:
+    """ImageError unless ``path`` is a file. A pipe or device would be waited for."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        status = None
+    except (OSError, ValueError) as error:  # a loop of links, a name that no disk takes, a locked folder
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise ImageError("unreadable", f"{name} cannot be read ({why}).") from None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise ImageError("missing", f"There is no image file {name}; check the path.")
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
@@ -144,19 +217,15 @@ def grid(
     if len(column_labels) > columns or len(row_labels) > len(rows):
         raise ValueError(f"{len(column_labels)} x {len(row_labels)} labels for {columns} columns and {len(rows)} rows.")
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    font = ImageFont.load_default()
-    line = 14
-    head, caption = (line if column_labels else 0), (line if row_labels else 0)
+    head, caption = (LINE if column_labels else 0), (LINE if row_labels else 0)
     row_height = caption + height + pad
     sheet = Image.new("RGB", (pad + columns * (width + pad), pad + head + len(rows) * row_height), "white")
-    draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(column_labels):
-        draw.text((pad + column * (width + pad), 1), _shorten(draw, label, width, font), fill="black", font=font)
+        write(sheet, (pad + column * (width + pad), 1), label, width)
     for index, row in enumerate(rows):
         top = pad + head + index * row_height
         if index < len(row_labels):
-            text = _shorten(draw, row_labels[index], sheet.width - 2 * pad, font)
-            draw.text((pad, top), text, fill="black", font=font)
+            write(sheet, (pad, top), row_labels[index], sheet.width - 2 * pad)
         for column, picture in enumerate(row):
             left = pad + column * (width + pad) + (width - picture.width) // 2
             sheet.paste(picture.convert("RGB"), (left, top + caption + (height - picture.height) // 2))
@@ -165,28 +234,30 @@ def grid(
 
 def captioned(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
     """``picture`` on white with lines of text under it; those too long for its width end in "..."."""
-    line, font = 14, ImageFont.load_default()
-    result = Image.new("RGB", (picture.width, picture.height + line * len(lines)), "white")
+    result = Image.new("RGB", (picture.width, picture.height + LINE * len(lines)), "white")
     result.paste(picture.convert("RGB"))
-    draw = ImageDraw.Draw(result)
     for index, text in enumerate(lines):
-        shown = _shorten(draw, text, picture.width - 4, font)
-        draw.text((2, picture.height + line * index + 1), shown, fill="black", font=font)
+        write(result, (2, picture.height + LINE * index + 1), text, picture.width - 4)
     return result
 
 
-def _check_header(picture: Image.Image, name: str) -> None:
+def _check_header(picture: Image.Image, name: str, limits: Limits) -> None:
     width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        sentence = f"{name} is {width}x{height}, over {MAX_PIXELS:,} pixels or {MAX_SIDE:,} on a side; scale it down."
-        raise ImageError("too large", sentence)
+    if width * height > limits.pixels or max(width, height) > MAX_SIDE:
+        raise _too_large(name, f"is {width}x{height}, over {limits.pixels:,} pixels or {MAX_SIDE:,} on a side")
     # Phones put a second picture (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
-    if picture.format in ("PNG", "WEBP") and getattr(picture, "is_animated", False):
+    if picture.format in ("PNG", "WEBP", "AVIF") and getattr(picture, "is_animated", False):
         raise ImageError("animated", f"{name} is animated; save a single frame of it.")
+
+
+def _too_large(name: str, what: str) -> ImageError:
+    return ImageError("too large", f"{name} {what}; scale it down.")
 
 
 def _to_8bit(picture: Image.Image) -> Image.Image:
     """RGB or RGBA, 8 bit. Pillow clips 16-bit gray at 255 where it should scale."""
+    if picture.mode == "F":
+        raise ValueError("its values are floating-point numbers, of which nobody knows what is white")
     if picture.mode.startswith("I"):  # I;16 and its byte orders, I
         picture = Image.fromarray((_from_16bit(picture) * 255).round().astype(np.uint8))
     transparent = "A" in picture.getbands() or "transparency" in picture.info
@@ -195,23 +266,26 @@ def _to_8bit(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _to_gray(picture: Image.Image) -> np.ndarray:
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    picture = _to_8bit(picture)
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _to_gray(picture: Image.Image) -> Image.Image:
+    """Mode F, in [0,1]."""
     if picture.mode.startswith("I"):
-        return _from_16bit(picture).astype(np.float32)
+        return Image.fromarray(_from_16bit(picture).astype(np.float32))
     picture = _to_8bit(picture)
     gray = np.asarray(picture.convert("L"), dtype=np.float32) / 255  # (H,W)
-    return gray * np.asarray(picture.getchannel("A"), dtype=np.float32) / 255 if picture.mode == "RGBA" else gray
+    if picture.mode == "RGBA":
+        gray = gray * np.asarray(picture.getchannel("A"), dtype=np.float32) / 255
+    return Image.fromarray(gray)
 
 
 def _from_16bit(picture: Image.Image) -> np.ndarray:
-    return (np.asarray(picture).astype(np.float64) / 65535).clip(0, 1)
-
-
-def _shorten(
-    draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> str:
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:
-        text = text[:-1]
-    return text + "..."
+    values = np.asarray(picture)
+    if values.max() > 65535 or values.min() < 0:
+        raise ValueError("32-bit values; 0 to 65,535 is what an image holds")
+    return values.astype(np.float64) / 65535

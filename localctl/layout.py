@@ -8,11 +8,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
+from localctl.labels import write_beside
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
 from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
@@ -233,25 +234,20 @@ class Layout:
         return cls(prompt, height, width, tuple(regions), overlap)
 
     def draw(self, picture: Image.Image | None = None) -> Image.Image:
-        """The regions' outlines and phrases on a copy of ``picture``, or on white with a frame."""
+        """The regions' outlines and phrases on a copy of ``picture``, or on white with a frame. No phrase covers
+        another; one for which there is no room is left out."""
         height, width = self.size or (512, 512)
         result = Image.new("RGB", (width, height), "white") if picture is None else picture.convert("RGB")
         if picture is None:
             ImageDraw.Draw(result).rectangle((0, 0, width - 1, height - 1), outline="lightgray")
-        font = ImageFont.load_default()
         masks = self.masks((result.height, result.width), "area")
-        for index, (region, mask) in enumerate(zip(self.regions, masks, strict=True)):
-            color = _COLORS[index % len(_COLORS)]
-            result = outline(result, mask / mask.max(), color)
+        taken: list[tuple[int, int, int, int]] = []
+        for index, mask in enumerate(masks):
+            result = outline(result, mask / mask.max(), _COLORS[index % len(_COLORS)])
+        for index, (region, mask) in enumerate(zip(self.regions, masks, strict=True)):  # above all outlines
             rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
-            pen, text = ImageDraw.Draw(result), region.phrase or "-"
-            left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-            corner = (  # at the region's, but inside the picture
-                max(0, min(int(columns[rows == rows.min()].min()) + 3, result.width - int(right - left) - 1)),
-                max(0, min(int(rows.min()) + 2, result.height - int(bottom) - 1)),
-            )
-            pen.rectangle(pen.textbbox(corner, text, font=font), fill="white")
-            pen.text(corner, text, fill=color, font=font)
+            corner = (int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2)
+            write_beside(result, corner, region.phrase or "-", _COLORS[index % len(_COLORS)], taken)
         return result
 
 

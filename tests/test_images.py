@@ -1,4 +1,5 @@
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -7,10 +8,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngInfo
 
-from localctl import images
-from localctl.images import grid, load_image, open_image, outline, to_pil, to_pixels
+from localctl import images, labels
+from localctl.images import (
+    PHOTO_PIXELS,
+    Limits,
+    captioned,
+    grid,
+    load_image,
+    open_image,
+    outline,
+    read_photo,
+    to_pil,
+    to_pixels,
+)
+from localctl.labels import LINE, brief, fitted, one_line
+
+CAPTIONS = (
+    *("one\ntwo", "one\r\ntwo\n\nthree\n", "\t\ttabs\t", "\n" * 5000, "x" * 5000, "wide words " * 10_000),
+    *("\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467", "שלום עולם", "\u202eturned", "half \ud83d", "\ude00"),
+    *("a\x00b\x07\x1b[31m", "a\u2028b\u2029c\x85d", "", " ", "e\u0301" * 3000, "漢字" * 3000),
+)
 
 
 def picture(width: int = 12, height: int = 8) -> Image.Image:
@@ -60,7 +81,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 )
 def test_other_content_named_png(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    refused(tmp_path / "a.png", "not a PNG, JPEG, WEBP picture")
+    refused(tmp_path / "a.png", "not a PNG, JPEG, WEBP, .* picture")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
@@ -105,17 +126,115 @@ def test_the_cap_itself_is_allowed(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.png").size == (4000, 4000)
 
 
-@pytest.mark.parametrize(("suffix", "message"), [("gif", "not a PNG"), ("png", "animated"), ("webp", "animated")])
-def test_animations_are_refused(tmp_path: Path, suffix: str, message: str) -> None:
+@pytest.mark.parametrize("suffix", ["png", "webp", "avif"])
+def test_animations_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
-    picture().save(path, save_all=True, append_images=[picture().rotate(180)], duration=100)
-    refused(path, message)
+    picture(32, 32).save(path, save_all=True, append_images=[picture(32, 32).rotate(180)], duration=100)
+    refused(path, "animated")
 
 
-def test_gif_named_png_is_refused(tmp_path: Path) -> None:
-    picture().save(tmp_path / "a.gif", save_all=True, append_images=[picture().rotate(180)])
-    (tmp_path / "a.gif").rename(tmp_path / "a.png")
-    refused(tmp_path / "a.png", "not a PNG")
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.png"])  # named after what it is, or not
+def test_of_a_gif_and_a_tiff_the_first_frame_is_read(tmp_path: Path, name: str) -> None:
+    gray = [Image.new("L", (12, 8), value) for value in (50, 200)]
+    gray[0].save(tmp_path / name, "TIFF" if name == "a.tif" else "GIF", save_all=True, append_images=gray[1:])
+    assert np.unique(np.asarray(load_image(tmp_path / name))).tolist() == [50]
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [("a.bmp", "BMP"), ("a.tiff", "TIFF"), ("a.jp2", "JPEG2000"), ("a.ppm", "PPM"), ("a.avif", "AVIF")]
+    + [("a.jfif", "JPEG"), ("a.dib", "DIB"), ("a.apng", "PNG"), ("a.jpf", "JPEG2000")],
+)  # fmt: skip
+def test_every_extension_is_read(tmp_path: Path, name: str, format: str) -> None:
+    Image.new("RGB", (32, 24), (200, 40, 90)).save(tmp_path / name, format)
+    assert Path(name).suffix in images.EXTENSIONS
+    assert np.abs(np.asarray(load_image(tmp_path / name)).astype(int) - (200, 40, 90)).max() <= 3
+
+
+def test_formats_that_run_or_draw_something_are_not_opened(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.eps")
+    refused(tmp_path / "a.eps", "not a PNG")
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tif")
+    refused(tmp_path / "a.tif", "floating-point")
+    Image.fromarray(np.full((4, 4), 100_000, np.int32)).save(tmp_path / "a.tif")
+    refused(tmp_path / "a.tif", "32-bit")
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "tEXt", "iCCP"])
+def test_long_texts_and_profiles_are_passed_over(tmp_path: Path, kind: str) -> None:
+    text, extra = PngInfo(), {}
+    if kind == "iCCP":
+        extra["icc_profile"] = bytes(2_000_000)
+    else:
+        text.add_text("workflow", "x" * (2_000_000 if kind == "zTXt" else 70_000_000), zip=kind == "zTXt")
+    picture().save(tmp_path / "a.png", pnginfo=text, **extra)
+    assert same(load_image(tmp_path / "a.png"), picture())
+    half = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(half[:-60])
+    refused(tmp_path / "a.png", "damaged")
+
+
+def test_what_the_disk_refuses_is_an_image_error(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, words in (
+        ("loop.png", "cannot be read"),
+        ("a" * 300 + ".png", "cannot be read"),
+        ("b" * 5000, "cannot be read"),
+        ("\ud83d.png", "cannot be read"),
+        ("pipe.png", "no image file"),
+        ("loop.png/x.png", "cannot be read"),
+    ):
+        with pytest.raises(images.ImageError, match=words) as error:
+            load_image(tmp_path / name)
+        assert len(str(error.value)) < 500
+
+
+def big_jpeg(path: Path, width: int = 6000, height: int = 4000, orientation: int = 1) -> None:
+    """24 megapixels, the upper half of the file white."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.new("L", (width, height))
+    image.paste(255, (0, 0, width, height // 2))
+    image.save(path, "JPEG", exif=exif, quality=80)
+
+
+def test_a_camera_photo_is_refused_whole_and_read_smaller_where_it_is_scaled_down(tmp_path: Path) -> None:
+    big_jpeg(tmp_path / "a.jpg")
+    refused(tmp_path / "a.jpg", "6000x4000, over 16,000,000 pixels")
+    limits = Limits(pixels=PHOTO_PIXELS, cover=(512, 768))
+    photo, size = read_photo(tmp_path / "a.jpg", "", limits)
+    assert size == (4000, 6000) and photo.size == (3000, 2000)
+    big_jpeg(tmp_path / "side.jpg", orientation=6)  # rotate 90 degrees clockwise to view: white on the right
+    photo, size = read_photo(tmp_path / "side.jpg", "", limits)
+    assert size == (6000, 4000) and photo.size == (2000, 3000)
+    assert np.asarray(photo)[:, 1010:].min() > 250 and np.asarray(photo)[:, :990].max() < 5
+    with pytest.raises(images.ImageError, match="over 20,000,000"):
+        read_photo(tmp_path / "a.jpg", "", Limits(pixels=20_000_000, cover=(512, 512)))
+    assert Limits(cover=(512, 512)).shrink((4000, 4000)) == 1  # up to 16 million: as ever
+
+
+def test_a_jpeg_is_decoded_small_not_only_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big_jpeg(tmp_path / "a.jpg", 8000, 6000)
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: (decoded.append(self.size), load(self))[1])
+    read_photo(tmp_path / "a.jpg", "", Limits(pixels=PHOTO_PIXELS, cover=(256, 256)))
+    assert max(decoded) == (1000, 750)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "I;16"])
+def test_other_large_images_shrink_by_area(tmp_path: Path, mode: str) -> None:
+    array = np.zeros((4096, 4096), np.uint16 if mode == "I;16" else np.uint8)
+    array[:, 2048:] = 65535 if mode == "I;16" else 255
+    image = Image.fromarray(array) if mode == "I;16" else Image.fromarray(array).convert(mode)
+    image.save(tmp_path / "a.png", compress_level=1)
+    limits = Limits(pixels=PHOTO_PIXELS, cover=(512, 512))
+    for gray in (False, True):
+        photo, size = read_photo(tmp_path / "a.png", "", limits, gray)
+        assert size == (4096, 4096) and photo.size == (1024, 1024)
+        row = np.asarray(photo if gray else photo.convert("L"))[500]
+        assert row[:512].max() == 0 and row[512:].min() == (1 if gray else 255)
 
 
 def test_photos_with_a_second_frame_are_taken(tmp_path: Path) -> None:
@@ -241,6 +360,43 @@ def test_grid_labels() -> None:
     assert ink.any(axis=1).nonzero()[0].max() > 50  # the second row's caption
 
 
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_no_caption_stops_a_sheet(caption: str) -> None:
+    cell = Image.new("RGB", (60, 20), "white")
+    grid([[cell]], [caption], [caption])
+    assert captioned(cell, [caption, "b"]).size == (60, 20 + 2 * LINE)
+    assert brief(caption).isprintable() and len(brief(caption)) <= 120
+
+
+def test_labels_end_where_they_did() -> None:
+    def one_letter_at_a_time(text: str, width: int) -> str:
+        font = ImageFont.load_default()
+        if font.getlength(text) <= width:
+            return text
+        while text and font.getlength(text + "...") > width:
+            text = text[:-1]
+        return text + "..."
+
+    words = "A blue disc, WAVY lines: il.| and a red box " * 3
+    for end in range(0, len(words), 7):
+        for width in (10, 57, 200):
+            text = " ".join(words[:end].split())
+            assert fitted(text, width) == one_letter_at_a_time(text, width)
+
+
+def test_a_caption_of_several_lines_is_one_line_of_words() -> None:
+    assert one_line(" one\ntwo\r\n\tthree\u2028four\x00\u202efive\ud83d\n") == "one two three four five"
+    assert fitted("one\ntwo", 500) == "one two"
+
+
+def test_long_captions_are_not_measured_letter_by_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    length = labels._length
+    monkeypatch.setattr(labels, "_length", lambda text: (measured.append(len(text)), length(text))[1])
+    assert fitted("word " * 20_000, 300).endswith("...")
+    assert len(measured) < 20 and max(measured) < 2_100
+
+
 def test_grid_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         grid([[]])
@@ -249,7 +405,7 @@ def test_grid_refuses_nonsense() -> None:
 
 
 def test_no_global_pillow_setting_is_changed() -> None:
-    from PIL import ImageFile
+    from PIL import ImageFile, PngImagePlugin
 
     assert Image.MAX_IMAGE_PIXELS == 89_478_485 and ImageFile.LOAD_TRUNCATED_IMAGES is False
-    assert images.MAX_PIXELS == 16_000_000
+    assert images.MAX_PIXELS == 16_000_000 and PngImagePlugin.MAX_TEXT_CHUNK == 2**20

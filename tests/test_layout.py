@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_tokenizer
 from PIL import Image
 
+from localctl import layout as layout_module
 from localctl.cells import CELL_MODES, OVERLAPS
+from localctl.labels import write_beside
 from localctl.layout import Layout, Region
 from localctl.phrases import find_phrase, token_positions
 
@@ -185,6 +187,27 @@ def test_a_name_at_the_edge_is_drawn_whole() -> None:
         return int((drawn.sum(axis=2) > 3 * 200).sum())  # the white behind them
 
     assert letters((0.8, 0.8, 1.0, 1.0)) == pytest.approx(letters((0.1, 0.2, 0.4, 0.9)), rel=0.1)
+
+
+def test_names_of_regions_that_cover_each_other_are_all_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[tuple[int, int, int, int]]] = []
+    monkeypatch.setattr(layout_module, "write_beside", lambda *args: (write_beside(*args), taken.append(args[-1])))
+    words = ["apple", "bird", "cup", "door", "egg", "fox", "gate", "hat"]
+    for box in ((0.0, 0.0, 1.0, 1.0), (0.4, 0.45, 0.6, 0.55), (0.9, 0.9, 1.0, 1.0)):
+        image = Layout(" ".join(words), 128, 128, tuple(Region(word, box) for word in words)).draw()
+        boxes = taken[-1]
+        assert len(boxes) == 8
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= 0 and top >= 0 and right < image.width and bottom < image.height
+            assert not any(left <= r and x <= right and top <= b and y <= bottom for x, y, r, b in boxes[:i])
+
+
+def test_more_names_than_there_is_room_for() -> None:
+    words = [f"word{i}" for i in range(120)]
+    layout = Layout(" ".join(words), 64, 64, tuple(Region(word, (0.0, 0.0, 1.0, 1.0)) for word in words))
+    assert layout.draw().size == (64, 64)
+    long = "a caption\nof two lines, and far wider than the image " * 40
+    assert Layout(long, 64, 64, (Region(long, LEFT),)).draw().size == (64, 64)
 
 
 def test_regions_compare_by_value() -> None:

@@ -6,10 +6,29 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from localctl.files import parse_json
+from localctl.labels import brief
 
 QUARANTINE = "quarantine.jsonl"
 SHOWN = 10
+_WAYS_OUT = {  # by the end of the reason, the first that fits
+    "caption missing": "write a caption, or data.caption_column=null to train without any",
+    "mask missing": "add it, or take the masks from all rows (data.mask_column=null) to have them sampled",
+    "missing": "add the file, or correct its name in the row",
+    "not a picture": "convert it, or take the row out",
+    "damaged": "export the file again, or take the row out",
+    "animated": "save a single frame",
+    "too large": "scale it down, or raise data.max_pixels",
+    "another shape": "export it with the image's shape; another size is fine",
+    "outside the data": "copy it into the data's folder; nothing outside is read",
+    "not UTF-8": "save the text as UTF-8",
+    "not text": "a caption is a text or a list of texts",
+    "too long": "a caption has one paragraph; is this another file?",
+    "": "look at the file, its name and its access rights",
+}
+MOST_DETAIL = 500  # letters; names in somebody's list may have any number
 
 
 class BadRow(ValueError):
@@ -17,7 +36,7 @@ class BadRow(ValueError):
     key: of the example, where it is known."""
 
     def __init__(self, reason: str, detail: str, key: str = "") -> None:
-        super().__init__(detail)
+        super().__init__(brief(detail, MOST_DETAIL))
         self.reason, self.key = reason, key
 
 
@@ -39,6 +58,11 @@ def count_reasons(problems: Iterable[Problem]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
 
 
+def way_out(reason: str) -> str:
+    """What can be done about rows that are bad for ``reason``."""
+    return next(advice for words, advice in _WAYS_OUT.items() if reason.endswith(words))
+
+
 class Quarantine:
     """The bad rows a run has met, in the order it met them, each once, kept in ``folder/quarantine.jsonl``.
 
@@ -51,9 +75,8 @@ class Quarantine:
         self.rows, self.max_fraction = rows, max_fraction
         self.problems: dict[str, Problem] = {}
         if self.path is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run leaves half a line
-            kept = [record for record in records if record["step"] <= start]
+            records = map(_record, self.path.read_bytes().split(b"\n"))
+            kept = [record for record in records if record is not None and record["step"] <= start]
             self.problems = {r["key"]: Problem(r["key"], r["reason"], r["detail"]) for r in kept}
             self._write(kept, "w") if kept else self.path.unlink()
 
@@ -77,7 +100,7 @@ class Quarantine:
         return f"{number} of {self.rows} rows unusable and replaced ({count_reasons(self.problems.values())}){place}"
 
     def _too_many(self) -> str:
-        first = "; ".join(f"{p.key}: {p.detail}" for p in list(self.problems.values())[:SHOWN])
+        first = "; ".join(f"{brief(p.key)}: {p.detail}" for p in list(self.problems.values())[:SHOWN])
         more = "" if len(self.problems) <= SHOWN else f"; and {len(self.problems) - SHOWN} more"
         place = f" (all in {self.path})" if self.path else ""
         return (
@@ -91,3 +114,13 @@ class Quarantine:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open(mode, encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A row of the list; None for what is none, as the half of a line that a killed run leaves."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    known = isinstance(record, dict) and {"step", *Problem._fields} <= record.keys()
+    return record if known and isinstance(record["step"], int) else None

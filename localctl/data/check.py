@@ -11,12 +11,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons
+from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons, way_out
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
 from localctl.data.sample import Example
 from localctl.images import grid, outline, to_pil
+from localctl.labels import brief
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
 MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
@@ -77,19 +78,23 @@ def look_at_all(source: FileSource, workers: int = 0, progress: bool = True) -> 
 
 
 def write_report(
-    source: FileSource, rows: Sequence[RowReport], held_out: int, tokens: Callable[[str], int] | None, limit: int
+    source: FileSource,
+    rows: Sequence[RowReport],
+    parts: str,
+    notes: Sequence[str],
+    tokens: Callable[[str], int] | None,
+    limit: int,
 ) -> str:
-    """Lines on what was found, warnings last. ``held_out`` rows belong to validation. tokens: length of a caption, of
-    which the text encoder reads ``limit``; None = not known."""
+    """Lines on what was found, warnings last. parts: what of the rows is trained on. notes: clauses on what is not
+    used. tokens: length of a caption, of which the text encoder reads ``limit``; None = not known."""
     data = source.data
     bad = [row.problem for row in rows if row.problem is not None]
     good = [row for row in rows if row.problem is None]
     height, width = data.size
     lines = [
-        f"rows        {len(rows)}: {len(rows) - held_out} to train on, {held_out} for validation",
-        f"bad rows    {len(bad)}" + (f" ({count_reasons(bad)})" if bad else ""),
-        *(f"            {problem.key}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
-        *([f"            and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []),
+        f"rows        {len(rows)}: {parts}",
+        *(f"note        {note}" for note in notes),
+        *bad_rows(rows),
         f"size        {width}x{height}; {sum(row.upscaled for row in good)} pictures are smaller and scaled up",
     ]
     warnings = _bad_share(len(bad), len(rows), data)
@@ -100,10 +105,25 @@ def write_report(
     return "\n".join([*lines, *(f"WARNING     {warning}" for warning in warnings)])
 
 
+def bad_rows(rows: Sequence[RowReport]) -> list[str]:
+    """How many cannot be used and why, the first of them, and what to do about each kind."""
+    bad = [row.problem for row in rows if row.problem is not None]
+    kinds = dict.fromkeys(problem.reason for problem in bad)
+    return [
+        f"bad rows    {len(bad)}" + (f" ({count_reasons(bad)})" if bad else ""),
+        *(f"            {brief(problem.key)}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
+        *([f"            and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []),
+        *(f"            to do: {kind}: {way_out(kind)}" for kind in kinds),
+    ]
+
+
 def _bad_share(bad: int, rows: int, data: DataConfig) -> list[str]:
     if bad <= data.max_bad_fraction * rows:
         return []
-    return [f"a training would stop: {bad / rows:.1%} of the rows are bad, over data.max_bad_fraction"]
+    return [
+        f"a training would stop: {bad / rows:.1%} of the rows are bad, over data.max_bad_fraction="
+        f"{data.max_bad_fraction:g}; repair them, take them out, or raise it"
+    ]
 
 
 def _conditions(source: FileSource, good: Sequence[RowReport], lines: list[str]) -> list[str]:
@@ -166,7 +186,7 @@ def _captions(
     common, number = Counter(captions).most_common(1)[0]
     warnings = []
     if number > 1 and number > 0.1 * len(captions):
-        warnings.append(f"{number} captions are the same: {common[:60]!r}")
+        warnings.append(f"{number} captions are the same: {brief(common, 60)!r}")
     if tokens is not None:
         lengths = np.array([tokens(caption) for caption in captions])
         line += f"; {lengths.max()} tokens at most"

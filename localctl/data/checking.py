@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from transformers import CLIPTokenizer
 
 from localctl.base import resolve_base
-from localctl.data.check import look_at_all, preview, write_report
+from localctl.data.check import bad_rows, look_at_all, preview, write_report
 from localctl.data.check_settings import CheckSettings
-from localctl.data.files import FileSource, is_held_out, open_rows
+from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_rows, part_of
 from localctl.data.plan import SampleRef
+from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
+from localctl.files import read_json
 from localctl.random import numpy_rng
+from localctl.training.data_watch import remarks
+from localctl.training.validation import MIN_EDGES, choose_cases
 
 
 def check(settings: CheckSettings) -> str:
@@ -26,19 +29,51 @@ def check(settings: CheckSettings) -> str:
     target = Path(settings.preview).expanduser()
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"The preview {target} is no picture's name; end it in .png.")
-    all_rows = open_rows(data, settings.condition, data.split)
-    source = FileSource(all_rows, range(len(all_rows)), data, settings.condition)
-    share = 0.0 if data.validation_split else data.validation_share
-    held_out = sum(is_held_out(key, share) for key in all_rows.keys)
+    rows = open_rows(data, settings.condition, data.split)
+    held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
+    source = FileSource(rows, range(len(rows)), data, settings.condition)
     tokens, limit, whose = _token_counter(settings)
-    rows = look_at_all(source, settings.dataloader_num_workers)
+    looked_at = look_at_all(source, settings.dataloader_num_workers)
+    parts, notes, warnings = _training(settings, rows, held or rows)
+    lines = [write_report(source, looked_at, parts, notes, tokens, limit) + whose, *fit]
+    if held is not None:
+        of_split = look_at_all(FileSource(held, range(len(held)), data, settings.condition))
+        lines.append(f"validation  {bad_rows(of_split)[0]}, in the split {data.validation_split!r}")
+        lines += bad_rows(of_split)[1:]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
-    lines = [write_report(source, rows, held_out, tokens, limit) + whose, *fit]
+    lines += [f"WARNING     {warning}" for warning in warnings]
     if examples:
         target.parent.mkdir(parents=True, exist_ok=True)
         preview(examples).save(target)
         lines.append(f"preview     {target}")
     return "\n".join(lines)
+
+
+def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, list[str], list[str]]:
+    """What a training would make of the rows: how many it trains on and holds out, what it would say of them, and what
+    it would stop with."""
+    data = settings.data
+    notes: list[str] = []
+    warnings: list[str] = []
+    parts: dict[str, FileSource] = {}
+    names = ("train", "val") if settings.validation_steps else ("train",)
+    for name in names:
+        try:
+            of_name = held if name == "val" else rows
+            parts[name] = part_of(of_name, data, settings.condition, name, WITHOUT_VALIDATION)
+        except ValueError as error:
+            warnings.append(f"a training would stop: {error}")
+    if "val" in parts:
+        try:
+            if not choose_cases(parts["val"], settings)[0].scored:
+                notes.append(f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score")
+        except ValueError as error:
+            warnings.append(f"a training would stop: {error}")
+    count = {name: len(part) for name, part in parts.items()}
+    if len(names) == 1:
+        count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
+    said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+    return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
 
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:
@@ -59,7 +94,8 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
     )
     if found is None:
         raise ValueError(f"There is no adapter at {folder} (no config.json); check --adapter_model_name_or_path.")
-    config = json.loads((found / "config.json").read_text())
+    config = read_json(found / "config.json", "The adapter's settings")
+    config = config if isinstance(config, dict) else {}
     if config.get("in_channels") != condition.channels:
         raise ValueError(
             f"The adapter {found} takes conditions of {config.get('in_channels')} channels, but condition="

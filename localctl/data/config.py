@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from localctl.images import PHOTO_PIXELS
 from localctl.micro import PROFILES
 from localctl.sizes import check_side
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
 INTERPOLATIONS = ("bilinear", "nearest")
+MOST_PIXELS = 178_956_970  # beyond which Pillow opens nothing
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Which examples; ValueError for settings that make no sense. ``docs/data.md`` describes the formats.
 
-    name: ``micro`` the embedded scenes; ``imagefolder`` pictures with a metadata.jsonl; ``parquet``; ``folder`` a
-        folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the Hugging Face hub.
+    name: ``micro`` the embedded scenes; ``imagefolder`` pictures with a metadata.jsonl (or .csv, .parquet);
+        ``parquet``; ``folder`` a folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the
+        Hugging Face hub.
     path: of imagefolder, parquet, folder. A path alone means ``imagefolder``, as in diffusers.
-    split: which split to train on.
+    split: which split to train on. Folders and files named ``train``, ``val2017``, ``Testing`` ... are splits as
+        `datasets` knows them.
     validation_split: which split is held out; null sets ``validation_share`` of the examples apart, chosen by a hash of
-        each example's key, so that none changes sides when the data grows.
+        each example's key, so that none changes sides when the data grows; at least one example.
     dataset_config_name: of a hub data set with several configurations, as for ``datasets.load_dataset``.
     revision: of a hub data set: a branch, tag or commit.
     cache_dir: where a hub data set is kept; null = the usual cache.
@@ -40,6 +45,8 @@ class DataConfig:
     conditioning_interpolation: how condition images are resized, ``bilinear`` or ``nearest``; null: nearest for
         segmentation.
     validation_share: share of the examples that is held out where the data has no split for it.
+    max_pixels: larger images are bad rows, judged before they are decoded. Those over 16 million are read smaller, down
+        to twice the resolution, JPEGs without ever being decoded whole.
     max_bad_fraction: a run stops when more than this share of the examples turned out unusable.
     profile: which of the embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
     count: at most so many examples; null = all, of the embedded scenes 3000.
@@ -64,6 +71,7 @@ class DataConfig:
     random_flip: bool = False
     conditioning_interpolation: str | None = None
     validation_share: float = 0.05
+    max_pixels: int = PHOTO_PIXELS
     max_bad_fraction: float = 0.01
     profile: str = "basic"
     count: int | None = None
@@ -78,6 +86,8 @@ class DataConfig:
             check_side("data.resolution", side)
         if self.count is not None and self.count < 1:
             raise ValueError(f"data.count must be at least 1, not {self.count}.")
+        if not 1 <= self.max_pixels <= MOST_PIXELS:
+            raise ValueError(f"data.max_pixels is a number of pixels up to {MOST_PIXELS:,}, not {self.max_pixels}.")
         for name in ("validation_share", "max_bad_fraction"):
             share = getattr(self, name)
             if not (math.isfinite(share) and 0 <= share <= 1):
@@ -126,5 +136,15 @@ class DataConfig:
         read where the data is not."""
         if self.name in LOCAL_FORMATS and self.path is None:
             raise ValueError(f"data={self.name} needs data.path, where it lies (--train_data_dir).")
-        if self.path is not None and not Path(self.path).expanduser().exists():
-            raise ValueError(f"There is no data at {self.path}; check data.path.")
+        if self.path is None:
+            return
+        place = Path(self.path).expanduser()
+        try:
+            if not place.exists():
+                raise ValueError(f"There is no data at {self.path}; check data.path.")
+            if place.is_dir():
+                os.listdir(place)
+            elif self.name != "parquet":
+                raise ValueError(f"{self.path} is a file; data={self.name} needs the folder that it lies in.")
+        except OSError as error:
+            raise ValueError(f"The data at {self.path} cannot be read ({error.strerror}); check data.path.") from None

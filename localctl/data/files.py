@@ -17,42 +17,45 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, draw_geometry, geometry, same_shape, to_array
+from localctl.data.local_rows import FolderRows, ImageFolderRows
 from localctl.data.plan import SampleRef
-from localctl.data.rows import Columns, FolderRows, ImageFolderRows, Row, Rows
+from localctl.data.rows import Columns, Row, Rows
 from localctl.data.sample import Example
 from localctl.data.tables import open_table
-from localctl.images import ImageError, load_image, open_gray
+from localctl.files import first_line
+from localctl.images import ImageError, Limits, read_photo
+from localctl.labels import brief
 from localctl.random import key_seed, numpy_rng
 
 SPLITS = ("train", "val")
+WITHOUT_VALIDATION = " or pass --validation_steps 0"  # the way out of a training without held-out examples
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A row as read, each picture at its own size. image: RGB. condition: RGB, or F in [0,1]. mask: (h,w) float32 in
-    [0,1], 1 = controlled."""
+    """A row as read, each picture at its own size, or smaller where that is over 16 million pixels. image: RGB.
+    condition: RGB, or F in [0,1]. mask: (h,w) float32 in [0,1], 1 = controlled. size: (height, width) of the image's
+    file."""
 
     key: str
     image: Image.Image
     condition: Image.Image | None
     mask: np.ndarray | None
     captions: tuple[str, ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the image."""
-        return self.image.height, self.image.width
+    size: tuple[int, int]
 
 
 class FileSource:
     """The rows ``indices`` of ``rows`` as examples of ``data.size``.
 
     ``source[i]`` shows the middle of picture i, the same whenever asked; ``visit`` crops and mirrors as settings say.
-    Both raise BadRow, with the reason, for a row that cannot be used.
+    Both raise BadRow, with the reason, for a row that cannot be used. note: a clause on how the part was chosen.
     """
 
-    def __init__(self, rows: Rows, indices: Sequence[int], data: DataConfig, condition: ConditionConfig) -> None:
-        self.rows, self.indices = rows, indices
+    def __init__(
+        self, rows: Rows, indices: Sequence[int], data: DataConfig, condition: ConditionConfig, note: str = ""
+    ) -> None:
+        self.rows, self.indices, self.note = rows, indices, note
         self.data, self.condition = data, condition
         nearest = data.conditioning_interpolation == "nearest" or (
             data.conditioning_interpolation is None and condition.kind == "segmentation"
@@ -103,19 +106,33 @@ class FileSource:
             return self._read(key, self.rows[self.indices[index]])
         except BadRow as bad:
             raise BadRow(bad.reason, str(bad), key) from None
+        except OSError as error:  # of a disk, wherever it shows
+            raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})", key) from None
 
     def _read(self, key: str, row: Row) -> Parts:
-        image = _decoded("image", key, row.image)
+        image, size = self._decoded("image", key, row.image)
         condition = None
         if row.condition is not None:
-            condition = _decoded("condition", key, row.condition, gray=self.condition.channels == 1)
-            _check_shape("condition", condition, image)
+            whole = self._condition_filter == NEAREST  # labels must not be blended
+            gray = self.condition.channels == 1
+            condition, own = self._decoded("condition", key, row.condition, gray, whole)
+            _check_shape("condition", own, size)
         mask = None
         if row.mask is not None:
-            gray = _decoded("mask", key, row.mask, gray=True)
-            _check_shape("mask", gray, image)
-            mask = np.asarray(gray)
-        return Parts(key, image, condition, mask, row.captions)
+            values, own = self._decoded("mask", key, row.mask, gray=True)
+            _check_shape("mask", own, size)
+            mask = np.asarray(values)
+        return Parts(key, image, condition, mask, row.captions, size)
+
+    def _decoded(
+        self, what: str, key: str, source: Path | bytes, gray: bool = False, whole: bool = False
+    ) -> tuple[Image.Image, tuple[int, int]]:
+        """RGB, or F in [0,1] where ``gray``; and the file's own (height, width)."""
+        limits = Limits(self.data.max_pixels, None if whole else self.data.size)
+        try:
+            return read_photo(source, f"the {what} of {brief(key)}", limits, gray)
+        except ImageError as error:
+            raise BadRow(f"{what} {error.reason}", str(error).rstrip(".")) from None
 
     def example(self, parts: Parts, seen: Geometry, caption: str) -> Example:
         """``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the picture."""
@@ -135,31 +152,55 @@ class FileSource:
         )
 
 
-def open_files(data: DataConfig, condition: ConditionConfig, split: str) -> FileSource:
+def open_files(data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
     """The ``train`` or ``val`` part of the data that ``data`` names. ValueError when it cannot be opened, or when
-    nothing belongs to the part."""
+    nothing belongs to the part; ``or_else``: what the caller can do without a ``val`` part."""
+    own_split = data.validation_split if split == "val" else None
+    return part_of(open_rows(data, condition, own_split or data.split), data, condition, split, or_else)
+
+
+def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
+    """As :func:`open_files`, of the ``rows`` of its split."""
     assert split in SPLITS
-    held_out = data.validation_split
-    rows = open_rows(data, condition, held_out if held_out and split == "val" else data.split)
-    indices = list(range(len(rows)))
-    if held_out is None:
-        indices = [i for i in indices if is_held_out(rows.keys[i], data.validation_share) == (split == "val")]
+    indices, note = list(range(len(rows))), ""
+    if data.validation_split is None:
+        held, note = held_out(rows.keys, data.validation_share)
+        indices = [i for i in indices if held[i] == (split == "val")]
     if split == "train" and data.count is not None and len(indices) > data.count:
         drawn = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
         indices = sorted(drawn[: data.count])
     if not indices:
-        way_out = "raise data.validation_share or pass --validation_steps 0" if split == "val" else "lower it"
+        way_out = f"raise data.validation_share{or_else}" if split == "val" else "lower it"
         raise ValueError(
             f"None of the {len(rows)} rows of {data.path or data.name} falls into the {split} part with "
             f"data.validation_share={data.validation_share:g}; {way_out}."
         )
-    return FileSource(rows, indices, data, condition)
+    return FileSource(rows, indices, data, condition, note)
 
 
 def is_held_out(key: str, share: float) -> bool:
     """Whether an example belongs to the validation part: decided by a hash of its key alone, so it stays where it is
     when others come or go. Repeated rows of one picture (key#2) stay together."""
-    return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63 < share
+    return _place(key) < share
+
+
+def _place(key: str) -> float:
+    """From 0 to 1, by a hash."""
+    return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63
+
+
+def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
+    """For each key whether it belongs to the validation part, as :func:`is_held_out` says; but of a small set, where a
+    share above 0 is none, the one nearest to it does, unless it is the only one. With a clause that says so."""
+    places = [_place(key) for key in keys]
+    first = min(places, default=1.0)
+    if not 0 < share <= first or first == max(places, default=1.0):
+        return [place < share for place in places], ""
+    chosen = keys[places.index(first)]
+    return [place == first for place in places], (
+        f"data.validation_share={share:g} of {len(keys)} rows is none, so one is held out for validation: "
+        f"{brief(chosen)}; raise data.validation_share for more"
+    )
 
 
 def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
@@ -178,28 +219,15 @@ def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
     if data.name not in ("imagefolder", "folder"):
         return open_table(data, split, columns)
     assert data.path is not None
-    root = Path(data.path).expanduser()
-    if (root / split).is_dir():
-        root = root / split
-    elif split != "train":
-        raise ValueError(f"There is no folder {root / split} for the split {split!r}.")
-    return FolderRows(root, columns) if in_folders else ImageFolderRows(root, columns)
+    kind = FolderRows if in_folders else ImageFolderRows
+    return kind(Path(data.path).expanduser(), columns, split)
 
 
-def _decoded(what: str, key: str, source: Path | bytes, gray: bool = False) -> Image.Image:
-    """RGB, or F in [0,1] where ``gray``."""
-    try:
-        if gray:
-            return Image.fromarray(open_gray(source, f"the {what} of {key}"))
-        return load_image(source, f"the {what} of {key}")
-    except ImageError as error:
-        raise BadRow(f"{what} {error.reason}", str(error).rstrip(".")) from None
-
-
-def _check_shape(what: str, picture: Image.Image, image: Image.Image) -> None:
-    if not same_shape((picture.height, picture.width), (image.height, image.width)):
-        detail = f"the {what} is {picture.width}x{picture.height}, another shape than the image's {image.width}x"
-        raise BadRow(f"{what} of another shape", f"{detail}{image.height}")
+def _check_shape(what: str, found: tuple[int, int], image: tuple[int, int]) -> None:
+    """Both (h, w)."""
+    if not same_shape(found, image):
+        detail = f"the {what} is {found[1]}x{found[0]}, another shape than the image's {image[1]}x{image[0]}"
+        raise BadRow(f"{what} of another shape", detail)
 
 
 def _unit(picture: Image.Image) -> Tensor:

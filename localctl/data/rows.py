@@ -1,4 +1,4 @@
-"""Rows of data in files: what belongs to an example, found but not yet read. One class per format.
+"""Rows of data in files: what belongs to an example, found but not yet read.
 
 A row that is broken shows when it is asked for (BadRow), never when the data is opened; only what is wrong with the
 data as a whole (no such column, no metadata) is a ValueError at the start.
@@ -6,8 +6,8 @@ data as a whole (no such column, no metadata) is a ValueError at the start.
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from localctl.data.bad import BadRow
+from localctl.data.metadata import check_utf8
+from localctl.files import first_line
+from localctl.labels import brief
 
-METADATA = "metadata.jsonl"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+MOST_CAPTION = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,100 +55,9 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Row: ...
 
-
-class ImageFolderRows:
-    """Pictures and ``metadata.jsonl`` (also one per subfolder): a line per example with ``file_name``, as wanted
-    ``conditioning_image_file_name`` and ``mask_file_name``, relative to the metadata's folder, and the caption.
-
-    ValueError when there is no metadata.jsonl, it is empty, or no line has what ``columns`` asks for.
-    """
-
-    def __init__(self, root: Path, columns: Columns) -> None:
-        self.root, self.columns = root.resolve(), columns
-        self._lines: list[tuple[Path, bytes]] = []
-        keys: list[str] = []
-        seen: Counter[str] = Counter()
-        for file in sorted(self.root.rglob(METADATA)):
-            prefix = "" if file.parent == self.root else f"{file.parent.relative_to(self.root).as_posix()}/"
-            for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-                if line.strip():
-                    values = _parse(line)
-                    name = values.get(columns.key or "") or _file_name(values, columns.image)
-                    keys.append(f"{prefix}{name}" if name else f"{prefix}{METADATA}:{number}")
-                    seen.update(_column(name) for name, value in values.items() if value is not None)
-                    self._lines.append((file.parent, line))
-        if not self._lines:
-            raise ValueError(
-                f"There is no {METADATA} with a line per picture in {root}; make one with data/make_dataset.py, or see "
-                "docs/data.md."
-            )
-        seen["image"] += seen["file"]
-        check_columns(columns, seen, str(root))
-        self.keys: Sequence[str] = unique(keys)
-        self.has_masks = columns.mask is not None and seen[columns.mask] > 0
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Row:
-        folder, line = self._lines[index]
-        try:
-            values = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            raise BadRow("caption not UTF-8", f"the line in {METADATA} is not UTF-8 ({error.reason})") from None
-        except (ValueError, RecursionError) as error:
-            raise BadRow("metadata damaged", f"the line in {METADATA} is not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise BadRow("metadata damaged", f"the line in {METADATA} is not a JSON object")
-
-        def part(what: str, name: str) -> Path | bytes | None:
-            return find_file(what, _file_name(values, name), folder, (self.root,))
-
-        return make_row(part, self.columns, self.has_masks, values.get(self.columns.caption or ""))
-
-
-class FolderRows:
-    """A folder per example (the innermost ones below ``root``) with a picture, a condition, perhaps a mask, named by
-    ``columns`` without extension, and a caption in a text file. ValueError when there is no such folder."""
-
-    def __init__(self, root: Path, columns: Columns) -> None:
-        self.root, self.columns = root.resolve(), columns
-        folders: list[str] = []
-        self.has_masks = False
-        for folder, below, files in os.walk(self.root):
-            if not below and Path(folder) != self.root:
-                folders.append(Path(folder).relative_to(self.root).as_posix())
-                self.has_masks |= any(Path(name).stem == columns.mask for name in files)
-        if not folders:
-            raise ValueError(
-                f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
-            )
-        self._folders = sorted(folders)
-        self.keys: Sequence[str] = unique(self._folders)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Row:
-        folder = self.root / self._folders[index]
-
-        def part(what: str, stem: str) -> Path | bytes | None:
-            names = (f"{stem}{extension}" for extension in EXTENSIONS)
-            found = next((name for name in names if (folder / name).is_file()), None)
-            return find_file(what, found, folder, (self.root,))
-
-        return make_row(part, self.columns, self.has_masks, self._caption(folder))
-
-    def _caption(self, folder: Path) -> str | None:
-        if self.columns.caption is None:
-            return None
-        file = find_file("caption", f"{self.columns.caption}.txt", folder, (self.root,))
-        if not isinstance(file, Path) or not file.is_file():
-            return None
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise BadRow("caption not UTF-8", f"{file.name} is not UTF-8 ({error.reason})") from None
+    def remarks(self) -> list[str]:
+        """What of the data is not used, a clause each; may take as long as looking through all of it."""
+        ...
 
 
 def find_file(what: str, value: Any, folder: Path, roots: Sequence[Path]) -> Path | bytes | None:
@@ -157,11 +68,34 @@ def find_file(what: str, value: Any, folder: Path, roots: Sequence[Path]) -> Pat
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str) or "\0" in value:
-        raise BadRow(f"{what} unreadable", f"the {what} is neither a file name nor a picture but {str(value)[:80]!r}")
-    path = (folder / value).resolve()
+        found = brief(str(value), 80)
+        raise BadRow(f"{what} unreadable", f"the {what} is neither a file name nor a picture but {found!r}")
+    try:
+        path = Path(os.path.realpath(folder / value))  # which, unlike Path.resolve, takes links that go in circles
+    except (OSError, ValueError) as error:  # half a surrogate pair
+        raise BadRow(f"{what} unreadable", f"no file can be called {brief(value)!r} ({first_line(error)})") from None
     if not any(path.is_relative_to(root) for root in roots):
-        raise BadRow(f"{what} outside the data", f"the {what} {value!r} lies outside {roots[0]}")
+        raise BadRow(f"{what} outside the data", f"the {what} {brief(value)!r} lies outside {roots[0]}")
     return path
+
+
+def read_caption(file: Path) -> bytes | None:
+    """The bytes of a caption file, None when there is none. BadRow for one that cannot be read or is no caption."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+            raise BadRow("caption missing", f"{file.name} is no file")
+        with file.open("rb") as opened:
+            content = opened.read(MOST_CAPTION + 1)
+    except FileNotFoundError:
+        return None
+    except BadRow:
+        raise
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise BadRow("caption unreadable", f"{brief(file.name)} cannot be read ({why})") from None
+    if len(content) > MOST_CAPTION:
+        raise BadRow("caption too long", f"{file.name} has more than {MOST_CAPTION:,} bytes")
+    return content
 
 
 def unique(keys: Sequence[str]) -> list[str]:
@@ -193,40 +127,23 @@ def captions_of(caption: Any) -> tuple[str, ...]:
     """One caption or a list of them, without the space around. BadRow when there is none, or a blank one."""
     if isinstance(caption, bytes):
         try:
-            caption = caption.decode()
+            check_utf8(caption, "the caption")
+            caption = caption.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BadRow("caption not UTF-8", f"the caption is not UTF-8 ({error.reason})") from None
+        except ValueError as error:
+            raise BadRow("caption not UTF-8", first_line(error)) from None
     captions = caption if isinstance(caption, (list, tuple)) else [caption]
     if caption is None or not captions or any(text is None for text in captions):
         raise BadRow("caption missing", "the row has no caption")
     if not all(isinstance(text, str) for text in captions):
-        raise BadRow("caption not text", f"the caption is {str(caption)[:80]!r}")
-    stripped = tuple(text.strip() for text in captions)
+        raise BadRow("caption not text", f"the caption is {brief(str(caption), 80)!r}")
+    stripped = tuple(text.strip().removeprefix("\ufeff").strip() for text in captions)
     if not all(stripped):
         raise BadRow("caption missing", "the caption is blank")
     if any("\ud800" <= letter <= "\udfff" for text in stripped for letter in text):
         raise BadRow("caption not UTF-8", "the caption holds half a surrogate pair")
     return stripped
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """The values of a line as far as they can be read, for its key and the list of columns."""
-    try:
-        values = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _file_name(values: dict[str, Any], column: str) -> Any:
-    """The cell of a column of pictures: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
-    the plain name of the column."""
-    names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
-    return next((values[name] for name in names if values.get(name) is not None), None)
-
-
-def _column(name: str) -> str:
-    return "file" if name == "file_name" else name.removesuffix("_file_name")
 
 
 def check_columns(columns: Columns, seen: Counter[str], place: str) -> None:
@@ -239,5 +156,5 @@ def check_columns(columns: Columns, seen: Counter[str], place: str) -> None:
         ("key_column", columns.key),
     ):
         if name is not None and not seen[name]:
-            known = ", ".join(sorted(name for name in seen if seen[name] and name != "file"))
+            known = ", ".join(sorted(brief(name, 60) for name in seen if seen[name] and name != "file")) or "none"
             raise ValueError(f"No row of {place} has a column {name!r} (data.{option}); there are {known}.")

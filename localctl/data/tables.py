@@ -9,16 +9,22 @@ from typing import Any
 
 from localctl.data.bad import BadRow
 from localctl.data.config import DataConfig
+from localctl.data.folders import Walk, count_words, not_chosen, select, split_of
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, unique
+from localctl.files import first_line
+from localctl.labels import brief
 
 
 class TableRows:
     """A `datasets.Dataset`. ``roots``: folders in which pictures may lie that the table only names, the first being
     where relative names start. ValueError when a column is missing."""
 
-    def __init__(self, table: Any, columns: Columns, roots: Sequence[Path], place: str) -> None:
+    def __init__(
+        self, table: Any, columns: Columns, roots: Sequence[Path], place: str, remarks: Sequence[str] = ()
+    ) -> None:
         from datasets import Image, List
 
+        self._remarks = list(remarks)
         check_columns(columns, Counter(table.column_names), place)
         self.columns = columns
         self.has_masks = columns.mask in table.column_names
@@ -42,14 +48,18 @@ class TableRows:
             values = self._table[index]
         except UnicodeDecodeError as error:
             raise BadRow("caption not UTF-8", f"the caption is not UTF-8 ({error.reason})") from None
-        except (OSError, ValueError) as error:
-            raise BadRow("row unreadable", f"the row cannot be read ({error})") from None
+        except Exception as error:  # parsers of tables raise nearly anything on damaged bytes
+            raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})") from None
         columns = self.columns
 
         def part(what: str, name: str) -> Path | bytes | None:
             return find_file(what, values[name], self._roots[0], self._roots)
 
         return make_row(part, columns, self.has_masks, values[columns.caption] if columns.caption else None)
+
+    def remarks(self) -> list[str]:
+        """What of the data is not used."""
+        return self._remarks
 
 
 def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:
@@ -58,11 +68,14 @@ def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:
     import datasets  # slow to import, and of no use to the embedded scenes
 
     options: dict[str, Any] = {"split": split, "cache_dir": data.cache_dir}
+    remarks: list[str] = []
     if data.name == "parquet":
         assert data.path is not None
         place = Path(data.path).expanduser()
-        files = [place] if place.is_file() else _parquet_files(place, split)
+        files, remarks = ([place], []) if place.is_file() else _parquet_files(place, split)
         table_name, options["data_files"] = "parquet", {split: [str(file) for file in files]}
+        if common := _common_columns(files, columns):
+            options["columns"] = common
         roots = [place.parent if place.is_file() else place]
     else:
         table_name, place = data.name, Path(data.name).expanduser()
@@ -72,20 +85,58 @@ def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:
     try:
         table = datasets.load_dataset(table_name, **options)
     except Exception as error:  # the network, the hub, builders and parsers: whatever goes wrong is the data's
-        why = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(f"The data {data.path or data.name!r}, split {split!r}, cannot be loaded: {why}") from error
-    return TableRows(table, columns, roots, data.path or data.name)
+        raise _not_loaded(data.path or data.name, split, error) from error
+    return TableRows(table, columns, roots, data.path or data.name, remarks)
 
 
-def _parquet_files(folder: Path, split: str) -> list[Path]:
-    """All in ``folder``; of a split where files or subfolders are named after it, as on the hub (train-00000-of-9)."""
-    files = sorted(folder.rglob("*.parquet"))
-    named = [f for f in files if split in f.relative_to(folder).parts[:-1] or f.stem.split("-")[0] == split]
+def _not_loaded(place: str, split: str, error: BaseException) -> ValueError:
+    """The sentence on what went wrong at first: builders wrap it into "an error occurred"."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return ValueError(f"The data {place!r}, split {split!r}, cannot be loaded: {brief(str(error) or repr(error), 300)}")
+
+
+def _common_columns(files: Sequence[Path], columns: Columns) -> list[str] | None:
+    """The columns to read of parquet files, None = all. ValueError naming a file that lacks one that others have."""
+    import pyarrow.parquet as pq
+
+    wanted = {columns.image, columns.condition, columns.mask, columns.caption, columns.key} - {None}
+    names: list[set[str]] = []
+    for file in files:
+        try:
+            names.append(set(pq.read_schema(file).names))
+        except Exception as error:  # as above
+            raise _not_loaded(str(file), "of this file", error) from error
+    for file, own in zip(files, names, strict=True):
+        lacking = sorted(name for name in (set.union(*names) - own) & wanted if name)
+        if lacking:
+            other = next(f for f, has in zip(files, names, strict=True) if lacking[0] in has)
+            raise ValueError(
+                f"{file} has no column {', '.join(map(repr, lacking))}, but {other.name} has; give all files the same "
+                f"columns (there are {', '.join(sorted(own))})."
+            )
+    same = all(own == names[0] for own in names)
+    return None if same else sorted(name for name in set.intersection(*names) & wanted if name)
+
+
+def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
+    """Those of ``split`` in ``folder``, by the names of subfolders, or where none names a split, of the files
+    (train-00000-of-00009.parquet); and what is said of the others."""
+    walk = Walk(folder)
+    files = [path / name for path, _, names in walk for name in names if name.lower().endswith(".parquet")]
     if not files:
         raise ValueError(f"There is no *.parquet file in {folder}; check data.path.")
-    if not named and split != "train":
-        raise ValueError(f"No *.parquet file in {folder} belongs to the split {split!r}.")
-    return named or files
+    parts = [file.relative_to(folder).parts for file in files]
+    splits = [split_of(names[:-1], split) for names in parts]
+    if not any(splits):
+        splits = [split_of((file.stem.split("-")[0], file.name), split) for file in files]
+    chosen = select(splits, split, str(folder))
+    others = not_chosen(splits, chosen)
+    return [files[index] for index in chosen], (
+        [f"not used here, other parquet files: {count_words(others)} (data.split, data.validation_split)"]
+        if others
+        else []
+    )
 
 
 def _keys(table: Any, columns: Columns, roots: Sequence[Path]) -> list[str]:

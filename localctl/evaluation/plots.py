@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from localctl.labels import one_line
 from localctl.metrics.bootstrap import Interval
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
@@ -69,13 +70,13 @@ def _panel(
     left, top, right, _ = box
     scale = scale_of([i for i in panel.values() if i is not None], left + LEFT, right, zero=True)
     bottom = top + HEAD + len(panel) * ROW
-    draw.text((left + LEFT, top), title, fill="black", font=font)
+    draw.text((left + LEFT, top), one_line(title), fill="black", font=font)
     for tick in scale.ticks:
         draw.line((scale(tick), top + HEAD, scale(tick), bottom), fill="#dddddd")
         draw.text((scale(tick), bottom + 3), f"{tick:g}", fill="black", font=font, anchor="ma")
     for number, (name, value) in enumerate(panel.items()):
         middle = top + HEAD + number * ROW + ROW // 2
-        draw.text((left + LEFT - 6, middle), name[:38], fill="black", font=font, anchor="rm")
+        draw.text((left + LEFT - 6, middle), one_line(name)[:38], fill="black", font=font, anchor="rm")
         if value is None:
             draw.text((left + LEFT + 4, middle), "undefined", fill="#888888", font=font, anchor="lm")
             continue
@@ -133,7 +134,7 @@ def curves(
     at = 0
     for y, name, color in sorted(labels):  # beside the end of each, moved apart where they would overlap
         at = max(at + 13, y)
-        draw.text((size[0] + 8, at), name, fill=color, font=font, anchor="lm")
+        draw.text((size[0] + 8, at), one_line(name), fill=color, font=font, anchor="lm")
     return canvas
 
 

@@ -1,7 +1,8 @@
 """Settings as they may be written down: plain values, flat or nested, without secrets.
 
 Two kinds of values are masked wherever settings are logged, saved or pushed: texts that a configuration file took from
-the environment (``${oc.env:NAME}``), and whatever stands under a name with token, key, secret or password in it.
+the environment (``${oc.env:NAME}``), and whatever stands under a name with token, key, secret or password in it
+(``key_column`` names a column).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 MASKED = "***"
-_SECRET = re.compile("token|key|secret|password", re.IGNORECASE)
+_SECRET = re.compile("^(?!.*_column$).*(token|key|secret|password)", re.IGNORECASE)
 _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
 

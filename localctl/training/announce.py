@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from localctl.data.sample import Source
-from localctl.training.data_watch import announced, brings_masks
+from localctl.training.data_watch import announced, brings_masks, remarks
 from localctl.training.export import effective_batch
 from localctl.training.state import TrainState
 
@@ -36,6 +36,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
             f"data        {announced(settings.data, source)}",
+            *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
             f"output      {output_dir}",
         )

@@ -8,12 +8,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from localctl.base import own_side
 from localctl.data.bad import Problem, Quarantine, TooManyBadRows
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.plan import SamplePlan
 from localctl.data.sample import Batch, Example, MaskedSamples, Source, Unusable
 from localctl.training.models import Models
+from localctl.training.settings import TrainSettings
 
 
 class DataWatch:
@@ -28,7 +30,7 @@ class DataWatch:
         self.quarantine = quarantine
         self._read_captions = not data.is_micro
         self._seen: set[int] = set()
-        self.long_captions = 0
+        self.long_captions, self.samples, self.empty_masks = 0, 0, 0
 
     def look_at(self, batch: Batch, step: int) -> None:
         """Note the bad rows met for ``batch`` of step ``step``. TooManyBadRows when they are too many, or when no
@@ -37,6 +39,8 @@ class DataWatch:
         self.quarantine.add(problems, step)
         if not usable:  # on whichever process: all stop alike
             raise nothing_usable(tuple(problems))
+        self.samples += len(batch)
+        self.empty_masks += int((batch.mask.flatten(1).amax(dim=1) == 0).sum())
         if self._read_captions:
             self._count_long(batch)
 
@@ -46,6 +50,8 @@ class DataWatch:
         if self.long_captions:
             limit = self.models.pipe.tokenizer.model_max_length
             lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
+        if self.empty_masks:
+            lines.append(f"{self.empty_masks} of {self.samples} samples seen had an empty mask, so controlled nothing")
         return [f"data        {line}" for line in lines]
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
@@ -102,6 +108,23 @@ def announced(data: DataConfig, source: Source) -> str:
     masks = f", masks from {data.mask_column!r}" if brings_masks(source) else ""
     height, width = data.size
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+
+
+def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
+    """What of the data is not used as one might think, a clause each."""
+    if not isinstance(source, FileSource):
+        return []
+    notes = [source.note, size_note(settings.data, settings.base.name)]
+    return [*source.rows.remarks(), *filter(None, notes)]
+
+
+def size_note(data: DataConfig, base: str) -> str:
+    """A clause where the size to train at is nobody's choice and not the base's own; else empty."""
+    own = own_side(base)
+    if data.is_micro or data.resolution is not None or own is None or data.size == (own, own):
+        return ""
+    side = data.size[0]
+    return f"{side}x{side} is only the default, and the base {base} makes images of {own}x{own}: --resolution {own}"
 
 
 def new_watch(

@@ -95,6 +95,9 @@ def effective_batch(settings: TrainSettings) -> int:
 
 def _figures(settings: TrainSettings, step: int, result: ValidationResult, references: References | None) -> str:
     config, fidelity = settings.validation, result.fidelity
+    sheet = f"![Condition with the mask's outline, generated, its condition, real]({sheet_name(step)})"
+    if not fidelity.scored:
+        return f"\n## Held-out examples\n\nNot scored: their masks hold too few edges.\n\n{sheet}\n"
     rows = [("with the adapter", fidelity)]
     if references is not None:
         rows = [("base alone", references.base), *rows, ("real picture through the VAE", references.round_trip)]
@@ -113,7 +116,7 @@ examples are for watching a run; measure with more before comparing.
 |---|---|---|---|
 {table}
 
-![Condition with the mask's outline, generated, its condition, real]({sheet_name(step)})
+{sheet}
 """
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from localctl.base import resolve_base
 from localctl.data import Batch, MaskedSamples, MicroScenes, PlanSampler, SamplePlan, Source, collate, open_files
+from localctl.data.files import WITHOUT_VALIDATION
 from localctl.layout import check_side
 from localctl.random import generator
 from localctl.run.checkpoints import find_checkpoint, sweep, verify_checkpoint
@@ -35,7 +36,7 @@ from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, draw, training_step
-from localctl.training.validation import Fidelity, References, ValidationResult, Validator, validation_row
+from localctl.training.validation import Fidelity, References, ValidationResult, Validator, in_words, validation_row
 
 
 class NotFiniteError(RuntimeError):
@@ -62,7 +63,7 @@ def make_source(settings: TrainSettings, split: str) -> Source:
     """The data set of a split: ``train`` or ``val``."""
     data = settings.data
     if not data.is_micro:
-        return open_files(data, settings.condition, split)
+        return open_files(data, settings.condition, split, WITHOUT_VALIDATION)
     assert data.count is not None
     count = data.count if split == "train" else 20 * settings.validation.count  # some are skipped
     return MicroScenes(split, data.profile, count, settings.condition)
@@ -332,10 +333,7 @@ class Run:
         if self.state.validated != step:
             self.tracker.log(step, validation_row(fidelity, references))
             self.tracker.image(step, "validation/grid", result.sheet)
-        self.say(
-            f"step {step}: edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
-            f"{references.round_trip.f1:.3f}), {path}"
-        )
+        self.say(f"step {step}: {in_words(fidelity, references)}, {path}")
 
     def _farewell(self, interrupted: bool) -> str:
         if interrupted:

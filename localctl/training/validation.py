@@ -20,7 +20,7 @@ from localctl.data.bad import BadRow
 from localctl.data.sample import Example, Source
 from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
-from localctl.masks import MaskConfig, sample_mask
+from localctl.masks import sample_mask
 from localctl.metrics.edges import EdgeScores, edge_scores
 from localctl.random import numpy_rng
 from localctl.sampling import generate
@@ -44,10 +44,16 @@ class Case:
     mask: Tensor
     edges: np.ndarray
 
+    @property
+    def scored(self) -> bool:
+        """Whether its mask holds enough edges for a score to say something."""
+        return int((self.edges & (self.mask[0].numpy() > 0.5)).sum()) >= MIN_EDGES
+
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean over the cases: how well the pictures' edges inside the mask are those of the real ones."""
+    """Mean over the cases: how well the pictures' edges inside the mask are those of the real ones. All NaN where no
+    mask holds enough edges to say so."""
 
     f1: float
     precision: float
@@ -58,6 +64,15 @@ class Fidelity:
     def of(cls, scores: Sequence[EdgeScores]) -> Fidelity:
         mean = {name: sum(getattr(s, name) for s in scores) / len(scores) for name in ("f1", "precision", "recall")}
         return cls(**mean, per_case=tuple(s.f1 for s in scores))
+
+    @property
+    def scored(self) -> bool:
+        return not math.isnan(self.f1)
+
+
+def unscored(count: int) -> Fidelity:
+    """Of ``count`` cases without edges in their masks."""
+    return Fidelity(math.nan, math.nan, math.nan, (math.nan,) * count)
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,16 @@ class References:
 class ValidationResult:
     fidelity: Fidelity
     sheet: Image.Image
+
+
+def in_words(fidelity: Fidelity, references: References) -> str:
+    """What is said of a validation."""
+    if not fidelity.scored:
+        return f"no score, since no held-out mask has {MIN_EDGES} edge pixels in it (larger masks would)"
+    return (
+        f"edges in the mask F1 {fidelity.f1:.3f} (base alone {references.base.f1:.3f}, ceiling "
+        f"{references.round_trip.f1:.3f})"
+    )
 
 
 def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
@@ -99,13 +124,14 @@ class Validator:
         self.models = models
         self.config: ValidationConfig = settings.validation
         self.condition = settings.condition
-        self.edge_condition = self.condition if self.condition.kind == "canny" else ConditionConfig(kind="canny")
+        self.edge_condition = edge_condition(self.condition)
         set_scheduler(models.pipe, self.config.scheduler)
-        self.cases = choose_cases(source, settings.mask, self.config, self.edges_of)
+        self.cases = choose_cases(source, settings)
+        self.scored = self.cases[0].scored
 
     def edges_of(self, picture: Image.Image) -> np.ndarray:
         """Edges (H,W) bool, by which every kind of condition is scored."""
-        return extract(self.edge_condition, np.asarray(picture))[0].numpy() > 0.5
+        return edges_of(self.edge_condition, picture)
 
     def run(self, beat: Beat = nothing) -> ValidationResult:
         """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
@@ -116,6 +142,8 @@ class Validator:
 
     def references(self, beat: Beat = nothing) -> References:
         """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+        if not self.scored:
+            return References(unscored(len(self.cases)), unscored(len(self.cases)))
         return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
 
     def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
@@ -153,6 +181,8 @@ class Validator:
         return pictures
 
     def _score(self, pictures: Sequence[Image.Image]) -> Fidelity:
+        if not self.scored:
+            return unscored(len(self.cases))
         pairs = zip(self.cases, pictures, strict=True)
         return Fidelity.of([edge_scores(self.edges_of(p), case.edges, case.mask[0].numpy() > 0.5) for case, p in pairs])
 
@@ -168,18 +198,26 @@ class Validator:
                     to_pil(case.example.pixels),
                 ]
             )
-            labels.append(f"F1 {f1:.2f}  {case.example.caption}")
+            labels.append(f"F1 {f1:.2f}  {case.example.caption}" if self.scored else case.example.caption)
         return grid(rows, COLUMNS, labels)
 
 
-def choose_cases(
-    source: Source, masks: MaskConfig, config: ValidationConfig, edges_of: Callable[[Image.Image], np.ndarray]
-) -> list[Case]:
-    """The first ``config.count`` usable examples whose mask, drawn from ``config.seed``, holds enough edges to score.
+def edge_condition(condition: ConditionConfig) -> ConditionConfig:
+    """How the edges are found by which ``condition`` is scored."""
+    return condition if condition.kind == "canny" else ConditionConfig(kind="canny")
 
-    ValueError when there is none.
-    """
+
+def edges_of(config: ConditionConfig, picture: Image.Image) -> np.ndarray:
+    """Edges (H,W) bool."""
+    return extract(config, np.asarray(picture))[0].numpy() > 0.5
+
+
+def choose_cases(source: Source, settings: TrainSettings) -> list[Case]:
+    """The first ``validation.count`` usable examples whose mask, drawn from ``validation.seed``, holds enough edges to
+    be scored; where there is none such, the first usable ones. ValueError when none is usable."""
+    config, edges = settings.validation, edge_condition(settings.condition)
     cases: list[Case] = []
+    others: list[Case] = []
     for index in range(len(source)):
         if len(cases) == config.count:
             break
@@ -191,10 +229,15 @@ def choose_cases(
         rng = numpy_rng(config.seed, "validation mask", example.key)
         mask = example.mask
         if mask is None:
-            mask = sample_mask(masks, (height, width), rng, example.object_masks)
-        edges = edges_of(to_pil(example.pixels))
-        if (edges & (mask[0].numpy() > 0.5)).sum() >= MIN_EDGES:
-            cases.append(Case(example, mask, edges))
-    if not cases:
-        raise ValueError(f"No held-out mask has {MIN_EDGES} edge pixels in it; use larger masks or validation_steps=0.")
-    return cases
+            mask = sample_mask(settings.mask, (height, width), rng, example.object_masks)
+        case = Case(example, mask, edges_of(edges, to_pil(example.pixels)))
+        if case.scored:
+            cases.append(case)
+        elif len(others) < config.count:
+            others.append(case)
+    if not cases and not others:
+        raise ValueError(
+            f"None of the {len(source)} held-out examples is usable; repair them (python -m localctl.data check names "
+            "what is wrong), or pass --validation_steps 0."
+        )
+    return cases or others

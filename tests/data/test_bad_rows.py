@@ -1,7 +1,9 @@
 import io
 import json
+import os
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -199,6 +201,84 @@ def test_a_table_may_name_files_beside_it_but_no_others(folder, tmp_path):
     assert [problem(source, i) for i in (1, 2)] == ["image outside the data"] * 2
 
 
+ODD_NAMES = ("loop.png", "a" * 300 + ".png", "b" * 5000, "loop.png/x.png", "pipe.png", "folder.png", "chain/1.png")
+
+
+def put_odd_files(root):
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "chain").symlink_to("nwod")
+    (root / "nwod").symlink_to("chain")
+    os.mkfifo(root / "pipe.png")
+    (root / "folder.png").mkdir()
+
+
+@pytest.mark.parametrize("part", ["file_name", "mask_file_name", "conditioning_image_file_name"])
+def test_names_that_the_disk_refuses(folder, part):
+    lines = read_metadata(folder)
+    put_odd_files(folder)
+    write_metadata(folder, [*lines, *({**lines[0], part: name} for name in ODD_NAMES)])
+    source = opened(folder)
+    what = {"file_name": "image", "mask_file_name": "mask"}.get(part, "condition")
+    reasons = [problem(source, 6 + number) for number in range(len(ODD_NAMES))]
+    assert set(reasons) <= {f"{what} unreadable", f"{what} missing"} and reasons[0] == f"{what} unreadable"
+    assert source[5].caption == "picture 5"
+    for number in range(len(ODD_NAMES)):
+        with pytest.raises(BadRow) as bad:
+            source[6 + number]
+        assert len(str(bad.value)) <= 500
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_rows_are_replaced_in_workers_too(folder, workers):
+    lines = read_metadata(folder)
+    put_odd_files(folder)
+    odd = [{**lines[0], "file_name": name} for name in ODD_NAMES] + [{**lines[0], "text": "x\ud83d"}]
+    write_metadata(folder, [*lines, *odd])
+    loaded = batches(opened(folder), workers, stop=8)
+    assert len(loaded) == 8 and sum(len(batch) for batch in loaded) == 24
+    assert {p.reason for batch in loaded for p in batch.problems} >= {"image unreadable", "image missing"}
+
+
+def test_a_locked_folder_is_a_bad_row(folder, monkeypatch):
+    stat = Path.stat
+
+    def locked(self, **options):
+        if self.name == "002.png":
+            raise PermissionError(13, "Permission denied", str(self))
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", locked)
+    source = opened(folder)
+    assert problem(source, 2) == "image unreadable" and source[3].caption == "picture 3"
+
+
+def test_captions_that_the_disk_refuses(folder, tmp_path):
+    root = to_folders(folder, tmp_path / "folders")
+    for name in ("000", "001", "002", "003", "004"):
+        (root / name / "caption.txt").unlink()
+    (root / "000" / "caption.txt").symlink_to("caption.txt")
+    os.mkfifo(root / "001" / "caption.txt")
+    (root / "002" / "caption.txt").mkdir()
+    (root / "003" / "caption.txt").write_bytes(b"word " * 300_000)
+    (root / "004" / "caption.txt").write_bytes(b"word " * 20_000)
+    data = DataConfig(name="folder", path=str(root), resolution=32, validation_share=0)
+    source = open_files(data, ConditionConfig(kind="depth"), "train")
+    assert [problem(source, i) for i in range(4)] == [
+        "caption unreadable", "caption missing", "caption missing", "caption too long"
+    ]  # fmt: skip
+    assert len(source[4].caption) == 99_999
+
+
+def test_letters_that_are_line_ends_elsewhere_stand_in_captions(folder):
+    lines = read_metadata(folder)
+    for number, letter in enumerate("\u2028\u2029\x85\x0b\x0c\x1e"):
+        lines[number]["text"] = f"a{letter}b"
+    content = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "metadata.jsonl").write_text(content, encoding="utf-8")
+    source = opened(folder)
+    assert [source[i].caption[1] for i in range(3)] == ["\u2028", "\u2029", "\x85"]
+
+
 # What happens to them while training
 
 
@@ -267,6 +347,8 @@ def test_the_quarantine_lists_each_row_once_and_stops_at_the_limit(tmp_path):
         quarantine.add([bad(3)], step=6)
     with quarantine.path.open("a") as file:
         file.write('{"step": 7, "key": "torn')  # by a kill
+    with quarantine.path.open("a") as file:
+        file.write('\\n{"step": 8, "key": "{torn}\\n[1]\\n{"step": 1}\\n')  # a half that ends like a whole
     resumed = Quarantine(tmp_path, rows=200, max_fraction=0.01, start=4)
     assert list(resumed.problems) == ["1.png"] and [r["key"] for r in rows_of(resumed.path)] == ["1.png"]
     Quarantine(tmp_path, rows=200, max_fraction=0.01, start=0)

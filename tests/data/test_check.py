@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw
 
 from localctl.adapter import LocalAdapter
 from localctl.data.__main__ import main
+from localctl.data.bad import way_out
 from localctl.images import load_image
 
 
@@ -125,6 +126,62 @@ def test_mistakes_end_with_one_sentence_and_code_2(folder, capsys, argv, words):
     assert main([part.format(folder=folder) for part in argv]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and words in captured.err
+
+
+def test_what_a_training_would_stop_with_and_say(tmp_path, capsys):
+    folder = write_imagefolder(tmp_path / "data", 8, masks=False)
+    _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0")
+    assert "WARNING     a training would stop: None of the 8 rows" in out and "--validation_steps 0." in out
+    _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0", "--validation_steps", "0")
+    assert "would stop" not in out and "8 to train on, 0 for validation" in out
+    _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1e-9")
+    assert "7 to train on, 1 for validation" in out and "one is held out for validation: images/" in out
+    assert "no held-out mask has 40 edge pixels" in out
+    _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1")
+    assert "a training would stop: None of the 8 rows" in out and "lower it" in out
+
+
+def test_the_default_size_is_named_where_the_base_has_another(tmp_path, capsys):
+    folder = write_imagefolder(tmp_path / "data", 3, masks=False)
+    assert main(["check", f"data.path={folder}", "--preview", str(tmp_path / "x.png")]) == 0
+    out = capsys.readouterr().out
+    assert "512x512 is only the default, and the base micro makes images of 128x128: --resolution 128" in out
+    _, out, _ = run(folder, tmp_path, capsys, "--resolution", "64")
+    assert "only the default" not in out
+
+
+def test_a_validation_split_is_read_too(tmp_path, capsys):
+    write_imagefolder(tmp_path / "data" / "train", 4)
+    broken = write_imagefolder(tmp_path / "data" / "val", 3)
+    (broken / "images" / "001.png").write_bytes(b"")
+    _, out, _ = run(tmp_path / "data", tmp_path, capsys, "data.validation_split=val")
+    assert (
+        "4 to train on, 3 for validation" in out and "bad rows    1 (1 image not a picture), in the split 'val'" in out
+    )
+    code, out, err = run(tmp_path / "data", tmp_path, capsys, "data.validation_split=test")
+    assert code == 2 and "Nothing in" in err and "'test'" in err
+
+
+def test_what_to_do_about_bad_rows_and_what_is_not_used(tmp_path, capsys):
+    folder = write_imagefolder(tmp_path / "data", 8)
+    lines = read_metadata(folder)
+    lines[0]["text"], lines[1]["file_name"], lines[2]["text"] = None, "images/gone.png", "two\nlines \u2028 and more"
+    write_metadata(folder, lines[:6])
+    _, out, _ = run(folder, tmp_path, capsys)
+    assert "to do: caption missing: write a caption, or data.caption_column=null" in out
+    assert "to do: image missing: add the file" in out
+    assert "have no line in metadata.jsonl and are not used" in out and (tmp_path / "preview.png").exists()
+
+
+def test_every_reason_has_a_way_out():
+    reasons = ["metadata damaged", "row unreadable", "folder unreadable", "caption too long", "caption unreadable"]
+    reasons += [
+        f"image {word}" for word in ("missing", "damaged", "animated", "too large", "unreadable", "not a picture")
+    ]
+    assert all(way_out(reason) for reason in reasons)
+    assert (
+        way_out("image too large") != way_out("image damaged") != way_out("caption missing") != way_out("mask missing")
+    )
 
 
 def test_usage(capsys):

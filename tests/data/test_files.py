@@ -148,8 +148,8 @@ def test_the_split_is_by_key_and_survives_growth(tmp_path):
     assert is_held_out("images/000.png#2", 0.3) == is_held_out("images/000.png", 0.3)
     share = np.mean([is_held_out(f"{i}.png", 0.1) for i in range(5000)])
     assert abs(share - 0.1) < 0.015
-    with pytest.raises(ValueError, match="val part.*validation_share=0;.*--validation_steps 0"):
-        source(small, split="val")
+    with pytest.raises(ValueError, match="val part.*validation_share=0; raise data.validation_share or rest.$"):
+        open_files(config(small), COLUMN, "val", " or rest")
 
 
 def test_fewer_examples_on_request(folder):

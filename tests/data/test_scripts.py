@@ -1,7 +1,9 @@
 """The scripts in data/: from pictures and addresses to data sets that train."""
 
+import errno
 import hashlib
 import json
+import os
 import sys
 import threading
 import time
@@ -13,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from file_data import identities, picture, png, write_metadata
 from PIL import Image
 
+from localctl import web
 from localctl.conditions import ConditionConfig, extract
-from localctl.data import DataConfig, open_files
+from localctl.data import BadRow, DataConfig, SampleRef, open_files
 from localctl.images import load_image
 
 sys.path.append(str(Path(__file__).parents[2] / "data"))
@@ -63,6 +67,122 @@ def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name)
     assert make_dataset.main(argv) == 2 and "not empty" in capsys.readouterr().err
 
 
+@pytest.fixture
+def many(tmp_path):
+    """A folder as people have them."""
+    root = tmp_path / "many"
+    kinds = {"a.JPG": "JPEG", "b.bmp": "BMP", "c.TIFF": "TIFF", "d.gif": "GIF", "e.avif": "AVIF", "f.jfif": "JPEG"}
+    kinds |= {"g.jp2": "JPEG2000", "h.pgm": "PPM", ".hidden/i.png": "PNG", "@eaDir/j.png": "PNG", "._a.JPG": "JPEG"}
+    for number, (name, kind) in enumerate(kinds.items()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number, mode="L" if kind == "PPM" else "RGB").save(root / name, kind)
+        (root / name).with_suffix(".txt").write_bytes(b"\xef\xbb\xbf" + f"picture {number}".encode())
+    for name in ("k.heic", "l.HEIC", "m.psd", "Thumbs.db"):
+        (root / name).write_bytes(b"x")
+    return root
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_every_kind_of_image_is_taken_or_counted(many, tmp_path, capsys, name):
+    for _ in range(2):  # the second call meets what the first one wrote
+        out = many / f"out{_}"
+        assert make_dataset.main(["--images", str(many), "--output", str(out), "--format", name]) == 0
+        said = capsys.readouterr().out
+        assert "8 examples" in said and "3 hidden image" in said and "2 .heic" in said and "1 .psd" in said
+    assert "1 folder that this script wrote" in said
+    source = opened(out, name)
+    assert [source[i].caption for i in range(8)] == [f"picture {i}" for i in range(8)]
+    assert identities(np.stack([(source[i].pixels[0] + 1) / 2 for i in range(8)])) == list(range(8))
+
+
+def test_odd_files_are_left_out_by_name(photos, tmp_path, capsys):
+    (photos / "loop.png").symlink_to("loop.png")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "two.png").write_bytes((photos / "a.png").read_bytes())
+    os.mkfifo(photos / "two.txt")
+    deep = photos / "/".join(["long" * 20] * 4)
+    deep.mkdir(parents=True)
+    for name in ("a.png", "a.txt"):
+        (deep / name).write_bytes((photos / name).read_bytes())
+    (photos / "folder.png").mkdir()
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")).write_bytes((photos / "a.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.txt")).write_text("x")
+    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out"), "--condition", "canny"]) == 0
+    captured = capsys.readouterr()
+    assert "3 examples" in captured.out
+    for words in ("loop.png", "pipe.png", "two.png: two.txt is no file", "rename it", "240 bytes"):
+        assert words in captured.err, words
+
+
+def test_two_images_never_share_a_name(tmp_path):
+    for name in ("x/b.png", "x_b.png", "x/b_.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(name)).save(tmp_path / "photos" / name)
+        (tmp_path / "photos" / name).with_suffix(".txt").write_text(name)
+    argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out"), "--format", "folder"]
+    assert make_dataset.main([*argv, "--condition", "canny"]) == 0
+    assert sorted(opened(tmp_path / "out", "folder")[i].caption for i in range(3)) == ["x/b.png", "x/b_.png", "x_b.png"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_lists_of_captions(photos, tmp_path, capsys, kind):
+    rows = [{"file_name": "./a.png", "text": ["one", "two"]}, {"file_name": "b.jpg", "text": "a\u2028b\x85c"}]
+    rows += [{"file_name": "gone.png", "text": "x"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows] + ["{broken", "[1]", "[" * 100_000]
+    if kind == "csv":
+        lines = ["file_name,text", "./a.png,one", "b.jpg,a\u2028b\x85c", "gone.png,x", "only.png", "", "broken"]
+    listed = tmp_path / f"captions.{kind}"
+    listed.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    argv = ["--images", str(photos), "--captions", str(listed)]
+    assert make_dataset.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    captured = capsys.readouterr()
+    assert "1 lines of" in captured.out and "name no image" in captured.out
+    assert ("3" if kind == "jsonl" else "2") + " lines of" in captured.err
+    source = opened(tmp_path / "out", "imagefolder")
+    assert source[1].caption == "a\u2028b\x85c"
+    captions = {source.visit(SampleRef(0, epoch), 0).caption for epoch in range(8)}
+    assert captions == ({"one", "two"} if kind == "jsonl" else {"one"})
+    assert make_dataset.main([*argv, "--output", str(tmp_path / "folders"), "--format", "folder"]) == 0
+    assert ("1 images have several captions" in capsys.readouterr().out) == (kind == "jsonl")
+
+
+def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys):
+    (photos / "more").rename(photos / "val")
+    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 0
+    assert "splits, by the names of folders: 1 validation" in capsys.readouterr().out
+    data = DataConfig(path=str(tmp_path / "out"), resolution=32, validation_split="val")
+    assert [len(open_files(data, ConditionConfig(), part)) for part in ("train", "val")] == [2, 1]
+
+
+def test_camera_photos_become_a_data_set(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (6000, 4000), 110).save(tmp_path / "photos" / "a.jpg", exif=exif)
+    Image.new("L", (4000, 4100), 110).save(tmp_path / "photos" / "b.png")
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.txt").write_text("a field")
+    argv = ["--images", str(tmp_path / "photos"), "--condition", "sobel"]
+    assert make_dataset.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    source = opened(tmp_path / "out", "imagefolder", "column", conditioning_image_column="sobel")
+    assert source[0].original == (6000, 4000, 8, 0) and source[1].original[:2] == (4100, 4000)
+    assert identities((torch.stack([source[i].pixels for i in range(2)]) + 1) / 2) == [9, 9]
+    small = opened(tmp_path / "out", "imagefolder", max_pixels=20_000_000)
+    with pytest.raises(BadRow, match="over 20,000,000 pixels"):
+        small[0]
+    assert make_dataset.main([*argv, "--output", str(tmp_path / "o"), "--max_pixels", "20000000"]) == 0
+    assert "1 examples" in (said := capsys.readouterr()).out.splitlines()[-2] and "left out a.jpg" in said.err
+
+
+def test_a_full_disk_is_one_sentence(photos, tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(make_dataset.shutil, "copyfile", full)
+    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_conditions_are_those_of_training_and_captions_may_come_from_a_list(tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
@@ -96,6 +216,14 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Location", "file:///etc/hostname")
             self.end_headers()
             return
+        if self.path == "/inside":
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/latest/meta-data")
+            self.end_headers()
+            return
+        if self.path in ("/drip", "/drip_headers"):
+            self.drip(b"HTTP/1.0 200 OK\r\n" + b"\r\n" * (self.path == "/drip"))
+            return
         if self.path == "/html":
             content = b"<html>not found, sorry</html>"
         if self.path == "/large":
@@ -112,6 +240,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[: len(content) // 2] if self.path == "/half" else content)
         except OSError:  # the other side has had enough
             return
+
+    def drip(self, begin):
+        """Never end, and never keep silent for long."""
+        try:
+            self.wfile.write(begin)
+            while True:
+                time.sleep(0.05)
+                self.wfile.write(b"x")
+        except OSError:
+            self.close_connection = True
 
     def log_message(self, *arguments):
         return
@@ -133,9 +271,8 @@ def rows_of(folder):
 
 
 def fetch(listed, folder, *more):
-    return download_images.main(
-        ["--list", str(listed), "--output", str(folder), "--timeout", "0.6", "--max_bytes", "50000", *more]
-    )
+    limits = ("--timeout", "0.6", "--max_bytes", "50000", "--allow_inner_addresses")
+    return download_images.main(["--list", str(listed), "--output", str(folder), *limits, *more])
 
 
 def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
@@ -160,6 +297,119 @@ def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
     assert len(list((tmp_path / "photos").rglob("*.png"))) == 1 and not list(tmp_path.rglob("*.part"))
     assert make_dataset.main(["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]) == 0
     assert opened(tmp_path / "out", "imagefolder")[0].caption == "caption of good"
+
+
+def test_a_server_that_drips_is_given_up(server, tmp_path):
+    (tmp_path / "urls.txt").write_text(f"{server}/drip\n{server}/drip_headers\n{server}/good\n")
+    assert fetch(tmp_path / "urls.txt", tmp_path / "photos", "--timeout", "0.2", "--threads", "1") == 0
+    rows = rows_of(tmp_path / "photos")
+    assert rows[f"{server}/drip"]["error"] == rows[f"{server}/drip_headers"]["error"] == "too slow"
+    assert "file" in rows[f"{server}/good"]
+
+
+def test_inner_addresses_are_not_asked_unless_allowed(server, tmp_path, monkeypatch):
+    port = server.rpartition(":")[2]
+    inner = [server, f"http://localhost:{port}/a", f"http://2130706433:{port}/b", f"http://[::ffff:127.0.0.1]:{port}/c"]
+    (tmp_path / "urls.txt").write_text("\n".join(inner))
+    argv = ["--list", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "photos")]
+    assert download_images.main(argv) == 0 and not Handler.asked
+    assert [row["error"] for row in rows_of(tmp_path / "photos").values()] == ["inner address"] * 4
+    # a redirection: the server itself is taken for a public one
+    public = web.is_public
+    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1" or public(address))
+    (tmp_path / "urls.txt").write_text(f"{server}/inside")
+    assert download_images.main([*argv[:3], str(tmp_path / "more")]) == 0 and Handler.asked == {"/inside": 1}
+    assert rows_of(tmp_path / "more")[f"{server}/inside"]["error"] == "inner address"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [("8.8.8.8", True), ("2001:4860:4860::8888", True), ("127.0.0.1", False), ("10.1.2.3", False), ("::1", False)]
+    + [("169.254.169.254", False), ("100.64.0.1", False), ("0.0.0.0", False), ("224.0.0.1", False)]
+    + [("::ffff:192.168.0.1", False), ("64:ff9b::7f00:1", False), ("64:ff9b::808:808", True), ("2002:7f00:1::", False)]
+    + [("::7f00:1", False), ("fc00::1", False), ("fe80::1%eth0", False)],
+)  # fmt: skip
+def test_public_addresses(address, public):
+    assert web.is_public(address) is public
+
+
+def test_addresses_that_are_no_text(server, tmp_path):
+    rows = [
+        {"url": [f"{server}/a"], "text": "a"},
+        {"url": None},
+        {"url": 7},
+        {"url": {"x": 1}},
+        {"url": "http://\ud83d/"},
+    ]
+    rows += [{"url": f"{server}/good", "text": ["first", "second"]}, {"url": f"{server}/odd", "text": {"x": "\udcff"}}]
+    (tmp_path / "urls.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):
+        assert fetch(tmp_path / "urls.jsonl", tmp_path / "photos") == 0
+        found = rows_of(tmp_path / "photos")
+        assert len(found) == 7 and sum("file" in row for row in found.values()) == 2
+    assert found['["' + f"{server}/a" + '"]']["error"] == "no http address"
+    good = tmp_path / "photos" / found[f"{server}/good"]["file"]
+    assert good.with_suffix(".txt").read_text() == "first"
+
+
+@pytest.mark.parametrize("letter", ["\u2028", "\u0085", "\x1e", "\v"])
+def test_letters_that_python_takes_for_line_ends(server, tmp_path, letter):
+    line = {"url": f"{server}/good", "text": f"a{letter}b", "error": "no answer"}
+    (tmp_path / "list.jsonl").write_bytes(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    if letter > " ":
+        (photos / "manifest.jsonl").write_bytes((tmp_path / "list.jsonl").read_bytes())
+        assert fetch(tmp_path / "list.jsonl", photos) == 0 and not Handler.asked
+    assert fetch(tmp_path / "list.jsonl", photos, "--retry") == 0 and Handler.asked["/good"] == 1
+    assert fetch(photos / "manifest.jsonl", tmp_path / "others") == 0 and Handler.asked["/good"] == 2
+    (tmp_path / "list.txt").write_text(f"{server}/good\ta{letter}b\n{server}/two\tc\n")
+    assert fetch(tmp_path / "list.txt", tmp_path / "third") == 0
+    assert rows_of(tmp_path / "third")[f"{server}/good"]["text"] == f"a{letter}b"
+
+
+def test_a_full_disk_ends_with_one_sentence_and_what_is_there_stays(server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "urls.txt").write_text("\n".join(f"{server}/{i}" for i in range(6)))
+    write, written = Path.write_bytes, []
+
+    def full_after_two(self, content):
+        if len(written) == 2:
+            write(self, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(self)
+        return write(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_after_two)
+        assert fetch(tmp_path / "urls.txt", tmp_path / "photos", "--threads", "1") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error and "after 2 images were fetched" in error
+    assert not list((tmp_path / "photos").rglob("*.part"))
+    assert fetch(tmp_path / "urls.txt", tmp_path / "photos") == 0
+    assert "2 here already, 4 fetched" in capsys.readouterr().out
+
+
+def test_conditions_are_computed_while_fetching(server, tmp_path, capsys):
+    (tmp_path / "urls.txt").write_text(f"{server}/one\tcaption one\n{server}/gone\tx\n")
+    photos = tmp_path / "photos"
+    assert fetch(tmp_path / "urls.txt", photos) == 0  # without, at first
+    (tmp_path / "urls.txt").write_text(f"{server}/one\tcaption one\n{server}/two\tcaption two\n")
+    assert fetch(tmp_path / "urls.txt", photos, "--condition", "canny", "palette") == 0
+    assert Handler.asked == {"/one": 1, "/gone": 1, "/two": 1}
+    options = {"conditioning_image_column": "palette"}
+    source = opened(photos, "imagefolder", "column", **options)
+    assert sorted(source[i].caption for i in range(2)) == ["caption one", "caption two"]
+    assert identities((source[0].pixels[:1] + 1) / 2) == identities(source[0].condition[:1]) == [3]
+    assert not any("left out" in remark or "no line" in remark for remark in source.rows.remarks())
+    for name in ("canny", "palette"):
+        files = list((photos / name).rglob("*.png"))
+        assert len(files) == 2
+    image = load_image(photos / rows_of(photos)[f"{server}/two"]["file"])
+    edges = load_image(photos / "canny" / (rows_of(photos)[f"{server}/two"]["file"] + ".png"))
+    assert np.array_equal(np.asarray(edges)[..., 0] / 255, extract(ConditionConfig(), np.asarray(image))[0])
+    capsys.readouterr()
+    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 0
+    assert "2 examples" in capsys.readouterr().out  # edges are no photos
 
 
 def test_a_second_call_continues(server, tmp_path, capsys):

@@ -3,6 +3,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import yaml
 
+from localctl.data import DataConfig
 from localctl.run.config import load_config
 from localctl.run.record import MASKED, flat, recorded
 from localctl.training.export import write_settings
@@ -32,6 +33,11 @@ def test_secrets_are_masked_by_name_and_the_rest_is_plain():
     }  # fmt: skip
     assert recorded(Settings())["hub"]["token"] is None
     assert flat(recorded(settings))["hub.token"] == MASKED and flat({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
+
+
+def test_a_column_of_keys_is_no_secret():
+    settings = TrainSettings(data=DataConfig(path="x", key_column="id"))
+    assert recorded(settings)["data"]["key_column"] == "id"
 
 
 def load(tmp_path, text, *argv):

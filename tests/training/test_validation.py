@@ -7,12 +7,12 @@ import torch
 from training_helpers import tiny_settings
 
 from localctl.conditions import ConditionConfig
-from localctl.data import MicroScenes
+from localctl.data import BadRow, MicroScenes
 from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.training.models import load_models
 from localctl.training.settings import ValidationConfig
-from localctl.training.validation import MIN_EDGES, Fidelity, References, Validator
+from localctl.training.validation import MIN_EDGES, Fidelity, References, Validator, in_words, validation_row
 
 CPU = torch.device("cpu")
 
@@ -76,10 +76,29 @@ def test_control_is_the_share_of_the_way_to_the_ceiling():
     assert math.isnan(References(at(0.5), at(0.5)).control(0.7))
 
 
-def test_masks_without_edges_are_an_error(settings, validator):
-    corner = MaskConfig(kind="fixed", box=(0.0, 0.0, 0.02, 0.02))
-    with pytest.raises(ValueError, match="larger masks"):
-        Validator(validator.models, replace(settings, mask=corner), MicroScenes("val", count=5))
+def test_without_edges_in_any_mask_there_are_pictures_and_no_score(settings, validator):
+    corner = replace(settings, mask=MaskConfig(kind="fixed", box=(0.0, 0.0, 0.02, 0.02)))
+    blind = Validator(validator.models, corner, MicroScenes("val", count=5))
+    assert len(blind.cases) == 3 and not blind.scored and validator.scored
+    result, references = blind.run(), blind.references()
+    assert not result.fidelity.scored and len(result.fidelity.per_case) == 3
+    assert result.sheet.size == validator.run().sheet.size
+    assert "no score" in in_words(result.fidelity, references) and "40 edge pixels" in in_words(
+        result.fidelity, references
+    )
+    assert all(math.isnan(value) for value in validation_row(result.fidelity, references).values())
+
+
+def test_held_out_examples_none_of_which_is_usable_are_an_error(settings, validator):
+    class Broken:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            raise BadRow("image missing", "no image")
+
+    with pytest.raises(ValueError, match="None of the 4 held-out examples is usable.*--validation_steps 0"):
+        Validator(validator.models, settings, Broken())
 
 
 def test_conditions_no_picture_yields_are_scored_by_edges(settings):

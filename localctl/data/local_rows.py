@@ -1,0 +1,251 @@
+"""Rows of data in folders. One class per format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from localctl.data.bad import BadRow
+from localctl.data.folders import (
+    Walk,
+    canonical,
+    count_words,
+    is_hidden,
+    is_image,
+    not_chosen,
+    select,
+    split_named,
+    split_of,
+)
+from localctl.data.metadata import METADATA, METADATA_NAMES, metadata_lines
+from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, read_caption, unique
+from localctl.files import first_line
+from localctl.images import EXTENSIONS
+
+
+class ImageFolderRows:
+    """Images and ``metadata.jsonl`` (or .csv, .parquet; also one per subfolder): a row per example with ``file_name``,
+    as wanted ``conditioning_image_file_name`` and ``mask_file_name``, relative to the list's folder, and the caption.
+
+    Of ``split`` are the lists below the folder named so; or, where there is none, the rows whose file lies in one.
+    ValueError when there is no list, it is empty, none of its rows is of the split or has what ``columns`` asks for.
+    """
+
+    def __init__(self, root: Path, columns: Columns, split: str) -> None:
+        self.root, self.columns = root.resolve(), columns
+        lists = self._lists()
+        tops = split_folders(self.root, lists, split)
+        if len(tops) == 1:
+            self.root = self.root / tops[0]
+            lists = [file for file in lists if file.is_relative_to(self.root)]
+        self._lines: list[tuple[Path, bytes]] = []
+        keys: list[str] = []
+        splits: list[str | None] = []
+        seen: Counter[str] = Counter()
+        for file in lists:
+            parts = file.parent.relative_to(self.root).parts
+            prefix = "".join(f"{part}/" for part in parts)
+            for number, line in metadata_lines(file):
+                values = _parse(line)
+                name = _file_name(values, columns.image)
+                key = values.get(columns.key or "") or name
+                keys.append(f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}")
+                folders = (*parts, *name.split("/")[:-1]) if isinstance(name, str) else parts
+                splits.append(None if len(tops) == 1 else split_of(folders, split))
+                seen.update(_column(name) for name, value in values.items() if value is not None)
+                self._lines.append((file.parent, line))
+        self.split = split
+        if not self._lines:
+            raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
+        if len(tops) != 1:
+            chosen = select(splits, split, str(root))
+            self._all_lines = self._lines
+            keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
+            self.other_splits = not_chosen(splits, chosen)
+        else:
+            self._all_lines = self._lines
+            self.other_splits = other_splits(root, split)
+        seen["image"] += seen["file"]
+        check_columns(columns, seen, str(root))
+        self.keys: Sequence[str] = unique(keys)
+        self.has_masks = columns.mask is not None and seen[columns.mask] > 0
+
+    def _lists(self) -> list[Path]:
+        """All lists. ValueError when there is none, or two in one folder."""
+        found, images = [], 0
+        for folder, below, files in Walk(self.root):
+            here = [name for name in (*below, *files) if name.lower() in METADATA_NAMES]
+            if len(here) > 1:
+                raise ValueError(f"{folder} has both {' and '.join(here)}; keep the one that is meant.")
+            found += [folder / name for name in here]
+            images += sum(map(is_image, files))
+        if not found:
+            raise ValueError(
+                f"There is no {METADATA} with a line per image in {self.root}, but {images} images; make a data set of "
+                f"them: python data/make_dataset.py --images {self.root} --output DATASET (docs/data.md)."
+            )
+        return sorted(found)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Row:
+        folder, line = self._lines[index]
+        try:
+            values = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise BadRow("caption not UTF-8", f"the line in {METADATA} is not UTF-8 ({error.reason})") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow("metadata damaged", f"the line in {METADATA} is not JSON ({first_line(error)})") from None
+        if not isinstance(values, dict):
+            raise BadRow("metadata damaged", f"the line in {METADATA} is not a JSON object")
+
+        def part(what: str, name: str) -> Path | bytes | None:
+            return find_file(what, _file_name(values, name), folder, (self.root,))
+
+        return make_row(part, self.columns, self.has_masks, values.get(self.columns.caption or ""))
+
+    def remarks(self) -> list[str]:
+        """What of the folder is not used. Goes through all of it."""
+        named = {
+            os.path.normpath(os.path.join(folder, value))
+            for folder, line in self._all_lines
+            for value in _parse(line).values()
+            if isinstance(value, str) and is_image(value)
+        }
+        walk = Walk(self.root, count=True)
+        without = 0
+        for folder, _, files in walk:
+            if self.other_splits:
+                own = split_of(folder.relative_to(self.root).parts, self.split)
+                if own not in (None, canonical(self.split)):
+                    continue
+            without += sum(is_image(name) and os.path.join(folder, name) not in named for name in files)
+        lines = [f"{without} images in {self.root} have no line in {METADATA} and are not used"] if without else []
+        return [*lines, *left_out(walk, self.other_splits)]
+
+
+class FolderRows:
+    """A folder per example below ``root`` with an image, a condition, perhaps a mask, named by ``columns`` without
+    extension, and a caption in a text file: a folder with such an image, or with no folder in it.
+
+    Of ``split`` are the examples below a folder named so. ValueError when there is none.
+    """
+
+    def __init__(self, root: Path, columns: Columns, split: str) -> None:
+        self.root, self.columns = root.resolve(), columns
+        self.has_masks, self.loose = False, 0
+        found: list[Path] = []
+        walk = Walk(self.root)
+        for folder, below, files in walk:
+            if folder == self.root:
+                self.loose = sum(map(is_image, files))
+                continue
+            stems = [os.path.splitext(name)[0].lower() for name in files if is_image(name)]
+            if columns.image.lower() in stems:
+                below.clear()  # what lies below belongs to the example
+            if not below:
+                found.append(folder)
+                self.has_masks |= columns.mask is not None and columns.mask.lower() in stems
+        found = sorted([*found, *(folder for folder in walk.locked if folder != self.root)])
+        tops = split_folders(self.root, found, split)
+        if len(tops) == 1:
+            self.root = self.root / tops[0]
+            found = [folder for folder in found if folder.is_relative_to(self.root)]
+        names = [folder.relative_to(self.root) for folder in found]
+        if not names:
+            raise ValueError(
+                f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
+            )
+        if len(tops) == 1:
+            self.other_splits = other_splits(root, split)
+        else:
+            splits = [split_of(name.parts[:-1], split) for name in names]
+            chosen = select(splits, split, str(root))
+            names = [names[index] for index in chosen]
+            self.other_splits = not_chosen(splits, chosen)
+        self._folders = [name.as_posix() for name in names]
+        self.keys: Sequence[str] = unique(self._folders)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Row:
+        folder = self.root / self._folders[index]
+        try:
+            names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
+        except OSError as error:
+            raise BadRow("folder unreadable", f"the folder cannot be read ({error.strerror})") from None
+
+        def part(what: str, stem: str) -> Path | bytes | None:
+            return find_file(what, _called(names, stem, EXTENSIONS), folder, (self.root,))
+
+        return make_row(part, self.columns, self.has_masks, self._caption(folder, names))
+
+    def _caption(self, folder: Path, names: Sequence[str]) -> bytes | None:
+        if self.columns.caption is None:
+            return None
+        file = find_file("caption", _called(names, self.columns.caption, (".txt",)), folder, (self.root,))
+        return read_caption(file) if isinstance(file, Path) else None
+
+    def remarks(self) -> list[str]:
+        """What of the folder is not used. Goes through all of it."""
+        walk = Walk(self.root, count=True)
+        for _ in walk:
+            pass
+        walk.left_out["locked folder"] = 0  # a bad row
+        lines = [f"{self.loose} images lie in {self.root} itself, in no example's folder"] if self.loose else []
+        return [*lines, *left_out(walk, self.other_splits)]
+
+
+def split_folders(root: Path, places: Sequence[Path], split: str) -> list[str]:
+    """The folders right below ``root`` that are named after ``split`` and hold one of ``places``."""
+    tops = {place.relative_to(root).parts[0] for place in places if len(place.relative_to(root).parts) > 1}
+    return sorted(name for name in tops if split_of((name,), split) == canonical(split))
+
+
+def other_splits(root: Path, split: str) -> Counter[str]:
+    """Of the folders right below ``root``: how many belong to each other split."""
+    try:
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
+    except OSError:
+        return Counter()
+    return Counter(name for name in map(split_named, names) if name not in (None, canonical(split)))
+
+
+def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
+    """Sentences on what a finished ``walk`` passed over, and on what belongs to other ``splits``."""
+    lines = [f"left out in {walk.root}: {words}"] if (words := count_words(walk.left_out)) else []
+    if splits:
+        lines.append(f"not used here, other splits: {', '.join(sorted(splits))} (data.split, data.validation_split)")
+    return lines
+
+
+def _called(names: Sequence[str], stem: str, extensions: Sequence[str]) -> str | None:
+    """The one of ``names`` that is ``stem`` with one of ``extensions``, the first of these that is there."""
+    low = {name.lower(): name for name in reversed(names)}
+    return next((low[name] for end in extensions if (name := f"{stem.lower()}{end}") in low), None)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The values of a line as far as they can be read, for its key and the list of columns."""
+    try:
+        values = json.loads(line.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _file_name(values: dict[str, Any], column: str) -> Any:
+    """The cell of a column of pictures: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
+    the plain name of the column."""
+    names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
+    return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def _column(name: str) -> str:
+    return "file" if name == "file_name" else name.removesuffix("_file_name")
