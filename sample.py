@@ -1,5 +1,6 @@
-"""Draw pictures that follow a condition inside a mask, or a layout of regions.
+"""Generate images from a prompt that follow a condition inside a mask, or a layout of regions.
 
+  python sample.py --prompt "a red circle"
   python sample.py --prompt "a red circle" --image photo.png --mask mask.png --adapter runs/canny
   python sample.py --prompt "a red circle" --condition_image edges.png --adapter runs/canny --seeds 1 2 3
   python sample.py --layout scene.json --control bias guidance --set strength=0.6
@@ -9,8 +10,9 @@
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
-Writes one PNG per prompt and seed (and way to draw it), sheet.png, compare.png or a sweep's grids with all of them, and
-sample.json, which repeats the run. With several adapters, every adapter flag takes one value for all or one for each.
+Writes one PNG per prompt and seed (and variant), sheet.png, compare.png or a sweep's grids with all of them, and
+sample.json, which repeats the run. Images and masks of any size are brought to the size of the run (see "size"). With
+several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations
@@ -18,26 +20,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.base import load_pipeline, same_base
 from localctl.run.program import one_sentence
-from localctl.sampling_cli import build_controls, parse, prepare, reproducing_options
-from localctl.sampling_drawing import draw
-from localctl.sampling_files import open_output, save
+from localctl.sampling_cli import parse
 
 
 @one_sentence("sample.py")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    job = prepare(options)
-    folder = open_output(options.output_dir)
-    controls = build_controls(job)
-    pipe = load_pipeline(job.base, device=job.device)
-    outputs = [(variant, draw(pipe, job, variant, controls)) for variant in job.variants]
-    conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
-    read = same_base(job.base.name, "micro")  # whose pictures the reader of micro scenes can read
-    for path in save(outputs, reproducing_options(job), conditions, masks, folder, read):
-        print(path)
+    from localctl.sampling_run import run  # takes seconds, which a mistake in the flags need not wait for
+
+    for path in run(options):
+        print(path, flush=True)
     return 0
 
 

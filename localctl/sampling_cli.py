@@ -1,64 +1,55 @@
-"""What ``sample.py`` does around ``generate``: flags, and checks before anything slow.
-
-:func:`parse` -> :func:`prepare` (everything checked, nothing loaded) -> :func:`build_controls`; files are written by
-``sampling_files``.
-"""
+"""The flags of ``sample.py``: what was typed, and what a record says, as one namespace; nothing is looked up yet."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from diffusers import T2IAdapter
-from PIL import Image
-from torch import Tensor
+from localctl.base import DTYPES, SCHEDULERS
+from localctl.conditions import CHANNELS
+from localctl.sampling_record import INPUTS as INPUTS
+from localctl.sampling_record import RECORD, read_record
+from localctl.sizes import typed_size
 
-from localctl.adapter import LocalAdapter
-from localctl.base import DTYPES, SCHEDULERS, BaseConfig, lasting_name, resolve_base, same_base
-from localctl.conditions import CHANNELS, ConditionConfig, extract
-from localctl.control.base import check_window
-from localctl.control.local_adapter import LocalAdapterControl
-from localctl.files import first_line
-from localctl.images import load_image
-from localctl.layout import Layout, check_side
-from localctl.masks import load_mask
-from localctl.run.processes import process_device
-from localctl.sampling_files import INPUTS, RECORD
-from localctl.sampling_regions import Variant, add_flags, layout_paths, load_layouts, plan
-
-_COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray pictures a little
-
-
-@dataclass(frozen=True)
-class AdapterJob:
-    """One adapter with what it shall follow, checked but not loaded."""
-
-    folder: Path
-    is_local: bool
-    condition: Tensor  # (C, H, W) in [0, 1]
-    mask: Tensor  # (1, H, W)
-    weight: float
-    start: float
-    end: float
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a run needs; ``options`` are the flags that reproduce it, ``variants`` the ways to draw them."""
-
-    layouts: list[Layout]
-    adapters: list[AdapterJob]
-    base: BaseConfig
-    device: torch.device
-    options: argparse.Namespace
-    variants: list[Variant]
+DEFAULTS: dict[str, Any] = {
+    "weight": [1.0],
+    "start": [0.0],
+    "end": [1.0],
+    "seeds": [0],
+    "num_inference_steps": 30,
+    "batch_size": 4,
+    "dtype": "float32",
+    "device": "auto",
+    "output_dir": "outputs/sample",
+}
+# A flag that is typed takes the place of these in a record.
+_REPLACED = {
+    "image": ("condition_image",),
+    "condition_image": ("image",),
+    "resolution": ("height", "width"),
+    "compare": ("control", "sweep"),
+    "control": ("compare",),
+    "sweep": ("compare",),
+}
+_MOST_SEED = 2**64
+# What the same thing is called in other programs.
+_ELSEWHERE = {
+    "--steps": "--num_inference_steps",
+    "--cfg": "--guidance_scale",
+    "--cfg_scale": "--guidance_scale",
+    "--scale": "--guidance_scale",
+    "--model": "--base",
+    "--pretrained_model_name_or_path": "--base",
+    "--pretrained_vae_model_name_or_path": "--vae",
+    "--output": "--output_dir",
+    "--sampler": "--scheduler",
+    "--adapter_conditioning_scale": "--weight",
+    "--num_images_per_prompt": "--seeds, one for each image",
+    "--mixed_precision": "--dtype",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,53 +57,125 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
 
-def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of ``sample.py``; dashes and underscores are the same."""
+def new_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """The flags; dashes and underscores are the same. What is not typed is not in the namespace."""
     parser = _Parser(
         prog="sample.py",
         description=description,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("--prompt", nargs="+", help="one or more prompts")
-    group = parser.add_argument_group("adapters", "one value for all adapters, or one for each")
-    group.add_argument("--adapter", nargs="+", metavar="DIR", help="folders of trained (or plain T2I-) adapters")
-    group.add_argument("--image", nargs="+", metavar="FILE", help="photos the conditions are computed from")
-    group.add_argument("--condition_image", nargs="+", metavar="FILE", help="ready conditions, in place of --image")
-    group.add_argument("--mask", nargs="+", metavar="FILE", help="white = controlled; default: everywhere")
-    group.add_argument("--condition", nargs="+", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
-    group.add_argument("--weight", nargs="+", type=float, default=[1.0], help="strength (default 1)")
-    group.add_argument("--start", nargs="+", type=float, default=[0.0], help="active from this fraction of the steps")
-    group.add_argument("--end", nargs="+", type=float, default=[1.0], help="active up to this fraction of the steps")
-    add_flags(parser)
-    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
-    add("--seeds", nargs="+", type=int, default=[0], help="one picture per prompt and seed")
-    add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
-    add("--negative_prompt")
-    add("--height", type=int, help="default, and with a condition the only one: the condition's or the layout's own")
-    add("--width", type=int, help="as --height")
-    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
-    add("--batch_size", type=int, default=4, help="pictures at once; does not change them")
-    add("--dtype", choices=list(DTYPES), default="float32")
-    add("--device", default="auto", help="auto, cpu, cuda, ...")
-    add("--output_dir", default="outputs/sample")
+    parser.add_argument(
+        "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
+    )
+    _add_adapter_flags(parser)
+    _add_region_flags(parser)
+    _add_size_flags(parser)
+    _add_sampling_flags(parser)
+    _add_base_flags(parser)
+    add = parser.add_argument_group("files").add_argument
+    add("--output_dir", help="default: outputs/sample")
     add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; further flags replace what it says")
     return parser
 
 
+def _several(group: Any) -> Callable[..., None]:
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, nargs="+", **options)
+
+    return add
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    add = _several(parser.add_argument_group("adapters", "one value for all adapters, or one for each"))
+    add("--adapter", metavar="PLACE", help="trained (or plain T2I-) adapters: folder, run, hub id or file of weights")
+    add("--image", metavar="FILE", help="photos of any size, which the conditions are computed from")
+    add("--condition_image", metavar="FILE", help="ready conditions, in place of --image")
+    add("--mask", metavar="FILE", help="white = controlled; of the image's shape, in any size; default: everywhere")
+    add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
+    add("--weight", type=float, help="strength (default 1)")
+    add("--start", type=float, help="active from this fraction of the steps (default 0)")
+    add("--end", type=float, help="active up to this fraction of the steps (default 1)")
+
+
+def _add_region_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("regions", "what goes where; the layout brings its own prompt")
+    add = _several(group)
+    names = "bias, dense, guidance, forward, spacetime, spacetime_optimized, none"
+    add("--layout", metavar="FILE", help="scenes (JSON) in place of --prompt; auto: predicted from --prompt")
+    group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
+    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: a layout predictor of one's own")
+    add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
+    add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
+    add("--sweep", metavar="NAME=V,V", help="one or two settings over values: a labelled grid per image")
+    add("--compare", metavar="NAME", help="all, or names joined by + where they act together: side by side")
+
+
+def _add_size_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "size",
+        "image, condition and mask are scaled and cropped together, as in training. Default: the layout's size; the\n"
+        "image's own if it suits the base, else the base's own area in the image's shape; without either, the base's.",
+    ).add_argument
+    add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
+    add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's shape")
+    add("--width", type=int, help="as --height")
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    _several(group)(
+        "--seeds",
+        type=seed,
+        help="one image per prompt and seed (default 0). A seed is the same noise whatever the other images, the batch "
+        "size and the device; -1 is a seed like any other, not a random one",
+    )
+    add("--num_inference_steps", type=int, help="default: 30")
+    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
+    add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
+    add("--negative_prompt", metavar="TEXT")
+    add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
+    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
+    add("--use_karras_sigmas", type=boolean, nargs="?", const=True, metavar="BOOL", help="Karras' spacing of the steps")
+    add("--batch_size", type=int, help="images at once (default 4); does not change them")
+
+
+def _add_base_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("base").add_argument
+    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
+    add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
+    add("--variant", help="of the base's files, such as fp16")
+    add("--revision", help="of the base on the hub")
+    add("--local_files_only", type=boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
+    add("--dtype", choices=list(DTYPES), help="default: float32")
+    add("--device", help="auto (default), cpu, cuda, ...")
+
+
 def parse(argv: Sequence[str], description: str | None = None) -> argparse.Namespace:
-    """Flags as a namespace; a record given with ``--from_json`` is put in front of them. ValueError for bad flags."""
+    """Flags as a namespace; what a record given with ``--from_json`` says is taken where no flag does.
+
+    ValueError for bad flags, or a file that is no record.
+    """
     parser = new_parser(description)
     argv = [_underscored(token) for token in argv]
-    options = parser.parse_args(argv)
-    if options.from_json is not None:
-        options = parser.parse_args([*_recorded_flags(Path(options.from_json), parser), *argv])
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(argv, unknown, parser)
+    typed = vars(known)
+    if "prompt" in typed:
+        typed["prompt"] = _prompts(typed["prompt"])
+    recorded: dict[str, Any] = {}
+    if "from_json" in typed:
+        recorded = read_record(Path(typed["from_json"]), parser)
+        for name in typed:
+            for other in _REPLACED.get(name, ()):
+                recorded.pop(other, None)
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    options = argparse.Namespace(**{**dict.fromkeys(names), **DEFAULTS, **recorded, **typed})
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
-    if not options.adapter and not options.layout:
-        raise ValueError("There is no adapter; give --adapter, or --layout for a scene with regions.")
     return options
 
 
@@ -121,222 +184,70 @@ def _underscored(token: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token
 
 
-def _recorded_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """The flags in a record; relative input files are looked up beside it."""
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))["options"]
-        assert isinstance(options, dict)
-    except OSError as error:
-        raise ValueError(f"The record {path} cannot be read ({error.strerror}); check the path.") from error
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} is not a record of sample.py; give the {RECORD} of an earlier run.") from error
-    flags: list[str] = []
-    for name, value in options.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        if name in INPUTS:
-            values = [path.parent / item for item in values]  # absolute paths stay as they are
-        # A single value goes behind "=", where it may begin with a dash.
-        flags += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
-    return flags
+def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """ValueError for what no flag takes."""
+    first = unknown[0]
+    if not first.startswith("-"):
+        parser.error(f"{_short(first)!r} belongs to no flag; put a text in quotes: {_quoted(argv, first)}")
+    name = first.partition("=")[0]
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, flags, 1, 0.75)), None)
+    hint = f" (did you mean {near}?)" if near else ""
+    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{hint}")
 
 
-def prepare(options: argparse.Namespace) -> Job:
-    """Check everything that can be checked without loading a model. ValueError in one sentence."""
-    scenes = load_layouts(options)
-    _check_numbers(options)
-    device = process_device(options.device)
-    folders = [find_adapter(path) for path in options.adapter or ()]
-    configs = [_adapter_config(folder) for folder in folders]
-    base = _base_name(options.base, folders, configs) if folders else options.base or "micro"
-    variants = plan(options, base)
-    _say_sampling(options, variants, resolve_base(base).guidance_scale)
-    adapters = [_adapter_job(options, index, *pair) for index, pair in enumerate(zip(folders, configs, strict=True))]
-    size = _common_size(options, adapters) if adapters else (options.height, options.width)
-    scenes = scenes or [Layout(prompt) for prompt in options.prompt]
-    layouts = [_sized(scene, size) for scene in scenes]
-    return Job(layouts, adapters, BaseConfig(name=base, dtype=options.dtype), device, options, variants)
-
-
-def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
-    """Guidance scale and scheduler are recorded where they are one for all variants, so that a later default changes no
-    picture."""
-    scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
-    schedulers = {variant.sampling.scheduler for variant in variants}
-    if options.guidance_scale is None and len(scales) == 1:
-        options.guidance_scale = scales.pop()
-    if options.scheduler is None and len(schedulers) == 1:
-        options.scheduler = schedulers.pop()
-
-
-def _sized(layout: Layout, size: tuple[int | None, int | None]) -> Layout:
-    """The layout in the size (height, width) of the run, as far as that is said. ValueError when it has another."""
-    height, width = size[0] or layout.height, size[1] or layout.width
-    if layout.size not in (None, (height, width)):
-        raise ValueError(
-            f"The layout is {layout.width}x{layout.height} pixels but the picture is to be {width}x{height}; "
-            "change the layout, or leave its size out."
-        )
-    return replace(layout, height=height, width=width)
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    for name in ("height", "width"):
-        check_side(name, getattr(options, name))
-    for name in ("num_inference_steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError("A seed is given twice in --seeds; give each one once.")
-    if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
-        raise ValueError("--guidance_scale and --weight must be finite numbers.")
-    if not options.adapter:
-        for name in (*(item for item in INPUTS if item != "layout"), "condition"):
-            if getattr(options, name):
-                raise ValueError(f"--{name} is for an adapter, and there is none; give --adapter.")
-        return
-    if options.image and options.condition_image:
-        raise ValueError("Give either --image or --condition_image, not both.")
-    if not options.image and not options.condition_image:
-        raise ValueError("There is nothing to follow; give --image or --condition_image.")
-    for name in (*(item for item in INPUTS if item != "layout"), "condition", "weight", "start", "end"):
-        count = len(getattr(options, name) or [None])
-        if count not in (1, len(options.adapter)):
-            raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The folder of an adapter: ``path`` itself, or ``adapter`` within the folder of a training run."""
-    path = Path(path)
-    for folder in (path, path / "adapter"):
-        if (folder / "config.json").is_file():
-            return folder.resolve()
-    what = "has no adapter in it" if path.is_dir() else "does not exist"
-    raise ValueError(f"The adapter folder {path} {what}; give the folder that training saved.")
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json is damaged; save the adapter again.") from error
-    if kind not in ("LocalAdapter", "T2IAdapter"):
-        raise ValueError(f"{folder} holds a {kind}, not an adapter; give the folder that training saved.")
-    return config
-
-
-def _base_name(asked: str | None, folders: Sequence[Path], configs: Sequence[dict[str, Any]]) -> str:
-    """The base to load: all adapters must have been trained on it, as far as they say."""
-    named = [(folder, config["base"]) for folder, config in zip(folders, configs, strict=True) if config.get("base")]
-    if asked is None and not named:
-        raise ValueError("The adapter does not say which base it was trained on; give --base.")
-    base = asked or named[0][1]
-    for folder, own in named:
-        if not same_base(own, base):
-            other = "--base" if asked else "another adapter"
-            raise ValueError(
-                f"The adapter {folder} was trained on the base {own!r} but {other} says {base!r}; "
-                f"if they are one model, change 'base' in the adapter's config.json."
-            )
-    return base
-
-
-def _adapter_job(options: argparse.Namespace, index: int, folder: Path, config: dict[str, Any]) -> AdapterJob:
-    def nth(name: str) -> Any:
-        values = getattr(options, name)
-        return None if not values else values[0] if len(values) == 1 else values[index]
-
-    settings = _condition_config(nth("condition"), config, folder, computed=bool(options.image))
-    channels = config.get("in_channels", 3)  # T2IAdapter's default
-    if options.image:
-        assert settings is not None
-        condition, path = extract(settings, np.asarray(load_image(nth("image")))), nth("image")
+def _quoted(argv: Sequence[str], word: str) -> str:
+    """The flag as it was meant, where the shell took the text of ``word`` apart."""
+    at = argv.index(word)
+    end = next((i for i in range(at, len(argv)) if argv[i].startswith("--")), len(argv))
+    flag = max((i for i in range(at) if argv[i].startswith("--")), default=-1)
+    name, _, value = argv[flag].partition("=") if flag >= 0 else ("", "", "")
+    if name in ("--prompt", "--negative_prompt"):
+        words = [*([value] if value else []), *argv[flag + 1 : end]]
     else:
-        condition, path = _load_condition(nth("condition_image"), channels), nth("condition_image")
-    height, width = condition.shape[-2:]
-    multiple = math.lcm(8, config.get("downscale_factor", 8))
-    if height % multiple or width % multiple:
-        raise ValueError(f"{path} is {width}x{height} pixels, no multiple of {multiple}; resize or crop it first.")
-    mask = load_mask(nth("mask"), (height, width)) if options.mask else torch.ones(1, height, width)
-    window = nth("start"), nth("end")
-    check_window(*window)
-    return AdapterJob(folder, config["_class_name"] == "LocalAdapter", condition, mask, nth("weight"), *window)
+        name, words = "--prompt", list(argv[at:end])
+    return f'{name} "{_short(" ".join(words))}"'
 
 
-def _condition_config(kind: str | None, config: dict[str, Any], folder: Path, computed: bool) -> ConditionConfig | None:
-    """How to compute the condition; as trained, unless another kind is asked. None: nobody knows, nor needs to."""
-    trained = config.get("condition") or {}
-    kind = kind or trained.get("kind")
-    if kind is None:
-        if computed:
-            raise ValueError(f"The adapter {folder} does not say which condition it was trained on; give --condition.")
-        return None
-    try:
-        settings = ConditionConfig(**(trained if kind == trained.get("kind") else {"kind": kind}))
-    except TypeError as error:
-        raise ValueError(f"'condition' in {folder}/config.json is damaged ({error}); repair it.") from error
-    channels = config.get("in_channels", 3)
-    if settings.channels != channels:
-        raise ValueError(
-            f"A {kind} condition has {settings.channels} channels but the adapter {folder} takes {channels}; "
-            "give the --condition it was trained on."
-        )
-    return settings
-
-
-def _load_condition(path: str, channels: int) -> Tensor:
-    """A ready condition (C,H,W) in [0,1] from a picture."""
-    picture = np.asarray(load_image(path))  # (H,W,3)
-    if channels == 1 and int(np.ptp(picture.astype(np.int16), axis=2).max()) > _COLOUR_TOLERANCE:
-        raise ValueError(f"{path} is in colour but the adapter takes 1 channel; give a gray one, or --image.")
-    if channels not in (1, 3):
-        raise ValueError(f"The adapter takes {channels} channels, which no picture has; use it from Python.")
-    if channels == 1:
-        picture = np.asarray(Image.fromarray(picture).convert("L"))[..., None]
-    return torch.from_numpy(picture.transpose(2, 0, 1).copy()).float() / 255
-
-
-def _common_size(options: argparse.Namespace, adapters: Sequence[AdapterJob]) -> tuple[int, int]:
-    height, width = adapters[0].condition.shape[-2:]
-    for job in adapters[1:]:
-        if job.condition.shape[-2:] != (height, width):
+def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
+    """All prompts, of each ``--prompt`` one or several. ValueError where the words of one were meant: bare words that
+    the shell took apart."""
+    for group in groups:
+        if len(group) > 1 and all(len(prompt.split()) <= 1 for prompt in group):
+            words = _short(" ".join(group))
+            apart = " ".join(f"--prompt {word}" for word in group[:2])
             raise ValueError(
-                f"The conditions are {width}x{height} and {job.condition.shape[-1]}x{job.condition.shape[-2]} pixels; "
-                "resize them to one size."
+                f'--prompt has {len(group)} single words; put one prompt in quotes, --prompt "{words}", or repeat the '
+                f"flag for each of several: {_short(apart)} ..."
             )
-    if (options.height or height, options.width or width) != (height, width):
-        raise ValueError(
-            f"The condition is {width}x{height} pixels but --width and --height ask for {options.width or width}x"
-            f"{options.height or height}; resize the picture first, or leave them out."
-        )
-    return height, width
+    return [prompt for group in groups for prompt in group]
 
 
-def build_controls(job: Job) -> list[LocalAdapterControl]:
-    """Load the adapters. ValueError when a file is missing or damaged."""
-    controls = []
-    for item in job.adapters:
-        try:
-            if item.is_local:
-                adapter = LocalAdapter.from_pretrained(item.folder)
-            else:
-                adapter = LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(item.folder)))
-        except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-            reason = first_line(error)
-            raise ValueError(f"The adapter in {item.folder} cannot be loaded ({reason}); save it again.") from error
-        adapter = adapter.to(job.device).eval().requires_grad_(False)
-        controls.append(LocalAdapterControl(adapter, item.condition, item.mask, item.weight, item.start, item.end))
-    return controls
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def reproducing_options(job: Job) -> dict[str, Any]:
-    """The flags that repeat this run from anywhere: defaults that came from the adapter spelled out, paths absolute."""
-    return {
-        **vars(job.options),
-        "from_json": None,
-        "base": lasting_name(job.base.name),
-        "adapter": [str(item.folder) for item in job.adapters] or None,
-        "layout": layout_paths(job.options) or None,
-    }
+def seed(text: str) -> int:
+    """A seed; ArgumentTypeError for what is none, or has more than 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {_short(text)!r}") from None
+    if abs(value) >= _MOST_SEED:
+        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of a side of a square or WIDTHxHEIGHT; ArgumentTypeError for anything else."""
+    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is no size; write 512 or WIDTHxHEIGHT such as 512x768")
+    return found
+
+
+def boolean(text: str) -> bool:
+    """true or false, in any case; ArgumentTypeError for anything else."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"it is true or false, not {_short(text)!r}")
+    return text.lower() == "true"

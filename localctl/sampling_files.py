@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,62 +15,101 @@ from PIL import Image
 from torch import Tensor
 
 from localctl import __version__
+from localctl.files import first_line, write_text
 from localctl.images import condition_to_pil, grid, outline
 from localctl.layout import Layout
 from localctl.layout_io import load_layout, save_layout
 from localctl.sampling import GenerateOutput
-from localctl.sampling_regions import AUTO, Variant, named
+from localctl.sampling_record import AUTO, INPUTS, RECORD
+from localctl.sampling_regions import Variant, named
 from localctl.sampling_sheets import axis_labels, region_sheet
 
-RECORD = "sample.json"
-INPUTS = ("image", "condition_image", "mask", "layout")  # flags that name files; copied beside the record
+_LONGEST_ENDING = 80  # letters of a file name
 
 
-def open_output(path: str) -> Path:
-    """Make the output folder, before anything slow. ValueError when that is not possible."""
-    folder = Path(path)
+def open_output(path: str, needed: int) -> Path:
+    """Make the output folder, before anything slow. ValueError when that is not possible or nothing can be written
+    there, OSError when the disk has not the bytes ``needed``."""
+    folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"The output folder {folder} cannot be made ({error.strerror}); choose another.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"The disk of the output folder {folder} is full; make room or choose another.") from error
+        raise ValueError(
+            f"The output folder {folder} cannot be written to ({error.strerror}); choose another."
+        ) from error
+    if free < needed:
+        raise OSError(
+            f"The disk of the output folder {folder} has {free / 1e6:.0f} MB left where the images may take "
+            f"{needed / 1e6:.0f} MB; make room or choose another."
+        )
     return folder
 
 
-def save(
+def save_images(output: GenerateOutput, index: int, variants: Sequence[Variant], folder: Path) -> list[Path]:
+    """Write the images of the variant of this ``index``; their paths. OSError that names the file."""
+    ending = f"_{endings(variants)[index]}" if len(variants) > 1 else ""
+    paths = []
+    for name, image in zip(_names(output), output.images, strict=True):
+        paths.append(folder / f"{name}{ending}.png")
+        _save(image, paths[-1])
+    return paths
+
+
+def endings(variants: Sequence[Variant]) -> list[str]:
+    """What each variant's files end with: its label, with its number where that is too long or not its own."""
+    names = [named(variant.label) for variant in variants]
+    return [
+        name if len(name) <= _LONGEST_ENDING and names.count(name) == 1 else f"{name[:_LONGEST_ENDING]}_{index}"
+        for index, name in enumerate(names)
+    ]
+
+
+def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path) -> None:
+    """Write the flags that repeat the run, and the names of its images. OSError that names the file."""
+    record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
+    write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_sheets(
     outputs: Sequence[tuple[Variant, GenerateOutput]],
     options: Mapping[str, Any],
     conditions: Sequence[Tensor],
     masks: Sequence[Tensor],
     folder: Path,
     read: bool = False,
-) -> list[Path]:
-    """Write the pictures, ``sheet.png``, copies of the inputs and the record; returns the paths of the pictures.
-
-    ``options`` are the flags that repeat the run, with the files named in ``INPUTS`` where they are now. ``read``: put
-    the reader's verdict under pictures with regions, which makes sense for micro scenes.
-    """
-    paths = []
-    for variant, output in outputs:
-        ending = f"_{named(variant.label)}" if len(outputs) > 1 else ""
-        for name, image in zip(_names(output), output.images, strict=True):
-            paths.append(folder / f"{name}{ending}.png")
-            image.save(paths[-1])
+) -> None:
+    """Write ``sheet.png``, or ``compare.png``, or the grids of a sweep. ``read``: put the reader's verdict under images
+    with regions, which makes sense for micro scenes. OSError that names the file."""
     first = outputs[0][1]
     if not options["layout"]:
-        contact_sheet(first, conditions, masks).save(folder / "sheet.png")
+        _save(contact_sheet(first, conditions, masks), folder / "sheet.png")
     elif len(outputs) == 1:
-        _layouts_sheet(first, read).save(folder / "sheet.png")
+        _save(_layouts_sheet(first, read), folder / "sheet.png")
     elif options["sweep"]:
         for index, name in enumerate(_names(first)):
-            _sweep_sheet(outputs, index, read).save(folder / f"{name}_sweep.png")
+            _save(_sweep_sheet(outputs, index, read), folder / f"{name}_sweep.png")
     else:
         rows = [[output.images[i] for _, output in outputs] for i in range(len(first.images))]
         columns = [variant.label for variant, _ in outputs]
-        region_sheet(rows, first.layouts, columns, _captions(first), read).save(folder / "compare.png")
-    options = {**options, **_copy_inputs(options, first.layouts, folder)}
-    record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
-    (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return paths
+        _save(region_sheet(rows, first.layouts, columns, _captions(first), read), folder / "compare.png")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    try:
+        image.save(path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OSError(f"{path} could not be written ({reason}); what was written before is kept.") from error
 
 
 def _names(output: GenerateOutput) -> list[str]:
@@ -98,21 +141,22 @@ def _sweep_sheet(outputs: Sequence[tuple[Variant, GenerateOutput]], index: int, 
     return region_sheet(rows, [layout] * len(rows), columns, captions, read)
 
 
-def _copy_inputs(options: Mapping[str, Any], drawn: Sequence[Layout], folder: Path) -> dict[str, Any]:
-    """Copy the input files to ``folder``/inputs, so that the record needs no others; their names relative to it.
+def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
+    """Copy the input files to ``folder``/inputs, so that the record needs no others, and no image can take the place
+    of one; the options that name them, relative to ``folder``.
 
-    Predicted layouts are written down as they were ``drawn``: a later predictor changes no recorded run.
+    Predicted layouts are written down as they are ``used``: a later predictor changes no recorded run.
     """
     contents = {
-        f"inputs/{name}_{index}{Path(path).suffix.lower()}": (name, Path(path).read_bytes())
+        f"inputs/{name}_{index}{Path(path).suffix.lower()[:10]}": (name, Path(path).read_bytes())
         for name in INPUTS
         if name != "layout"
         for index, path in enumerate(options[name] or [])
     }  # all read before any is written: a repeated run may read from the folder it writes to
     predicted = options["layout"] == [AUTO]
-    layouts = list(dict.fromkeys(drawn)) if predicted else [load_layout(path) for path in options["layout"] or ()]
+    layouts = list(dict.fromkeys(used)) if predicted else [load_layout(path) for path in options["layout"] or ()]
     (folder / "inputs").mkdir(exist_ok=True)
-    copies: dict[str, Any] = {"prompt": None, "layout_seed": None} if predicted else {}
+    copies: dict[str, Any] = {"prompt": None, "layout_seed": None, "predictor": None} if predicted else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
         copies.setdefault("layout", []).append(str(path.relative_to(folder)))

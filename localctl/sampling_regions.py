@@ -21,6 +21,7 @@ from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.optimization.weights import OptimizedSpaceTime
+from localctl.sampling_record import AUTO
 
 CONTROLS: dict[str, type[Control]] = {
     "bias": RegionBias,
@@ -32,7 +33,6 @@ CONTROLS: dict[str, type[Control]] = {
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 NONE = "none"
-AUTO = "auto"  # in place of a scene: what the layout predictor makes of the prompt
 _MOST_CELLS = 64  # of a sweep
 
 
@@ -59,38 +59,19 @@ class Variant:
     sampling: Sampling = FREE
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of regions."""
-    group = parser.add_argument_group("regions", "what goes where; the layout brings its own prompt")
-    names = ", ".join((*CONTROLS, NONE))
-    group.add_argument(
-        "--layout",
-        nargs="+",
-        metavar="FILE",
-        help=f"scenes (JSON) in place of --prompt; {AUTO}: predicted from --prompt",
-    )
-    group.add_argument("--layout_seed", type=int, help=f"with --layout {AUTO}: draw layouts; default: the most likely")
-    group.add_argument("--control", nargs="+", metavar="NAME", help=f"{names}, or several; default: bias")
-    group.add_argument("--set", nargs="+", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
-    group.add_argument(
-        "--sweep", nargs="+", metavar="NAME=V,V", help="one or two settings over values: a labelled grid per picture"
-    )
-    group.add_argument(
-        "--compare", nargs="+", metavar="NAME", help="all, or names joined by + where they act together: side by side"
-    )
-
-
 def load_layouts(options: argparse.Namespace) -> list[Layout]:
     """The layouts of the flags. ValueError for flags that do not go together, or a file that is no layout."""
     if not options.layout:
-        for name in ("control", "set", "sweep", "compare", "layout_seed"):
-            if getattr(options, name) is not None:
+        for name in ("control", "set", "sweep", "compare", "layout_seed", "predictor"):
+            value = getattr(options, name)
+            if value is not None and not (name == "control" and value == [NONE]):
                 raise ValueError(f"--{name} needs regions to work on; give --layout.")
         return []
     if AUTO in options.layout:
         return _predicted(options)
-    if options.layout_seed is not None:
-        raise ValueError(f"--layout_seed is for --layout {AUTO}; leave it out.")
+    for name in ("layout_seed", "predictor"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is for --layout {AUTO}; leave it out.")
     if options.prompt:
         raise ValueError("A layout brings its own prompt; give either --layout or --prompt.")
     return [load_layout(path) for path in options.layout]
@@ -103,7 +84,7 @@ def _predicted(options: argparse.Namespace) -> list[Layout]:
         raise ValueError(f"--layout {AUTO} stands alone; leave out the other files.")
     if not options.prompt:
         raise ValueError(f"--layout {AUTO} reads the prompt; give --prompt.")
-    predictor = load_predictor()
+    predictor = load_predictor(None if options.predictor is None else Path(options.predictor).expanduser())
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 

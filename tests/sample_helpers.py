@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import localctl.sampling_run
 import sample
 
 
@@ -32,7 +33,7 @@ def assert_refused_early(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(sample, "load_pipeline", never)
+    monkeypatch.setattr(localctl.sampling_run, "load_pipeline", never)
     assert sample.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1

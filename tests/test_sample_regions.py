@@ -26,7 +26,8 @@ from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.optimization.weights import OptimizedSpaceTime, optimize_weights
 from localctl.sampling import generate
-from localctl.sampling_cli import parse, prepare
+from localctl.sampling_cli import parse
+from localctl.sampling_job import prepare
 from localctl.sampling_sheets import verdict
 
 SCENE: dict[str, Any] = {
@@ -212,7 +213,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=0", "strength=1"], "one setting or two different ones"),
         (["--sweep", "strength=0,1", "--set", "strength=1"], "both in --set and in --sweep"),
         (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 pictures on a sheet"),
-        (["--height", "128"], "layout is 64x64 pixels but the picture is to be 64x128"),
+        (["--height", "128"], "layout is 64x64 pixels but the image is to be 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
         (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),
     ],
@@ -228,10 +229,9 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
 
 
 def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample.main(["--prompt", "a cat", "--compare", "all"]) == 2
-    assert "give --adapter" in capsys.readouterr().err
-    assert sample.main(["--prompt", "a cat", "--adapter", "any", "--compare", "all"]) == 2
-    assert "--compare needs regions to work on; give --layout" in capsys.readouterr().err
+    for more in ([], ["--adapter", "any"]):
+        assert sample.main(["--prompt", "a cat", *more, "--compare", "all"]) == 2
+        assert "--compare needs regions to work on; give --layout" in capsys.readouterr().err
 
 
 def test_a_saved_layout_without_size_is_drawn_in_the_size_of_the_flags(workspace: Path) -> None:

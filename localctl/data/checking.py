@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from localctl.adapter_files import find_adapter
 from localctl.base import resolve_base
 from localctl.data.check import bad_rows, look_at_all, preview, write_report
 from localctl.data.check_settings import CheckSettings
@@ -14,7 +15,6 @@ from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_r
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
-from localctl.files import read_json
 from localctl.random import numpy_rng
 from localctl.training.data_watch import remarks
 from localctl.training.validation import MIN_EDGES, choose_cases
@@ -88,22 +88,16 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
     condition, name = settings.condition, settings.adapter_model_name_or_path
     if name is None:
         return [f"adapter     a new one, of {condition.channels} input channels"]
-    folder = Path(name).expanduser()
-    found = next(
-        (f for f in (folder, folder / "adapter", folder / "t2iadapter") if (f / "config.json").is_file()), None
-    )
-    if found is None:
-        raise ValueError(f"There is no adapter at {folder} (no config.json); check --adapter_model_name_or_path.")
-    config = read_json(found / "config.json", "The adapter's settings")
-    config = config if isinstance(config, dict) else {}
-    if config.get("in_channels") != condition.channels:
+    found = find_adapter(name, settings.base.local_files_only)
+    channels = found.config.get("in_channels", 3)  # T2IAdapter's default
+    if channels != condition.channels:
         raise ValueError(
-            f"The adapter {found} takes conditions of {config.get('in_channels')} channels, but condition="
+            f"The adapter {found.place} takes conditions of {channels} channels, but condition="
             f"{condition.kind} has {condition.channels}; choose another condition or condition.channels."
         )
-    trained = (config.get("condition") or {}).get("kind")
+    trained = (found.config.get("condition") or {}).get("kind")
     known = f", trained on {trained}" if trained else ""
-    return [f"adapter     {found}, of {condition.channels} input channels{known}: fits"]
+    return [f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"]
 
 
 def _token_counter(settings: CheckSettings) -> tuple[Callable[[str], int] | None, int, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, T2IAdapter
+from diffusers import ControlNetModel
 from PIL import Image
 
 from localctl.adapter import LocalAdapter
-from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, same_base, set_scheduler
-from localctl.conditions import ConditionConfig
+from localctl.adapter_files import find_adapter
+from localctl.architectures import read_shape
+from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, set_scheduler
+from localctl.control.adapter_fit import check_fit
 from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
@@ -37,13 +40,12 @@ from localctl.files import first_line
 from localctl.images import load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
-from localctl.metrics.weights import sha256_of_folder
+from localctl.metrics.weights import sha256_of, sha256_of_folder
 from localctl.random import key_seed
 from localctl.run.processes import process_device, processes
 from localctl.run.quiet import no_progress_bars
 from localctl.run.record import recorded
 from localctl.sampling import generate
-from localctl.sampling_cli import find_adapter
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
 SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
@@ -181,27 +183,19 @@ def _index_of(source: Source, key: str) -> int:
 
 
 def load_adapter(settings: FidSettings) -> LocalAdapter | None:
-    """The adapter that ``settings`` name. ValueError when it was trained on another base or condition."""
+    """The adapter that ``settings`` name. ValueError when it does not fit the base, or was trained on another
+    condition; a warning when it was trained on another base of the same shape."""
     if settings.adapter is None:
         return None
-    folder = find_adapter(settings.adapter)
-    kind = read_json(folder / "config.json", "adapter").get("_class_name")
-    try:
-        if kind == "T2IAdapter":
-            return LocalAdapter.from_t2iadapter(T2IAdapter.from_pretrained(str(folder)))
-        adapter = LocalAdapter.from_pretrained(folder)
-    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-        reason = first_line(error)
-        raise ValueError(f"The adapter in {folder} cannot be loaded ({reason}); save it again.") from error
-    if adapter.config.base and not same_base(adapter.config.base, settings.base.name):
+    found = find_adapter(settings.adapter, settings.base.local_files_only)
+    if found.condition not in (None, settings.condition):
         raise ValueError(
-            f"The adapter {folder} was trained on the base {adapter.config.base!r}, not {settings.base.name!r}; "
-            f"pass base={adapter.config.base}."
+            f"The adapter {found.name} was trained on {found.condition}, not {settings.condition}; pass condition=."
         )
-    trained = ConditionConfig(**adapter.config.condition) if adapter.config.condition else settings.condition
-    if trained != settings.condition:
-        raise ValueError(f"The adapter {folder} was trained on {trained}, not {settings.condition}; pass condition=.")
-    return adapter
+    check_fit(found.config, read_shape(settings.base), f"the adapter {found.name} belongs to another kind of base")
+    if sentence := found.used_on(settings.base.name):
+        warnings.warn(sentence, stacklevel=2)
+    return found.load()
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
@@ -226,7 +220,7 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
     content["data"]["key_column"] = settings.data.key_column  # a column's name, though it sounds like a secret
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
-        "adapter": None if settings.adapter is None else sha256_of_folder(find_adapter(settings.adapter)),
+        "adapter": _adapter_sha256(settings),
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
@@ -241,6 +235,14 @@ def claim(folder: Path, settings: FidSettings, name: str) -> None:
             )
     else:
         write_json(path, content)
+
+
+def _adapter_sha256(settings: FidSettings) -> str | None:
+    """Of its weights; the id where they are on the hub."""
+    if settings.adapter is None:
+        return None
+    place = find_adapter(settings.adapter, settings.base.local_files_only).place
+    return sha256_of(Path(place)) if Path(place).is_file() else sha256_of_folder(place)
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -177,12 +177,13 @@ def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
             pipe.unet.enable_gradient_checkpointing()
 
 
-def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:
-    """The CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, on the pipeline's device. ValueError when not found."""
+def find_clip(name: str, base: str, device: torch.device | str = "cpu") -> Clip:
+    """The CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, for the base in a folder (or of a hub id), which need
+    not be loaded. ValueError when not found."""
     if name == "auto":
-        own = Path(str(pipe.config.get("_name_or_path", "")), "clip")
+        own = Path(base, "clip")
         name = str(own) if (own / "config.json").is_file() else DEFAULT_CLIP
-    return Clip(name, pipe.device)
+    return Clip(name, device)
 
 
 def generate_optimized(
@@ -195,15 +196,17 @@ def generate_optimized(
     guidance_scale: float = 7.5,
     negative_prompt: str | None = None,
     progress: bool = True,
+    clip: Clip | None = None,
 ) -> GenerateOutput:
     """As ``generate``, with the weights of the one :class:`OptimizedSpaceTime` among ``controls`` found anew for each
-    layout and seed. ValueError without exactly one such control, or as for :func:`optimize_weights`."""
+    layout and seed. clip: the one that the control names, where it is loaded already. ValueError without exactly one
+    such control, or as for :func:`optimize_weights`."""
     found = [control for control in controls if isinstance(control, OptimizedSpaceTime)]
     if len(found) != 1:
         raise ValueError(f"There are {len(found)} controls to optimise; give one OptimizedSpaceTime.")
     optimized = found[0]
     others = [control for control in controls if control is not optimized]
-    clip = find_clip(optimized.clip, pipe)
+    clip = clip or find_clip(optimized.clip, str(pipe.config.get("_name_or_path", "")), pipe.device)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,

@@ -2,80 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import T2IAdapter
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 
 from localctl.adapter import LocalAdapter
+from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.base import lasting_name
-from localctl.control.local_adapter import residual_shapes
-from localctl.diffusion import latent_size
-from localctl.files import first_line
+from localctl.control.adapter_fit import SHAPE, check_fit
 from localctl.random import key_seed
 from localctl.training.settings import TrainSettings
-
-SHAPE = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")
-
-
-@dataclass(frozen=True)
-class SavedAdapter:
-    """Where an adapter lies (an id or a folder) and its config, which says its class."""
-
-    place: str
-    config: Mapping[str, Any]
-
-    @property
-    def local(self) -> bool:
-        """One of ours, not a plain T2IAdapter."""
-        return self.config.get("_class_name") == LocalAdapter.__name__
-
-    def load(self) -> T2IAdapter:
-        """The inner T2I-Adapter, float32. ValueError when its weights cannot be read."""
-        try:
-            if self.local:
-                return LocalAdapter.from_pretrained(self.place, dtype=torch.float32).adapter
-            return T2IAdapter.from_pretrained(self.place, dtype=torch.float32)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = first_line(error)
-            raise ValueError(
-                f"The weights of the adapter {self.place} cannot be read ({reason}); fetch or save it again."
-            ) from error
-
-
-def find_adapter(name: str, local_files_only: bool = False) -> SavedAdapter:
-    """An adapter by hub id or folder (its own, or that of a training run), by its config alone.
-
-    ValueError when there is none, or it is of another class.
-    """
-    folder = Path(name).expanduser()
-    places = [place for place in (folder, folder / "adapter") if (place / "config.json").is_file()]
-    try:
-        if not places and (folder.exists() or name.startswith(("/", ".", "~"))):  # a folder, no hub id
-            raise FileNotFoundError("no config.json in it" if folder.exists() else "no such folder")
-        place = str(places[0]) if places else name
-        path = Path(place, "config.json")
-        if not places:
-            path = Path(hf_hub_download(name, "config.json", local_files_only=local_files_only))
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # a name that is no hub id is a ValueError
-        reason = first_line(error)
-        raise ValueError(
-            f"There is no adapter {name!r} ({reason}); give the folder or hub id of a T2IAdapter or LocalAdapter."
-        ) from error
-    if config.get("_class_name") not in (LocalAdapter.__name__, T2IAdapter.__name__):
-        raise ValueError(
-            f"{name} is a {config.get('_class_name')}; give a T2IAdapter or LocalAdapter to continue from."
-        )
-    return SavedAdapter(place, config)
 
 
 @dataclass(frozen=True)
@@ -90,7 +28,7 @@ class AdapterPlan:
         """The adapter, float32 and trainable; the global random state is left alone."""
         if self.saved is not None:
             kept = {name: value for name, value in self.options.items() if name not in (*SHAPE, "in_channels")}
-            return LocalAdapter.from_t2iadapter(self.saved.load().float(), **kept).requires_grad_(True)
+            return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key_seed(seed, "adapter"))
             return LocalAdapter(**self.options)
@@ -112,7 +50,8 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     options["channels"] = list(options["channels"])
     options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features")}
     options["in_channels"] = settings.condition.channels
-    _check_fit(options, shape, saved)
+    way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
+    check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
     options |= {"condition": asdict(settings.condition), "base": lasting_name(settings.base.name)}
     return AdapterPlan(options, saved)
 
@@ -144,24 +83,3 @@ def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
             raise ValueError(
                 f"adapter.{key} is {asked} but the adapter {name} has {there}; set adapter.{key}=null to take its own."
             )
-
-
-def _check_fit(options: dict[str, Any], shape: BaseShape, saved: SavedAdapter | None) -> None:
-    """ValueError unless an adapter of these options makes what the U-Net takes; nothing is computed."""
-    factor = shape.vae_scale_factor
-    side = 64 * factor
-    made: list[tuple[int, ...]] | None = None
-    # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only.
-    with suppress(RuntimeError), torch.device("meta"):
-        features = LocalAdapter(**options)(torch.zeros(1, options["in_channels"] + 1, side, side))
-        made = [tuple(feature.shape[1:]) for feature in features]
-    taken = residual_shapes(shape.build("unet"), latent_size(side, side, factor))
-    if made is None or made != taken[: len(made)]:
-        way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
-        if saved is not None:
-            way_out = f"the adapter {saved.place} belongs to another kind of base"
-        features_made = made or "that do not fit each other"
-        raise ValueError(
-            f"For {side}x{side} pixels the adapter would make features {features_made} but the base's U-Net takes "
-            f"{taken}; {way_out}."
-        )

@@ -21,7 +21,8 @@ from localctl.layout_predictor.data import MicroLayouts
 from localctl.layout_predictor.measure import held_out_captions, relation_rate
 from localctl.layout_predictor.model import WEIGHTS
 from localctl.layout_predictor.report import __main__ as report
-from localctl.sampling_cli import parse, prepare
+from localctl.sampling_cli import parse
+from localctl.sampling_job import prepare
 
 ROOT = Path(sample.__file__).parent
 BED = "The silver bed was situated to the right of the white couch."

@@ -11,6 +11,8 @@ with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 rou
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from localctl.adapter import LocalAdapter
-from localctl.base import BaseConfig, load_pipeline, resolve_base, same_base, set_scheduler
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import read_shape
+from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
+from localctl.control.adapter_fit import check_fit
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json
@@ -198,30 +203,31 @@ def table(results: list[ControlResult]) -> str:
     return "\n".join(lines)
 
 
-def base_of(asked: str | None, adapters: dict[str, LocalAdapter]) -> str:
-    """The base that all adapters were trained on, as far as they say; ValueError when they differ from it."""
-    trained = {path: adapter.config.base for path, adapter in adapters.items() if adapter.config.base}
-    base = asked or next(iter(trained.values()), "micro")
-    for path, own in trained.items():
-        if not same_base(own, base):
-            raise ValueError(f"The adapter {path} was trained on the base {own!r}, which is not {base!r}.")
+def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
+    """The base that was asked for, else that of the first adapter that says one. ValueError when an adapter does not
+    fit it; a warning when one was trained on another base of the same shape."""
+    base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
+    shape = read_shape(BaseConfig(name=base))
+    for adapter in adapters:
+        check_fit(adapter.config, shape, f"the adapter {adapter.name} belongs to another kind of base")
+        if sentence := adapter.used_on(base):
+            warnings.warn(sentence, stacklevel=2)
     return base
 
 
-def load_adapter(path: Path) -> LocalAdapter:
-    """ValueError when there is none, or none with a condition that can be taken from a scene."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"There is no adapter in {path} (no config.json); give the folder that training wrote.")
-    adapter = LocalAdapter.from_pretrained(path)
-    if not adapter.config.condition:
-        raise ValueError(f"The adapter in {path} does not say what condition it was trained on; train it again.")
+def find(path: Path) -> SavedAdapter:
+    """ValueError when there is no adapter, or none with a condition that can be taken from a scene."""
+    adapter = find_adapter(path)
+    if adapter.condition is None:
+        raise ValueError(f"The adapter {path} does not say what condition it was trained on; train it again.")
     return adapter
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, measure, write and print."""
-    adapters = {str(path): load_adapter(path) for path in args.adapter}
-    args.base = base_of(args.base, adapters)
+    found = [find(path) for path in args.adapter]
+    args.base = base_of(args.base, found)
+    adapters = {str(path): adapter.load() for path, adapter in zip(args.adapter, found, strict=True)}
     if args.guidance_scale is None:
         args.guidance_scale = resolve_base(args.base).guidance_scale
     pipe = load_pipeline(BaseConfig(name=args.base))
@@ -270,7 +276,7 @@ def _provenance(args: argparse.Namespace, chosen: list[Case]) -> dict[str, Any]:
         "seeds": {"masks": args.seed, "pictures": [case.seed for case in chosen]},
         "weights_sha256": {
             "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
-            **{str(path): sha256_of_folder(path) for path in args.adapter},
+            **{str(path): sha256_of_folder(find_adapter(path).place) for path in args.adapter},
         },
         "versions": versions(),
     }

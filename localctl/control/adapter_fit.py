@@ -1,0 +1,37 @@
+"""Whether the features of an adapter are what the U-Net of a base takes, from configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from localctl.adapter import LocalAdapter
+from localctl.architectures import BaseShape
+from localctl.control.local_adapter import residual_shapes
+from localctl.diffusion import latent_size
+
+SHAPE = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")
+
+
+def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> None:
+    """ValueError, which ends in ``way_out``, unless an adapter of these options makes what the U-Net takes; nothing is
+    computed. options: ``in_channels`` and ``SHAPE`` are looked at; those left out have their defaults."""
+    factor = shape.vae_scale_factor
+    side = 64 * factor
+    known = {name: options[name] for name in ("in_channels", *SHAPE) if name in options}
+    made: list[tuple[int, ...]] | None = None
+    # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only. The others
+    # are of configs that were written by hand.
+    with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
+        adapter = LocalAdapter(**known)
+        features = adapter(torch.zeros(1, adapter.channels_of_condition + 1, side, side))
+        made = [tuple(feature.shape[1:]) for feature in features]
+    taken = residual_shapes(shape.build("unet"), latent_size(side, side, factor))
+    if made is None or made != taken[: len(made)]:
+        raise ValueError(
+            f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
+            f"base's U-Net takes {taken}; {way_out}."
+        )
