@@ -52,7 +52,7 @@ def descriptions(schema: type) -> dict[str, str]:
     """Field -> what the docstring of the dataclass (or of the one it extends) says about it, behind ``field: `` or
     ``field, other: ``."""
     names = "|".join(sorted((field.name for field in fields(schema)), key=len, reverse=True))  # type: ignore[arg-type]
-    texts = {}
+    texts: dict[str, str] = {}
     for part in reversed([part for part in schema.__mro__ if is_dataclass(part)]):
         doc = " ".join((part.__doc__ or "").split())
         found = list(re.finditer(rf"(?<![\w.`-])((?:{names})(?:, (?:{names}))*): ", doc))
