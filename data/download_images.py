@@ -40,6 +40,7 @@ from localctl.data.rows import captions_of
 from localctl.files import first_line, parse_json, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
 from localctl.web import Refused, WebLimits, fetch_bytes
 
@@ -95,7 +96,7 @@ def at_once(todo: Sequence[dict[str, Any]], args: argparse.Namespace) -> Iterato
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments("download_images.py", __doc__)
     add = parser.add_argument
     add("--list", type=Path, required=True, help=".txt, .jsonl or .parquet")
     add("--output", type=Path, required=True, help="folder for images, captions and manifest.jsonl")
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--retry", action="store_true", help="ask addresses again that failed before")
     add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write, and metadata.jsonl")
     add("--allow_inner_addresses", action="store_true", help="also ask this machine and its network (127.0.0.1, 10.*)")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     args.list, args.output = args.list.expanduser(), args.output.expanduser()
     if not (args.timeout > 0 and args.threads > 0 and args.max_bytes > 0):
         parser.error("--timeout, --threads and --max_bytes must be above 0")

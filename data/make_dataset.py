@@ -33,6 +33,7 @@ from localctl.data.rows import captions_of, read_caption
 from localctl.files import parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
+from localctl.run.arguments import Arguments
 from localctl.run.program import one_sentence
 
 # A condition's file may be smaller than its image: of photos over 16 million pixels it is twice this on its short side.
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments("make_dataset.py", __doc__)
     add = parser.add_argument
     add("--images", type=Path, required=True, help="folder with images, also in folders below it")
     add("--output", type=Path, required=True, help="a new folder")
@@ -89,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write as files")
     add("--masks", type=Path, help="folder of masks named like the images, white = controlled")
     add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are left out; as data.max_pixels")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     args.images, args.output = args.images.expanduser(), args.output.expanduser()
     return args
 
