@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from localctl.files import first_line
 from localctl.labels import LINE, brief, write
-from localctl.png import PNG_SIGNATURE, without_texts
+from localctl.png import is_png, without_texts
 
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor
@@ -103,9 +103,9 @@ def _open(
         except ImageError:
             raise
         except (ValueError, SyntaxError, UnidentifiedImageError):  # of texts and profiles over 1 MB, which nobody needs
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            if not content.startswith(PNG_SIGNATURE):
+            if not is_png(source):
                 raise
+            content = source if isinstance(source, bytes) else source.read_bytes()
             return _decode(without_texts(content), name, convert, limits)
     except ImageError:
         raise
@@ -132,10 +132,11 @@ def _decode(
             if shrink > 1:
                 picture.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            if upright.size != picture.size:
+            lying = picture.size
+            ImageOps.exif_transpose(picture, in_place=True)
+            if picture.size != lying:
                 width, height = height, width
-    converted = convert(upright)
+            converted = convert(picture)
     rest = limits.shrink((width, height)) * converted.height // height  # what draft has left to do
     return (converted if rest <= 1 else converted.reduce(rest)), (height, width)
 
@@ -270,7 +271,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = _to_8bit(picture)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _to_gray(picture: Image.Image) -> Image.Image:

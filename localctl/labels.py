@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
+from math import ceil
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,7 +36,7 @@ def fitted(text: str, width: int) -> str:
     if len(text) <= MOST and _length(text) <= width:
         return text
     # the number of letters after which it no longer fits; the text is measured a dozen times, not once per letter
-    fits = bisect_right(range(1, len(text)), width, key=lambda letters: _length(text[:letters] + "..."))
+    fits = bisect_right(range(1, len(text)), width, key=lambda letters: ceil(_length(text[:letters] + "...")))
     return text[:fits] + "..."
 
 

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+MOST = 2**30  # bytes that are read at once
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # comments, workflows, colour profiles
+
+
+def is_png(source: Path | bytes) -> bool:
+    """Whether a file of a size to be read at once, or its content, begins as a PNG does."""
+    if isinstance(source, bytes):
+        return source.startswith(PNG_SIGNATURE)
+    with source.open("rb") as file:
+        return source.stat().st_size <= MOST and file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
 
 
 def without_texts(content: bytes) -> bytes:

@@ -92,7 +92,7 @@ class _Clock:
             raise Refused("too slow")
         return min(rest, self.limits.patience)
 
-    def connect(self, place: tuple[str, int], *_: Any, proxied: bool = False) -> socket.socket:
+    def connect(self, place: tuple[str, int], *options: Any, proxied: bool = False) -> socket.socket:
         """As ``socket.create_connection``, but to public addresses only: to the very one that was looked at, so that a
         name cannot lead elsewhere a moment later. The user's own proxy may be anywhere."""
         found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)

@@ -63,6 +63,12 @@ def way_out(reason: str) -> str:
     return next(advice for words, advice in _WAYS_OUT.items() if reason.endswith(words))
 
 
+def too_many(bad: int, rows: int, max_fraction: float) -> bool:
+    """Whether ``bad`` of ``rows`` are more than that share: one never is, however few there are, unless the share is
+    0."""
+    return bad > max(max_fraction * rows, 1 if max_fraction else 0)
+
+
 class Quarantine:
     """The bad rows a run has met, in the order it met them, each once, kept in ``folder/quarantine.jsonl``.
 
@@ -88,7 +94,7 @@ class Quarantine:
         self.problems |= new
         if self.path is not None:
             self._write([{"step": step, **problem._asdict()} for problem in new.values()], "a")
-        if len(self.problems) > self.max_fraction * self.rows:
+        if too_many(len(self.problems), self.rows, self.max_fraction):
             raise TooManyBadRows(self._too_many())
 
     def summary(self) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons, way_out
+from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons, too_many, way_out
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
@@ -118,7 +118,7 @@ def bad_rows(rows: Sequence[RowReport]) -> list[str]:
 
 
 def _bad_share(bad: int, rows: int, data: DataConfig) -> list[str]:
-    if bad <= data.max_bad_fraction * rows:
+    if not too_many(bad, rows, data.max_bad_fraction):
         return []
     return [
         f"a training would stop: {bad / rows:.1%} of the rows are bad, over data.max_bad_fraction="

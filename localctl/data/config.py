@@ -47,7 +47,8 @@ class DataConfig:
     validation_share: share of the examples that is held out where the data has no split for it.
     max_pixels: larger images are bad rows, judged before they are decoded. Those over 16 million are read smaller, down
         to twice the resolution, JPEGs without ever being decoded whole.
-    max_bad_fraction: a run stops when more than this share of the examples turned out unusable.
+    max_bad_fraction: a run stops when more than this share of the examples, and more than one, turned out unusable;
+        0: at the first.
     profile: which of the embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
     count: at most so many examples; null = all, of the embedded scenes 3000.
     keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for

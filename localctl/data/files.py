@@ -170,7 +170,10 @@ def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str
         drawn = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
         indices = sorted(drawn[: data.count])
     if not indices:
-        way_out = f"raise data.validation_share{or_else}" if split == "val" else "lower it"
+        way_out = "lower it"
+        if split == "val":
+            own = len(set(rows.keys)) > 1
+            way_out = f"{'raise data.validation_share' if own else 'add a second example'}{or_else}"
         raise ValueError(
             f"None of the {len(rows)} rows of {data.path or data.name} falls into the {split} part with "
             f"data.validation_share={data.validation_share:g}; {way_out}."

@@ -40,6 +40,7 @@ class ImageFolderRows:
         lists = self._lists()
         tops = split_folders(self.root, lists, split)
         if len(tops) == 1:
+            outside = elsewhere(self.root, lists, tops[0])
             self.root = self.root / tops[0]
             lists = [file for file in lists if file.is_relative_to(self.root)]
         self._lines: list[tuple[Path, bytes]] = []
@@ -68,7 +69,7 @@ class ImageFolderRows:
             self.other_splits = not_chosen(splits, chosen)
         else:
             self._all_lines = self._lines
-            self.other_splits = other_splits(root, split)
+            self.other_splits = other_splits(root, split) + Counter({"no split at all": outside})
         seen["image"] += seen["file"]
         check_columns(columns, seen, str(root))
         self.keys: Sequence[str] = unique(keys)
@@ -154,6 +155,7 @@ class FolderRows:
         found = sorted([*found, *(folder for folder in walk.locked if folder != self.root)])
         tops = split_folders(self.root, found, split)
         if len(tops) == 1:
+            outside = elsewhere(self.root, found, tops[0])
             self.root = self.root / tops[0]
             found = [folder for folder in found if folder.is_relative_to(self.root)]
         names = [folder.relative_to(self.root) for folder in found]
@@ -162,7 +164,7 @@ class FolderRows:
                 f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
             )
         if len(tops) == 1:
-            self.other_splits = other_splits(root, split)
+            self.other_splits = other_splits(root, split) + Counter({"no split at all": outside})
         else:
             splits = [split_of(name.parts[:-1], split) for name in names]
             chosen = select(splits, split, str(root))
@@ -206,6 +208,12 @@ def split_folders(root: Path, places: Sequence[Path], split: str) -> list[str]:
     """The folders right below ``root`` that are named after ``split`` and hold one of ``places``."""
     tops = {place.relative_to(root).parts[0] for place in places if len(place.relative_to(root).parts) > 1}
     return sorted(name for name in tops if split_of((name,), split) == canonical(split))
+
+
+def elsewhere(root: Path, places: Sequence[Path], top: str) -> int:
+    """How many of ``places`` lie below ``root``, but neither in its folder ``top`` nor in one named after a split."""
+    tops = [place.relative_to(root).parts[0] for place in places]
+    return sum(name != top and split_named(name) is None for name in tops)
 
 
 def other_splits(root: Path, split: str) -> Counter[str]:

@@ -32,6 +32,11 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
     """
     source = open_source(settings)
+    if len(source) < 2:
+        raise ValueError(
+            f"The part {settings.part} of the data has {len(source)} example, but a distance needs at least 2 images "
+            "on each side; raise data.validation_share, or take part=train."
+        )
     extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     path, count = settings.reference_file, min(len(source), settings.num_images)
     about = {

@@ -160,7 +160,7 @@ def cut_back(path: Path, step: int) -> None:
     """Drop the rows of ``path`` after ``step``, and a last line that was never finished."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if (row := _row(line)) and row["step"] <= step]
+    kept = [line for line in path.read_text().split("\n") if (row := _row(line)) and row["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(path)
@@ -168,7 +168,7 @@ def cut_back(path: Path, step: int) -> None:
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
     """The rows of ``folder/stats.jsonl``."""
-    return [row for line in (folder / STATS).read_text().splitlines() if (row := _row(line))]
+    return [row for line in (folder / STATS).read_text().split("\n") if (row := _row(line))]
 
 
 def _row(line: str) -> dict[str, Any] | None:

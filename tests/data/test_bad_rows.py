@@ -356,6 +356,17 @@ def test_the_quarantine_lists_each_row_once_and_stops_at_the_limit(tmp_path):
     Quarantine(None, rows=10, max_fraction=0.5).add([bad(1)], step=1)  # another process counts without writing
 
 
+@pytest.mark.parametrize(
+    ("rows", "share", "allowed"), [(15, 0.01, 1), (40, 0.01, 1), (40, 0.1, 4), (300, 0.01, 3), (15, 0, 0)]
+)
+def test_one_bad_row_never_stops_a_run_unless_asked_to(rows, share, allowed):
+    quarantine = Quarantine(None, rows, share)
+    for number in range(allowed):
+        quarantine.add([Problem(f"{number}.png", "image damaged", "bad")], step=1)
+    with pytest.raises(TooManyBadRows):
+        quarantine.add([Problem("last.png", "image damaged", "bad")], step=2)
+
+
 def test_an_example_remembers_whom_it_replaces(damaged):
     samples = MaskedSamples(damaged, MaskConfig(), 0)
     example = samples[SampleRef(1, 0)]

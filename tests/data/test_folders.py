@@ -78,6 +78,16 @@ def test_splits_by_folders_of_any_usual_name(tmp_path, name, folders):
         opened(root, name, split="test", condition=condition)
 
 
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_what_lies_beside_the_folder_of_the_split_is_said(tmp_path, name):
+    made = [write_imagefolder(tmp_path / "made" / place, 2) for place in ("train", "more")]
+    if name == "folder":
+        made = [to_folders(root, tmp_path / "data" / root.name, "depth") for root in made]
+    root = made[0].parent
+    source = opened(root, name, condition=ConditionConfig(kind="depth") if name == "folder" else COLUMN)
+    assert len(source) == 2 and any("no split at all" in remark for remark in source.rows.remarks())
+
+
 @pytest.mark.parametrize("alone", ["val", "Testing", "eval"])
 def test_a_split_alone_is_not_taken_for_another(tmp_path, alone):
     write_imagefolder(tmp_path / alone, 3)
@@ -295,7 +305,7 @@ def test_shards_with_other_columns_are_named(tmp_path):
         len(opened(tmp_path / "data", "parquet", condition=ConditionConfig())) == 2
     )  # what is not asked for may differ
     pq.write_table(pa.table({"text": [{"x": 7}], "image": image}), tmp_path / "data" / "train-1.parquet")
-    with pytest.raises(ValueError, match="cannot be loaded: .*text") as error:
+    with pytest.raises(ValueError, match="cannot be loaded: .*struct<x: int64>") as error:
         opened(tmp_path / "data", "parquet", condition=ConditionConfig())
     assert "An error occurred" not in str(error.value)
 
@@ -313,6 +323,8 @@ def test_of_a_small_set_one_example_is_held_out(tmp_path):
     assert sum(held_out(["a", "a#2", "b"], 1e-9)[0]) in (1, 2)
     with pytest.raises(ValueError, match="raise data.validation_share.$"):
         opened(root, part="val", validation_share=0)
+    with pytest.raises(ValueError, match="None of the 1 rows .* add a second example.$"):
+        opened(write_imagefolder(tmp_path / "one", 1), part="val", validation_share=0.05)
 
 
 def test_a_walk_counts_only_when_asked(tmp_path):

@@ -229,7 +229,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/large":
             content = content + b"\0" * 60_000
         if self.path == "/slow":
-            time.sleep(1.5)
+            time.sleep(2.5)
         if self.path == "/private":
             headers["X-Robots-Tag"] = "noai"
         self.send_response(200)
@@ -271,7 +271,7 @@ def rows_of(folder):
 
 
 def fetch(listed, folder, *more):
-    limits = ("--timeout", "0.6", "--max_bytes", "50000", "--allow_inner_addresses")
+    limits = ("--timeout", "1.5", "--max_bytes", "50000", "--allow_inner_addresses")
     return download_images.main(["--list", str(listed), "--output", str(folder), *limits, *more])
 
 
@@ -331,6 +331,18 @@ def test_inner_addresses_are_not_asked_unless_allowed(server, tmp_path, monkeypa
 )  # fmt: skip
 def test_public_addresses(address, public):
     assert web.is_public(address) is public
+
+
+def test_a_proxy_may_be_inside_and_what_is_behind_it_may_not(server, tmp_path, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server)
+    (tmp_path / "urls.txt").write_text("http://nowhere.invalid/good\nhttp://10.0.0.1/good\nhttp://localhost/good\n")
+    assert download_images.main(["--list", str(tmp_path / "urls.txt"), "--output", str(tmp_path / "photos")]) == 0
+    rows = rows_of(tmp_path / "photos")
+    assert "file" in rows.pop("http://nowhere.invalid/good")  # a name that only the proxy may know
+    assert {row["error"] for row in rows.values()} == {"inner address"}
+    assert Handler.asked == {"http://nowhere.invalid/good": 1}
 
 
 def test_addresses_that_are_no_text(server, tmp_path):

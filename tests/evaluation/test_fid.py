@@ -87,6 +87,16 @@ def test_reference_is_of_the_photos_and_made_once(
     assert "holds statistics with another data;" in capsys.readouterr().err
 
 
+def test_a_part_of_one_photo_is_no_reference(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["ref", *arguments, "part=val", "data.validation_share=1e-9"]
+    assert evaluate_fid.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "has 1 example" in error and "raise data.validation_share, or take part=train" in error
+    assert evaluate_fid.main([*argv, "data.validation_share=0"]) == 2
+    error = capsys.readouterr().err
+    assert "data.validation_share=0" in error and "--validation_steps" not in error
+
+
 def test_drawing_after_kills_ends_with_the_same_bytes(
     arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,3 +42,9 @@ def test_nothing_to_draw_is_said():
         bars({"f1": {"a": None}})
     with pytest.raises(ValueError, match="above 0"):
         curves({"a": {0.0: at(1)}}, "x", "y")
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c"])
+def test_no_name_stops_a_figure(name):
+    assert bars({name: {name: at(0.2)}}).size == bars({"f1": {"a": at(0.2)}}).size
+    curves({name: {0.1: at(0.2), 1.0: at(0.6)}}, "x", "y", {name: 0.4})

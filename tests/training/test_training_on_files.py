@@ -16,6 +16,7 @@ import train_adapter
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, open_files
 from localctl.run.config import load_config
+from localctl.training.data_watch import size_note
 from localctl.training.models import load_models
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
@@ -159,3 +160,38 @@ def test_validation_needs_held_out_rows_and_skips_bad_ones(sd_folder, folder, tm
     with pytest.raises(ValueError, match="None of the 10 rows .* --validation_steps 0"):
         run(sd_folder, tmp_path / "b", replace(data, validation_share=0), validation_steps=1)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_small_set_of_odd_captions_trains_and_validates_with_the_defaults(sd_folder, folder, tmp_path):
+    lines = read_metadata(folder)
+    odd = ["one\ntwo", "word " * 20_000, "\tשלום\u202e", "\U0001f600", "a\x00b", "c\u2028d\x85e", "\n.\n" * 900]
+    for number, line in enumerate(lines):
+        line["text"] = odd[number % len(odd)]
+    write_metadata(folder, lines[:9])
+    data = DataConfig(path=str(folder), resolution=64, mask_column=None)
+    assert data.validation_share == 0.05
+    for workers in (0, 2):
+        changes = {"validation_steps": 1, "max_train_steps": 2, "dataloader_num_workers": workers}
+        result, log, said = run(sd_folder, tmp_path / f"run{workers}", data, report_to="tensorboard", **changes)
+        assert result.step == 2 and len(log) == 2
+        assert len(list((tmp_path / f"run{workers}" / "validation").glob("*.png"))) == 2
+        assert "8 examples of imagefolder" in said[0] and "so one is held out for validation: images/" in said[0]
+        assert "3 images in" in said[0] and "have no line in metadata.jsonl" in said[0]
+
+
+def test_empty_masks_and_a_validation_without_score_are_said(sd_folder, folder, tmp_path):
+    for file in (folder / "masks").iterdir():
+        Image.new("L", (100, 70)).save(file)
+    data = DataConfig(path=str(folder), **(TEN | {"validation_share": 0.3}))
+    result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=2, validation_steps=2)
+    assert any("8 of 8 samples seen had an empty mask" in line for line in said)
+    assert any("step 2: no score, since no held-out mask has 40 edge pixels" in line for line in said)
+    assert result.fidelity is not None and not result.fidelity.scored
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "Not scored" in card and "step-000002.png" in card and "nan" not in card.lower()
+
+
+def test_the_default_size_is_said_where_it_is_not_the_bases_own(tmp_path):
+    assert "--resolution 128" in size_note(DataConfig(path="x"), "micro")
+    assert size_note(DataConfig(path="x", resolution=64), "micro") == ""
+    assert size_note(DataConfig(), "micro") == "" and size_note(DataConfig(path="x"), "owner/unknown") == ""
