@@ -27,7 +27,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"
     (".dib", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 MAX_PIXELS = 16_000_000  # of what is decoded whole
-PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras have up to 102 million
 MAX_SIDE = 16_384
 Picture = TypeVar("Picture")
 

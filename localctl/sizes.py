@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
+PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras have up to 102 million
 _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 

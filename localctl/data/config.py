@@ -7,9 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from localctl.images import PHOTO_PIXELS
 from localctl.micro import PROFILES
-from localctl.sizes import check_side
+from localctl.sizes import PHOTO_PIXELS, check_side
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
