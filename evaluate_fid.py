@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from localctl.evaluation.settings import FidSettings
 from localctl.run.config import settings_or_help
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 COMMANDS = {"ref": "make_reference", "gen": "draw", "score": "score"}  # -> functions of localctl.evaluation.fid
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     if command is None or settings is None:
         raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{PROGRAM} ref`; see --help.")
-    from localctl.evaluation import fid  # after the flags: this loads torch
+    with loading():
+        from localctl.evaluation import fid
 
     getattr(fid, COMMANDS[command])(settings)
     return 0

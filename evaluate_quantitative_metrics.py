@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from localctl.bases import MICRO_WEIGHTS
 from localctl.metrics import EXTRACTORS
 from localctl.run.arguments import Arguments
-from localctl.run.messages import warn
+from localctl.run.messages import loading, warn
 from localctl.run.program import one_sentence
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -82,9 +82,10 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
     _check_against(args.against, folders)
     if args.clip is not None:
         raise ValueError("--clip scores captions, which plain folders do not have; leave it out, or see --extractor.")
-    from localctl.evaluation.plain import check_folders, compare_folders, table  # after the flags: these load torch
-    from localctl.evaluation.provenance import write_bytes, write_json
-    from localctl.metrics.extractors import load_extractor
+    with loading():
+        from localctl.evaluation.plain import check_folders, compare_folders, table
+        from localctl.evaluation.provenance import write_bytes, write_json
+        from localctl.metrics.extractors import load_extractor
 
     check_folders(folders)
     extractor = load_extractor(args.extractor or "micro_clip", args.weights)
@@ -101,8 +102,9 @@ def compare_sets(folders: dict[str, Path], args: argparse.Namespace) -> None:
     """Everything that can be said of sets with records."""
     if args.extractor is not None or args.weights is not None:
         raise ValueError("--extractor and --weights are for plain folders; of drawn sets, use `evaluate_fid.py score`.")
-    from localctl.evaluation.compare import CEILING, compare  # after the flags: these load torch
-    from localctl.metrics.clip import Clip
+    with loading():
+        from localctl.evaluation.compare import CEILING, compare
+        from localctl.metrics.clip import Clip
 
     _check_against(args.against, folders, CEILING)
     clip = None if args.clip == "none" else Clip(args.clip or str(MICRO_WEIGHTS / "clip"))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from localctl.run.config import settings_or_help
-from localctl.run.messages import fail, plain_warnings
+from localctl.run.messages import fail, loading, plain_warnings
 from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if settings is None:
         return 0
-    from localctl.run.processes import leave  # after the flags: what follows loads torch and takes its time
+    with loading():
+        from localctl.run.processes import leave
 
     try:
         return _train(settings)
@@ -44,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(settings: TrainSettings) -> int:
-    from localctl.data.bad import TooManyBadRows
-    from localctl.evaluation.scorer import make_scorer
-    from localctl.run.interrupt import exit_code
-    from localctl.training.dry_run import report
-    from localctl.training.loop import NotFiniteError, prepare
+    with loading():
+        from localctl.data.bad import TooManyBadRows
+        from localctl.evaluation.scorer import make_scorer
+        from localctl.run.interrupt import exit_code
+        from localctl.training.dry_run import report
+        from localctl.training.loop import NotFiniteError, prepare
 
     try:
         if settings.dry_run:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from localctl.layout_predictor.settings import ALIASES, LayoutTrainSettings
 from localctl.run.config import settings_or_help
-from localctl.run.messages import fail, plain_warnings
+from localctl.run.messages import fail, loading, plain_warnings
 
 CONFIG = "train_layout_predictor"
 PROGRAM = f"{CONFIG}.py"
@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(settings: LayoutTrainSettings) -> int:
-    from localctl.layout_predictor.training import NotFiniteError, prepare  # after the flags: these load torch
-    from localctl.run.interrupt import exit_code
+    with loading():
+        from localctl.layout_predictor.training import NotFiniteError, prepare
+        from localctl.run.interrupt import exit_code
 
     run = prepare(settings)
     try:

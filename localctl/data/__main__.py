@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from localctl.data.check_settings import CheckSettings
 from localctl.run.config import settings_or_help
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 from localctl.training.other_flags import ELSEWHERE
 from localctl.training.settings import ALIASES, FREE_GROUPS
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if settings is None:
         return 0
-    from localctl.data.checking import check  # after the flags: this loads torch
+    with loading():
+        from localctl.data.checking import check
 
     print(check(settings))
     return 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -75,8 +76,9 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = new_parser().read(argv)
-    from localctl.images import grid
-    from localctl.sampling_regions import read_variants
+    with loading():
+        from localctl.images import grid
+        from localctl.sampling_regions import read_variants
 
     variants = read_variants(options.controls, options.set, options.base)
     rows = heat_rows(options, variants)

@@ -15,6 +15,7 @@ import numpy as np
 from localctl.metrics import EXTRACTORS
 from localctl.micro.scenes import scene
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
     parser.add_argument("--count", type=int, default=80, help="scenes on each side")
     args = parser.read(argv)
-    from localctl.metrics.extractors import load_extractor
+    with loading():
+        from localctl.metrics.extractors import load_extractor
 
     for name in args.extractor:
         print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from localctl.layout_predictor.parsing import CHUNKERS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -86,8 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = new_parser().read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
-    from localctl.layout_io import save_layout
-    from localctl.layout_predictor.model import load_predictor
+    with loading():
+        from localctl.layout_io import save_layout
+        from localctl.layout_predictor.model import load_predictor
 
     predictor = load_predictor(options.predictor)
     size = {"height": options.height, "width": options.width}

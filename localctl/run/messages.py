@@ -39,6 +39,19 @@ def plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within, a terminal shows that something is being done: importing torch and diffusers takes seconds."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print("loading ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def fail(program: str, error: object) -> None:
     """Print on stderr why ``program`` ends."""
     print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)

@@ -11,9 +11,78 @@ _FULL = "the base stays frozen, nothing but the adapter is trained; leave it out
 _DREAM = "subjects and their classes (DreamBooth) are not trained here; captions come with the data."
 _BIAS = "which timesteps are trained is --timestep_sampling, uniform or cubic."
 _ATTENTION = "attention is torch's own, which keeps no scores; leave it out."
+_WORDS = "no words are learned here (textual inversion); load learned ones into the base that you give."
+_TEXT = "texts are encoded as the base's pipeline does it; leave it out."
+_SAVED = "the adapter is saved as float32 safetensors, the base is not saved; leave it out."
+_ADAM = "the optimizer is AdamW, in 8 bits with --use_8bit_adam; leave it out."
+_LOADER = "the loader has --dataloader_num_workers alone; leave it out."
 _PRECISION = "say --mixed_precision fp16 or --mixed_precision bf16."
 
 ELSEWHERE: Mapping[str, str] = {
+    # of several scripts
+    **dict.fromkeys(("rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora"), _LORA),
+    **dict.fromkeys(
+        ("train_text_encoder", "train_text_encoder_ti", "text_encoder_lr", "adam_weight_decay_text_encoder"), _FULL
+    ),
+    **dict.fromkeys(
+        (
+            "instance_prompt",
+            "class_data_dir",
+            "class_prompt",
+            "with_prior_preservation",
+            "prior_loss_weight",
+            "num_class_images",
+            "prior_generation_precision",
+            "class_labels_conditioning",
+        ),
+        _DREAM,
+    ),
+    **dict.fromkeys(
+        ("placeholder_token", "initializer_token", "token_abstraction", "learnable_property", "num_vectors"), _WORDS
+    ),
+    **dict.fromkeys(
+        (
+            "timestep_bias_strategy",
+            "timestep_bias_multiplier",
+            "timestep_bias_begin",
+            "timestep_bias_end",
+            "timestep_bias_portion",
+            "weighting_scheme",
+            "logit_mean",
+            "logit_std",
+            "mode_scale",
+        ),
+        _BIAS,
+    ),
+    **dict.fromkeys(
+        ("enable_xformers_memory_efficient_attention", "enable_npu_flash_attention", "xformers"), _ATTENTION
+    ),
+    **dict.fromkeys(("validation_prompt", "validation_prompts", "validation_image", "validation_images"), _IMAGES),
+    **dict.fromkeys(
+        (
+            "tokenizer_max_length",
+            "max_sequence_length",
+            "text_encoder_use_attention_mask",
+            "pre_compute_text_embeddings",
+            "skip_save_text_encoder",
+        ),
+        _TEXT,
+    ),
+    **dict.fromkeys(("save_as_full_pipeline", "upcast_before_saving", "no_safe_serialization"), _SAVED),
+    **dict.fromkeys(
+        ("optimizer", "prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+        _ADAM,
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_drop_last",
+            "dataloader_pin_memory",
+            "dataloader_prefetch_factor",
+            "dataloader_persistent_workers",
+        ),
+        _LOADER,
+    ),
+    **dict.fromkeys(("fp16", "bf16", "do_fp16"), _PRECISION),
     # train_t2i_adapter_sdxl.py, train_controlnet.py
     "tokenizer_name": "the base's own tokenizer is used; give a base that has the one you want.",
     "controlnet_model_name_or_path": "T2I-Adapters are trained; continue from one by --adapter_model_name_or_path.",
@@ -22,14 +91,7 @@ ELSEWHERE: Mapping[str, str] = {
     "crops_coords_top_left_w": "the crop of each picture is known and given to SDXL; leave it out.",
     "scale_lr": _RATE,
     "logging_dir": "logs go into the folder logs of --output_dir.",
-    "tracker_project_name": "TensorBoard logs into --output_dir; for wandb set WANDB_PROJECT.",
-    "enable_xformers_memory_efficient_attention": _ATTENTION,
-    "enable_npu_flash_attention": _ATTENTION,
     "set_grads_to_none": "gradients are always set to none; leave it out.",
-    "validation_image": _IMAGES,
-    "validation_images": _IMAGES,
-    "validation_prompt": _IMAGES,
-    "validation_prompts": _IMAGES,
     "validation_epochs": "validations are counted in steps, --validation_steps.",
     "validation_scheduler": "it is called --validation.scheduler.",
     "image_interpolation_mode": "pictures are scaled by one method; that of conditions is "
@@ -45,33 +107,15 @@ ELSEWHERE: Mapping[str, str] = {
     "non_ema_revision": "say --revision.",
     "offload_ema": "the average stays on the device; leave it out.",
     "foreach_ema": "how the average is computed cannot be chosen; leave it out.",
-    "timestep_bias_strategy": _BIAS,
-    "timestep_bias_multiplier": _BIAS,
-    "timestep_bias_begin": _BIAS,
-    "timestep_bias_end": _BIAS,
-    "timestep_bias_portion": _BIAS,
-    "train_text_encoder": _FULL,
-    "text_encoder_lr": _FULL,
-    "adam_weight_decay_text_encoder": _FULL,
-    "rank": _LORA,
-    "lora_alpha": _LORA,
-    "lora_dropout": _LORA,
-    "lora_layers": _LORA,
-    "use_dora": _LORA,
     # train_dreambooth.py and textual inversion
     "instance_data_dir": "say --train_data_dir.",
-    "instance_prompt": _DREAM,
-    "class_data_dir": _DREAM,
-    "class_prompt": _DREAM,
-    "with_prior_preservation": _DREAM,
-    "prior_loss_weight": _DREAM,
-    "num_class_images": _DREAM,
     "repeats": "say --num_train_epochs.",
     "sample_batch_size": "it is called --validation.batch_size.",
-    "optimizer": "it is AdamW, in 8 bits with --use_8bit_adam.",
     "save_steps": "it is called --checkpointing_steps.",
-    "no_safe_serialization": "weights are always saved as safetensors; leave it out.",
     "local_rank": "`accelerate launch` tells each process its number; leave it out.",
+    "vae_path": "it is called --pretrained_vae_model_name_or_path.",
+    "vae_encode_batch_size": "latents are encoded batch by batch, or kept by data.keep_latents; leave it out.",
+    "seed_everything": "it is called --seed.",
     # other trainers
     "lr": "it is called --learning_rate.",
     "batch_size": "it is called --train_batch_size; of validation, --validation.batch_size.",
@@ -85,15 +129,8 @@ ELSEWHERE: Mapping[str, str] = {
     "eval_steps": "it is called --validation_steps.",
     "save_total_limit": "it is called --checkpoints_total_limit.",
     "logging_first_step": "rows are written every --logging_steps; leave it out.",
-    "fp16": _PRECISION,
-    "bf16": _PRECISION,
     "num_workers": "it is called --dataloader_num_workers.",
-    "dataloader_drop_last": "every batch is full, whatever the number of samples; leave it out.",
-    "dataloader_pin_memory": "the loader has --dataloader_num_workers alone; leave it out.",
-    "dataloader_prefetch_factor": "the loader has --dataloader_num_workers alone; leave it out.",
-    "dataloader_persistent_workers": "the loader has --dataloader_num_workers alone; leave it out.",
     "num_inference_steps": "say --validation.num_inference_steps, or --early_stopping.num_inference_steps.",
     "guidance_scale": "say --validation.guidance_scale, or --early_stopping.guidance_scale.",
     "caption_dropout": "it is called --proportion_empty_prompts.",
-    "weighting_scheme": _BIAS,
 }

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import sample
+from localctl.evaluation import heat_maps
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
-from localctl.layout_predictor.__main__ import main
+from localctl.layout_predictor.__main__ import main, new_parser
 from localctl.layout_predictor.captions import MARGIN
 from localctl.layout_predictor.data import MicroLayouts
 from localctl.layout_predictor.measure import held_out_captions, relation_rate
@@ -143,3 +144,8 @@ def test_flags_of_sample_that_do_not_go_together(
     assert sample.main(argv) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_nothing_is_written_outside_outputs_unasked() -> None:
+    assert new_parser().get_default("output") == "outputs/layout.png"
+    assert heat_maps.new_parser().get_default("output") == "outputs/heat_maps.png"

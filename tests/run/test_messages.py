@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 
 import pytest
 
-from localctl.run.messages import fail, warn, warning
+from localctl.run.messages import fail, loading, warn, warning
 from localctl.run.program import one_sentence
 
 
@@ -44,3 +45,11 @@ def test_what_the_package_warns_of_in_a_program_reads_like_a_warning() -> None:
     before = warnings.formatwarning
     assert main() == 0 and warnings.formatwarning is before
     assert shown[0] == "warning: dim\n" and shown[1].startswith("here.py:7: FutureWarning: dim")
+
+
+def test_a_terminal_shows_that_something_is_loading_and_then_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, shown in ((Terminal(), "loading ..."), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with loading():
+            assert stream.getvalue() == shown
+        assert stream.getvalue() == (shown and f"{shown}\r\033[K")

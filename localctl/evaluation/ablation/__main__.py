@@ -19,6 +19,7 @@ from localctl.evaluation.ablation.protocol import Protocol
 from localctl.evaluation.ablation.rows import ROWS, Cell, Sweep, row_cells, sweep_cells
 from localctl.metrics import EXTRACTORS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 from localctl.settings import NORMALISE, SCHEDULES
 
@@ -67,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder == args.report:
         raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
     cells = planned(args)
-    from localctl.evaluation.ablation.measuring import Bench, Interrupted  # after the flags: these load torch
-    from localctl.evaluation.ablation.report import write_report
-    from localctl.run.interrupt import exit_code
+    with loading():
+        from localctl.evaluation.ablation.measuring import Bench, Interrupted
+        from localctl.evaluation.ablation.report import write_report
+        from localctl.run.interrupt import exit_code
 
     protocol = Protocol(
         base=args.base,

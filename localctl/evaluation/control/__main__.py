@@ -17,6 +17,7 @@ from pathlib import Path
 
 from localctl.bases import SCHEDULERS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.evaluation.control"
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a user's error."""
     args = parse(argv)
     check(args)
-    from localctl.evaluation.control.measuring import run  # after the flags: this loads torch
+    with loading():
+        from localctl.evaluation.control.measuring import run
 
     run(args)
     return 0

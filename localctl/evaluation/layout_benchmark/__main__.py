@@ -21,6 +21,7 @@ from localctl.bases import SCHEDULERS
 from localctl.evaluation.layout_benchmark.protocol import METHODS, SINGLE, Protocol
 from localctl.metrics import EXTRACTORS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -84,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = page.with_suffix("")
     if folder == page:
         raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
-    from localctl.evaluation.layout_benchmark.figures import Figures, read_results
-    from localctl.evaluation.layout_benchmark.measuring import Bench
-    from localctl.evaluation.layout_benchmark.methods import grids, methods
-    from localctl.evaluation.layout_benchmark.report import write_report, write_tuning
-    from localctl.sampling_regions import Sampling
+    with loading():
+        from localctl.evaluation.layout_benchmark.figures import Figures, read_results
+        from localctl.evaluation.layout_benchmark.measuring import Bench
+        from localctl.evaluation.layout_benchmark.methods import grids, methods
+        from localctl.evaluation.layout_benchmark.report import write_report, write_tuning
+        from localctl.sampling_regions import Sampling
 
     fixed = Sampling(args.scheduler, args.guidance_scale)
     if tune:

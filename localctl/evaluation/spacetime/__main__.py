@@ -21,6 +21,7 @@ from pathlib import Path
 from localctl.bases import SCHEDULERS
 from localctl.evaluation import LAYOUTS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.evaluation.spacetime"
@@ -49,7 +50,8 @@ def new_parser() -> Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a user's error, 1 when the disk is full."""
     options = new_parser().read(argv)
-    from localctl.evaluation.spacetime.measuring import check, run  # after the flags: this loads torch
+    with loading():
+        from localctl.evaluation.spacetime.measuring import check, run
 
     check(options)
     print(run(options))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.layout_predictor.report"
@@ -29,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.read(argv)
     if options.count < 1:
         raise ValueError(f"--count must be at least 1, not {options.count}.")
-    from localctl.layout_predictor.model import load_predictor  # after the flags: these load torch
-    from localctl.layout_predictor.report.measuring import as_text, measure
+    with loading():
+        from localctl.layout_predictor.model import load_predictor
+        from localctl.layout_predictor.report.measuring import as_text, measure
 
     result = measure(load_predictor(options.predictor), options.count, options.seed)
     print(as_text(result))

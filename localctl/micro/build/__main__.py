@@ -14,6 +14,7 @@ from pathlib import Path
 
 from localctl.bases import MICRO_WEIGHTS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.micro.build"
@@ -47,7 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a mistake in the flags."""
     args = parse(argv)
-    from localctl.micro.build.parts import build  # after the flags: this loads torch
+    with loading():
+        from localctl.micro.build.parts import build
 
     build(args)
     return 0

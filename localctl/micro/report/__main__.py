@@ -12,6 +12,7 @@ from pathlib import Path
 
 from localctl.bases import MICRO_WEIGHTS
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.micro.report"
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a fifth of the images; print only")
     parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="where card and sheets go")
     args = parser.read(argv)
-    from localctl.micro.report.measuring import run  # after the flags: this loads torch
+    with loading():
+        from localctl.micro.report.measuring import run
 
     run(args.base, args.quick, args.output_dir)
     return 0

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from localctl.run.arguments import Arguments
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 
 PROGRAM = "localctl.micro.words"
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.read(argv)
     if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
         raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
-    from localctl.micro.words.measuring import report  # after the flags: this loads torch
+    with loading():
+        from localctl.micro.words.measuring import report
 
     print(report(args.base, args.count, args.timesteps))
     return 0
