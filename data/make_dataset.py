@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad import BadRow, Problem, count_reasons
-from localctl.data.folders import Walk, count_words, is_image, is_made, mark_made, split_of
+from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.metadata import METADATA, metadata_lines
 from localctl.data.rows import captions_of, read_caption
 from localctl.files import parse_json, write_text
@@ -67,13 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from None
     for problem in problems:
         print(brief(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
+    if not lines:
+        raise ValueError(f"None of the {len(images)} images can be used ({count_reasons(problems)}).")
     words = ", ".join(filter(None, (count_reasons(problems), count_words(left_out))))
     print(f"{len(lines)} examples in {args.output}; left out: {words or 'none'}")
     if captions is not None and (unused := len(captions.keys() - set(taken))):
         print(f"{unused} lines of {args.captions} name no image that was taken")
     if writer.several and args.format == "folder":
         print(f"{writer.several} images have several captions, of which caption.txt holds the first")
-    splits = Counter(split for name in taken if (split := split_of(name.split("/")[:-1], "train")))
+    most = 1 if args.format == "folder" else None  # how many folders above an image can name its split
+    splits = Counter(split for name in taken if (split := split_of(name.split("/")[:-1][:most], "train")))
     if splits:
         print(f"splits, by the names of folders: {count_words(splits)}; the rest is trained on only if none is 'train'")
     print(f"next: python -m localctl.data check data={args.format} data.path={args.output}")
@@ -101,7 +104,9 @@ def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
     for flag, folder in (("--images", args.images), ("--masks", args.masks)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"There is no folder {folder}; check {flag}.")
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    if args.output.exists() and (
+        not args.output.is_dir() or any(not is_hidden(file.name) for file in args.output.iterdir())
+    ):
         raise ValueError(f"{args.output} is there already and not empty; choose another --output.")
     walk, images, made = Walk(args.images, count=True), [], 0
     for folder, below, files in walk:
@@ -183,11 +188,13 @@ class Writer:
         while stem in self._stems:  # a/b.jpg and a_b.jpg
             stem = f"{stem}_"
         self._stems.add(stem)
+        first, _, rest = name.partition("/")
+        folder = f"{first}/{stem[len(first) + 1 :]}" if rest and split_named(first) else stem
         suffix = mask.suffix.lower() if mask is not None else ""
         kinds = self.args.condition
         if self.args.format == "folder":
             own = {"image": f"original{Path(name).suffix.lower()}", "mask": f"mask{suffix}", "caption": "caption.txt"}
-            return {what: f"{stem}/{file}" for what, file in {**own, **{k: f"{k}.png" for k in kinds}}.items()}
+            return {what: f"{folder}/{file}" for what, file in {**own, **{k: f"{k}.png" for k in kinds}}.items()}
         return {"image": f"images/{name}", "mask": f"masks/{stem}{suffix}"} | {k: f"{k}/{stem}.png" for k in kinds}
 
 

@@ -19,7 +19,7 @@ import torch
 from file_data import identities, picture, png, write_metadata
 from PIL import Image
 
-from localctl import web
+from localctl import images, web
 from localctl.conditions import ConditionConfig, extract
 from localctl.data import BadRow, DataConfig, SampleRef, open_files
 from localctl.images import load_image
@@ -146,31 +146,44 @@ def test_lists_of_captions(photos, tmp_path, capsys, kind):
     assert ("1 images have several captions" in capsys.readouterr().out) == (kind == "jsonl")
 
 
-def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["imagefolder", "folder"])
+def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys, name):
     (photos / "more").rename(photos / "val")
-    assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out")]) == 0
+    argv = ["--images", str(photos), "--output", str(tmp_path / "out"), "--format", name]
+    assert make_dataset.main(argv) == 0
     assert "splits, by the names of folders: 1 validation" in capsys.readouterr().out
-    data = DataConfig(path=str(tmp_path / "out"), resolution=32, validation_split="val")
+    data = DataConfig(name=name, path=str(tmp_path / "out"), resolution=32, validation_split="val")
     assert [len(open_files(data, ConditionConfig(), part)) for part in ("train", "val")] == [2, 1]
 
 
-def test_camera_photos_become_a_data_set(tmp_path, capsys):
+def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing_in_the_way(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    picture(0).save(tmp_path / "photos" / "a.png")
+    argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert make_dataset.main(argv) == 2
+    assert "None of the 1 images can be used (1 caption missing)." in capsys.readouterr().err
+    (tmp_path / "photos" / "a.txt").write_text("a")
+    assert make_dataset.main(argv) == 0
+
+
+def test_camera_photos_become_a_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "MAX_PIXELS", 500_000)  # of a camera of 1.5 megapixels
     (tmp_path / "photos").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("L", (6000, 4000), 110).save(tmp_path / "photos" / "a.jpg", exif=exif)
-    Image.new("L", (4000, 4100), 110).save(tmp_path / "photos" / "b.png")
+    Image.new("L", (1500, 1000), 110).save(tmp_path / "photos" / "a.jpg", exif=exif)
+    Image.new("L", (800, 820), 110).save(tmp_path / "photos" / "b.png")
     for name in "ab":
         (tmp_path / "photos" / f"{name}.txt").write_text("a field")
     argv = ["--images", str(tmp_path / "photos"), "--condition", "sobel"]
     assert make_dataset.main([*argv, "--output", str(tmp_path / "out")]) == 0
     source = opened(tmp_path / "out", "imagefolder", "column", conditioning_image_column="sobel")
-    assert source[0].original == (6000, 4000, 8, 0) and source[1].original[:2] == (4100, 4000)
+    assert source[0].original == (1500, 1000, 8, 0) and source[1].original[:2] == (820, 800)
     assert identities((torch.stack([source[i].pixels for i in range(2)]) + 1) / 2) == [9, 9]
-    small = opened(tmp_path / "out", "imagefolder", max_pixels=20_000_000)
-    with pytest.raises(BadRow, match="over 20,000,000 pixels"):
+    small = opened(tmp_path / "out", "imagefolder", max_pixels=1_000_000)
+    with pytest.raises(BadRow, match="over 1,000,000 pixels"):
         small[0]
-    assert make_dataset.main([*argv, "--output", str(tmp_path / "o"), "--max_pixels", "20000000"]) == 0
+    assert make_dataset.main([*argv, "--output", str(tmp_path / "o"), "--max_pixels", "1000000"]) == 0
     assert "1 examples" in (said := capsys.readouterr()).out.splitlines()[-2] and "left out a.jpg" in said.err
 
 
