@@ -170,10 +170,12 @@ def check_one_shape(sources: Sequence[Source]) -> None:
 
 
 def follow(
-    options: argparse.Namespace, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size
+    options: argparse.Namespace, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size, why: str = ""
 ) -> tuple[list[AdapterJob], list[str]]:
-    """Conditions and masks of ``size``, and a sentence on each image that had another. ValueError for a mask of another
-    shape than its image, or of which nothing is left."""
+    """Conditions and masks of ``size``, and a sentence, which ends in ``why``, on each image that had another.
+
+    ValueError for a mask of another shape than its image, or of which nothing is left.
+    """
     jobs, notes = [], []
     for index, (adapter, source) in enumerate(zip(adapters, sources, strict=True)):
         seen = geometry(source.size, size)
@@ -184,7 +186,7 @@ def follow(
         jobs.append(AdapterJob(adapter, condition, mask, _nth(options, "weight", index), *window))
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
-            notes.append(f"{source.path} is {_text(source.size)} pixels, scaled{cropped} to {_text(size)}.")
+            notes.append(f"{source.path} is {_text(source.size)} pixels, scaled{cropped} to {_text(size)}{why}.")
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
                 notes.append(f"The mask {source.mask_path} has the size of the result and is taken as it is.")
     return jobs, list(dict.fromkeys(notes))

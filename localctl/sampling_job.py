@@ -13,7 +13,7 @@ import torch
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.base import BaseConfig, lasting_name, resolve_base
-from localctl.control.adapter_fit import check_fit
+from localctl.control.adapter_fit import check_base
 from localctl.layout import Layout, check_side
 from localctl.optimization.weights import OptimizedSpaceTime
 from localctl.run.processes import process_device
@@ -64,14 +64,16 @@ def prepare(options: argparse.Namespace) -> Job:
     _say_sampling(options, variants, resolve_base(base.name).guidance_scale)
     shape = read_shape(base)
     sources = read_sources(options, found)
-    notes += _check_adapters(found, base.name, shape)
+    notes += [note for adapter in found if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
     own = _own_size(shape)
     asked = _asked(options, scenes)
     size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
     if None in asked:
         check_one_shape(sources)
-    adapters, said = follow(options, found, sources, size)
+    chosen = asked == (None, None) and bool(sources) and sources[0].size != size
+    why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
+    adapters, said = follow(options, found, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
     layouts = [_sized(scene, size) for scene in scenes or [Layout(prompt) for prompt in options.prompt]]
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
@@ -94,10 +96,19 @@ def _readable(options: argparse.Namespace) -> list[str]:
 
 
 def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> BaseConfig:
-    """The base asked for, else that of the first adapter that says one."""
-    name = options.base or next((adapter.base for adapter in adapters if adapter.base), None)
+    """The base asked for, else that of the first adapter that says one. ValueError when that is not there."""
+    name = options.base
     if name is None and adapters:
-        raise ValueError("The adapter does not say which base it was trained on; give --base.")
+        adapter = next((adapter for adapter in adapters if adapter.base), None)
+        if adapter is None or adapter.base is None:
+            raise ValueError("The adapter does not say which base it was trained on; give --base.")
+        name = adapter.base
+        try:
+            resolve_base(name)
+        except ValueError as error:
+            raise ValueError(
+                f"There is no base {name!r} here, which the adapter {adapter.name} was trained on; give --base."
+            ) from error
     return BaseConfig(
         name=name or "micro",
         vae=options.vae,
@@ -106,14 +117,6 @@ def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> Base
         dtype=options.dtype,
         local_files_only=bool(options.local_files_only),
     )
-
-
-def _check_adapters(adapters: Sequence[SavedAdapter], base: str, shape: BaseShape) -> list[str]:
-    """ValueError for an adapter that does not fit the base; a note on one that was trained on another."""
-    for adapter in adapters:
-        trained = f", trained on {adapter.base}," if adapter.base else ""
-        check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit the base {base}")
-    return [note for adapter in adapters if (note := adapter.used_on(base))]
 
 
 def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
@@ -138,10 +141,9 @@ def _check_sampling(
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
-    if options.clip_skip and options.clip_skip >= layers:
-        raise ValueError(
-            f"--clip_skip {options.clip_skip} leaves nothing of the text encoder's {layers} layers; lower it."
-        )
+    most = layers - shape.xl  # SDXL reads the last layer but one without any skip
+    if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
+        raise ValueError(f"--clip_skip is a whole number from 0 to {most} with this base, not {options.clip_skip}.")
     if options.use_karras_sigmas:
         for variant in variants:
             check_karras(base, options.scheduler or variant.sampling.scheduler)
@@ -204,8 +206,6 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale lies between 0 and 1, not at {options.guidance_rescale}.")
-    if (options.clip_skip or 0) < 0:
-        raise ValueError(f"--clip_skip is a number of layers, not {options.clip_skip}.")
 
 
 def _check_counts(options: argparse.Namespace) -> None:

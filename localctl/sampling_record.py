@@ -62,8 +62,10 @@ def _single(path: Path, name: str, value: Any, action: argparse.Action) -> Any:
                 raise TypeError("a single value")
             assert callable(kind)
             read = kind(str(value))
-    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        wanted = error if isinstance(error, (TypeError, argparse.ArgumentTypeError)) else "a number"
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name!r} in the record {path}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        wanted = error if isinstance(error, TypeError) else "a number"
         raise ValueError(f"{name!r} in the record {path} is {str(value)[:60]!r} where {wanted} belongs.") from error
     if action.choices is not None and read not in action.choices:
         raise ValueError(f"{name!r} in the record {path} is {str(read)[:60]!r}; choose {', '.join(action.choices)}.")

@@ -14,7 +14,7 @@ from localctl.base import load_pipeline, resolve_base, same_base, with_scheduler
 from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.metrics.clip import Clip
-from localctl.optimization.weights import OptimizedSpaceTime, find_clip, generate_optimized
+from localctl.optimization.weights import OptimizedSpaceTime, clip_beside, generate_optimized
 from localctl.sampling import GenerateOutput, generate
 from localctl.sampling_files import copy_inputs, open_output, save_images, save_record, save_sheets
 from localctl.sampling_job import Job, prepare, reproducing_options
@@ -74,7 +74,7 @@ def load_clips(job: Job) -> dict[str, Clip]:
         if isinstance(control, OptimizedSpaceTime)
     }
     base = resolve_base(job.base.name).id_or_path
-    return {name: find_clip(name, base, job.device) for name in sorted(names)}
+    return {name: clip_beside(name, base, job.device) for name in sorted(names)}
 
 
 def generate_variant(

@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from diffusers import T2IAdapter
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter_files import SavedAdapter
 from localctl.architectures import BaseShape
 from localctl.control.local_adapter import residual_shapes
 from localctl.diffusion import latent_size
@@ -26,8 +27,7 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only. The others
     # are of configs that were written by hand.
     with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
-        adapter = LocalAdapter(**known)
-        features = adapter(torch.zeros(1, adapter.channels_of_condition + 1, side, side))
+        features = T2IAdapter(**known)(torch.zeros(1, known.get("in_channels", 3), side, side))
         made = [tuple(feature.shape[1:]) for feature in features]
     taken = residual_shapes(shape.build("unet"), latent_size(side, side, factor))
     if made is None or made != taken[: len(made)]:
@@ -35,3 +35,11 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
             f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
             f"base's U-Net takes {taken}; {way_out}."
         )
+
+
+def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:
+    """ValueError for an adapter that does not fit the base of this name and shape; a sentence on one that was trained
+    on another base."""
+    trained = f", which was trained on the base {adapter.base}," if adapter.base else ""
+    check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit {base}")
+    return adapter.used_on(base)

@@ -29,7 +29,7 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
 from localctl.architectures import read_shape
 from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, set_scheduler
-from localctl.control.adapter_fit import check_fit
+from localctl.control.adapter_fit import check_base
 from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
@@ -192,8 +192,7 @@ def load_adapter(settings: FidSettings) -> LocalAdapter | None:
         raise ValueError(
             f"The adapter {found.name} was trained on {found.condition}, not {settings.condition}; pass condition=."
         )
-    check_fit(found.config, read_shape(settings.base), f"the adapter {found.name} belongs to another kind of base")
-    if sentence := found.used_on(settings.base.name):
+    if sentence := check_base(found, settings.base.name, read_shape(settings.base)):
         warnings.warn(sentence, stacklevel=2)
     return found.load()
 

@@ -177,9 +177,13 @@ def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
             pipe.unet.enable_gradient_checkpointing()
 
 
-def find_clip(name: str, base: str, device: torch.device | str = "cpu") -> Clip:
-    """The CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, for the base in a folder (or of a hub id), which need
-    not be loaded. ValueError when not found."""
+def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:
+    """The CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, on the pipeline's device. ValueError when not found."""
+    return clip_beside(name, str(pipe.config.get("_name_or_path", "")), pipe.device)
+
+
+def clip_beside(name: str, base: str, device: torch.device | str = "cpu") -> Clip:
+    """As :func:`find_clip`, for a base, by its folder or hub id, that need not be loaded yet."""
     if name == "auto":
         own = Path(base, "clip")
         name = str(own) if (own / "config.json").is_file() else DEFAULT_CLIP
@@ -206,7 +210,7 @@ def generate_optimized(
         raise ValueError(f"There are {len(found)} controls to optimise; give one OptimizedSpaceTime.")
     optimized = found[0]
     others = [control for control in controls if control is not optimized]
-    clip = clip or find_clip(optimized.clip, str(pipe.config.get("_name_or_path", "")), pipe.device)
+    clip = clip or find_clip(optimized.clip, pipe)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,

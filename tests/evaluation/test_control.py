@@ -130,7 +130,7 @@ def test_conditions_that_come_with_the_scene_are_measured_too(
     ("flags", "words"),
     [
         (["--count", "0"], "--count must be at least 1"),
-        (["--base", "sd15"], "trained on the base 'micro', which is not 'sd15'"),
+        (["--base", "sd15"], "was trained on the base micro, does not fit sd15"),
         (["--scheduler", "dimm"], "Unknown scheduler 'dimm'"),
         (["--output_dir", "file/out"], "output folder file/out cannot be made"),
     ],

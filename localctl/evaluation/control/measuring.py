@@ -28,7 +28,7 @@ from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
 from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.conditions import ConditionConfig, extract
-from localctl.control.adapter_fit import check_fit
+from localctl.control.adapter_fit import check_base
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MicroScenes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json
@@ -209,8 +209,7 @@ def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
     base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
     shape = read_shape(BaseConfig(name=base))
     for adapter in adapters:
-        check_fit(adapter.config, shape, f"the adapter {adapter.name} belongs to another kind of base")
-        if sentence := adapter.used_on(base):
+        if sentence := check_base(adapter, base, shape):
             warnings.warn(sentence, stacklevel=2)
     return base
 

@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> str:
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, options.scheduler)
     optimised = next(control for control in rows["optimised"] if isinstance(control, OptimizedSpaceTime))
-    clip = find_clip(optimised.clip, str(pipe.config.get("_name_or_path", "")), pipe.device)
+    clip = find_clip(optimised.clip, pipe)
     arguments = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     drawing = Drawing(pipe, clip, options.output_dir, arguments, options.batch_size)
     counts = {row: options.optimised if row == "optimised" else len(cases) for row in rows}
