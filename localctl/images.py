@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from localctl.files import first_line
 from localctl.labels import LINE, brief, write
 from localctl.png import is_png, without_texts
+from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor

@@ -18,36 +18,26 @@ PROMPTS = ("with", "without", "both")
 class FidSettings:
     """One comparison of drawn pictures with photos; ValueError for settings that make no sense.
 
-        output_dir: where pictures, statistics and figures go.
-        part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
-            embedded scenes, else val.
-    <<<<<<< HEAD
-        adapter: folder of a trained adapter; with neither this nor controlnet, the base alone.
-        controlnet: folder of a diffusers ControlNetModel in place of an adapter, its residuals masked; it must have been
-            trained on this kind of condition.
-        weight: strength of the adapter or ControlNet.
-        extractor: whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
-        weights: where the extractor's weights are, if it needs to be told.
-    ||||||| 2b536b6
-        adapter: folder of a trained adapter. controlnet: folder of a diffusers ControlNetModel in its place, its residuals
-            masked; it must have been trained on this kind of condition. Neither: the base alone. weight: its strength.
-        extractor: whose features are compared; weights: where they are, if the extractor needs to be told.
-    =======
-        adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``. controlnet: folder of a
-            diffusers ControlNetModel in its place, its residuals masked; it must have been trained on this kind of
-            condition. Neither: the base alone. weight: its strength.
-        extractor: whose features are compared; weights: where they are, if the extractor needs to be told.
-    >>>>>>> refs/heads/sample
-        reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
-        num_images: how many are drawn, and for ``ref`` how many photos are read at most.
-        prompts: draw ``with`` the captions, ``without`` any, or ``both``.
-        sample: key of one example, which alone is drawn num_images times.
-        seed: of masks and noise.
-        batch_size: pictures drawn at once; does not change them.
-        num_inference_steps: sampling steps of each.
-        guidance_scale: of classifier-free guidance; null = the base's own.
-        scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
-        device: auto, cpu, cuda, ...
+    output_dir: where pictures, statistics and figures go.
+    part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
+        embedded scenes, else val.
+    adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``; with neither this
+        nor controlnet, the base alone.
+    controlnet: folder of a diffusers ControlNetModel in place of an adapter, its residuals masked; it must have been
+        trained on this kind of condition.
+    weight: strength of the adapter or ControlNet.
+    extractor: whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
+    weights: where the extractor's weights are, if it needs to be told.
+    reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
+    num_images: how many are drawn, and for ``ref`` how many photos are read at most.
+    prompts: draw ``with`` the captions, ``without`` any, or ``both``.
+    sample: key of one example, which alone is drawn num_images times.
+    seed: of masks and noise.
+    batch_size: pictures drawn at once; does not change them.
+    num_inference_steps: sampling steps of each.
+    guidance_scale: of classifier-free guidance; null = the base's own.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
+    device: auto, cpu, cuda, ...
     """
 
     base: BaseConfig = field(default_factory=BaseConfig)
