@@ -20,6 +20,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from localctl.run.messages import loading
 from localctl.run.program import one_sentence
 from localctl.sampling_cli import parse
 
@@ -28,7 +29,8 @@ from localctl.sampling_cli import parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    from localctl.sampling_run import run  # takes seconds, which a mistake in the flags need not wait for
+    with loading():
+        from localctl.sampling_run import run
 
     for path in run(options):
         print(path, flush=True)

@@ -14,13 +14,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
-    from torch import Tensor
-
 from localctl.files import first_line
 from localctl.labels import LINE, brief, write
 from localctl.png import is_png, without_texts
 from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
+
+if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
+    from torch import Tensor
 
 # Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM")

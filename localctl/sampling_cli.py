@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localctl.base import DTYPES, SCHEDULERS
-from localctl.conditions import CHANNELS
+from localctl.bases import DTYPE_NAMES, SCHEDULERS
+from localctl.run.arguments import Arguments
 from localctl.sampling_record import INPUTS as INPUTS
 from localctl.sampling_record import RECORD, read_record
+from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
 DEFAULTS: dict[str, Any] = {
@@ -52,20 +53,9 @@ _ELSEWHERE = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message[:1].upper()}{message[1:]}; see --help.")
-
-
-def new_parser(description: str | None = None) -> argparse.ArgumentParser:
+def new_parser(description: str | None = None) -> Arguments:
     """The flags; dashes and underscores are the same. What is not typed is not in the namespace."""
-    parser = _Parser(
-        prog="sample.py",
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments("sample.py", description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
     )
@@ -135,7 +125,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_inference_steps", type=int, help="default: 30")
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
     add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
-    add("--negative_prompt", metavar="TEXT")
+    add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     add("--use_karras_sigmas", type=boolean, nargs="?", const=True, metavar="BOOL", help="Karras' spacing of the steps")
@@ -149,7 +139,7 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--variant", help="of the base's files, such as fp16")
     add("--revision", help="of the base on the hub")
     add("--local_files_only", type=boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
-    add("--dtype", choices=list(DTYPES), help="default: float32")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float32")
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
@@ -159,7 +149,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
     ValueError for bad flags, or a file that is no record.
     """
     parser = new_parser(description)
-    argv = [_underscored(token) for token in argv]
+    argv = parser.spelled(argv)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         _refuse(argv, unknown, parser)
@@ -172,16 +162,11 @@ def parse(argv: Sequence[str], description: str | None = None) -> argparse.Names
         for name in typed:
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
-    names = [action.dest for action in parser._actions if action.dest != "help"]
+    names = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
     options = argparse.Namespace(**{**dict.fromkeys(names), **DEFAULTS, **recorded, **typed})
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
     return options
-
-
-def _underscored(token: str) -> str:
-    name, equals, value = token.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if token.startswith("--") else token
 
 
 def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:

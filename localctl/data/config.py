@@ -24,10 +24,10 @@ class DataConfig:
         ``parquet``; ``folder`` a folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the
         Hugging Face hub.
     path: of imagefolder, parquet, folder. A path alone means ``imagefolder``, as in diffusers.
-    split: which split to train on.
+    split: which split to train on. Folders and files named ``train``, ``val2017``, ``Testing`` ... are splits as
+        `datasets` knows them.
     validation_split: which split is held out; null sets ``validation_share`` of the examples apart, chosen by a hash of
-        each example's key, so that none changes sides when the data grows; at least one. Folders and files named
-        ``train``, ``val2017``, ``Testing`` ... are splits as `datasets` knows them.
+        each example's key, so that none changes sides when the data grows; at least one example.
     dataset_config_name: of a hub data set with several configurations, as for ``datasets.load_dataset``.
     revision: of a hub data set: a branch, tag or commit.
     cache_dir: where a hub data set is kept; null = the usual cache.

@@ -21,8 +21,8 @@ class FidSettings:
     output_dir: where pictures, statistics and figures go.
     part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
         embedded scenes, else val.
-    adapter: folder, run, hub id or file of weights of a trained adapter, as for sample.py; with neither this nor
-        controlnet, the base alone.
+    adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``; with neither this
+        nor controlnet, the base alone.
     controlnet: folder of a diffusers ControlNetModel in place of an adapter, its residuals masked; it must have been
         trained on this kind of condition.
     weight: strength of the adapter or ControlNet.
