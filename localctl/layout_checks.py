@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from localctl.sizes import shown
+
+if TYPE_CHECKING:  # programs that answer at once read texts by this
+    from torch import Tensor
 
 # A layout may be anybody's file. Text encoders read 77 tokens, and no region of words is shorter than one.
 MAX_REGIONS, MAX_BOXES, MAX_STRENGTH = 256, 1024, 1000.0
@@ -56,6 +57,8 @@ def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
 
 def checked_mask(name: str, mask: Any) -> Tensor:
     """(H,W) or (1,H,W) as float32 (1,H,W)."""
+    from torch import Tensor
+
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != 1):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"The mask of the region {name} is a tensor (H, W) or (1, H, W), not {shape}.")

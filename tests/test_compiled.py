@@ -104,3 +104,11 @@ def test_a_compiled_module_is_as_it_was(sd_pipe: StableDiffusionPipeline) -> Non
     with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
         draw(sd_pipe)
     assert sd_pipe.unet._compiled_call_impl is own
+
+
+def test_two_attached_at_once_leave_the_compiler_as_it_was(sd_pipe: StableDiffusionPipeline) -> None:
+    """The one that was attached first is put back first."""
+    stance = torch._dynamo.eval_frame._stance
+    with attach(sd_pipe, LAYOUT, METHODS["bias"]()), attach(sd_pipe, LAYOUT, METHODS["dense"]()):
+        draw(sd_pipe, **STEPS)
+    assert torch._dynamo.eval_frame._stance == stance

@@ -56,7 +56,7 @@ def test_a_prompt_alone_is_plain_text_to_image(workspace: Path) -> None:
         (["--prompt", "a", "red", "circle"], 'has 3 single words; put one prompt in quotes, --prompt "a red circle"'),
         (["--prompt", "a", "red", "circle,", "blue", "--base", "x"], '--prompt "a red circle, blue"'),
         (["--prompt", "cat", "dog"], "or repeat the flag for each of several: --prompt cat --prompt dog"),
-        (["--prompt=a", "red", "circle"], "'red' belongs to no flag; put a text in quotes: --prompt \"a red circle\""),
+        (["--prompt=a", "red", "circle"], 'has 3 single words; put one prompt in quotes, --prompt "a red circle"'),
         (["a red circle"], "'a red circle' belongs to no flag; put a text in quotes: --prompt \"a red circle\""),
         (["a", "red", "--base", "micro"], '--prompt "a red"'),
         (["--prompt", "a b", "--negative_prompt", "ugly,", "bad"], '--negative_prompt "ugly, bad"'),

@@ -180,14 +180,14 @@ def test_a_damaged_adapter_and_a_missing_base_are_one_sentence(
     weights.write_bytes(weights.read_bytes()[:100])
     assert sample.main(BASIC) == 2
     printed = capsys.readouterr().err
-    assert "weights of the adapter canny cannot be read" in printed and printed.count("\n") == 1
+    assert "weights of the adapter there cannot be read" in printed and printed.count("\n") == 1
     config = json.loads(Path("canny/config.json").read_text())
     Path("canny/config.json").write_text(json.dumps({**config, "base": str(workspace / "gone")}))
     assert sample.main(BASIC) == 2
     assert "There is no base" in (printed := capsys.readouterr().err) and printed.count("\n") == 1
     Path("canny/config.json").write_text("{")
     assert sample.main(BASIC) == 2
-    assert "config.json is damaged" in capsys.readouterr().err
+    assert "config.json is not JSON" in capsys.readouterr().err
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +207,7 @@ def test_the_device_default_exists(workspace: Path) -> None:
 def test_marks_of_other_tools_are_said_before_the_base_is_loaded(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "load_pipeline", None)
+    monkeypatch.setattr("localctl.sampling_run.load_pipeline", None)
     at = BASIC.index("--prompt")
     argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
     with (
@@ -221,7 +221,7 @@ def test_an_image_of_nan_ends_with_code_2_and_is_not_written(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A weight that overflows, as a strength of 1e308 would."""
-    assert sample.main([*BASIC, *QUICK, "--weight", "1e300", "--output_dir", "out"]) == 2
+    assert sample.main([*BASIC, *QUICK, "--weight", "1e37", "--output_dir", "out"]) == 2
     printed = capsys.readouterr().err
     assert "image of seed" in printed and "is not a number (NaN)" in printed
     assert not list(Path("out").glob("*.png"))

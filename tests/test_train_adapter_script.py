@@ -42,7 +42,6 @@ def test_trains_from_a_command_line_and_resumes(sd_folder, tmp_path, capsys):
         ([f"output_dir={__file__}/out"], ["be written to", "--output_dir"]),
         (["adapter.downscale_factor=0"], ["downscale_factor"]),
         (["adapter.channels=[1, 2, 3, 4]"], ["channels"]),
-        (["mask=fixed", "mask.box=[0, 0, 0.01, 0.01]"], ["edge"]),
         (["mask=fixed", "mask.box=[0.5, 0.5, 0.501, 0.501]"], ["box"]),
     ],
 )

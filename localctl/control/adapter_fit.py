@@ -19,7 +19,7 @@ SHAPE = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")
 
 def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> None:
     """ValueError, which ends in ``way_out``, unless an adapter of these options makes what the U-Net takes; nothing is
-    computed. options: ``in_channels`` and ``SHAPE`` are looked at; those left out have their defaults."""
+    computed. options: ``in_channels``, ``level_weights`` and ``SHAPE`` are looked at, with their defaults."""
     factor = shape.vae_scale_factor
     side = 64 * factor
     known = {name: options[name] for name in ("in_channels", *SHAPE) if name in options}
@@ -34,6 +34,12 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
         raise ValueError(
             f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
             f"base's U-Net takes {taken}; {way_out}."
+        )
+    weights = options.get("level_weights")
+    if weights is not None and len(weights) != len(made):
+        raise ValueError(
+            f"The adapter has {len(made)} levels of features, but level_weights are {list(weights)}; give one weight "
+            "for each level."
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,33 @@ if TYPE_CHECKING:
     from localctl.control.base import BoundControl, CallContext
 
     User = tuple[BoundControl, CallContext]
+
+
+class _Uncompiled:
+    """What is compiled runs as it is written while anybody wants it. torch has one stance for the whole process, so it
+    is counted who wants it, in whatever order and thread they come and go; the last one puts the stance back."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        """One more."""
+        with self._lock:
+            if not self._users:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._users += 1
+
+    def leave(self) -> None:
+        """One less."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 def users_of(attn: Attention) -> list[User]:
@@ -41,7 +68,7 @@ class Installation:
     def __init__(self, check: MaskCheck | None = None) -> None:
         self.check = check
         self._originals: list[tuple[dict[str, Any], Any]] = []
-        self._uncompiled = ExitStack()
+        self._uncompiled = False
 
     def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
         """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
@@ -67,7 +94,8 @@ class Installation:
 
     def _keep(self, holder: dict[str, Any], processor: Any) -> None:
         if not self._originals and "torch._dynamo" in sys.modules:  # else nothing is compiled
-            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+            _UNCOMPILED.enter()
+            self._uncompiled = True
         self._originals.append((holder, processor))
 
     def undo(self) -> None:
@@ -75,4 +103,6 @@ class Installation:
         while self._originals:
             holder, original = self._originals.pop()
             holder["processor"] = original
-        self._uncompiled.close()
+        if self._uncompiled:
+            self._uncompiled = False
+            _UNCOMPILED.leave()

@@ -70,9 +70,9 @@ class RegionBias(Control):
 
 
 def check_strength(name: str, value: float) -> None:
-    """ValueError unless ``value`` is a finite number."""
+    """ValueError unless ``value`` is a number that is finite in float32, too."""
     if not isinstance(value, (int, float)) or not torch.isfinite(torch.tensor(float(value))):
-        raise ValueError(f"The {name} of a control is a finite number, not {value!r}.")
+        raise ValueError(f"The {name} of a control is a number, finite in float32, not {value!r}.")
 
 
 class _BoundRegionBias(BoundControl):

@@ -64,7 +64,7 @@ def test_what_is_no_adapter_is_named(sd_folder, tmp_path):
     for name, words in (
         (str(tmp_path / "empty"), "no config.json in it"),
         (str(tmp_path / "nowhere"), "There is no adapter .*nowhere.*no such folder"),
-        (str(sd_folder / "unet"), "is a UNet2DConditionModel; give a T2IAdapter"),
+        (str(sd_folder / "unet"), "names the class 'UNet2DConditionModel'; give a LocalAdapter"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             find_adapter(name, local_files_only=True)

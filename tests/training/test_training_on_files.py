@@ -184,7 +184,7 @@ def test_empty_masks_and_a_validation_without_score_are_said(sd_folder, folder, 
         Image.new("L", (100, 70)).save(file)
     data = DataConfig(path=str(folder), **(TEN | {"validation_share": 0.3}))
     result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=2, validation_steps=2)
-    assert any("8 of 8 samples seen had an empty mask" in line for line in said)
+    assert any("8 of 8 masks seen were empty" in line for line in said)
     assert any("step 2: no score, since no held-out mask has 40 edge pixels" in line for line in said)
     assert result.fidelity is not None and not result.fidelity.scored
     card = (tmp_path / "a" / "README.md").read_text()

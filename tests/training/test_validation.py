@@ -76,8 +76,7 @@ def test_a_share_of_the_cases_has_no_prompt(settings, validator):
 
     def cases(share, count=3):
         config = replace(settings.validation, proportion_empty_prompts=share, count=count)
-        scenes = MicroScenes("val", count=60)
-        return choose_cases(scenes, settings.mask, config, validator.edges_of)
+        return choose_cases(MicroScenes("val", count=60), replace(settings, validation=config))
 
     assert not any(case.prompt for case in cases(1.0))
     many = cases(0.5, 30)
