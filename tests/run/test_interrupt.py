@@ -2,10 +2,10 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from process_helpers import wait_for
 
 from localctl.run.interrupt import (
     SIGNALS,
@@ -118,7 +118,8 @@ def test_who_sets_the_variables_of_accelerate_is_not_taken_for_it(monkeypatch):
     found = []
     for name in ("/env/bin/accelerate", "bash"):
         process = subprocess.Popen([name, "30"], executable="/bin/sleep")
-        wait_for(Path(f"/proc/{process.pid}/cmdline").read_bytes)  # empty until the program is loaded
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # until the program is loaded
+            time.sleep(0.01)
         found.append(_is_accelerate(process.pid))
         process.kill()
         process.wait()
