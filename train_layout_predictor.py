@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = settings_or_help(PROGRAM, argv, LayoutTrainSettings, about=__doc__, aliases=ALIASES, name=CONFIG)
         return 0 if settings is None else _train(settings)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(PROGRAM, error)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 def _train(settings: LayoutTrainSettings) -> int:

@@ -256,7 +256,10 @@ def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
     silent = [name for name in SAID if name not in settings]
     if silent:
         raise ValueError(f"The pictures in {folder} do not say their {', '.join(silent)}; draw them again.")
-    wanted = {picture_id(index) for index in range(int(settings["num_images"]))}
+    count = settings["num_images"]
+    if not isinstance(count, int):
+        raise ValueError(f"The pictures in {folder} say num_images {str(count)[:60]!r}; draw them again.")
+    wanted = {picture_id(index) for index in range(count)}
     found = {p.stem for p in (folder / "images").glob("*") if not p.name.startswith(".")}
     for what, ids in (("missing", wanted - found), ("not known", found - wanted)):
         if ids:
@@ -286,13 +289,16 @@ def read_speed(folder: Path) -> Speed | None:
     noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
     if not noted:
         return None
-    pictures, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
-    return Speed(
-        images_per_second=pictures / seconds,
-        processes=max(item["processes"] for item in noted),
-        batch_size=max(item["pictures"] for item in noted),
-        device=noted[0]["device"],
-    )
+    try:
+        pictures, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
+        return Speed(
+            images_per_second=pictures / seconds,
+            processes=max(item["processes"] for item in noted),
+            batch_size=max(item["pictures"] for item in noted),
+            device=noted[0]["device"],
+        )
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise ValueError(f"The notes in {folder / 'timing'} are damaged; remove that folder.") from None
 
 
 def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:

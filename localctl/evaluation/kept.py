@@ -34,11 +34,14 @@ class Kept:
             made = make()
             write_json(path, {"described": described, "tables": {name: _plain(rows) for name, rows in made.items()}})
             return made
-        tables = read_json(path, "kept measurement")["tables"]
-        return {
-            name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
-            for name, table in tables.items()
-        }
+        kept = read_json(path, "kept measurement")
+        try:
+            return {
+                name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
+                for name, table in kept["tables"].items()
+            }
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"The kept measurement {path} is damaged; remove it to measure again.") from None
 
 
 def _plain(rows: Rows) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localctl.files import parse_json
+from localctl import files
+from localctl.files import first_line, parse_json
 
 REQUIRED = (
     "metrics",
@@ -56,7 +57,8 @@ def check_provenance(name: str, content: Mapping[str, Any], needed: tuple[str, .
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``path`` at once or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON escapes it
 
 
 def write_json_once(path: Path, content: Any) -> bool:
@@ -79,18 +81,20 @@ def write_json_once(path: Path, content: Any) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot."""
+    """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot.
+    OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write_bytes(path, content)
 
 
-def read_json(path: Path, what: str) -> Any:
-    """ValueError when there is no such file, or it is no JSON."""
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in ``path``. ValueError when there is no such file, or it holds none."""
     try:
-        return parse_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:
-        raise ValueError(f"The {what} {path} is damaged ({error}); make it again.") from error
+        raise ValueError(f"The {what} {path} is damaged ({first_line(error)}); make it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"The {what} {path} is damaged (no object with named fields); make it again.")
+    return content

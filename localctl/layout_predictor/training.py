@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from localctl.files import share_weights
 from localctl.layout_predictor.captions import Caption
 from localctl.layout_predictor.coco import CocoLayouts
 from localctl.layout_predictor.data import MicroLayouts, Scenes, example
@@ -30,9 +29,12 @@ from localctl.run.checkpoints import (
     save_checkpoint,
     set_aside_later,
     sweep,
+    sweep_folders,
     verify_checkpoint,
+    write_folders,
 )
 from localctl.run.interrupt import Interrupt
+from localctl.run.lock import FolderLock
 from localctl.run.logging import STATS, check_report_to, make_tracker
 from localctl.run.processes import process_device
 from localctl.run.record import flat, recorded
@@ -57,14 +59,32 @@ def make_scenes(settings: LayoutTrainSettings) -> Scenes:
 
 
 def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
-    """Check folder, checkpoint and data, then make the model. ValueError in one sentence for the user."""
+    """Check folder, checkpoint and data, then make the model.
+
+    Raises:
+        ValueError: in one sentence for the user; :class:`~localctl.run.lock.FolderInUse` for the output folder.
+        OSError: of the disk.
+    """
     check_report_to(settings.report_to)
     device = process_device(settings.device)
     folder = Path(settings.output_dir).expanduser()
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
+    lock = FolderLock(folder, say)
+    try:
+        return _prepare(settings, folder, device, say, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _prepare(
+    settings: LayoutTrainSettings, folder: Path, device: torch.device, say: Callable[[str], None], lock: FolderLock
+) -> Run:
+    """:func:`prepare`, with the output folder locked."""
     sweep(folder)
+    sweep_folders(folder, (PREDICTOR,))
     checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, say)
     if checkpoint is None and settings.resume_from_checkpoint != LATEST and not settings.overwrite_output_dir:
         for name in (STATS, PREDICTOR):
@@ -76,7 +96,7 @@ def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.wri
     scenes = make_scenes(settings)
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
-    run = Run(settings, scenes, folder, device, say)
+    run = Run(settings, scenes, folder, device, say, lock)
     if checkpoint is not None:
         run.load(checkpoint)
         set_aside_later(folder, run.step, say)
@@ -96,8 +116,9 @@ class Run:
         folder: Path,
         device: torch.device,
         say: Callable[[str], None],
+        lock: FolderLock,
     ) -> None:
-        self.settings, self.scenes, self.folder, self.say = settings, scenes, folder, say
+        self.settings, self.scenes, self.folder, self.say, self.lock = settings, scenes, folder, say, lock
         self.step = 0
         state = torch.random.get_rng_state()
         torch.manual_seed(generator(settings.seed, "weights").initial_seed())
@@ -114,7 +135,7 @@ class Run:
 
         Raises:
             NotFiniteError: the loss is not finite.
-            CheckpointError: a checkpoint could not be written.
+            OSError: checkpoint, log or predictor could not be written; the message says what is left.
         """
         settings = self.settings
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -138,16 +159,17 @@ class Run:
                         likelihoods = []
                         bar.set_postfix({"nll": f"{row['nll_centre']:.3f}"}, refresh=False)
                         tracker.log(self.step, row)
-                    if settings.validation_steps and (self.step % settings.validation_steps == 0 or last):
-                        tracker.log(self.step, self._validate())
                     stopped = bool(interrupt.signal) or stop(self.step)
                     every = settings.checkpointing_steps
                     if stopped or (every and (self.step % every == 0 or last)):
-                        self.save()
+                        self.save()  # before validating, which may fail
+                    if settings.validation_steps and (self.step % settings.validation_steps == 0 or last):
+                        tracker.log(self.step, self._validate())
             if self.step >= settings.max_train_steps:
                 self._export()
         finally:
             tracker.close()
+            self.lock.release()
         return interrupt.signal
 
     def _batch(self) -> Iterator[Caption]:
@@ -212,10 +234,13 @@ class Run:
     def load(self, checkpoint: Path) -> None:
         """Go on from a checkpoint. ValueError where settings or data changed that make another run of it."""
         manifest = verify_checkpoint(checkpoint)
-        now, before = flat(recorded(self.settings)), flat(manifest["info"]["settings"])
-        changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
-        if manifest["info"]["scenes"] != len(self.scenes):
-            changed.append("number of scenes")
+        try:
+            now, before = flat(recorded(self.settings)), flat(manifest["info"]["settings"])
+            changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
+            if manifest["info"]["scenes"] != len(self.scenes):
+                changed.append("number of scenes")
+        except (KeyError, AttributeError):
+            raise ValueError(f"{checkpoint} is no checkpoint of a layout predictor; use another one.") from None
         if changed:
             lines = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
             raise ValueError(
@@ -232,13 +257,20 @@ class Run:
         self.step = int(manifest["step"])
 
     def _export(self) -> None:
-        """The finished predictor in half precision; it is loaded as float32 again."""
-        folder = self.folder / PREDICTOR
+        """The finished predictor in half precision; it is loaded as float32 again. OSError when it cannot be written;
+        then there is a checkpoint to export it from."""
         small = LayoutPredictor(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
         small.load_state_dict(self.model.state_dict())
-        small.half().save_pretrained(folder)
-        share_weights(folder)
-        self.say(f"Done: {folder}")
+        try:
+            write_folders(self.folder, {PREDICTOR: small.half().save_pretrained})
+        except OSError as error:
+            if self.step not in list_checkpoints(self.folder):
+                self.save()
+            raise OSError(
+                f"{error}; checkpoint-{self.step} has all of the training: make room and go on with "
+                "--resume_from_checkpoint latest."
+            ) from error
+        self.say(f"Done: {self.folder / PREDICTOR}")
 
 
 def _means(several: list[Likelihood]) -> dict[str, float]:

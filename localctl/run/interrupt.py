@@ -8,11 +8,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # what torchrun and `accelerate launch` set
+_TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # what the launchers set
 
 
 class Signalled(BaseException):
@@ -85,7 +86,17 @@ def ending_at_once() -> Iterator[None]:
 
 def launcher() -> int | None:
     """The process id of torchrun or `accelerate launch`, where one of them started this process."""
-    return os.getppid() if any(name in os.environ for name in _LAUNCHERS) else None
+    parent = os.getppid()
+    started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
+    return parent if started else None
+
+
+def _is_accelerate(pid: int) -> bool:
+    """Whether a process is `accelerate launch`, as users set its variables, too; yes where the system does not say."""
+    try:
+        return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
 
 
 def exit_code(number: int) -> int:

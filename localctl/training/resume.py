@@ -124,16 +124,20 @@ def weights_fingerprint(parts: Mapping[str, Any]) -> str:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line ``name: old -> new`` for everything that differs between two descriptions and may not.
 
-    A setting that ``before`` does not know yet counts as having had its default.
+    A setting that ``before`` does not know yet counts as having had its default. A masked value is compared by the
+    hash of all settings, as long as both know the same ones.
     """
-    defaults, old, new = flat(recorded(TrainSettings())), flat(before.get("settings", {})), flat(now["settings"])
+    defaults, old, new = flat(recorded(TrainSettings())), flat(_part(before, "settings")), flat(now["settings"])
+    was = {key: old.get(key, defaults.get(key)) for key in new}
+    masked = [key for key, value in new.items() if MASKED in (was[key], value) and None not in (was[key], value)]
     lines = [
-        f"{key}: {old.get(key, defaults.get(key))} -> {value}"
+        f"{key}: {was[key]} -> {value}"
         for key, value in new.items()
-        if not is_free(key) and old.get(key, defaults.get(key)) != value
+        if not is_free(key) and key not in masked and was[key] != value
     ]
     lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
-    if not lines and MASKED in old.values() and before.get("config_sha256") != now["config_sha256"]:
+    same = old.keys() == new.keys()
+    if not lines and masked and same and before.get("config_sha256") != now["config_sha256"]:
         lines.append("a setting with a masked value")
     for name, meaning in (("world_size", "processes"), ("precision", "precision")):
         if before.get(name) != now[name]:
@@ -164,6 +168,12 @@ def _content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return lines + [f"{name}: {_short(before[name])} -> {_short(now[name])}" for name in changed]
 
 
+def _part(before: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a manifest; empty where it is anybody's."""
+    found = before.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
 def _short(value: Any) -> str:
     """A digest's beginning, any other value whole, unless it is long."""
     text = str(value)
@@ -179,12 +189,12 @@ def check_unchanged(
 
     Other versions of libraries are said, too, and never an error; so is a length that moves the learning rate.
     """
-    versions = before.get("versions", {})
+    versions = _part(before, "versions")
     pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
     moved = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if moved:
         say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
-    length = [before.get("settings", {}).get("max_train_steps"), now["settings"]["max_train_steps"]]
+    length = [_part(before, "settings").get("max_train_steps"), now["settings"]["max_train_steps"]]
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
         say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
     lines = changes(before, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_layout_predictor
@@ -19,9 +21,12 @@ from localctl.layout_predictor.captions import Caption, own_caption
 from localctl.layout_predictor.data import MicroLayouts
 from localctl.layout_predictor.learning import draw_known, draw_unread, likelihood, relation_loss
 from localctl.layout_predictor.measure import MeanBox, held_out_captions, judge, predictor_nll
+from localctl.layout_predictor.model import LayoutPredictor
 from localctl.layout_predictor.settings import LayoutTrainSettings
 from localctl.layout_predictor.training import prepare
+from localctl.run.checkpoints import save_checkpoint
 from localctl.run.config import load_config
+from localctl.run.lock import FolderLock, _began
 from localctl.run.logging import read_stats
 
 ROOT = Path(train_layout_predictor.__file__).parent
@@ -99,6 +104,51 @@ def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_train_steps: 2 -> 4"):
         prepare(settings(f"output_dir={tmp_path}", "--resume_from_checkpoint", "latest"))
     assert prepare(settings(f"output_dir={tmp_path}", "--overwrite_output_dir")).step == 0
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = FolderLock(tmp_path / "run", str)
+    owner = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "run")]) == 2
+    assert "in use by process" in capsys.readouterr().err
+    assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "other")]) == 0
+    assert not (tmp_path / "other" / ".lock").exists()
+
+
+@pytest.mark.parametrize("every", ["0", "2"])
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str
+) -> None:
+    save, full = LayoutPredictor.save_pretrained, [True]
+
+    def failing(self: LayoutPredictor, folder: Path) -> None:
+        if full and self.dtype == torch.float16:
+            raise SafetensorError("No space left on device (os error 28)")
+        save(self, folder)
+
+    monkeypatch.setattr(LayoutPredictor, "save_pretrained", failing)
+    argv = [*TINY, f"output_dir={tmp_path}", "--checkpointing_steps", every]
+    with pytest.raises(OSError, match="No space left.*checkpoint-4 has all of the training"):
+        prepare(load_config(argv, LayoutTrainSettings, name="train_layout_predictor")).train()
+    assert not (tmp_path / "predictor").exists()
+    full.clear()
+    assert train_layout_predictor.main([*argv, "--resume_from_checkpoint", "latest"]) == 0
+    assert load_predictor(tmp_path)
+
+
+def test_it_is_saved_before_it_is_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = prepare(settings(f"output_dir={tmp_path}", "--validation_steps", "2"))
+    monkeypatch.setattr(run, "_validate", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
+def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 2, lambda folder: (folder / "x").touch(), info={"settings": []})
+    with pytest.raises(ValueError, match="no checkpoint of a layout predictor"):
+        prepare(settings(f"output_dir={tmp_path}", "--resume_from_checkpoint", "latest"))
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

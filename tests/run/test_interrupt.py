@@ -1,10 +1,22 @@
 import os
 import signal
+import subprocess
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from localctl.run.interrupt import SIGNALS, Interrupt, Signalled, ending_at_once, exit_code, ignore_signals, launcher
+from localctl.run.interrupt import (
+    SIGNALS,
+    Interrupt,
+    Signalled,
+    _is_accelerate,
+    ending_at_once,
+    exit_code,
+    ignore_signals,
+    launcher,
+)
 
 
 def test_the_first_only_asks_the_second_interrupts():
@@ -91,6 +103,24 @@ def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert launcher() is None and Interrupt(None).signal == 0  # a shell may go: nobody waits for its word
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("localctl.run.interrupt._is_accelerate", lambda pid: True)
     assert launcher() == os.getppid()
     assert Interrupt(os.getppid()).signal == 0
     assert Interrupt(os.getppid() + 1).signal == signal.SIGTERM
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="the system does not say what runs")
+def test_who_sets_the_variables_of_accelerate_is_not_taken_for_it(monkeypatch):
+    """A shell that is left, as after nohup, must not stop the training."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launcher() is None  # pytest's own parent
+    found = []
+    for name in ("/env/bin/accelerate", "bash"):
+        process = subprocess.Popen([name, "30"], executable="/bin/sleep")
+        while not Path(f"/proc/{process.pid}/cmdline").read_bytes():  # until the program is loaded
+            time.sleep(0.01)
+        found.append(_is_accelerate(process.pid))
+        process.kill()
+        process.wait()
+    assert found == [True, False]
