@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from localctl.files import first_line, read_json
-from localctl.layout_checks import shown
+from localctl.sizes import shown
 
 # What every part must have one of. Of tokenizers transformers makes an empty one where nothing is found.
 _NEEDED = {

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from localctl.layout_checks import shown
+from localctl.sizes import shown
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # What it looks like -> how it is found. Plain parentheses and brackets of letters, as in "[V] dog", are English.

@@ -15,8 +15,8 @@ from localctl.attachment import Attachment, Layouts, attach
 from localctl.control.base import Control
 from localctl.control.schedule import outer_step
 from localctl.layout import Layout, as_layouts
-from localctl.layout_checks import shown
 from localctl.random import generator, noise
+from localctl.sizes import shown
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from localctl.files import first_line
 from localctl.layout import Layout, Region, check_side
-from localctl.layout_checks import shown
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
 from localctl.layout_predictor.placing import Placement, place
+from localctl.sizes import shown
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the picture's side

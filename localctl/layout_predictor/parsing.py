@@ -6,11 +6,12 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from localctl.layout_checks import MAX_REGIONS, check_text, shown
+from localctl.layout_checks import MAX_REGIONS, check_text
 from localctl.layout_predictor.chunker import Chunk, rule_chunks, split_words
 from localctl.layout_predictor.words import DENIALS, DETERMINERS, NUMBERS, PICTURES, PLACES, PRONOUNS
 from localctl.phrases import find_phrase
 from localctl.prompt_syntax import without_syntax
+from localctl.sizes import shown
 
 CHUNKERS = ("auto", "spacy", "rules")
 
