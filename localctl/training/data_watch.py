@@ -72,8 +72,8 @@ class DataWatch:
         self.masks, self.empty_masks = self.masks + len(batch), self.empty_masks + empty
         if before < ENOUGH_MASKS <= self.masks and self.empty_masks == self.masks:
             said = (
-                f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can be "
-                "learned; white is controlled, look at the masks with python -m localctl.data check."
+                f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can "
+                "be learned; white is controlled, look at the masks with python -m localctl.data check."
             )
             self.say(warning(said))
 

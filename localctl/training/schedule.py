@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from localctl.run.messages import warning
+
 if TYPE_CHECKING:
     from localctl.training.settings import TrainSettings
 
