@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localctl.layout import Layout
 
+# Words before the name of a thing.
+SINGULAR = frozenset(["a", "an", "one", "another", "each", "every", "this", "that", "either", "neither"])
+PLURAL = frozenset(
+    ["some", "many", "several", "few", "these", "those", "both", "various", "multiple", "all", "no", "any"]
+)
+_NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
+POSSESSIVE = frozenset(["my", "your", "his", "her", "its", "our", "their", "whose"])
+DETERMINERS = SINGULAR | PLURAL | POSSESSIVE | frozenset(NUMBERS) | {"the"}
+
 # Quotes that keyboards and editors put in each other's place.
 _QUOTES = str.maketrans(
     {

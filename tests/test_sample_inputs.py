@@ -205,7 +205,7 @@ def test_a_gray_condition_for_a_published_adapter_of_three_channels(
         (["--resolution", "64,64"], "'64,64' is no size; write 512 or WIDTHxHEIGHT"),
         (["--resolution", "-64"], "expected one argument|is no size"),
         (["--resolution", "64", "--width", "64"], "either --resolution or --height and --width"),
-        (["--height", "80000"], "height 80000 is over 16384"),
+        (["--height", "80000"], "height 80000 is over 8192"),
         (["--mask", "square.png"], "mask square.png is 50x50 pixels but the image photo.png is 200x100, another shape"),
         (["--mask", "edge.png", "--resolution", "64"], "Nothing of the mask edge.png is left in the part"),
         (["--image", "."], "no image file"),

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from localctl.files import parse_json
+from localctl import files
 
 REQUIRED = (
     "metrics",
@@ -79,17 +79,15 @@ def write_json_once(path: Path, content: Any) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot."""
+    """Write ``path``, and its folder if there is none, whole or not at all; OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write_bytes(path, content)
 
 
 def read_json(path: Path, what: str) -> Any:
     """ValueError when there is no such file, or it is no JSON."""
     try:
-        return parse_json(path.read_bytes())
+        return files.parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:
