@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from localctl.phrases import DETERMINERS as DETERMINERS
 from localctl.phrases import NUMBERS as NUMBERS
-from localctl.phrases import PLURAL as PLURAL
-from localctl.phrases import POSSESSIVE as POSSESSIVE
 from localctl.phrases import SINGULAR as SINGULAR
 
 
