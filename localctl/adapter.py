@@ -18,9 +18,9 @@ from localctl.base_files import check_weights, pickled_only
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line
 from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
 
-ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 # A config may be anybody's, and modules are built by it. Published adapters have up to 8e7 weights in 4 or 5 levels.
 MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
 
@@ -125,6 +125,11 @@ class LocalAdapter(ModelMixin, ConfigMixin):
                 "weight for each level."
             )
         return [feature * weight for feature, weight in zip(features, weights, strict=True)]
+
+    @property
+    def levels(self) -> int:
+        """How many levels of features it makes: one for each of ``channels``, and of a light adapter one more."""
+        return len(self.adapter.adapter.body)
 
     def _mask_feature(self, feature: Tensor, mask: Tensor) -> Tensor:
         """feature (B,c,h,w) times mask (B,1,H,W). where, not only a product: 0 * inf is NaN, and half precision

@@ -56,12 +56,9 @@ class SavedAdapter:
 
     @property
     def condition(self) -> ConditionConfig | None:
-        """What it was trained on, as far as it says. ValueError when that is damaged."""
+        """What it was trained on, as far as it says; checked when the adapter was found."""
         said = self.config.get("condition")
-        try:
-            return ConditionConfig(**said) if said else None
-        except TypeError as error:
-            raise ValueError(f"'condition' in {self.place}/{CONFIG} is damaged ({first_line(error)}).") from error
+        return ConditionConfig(**said) if said else None
 
     def used_on(self, base: str) -> str | None:
         """A sentence where that is not the base it was trained on."""

@@ -23,6 +23,7 @@ from localctl.control.schedule import Visits, outer_step, sigma_at, steps_of_cal
 from localctl.control.shifts import SchedulerShift, check_shiftable
 from localctl.control.sites import Site, attention_sites
 from localctl.layout import Layout, as_layouts
+from localctl.sizes import shown
 
 Layouts = Layout | str | Sequence[Layout | str]
 
@@ -135,6 +136,12 @@ class Attachment:
                     f"The pipeline was called with the prompt {given!r} while the attached layout says "
                     f"{self.layouts[index].prompt!r}; call it with layout.prompt."
                 )
+        other = arguments.get("prompt_2")  # of SDXL, for its second text encoder
+        if other not in (None, prompt) and any(hasattr(control, "regions") for control in self.bound):
+            raise ValueError(
+                f"Phrases are found in the layout's prompt, but the second text encoder would read {shown(other)}; "
+                "leave prompt_2 out."
+            )
         copies = arguments.get("num_images_per_prompt") or 1
         for control in self.bound:
             control.begin_call(arguments)

@@ -12,6 +12,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from localctl.layout import Layout
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What stands before the name of a thing.
+SINGULAR = _words("a an one another each every this that either neither")
+NUMBERS = {
+    word: n
+    for n, word in enumerate(
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2
+    )
+}
+DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | _words(
+    "some many several few these those both various multiple all no any my your his her its our their whose"
+)
 # Quotes that keyboards and editors put in each other's place.
 _QUOTES = str.maketrans(
     {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
-from localctl.run.arguments import Arguments
+from localctl.run.arguments import BOOLS, Arguments
 from localctl.sampling_record import INPUTS as INPUTS
 from localctl.sampling_record import RECORD, read_record
 from localctl.settings import CHANNELS
@@ -232,7 +232,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def boolean(text: str) -> bool:
-    """true or false, in any case; ArgumentTypeError for anything else."""
-    if text.lower() not in ("true", "false"):
+    """true or false, as every program reads it; ArgumentTypeError for anything else."""
+    if text.lower() not in BOOLS:
         raise argparse.ArgumentTypeError(f"it is true or false, not {_short(text)!r}")
-    return text.lower() == "true"
+    return BOOLS[text.lower()]

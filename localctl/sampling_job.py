@@ -28,10 +28,8 @@ from localctl.sampling_inputs import (
     read_sources,
     size_multiple,
 )
-from localctl.sampling_record import INPUTS
 from localctl.sampling_regions import Variant, layout_paths, load_layouts, plan
 
-_MOST_SIDE = 16_384  # pixels; no base comes near it
 _OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
 
 
@@ -75,8 +73,9 @@ def prepare(options: argparse.Namespace) -> Job:
     chosen = asked == (None, None) and bool(sources) and sources[0].size != size
     why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
     adapters, said = follow(options, found, sources, size, why)
-    options.height, options.width, options.resolution = *_recorded_size(options, scenes, sources, size), None
-    layouts = [_sized(scene, size) for scene in scenes or [Layout(prompt) for prompt in options.prompt]]
+    options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
+    scenes = scenes or [Layout(prompt) for prompt in options.prompt]
+    layouts = [replace(scene, height=size[0], width=size[1]) for scene in scenes]
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
 
@@ -162,8 +161,6 @@ def _asked(options: argparse.Namespace, scenes: Sequence[Layout]) -> tuple[int |
     height, width = options.resolution or (options.height, options.width)
     for name, side in (("height", height), ("width", width)):
         check_side(name, side)
-        if side is not None and side > _MOST_SIDE:
-            raise ValueError(f"The {name} {side} is over {_MOST_SIDE}; give a smaller one.")
     sizes = {scene.size for scene in scenes if scene.size is not None}
     if len(sizes) > 1:
         raise ValueError(f"The layouts have several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes))}.")
@@ -179,12 +176,10 @@ def _asked(options: argparse.Namespace, scenes: Sequence[Layout]) -> tuple[int |
     return there
 
 
-def _recorded_size(
-    options: argparse.Namespace, scenes: Sequence[Layout], sources: Sequence[Any], size: Size
-) -> tuple[int | None, int | None]:
+def _recorded_size(options: argparse.Namespace, follows: bool, size: Size) -> tuple[int | None, int | None]:
     """What the record says of the size: nothing where it is that of the layout or of the base."""
     free = options.resolution is None and options.height is None and options.width is None
-    return (None, None) if free and not sources else size
+    return (None, None) if free and not follows else size
 
 
 def _own_size(shape: BaseShape) -> Size:
@@ -192,10 +187,6 @@ def _own_size(shape: BaseShape) -> Size:
     sample = shape.parts["unet"].get("sample_size") or 64  # as the class has it
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return height * shape.vae_scale_factor, width * shape.vae_scale_factor
-
-
-def _sized(layout: Layout, size: Size) -> Layout:
-    return replace(layout, height=size[0], width=size[1])
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
@@ -229,7 +220,6 @@ def _check_counts(options: argparse.Namespace) -> None:
 
 def reproducing_options(job: Job) -> dict[str, Any]:
     """The flags that repeat this run from anywhere: defaults that came from the adapter spelled out, paths absolute."""
-    assert {*INPUTS} <= vars(job.options).keys()
     return {
         **vars(job.options),
         "from_json": None,

@@ -11,6 +11,7 @@ from localctl.files import first_line, read_json
 RECORD = "sample.json"
 INPUTS = ("image", "condition_image", "mask", "layout")  # options that name files; copied beside the record
 AUTO = "auto"  # in place of a layout: what the predictor makes of the prompt
+NONE = "none"  # in place of a control
 
 
 def read_record(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.optimization.weights import OptimizedSpaceTime
 from localctl.sampling_record import AUTO
+from localctl.sampling_record import NONE as NONE
 
 CONTROLS: dict[str, type[Control]] = {
     "bias": RegionBias,
@@ -32,7 +33,6 @@ CONTROLS: dict[str, type[Control]] = {
     "spacetime_optimized": OptimizedSpaceTime,
 }
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
-NONE = "none"
 _MOST_CELLS = 64  # of a sweep
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
 FROM_PICTURE = ("canny", "sobel", "palette")
 CHANNELS_USED = ("gray", "rgb")

@@ -309,3 +309,13 @@ def test_outer_step_of_two_modules_is_one() -> None:
     from localctl.sampling import outer_step as public
 
     assert public is outer_step
+
+
+def test_another_text_for_the_second_encoder_is_refused_where_phrases_are_located(sdxl_pipe: Any) -> None:
+    with attach(sdxl_pipe, LAYOUT, RegionBias(strength=1.0)):
+        with pytest.raises(ValueError, match="Phrases are found in the layout's prompt, .* 'dogs'; leave prompt_2 out"):
+            draw(sdxl_pipe, prompt_2="dogs")
+        same = draw(sdxl_pipe, prompt_2=PROMPT)
+        assert torch.equal(same, draw(sdxl_pipe))
+    with attach(sdxl_pipe, PROMPT, Watch([])):  # which looks at no phrase
+        draw(sdxl_pipe, prompt_2="dogs")

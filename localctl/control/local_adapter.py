@@ -47,7 +47,7 @@ class LocalAdapterControl(Control):
                 "wrap a T2IAdapter with LocalAdapter.from_t2iadapter."
             )
         check_window(self.start, self.end)
-        self.weight = _checked_weight(self.weight, len(self.adapter.config["channels"]))
+        self.weight = _checked_weight(self.weight, self.adapter.levels)
         self.condition = batched("condition", self.condition)
         self.mask = batched("mask", self.mask)
         channels = self.adapter.channels_of_condition

@@ -31,7 +31,7 @@ from localctl.control.regions import BoundRegions, encode_texts
 from localctl.control.sites import Site
 from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
-from localctl.layout_predictor.words import DETERMINERS
+from localctl.phrases import DETERMINERS
 
 MIXES = ("convex", "released")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -20,6 +20,7 @@ from localctl.images import grid, outline, to_pil
 from localctl.labels import brief
 from localctl.masks import mask_doubt
 from localctl.prompt_syntax import foreign_syntax
+from localctl.run.messages import warning
 from localctl.run.workers import loading
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
@@ -110,7 +111,7 @@ def write_report(
         warnings += _conditions(source, good, lines)
         warnings += _masks(source, good, lines)
         warnings += _captions(good, lines, tokens, limit, data)
-    return "\n".join([*lines, *(f"WARNING     {warning}" for warning in warnings)])
+    return "\n".join([*lines, *map(warning, warnings)])
 
 
 def bad_rows(rows: Sequence[RowReport]) -> list[str]:

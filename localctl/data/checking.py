@@ -16,6 +16,7 @@ from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
 from localctl.random import numpy_rng
+from localctl.run.messages import warning
 from localctl.training.data_watch import remarks
 from localctl.training.validation import MIN_EDGES, choose_cases
 
@@ -41,7 +42,7 @@ def check(settings: CheckSettings) -> str:
         lines.append(f"validation  {bad_rows(of_split)[0]}, in the split {data.validation_split!r}")
         lines += bad_rows(of_split)[1:]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
-    lines += [f"WARNING     {warning}" for warning in warnings]
+    lines += map(warning, warnings)
     if examples:
         target.parent.mkdir(parents=True, exist_ok=True)
         preview(examples).save(target)

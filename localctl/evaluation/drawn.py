@@ -40,7 +40,7 @@ from localctl.files import first_line
 from localctl.images import load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
-from localctl.metrics.weights import sha256_of, sha256_of_folder
+from localctl.metrics.weights import sha256_of_folder
 from localctl.random import key_seed
 from localctl.run.processes import process_device, processes
 from localctl.run.quiet import no_progress_bars
@@ -217,10 +217,10 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
 def claim(folder: Path, settings: FidSettings, name: str) -> None:
     """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
-    content["data"]["key_column"] = settings.data.key_column  # a column's name, though it sounds like a secret
+    adapter = settings.adapter and find_adapter(settings.adapter, settings.base.local_files_only)
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
-        "adapter": _adapter_sha256(settings),
+        "adapter": None if not adapter else sha256_of_folder(adapter.place),
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
@@ -240,14 +240,6 @@ def _filled(settings: dict[str, Any]) -> dict[str, Any]:
     defaults = recorded(FidSettings())
     known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
     return settings | {name: defaults[name] | settings[name] for name in known}
-
-
-def _adapter_sha256(settings: FidSettings) -> str | None:
-    """Of its weights; the id where they are on the hub."""
-    if settings.adapter is None:
-        return None
-    place = find_adapter(settings.adapter, settings.base.local_files_only).place
-    return sha256_of(Path(place)) if Path(place).is_file() else sha256_of_folder(place)
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:

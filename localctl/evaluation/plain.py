@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from localctl.data.folders import Walk, is_image
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.tables import head, line
 from localctl.images import ImageError, load_image
@@ -38,9 +38,7 @@ class Folder:
 
 def image_files(folder: Path) -> list[Path]:
     """All images in ``folder`` and the folders in it, by name; hidden ones and other files are not looked at."""
-    known = Image.registered_extensions()
-    found = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in known and path.is_file())
-    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return sorted(path / name for path, _, names in Walk(folder) for name in names if is_image(name))
 
 
 def check_folders(folders: Mapping[str, Path]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from localctl import files
-from localctl.files import first_line, parse_json
 
 REQUIRED = (
     "metrics",
@@ -81,8 +80,7 @@ def write_json_once(path: Path, content: Any) -> bool:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``path`` at once or not at all; whoever is killed meanwhile leaves a file whose name begins with a dot.
-    OSError that names the file."""
+    """Write ``path``, and its folder if there is none, whole or not at all; OSError that names it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, content)
 
@@ -90,11 +88,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The JSON object in ``path``. ValueError when there is no such file, or it holds none."""
     try:
-        content = parse_json(path.read_bytes())
+        content = files.parse_json(path.read_bytes())
     except OSError as error:
         raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
     except ValueError as error:
-        raise ValueError(f"The {what} {path} is damaged ({first_line(error)}); make it again.") from error
+        raise ValueError(f"The {what} {path} is damaged ({files.first_line(error)}); make it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"The {what} {path} is damaged (no object with named fields); make it again.")
     return content

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from localctl.layout_predictor import words as w
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’.&][^\W_]+)*['’]?|[^\w\s]")
-_OWNER = re.compile(r"(?:['’]s|s['’])$")
 _VOWEL = re.compile(r"[aeiouy]")
 
 

@@ -5,17 +5,14 @@ None of these lists names objects: whatever is not listed may be one.
 
 from __future__ import annotations
 
+from localctl.phrases import DETERMINERS as DETERMINERS
+from localctl.phrases import NUMBERS as NUMBERS
+from localctl.phrases import SINGULAR as SINGULAR
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
-
-SINGULAR = _words("a an one another each every this that either neither")
-PLURAL = _words("some many several few these those both various multiple all no any")
-_NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
-POSSESSIVE = _words("my your his her its our their whose")
-DETERMINERS = SINGULAR | PLURAL | POSSESSIVE | frozenset(NUMBERS) | {"the"}
 
 PRONOUNS = _words(
     "i you he she it we they me him us them who whom someone somebody something nothing everything anything everyone "
@@ -53,11 +50,6 @@ PLACES = _words(
 PICTURES = _words(
     "photo photograph picture image drawing painting illustration render rendering sketch scene view shot closeup "
     "close-up portrait snapshot depiction artwork frame canvas"
-)
-# Of these, the thing comes after "of": one object, named by what follows.
-MEASURES = _words(
-    "pair group bunch couple set row stack pile piece slice bowl cup glass bottle plate basket box bag can jar herd "
-    "flock bouquet loaf crowd number lot kind type sort variety bucket mug vase tray swarm pack"
 )
 # Words that describe and name no thing, for "a red and white ball", "the big, fluffy dog".
 ADJECTIVES = _words(

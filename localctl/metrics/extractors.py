@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from localctl.files import sha256
 from localctl.metrics import EXTRACTORS as EXTRACTORS
 from localctl.metrics.clip import Clip
 from localctl.metrics.efficientnet_lite import FEATURES, SIDE, EfficientNetLite0
 from localctl.metrics.per_sample import rgb_batch
-from localctl.metrics.weights import RESIZE, resize, sha256_of
+from localctl.metrics.weights import RESIZE, resize
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -165,5 +166,5 @@ def _inception_weights(given: str | Path | None) -> Path:
 
 
 def _check_sha256(path: Path, wanted: str) -> None:
-    if not path.is_file() or sha256_of(path) != wanted:
+    if not path.is_file() or sha256(path) != wanted:
         raise ValueError(f"{path} does not hold the published weights (sha256 {wanted[:8]}...); fetch it again.")

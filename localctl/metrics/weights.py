@@ -10,24 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from localctl.files import sha256
+
 RESIZE = "torch interpolate, bicubic, antialias, clipped to 0..255, not rounded"
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def sha256_of_folder(folder: str | Path) -> str:
-    """Of all weights in a model folder, by name; for a hub id, which is no folder, the id itself."""
+    """Of all weights in a model folder, by name; of a single file of weights; for a hub id, which is neither, the id
+    itself."""
+    if Path(folder).is_file():
+        return sha256(Path(folder))
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
     if not files:
         return str(folder)
-    return hashlib.sha256("".join(sha256_of(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def resize(images: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:

@@ -15,7 +15,7 @@ from localctl.run.suggest import nearest
 
 VERSION = f"localctl {__version__}"
 _SEVERAL = ("+", "*")
-_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("false", "no", "off", "0"), False)}
 
 
 class Arguments(argparse.ArgumentParser):
@@ -93,6 +93,6 @@ def _flag(action: argparse.Action, equals: str, value: str) -> list[str]:
 
 
 def _truth(flag: str, value: str) -> bool:
-    if value.lower() not in _BOOLS:
+    if value.lower() not in BOOLS:
         raise ValueError(f"{flag} must be true or false, not {value!r}.")
-    return _BOOLS[value.lower()]
+    return BOOLS[value.lower()]

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localctl.files import first_line, read_json, remove, sha256, share_weights
-from localctl.files import replace_folder as _replace_folder
+from localctl.files import first_line, read_json, remove, replace_folder, sha256, share_weights
 
 try:
     import resource
@@ -70,7 +69,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         write(temporary)
         _seal(temporary, step, info)
-        _replace_folder(temporary, final)
+        replace_folder(temporary, final)
         _flush(folder)
     except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
         reason = f"{why_not_written(error)}{room_left(folder)}"
@@ -105,7 +104,7 @@ def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> 
             write(temporary / name)
         share_weights(temporary)
         for name in writers:
-            _replace_folder(temporary / name, place / name)
+            replace_folder(temporary / name, place / name)
     except Exception as error:  # of a full disk, safetensors tells in an exception of its own
         names = " and ".join(writers)
         raise OSError(

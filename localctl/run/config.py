@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from localctl.files import first_line
-from localctl.run.arguments import VERSION
+from localctl.run.arguments import BOOLS, VERSION
 from localctl.run.help import help_text
 from localctl.run.record import mark_environment
 from localctl.run.suggest import nearest
@@ -160,7 +160,7 @@ def _read_arguments(
 def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
     """The value that follows a flag, taken off ``rest``; a bool may stand alone and then means true."""
     if hint is bool:
-        return rest.pop(0) if rest and rest[0].lower() in _BOOLS else "true"
+        return rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
     if not rest or rest[0].startswith("--"):
         raise ValueError(f"The flag --{name} needs a value.")
     return rest.pop(0)
@@ -194,7 +194,6 @@ def _build(schema: type[Settings], values: Mapping[str, Any], prefix: str) -> Se
     return schema(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
 
 
-_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULLS = ("null", "none")
 _SIZE = "resolution"  # last part of keys that hold [height, width]
 
@@ -211,7 +210,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is str:
         return _expect(value, (str, int, float), key, "text") if isinstance(value, str) else str(value)
     if hint is bool:
-        found = value if isinstance(value, bool) else _BOOLS.get(str(value).lower())
+        found = value if isinstance(value, bool) else BOOLS.get(str(value).lower())
         return _expect(found, bool, key, "true or false", given=value)
     if hint in (int, float):
         return _number(value, hint, key)

@@ -157,7 +157,8 @@ class Trackers(Tracker):
             except Exception as error:  # anybody's library
                 if name not in self._failed:
                     self._failed.add(name)
-                    self._say(f"WARNING {name} takes nothing at {when} ({first_line(error)}); the training goes on.")
+                    said = f"{name} takes nothing at {when} ({first_line(error)}); the training goes on."
+                    self._say(warning(said))
 
 
 def make_tracker(

@@ -8,6 +8,7 @@ import torch
 
 from localctl.data.sample import Source
 from localctl.run.checkpoints import room, room_left
+from localctl.run.messages import warning
 from localctl.training.data_watch import announced, brings_masks, remarks
 from localctl.training.export import effective_batch
 from localctl.training.schedule import schedule_notes
@@ -60,7 +61,7 @@ def short_of_room(state: TrainState, folder: Path) -> str:
     if free >= sum(files) and largest >= max(files):
         return ""
     what = "the adapter and a checkpoint" if settings.checkpointing_steps else "the adapter"
-    return (
-        f"WARNING     {what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less "
-        f"room in {folder}{room_left(folder)}"
+    return warning(
+        f"{what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less room in "
+        f"{folder}{room_left(folder)}"
     )

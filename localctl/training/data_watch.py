@@ -16,6 +16,7 @@ from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.plan import SamplePlan
 from localctl.data.sample import Batch, Example, MaskedSamples, Source, Unusable
+from localctl.run.messages import warning
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 
@@ -57,7 +58,9 @@ class DataWatch:
             limit = self.models.pipe.tokenizer.model_max_length
             lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
         if self.empty_masks > MOSTLY * self.masks:
-            lines.append(f"WARNING {self.empty_masks} of {self.masks} masks seen were empty: there nothing was learned")
+            lines.append(
+                warning(f"{self.empty_masks} of {self.masks} masks seen were empty: there nothing was learned")
+            )
         elif self.empty_masks:
             lines.append(f"{self.empty_masks} of {self.masks} masks seen were empty, so controlled nothing")
         return [f"data        {line}" for line in lines]
@@ -68,10 +71,11 @@ class DataWatch:
         before = self.masks
         self.masks, self.empty_masks = self.masks + len(batch), self.empty_masks + empty
         if before < ENOUGH_MASKS <= self.masks and self.empty_masks == self.masks:
-            self.say(
-                f"WARNING all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and "
-                "nothing can be learned; white is controlled, look at the masks with python -m localctl.data check."
+            said = (
+                f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can "
+                "be learned; white is controlled, look at the masks with python -m localctl.data check."
             )
+            self.say(warning(said))
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
         """The problems of all, and whether each of them has something to train on."""

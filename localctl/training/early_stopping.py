@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from localctl.run.checkpoints import write_folders
+from localctl.run.messages import warning
 from localctl.training.models import Models
 from localctl.training.settings import EarlyStoppingConfig
 
@@ -87,5 +88,5 @@ def take_score(
         try:
             write_folders(best_folder.parent, {best_folder.name: models.plain_adapter.save_pretrained})
         except OSError as error:
-            say(f"WARNING step {step}: the best adapter so far is not kept, {error}; the training goes on.")
+            say(warning(f"step {step}: the best adapter so far is not kept, {error}; the training goes on."))
     return {"score": score, "score/best": stopping.best, "score/best_step": stopping.best_step}

@@ -13,6 +13,7 @@ from localctl.files import first_line
 from localctl.run.checkpoints import list_checkpoints
 from localctl.run.interrupt import Interrupt
 from localctl.run.logging import STATS, Tracker, read_stats
+from localctl.run.messages import warning
 from localctl.training.early_stopping import Scorer, take_score
 from localctl.training.export import BEST, sheet_name
 from localctl.training.state import TrainState
@@ -105,7 +106,7 @@ class Events:
                 failure = _named(error)
             if any(state.agree(bool(failure))):
                 failure = failure or "another process failed"
-                self.say(f"WARNING step {state.step}: no score ({failure}); the training goes on.")
+                self.say(warning(f"step {state.step}: no score ({failure}); the training goes on."))
                 return
             where = folder if self.main else None
             row = take_score(state.early_stopping, lambda *_: score, state.models, state.step, where, self.say)
@@ -129,7 +130,7 @@ class Events:
         except TooManyBadRows:
             raise
         except Exception as error:
-            self.say(f"WARNING step {state.step}: no validation ({_named(error)}); the training goes on.")
+            self.say(warning(f"step {state.step}: no validation ({_named(error)}); the training goes on."))
         finally:
             self.signal, _ = state.agree(self.interrupt.signal, 1)
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from localctl.run.messages import warning
+
 if TYPE_CHECKING:
     from localctl.training.settings import TrainSettings
 
@@ -70,10 +72,11 @@ def schedule_notes(settings: TrainSettings, samples: int, processes: int = 1) ->
         else:
             notes.append(f"{epochs} set the end: {steps} steps")
     if settings.lr_scheduler != "constant" and settings.lr_warmup_steps >= steps:
-        warning = "" if settings.lr_warmup_steps == type(settings).lr_warmup_steps else "WARNING "  # the default's
         reached = learning_rate_at(settings, steps - 1) / settings.learning_rate if settings.learning_rate else 0
-        notes.append(
-            f"{warning}lr_warmup_steps={settings.lr_warmup_steps} is not less than the {steps} steps: the learning "
-            f"rate only reaches {reached:.1%} of learning_rate={settings.learning_rate:g}"
+        note = (
+            f"lr_warmup_steps={settings.lr_warmup_steps} is not less than the {steps} steps: the learning rate only "
+            f"reaches {reached:.1%} of learning_rate={settings.learning_rate:g}"
         )
+        by_default = settings.lr_warmup_steps == type(settings).lr_warmup_steps
+        notes.append(note if by_default else warning(note))
     return notes

@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from localctl.bases import BASES, SCHEDULERS, BaseConfig, BaseSpec
+from localctl.bases import BASES, BaseConfig, BaseSpec
 from localctl.data.config import DataConfig
-from localctl.settings import MASK_RESIZE, REPORT_TO, TIMESTEP_SAMPLINGS, ConditionConfig, LossConfig, MaskConfig
+from localctl.settings import (
+    ADAPTER_TYPES,
+    MASK_RESIZE,
+    REPORT_TO,
+    TIMESTEP_SAMPLINGS,
+    ConditionConfig,
+    LossConfig,
+    MaskConfig,
+)
 from localctl.training.schedule import LR_END, LR_SCHEDULERS, learning_rate_at
+from localctl.training.watch_settings import EarlyStoppingConfig as EarlyStoppingConfig
+from localctl.training.watch_settings import ValidationConfig as ValidationConfig
+from localctl.training.watch_settings import WandbConfig as WandbConfig
+from localctl.training.watch_settings import at_least, check_share, choose
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
-ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
 ALIASES = {
     "pretrained_model_name_or_path": "base",
     "revision": "base.revision",
@@ -33,21 +44,6 @@ ALIASES = {
     "tracker_project_name": "wandb.project",
 }
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
-
-
-def _choose(what: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"Unknown {what} {value!r}; choose one of {', '.join(known)}.")
-
-
-def _at_least(what: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{what} must be at least {least}, not {value}.")
-
-
-def _share(what: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what} must lie in [0, 1], not {value}.")
 
 
 @dataclass(kw_only=True)
@@ -80,11 +76,11 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if self.adapter_type is not None:
-            _choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
-        _choose("adapter.mask_resize", self.mask_resize, MASK_RESIZE)
+            choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
+        choose("adapter.mask_resize", self.mask_resize, MASK_RESIZE)
         for name in ("num_res_blocks", "downscale_factor"):
             if getattr(self, name) is not None:
-                _at_least(f"adapter.{name}", getattr(self, name), 1)
+                at_least(f"adapter.{name}", getattr(self, name), 1)
         if self.channels is not None and (not self.channels or min(self.channels) < 1):
             raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
         if self.dim_condition and not self.mask_condition:
@@ -93,105 +89,9 @@ class AdapterConfig:
             )
         if self.level_weights is not None:
             for weight in self.level_weights:
-                _at_least("Every one of adapter.level_weights", weight, 0)
+                at_least("Every one of adapter.level_weights", weight, 0)
             if not any(self.level_weights):
                 raise ValueError("adapter.level_weights are all 0, so the adapter could do nothing; raise one.")
-
-
-@dataclass(kw_only=True)
-class ValidationConfig:
-    """Pictures of held-out scenes with fixed prompts, masks and noise; the rest as for the pipeline.
-
-    count: how many are drawn and scored.
-    rows: how many of them the grid shows.
-    batch_size: pictures drawn at once; does not change them.
-    num_inference_steps: sampling steps of each.
-    guidance_scale: of classifier-free guidance; null = the base's own.
-    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
-    seed: of the noise.
-    proportion_empty_prompts: this share of them, always the same ones, is generated without its caption: what the
-        adapter does alone.
-    """
-
-    count: int = 16
-    rows: int = 6
-    batch_size: int = 8
-    num_inference_steps: int = 20
-    guidance_scale: float | None = None
-    scheduler: str = "ddim"
-    seed: int = 0
-    proportion_empty_prompts: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("count", "rows", "batch_size", "num_inference_steps"):
-            _at_least(f"validation.{name}", getattr(self, name), 1)
-        _share("validation.proportion_empty_prompts", self.proportion_empty_prompts)
-        _choose("validation.scheduler", self.scheduler, tuple(SCHEDULERS))
-
-
-@dataclass(kw_only=True)
-class EarlyStoppingConfig:
-    """When to stop for a score: one that the caller of the training gives (``early_stopping.Scorer``), or ``metric``.
-
-    every: steps between scores, 0 = never.
-    patience: stop after this many scores in a row that beat the best by no more than min_delta.
-    min_delta: what counts as better than the best.
-    lower_is_better: as with FID.
-    metric: ``fid`` or ``frechet_EXTRACTOR``, which `train_adapter.py` takes of num_images pictures that the adapter
-        draws from held-out examples, always with the same masks and noise; null = none.
-    weights: of the extractor, if it needs to be told.
-    reference: statistics made by `evaluate_fid.py ref`; null = of the held-out pictures.
-    num_images: pictures drawn for each score.
-    batch_size: of them drawn at once.
-    num_inference_steps: sampling steps of each.
-    guidance_scale: of classifier-free guidance; null = the base's own.
-    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
-    seed: of masks and noise.
-    """
-
-    every: int = 0
-    patience: int = 3
-    min_delta: float = 0.0
-    lower_is_better: bool = True
-    metric: str | None = None
-    weights: str | None = None
-    reference: str | None = None
-    num_images: int = 2048
-    batch_size: int = 8
-    num_inference_steps: int = 30
-    guidance_scale: float | None = None
-    scheduler: str = "ddim"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least("early_stopping.every", self.every, 0)
-        _at_least("early_stopping.patience", self.patience, 1)
-        _at_least("early_stopping.min_delta", self.min_delta, 0)
-        for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
-            _at_least(f"early_stopping.{name}", getattr(self, name), least)
-        _choose("early_stopping.scheduler", self.scheduler, tuple(SCHEDULERS))
-        if self.metric is not None and not self.lower_is_better:
-            raise ValueError(f"early_stopping.metric={self.metric} is a distance; leave lower_is_better=true.")
-
-
-@dataclass(kw_only=True)
-class WandbConfig:
-    """How the run is called at Weights & Biases, for report_to=wandb.
-
-    project: null = as the variable WANDB_PROJECT says, else ``localctl``.
-    name: null = as WANDB_NAME says.
-    group: null = as WANDB_RUN_GROUP says.
-    tags: like [canny, sd15]; null = as WANDB_TAGS says.
-    notes: null = as WANDB_NOTES says.
-    job_type: null = as WANDB_JOB_TYPE says.
-    """
-
-    project: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] | None = None
-    notes: str | None = None
-    job_type: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -309,7 +209,7 @@ class TrainSettings:
         rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "lr_power")
         for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
             for name in names:
-                _at_least(name, getattr(self, name), least)
+                at_least(name, getattr(self, name), least)
         if self.max_grad_norm == math.inf:
             self.max_grad_norm = None
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -319,7 +219,7 @@ class TrainSettings:
             )
         for name in ("max_train_steps", "num_train_epochs"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise ValueError("The training has no end; set max_train_steps or num_train_epochs.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
@@ -327,16 +227,16 @@ class TrainSettings:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")
-        _share("proportion_empty_prompts", self.proportion_empty_prompts)
-        _choose("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        _choose("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        _choose("report_to", self.report_to, REPORT_TO)
+        check_share("proportion_empty_prompts", self.proportion_empty_prompts)
+        choose("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
+        choose("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
+        choose("report_to", self.report_to, REPORT_TO)
         if self.mixed_precision is not None:
-            _choose("mixed_precision", self.mixed_precision, MIXED_PRECISION)
+            choose("mixed_precision", self.mixed_precision, MIXED_PRECISION)
         if self.checkpoints_total_limit is not None:
-            _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
+            at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
         if self.cpu_threads is not None:
-            _at_least("cpu_threads", self.cpu_threads, 1)
+            at_least("cpu_threads", self.cpu_threads, 1)
         # Written down as numbers, so that a later default changes nothing.
         own = BASES.get(self.base.name, BaseSpec).guidance_scale
         if self.validation.guidance_scale is None:

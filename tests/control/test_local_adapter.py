@@ -66,6 +66,15 @@ def test_a_weight_for_each_level(make_adapter: MakeAdapter, sd_pipe: StableDiffu
         assert all(torch.equal(found, whole) for found, whole in zip(residuals(same), plain, strict=True))
 
 
+@pytest.mark.parametrize(("adapter_type", "channels"), [("light_adapter", [8, 8, 8]), ("full_adapter", [8, 8, 8, 8])])
+def test_a_light_adapter_has_one_level_more_than_channels(adapter_type: str, channels: list[int]) -> None:
+    adapter = LocalAdapter(in_channels=1, channels=channels, num_res_blocks=1, adapter_type=adapter_type)
+    assert adapter.levels == len(adapter(torch.zeros(1, 2, 64, 64))) == 4
+    assert control(adapter, weight=[1.0, 0.5, 0.0, 1.0]).weight == (1.0, 0.5, 0.0, 1.0)
+    with pytest.raises(ValueError, match="3 weights for 4 levels"):
+        control(adapter, weight=[1.0, 0.5, 0.0])
+
+
 def test_rows_get_the_features_of_their_layout(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:
     adapter = make_adapter()
     item = control(adapter, layouts=3, weight=0.5)

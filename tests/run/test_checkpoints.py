@@ -46,8 +46,8 @@ def test_the_list_is_ordered_by_number_and_ignores_everything_else(tmp_path):
 
 def test_pruning_keeps_the_newest_and_comes_after_the_rename(tmp_path, monkeypatch):
     order = []
-    rename, remove = checkpoints._replace_folder, shutil.rmtree
-    monkeypatch.setattr(checkpoints, "_replace_folder", lambda *a: (order.append("commit"), rename(*a)))
+    rename, remove = checkpoints.replace_folder, shutil.rmtree
+    monkeypatch.setattr(checkpoints, "replace_folder", lambda *a: (order.append("commit"), rename(*a)))
     monkeypatch.setattr(shutil, "rmtree", lambda p, **k: (order.append(f"remove {p.name}"), remove(p, **k)))
     for step in (1, 2, 3):
         save(tmp_path, step, keep=2)

@@ -60,8 +60,8 @@ def test_a_validation_that_fails_is_said_and_the_training_goes_on(settings, tmp_
     said: list[str] = []
     settings = replace(settings, validation_steps=2)
     silent_run(settings, said).train(stop=lambda step: step == 3)
-    assert seen == [2] and sum(line.startswith("WARNING step 2: no validation") for line in said) == 1
-    assert all("\n" not in line for line in said if "WARNING" in line)
+    assert seen == [2] and sum(line.startswith("warning: step 2: no validation") for line in said) == 1
+    assert all("\n" not in line for line in said if "warning:" in line)
     shutil.rmtree(tmp_path / "checkpoint-3")
     run = silent_run(replace(settings, resume_from_checkpoint="latest"), said)
     assert run.state.step == 2 and run.train().step == 4
@@ -106,7 +106,7 @@ def test_a_score_that_fails_is_said_and_the_training_goes_on(settings, tmp_path)
 
     run = prepare(replace(settings, early_stopping=SCORED), said.append, scorer)
     assert run.train().step == 4
-    assert "WARNING step 2: no score (RuntimeError: no such); the training goes on." in said
+    assert "warning: step 2: no score (RuntimeError: no such); the training goes on." in said
     assert [row["step"] for row in read_stats(tmp_path) if "score" in row] == [4]
 
 
@@ -146,7 +146,7 @@ def test_a_tracker_that_fails_is_said_once(settings, tmp_path, monkeypatch):
     tracker.log(5, {"loss": 1.0})
     tracker.log(6, {"loss": 1.0})
     tracker.close()
-    assert said[-1] == "WARNING wandb takes nothing at step 5 (no network); the training goes on."
+    assert said[-1] == "warning: wandb takes nothing at step 5 (no network); the training goes on."
     assert sum("wandb" in line for line in said) == 1 and read_stats(tmp_path)[-1]["step"] == 6
 
 
@@ -300,7 +300,7 @@ def watched(masks):
 def test_empty_masks_are_said_early_and_at_the_end():
     empty, full = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
     said, lines = watched([empty] * 12)
-    assert len(said) == 1 and said[0].startswith("WARNING all 8 masks seen so far are empty")
+    assert len(said) == 1 and said[0].startswith("warning: all 8 masks seen so far are empty")
     assert "24 of 24 masks seen were empty" in lines[0]
     assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty, so controlled nothing"])
     said, lines = watched([full] + [empty] * 9)

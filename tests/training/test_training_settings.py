@@ -122,6 +122,6 @@ def test_which_of_steps_and_epochs_sets_the_end_is_said_with_the_numbers():
 def test_a_warm_up_longer_than_the_run_is_said(warmup, steps, said):
     settings = TrainSettings(lr_warmup_steps=warmup, max_train_steps=steps)
     (note,) = schedule_notes(settings, 8) or [""]
-    assert said == note.startswith(f"WARNING lr_warmup_steps={warmup} is not less than the {steps} steps")
+    assert said == note.startswith(f"warning: lr_warmup_steps={warmup} is not less than the {steps} steps")
     assert not said or f"{(steps - 1) / warmup:.1%} of learning_rate=0.003" in note
     assert schedule_notes(TrainSettings(lr_warmup_steps=500, max_train_steps=4, lr_scheduler="constant"), 8) == []

@@ -1,12 +1,4 @@
-"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
-
-python -m localctl.evaluation.control --adapter outputs/adapter/adapter
-python -m localctl.evaluation.control --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
-
-For every scene a random box is the mask, and the adapter sees the scene's edges. Four pictures are compared: the scene,
-its round trip through the VAE (the ceiling), what the base draws from the caption (the floor) and what the base draws
-with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
-"""
+"""The measurement of ``python -m localctl.evaluation.control``: cases, images, scores, and what is written of them."""
 
 from __future__ import annotations
 

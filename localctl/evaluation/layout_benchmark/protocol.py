@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-NONE = "none"
+from localctl.sampling_record import NONE
+
 SINGLE = ("bias", "dense", "guidance", "forward")
 PAIRS = ("bias+guidance", "bias+dense")
 METHODS = (NONE, *SINGLE, *PAIRS)  # as ``sample.py --compare`` names them

@@ -1,16 +1,4 @@
-"""What space-time attention gains, from text alone: held-out captions of the embedded scenes that state a relation.
-
-  python -m localctl.evaluation.spacetime --count 200 --optimised 40 --layout true
-  python -m localctl.evaluation.spacetime --set constant.weight=0.7 optimised.epochs=10
-
-Four ways to draw each caption from the same noise: plain, and with space-time attention whose weights are constant,
-scheduled (a linear fade), or optimised for the picture (the first --optimised captions alone: it is slow). The reader
-of micro scenes says whether the objects are there, in their colours, and in the stated relation. The optimisation looks
-through the same CLIP that the CLIP score is of; the other figures are what it was not optimised for.
-
-Layouts: ``true``, the boxes of the scene that the caption was taken from; ``auto``, predicted from the caption. Writes
-pictures, weights, results.json, report.md and sheet.png into --output_dir; a run that was broken off is continued.
-"""
+"""The measurement of ``python -m localctl.evaluation.spacetime``: cases, the four ways, and their report."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Measure a layout predictor on held-out micro scenes: relations, overlap, likelihood.
-
-  python -m localctl.layout_predictor.report --output report.json
-
-Every layout is predicted from the words alone. Intervals are 95 %, bootstrapped over sentences.
-"""
+"""The figures of ``python -m localctl.layout_predictor.report``."""
 
 from __future__ import annotations
 

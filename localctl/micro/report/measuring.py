@@ -1,8 +1,4 @@
-"""Measure the embedded base on held-out scenes and write its model card.
-
-python -m localctl.micro.report            # all floors -> localctl/micro/MODEL_CARD.md and its pictures
-python -m localctl.micro.report --quick    # a fifth of the pictures, printed only
-"""
+"""The figures of ``python -m localctl.micro.report``, and the model card they go into."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one;
-and what of the text states is told by a word at its own place.
-
-python -m localctl.micro.words                      # the embedded base
-python -m localctl.micro.words --base FOLDER        # another micro base, while it is being trained, say
-"""
+"""The figures of ``python -m localctl.micro.words``."""
 
 from __future__ import annotations
 
