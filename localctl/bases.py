@@ -85,11 +85,16 @@ def resolve_base(name: str) -> BaseSpec:
         )
     if spec is not None:
         return spec
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    if is_hub_id(name):
         return BaseSpec(name, name)
     raise ValueError(
         f"There is no base {name!r}; choose one of {', '.join(BASES)}, a diffusers folder, or a hub id (owner/name)."
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` looks like OWNER/NAME on the Hugging Face hub, and not like a path."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name))
 
 
 def same_base(first: str, second: str) -> bool:

@@ -10,6 +10,7 @@ import diffusers
 
 from localctl.architectures import BaseShape
 from localctl.base import SCHEDULERS, BaseConfig, BaseSpec, read_json, resolve_base
+from localctl.bases import is_hub_id
 from localctl.files import first_line
 
 _KARRAS = "use_karras_sigmas"
@@ -52,11 +53,12 @@ def _vae_config(name: str, local_files_only: bool) -> dict[str, Any]:
     if path.is_file():
         raise ValueError(f"The VAE {name} is a file; give a diffusers folder with an AutoencoderKL, or a hub id.")
     inside = "vae/config.json" if (path / "model_index.json").is_file() else "config.json"
-    place = str(path) if path.exists() or name.startswith(("/", ".", "~")) else name
     try:
-        if path.exists() and not (path / inside).is_file():
-            raise FileNotFoundError(f"no {inside} in it")
-        config = read_json(BaseSpec(name, place), inside, {"local_files_only": local_files_only})
+        if not (path / inside).is_file() and (path.exists() or not is_hub_id(name)):
+            raise FileNotFoundError(f"no {inside} in it" if path.exists() else "no such folder")
+        config = read_json(
+            BaseSpec(name, str(path) if path.exists() else name), inside, {"local_files_only": local_files_only}
+        )
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ValueError(

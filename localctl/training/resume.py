@@ -143,9 +143,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if before.get(name) != now[name]:
             lines.append(f"{meaning}: {before.get(name)} -> {now[name]}")
     if is_old(before):
-        same = before["data"] in now["data"].values(), before["base"] == now["base_first_values"]
+        kept = before["data"] in now["data"].values(), before["base"] == now["base_first_values"]
         names = ("samples in the data", "weights of the base")
-        return lines + [f"{name}: others than before" for name, right in zip(names, same, strict=True) if not right]
+        return lines + [f"{name}: others than before" for name, right in zip(names, kept, strict=True) if not right]
     for name in ("data", "base"):
         known = before.get(name)
         lines += _content_changes(known, now[name]) if isinstance(known, Mapping) else [f"{name}: {known} -> known"]
