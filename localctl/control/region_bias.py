@@ -72,7 +72,7 @@ class RegionBias(Control):
 def check_strength(name: str, value: float) -> None:
     """ValueError unless ``value`` is a number that is finite in float32, too."""
     if not isinstance(value, (int, float)) or not torch.isfinite(torch.tensor(float(value))):
-        raise ValueError(f"The {name} of a control is a number, finite in float32, not {value!r}.")
+        raise ValueError(f"The {name} of a control is a finite number, not {value!r} (of float32, up to 3.4e38).")
 
 
 class _BoundRegionBias(BoundControl):
