@@ -34,8 +34,8 @@ def check_unskipped(unet: nn.Module) -> None:
                 )
         if _is_place(module, name) and _has_foreign_forward(module):
             raise ValueError(
-                f"The U-Net's {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for example), which may "
-                "skip what controls act on; take it off first."
+                f"The U-Net's {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for example), which "
+                "may skip what controls act on; take it off first."
             )
 
 
