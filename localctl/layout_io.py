@@ -123,7 +123,8 @@ def from_coco(
     last one gets the rest. A name's underscores are spaces, and the prompt may have its plural ("two persons"). Without
     a prompt, the names of all boxes are joined. Crowds are left out. Boxes are cut to the image; those without an area
     in it are left out, with a warning. ``categories`` limits which are used. The size is the image's, rounded to
-    multiples of 8. Ids may be text or numbers.
+    multiples of 8. Ids may be text or numbers. What has no box, or a category that the file does not list, is left out,
+    too.
 
     ValueError for a file that is not COCO, an unknown image or category, no box that is left, or as for the layout.
     """
@@ -133,13 +134,13 @@ def from_coco(
         names = {coco_id(item["id"]): str(item["name"]) for item in content["categories"]}
         image = next((item for item in content["images"] if coco_id(item["id"]) == wanted), None)
         found = [
-            (names[coco_id(item["category_id"])], item["bbox"])
+            (names.get(coco_id(item["category_id"]), ""), item.get("bbox"))
             for item in content["annotations"]
             if coco_id(item["image_id"]) == wanted and not is_crowd(item)
         ]
         if image is None:
             raise ValueError(f"There is no image {image_id} in the COCO annotations; check the id.")
-        sides = image["height"], image["width"]
+        sides = image.get("height"), image.get("width")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"These are no COCO annotations of boxes (trouble with {error}); give an instances file."
@@ -165,14 +166,19 @@ def _used_boxes(
     found: Sequence[tuple[str, Any]], size: tuple[int, int], names: Collection[str], image_id: Any
 ) -> list[tuple[str, Box]]:
     """Name and box (xyxy in [0, 1]) of what lies in the image; what does not is left out, and said."""
-    placed = [(name, coco_box(box, size[1], size[0])) for name, box in found if name in names]
-    used = [(name, box) for name, box in placed if box is not None]
+    placed = [(name, coco_box(box, size[1], size[0])) for name, box in found if name in names or not name]
+    used = [(name, box) for name, box in placed if box is not None and name]
     lost = len(placed) - len(used)
     if placed and not used:
-        raise ValueError(f"None of the {lost} boxes of the image {image_id} has an area in it; check the annotations.")
+        raise ValueError(
+            f"None of the {lost} boxes of the image {image_id} has an area in it, and a category that is listed; check "
+            "the annotations."
+        )
     if lost:
         warnings.warn(
-            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: no area in the image.", stacklevel=3
+            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: no area in the image, or no category "
+            "that is listed.",
+            stacklevel=3,
         )
     return used
 

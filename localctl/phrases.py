@@ -28,18 +28,19 @@ NUMBERS = {
 DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | _words(
     "some many several few these those both various multiple all no any my your his her its our their whose"
 )
-# Quotes that keyboards and editors put in each other's place.
+# Quotes and hyphens that keyboards and editors put in each other's place.
 _QUOTES = str.maketrans(
     {
-        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\uff07`\u00b4", "'"),
-        **dict.fromkeys("\u201c\u201d\u201e\u201f\uff02", '"'),
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u02bc\u2032\uff07`\u00b4", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb\uff02", '"'),
+        **dict.fromkeys("\u2010\u2011\u2212", "-"),
     }
 )
 
 
 def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
     """[first, last) characters of every appearance of ``phrase`` as whole words, in any case and spacing, with accents
-    composed or not, and with any quotes."""
+    composed or not, with any quotes, letters of any width, and without what cannot be seen."""
     folded, places = _folded(prompt)
     pattern = r"\s+".join(map(re.escape, _folded(phrase)[0].split()))
     found = re.finditer(rf"(?<!\w){pattern}(?!\w)", folded, re.IGNORECASE)
@@ -47,8 +48,8 @@ def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
 
 
 def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """``text`` as tokenizers of CLIP bring it into one form, in NFC and lower case, with plain quotes besides; and for
-    each of its characters, the [first, last) characters of ``text`` that it stands for."""
+    """``text`` in one form, NFKC (tokenizers of CLIP: NFC) and lower case, with plain quotes and without what cannot be
+    seen; and for each of its characters, the [first, last) characters of ``text`` that it stands for."""
     # Where a character of its own begins: not at accents and vowel signs, nor within a Hangul syllable in parts.
     starts = [
         index
@@ -57,7 +58,8 @@ def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
     ]
     parts, places = [], []
     for first, last in pairwise([*starts, len(text)]):
-        part = unicodedata.normalize("NFC", text[first:last]).lower().translate(_QUOTES)
+        part = unicodedata.normalize("NFKC", text[first:last].translate(_QUOTES)).lower()
+        part = "".join(letter for letter in part if unicodedata.category(letter) != "Cf")  # soft hyphens, joiners
         parts.append(part)
         places += [(first, last)] * len(part)
     return "".join(parts), places

@@ -11,18 +11,21 @@ from localctl.sizes import shown
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 # What it looks like -> how it is found. Plain parentheses and brackets of letters, as in "[V] dog", are English.
 _SYNTAX = {
-    "(word:1.3)": re.compile(rf":\s*{_NUMBER}\s*(?=\))"),
+    "(word:1.3)": re.compile(rf"(?<=[^\W\d])::?{_NUMBER}(?!\w|:|\.\d|\s*[>\]])|:\s*{_NUMBER}\s*(?=\))"),
     "((word))": re.compile(r"\(\([^()]*\)\)"),
     "[word]": re.compile(rf"\[(?!\w{{0,2}}\*?\])[^\[\]<>]*\](?!\()|\[[^\[\]]*:\s*{_NUMBER}\s*\]"),
-    "<lora:name:0.8>": re.compile(r"<\s*(?:lora|lyco|loha|locon|hypernet|ti|embedding)s?\s*:[^<>]*>", re.IGNORECASE),
+    "<lora:name:0.8>": re.compile(r"<\s*[a-z]+\s*:[^<>]*>", re.IGNORECASE),
     "embedding:name": re.compile(r"(?<!\w)embedding:[\w./-]+", re.IGNORECASE),
     "{a|b}": re.compile(r"\{[^{}|]*\|[^{}]*\}"),
     "__wildcard__": re.compile(r"(?<!\w)__\w[\w/ -]{0,60}?__(?!\w)"),
     "word++": re.compile(rf"(?<=\w\w)\+{{2,}}(?=[\s,.)]|$)|(?<=\))(?:[+-]+|{_NUMBER})(?=[\s,.)]|$)"),
-    "BREAK": re.compile(r"(?<!\w)BREAK(?!\w)"),
-    "AND": re.compile(r"(?<!\w)AND(?!\w)"),
+    "BREAK": re.compile(r"(?<!\w)(?:BREAK|ADD(?:COL|ROW|BASE|COMM))(?!\w)"),
+    "AND": re.compile(r"(?<!\w)AND(?:_[A-Z]+)?(?!\w)"),
+    ".and(1, 1)": re.compile(r"(?<=[\")'])\.(?:and|blend|swap)\([^()]*\)"),
+    "--ar 16:9": re.compile(r"(?<!\S)--(?:ar|aspect|v|style|stylize|niji|seed|no|q|s|chaos)\s+[\w:.]+(?!\S)"),
 }
-_WHOLE = ("<lora:name:0.8>", "embedding:name", "{a|b}", "__wildcard__")  # nothing in them is a thing of the scene
+# Nothing in them is a thing of the scene.
+_WHOLE = ("<lora:name:0.8>", "embedding:name", "{a|b}", "__wildcard__", ".and(1, 1)", "--ar 16:9")
 _ENDS = ("BREAK", "AND")  # a phrase ends there; English, where every letter is a capital
 
 

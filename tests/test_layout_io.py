@@ -252,6 +252,23 @@ def test_coco_boxes_without_an_area_are_left_out_and_counted(box: Any) -> None:
         from_coco(content, 7, categories=["dog"])
 
 
+@pytest.mark.parametrize(
+    "odd", [{"image_id": 7, "category_id": 1}, {"image_id": 7, "category_id": 9, "bbox": [1, 1, 5, 5]}]
+)
+def test_coco_annotations_without_a_box_or_a_listed_category_are_left_out_and_counted(odd: dict[str, Any]) -> None:
+    content = coco(["cat", "dog"], [[10, 10, 50, 50]])
+    content["annotations"].append(odd)
+    with pytest.warns(UserWarning, match="1 of 2 boxes of the image 7 are left out"):
+        assert from_coco(content, 7).prompt == "cat"
+
+
+def test_a_coco_image_that_does_not_say_its_size_is_named() -> None:
+    content = coco(["cat"], [[0, 0, 5, 5]])
+    del content["images"][0]["height"]
+    with pytest.raises(ValueError, match="image 7 .* a side has 1 to 8192 pixels"):
+        from_coco(content, 7)
+
+
 def test_coco_boxes_over_the_border_are_cut() -> None:
     layout = from_coco(coco(["cat"], [[-50, 50, 100, 100]]), 7)
     assert layout.regions[0].boxes == ((0.0, 0.5, 0.5, 1.0),)

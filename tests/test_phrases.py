@@ -117,6 +117,13 @@ def test_accents_composed_or_not(prompt: str, phrase: str) -> None:
         ("die STRASSE", "strasse", "STRASSE"),
         ("a \u212b ring", "\u00c5", "\u212b"),  # the sign for Angstrom is the letter
         ("A\u0308pfel, x", "\u00e4pfel", "A\u0308pfel"),
+        ("a red\u200b cat", "red cat", "red\u200b cat"),
+        ("a red\ufeff cir\u00adcle", "red circle", "red\ufeff cir\u00adcle"),
+        ("a \uff43\uff41\uff54 here", "cat", "\uff43\uff41\uff54"),
+        ("two \ufb01sh", "fish", "\ufb01sh"),
+        ("a red\u2010white ball", "red-white ball", "red\u2010white ball"),
+        ("a \u00abred\u00bb cat", '"red" cat', "\u00abred\u00bb cat"),
+        ("a 5\u2032 pole", "5' pole", "5\u2032 pole"),
     ],
 )
 def test_one_form_for_what_looks_alike(prompt: str, phrase: str, found: str) -> None:
@@ -127,5 +134,6 @@ def test_one_form_for_what_looks_alike(prompt: str, phrase: str, found: str) -> 
 def test_what_is_another_word_stays_one() -> None:
     assert find_phrase("a cafe\u0301 noir", "cafe") == []  # not the first letters of it
     assert find_phrase("the dogs' bowl", "dog") == []
+    assert find_phrase("a \u200b cat", "\u200b") == [] and find_phrase("a red\u2014white ball", "red-white") == []
     assert find_phrase("it's", '"') == [] and find_phrase("a cat", "\u00a0") == []
     assert find_phrase("the cat and the Cat's", "cat") == [(4, 7), (16, 19)]

@@ -34,18 +34,24 @@ def check_unskipped(unet: nn.Module) -> None:
                 )
         if _is_place(module, name) and _has_foreign_forward(module):
             raise ValueError(
-                f"The U-Net's {name or 'whole'} has a forward of its own (of DeepCache, for example), which may skip "
-                "what controls act on; take it off first."
+                f"The U-Net's {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for example), which "
+                "may skip what controls act on; take it off first."
             )
 
 
 def _is_place(module: nn.Module, name: str) -> bool:
     """Whether this is the U-Net, one of its blocks, or of their transformers down to the attention."""
     block = re.fullmatch(r"((down|up)_blocks\.\d+|mid_block)?", name) is not None
-    return block or isinstance(module, Attention) or "Transformer" in type(module).__name__
+    return block or isinstance(module, Attention) or _is_transformer(module)
+
+
+def _is_transformer(module: nn.Module) -> bool:
+    return any("Transformer" in kind.__name__ for kind in type(module).__mro__)
 
 
 def _has_foreign_forward(module: nn.Module) -> bool:
+    if _is_transformer(module) and not type(module).forward.__module__.startswith("diffusers."):  # ToMe swaps the class
+        return True
     own = vars(module)
     forward = own.get("forward")
     known = ("_hf_hook", "_diffusers_hook", "_original_forward")  # of accelerate and diffusers

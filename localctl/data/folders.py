@@ -24,12 +24,12 @@ _SPLIT_NAMES = {
 }
 _HIDDEN = (".", "@", "__")  # .ipynb_checkpoints, ._1.jpg, @eaDir, __MACOSX
 _MADE = ".made_by_localctl"
-_BINS = ("$recycle.bin", "#recycle", "#snapshot", "lost+found")
+_BINS = ("$recycle.bin", "#recycle", "#snapshot", "lost+found", "system volume information")
 # Photos of cameras and programs that Pillow cannot read, or that we do not let it read.
 NOT_READ = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".psd") + (
     *(".svg", ".eps", ".ps", ".pdf", ".wmf", ".emf", ".tga", ".exr", ".hdr", ".ico", ".icns", ".cur", ".pcx", ".dcx"),
     *(".qoi", ".dds", ".blp", ".xbm", ".xpm", ".sgi", ".ras", ".pfm", ".fits", ".fit", ".avifs", ".mpg", ".mp4"),
-    ".mov",
+    *(".mov", ".webm", ".avi", ".mkv", ".gifv"),
 )
 
 

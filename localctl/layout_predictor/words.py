@@ -15,8 +15,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 PRONOUNS = _words(
-    "i you he she it we they me him us them who whom someone somebody something nothing everything anything everyone "
-    "itself himself herself themselves myself ourselves mine yours hers ours theirs ones what there here"
+    "i you he she it we they me him us them who whom someone somebody nobody something nothing everything anything "
+    "everyone itself himself herself themselves myself ourselves mine yours hers ours theirs ones what there here"
 )
 PREPOSITIONS = _words(
     "about above across after against along alongside amid among around as at atop away before behind below beneath "

@@ -44,7 +44,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"data        {announced(settings.data, source)}",
             *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
-            *(f"            {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
+            *(f"steps       {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
             f"output      {output_dir}",
         )
     )

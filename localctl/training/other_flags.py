@@ -17,6 +17,11 @@ _SAVED = "the adapter is saved as float32 safetensors, the base is not saved; le
 _ADAM = "the optimizer is AdamW, in 8 bits with --use_8bit_adam; leave it out."
 _LOADER = "the loader has --dataloader_num_workers alone; leave it out."
 _PRECISION = "say --mixed_precision fp16 or --mixed_precision bf16."
+_BUCKETS = "there are no buckets, all images are scaled and cropped to --resolution; leave it out."
+_CAPTIONS = "captions are read as they are, from the data set that data/make_dataset.py makes; leave it out."
+_ADAPTER = "the adapter's size is adapter.channels and adapter.num_res_blocks."
+_LOSS = "the denoising loss is the mean of squares as published; the local term is set by loss.*."
+_MEMORY = "memory is saved by --gradient_checkpointing, --mixed_precision and data.keep_latents."
 
 ELSEWHERE: Mapping[str, str] = {
     # of several scripts
@@ -116,7 +121,58 @@ ELSEWHERE: Mapping[str, str] = {
     "vae_path": "it is called --pretrained_vae_model_name_or_path.",
     "vae_encode_batch_size": "latents are encoded batch by batch, or kept by data.keep_latents; leave it out.",
     "seed_everything": "it is called --seed.",
+    # kohya's sd-scripts
+    **dict.fromkeys(("network_dim", "network_alpha", "network_module", "network_args", "network_dropout"), _LORA),
+    **dict.fromkeys(("network_weights", "network_train_unet_only", "network_train_text_encoder_only"), _LORA),
+    **dict.fromkeys(("unet_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2"), _FULL),
+    **dict.fromkeys(("enable_bucket", "bucket_reso_steps", "bucket_no_upscale"), _BUCKETS),
+    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "skip_image_resolution"), _BUCKETS),
+    **dict.fromkeys(("shuffle_caption", "keep_tokens", "keep_tokens_separator", "caption_separator"), _CAPTIONS),
+    **dict.fromkeys(("caption_extension", "caption_extention", "caption_prefix", "caption_suffix"), _CAPTIONS),
+    **dict.fromkeys(("weighted_captions", "token_warmup_step", "caption_tag_dropout_rate"), _CAPTIONS),
+    **dict.fromkeys(("cond_emb_dim", "control_net_lllite_path", "controlnet_model_path"), _ADAPTER),
+    **dict.fromkeys(("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred"), _LOSS),
+    **dict.fromkeys(("loss_type", "huber_c", "huber_schedule", "huber_scale", "v_pred_like_loss"), _LOSS),
+    **dict.fromkeys(("noise_offset_type", "multires_noise_iterations", "multires_noise_discount"), "leave it out."),
+    **dict.fromkeys(("ip_noise_gamma", "adaptive_noise_scale"), "the noise is not perturbed; leave it out."),
+    **dict.fromkeys(("min_timestep", "max_timestep"), _BIAS),
+    **dict.fromkeys(("v2", "v_parameterization", "zero_terminal_snr"), "it is read from the base; leave it out."),
+    **dict.fromkeys(("optimizer_type", "optimizer_args"), _ADAM),
+    **dict.fromkeys(("max_data_loader_n_workers", "persistent_data_loader_workers"), _LOADER),
+    **dict.fromkeys(("sdpa", "mem_eff_attn"), _ATTENTION),
+    **dict.fromkeys(("sample_prompts", "sample_at_first", "sample_sampler"), _IMAGES),
+    **dict.fromkeys(("sample_every_n_steps", "sample_every_n_epochs"), "say --validation_steps."),
+    **dict.fromkeys(("save_every_n_steps", "save_every_n_epochs", "save_state"), "say --checkpointing_steps."),
+    **dict.fromkeys(("save_last_n_steps", "save_last_n_epochs"), "say --checkpoints_total_limit."),
+    **dict.fromkeys(("save_precision", "save_model_as"), _SAVED),
+    **dict.fromkeys(("lowram", "highvram", "fp8_base", "cache_text_encoder_outputs"), _MEMORY),
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk"), "say data.keep_latents."),
+    **dict.fromkeys(("full_fp16", "full_bf16"), _PRECISION),
+    **dict.fromkeys(("clip_skip", "max_token_length"), _TEXT),
+    **dict.fromkeys(("flip_aug", "color_aug"), "images are mirrored by --random_flip, and not changed otherwise."),
+    "random_crop": "say --center_crop false.",
+    "caption_dropout_rate": "it is called --proportion_empty_prompts.",
+    "dataset_config": "data sets are named by data and data.path.",
+    "config_file": "settings are key=value, or a file of config/experiment.",
+    "in_json": "say data=imagefolder data.path=FOLDER.",
+    "conditioning_data_dir": "say data.conditioning_image_column.",
+    "resume": "say --resume_from_checkpoint.",
+    "log_with": "say --report_to.",
+    "log_prefix": "runs are named by wandb.name.",
+    "wandb_run_name": "it is called --wandb.name.",
+    "output_name": "say --output_dir.",
+    "max_train_epochs": "it is called --num_train_epochs.",
+    "lr_scheduler_num_cycles": "it is called --lr_num_cycles.",
+    "lr_scheduler_power": "it is called --lr_power.",
+    "vae": "it is called --pretrained_vae_model_name_or_path.",
+    "vae_batch_size": "latents are encoded batch by batch; leave it out.",
+    "no_half_vae": "the VAE runs in float32 where it needs it; leave it out.",
     # other trainers
+    "bs": "it is called --train_batch_size.",
+    "batchsize": "it is called --train_batch_size; of validation, --validation.batch_size.",
+    "steps": "it is called --max_train_steps.",
+    "model": "say --pretrained_model_name_or_path.",
+    "output": "it is called --output_dir.",
     "lr": "it is called --learning_rate.",
     "batch_size": "it is called --train_batch_size; of validation, --validation.batch_size.",
     "per_device_train_batch_size": "it is called --train_batch_size.",

@@ -157,12 +157,24 @@ def gated(pipe: Any) -> None:
     attn.forward = lambda *args, **kwargs: own(*args, **kwargs)
 
 
+def merged(pipe: Any) -> None:
+    """As ToMe does it: a transformer block gets another class."""
+    block = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0]
+    own = type(block)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return own.forward(self, *args, **kwargs)
+
+    block.__class__ = type("ToMeBlock", (own,), {"forward": forward})
+
+
 CACHES: dict[str, Callable[[Any], None]] = {
     f.__name__: f
     for f in (
         broadcast,
         deep_cache,
         gated,
+        merged,
         hooked_by("first_block_cache.FBCBlockHook"),
         hooked_by("mag_cache.MagCacheBlockHook"),
         hooked_by("faster_cache.FasterCacheBlockHook"),

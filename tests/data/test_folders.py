@@ -127,7 +127,10 @@ def test_parquet_files_belong_to_the_split_they_are_named_after(tmp_path, names)
     assert len(opened(tmp_path / "data" / f"{names[-1]}.parquet", "parquet")) == 2  # named itself: whatever its name
 
 
-@pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".trash", "#recycle", "$RECYCLE.BIN"])
+@pytest.mark.parametrize(
+    "hidden",
+    [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".trash", "#recycle", "$RECYCLE.BIN", "System Volume Information"],
+)
 def test_hidden_folders_and_files_are_no_examples(tmp_path, hidden):
     root = write_imagefolder(tmp_path / "data", 3)
     write_imagefolder(root / hidden, 2)

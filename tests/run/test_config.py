@@ -96,6 +96,12 @@ def test_no_flag_is_both_here_and_elsewhere():
     assert all(text.endswith(".") for text in ELSEWHERE.values())
 
 
+@pytest.mark.parametrize("name", ["network_dim", "lowram", "save_precision", "cache_latents", "loss_type", "bs"])
+def test_flags_of_other_trainers_name_what_takes_their_place(name):
+    with pytest.raises(ValueError, match=f"There is no --{name} here: .*\\.$"):
+        load(f"--{name}", "1")
+
+
 def test_null_and_numbers():
     assert load("--checkpoints_total_limit", "null").checkpoints_total_limit is None
     assert load("seed=12345678901234567891").seed == 12345678901234567891

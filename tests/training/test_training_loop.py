@@ -359,3 +359,10 @@ def test_no_clipping_learns_as_a_limit_never_reached(straight, tmp_path):
     for run in runs:
         run.train()
     assert same(weights(runs[0]), weights(runs[1])) and not same(weights(runs[0]), weights(runs[2]))
+
+
+def test_which_setting_ends_the_run_stands_on_a_line_of_the_steps(sd_folder, tmp_path):
+    said = []
+    silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=1, num_train_epochs=1000), said).train()
+    steps = [line for text in said for line in text.splitlines() if line.startswith("steps  ")]
+    assert any("max_train_steps=1 sets the end" in line for line in steps), said
