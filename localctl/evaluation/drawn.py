@@ -297,7 +297,7 @@ def read_speed(folder: Path) -> Speed | None:
             batch_size=max(item["pictures"] for item in noted),
             device=noted[0]["device"],
         )
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError, ArithmeticError):
         raise ValueError(f"The notes in {folder / 'timing'} are damaged; remove that folder.") from None
 
 
