@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl import __version__
-from localctl.files import first_line, write_text
+from localctl.files import first_line, write_bytes, write_text
 from localctl.images import condition_to_pil, grid, outline
 from localctl.layout import Layout
 from localctl.layout_io import load_layout, save_layout
@@ -106,6 +106,8 @@ def save_sheets(
 
 def _save(image: Image.Image, path: Path) -> None:
     try:
+        if path.is_symlink():  # replaced, never followed
+            path.unlink()
         image.save(path)
     except OSError as error:
         reason = error.strerror or first_line(error)
@@ -155,13 +157,15 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
     }  # all read before any is written: a repeated run may read from the folder it writes to
     predicted = options["layout"] == [AUTO]
     layouts = list(dict.fromkeys(used)) if predicted else [load_layout(path) for path in options["layout"] or ()]
+    if (folder / "inputs").is_symlink():
+        raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
     (folder / "inputs").mkdir(exist_ok=True)
     copies: dict[str, Any] = {"prompt": None, "layout_seed": None, "predictor": None} if predicted else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
         copies.setdefault("layout", []).append(str(path.relative_to(folder)))
     for target, (name, content) in contents.items():
-        (folder / target).write_bytes(content)
+        write_bytes(folder / target, content)
         copies.setdefault(name, []).append(target)
     return copies
 

@@ -15,6 +15,7 @@ from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.metrics.clip import Clip
 from localctl.optimization.weights import OptimizedSpaceTime, clip_beside, generate_optimized
+from localctl.run.lock import FolderLock
 from localctl.sampling import GenerateOutput, generate
 from localctl.sampling_files import copy_inputs, open_output, save_images, save_record, save_sheets
 from localctl.sampling_job import Job, prepare, reproducing_options
@@ -24,13 +25,23 @@ _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
 
 
 def run(options: argparse.Namespace) -> Iterator[Path]:
-    """The paths of the images, as they are written. ValueError and OSError in one sentence; whatever can be known
-    before is raised before the base is loaded."""
+    """The paths of the images, as they are written. ValueError and OSError in one sentence, of an output folder that
+    another run holds, too; whatever can be known before is raised before the base is loaded."""
     job = prepare(options)
     for note in job.notes:
         say(note)
     count = len(job.layouts) * len(options.seeds)
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * job.size[0] * job.size[1] * count * len(job.variants))
+    lock = FolderLock(folder, say)
+    try:
+        yield from _generated(job, folder, count)
+    finally:
+        lock.release()
+
+
+def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
+    """:func:`run`, with the output folder locked; ``count`` images with each variant."""
+    options = job.options
     controls, clips = load_adapters(job), load_clips(job)
     copies = copy_inputs(vars(options), job.layouts, folder)
     say(f"loading the base {job.base.name} ...")

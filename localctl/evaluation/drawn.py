@@ -37,7 +37,7 @@ from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
 from localctl.files import first_line
-from localctl.images import load_image
+from localctl.images import ImageError, load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
@@ -289,7 +289,7 @@ def read_speed(folder: Path) -> Speed | None:
             batch_size=max(item["pictures"] for item in noted),
             device=noted[0]["device"],
         )
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError, ArithmeticError):
         raise ValueError(f"The notes in {folder / 'timing'} are damaged; remove that folder.") from None
 
 
@@ -300,7 +300,11 @@ def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
         about = read_json(folder / "ids" / f"{name}.json", "record")
         if not {"key", "caption", "seed"} <= set(about):
             raise ValueError(f"The picture {name} in {folder} does not say its key, caption and seed; draw it again.")
-        image = np.asarray(load_image(folder / "images" / f"{name}.png"))
+        path = folder / "images" / f"{name}.png"
+        try:
+            image = np.asarray(load_image(path))
+        except ImageError as error:
+            raise ValueError(f"The picture {path} is damaged ({error.reason}); remove it and run gen again.") from error
         size = size or image.shape
         if image.shape != size:
             raise ValueError(f"The picture {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")

@@ -95,9 +95,16 @@ def plot(comparison: Comparison) -> Image.Image:
     return bars(panels)
 
 
+_LATEX = str.maketrans(
+    {sign: "\\" + sign for sign in "&%$#_{}"}
+    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"}
+)
+
+
 def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """A row of a Markdown table; of what is in the cells, nothing is markup of the table or HTML."""
+    plain = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+    return "| " + " | ".join(plain) + " |"
 
 
 def head(cells: Sequence[str]) -> list[str]:
@@ -134,6 +141,4 @@ def _latex_cell(interval: Interval | None, bold: bool) -> str:
 
 
 def _escaped(text: str) -> str:
-    for sign in "\\&%$#_{}":
-        text = text.replace(sign, "\\textbackslash " if sign == "\\" else "\\" + sign)
-    return text
+    return " ".join(text.split()).translate(_LATEX)

@@ -20,7 +20,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from localctl.files import first_line
 from localctl.run.arguments import BOOLS, VERSION
 from localctl.run.help import help_text
 from localctl.run.record import mark_environment
@@ -67,17 +66,23 @@ def load_config(
         else:
             _check_known(f"option for {key}", value, groups[key])
             chosen[key] = value
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
     try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
         raw, resolved = OmegaConf.to_container(composed), OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        reason = first_line(error)
-        raise ValueError(f"The configuration {config_dir / name}.yaml cannot be resolved ({reason}).") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The configuration {config_dir / name}.yaml cannot be resolved ({_on_one_line(error)})."
+        ) from error
     values = cast(dict[str, Any], mark_environment(raw, resolved))
     for key, value in changed.items():
         _set(values, key.split("."), value)
     return _build(schema, values, "")
+
+
+def _on_one_line(error: Exception) -> str:
+    """What an exception says: of YAML the place comes on a line of its own."""
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
@@ -85,8 +90,13 @@ def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[st
     name, like the folder of an adapter, is no group there."""
     if not config_dir.is_dir():
         raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
-    defaults = yaml.safe_load((config_dir / f"{name}.yaml").read_text(encoding="utf-8")).get("defaults", [])
-    names = sorted(group for entry in defaults if isinstance(entry, dict) for group in entry)
+    path = config_dir / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration {path} cannot be read ({_on_one_line(error)}).") from error
+    defaults = content.get("defaults", []) if isinstance(content, dict) else []
+    names = sorted(group for entry in defaults or () if isinstance(entry, dict) for group in entry)
     return {group: sorted(file.stem for file in (config_dir / group).glob("*.yaml")) for group in names}
 
 

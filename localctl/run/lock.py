@@ -102,7 +102,7 @@ class FolderLock:
     def _take_over(self, say: Callable[[str], None], patience: float) -> None:
         """Take the folder from an owner that is gone."""
         seen, owner = _state(self.path), _read(self.path)
-        alive = _lives(owner)
+        alive = _lives(owner) if not self.path.is_symlink() else False  # none of us makes a link
         if alive is None:  # of another machine, or not readable
             say(f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives.")
             end = time.monotonic() + patience

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,15 +82,12 @@ class BoardTracker(Tracker):
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, start: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by everyone
-        from torch.utils.tensorboard.summary import hparams
-
-        self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
-        shown = {
-            name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()
-        }
-        for summary in hparams(shown, {}):  # into the run itself; the writer's own method would make a second run
-            self._board.file_writer.add_summary(summary)
+        self._give_back = _quiet_threads("tensorboard")
+        try:
+            self._board = _writer(folder / BOARD, settings, start)
+        except BaseException:
+            self._give_back()
+            raise
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         for name, number in _scalars(values):
@@ -99,7 +97,39 @@ class BoardTracker(Tracker):
         self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            self._give_back()
+
+
+def _writer(folder: Path, settings: Mapping[str, Any], start: int) -> Any:
+    """TensorBoard's, with the hyperparameters written."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by everyone
+    from torch.utils.tensorboard.summary import hparams
+
+    board = SummaryWriter(str(folder), purge_step=start + 1)
+    shown = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
+    for summary in hparams(shown, {}):  # into the run itself; the writer's own method would make a second run
+        board.file_writer.add_summary(summary)
+    return board
+
+
+def _quiet_threads(package: str) -> Callable[[], None]:
+    """What threads of ``package`` raise is not printed any more, as it is raised again where it is asked for more;
+    returns what ends that."""
+    before = threading.excepthook
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith(package):
+            before(args)
+
+    def give_back() -> None:
+        if threading.excepthook is hook:
+            threading.excepthook = before
+
+    threading.excepthook = hook
+    return give_back
 
 
 class WandbTracker(Tracker):

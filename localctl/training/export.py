@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -148,7 +149,10 @@ image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 
 def _shown(base: str) -> str:
     """A base as others may read it: of a folder its name alone, on one line and without markup."""
-    name = Path(base).expanduser().resolve().name if base not in BASES and is_local(base) else base
+    name = base
+    if base not in BASES and is_local(base):
+        # UTF-8 as on the disk, whatever the locale made of it
+        name = os.fsencode(Path(base).expanduser().resolve().name).decode(errors="replace")
     return re.sub(r"[\s`|<>\[\]]+", " ", name).strip()
 
 

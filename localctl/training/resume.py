@@ -136,8 +136,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if not is_free(key) and key not in masked and was[key] != value
     ]
     lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
-    same = old.keys() == new.keys()
-    if not lines and masked and same and before.get("config_sha256") != now["config_sha256"]:
+    comparable = old.keys() == new.keys()
+    if not lines and masked and comparable and before.get("config_sha256") != now["config_sha256"]:
         lines.append("a setting with a masked value")
     for name, meaning in (("world_size", "processes"), ("precision", "precision")):
         if before.get(name) != now[name]:

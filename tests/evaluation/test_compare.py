@@ -18,7 +18,7 @@ from localctl.evaluation.compare import CEILING, Comparison, Target, compare, me
 from localctl.evaluation.kept import Kept
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
-from localctl.evaluation.tables import as_json, latex, markdown
+from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
 from localctl.metrics.bootstrap import Interval
 from localctl.micro.build.clip import new_clip, new_tokenizer
 from localctl.micro.build.export import export
@@ -205,3 +205,8 @@ def test_tables_say_what_is_undefined_and_what_is_no_difference(comparison: Comp
 def test_an_interval_that_covers_zero_is_no_difference() -> None:
     assert verdict(Interval(0.1, -0.01, 0.2, 9)) == "no difference"
     assert verdict(Interval(0.1, 0.01, 0.2, 9)) == "more" and verdict(Interval(-0.1, -0.2, -0.01, 9)) == "less"
+
+
+def test_names_are_no_markup() -> None:
+    assert _escaped("a_b^2~c\\d {e}\nf") == r"a\_b\textasciicircum{}2\textasciitilde{}c\textbackslash{}d \{e\} f"
+    assert line(["a|b", "<img src=x>\nnew"]) == r"| a\|b | &lt;img src=x> new |"

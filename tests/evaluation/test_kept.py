@@ -9,6 +9,7 @@ import pytest
 
 from localctl.evaluation import kept
 from localctl.evaluation.kept import Kept, sha256_of_files
+from localctl.evaluation.provenance import read_json, write_json
 
 
 def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,25 @@ def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: py
     assert len(made) == 4 == len(list(tmp_path.iterdir())) and len(keep.always["code_sha256"]) == 64
     path = next(iter(tmp_path.iterdir()))
     assert json.loads(path.read_text())["described"]["depends_on"]["seed"] in (0, 1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"tables": [1]}', '{"tables": {"base": {"columns": 3}}}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    keep = Kept(tmp_path)
+    keep.tables({"seed": 0}, lambda: {"base": [{"f1": 1.0}]})
+    path = next(tmp_path.iterdir())
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"kept measurement {path} is damaged"):
+        keep.tables({"seed": 0}, lambda: {})
+
+
+def test_half_a_letter_can_be_written_and_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "x" / "a.json", {"caption": "caf\u00e9 \ud83d"})
+    assert read_json(tmp_path / "x" / "a.json", "record") == {"caption": "caf\u00e9 \ud83d"}
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"b\.json could not be written: No space left"):
+        write_json(tmp_path / "x" / "b.json", {})
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["a.json"]
 
 
 def test_files_count_by_name_and_content(tmp_path: Path) -> None:

@@ -176,6 +176,13 @@ def test_an_unknown_key_in_a_file_is_an_error(tmp_path):
         load_config([], TrainSettings, config_dir=tmp_path)
 
 
+@pytest.mark.parametrize("text", ["seed: !!python/object/apply:os.getpid []\n", "seed: [1\n", "seed: &a [*b]\n"])
+def test_a_file_that_is_no_plain_yaml_is_one_sentence(tmp_path, text):
+    (tmp_path / "train.yaml").write_text(text)
+    with pytest.raises(ValueError, match="configuration .*train.yaml cannot be (read|resolved) .*line 1"):
+        load_config([], TrainSettings, config_dir=tmp_path)
+
+
 def test_missing_folder_is_said(tmp_path):
     with pytest.raises(ValueError, match="missing"):
         load_config([], TrainSettings, config_dir=tmp_path / "none")

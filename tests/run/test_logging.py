@@ -2,6 +2,8 @@ import importlib.machinery
 import json
 import math
 import sys
+import threading
+import time
 
 import pytest
 from PIL import Image
@@ -48,6 +50,24 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     assert sorted(events.Tags()["scalars"]) == ["by/0", "loss"]
     assert events.Scalars("loss")[0].step == 5 and events.Scalars("loss")[0].value == 0.25
     assert (events.Images("grid")[0].width, events.Images("grid")[0].height) == (4, 3)
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypatch, capfd):
+    """Its thread, which writes, would print a traceback of its own."""
+    before, said = threading.excepthook, []
+    tracker = make_tracker("tensorboard", tmp_path, {}, say=said.append)
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    for step in range(1, 200):
+        tracker.log(step, {"loss": 0.5})
+        time.sleep(0.01 if not said else 0)
+    tracker.close()
+    assert len(said) == 1 and "WARNING TensorBoard takes nothing" in said[0] and "No space left" in said[0]
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is before
+    assert len(read_stats(tmp_path)) == 199
 
 
 def test_the_null_tracker_writes_nothing(tmp_path, monkeypatch):

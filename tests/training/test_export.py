@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import yaml
 from PIL import Image
@@ -5,7 +7,7 @@ from training_helpers import tiny_settings
 
 from localctl.base import BASES
 from localctl.run.config import load_config
-from localctl.training.export import model_card, sheet_name, write_settings
+from localctl.training.export import _shown, model_card, sheet_name, write_settings
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import Fidelity, References, ValidationResult
 
@@ -30,6 +32,18 @@ def test_the_card_carries_grid_and_figures(tmp_path):
 def test_a_base_of_the_hub_is_linked(base, meant, tmp_path):
     card = model_card(tiny_settings(base, tmp_path), 40, None, None)
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == meant
+
+
+def test_a_folder_whose_name_is_no_text_here_is_named_as_utf8(tmp_path, monkeypatch):
+    """In a locale of ASCII, Japanese letters are half surrogate pairs, as 0xe9 is in one of UTF-8."""
+    for name, shown in ((b"caf\xe9", "caf\ufffd"), ("\u65e5\u672c".encode(), "\u65e5\u672c")):
+        base = tmp_path / os.fsdecode(name)
+        base.mkdir()
+        card = model_card(tiny_settings(str(base), tmp_path), 40, None, None)
+        assert f"adapter for {shown}\n" in card and card.encode()
+    monkeypatch.setattr("os.fsencode", lambda text: str(text).encode("ascii", "surrogateescape"))
+    escaped = "\u65e5\u672c".encode().decode("ascii", "surrogateescape")
+    assert _shown(f"./{escaped}") == "\u65e5\u672c"
 
 
 def test_a_card_without_validation_claims_nothing(tmp_path):
