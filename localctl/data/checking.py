@@ -73,6 +73,9 @@ def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, lis
     if len(names) == 1:
         count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
     said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+    if "val" in parts and 0 < count["val"] <= _NAMED and not parts["val"].note:
+        held_keys = [brief(parts["val"].rows.keys[index]) for index in parts["val"].indices]
+        notes.append(f"held out for validation: {', '.join(held_keys)}")
     return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
 
 
