@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _no_captions(count: int, args: argparse.Namespace) -> str:
     if args.captions is not None:
-        return f"None of the {count} images in {args.images} has a caption in {args.captions}; file_name is below --images."
+        return (
+            f"None of the {count} images in {args.images} has a caption in {args.captions}; its file_name is the path "
+            "below --images."
+        )
     return (
         f"None of the {count} images in {args.images} has a caption; write what it shows into a text file of the same "
         "name beside each (cat.jpg, cat.txt), or give a list with --captions."

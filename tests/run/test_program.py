@@ -34,7 +34,7 @@ def test_who_reads_only_the_first_lines_is_told_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @one_sentence("tool")
-    def chatty() -> int:
+    def chatty(lines: int) -> int:
         print("help\n" * lines, end="")
         return 0
 
@@ -43,7 +43,7 @@ def test_who_reads_only_the_first_lines_is_told_nothing(
         os.close(reader)
         with os.fdopen(writer, "w") as gone:
             monkeypatch.setattr(sys, "stdout", gone)
-            assert chatty() == 1
+            assert chatty(lines) == 1
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
     assert main(BrokenPipeError("the worker is gone")) == 1  # another pipe than stdout is said
