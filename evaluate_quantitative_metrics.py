@@ -65,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     args = parse(argv)
     folders = named(args.sets)
-    plain = [name for name, folder in folders.items() if folder.is_dir() and not (folder / RECORD).is_file()]
+    missing = next((folder for folder in folders.values() if not folder.is_dir()), None)
+    if missing is not None:
+        raise ValueError(f"There is no folder {missing}; check the path.")
+    plain = [name for name, folder in folders.items() if not (folder / RECORD).is_file()]
     if plain and len(plain) < len(folders):
         raise ValueError(
             f"{folders[plain[0]]} has no {RECORD} of evaluate_fid.py gen, the others do; compare like with like."

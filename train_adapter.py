@@ -12,6 +12,7 @@ from typing import Any
 
 from localctl.run.interrupt import Signalled, ending_at_once, exit_code, launcher
 from localctl.run.messages import fail, loading, plain_warnings
+from localctl.run.program import ended
 
 PROGRAM = "train_adapter.py"
 
@@ -64,8 +65,7 @@ def _prepare(argv: Sequence[str], parent: int | None) -> Any:
             return 0
         return prepare(settings, scorer=make_scorer(settings), parent=parent)
     except (ValueError, OSError) as error:
-        _tell(error)
-        return 2 if isinstance(error, ValueError) else 1
+        return ended(PROGRAM, error)
 
 
 def _train(run: Any) -> int:

@@ -13,23 +13,20 @@ from collections.abc import Sequence
 
 from localctl.layout_predictor.settings import ALIASES, LayoutTrainSettings
 from localctl.run.config import settings_or_help
-from localctl.run.messages import fail, loading, plain_warnings
+from localctl.run.messages import fail, loading
+from localctl.run.program import one_sentence
 
 CONFIG = "train_layout_predictor"
 PROGRAM = f"{CONFIG}.py"
 
 
-@plain_warnings()
+@one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        settings = settings_or_help(PROGRAM, argv, LayoutTrainSettings, about=__doc__, aliases=ALIASES, name=CONFIG)
-        return 0 if settings is None else _train(settings)
-    except (ValueError, OSError) as error:
-        fail(PROGRAM, error)
-        return 2 if isinstance(error, ValueError) else 1
+    settings = settings_or_help(PROGRAM, argv, LayoutTrainSettings, about=__doc__, aliases=ALIASES, name=CONFIG)
+    return 0 if settings is None else _train(settings)
 
 
 def _train(settings: LayoutTrainSettings) -> int:
@@ -40,7 +37,7 @@ def _train(settings: LayoutTrainSettings) -> int:
     run = prepare(settings)
     try:
         signal = run.train()
-    except (OSError, NotFiniteError) as error:  # the disk is full, or a number is not finite
+    except NotFiniteError as error:
         fail(PROGRAM, error)
         return 1
     return exit_code(signal) if signal else 0

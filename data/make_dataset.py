@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{len(taken)} of {len(images)} examples were written when {args.output} could not be written to "
             f"({error.strerror or error}); make room, remove it and call again."
         ) from None
+    if all(problem.reason == "caption missing" for problem in problems) and not lines:
+        raise ValueError(_no_captions(len(images), args))
     for problem in problems:
         print(brief(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
     if not lines:
@@ -81,6 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"splits, by the names of folders: {count_words(splits)}; the rest is trained on only if none is 'train'")
     print(f"next: python -m localctl.data check data={args.format} data.path={args.output}")
     return 0
+
+
+def _no_captions(count: int, args: argparse.Namespace) -> str:
+    if args.captions is not None:
+        return (
+            f"None of the {count} images in {args.images} has a caption in {args.captions}; its file_name is the path "
+            "below --images."
+        )
+    return (
+        f"None of the {count} images in {args.images} has a caption; write what it shows into a text file of the same "
+        "name beside each (cat.jpg, cat.txt), or give a list with --captions."
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

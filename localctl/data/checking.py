@@ -15,10 +15,13 @@ from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_r
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
+from localctl.labels import brief
 from localctl.random import numpy_rng
 from localctl.run.messages import warning
 from localctl.training.data_watch import remarks
 from localctl.training.validation import MIN_EDGES, choose_cases
+
+_NAMED = 3  # so few held-out examples are said by name
 
 
 def check(settings: CheckSettings) -> str:
@@ -74,6 +77,9 @@ def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, lis
     if len(names) == 1:
         count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
     said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+    if "val" in parts and 0 < count["val"] <= _NAMED and not (parts["val"].note or data.validation_split):
+        keys = [brief(parts["val"].rows.keys[index]) for index in parts["val"].indices]
+        notes.append(f"held out for validation: {', '.join(keys)}")
     return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
 
 

@@ -219,10 +219,13 @@ def _place(key: str) -> float:
 
 def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
     """For each key whether it belongs to the validation part, as :func:`is_held_out` says; but of a small set, where a
-    share above 0 is none, the one nearest to it does, unless it is the only one. With a clause that says so."""
+    share above 0 is none, the one nearest to it does. With a clause that says so. A single one is not held out, unless
+    all are (a share of 1)."""
     places = [_place(key) for key in keys]
     first = min(places, default=1.0)
-    if not 0 < share <= first or first == max(places, default=1.0):
+    if share < 1 and first == max(places, default=1.0):
+        return [False] * len(places), ""
+    if not 0 < share <= first:
         return [place < share for place in places], ""
     chosen = keys[places.index(first)]
     return [place == first for place in places], (

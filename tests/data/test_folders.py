@@ -326,6 +326,9 @@ def test_of_a_small_set_one_example_is_held_out(tmp_path):
     assert sum(held_out(["a", "a#2", "b"], 1e-9)[0]) in (1, 2)
     with pytest.raises(ValueError, match="raise data.validation_share.$"):
         opened(root, part="val", validation_share=0)
+    for share in (0.05, 0.999):  # whatever its hash: it can be trained on, without validation
+        assert held_out(["a"], share) == held_out(["b"], share) == ([False], "")
+    assert held_out(["a"], 1) == ([True], "")
     with pytest.raises(ValueError, match="None of the 1 rows .* add a second example.$"):
         opened(write_imagefolder(tmp_path / "one", 1), part="val", validation_share=0.05)
 

@@ -46,6 +46,18 @@ def opened(path, name, kind="canny", **options):
     return open_files(data, ConditionConfig(kind=kind), "train")
 
 
+def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tmp_path, capsys):
+    argv = ["--images", str(photos / "more"), "--output", str(tmp_path / "out")]
+    (photos / "more" / "a.txt").unlink()
+    assert make_dataset.main(argv) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "None of the 1 images" in said and "cat.jpg, cat.txt" in said and "--captions" in said
+    (photos / "list.jsonl").write_text('{"file_name": "more/a.png", "text": "a door"}')
+    assert make_dataset.main([*argv, "--captions", str(photos / "list.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "has a caption in" in error and "left out" not in error
+
+
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
 def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name):
     masks = tmp_path / "masks"

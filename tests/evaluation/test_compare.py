@@ -151,7 +151,7 @@ def test_what_is_not_the_same_is_refused(
     without_base = {name: folder for name, folder in sets.items() if name != "base"}
     assert run(without_base, tmp_path) == 2 and "without an adapter" in capsys.readouterr().err
     assert run(sets, tmp_path, "--against", "x") == 2 and "no set 'x'" in capsys.readouterr().err
-    assert run({"base": tmp_path / "nowhere"}, tmp_path) == 2 and "cannot be read" in capsys.readouterr().err
+    assert run({"base": tmp_path / "nowhere"}, tmp_path) == 2 and "There is no folder" in capsys.readouterr().err
     assert evaluate_quantitative_metrics.main(["folder"]) == 2 and "NAME=FOLDER" in capsys.readouterr().err
 
 

@@ -1,5 +1,8 @@
 """What goes wrong in a program is one sentence and an exit code."""
 
+import os
+import sys
+
 import pytest
 
 from localctl.run.program import one_sentence
@@ -25,3 +28,23 @@ def test_all_else_goes_its_way(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(type(error)):
             main(error)
     assert capsys.readouterr().err == ""
+
+
+def test_who_reads_only_the_first_lines_is_told_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @one_sentence("tool")
+    def chatty(lines: int) -> int:
+        print("help\n" * lines, end="")
+        return 0
+
+    for lines in (1, 10_000):  # found out when the text is flushed, or in the midst of it
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as gone:
+            monkeypatch.setattr(sys, "stdout", gone)
+            assert chatty(lines) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+    assert main(BrokenPipeError("the worker is gone")) == 1  # another pipe than stdout is said
+    assert capsys.readouterr().err == "tool: the worker is gone\n"
