@@ -19,12 +19,8 @@ def _words(text: str) -> frozenset[str]:
 
 # What stands before the name of a thing.
 SINGULAR = _words("a an one another each every this that either neither")
-NUMBERS = {
-    word: n
-    for n, word in enumerate(
-        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2
-    )
-}
+_NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
 DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | _words(
     "some many several few these those both various multiple all no any my your his her its our their whose"
 )

@@ -102,7 +102,7 @@ class Events:
                 score = self.scorer(state.models, state.step)
             except TooManyBadRows:
                 raise
-            except Exception as error:
+            except Exception as error:  # of any scorer: said below, and no reason to lose the training
                 failure = _named(error)
             if any(state.agree(bool(failure))):
                 failure = failure or "another process failed"
@@ -129,7 +129,7 @@ class Events:
             self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
         except TooManyBadRows:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, it is said and no reason to lose the training
             self.say(warning(f"step {state.step}: no validation ({_named(error)}); the training goes on."))
         finally:
             self.signal, _ = state.agree(self.interrupt.signal, 1)
