@@ -205,8 +205,8 @@ def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
             words = _short(" ".join(group))
             apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
             raise ValueError(
-                f'--prompt has {len(group)} {"single words" if words_only else "parts"}; put one prompt in quotes, --prompt "{words}", or repeat the '
-                f"flag for each of several: {_short(apart)} ..."
+                f"--prompt has {len(group)} {'single words' if words_only else 'parts'}; put one prompt in quotes, "
+                f'--prompt "{words}", or repeat the flag for each of several: {_short(apart)} ...'
             )
     return [prompt for group in groups for prompt in group]
 
