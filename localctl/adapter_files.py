@@ -125,6 +125,9 @@ def _from_folder(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
     weights = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file()]
     if len(weights) == 1:
         return _from_file(name, weights[0], local_files_only)
+    if weights:
+        several = ", ".join(sorted(file.name for file in weights)[:3])
+        raise _Missing(f"no {CONFIG} in it but {len(weights)} files of weights, of which one is to be given: {several}")
     checkpoints = sorted(path.glob("checkpoint-*/adapter"), key=lambda folder: folder.stat().st_mtime)
     hint = f"; its newest checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
     raise _Missing(f"no {CONFIG} in it{hint}")

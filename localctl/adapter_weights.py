@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,12 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # cut files and foreign pickles each raise their own kind
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The weights of the adapter {path} cannot be read: the file is damaged, or holds more than tensors, and "
+            "nothing else is unpickled; fetch it again, or save its state_dict() as .safetensors."
+        ) from error
+    except Exception as error:  # cut files each raise their own kind
         raise ValueError(
             f"The weights of the adapter {path} cannot be read ({first_line(error)}); fetch or save it again."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +37,7 @@ _REPLACED = {
     "sweep": ("compare",),
 }
 _MOST_SEED = 2**64
+_NO_PROMPTS = ("a", "an", "the", "and", "with", "of", "in", "on")  # by themselves: parts of one
 # What the same thing is called in other programs.
 _ELSEWHERE = {
     "--steps": "--num_inference_steps",
@@ -198,12 +200,13 @@ def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
     """All prompts, of each ``--prompt`` one or several. ValueError where the words of one were meant: bare words that
     the shell took apart."""
     for group in groups:
-        if len(group) > 1 and all(len(prompt.split()) <= 1 for prompt in group):
+        words_only = all(len(prompt.split()) <= 1 for prompt in group)
+        if len(group) > 1 and (words_only or any(prompt.lower() in _NO_PROMPTS for prompt in group)):
             words = _short(" ".join(group))
-            apart = " ".join(f"--prompt {word}" for word in group[:2])
+            apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
             raise ValueError(
-                f'--prompt has {len(group)} single words; put one prompt in quotes, --prompt "{words}", or repeat the '
-                f"flag for each of several: {_short(apart)} ..."
+                f"--prompt has {len(group)} {'single words' if words_only else 'parts'}; put one prompt in quotes, "
+                f'--prompt "{words}", or repeat the flag for each of several: {_short(apart)} ...'
             )
     return [prompt for group in groups for prompt in group]
 

@@ -115,8 +115,12 @@ def test_what_is_no_adapter_is_one_sentence(
     Path("photo.png").write_bytes(b"")
     shutil.copytree("run", "early/checkpoint-8")
     Path("odd").mkdir()
+    Path("several").mkdir()
+    for name in ("a.safetensors", "b.pth"):
+        Path("several", name).write_bytes(b"")
     cases: dict[str, str] = {
-        "evil.pth": "cannot be read",
+        "evil.pth": "cannot be read: the file is damaged, or holds more than tensors",
+        "several": "2 files of weights, of which one is to be given: a.safetensors, b.pth",
         "lora.safetensors.pth": "is no T2I-Adapter .its first weight is called 'down.weight'",
         "empty.safetensors": "it holds no weights",
         "cut.safetensors": "cannot be read",

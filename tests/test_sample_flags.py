@@ -55,6 +55,8 @@ def test_a_prompt_alone_is_plain_text_to_image(workspace: Path) -> None:
     [
         (["--prompt", "a", "red", "circle"], 'has 3 single words; put one prompt in quotes, --prompt "a red circle"'),
         (["--prompt", "a", "red", "circle,", "blue", "--base", "x"], '--prompt "a red circle, blue"'),
+        (["--prompt", "a", "red circle"], 'has 2 parts; put one prompt in quotes, --prompt "a red circle"'),
+        (["--prompt", "a cat", "and", "a dog"], "several: --prompt 'a cat' --prompt and ..."),
         (["--prompt", "cat", "dog"], "or repeat the flag for each of several: --prompt cat --prompt dog"),
         (["--prompt=a", "red", "circle"], 'has 3 single words; put one prompt in quotes, --prompt "a red circle"'),
         (["a red circle"], "'a red circle' belongs to no flag; put a text in quotes: --prompt \"a red circle\""),
