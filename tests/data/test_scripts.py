@@ -56,6 +56,9 @@ def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tm
     assert make_dataset.main([*argv, "--captions", str(photos / "list.jsonl")]) == 2
     error = capsys.readouterr().err
     assert "has a caption in" in error and "left out" not in error
+    (photos / "list.jsonl").write_text('{"file_name": "a.png", "text": "a door"}')
+    assert make_dataset.main([*argv, "--captions", str(photos / "list.jsonl")]) == 0
+    assert capsys.readouterr().out.startswith("1 example in ")
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
