@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not lines:
         raise ValueError(f"None of the {len(images)} images can be used ({count_reasons(problems)}).")
     words = ", ".join(filter(None, (count_reasons(problems), count_words(left_out))))
-    print(f"{len(lines)} examples in {args.output}; left out: {words or 'none'}")
+    print(f"{len(lines)} example{'' if len(lines) == 1 else 's'} in {args.output}; left out: {words or 'none'}")
     if captions is not None and (unused := len(captions.keys() - set(taken))):
         print(f"{unused} lines of {args.captions} name no image that was taken")
     if writer.several and args.format == "folder":

@@ -22,6 +22,7 @@ from localctl.bases import MICRO_WEIGHTS as MICRO_WEIGHTS
 from localctl.bases import lasting_name as lasting_name
 from localctl.bases import same_base as same_base
 from localctl.files import first_line, parse_json
+from localctl.run.quiet import no_progress_bars
 from localctl.sizes import shown
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -74,9 +75,10 @@ def load_pipeline(
     except OSError as error:  # missing files, unknown ids and a missing network all arrive as this
         raise not_loaded(config, error) from error
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
-        )
+        with no_progress_bars():  # those of downloads are the hub's own, and stay
+            pipe = DiffusionPipeline.from_pretrained(
+                spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
+            )
     except Exception as error:  # damaged files and foreign shapes each raise their own kind
         raise not_loaded(config, error) from error
     for component in pipe.components.values():

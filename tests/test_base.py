@@ -45,6 +45,11 @@ def test_a_folder_is_a_base(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not same_base("sd15", "sd21") and not same_base("sd15", str(sd_folder))
 
 
+def test_loading_is_silent(sd_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_pipeline(str(sd_folder))
+    assert "Loading" not in capfd.readouterr().err
+
+
 def test_a_folder_is_written_down_so_that_it_is_found_from_anywhere(
     sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,12 +112,14 @@ def _figures(settings: TrainSettings, step: int, result: ValidationResult, refer
     table = "\n".join(f"| {name} | {f.f1:.3f} | {f.precision:.3f} | {f.recall:.3f} |" for name, f in rows)
     share = ""
     if references is not None:
-        share = f"The adapter goes {references.control(fidelity.f1):.0%} of the way from the base to the ceiling. "
+        share = f"The adapter goes {references.control(fidelity.f1):z.0%} of the way from the base to the ceiling. "
+    count = len(fidelity.per_case)
+    examples = "example" if count == 1 else "examples"
     return f"""
 ## Fidelity inside the mask
 
-Canny edges of generated and real pictures, matched within 2 px inside the mask; {len(fidelity.per_case)} held-out
-examples, {config.num_inference_steps} {config.scheduler} steps, guidance {config.guidance_scale:g}. {share}So few
+Canny edges of generated and real pictures, matched within 2 px inside the mask; {count} held-out
+{examples}, {config.num_inference_steps} {config.scheduler} steps, guidance {config.guidance_scale:g}. {share}So few
 examples are for watching a run; measure with more before comparing.
 
 | | F1 | precision | recall |

@@ -56,6 +56,9 @@ def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tm
     assert make_dataset.main([*argv, "--captions", str(photos / "list.jsonl")]) == 2
     error = capsys.readouterr().err
     assert "has a caption in" in error and "left out" not in error
+    (photos / "list.jsonl").write_text('{"file_name": "a.png", "text": "a door"}')
+    assert make_dataset.main([*argv, "--captions", str(photos / "list.jsonl")]) == 0
+    assert capsys.readouterr().out.startswith("1 example in ")
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
@@ -196,7 +199,7 @@ def test_camera_photos_become_a_data_set(tmp_path, monkeypatch, capsys):
     with pytest.raises(BadRow, match="over 1,000,000 pixels"):
         small[0]
     assert make_dataset.main([*argv, "--output", str(tmp_path / "o"), "--max_pixels", "1000000"]) == 0
-    assert "1 examples" in (said := capsys.readouterr()).out.splitlines()[-2] and "left out a.jpg" in said.err
+    assert "1 example in" in (said := capsys.readouterr()).out.splitlines()[-2] and "left out a.jpg" in said.err
 
 
 def test_a_full_disk_is_one_sentence(photos, tmp_path, monkeypatch, capsys):

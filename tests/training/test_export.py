@@ -25,6 +25,10 @@ def test_the_card_carries_grid_and_figures(tmp_path):
     assert "base_model" not in meta and {"t2iadapter", "canny"} <= set(meta["tags"])
     assert "40 steps" in body and f"({sheet_name(40)})" in body and "50% of the way" in body
     assert "| with the adapter | 0.550 |" in body and "| base alone | 0.100 |" in body and "batch 8" in body
+    assert "2 held-out\nexamples" in body
+    alone = ValidationResult(Fidelity(0.0999, 0.1, 0.1, (0.0999,)), Image.new("RGB", (8, 8)))
+    body = model_card(settings, 40, alone, References(fidelity(0.1), fidelity(1.0)))
+    assert "1 held-out\nexample," in body and "goes 0% of the way" in body  # and not -0%
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
 
 
