@@ -36,12 +36,11 @@ class ImageFolderRows:
     """
 
     def __init__(self, root: Path, columns: Columns, split: str) -> None:
-        self.root, self.columns = root.resolve(), columns
+        self.root, self.columns, self.split = root.resolve(), columns, split
         lists = self._lists()
-        tops = split_folders(self.root, lists, split)
-        if len(tops) == 1:
-            outside = elsewhere(self.root, lists, tops[0])
-            self.root = self.root / tops[0]
+        own = own_folder(self.root, lists, split)
+        if own is not None:
+            self.root, self.other_splits = own
             lists = [file for file in lists if file.is_relative_to(self.root)]
         self._lines: list[tuple[Path, bytes]] = []
         keys: list[str] = []
@@ -56,20 +55,16 @@ class ImageFolderRows:
                 key = values.get(columns.key or "") or name
                 keys.append(f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}")
                 folders = (*parts, *name.split("/")[:-1]) if isinstance(name, str) else parts
-                splits.append(None if len(tops) == 1 else split_of(folders, split))
+                splits.append(None if own else split_of(folders, split))
                 seen.update(_column(name) for name, value in values.items() if value is not None)
                 self._lines.append((file.parent, line))
-        self.split = split
         if not self._lines:
             raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
-        if len(tops) != 1:
+        self._all_lines = self._lines
+        if own is None:
             chosen = select(splits, split, str(root))
-            self._all_lines = self._lines
             keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
             self.other_splits = not_chosen(splits, chosen)
-        else:
-            self._all_lines = self._lines
-            self.other_splits = other_splits(root, split) + Counter({"no split at all": outside})
         seen["image"] += seen["file"]
         check_columns(columns, seen, str(root))
         self.keys: Sequence[str] = unique(keys)
@@ -158,19 +153,16 @@ class FolderRows:
                 found.append(folder)
                 self.has_masks |= columns.mask is not None and columns.mask.lower() in stems
         found = sorted([*found, *(folder for folder in walk.locked if folder != self.root)])
-        tops = split_folders(self.root, found, split)
-        if len(tops) == 1:
-            outside = elsewhere(self.root, found, tops[0])
-            self.root = self.root / tops[0]
+        own = own_folder(self.root, found, split)
+        if own is not None:
+            self.root, self.other_splits = own
             found = [folder for folder in found if folder.is_relative_to(self.root)]
         names = [folder.relative_to(self.root) for folder in found]
         if not names:
             raise ValueError(
                 f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
             )
-        if len(tops) == 1:
-            self.other_splits = other_splits(root, split) + Counter({"no split at all": outside})
-        else:
+        if own is None:
             splits = [split_of(name.parts[:-1], split) for name in names]
             chosen = select(splits, split, str(root))
             names = [names[index] for index in chosen]
@@ -212,16 +204,15 @@ class FolderRows:
         return [*lines, *left_out(walk, self.other_splits)]
 
 
-def split_folders(root: Path, places: Sequence[Path], split: str) -> list[str]:
-    """The folders right below ``root`` that are named after ``split`` and hold one of ``places``."""
-    tops = {place.relative_to(root).parts[0] for place in places if len(place.relative_to(root).parts) > 1}
-    return sorted(name for name in tops if split_of((name,), split) == canonical(split))
-
-
-def elsewhere(root: Path, places: Sequence[Path], top: str) -> int:
-    """How many of ``places`` lie below ``root``, but neither in its folder ``top`` nor in one named after a split."""
-    tops = [place.relative_to(root).parts[0] for place in places]
-    return sum(name != top and split_named(name) is None for name in tops)
+def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, Counter[str]] | None:
+    """The one folder right below ``root`` that is named after ``split`` and holds some of ``places``, and how many of
+    each other split, or of none, lie beside it. None where there is no such folder, or where there are several."""
+    parts = [place.relative_to(root).parts for place in places]
+    named = sorted({first for first, *rest in parts if rest and split_of((first,), split) == canonical(split)})
+    if len(named) != 1:
+        return None
+    outside = sum(first != named[0] and split_named(first) is None for first, *_ in parts)
+    return root / named[0], other_splits(root, split) + Counter({"no split at all": outside})
 
 
 def other_splits(root: Path, split: str) -> Counter[str]:
