@@ -63,12 +63,13 @@ def measured(tmp_path_factory) -> dict:
 
 def test_the_losses_are_the_golden_ones(measured):
     """To 1e-6 on the kind of CPU they were computed on. Other kinds sum in another order: then to the rounding of all
-    updates up to then, each with a pass forward, one back to the features and one to the weights."""
+    updates up to then, each with a pass forward, one back to the features and one to the weights, and to no more than
+    1e-3: an AVX512 machine was out by 1.1e-4 at most."""
     if os.environ.get(UPDATE):
         GOLDEN.write_text(json.dumps(measured, indent=0) + "\n")
     golden = json.loads(GOLDEN.read_text())
     assert measured["base"] == golden["base"], f"the weights of the embedded base changed: run again with {UPDATE}=1"
     assert len(golden["losses"]) == len(measured["losses"]) == 50
     for step, (row, expected) in enumerate(zip(measured["losses"], golden["losses"], strict=True), start=1):
-        tolerance = 1e-6 if measured["cpu"] == golden["cpu"] else rounding(3 * measured["depth"] * step)
+        tolerance = 1e-6 if measured["cpu"] == golden["cpu"] else min(1e-3, rounding(3 * measured["depth"] * step))
         assert row == pytest.approx(expected, rel=tolerance, abs=tolerance), f"step {step}"
