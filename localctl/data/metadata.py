@@ -40,6 +40,7 @@ def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(_csv_rows(content.decode(errors="surrogateescape"), file), start=1)
         return
     for number, line in enumerate(split_lines(content), start=1):
+        line = line.removeprefix(codecs.BOM_UTF8)  # of files that were joined
         if line.strip():
             yield number, line
 

@@ -16,6 +16,7 @@ from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, open_files
 from localctl.data.files import held_out, is_held_out
 from localctl.data.folders import SPLIT_WORDS, Walk, count_words, split_named
+from localctl.data.metadata import metadata_lines
 
 COLUMN = ConditionConfig(kind="column", channels=1)
 
@@ -338,3 +339,9 @@ def test_a_walk_counts_only_when_asked(tmp_path):
     walk = Walk(tmp_path)
     assert [len(files) for _, _, files in walk] == [1] and count_words(walk.left_out) == ""
     assert count_words(Counter({"x": 1, "y": 2, "z": 0})) == "2 y, 1 x"
+
+
+def test_lists_that_were_joined_keep_all_their_rows(tmp_path):
+    one = b'\xef\xbb\xbf{"file_name": "a.png"}\n'
+    (tmp_path / "metadata.jsonl").write_bytes(one + one)
+    assert [json.loads(line) for _, line in metadata_lines(tmp_path / "metadata.jsonl")] == [{"file_name": "a.png"}] * 2
