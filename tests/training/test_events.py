@@ -302,7 +302,7 @@ def test_empty_masks_are_said_early_and_at_the_end():
     said, lines = watched([empty] * 12)
     assert len(said) == 1 and said[0].startswith("warning: all 8 masks seen so far are empty")
     assert "24 of 24 masks seen were empty" in lines[0]
-    assert watched([empty, full] * 6) == ([], [])
+    assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty, so controlled nothing"])
     said, lines = watched([full] + [empty] * 9)
     assert said == [] and "18 of 20" in lines[0]
 
