@@ -1,7 +1,7 @@
 """A classical reader of micro scenes: colour, shape and box of every object, and the background's name.
 
 No learning: pixels are assigned to the nearest palette colour, connected blobs are matched against rotated templates
-of the eight shapes. Thresholds were set on `val` scenes and on generated images that a person labelled; figures are
+of the eight shapes. Thresholds were set on `val` scenes and on generated images that were labelled by eye; figures are
 measured on `test` scenes and on other such images (docs/evaluation.md).
 """
 

@@ -1,4 +1,4 @@
-"""The reader against 260 generated images that a person labelled before any reading.
+"""The reader against 260 generated images that were labelled by eye before any reading.
 
   python tests/micro/reader_by_eye.py           prints what it gets right and wrong, for each part of the images
 
@@ -33,7 +33,7 @@ RIGHT, SHAPE, COLOR, MISSED = "right", "wrong shape", "wrong colour", "missed"
 
 @dataclass(frozen=True)
 class Seen:
-    """An object as a person saw it. colors, shapes: any of them would do; no shape: it has none that has a name."""
+    """An object as it was seen. colors, shapes: any of them would do; no shape: it has none that has a name."""
 
     colors: tuple[str, ...]
     shapes: tuple[str, ...]
@@ -128,7 +128,7 @@ def tally(indices: Sequence[int], reader: Callable[[np.ndarray], Reading] = dete
 
 
 def asked_for(reader: Callable[[np.ndarray], Reading] = detect) -> Counter[tuple[str, bool]]:
-    """Of the objects that the images were asked to show: whether a person sees one ("yes"; "perhaps" where another name
+    """Of the objects that the images were asked to show: whether the eye sees one ("yes"; "perhaps" where another name
     would do as well, or with doubt; "no"), and whether ``reader`` finds one."""
     from localctl.evaluation.layout_benchmark.cases import cases  # torch is slow to import
 
@@ -182,4 +182,4 @@ if __name__ == "__main__":
     print("\nOf the objects asked for, all images:")
     found = asked_for()
     for what in ("yes", "perhaps", "no"):
-        print(f"  a person sees it: {what}: {found[what, True]} found by the reader, {found[what, False]} not")
+        print(f"  seen by eye: {what}: {found[what, True]} found by the reader, {found[what, False]} not")

@@ -1,4 +1,4 @@
-"""The 260 images that a person labelled for the reader: one for each of 260 held-out layouts, by five methods in turn.
+"""The 260 images that were labelled by eye for the reader: one of each of 260 held-out layouts, five methods in turn.
 
 python tests/micro/reader_images.py FOLDER      generates them again, 000.png to 259.png (minutes on a CPU)
 """

@@ -1,4 +1,4 @@
-"""The reader against a person: 50 generated pictures, looked at without knowing captions or readings, and the images
+"""The reader against the eye: 50 generated pictures, looked at without knowing captions or readings, and the images
 of ``reader_by_eye.py``, labelled object by object.
 
 `eye_check.png` holds the pictures as they were drawn, 10 in a row; `eye_check.json` says how, and what was seen in

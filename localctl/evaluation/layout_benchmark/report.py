@@ -137,7 +137,7 @@ def _reader(figures: Figures) -> list[str]:
     return [
         f"*Read by version {version} of the reader of micro scenes. Version {VERSION} finds objects that it missed, "
         "stars and rings above all:",
-        "[what that changes](evaluation.md#the-reader-against-a-person). To be measured again with the next base.*",
+        "[what that changes](evaluation.md#the-reader-against-the-eye). To be measured again with the next base.*",
         "",
     ]
 
