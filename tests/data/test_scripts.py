@@ -173,11 +173,12 @@ def test_splits_of_the_photos_stay_splits(photos, tmp_path, capsys, name):
 
 def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing_in_the_way(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
-    picture(0).save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "a.png").write_bytes(b"<html>")
+    (tmp_path / "photos" / "a.txt").write_text("a")
     argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
     assert make_dataset.main(argv) == 2
-    assert "None of the 1 images can be used (1 caption missing)." in capsys.readouterr().err
-    (tmp_path / "photos" / "a.txt").write_text("a")
+    assert "None of the 1 images can be used (1 image not a picture)." in capsys.readouterr().err
+    picture(0).save(tmp_path / "photos" / "a.png")
     assert make_dataset.main(argv) == 0
 
 
