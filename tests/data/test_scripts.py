@@ -177,7 +177,7 @@ def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing_in_the_
     (tmp_path / "photos" / "a.txt").write_text("a")
     argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
     assert make_dataset.main(argv) == 2
-    assert "None of the 1 images can be used (1 image not a picture)." in capsys.readouterr().err
+    assert "None of the 1 images can be used (1 not a picture)." in capsys.readouterr().err
     picture(0).save(tmp_path / "photos" / "a.png")
     assert make_dataset.main(argv) == 0
 
