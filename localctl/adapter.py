@@ -119,11 +119,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         weights = self.config["level_weights"]
         if weights is None:
             return features
-        if len(weights) != len(features):
-            raise ValueError(
-                f"The adapter has {len(features)} levels of features, but level_weights are {list(weights)}; give one "
-                "weight for each level."
-            )
+        check_level_weights(weights, len(features))
         return [feature * weight for feature, weight in zip(features, weights, strict=True)]
 
     @property
@@ -188,6 +184,15 @@ def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_
         raise ValueError(
             f"An adapter of in_channels {in_channels}, channels {shown(list(channels))} and num_res_blocks "
             f"{num_res_blocks} has about {weights:.1e} weights, more than {MAX_WEIGHTS:.0e}; check its config.json."
+        )
+
+
+def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
+    """ValueError unless there is one weight for each level of features, or None."""
+    if weights is not None and len(weights) != levels:
+        raise ValueError(
+            f"The adapter has {levels} levels of features, but level_weights are {list(weights)}; give one weight for "
+            "each level."
         )
 
 
@@ -258,5 +263,6 @@ def load_adapter(place: str | os.PathLike[str], kind: str = "LocalAdapter", **op
     return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
 
 
-SHAPE = ("in_channels", "channels", "num_res_blocks", "downscale_factor", "adapter_type")
+CHOSEN = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")  # in_channels are the condition's
+SHAPE = ("in_channels", *CHOSEN)
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

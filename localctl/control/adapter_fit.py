@@ -9,20 +9,19 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 
+from localctl.adapter import SHAPE, check_level_weights
 from localctl.adapter_files import SavedAdapter
 from localctl.architectures import BaseShape
 from localctl.control.local_adapter import residual_shapes
 from localctl.diffusion import latent_size
 
-SHAPE = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")
-
 
 def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> None:
     """ValueError, which ends in ``way_out``, unless an adapter of these options makes what the U-Net takes; nothing is
-    computed. options: ``in_channels``, ``level_weights`` and ``SHAPE`` are looked at, with their defaults."""
+    computed. options: ``SHAPE`` and ``level_weights`` are looked at, with their defaults."""
     factor = shape.vae_scale_factor
     side = 64 * factor
-    known = {name: options[name] for name in ("in_channels", *SHAPE) if name in options}
+    known = {name: options[name] for name in SHAPE if name in options}
     made: list[tuple[int, ...]] | None = None
     # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only. The others
     # are of configs that were written by hand.
@@ -35,12 +34,7 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
             f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
             f"base's U-Net takes {taken}; {way_out}."
         )
-    weights = options.get("level_weights")
-    if weights is not None and len(weights) != len(made):
-        raise ValueError(
-            f"The adapter has {len(made)} levels of features, but level_weights are {list(weights)}; give one weight "
-            "for each level."
-        )
+    check_level_weights(options.get("level_weights"), len(made))
 
 
 def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:

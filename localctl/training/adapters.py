@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.base import lasting_name
-from localctl.control.adapter_fit import SHAPE, check_fit
+from localctl.control.adapter_fit import check_fit
 from localctl.random import key_seed
 from localctl.training.settings import TrainSettings
 
@@ -27,7 +27,7 @@ class AdapterPlan:
     def make(self, seed: int) -> LocalAdapter:
         """The adapter, float32 and trainable; the global random state is left alone."""
         if self.saved is not None:
-            kept = {name: value for name, value in self.options.items() if name not in (*SHAPE, "in_channels")}
+            kept = {name: value for name, value in self.options.items() if name not in SHAPE}
             return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key_seed(seed, "adapter"))
@@ -46,7 +46,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
         _check_saved(settings, saved)
     shape = shape or read_shape(settings.base)
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
-    options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in SHAPE}
+    options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
     options["channels"] = list(options["channels"])
     options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features", "dim_condition")}
     weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
@@ -78,7 +78,7 @@ def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
             f"The adapter {name} takes conditions of {channels} channels but {settings.condition.kind} has "
             f"{settings.condition.channels}; choose the kind of condition it was made for."
         )
-    for key in SHAPE:
+    for key in CHOSEN:
         asked, there = getattr(settings.adapter, key), saved.config.get(key)
         there = tuple(there) if isinstance(there, list) else there
         if asked is not None and asked != there:
