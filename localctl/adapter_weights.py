@@ -29,6 +29,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if path.suffix.lower() == ".safetensors":
             content: Any = load_file(path)
         else:
+            # A file that the user named; weights_only lets it hold tensors and plain containers, never code.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(

@@ -108,6 +108,8 @@ def _failure(module: nn.Module, point: Tensor) -> str | None:
     try:
         output = module(point.requires_grad_())
         (gradient,) = torch.autograd.grad(output.float().sum(), point)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    # RuntimeError: PyTorch's own, of an output without a graph or of a dtype that it cannot compute with (and so
+    # NotImplementedError, which is one). TypeError, ValueError: of a quantiser's layer that does not take this input.
+    except (RuntimeError, TypeError, ValueError) as error:
         return first_line(error)
     return None if gradient.isfinite().all() else "the gradient is not finite"

@@ -41,9 +41,8 @@ def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)
     extra = len(times) - (scheduler.num_inference_steps or len(times)) if getattr(scheduler, "order", 1) == 1 else 0
     if total is not None and total != num_steps - first and total + extra < visited:
         visited = total
-    latest = (
-        len(times) - 1 - times[::-1].index(timestep)
-    )  # of several visits it may be the last that this call begins at
+    # Of several visits it may be the last that this call begins at.
+    latest = len(times) - 1 - times[::-1].index(timestep)
     if latest + visited >= len(times):
         return first, num_steps - first
     last, _ = _outer_step(scheduler, times, position + max(visited, 1) - 1)

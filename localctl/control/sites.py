@@ -292,7 +292,8 @@ class SteeredProcessor(nn.Module):
             rows, *bias.shape[1:], device=bias.device, dtype=torch.float32 if upcast else scores.query.dtype
         )
         if full.dtype != torch.float32:  # a large noise level can leave half precision, and inf - inf is not a number
-            bias = bias.clamp(*(sign * torch.finfo(full.dtype).max / 2 for sign in (-1, 1)))
+            most = torch.finfo(full.dtype).max / 2
+            bias = bias.clamp(-most, most)
         full[scores.guided] = bias.to(full.dtype)
         full = full.flatten(0, 1)  # (R*H,q,K)
         if mask is None:
