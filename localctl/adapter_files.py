@@ -15,14 +15,13 @@ from huggingface_hub.errors import HFValidationError
 
 from localctl.adapter import LocalAdapter, check_config, load_adapter
 from localctl.adapter_weights import SUFFIXES, read_weights
-from localctl.base import same_base
+from localctl.bases import HUB_ID, same_base
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line, read_json
 
 CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _INSIDE = ("", "adapter", "t2iadapter")  # where an adapter lies in its own folder, a run's or a checkpoint's
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WAY_OUT = "give the folder of an adapter or training run, a hub id (owner/name), or a file of weights"
 
 
@@ -101,7 +100,7 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
         path = Path(name).expanduser()
         if path.is_file():
             return _from_file(name, path, local_files_only)
-        if path.exists() or name.startswith(("/", ".", "~")) or not _HUB_ID.match(name):  # a folder, no hub id
+        if path.exists() or name.startswith(("/", ".", "~")) or not HUB_ID.match(name):  # a folder, no hub id
             return _from_folder(name, path, local_files_only)
         repository, inside = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
         if inside:

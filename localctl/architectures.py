@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from localctl.base import BASES, BaseConfig, not_loaded, read_index, read_json, resolve_base
-from localctl.base_files import check_files
+from localctl.base import BASES, BaseConfig, check_folder, not_loaded, read_index, read_json, resolve_base
 
 Config = Mapping[str, Any]
 
@@ -134,7 +132,7 @@ def read_shape(base: BaseConfig) -> BaseShape:
     spec = resolve_base(base.name)
     where = {"revision": base.revision, "local_files_only": True}
     try:
-        return BaseShape(_read_parts(spec, where))
+        return BaseShape(_read_parts(base, where))
     except LocalEntryNotFoundError as error:
         for name, parts in TABLE.items():
             if BASES[name].id_or_path == spec.id_or_path:
@@ -144,17 +142,14 @@ def read_shape(base: BaseConfig) -> BaseShape:
     except OSError as error:
         raise not_loaded(base, error) from error
     try:
-        return BaseShape(_read_parts(spec, where | {"local_files_only": False}))
+        return BaseShape(_read_parts(base, where | {"local_files_only": False}))
     except OSError as error:
         raise not_loaded(base, error) from error
 
 
-def _read_parts(spec: Any, where: dict[str, Any]) -> dict[str, Config]:
+def _read_parts(base: BaseConfig, where: dict[str, Any]) -> dict[str, Config]:
+    spec = resolve_base(base.name)
     index = read_index(spec, where)
+    check_folder(base, index)
     names = [name for name in ("unet", "vae", *TEXT_CLASSES) if name in index]
-    if Path(spec.id_or_path).is_dir():
-        try:
-            check_files(Path(spec.id_or_path), index)
-        except ValueError as error:
-            raise FileNotFoundError(str(error)) from error
     return {name: read_json(spec, f"{name}/config.json", where) for name in names}

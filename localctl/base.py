@@ -66,7 +66,7 @@ def load_pipeline(
     try:
         index = read_index(spec, where)
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
-        _check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
+        check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:
             # Neither the checker nor the picture processor that only it needs is loaded, and nothing nags about it.
             options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
@@ -96,7 +96,7 @@ def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
     return ValueError(f"The base {config.name!r} could not be loaded from {place!r} ({reason}); {way_out}.")
 
 
-def _check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
+def check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
     """ValueError that names the file when a base is a folder and something in it is missing or damaged."""
     folder = Path(resolve_base(config.name).id_or_path)
     if folder.is_dir():
@@ -108,23 +108,29 @@ def _check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
     """A VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
-    pipeline = Path(name, "model_index.json").expanduser().is_file()
-    folder = Path(name, "vae" if pipeline else "").expanduser()
+    place = Path(name).expanduser()
+    inside = "vae" if (place / "model_index.json").is_file() else None
+    folder = place / (inside or "")
     try:
         if folder.is_dir():
             check_weights(folder)
         return AutoencoderKL.from_pretrained(
-            str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name,
-            subfolder="vae" if pipeline else None,
+            str(place) if place.is_dir() else name,
+            subfolder=inside,
             dtype=dtype,
             local_files_only=local_files_only,
             use_safetensors=True,
         )
     except Exception as error:  # damaged files and foreign shapes each raise their own kind
-        reason = first_line(error)
-        raise ValueError(
-            f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
-        ) from error
+        raise vae_not_loaded(name, error) from error
+
+
+def vae_not_loaded(name: str, error: Exception) -> ValueError:
+    """What to tell somebody whose VAE cannot be read."""
+    reason = first_line(error)
+    return ValueError(
+        f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
+    )
 
 
 def full_precision_vae(pipe: DiffusionPipeline) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
@@ -94,7 +95,7 @@ def resolve_base(name: str) -> BaseSpec:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` looks like OWNER/NAME on the Hugging Face hub, and not like a path."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name))
+    return HUB_ID.fullmatch(name) is not None
 
 
 def same_base(first: str, second: str) -> bool:

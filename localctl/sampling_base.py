@@ -9,9 +9,8 @@ from typing import Any
 import diffusers
 
 from localctl.architectures import BaseShape
-from localctl.base import SCHEDULERS, BaseConfig, BaseSpec, read_json, resolve_base
+from localctl.base import SCHEDULERS, BaseConfig, BaseSpec, read_json, resolve_base, vae_not_loaded
 from localctl.bases import is_hub_id
-from localctl.files import first_line
 
 _KARRAS = "use_karras_sigmas"
 
@@ -60,10 +59,7 @@ def _vae_config(name: str, local_files_only: bool) -> dict[str, Any]:
             BaseSpec(name, str(path) if path.exists() else name), inside, {"local_files_only": local_files_only}
         )
     except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise ValueError(
-            f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
-        ) from error
+        raise vae_not_loaded(name, error) from error
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(f"The VAE {name!r} is a {config['_class_name']}; give an AutoencoderKL.")
     return config
