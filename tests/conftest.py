@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,24 @@ def v_folder(_v_session: diffusers.StableDiffusionPipeline, tmp_path_factory: py
 def sdxl_folder(_sdxl_session: diffusers.StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion XL as a diffusers folder; not to be written to."""
     return _saved(_sdxl_session, tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def base_here(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: empty but for the tiny base, by the name ``base``."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(sd_folder)
+    return tmp_path
+
+
+@pytest.fixture
+def assert_refused_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[list[str], str], None]:
+    """That ``sample.py`` with these flags says one sentence and loads no base: see ``sample_helpers.refused_early``."""
+    from sample_helpers import refused_early  # slow to import
+
+    return functools.partial(refused_early, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.fixture

@@ -14,6 +14,10 @@ from PIL import Image
 import localctl.sampling_run
 import sample
 
+CANNY: dict[str, Any] = {"kind": "canny", "low": 20, "high": 60}
+QUICK = ["--num_inference_steps", "2"]
+PLAIN = ["--prompt", "a b", "--base", "base", *QUICK]  # in the folder of the fixture ``base_here``
+
 
 def pixels(folder: str | Path) -> dict[str, np.ndarray]:
     """By the name of their file; without the contact sheets."""
@@ -25,10 +29,10 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def assert_refused_early(
+def refused_early(
     argv: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``sample.py`` says one sentence that ``message`` matches, and has not loaded the base by then."""
+    """Assert that ``sample.py`` says one sentence that ``message`` matches, and has not loaded the base by then."""
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was loaded")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sample_helpers import assert_refused_early
 
 from localctl.adapter import LocalAdapter, check_config, load_adapter
 from localctl.adapter_files import find_adapter
@@ -92,7 +91,7 @@ def test_everything_that_loads_an_adapter_looks_at_its_config(
     changes: dict[str, Any],
     words: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused_early: Callable[[list[str], str], None],
 ) -> None:
     config = change(folder, changes)
     monkeypatch.setattr(torch.nn, "Conv2d", None)
@@ -106,12 +105,12 @@ def test_everything_that_loads_an_adapter_looks_at_its_config(
         LocalAdapter(**{name: value for name, value in config.items() if not name.startswith("_")})
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "edges.png")
     argv = ["--prompt", "a", "--adapter", str(folder), "--condition_image", str(folder / "edges.png")]
-    assert_refused_early(argv, words, monkeypatch, capsys)
+    assert_refused_early(argv, words)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '"LocalAdapter"', '{"_class_name": ["LocalAdapter"]}', "[" * 10**5])
 def test_a_config_of_another_kind_is_named(
-    folder: Path, content: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, content: str, assert_refused_early: Callable[[list[str], str], None]
 ) -> None:
     (folder / "config.json").write_text(content)
     for load in (
@@ -123,7 +122,7 @@ def test_a_config_of_another_kind_is_named(
             load()
         assert "\n" not in str(error.value)
     argv = ["--prompt", "a", "--adapter", str(folder), "--condition_image", "edges.png"]
-    assert_refused_early(argv, "is not JSON|names the class", monkeypatch, capsys)
+    assert_refused_early(argv, "is not JSON|names the class")
 
 
 def test_published_shapes_pass() -> None:

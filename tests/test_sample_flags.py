@@ -12,33 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_helpers import assert_refused_early, assert_same, pixels
+from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 import localctl.base
 import sample
-from localctl import sampling_files, sampling_run
+from localctl import sampling_run
 from localctl.adapter import LocalAdapter
 from localctl.layout_predictor.model import WEIGHTS
 from localctl.sampling import generate
 from localctl.sampling_cli import new_parser, parse
-from localctl.sampling_files import endings, open_output
 from localctl.sampling_job import prepare
-from localctl.sampling_regions import CONTROLS, Variant
-
-QUICK = ["--num_inference_steps", "2"]
+from localctl.sampling_regions import CONTROLS
 
 
-@pytest.fixture
-def workspace(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("base").symlink_to(sd_folder)
-    return tmp_path
-
-
-PLAIN = ["--prompt", "a b", "--base", "base", *QUICK]
-
-
-def test_a_prompt_alone_is_plain_text_to_image(workspace: Path) -> None:
+def test_a_prompt_alone_is_plain_text_to_image(base_here: Path) -> None:
     assert sample.main([*PLAIN, "--seeds", "1", "2", "--output_dir", "out"]) == 0
     images = generate(localctl.base.load_pipeline("base"), "a b", (), (1, 2), num_inference_steps=2).images
     expected = {f"00_seed{seed}.png": np.asarray(image) for seed, image in zip((1, 2), images, strict=True)}
@@ -96,7 +83,7 @@ def test_the_help_names_the_controls_there_are() -> None:
     assert all(name in text for name in CONTROLS)
 
 
-def test_the_seed_minus_one_is_said(workspace: Path) -> None:
+def test_the_seed_minus_one_is_said(base_here: Path) -> None:
     assert prepare(parse([*PLAIN, "--seeds", "-1"])).notes == [
         "The seed -1 is a seed like any other, not a random one."
     ]
@@ -143,7 +130,7 @@ def test_what_is_no_record_is_one_sentence(text: str, tmp_path: Path) -> None:
         parse(["--from_json", str(tmp_path)])
 
 
-def test_values_of_a_record_are_never_flags(workspace: Path) -> None:
+def test_values_of_a_record_are_never_flags(base_here: Path) -> None:
     prompts = ["a", "--output_dir", "--seeds=3", "-x"]
     record = {"prompt": prompts, "negative_prompt": "--base", "base": "base", "num_inference_steps": 1, "seeds": [4]}
     Path("sample.json").write_text(json.dumps({"options": record}))
@@ -164,7 +151,7 @@ def test_what_is_typed_takes_the_place_of_its_opposite_in_a_record(tmp_path: Pat
     assert (read.control, read.compare) == (None, ["all"])
 
 
-def test_odd_prompts_are_written_down(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_prompts_are_written_down(base_here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Half a surrogate, as of a terminal in another encoding, becomes a question mark, which is said."""
     prompts = ["a \udce9 b", "tab\tand \u202e", "%s {0} <script>", "a " * 1000]
     flags = [item for prompt in prompts for item in ("--prompt", prompt)]
@@ -176,7 +163,7 @@ def test_odd_prompts_are_written_down(workspace: Path, capsys: pytest.CaptureFix
     assert_same(pixels("again"), pixels("out"))
 
 
-def test_the_sampling_flags_act_and_are_repeated(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sampling_flags_act_and_are_repeated(base_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = localctl.base.load_pipeline("base")
     Path("vae").mkdir()
     torch.manual_seed(1)
@@ -208,7 +195,7 @@ def test_the_sampling_flags_act_and_are_repeated(workspace: Path, monkeypatch: p
 
 
 def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    base_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
 
@@ -260,11 +247,10 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
     ],
 )
 def test_what_cannot_be_is_said_before_the_base_is_loaded(
-    workspace: Path,
+    base_here: Path,
     flags: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused_early: Callable[[list[str], str], None],
 ) -> None:
     Path("vae.safetensors").write_bytes(b"")
     Path("other").mkdir()
@@ -272,27 +258,27 @@ def test_what_cannot_be_is_said_before_the_base_is_loaded(
     Path("other/config.json").write_text(json.dumps(config))
     Path("scene.json").write_text(json.dumps({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 1]}]}))
     argv = [item for item in PLAIN if "scene.json" not in flags or item not in ("--prompt", "a b")]
-    assert_refused_early([*argv, *flags], message, monkeypatch, capsys)
+    assert_refused_early([*argv, *flags], message)
 
 
 def test_the_clip_of_an_optimised_run_is_missed_before_the_base_is_loaded(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    base_here: Path, assert_refused_early: Callable[[list[str], str], None]
 ) -> None:
     Path("scene.json").write_text(json.dumps({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 1]}]}))
     basic = ["--layout", "scene.json", "--base", "base", "--control", "spacetime_optimized"]
-    assert_refused_early([*basic, "--set", "clip=/none"], "There is no CLIP at /none", monkeypatch, capsys)
+    assert_refused_early([*basic, "--set", "clip=/none"], "There is no CLIP at /none")
     for name in ("--clip_skip", "--guidance_rescale"):
-        assert_refused_early([*basic, name, "1"], f"{name} does not go together with", monkeypatch, capsys)
+        assert_refused_early([*basic, name, "1"], f"{name} does not go together with")
 
 
-def test_a_predictor_of_ones_own(workspace: Path) -> None:
+def test_a_predictor_of_ones_own(base_here: Path) -> None:
     prompt = ["--layout", "auto", "--prompt", "a red circle above a blue star"]
     own, shipped = prepare(parse([*prompt, "--predictor", str(WEIGHTS)])), prepare(parse(prompt))
     assert own.layouts == shipped.layouts and own.layouts[0].regions
 
 
 def test_an_adapter_works_on_another_base_of_its_shape(
-    make_adapter: Callable[..., LocalAdapter], workspace: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+    make_adapter: Callable[..., LocalAdapter], base_here: Path, sd_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipe = localctl.base.load_pipeline("base")
     pipe.unet.conv_out.weight.add_(0.01)
@@ -305,61 +291,3 @@ def test_an_adapter_works_on_another_base_of_its_shape(
     assert sample.main([*flags, "--output_dir", "own"]) == 0
     assert "was trained on" not in capsys.readouterr().err
     assert not np.array_equal(pixels("out")["00_seed0.png"], pixels("own")["00_seed0.png"])
-
-
-def test_names_of_files_are_bounded_and_their_own() -> None:
-    labels = ["a/b", "a_b", "strength=" + "1" * 300, "strength=" + "1" * 299, "bias"]
-    names = endings([Variant(label, ()) for label in labels])
-    assert len(set(names)) == 5 and max(map(len, names)) < 100 and names[-1] == "bias"
-
-
-def test_the_output_folder_is_tried_before_the_base_is_loaded(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def never(*args: Any, **options: Any) -> None:
-        raise AssertionError("the base was loaded")
-
-    monkeypatch.setattr(sampling_run, "load_pipeline", never)
-    with pytest.raises(OSError, match="has .* MB left where the images may take"):
-        open_output("out", 10**18)
-    assert not list(Path("out").iterdir())
-
-    for number, rc, words in ((28, 1, "disk of the output folder out is full"), (13, 2, "cannot be written to")):
-
-        def refuse(*args: Any, number: int = number, **options: Any) -> None:
-            raise OSError(number, "no")
-
-        monkeypatch.setattr(sampling_files.tempfile, "TemporaryFile", refuse)
-        assert sample.main([*PLAIN, "--output_dir", "out"]) == rc
-        assert words in (printed := capsys.readouterr().err) and printed.count("\n") == 1
-
-
-def test_a_disk_that_fills_up_keeps_what_was_written(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original = Image.Image.save
-
-    def save(self: Image.Image, path: Any, *args: Any, **options: Any) -> None:
-        if "seed2" in str(path):
-            raise OSError(28, "No space left on device")
-        original(self, path, *args, **options)
-
-    monkeypatch.setattr(Image.Image, "save", save)
-    assert sample.main([*PLAIN, "--seeds", "1", "2", "--output_dir", "out"]) == 1
-    assert "00_seed2.png could not be written (No space left on device)" in capsys.readouterr().err
-    assert list(pixels("out")) == ["00_seed1.png"]
-
-
-def test_an_input_in_the_output_folder_is_kept(
-    make_adapter: Callable[..., LocalAdapter], workspace: Path, sd_folder: Path
-) -> None:
-    """Where the first image takes its name."""
-    make_adapter(base=str(sd_folder), condition={"kind": "canny"}).save_pretrained("canny")
-    Path("out").mkdir()
-    edges = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
-    Image.fromarray(edges).save("out/00_seed0.png")
-    flags = ["--prompt", "a b", "--adapter", "canny", *QUICK]
-    assert sample.main([*flags, "--condition_image", "out/00_seed0.png", "--output_dir", "out"]) == 0
-    assert np.array_equal(np.asarray(Image.open("out/inputs/condition_image_0.png")), edges)
-    assert sample.main(["--from_json", "out", "--output_dir", "again"]) == 0
-    assert_same(pixels("again"), pixels("out"))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_helpers import assert_refused_early, assert_same, pixels
+from sample_helpers import CANNY, assert_same, pixels
 
 import sample
 from localctl.adapter import LocalAdapter
@@ -20,8 +19,6 @@ from localctl.data.geometry import IMAGE, SMOOTH, geometry
 from localctl.sampling_cli import parse
 from localctl.sampling_inputs import choose_size
 from localctl.sampling_job import Job, prepare
-
-CANNY: dict[str, Any] = {"kind": "canny", "low": 20, "high": 60}
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -215,8 +212,7 @@ def test_sizes_that_cannot_be(
     workspace: Path,
     flags: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused_early: Callable[[list[str], str], None],
 ) -> None:
     photo(100, 200).save("photo.png")
     half(50, 50).save("square.png")
@@ -224,4 +220,4 @@ def test_sizes_that_cannot_be(
     edge[:, :20] = 255
     Image.fromarray(edge).save("edge.png")
     basic = ["--prompt", "a b", "--adapter", "canny", "--image", "photo.png"]
-    assert_refused_early([*basic, *flags], message, monkeypatch, capsys)
+    assert_refused_early([*basic, *flags], message)

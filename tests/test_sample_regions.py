@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from sample_helpers import assert_refused_early, assert_same, pixels
+from sample_helpers import assert_same, pixels
 
 import localctl.base
 import sample
@@ -39,9 +40,7 @@ SCENE: dict[str, Any] = {
 
 
 @pytest.fixture
-def workspace(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    Path("base").symlink_to(sd_folder)
+def workspace(base_here: Path) -> Path:
     mask = np.zeros((16, 16), np.uint8)
     mask[4:, 8:] = 255
     Image.fromarray(mask).save("dogs.png")
@@ -49,7 +48,7 @@ def workspace(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Path("foreign.json").write_text(json.dumps({**SCENE, "prompt": "a cow"}))
     Path("reversed.json").write_text(json.dumps({**SCENE, "regions": [{"phrase": "cat", "box": [0.5, 0, 0.1, 1]}]}))
     Path("photo.png").write_bytes(Path("dogs.png").read_bytes())
-    return tmp_path
+    return base_here
 
 
 BASIC = ["--layout", "scene.json", "--base", "base", "--num_inference_steps", "2"]
@@ -222,10 +221,9 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
     workspace: Path,
     flags: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused_early: Callable[[list[str], str], None],
 ) -> None:
-    assert_refused_early([*BASIC, *flags], message, monkeypatch, capsys)
+    assert_refused_early([*BASIC, *flags], message)
 
 
 def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

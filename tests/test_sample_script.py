@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_helpers import assert_refused_early, assert_same, pixels
+from sample_helpers import CANNY, QUICK, assert_same, pixels
 
 import localctl.base
 import sample
@@ -24,7 +24,6 @@ from localctl.sampling_cli import parse
 from localctl.sampling_job import prepare
 
 MakeAdapter = Callable[..., LocalAdapter]
-CANNY: dict[str, Any] = {"kind": "canny", "low": 20, "high": 60}
 
 
 @pytest.fixture
@@ -53,7 +52,6 @@ def workspace(make_adapter: MakeAdapter, sd_folder: Path, tmp_path: Path, monkey
 
 
 BASIC = ["--prompt", "a b", "--image", "photo.png", "--mask", "mask.png", "--adapter", "canny"]
-QUICK = ["--num_inference_steps", "2"]
 
 
 def test_pictures_are_those_of_generate(workspace: Path, sd_folder: Path) -> None:
@@ -152,10 +150,9 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
     workspace: Path,
     changes: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    assert_refused_early: Callable[[list[str], str], None],
 ) -> None:
-    assert_refused_early([*BASIC, *changes], message, monkeypatch, capsys)
+    assert_refused_early([*BASIC, *changes], message)
 
 
 def test_conditions_of_two_sizes_and_colours_are_named(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
