@@ -45,7 +45,7 @@ def draw(pipe: DiffusionPipeline, prompt: Any = PROMPT, count: int = 1, **option
 CALL_TERMS = (28 * 220 + 10 * 8 * 50) // 8
 
 
-def same_draw(found: Tensor, expected: Tensor, calls: int = 2) -> None:
+def assert_same_draw(found: Tensor, expected: Tensor, calls: int = 2) -> None:
     """Latents that are equal but for rounding, after so many calls of the U-Net."""
     atol = rounding(calls * CALL_TERMS, expected.dtype) * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)

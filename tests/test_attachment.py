@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, METHODS, OTHER, PROMPT, Watch, draw, noise, processors, same_draw, shift_rows
+from attachment_helpers import (
+    LAYOUT,
+    METHODS,
+    OTHER,
+    PROMPT,
+    Watch,
+    assert_same_draw,
+    draw,
+    noise,
+    processors,
+    shift_rows,
+)
 from conftest import TEXT_WIDTH
 from diffusers import (
     StableDiffusionPipeline,
@@ -82,7 +93,7 @@ def test_rows_belong_to_their_layouts(
             return draw(sd_pipe, layouts[row // 2].prompt, latents=start[row : row + 1], **options)
 
     singles = torch.cat([alone(row) for row in range(4)])
-    same_draw(together(), singles)
+    assert_same_draw(together(), singles)
     shift_rows(monkeypatch)
     assert (together() - singles).abs().max() > 1e-3  # a wrong row would show
 
@@ -131,14 +142,14 @@ def test_biases_add_up_also_in_nested_attaches(sd_pipe: StableDiffusionPipeline)
     with attach(sd_pipe, LAYOUT, [bias, dense]):
         together = draw(sd_pipe)
     with attach(sd_pipe, LAYOUT, bias), attach(sd_pipe, LAYOUT, dense):
-        same_draw(draw(sd_pipe), together)
+        assert_same_draw(draw(sd_pipe), together)
     with attach(sd_pipe, LAYOUT, dense), attach(sd_pipe, LAYOUT, bias):
-        same_draw(draw(sd_pipe), together)
+        assert_same_draw(draw(sd_pipe), together)
     halves = [RegionBias(strength=0.25), RegionBias(strength=0.75)]
     with attach(sd_pipe, LAYOUT, halves):
         twice = draw(sd_pipe)
     with attach(sd_pipe, LAYOUT, bias):
-        same_draw(twice, draw(sd_pipe))
+        assert_same_draw(twice, draw(sd_pipe))
 
 
 @pytest.mark.parametrize("kind", [AttnProcessor, AttnProcessor2_0, lambda: SlicedAttnProcessor(1)])
@@ -148,7 +159,7 @@ def test_every_processor_is_steered_alike(kind: Any, sd_pipe: StableDiffusionPip
     sd_pipe.unet.set_attn_processor(kind())
     # In parts of few queries, too.
     with attach(sd_pipe, LAYOUT, [RegionBias(strength=1.0), DenseModulation(end=1.0, memory_limit=0.005)]):
-        same_draw(draw(sd_pipe), expected)
+        assert_same_draw(draw(sd_pipe), expected)
 
 
 def test_a_bias_for_all_heads_is_not_copied_for_each(
@@ -175,7 +186,7 @@ def test_fused_projections(sd_pipe: StableDiffusionPipeline) -> None:
         expected = draw(sd_pipe)
     sd_pipe.fuse_qkv_projections(vae=False)
     with attach(sd_pipe, LAYOUT, DenseModulation()):
-        same_draw(draw(sd_pipe), expected)
+        assert_same_draw(draw(sd_pipe), expected)
     with attach(sd_pipe, LAYOUT, DenseModulation(memory_limit=0.005)), pytest.raises(ValueError, match="unfuse_qkv"):
         draw(sd_pipe)
 

@@ -81,7 +81,7 @@ def bare_pipe() -> Any:
 LAYER_TERMS = (32 + 16 + 2 * 64 + 32) // 8
 
 
-def close(found: Tensor, expected: Tensor, terms: int = LAYER_TERMS) -> None:
+def assert_close(found: Tensor, expected: Tensor, terms: int = LAYER_TERMS) -> None:
     """Equal but for the rounding of so many operations in a row; by default those of one attention layer."""
     torch.testing.assert_close(found, expected, rtol=0, atol=rounding(terms) * float(expected.abs().max()))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from control_helpers import bare_pipe, close, context, golden, layer, steered
+from control_helpers import assert_close, bare_pipe, context, golden, layer, steered
 from tolerances import rounding
 from torch import Tensor
 
@@ -35,9 +35,9 @@ def test_published_output(kind: str, memory_limit: float) -> None:
     control = DenseModulation(memory_limit=memory_limit)
     assert (control.w_cross, control.w_self, control.size_regularisation) == (1.0, 0.3, 1.0)
     output = steered(control, scene(arrays), attn, inputs, where=where)
-    close(output, arrays[f"{kind}.output"])
+    assert_close(output, arrays[f"{kind}.output"])
     plain = steered(control, Layout(PROMPT), attn, inputs, where=where)
-    close(plain, arrays[f"{kind}.output_unmodulated"])
+    assert_close(plain, arrays[f"{kind}.output_unmodulated"])
 
 
 @pytest.mark.parametrize("kind", ["cross", "self"])
@@ -114,7 +114,7 @@ def test_parts_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         full = max(sizes)
         sizes.clear()
         parts = steered(DenseModulation(memory_limit=0.02), scene(arrays), attn, inputs)
-        close(parts, whole)
+        assert_close(parts, whole)
         # Four tensors of float32 for twice as many rows, all within the limit.
         assert len(sizes) > 1 and max(sizes) * 2 * 4 * 4 <= 0.02 * 2**20 < full * 2 * 4 * 4
         sizes.clear()
@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         for index, layout in enumerate(layouts):
             alone = tuple(row[index : index + 1].repeat(2, 1, 1) for row in rows)
             single = steered(DenseModulation(), layout, attn, alone)
-            close(together[[index, 3 + index]], single)
+            assert_close(together[[index, 3 + index]], single)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from attachment_helpers import LAYOUT, METHODS, PROMPT, draw, processors
+from attachment_helpers import LAYOUT, METHODS, PROMPT, draw, noise, processors
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -28,7 +28,7 @@ from localctl.optimization.weights import optimize_weights
 GUIDANCE = LayoutGuidance(end=1.0, threshold=0.0)
 
 
-def refused(pipe: Any, control: Control, message: str) -> None:
+def assert_refused(pipe: Any, control: Control, message: str) -> None:
     """In one sentence, when attached, and nothing is left behind."""
     before, names = processors(pipe), set(vars(pipe))
     with pytest.raises(ValueError, match=message) as caught, attach(pipe, LAYOUT, control):
@@ -88,7 +88,7 @@ KINDS = {f.__name__: f for f in (float8, half_stored, inference, one_inference_l
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_let_no_gradients_pass(kind: str, sd_pipe: StableDiffusionPipeline) -> None:
     KINDS[kind](sd_pipe)
-    refused(sd_pipe, GUIDANCE, r"LayoutGuidance needs gradients through the U-Net, .* such as RegionBias\.$")
+    assert_refused(sd_pipe, GUIDANCE, r"LayoutGuidance needs gradients through the U-Net, .* such as RegionBias\.$")
     with pytest.raises(ValueError, match="An optimisation of weights needs gradients"):
         optimize_weights(sd_pipe, LAYOUT, Clip(MICRO_CLIP), num_inference_steps=2, progress=False)
     plain = draw(sd_pipe)
@@ -102,11 +102,14 @@ def test_weights_that_do(dtype: torch.dtype, sd_pipe: StableDiffusionPipeline) -
     from composition_helpers import with_lora
 
     pipe, _ = with_lora(sd_pipe)
+    plain = draw(pipe)
     with attach(pipe, LAYOUT, GUIDANCE), torch.inference_mode():  # round the call, not round the loading
-        draw(pipe)
-    pipe.unet.to(dtype)
+        assert (draw(pipe) - plain).abs().max() > 1e-3
+    pipe.to(dtype)
+    half = noise(1).to(dtype)
+    plain = draw(pipe, latents=half)
     with attach(pipe, LAYOUT, GUIDANCE):
-        pass
+        assert (draw(pipe, latents=half) - plain).abs().max() > 1e-3
 
 
 def test_casting_that_is_switched_on_later(sd_pipe: StableDiffusionPipeline) -> None:
@@ -190,7 +193,7 @@ def test_caches_are_refused(kind: str, sd_pipe: StableDiffusionPipeline) -> None
     CACHES[kind](sd_pipe)
     message = r"^The U-Net.* (controls would not act there; load the pipeline without it|take it off first)\.$"
     for control in (METHODS["bias"](), AttentionMaps()):
-        refused(sd_pipe, control, message)
+        assert_refused(sd_pipe, control, message)
     with attach(sd_pipe, PROMPT, ()):  # nothing that could be lost
         pass
     with attach(later, LAYOUT, METHODS["bias"]()):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, OTHER, PROMPT, draw, noise, processors, same_draw
+from attachment_helpers import LAYOUT, OTHER, PROMPT, assert_same_draw, draw, noise, processors
 from control_helpers import bare_pipe, context, golden
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from tolerances import rounding
@@ -131,7 +129,7 @@ def test_one_step_agrees_on_ddim_and_euler(moves: int, sd_pipe: StableDiffusionP
         guided(sd_pipe, guide, latents=noise(1), num_inference_steps=4)
         shifts.append(guide.shifts[0])
     assert shifts[0].abs().max() > 1e-3
-    same_draw(shifts[1], shifts[0], calls=2 * moves)  # there and back
+    assert_same_draw(shifts[1], shifts[0], calls=2 * moves)  # there and back
 
 
 def test_one_move_is_that_of_the_gradient(sd_pipe: StableDiffusionPipeline) -> None:
@@ -186,39 +184,9 @@ def test_pictures_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline)
     for row, layout in enumerate(layouts):
         alone = Watched(**STRONG)
         single = guided(sd_pipe, alone, layout=layout, prompt=prompts[row], latents=start[row : row + 1], **options)
-        same_draw(guide.shifts[0][row : row + 1], alone.shifts[0], calls=4)
+        assert_same_draw(guide.shifts[0][row : row + 1], alone.shifts[0], calls=4)
         torch.testing.assert_close(together[row : row + 1], single, rtol=0, atol=1e-3)
     assert not guide.shifts[0][2].any()
-
-
-def test_the_threshold_is_evaluated_anew_per_picture_and_step() -> None:
-    """A picture below it is left alone in this step and looked at again in the next."""
-    layouts = [LAYOUT, LAYOUT]
-    energies = {0: [0.5, 0.1, 0.3, 0.3, 0.1], 1: [0.1, 0.5, 0.1]}  # each picture's, run by run
-    asked: list[list[int]] = []
-    control = LayoutGuidance(end=1.0, iterations=3)
-    bound = BoundGuidance(control, BoundRegions(tiny_words(), layouts, "area"), ("attn",))
-
-    def gradient(latents: Tensor, images: Any, run: Any) -> tuple[Tensor, list[int]]:
-        asked.append(list(images))
-        above = [image for image in images if energies[image].pop(0) > control.threshold]
-        return torch.ones(len(above), 1, 1, 1), above
-
-    bound._gradient = gradient  # type: ignore[method-assign]
-    where = context(layout_of_row=(0, 1, 0, 1), conditional=(False, False, True, True))
-    first = bound.shift_latents(where, torch.zeros(2, 1, 1, 1), None)  # type: ignore[arg-type]
-    second = bound.shift_latents(where, torch.zeros(2, 1, 1, 1), None)  # type: ignore[arg-type]
-    assert asked == [[0, 1], [0], [0, 1], [0, 1], [0]]
-    size = 30 * 25 / 26
-    assert first is not None and second is not None
-    torch.testing.assert_close(first.flatten(), torch.tensor([-size, 0]))
-    torch.testing.assert_close(second.flatten(), torch.tensor([-2 * size, -size]))
-
-
-def tiny_words() -> Any:
-    from conftest import tiny_tokenizer
-
-    return SimpleNamespace(tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -237,7 +205,7 @@ def test_early_exit_and_checkpointing_change_nothing(
     guide = Watched(**STRONG, early_exit=early_exit)
     dense = DenseModulation(w_cross=0.0, w_self=0.0, memory_limit=0.002)
     guided(sd_pipe, guide, dense)
-    same_draw(guide.shifts[0], reference.shifts[0], calls=4)  # two moves, there and back
+    assert_same_draw(guide.shifts[0], reference.shifts[0], calls=4)  # two moves, there and back
     # One guided step of two moves, and two calls of the pipeline's own.
     assert ran.count("mid_block") == 4 and ran.count("up_blocks.3") == (2 if early_exit else 4)
     after = processors(sd_pipe)
@@ -251,7 +219,7 @@ def test_queries_in_parts_under_checkpointing(sd_pipe: StableDiffusionPipeline) 
         guide = Watched(**STRONG)
         guided(sd_pipe, guide, DenseModulation(end=1.0, memory_limit=limit))
         shifts.append(guide.shifts[0])
-    same_draw(shifts[1], shifts[0], calls=4)
+    assert_same_draw(shifts[1], shifts[0], calls=4)
 
 
 def test_weights_keep_their_gradients_switch_and_inference_mode_works(sd_pipe: StableDiffusionPipeline) -> None:
@@ -279,7 +247,7 @@ def test_a_gradient_that_is_no_number_skips_the_step_and_is_said(sd_pipe: Stable
         True
     ]
     torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-3)
-    same_draw(result[1], plain[1])
+    assert_same_draw(result[1], plain[1])
 
 
 def test_no_effect_is_bit_equal_to_plain(sd_pipe: StableDiffusionPipeline) -> None:
@@ -316,51 +284,6 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayoutGuidance(**options)
-
-
-def moves_by_step(bound: BoundGuidance, energies: list[float], steps: int) -> list[int]:
-    """How often each step moves a picture whose energy is in turn as given, whatever the moves do."""
-    given = iter(energies)
-
-    class Reader(EnergyReader):
-        def energy(self) -> Tensor:
-            return next(given) + 0.0 * self.point.sum()
-
-    moves = []
-    for step in range(steps):
-        latents, count = torch.zeros(1, 4, 2, 2), 0
-
-        @contextmanager
-        def run(point: Tensor, images: Any, reader: Any) -> Iterator[None]:
-            nonlocal count
-            count += 1
-            reader.point = point
-            yield
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("localctl.control.layout_guidance.EnergyReader", Reader)
-            bound.shift_latents(context(step=step, layout_of_row=(0,), conditional=(True,)), latents, run)
-        moves.append(count)
-    return moves
-
-
-def test_once_at_the_threshold_is_for_good_as_published() -> None:
-    """The published loop: while the energy seen last is above the threshold, at most 5 times a step, look and move."""
-    energies = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9]
-    layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
-    seen, last, published = iter(energies), 10_000.0, []
-    for _ in range(3):
-        count = 0
-        while last > 0.2 and count < 5:
-            last, count = next(seen), count + 1
-        published.append(count)
-    assert published == [5, 3, 0]
-    for recheck, expected in ((False, published), (True, [5, 3, 5])):
-        control = LayoutGuidance(end=1.0, recheck=recheck)
-        bound = BoundGuidance(control, BoundRegions(bare_pipe(), [layout], "area"), ("mid",))
-        assert moves_by_step(bound, energies, 3) == expected
-        bound.begin_call({})
-        assert moves_by_step(bound, energies, 1) == [5]  # a new call begins anew
 
 
 def test_a_picture_that_comes_to_the_threshold_is_moved_once_more_as_published(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import same_draw
+from attachment_helpers import assert_same_draw
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def test_a_full_mask_is_the_stock_pipeline_and_an_empty_one_the_base(kind: str, 
         if expected is plain:
             assert torch.equal(found, plain)
         else:
-            same_draw(found, wanted)
+            assert_same_draw(found, wanted)
     assert (wanted - plain).abs().max() > 1e-3
     assert torch.equal(draw(pipe), plain)
 
@@ -79,7 +79,7 @@ def test_guess_mode_is_that_of_the_stock_pipeline(kind: str, guidance_scale: flo
     for guess_mode in (True, False):
         with attach(pipe, PROMPT, MaskedControlNet(net, image, mask, weight=0.7, guess_mode=guess_mode)):
             drawn[guess_mode] = draw(pipe, **options)
-    same_draw(drawn[True], wanted)
+    assert_same_draw(drawn[True], wanted)
     assert (drawn[True] - drawn[False]).abs().max() > 1e-3
     with attach(pipe, PROMPT, MaskedControlNet(net, image, 0 * mask, guess_mode=True)):
         empty = draw(pipe, **options)
@@ -123,7 +123,7 @@ def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., Loca
     for index, found in enumerate(drawn):
         assert all((found - other).abs().max() > 1e-4 for other in drawn[:index])
     with attach(sd_pipe, PROMPT, one), attach(sd_pipe, PROMPT, two):
-        same_draw(draw(sd_pipe), drawn[3])
+        assert_same_draw(draw(sd_pipe), drawn[3])
 
 
 def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
@@ -137,7 +137,7 @@ def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
         )
         for size in (1, 2)
     ]
-    same_draw(*drawn)
+    assert_same_draw(*drawn)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from control_helpers import bare_pipe, close, context, golden, layer, steered
+from control_helpers import assert_close, bare_pipe, context, golden, layer, steered
 from diffusers.models.attention_processor import Attention
 from tolerances import rounding
 from torch import Tensor
@@ -35,7 +35,7 @@ def test_published_output() -> None:
     where = context(sigma=float(arrays["sigma"]))
     attn = layer(arrays)
     output = steered(published(), scene(arrays), attn, inputs, where=where)
-    close(output, arrays["output"])
+    assert_close(output, arrays["output"])
     for wrong in (published(std="sample"), published(mask_resize="cover"), published(outside_strength=0.0)):
         assert (steered(wrong, scene(arrays), attn, inputs, where=where) - output).abs().max() > 1e-4
 
@@ -51,7 +51,7 @@ def test_published_maps(side: int) -> None:
     scores.__dict__["global_std"] = torch.tensor(1.0)
     bias = bound.attention_bias(where, site((side, side)), scores, slice(None))
     assert bias is not None
-    close(bias[:, 0], arrays[f"region_map_{side * side}"][1:], terms=1)
+    assert_close(bias[:, 0], arrays[f"region_map_{side * side}"][1:], terms=1)
 
 
 def site(size: tuple[int, int]) -> Site:
@@ -102,8 +102,8 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     for row, layout in enumerate((0, 1, 1)):
         alone = (hidden[row : row + 1].repeat(2, 1, 1), text[row : row + 1].repeat(2, 1, 1))
         single = steered(control, layouts[layout], attn, alone)
-        close(together[3 + row], single[1])
-        close(together[row], attn(*alone)[0])  # the negative rows are plain
+        assert_close(together[3 + row], single[1])
+        assert_close(together[row], attn(*alone)[0])  # the negative rows are plain
         other = steered(control, layouts[1 - layout], attn, alone)
         assert (together[3 + row] - other[1]).abs().max() > 1e-3  # a wrong row would show
 

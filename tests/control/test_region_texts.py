@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, PROMPT, draw, in_double, noise, same_draw
+from attachment_helpers import LAYOUT, PROMPT, assert_same_draw, draw, in_double, noise
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def test_a_regions_negative_prompt_rules_inside_it(sd_pipe: StableDiffusionPipel
     plain, other = (draw(sd_pipe, negative_prompt=text, latents=start) for text in ("xx", "boats"))
     assert torch.equal(negative(None), plain)
     assert torch.equal(negative("boats", start=0.6, end=0.7), plain)  # neither of the two steps
-    same_draw(negative("boats"), other)
+    assert_same_draw(negative("boats"), other)
     half = negative("boats", (0, 0, 0.5, 1))
     assert min((half - plain).abs().max(), (half - other).abs().max()) > 1e-4
     with attach(sd_pipe, LAYOUT, NegativePrompts()):
@@ -131,9 +131,9 @@ def test_phrases_are_hidden_row_by_row(sd_pipe: StableDiffusionPipeline) -> None
     ):
         together = generate(sd_pipe, rows, control, 3, **options).images
         for row, image in zip(rows, together, strict=True):
-            same_draw(generate(sd_pipe, row, control, 3, **options).images[0], image)
-        same_draw(together[0], plain)
-        same_draw(together[3], plain)
+            assert_same_draw(generate(sd_pipe, row, control, 3, **options).images[0], image)
+        assert_same_draw(together[0], plain)
+        assert_same_draw(together[3], plain)
         assert min((together[i] - together[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, PROMPT, draw, noise, same_draw
+from attachment_helpers import LAYOUT, PROMPT, assert_same_draw, draw, noise
 from diffusers import (
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
@@ -80,7 +80,7 @@ def test_a_shift_before_any_step_moves_the_result(name: str, sd_pipe: StableDiff
         def between(pipe: Any, done: int, time: Any, tensors: Any, step: int = step, factor: float = factor) -> Any:
             return {"latents": tensors["latents"] + factor * SHIFT} if done == step - 1 else tensors
 
-        same_draw(moved, sampled(sd_pipe, callback_on_step_end=between), calls=STEPS)
+        assert_same_draw(moved, sampled(sd_pipe, callback_on_step_end=between), calls=STEPS)
     assert torch.equal(sampled(sd_pipe), plain)
 
 
@@ -102,11 +102,11 @@ def test_several_pictures_halves_and_nested_attaches(sd_pipe: StableDiffusionPip
     with attach(sd_pipe, LAYOUT, Nudge(1)), attach(sd_pipe, LAYOUT, Nudge(1, 2)):
         nested = draw(sd_pipe, num_inference_steps=STEPS, **options)
         assert "step" not in vars(sd_pipe.scheduler)
-    same_draw(nested, together, calls=STEPS)
+    assert_same_draw(nested, together, calls=STEPS)
     with attach(sd_pipe, LAYOUT, [Nudge(1, amount=2), Nudge(2)]):
-        same_draw(draw(sd_pipe, num_inference_steps=STEPS, **options), together, calls=STEPS)
+        assert_same_draw(draw(sd_pipe, num_inference_steps=STEPS, **options), together, calls=STEPS)
     single = sampled(sd_pipe, Nudge(1), Nudge(1, 2), latents=noise(2)[1:], guidance_scale=7.5)
-    same_draw(together[1:], single, calls=STEPS)
+    assert_same_draw(together[1:], single, calls=STEPS)
 
 
 def test_inpainting_keeps_its_other_channels(sd_pipe: StableDiffusionPipeline) -> None:

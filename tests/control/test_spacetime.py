@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import LAYOUT, OTHER, PROMPT, draw, noise, processors, same_draw
-from control_helpers import bare_pipe, close, context
+from attachment_helpers import LAYOUT, OTHER, PROMPT, assert_same_draw, draw, noise, processors
+from control_helpers import assert_close, bare_pipe, context
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -78,7 +78,7 @@ def test_the_convex_mix_is_the_papers_equation(attn: Attention, weights: tuple[f
     parts = parts / parts.sum(0).clamp(min=1)  # at most 1 per cell
     local = torch.stack([by_hand(attn, cells[1], encoded(None, [name], None)[0]) for name in ("cat", "a tall dog")])
     expected = (1 - parts.sum(0)) * by_hand(attn, cells[1], text[1]) + (parts * local).sum(0)
-    close(output[1], expected)
+    assert_close(output[1], expected)
     assert torch.equal(output[0], attn(cells, text)[0])  # the negative prompt's row
 
 
@@ -88,7 +88,7 @@ def test_the_released_mix_subtracts_the_negative_prompts_attention(attn: Attenti
     local = torch.stack([by_hand(attn, cells[1], encoded(None, [name], None)[0]) for name in ("cat", "a tall dog")])
     negative = by_hand(attn, cells[0], text[0])
     expected = by_hand(attn, cells[1], text[1]) + (parts * (local - negative)).sum(0)
-    close(output[1], expected)
+    assert_close(output[1], expected)
     assert torch.equal(output[0], attn(cells, text)[0])
     with pytest.raises(ValueError, match="draw with a guidance_scale above 1"):
         mixed(SpaceTimeAttention(mix="released"), attn, layout_of_row=(0,), conditional=(True,))
@@ -106,7 +106,7 @@ def test_every_row_is_mixed_by_its_own_layout(attn: Attention) -> None:
         names = [region.prompt or region.phrase for region in layout.regions]
         local = torch.stack([by_hand(attn, cells[row], encoded(None, [name], None)[0]) for name in names])
         expected = (1 - parts.sum(0)) * by_hand(attn, cells[row], text[row]) + (parts * local).sum(0)
-        close(output[row], expected)
+        assert_close(output[row], expected)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_the_template_is_what_is_encoded(sd_pipe: StableDiffusionPipeline) -> No
     whole = Layout(PROMPT, regions=(Region("cat", (0, 0, 1, 1)),))
     with attach(sd_pipe, whole, SpaceTimeAttention(weight=1.0, template="{}")):
         drawn = draw(sd_pipe)
-    same_draw(drawn, draw(sd_pipe, "cat"))
+    assert_same_draw(drawn, draw(sd_pipe, "cat"))
 
 
 def test_gradients_reach_weights_of_zero_and_of_one(attn: Attention) -> None:
@@ -224,7 +224,7 @@ def test_zero_is_plain_one_everywhere_is_the_local_text(kind: str, mix: str, req
         local = draw(pipe)
     assert (local - plain).abs().max() > 1e-4
     if mix == "convex" and kind != "sdxl_pipe":  # SDXL's pooled text stays the prompt's
-        same_draw(local, draw(pipe, "a photo of cat"))
+        assert_same_draw(local, draw(pipe, "a photo of cat"))
     after = processors(pipe)
     assert all(after[name] is before[name] for name in before) and torch.equal(draw(pipe), plain)
 
@@ -236,7 +236,7 @@ def test_a_picture_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline
     for index, layout in enumerate((LAYOUT, OTHER)):
         with attach(sd_pipe, layout, SpaceTimeAttention(weight=0.7)):
             alone = draw(sd_pipe, layout.prompt, latents=latents[index : index + 1])
-        same_draw(both[index], alone[0])
+        assert_same_draw(both[index], alone[0])
 
 
 def test_biases_of_other_controls_leave_the_local_texts_alone(sd_pipe: StableDiffusionPipeline) -> None:
@@ -246,7 +246,7 @@ def test_biases_of_other_controls_leave_the_local_texts_alone(sd_pipe: StableDif
     with attach(sd_pipe, whole, SpaceTimeAttention(weight=1.0)):
         alone = draw(sd_pipe)
     with attach(sd_pipe, whole, [bias, SpaceTimeAttention(weight=1.0)]):
-        same_draw(draw(sd_pipe), alone)
+        assert_same_draw(draw(sd_pipe), alone)
     with attach(sd_pipe, LAYOUT, SpaceTimeAttention(weight=0.5)):
         half = draw(sd_pipe)
     with attach(sd_pipe, LAYOUT, [bias, SpaceTimeAttention(weight=0.5)]):

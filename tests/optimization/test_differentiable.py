@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attachment_helpers import CALL_TERMS, LAYOUT, same_draw
+from attachment_helpers import CALL_TERMS, LAYOUT, assert_same_draw
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from tolerances import rounding
 from torch import Tensor
@@ -46,9 +46,9 @@ def test_the_stock_pipelines_picture(
     expected = generate(pipe, LAYOUT, controls, 5, output_type="latent", **options).images[0]
     with torch.no_grad():
         latents = sampled(pipe, weights, guidance_scale)
-    same_draw(latents[0], expected, calls=STEPS)
+    assert_same_draw(latents[0], expected, calls=STEPS)
     picture = generate(pipe, LAYOUT, controls, 5, output_type="pt", **options).images[0]
-    same_draw(decode(pipe, latents)[0], picture, calls=STEPS + 1)  # and the VAE
+    assert_same_draw(decode(pipe, latents)[0], picture, calls=STEPS + 1)  # and the VAE
     assert (latents[0] - generate(pipe, LAYOUT, (), 5, output_type="latent", **options).images[0]).abs().max() > 1e-3
 
 
