@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.run.arguments import BOOLS, Arguments
-from localctl.sampling_record import INPUTS as INPUTS
+from localctl.run.suggest import nearest
 from localctl.sampling_record import RECORD, read_record
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
@@ -178,9 +177,8 @@ def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.Argume
         parser.error(f"{_short(first)!r} belongs to no flag; put a text in quotes: {_quoted(argv, first)}")
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    near = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, flags, 1, 0.75)), None)
-    hint = f" (did you mean {near}?)" if near else ""
-    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{hint}")
+    meant = f"did you mean {_ELSEWHERE[name]}?" if name in _ELSEWHERE else nearest(name, flags, otherwise="")
+    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{meant and f' ({meant})'}")
 
 
 def _quoted(argv: Sequence[str], word: str) -> str:

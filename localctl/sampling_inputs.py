@@ -20,7 +20,7 @@ from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
 from localctl.masks import load_mask
-from localctl.sizes import SIZE_MULTIPLE
+from localctl.sizes import SIZE_MULTIPLE, near_side
 
 _COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray images a little
 _SUITS = 4  # an image of up to so many times the base's own area, or of a part that small, is generated at its own size
@@ -138,7 +138,7 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
         if side is not None and side % multiple:
             raise ValueError(
                 f"The {name} {side} is no multiple of {multiple}, which the adapter needs; use "
-                f"{max(multiple, round(side / multiple) * multiple)}, for example."
+                f"{near_side(side, multiple)}, for example."
             )
     if height is not None and width is not None:
         return height, width
@@ -147,16 +147,12 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
         if source is None:
             return height or own[0], width or own[1]
         scale = height / tall if height is not None else (width or 0) / wide
-        return height or _near(tall * scale, multiple), width or _near(wide * scale, multiple)
+        return height or near_side(tall * scale, multiple), width or near_side(wide * scale, multiple)
     area = own[0] * own[1]
     if not (tall % multiple or wide % multiple) and area / _SUITS <= tall * wide <= area * _SUITS:
         return tall, wide
     scale = math.sqrt(area / (tall * wide))
-    return _near(tall * scale, multiple), _near(wide * scale, multiple)
-
-
-def _near(side: float, multiple: int) -> int:
-    return max(multiple, round(side / multiple) * multiple)
+    return near_side(tall * scale, multiple), near_side(wide * scale, multiple)
 
 
 def check_one_shape(sources: Sequence[Source]) -> None:

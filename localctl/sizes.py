@@ -11,14 +11,20 @@ PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras hav
 _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
+def near_side(side: float, multiple: int = SIZE_MULTIPLE) -> int:
+    """The multiple nearest to ``side``, at least one."""
+    return max(multiple, round(side / multiple) * multiple)
+
+
 def check_side(name: str, value: int | None) -> None:
     """ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
     if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
         return
     if value > MAX_SIDE:
         raise ValueError(f"The {name} {shown(value)} is over {MAX_SIDE} pixels; generate a smaller image.")
-    near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
+    raise ValueError(
+        f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near_side(value)}, for example."
+    )
 
 
 def typed_size(text: str) -> tuple[int, int] | None:

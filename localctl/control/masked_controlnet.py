@@ -106,10 +106,7 @@ class _BoundControlNet(BoundControl):
         masked = [self._masked(residual, mask).to(context.device, context.dtype) for residual in (*down, middle)]
         left_out = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
         if left_out:
-            masked = [
-                torch.cat([torch.zeros_like(residual[:1]).expand(left_out, -1, -1, -1), residual])
-                for residual in masked
-            ]
+            masked = [torch.cat([residual.new_zeros(left_out, *residual.shape[1:]), residual]) for residual in masked]
         return BlockResiduals(masked[:-1], masked[-1])
 
     def _masked(self, residual: Tensor, mask: Tensor) -> Tensor:
