@@ -146,8 +146,8 @@ def _check_sampling(
     if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
         raise ValueError(f"--clip_skip is a whole number from 0 to {most} with this base, not {options.clip_skip}.")
     if options.use_karras_sigmas:
-        for name in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
-            check_karras(base, name)
+        for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
+            check_karras(base, scheduler)
     check_vae(base, shape)
     if options.negative_prompt and options.guidance_scale is not None and options.guidance_scale <= 1:
         return ["--negative_prompt does nothing with a --guidance_scale of 1 or less."]
