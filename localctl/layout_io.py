@@ -22,7 +22,7 @@ from localctl.images import load_image
 from localctl.layout import Layout, Region
 from localctl.layout_checks import Box, check_count
 from localctl.masks import load_mask, mask_to_pil
-from localctl.sizes import MAX_SIDE, SIZE_MULTIPLE, shown
+from localctl.sizes import MAX_SIDE, nearest_side, shown
 
 Color = tuple[int, int, int]
 _LAYOUT_KEYS = ("prompt", "height", "width", "overlap", "regions")
@@ -107,7 +107,7 @@ def from_colors(
         if not mask.any() or near.min() > _MIN_DISTANCE:
             raise ValueError(f"The colour {color} of the phrase {phrase!r} is nowhere in the picture; check the table.")
         segments.append(Region(phrase, mask=mask))
-    height, width = size or (_rounded(array.shape[0]), _rounded(array.shape[1]))
+    height, width = size or (nearest_side(array.shape[0]), nearest_side(array.shape[1]))
     return Layout.from_segments(segments, prompt, height, width)
 
 
@@ -147,7 +147,7 @@ def from_coco(
         ) from error
     height, width = (_coco_side(side, sides, image_id) for side in sides)
     used = _used_boxes(found, (height, width), _chosen_names(categories, names.values()), image_id)
-    size = _rounded(height), _rounded(width)
+    size = nearest_side(height), nearest_side(width)
     if prompt is None:
         return Layout.from_segments([Region(spoken(name), box) for name, box in used], None, *size)
     boxes: dict[str, list[Any]] = {}
@@ -337,8 +337,3 @@ def _main_colors(array: np.ndarray, count: int) -> list[Color]:
         if len(chosen) == count:
             break
     return chosen
-
-
-def _rounded(side: int) -> int:
-    """The nearest size in pixels that the bases can draw."""
-    return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
     return [(places[match.start()][0], places[match.end() - 1][1]) for match in found if match.group()]
 
 
+@lru_cache(maxsize=2)  # a prompt is searched for one phrase after the other
 def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
     """``text`` in one form, NFKC (tokenizers of CLIP: NFC) and lower case, with plain quotes and without what cannot be
     seen; and for each of its characters, the [first, last) characters of ``text`` that it stands for."""

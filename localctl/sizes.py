@@ -17,8 +17,14 @@ def check_side(name: str, value: int | None) -> None:
         return
     if value > MAX_SIDE:
         raise ValueError(f"The {name} {shown(value)} is over {MAX_SIDE} pixels; generate a smaller image.")
-    near = max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
-    raise ValueError(f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {near}, for example.")
+    raise ValueError(
+        f"The {name} {value} is not a positive multiple of {SIZE_MULTIPLE}; use {nearest_side(value)}, for example."
+    )
+
+
+def nearest_side(value: float) -> int:
+    """The nearest size in pixels that the bases can generate."""
+    return max(SIZE_MULTIPLE, round(value / SIZE_MULTIPLE) * SIZE_MULTIPLE)
 
 
 def typed_size(text: str) -> tuple[int, int] | None:
