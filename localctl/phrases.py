@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from localctl.layout import Layout
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 # What stands before the name of a thing.
-SINGULAR = _words("a an one another each every this that either neither")
+SINGULAR = word_set("a an one another each every this that either neither")
 _NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
-DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | _words(
+DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | word_set(
     "some many several few these those both various multiple all no any my your his her its our their whose"
 )
 # Quotes and hyphens that keyboards and editors put in each other's place.

@@ -97,7 +97,6 @@ def write_report(
     """Lines on what was found, warnings last. parts: what of the rows is trained on. notes: clauses on what is not
     used. tokens: length of a caption, of which the text encoder reads ``limit``; None = not known."""
     data = source.data
-    bad = [row.problem for row in rows if row.problem is not None]
     good = [row for row in rows if row.problem is None]
     height, width = data.size
     lines = [
@@ -106,7 +105,7 @@ def write_report(
         *bad_rows(rows),
         f"size        {width}x{height}; {sum(row.upscaled for row in good)} pictures are smaller and scaled up",
     ]
-    warnings = _bad_share(len(bad), len(rows), data)
+    warnings = _bad_share(len(rows) - len(good), len(rows), data)
     if good:
         warnings += _conditions(source, good, lines)
         warnings += _masks(source, good, lines)
