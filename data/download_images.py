@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
@@ -61,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     fetched = 0
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        rows = read_manifest(manifest)
+        before = manifest.read_bytes() if manifest.exists() else b""
+        rows = read_manifest(before)
         done = finished(rows, args.output, args.retry)
         todo = [item for url, item in wanted.items() if url not in done]
         counts: Counter[str] = Counter({"here already": len(wanted) - len(todo)})
         with manifest.open("a", encoding="utf-8") as file:
-            if manifest.stat().st_size and not manifest.read_bytes().endswith(b"\n"):
+            if before and not before.endswith(b"\n"):
                 file.write("\n")  # after a kill in the middle of a line
             for result in at_once(todo, args):
                 counts["fetched" if "file" in result else result["error"].split(":")[0]] += 1
@@ -145,10 +147,10 @@ def as_url(value: Any) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def read_manifest(manifest: Path) -> list[dict[str, Any]]:
-    """Its rows, without a line that a kill cut short."""
+def read_manifest(content: bytes) -> list[dict[str, Any]]:
+    """The rows of a manifest, without a line that a kill cut short."""
     rows = []
-    for line in split_lines(manifest.read_bytes()) if manifest.exists() else []:
+    for line in split_lines(content):
         try:
             row = parse_json(line)
         except ValueError:
@@ -185,7 +187,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         digest = hashlib.sha256(content).hexdigest()
         if item["sha256"] not in (None, digest):
             raise Refused("another image than listed (sha256)")
-        load_image(content, "the file", photo_limits(args))
+        image = load_image(content, "the file", photo_limits(args))
     except (Refused, ImageError) as refusal:
         reason = refusal.reason if isinstance(refusal, ImageError) else str(refusal)
         return {"url": url, "text": item["text"], "error": reason}
@@ -207,7 +209,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         part.unlink(missing_ok=True)
         raise
     name = place.relative_to(args.output).as_posix()
-    write_conditions(args, name)
+    write_conditions(args, name, image)
     return {"url": url, "text": item["text"], "file": name, "sha256": digest, "bytes": len(content)}
 
 
@@ -228,17 +230,18 @@ def condition_name(name: str, kind: str) -> str:
     return f"{kind}/{name}.png"
 
 
-def write_conditions(args: argparse.Namespace, name: str) -> None:
-    """Write the conditions of the image ``name`` that are not there yet. ImageError when it cannot be read any more."""
+def write_conditions(args: argparse.Namespace, name: str, image: Image.Image | None = None) -> None:
+    """Write the conditions of the image ``name`` that are not there yet. ``image``: it, where it is decoded already;
+    else ImageError when it cannot be read any more."""
     missing = [kind for kind in args.condition if not (args.output / condition_name(name, kind)).is_file()]
     if not missing:
         return
-    image = np.asarray(load_image(args.output / name, limits=photo_limits(args)))
+    pixels = np.asarray(image or load_image(args.output / name, limits=photo_limits(args)))
     for kind in missing:
         place = args.output / condition_name(name, kind)
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_suffix(".part")
-        condition_to_pil(extract(ConditionConfig(kind=kind), image)).save(part, "PNG")
+        condition_to_pil(extract(ConditionConfig(kind=kind), pixels)).save(part, "PNG")
         part.replace(place)
 
 

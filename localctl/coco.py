@@ -8,16 +8,11 @@ from typing import Any
 from localctl.layout_checks import Box
 from localctl.phrases import find_phrase
 
-_PLURALS = {"person": "people", "man": "men", "woman": "women", "child": "children", "mouse": "mice", "goose": "geese"}
-_PLURALS |= {
-    "foot": "feet",
-    "tooth": "teeth",
-    "knife": "knives",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "shelf": "shelves",
-}
-_PLURALS |= {"scarf": "scarves", "wolf": "wolves", "calf": "calves", "half": "halves"}
+_PAIRS = (
+    "person-people man-men woman-women child-children mouse-mice goose-geese foot-feet tooth-teeth knife-knives "
+    "leaf-leaves loaf-loaves shelf-shelves scarf-scarves wolf-wolves calf-calves half-halves"
+)
+_PLURALS = dict(pair.split("-") for pair in _PAIRS.split())
 _SINGULARS = {plural: one for one, plural in _PLURALS.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from localctl.layout import Layout
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 # What stands before the name of a thing.
-SINGULAR = _words("a an one another each every this that either neither")
+SINGULAR = word_set("a an one another each every this that either neither")
 _NUMBER_WORDS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 NUMBERS = {word: number for number, word in enumerate(_NUMBER_WORDS, start=2)}
-DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | _words(
+DETERMINERS = frozenset({"the", *SINGULAR, *NUMBERS}) | word_set(
     "some many several few these those both various multiple all no any my your his her its our their whose"
 )
 # Quotes and hyphens that keyboards and editors put in each other's place.
@@ -43,6 +43,7 @@ def find_phrase(prompt: str, phrase: str) -> list[tuple[int, int]]:
     return [(places[match.start()][0], places[match.end() - 1][1]) for match in found if match.group()]
 
 
+@lru_cache(maxsize=2)  # a prompt is searched for one phrase after the other
 def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
     """``text`` in one form, NFKC (tokenizers of CLIP: NFC) and lower case, with plain quotes and without what cannot be
     seen; and for each of its characters, the [first, last) characters of ``text`` that it stands for."""

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -130,8 +130,7 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.do_open(self._connecting(http.client.HTTPConnection, req), req)
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        connecting = self._connecting(http.client.HTTPSConnection, req, context=ssl.create_default_context())
-        return self.do_open(connecting, req)
+        return self.do_open(self._connecting(http.client.HTTPSConnection, req, context=_trusted()), req)
 
     def _connecting(self, kind: type, req: urllib.request.Request, **options: Any) -> Any:
         proxied = req.has_proxy() or getattr(req, "_tunnel_host", None) is not None
@@ -152,6 +151,12 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self._clock.check(socket.getaddrinfo(urlsplit(req.full_url).hostname, None))
         except OSError:
             return
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates of this machine: read once, since that may take as long as an image."""
+    return ssl.create_default_context()
 
 
 class _PacedResponse(http.client.HTTPResponse):

@@ -16,7 +16,7 @@ from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
 from localctl.data.sample import Example
-from localctl.images import grid, outline, to_pil
+from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.labels import brief
 from localctl.masks import mask_doubt
 from localctl.prompt_syntax import foreign_syntax
@@ -80,10 +80,10 @@ def look(source: FileSource, index: int) -> RowReport:
     )
 
 
-def look_at_all(source: FileSource, workers: int = 0, progress: bool = True) -> list[RowReport]:
+def look_at_all(source: FileSource, workers: int = 0) -> list[RowReport]:
     """Every row, in order, with a progress bar on stderr."""
     with loading(_Rows(source), workers, batch_size=None) as rows:
-        return list(tqdm(rows, total=len(source), desc="checking", unit="row", mininterval=1, disable=not progress))
+        return list(tqdm(rows, total=len(source), desc="checking", unit="row", mininterval=1))
 
 
 def write_report(
@@ -97,7 +97,6 @@ def write_report(
     """Lines on what was found, warnings last. parts: what of the rows is trained on. notes: clauses on what is not
     used. tokens: length of a caption, of which the text encoder reads ``limit``; None = not known."""
     data = source.data
-    bad = [row.problem for row in rows if row.problem is not None]
     good = [row for row in rows if row.problem is None]
     height, width = data.size
     lines = [
@@ -106,7 +105,7 @@ def write_report(
         *bad_rows(rows),
         f"size        {width}x{height}; {sum(row.upscaled for row in good)} pictures are smaller and scaled up",
     ]
-    warnings = _bad_share(len(bad), len(rows), data)
+    warnings = _bad_share(len(rows) - len(good), len(rows), data)
     if good:
         warnings += _conditions(source, good, lines)
         warnings += _masks(source, good, lines)
@@ -212,7 +211,7 @@ def _captions(
     return warnings
 
 
-def preview(examples: Sequence[Example], labels: Sequence[str] = ()) -> Image.Image:
+def preview(examples: Sequence[Example]) -> Image.Image:
     """A sheet of the pictures and their conditions, both with the mask's outline, and the masks."""
     rows = []
     for example in examples:
@@ -220,12 +219,9 @@ def preview(examples: Sequence[Example], labels: Sequence[str] = ()) -> Image.Im
         height, width = example.pixels.shape[-2:]
         shrink = max(1.0, max(height, width) / PREVIEW_SIDE)
         size = (round(width / shrink), round(height / shrink))
-        shown = (
-            to_pil(example.pixels),
-            outline(to_pil(example.pixels), example.mask),
-            outline(to_pil(example.condition.expand(3, -1, -1) * 2 - 1), example.mask),
-            to_pil(example.mask.expand(3, -1, -1) * 2 - 1),
-        )
+        image, condition = to_pil(example.pixels), condition_to_pil(example.condition)
+        outlined = (outline(picture, example.mask) for picture in (image, condition))
+        shown = (image, *outlined, condition_to_pil(example.mask))
         rows.append([picture.resize(size, Image.Resampling.LANCZOS) for picture in shown])
-    labels = labels or [f"{example.key}: {example.caption}" for example in examples]
+    labels = [f"{example.key}: {example.caption}" for example in examples]
     return grid(rows, ("image", "with mask", "condition with mask", "mask, white = controlled"), labels)

@@ -36,12 +36,13 @@ def check(settings: CheckSettings) -> str:
     rows = open_rows(data, settings.condition, data.split)
     held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
     source = FileSource(rows, range(len(rows)), data, settings.condition)
+    workers = settings.dataloader_num_workers
     tokens, limit, whose = _token_counter(settings)
-    looked_at = look_at_all(source, settings.dataloader_num_workers)
+    looked_at = look_at_all(source, workers)
     parts, notes, warnings = _training(settings, rows, held or rows)
     lines = [write_report(source, looked_at, parts, notes, tokens, limit) + whose, *fit]
     if held is not None:
-        of_split = look_at_all(FileSource(held, range(len(held)), data, settings.condition))
+        of_split = look_at_all(FileSource(held, range(len(held)), data, settings.condition), workers)
         lines.append(f"validation  {bad_rows(of_split)[0]}, in the split {data.validation_split!r}")
         lines += bad_rows(of_split)[1:]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)

@@ -129,10 +129,22 @@ class FileSource:
             _check_shape("condition", own, size)
         mask, stretched = None, ""
         if row.mask is not None:
-            values, own = self._decoded("mask", key, row.mask, gray=True)
+            mask, stretched, own = self._mask(key, row.mask)
             _check_shape("mask", own, size)
-            mask, stretched = stretch_mask(np.asarray(values))
         return Parts(key, image, condition, mask, row.captions, size, stretched)
+
+    def mask_said(self, index: int) -> str:
+        """What is to be said of the mask of row ``index``, as a clause; of the row, nothing else is decoded."""
+        row = self.rows[self.indices[index]]
+        if row.mask is None:
+            return ""
+        mask, stretched, _ = self._mask(self.key(index), row.mask)
+        return stretched or mask_doubt(mask)
+
+    def _mask(self, key: str, source: Path | bytes) -> tuple[np.ndarray, str, tuple[int, int]]:
+        """As in :class:`Parts`, how it was stretched, and the file's own (height, width)."""
+        values, own = self._decoded("mask", key, source, gray=True)
+        return *stretch_mask(np.asarray(values)), own
 
     def _decoded(
         self, what: str, key: str, source: Path | bytes, gray: bool = False, whole: bool = False
@@ -198,12 +210,10 @@ def _say_of_masks(source: FileSource) -> None:
     if not source.rows.has_masks:
         return
     for index in dict.fromkeys(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int).tolist()):
-        with suppress(BadRow):  # named when it is used
-            parts = source.read(index)
-            said = "" if parts.mask is None else parts.stretched or mask_doubt(parts.mask)
-            if said:
-                warnings.warn(f"The mask of {parts.key} in the data {said}; others may do so, too.", stacklevel=3)
-                return
+        with suppress(BadRow, OSError):  # named when it is used
+            if said := source.mask_said(index):
+                said = f"The mask of {source.key(index)} in the data {said}; others may do so, too."
+                return warnings.warn(said, stacklevel=3)
 
 
 def is_held_out(key: str, share: float) -> bool:

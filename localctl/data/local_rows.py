@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from localctl.data.folders import (
 )
 from localctl.data.metadata import METADATA, METADATA_NAMES, metadata_lines
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, read_caption, unique
-from localctl.files import first_line
+from localctl.files import first_line, parse_json
 from localctl.images import EXTENSIONS
 
 
@@ -92,10 +91,10 @@ class ImageFolderRows:
     def __getitem__(self, index: int) -> Row:
         folder, line = self._lines[index]
         try:
-            values = json.loads(line.decode())
+            values = parse_json(line)
         except UnicodeDecodeError as error:
             raise BadRow("caption not UTF-8", f"the line in {METADATA} is not UTF-8 ({error.reason})") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise BadRow("metadata damaged", f"the line in {METADATA} is not JSON ({first_line(error)})") from None
         if not isinstance(values, dict):
             raise BadRow("metadata damaged", f"the line in {METADATA} is not a JSON object")
@@ -241,8 +240,8 @@ def _called(names: Sequence[str], stem: str, extensions: Sequence[str]) -> str |
 def _parse(line: bytes) -> dict[str, Any]:
     """The values of a line as far as they can be read, for its key and the list of columns."""
     try:
-        values = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
+        values = parse_json(line.decode(errors="replace"))
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
 

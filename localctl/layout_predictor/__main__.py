@@ -19,6 +19,7 @@ from localctl.prompt_syntax import warn_of_syntax
 from localctl.run.arguments import Arguments
 from localctl.run.messages import loading
 from localctl.run.program import one_sentence
+from localctl.sizes import near_side
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from localctl.layout import Layout, Region
@@ -61,7 +62,7 @@ def draw(layouts: Sequence[Layout], output: Path) -> None:
     for layout in layouts:
         height, width = layout.size or (_SHORT_SIDE, _SHORT_SIDE)
         factor = _SHORT_SIDE / min(height, width)
-        sized = Layout(layout.prompt, 8 * round(height * factor / 8), 8 * round(width * factor / 8), layout.regions)
+        sized = Layout(layout.prompt, near_side(height * factor), near_side(width * factor), layout.regions)
         picture = captioned(sized.draw(), _wrapped(layout.prompt, sized.width or _SHORT_SIDE))
         pictures.append(picture)
     rows = [pictures[i : i + _COLUMNS] for i in range(0, len(pictures), _COLUMNS)]

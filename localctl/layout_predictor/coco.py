@@ -71,9 +71,9 @@ def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple
         sizes |= {coco_id(item["id"]): (float(item["width"]), float(item["height"])) for item in content["images"]}
         names = {coco_id(item["id"]): plain_name(item["name"]) for item in content["categories"]}
         found = [
-            (coco_id(item["image_id"]), names[coco_id(item["category_id"])], item.get("bbox"))
+            (coco_id(item["image_id"]), name, item.get("bbox"))
             for item in content["annotations"]
-            if not is_crowd(item) and names[coco_id(item["category_id"])]
+            if not is_crowd(item) and (name := names[coco_id(item["category_id"])])
         ]
         boxes = [(image, name, coco_box(box, *sizes[image])) for image, name, box in found]
     except OSError as error:

@@ -166,15 +166,10 @@ class LayoutTrainSettings:
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_count"):
             _at_least(name, getattr(self, name), 1)
-        for name in (
-            "lr_warmup_steps",
-            "validation_steps",
-            "checkpointing_steps",
-            "adam_weight_decay",
-            "max_grad_norm",
-        ):
+        for name in ("lr_warmup_steps", "validation_steps", "checkpointing_steps"):
             _at_least(name, getattr(self, name), 0)
-        _at_least("learning_rate", self.learning_rate, 0)
+        for name in ("adam_weight_decay", "max_grad_norm", "learning_rate"):
+            _at_least(name, getattr(self, name), 0)
         for name in ("word_dropout", "name_dropout", "known"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")

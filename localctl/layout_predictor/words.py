@@ -8,51 +8,47 @@ from __future__ import annotations
 from localctl.phrases import DETERMINERS as DETERMINERS
 from localctl.phrases import NUMBERS as NUMBERS
 from localctl.phrases import SINGULAR as SINGULAR
+from localctl.phrases import word_set
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-PRONOUNS = _words(
+PRONOUNS = word_set(
     "i you he she it we they me him us them who whom someone somebody nobody something nothing everything anything "
     "everyone itself himself herself themselves myself ourselves mine yours hers ours theirs ones what there here"
 )
-PREPOSITIONS = _words(
+PREPOSITIONS = word_set(
     "about above across after against along alongside amid among around as at atop away before behind below beneath "
     "beside besides between beyond by down during except far for from in inside into like near nearby next of off on "
     "onto opposite out outside over past per than through throughout to toward towards under underneath until unto up "
     "upon via with within without adjacent close further farther facing"
 )
-CONJUNCTIONS = _words("and or but nor so yet while whereas when where which if because although though then not both")
-BE = _words("is are was were be been being am isn't aren't wasn't weren't it's there's that's")
-VERBS_AHEAD = _words(  # a verb follows them
+CONJUNCTIONS = word_set("and or but nor so yet while whereas when where which if because although though then not both")
+BE = word_set("is are was were be been being am isn't aren't wasn't weren't it's there's that's")
+VERBS_AHEAD = word_set(  # a verb follows them
     "can could will would shall should may might must do does did don't doesn't didn't cannot can't won't let"
 )
-HAVE = _words("has have had having shows showing depicts depicting contains containing features featuring")
-ADVERBS = _words(
+HAVE = word_set("has have had having shows showing depicts depicting contains containing features featuring")
+ADVERBS = word_set(
     "just very too also only directly immediately slightly exactly now still always never almost quite rather "
     "somewhere together apart again both even straight there here somewhat furthermore"
 )
-DENIALS = _words(
+DENIALS = word_set(
     "no not without neither nor never minus except excluding isn't aren't wasn't weren't"
 )  # of what follows
 BREAKS = PRONOUNS | PREPOSITIONS | CONJUNCTIONS | BE | VERBS_AHEAD | HAVE | ADVERBS
 
 # Places within the picture, not things in it, when they end a phrase: "on the left", "in the top right corner".
-PLACES = _words(
+PLACES = word_set(
     "left right top bottom side sides front back rear middle center centre corner corners edge background backdrop "
     "foreground distance hand half third part area left-hand right-hand upper lower higher lowest highest topmost "
     "bottommost leftmost rightmost end way other same west east north south "
     "low high first second former latter"
 )
 # Not objects, but what the objects are shown in, before "of", "with" or a verb.
-PICTURES = _words(
+PICTURES = word_set(
     "photo photograph picture image drawing painting illustration render rendering sketch scene view shot closeup "
     "close-up portrait snapshot depiction artwork frame canvas"
 )
 # Words that describe and name no thing, for "a red and white ball", "the big, fluffy dog".
-ADJECTIVES = _words(
+ADJECTIVES = word_set(
     "red green blue yellow purple orange cyan pink white black gray grey brown beige silver gold golden violet magenta "
     "turquoise teal maroon navy tan dark light bright pale colorful colourful big small large little tiny huge giant "
     "tall short long wide narrow thin thick fat round square flat old new young ancient modern beautiful pretty cute "
@@ -60,7 +56,7 @@ ADJECTIVES = _words(
     "dotted spotted wooden metal metallic plastic leather happy sad angry nice lovely cozy cosy"
 )
 # Verbs in forms that neither -ed nor -ing gives away.
-VERBS = _words(
+VERBS = word_set(
     "sit sits sat stand stands stood lie lies lay lain rest rests hang hangs hung float floats fly flies flew lean "
     "leans look looks appear appears seem seems remain remains stay stays wait waits sleep sleeps slept run runs ran "
     "walk walks jump jumps eat eats ate drink drinks drank swim swims swam hold holds held wear wears wore worn ride "
@@ -68,10 +64,10 @@ VERBS = _words(
     "hover hovers grazes graze chases chase follows follow watches sees see surrounds faces touches meets holds pulls "
     "bring brings brought takes took goes went gone come comes came keeps keep stuck laid spread goes belongs"
 )
-NO_PARTICIPLES = _words(  # end like participles or verbs, but are things
+NO_PARTICIPLES = word_set(  # end like participles or verbs, but are things
     "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving "
     "dwelling bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning "
     "living dining moped biped hundred naked wicked lens gas canvas atlas chess christmas series species glasses "
     "scissors pants jeans shorts trousers stairs headphones binoculars sunglasses news alps tennis"
 )
-NO_ADVERBS = _words("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")
+NO_ADVERBS = word_set("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")

@@ -13,6 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from localctl.conditions import ConditionConfig
+from localctl.data import DataConfig, FileSource, open_files
+
 
 def level(i: int) -> int:
     """The gray that identifies picture ``i`` after any geometry."""
@@ -88,3 +91,9 @@ def identities(pixels: np.ndarray) -> list[int]:
     values = np.round(np.asarray(pixels, dtype=np.float64).reshape(len(pixels), -1) * 255)
     assert (np.ptp(values, axis=1) <= 2).all()
     return [round((value - 20) / 10) for value in values.mean(axis=1)]
+
+
+def opened(path: Path, name: str, kind: str = "canny", **options: Any) -> FileSource:
+    """What was written to ``path``, all of it to train on."""
+    data = DataConfig(name=name, path=str(path), resolution=32, validation_share=0, **options)
+    return open_files(data, ConditionConfig(kind=kind), "train")

@@ -1,0 +1,103 @@
+"""Outlines, contact sheets and the labels on them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFont
+
+from localctl import labels
+from localctl.images import captioned, grid, outline
+from localctl.labels import LINE, brief, fitted, one_line
+
+CAPTIONS = (
+    *("one\ntwo", "one\r\ntwo\n\nthree\n", "\t\ttabs\t", "\n" * 5000, "x" * 5000, "wide words " * 10_000),
+    *("\U0001f600 \U0001f468\u200d\U0001f469\u200d\U0001f467", "שלום עולם", "\u202eturned", "half \ud83d", "\ude00"),
+    *("a\x00b\x07\x1b[31m", "a\u2028b\u2029c\x85d", "", " ", "e\u0301" * 3000, "漢字" * 3000),
+)
+
+
+def test_outline_draws_the_inner_border_only() -> None:
+    gray = Image.new("RGB", (20, 10), "gray")
+    mask = torch.zeros(1, 10, 20)
+    mask[0, 2:8, 5:15] = 1
+    drawn = np.asarray(outline(gray, mask))
+    changed = (drawn != np.asarray(gray)).any(axis=-1)
+    expected = np.zeros((10, 20), bool)
+    expected[2:8, 5:15] = True
+    expected[3:7, 6:14] = False
+    assert np.array_equal(changed, expected)
+    assert np.array_equal(np.asarray(outline(gray, mask[0])), np.asarray(outline(gray, mask)))
+    assert np.asarray(gray).min() == np.asarray(gray).max()  # the original is untouched
+
+
+def test_outline_of_full_empty_and_wrong_masks() -> None:
+    gray = Image.new("RGB", (20, 10), "gray")
+    frame = (np.asarray(outline(gray, torch.ones(1, 10, 20))) != np.asarray(gray)).any(axis=-1)
+    assert frame[0].all() and frame[:, -1].all() and not frame[1:-1, 1:-1].any()
+    assert np.array_equal(np.asarray(outline(gray, torch.zeros(1, 10, 20))), np.asarray(gray))
+    with pytest.raises(ValueError, match="mask is 10x20 but the picture is 20x10"):
+        outline(gray, torch.ones(1, 20, 10))
+
+
+def test_grid_places_every_picture() -> None:
+    red, blue, small = Image.new("RGB", (30, 20), "red"), Image.new("RGB", (30, 20), "blue"), Image.new("L", (10, 10))
+    sheet = np.asarray(grid([[red, blue], [small]], pad=2))
+    assert sheet.shape == (2 + 2 * 22, 2 + 2 * 32, 3)
+    assert (sheet[2:22, 2:32] == (255, 0, 0)).all() and (sheet[2:22, 34:64] == (0, 0, 255)).all()
+    assert (sheet[24 + 5 : 24 + 15, 2 + 10 : 2 + 20] == 0).all()  # centred in its cell
+    assert (sheet[24:44, 34:64] == 255).all()
+
+
+def test_grid_labels() -> None:
+    cell = Image.new("RGB", (60, 20), "white")
+    plain = grid([[cell, cell], [cell, cell]])
+    labelled = grid([[cell, cell], [cell, cell]], ["left", "a label far too long for sixty pixels"], ["row one", "two"])
+    assert labelled.height > plain.height and labelled.width == plain.width
+    ink = np.asarray(labelled).min(axis=-1) < 128
+    assert ink[:14, :64].any() and ink[:14, 68:].any()  # both column labels
+    assert not ink[:14, 64:68].any() and not ink[:14, 128:].any()  # shortened to their own column
+    assert ink.any(axis=1).nonzero()[0].max() > 50  # the second row's caption
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_no_caption_stops_a_sheet(caption: str) -> None:
+    cell = Image.new("RGB", (60, 20), "white")
+    grid([[cell]], [caption], [caption])
+    assert captioned(cell, [caption, "b"]).size == (60, 20 + 2 * LINE)
+    assert brief(caption).isprintable() and len(brief(caption)) <= 120
+
+
+def test_labels_end_where_they_did() -> None:
+    def one_letter_at_a_time(text: str, width: int) -> str:
+        font = ImageFont.load_default()
+        if font.getlength(text) <= width:
+            return text
+        while text and font.getlength(text + "...") > width:
+            text = text[:-1]
+        return text + "..."
+
+    words = "A blue disc, WAVY lines: il.| and a red box " * 3
+    for end in range(0, len(words), 7):
+        for width in (10, 57, 200):
+            text = " ".join(words[:end].split())
+            assert fitted(text, width) == one_letter_at_a_time(text, width)
+
+
+def test_a_caption_of_several_lines_is_one_line_of_words() -> None:
+    assert one_line(" one\ntwo\r\n\tthree\u2028four\x00\u202efive\ud83d\n") == "one two three four five"
+    assert fitted("one\ntwo", 500) == "one two"
+
+
+def test_long_captions_are_not_measured_letter_by_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    length = labels._length
+    monkeypatch.setattr(labels, "_length", lambda text: (measured.append(len(text)), length(text))[1])
+    assert fitted("word " * 20_000, 300).endswith("...")
+    assert len(measured) < 20 and max(measured) < 2_100
+
+
+def test_grid_refuses_nonsense() -> None:
+    with pytest.raises(ValueError, match="at least one picture"):
+        grid([[]])
+    with pytest.raises(ValueError, match="labels for 1 columns"):
+        grid([[Image.new("RGB", (12, 8))]], ["a", "b"])
