@@ -35,21 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
-    settings = None
-    if command is not None or {"-h", "--help", "--version"} & set(argv):
-        settings = settings_or_help(
-            f"{PROGRAM} {'|'.join(COMMANDS)}",
-            argv,
-            FidSettings,
-            about=__doc__,
-            aliases=ALIASES,
-            free_groups=FREE_GROUPS,
-            name="evaluate_fid",
-        )
-        if settings is None:
-            return 0
-    if command is None or settings is None:
+    if command is None and not {"-h", "--help", "--version"} & set(argv):
         raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{PROGRAM} ref`; see --help.")
+    settings = settings_or_help(
+        f"{PROGRAM} {'|'.join(COMMANDS)}",
+        argv,
+        FidSettings,
+        about=__doc__,
+        aliases=ALIASES,
+        free_groups=FREE_GROUPS,
+        name="evaluate_fid",
+    )
+    if command is None or settings is None:
+        return 0
     with loading():
         from localctl.evaluation import fid
 

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from localctl.bases import MICRO_WEIGHTS
 from localctl.metrics import EXTRACTORS
 from localctl.run.arguments import Arguments
 from localctl.run.messages import loading, warn
@@ -87,7 +86,7 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
         raise ValueError("--clip scores captions, which plain folders do not have; leave it out, or see --extractor.")
     with loading():
         from localctl.evaluation.plain import check_folders, compare_folders, table
-        from localctl.evaluation.provenance import write_bytes, write_json
+        from localctl.evaluation.provenance import write_json, write_text
         from localctl.metrics.extractors import load_extractor
 
     check_folders(folders)
@@ -95,7 +94,7 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
     content = compare_folders(folders, extractor, args.against or next(iter(folders)))
     write_json(args.output_dir / "metrics.json", content)
     text = table(content)
-    write_bytes(args.output_dir / "metrics.md", text.encode())
+    write_text(args.output_dir / "metrics.md", text)
     print(text)
     for warning in content["warnings"]:
         warn(warning)
@@ -108,16 +107,17 @@ def compare_sets(folders: dict[str, Path], args: argparse.Namespace) -> None:
     with loading():
         from localctl.evaluation.compare import CEILING, compare
         from localctl.metrics.clip import Clip
+        from localctl.metrics.extractors import MICRO_CLIP
 
     _check_against(args.against, folders, CEILING)
-    clip = None if args.clip == "none" else Clip(args.clip or str(MICRO_WEIGHTS / "clip"))
+    clip = None if args.clip == "none" else Clip(args.clip or MICRO_CLIP)
     comparison = compare(folders, clip)
     print(write(comparison, folders, args.against or comparison.floor, args.output_dir))
 
 
 def write(comparison: Comparison, folders: dict[str, Path], against: str, output_dir: Path) -> str:
     """All files; the tables as Markdown."""
-    from localctl.evaluation.provenance import REQUIRED, check_provenance, write_bytes, write_json
+    from localctl.evaluation.provenance import REQUIRED, check_provenance, write_json, write_text
     from localctl.evaluation.sheets import contact_sheet
     from localctl.evaluation.tables import as_json, latex, markdown, plot
 
@@ -125,8 +125,8 @@ def write(comparison: Comparison, folders: dict[str, Path], against: str, output
     check_provenance("of this comparison", content, REQUIRED)
     write_json(output_dir / "metrics.json", content)
     text = markdown(comparison, against)
-    write_bytes(output_dir / "metrics.md", text.encode())
-    write_bytes(output_dir / "metrics.tex", latex(comparison).encode())
+    write_text(output_dir / "metrics.md", text)
+    write_text(output_dir / "metrics.tex", latex(comparison))
     plot(comparison).save(output_dir / "metrics.png")
     for name in folders:
         if comparison.interval(name, "f1") is not None:

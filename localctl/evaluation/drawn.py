@@ -26,7 +26,7 @@ from diffusers import ControlNetModel
 from PIL import Image
 
 from localctl.adapter import LocalAdapter
-from localctl.adapter_files import find_adapter
+from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
 from localctl.base import DTYPES, freeze, load_pipeline, resolve_base, set_scheduler
 from localctl.control.adapter_fit import check_base
@@ -84,10 +84,11 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
     folder = settings.folder / name
     rank, count = processes()
     resolve_base(settings.base.name)
-    steering = load_adapter(settings) or load_controlnet(settings)
+    adapter = None if settings.adapter is None else find_adapter(settings.adapter, settings.base.local_files_only)
+    steering = load_controlnet(settings) if adapter is None else load_adapter(adapter, settings)
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
     single = _index_of(samples.source, settings.sample) if settings.sample is not None else None
-    claim(folder, settings, name)
+    claim(folder, settings, name, adapter)
     size = settings.batch_size
     starts = range(0, settings.num_images, size)
     todo = [b for b in starts if any(not image_file(folder, i).is_file() for i in _batch(b, settings))]
@@ -182,19 +183,16 @@ def _index_of(source: Source, key: str) -> int:
     raise ValueError(f"There is no example {key!r} among these {len(source)}; check sample and part.")
 
 
-def load_adapter(settings: FidSettings) -> LocalAdapter | None:
-    """The adapter that ``settings`` name. ValueError when it does not fit the base, or was trained on another
-    condition; a warning when it was trained on another base of the same shape."""
-    if settings.adapter is None:
-        return None
-    found = find_adapter(settings.adapter, settings.base.local_files_only)
-    if found.condition not in (None, settings.condition):
+def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
+    """ValueError when the adapter does not fit the base, or was trained on another condition; a warning when it was
+    trained on another base of the same shape."""
+    if adapter.condition not in (None, settings.condition):
         raise ValueError(
-            f"The adapter {found.name} was trained on {found.condition}, not {settings.condition}; pass condition=."
+            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; pass condition=."
         )
-    if sentence := check_base(found, settings.base.name, read_shape(settings.base)):
+    if sentence := check_base(adapter, settings.base.name, read_shape(settings.base)):
         warnings.warn(sentence, stacklevel=2)
-    return found.load()
+    return adapter.load()
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
@@ -208,19 +206,19 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
         with no_progress_bars():
             options = {"local_files_only": True, "use_safetensors": True, "dtype": DTYPES[settings.base.dtype]}
             net = ControlNetModel.from_pretrained(str(folder), **options)
-    except Exception as error:  # as above
-        reason = first_line(error)
-        raise ValueError(f"The ControlNet in {folder} cannot be loaded ({reason}); save it again.") from error
+    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+        raise ValueError(
+            f"The ControlNet in {folder} cannot be loaded ({first_line(error)}); save it again."
+        ) from error
     return freeze(net).to(process_device(settings.device))
 
 
-def claim(folder: Path, settings: FidSettings, name: str) -> None:
+def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter | None) -> None:
     """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
-    adapter = settings.adapter and find_adapter(settings.adapter, settings.base.local_files_only)
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
-        "adapter": None if not adapter else sha256_of_folder(adapter.place),
+        "adapter": None if adapter is None else sha256_of_folder(adapter.place),
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())

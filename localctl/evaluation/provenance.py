@@ -56,8 +56,7 @@ def check_provenance(name: str, content: Mapping[str, Any], needed: tuple[str, .
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``path`` at once or not at all."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-    write_bytes(path, text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON escapes it
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def write_json_once(path: Path, content: Any) -> bool:
@@ -77,6 +76,12 @@ def write_json_once(path: Path, content: Any) -> bool:
     finally:
         whole.unlink(missing_ok=True)
     return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_bytes`; half a surrogate pair as JSON escapes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, text)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

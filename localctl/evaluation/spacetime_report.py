@@ -15,8 +15,8 @@ from localctl.images import captioned, grid
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
+from localctl.metrics.detection import micro_detector, micro_shapes
 from localctl.metrics.regions import RelationAccuracy
-from localctl.micro.detect import detect
 from localctl.micro.scenes import Scene
 from localctl.sampling_sheets import verdict
 
@@ -32,9 +32,9 @@ def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
     score: 100 * cosine with the caption.
     """
     assert item.relation is not None
-    found = detect(image).objects
-    there = [any(one.phrase == wanted.phrase for one in found) for wanted in item.objects]
-    shaped = [any(one.shape == wanted.shape for one in found) for wanted in item.objects]
+    phrases, shapes = ({found.label for found in look(image)} for look in (micro_detector, micro_shapes))
+    there = [wanted.phrase in phrases for wanted in item.objects]
+    shaped = [wanted.shape in shapes for wanted in item.objects]
     first, kind, second = item.relation
     relation, score = RelationAccuracy(), CLIPScore(clip)
     relation.update(image, item.objects[first].phrase, kind, item.objects[second].phrase)

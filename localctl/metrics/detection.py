@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from localctl.micro.detect import detect
+from localctl.micro.detect import Detection, detect
 
 Box = tuple[float, float, float, float]
 
@@ -31,14 +32,19 @@ class Detector(Protocol):
     def __call__(self, image: np.ndarray, labels: Sequence[str]) -> list[Found]: ...
 
 
+@lru_cache(maxsize=2)  # several metrics look at one image, or at it and that of the base, in turn
+def _objects(pixels: bytes, shape: tuple[int, ...]) -> tuple[Detection, ...]:
+    return detect(np.frombuffer(pixels, np.uint8).reshape(shape)).objects
+
+
 def micro_detector(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
     """The reader of micro scenes; labels are phrases such as "red circle"."""
-    return [Found(item.phrase, item.box, item.match) for item in detect(image).objects]
+    return [Found(item.phrase, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
 
 
 def micro_shapes(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
     """As :func:`micro_detector`; labels are shapes alone, such as "circle", for conditions that have no colour."""
-    return [Found(item.shape, item.box, item.match) for item in detect(image).objects]
+    return [Found(item.shape, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
 
 
 def transformers_detector(pipeline: Callable[..., Any], threshold: float = 0.1) -> Detector:

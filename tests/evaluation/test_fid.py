@@ -19,7 +19,7 @@ from process_helpers import start, wait_for
 import evaluate_fid
 import localctl.evaluation.drawn
 from localctl.adapter import LocalAdapter
-from localctl.evaluation.drawn import SAID, read_pictures, read_set, read_speed
+from localctl.evaluation.drawn import read_speed
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
@@ -302,29 +302,6 @@ def test_folders_and_adapters_of_other_settings_are_refused(
     assert "was trained on" in capsys.readouterr().err
     assert evaluate_fid.main(["gen", *arguments, adapter, "base.name=micro"]) == 2
     assert "was trained on the base" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "read"),
-    [
-        ("settings.json", "[]", read_set),
-        ("settings.json", "[" * 100_000, read_set),
-        ("settings.json", json.dumps(dict.fromkeys(SAID, "x")), read_set),
-        ("timing/000000.json", "[]", read_speed),
-        ("timing/000000.json", "{}", read_speed),
-        ("timing/000000.json", json.dumps({"pictures": 1, "seconds": 0, "processes": 1}), read_speed),
-        ("ids/000000.json", "3", lambda folder: list(read_pictures(folder, ["000000"]))),
-        ("ids/000000.json", "{}", lambda folder: list(read_pictures(folder, ["000000"]))),
-        ("images/000000.png", "cut off", lambda folder: list(read_pictures(folder, ["000000"]))),
-    ],
-)
-def test_damaged_records_of_a_set_are_named(tmp_path: Path, name: str, text: str, read: Any) -> None:
-    (tmp_path / "ids").mkdir()
-    (tmp_path / "ids" / "000000.json").write_text(json.dumps({"key": "a", "caption": "a", "seed": 0}))
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{tmp_path}.* (damaged|say)"):
-        read(tmp_path)
 
 
 def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd_pipe: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from localctl.evaluation.ablation.rows import FLOOR, METHOD, ROWS, WITHOUT
 from localctl.evaluation.ablation.sweeping import sweep_section
 from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, verdict
 from localctl.evaluation.plots import bars
-from localctl.evaluation.provenance import write_bytes
+from localctl.evaluation.provenance import write_text
 from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
@@ -38,7 +38,7 @@ def write_report(folder: Path, page: Path) -> str:
             *_provenance(figures, link),
         )
     )
-    write_bytes(page, text.encode())
+    write_text(page, text)
     return text
 
 

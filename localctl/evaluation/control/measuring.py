@@ -218,15 +218,17 @@ def run(args: argparse.Namespace) -> None:
     """Load, measure, write and print."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
-    adapters = {str(path): adapter.load() for path, adapter in zip(args.adapter, found, strict=True)}
+    adapters = {adapter.name: adapter.load() for adapter in found}
     if args.guidance_scale is None:
         args.guidance_scale = resolve_base(args.base).guidance_scale
     pipe = load_pipeline(BaseConfig(name=args.base))
     set_scheduler(pipe, args.scheduler)
-    evaluate(args, adapters, pipe)
+    evaluate(args, found, adapters, pipe)
 
 
-def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: Any) -> None:
+def evaluate(
+    args: argparse.Namespace, found: Sequence[SavedAdapter], adapters: dict[str, LocalAdapter], pipe: Any
+) -> None:
     pipe.set_progress_bar_config(disable=True)
     chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
     arguments = {
@@ -243,31 +245,26 @@ def evaluate(args: argparse.Namespace, adapters: dict[str, LocalAdapter], pipe: 
         picture_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
     settings = {k: [str(v) for v in value] if k == "adapter" else value for k, value in vars(args).items()}
     settings["output_dir"] = str(args.output_dir)
-    content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": _provenance(args, chosen)}
+    about = _provenance(args, found, chosen)
+    content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": about}
     check_provenance("of this evaluation", content, REQUIRED)
     write_json(args.output_dir / "control.json", content)
     print(table(results))
 
 
-def _provenance(args: argparse.Namespace, chosen: list[Case]) -> dict[str, Any]:
+def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen: list[Case]) -> dict[str, Any]:
     return {
         "metrics": [field.name for field in fields(ControlResult) if field.name != "adapter"],
         "n_real": len(chosen),
         "n_fake": len(chosen),
         "image_format": "8 bit RGB, in memory",
         "image_size": list(chosen[0].edges.shape),
-        "edges": {
-            "kind": CANNY.kind,
-            "low": CANNY.low,
-            "high": CANNY.high,
-            "tolerance_px": 2.0,
-            "min_target": MIN_EDGES,
-        },
+        "edges": YARDSTICK,
         "mask_protocol": {"mask": "box", "drawn_by": "seed, scene and attempt"},
         "seeds": {"masks": args.seed, "pictures": [case.seed for case in chosen]},
         "weights_sha256": {
             "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
-            **{str(path): sha256_of_folder(find_adapter(path).place) for path in args.adapter},
+            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
         },
         "versions": versions(),
     }

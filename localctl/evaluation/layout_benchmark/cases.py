@@ -11,7 +11,7 @@ import numpy as np
 from localctl.layout import Layout, Region
 from localctl.metrics.detection import Found, best_matches
 from localctl.metrics.regions import check_image
-from localctl.micro.detect import detect
+from localctl.micro.detect import MIN_MATCH, detect
 from localctl.micro.scenes import SIZE, Scene, article, scene
 
 PROFILE = "basic"
@@ -78,12 +78,13 @@ def _case(item: Scene, split: str) -> Case:
 def read(image: np.ndarray, case: Case) -> tuple[float, ...]:
     """The ``COLUMNS`` of a picture uint8 (128,128,3); NaN where undefined."""
     check_image(image)
-    things = detect(image).objects
+    everything = detect(image, min_match=0.0).objects  # what is of no shape still has a colour
+    things = [thing for thing in everything if thing.match >= MIN_MATCH]
     phrases = [Found(f"{color} {shape}", box) for (color, shape), box in zip(case.objects, case.boxes, strict=True)]
     matches = best_matches(phrases, [Found(thing.phrase, thing.box) for thing in things])
     ious = [match or 0.0 for match in matches]
     colors = [Found(color, box) for (color, _), box in zip(case.objects, case.boxes, strict=True)]
-    blobs = [Found(blob.color, blob.box) for blob in detect(image, min_match=0.0).objects]
+    blobs = [Found(blob.color, blob.box) for blob in everything]
     color_ious = [match or 0.0 for match in best_matches(colors, blobs)]
     there = {thing.phrase for thing in things}
     bound = [

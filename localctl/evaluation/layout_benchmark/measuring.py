@@ -142,9 +142,8 @@ class Bench:
         path = self._result(method)
         if not path.is_file():
             return False
-        asked = read_json(path, "result").get("asked", {})
-        same = {"reader": VERSION, "controls": method.filled(asked.get("controls", []))}
-        self._same(path, {**asked, **same}, self._asked(method), "another --report")
+        there = {**read_json(path, "result").get("asked", {}), "reader": VERSION}
+        self._same(path, method, there, self._asked(method), "another --report")
         return True
 
     def _drawing(self, method: Method) -> dict[str, Any]:
@@ -157,9 +156,12 @@ class Bench:
     def _same_pictures(self, method: Method) -> None:
         path = self._pictures_of(method) / "drawn.json"
         if path.is_file():
-            self._same(path, read_json(path, "record"), self._drawing(method), "another --work_dir")
+            self._same(path, method, read_json(path, "record"), self._drawing(method), "another --work_dir")
 
-    def _same(self, path: Path, there: Mapping[str, Any], asked: Mapping[str, Any], instead: str) -> None:
+    def _same(
+        self, path: Path, method: Method, there: Mapping[str, Any], asked: Mapping[str, Any], instead: str
+    ) -> None:
+        there = {**there, "controls": method.filled(there.get("controls", []))}
         changed = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
         if changed:
             raise ValueError(f"{path} was made with another {', '.join(changed)}; choose {instead}, or remove it.")

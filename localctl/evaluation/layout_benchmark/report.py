@@ -22,7 +22,7 @@ from localctl.evaluation.layout_benchmark.figures import (
 )
 from localctl.evaluation.layout_benchmark.measuring import SHOWN
 from localctl.evaluation.plots import bars
-from localctl.evaluation.provenance import write_bytes
+from localctl.evaluation.provenance import write_text
 from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
@@ -61,7 +61,7 @@ def write_report(folder: Path, page: Path) -> str:
             *_provenance(figures, link),
         )
     )
-    write_bytes(page, text.encode())
+    write_text(page, text)
     return text
 
 
@@ -91,7 +91,7 @@ def write_tuning(folder: Path, page: Path) -> str:
             )
         lines.append("")
     text = "\n".join(lines)
-    write_bytes(page, text.encode())
+    write_text(page, text)
     return text
 
 

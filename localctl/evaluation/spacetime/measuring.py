@@ -18,7 +18,7 @@ from localctl.base import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.control.base import Control
 from localctl.evaluation.drawn import png_bytes
 from localctl.evaluation.layouts import layout_source
-from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json
+from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_text
 from localctl.evaluation.spacetime_report import COLUMNS, measure, relation_report, relation_sheet
 from localctl.images import load_image
 from localctl.layout import Layout
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> str:
     report, figures = relation_report(tables, counts["optimised"])
     samples = {row: [[None if v != v else v for v in line] for line in table.tolist()] for row, table in tables.items()}
     write_json(options.output_dir / "results.json", {"figures": figures, "samples": samples, "provenance": provenance})
-    write_bytes(options.output_dir / "report.md", report.encode())
+    write_text(options.output_dir / "report.md", report)
     pictures = {row: [Image.fromarray(image) for image in some] for row, some in images.items()}
     relation_sheet([case.layout for case in cases], pictures).save(options.output_dir / "sheet.png")
     return report

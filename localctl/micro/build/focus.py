@@ -46,6 +46,7 @@ def tokens_of(item: Scene) -> list[int]:
 def make_focus(count: int, path: Path, profile: str = "basic", side: int = 16) -> Focus:
     """Of the first ``count`` training scenes; kept in one file."""
     if path.exists():
+        # A cache that the build wrote itself; but a workdir may be anybody's, so nothing but tensors is unpickled.
         return Focus(**torch.load(path, weights_only=True))
     masks, near = torch.zeros(count, MOST_OBJECTS, side, side), torch.zeros(count, side, side)
     tokens, odds = torch.full((count, MOST_OBJECTS), -1), torch.zeros(count, dtype=torch.float64)

@@ -96,6 +96,7 @@ def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
     if not path.exists():
         return 0
+    # A checkpoint of the build itself; safetensors could not hold the optimizer's state.
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -115,5 +116,6 @@ def _save(path: Path, state: dict) -> None:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, or the plain ones where no average was kept."""
+    # As above, or what --unet_init names: nothing but tensors and numbers is unpickled.
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state["ema"] or state["model"]

@@ -71,6 +71,7 @@ def latent_cache(
 ) -> LatentCache:
     """Encode every picture and every distinct caption once; kept in one file."""
     if path.exists():
+        # A cache that the build wrote itself; but a workdir may be anybody's, so nothing but tensors is unpickled.
         return LatentCache(**torch.load(path, weights_only=True))
     vae.eval().to(memory_format=torch.channels_last)
     latents = []
