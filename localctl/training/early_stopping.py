@@ -75,15 +75,14 @@ class EarlyStopping:
 
 def take_score(
     stopping: EarlyStopping,
-    scorer: Scorer,
+    score: float,
     models: Models,
     step: int,
     best_folder: Path | None,
     say: Callable[[str], None] = tqdm.write,
 ) -> dict[str, Any]:
-    """Score the adapter after ``step`` steps and keep it in ``best_folder`` if it is the best so far (None: this
-    process writes nothing); a disk that takes no more is said. Returns the row for the log."""
-    score = scorer(models, step)
+    """Take in the score after ``step`` steps and keep the adapter in ``best_folder`` if it is the best so far (None:
+    this process writes nothing); a disk that takes no more is said. Returns the row for the log."""
     if stopping.update(step, score) and best_folder is not None:
         try:
             write_folders(best_folder.parent, {best_folder.name: models.plain_adapter.save_pretrained})
