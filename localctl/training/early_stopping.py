@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from localctl.run.checkpoints import write_folders
 from localctl.run.messages import warning
 from localctl.training.models import Models
@@ -79,7 +77,7 @@ def take_score(
     models: Models,
     step: int,
     best_folder: Path | None,
-    say: Callable[[str], None] = tqdm.write,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Take in the score after ``step`` steps and keep the adapter in ``best_folder`` if it is the best so far (None:
     this process writes nothing); a disk that takes no more is said. Returns the row for the log."""
