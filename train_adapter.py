@@ -39,20 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _prepare(argv: Sequence[str], parent: int | None) -> Any:
     """The run that ``argv`` asks for, or the exit code where nothing is to be trained."""
     # Imported here, so that a signal that comes meanwhile is heard; and torch only after the flags were read.
-    from localctl.run.config import settings_or_help
-    from localctl.training.other_flags import ELSEWHERE
-    from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+    from localctl.training.arguments import training_settings
+    from localctl.training.settings import TrainSettings
 
     try:
-        settings = settings_or_help(
-            PROGRAM,
-            argv,
-            TrainSettings,
-            about=__doc__,
-            aliases=ALIASES,
-            free_groups=FREE_GROUPS,
-            elsewhere=ELSEWHERE,
-        )
+        settings = training_settings(PROGRAM, argv, TrainSettings, __doc__)
         if settings is None:
             return 0
         with loading():

@@ -11,11 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from localctl.data.check_settings import CheckSettings
-from localctl.run.config import settings_or_help
 from localctl.run.messages import loading
 from localctl.run.program import one_sentence
-from localctl.training.other_flags import ELSEWHERE
-from localctl.training.settings import ALIASES, FREE_GROUPS
+from localctl.training.arguments import training_settings
 
 PROGRAM = "python -m localctl.data"
 
@@ -27,15 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = {"-h", "--help", "--version"} & set(argv)
     if argv[:1] != ["check"] and not asked:
         raise ValueError("Say what to do: check, as in `python -m localctl.data check data.path=FOLDER`; see --help.")
-    settings = settings_or_help(
-        f"{PROGRAM} check",
-        argv[1:] if argv[:1] == ["check"] else argv,
-        CheckSettings,
-        about=__doc__,
-        aliases=ALIASES,
-        free_groups=FREE_GROUPS,
-        elsewhere=ELSEWHERE,
-    )
+    rest = argv[1:] if argv[:1] == ["check"] else argv
+    settings = training_settings(f"{PROGRAM} check", rest, CheckSettings, __doc__)
     if settings is None:
         return 0
     with loading():

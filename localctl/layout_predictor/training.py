@@ -4,7 +4,6 @@ events: step, log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,14 @@ from localctl.layout_predictor.settings import FREE, LayoutTrainSettings
 from localctl.random import generator
 from localctl.run.checkpoints import (
     LATEST,
+    check_writable,
     find_checkpoint,
     list_checkpoints,
+    read_manifest,
     save_checkpoint,
     set_aside_later,
     sweep,
     sweep_folders,
-    verify_checkpoint,
     write_folders,
 )
 from localctl.run.interrupt import Interrupt
@@ -68,9 +68,7 @@ def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.wri
     check_report_to(settings.report_to)
     device = process_device(settings.device)
     folder = Path(settings.output_dir).expanduser()
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
+    check_writable(folder)
     lock = FolderLock(folder, say)
     try:
         return _prepare(settings, folder, device, say, lock)
@@ -232,8 +230,8 @@ class Run:
         return save_checkpoint(self.folder, self.step, write, keep=settings.checkpoints_total_limit, info=info)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint. ValueError where settings or data changed that make another run of it."""
-        manifest = verify_checkpoint(checkpoint)
+        """Go on from a verified checkpoint. ValueError where settings or data changed that make another run of it."""
+        manifest = read_manifest(checkpoint)
         try:
             now, before = flat(recorded(self.settings)), flat(manifest["info"]["settings"])
             changed = [key for key in now if key not in FREE and before.get(key) != now[key]]

@@ -116,7 +116,7 @@ def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> 
 
 
 def sweep_folders(place: Path, names: Iterable[str]) -> None:
-    """Clear away what a process that was killed in :func:`write_folders` left; an old folder that had no successor yet
+    """Clear away what a process that was killed while writing ``names`` left; an old folder that had no successor yet
     comes back."""
     for name in names:
         old, new = place / f".{name}.old", place / name
@@ -138,11 +138,22 @@ def why_not_written(error: BaseException) -> str:
     return "the disk is full, or the file too large for it" if "inline_container" in text else text
 
 
+def check_writable(folder: Path) -> None:
+    """ValueError when ``folder`` is not there and cannot be made, or cannot be written to."""
+    nearest = _nearest(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
+
+
+def _nearest(folder: Path) -> Path:
+    """``folder``, or what is there of the way to it."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def room(folder: Path) -> tuple[float, float]:
     """Bytes that may be written to ``folder``, in all and to one file (``ulimit -f``), as far as the system says."""
     try:
-        nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        usage = shutil.disk_usage(nearest)
+        usage = shutil.disk_usage(_nearest(folder))
         free = float(usage.free) if usage.total else math.inf
     except OSError:
         free = math.inf
@@ -175,30 +186,30 @@ def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
 def sweep(folder: Path) -> None:
     """Clear away what a process that was killed while saving left in ``folder``: half-written checkpoints go; one
     that was being replaced by another of the same step comes back."""
-    for path in folder.glob(".checkpoint-*.old") if folder.is_dir() else ():
-        final = folder / path.name[1 : -len(".old")]
-        if final.exists():
-            remove(path)
-        else:
-            path.rename(final)
-    for path in folder.glob(".checkpoint-*.tmp"):
-        remove(path)
+    left = (".checkpoint-*.old", ".checkpoint-*.tmp")
+    sweep_folders(folder, {path.stem[1:] for pattern in left for path in folder.glob(pattern)})
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, ValueError where it is not as it was written; the files are not looked at."""
     try:
         manifest = read_json(path / MANIFEST, "manifest")
-        files = {str(name): (entry["sha256"], entry["size"]) for name, entry in manifest["files"].items()}
+        files = [(entry["sha256"], entry["size"]) for entry in manifest["files"].values()]
         if int(manifest["step"]) < 0 or not isinstance(manifest["info"], dict) or not files:
             raise ValueError("not one of ours")
         if manifest.pop("sha256") != _body_sha256(manifest):
             raise ValueError("not as it was written")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
-    for name, (digest, size) in files.items():
+    return manifest
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+        if not file.is_file() or file.stat().st_size != entry["size"] or sha256(file) != entry["sha256"]:
             raise ValueError(f"The checkpoint {path} is damaged: {name} is not what was saved; use another one.")
     return manifest
 

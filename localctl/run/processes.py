@@ -38,12 +38,17 @@ def process_device(name: str) -> torch.device:
     return device
 
 
+def _together() -> bool:
+    """Whether this process can exchange with others."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def leave() -> None:
     """Let go of the other processes, if there are any, after the last exchange with them.
 
     Gloo's threads need Python's lock once more to let go of what was exchanged last. When the group goes first, it
     waits for them with that lock held, for ever. So they get a moment."""
-    if distributed.is_available() and distributed.is_initialized():
+    if _together():
         time.sleep(0.1)
         distributed.destroy_process_group()
 
@@ -52,12 +57,11 @@ def leave() -> None:
 def joined() -> Iterator[tuple[int, int]]:
     """(rank, count) of processes that can exchange results, which metrics then do by themselves; (0, 1) for one
     alone. Whoever has joined them before keeps them."""
-    begun = distributed.is_available() and distributed.is_initialized()
+    begun = _together()
     if not begun and processes()[1] > 1:
         distributed.init_process_group("gloo")
     try:
-        together = distributed.is_available() and distributed.is_initialized()
-        yield (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+        yield (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
     finally:
         if not begun:
             leave()
@@ -65,7 +69,7 @@ def joined() -> Iterator[tuple[int, int]]:
 
 def union(items: set) -> set:
     """Of all processes' ``items``, within :func:`joined`."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not _together():
         return items
     shares: list[set] = [set() for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, items)
@@ -75,7 +79,7 @@ def union(items: set) -> set:
 def on_first(work: Callable[[], Result]) -> Result | None:
     """What ``work`` returns on the first process; None on the others, which wait for it. A ValueError or OSError of it
     is raised on all of them, so that none waits in vain."""
-    together = distributed.is_available() and distributed.is_initialized()
+    together = _together()
     result: Result | None = None
     failure: ValueError | OSError | None = None
     if not together or distributed.get_rank() == 0:
@@ -96,7 +100,7 @@ def on_first(work: Callable[[], Result]) -> Result | None:
 def lost_process(error: RuntimeError) -> LostProcess | None:
     """``error`` as a sentence, where it is how torch tells that another process of the job is gone; else None."""
     text = str(error)
-    together = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    together = _together() and distributed.get_world_size() > 1
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if not together or not any(sign in text for sign in signs):
         return None

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from localctl.run.checkpoints import write_folders
 from localctl.run.messages import warning
 from localctl.training.models import Models
@@ -75,15 +73,14 @@ class EarlyStopping:
 
 def take_score(
     stopping: EarlyStopping,
-    scorer: Scorer,
+    score: float,
     models: Models,
     step: int,
     best_folder: Path | None,
-    say: Callable[[str], None] = tqdm.write,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Score the adapter after ``step`` steps and keep it in ``best_folder`` if it is the best so far (None: this
-    process writes nothing); a disk that takes no more is said. Returns the row for the log."""
-    score = scorer(models, step)
+    """Take in the score after ``step`` steps and keep the adapter in ``best_folder`` if it is the best so far (None:
+    this process writes nothing); a disk that takes no more is said. Returns the row for the log."""
     if stopping.update(step, score) and best_folder is not None:
         try:
             write_folders(best_folder.parent, {best_folder.name: models.plain_adapter.save_pretrained})

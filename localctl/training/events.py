@@ -109,7 +109,7 @@ class Events:
                 self.say(warning(f"step {state.step}: no score ({failure}); the training goes on."))
                 return
             where = folder if self.main else None
-            row = take_score(state.early_stopping, lambda *_: score, state.models, state.step, where, self.say)
+            row = take_score(state.early_stopping, score, state.models, state.step, where, self.say)
         self.tracker.log(state.step, row)
         if state.early_stopping.stopped:
             self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")

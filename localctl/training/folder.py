@@ -8,20 +8,13 @@ from pathlib import Path
 
 from localctl.data.bad import QUARANTINE
 from localctl.files import remove
-from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep, sweep_folders
+from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep_folders
 from localctl.run.lock import FolderLock
 from localctl.run.logging import BOARD, STATS, WANDB
 from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
 
 _REPLACED = ".replaced"  # folder in which an earlier run lies while it is removed
 _OUTPUTS = (STATS, QUARANTINE, BOARD, WANDB, "validation", ADAPTER, T2IADAPTER, BEST, CARD, CONFIG)
-
-
-def check_writable(folder: Path) -> None:
-    """ValueError when ``folder`` is not there and cannot be made, or cannot be written to."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
 
 
 def check_unused(folder: Path, overwrite: bool, resume: str | None = None) -> None:
@@ -57,7 +50,6 @@ def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], 
 
     OSError naming what cannot be removed; then nothing is.
     """
-    sweep(folder)
     sweep_folders(folder, (ADAPTER, BEST, T2IADAPTER))
     remove(folder / _REPLACED)
     if resumed:
@@ -99,14 +91,15 @@ class FolderGuard:
         OSError where another run has taken it over: nothing may be written any more.
         """
         lock = self.lock
-        if taken := lock.taken:
+        mine = lock.mine  # asked once, as each step comes here
+        if not mine and (taken := lock.taken):
             raise OSError(f"{lock.folder} was taken over by {taken}; this run ends without writing there again.")
         if not self._is_there() and not self.trouble:
             self.trouble = (
                 f"The output folder {lock.folder} was removed while training; what could be saved is there again: go "
                 "on with --resume_from_checkpoint latest."
             )
-        if not lock.mine:
+        if not mine:
             lock.renew()
         return bool(self.trouble)
 

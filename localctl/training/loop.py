@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from localctl.base import resolve_base
 from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
-from localctl.data.files import WITHOUT_VALIDATION
+from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
 from localctl.layout import check_side
-from localctl.run.checkpoints import find_checkpoint, lies_in, sweep, verify_checkpoint
+from localctl.run.checkpoints import check_writable, find_checkpoint, lies_in, read_manifest, sweep
 from localctl.run.interrupt import Interrupt, launcher
 from localctl.run.lock import FolderLock
 from localctl.run.logging import check_report_to, make_tracker
@@ -33,7 +33,7 @@ from localctl.training.early_stopping import Scorer
 from localctl.training.events import Events
 from localctl.training.export import ADAPTER, write_settings
 from localctl.training.finish import finish
-from localctl.training.folder import FolderGuard, check_unused, check_writable, prepare_folder
+from localctl.training.folder import FolderGuard, check_unused, prepare_folder
 from localctl.training.hub import check_hub
 from localctl.training.loader import batches_of, next_batch
 from localctl.training.resume import check_unchanged, describe
@@ -70,6 +70,13 @@ def make_source(settings: TrainSettings, split: str) -> Source:
     assert data.count is not None
     count = data.count if split == "train" else 20 * settings.validation.count  # some are skipped
     return MicroScenes(split, data.profile, count, settings.condition)
+
+
+def held_out_source(settings: TrainSettings, train: Source) -> Source:
+    """The data set of the split ``val``; of the rows that ``train`` has read, where both come from them."""
+    if isinstance(train, FileSource) and settings.data.validation_split is None:
+        return part_of(train.rows, settings.data, settings.condition, "val", WITHOUT_VALIDATION)
+    return make_source(settings, "val")
 
 
 def prepare(
@@ -119,8 +126,7 @@ def _prepare(
     first = first_example(MaskedSamples(train, settings.mask, settings.seed))
     for name, side in zip(("height", "width"), first.pixels.shape[-2:], strict=True):
         check_side(name, side)
-    if settings.validation_steps:
-        make_source(settings, "val")  # its mistakes, too, before anything slow
+    val = held_out_source(settings, train) if settings.validation_steps else None  # its mistakes before anything slow
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
@@ -131,12 +137,12 @@ def _prepare(
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(settings, train, base, world_size=world_size, precision=precision)
     if checkpoint is not None:
-        manifest = verify_checkpoint(checkpoint)
+        manifest = read_manifest(checkpoint)
         check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=say)
         state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
-    run = Run(state, train, say, scorer, lock, parent)
+    run = Run(state, train, val, say, scorer, lock, parent)
     on_first(lambda: prepare_folder(output_dir, state.step, checkpoint is not None, say))
     return run
 
@@ -152,6 +158,7 @@ class Run:
         self,
         state: TrainState,
         train: Source,
+        val: Source | None,
         say: Callable[[str], None],
         scorer: Scorer | None,
         lock: FolderLock | None,
@@ -167,9 +174,7 @@ class Run:
         self.watch.say = say
         self.interrupt = Interrupt(launcher() if parent is None else parent)
         self.guard = None if lock is None else FolderGuard(lock)
-        validator = None
-        if self.settings.validation_steps and self.main:
-            validator = Validator(state.models, self.settings, make_source(self.settings, "val"))
+        validator = None if val is None or not self.main else Validator(state.models, self.settings, val)
         self.events = Events(state, self.output_dir, self.interrupt, say, scorer, validator)
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:

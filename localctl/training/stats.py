@@ -12,8 +12,8 @@ from torch import Tensor
 from localctl.training.step import StepOutput
 
 BUCKETS = 10
-_PER_SAMPLE = ("timesteps", "denoising", "local", "local_raw")
-_FEATURES = ("feature_mean", "feature_var")  # of each sample and level
+_TERMS = ("denoising", "local", "local_raw")
+_GATHERED = ("timesteps", *_TERMS, "feature_mean", "feature_var")  # of each sample; the last two, and level
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StepStats:
     """Per-sample terms and times since the last row. Tensors stay where they are until a row is asked for, so that
     logging does not make a GPU wait at every step."""
 
-    terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in (*_PER_SAMPLE, *_FEATURES)})
+    terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _GATHERED})
     samples: int = 0
     seconds: float = 0.0
     waiting: float = 0.0
@@ -29,8 +29,9 @@ class StepStats:
     def add(self, output: StepOutput) -> None:
         """Take in one micro-batch."""
         terms = output.terms
-        values = (output.timesteps, terms.denoising, terms.local, terms.local_raw, output.feature_mean)
-        for name, value in zip((*_PER_SAMPLE, *_FEATURES), (*values, output.feature_var), strict=True):
+        measured = (terms.denoising, terms.local, terms.local_raw)
+        values = (output.timesteps, *measured, output.feature_mean, output.feature_var)
+        for name, value in zip(_GATHERED, values, strict=True):
             self.terms[name].append(value.detach())
 
     def add_time(self, samples: int, seconds: float, waiting: float) -> None:
@@ -53,7 +54,7 @@ class StepStats:
         buckets = terms["timesteps"].long() * BUCKETS // num_train_timesteps
         row = {
             "loss": (terms["denoising"] + terms["local"]).mean().item(),
-            **{name: terms[name].mean().item() for name in _PER_SAMPLE[1:]},
+            **{name: terms[name].mean().item() for name in _TERMS},
             "local_raw_by_timestep": bucket_means(terms["local_raw"], buckets),
             "denoising_by_timestep": bucket_means(terms["denoising"], buckets),
             "feature_mean_by_level": mean.mean(dim=0).tolist(),
@@ -79,11 +80,11 @@ class StepStats:
         ``device``: where the coming steps will leave theirs.
         """
         count = len(state["terms"]["timesteps"])
-        known = all(len(state["terms"].get(name, ())) == count for name in (*_PER_SAMPLE, *_FEATURES))
+        known = all(len(state["terms"].get(name, ())) == count for name in _GATHERED)
         if count % world_size or not known:  # earlier versions did not gather all of it
             return cls()
         mine = slice(rank * count // world_size, (rank + 1) * count // world_size)
-        terms: dict[str, list[Tensor]] = {name: [] for name in (*_PER_SAMPLE, *_FEATURES)}
+        terms: dict[str, list[Tensor]] = {name: [] for name in _GATHERED}
         for name, values in state["terms"].items():
             kind = torch.int64 if name == "timesteps" else torch.float32
             if values:

@@ -106,7 +106,7 @@ def test_a_failed_push_advises_what_uploads_no_log(sd_folder, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        ("/home/me/my base", "my base"), ("~/base", "base"), ("C:\\data\\me", "me"),
+        ("/bases/my base", "my base"), ("~/base", "base"), ("C:\\data\\me", "me"),
         ("runwayml/sd-v1-5", "runwayml/sd-v1-5"),
         (["/a/b", 3, None], ["b", 3, None]), ({"x": {"y": "../c/d"}}, {"x": {"y": "d"}}), ("a / b", "a / b"),
     ],

@@ -14,7 +14,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 import train_adapter
 from localctl.conditions import ConditionConfig
-from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, open_files
+from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, files, open_files
 from localctl.run.config import load_config
 from localctl.training.data_watch import size_note
 from localctl.training.models import load_models
@@ -63,6 +63,14 @@ def test_every_source_trains_and_says_what_it_is(sd_folder, folder, tmp_path):
         assert "masks from 'mask'" in said[0] and f"{data.name} {data.path}" in said[0]
     assert logs["imagefolder"] == logs["parquet"]
     assert logs["imagefolder"] != logs["folder"]  # a JPEG, and keys of another kind
+
+
+def test_rows_are_looked_up_once_for_training_and_validation(sd_folder, folder, tmp_path, monkeypatch):
+    opened, open_rows = [], files.open_rows
+    monkeypatch.setattr(files, "open_rows", lambda *place: opened.append(place) or open_rows(*place))
+    data = DataConfig(path=str(folder), **(TEN | {"validation_share": 0.5}))
+    silent_run(tiny_settings(sd_folder, tmp_path / "out", data=data, condition=DEPTH, validation_steps=1))
+    assert len(opened) == 1
 
 
 def test_the_flags_are_those_of_diffusers(folder):
