@@ -124,18 +124,12 @@ def weights_fingerprint(parts: Mapping[str, Any]) -> str:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line ``name: old -> new`` for everything that differs between two descriptions and may not.
 
-    A setting that ``before`` does not know yet counts as having had its default. A masked value is compared by the
-    hash of all settings, as long as both know the same ones.
+    Of settings as :func:`setting_changes`; a masked value is compared by the hash of all settings, as long as both know
+    the same ones.
     """
-    defaults, old, new = flat(recorded(TrainSettings())), flat(_part(before, "settings")), flat(now["settings"])
-    was = {key: old.get(key, defaults.get(key)) for key in new}
-    masked = [key for key, value in new.items() if MASKED in (was[key], value) and None not in (was[key], value)]
-    lines = [
-        f"{key}: {was[key]} -> {value}"
-        for key, value in new.items()
-        if not is_free(key) and key not in masked and was[key] != value
-    ]
-    lines += [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
+    old, new = flat(_part(before, "settings")), flat(now["settings"])
+    lines = setting_changes(old, new)
+    masked = any(_masked(*pair) for pair in _compared(old, new).values())
     comparable = old.keys() == new.keys()
     if not lines and masked and comparable and before.get("config_sha256") != now["config_sha256"]:
         lines.append("a setting with a masked value")
@@ -150,6 +144,25 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         known = before.get(name)
         lines += _content_changes(known, now[name]) if isinstance(known, Mapping) else [f"{name}: {known} -> known"]
     return lines
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line ``name: old -> new`` for every setting that differs between two records and may not. One that ``before``
+    does not know yet had its default; masked values are passed over."""
+    old, new = flat(before), flat(now)
+    pairs = {key: pair for key, pair in _compared(old, new).items() if not is_free(key) and not _masked(*pair)}
+    lines = [f"{key}: {was} -> {value}" for key, (was, value) in pairs.items() if was != value]
+    return lines + [f"{key}: {value} -> gone" for key, value in old.items() if key not in new and not is_free(key)]
+
+
+def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Setting -> its value in ``old``, or its default, and in ``new``."""
+    defaults = flat(recorded(TrainSettings()))
+    return {key: (old.get(key, defaults.get(key)), value) for key, value in new.items()}
+
+
+def _masked(was: Any, value: Any) -> bool:
+    return MASKED in (was, value) and None not in (was, value)
 
 
 def is_old(before: Mapping[str, Any]) -> bool:

@@ -24,17 +24,19 @@ from localctl.evaluation.drawn import draw_set, read_pictures, read_set
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.kept import Kept
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_json
+from localctl.evaluation.reader import check_reader
 from localctl.evaluation.settings import FidSettings
 from localctl.images import outline
 from localctl.masks import MaskConfig
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, load_extractor
 from localctl.metrics.statistics import Statistics
+from localctl.micro.detect import VERSION
 from localctl.micro.scenes import scene
 from localctl.run.record import recorded
 from localctl.training.export import ADAPTER
 from localctl.training.loop import NotFiniteError, prepare
-from localctl.training.resume import config_hash
+from localctl.training.resume import config_hash, setting_changes
 from localctl.training.settings import TrainSettings
 
 Say = Callable[[str], None]
@@ -74,7 +76,7 @@ class Bench:
 
     def base(self) -> None:
         """Draw and measure the base alone: the floor, and with it the ceiling."""
-        asked = {"protocol": self._plain()}
+        asked = {"protocol": self._plain(), "reader": VERSION}
         if self._done(FLOOR, asked):
             return
         assert self.extractors
@@ -88,7 +90,7 @@ class Bench:
         when there is a result of other settings."""
         settings = self._training(cell)
         asked = self._asked(cell, settings)
-        if self._done(cell.name, asked):
+        if self._done(cell.name, asked, settings):
             self.say(f"{cell.name}: done before")
             return False
         assert self.extractors  # one that is not there must be told before the training
@@ -109,10 +111,14 @@ class Bench:
         return True
 
     def check(self, cells: Sequence[Cell]) -> None:
-        """ValueError when there is a result of other settings under the name of one of ``cells``, or of the base."""
-        self._done(FLOOR, {"protocol": self._plain()})
+        """ValueError when there is a result of other settings under the name of one of ``cells``, or of the base, or
+        when what is to be measured would stand beside results of another version of the reader."""
+        waiting = [] if self._done(FLOOR, {"protocol": self._plain(), "reader": VERSION}) else [FLOOR]
         for cell in cells:
-            self._done(cell.name, self._asked(cell, self._training(cell)))
+            settings = self._training(cell)
+            if not self._done(cell.name, self._asked(cell, settings), settings):
+                waiting.append(cell.name)
+        check_reader(self.folder, waiting)
 
     def _training(self, cell: Cell) -> TrainSettings:
         return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
@@ -124,16 +130,23 @@ class Bench:
             "seed": cell.seed,
             "steps": settings.max_train_steps,
             "config_sha256": config_hash(settings),
+            "reader": VERSION,
         }
 
     def _plain(self) -> dict[str, Any]:
         return {**asdict(self.protocol), "extractors": list(self.protocol.extractors)}
 
-    def _done(self, name: str, asked: Mapping[str, Any]) -> bool:
+    def _done(self, name: str, asked: Mapping[str, Any], settings: TrainSettings | None = None) -> bool:
+        """Whether there is a result; ValueError for one of other settings. A setting that came up after it had its
+        default then."""
         path = self.folder / f"{name}.json"
         if not path.is_file():
             return False
-        there = read_json(path, "result").get("asked", {})
+        content = read_json(path, "result")
+        there = {**content.get("asked", {}), "reader": VERSION}
+        trained = content.get("training", {}).get("settings")
+        if settings is not None and trained and not setting_changes(trained, recorded(settings)):
+            there["config_sha256"] = asked["config_sha256"]
         changed = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
         if changed:
             raise ValueError(

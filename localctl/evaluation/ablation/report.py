@@ -13,6 +13,7 @@ from localctl.evaluation.ablation.sweeping import sweep_section
 from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, verdict
 from localctl.evaluation.plots import bars
 from localctl.evaluation.provenance import write_text
+from localctl.evaluation.reader import reader_note
 from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
@@ -57,6 +58,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         "seeds of training at once; few seeds make them too narrow, so their values stand below.",
         "[evaluation.md](evaluation.md) says what each figure is.",
         "",
+        *reader_note(figures.base.training["asked"], "`leak`, `region_accuracy` and `relation` are read"),
     ]
 
 

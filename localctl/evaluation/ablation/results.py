@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json
+from localctl.evaluation.reader import reader_version
 
 CONDITIONS = "conditions.png"
 
@@ -36,15 +37,16 @@ class Result:
 def read_results(folder: Path) -> dict[str, Result]:
     """The results in ``folder``, by name. ValueError for a damaged one, or protocols that differ."""
     results: dict[str, Result] = {}
-    protocols: dict[str, Any] = {}
+    protocols: set[str] = set()
     for path in sorted(folder.glob("*.json")):
         content = read_json(path, "result")
         missing = [key for key in ("asked", "name", "row", "title", "seed", "provenance") if key not in content]
         if missing:
             raise ValueError(f"{path} is no result of the ablation (no {missing[0]}); remove it.")
         results[content["name"]] = _result(content)
-        protocols[content["name"]] = content["asked"].get("protocol")
-    if len({repr(sorted(p.items())) for p in protocols.values()}) > 1:
+        asked = content["asked"]
+        protocols.add(repr((sorted(asked.get("protocol", {}).items()), reader_version(asked))))
+    if len(protocols) > 1:
         raise ValueError(f"The results in {folder} were measured in different ways; measure them again, in one.")
     return results
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json
+from localctl.evaluation.reader import reader_version
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.sampling_regions import NONE
 
@@ -37,11 +38,6 @@ class Result:
 def is_plain(name: str) -> bool:
     """Whether this is plain sampling, in whatever way."""
     return name.partition(" ")[0] == NONE
-
-
-def reader_version(asked: Mapping[str, Any]) -> int:
-    """Of the reader of micro scenes that a result was made with; the first ones do not say."""
-    return int(asked.get("reader", 1))
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -20,10 +20,10 @@ from localctl.evaluation.fid import collect
 from localctl.evaluation.layout_benchmark.attention import attention_of
 from localctl.evaluation.layout_benchmark.cases import COLUMNS, PROFILE, Case, cases, read
 from localctl.evaluation.layout_benchmark.cost import compare_cost
-from localctl.evaluation.layout_benchmark.figures import reader_version
 from localctl.evaluation.layout_benchmark.methods import Method
 from localctl.evaluation.layout_benchmark.protocol import Protocol
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance, read_json, versions, write_json
+from localctl.evaluation.reader import check_reader
 from localctl.images import load_image
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
@@ -82,12 +82,7 @@ class Bench:
         waiting = [method.name for method in methods if not self._done(method)]
         for method in methods:
             self._same_pictures(method)
-        there = {reader_version(read_json(path, "result").get("asked", {})) for path in self.folder.glob("*.json")}
-        if waiting and there - {VERSION}:
-            raise ValueError(
-                f"The results in {self.folder} were read by version {min(there)} of the reader, now {VERSION}; "
-                f"choose another --report for {', '.join(waiting)}, or remove them."
-            )
+        check_reader(self.folder, waiting)
 
     def measure(self, method: Method) -> bool:
         """Whether there was anything to do. ValueError as for :meth:`check`, or for a damaged picture."""

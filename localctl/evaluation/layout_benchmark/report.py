@@ -18,15 +18,14 @@ from localctl.evaluation.layout_benchmark.figures import (
     is_plain,
     ranked,
     read_results,
-    reader_version,
 )
 from localctl.evaluation.layout_benchmark.measuring import SHOWN
 from localctl.evaluation.plots import bars
 from localctl.evaluation.provenance import write_text
+from localctl.evaluation.reader import reader_note
 from localctl.evaluation.tables import head, line
 from localctl.images import grid
 from localctl.metrics.bootstrap import Interval
-from localctl.micro.detect import VERSION
 from localctl.sampling_regions import NONE, named
 
 COMMAND = "python -m localctl.evaluation.layout_benchmark"
@@ -118,26 +117,13 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         f"Written by `{COMMAND} --report {page.name if page.is_absolute() else page}`",
         "from the results beside it, on the embedded base and its small scenes.",
         "",
-        *_reader(figures),
+        *reader_note(figures.plain.asked),
         f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_drawing(figures)};",
         "the same noise for every method. The prompt names the objects, their boxes were drawn at random. Intervals",
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
         *_ways(figures),
         "",
         *_MEANINGS,
-        "",
-    ]
-
-
-def _reader(figures: Figures) -> list[str]:
-    """A note on results of an earlier reader."""
-    version = reader_version(figures.plain.asked)
-    if version == VERSION:
-        return []
-    return [
-        f"*Read by version {version} of the reader of micro scenes. Version {VERSION} finds objects that it missed, "
-        "stars and rings above all:",
-        "[what that changes](evaluation.md#the-reader-against-the-eye). To be measured again with the next base.*",
         "",
     ]
 
