@@ -33,16 +33,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
 from localctl.data.metadata import METADATA, check_utf8, split_lines
 from localctl.data.rows import captions_of
 from localctl.files import first_line, parse_json, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
-from localctl.run.arguments import Arguments
-from localctl.run.program import one_sentence
 from localctl.web import Refused, WebLimits, fetch_bytes
 
 MANIFEST = "manifest.jsonl"

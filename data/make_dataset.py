@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
-from localctl.data.bad import BadRow, Problem, count_reasons
+from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.metadata import METADATA, metadata_lines
 from localctl.data.rows import captions_of, read_caption
 from localctl.files import parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
-from localctl.run.arguments import Arguments
-from localctl.run.program import one_sentence
 
 # A condition's file may be smaller than its image: of photos over 16 million pixels it is twice this on its short side.
 CONDITION_SIDE = 1024

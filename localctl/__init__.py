@@ -20,7 +20,6 @@ from localctl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from localctl.adapter import LocalAdapter as LocalAdapter
-    from localctl.base import load_pipeline as load_pipeline
     from localctl.control.attention_maps import AttentionMaps as AttentionMaps
     from localctl.control.dense import DenseModulation as DenseModulation
     from localctl.control.forward_guidance import ForwardGuidance as ForwardGuidance
@@ -36,11 +35,12 @@ if TYPE_CHECKING:
     from localctl.layout_io import save_layout as save_layout
     from localctl.layout_predictor.model import LayoutPredictor as LayoutPredictor
     from localctl.layout_predictor.model import load_predictor as load_predictor
-    from localctl.optimization.weights import OptimizedSpaceTime as OptimizedSpaceTime
-    from localctl.optimization.weights import generate_optimized as generate_optimized
-    from localctl.optimization.weights import optimize_weights as optimize_weights
+    from localctl.pipelines import load_pipeline as load_pipeline
     from localctl.sampling import attach as attach
     from localctl.sampling import generate as generate
+    from localctl.weight_search.weights import OptimizedSpaceTime as OptimizedSpaceTime
+    from localctl.weight_search.weights import generate_optimized as generate_optimized
+    from localctl.weight_search.weights import optimize_weights as optimize_weights
 
 __version__ = "0.1.0"
 
@@ -48,7 +48,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "adapter": ["LocalAdapter"],
-        "base": ["load_pipeline"],
+        "pipelines": ["load_pipeline"],
         "control.attention_maps": ["AttentionMaps"],
         "control.dense": ["DenseModulation"],
         "control.forward_guidance": ["ForwardGuidance"],
@@ -61,7 +61,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "layout": ["Layout", "Region"],
         "layout_io": ["load_layout", "save_layout"],
         "layout_predictor.model": ["LayoutPredictor", "load_predictor"],
-        "optimization.weights": ["OptimizedSpaceTime", "generate_optimized", "optimize_weights"],
+        "weight_search.weights": ["OptimizedSpaceTime", "generate_optimized", "optimize_weights"],
         "sampling": ["attach", "generate"],
     },
 )

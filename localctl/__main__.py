@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.run.arguments import VERSION
-from localctl.run.program import one_sentence
-from localctl.run.suggest import nearest
+from localctl.cli.arguments import VERSION
+from localctl.cli.program import one_sentence
+from localctl.cli.suggest import nearest
 
 PROGRAM = "python -m localctl"
 PROGRAMS = {
@@ -21,22 +21,22 @@ PROGRAMS = {
     "Place things": {
         "python -m localctl.layout_predictor": "predict where the objects of a prompt belong",
         "python train_layout_predictor.py": "train what predicts it",
-        "python -m localctl.layout_predictor.report": "measure it",
-        "python -m localctl.evaluation.heat_maps": "where each phrase is attended to, for each control",
+        "python -m research.layout_predictor.report": "measure it",
+        "python -m research.heat_maps": "where each phrase is attended to, for each control",
     },
     "Measure": {
         "python evaluate_fid.py": "distances of generated images to photos (FID, KID, CMMD)",
         "python evaluate_quantitative_metrics.py": "compare several adapters, or plain folders of images",
-        "python -m localctl.evaluation.control": "edges inside the mask, between base and ceiling",
-        "python -m localctl.evaluation.ablation": "does each part of the method help",
-        "python -m localctl.evaluation.layout_benchmark": "do objects stand where a layout asks for them",
-        "python -m localctl.evaluation.spacetime": "what space-time attention gains",
-        "python -m localctl.evaluation.ladder": "does a distance see damage",
+        "python -m research.control_share": "edges inside the mask, between base and ceiling",
+        "python -m research.ablation": "does each part of the method help",
+        "python -m research.layout_benchmark": "do objects stand where a layout asks for them",
+        "python -m research.spacetime": "what space-time attention gains",
+        "python -m research.metric_sanity": "does a distance see damage",
     },
     "The embedded base": {
-        "python -m localctl.micro.build": "train it",
-        "python -m localctl.micro.report": "measure it",
-        "python -m localctl.micro.words": "does it use the words of a caption",
+        "python -m research.micro_base": "train it",
+        "python -m research.micro_base.report": "measure it",
+        "python -m research.micro_base.word_use": "does it use the words of a caption",
     },
 }
 

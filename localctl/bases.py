@@ -81,7 +81,7 @@ def resolve_base(name: str) -> BaseSpec:
         return spec or BaseSpec(name, str(path.resolve()))
     if spec is BASES["micro"]:
         raise ValueError(
-            f"The weights of the base 'micro' are not in {path}; build them with `python -m localctl.micro.build` "
+            f"The weights of the base 'micro' are not in {path}; build them with `python -m research.micro_base` "
             "or choose another base."
         )
     if spec is not None:

@@ -9,7 +9,9 @@ the dtype of their first argument.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,3 +160,14 @@ def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = 
 def latent_size(height: int, width: int, factor: int = 8) -> tuple[int, int]:
     """(h, w) of the latents of a ``height`` x ``width`` picture: sizes that ``factor`` does not divide round up."""
     return math.ceil(height / factor), math.ceil(width / factor)
+
+
+@torch.no_grad()
+def round_trip(vae: Any, images: np.ndarray) -> np.ndarray:
+    """uint8 (n, h, w, 3) through encoder and decoder."""
+    outputs = []
+    for start in range(0, len(images), 16):
+        pixels = torch.from_numpy(images[start : start + 16]).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
+        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        outputs.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(outputs)

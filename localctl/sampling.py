@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.attachment import Attachment, Layouts, attach
+from localctl.control.attach import Attachment, Layouts, attach
 from localctl.control.base import Control
-from localctl.control.schedule import outer_step
+from localctl.control.sigmas import outer_step
 from localctl.layout import Layout, as_layouts
-from localctl.random import generator, noise
+from localctl.seeding import generator, noise
 from localctl.sizes import shown
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
-from localctl.base import choose_pil_processors
+from localctl.pipelines import choose_pil_processors
 
 TEXT_WIDTH = 16
 CHANNELS = (8, 16, 16, 24)  # of the tiny Stable Diffusion 1.5: differing, so that a mixed-up level shows

@@ -12,7 +12,8 @@ from localctl import layout as layout_module
 from localctl.cells import CELL_MODES, OVERLAPS
 from localctl.labels import write_beside
 from localctl.layout import Layout, Region
-from localctl.phrases import find_phrase, token_positions
+from localctl.phrases import find_phrase
+from localctl.tokens import token_positions
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
 

@@ -20,9 +20,9 @@ from diffusers import (
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.base import SCHEDULERS, set_scheduler
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.layout import Layout
+from localctl.pipelines import SCHEDULERS, set_scheduler
 from localctl.sampling import attach, outer_step
 
 MakeAdapter = Callable[..., LocalAdapter]

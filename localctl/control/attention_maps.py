@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from localctl.control.attention import Scores, Site
 from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.guidance_sites import choose_sites
+from localctl.control.guidance_layers import choose_sites
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Scores, Site
 from localctl.images import grid, outline
 from localctl.layout import Layout
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.control.sites import Scores, Site
+from localctl.control.attention import Scores, Site
 from localctl.layout import Layout
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.runs import without_gradients
+from localctl.control.inner_forward import without_gradients
 from localctl.files import first_line
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -21,13 +21,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import Scores, Site
 from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.hidden_phrases import HiddenPhrases
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions, encode_texts
-from localctl.control.sites import Scores, Site
-from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
-from localctl.phrases import positions_of
+from localctl.tokens import positions_of
 
 RESTS = ("published", "segment", "free")
 

@@ -22,11 +22,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import Scores, Site
 from localctl.control.base import BoundControl, CallContext, Control, EndOfRun, RunUNet, check_window
-from localctl.control.guidance_sites import choose_sites
+from localctl.control.guidance_layers import choose_sites
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Scores, Site
 from localctl.layout import Layout
 
 

@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
+from localctl.control.attention import level_sizes
 from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.pictures import batched, check_counts, check_mask, check_size, rows_of
+from localctl.control.control_images import batched, check_counts, check_mask, check_size, rows_of
 from localctl.control.region_bias import check_strength
-from localctl.control.sites import level_sizes
 from localctl.layout import Layout
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
-from localctl.control.sites import Scores
+from localctl.control.attention import Scores
 
 
 class MaskCheck:

@@ -10,7 +10,7 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from torch import Tensor
 
 from localctl.control.base import BlockResiduals, BoundControl, CallContext, Control, UNetInputs, check_window
-from localctl.control.pictures import batched, check_counts, check_mask, check_size, rows_of
+from localctl.control.control_images import batched, check_counts, check_mask, check_size, rows_of
 from localctl.layout import Layout
 from localctl.masks import MASK_RESIZE, resize_mask
 

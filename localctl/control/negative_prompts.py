@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import Site
 from localctl.control.base import Attend, BoundControl, CallContext, Control, check_window
 from localctl.control.regions import BoundRegions, encode_texts
-from localctl.control.sites import Site
 from localctl.layout import Layout
 
 

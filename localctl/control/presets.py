@@ -1,7 +1,7 @@
 """Settings of the controls for the known bases, by base and by the control's name on the command line.
 
 Stable Diffusion's are the published ones; what is not named here has the control's own default. The embedded base has
-coarser grids and a text encoder of its own, so its settings come from ``python -m localctl.evaluation.layout_benchmark
+coarser grids and a text encoder of its own, so its settings come from ``python -m research.layout_benchmark
 --tune`` and docs/log.md, on layouts that the benchmark does not use.
 """
 

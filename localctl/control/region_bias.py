@@ -18,10 +18,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import Moments, Scores, Site
 from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.hidden_phrases import HiddenPhrases
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Moments, Scores, Site
-from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout
 
 STD_FORMS = ("sample", "global")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localctl.control.attention import Site
 from localctl.control.base import CallContext
-from localctl.control.sites import Site
 from localctl.layout import Layout
-from localctl.phrases import positions_of
+from localctl.tokens import positions_of
 
 
 def encode_texts(pipe: Any, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:

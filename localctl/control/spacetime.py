@@ -25,11 +25,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import Site
 from localctl.control.base import Attend, BoundControl, CallContext, Control, check_window
+from localctl.control.hidden_phrases import HiddenPhrases
 from localctl.control.region_bias import check_strength
 from localctl.control.regions import BoundRegions, encode_texts
-from localctl.control.sites import Site
-from localctl.control.texts import HiddenPhrases
 from localctl.layout import Layout, Region
 from localctl.phrases import DETERMINERS
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from localctl.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from localctl.data.bad import BadRow as BadRow
-    from localctl.data.bad import Problem as Problem
-    from localctl.data.bad import Quarantine as Quarantine
-    from localctl.data.bad import TooManyBadRows as TooManyBadRows
+    from localctl.data.bad_rows import BadRow as BadRow
+    from localctl.data.bad_rows import Problem as Problem
+    from localctl.data.bad_rows import Quarantine as Quarantine
+    from localctl.data.bad_rows import TooManyBadRows as TooManyBadRows
     from localctl.data.config import DataConfig as DataConfig
     from localctl.data.files import FileSource as FileSource
     from localctl.data.files import open_files as open_files
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "bad": ("BadRow", "Problem", "Quarantine", "TooManyBadRows"),
+        "bad_rows": ("BadRow", "Problem", "Quarantine", "TooManyBadRows"),
         "config": ("DataConfig",),
         "files": ("FileSource", "open_files"),
         "micro": ("MicroScenes",),

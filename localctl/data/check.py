@@ -11,17 +11,17 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from localctl.data.bad import SHOWN, BadRow, Problem, count_reasons, too_many, way_out
+from localctl.data.bad_rows import SHOWN, BadRow, Problem, count_reasons, too_many, way_out
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
 from localctl.data.sample import Example
+from localctl.data.workers import loading
 from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.labels import brief
 from localctl.masks import mask_doubt
+from localctl.messages import warning
 from localctl.prompt_syntax import foreign_syntax
-from localctl.run.messages import warning
-from localctl.run.workers import loading
 
 EMPTY, FULL = 0.001, 0.999  # shares of the picture
 MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.fingerprint import fingerprints
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, draw_geometry, geometry, same_shape, to_array
@@ -31,7 +31,7 @@ from localctl.files import first_line
 from localctl.images import ImageError, Limits, read_photo
 from localctl.labels import brief
 from localctl.masks import mask_doubt, stretch_mask
-from localctl.random import key_seed, numpy_rng
+from localctl.seeding import key_seed, numpy_rng
 
 SPLITS = ("train", "val")
 WITHOUT_VALIDATION = " or pass --validation_steps 0"  # the way out of a training without held-out examples

@@ -15,9 +15,9 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.rows import Rows
-from localctl.random import key_seed
+from localctl.seeding import key_seed
 
 COUNT, NAMES, CAPTIONS = "number of examples", "names of the examples", "captions"
 LOOKED_AT = 256  # rows whose files are opened: if one in a hundred is another, this is seen 92 times of 100

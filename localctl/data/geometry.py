@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from localctl.random import numpy_rng
+from localctl.seeding import numpy_rng
 
 IMAGE, SMOOTH, NEAREST = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 

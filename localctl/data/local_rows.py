@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.folders import (
     Walk,
     canonical,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from localctl.random import numpy_rng
+from localctl.seeding import numpy_rng
 
 
 class SampleRef(NamedTuple):

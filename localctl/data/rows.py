@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.metadata import check_utf8
 from localctl.files import first_line
 from localctl.labels import brief

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from localctl.data.bad import BadRow, Problem
+from localctl.data.bad_rows import BadRow, Problem
 from localctl.data.plan import SampleRef
 from localctl.masks import MaskConfig, sample_mask
-from localctl.random import numpy_rng
+from localctl.seeding import numpy_rng
 
 ATTEMPTS = 16  # with half of the rows bad, one visit in 65,000 finds none
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.folders import Walk, count_words, not_chosen, select, split_of
 from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, unique

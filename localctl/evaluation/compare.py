@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from localctl.base import BaseConfig, load_pipeline, resolve_base
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
-from localctl.evaluation.control.measuring import MIN_EDGES, YARDSTICK, Case, canny
-from localctl.evaluation.drawn import Speed, open_source, read_pictures, read_set, read_speed
-from localctl.evaluation.kept import Kept, sha256_of_files
+from localctl.diffusion import round_trip
+from localctl.evaluation.cache import Kept, sha256_of_files
+from localctl.evaluation.generated_set import Speed, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
@@ -28,14 +26,15 @@ from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.detection import Found
+from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny
 from localctl.metrics.extractors import ClipExtractor, describe
 from localctl.metrics.inside import EdgeScore, SSIMInside
 from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
-from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
+from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy, hidden_objects
 from localctl.metrics.weights import sha256_of_folder
-from localctl.micro.report.measuring import round_trip
 from localctl.micro.scenes import Scene, scene
+from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 
 CEILING = "VAE round trip"
 LOWER_IS_BETTER = ("lfmse_in", "hallucination_in", "hallucination_out", "leak")
@@ -251,11 +250,10 @@ def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | No
 
 def _of_scene(image: np.ndarray, base: np.ndarray, target: Target, item: Scene) -> dict[str, float]:
     """Region accuracy of objects wholly inside the mask, leak of those wholly outside, and the caption's relation."""
-    case = Case(item, torch.from_numpy(target.mask)[None].float(), canny(item.image), 0)
     inside = [o for o in item.objects if target.mask[_pixels(o.box)].all()]
     regions, leak, relation = RegionAccuracy(), Leak(), RelationAccuracy()
     regions.update(image, [Found(o.phrase, o.box) for o in inside])
-    leak.update(image, base, [Found(o.shape, o.box) for o in case.hidden])
+    leak.update(image, base, [Found(o.shape, o.box) for o in hidden_objects(item.objects, target.mask)])
     region = regions.per_sample()[:, 0]
     values = {"region_accuracy": float(region.mean()) if len(region) else math.nan}
     values["leak"], values["relation"] = float(leak.per_sample()[0, 0]), math.nan

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from localctl.data.bad import BadRow
-from localctl.evaluation.drawn import Drawn, draw_set, open_source, read_pictures, read_set, read_speed
+from localctl.data.bad_rows import BadRow
+from localctl.distributed import joined, process_device, union
+from localctl.evaluation.generated_set import Drawn, draw_set, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.provenance import check_provenance, versions, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
+from localctl.messages import warning
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
-from localctl.run.messages import warning
-from localctl.run.processes import joined, process_device, union
-from localctl.run.record import recorded
+from localctl.redaction import recorded
 
 Say = Callable[[str], None]
 

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localctl.base import set_scheduler
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data import MaskedSamples, MicroScenes, Source, open_files
-from localctl.data.bad import BadRow
-from localctl.evaluation.drawn import example_of, picture_id
+from localctl.data.bad_rows import BadRow
+from localctl.distributed import process_device
+from localctl.evaluation.generated_set import example_of, picture_id
 from localctl.images import to_pil
 from localctl.layout import Layout
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
-from localctl.random import key_seed
-from localctl.run.processes import process_device
-from localctl.run.quiet import no_progress_bars
+from localctl.pipelines import set_scheduler
+from localctl.quiet import no_progress_bars
 from localctl.sampling import generate
+from localctl.seeding import key_seed
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from localctl.evaluation.compare import Comparison
-from localctl.evaluation.control.measuring import canny
-from localctl.evaluation.drawn import Drawn, read_pictures
+from localctl.evaluation.generated_set import Drawn, read_pictures
 from localctl.images import grid, outline
+from localctl.metrics.edges import canny
 
 EACH = 3
 

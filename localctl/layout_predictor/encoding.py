@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from localctl.layout_predictor.chunker import split_words
-from localctl.random import key_seed
+from localctl.seeding import key_seed
 
 PIECES = 12  # per word; longer words are cut
 OUTSIDE = -1

@@ -8,7 +8,6 @@ size, here log-normal. Objects are placed one after the other: the boxes of thos
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +21,13 @@ from localctl.files import first_line
 from localctl.layout import Layout, Region, check_side
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
-from localctl.layout_predictor.placing import Placement, place
+from localctl.layout_predictor.placing import PlaceDensity, Placement, place
 from localctl.sizes import shown
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the picture's side
 _MOST_OBJECTS = 32
 _LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the shipped one has 4 layers and 7e5 weights
-
-
-@dataclass(frozen=True)
-class PlaceDensity:
-    """The density of each object's centre and size; leading dimensions are (B, N).
-
-    log_weights: (..., K). means: (..., K, 2), xy in units of the picture's sides. sigmas: (..., K, 2).
-    log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the picture's sides.
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    sigmas: Tensor
-    log_size: Tensor
-    log_size_sigma: Tensor
-
-    def centre_log_prob(self, centres: Tensor) -> Tensor:
-        """log p of centres (..., 2) -> (...)."""
-        parts = _normal_log_prob(centres[..., None, :], self.means, self.sigmas).sum(dim=-1)  # (...,K)
-        return torch.logsumexp(self.log_weights + parts, dim=-1)
-
-    def size_log_prob(self, sizes: Tensor) -> Tensor:
-        """log p of the logarithms of sizes (..., 2), width and height -> (...)."""
-        return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
-
-    def of(self, row: int, index: int) -> PlaceDensity:
-        """The density of one object on the CPU, without leading dimensions."""
-        return PlaceDensity(*(getattr(self, name)[row, index].cpu() for name in self.__dataclass_fields__))
-
-
-def _normal_log_prob(value: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    return -0.5 * ((value - mean) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
 
 
 class _Block(nn.Module):

@@ -7,17 +7,14 @@ plus 3 log(the factor they shrink by), so that a wide density moves to a free pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from localctl.random import generator
-
-if TYPE_CHECKING:
-    from localctl.layout_predictor.model import PlaceDensity
+from localctl.seeding import generator
 
 _GRID = 48  # candidate centres per side
 _DRAWS = 64
@@ -26,6 +23,38 @@ _BLUR = 0.08  # of the picture's side: likely is where much of the mass is near,
 _WORTH = 3.0  # nats for a box shrunk to 1/e
 _LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # no place that asks for more than this, unless there is no other
 _APART = 1 - 1e-5  # boxes that touch share no rounded pixel either
+
+
+@dataclass(frozen=True)
+class PlaceDensity:
+    """The density of each object's centre and size; leading dimensions are (B, N).
+
+    log_weights: (..., K). means: (..., K, 2), xy in units of the picture's sides. sigmas: (..., K, 2).
+    log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the picture's sides.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    sigmas: Tensor
+    log_size: Tensor
+    log_size_sigma: Tensor
+
+    def centre_log_prob(self, centres: Tensor) -> Tensor:
+        """log p of centres (..., 2) -> (...)."""
+        parts = _normal_log_prob(centres[..., None, :], self.means, self.sigmas).sum(dim=-1)  # (...,K)
+        return torch.logsumexp(self.log_weights + parts, dim=-1)
+
+    def size_log_prob(self, sizes: Tensor) -> Tensor:
+        """log p of the logarithms of sizes (..., 2), width and height -> (...)."""
+        return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
+
+    def of(self, row: int, index: int) -> PlaceDensity:
+        """The density of one object on the CPU, without leading dimensions."""
+        return PlaceDensity(*(getattr(self, name)[row, index].cpu() for name in self.__dataclass_fields__))
+
+
+def _normal_log_prob(value: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
+    return -0.5 * ((value - mean) / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from localctl.boxes import Box, box_iou
 from localctl.micro.detect import Detection, detect
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,6 @@ def transformers_detector(pipeline: Callable[..., Any], threshold: float = 0.1) 
         ]
 
     return find
-
-
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes xyxy; 0 when both are empty."""
-    overlap = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = sum(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (a, b)) - overlap
-    return overlap / union if union > 0 else 0.0
 
 
 def same_label(a: str, b: str) -> bool:

@@ -6,6 +6,23 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from localctl.conditions import ConditionConfig, extract
+
+MIN_EDGES = 40  # target edge pixels inside the mask; with fewer an image is not scored
+CANNY = ConditionConfig(kind="canny", low=50, high=100)  # the yardstick, whatever the adapter was trained on
+YARDSTICK = {
+    "kind": CANNY.kind,
+    "low": CANNY.low,
+    "high": CANNY.high,
+    "tolerance_px": 2.0,
+    "min_target": MIN_EDGES,
+}
+
+
+def canny(image: np.ndarray) -> np.ndarray:
+    """Edges of an image uint8 (H, W, 3) as bool (H, W), with the thresholds of ``CANNY``."""
+    return extract(CANNY, image)[0].numpy() > 0.5
+
 
 @dataclass(frozen=True)
 class EdgeScores:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
+from localctl.boxes import Box
 from localctl.metrics.detection import Detector, Found, best_matches, micro_detector, micro_shapes, same_label
 from localctl.metrics.per_sample import PerSample
 from localctl.micro.scenes import holds
 
 Point = tuple[float, float]
+Placed = TypeVar("Placed", bound="HasBox")
+
+
+class HasBox(Protocol):
+    @property
+    def box(self) -> Box: ...
 
 
 class RegionAccuracy(PerSample):
@@ -101,6 +109,19 @@ class Leak(PerSample):
     def _share(self, image: np.ndarray, hidden: Sequence[Found]) -> float:
         matches = best_matches(hidden, self.detector(image, [item.label for item in hidden]))
         return float(np.mean([(match or 0.0) >= self.threshold for match in matches]))
+
+
+def hidden_objects(objects: Sequence[Placed], inside: np.ndarray, margin: int = 8) -> list[Placed]:
+    """Those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
+    ``inside``, bool (H,W)."""
+    found = []
+    for item in objects:
+        x0, y0, x1, y1 = item.box
+        rows = slice(max(0, int(y0) - margin), math.ceil(y1) + margin)
+        columns = slice(max(0, int(x0) - margin), math.ceil(x1) + margin)
+        if not inside[rows, columns].any():
+            found.append(item)
+    return found
 
 
 def _centre(item: Found) -> Point:

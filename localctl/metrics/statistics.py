@@ -21,7 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from localctl.metrics.distances import clip_mmd, frechet_distance, kernel_distance
-from localctl.random import key_seed
+from localctl.seeding import key_seed
 
 KEEP = 10_000  # features kept for the kernel distances
 SMALL = 2048

@@ -10,9 +10,9 @@ import torch
 from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
-from localctl.base import lasting_name
 from localctl.control.adapter_fit import check_fit
-from localctl.random import key_seed
+from localctl.pipelines import lasting_name
+from localctl.seeding import key_seed
 from localctl.training.settings import TrainSettings
 
 

@@ -10,7 +10,7 @@ import torch
 
 from localctl.adapter import LocalAdapter
 from localctl.architectures import TABLE, BaseShape, read_shape
-from localctl.base import DTYPES, BaseConfig
+from localctl.pipelines import DTYPES, BaseConfig
 from localctl.training.adapters import plan_adapter
 from localctl.training.memory import Cost, count_step
 from localctl.training.settings import AdapterConfig, TrainSettings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from localctl.run.checkpoints import write_folders
-from localctl.run.messages import warning
+from localctl.messages import warning
+from localctl.training.checkpoints import write_folders
 from localctl.training.models import Models
 from localctl.training.settings import EarlyStoppingConfig
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from localctl.data.bad import TooManyBadRows
+from localctl.data.bad_rows import TooManyBadRows
 from localctl.files import first_line
-from localctl.run.checkpoints import list_checkpoints
-from localctl.run.interrupt import Interrupt
-from localctl.run.logging import STATS, Tracker, read_stats
-from localctl.run.messages import warning
+from localctl.messages import warning
+from localctl.signals import Interrupt
+from localctl.training.checkpoints import list_checkpoints
 from localctl.training.early_stopping import Scorer, take_score
 from localctl.training.export import BEST, sheet_name
 from localctl.training.state import TrainState
+from localctl.training.trackers import STATS, Tracker, read_stats
 from localctl.training.validation import References, ValidationResult, Validator, in_words, validation_row
 
 VALIDATED = "validation/f1"  # a row of the log with it is a validation

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from localctl.base import BASES
 from localctl.files import write_text
-from localctl.run.checkpoints import write_folders
-from localctl.run.record import recorded
+from localctl.pipelines import BASES
+from localctl.redaction import recorded
+from localctl.training.checkpoints import write_folders
 from localctl.training.hub import is_local
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings

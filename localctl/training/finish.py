@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from localctl.cli.program import working
 from localctl.files import remove
-from localctl.run.checkpoints import CheckpointError, write_folders
-from localctl.run.program import working
+from localctl.training.checkpoints import CheckpointError, write_folders
 from localctl.training.events import Events
 from localctl.training.export import ADAPTER, export, published
 from localctl.training.hub import push

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from localctl.data.bad import QUARANTINE
+from localctl.data.bad_rows import QUARANTINE
 from localctl.files import remove
-from localctl.run.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep_folders
-from localctl.run.lock import FolderLock
-from localctl.run.logging import BOARD, STATS, WANDB
+from localctl.lock import FolderLock
+from localctl.training.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep_folders
 from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
+from localctl.training.trackers import BOARD, STATS, WANDB
 
 _REPLACED = ".replaced"  # folder in which an earlier run lies while it is removed
 _OUTPUTS = (STATS, QUARANTINE, BOARD, WANDB, "validation", ADAPTER, T2IADAPTER, BEST, CARD, CONFIG)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from localctl.data import Batch, MaskedSamples, PlanSampler, SamplePlan, Source, collate
-from localctl.random import generator
-from localctl.run.workers import WorkerError, loading
+from localctl.data.workers import WorkerError, loading
+from localctl.seeding import generator
 from localctl.training.state import TrainState
 
 

@@ -15,20 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from localctl.base import resolve_base
+from localctl.cli.program import tolerant, working
 from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
+from localctl.data.workers import WorkerError
+from localctl.distributed import LostProcess, lost_process, on_first
 from localctl.layout import check_side
-from localctl.run.checkpoints import check_writable, find_checkpoint, lies_in, read_manifest, sweep
-from localctl.run.interrupt import Interrupt, launcher
-from localctl.run.lock import FolderLock
-from localctl.run.logging import check_report_to, make_tracker
-from localctl.run.processes import LostProcess, lost_process, on_first
-from localctl.run.program import tolerant, working
-from localctl.run.record import flat, recorded
-from localctl.run.workers import WorkerError
-from localctl.training.announce import announcement, short_of_room
-from localctl.training.data_watch import brings_masks, first_example, new_watch
+from localctl.lock import FolderLock
+from localctl.pipelines import resolve_base
+from localctl.redaction import flat, recorded
+from localctl.signals import Interrupt, launcher
+from localctl.training.checkpoints import check_writable, find_checkpoint, lies_in, read_manifest, sweep
+from localctl.training.data_monitor import brings_masks, first_example, new_watch
 from localctl.training.early_stopping import Scorer
 from localctl.training.events import Events
 from localctl.training.export import ADAPTER, write_settings
@@ -41,6 +39,8 @@ from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, draw, training_step
+from localctl.training.summary import announcement, short_of_room
+from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.validation import Fidelity, Validator
 
 _SIGNAL_ON_ITS_WAY = 0.5  # seconds: who stops a job may signal each of its processes, workers too
@@ -86,10 +86,10 @@ def prepare(
     parent: int | None = None,
 ) -> Run:
     """Check output folder, checkpoint, base and data, then load everything. parent: the launcher, as
-    :func:`~localctl.run.interrupt.launcher` found it when the program began.
+    :func:`~localctl.signals.launcher` found it when the program began.
 
     Raises:
-        ValueError: in one sentence for the user; :class:`~localctl.run.lock.FolderInUse` for the output folder.
+        ValueError: in one sentence for the user; :class:`~localctl.lock.FolderInUse` for the output folder.
         OSError: of the disk.
     """
     resolve_base(settings.base.name)

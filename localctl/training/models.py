@@ -12,10 +12,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
-from localctl.base import full_precision_vae, load_pipeline
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
-from localctl.run.quiet import no_progress_bars
+from localctl.pipelines import full_precision_vae, load_pipeline
+from localctl.quiet import no_progress_bars
 from localctl.training.adapters import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.text import TextStates, encode_text, is_xl, time_ids, unet_arguments

@@ -14,7 +14,7 @@ from torch import nn
 
 from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
-from localctl.run.record import MASKED, flat, recorded
+from localctl.redaction import MASKED, flat, recorded
 from localctl.training import fingerprint
 from localctl.training.settings import TrainSettings
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from localctl.run.messages import warning
-
-if TYPE_CHECKING:
-    from localctl.training.settings import TrainSettings
-
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-LR_END = 1e-7  # of the polynomial schedule, as in diffusers
+from localctl.messages import warning
+from localctl.training.settings import LR_END, TrainSettings
 
 
 def learning_rate_at(settings: TrainSettings, step: int) -> float:

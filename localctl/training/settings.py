@@ -16,13 +16,14 @@ from localctl.settings import (
     LossConfig,
     MaskConfig,
 )
-from localctl.training.schedule import LR_END, LR_SCHEDULERS, learning_rate_at
 from localctl.training.watch_settings import EarlyStoppingConfig as EarlyStoppingConfig
 from localctl.training.watch_settings import ValidationConfig as ValidationConfig
 from localctl.training.watch_settings import WandbConfig as WandbConfig
 from localctl.training.watch_settings import at_least, check_share, choose
 
 MIXED_PRECISION = ("no", "fp16", "bf16")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LR_END = 1e-7  # of the polynomial schedule, as in diffusers
 ALIASES = {
     "pretrained_model_name_or_path": "base",
     "revision": "base.revision",
@@ -243,10 +244,6 @@ class TrainSettings:
             self.validation = replace(self.validation, guidance_scale=own)
         if self.early_stopping.guidance_scale is None:
             self.early_stopping = replace(self.early_stopping, guidance_scale=own)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step ``step`` (0 = the first)."""
-        return learning_rate_at(self, step)
 
     @property
     def steps(self) -> int:

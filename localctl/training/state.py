@@ -22,10 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 from localctl.files import first_line, read_json, share_weights, write_text
-from localctl.run.checkpoints import CheckpointError, save_checkpoint
+from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
 from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class
+from localctl.training.schedule import learning_rate_at
 from localctl.training.settings import TrainSettings
 from localctl.training.stats import StepStats
 
@@ -85,7 +86,7 @@ class TrainState:
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the coming step."""
-        rate = self.settings.learning_rate_at(self.step)
+        rate = learning_rate_at(self.settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

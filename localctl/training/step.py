@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from localctl.data.sample import Batch
 from localctl.diffusion import add_noise, timesteps_from_uniform
 from localctl.losses import LossTerms, local_control_loss
-from localctl.random import generator, noise
+from localctl.seeding import generator, noise
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 

@@ -15,22 +15,21 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.base import set_scheduler
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
-from localctl.data.bad import BadRow
+from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
 from localctl.files import write_bytes
 from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
 from localctl.masks import sample_mask
-from localctl.metrics.edges import EdgeScores, edge_scores
-from localctl.random import numpy_rng
+from localctl.metrics.edges import MIN_EDGES, EdgeScores, edge_scores
+from localctl.pipelines import set_scheduler
 from localctl.sampling import generate
+from localctl.seeding import numpy_rng
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings, ValidationConfig
 
-MIN_EDGES = 40  # edge pixels inside the mask; a case with fewer says nothing
 Beat = Callable[[], None]
 COLUMNS = ("condition, mask", "generated", "its condition", "real")
 

@@ -14,9 +14,9 @@ from tolerances import rounding
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from localctl.control.attention import Site
 from localctl.control.base import CallContext, Control
-from localctl.control.installation import Installation
-from localctl.control.sites import Site
+from localctl.control.processor import Installation
 from localctl.layout import Layout
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

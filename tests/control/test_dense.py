@@ -8,8 +8,8 @@ from control_helpers import assert_close, bare_pipe, context, golden, layer, ste
 from tolerances import rounding
 from torch import Tensor
 
+from localctl.control.attention import Scores, Site
 from localctl.control.dense import DenseModulation
-from localctl.control.sites import Scores, Site
 from localctl.layout import Layout, Region
 
 PROMPT = "w1 x w3 w4 y w6 w7 w8"  # between start and end: the golden's token spans

@@ -10,11 +10,11 @@ from diffusers import StableDiffusionPipeline
 from tolerances import rounding
 from torch import Tensor
 
-from localctl.attachment import attach
+from localctl.control.attach import attach
+from localctl.control.attention import Scores, Site
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.forward_guidance import ForwardGuidance, _BoundForward, _window
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Scores, Site
 from localctl.layout import Layout, Region
 
 SCENE = Layout("a cat with a big dog", regions=(Region("cat", (0, 0, 0.5, 0.5)), Region("big dog", (0.5, 0, 1, 1))))

@@ -16,14 +16,14 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from localctl.attachment import attach
+from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import Control
 from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
-from localctl.optimization.weights import optimize_weights
+from localctl.weight_search.weights import optimize_weights
 
 GUIDANCE = LayoutGuidance(end=1.0, threshold=0.0)
 

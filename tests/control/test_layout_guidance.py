@@ -14,13 +14,13 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipe
 from tolerances import rounding
 from torch import Tensor
 
-from localctl.attachment import attach
+from localctl.control.attach import attach
+from localctl.control.attention import Site
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import CallContext, EndOfRun
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import BoundGuidance, EnergyReader, LayoutGuidance
 from localctl.control.regions import BoundRegions
-from localctl.control.sites import Site
 from localctl.layout import Layout, Region
 
 STRONG: dict[str, Any] = {"threshold": 0.0, "scale": 300.0, "end": 0.5, "iterations": 2}

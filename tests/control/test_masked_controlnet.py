@@ -12,7 +12,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.attachment import attach
+from localctl.control.attach import attach
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.sampling import generate

@@ -9,8 +9,8 @@ from diffusers.models.attention_processor import Attention
 from tolerances import rounding
 from torch import Tensor
 
+from localctl.control.attention import Scores, Site
 from localctl.control.region_bias import RegionBias
-from localctl.control.sites import Scores, Site
 from localctl.layout import Layout, Region
 
 

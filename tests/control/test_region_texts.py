@@ -11,12 +11,12 @@ from attachment_helpers import LAYOUT, PROMPT, assert_same_draw, draw, in_double
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from localctl.attachment import attach
+from localctl.control.attach import attach
 from localctl.control.dense import DenseModulation
+from localctl.control.hidden_phrases import without_phrases
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
-from localctl.control.texts import without_phrases
 from localctl.layout import Layout, Region
 from localctl.sampling import generate
 

@@ -12,11 +12,11 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, Stab
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from localctl.attachment import attach
-from localctl.control.installation import Installation
+from localctl.control.attach import attach
+from localctl.control.attention import Site
+from localctl.control.processor import Installation
 from localctl.control.region_bias import RegionBias
 from localctl.control.regions import encode_texts
-from localctl.control.sites import Site
 from localctl.control.spacetime import SpaceTimeAttention, local_text
 from localctl.layout import Layout, Region
 

@@ -11,10 +11,10 @@ from attachment_helpers import LAYOUT, METHODS, PROMPT, Watch, quiet
 from composition_helpers import SQUARE, is_xl, sibling, with_controlnets
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, T2IAdapter
 
-from localctl.attachment import attach
-from localctl.base import set_scheduler
+from localctl.control.attach import attach
 from localctl.control.base import CallContext
 from localctl.control.layout_guidance import LayoutGuidance
+from localctl.pipelines import set_scheduler
 
 Seen = list[tuple[int, int, float]]
 PHOTO = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

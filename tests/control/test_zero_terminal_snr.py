@@ -14,18 +14,18 @@ from composition_helpers import sibling
 from diffusers import StableDiffusionPipeline
 
 from localctl.adapter import LocalAdapter
-from localctl.attachment import attach
+from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import CallContext
 from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.negative_prompts import NegativePrompts
-from localctl.control.schedule import SIGNAL_FLOOR, sigma_at
+from localctl.control.sigmas import SIGNAL_FLOOR, sigma_at
 from localctl.diffusion import eps_from_x0, v_from_eps, v_from_x0, x0_from_eps
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
-from localctl.optimization.weights import OptimizedSpaceTime, optimize_weights
 from localctl.sampling import generate
+from localctl.weight_search.weights import OptimizedSpaceTime, optimize_weights
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -105,7 +105,7 @@ def test_the_noise_level_is_computed_only_when_it_is_read(
         asked.append(timestep)
         return sigma_at(scheduler, timestep)
 
-    monkeypatch.setattr("localctl.attachment.sigma_at", counted)
+    monkeypatch.setattr("localctl.control.attach.sigma_at", counted)
     with attach(v_pipe, LAYOUT, [adapter_control(make_adapter()), METHODS["spacetime"](), METHODS["dense"]()]):
         draw(v_pipe)
     assert not asked

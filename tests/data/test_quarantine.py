@@ -5,7 +5,7 @@ import json
 import pytest
 
 from localctl.data import Problem, Quarantine, TooManyBadRows
-from localctl.data.bad import QUARANTINE
+from localctl.data.bad_rows import QUARANTINE
 
 
 def rows_of(path):

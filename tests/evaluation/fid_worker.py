@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-import evaluate_fid
+from localctl.cli import evaluate_fid
 from localctl.metrics.extractors import ClipExtractor
 
 

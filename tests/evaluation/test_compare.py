@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate_fid
-import evaluate_quantitative_metrics
+from localctl.cli import evaluate_fid
+from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
 from localctl.evaluation import compare as compare_module
+from localctl.evaluation.cache import Kept
 from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
-from localctl.evaluation.kept import Kept
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
 from localctl.metrics.bootstrap import Interval
-from localctl.micro.build.clip import new_clip, new_tokenizer
-from localctl.micro.build.export import export
-from localctl.micro.build.unet import new_unet
-from localctl.micro.build.vae import new_vae
 from localctl.micro.scenes import scene
+from research.micro_base.clip import new_clip, new_tokenizer
+from research.micro_base.export import export
+from research.micro_base.unet import new_unet
+from research.micro_base.vae import new_vae
 
 COUNT = 6
 

@@ -16,10 +16,10 @@ from diffusers import ControlNetModel
 from PIL import Image
 from process_helpers import start, wait_for
 
-import evaluate_fid
-import localctl.evaluation.drawn
+import localctl.evaluation.generated_set
 from localctl.adapter import LocalAdapter
-from localctl.evaluation.drawn import read_speed
+from localctl.cli import evaluate_fid
+from localctl.evaluation.generated_set import read_speed
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
@@ -107,7 +107,7 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
     first = [np.asarray(load_image(tmp_path / "fid" / f"{n}_prompts/images/000000.png")) for n in ("with", "without")]
     assert not np.array_equal(*first)
     again = [*arguments, f"output_dir={tmp_path / 'again'}"]
-    write, limit = localctl.evaluation.drawn.write_bytes, {"left": 0}
+    write, limit = localctl.evaluation.generated_set.write_bytes, {"left": 0}
 
     class Killed(BaseException):
         pass
@@ -120,17 +120,17 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
             raise Killed
         write(path, content)
 
-    monkeypatch.setattr(localctl.evaluation.drawn, "write_bytes", write_until_killed)
+    monkeypatch.setattr(localctl.evaluation.generated_set, "write_bytes", write_until_killed)
     for writes in (1, 4):
         limit["left"] = writes
         with pytest.raises(Killed):
             evaluate_fid.main(["gen", *again])
-    monkeypatch.setattr(localctl.evaluation.drawn, "write_bytes", write)
+    monkeypatch.setattr(localctl.evaluation.generated_set, "write_bytes", write)
     assert evaluate_fid.main(["gen", *again]) == 0
     after = {name: data for name, data in contents(tmp_path / "again").items() if not Path(name).name.startswith(".")}
     assert after == whole
     calls: list[Any] = []
-    monkeypatch.setattr(localctl.evaluation.drawn, "load_pipeline", lambda *a, **k: calls.append(a))
+    monkeypatch.setattr(localctl.evaluation.generated_set, "load_pipeline", lambda *a, **k: calls.append(a))
     assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # all there: nothing is even loaded
 
 
@@ -186,7 +186,7 @@ def test_two_processes_measure_as_one(arguments: list[str], adapter: str, tmp_pa
     assert evaluate_fid.main(["gen", *arguments]) == 0
     reference, folder = tmp_path / "fid" / "ref_micro_clip.npz", tmp_path / "fid" / "with_prompts"
     made = []
-    worker, root = Path(__file__).with_name("fid_worker.py"), Path(evaluate_fid.__file__).parent
+    worker, root = Path(__file__).with_name("fid_worker.py"), Path(__file__).parents[2]
     for count in (1, 2):
         reference.unlink(missing_ok=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]

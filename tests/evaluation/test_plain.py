@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate_quantitative_metrics
+from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
 from localctl.evaluation.plain import LEFT_OUT, image_files
 from localctl.micro.scenes import scene
 

@@ -12,19 +12,19 @@ import pytest
 import scorer_worker
 import torch
 
-import evaluate_fid
-import train_adapter
-from localctl.base import BaseConfig
+from localctl.cli import evaluate_fid
+from localctl.cli import train as train_adapter
+from localctl.cli.config import load_config
 from localctl.data import DataConfig
 from localctl.evaluation import scorer as scorer_module
 from localctl.evaluation.scorer import METRICS, make_scorer
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.statistics import Statistics
-from localctl.run.config import load_config
-from localctl.run.logging import read_stats
+from localctl.pipelines import BaseConfig
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.loop import prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, EarlyStoppingConfig, TrainSettings, ValidationConfig
+from localctl.training.trackers import read_stats
 
 CONFIG = EarlyStoppingConfig(
     every=2, patience=2, metric="frechet_micro_clip", num_images=5, batch_size=2, num_inference_steps=1
@@ -153,7 +153,7 @@ def test_two_processes_share_the_work_and_agree_with_one(tmp_path):
     one, batches = scorer_worker.statistics()
     assert batches == 4 and one.n == 6
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533"]
-    root = Path(train_adapter.__file__).parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     worker = [scorer_worker.__file__, str(tmp_path / "two.npz")]
     subprocess.run([*command, *worker], cwd=root, env=environment, check=True, timeout=300)

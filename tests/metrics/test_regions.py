@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from localctl.metrics.detection import Found, best_matches, box_iou, micro_shapes, transformers_detector
+from localctl.boxes import box_iou
+from localctl.metrics.detection import Found, best_matches, micro_shapes, transformers_detector
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
 from localctl.micro.scenes import scene
 

@@ -130,7 +130,7 @@ def tally(indices: Sequence[int], reader: Callable[[np.ndarray], Reading] = dete
 def asked_for(reader: Callable[[np.ndarray], Reading] = detect) -> Counter[tuple[str, bool]]:
     """Of the objects that the images were asked to show: whether the eye sees one ("yes"; "perhaps" where another name
     would do as well, or with doubt; "no"), and whether ``reader`` finds one."""
-    from localctl.evaluation.layout_benchmark.cases import cases  # torch is slow to import
+    from research.layout_benchmark.cases import cases  # torch is slow to import
 
     stored, all_labels, result = images(), labels(), Counter[tuple[str, bool]]()
     chosen = cases(SKIPPED + len(stored), "val")[SKIPPED:]

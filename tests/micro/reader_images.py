@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from localctl.base import BaseConfig, load_pipeline, set_scheduler, with_scheduler
-from localctl.evaluation.layout_benchmark.cases import cases
-from localctl.evaluation.layout_benchmark.methods import methods
+from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler, with_scheduler
 from localctl.sampling import generate
+from research.layout_benchmark.cases import cases
+from research.layout_benchmark.methods import methods
 
 COUNT, SKIPPED = 260, 100  # layouts of `val`; the first 100 are left to the tuning of the controls
 METHODS = ("guidance", "bias", "dense", "bias+guidance")  # and plain sampling

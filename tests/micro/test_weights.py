@@ -6,10 +6,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
-from localctl.base import MICRO_WEIGHTS
-from localctl.micro.build.clip import retrieval_top1
-from localctl.micro.report.measuring import round_trip, vae_figures
+from localctl.diffusion import round_trip
 from localctl.micro.scenes import scene
+from localctl.pipelines import MICRO_WEIGHTS
+from research.micro_base.clip import retrieval_top1
+from research.micro_base.report.measuring import vae_figures
 
 LIMIT = 40 * 10**6
 

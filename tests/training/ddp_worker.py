@@ -13,9 +13,9 @@ import torch
 from training_helpers import silent_run, tiny_settings
 
 from localctl.data.sample import Example
+from localctl.distributed import leave
 from localctl.losses import FILTERS, LossConfig
-from localctl.random import generator
-from localctl.run.processes import leave
+from localctl.seeding import generator
 from localctl.training import loop
 from localctl.training.settings import TrainSettings
 

@@ -16,10 +16,10 @@ from tolerances import rounding
 from training_helpers import loss_log
 
 from localctl.adapter import LocalAdapter
+from localctl.cli.config import load_config
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.diffusion import predict_x0
 from localctl.micro.scenes import scene
-from localctl.run.config import load_config
 from localctl.sampling import generate
 from localctl.training import loop
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training_helpers import silent_run, tiny_settings
 
-from localctl.base import load_pipeline
+from localctl.pipelines import load_pipeline
 from localctl.training.fingerprint import fingerprints, weights_digest
 from localctl.training.settings import DataConfig
 

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from training_helpers import tiny_settings
 
-import train_adapter
 from localctl.architectures import TABLE, BaseShape, read_shape
-from localctl.base import BaseConfig
+from localctl.cli import train as train_adapter
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
+from localctl.pipelines import BaseConfig
 from localctl.training.adapters import plan_adapter
 from localctl.training.dry_run import Estimator, present_plan, report
 from localctl.training.memory import OperationWatch, count_step

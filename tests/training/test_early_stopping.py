@@ -7,9 +7,9 @@ import torch
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.run.logging import read_stats
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.settings import EarlyStoppingConfig
+from localctl.training.trackers import read_stats
 
 
 def fed(config, scores):

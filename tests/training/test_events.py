@@ -13,17 +13,17 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
 from localctl.data import DataConfig, Example, collate
-from localctl.data.bad import Quarantine, TooManyBadRows
-from localctl.run import logging
-from localctl.run.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
-from localctl.run.lock import LOCK, FolderInUse, FolderLock
-from localctl.run.logging import Trackers, read_stats
-from localctl.run.workers import WorkerError
+from localctl.data.bad_rows import Quarantine, TooManyBadRows
+from localctl.data.workers import WorkerError
+from localctl.lock import LOCK, FolderInUse, FolderLock
 from localctl.training import loop
-from localctl.training.data_watch import DataWatch
+from localctl.training import trackers as logging
+from localctl.training.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
+from localctl.training.data_monitor import DataWatch
 from localctl.training.loop import prepare
 from localctl.training.settings import EarlyStoppingConfig
 from localctl.training.state import TrainState
+from localctl.training.trackers import Trackers, read_stats
 from localctl.training.validation import Validator
 
 SCORED = EarlyStoppingConfig(every=2)
@@ -265,7 +265,7 @@ def test_a_folder_removed_while_training_is_said_and_the_training_kept(settings,
 
 def test_a_second_run_in_the_folder_is_refused_before_anything_is_touched(settings, tmp_path, monkeypatch):
     (tmp_path / ".checkpoint-9.tmp").mkdir()
-    monkeypatch.setattr("localctl.run.lock._lives", lambda owner: True)
+    monkeypatch.setattr("localctl.lock._lives", lambda owner: True)
     held = FolderLock(tmp_path, print)
     with pytest.raises(FolderInUse, match="is in use by process"):
         silent_run(settings)

@@ -17,7 +17,7 @@ from process_helpers import finish, start
 from tolerances import rounding
 from training_helpers import loss_log, silent_run
 
-from localctl.base import BaseConfig
+from localctl.pipelines import BaseConfig
 from localctl.training.resume import weights_fingerprint
 from localctl.training.settings import DataConfig, TrainSettings
 

@@ -11,7 +11,7 @@ import pytest
 from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
-from localctl.run.checkpoints import list_checkpoints
+from localctl.training.checkpoints import list_checkpoints
 from localctl.training.settings import DataConfig, TrainSettings
 
 SAMPLES, BATCH, SAVE_EVERY = 5, 2, 2  # the third step crosses into the next epoch

@@ -5,9 +5,9 @@ import torch
 from diffusers import AutoencoderKL
 from training_helpers import tiny_settings
 
-from localctl.base import BaseConfig
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
+from localctl.pipelines import BaseConfig
 from localctl.sampling import generate
 from localctl.training.adapters import plan_adapter
 from localctl.training.models import load_models

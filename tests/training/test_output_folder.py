@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from training_helpers import loss_log, silent_run, tiny_settings
 
-from localctl.run.checkpoints import list_checkpoints
-from localctl.run.lock import LOCK
+from localctl.lock import LOCK
+from localctl.training.checkpoints import list_checkpoints
 from localctl.training.settings import DataConfig
 
 

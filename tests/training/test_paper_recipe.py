@@ -9,9 +9,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from localctl.run.config import CONFIG_DIR, load_config, schema_keys
+from localctl.cli.config import CONFIG_DIR, load_config, schema_keys
 from localctl.training.adapters import plan_adapter
-from localctl.training.schedule import bound_steps
+from localctl.training.schedule import bound_steps, learning_rate_at
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings, WandbConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("paper_*.yaml"))
@@ -50,12 +50,12 @@ def test_every_value_of_the_published_recipe():
     assert (canny.adam_weight_decay, canny.adam_epsilon, canny.max_grad_norm) == (1e-2, 1e-8, 1.0)
     assert (canny.lr_scheduler, canny.lr_warmup_steps) == ("linear", 500)
     bound = bound_steps(canny, 600_000)
-    assert (bound.learning_rate_at(250), bound.learning_rate_at(500), bound.learning_rate_at(750_000)) == (
+    assert (learning_rate_at(bound, 250), learning_rate_at(bound, 500), learning_rate_at(bound, 750_000)) == (
         4e-5,
         8e-5,
         0,
     )
-    assert bound.learning_rate_at(375_250) == pytest.approx(4e-5)
+    assert learning_rate_at(bound, 375_250) == pytest.approx(4e-5)
     assert (canny.train_batch_size, canny.gradient_accumulation_steps) == (4, 2)
     assert (canny.num_train_epochs, canny.max_train_steps) == (10, None)
     assert bound.max_train_steps == 750_000

@@ -20,15 +20,14 @@ from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl import losses
 from localctl.data import PlanSampler, SamplePlan
-from localctl.data.bad import Problem, TooManyBadRows
+from localctl.data.bad_rows import Problem, TooManyBadRows
 from localctl.data.config import DataConfig
+from localctl.distributed import leave
 from localctl.losses import FILTERS
-from localctl.run import checkpoints
-from localctl.run.checkpoints import list_checkpoints
-from localctl.run.logging import read_stats
-from localctl.run.processes import leave
-from localctl.training import loop
-from localctl.training.data_watch import new_watch
+from localctl.training import checkpoints, loop
+from localctl.training.checkpoints import list_checkpoints
+from localctl.training.data_monitor import new_watch
+from localctl.training.trackers import read_stats
 
 
 @pytest.fixture

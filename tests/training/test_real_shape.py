@@ -11,8 +11,8 @@ from training_helpers import tiny_settings
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from localctl.architectures import TABLE, BaseShape
-from localctl.base import freeze
 from localctl.data import Batch
+from localctl.pipelines import freeze
 from localctl.training.adapters import plan_adapter
 from localctl.training.dry_run import GIB, Estimator, Plan
 from localctl.training.models import Models

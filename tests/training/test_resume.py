@@ -6,10 +6,10 @@ import pytest
 import torch
 from training_helpers import silent_run, tiny_settings
 
+from localctl.cli.config import schema_keys
 from localctl.data import MicroScenes
-from localctl.run.checkpoints import verify_checkpoint
-from localctl.run.config import schema_keys
-from localctl.run.record import MASKED, FromEnvironment
+from localctl.redaction import MASKED, FromEnvironment
+from localctl.training.checkpoints import verify_checkpoint
 from localctl.training.resume import (
     FREE,
     changes,

@@ -16,12 +16,12 @@ import torch
 from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
-import train_adapter
-from localctl.run.checkpoints import find_checkpoint, list_checkpoints, verify_checkpoint
-from localctl.run.logging import read_stats
+from localctl.cli import train as train_adapter
 from localctl.training import loop
+from localctl.training.checkpoints import find_checkpoint, list_checkpoints, verify_checkpoint
 from localctl.training.loop import NotFiniteError
 from localctl.training.state import TrainState
+from localctl.training.trackers import read_stats
 
 
 def arguments(base, folder, *more):

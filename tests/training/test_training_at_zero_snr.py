@@ -10,8 +10,8 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from training_helpers import silent_run, tiny_settings
 
-from localctl.run.logging import read_stats
 from localctl.training.settings import ValidationConfig
+from localctl.training.trackers import read_stats
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])

@@ -11,7 +11,7 @@ from diffusers import T2IAdapter
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.run.checkpoints import list_checkpoints
+from localctl.training.checkpoints import list_checkpoints
 from localctl.training.settings import DataConfig
 
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from training_helpers import loss_log, silent_run, tiny_settings
 
-import train_adapter
+from localctl.cli import train as train_adapter
+from localctl.cli.config import load_config
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, files, open_files
-from localctl.run.config import load_config
-from localctl.training.data_watch import size_note
+from localctl.training.data_monitor import size_note
 from localctl.training.models import load_models
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 

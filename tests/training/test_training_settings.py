@@ -5,8 +5,8 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from localctl.data import DataConfig
-from localctl.training.schedule import LR_SCHEDULERS, bound_steps, schedule_notes
-from localctl.training.settings import AdapterConfig, TrainSettings, ValidationConfig
+from localctl.training.schedule import bound_steps, learning_rate_at, schedule_notes
+from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
@@ -23,7 +23,7 @@ def test_learning_rates_are_those_of_diffusers(name, warmup):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=30, num_cycles=3, power=2.0)
     for step in range(30):
-        assert settings.learning_rate_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert learning_rate_at(settings, step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         scheduler.step()
 

@@ -10,10 +10,10 @@ from localctl.conditions import ConditionConfig
 from localctl.data import BadRow, MicroScenes
 from localctl.images import to_pil
 from localctl.masks import MaskConfig
+from localctl.metrics.edges import MIN_EDGES
 from localctl.training.models import load_models
 from localctl.training.settings import ValidationConfig
 from localctl.training.validation import (
-    MIN_EDGES,
     Fidelity,
     References,
     Validator,

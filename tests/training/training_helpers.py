@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from localctl.base import BaseConfig
 from localctl.data import DataConfig
-from localctl.run.logging import read_stats
+from localctl.pipelines import BaseConfig
 from localctl.training.loop import prepare
 from localctl.training.settings import TrainSettings, ValidationConfig
+from localctl.training.trackers import read_stats
 
 TIMES = ("images_per_second", "data_wait_share")
 

@@ -1,0 +1,1 @@
+"""The programs: flags and settings, then one call of the library. Each has a `main(argv)`."""

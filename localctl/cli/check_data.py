@@ -1,0 +1,40 @@
+"""`python -m localctl.data check ARGUMENTS`, with the arguments of `train_adapter.py`: reads every row as the training
+would, prints counts, bad rows and what looks like a mistake, and writes a sheet of examples.
+
+More arguments: `--preview FILE.png`, `--preview_rows 8`, `--adapter_model_name_or_path FOLDER` to compare channels with
+an adapter. Ends with 0; 2 after a mistake in the arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from localctl.cli.check_settings import CheckSettings
+from localctl.cli.program import one_sentence
+from localctl.cli.training_flags import training_settings
+from localctl.messages import loading
+
+PROGRAM = "python -m localctl.data"
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the check ran, whatever it found; 2 after a mistake of the user's, named in one sentence."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = {"-h", "--help", "--version"} & set(argv)
+    if argv[:1] != ["check"] and not asked:
+        raise ValueError("Say what to do: check, as in `python -m localctl.data check data.path=FOLDER`; see --help.")
+    rest = argv[1:] if argv[:1] == ["check"] else argv
+    settings = training_settings(f"{PROGRAM} check", rest, CheckSettings, __doc__)
+    if settings is None:
+        return 0
+    with loading():
+        from localctl.cli.checking import check
+
+    print(check(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

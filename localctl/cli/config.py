@@ -1,0 +1,288 @@
+"""Configuration: YAML groups composed by Hydra, changed from the command line, checked against typed dataclasses.
+
+The command line mixes Hydra's spelling (``base=sd15 loss.weight=1e-3 experiment=NAME``) with the ecosystem's
+(``--max_train_steps 100``, ``--max-train-steps=100``); names and aliases are the same in both. Hydra only joins the
+groups: values are converted here by the type of the field they are for, so commas, parentheses and ``$`` in a prompt or
+a path mean nothing special.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from localctl.cli.arguments import BOOLS, VERSION
+from localctl.cli.help import help_text
+from localctl.cli.suggest import nearest
+from localctl.redaction import mark_environment
+from localctl.sizes import typed_size
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
+NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
+
+Settings = TypeVar("Settings")
+
+
+def load_config(
+    argv: Sequence[str],
+    schema: type[Settings],
+    *,
+    aliases: Mapping[str, str] = NO_ALIASES,
+    free_groups: Mapping[str, str] = NO_ALIASES,
+    elsewhere: Mapping[str, str] = NO_ALIASES,
+    name: str = "train",
+    config_dir: Path = CONFIG_DIR,
+) -> Settings:
+    """Compose ``config_dir/name.yaml`` with the choices in ``argv`` and return a checked ``schema`` instance.
+
+    Args:
+        argv: ``key=value``, ``group=option``, ``--key value``, ``--key=value``, and ``--key`` alone for a bool.
+        schema: a keyword-only dataclass; nested dataclasses are groups or sections.
+        aliases: flag -> key or group, where the ecosystem's name differs from ours.
+        free_groups: group -> key that takes a path or hub id given in place of an option (``base=./folder``).
+        elsewhere: flag of other programs -> a sentence that says what takes its place here.
+
+    Raises:
+        ValueError: one sentence naming the nearest known key, flag or option; or what the dataclasses object to.
+    """
+    groups = config_groups(name, config_dir)
+    keys = schema_keys(schema)
+    chosen: dict[str, str] = {}
+    changed: dict[str, str] = {}
+    for key, value in _read_arguments(argv, keys, groups, aliases, elsewhere):
+        if key not in groups:
+            changed[key] = value
+        elif value not in groups[key] and key in free_groups and _is_place(value):
+            changed[free_groups[key]] = value
+        else:
+            _check_known(f"option for {key}", value, groups[key])
+            chosen[key] = value
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            composed = compose(name, overrides=[f"{group}={option}" for group, option in chosen.items()])
+        raw, resolved = OmegaConf.to_container(composed), OmegaConf.to_container(composed, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The configuration {config_dir / name}.yaml cannot be resolved ({_on_one_line(error)})."
+        ) from error
+    values = cast(dict[str, Any], mark_environment(raw, resolved))
+    for key, value in changed.items():
+        _set(values, key.split("."), value)
+    return _build(schema, values, "")
+
+
+def _on_one_line(error: Exception) -> str:
+    """What an exception says: of YAML the place comes on a line of its own."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
+def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """Group -> its options, for the groups that ``config_dir/name.yaml`` is made of: another program's word of the same
+    name, like the folder of an adapter, is no group there."""
+    if not config_dir.is_dir():
+        raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
+    path = config_dir / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The configuration {path} cannot be read ({_on_one_line(error)}).") from error
+    defaults = content.get("defaults", []) if isinstance(content, dict) else []
+    names = sorted(group for entry in defaults or () if isinstance(entry, dict) for group in entry)
+    return {group: sorted(file.stem for file in (config_dir / group).glob("*.yaml")) for group in names}
+
+
+def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of every value in a dataclass and those nested in it."""
+    keys: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            keys |= schema_keys(hint, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = hint
+    return keys
+
+
+def settings_or_help(
+    program: str,
+    argv: Sequence[str],
+    schema: type[Settings],
+    *,
+    about: str | None = None,
+    aliases: Mapping[str, str] = NO_ALIASES,
+    free_groups: Mapping[str, str] = NO_ALIASES,
+    elsewhere: Mapping[str, str] = NO_ALIASES,
+    name: str = "train",
+) -> Settings | None:
+    """As :func:`load_config`; None when ``argv`` asks for ``--help`` or ``--version``, which is then printed.
+
+    ``about``: what the help begins with, the docstring of ``program``.
+    """
+    if "--version" in argv:
+        print(VERSION)
+        return None
+    if {"-h", "--help"} & set(argv):
+        defaults = load_config([], schema, aliases=aliases, name=name)
+        if about:
+            print(about.strip(), end="\n\n")
+        print(help_text(program, defaults, config_groups(name), CONFIG_DIR, aliases))
+        return None
+    return load_config(argv, schema, aliases=aliases, free_groups=free_groups, elsewhere=elsewhere, name=name)
+
+
+def _read_arguments(
+    argv: Sequence[str],
+    keys: Mapping[str, Any],
+    groups: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    elsewhere: Mapping[str, str],
+) -> list[tuple[str, str]]:
+    """``argv`` as (key or group, text) pairs, every name known; later ones win."""
+    known = [*keys, *groups, *aliases]
+    pairs: list[tuple[str, str]] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        flag = token.startswith("--")
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not flag and not equals:
+            raise ValueError(f"Cannot read the argument {token!r}; write key=value or --key value.")
+        name = name.replace("-", "_")
+        key = name if name in keys or name in groups else aliases.get(name, name)
+        if name in elsewhere and key not in keys and key not in groups:
+            raise ValueError(f"There is no {'--' if flag else ''}{name} here: {elsewhere[name]}")
+        if key not in keys and key not in groups:
+            _check_known("flag" if flag else "setting", name, known, show="--" if flag else "")
+        if flag and not equals:
+            value = _flag_value(name, keys.get(key), rest)
+        pairs.append((key, value))
+    return pairs
+
+
+def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
+    """The value that follows a flag, taken off ``rest``; a bool may stand alone and then means true."""
+    if hint is bool:
+        return rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"The flag --{name} needs a value.")
+    return rest.pop(0)
+
+
+def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> None:
+    """ValueError unless ``name`` is in ``known``, with what is near; a key may be asked for by its last part."""
+    if name not in known:
+        few = f"known are {', '.join(known)}." if kind.startswith("option") and known else "see --help."
+        hint = nearest(show + name, [show + item for item in known], few)
+        raise ValueError(f"There is no {kind} {show + name!r}; {hint}")
+
+
+def _is_place(value: str) -> bool:
+    """Whether a value looks like a folder or a hub id and not like a mistyped option."""
+    return "/" in value or value.startswith((".", "~")) or Path(value).exists()
+
+
+def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+    values[path[-1]] = value
+
+
+def _build(schema: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
+    """A ``schema`` instance from nested dicts. Keys may be missing (the dataclass has defaults), never unknown."""
+    hints = typing.get_type_hints(schema)
+    for name in values:
+        if name not in hints:
+            _check_known("setting", f"{prefix}{name}", [prefix + key for key in hints])
+    return schema(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
+
+
+_NULLS = ("null", "none")
+_SIZE = "resolution"  # last part of keys that hold [height, width]
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """``value`` from YAML, or text from the command line, as the type ``hint``. ValueError naming ``key``."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, _expect(value, Mapping, key, "a section of settings"), f"{key}.")
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, args, key)
+    if hint is str:
+        return _expect(value, (str, int, float), key, "text") if isinstance(value, str) else str(value)
+    if hint is bool:
+        found = value if isinstance(value, bool) else BOOLS.get(str(value).lower())
+        return _expect(found, bool, key, "true or false", given=value)
+    if hint in (int, float):
+        return _number(value, hint, key)
+    if key.endswith(_SIZE) and isinstance(value, str):
+        value = _size(value, key)
+    if isinstance(value, str):  # lists and mappings on the command line are YAML, like [1, 2] and {a: 1}
+        value = _parse(value, key)
+    if origin is tuple:
+        value = _expect(value, (list, tuple), key, "a list like [1, 2]")
+        if args[-1] is not Ellipsis and len(args) != len(value):
+            raise ValueError(f"{key} takes {len(args)} values, not {len(value)}.")
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_convert(item, kind, key) for item, kind in zip(value, kinds, strict=True))
+    value = _expect(value, Mapping, key, "a mapping like {a: 1}")
+    return {str(name): _convert(item, args[1], f"{key}.{name}") for name, item in value.items()}
+
+
+def _convert_union(value: Any, options: Sequence[Any], key: str) -> Any:
+    """The first of ``options`` that fits; ``null`` where None is one of them."""
+    if types.NoneType in options and (value is None or (isinstance(value, str) and value.lower() in _NULLS)):
+        return None
+    kinds = [option for option in options if option is not types.NoneType]
+    for kind in kinds[:-1]:
+        try:
+            return _convert(value, kind, key)
+        except ValueError:
+            continue
+    return _convert(value, kinds[-1], key)
+
+
+def _number(value: Any, kind: type, key: str) -> Any:
+    wanted = "a whole number" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+    try:
+        if kind is int and isinstance(value, (int, str)) and str(value).strip().lstrip("+-").isdigit():
+            return int(value)  # not by way of a float, which rounds large seeds
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.") from None
+    if kind is int and not number.is_integer():
+        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
+    return kind(number)
+
+
+def _size(text: str, key: str) -> Any:
+    """[height, width] from WIDTHxHEIGHT as people type it, or from the list itself."""
+    if not text.startswith("[") and typed_size(text) is None:
+        raise ValueError(f"{key} is a number, WIDTHxHEIGHT like 512x768, or [height, width], not {text!r}.")
+    return typed_size(text) or _parse(text, key)
+
+
+def _parse(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(
+            f"{key} cannot be read from {text!r}; write a list as [1, 2] and a mapping as {{a: 1}}."
+        ) from None
+
+
+def _expect(value: Any, kind: Any, key: str, wanted: str, given: Any = None) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} must be {wanted}, not {value if given is None else given!r}.")
+    return value

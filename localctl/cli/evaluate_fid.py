@@ -1,0 +1,59 @@
+"""How far drawn pictures are from photos: Fréchet distance (FID with Inception), KID, CMMD, CLIP score.
+
+  python evaluate_fid.py ref   data=imagefolder data.path=PHOTOS extractor=fid     statistics of the photos, once
+  python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                draws; repeat it after a stop
+  torchrun --nproc_per_node 2 evaluate_fid.py gen ...                              with several processes
+  python evaluate_fid.py score                                                     compares the two
+
+All three take the same arguments. `sample=KEY` draws one example num_images times.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from localctl.cli.config import settings_or_help
+from localctl.cli.program import one_sentence
+from localctl.evaluation.settings import FidSettings
+from localctl.messages import loading
+
+COMMANDS = {"ref": "make_reference", "gen": "draw", "score": "score"}  # -> functions of localctl.evaluation.fid
+PROGRAM = "evaluate_fid.py"
+ALIASES = {
+    "pretrained_model_name_or_path": "base",
+    "train_data_dir": "data.path",
+    "resolution": "data.resolution",
+    "caption_column": "data.caption_column",
+    "image_column": "data.image_column",
+}
+FREE_GROUPS = {"base": "base.name", "data": "data.name"}
+
+
+@one_sentence("evaluate_fid.py")
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else None
+    if command is None and not {"-h", "--help", "--version"} & set(argv):
+        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{PROGRAM} ref`; see --help.")
+    settings = settings_or_help(
+        f"{PROGRAM} {'|'.join(COMMANDS)}",
+        argv,
+        FidSettings,
+        about=__doc__,
+        aliases=ALIASES,
+        free_groups=FREE_GROUPS,
+        name="evaluate_fid",
+    )
+    if command is None or settings is None:
+        return 0
+    with loading():
+        from localctl.evaluation import fid
+
+    getattr(fid, COMMANDS[command])(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

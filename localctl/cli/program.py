@@ -1,0 +1,74 @@
+"""How programs tell their user what went wrong."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ParamSpec
+
+from tqdm import tqdm
+
+from localctl.messages import fail, plain_warnings
+
+Arguments = ParamSpec("Arguments")
+
+
+def tolerant(say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say`` that a terminal or pipe which is gone does not stop: nobody listens any more, but the work goes on."""
+
+    def said(text: str) -> None:
+        with suppress(OSError):
+            say(text)
+
+    return said
+
+
+@contextmanager
+def working(what: str, shown: bool = True) -> Iterator[None]:
+    """Context in which stderr shows ``what`` is being done, as a sign of life; after it the line is gone."""
+    options: dict[str, Any] = {} if shown else {"disable": True}  # where shown, TQDM_DISABLE decides
+    with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
+        yield
+
+
+def ended(program: str, error: ValueError | OSError) -> int:
+    """The exit code of an ``error``, which becomes one sentence on stderr: 2 for a ValueError, a mistake of the user's,
+    and 1 for an OSError, such as a full disk. Nothing is said, with 1 as well, where the reader of stdout has gone, as
+    ``--help | head`` does."""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 1
+    with suppress(OSError):  # nor may anybody read stderr
+        fail(program, error)
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _nobody_reads() -> bool:
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it ends
+        return True
+    return False
+
+
+def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
+    """Decorates a ``main``: what goes wrong in it becomes one sentence on stderr, behind the name of the ``program``,
+    and an exit code (:func:`ended`). Any other exception is a mistake of ours and goes its way."""
+
+    def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+        @functools.wraps(main)
+        def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            try:
+                with plain_warnings():
+                    code = main(*args, **kwargs)
+                    print(end="", flush=True)  # what is not read is found out here, not when Python ends
+                    return code
+            except (ValueError, OSError) as error:
+                return ended(program, error)
+
+        return guarded
+
+    return decorate

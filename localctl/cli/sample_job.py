@@ -1,0 +1,230 @@
+"""What a run of ``sample.py`` will do: everything looked up and checked, no model loaded."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import BaseShape, read_shape
+from localctl.cli.sample_base import check_karras, check_vae
+from localctl.cli.sample_inputs import (
+    AdapterJob,
+    Size,
+    check_one_shape,
+    choose_size,
+    follow,
+    read_sources,
+    size_multiple,
+)
+from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, plan
+from localctl.control.adapter_fit import check_base
+from localctl.distributed import process_device
+from localctl.layout import Layout, check_side
+from localctl.pipelines import BaseConfig, lasting_name, resolve_base
+from localctl.prompt_syntax import warn_of_syntax
+from localctl.weight_search.weights import OptimizedSpaceTime
+
+_OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs; ``options`` are the flags that reproduce it, ``variants`` the ways to generate.
+
+    size: (height, width) of the images. notes: sentences for the user, on what is not as one would guess.
+    """
+
+    layouts: list[Layout]
+    adapters: list[AdapterJob]
+    base: BaseConfig
+    device: torch.device
+    options: argparse.Namespace
+    variants: list[Variant]
+    size: Size
+    notes: list[str]
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Check everything that can be checked without loading a model. ValueError in one sentence."""
+    notes = _readable(options)
+    scenes = load_layouts(options)
+    _check_numbers(options)
+    _check_counts(options)
+    device = process_device(options.device)
+    found = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
+    base = _base(options, found)
+    variants = plan(options, base.name)
+    _say_sampling(options, variants, resolve_base(base.name).guidance_scale)
+    shape = read_shape(base)
+    sources = read_sources(options, found)
+    notes += [note for adapter in found if (note := check_base(adapter, base.name, shape))]
+    notes += _check_sampling(options, variants, base, shape)
+    own = _own_size(shape)
+    asked = _asked(options, scenes)
+    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
+    if None in asked:
+        check_one_shape(sources)
+    chosen = asked == (None, None) and bool(sources) and sources[0].size != size
+    why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
+    adapters, said = follow(options, found, sources, size, why)
+    options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
+    scenes = scenes or [Layout(prompt) for prompt in options.prompt]
+    layouts = [replace(scene, height=size[0], width=size[1]) for scene in scenes]
+    warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
+    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
+
+
+def _readable(options: argparse.Namespace) -> list[str]:
+    """Put a question mark where a text is no Unicode, as of a terminal in another encoding; a note on each, and on what
+    is easily taken for something else."""
+    notes = []
+    for name in ("prompt", "negative_prompt"):
+        value = getattr(options, name)
+        texts = value if isinstance(value, list) else [] if value is None else [value]
+        clean = [text.encode("utf-8", "replace").decode() for text in texts]
+        if clean != texts:
+            setattr(options, name, clean if isinstance(value, list) else clean[0])
+            notes.append(f"--{name} has characters that are no Unicode; they are read as question marks.")
+    if -1 in options.seeds:
+        notes.append("The seed -1 is a seed like any other, not a random one.")
+    return notes
+
+
+def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> BaseConfig:
+    """The base asked for, else that of the first adapter that says one. ValueError when that is not there."""
+    name = options.base
+    if name is None and adapters:
+        adapter = next((adapter for adapter in adapters if adapter.base), None)
+        if adapter is None or adapter.base is None:
+            raise ValueError("The adapter does not say which base it was trained on; give --base.")
+        name = adapter.base
+        try:
+            resolve_base(name)
+        except ValueError as error:
+            raise ValueError(
+                f"There is no base {name!r} here, which the adapter {adapter.name} was trained on; give --base."
+            ) from error
+    return BaseConfig(
+        name=name or "micro",
+        vae=options.vae,
+        revision=options.revision,
+        variant=options.variant,
+        dtype=options.dtype,
+        local_files_only=bool(options.local_files_only),
+    )
+
+
+def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
+    """Guidance scale and scheduler are recorded where they are one for all variants, so that a later default changes no
+    image."""
+    scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
+    schedulers = {variant.sampling.scheduler for variant in variants}
+    if options.guidance_scale is None and len(scales) == 1:
+        options.guidance_scale = scales.pop()
+    if options.scheduler is None and len(schedulers) == 1:
+        options.scheduler = schedulers.pop()
+
+
+def _check_sampling(
+    options: argparse.Namespace, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
+) -> list[str]:
+    """ValueError for a setting of the sampling that cannot be done; a note on one that does nothing."""
+    if any(isinstance(control, OptimizedSpaceTime) for variant in variants for control in variant.controls):
+        for name in ("clip_skip", "guidance_rescale"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")
+    if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
+        raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
+    layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
+    most = layers - shape.xl  # SDXL reads the last layer but one without any skip
+    if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
+        raise ValueError(f"--clip_skip is a whole number from 0 to {most} with this base, not {options.clip_skip}.")
+    if options.use_karras_sigmas:
+        for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
+            check_karras(base, scheduler)
+    check_vae(base, shape)
+    if options.negative_prompt and options.guidance_scale is not None and options.guidance_scale <= 1:
+        return ["--negative_prompt does nothing with a --guidance_scale of 1 or less."]
+    return []
+
+
+def _asked(options: argparse.Namespace, scenes: Sequence[Layout]) -> tuple[int | None, int | None]:
+    """The size that flags or layouts ask for. ValueError for layouts of several sizes, or another than the flags'."""
+    if options.resolution is not None and (options.height, options.width) != (None, None):
+        raise ValueError("Give either --resolution or --height and --width, not both.")
+    height, width = options.resolution or (options.height, options.width)
+    for name, side in (("height", height), ("width", width)):
+        check_side(name, side)
+    sizes = {scene.size for scene in scenes if scene.size is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"The layouts have several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes))}.")
+    if not sizes:
+        return height, width
+    there = sizes.pop()
+    asked = (height or there[0], width or there[1])
+    if asked != there:
+        raise ValueError(
+            f"The layout is {there[1]}x{there[0]} pixels but the image is to be {asked[1]}x{asked[0]}; "
+            "change the layout, or leave its size out."
+        )
+    return there
+
+
+def _recorded_size(options: argparse.Namespace, follows: bool, size: Size) -> tuple[int | None, int | None]:
+    """What the record says of the size: nothing where it is that of the layout or of the base."""
+    free = options.resolution is None and options.height is None and options.width is None
+    return (None, None) if free and not follows else size
+
+
+def _own_size(shape: BaseShape) -> Size:
+    """(height, width) of the base in pixels."""
+    sample = shape.parts["unet"].get("sample_size") or 64  # as the class has it
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * shape.vae_scale_factor, width * shape.vae_scale_factor
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name in ("num_inference_steps", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError("A seed is given twice in --seeds; give each one once.")
+    if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
+        raise ValueError("--guidance_scale and --weight must be finite numbers.")
+    if not 0 <= (options.guidance_rescale or 0.0) <= 1:
+        raise ValueError(f"--guidance_rescale lies between 0 and 1, not at {options.guidance_rescale}.")
+
+
+def _check_counts(options: argparse.Namespace) -> None:
+    """ValueError for flags of adapters without one, none of those that an adapter needs, or too many of one."""
+    if not options.adapter:
+        for name in _OF_ADAPTERS[:4]:
+            if getattr(options, name):
+                raise ValueError(f"--{name} is for an adapter, and there is none; give --adapter.")
+        return
+    if options.image and options.condition_image:
+        raise ValueError("Give either --image or --condition_image, not both.")
+    if not options.image and not options.condition_image:
+        raise ValueError("There is nothing to follow; give --image or --condition_image.")
+    for name in _OF_ADAPTERS:
+        count = len(getattr(options, name) or [None])
+        if count not in (1, len(options.adapter)):
+            raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
+
+
+def reproducing_options(job: Job) -> dict[str, Any]:
+    """The flags that repeat this run from anywhere: defaults that came from the adapter spelled out, paths absolute."""
+    return {
+        **vars(job.options),
+        "from_json": None,
+        "base": lasting_name(job.base.name),
+        "vae": job.base.vae and lasting_name(job.base.vae),
+        "adapter": [item.saved.place for item in job.adapters] or None,
+        "layout": layout_paths(job.options) or None,
+    }

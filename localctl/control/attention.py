@@ -1,0 +1,170 @@
+"""The attention layers of a U-Net as places to control: where each is, its scores, the wrapper round its processor.
+
+Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the picture), K keys
+(tokens or cells), d width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention layer: its ``name`` in the U-Net, whether it looks at the text (``cross``) or at the picture
+    itself, and the (h, w) of its cells."""
+
+    name: str
+    cross: bool
+    size: tuple[int, int]
+
+    @property
+    def cells(self) -> int:
+        return self.size[0] * self.size[1]
+
+
+def level_sizes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(h, w) within each down block of a ``UNet2DConditionModel`` and, last, its middle block: ceil halving."""
+    sizes = [latent_size]
+    for block in unet.down_blocks:
+        height, width = sizes[-1]
+        shrinks = getattr(block, "downsamplers", None) is not None
+        sizes.append(((height + 1) // 2, (width + 1) // 2) if shrinks else (height, width))
+    return sizes
+
+
+def attention_sites(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[Site, Attention]]:
+    """All attention layers of the U-Net's transformers, in the order they run, for latents of this (h, w)."""
+    sizes = level_sizes(unet, latent_size)
+    down, middle = sizes[:-1], sizes[-1]
+    parts = [
+        (f"down_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.down_blocks, down, strict=True))
+    ]
+    parts.append(("mid_block", unet.mid_block, middle))
+    parts += [
+        (f"up_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.up_blocks, down[::-1], strict=True))
+    ]
+    return [
+        (Site(f"{prefix}.{name}", module.is_cross_attention, size), module)
+        for prefix, block, size in parts
+        if block is not None
+        for name, module in block.named_modules()
+        if isinstance(module, Attention) and name.rpartition(".")[2] in ("attn1", "attn2")
+    ]
+
+
+class Moments(NamedTuple):
+    """Of the vectors of each row and head: their mean (r,H,1,d), the sum of the products of their deviations from it
+    (r,H,d,d), and how many they are."""
+
+    mean: Tensor
+    spread: Tensor
+    number: int
+
+
+class Scores:
+    """The scores of one site in one call, computed when asked for and no more of them than asked for.
+
+    scores = scale * q k^T, in float32, from the global prompt as the U-Net was given it, before any bias. ``mask`` is
+    the attention mask that the U-Net itself set, which is rare: (R, 1 or Q, K), or None.
+    """
+
+    def __init__(
+        self, attn: Attention, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None, guided: slice
+    ) -> None:
+        self.attn = attn
+        self.hidden_states = hidden_states  # (R,Q,C)
+        self.source = hidden_states if text is None else text  # (R,K,C')
+        self.mask = mask
+        self.guided = guided
+
+    @property
+    def rows(self) -> int:
+        """n, the number of rows that carry the prompt."""
+        return self.guided.stop - self.guided.start
+
+    @property
+    def keys(self) -> int:
+        return self.source.shape[1]
+
+    @cached_property
+    def query(self) -> Tensor:
+        """(n, H, Q, d), as projected, for the rows that carry the prompt."""
+        return self._query(self.guided)
+
+    @cached_property
+    def key(self) -> Tensor:
+        """(n, H, K, d), as projected, for the rows that carry the prompt."""
+        return self._key(self.guided)
+
+    def _query(self, rows: slice) -> Tensor:
+        query = self._heads(self.attn.to_q(self.hidden_states[rows]))
+        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+
+    def _key(self, rows: slice) -> Tensor:
+        source = self.source[rows]
+        if self.attn.norm_cross and self.source is not self.hidden_states:
+            source = self.attn.norm_encoder_hidden_states(source)
+        key = self._heads(self.attn.to_k(source))
+        return key if self.attn.norm_k is None else self.attn.norm_k(key)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+
+    @cached_property
+    def _guided(self) -> tuple[Tensor, Tensor]:
+        return self.query, self.key.float().transpose(-1, -2) * self.attn.scale
+
+    def block(self, queries: slice) -> Tensor:
+        """(n, H, q, K) float32: the scores of these queries, for the rows that carry the prompt; yours to change."""
+        query, key = self._guided
+        return query[:, :, queries].float() @ key
+
+    @cached_property
+    def std(self) -> Tensor:
+        """(n,): the unbiased standard deviation of each prompt row's scores, over heads and entries, without a mask.
+
+        With q = mean(q) + q', k = mean(k) + k', each head's scores are the sum of four parts that are orthogonal over
+        the entries, so that the sum of their squares needs the moments of q and k alone, and nothing cancels.
+        """
+        squares, means, count = self._moments(_moments(self.query), self.key_moments)
+        spread = count * (means - means.mean(dim=1, keepdim=True)) ** 2  # (n,H)
+        return ((squares + spread).sum(dim=1) / (count * means.shape[1] - 1)).sqrt()
+
+    @cached_property
+    def global_std(self) -> Tensor:
+        """(): one standard deviation over all rows, heads and entries, as published; of the masked scores if masked."""
+        query, key = self._query(slice(None)), self._key(slice(None))
+        if self.mask is not None:
+            scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
+            return (scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])).std()
+        squares, means, count = self._moments(_moments(query), _moments(key))
+        spread = count * (means - means.mean()) ** 2
+        return ((squares + spread).sum() / (count * means.numel() - 1)).sqrt()
+
+    @cached_property
+    def key_moments(self) -> Moments:
+        """The moments of :attr:`key`. They may be set by somebody who has them from another call with the same text."""
+        return _moments(self.key)
+
+    def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
+        """Per row and head: squared deviations from the head's mean, summed (r,H); the mean (r,H); entries per head."""
+        q, k = query.mean, key.mean  # (r,H,1,d)
+        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.number
+        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.number
+        squares = of_queries + of_keys + (query.spread * key.spread).sum(dim=(2, 3))
+        scale = self.attn.scale
+        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.number * key.number
+
+
+def _moments(vectors: Tensor) -> Moments:
+    """Of vectors (r,H,count,d)."""
+    vectors = vectors.float()
+    mean = vectors.mean(dim=2, keepdim=True)
+    away = vectors - mean  # the sum of squares about zero would cancel
+    return Moments(mean, away.transpose(-1, -2) @ away, vectors.shape[2])

@@ -1,0 +1,256 @@
+"""What stands in front of an attention processor during a call of the U-Net, and how the original comes back."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from localctl.control.attention import Scores, Site
+from localctl.control.base import BoundControl, CallContext
+from localctl.control.mask_check import MaskCheck
+
+User = tuple[BoundControl, CallContext]
+_VIEWING = tuple(
+    f"diffusers.models.attention_processor.{name}"
+    for name in ("AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0")
+)
+
+
+class SteeredProcessor(nn.Module):
+    """Stands in front of an attention processor for one call of the U-Net and adds what the controls ask for.
+
+    It calls the processor it wraps, whatever that is, with the sum of the controls' biases as attention mask. Without a
+    bias it passes the call on untouched. A Module, so that weights in the wrapped processor still move with the U-Net.
+    """
+
+    def __init__(self, inner: Any, site: Site) -> None:
+        super().__init__()
+        kind = type(inner).__name__
+        if "XFormers" in kind:
+            raise ValueError(
+                f"{kind} takes no attention bias; call pipe.disable_xformers_memory_efficient_attention() first."
+            )
+        self.inner = inner
+        self.site = site
+        self.users: list[User] = []
+        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # of the output under a mask
+        # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
+        self.__dict__["__call__"] = inner.__call__
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | tuple[Any, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        # With an IP-Adapter, the context is (text, pictures).
+        text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
+        if hidden_states.shape[1] != self.site.cells:
+            raise ValueError(
+                f"The attention layer {self.site.name} was given {hidden_states.shape[1]} cells in place of "
+                f"{self.site.cells}, so controls cannot tell places; take off what merges or splits them (ToMe or "
+                "HyperTile, for example)."
+            )
+        context = self.users[0][1]
+        scores = Scores(attn, hidden_states, text, attention_mask, context.guided_rows)
+        chunk = min(user.max_queries(self.site, scores) for user, _ in self.users)
+        parts = [slice(first, first + chunk) for first in range(0, hidden_states.shape[1], chunk)]
+        if self.site.cross or len(parts) == 1:
+            # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
+            bias = _joined([self._bias(scores, part) for part in parts])
+            mask = self._mask(attn, scores, bias, slice(None))
+            with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
+                output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+            if bias is not None and self.check is not None:
+                self.check(attn, self.inner, scores, mask, output)
+            return self._mixed(attn, hidden_states, encoder_hidden_states, output, **kwargs)
+        return self._in_parts(attn, scores, parts, **kwargs)
+
+    def _in_parts(self, attn: Attention, scores: Scores, parts: Sequence[slice], **kwargs: Any) -> Tensor:
+        """Self-attention with one call per part of the queries, so that no mask for all of them is ever held."""
+        hidden_states = scores.hidden_states
+        if getattr(attn, "fused_projections", False):
+            raise ValueError(
+                "Projections are fused, which keeps large self-attention from being cut; "
+                "call pipe.unfuse_qkv_projections() first."
+            )
+        first = self._bias(scores, parts[0])
+        if first is None:  # the controls agree: nothing here
+            return self.inner(attn, hidden_states, None, scores.mask, **kwargs)
+        outputs = []
+        for index, part in enumerate(parts):
+            mask = self._mask(attn, scores, self._bias(scores, part) if index else first, part)
+            with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
+                outputs.append(self.inner(attn, hidden_states[:, part], hidden_states, mask, **kwargs))
+        return torch.cat(outputs, dim=1)
+
+    def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
+        """The output after the controls that mix in other texts."""
+
+        def attend(text: Tensor, rows: Sequence[int]) -> Tensor:
+            chosen = list(rows)
+            pictures = [part[chosen] for part in source[1]] if isinstance(source, tuple) else None
+            return self.inner(attn, hidden_states[chosen], text if pictures is None else (text, pictures), **kwargs)
+
+        for user, context in self.users if self.site.cross else ():
+            mixed = user.mix_attention(context, self.site, output, attend)
+            output = output if mixed is None else mixed
+        return output
+
+    def _bias(self, scores: Scores, queries: slice) -> Tensor | None:
+        """(n, 1 or H, q, K): the sum over the controls; None for nothing. Those that read see the sum."""
+        total: Tensor | None = None
+        for user, context in self.users:
+            bias = user.attention_bias(context, self.site, scores, queries)
+            if bias is not None:
+                total = bias if total is None else total + bias
+        for user, context in self.users:
+            user.read_attention(context, self.site, scores, queries, total)
+        return total
+
+    def _mask(self, attn: Attention, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
+        """The attention mask (R*H, q, K) or (R, q, K) for the wrapped processor, which repeats the latter per head."""
+        mask = scores.mask
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, queries]
+        if bias is None:
+            return mask
+        rows, heads = scores.hidden_states.shape[0], bias.shape[1]
+        # Processors that attend by hand do so in float32 on some bases, and want the mask alike.
+        upcast = attn.upcast_attention and "2_0" not in type(self.inner).__name__
+        full = torch.zeros(
+            rows, *bias.shape[1:], device=bias.device, dtype=torch.float32 if upcast else scores.query.dtype
+        )
+        if full.dtype != torch.float32:  # a large noise level can leave half precision, and inf - inf is not a number
+            most = torch.finfo(full.dtype).max / 2
+            bias = bias.clamp(-most, most)
+        full[scores.guided] = bias.to(full.dtype)
+        full = full.flatten(0, 1)  # (R*H,q,K)
+        if mask is None:
+            return full
+        return full + (mask if mask.shape[0] == full.shape[0] else mask.repeat_interleave(heads, dim=0))
+
+
+@contextmanager
+def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None, rows: int) -> Iterator[None]:
+    """Keep diffusers from copying a mask (R,q,K) for every head where the processor can do with a view.
+
+    ``Attention.prepare_attention_mask`` repeats it to (R*H,q,K), which these processors then view as (R,H,q,K).
+    """
+    kind = f"{type(processor).__module__}.{type(processor).__name__}"
+    if mask is None or mask.shape[0] != rows or kind not in _VIEWING:
+        yield
+        return
+    own = vars(attn).get("prepare_attention_mask")
+    attn.prepare_attention_mask = lambda given, *args, **kwargs: given[:, None].expand(-1, attn.heads, -1, -1)
+    try:
+        yield
+    finally:
+        del attn.prepare_attention_mask
+        if own is not None:
+            attn.prepare_attention_mask = own
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The biases of all parts of the queries as one."""
+    given = [part for part in parts if part is not None]
+    assert len(given) in (0, len(parts)), "a control has a bias for all queries of a site or for none"
+    return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
+
+
+class _Uncompiled:
+    """What is compiled runs as it is written while anybody wants it. torch has one stance for the whole process, so it
+    is counted who wants it, in whatever order and thread they come and go; the last one puts the stance back."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        """One more."""
+        with self._lock:
+            if not self._users:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._users += 1
+
+    def leave(self) -> None:
+        """One less."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
+
+
+def users_of(attn: Attention) -> list[User]:
+    """Who steers this layer at the moment."""
+    current = _holder(attn)["processor"]
+    return list(current.users) if isinstance(current, SteeredProcessor) else []
+
+
+def _holder(attn: Attention) -> Any:
+    """Where the layer keeps its processor: one with weights is a submodule, any other a plain attribute. Writing there
+    in place keeps the order."""
+    return attn._modules if "processor" in attn._modules else vars(attn)
+
+
+class Installation:
+    """The processors that are wrapped for one call of the U-Net, to be put back after it.
+
+    While any is, what ``torch.compile`` has compiled runs as it is written: a graph would be made for these very
+    wrappers, and again for those of each step. ``check`` looks at their outputs.
+    """
+
+    def __init__(self, check: MaskCheck | None = None) -> None:
+        self.check = check
+        self._originals: list[tuple[dict[str, Any], Any]] = []
+        self._uncompiled = False
+
+    def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
+        """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
+        holder = _holder(attn)
+        current = holder["processor"]
+        if not isinstance(current, SteeredProcessor):
+            self._keep(holder, current)
+            current = holder["processor"] = SteeredProcessor(current, site)
+            current.check = self.check
+        current.users.append((user, context))
+
+    def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
+        """Let ``users`` alone steer this layer, in place of those that do now."""
+        holder = _holder(attn)
+        current = holder["processor"]
+        inner = current.inner if isinstance(current, SteeredProcessor) else current
+        if users:
+            wrapper = SteeredProcessor(inner, site)
+            wrapper.users.extend(users)
+        if users or inner is not current:
+            self._keep(holder, current)
+            holder["processor"] = wrapper if users else inner
+
+    def _keep(self, holder: dict[str, Any], processor: Any) -> None:
+        if not self._originals and "torch._dynamo" in sys.modules:  # else nothing is compiled
+            _UNCOMPILED.enter()
+            self._uncompiled = True
+        self._originals.append((holder, processor))
+
+    def undo(self) -> None:
+        """Put the very same processors back; a second time does nothing."""
+        while self._originals:
+            holder, original = self._originals.pop()
+            holder["processor"] = original
+        if self._uncompiled:
+            self._uncompiled = False
+            _UNCOMPILED.leave()

@@ -1,1 +1,0 @@
-"""What every trainer shares: configuration, checkpoints, logging."""

@@ -1,0 +1,67 @@
+"""The first lines of a run: what it is going to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from localctl.data.sample import Source
+from localctl.messages import warning
+from localctl.training.checkpoints import room, room_left
+from localctl.training.data_monitor import announced, brings_masks, remarks
+from localctl.training.export import effective_batch
+from localctl.training.schedule import schedule_notes
+from localctl.training.state import TrainState
+
+
+def announcement(state: TrainState, source: Source, output_dir: Path, *, scored: bool) -> str:
+    """What is about to be trained, on what, for how long. scored: whether early stopping has a score to go by."""
+    settings, models, accelerator = state.settings, state.models, state.accelerator
+    trained = sum(p.numel() for p in models.plain_adapter.parameters())
+    frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
+    terms = settings.loss
+    loss = "denoising in the mask" if terms.mask_denoising else "denoising"
+    if terms.denoising_weight != 1:
+        loss = f"{terms.denoising_weight:g} x {loss}"
+    if terms.filter != "none":
+        loss += f" + {terms.weight:g} x {terms.filter} in the mask ({terms.schedule})"
+    batch = effective_batch(settings) * accelerator.num_processes
+    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    begin = f"from {state.step} " if state.step else ""
+    steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
+    if settings.early_stopping.every and not scored:
+        steps += "; no score was given, so early stopping is off"
+    elif settings.early_stopping.every:
+        steps += f"; or until {settings.early_stopping.metric or 'the score'} gets no better"
+    masks = "the data's masks" if brings_masks(source) else f"{settings.mask.kind} masks"
+    return "\n".join(
+        (
+            f"base        {settings.base.name}, frozen ({frozen:,} parameters)",
+            f"adapter     {models.plain_adapter.config['adapter_type']} ({trained:,} parameters, trained)",
+            f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
+            f"loss        {loss}",
+            f"data        {announced(settings.data, source)}",
+            *(f"data        {remark}" for remark in remarks(settings, source)),
+            f"steps       {steps}",
+            *(f"steps       {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
+            f"output      {output_dir}",
+        )
+    )
+
+
+def short_of_room(state: TrainState, folder: Path) -> str:
+    """A warning where the disk has too little room for what the run will write; empty where it has enough."""
+    settings = state.settings
+    adapter = sum(p.numel() * p.element_size() for p in state.models.plain_adapter.parameters())
+    files = [adapter, adapter]  # both forms
+    if settings.checkpointing_steps:
+        files += [adapter, adapter // 2 if settings.use_8bit_adam else 2 * adapter, adapter if settings.use_ema else 0]
+    free, largest = room(folder)
+    if free >= sum(files) and largest >= max(files):
+        return ""
+    what = "the adapter and a checkpoint" if settings.checkpointing_steps else "the adapter"
+    return warning(
+        f"{what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less room in "
+        f"{folder}{room_left(folder)}"
+    )

@@ -1,0 +1,108 @@
+"""What is compared: rows, each an experiment in ``config/experiment``, and the settings of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localctl.cli.config import load_config
+from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+
+FLOOR = "base"
+WITHOUT, METHOD = "feature_masked", "sobel"  # the two headline rows
+SWEEP = "sweep"
+CHECKPOINTS = 100  # steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant of the training. title: as tables call it."""
+
+    name: str
+    title: str
+
+    @property
+    def experiment(self) -> str:
+        return f"ablation_{self.name}"
+
+    @property
+    def headline(self) -> bool:
+        """Whether it is trained with every seed."""
+        return self.name in (WITHOUT, METHOD)
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        Row("plain", "plain T2I-Adapter, whole condition"),
+        Row("input_masked", "masked at the input"),
+        Row(WITHOUT, "features masked"),
+        Row("mse", "+ latent MSE in the mask"),
+        Row(METHOD, "+ Sobel in the mask (the method)"),
+        Row("sobel_snr", "the method, weighted by the SNR"),
+        Row("sobel_nearest", "the method, mask_resize nearest"),
+        Row("sobel_inside", "the method, mask_resize inside"),
+        Row("sobel_cover", "the method, mask_resize cover"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training to be measured. name: of its files; row: which one, or ``sweep``; title: as tables call it;
+    overrides: of the configuration, as on the command line."""
+
+    name: str
+    row: str
+    title: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    def settings(self, base: str, output_dir: str) -> TrainSettings:
+        """How it is trained. ValueError for overrides that make no sense."""
+        more = (f"base={base}", f"seed={self.seed}", f"output_dir={output_dir}", f"checkpointing_steps={CHECKPOINTS}")
+        argv = (*self.overrides, *more, "validation_steps=0", "report_to=none", "resume_from_checkpoint=latest")
+        return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every combination of these, trained for ``steps`` with the first seed; and once without the local term."""
+
+    weights: Sequence[float]
+    schedules: Sequence[str]
+    normalise: Sequence[str]
+    steps: int
+
+
+def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:
+    """The cells of the rows in ``names``: headline rows with every seed, the others with the first; seeds outermost, so
+    that a table of one seed stands early. more: overrides of every cell. ValueError for an unknown row, or no seed."""
+    for name in names:
+        if name not in ROWS:
+            raise ValueError(f"There is no row {name!r}; choose from {', '.join(ROWS)}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"The seeds must be different, and at least one, not {list(seeds)}.")
+    length = () if steps is None else (f"max_train_steps={steps}",)
+    rows = [row for name, row in ROWS.items() if name in names]
+    return [
+        Cell(f"{row.name}_seed{seed}", row.name, row.title, seed, (f"experiment={row.experiment}", *length, *more))
+        for seed in seeds
+        for row in rows
+        if row.headline or seed == seeds[0]
+    ]
+
+
+def sweep_cells(sweep: Sweep, seed: int, more: Sequence[str] = ()) -> list[Cell]:
+    """The cells of a sweep; the first is trained without the local term (weight 0 of every curve)."""
+    length = f"max_train_steps={sweep.steps}"
+    zero = (f"experiment={ROWS[WITHOUT].experiment}", length, *more)
+    cells = [Cell(f"{SWEEP}_none", SWEEP, "no local term", seed, zero)]
+    for schedule in sweep.schedules:
+        for normalise in sweep.normalise:
+            for weight in sweep.weights:
+                changed = (f"loss.schedule={schedule}", f"loss.normalise={normalise}", f"loss.weight={weight!r}")
+                overrides = (f"experiment={ROWS[METHOD].experiment}", length, *more, *changed)
+                name, title = f"{SWEEP}_{schedule}_{normalise}_{weight:g}", f"{schedule}, {normalise}, {weight:g}"
+                cells.append(Cell(name, SWEEP, title, seed, overrides))
+    return cells

@@ -1,0 +1,189 @@
+"""Memory and time of optimising the weights of space-time attention.
+
+  python research/benchmarks/spacetime_optimization.py memory  # peak for 10 and for 50 steps, and their ratio
+  python research/benchmarks/spacetime_optimization.py time  # a step of two objects, a plain guided one
+
+Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
+which leaves out what libraries hold for themselves. Time: the median of --repeats, per step; on a CPU that of this
+process alone, whatever else the machine does. Its parts: the forward run with gradients and local descriptions, what
+looks at the picture, and the backward pass, which runs every step once more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from localctl.cli.program import one_sentence
+from localctl.control.attach import attach
+from localctl.control.spacetime import SpaceTimeAttention
+from localctl.layout import Layout, Region
+from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
+from localctl.sampling import image_size, initial_noise
+from localctl.weight_search.differentiable import decode, encode, sample_latents
+from localctl.weight_search.objective import ClipObjective
+from localctl.weight_search.weights import find_clip
+
+SCENE = Layout(
+    "a red circle to the left of a blue square",
+    regions=(Region("red circle", (0.05, 0.3, 0.45, 0.7)), Region("blue square", (0.55, 0.3, 0.95, 0.7))),
+)
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", choices=("memory", "time"))
+    add("--base", default="micro")
+    add("--clip", default="auto", help="folder or hub id of a CLIPModel")
+    add("--steps", nargs="+", type=int, default=[10, 50], help="of the two memory runs; time takes the first")
+    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the base's own")
+    add("--repeats", type=int, default=5)
+    add("--device", default="cpu")
+    add("--no_checkpointing", action="store_true", help="memory as it would be without")
+    return parser
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is active and still alive; ``known`` ones are left out."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return output
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = self._seen[storage] = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, size)
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+class Bench:
+    """One picture of SCENE on one base."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)
+        self.clip = find_clip(options.clip, self.pipe)
+        self.size = tuple(options.size) if options.size else image_size(self.pipe, [SCENE], {})
+        self.guidance_scale = resolve_base(options.base).guidance_scale
+        self.noise = initial_noise(self.pipe, 0, *self.size)
+        self.objective = ClipObjective(self.clip, SCENE, self.size)
+        self.checkpointing = not options.no_checkpointing
+
+    def sample(self, weights: Tensor | None, steps: int) -> Tensor:
+        """Latents of a plain run (None), or with these weights."""
+        controls = [] if weights is None else [SpaceTimeAttention(weights=weights)]
+        with attach(self.pipe, SCENE, controls):
+            conditioning = encode(self.pipe, SCENE.prompt, self.size, self.guidance_scale, None)
+            return sample_latents(self.pipe, conditioning, self.noise, steps, checkpointing=self.checkpointing)
+
+    def loss(self, weights: Tensor, steps: int) -> Tensor:
+        return self.objective(decode(self.pipe, self.sample(weights, steps)))
+
+    def epoch(self, steps: int) -> dict[str, float]:
+        """Seconds of the parts of one epoch: forward, looking (VAE and CLIP), backward."""
+        weights = torch.full((steps, len(SCENE.regions)), 0.5, requires_grad=True)
+        with attach(self.pipe, SCENE, SpaceTimeAttention(weights=weights)):
+            conditioning = encode(self.pipe, SCENE.prompt, self.size, self.guidance_scale, None)
+            start = self.now()
+            latents = sample_latents(self.pipe, conditioning, self.noise, steps, checkpointing=self.checkpointing)
+            sampled = self.now()
+            loss = self.objective(decode(self.pipe, latents))
+            seen = self.now()
+            with torch.autograd.set_multithreading_enabled(False):
+                loss.backward()
+        return {"forward": sampled - start, "VAE and CLIP": seen - sampled, "backward": self.now() - seen}
+
+    def now(self) -> float:
+        """Seconds: of a clock on a GPU, of this process on a CPU."""
+        if self.pipe.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak(self, run: Callable[[], Any]) -> int:
+        """Bytes at the peak of ``run``, beyond what is there before it."""
+        if self.pipe.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        models = (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder, self.clip.model)
+        with LiveBytes([parameter for model in models for parameter in model.parameters()]) as counted:
+            run()
+        return counted.peak
+
+
+def memory(bench: Bench, steps: Sequence[int]) -> None:
+    """Print the peak of one epoch for each number of steps, and the ratio of the last to the first."""
+    peaks = []
+    for count in steps:
+        peaks.append(bench.peak(partial(bench.epoch, count)))
+        print(f"{count} steps: peak {peaks[-1] / 2**20:.1f} MiB beyond the models")
+    print(f"ratio {steps[-1]} / {steps[0]} steps: {peaks[-1] / peaks[0]:.3f}")
+
+
+def timing(bench: Bench, steps: int, repeats: int) -> None:
+    """Print the time per step of a plain guided run and of the parts of an epoch, and their ratios."""
+    constant = torch.full((steps, len(SCENE.regions)), 0.5)
+    rows: dict[str, list[float]] = {}
+    for index in range(repeats + 1):
+        parts = {}
+        for name, weights in (("plain guided step", None), ("with local descriptions", constant)):
+            start = bench.now()
+            with torch.no_grad():
+                bench.sample(weights, steps)
+            parts[name] = bench.now() - start
+        epoch = bench.epoch(steps)
+        parts |= {f"optimising: {name}": seconds for name, seconds in epoch.items()}
+        parts["optimising: all"] = sum(epoch.values())
+        for name, seconds in parts.items() if index else ():  # the first is for warming up
+            rows.setdefault(name, []).append(seconds / steps)
+    plain = statistics.median(rows["plain guided step"])
+    for name, values in rows.items():
+        print(f"{name}: {1000 * statistics.median(values):.1f} ms per step, {statistics.median(values) / plain:.2f} x")
+
+
+@one_sentence("spacetime_optimization")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    options = new_parser().parse_args(argv)
+    bench = Bench(options)
+    if options.what == "memory":
+        memory(bench, options.steps)
+    else:
+        timing(bench, options.steps[0], options.repeats)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The measurement of ``python -m research.control_share``: cases, images, scores, and what is written of them."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from localctl.adapter import LocalAdapter
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import read_shape
+from localctl.boxes import box_iou
+from localctl.conditions import ConditionConfig
+from localctl.control.adapter_fit import check_base
+from localctl.control.local_adapter import LocalAdapterControl
+from localctl.data import MicroScenes
+from localctl.diffusion import round_trip
+from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json
+from localctl.images import grid, outline
+from localctl.masks import MaskConfig, sample_mask
+from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny, edge_scores
+from localctl.metrics.regions import hidden_objects
+from localctl.metrics.weights import sha256_of_folder
+from localctl.micro.detect import detect
+from localctl.micro.scenes import Scene, SceneObject, scene
+from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
+from localctl.sampling import generate
+from localctl.seeding import numpy_rng
+
+PROFILE, SPLIT = "basic", "test"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One held-out scene with its mask (1, 128, 128) and its own seed."""
+
+    item: Scene
+    mask: Tensor
+    edges: np.ndarray
+    seed: int
+
+    @property
+    def inside(self) -> np.ndarray:
+        return self.mask[0].numpy() > 0.5
+
+    @property
+    def hidden(self) -> list[SceneObject]:
+        """Objects lying wholly at least 8 px outside the mask."""
+        return hidden_objects(self.item.objects, self.inside)
+
+
+def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
+    """The first `count` test scenes that can be scored, each with a box drawn until it holds enough edges; the same
+    for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    made: list[Case] = []
+    index = -1
+    while len(made) < count:
+        index += 1
+        item = scene(index, PROFILE, SPLIT)
+        edges = canny(item.image)
+        for attempt in range(1000 if edges.sum() >= MIN_EDGES else 0):
+            drawn = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
+            if edges[drawn[0].numpy() > 0.5].sum() >= MIN_EDGES:
+                made.append(Case(item, drawn, edges, seed=1000 + index))
+                break
+        if index >= 10 * count + 50:
+            raise ValueError(f"Masks of kind {mask.kind!r} hardly ever hold {MIN_EDGES} edge pixels; use larger ones.")
+    return made
+
+
+def sample_all(
+    pipe: Any, chosen: list[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
+) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
+    size, drawn = arguments["batch_size"], []
+    with tqdm(total=len(chosen), desc=f"drawing with {name}", unit="picture") as bar:
+        for begin in range(0, len(chosen), size):
+            some = chosen[begin : begin + size]
+            prompts, seeds = [case.item.caption for case in some], [case.seed for case in some]
+            controls = [] if adapter is None else [_control(adapter, some)]
+            drawn += generate(pipe, prompts, controls, seeds, paired=True, **arguments).images
+            bar.update(len(some))
+    return np.stack([np.asarray(picture) for picture in drawn])
+
+
+def _control(adapter: LocalAdapter, chosen: list[Case]) -> LocalAdapterControl:
+    count = 1 + max(case.item.index for case in chosen)
+    scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
+    condition = torch.stack([scenes[case.item.index].condition for case in chosen])
+    return LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in chosen]))
+
+
+def f1_inside(chosen: list[Case], images: np.ndarray) -> np.ndarray:
+    """In-mask F1 against the scene's edges, (n,)."""
+    pairs = zip(chosen, images, strict=True)
+    return np.asarray([edge_scores(canny(image), case.edges, case.inside, 2.0).f1 for case, image in pairs])
+
+
+def reproduced(case: Case, image: np.ndarray) -> float:
+    """Share of the hidden objects whose shape stands in the picture at the same place (box IoU >= 0.5)."""
+    found = detect(image).objects
+    hits = [any(d.shape == o.shape and box_iou(d.box, o.box) >= 0.5 for d in found) for o in case.hidden]
+    return float(np.mean(hits))
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Intervals over scenes; `control` is the share of the possible gain, `leak` the paired difference to the base."""
+
+    adapter: str
+    f1_base: Interval
+    f1_adapter: Interval
+    f1_ceiling: Interval
+    control: Interval
+    leak: Interval | None
+
+
+def compare(name: str, chosen: list[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray) -> ControlResult:
+    table = np.stack([f1_inside(chosen, pictures) for pictures in (base, ceiling, images)], axis=1)  # (n, 3)
+
+    def share(rows: np.ndarray) -> float:
+        floor, top, reached = rows.mean(0)
+        return float((reached - floor) / (top - floor))
+
+    hidden = [i for i, case in enumerate(chosen) if case.hidden]
+    leaks = [reproduced(chosen[i], images[i]) - reproduced(chosen[i], base[i]) for i in hidden]
+    return ControlResult(
+        adapter=name,
+        f1_base=bootstrap(table[:, 0]),
+        f1_adapter=bootstrap(table[:, 2]),
+        f1_ceiling=bootstrap(table[:, 1]),
+        control=bootstrap(table, share),
+        leak=bootstrap(np.asarray(leaks)) if leaks else None,
+    )
+
+
+def picture_sheet(chosen: list[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
+    lines = []
+    for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
+        edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
+        pictures = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
+        real, base_picture, result, found = (Image.fromarray(p) for p in pictures)
+        framed = [outline(p, case.mask) for p in (edges, base_picture, result, found)]
+        lines.append([p.resize((192, 192), Image.Resampling.NEAREST) for p in (*framed, real)])
+    labels = ("condition + mask", "base", "with adapter", "its edges", "scene of the edges")
+    return grid(lines, labels, [case.item.caption for case in chosen[:rows]])
+
+
+def table(results: list[ControlResult]) -> str:
+    lines = [
+        "| adapter | F1 base | F1 adapter | F1 VAE round trip | control | leak over base |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        cells = (r.adapter, r.f1_base, r.f1_adapter, r.f1_ceiling, r.control, r.leak or "no hidden objects")
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
+    """The base that was asked for, else that of the first adapter that says one. ValueError when an adapter does not
+    fit it; a warning when one was trained on another base of the same shape."""
+    base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
+    shape = read_shape(BaseConfig(name=base))
+    for adapter in adapters:
+        if sentence := check_base(adapter, base, shape):
+            warnings.warn(sentence, stacklevel=2)
+    return base
+
+
+def find(path: Path) -> SavedAdapter:
+    """ValueError when there is no adapter, or none with a condition that can be taken from a scene."""
+    adapter = find_adapter(path)
+    if adapter.condition is None:
+        raise ValueError(f"The adapter {path} does not say what condition it was trained on; train it again.")
+    return adapter
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, measure, write and print."""
+    found = [find(path) for path in args.adapter]
+    args.base = base_of(args.base, found)
+    adapters = {adapter.name: adapter.load() for adapter in found}
+    if args.guidance_scale is None:
+        args.guidance_scale = resolve_base(args.base).guidance_scale
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    set_scheduler(pipe, args.scheduler)
+    evaluate(args, found, adapters, pipe)
+
+
+def evaluate(
+    args: argparse.Namespace, found: Sequence[SavedAdapter], adapters: dict[str, LocalAdapter], pipe: Any
+) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
+    arguments = {
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "batch_size": args.batch_size,
+    }
+    ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
+    base = sample_all(pipe, chosen, None, arguments)
+    results = []
+    for number, (name, adapter) in enumerate(adapters.items()):
+        images = sample_all(pipe, chosen, adapter, arguments, name)
+        results.append(compare(name, chosen, base, ceiling, images))
+        picture_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
+    settings = {k: [str(v) for v in value] if k == "adapter" else value for k, value in vars(args).items()}
+    settings["output_dir"] = str(args.output_dir)
+    about = _provenance(args, found, chosen)
+    content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": about}
+    check_provenance("of this evaluation", content, REQUIRED)
+    write_json(args.output_dir / "control.json", content)
+    print(table(results))
+
+
+def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen: list[Case]) -> dict[str, Any]:
+    return {
+        "metrics": [field.name for field in fields(ControlResult) if field.name != "adapter"],
+        "n_real": len(chosen),
+        "n_fake": len(chosen),
+        "image_format": "8 bit RGB, in memory",
+        "image_size": list(chosen[0].edges.shape),
+        "edges": YARDSTICK,
+        "mask_protocol": {"mask": "box", "drawn_by": "seed, scene and attempt"},
+        "seeds": {"masks": args.seed, "pictures": [case.seed for case in chosen]},
+        "weights_sha256": {
+            "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
+            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
+        },
+        "versions": versions(),
+    }

@@ -1,0 +1,92 @@
+"""Where each phrase is attended to, before and after each control: one picture, one seed, a row per control.
+
+  python -m research.heat_maps --layout scene.json
+
+The first column is the drawn picture with the outlines of its regions; then follows, for each phrase, its heat over the
+cross-attention layers and steps (see ``AttentionMaps``) with the share of it that lies inside the region.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
+from localctl.messages import loading
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from PIL import Image
+
+    from localctl.cli.sample_regions import Variant
+
+PROGRAM = "research.heat_maps"
+_SMALLEST = 192  # px; smaller pictures are enlarged, so that words fit under them
+
+
+def new_parser() -> Arguments:
+    """The flags."""
+    parser = Arguments(PROGRAM, __doc__)
+    add = parser.add_argument
+    add("--layout", required=True, metavar="FILE", help="a scene (JSON)")
+    add("--controls", nargs="+", default=["none", "bias", "dense", "guidance"], help="as sample.py --compare")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls")
+    add("--base", default="micro", help="micro, sd15, sd21, sdxl, a folder or a hub id")
+    add("--seed", type=int, default=0, help="of the noise")
+    add("--num_inference_steps", type=int, default=30, help="sampling steps")
+    add("--end", type=float, default=1.0, help="look up to this fraction of the steps")
+    add("--output", default="outputs/heat_maps.png", metavar="FILE", help="the sheet")
+    return parser
+
+
+def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
+    """The sheet's rows: the picture and its heat maps, for each variant."""
+    from localctl.control.attention_maps import AttentionMaps
+    from localctl.images import captioned
+    from localctl.layout_io import load_layout
+    from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, with_scheduler
+    from localctl.sampling import generate
+
+    layout = load_layout(options.layout)
+    pipe = load_pipeline(BaseConfig(name=options.base))
+    rows = []
+    for variant in variants:
+        maps = AttentionMaps(end=options.end)
+        scale = variant.sampling.guidance_scale or resolve_base(options.base).guidance_scale
+        with with_scheduler(pipe, variant.sampling.scheduler):
+            image = generate(
+                pipe,
+                layout,
+                [*variant.controls, maps],
+                options.seed,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=scale,
+            ).images[0]
+        factor = -(-_SMALLEST // image.width)
+        image = image.resize((factor * image.width, factor * image.height))
+        shown = [(variant.label, layout.draw(image)), *maps.overlays(0, image)]
+        rows.append([captioned(picture, [label]) for label, picture in shown])
+    return rows
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    options = new_parser().read(argv)
+    with loading():
+        from localctl.cli.sample_regions import read_variants
+        from localctl.images import grid
+
+    variants = read_variants(options.controls, options.set, options.base)
+    rows = heat_rows(options, variants)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    grid(rows).save(options.output)
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

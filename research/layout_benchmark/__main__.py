@@ -1,0 +1,142 @@
+"""Measure every region method on held-out layouts, or tune their settings on others, and write what came out.
+
+  python -m research.layout_benchmark --report docs/layout_benchmark.md     every method; again: goes on
+  python -m research.layout_benchmark --methods guidance bias+guidance --layouts 20 --seeds 0
+  python -m research.layout_benchmark --tune guidance bias                  a grid of settings for each
+  python -m research.layout_benchmark --tune guidance --grid guidance.scale=30,100 guidance.end=.2,.5
+
+Each method's result is written beside the page when it is done, and never made again; pictures that are there are not
+drawn again. For a gate that is missed, the command says where the attention sits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from localctl.bases import SCHEDULERS
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
+from localctl.messages import loading
+from localctl.metrics import EXTRACTORS
+from research.layout_benchmark.protocol import METHODS, SINGLE, Protocol
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from research.layout_benchmark.figures import Figures
+    from research.layout_benchmark.methods import Method
+
+PROGRAM = "research.layout_benchmark"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    protocol = Protocol()
+    parser = Arguments(PROGRAM, __doc__)
+    add = parser.add_argument
+    add("--methods", nargs="+", default=list(METHODS), help=f"as sample.py --compare; default: {' '.join(METHODS)}")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls, over the presets")
+    add("--tune", nargs="*", metavar="CONTROL", help=f"the settings of these; none named: {' '.join(SINGLE)}")
+    add(
+        "--grid", nargs="+", default=[], metavar="CONTROL.NAME=V,V", help="axes of the tuning, in place of the own ones"
+    )
+    add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
+    add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
+    add("--base", default=protocol.base, help="micro, or the folder of another micro base")
+    add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
+    add("--scheduler", choices=sorted(SCHEDULERS), help=f"of all; default: each method's own, or {protocol.scheduler}")
+    add("--guidance_scale", type=float, help="of all; default: each method's own, or the base's")
+    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
+    add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
+    add("--batch_size", type=int, default=16, help="images at once; does not change them")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--report", type=Path, help="page; results go into the folder of its name")
+    add("--output", "--work_dir", dest="work_dir", type=Path, help="pictures and what else can be made again")
+    return parser.read(argv)
+
+
+def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
+    """Tuning is on other layouts than the benchmark, all of two regions. ValueError for values out of range."""
+    return Protocol(
+        base=args.base,
+        split="val" if tune else "test",
+        layouts=(24 if tune else Protocol.layouts) if args.layouts is None else args.layouts,
+        regions=(2,) if tune else Protocol.regions,
+        seeds=tuple(((0,) if tune else Protocol.seeds) if args.seeds is None else args.seeds),
+        num_inference_steps=args.num_inference_steps,
+        scheduler=args.scheduler or Protocol.scheduler,
+        guidance_scale=args.guidance_scale,
+        extractors=tuple(args.extractor),
+        references=args.references,
+        cost=not tune,
+    )
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done; 2 after a user's error, 1 when the disk is full."""
+    args = parse(argv)
+    tune = args.tune is not None
+    if args.grid and not tune:
+        raise ValueError("--grid says what --tune goes over; give --tune.")
+    name = "layout_tuning" if tune else "layout_benchmark"
+    page = args.report or Path(f"outputs/{name}.md")
+    folder = page.with_suffix("")
+    if folder == page:
+        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+    with loading():
+        from localctl.cli.sample_regions import Sampling
+        from research.layout_benchmark.figures import Figures, read_results
+        from research.layout_benchmark.measuring import Bench
+        from research.layout_benchmark.methods import grids, methods
+        from research.layout_benchmark.report import write_report, write_tuning
+
+    fixed = Sampling(args.scheduler, args.guidance_scale)
+    if tune:
+        chosen = grids(args.tune or SINGLE, args.grid, args.base, fixed)
+    else:
+        chosen = methods(args.methods, args.set, args.base, fixed)
+    work = args.work_dir or Path(f"outputs/{name}_work")
+    bench = Bench(protocol_of(args, tune), folder, work, args.batch_size, args.device)
+    bench.check(chosen)
+    write = write_tuning if tune else write_report
+    for method in chosen:
+        if bench.measure(method):
+            write(folder, page)
+    write(folder, page)
+    print(page)
+    figures = Figures(read_results(folder))
+    say_best(figures, chosen, args.base) if tune else say_gates(figures)
+    return 0
+
+
+def say_gates(figures: Figures) -> None:
+    """Every gate, and where the attention sits where it was missed."""
+    from research.layout_benchmark.figures import gates
+    from research.layout_benchmark.report import explain
+
+    for gate in gates(figures):
+        print(gate)
+        if not gate.met:
+            print(explain(figures, gate))
+
+
+def say_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
+    """The best settings of each control, as they belong into the presets."""
+    from research.layout_benchmark.figures import ranked
+    from research.layout_benchmark.methods import preset_words
+
+    known = {method.name: method for method in chosen}
+    best: dict[str, str] = {}
+    for name in ranked(figures):
+        if name in known and known[name].controls:
+            best.setdefault(name.partition(" ")[0], name)
+    for control, name in best.items():
+        right, plain = figures.mean(name, "right", 2), figures.mean(figures.plain_of(name).name, "right", 2)
+        print(f"{control}: right {right} (plain {plain}), Fréchet {figures.frechet(name):.2f} times plain's")
+        print(f'  "{control}": {preset_words(known[name], base)},')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

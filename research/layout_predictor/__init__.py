@@ -1,0 +1,1 @@
+"""Training of the layout predictor, and its measurement."""

@@ -1,0 +1,101 @@
+"""One step of learning: the negative log-likelihood of centres and sizes, given some of the boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localctl.layout_predictor.model import LayoutPredictor
+from localctl.seeding import generator
+from research.layout_predictor.captions import Caption
+from research.layout_predictor.data import targets
+
+_SCALE = 0.1  # of the picture's side
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Mean negative log-likelihoods per object in nats, of centres and of the logarithms of sizes; count: of objects.
+
+    relation: mean over the stated relations of softplus(-d / 0.1), d being how far apart the expected centres are in
+    the right direction, as a fraction of the picture's side; of known boxes it is the centre itself.
+    """
+
+    centre: Tensor
+    size: Tensor
+    relation: Tensor
+    count: int
+
+    @property
+    def likelihood(self) -> Tensor:
+        return self.centre + self.size
+
+
+def likelihood(
+    model: LayoutPredictor,
+    captions: Sequence[Caption],
+    known: Tensor,
+    unread: tuple[Tensor, Tensor] | None = None,
+    only: Tensor | None = None,
+) -> Likelihood:
+    """The likelihood of the boxes that are not ``known`` (B, N), or of those among them that are in ``only`` (B, N).
+
+    unread: words that are not to be read, as for :meth:`Encoded.without`.
+    """
+    text = model.encode([item.text for item in captions], [list(item.spans) for item in captions])
+    text = (text if unread is None else text.without(*unread)).to(model.device)
+    boxes, known = targets(captions).to(model.device), known.to(model.device)
+    density = model(text, boxes, known)
+    asked = text.objects & ~known
+    if only is not None:
+        asked = asked & only.to(model.device)
+    centre = -density.centre_log_prob(boxes[..., :2])[asked]
+    size = -density.size_log_prob(boxes[..., 2:])[asked]
+    expected = (density.log_weights.exp()[..., None] * density.means).sum(dim=-2)  # (B,N,2)
+    expected = torch.where(known[..., None], boxes[..., :2], expected)
+    relation = relation_loss(expected, captions, known)
+    return Likelihood(centre.mean(), size.mean(), relation, int(asked.sum()))
+
+
+def relation_loss(centres: Tensor, captions: Sequence[Caption], known: Tensor) -> Tensor:
+    """See :class:`Likelihood`; centres (B, N, 2). Relations between known boxes do not count."""
+    rows = [
+        (row, first, second, int(side in ("above", "below")), -1.0 if side in ("left", "above") else 1.0)
+        for row, caption in enumerate(captions)
+        for first, side, second in caption.relations
+        if not bool(known[row, first] and known[row, second])
+    ]
+    if not rows:
+        return centres.new_zeros(())
+    row, first, second, axis = (torch.tensor([item[i] for item in rows], device=centres.device) for i in range(4))
+    sign = torch.tensor([item[4] for item in rows], device=centres.device)
+    apart = sign * (centres[row, first, axis] - centres[row, second, axis])
+    return F.softplus(-apart / _SCALE).mean()
+
+
+def draw_known(captions: Sequence[Caption], share: float, seed: int, step: int) -> Tensor:
+    """(B, N) bool: which boxes are shown at this step; never all those of a sentence."""
+    widest = max(len(item.spans) for item in captions)
+    draws = generator(seed, "known", step)
+    known = torch.zeros(len(captions), widest, dtype=torch.bool)
+    for row, item in zip(known, captions, strict=True):
+        number = len(item.spans)
+        order = torch.randperm(number, generator=draws)
+        shown = int(torch.randint(1, number, (1,), generator=draws)) if number > 1 else 0
+        if float(torch.rand(1, generator=draws)) < share:
+            row[order[:shown]] = True
+    return known
+
+
+def draw_unread(
+    captions: Sequence[Caption], words: float, names: float, longest: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """(B, longest) bool: which words are hidden at this step, and (B,) bool: in which sentences the names of things."""
+    draws = generator(seed, "unread", step)
+    return torch.rand(len(captions), longest, generator=draws) < words, torch.rand(
+        len(captions), generator=draws
+    ) < names

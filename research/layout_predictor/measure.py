@@ -1,0 +1,133 @@
+"""How good predicted layouts are: relations that hold, boxes that lie inside and apart, likelihood of the true ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from localctl.layout_predictor.model import LayoutPredictor
+from localctl.layout_predictor.parsing import parse
+from localctl.layout_predictor.placing import Placement
+from localctl.seeding import numpy_rng
+from research.layout_predictor.captions import Caption, describe, satisfied
+from research.layout_predictor.data import Scenes
+from research.layout_predictor.learning import likelihood
+
+_BATCH = 64
+
+
+def held_out_captions(scenes: Scenes, count: int, kind: str, seed: int, margin: float) -> list[Caption]:
+    """The first ``count`` sentences of this ``kind`` (see ``describe``) about the scenes in their order: those that
+    state a relation, or of kind ``list``, those about several things."""
+    found: list[Caption] = []
+    for index in range(len(scenes)):
+        if len(found) == count:
+            break
+        scene = scenes[index]
+        caption = describe(scene, numpy_rng(seed, "held out", kind, scene.key), kind, margin)
+        if caption.relations or (kind == "list" and len(caption.spans) > 1):
+            found.append(caption)
+    return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A predicted layout beside its sentence. parsed: the objects found are the sentence's. relations, held: how many
+    are stated, and hold of the centres. overlap: the largest part of a box that lies under another. inside: all boxes
+    lie in the picture."""
+
+    parsed: bool
+    relations: int
+    held: int
+    overlap: float
+    inside: bool
+
+
+def judge(model: LayoutPredictor, caption: Caption, seed: int | None = None) -> Judged:
+    """Predict from the words alone, spans included, and look. Objects that were not found fail their relations."""
+    objects = parse(caption.text, "rules")
+    placed = model.place_objects(caption.text, objects, seed)
+    by_span = {item.span: own[0] for item, own in zip(objects, placed, strict=True)}
+    held = 0
+    for first, side, second in caption.relations:
+        pair = [by_span.get(caption.spans[index]) for index in (first, second)]
+        if pair[0] is not None and pair[1] is not None:
+            centres = [(box.x, box.y) for box in pair if box is not None]
+            held += satisfied((0, side, 1), centres)
+    boxes = [box for own in placed for box in own]
+    parsed = tuple(by_span) == caption.spans
+    return Judged(parsed, len(caption.relations), held, largest_overlap(boxes), all(map(is_inside, boxes)))
+
+
+def relation_rate(model: LayoutPredictor, captions: Sequence[Caption], seed: int | None = None) -> float:
+    """The share of stated relations that hold in the predicted layouts."""
+    judged = [judge(model, caption, seed) for caption in captions]
+    return sum(item.held for item in judged) / max(1, sum(item.relations for item in judged))
+
+
+def largest_overlap(boxes: Sequence[Placement]) -> float:
+    """The largest part, 0 to 1, of any box that is covered by one other."""
+    most = 0.0
+    for index, one in enumerate(boxes):
+        for other in boxes[:index]:
+            wide = (one.width + other.width) / 2 - abs(one.x - other.x)
+            high = (one.height + other.height) / 2 - abs(one.y - other.y)
+            common = max(0.0, min(wide, one.width, other.width)) * max(0.0, min(high, one.height, other.height))
+            most = max(most, common / min(one.width * one.height, other.width * other.height))
+    return most
+
+
+def is_inside(box: Placement) -> bool:
+    """Whether a box lies in the picture, up to rounding."""
+    low = min(box.x - box.width / 2, box.y - box.height / 2)
+    return low >= -1e-5 and max(box.x + box.width / 2, box.y + box.height / 2) <= 1 + 1e-5
+
+
+@dataclass(frozen=True)
+class MeanBox:
+    """The baseline that reads no words: one Gaussian over all centres and one over the logarithms of all sizes."""
+
+    centre: np.ndarray  # (2,) mean
+    centre_sigma: np.ndarray
+    log_size: np.ndarray
+    log_size_sigma: np.ndarray
+
+    @classmethod
+    def fit(cls, captions: Sequence[Caption]) -> MeanBox:
+        boxes = np.concatenate([item.boxes for item in captions])
+        sizes = np.log(boxes[:, 2:])
+        return cls(boxes[:, :2].mean(axis=0), boxes[:, :2].std(axis=0), sizes.mean(axis=0), sizes.std(axis=0))
+
+    def nll(self, captions: Sequence[Caption]) -> tuple[float, float]:
+        """Mean negative log-likelihood per object of centres and of the logarithms of sizes, nats."""
+        boxes = np.concatenate([item.boxes for item in captions])
+        values = (
+            (boxes[:, :2], self.centre, self.centre_sigma),
+            (np.log(boxes[:, 2:]), self.log_size, self.log_size_sigma),
+        )
+        centre, size = (
+            float((0.5 * ((x - mean) / sigma) ** 2 + np.log(sigma) + 0.5 * math.log(2 * math.pi)).sum(axis=1).mean())
+            for x, mean, sigma in values
+        )
+        return centre, size
+
+
+@torch.no_grad()
+def predictor_nll(model: LayoutPredictor, captions: Sequence[Caption]) -> tuple[float, float]:
+    """The same of the predictor, by the chain rule: each object given the true boxes of those before it."""
+    centre, size, total = 0.0, 0.0, 0
+    widest = max(len(item.spans) for item in captions)
+    for index in range(widest):
+        several = [item for item in captions if len(item.spans) > index]
+        for start in range(0, len(several), _BATCH):
+            batch = several[start : start + _BATCH]
+            places = torch.arange(max(len(item.spans) for item in batch))
+            known, only = ((relation(places, index)).expand(len(batch), -1) for relation in (torch.lt, torch.eq))
+            result = likelihood(model, batch, known, only=only)
+            centre, size = centre + float(result.centre) * result.count, size + float(result.size) * result.count
+            total += result.count
+    return centre / total, size / total

@@ -1,0 +1,1 @@
+"""How good a layout predictor is: `python -m research.layout_predictor.report`."""

@@ -1,0 +1,91 @@
+"""Does a distance see damage? Scenes against others: as they are, blurred more and more, under noise, and noise alone.
+
+python -m research.metric_sanity --extractor micro_clip efficientnet_lite0 --count 80
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
+from localctl.messages import loading
+from localctl.metrics import EXTRACTORS
+from localctl.micro.scenes import scene
+
+if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+    from localctl.metrics.extractors import Extractor
+    from localctl.metrics.statistics import Statistics
+
+PROGRAM = "research.metric_sanity"
+BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
+
+
+def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """uint8 (n,H,W,3) -> the same pictures with more and more damage, each uint8 (n,H,W,3)."""
+    from localctl.seeding import numpy_rng
+
+    rng = numpy_rng(seed, "ladder")
+    result = {"as they are": images}
+    for sigma in BLURS:
+        result[f"blurred, sigma {sigma}"] = np.stack([cv2.GaussianBlur(image, (0, 0), sigma) for image in images])
+    for sigma in NOISES:
+        noisy = images + rng.normal(0, sigma, images.shape)
+        result[f"noise added, sigma {sigma}"] = noisy.clip(0, 255).astype(np.uint8)
+    return result | {"nothing but noise": rng.integers(0, 256, images.shape, dtype=np.uint8)}
+
+
+def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
+    """Of pictures uint8 (n,H,W,3)."""
+    from localctl.evaluation.fid import collect
+    from localctl.metrics.extractors import describe
+
+    def pictures(indices: range) -> list[tuple[str, np.ndarray]]:
+        return [(str(index), images[index]) for index in indices]
+
+    return collect(extractor, len(images), pictures, 16).statistics(**describe(extractor))
+
+
+def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
+    """Distances by rung: of ``count`` damaged test scenes from ``count`` others, untouched."""
+    from localctl.metrics.statistics import distances
+
+    real, other = (np.stack([scene(i, "basic", "test").image for i in range(s, s + count)]) for s in (0, count))
+    reference = statistics(extractor, real)
+    return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
+
+
+def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """What :func:`climb` found, as Markdown."""
+    from localctl.evaluation.tables import head, line
+
+    columns = list(next(iter(rows.values())))
+    lines = head(["", *columns])
+    for rung, values in rows.items():
+        lines.append(line([rung, *(f"{values[column]:.4g}" for column in columns)]))
+    return "\n".join(lines)
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 after a mistake of the user's."""
+    parser = Arguments(PROGRAM, __doc__)
+    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="whose features")
+    parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
+    parser.add_argument("--count", type=int, default=80, help="scenes on each side")
+    args = parser.read(argv)
+    with loading():
+        from localctl.metrics.extractors import load_extractor
+
+    for name in args.extractor:
+        print(ladder_table(climb(load_extractor(name, args.weights), args.count)), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Training of the embedded base, part by part: `python -m research.micro_base` (resumable)."""

@@ -1,0 +1,55 @@
+"""Put the trained parts together as an ordinary diffusers folder (fp16 safetensors)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from localctl.pipelines import choose_pil_processors
+from research.micro_base.unet import new_scheduler
+
+
+def text_tower(clip: CLIPModel) -> CLIPTextModel:
+    """The text half of the CLIP as the class that Stable Diffusion uses."""
+    tower = CLIPTextModel(clip.config.text_config)
+    state = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
+    names = set(tower.state_dict())
+    prefix = "text_model." if any(n.startswith("text_model.") for n in names) else ""
+    tower.load_state_dict({prefix + k: v for k, v in state.items()})
+    return tower.eval()
+
+
+def export(
+    folder: Path,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+    prediction_type: str = "v_prediction",
+) -> int:
+    """Write the pipeline to `folder`, the whole CLIP to `folder/clip`; returns the size in bytes."""
+    choose_pil_processors()
+    from diffusers import StableDiffusionPipeline  # only now: it settles the processors on import
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_tower(clip),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(temporary)
+    clip.half().save_pretrained(temporary / "clip")
+    tokenizer.save_pretrained(temporary / "clip")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,1 @@
+"""Figures and model card of the embedded base: `python -m research.micro_base.report`."""

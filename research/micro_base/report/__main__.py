@@ -1,0 +1,37 @@
+"""Measure the embedded base on held-out scenes and write its model card.
+
+python -m research.micro_base.report            # all floors -> localctl/micro/MODEL_CARD.md and its pictures
+python -m research.micro_base.report --quick    # a fifth of the pictures, printed only
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from localctl.bases import MICRO_WEIGHTS
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
+from localctl.messages import loading
+
+PROGRAM = "research.micro_base.report"
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 with one sentence for a base that is not there."""
+    parser = Arguments(PROGRAM, "Measure the embedded base.")
+    parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the images; print only")
+    parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="where card and sheets go")
+    args = parser.read(argv)
+    with loading():
+        from research.micro_base.report.measuring import run
+
+    run(args.base, args.quick, args.output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

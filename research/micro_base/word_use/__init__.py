@@ -1,0 +1,1 @@
+"""Does the base use the words of a caption? `python -m research.micro_base.word_use`."""

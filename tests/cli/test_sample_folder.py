@@ -1,0 +1,113 @@
+"""The output folder of ``sample.py``: one run at a time, nothing outside it, and what is in it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_helpers import PLAIN, QUICK, assert_same, pixels
+
+from localctl.adapter import LocalAdapter
+from localctl.cli import sample
+from localctl.cli import sample_files as sampling_files
+from localctl.cli import sample_run as sampling_run
+from localctl.cli.sample_files import endings, open_output
+from localctl.cli.sample_regions import Variant
+from localctl.lock import LOCK, FolderLock, _began
+
+
+@pytest.fixture
+def plain(base_here: Path) -> list[str]:
+    return ["--prompt", "a b", "--base", "base", "--num_inference_steps", "1", "--output_dir", "out"]
+
+
+def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
+    plain: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = FolderLock(Path("out"), print)
+    owner = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    assert sample.main(plain) == 2
+    printed = capsys.readouterr().err
+    assert "in use by process" in printed and "loading the base" not in printed
+    lock.path.unlink()
+    assert sample.main(plain) == 0 and len(pixels("out")) == 1
+    assert not (Path("out") / LOCK).exists()
+
+
+def test_links_are_replaced_or_refused(plain: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    for name in ("00_seed0.png", "sheet.png", "sample.json"):
+        Path(f"mine_{name}").write_text("mine")
+        Path("out", name).symlink_to(Path(f"mine_{name}").absolute())
+    assert sample.main(plain) == 0 and len(pixels("out")) == 1
+    assert {path.read_text() for path in Path().glob("mine_*")} == {"mine"}
+    assert not any(path.is_symlink() for path in Path("out").iterdir())
+    Path("out/inputs").rmdir()
+    Path("mine").mkdir()
+    Path("out/inputs").symlink_to(Path("mine").absolute())
+    assert sample.main(plain) == 2 and "inputs is a link" in capsys.readouterr().err
+
+
+def test_names_of_files_are_bounded_and_their_own() -> None:
+    labels = ["a/b", "a_b", "strength=" + "1" * 300, "strength=" + "1" * 299, "bias"]
+    names = endings([Variant(label, ()) for label in labels])
+    assert len(set(names)) == 5 and max(map(len, names)) < 100 and names[-1] == "bias"
+
+
+def test_the_output_folder_is_tried_before_the_base_is_loaded(
+    base_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(sampling_run, "load_pipeline", never)
+    with pytest.raises(OSError, match="has .* MB left where the images may take"):
+        open_output("out", 10**18)
+    assert not list(Path("out").iterdir())
+
+    for number, rc, words in ((28, 1, "disk of the output folder out is full"), (13, 2, "cannot be written to")):
+
+        def refuse(*args: Any, number: int = number, **options: Any) -> None:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(sampling_files.tempfile, "TemporaryFile", refuse)
+        assert sample.main([*PLAIN, "--output_dir", "out"]) == rc
+        assert words in (printed := capsys.readouterr().err) and printed.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_keeps_what_was_written(
+    base_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = Image.Image.save
+
+    def save(self: Image.Image, path: Any, *args: Any, **options: Any) -> None:
+        if "seed2" in str(path):
+            raise OSError(28, "No space left on device")
+        original(self, path, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    assert sample.main([*PLAIN, "--seeds", "1", "2", "--output_dir", "out"]) == 1
+    assert "00_seed2.png could not be written (No space left on device)" in capsys.readouterr().err
+    assert list(pixels("out")) == ["00_seed1.png"]
+
+
+def test_an_input_in_the_output_folder_is_kept(
+    make_adapter: Callable[..., LocalAdapter], base_here: Path, sd_folder: Path
+) -> None:
+    """Where the first image takes its name."""
+    make_adapter(base=str(sd_folder), condition={"kind": "canny"}).save_pretrained("canny")
+    Path("out").mkdir()
+    edges = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    Image.fromarray(edges).save("out/00_seed0.png")
+    flags = ["--prompt", "a b", "--adapter", "canny", *QUICK]
+    assert sample.main([*flags, "--condition_image", "out/00_seed0.png", "--output_dir", "out"]) == 0
+    assert np.array_equal(np.asarray(Image.open("out/inputs/condition_image_0.png")), edges)
+    assert sample.main(["--from_json", "out", "--output_dir", "again"]) == 0
+    assert_same(pixels("again"), pixels("out"))

@@ -1,0 +1,238 @@
+"""The ablation: rows change one thing, results are made once and go on after a stop, and figures are what they say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from localctl.cli.config import CONFIG_DIR, schema_keys
+from localctl.evaluation.compare import CEILING
+from localctl.training.loop import NotFiniteError
+from localctl.training.settings import TrainSettings
+from research.ablation import measuring
+from research.ablation.__main__ import main
+from research.ablation.figures import CONTROL, Figures
+from research.ablation.intervals import Resampler, interval
+from research.ablation.report import write_report
+from research.ablation.results import Result, read_results
+from research.ablation.rows import ROWS, Sweep, row_cells, sweep_cells
+from research.ablation.sweeping import best, loses
+
+# what each row changes of `feature_masked`
+CHANGES = {
+    "feature_masked": {},
+    "plain": {"adapter.mask_features": False},
+    "input_masked": {"adapter.mask_features": False, "adapter.mask_condition": True},
+    "mse": {"loss.filter": "mse"},
+    "sobel": {"loss.filter": "sobel"},
+    "sobel_snr": {"loss.filter": "sobel", "loss.schedule": "snr"},
+    "sobel_nearest": {"loss.filter": "sobel", "adapter.mask_resize": "nearest"},
+    "sobel_inside": {"loss.filter": "sobel", "adapter.mask_resize": "inside"},
+    "sobel_cover": {"loss.filter": "sobel", "adapter.mask_resize": "cover"},
+}
+
+
+def value(settings, key):
+    for part in key.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def test_every_row_is_an_experiment_that_changes_what_it_says():
+    assert set(CHANGES) == set(ROWS)
+    files = {path.stem.removeprefix("ablation_") for path in (CONFIG_DIR / "experiment").glob("ablation_*.yaml")}
+    assert files == set(ROWS)
+    trained = {cell.row: cell.settings("micro", "there") for cell in row_cells(list(ROWS), [3], None)}
+    plain = trained["feature_masked"]
+    assert plain.loss.filter == "none" and plain.adapter.mask_features and plain.seed == 3
+    for row, settings in trained.items():
+        keys = schema_keys(TrainSettings)
+        assert {k: value(settings, k) for k in keys if value(settings, k) != value(plain, k)} == CHANGES[row]
+
+
+def test_headline_rows_are_trained_with_every_seed_and_a_sweep_covers_all():
+    cells = row_cells(list(ROWS), [4, 5], 7)
+    assert [cell.row for cell in cells if cell.seed == 5] == ["feature_masked", "sobel"]
+    assert len(cells) == len(ROWS) + 2 and cells[0].settings("micro", "x").max_train_steps == 7
+    swept = sweep_cells(Sweep([0.01, 0.1], ["constant", "snr"], ["map"], 9), 4)
+    losses = [cell.settings("micro", "x").loss for cell in swept]
+    assert losses[0].filter == "none"
+    assert [(x.weight, x.schedule, x.normalise) for x in losses[1:]] == [
+        (0.01, "constant", "map"), (0.1, "constant", "map"), (0.01, "snr", "map"), (0.1, "snr", "map"),
+    ]  # fmt: skip
+    assert len({cell.name for cell in (*cells, *swept)}) == len(cells) + len(swept)
+
+
+def flags(base: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        "--base", str(base), "--count", "4", "--num_inference_steps", "1", "--references", "6", "--extractor",
+        "micro_clip", "--report", str(folder / "page.md"), "--work_dir", str(folder / "work"),
+        "--train", "train_batch_size=2", "data.count=4", *more,
+    ]  # fmt: skip
+
+
+ROWS_FLAGS = ("--rows", "feature_masked", "sobel", "--max_train_steps", "2")
+
+
+def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_path, capsys, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:  # stopped after the first training, before anything was drawn
+        patch.setattr(measuring.Bench, "_draw", stop_at("feature_masked_seed0", measuring.Bench._draw))
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0"))
+    made = sorted(path.name for path in (tmp_path / "page").glob("*.json"))
+    assert made == ["base.json"] and "not both been trained" in (tmp_path / "page.md").read_text()
+    shutil.rmtree(tmp_path / "work" / "drawn" / "base")  # as on another machine, where the results alone are
+    assert main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0")) == 0
+    names = ["base", "feature_masked_seed0", "sobel_seed0"]
+    results = {name: (tmp_path / "page" / f"{name}.json").read_bytes() for name in names}
+    page = (tmp_path / "page.md").read_text()
+    assert "(Sobel in the mask; weight 0.3, constant, mask)" in page
+    assert "1 seed, 4 scenes" in page and "| + Sobel in the mask (the method) | 1 |" in page
+    assert "biased upwards" in page and "frechet_micro_clip" in page and "FID" not in page
+    for name in ("rows", "pictures"):
+        with Image.open(tmp_path / "page" / f"{name}.png") as picture:
+            assert picture.width > 400 and f"page/{name}.png" in page
+    monkeypatch.setattr(measuring, "train", None)  # nothing is trained again
+    assert main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0")) == 0
+    assert all((tmp_path / "page" / f"{name}.json").read_bytes() == content for name, content in results.items())
+    capsys.readouterr()
+    other = [flag if flag != "4" else "5" for flag in flags(sd_folder, tmp_path, *ROWS_FLAGS)]
+    longer = flags(sd_folder, tmp_path, "--rows", "sobel", "--max_train_steps", "3")
+    for argv, words in ((other, "base.json was made with another protocol"), (longer, "another overrides, steps")):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def stop_at(name, draw):
+    def wrapped(self, asked, adapter):
+        if asked == name:
+            raise KeyboardInterrupt
+        return draw(self, asked, adapter)
+
+    return wrapped
+
+
+def test_a_sweep_and_a_training_that_is_not_finite_which_stops_no_other(sd_folder, tmp_path, monkeypatch):
+    def fail(settings, say):
+        raise NotFiniteError("The loss is not finite at step 1")
+
+    sweep = ("--sweep_weights", "0.5", "--sweep_schedules", "snr", "--sweep_normalise", "map", "--sweep_steps", "1")
+    assert main(flags(sd_folder, tmp_path, "--rows", "--sweep", *sweep)) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| no local term | 0 |" in page and "| snr, map | 0.5 |" in page and "page/sweep_f1.png" in page
+    monkeypatch.setattr(measuring, "train", fail)
+    assert main(flags(sd_folder, tmp_path, "--rows", "sobel", "--seeds", "0")) == 0
+    assert "sobel_seed0 has no result: The loss is not finite at step 1" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rows", "sobbel"], "no row 'sobbel'"),
+        (["--seeds", "1", "1"], "must be different"),
+        (["--count", "1"], "count must be at least 2"),
+        (["--max_train_steps", "0"], "max_train_steps"),
+        (["--sweep", "--sweep_weights", "0"], "above 0"),
+        (["--base", "./nowhere"], "nowhere"),
+        (["--report", "page"], "call it page.md"),
+    ],
+)
+def test_mistakes_are_one_sentence(more, words, tmp_path, capsys):
+    assert main(["--work_dir", str(tmp_path), "--report", str(tmp_path / "page.md"), *more]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+COLUMNS = ("f1", "leak", "clip_score")
+PROVENANCE = {
+    "metrics": ["f1"], "n_real": 9, "n_fake": 9, "image_format": "PNG", "image_size": [128, 128], "mask_protocol": "x",
+    "seeds": {"seed": 0}, "versions": {"torch": "2"},
+}  # fmt: skip
+
+
+def made(name, row, seed, f1, kid=0.1, loss=None, ceiling=None):
+    f1 = np.asarray(f1, float)
+    samples = np.stack([f1, np.zeros_like(f1), f1 * 10], axis=1)
+    training = {"asked": {"protocol": {"count": len(f1)}, "steps": 5}, "settings": {"loss": loss or {}}}
+    distances = {"frechet_micro_clip": 30 + kid, "kid_micro_clip": kid, "kid_error_micro_clip": 0.1}
+    ids = tuple(str(i) for i in range(len(f1)))
+    top = None if ceiling is None else np.stack([np.full_like(f1, ceiling)] * 3, axis=1)
+    return Result(name, row, name, seed, ids, COLUMNS, samples, top, distances, training, PROVENANCE)
+
+
+def figures_of(*results):
+    return Figures({result.name: result for result in results})
+
+
+def test_means_are_over_seeds_and_scenes_and_differences_are_paired():
+    rng = np.random.default_rng(0)
+    scenes = rng.uniform(0.3, 0.7, 60)
+    base = made("base", "base", 0, np.full(60, 0.2), ceiling=1.0)
+    without = [made(f"f{s}", "feature_masked", s, scenes + 0.01 * s) for s in range(3)]
+    method = [made(f"s{s}", "sobel", s, scenes + 0.01 * s + 0.05 + 0.001 * rng.normal(size=60)) for s in (1, 2)]
+    figures = figures_of(base, *without, *method)
+    mean = figures.mean("feature_masked", "f1")
+    assert mean.value == pytest.approx(scenes.mean() + 0.01) and mean.low < mean.value < mean.high
+    assert figures.mean("feature_masked", CONTROL).value == pytest.approx((mean.value - 0.2) / 0.8)
+    assert figures.mean("base", CONTROL).value == 0 and figures.mean(CEILING, CONTROL).value == 1
+    paired = figures.headline()  # of seeds 1 and 2 alone: unpaired, the spread of scenes would hide it
+    assert figures.common_seeds("sobel", "feature_masked") == [1, 2]
+    assert paired.value == pytest.approx(0.05, abs=1e-3) and paired.low > 0.04
+    assert dict(figures.per_seed("sobel", "f1"))[2] == pytest.approx(scenes.mean() + 0.07, abs=1e-3)
+    assert figures.distance("sobel", "kid_micro_clip") == pytest.approx(0.1)
+    assert figures_of(base, *without[:1], *method).headline() is None
+
+
+def test_seeds_that_differ_widen_the_interval():
+    scenes = np.random.default_rng(0).uniform(0.4, 0.6, 100)
+    resampler = Resampler(100)
+    same, apart = (np.stack([scenes + shift * seed for seed in (-1, 0, 1)]) for shift in (0.0, 0.2))
+    narrow, wide = (interval(resampler.means(table), 100) for table in (same, apart))
+    assert narrow.value == pytest.approx(wide.value) and wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    with_holes = same.copy()
+    with_holes[:, :50] = np.nan
+    assert resampler.means(with_holes)[0] == pytest.approx(scenes[50:].mean())
+    assert interval(resampler.means(np.full((1, 100), np.nan)), 100) is None
+
+
+def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
+    def loss(weight, schedule="constant"):
+        return {"weight": weight, "schedule": schedule, "normalise": "map"}
+
+    f1 = np.random.default_rng(0).uniform(0.4, 0.6, 30)
+    results = [
+        made("base", "base", 0, f1 - 0.2, ceiling=1.0),
+        made("sweep_none", "sweep", 0, f1, loss=loss(0.001)),
+        made("a", "sweep", 0, f1 + 0.1, loss=loss(0.01)),
+        made("b", "sweep", 0, f1 + 0.2, kid=5.0, loss=loss(0.1)),
+        made("c", "sweep", 0, f1 + 0.05, loss=loss(0.01, "snr")),
+        *(made(f"f{seed}", "feature_masked", seed, f1 + 0.03 * seed) for seed in (0, 1)),
+    ]
+    figures = figures_of(*results)
+    assert best(figures).name == "a" and loses(figures, "b") == ["micro_clip"] and loses(figures, "c") == []
+    for result in results:
+        content = {
+            "asked": result.training["asked"], "training": result.training, "provenance": PROVENANCE,
+            "samples": result.samples.tolist(), "ceiling": None if result.ceiling is None else result.ceiling.tolist(),
+            **{n: getattr(result, n) for n in ("name", "row", "title", "seed", "ids", "columns", "distances")},
+        }  # fmt: skip
+        protocol = {"count": 30, "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
+        content["asked"] = {"protocol": protocol, "steps": 5}
+        (tmp_path / "page").mkdir(exist_ok=True)
+        (tmp_path / "page" / f"{result.name}.json").write_text(json.dumps(content))
+    text = write_report(tmp_path / "page", tmp_path / "page.md")
+    assert "constant, map, weight 0.01: +0.100" in text and "| constant, map | 0.1 |" in text
+    assert "Seeds alone move the F1 of `feature_masked` by 0.030" in text
+    assert "page/sweep_f1.png" in text and (tmp_path / "page" / "sweep_frechet_micro_clip.png").is_file()
+    content = json.loads((tmp_path / "page" / "a.json").read_text())
+    for changed, words in (
+        ({"provenance": {}}, "does not say its metrics"),
+        ({"asked": {"protocol": {"count": 2}}}, "measured in different ways"),
+    ):
+        (tmp_path / "page" / "a.json").write_text(json.dumps(content | changed))
+        with pytest.raises(ValueError, match=words):
+            read_results(tmp_path / "page")

@@ -1,0 +1,128 @@
+"""Space-time attention measured: figures of pictures whose content is known, and a run that can be continued."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import research.spacetime.measuring as evaluation
+from localctl.control.spacetime import SpaceTimeAttention
+from localctl.metrics.clip import Clip
+from localctl.metrics.extractors import MICRO_CLIP
+from localctl.weight_search.weights import OptimizedSpaceTime
+from research.spacetime.__main__ import main
+from research.spacetime.layouts import layout_source, true_layout
+from research.spacetime.measuring import controls_of_rows, relation_cases
+from research.spacetime.report import measure, relation_report
+
+FAST = ["--count", "2", "--optimised", "1", "--num_inference_steps", "2", "--set", "optimised.epochs=1"]
+
+
+def test_the_cases_state_relations_and_their_layouts_are_the_scenes() -> None:
+    cases = relation_cases(5, layout_source("true"))
+    assert len({case.item.index for case in cases}) == len({case.seed for case in cases}) == 5
+    for case in cases:
+        assert case.item.relation is not None and case.layout == true_layout(case.item)
+        assert case.layout.prompt == case.item.caption and case.layout.size == (128, 128)
+        masks = case.layout.masks((128, 128))[:, 0]
+        for drawn, region in zip(case.item.masks, masks, strict=True):
+            assert (drawn > 0.5).any() and bool(region[torch.from_numpy(drawn > 0.5)].all())
+        assert all(region.prompt in (f"a {region.phrase}", f"an {region.phrase}") for region in case.layout.regions)
+
+
+def test_figures_of_known_pictures() -> None:
+    clip = Clip(MICRO_CLIP)
+    cases = relation_cases(6, layout_source("true"))
+    seen = np.array([measure(case.item.image, case.item, clip) for case in cases])
+    assert seen[:, :3].mean() > 0.9  # the scenes themselves, as far as the reader reads
+    case = next(case for case, row in zip(cases, seen, strict=True) if row[:3].tolist() == [1, 1, 1])
+    mirrored = measure(np.ascontiguousarray(case.item.image[::-1, ::-1]), case.item, clip)
+    assert mirrored[2] == 0
+    blank = measure(np.full((128, 128, 3), 255, np.uint8), case.item, clip)
+    assert blank[0] == blank[2] == 0 and np.isnan(blank[1])
+
+
+def test_the_report_pairs_what_both_rows_have() -> None:
+    plain = np.array([[0.0, np.nan, 0, 20], [1, 1, 0, 22], [0, 0, 1, 24]])
+    tables = {"plain": plain, "constant": plain + 0.5, "scheduled": plain, "optimised": np.full((3, 4), np.nan)}
+    tables["optimised"][:2] = plain[:2] + 1
+    text, figures = relation_report(tables, 2)
+    gains = figures["differences"]
+    assert gains["optimised - constant"]["CLIP score"]["value"] == 0.5
+    assert gains["optimised - plain"]["attribute binding"]["n"] == 1
+    assert gains["scheduled - plain"]["relation"]["value"] == 0 and "no difference" in text
+    assert figures["means of the shared"]["plain"]["CLIP score"]["value"] == 21
+    assert "| optimised | 2 |" in text and "On the 2 captions that all rows share" in text
+
+
+def test_settings_reach_their_rows() -> None:
+    rows = controls_of_rows(["weight=0.7", "scheduled.schedule=cosine", "optimised.learning_rate=0.1"], "micro")
+    assert rows == {
+        "plain": (),
+        "constant": (SpaceTimeAttention(weight=0.7, hide_phrases=True, end=0.7, template="{}"),),
+        "scheduled": (SpaceTimeAttention(weight=0.7, schedule="cosine", template="{}"),),
+        "optimised": (OptimizedSpaceTime(weight=0.7, learning_rate=0.1, hide_phrases=True, end=0.7, template="{}"),),
+    }
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_and_repeats_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    flags = [*FAST, "--output_dir", str(folder)]
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == (folder / "report.md").read_text().strip() and (folder / "sheet.png").is_file()
+    pictures = {path: path.read_bytes() for path in folder.glob("images/*/*.png")}
+    assert len(pictures) == 7 and len(set(pictures.values())) > 4
+    found = json.loads((folder / "weights" / "000000.json").read_text())
+    assert np.shape(found["weights"]) == (2, 2) and len(found["losses"]) == 1
+    results = json.loads((folder / "results.json").read_text())
+    assert results["provenance"]["n_fake"]["optimised"] == 1 and results["samples"]["optimised"][1] == [None] * 4
+    lost = folder / "images" / "optimised" / "000000.png"
+    lost.unlink()
+    drawn: list[int] = []
+    generate = evaluation.generate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        drawn.append(len(args[1]))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "generate", counted)
+    assert main(flags) == 0
+    assert drawn == [1] and {path: path.read_bytes() for path in pictures} == pictures
+    assert main([*flags, "--num_inference_steps", "3"]) == 2
+    assert "drawn with another num_inference_steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--optimised", "3"], "--optimised 3 is more than --count 2"),
+        (["--set", "plain.weight=1"], "row 'plain' has no control"),
+        (["--set", "wieght=1"], "No control of this run has a setting 'wieght'"),
+        (["--set", "weight=2"], "convex mix lies in"),
+        (["--layout", "auto", "--layout_predictor", "nowhere"], "layout predictor"),
+        (["--device", "tpu9"], "cannot be used here"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_drawn(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    assert main([*FAST, "--output_dir", "out", *flags]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and re.search(message, printed), printed
