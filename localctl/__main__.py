@@ -20,7 +20,7 @@ PROGRAMS = {
     },
     "Place things": {
         "python -m localctl.layout_predictor": "predict where the objects of a prompt belong",
-        "python train_layout_predictor.py": "train what predicts it",
+        "python -m research.layout_predictor.train": "train what predicts it",
         "python -m research.layout_predictor.report": "measure it",
         "python -m research.heat_maps": "where each phrase is attended to, for each control",
     },

@@ -35,7 +35,7 @@ def new_parser() -> Arguments:
     add = parser.add_argument
     add("prompt", nargs="+", help="a sentence, or several")
     add("--seed", type=int, help="draw a layout; default: the most likely one")
-    add("--predictor", metavar="DIR", help="a folder that train_layout_predictor.py saved; default: the shipped one")
+    add("--predictor", metavar="DIR", help="a folder that its training saved; default: the shipped one")
     add("--chunker", choices=CHUNKERS, default="auto", help="what finds the objects; auto: spaCy where it is installed")
     add("--height", type=int, help="of the layout in pixels, with --width")
     add("--width", type=int, help="as --height")

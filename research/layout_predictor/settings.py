@@ -1,4 +1,4 @@
-"""What `train_layout_predictor.py` can be told, typed and checked."""
+"""What `python -m research.layout_predictor.train` can be told, typed and checked."""
 
 from __future__ import annotations
 

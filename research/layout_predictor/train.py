@@ -1,8 +1,8 @@
-r"""Train a layout predictor: `python train_layout_predictor.py`, `--help` for settings.
+r"""Train a layout predictor: `python -m research.layout_predictor.train`, `--help` for settings.
 
 Without arguments: on the embedded scenes and their captions. On MSCOCO 2017:
 
-  python train_layout_predictor.py data.name=coco \
+  python -m research.layout_predictor.train data.name=coco \
       data.instances=instances_train2017.json data.stuff=stuff_train2017.json
 """
 
@@ -17,7 +17,7 @@ from localctl.messages import fail, loading
 from research.layout_predictor.settings import ALIASES, LayoutTrainSettings
 
 CONFIG = "train_layout_predictor"
-PROGRAM = f"{CONFIG}.py"
+PROGRAM = "research.layout_predictor.train"
 
 
 @one_sentence(PROGRAM)

@@ -75,9 +75,13 @@ def test_the_overview_names_every_program(capsys: pytest.CaptureFixture[str]) ->
     assert main([]) == 0
     shown = capsys.readouterr().out
     scripts = {path.relative_to(ROOT).as_posix() for folder in (".", "data") for path in (ROOT / folder).glob("*.py")}
-    packages = (path for path in (ROOT / "localctl").rglob("*.py") if 'if __name__ == "__main__"' in path.read_text())
+    every = (path for folder in ("localctl", "research") for path in (ROOT / folder).rglob("*.py"))
+    packages = (
+        path for path in every if 'if __name__ == "__main__"' in path.read_text() and path.parent.name != "benchmarks"
+    )
     modules = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in packages}
     modules = {name.removesuffix(".__main__") for name in modules} - {"localctl"}
+    modules = {name for name in modules if not name.startswith("localctl.cli.")}
     assert scripts | modules == COMMANDS
     assert all(f"{command} " in shown for command in COMMANDS)
 

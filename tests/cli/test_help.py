@@ -25,8 +25,7 @@ from localctl.settings import (
     SCHEDULES,
     TIMESTEP_SAMPLINGS,
 )
-from localctl.training.schedule import LR_SCHEDULERS
-from localctl.training.settings import ADAPTER_TYPES, MIXED_PRECISION, TrainSettings
+from localctl.training.settings import ADAPTER_TYPES, LR_SCHEDULERS, MIXED_PRECISION, TrainSettings
 from research.layout_predictor.settings import SOURCES, LayoutTrainSettings
 
 CHOICES: dict[str, Any] = {

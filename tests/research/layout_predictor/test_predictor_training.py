@@ -1,4 +1,4 @@
-"""`train_layout_predictor.py`: from a command line to weights, and resuming as if nothing had happened."""
+"""Training a layout predictor: from a command line to weights, and resuming as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_a_judge_reads_the_words_alone(tmp_path: Path) -> None:
 
 def test_the_first_screen_is_clean(tmp_path: Path) -> None:
     """A fresh process: nothing on stderr but the progress bar."""
-    command = [sys.executable, "train_layout_predictor.py", *TINY, "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "research.layout_predictor.train", *TINY, "--output_dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
