@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from localctl.sizes import shown
+
 
 def first_line(error: BaseException) -> str:
     """What an exception says, as the part of a sentence: its first line, without the full stop; its kind if it says
@@ -27,14 +29,38 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The JSON in ``path``. ValueError in one sentence naming ``what``, if it cannot be read or is none."""
+def read_json(path: Path, what: str, missing: str = "", damaged: str = "") -> Any:
+    """Read the JSON in ``path``.
+
+    Args:
+        what: begins the sentence of an error, such as ``The layout``.
+        missing, damaged: end it: what to do about a file that cannot be read, or is no JSON.
+
+    Raises:
+        ValueError: in one sentence, if the file cannot be read or is no JSON.
+    """
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"{what} {path} cannot be read ({error.strerror or first_line(error)}).") from error
+        why = error.strerror or first_line(error)
+        raise ValueError(f"{what} {path} cannot be read ({why}){missing and f'; {missing}'}.") from error
     except ValueError as error:
-        raise ValueError(f"{what} {path} is not JSON ({first_line(error)}).") from error
+        raise ValueError(
+            f"{what} {path} is not valid JSON ({first_line(error)}){damaged and f'; {damaged}'}."
+        ) from error
+
+
+def read_object(path: Path, what: str, damaged: str = "repair it") -> dict[str, Any]:
+    """Read the JSON object in ``path``; arguments and errors as for :func:`read_json`."""
+    content = read_json(path, what, "check the path", damaged)
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {path} holds {shown(content)}, not an object with named fields; {damaged}.")
+    return content
+
+
+def write_json(path: Path, content: Any, end: str = "\n", **options: Any) -> None:
+    """Write ``content`` as JSON with ``end`` after it, as :func:`write_bytes` does; ``options``: of ``json.dumps``."""
+    write_text(path, json.dumps(content, **options) + end)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,10 +131,26 @@ def replace_folder(source: Path, target: Path) -> None:
     remove(old)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
+def sha256(source: Path | bytes | str) -> str:
+    """Hash a file, bytes, or a text as UTF-8; in hex."""
+    if not isinstance(source, Path):
+        return hashlib.sha256(source.encode() if isinstance(source, str) else source).hexdigest()
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(content: Any) -> str:
+    """Hash ``content`` as JSON with sorted keys, so that the order of dictionaries does not count."""
+    return sha256(json.dumps(content, sort_keys=True))
+
+
+def sha256_of_folder(folder: str | Path) -> str:
+    """Hash all weights in a model folder, by name, or a single file of weights; a hub id, which is neither, stays."""
+    place = Path(folder)
+    if place.is_file():
+        return sha256(place)
+    weights = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
+    return sha256("".join(map(sha256, weights))) if weights else str(folder)
 
 
 def share_weights(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.coco import coco_box, coco_id, is_crowd, places, spoken
-from localctl.files import first_line, parse_json, write_text
+from localctl.files import first_line, read_object, write_json
 from localctl.images import load_image
 from localctl.layout import Layout, Region
 from localctl.layout_checks import Box, check_count
@@ -52,7 +51,7 @@ def save_layout(layout: Layout, path: str | Path) -> Path:
         regions.append(item)
     content = {"prompt": layout.prompt, "height": layout.height, "width": layout.width, "overlap": layout.overlap}
     content = {name: value for name, value in content.items() if value is not None}
-    write_text(path, json.dumps({**content, "regions": regions}, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, {**content, "regions": regions}, indent=1, ensure_ascii=False)
     return path
 
 
@@ -63,7 +62,7 @@ def load_layout(path: str | Path) -> Layout:
     that :class:`localctl.layout.Layout` refuses. Without a prompt, the phrases are joined to one.
     """
     path = Path(path)
-    content = _read_json(path)
+    content = read_object(path, "The file")
     _check_keys(content, _LAYOUT_KEYS, f"The layout {path}")
     items = content.get("regions", [])
     if not isinstance(items, list):
@@ -128,7 +127,7 @@ def from_coco(
 
     ValueError for a file that is not COCO, an unknown image or category, no box that is left, or as for the layout.
     """
-    content = _read_json(Path(annotations)) if isinstance(annotations, (str, Path)) else annotations
+    content = read_object(Path(annotations), "The file") if isinstance(annotations, (str, Path)) else annotations
     wanted = coco_id(image_id)
     try:
         names = {coco_id(item["id"]): str(item["name"]) for item in content["categories"]}
@@ -222,7 +221,7 @@ def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, 
     ValueError for files that are missing or not of this format.
     """
     folder = Path(folder)
-    content = _read_json(folder / "valset.json")
+    content = read_object(folder / "valset.json", "The file")
     scene = content.get(str(index))
     if not isinstance(scene, dict) or not {"textual_condition", "segment_descriptions"} <= set(scene):
         raise ValueError(f"There is no scene {index} in {folder / 'valset.json'}; it has {len(content)}.")
@@ -274,18 +273,6 @@ def _beside(path: Path, name: str, where: str) -> Path:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"{where}: the mask {shown(name)} cannot be read ({reason}).") from error
     return path.parent / inside
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"The file {path} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); repair it.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with named fields.")
-    return content
 
 
 def _check_keys(content: Any, known: Sequence[str], where: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from localctl.files import parse_json, write_text
+from localctl.files import parse_json, write_json
 
 LOCK = ".lock"
 BEAT, PATIENCE = 15.0, 120.0
@@ -73,7 +73,7 @@ class FolderLock:
     def renew(self) -> None:
         """Put the file back that somebody has removed. OSError where that cannot be done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(self._about))
+        write_json(self.path, self._about, end="")
 
     def release(self) -> None:
         """Let others write. What was made for the lock alone goes, too."""
@@ -114,7 +114,7 @@ class FolderLock:
                 f"{self.folder} is in use by {_who(owner)}; wait until it has ended, or choose another --output_dir."
             )
         if _read(self.path).get("token") == owner.get("token"):
-            write_text(self.path, json.dumps(self._about))
+            write_json(self.path, self._about, end="")
         time.sleep(_SETTLE)
         if not self.mine:
             raise FolderInUse(f"{self.folder} was taken in this moment by {_who(_read(self.path))}; start again later.")

@@ -122,7 +122,7 @@ def test_a_config_of_another_kind_is_named(
             load()
         assert "\n" not in str(error.value)
     argv = ["--prompt", "a", "--adapter", str(folder), "--condition_image", "edges.png"]
-    assert_refused_early(argv, "is not JSON|names the class")
+    assert_refused_early(argv, "is not valid JSON|names the class")
 
 
 def test_published_shapes_pass() -> None:

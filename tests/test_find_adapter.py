@@ -138,7 +138,7 @@ def test_what_is_no_adapter_is_one_sentence(
         with pytest.raises(ValueError, match="of the adapter odd cannot be used: (base|condition) is "):
             find_adapter("odd")
     Path("odd/config.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="odd/config.json is not JSON .nested too deep"):
+    with pytest.raises(ValueError, match="odd/config.json is not valid JSON .nested too deep"):
         find_adapter("odd")
     Path("odd/config.json").write_text("[]")
     for name, words in cases.items():

@@ -55,7 +55,7 @@ def test_a_layout_by_hand_needs_no_prompt(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "holds a list, not an object"),
+        ("[]", r"holds \[\], not an object"),
         ({"promt": "a"}, "unknown field 'promt'; did you mean 'prompt'"),
         ({"prompt": 3}, "one prompt"),
         ({"prompt": "a", "regions": {}}, "'regions' in .* is a list"),

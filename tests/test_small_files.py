@@ -35,7 +35,7 @@ def test_read_json_names_the_file(tmp_path):
     with pytest.raises(ValueError, match="^The layout .* cannot be read"):
         read_json(tmp_path, "The layout")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="deep.json is not JSON .nested too deep"):
+    with pytest.raises(ValueError, match="deep.json is not valid JSON .nested too deep"):
         read_json(tmp_path / "deep.json", "The layout")
 
 

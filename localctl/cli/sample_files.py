@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from localctl import __version__
 from localctl.cli.sample_record import AUTO, INPUTS, RECORD
 from localctl.cli.sample_regions import Variant, named
 from localctl.cli.sample_sheets import axis_labels, region_sheet
-from localctl.files import first_line, write_bytes, write_text
+from localctl.files import first_line, write_bytes, write_json
 from localctl.images import condition_to_pil, grid, outline
 from localctl.layout import Layout
 from localctl.layout_io import load_layout, save_layout
@@ -77,7 +76,7 @@ def endings(variants: Sequence[Variant]) -> list[str]:
 def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path) -> None:
     """Write the flags that repeat the run, and the names of its images. OSError that names the file."""
     record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
-    write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / RECORD, record, indent=1, ensure_ascii=False)
 
 
 def save_sheets(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import localctl
 from localctl.evaluation.provenance import read_json, versions, write_json
+from localctl.files import sha256_of_json
 
 Rows = list[dict[str, float]]
 
@@ -28,7 +28,7 @@ class Kept:
         """What ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on`` (plain
         values), and read from the folder ever after. ValueError for a damaged file."""
         described = {"depends_on": dict(depends_on), **self.always}
-        name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        name = sha256_of_json(described)
         path = self.folder / f"{name}.json"
         if not path.is_file():
             made = make()

@@ -4,7 +4,6 @@ ceiling."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from localctl.evaluation.cache import Kept, sha256_of_files
 from localctl.evaluation.generated_set import Speed, open_source, read_pictures, read_set, read_speed
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
+from localctl.files import sha256
 from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -158,7 +158,7 @@ def _depends_on(
         "name": name,
         "settings": settings,
         "files_sha256": sha256_of_files(files, folder),
-        "targets_sha256": hashlib.sha256(b"".join(target.image.tobytes() for target in targets)).hexdigest(),
+        "targets_sha256": sha256(b"".join(target.image.tobytes() for target in targets)),
         "vae_sha256": sha256_of_folder(base.vae or Path(resolve_base(base.name).id_or_path) / "vae"),
         "clip_sha256": None if clip is None else clip.weights_sha256,
     }

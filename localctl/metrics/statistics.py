@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from localctl.files import write_bytes
 from localctl.metrics.distances import clip_mmd, frechet_distance, kernel_distance
 from localctl.seeding import key_seed
 
@@ -72,9 +72,7 @@ class Statistics:
         buffer = io.BytesIO()
         arrays = {name: getattr(self, name) for name in _FIELDS}
         np.savez_compressed(buffer, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, path)
+        write_bytes(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -7,7 +7,6 @@ cleared away by the next one (``sweep``).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from localctl.files import first_line, read_json, remove, replace_folder, sha256, share_weights
+from localctl.files import first_line, read_json, remove, replace_folder, sha256, sha256_of_json, share_weights
 
 try:
     import resource
@@ -273,4 +272,4 @@ def _flush(path: Path) -> None:
 
 
 def _body_sha256(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(body)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from localctl.files import sha256
+
 # Of these parts training reads no more than:
 _SCHEDULER = (
     "prediction_type num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
@@ -68,7 +70,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Of its vocabulary, the length of its texts, and how it takes a sentence apart."""
     words = sorted(tokenizer.get_vocab().items())
     content = [words, tokenizer(_PROBE).input_ids, tokenizer.pad_token_id, str(tokenizer.model_max_length)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return sha256(json.dumps(content))
 
 
 def weights_digest(part: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, get_token
 
-from localctl.files import first_line, read_json, remove, write_text
+from localctl.files import first_line, read_json, remove, write_json, write_text
 from localctl.training.settings import TrainSettings
 
 UPLOAD = "hub"  # folder with what is uploaded, as others may read it; it stays where the upload failed
@@ -57,7 +56,7 @@ def prepare_upload(folder: Path, files: list[str]) -> Path:
         target = upload / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            write_text(target, json.dumps(without_paths(read_json(path, "The file")), indent=2, sort_keys=True) + "\n")
+            write_json(target, without_paths(read_json(path, "The file")), indent=2, sort_keys=True)
         elif path.suffix == ".yaml":
             values = without_paths(yaml.safe_load(path.read_text(encoding="utf-8")))
             write_text(target, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

@@ -14,6 +14,7 @@ from torch import nn
 
 from localctl.data.fingerprint import COUNT, NAMES
 from localctl.data.sample import Source
+from localctl.files import sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
 from localctl.training import fingerprint
 from localctl.training.settings import TrainSettings
@@ -90,7 +91,7 @@ def describe(
 def config_hash(settings: TrainSettings) -> str:
     """Of the settings that may not change, masked ones included."""
     fixed = {key: value for key, value in flat(asdict(settings)).items() if not is_free(key)}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(fixed)
 
 
 def data_fingerprint(source: Source) -> dict[str, Any]:

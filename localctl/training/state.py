@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from localctl.files import first_line, read_json, share_weights, write_text
+from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
@@ -121,7 +120,7 @@ class TrainState:
             "skipped": self.skipped,
             "early_stopping": self.early_stopping.state_dict(),
         }
-        write_text(folder / "state.json", json.dumps(extra))
+        write_json(folder / "state.json", extra, end="")
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Continue from a verified checkpoint of ``step``. ValueError when it is of an adapter of another shape, or

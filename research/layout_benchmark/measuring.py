@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from localctl.cli.sample_regions import FREE, named
 from localctl.distributed import process_device
 from localctl.evaluation.fid import collect
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance, read_json, versions, write_json
+from localctl.files import sha256
 from localctl.images import load_image
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
@@ -285,7 +285,7 @@ class Bench:
 def _sha256_of_base(folder: Path) -> str:
     """Of the weights that pictures depend on."""
     parts = (sha256_of_folder(folder / part) for part in ("unet", "text_encoder", "vae"))
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return sha256("".join(parts))
 
 
 def _scenes(numbers: range) -> Iterator[tuple[str, np.ndarray]]:

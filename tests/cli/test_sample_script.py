@@ -184,7 +184,7 @@ def test_a_damaged_adapter_and_a_missing_base_are_one_sentence(
     assert "There is no base" in (printed := capsys.readouterr().err) and printed.count("\n") == 1
     Path("canny/config.json").write_text("{")
     assert sample.main(BASIC) == 2
-    assert "config.json is not JSON" in capsys.readouterr().err
+    assert "config.json is not valid JSON" in capsys.readouterr().err
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
