@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from localctl.base_files import check_weights, pickled_only
+from localctl.bases import check_weights, pickled_only
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line
 from localctl.masks import MASK_RESIZE, resize_mask

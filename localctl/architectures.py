@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from localctl.pipelines import BASES, BaseConfig, check_folder, not_loaded, read_index, read_json, resolve_base
+from localctl.bases import BASES, BaseConfig, check_folder, not_loaded, read_index, read_json, resolve_base
 
 Config = Mapping[str, Any]
 

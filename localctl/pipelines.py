@@ -1,42 +1,107 @@
-"""The base: the frozen text-to-image pipeline that everything here steers or trains on."""
+"""The base: the frozen text-to-image pipeline that everything here steers or trains on, loaded; its schedulers; and the
+one prompt encoder. Names and files of bases: ``bases``."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from huggingface_hub import hf_hub_download
-from torch import nn
+from torch import Tensor, nn
 
-from localctl.base_files import check_files, check_weights
 from localctl.bases import BASES as BASES
-from localctl.bases import DTYPE_NAMES, PIPELINES, SCHEDULERS, BaseConfig, BaseSpec, resolve_base
+from localctl.bases import (
+    DTYPE_NAMES,
+    SCHEDULERS,
+    BaseConfig,
+    check_folder,
+    check_weights,
+    not_loaded,
+    read_index,
+    read_json,
+    resolve_base,
+    vae_not_loaded,
+)
 from localctl.bases import MICRO_WEIGHTS as MICRO_WEIGHTS
+from localctl.bases import BaseSpec as BaseSpec
 from localctl.bases import lasting_name as lasting_name
+from localctl.bases import own_side as own_side
 from localctl.bases import same_base as same_base
-from localctl.files import first_line, parse_json
 from localctl.quiet import no_progress_bars
-from localctl.sizes import shown
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
-def own_side(name: str) -> int | None:
-    """The side in pixels of the images that a base on this disk was made for; None = not known without asking."""
-    try:
-        spec, here = resolve_base(name), {"local_files_only": True}
-        unet = read_json(spec, "unet/config.json", here)
-        vae = read_json(spec, "vae/config.json", here)
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """Prompts as the denoiser takes them. states: (B, K, C) of the text encoder, or of both of SDXL; pooled: (B, P) of
+    SDXL's second one, None for other bases."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    @classmethod
+    def join(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Join several as one batch."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        assert len(pooled) in (0, len(parts))
+        return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipe: Any,
+    prompts: str | list[str],
+    negative_prompt: str | None = None,
+    *,
+    guided: bool = False,
+    call: Mapping[str, Any] | None = None,
+) -> tuple[PromptEmbeds, PromptEmbeds | None]:
+    """Encode prompts as the pipeline itself does.
+
+    Args:
+        prompts: one, or a list of B.
+        negative_prompt: None = what the pipeline guides away from by default: for SDXL zeros
+            (``force_zeros_for_empty_prompt``), not the encoding of the empty text.
+        guided: encode the negative prompt, too.
+        call: the arguments of ``encode_prompt`` in a running call of the pipeline, of which device, ``clip_skip`` and
+            ``lora_scale`` are taken over. These prompts are then none of the call's own, so controls do not see them.
+
+    Returns:
+        The prompts (B rows), and with ``guided`` the negative prompt.
+    """
+    if call is None:
+        encode, options = pipe.encode_prompt, {"device": pipe.unet.device}
+    else:  # by the class's own method: on the instance it is wrapped
+        encode = partial(type(pipe).encode_prompt, pipe)
+        options = {name: call[name] for name in ("device", "clip_skip", "lora_scale") if name in call}
+    states, negative, *pooled = encode(
+        prompts,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+        negative_prompt=negative_prompt,
+        **options,
+    )
+    return PromptEmbeds(states, *pooled[:1]), PromptEmbeds(negative, *pooled[1:]) if guided else None
+
+
+def is_xl(pipe: DiffusionPipeline) -> bool:
+    """Tell whether the U-Net of ``pipe`` takes pooled prompt embeddings and sizes, as SDXL's does."""
+    return pipe.unet.config.addition_embed_type == "text_time"
 
 
 def load_pipeline(
@@ -68,7 +133,7 @@ def load_pipeline(
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:
-            # Neither the checker nor the picture processor that only it needs is loaded, and nothing nags about it.
+            # Neither the checker nor the image processor that only it needs is loaded, and nothing nags about it.
             options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
         if vae and "vae" not in options:
             options["vae"] = load_vae(vae, dtype, config.local_files_only)
@@ -85,25 +150,6 @@ def load_pipeline(
         if isinstance(component, nn.Module):
             freeze(component)
     return pipe.to(device)
-
-
-def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
-    """What to tell somebody whose base cannot be read."""
-    place, reason = resolve_base(config.name).id_or_path, first_line(error)
-    way_out = "check name and network, or give a local diffusers folder"
-    if Path(place).is_dir():
-        way_out = "fetch or save the base again"
-    return ValueError(f"The base {config.name!r} could not be loaded from {place!r} ({reason}); {way_out}.")
-
-
-def check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
-    """ValueError that names the file when a base is a folder and something in it is missing or damaged."""
-    folder = Path(resolve_base(config.name).id_or_path)
-    if folder.is_dir():
-        try:
-            check_files(folder, index, replaced)
-        except ValueError as error:
-            raise not_loaded(config, error) from error
 
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
@@ -125,14 +171,6 @@ def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> A
         raise vae_not_loaded(name, error) from error
 
 
-def vae_not_loaded(name: str, error: Exception) -> ValueError:
-    """What to tell somebody whose VAE cannot be read."""
-    reason = first_line(error)
-    return ValueError(
-        f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
-    )
-
-
 def full_precision_vae(pipe: DiffusionPipeline) -> None:
     """Put the VAE of ``pipe`` into float32 for good. SDXL's own overflows in half precision.
 
@@ -145,29 +183,6 @@ def full_precision_vae(pipe: DiffusionPipeline) -> None:
 
     for part in (pipe.vae.encoder, pipe.vae.post_quant_conv or pipe.vae.decoder):
         part.register_forward_pre_hook(cast)
-
-
-def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any]:
-    """File ``name`` of a base; OSError when it is not there, ValueError when it is no JSON object."""
-    path = Path(spec.id_or_path, name)
-    if not path.is_file():
-        path = Path(hf_hub_download(spec.id_or_path, name, **where))
-    try:
-        content = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); fetch or save the base again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {shown(content)}, not an object with named fields; fetch the base again.")
-    return content
-
-
-def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
-    """What the pipeline consists of; ValueError if it is of a kind we do not know."""
-    index = read_json(spec, "model_index.json", where)
-    kind = str(index.get("_class_name"))[:80]
-    if kind not in PIPELINES:
-        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}.")
-    return index
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -199,8 +214,29 @@ def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
         pipe.scheduler = before
 
 
+def knows_karras(kind: str) -> bool:
+    """Tell whether diffusers' scheduler of this class can space its steps as Karras does."""
+    found = getattr(diffusers, kind, None)
+    return found is not None and "use_karras_sigmas" in inspect.signature(found.__init__).parameters
+
+
+def check_karras(base: BaseConfig, scheduler: str | None) -> None:
+    """Raise a ValueError for a scheduler without Karras' spacing, by its name or None for the base's own."""
+    if scheduler is not None:
+        kind = SCHEDULERS[scheduler]
+    else:
+        try:
+            where = {"revision": base.revision, "local_files_only": base.local_files_only}
+            kind = read_json(resolve_base(base.name), "scheduler/scheduler_config.json", where).get("_class_name", "")
+        except OSError:
+            return  # the base itself will be missed in a moment
+    if not knows_karras(kind):
+        known = ", ".join(name for name, one in sorted(SCHEDULERS.items()) if knows_karras(one))
+        raise ValueError(f"{kind or 'The scheduler'} has no Karras sigmas; give a --scheduler of these: {known}.")
+
+
 def choose_pil_processors() -> None:
-    """Settle on transformers' PIL picture processors where torchvision is not installed.
+    """Settle on transformers' PIL image processors where torchvision is not installed.
 
     diffusers' pipelines import two processors by their torchvision names; transformers then falls back to the PIL
     ones and says so on every start. Naming the PIL ones first is the choice it asks for, with the same result.

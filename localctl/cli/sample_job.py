@@ -12,7 +12,7 @@ import torch
 
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
-from localctl.cli.sample_base import check_karras, check_vae
+from localctl.bases import check_vae
 from localctl.cli.sample_inputs import (
     AdapterJob,
     Size,
@@ -26,7 +26,7 @@ from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, pla
 from localctl.control.adapter_fit import check_base
 from localctl.distributed import process_device
 from localctl.layout import Layout, check_side
-from localctl.pipelines import BaseConfig, lasting_name, resolve_base
+from localctl.pipelines import BaseConfig, check_karras, lasting_name, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
 from localctl.weight_search.weights import OptimizedSpaceTime
 
@@ -148,7 +148,7 @@ def _check_sampling(
     if options.use_karras_sigmas:
         for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
             check_karras(base, scheduler)
-    check_vae(base, shape)
+    check_vae(base, shape.parts["vae"])
     if options.negative_prompt and options.guidance_scale is not None and options.guidance_scale <= 1:
         return ["--negative_prompt does nothing with a --guidance_scale of 1 or less."]
     return []

@@ -11,18 +11,13 @@ from torch import Tensor
 from localctl.control.attention import Site
 from localctl.control.base import CallContext
 from localctl.layout import Layout
+from localctl.pipelines import encode_prompts
 from localctl.tokens import positions_of
 
 
 def encode_texts(pipe: Any, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
-    """(n, K, C): texts as the pipeline encodes prompts, with the device and settings of a running call.
-
-    ``arguments`` are those of the call's own ``encode_prompt``.
-    """
-    options = {name: arguments[name] for name in ("device", "clip_skip", "lora_scale") if name in arguments}
-    # The class's own method: on the instance it is wrapped, and these texts are no prompts of a call.
-    encode = type(pipe).encode_prompt
-    return encode(pipe, list(texts), num_images_per_prompt=1, do_classifier_free_guidance=False, **options)[0]
+    """Encode texts to (n, K, C) with the settings of a running call; ``arguments``: of its ``encode_prompt``."""
+    return encode_prompts(pipe, list(texts), call=arguments)[0].states
 
 
 class BoundRegions:

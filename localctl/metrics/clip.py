@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
-from localctl.base_files import pickled_only
+from localctl.bases import pickled_only
 from localctl.files import first_line
 from localctl.metrics.per_sample import PerSample, rgb_batch
 from localctl.metrics.weights import resize, sha256_of_folder

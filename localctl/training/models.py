@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from localctl.adapter import LocalAdapter
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size
-from localctl.pipelines import full_precision_vae, load_pipeline
+from localctl.pipelines import PromptEmbeds, full_precision_vae, is_xl, load_pipeline
 from localctl.quiet import no_progress_bars
 from localctl.training.adapters import plan_adapter
 from localctl.training.settings import TrainSettings
-from localctl.training.text import TextStates, encode_text, is_xl, time_ids, unet_arguments
+from localctl.training.text import encode_text, time_ids, unet_arguments
 
 MEMO_BYTES = 512 * 2**20
 
@@ -75,7 +75,7 @@ class Models:
         self.prediction_type = pipe.scheduler.config.prediction_type
         check_schedule(self.alphas_cumprod, self.prediction_type)
         self.xl = is_xl(pipe)
-        self._texts: Memo[TextStates] = Memo()
+        self._texts: Memo[PromptEmbeds] = Memo()
         self._moments: Memo[Tensor] | None = Memo() if keep_latents else None
 
     @property
@@ -119,10 +119,10 @@ class Models:
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
-    def text_states(self, captions: Sequence[str]) -> TextStates:
+    def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
         """What the U-Net reads, as the pipeline itself encodes prompts."""
         parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
-        return TextStates.join(parts)
+        return PromptEmbeds.join(parts)
 
     def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's pictures."""

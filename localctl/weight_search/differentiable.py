@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from localctl.pipelines import PromptEmbeds, encode_prompts
+
 DIFFERENTIABLE = ("DDIMScheduler", "PNDMScheduler")
 
 
@@ -44,21 +46,14 @@ def encode(
 ) -> Conditioning:
     """The conditioning of one picture of ``size`` = (height, width), as the stock pipelines make it. Inside ``attach``,
     this begins a call."""
-    options = {
-        "device": pipe.device,
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": guidance_scale > 1,
-        "negative_prompt": negative_prompt,
-    }
-    text, negative, *pooled = pipe.encode_prompt(prompt, **options)
-    rows = [negative, text] if guidance_scale > 1 else [text]
-    added = None
-    if pooled:  # SDXL
+    embeds, negative = encode_prompts(pipe, prompt, negative_prompt, guided=guidance_scale > 1)
+    rows = embeds if negative is None else PromptEmbeds.join([negative, embeds])
+    text, added = rows.states, None
+    if rows.pooled is not None:  # SDXL
         projection = pipe.text_encoder_2.config.projection_dim
         times = pipe._get_add_time_ids(size, (0, 0), size, dtype=text.dtype, text_encoder_projection_dim=projection)
-        pools = [pooled[1], pooled[0]] if guidance_scale > 1 else [pooled[0]]
-        added = {"text_embeds": torch.cat(pools), "time_ids": times.to(text.device).repeat(len(rows), 1)}
-    return Conditioning(torch.cat(rows), added, guidance_scale)
+        added = {"text_embeds": rows.pooled, "time_ids": times.to(text.device).repeat(len(text), 1)}
+    return Conditioning(text, added, guidance_scale)
 
 
 def sample_latents(
