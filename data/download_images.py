@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fetching import Refused, WebLimits, fetch_bytes
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,12 +39,10 @@ from localctl.cli.program import one_sentence
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
-from localctl.data.metadata import METADATA, check_utf8, split_lines
-from localctl.data.rows import captions_of
+from localctl.data.rows import METADATA, captions_of, check_utf8, split_lines
 from localctl.files import first_line, parse_json, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
-from localctl.web import Refused, WebLimits, fetch_bytes
 
 MANIFEST = "manifest.jsonl"
 SIGNATURES = {

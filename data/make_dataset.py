@@ -30,8 +30,7 @@ from localctl.cli.program import one_sentence
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
-from localctl.data.metadata import METADATA, metadata_lines
-from localctl.data.rows import captions_of, read_caption
+from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
 from localctl.files import parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +12,6 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from localctl.bases import check_weights, pickled_only
-from localctl.conditions import ConditionConfig
-from localctl.files import first_line
 from localctl.masks import MASK_RESIZE, resize_mask
 from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
@@ -194,73 +189,6 @@ def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
             f"The adapter has {levels} levels of features, but level_weights are {list(weights)}; give one weight for "
             "each level."
         )
-
-
-def check_config(config: Any, place: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of an adapter's ``config.json``, ours or a plain T2I-Adapter's, if everything in it can be used.
-    ValueError in one sentence that names ``place`` if not; nothing is built by then."""
-    kind = config.get("_class_name") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in ADAPTERS:
-        raise ValueError(f"The config.json in {place} names the class {shown(kind)}; give a {' or '.join(ADAPTERS)}.")
-    default = {name: value.default for name, value in inspect.signature(ADAPTERS[kind].__init__).parameters.items()}
-    shape = {name: config.get(name, default[name]) for name in SHAPE}
-    try:
-        check_shape(**shape)
-        for name, types, what in (
-            ("condition", dict, "an object with named fields"),
-            ("base", str, "the name, id or folder of a base"),
-            ("mask_resize", str, f"one of {', '.join(MASK_RESIZE)}"),
-            ("mask_features", bool, "true or false"),
-            ("mask_condition", bool, "true or false"),
-            ("dim_condition", bool, "true or false"),
-            ("level_weights", (list, tuple), "a list of numbers"),
-        ):
-            value = config.get(name)
-            if not (value is None or isinstance(value, types)):
-                raise ValueError(f"{name} is {what}, not {shown(value)}.")
-        if config.get("condition"):
-            ConditionConfig(**config["condition"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"The config.json of the adapter {place} cannot be used: {first_line(error)}.") from error
-    return config
-
-
-def load_adapter(place: str | os.PathLike[str], kind: str = "LocalAdapter", **options: Any) -> LocalAdapter:
-    """The adapter in a folder or of a hub id, in eval mode; a plain ``T2IAdapter`` is wrapped.
-
-    Args:
-        place: a folder with ``config.json`` and safetensors, or a hub id; its config was looked at by
-            :func:`check_config`.
-        kind: the class it was saved by, a key of ``ADAPTERS``.
-        options: passed on to ``from_pretrained``.
-
-    Raises:
-        ValueError: weights that are missing, cut off, of another shape or not finite; only pickled ones.
-    """
-    folder = Path(place)
-    if pickled_only(folder):
-        convert = f"T2IAdapter.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained({str(folder)!r})"
-        raise ValueError(
-            f"The adapter in {place} has only .bin weights, which are pickles and not read; convert them: "
-            f"diffusers.{convert}."
-        )
-    try:
-        if folder.is_dir():
-            check_weights(folder)
-        found, report = ADAPTERS[kind].from_pretrained(
-            str(place), use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
-        reason = f"the weights of the adapter there cannot be read ({first_line(error)})"
-        raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; save it again.") from error
-    for what, names in report.items():
-        if names and what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-            tensor = f"{len(names)} {what.replace('_keys', '')} tensors, such as {shown(sorted(map(str, names))[0])}"
-            raise ValueError(f"The weights of the adapter in {place} do not fit its config ({tensor}); save it again.")
-    for name, weights in found.named_parameters():
-        if not bool(torch.isfinite(weights).all()):
-            raise ValueError(f"The weights of the adapter in {place} hold NaN or infinity ({name}); save it again.")
-    return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
 
 
 CHOSEN = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")  # in_channels are the condition's

@@ -1,7 +1,12 @@
-"""Adapters from anywhere, one way for every program: found by their config alone, then loaded."""
+"""Adapters from anywhere, one way for every program: found by their config alone, then loaded.
+
+Weights in a single file may have the names of diffusers, or those that T2I-Adapter's authors publish (full, XL, light).
+"""
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,14 +17,20 @@ import torch
 from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from localctl.adapter import LocalAdapter, check_config, load_adapter
-from localctl.adapter_weights import SUFFIXES, read_weights
-from localctl.bases import HUB_ID, same_base
+from localctl.adapter import ADAPTERS, SHAPE, LocalAdapter, check_shape
+from localctl.bases import HUB_ID, check_weights, pickled_only, same_base
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line, read_json
+from localctl.masks import MASK_RESIZE
+from localctl.sizes import shown
 
 CONFIG = "config.json"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_PREFIXES = ("module.", "model.", "adapter.")  # of DataParallel, of wrappers, and of diffusers
+_FACTORS = (8, 16, 4, 32)  # pixels unshuffled; with 1 or 3 channels no product is met twice
 _WEIGHTS = "diffusion_pytorch_model"
 _INSIDE = ("", "adapter", "t2iadapter")  # where an adapter lies in its own folder, a run's or a checkpoint's
 _WAY_OUT = "give the folder of an adapter or training run, a hub id (owner/name), or a file of weights"
@@ -60,40 +71,89 @@ class SavedAdapter:
         return ConditionConfig(**said) if said else None
 
     def used_on(self, base: str) -> str | None:
-        """A sentence where that is not the base it was trained on."""
+        """Say so in a sentence where ``base`` is not the one it was trained on."""
         if self.base is None or same_base(self.base, base):
             return None
         return f"The adapter {self.name} was trained on {self.base}, used on {base} of the same shape."
 
-    def load(self) -> LocalAdapter:
-        """The adapter, float32, in eval mode. ValueError when its weights cannot be read."""
-        if not Path(self.place).is_file():
-            return self._from_pretrained()
-        try:
-            adapter = T2IAdapter.from_config(dict(self.config))
-            adapter.load_state_dict(read_weights(Path(self.place))[1])
-        except Exception as error:  # cut files and foreign shapes each raise their own kind
+    def check_channels(self, condition: ConditionConfig) -> None:
+        """Raise a ValueError when it takes conditions of another number of channels."""
+        channels = self.config.get("in_channels", 3)  # as T2IAdapter has it
+        if channels != condition.channels:
             raise ValueError(
-                f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it again."
-            ) from error
-        return LocalAdapter.from_t2iadapter(adapter.float()).eval()
+                f"The adapter {self.name} takes conditions of {channels} channels, but "
+                f"condition={condition.kind} has {condition.channels}; choose the condition it was made for, or "
+                "condition.channels."
+            )
 
-    def _from_pretrained(self) -> LocalAdapter:
-        kind = str(self.config["_class_name"])
-        options = {"dtype": torch.float32, "local_files_only": self.local_files_only}
+    def load(self) -> LocalAdapter:
+        """Load the adapter, float32, in eval mode; a plain ``T2IAdapter`` is wrapped.
+
+        Raises:
+            ValueError: weights that are missing, cut off, of another shape or not finite; only pickled ones.
+        """
+        place = Path(self.place)
+        if place.is_file():
+            try:
+                adapter = T2IAdapter.from_config(dict(self.config))
+                adapter.load_state_dict(read_weights(place)[1])
+            except Exception as error:  # cut files and foreign shapes each raise their own kind
+                raise ValueError(
+                    f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it "
+                    "again."
+                ) from error
+            return LocalAdapter.from_t2iadapter(adapter.float()).eval()
         try:
-            return load_adapter(self.place, kind, variant=self.variant, **options)
+            return self._from_pretrained(self.variant)
         except ValueError as error:
-            if self.variant or Path(self.place).exists() or not isinstance(error.__cause__, OSError):
+            if self.variant or place.exists() or not isinstance(error.__cause__, OSError):
                 raise
-            return load_adapter(self.place, kind, variant="fp16", **options)  # all that some publish
+            return self._from_pretrained("fp16")  # all that some publish
+
+    def _from_pretrained(self, variant: str | None) -> LocalAdapter:
+        place, folder = self.place, Path(self.place)
+        if pickled_only(folder):
+            convert = f"T2IAdapter.from_pretrained({place!r}, use_safetensors=False).save_pretrained({place!r})"
+            raise ValueError(
+                f"The adapter in {place} has only .bin weights, which are pickles and not read; convert them: "
+                f"diffusers.{convert}."
+            )
+        options = {"variant": variant, "dtype": torch.float32, "local_files_only": self.local_files_only}
+        try:
+            if folder.is_dir():
+                check_weights(folder)
+            found, report = ADAPTERS[str(self.config["_class_name"])].from_pretrained(
+                place, use_safetensors=True, output_loading_info=True, **options
+            )
+        except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+            reason = f"the weights of the adapter there cannot be read ({first_line(error)})"
+            raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; save it again.") from error
+        for what, names in report.items():
+            if names and what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+                said = f"{len(names)} {what.replace('_keys', '')} tensors, such as {shown(sorted(map(str, names))[0])}"
+                raise ValueError(
+                    f"The weights of the adapter in {place} do not fit its config ({said}); save it again."
+                )
+        for name, weights in found.named_parameters():
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError(f"The weights of the adapter in {place} hold NaN or infinity ({name}); save it again.")
+        return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
+
+
+def load_adapter(name: str | Path, local_files_only: bool = False) -> LocalAdapter:
+    """Find and load an adapter: see :func:`find_adapter` and :meth:`SavedAdapter.load`, which raise ValueErrors."""
+    return find_adapter(name, local_files_only).load()
 
 
 def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapter:
-    """An adapter by its folder, that of a training run or checkpoint, a file of weights, or a hub id; by its config
-    alone, or from the shapes of weights that have none.
+    """Find an adapter by its config alone, or from the shapes of weights that have none.
 
-    ValueError when there is none, or it is of another class.
+    Args:
+        name: its folder, that of a training run or checkpoint, a file of weights, or a hub id.
+        local_files_only: never ask the network.
+
+    Raises:
+        ValueError: there is none, it is of another class, or its config cannot be used.
     """
     name = str(name)
     try:
@@ -156,3 +216,116 @@ def _variant(folder: Path) -> str | None:
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:
     return check_config(read_json(path, f"Of the adapter {name} the settings"), name)
+
+
+def check_config(config: Any, place: str) -> dict[str, Any]:
+    """Return the content of an adapter's ``config.json``, ours or a plain T2I-Adapter's, if everything in it can be
+    used; nothing is built. ValueError in one sentence that names ``place`` if not."""
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        raise ValueError(f"The config.json in {place} names the class {shown(kind)}; give a {' or '.join(ADAPTERS)}.")
+    default = {name: value.default for name, value in inspect.signature(ADAPTERS[kind].__init__).parameters.items()}
+    shape = {name: config.get(name, default[name]) for name in SHAPE}
+    try:
+        check_shape(**shape)
+        for name, types, what in (
+            ("condition", dict, "an object with named fields"),
+            ("base", str, "the name, id or folder of a base"),
+            ("mask_resize", str, f"one of {', '.join(MASK_RESIZE)}"),
+            ("mask_features", bool, "true or false"),
+            ("mask_condition", bool, "true or false"),
+            ("dim_condition", bool, "true or false"),
+            ("level_weights", (list, tuple), "a list of numbers"),
+        ):
+            value = config.get(name)
+            if not (value is None or isinstance(value, types)):
+                raise ValueError(f"{name} is {what}, not {shown(value)}.")
+        if config.get("condition"):
+            ConditionConfig(**config["condition"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The config.json of the adapter {place} cannot be used: {first_line(error)}.") from error
+    return config
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the options of the ``T2IAdapter`` in a file, and its state dict. Nothing but tensors is unpickled.
+
+    ValueError when the file cannot be read or holds something else.
+    """
+    try:
+        if path.suffix.lower() == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            # A file that the user named; weights_only lets it hold tensors and plain containers, never code.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The weights of the adapter {path} cannot be read: the file is damaged, or holds more than tensors, and "
+            "nothing else is unpickled; fetch it again, or save its state_dict() as .safetensors."
+        ) from error
+    except Exception as error:  # cut files each raise their own kind
+        raise ValueError(
+            f"The weights of the adapter {path} cannot be read ({first_line(error)}); fetch or save it again."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    state = _bare({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
+    try:
+        state = _as_diffusers(state)
+        options = _options(state)
+    except (KeyError, IndexError, StopIteration, ZeroDivisionError):
+        first = next(iter(state), None)
+        named = f"its first weight is called {first!r}" if first else "it holds no weights"
+        raise ValueError(f"{path} is no T2I-Adapter ({named}); give the weights of one, or its folder.") from None
+    return options, {f"adapter.{name}": value for name, value in state.items()}
+
+
+def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what all names begin with. ValueError for a local adapter, whose config alone tells of its masks."""
+    seen: list[str] = []
+    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        seen.append(prefix)
+    if seen.count("adapter.") > 1:
+        raise ValueError(
+            "The weights are of a LocalAdapter, whose config.json says how it uses masks; give its folder."
+        )
+    return state
+
+
+def _as_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of diffusers. Published full adapters number their blocks through all levels: a level begins
+    where the width changes, and all have as many."""
+    if any(".resnets." in name for name in state):
+        return state
+    if "conv_in.weight" not in state:  # a light adapter
+        return {re.sub(r"^(body\.\d+)\.body\.", r"\1.resnets.", name): value for name, value in state.items()}
+    widens = [k for k in range(1, len(state)) if f"body.{k}.in_conv.weight" in state]
+    per_level = widens[0]
+    renamed = {}
+    for name, value in state.items():
+        _, number, rest = name.split(".", 2) if name.startswith("body.") else ("", "", "")
+        if number:
+            level, block = divmod(int(number), per_level)
+            name = f"body.{level}.{rest}" if rest.startswith("in_conv.") else f"body.{level}.resnets.{block}.{rest}"
+        renamed[name] = value
+    return renamed
+
+
+def _options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of ``T2IAdapter``, from the shapes. KeyError or StopIteration for weights of something else."""
+    levels = len({name.split(".")[1] for name in state if name.startswith("body.")})
+    light = "body.0.out_conv.weight" in state
+    if light:
+        channels = [state[f"body.{i}.out_conv.weight"].shape[0] for i in range(levels - 1)]
+        unshuffled = state["body.0.in_conv.weight"].shape[1]
+    else:
+        channels = [state[f"body.{i}.resnets.0.block1.weight"].shape[0] for i in range(levels)]
+        unshuffled = state["conv_in.weight"].shape[1]
+    factor, colours = next((f, c) for f in _FACTORS for c in (1, 3) if c * f * f == unshuffled)
+    return {
+        "in_channels": colours,
+        "channels": channels,
+        "num_res_blocks": len({name for name in state if re.match(r"body\.0\.resnets\.\d+\.block1\.weight", name)}),
+        "downscale_factor": factor,
+        "adapter_type": "light_adapter" if light else "full_adapter_xl" if factor == 16 else "full_adapter",
+    }

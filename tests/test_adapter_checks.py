@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from localctl.adapter import LocalAdapter, check_config, load_adapter
-from localctl.adapter_files import find_adapter
+from localctl.adapter import LocalAdapter
+from localctl.adapter_files import check_config, find_adapter, load_adapter
 from localctl.evaluation.generated_set import draw_set
 from localctl.evaluation.settings import FidSettings
 from research.control_share.measuring import find as load_for_scores
@@ -168,7 +168,7 @@ def test_pickled_weights_are_not_read_and_how_to_convert_them_is_said(
     adapter.save_pretrained(tmp_path / "plain", safe_serialization=False)
     assert [path.name for path in (tmp_path / "plain").glob("*.bin")]
     with pytest.raises(ValueError, match="only .bin weights, which are pickles and not read; convert them: ") as error:
-        load_adapter(tmp_path / "plain", "T2IAdapter")
+        load_adapter(tmp_path / "plain")
     eval(str(error.value).partition("convert them: ")[2].rstrip("."), {"diffusers": diffusers})  # as it says
-    loaded = load_adapter(tmp_path / "plain", "T2IAdapter")
+    loaded = load_adapter(tmp_path / "plain")
     assert all(torch.equal(a, b) for a, b in zip(loaded.adapter.parameters(), adapter.parameters(), strict=True))

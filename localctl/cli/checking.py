@@ -98,12 +98,7 @@ def _adapter_fit(settings: CheckSettings) -> list[str]:
     if name is None:
         return [f"adapter     a new one, of {condition.channels} input channels"]
     found = find_adapter(name, settings.base.local_files_only)
-    channels = found.config.get("in_channels", 3)  # T2IAdapter's default
-    if channels != condition.channels:
-        raise ValueError(
-            f"The adapter {found.place} takes conditions of {channels} channels, but condition="
-            f"{condition.kind} has {condition.channels}; choose another condition or condition.channels."
-        )
+    found.check_channels(condition)
     trained = (found.config.get("condition") or {}).get("kind")
     known = f", trained on {trained}" if trained else ""
     return [f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from localctl.data.bad_rows import TooManyBadRows as TooManyBadRows
     from localctl.data.config import DataConfig as DataConfig
     from localctl.data.files import FileSource as FileSource
+    from localctl.data.files import open_data as open_data
     from localctl.data.files import open_files as open_files
     from localctl.data.micro import MicroScenes as MicroScenes
     from localctl.data.plan import PlanSampler as PlanSampler
@@ -30,7 +31,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "bad_rows": ("BadRow", "Problem", "Quarantine", "TooManyBadRows"),
         "config": ("DataConfig",),
-        "files": ("FileSource", "open_files"),
+        "files": ("FileSource", "open_data", "open_files"),
         "micro": ("MicroScenes",),
         "plan": ("PlanSampler", "SamplePlan", "SampleRef"),
         "sample": ("Batch", "Example", "MaskedSamples", "Source", "Unusable", "collate"),

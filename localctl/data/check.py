@@ -139,7 +139,8 @@ def _conditions(source: FileSource, good: Sequence[RowReport], lines: list[str])
     low, mean, high, coloured = (
         np.array(values) for values in zip(*(r.condition for r in good if r.condition), strict=True)
     )
-    origin = f"from column {source.rows.columns.condition!r}" if source.rows.columns.condition else "from the pictures"
+    column = source.rows.columns.get("condition")
+    origin = f"from column {column!r}" if column else "from the images"
     lines.append(
         f"condition   {config.kind}, {config.channels} channel{'s' * (config.channels > 1)}, {origin}; "
         f"darkest {low.min():.2f}, mean {mean.mean():.2f}, brightest {high.max():.2f}"
@@ -148,7 +149,7 @@ def _conditions(source: FileSource, good: Sequence[RowReport], lines: list[str])
     flat = np.mean(high - low < 0.02)
     if flat > 0.05:
         warnings.append(f"{flat:.0%} of the conditions are of one value and control nothing")
-    if source.rows.columns.condition and high.max() < 0.1:
+    if column and high.max() < 0.1:
         warnings.append("all conditions are nearly black; are their values 0 ... 1 or 0 ... 10 of 255?")
     if config.kind == "column" and config.channels == 3 and not coloured.any():
         warnings.append("no condition has colours; condition.channels=1 would do")

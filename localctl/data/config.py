@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from localctl.micro import PROFILES
 from localctl.sizes import PHOTO_PIXELS, check_side
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
+PROFILES = ("basic", "rich")  # of the embedded scenes
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
 INTERPOLATIONS = ("bilinear", "nearest")
 MOST_PIXELS = 178_956_970  # beyond which Pillow opens nothing

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -21,11 +19,11 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.fingerprint import fingerprints
-from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, draw_geometry, geometry, same_shape, to_array
+from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, sample_geometry, to_array
 from localctl.data.local_rows import FolderRows, ImageFolderRows
 from localctl.data.plan import SampleRef
-from localctl.data.rows import Columns, Row, Rows
-from localctl.data.sample import Example
+from localctl.data.rows import Row, Rows
+from localctl.data.sample import Example, Source
 from localctl.data.tables import open_table
 from localctl.files import first_line
 from localctl.images import ImageError, Limits, read_photo
@@ -40,7 +38,7 @@ _LOOKED_AT = 4  # masks, when data is opened
 
 @dataclass(frozen=True)
 class Parts:
-    """A row as read, each picture at its own size, or smaller where that is over 16 million pixels. image: RGB.
+    """A row as read, each image at its own size, or smaller where that is over 16 million pixels. image: RGB.
     condition: RGB, or F in [0,1]. mask: (h,w) float32 in [0,1], 1 = controlled. size: (height, width) of the image's
     file. stretched: how, for a mask of 0 and 1 in place of black and white; else ""."""
 
@@ -56,7 +54,7 @@ class Parts:
 class FileSource:
     """The rows ``indices`` of ``rows`` as examples of ``data.size``.
 
-    ``source[i]`` shows the middle of picture i, the same whenever asked; ``visit`` crops and mirrors as settings say.
+    ``source[i]`` shows the middle of image i, the same whenever asked; ``visit`` crops and mirrors as settings say.
     Both raise BadRow, with the reason, for a row that cannot be used. note: a clause on how the part was chosen.
     """
 
@@ -78,7 +76,7 @@ class FileSource:
         return self.example(parts, geometry(parts.size, self.data.size), parts.captions[0])
 
     def key(self, index: int) -> str:
-        """What example ``index`` is called for ever."""
+        """Return what example ``index`` is called for ever."""
         return self.rows.keys[self.indices[index]]
 
     @property
@@ -86,28 +84,16 @@ class FileSource:
         """Of names, captions and files, as :func:`localctl.data.fingerprint.fingerprints` has them."""
         return fingerprints(self.rows, self.indices)
 
-    @property
-    def fingerprint(self) -> str:
-        """All of them in one."""
-        return hashlib.sha256(json.dumps(self.fingerprints).encode()).hexdigest()
-
     def visit(self, ref: SampleRef, seed: int) -> Example:
-        """Example ``ref.sample`` as seen in epoch ``ref.epoch``: crop, flip and choice among several captions are drawn
-        by (seed, epoch, key)."""
+        """Show example ``ref.sample`` as in epoch ``ref.epoch``: crop, flip and choice among several captions are
+        sampled by (seed, epoch, key)."""
         parts = self.read(ref.sample)
-        drawn = draw_geometry(
-            parts.size,
-            self.data.size,
-            center_crop=self.data.center_crop,
-            random_flip=self.data.random_flip,
-            seed=seed,
-            epoch=ref.epoch,
-            key=parts.key,
-        )
+        rng = numpy_rng(seed, "geometry", ref.epoch, parts.key)
+        seen = sample_geometry(parts.size, self.data.size, rng, self.data.center_crop, self.data.random_flip)
         caption = parts.captions[0]
         if len(parts.captions) > 1:
             caption = parts.captions[numpy_rng(seed, "caption", ref.epoch, parts.key).integers(len(parts.captions))]
-        return self.example(parts, drawn, caption)
+        return self.example(parts, seen, caption)
 
     def read(self, index: int) -> Parts:
         """Read and decode row ``index``. BadRow when a part is missing, damaged, or of another shape than the image."""
@@ -134,7 +120,7 @@ class FileSource:
         return Parts(key, image, condition, mask, row.captions, size, stretched)
 
     def mask_said(self, index: int) -> str:
-        """What is to be said of the mask of row ``index``, as a clause; of the row, nothing else is decoded."""
+        """Say what is odd about the mask of row ``index``, as a clause; of the row, nothing else is decoded."""
         row = self.rows[self.indices[index]]
         if row.mask is None:
             return ""
@@ -142,14 +128,14 @@ class FileSource:
         return stretched or mask_doubt(mask)
 
     def _mask(self, key: str, source: Path | bytes) -> tuple[np.ndarray, str, tuple[int, int]]:
-        """As in :class:`Parts`, how it was stretched, and the file's own (height, width)."""
+        """Return the mask and how it was stretched, as in :class:`Parts`, and the file's own (height, width)."""
         values, own = self._decoded("mask", key, source, gray=True)
         return *stretch_mask(np.asarray(values)), own
 
     def _decoded(
         self, what: str, key: str, source: Path | bytes, gray: bool = False, whole: bool = False
     ) -> tuple[Image.Image, tuple[int, int]]:
-        """RGB, or F in [0,1] where ``gray``; and the file's own (height, width)."""
+        """Decode to RGB, or F in [0,1] where ``gray``; with the file's own (height, width)."""
         limits = Limits(self.data.max_pixels, None if whole else self.data.size)
         try:
             return read_photo(source, f"the {what} of {brief(key)}", limits, gray)
@@ -157,7 +143,7 @@ class FileSource:
             raise BadRow(f"{what} {error.reason}", str(error).rstrip(".")) from None
 
     def example(self, parts: Parts, seen: Geometry, caption: str) -> Example:
-        """``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the picture."""
+        """Pass ``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the image."""
         image = np.array(seen.apply(parts.image, IMAGE))  # (H,W,3) uint8
         if parts.condition is None:
             condition = extract(self.condition, image)
@@ -174,23 +160,49 @@ class FileSource:
         )
 
 
+def open_data(
+    data: DataConfig,
+    condition: ConditionConfig,
+    split: str,
+    count: int | None = None,
+    *,
+    keep: bool = True,
+    or_else: str = "",
+) -> Source:
+    """Open a part of the data that ``data`` names, the embedded scenes or files.
+
+    Args:
+        split: ``train`` or ``val``; of the embedded scenes also ``test``.
+        count, keep: of the embedded scenes, see :class:`localctl.data.micro.MicroScenes`; count None: ``data.count``.
+        or_else: see :func:`open_files`.
+
+    Raises:
+        ValueError: the data cannot be opened, or nothing belongs to the part.
+    """
+    if not data.is_micro:
+        return open_files(data, condition, split, or_else)
+    from localctl.data.micro import MicroScenes  # the toy base is of no use to those who bring their own data
+
+    return MicroScenes(split, data.profile, count or data.count or 1, condition, keep)
+
+
 def open_files(data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
-    """The ``train`` or ``val`` part of the data that ``data`` names. ValueError when it cannot be opened, or when
+    """Open the ``train`` or ``val`` part of the files that ``data`` names. ValueError when it cannot be opened, or when
     nothing belongs to the part; ``or_else``: what the caller can do without a ``val`` part."""
     own_split = data.validation_split if split == "val" else None
     return part_of(open_rows(data, condition, own_split or data.split), data, condition, split, or_else)
 
 
 def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
-    """As :func:`open_files`, of the ``rows`` of its split."""
+    """Open a part as :func:`open_files` does, of the ``rows`` of its split."""
     assert split in SPLITS
     indices, note = list(range(len(rows))), ""
     if data.validation_split is None:
         held, note = held_out(rows.keys, data.validation_share)
         indices = [i for i in indices if held[i] == (split == "val")]
     if split == "train" and data.count is not None and len(indices) > data.count:
-        drawn = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
-        indices = sorted(drawn[: data.count])
+        shuffled = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
+        indices = sorted(shuffled[: data.count])
     if not indices:
         way_out = "lower it"
         if split == "val":
@@ -217,20 +229,20 @@ def _say_of_masks(source: FileSource) -> None:
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Whether an example belongs to the validation part: decided by a hash of its key alone, so it stays where it is
-    when others come or go. Repeated rows of one picture (key#2) stay together."""
+    """Tell whether an example belongs to the validation part: decided by a hash of its key alone, so it stays where it
+    is when others come or go. Repeated rows of one image (key#2) stay together."""
     return _place(key) < share
 
 
 def _place(key: str) -> float:
-    """From 0 to 1, by a hash."""
+    """Place a key from 0 to 1, by a hash."""
     return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63
 
 
 def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
-    """For each key whether it belongs to the validation part, as :func:`is_held_out` says; but of a small set, where a
-    share above 0 is none, the one nearest to it does. With a clause that says so. A single one is not held out, unless
-    all are (a share of 1)."""
+    """Tell for each key whether it belongs to the validation part, as :func:`is_held_out` says; but of a small set,
+    where a share above 0 is none, the one nearest to it does. With a clause that says so. A single one is not held out,
+    unless all are (a share of 1)."""
     places = [_place(key) for key in keys]
     first = min(places, default=1.0)
     if share < 1 and first == max(places, default=1.0):
@@ -245,18 +257,19 @@ def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
 
 
 def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
-    """All rows of ``split``. ValueError when the data cannot be opened."""
+    """Open all rows of ``split``. ValueError when the data cannot be opened."""
     assert not data.is_micro
     data.check_place()
     in_folders = data.name == "folder"
     column = data.conditioning_image_column or (condition.kind if in_folders else "conditioning_image")
-    columns = Columns(
-        image="original" if in_folders and data.image_column == "image" else data.image_column,
-        condition=None if condition.kind in FROM_PICTURE else column,
-        mask=data.mask_column,
-        caption="caption" if in_folders and data.caption_column == "text" else data.caption_column,
-        key=data.key_column,
-    )
+    wanted = {
+        "image": "original" if in_folders and data.image_column == "image" else data.image_column,
+        "condition": None if condition.kind in FROM_PICTURE else column,
+        "mask": data.mask_column,
+        "caption": "caption" if in_folders and data.caption_column == "text" else data.caption_column,
+        "key": data.key_column,
+    }
+    columns = {what: name for what, name in wanted.items() if name is not None}
     if data.name not in ("imagefolder", "folder"):
         return open_table(data, split, columns)
     assert data.path is not None
@@ -265,14 +278,14 @@ def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
 
 
 def _check_shape(what: str, found: tuple[int, int], image: tuple[int, int]) -> None:
-    """Both (h, w)."""
+    """Raise a BadRow unless two (h, w) are one shape."""
     if not same_shape(found, image):
         detail = f"the {what} is {found[1]}x{found[0]}, another shape than the image's {image[1]}x{image[0]}"
         raise BadRow(f"{what} of another shape", detail)
 
 
-def _unit(picture: Image.Image) -> Tensor:
-    """(C,H,W) float32 in [0,1]."""
-    array = to_array(picture)
+def _unit(image: Image.Image) -> Tensor:
+    """Bring an image to (C,H,W) float32 in [0,1]."""
+    array = to_array(image)
     values = torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
     return values / 255 if values.dtype == torch.uint8 else values.clamp(0, 1)

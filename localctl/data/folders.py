@@ -34,12 +34,12 @@ NOT_READ = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's own: hidden, or put there by a program."""
+    """Tell whether a file or folder is none of the user's own: hidden, or put there by a program."""
     return name.startswith(_HIDDEN) or name.lower() in _BINS
 
 
 def is_image(name: str) -> bool:
-    """By its extension, in any case."""
+    """Tell whether a file is an image, by its extension in any case."""
     return name.lower().endswith(EXTENSIONS)
 
 
@@ -88,30 +88,32 @@ def mark_made(folder: Path) -> None:
 
 
 def is_made(folder: Path) -> bool:
-    """Whether :func:`mark_made` was called for it."""
+    """Tell whether :func:`mark_made` was called for it."""
     return os.path.lexists(folder / _MADE)
 
 
 def count_words(counts: Counter[str]) -> str:
-    """``3 .heic, 1 linked folder``, the most frequent first; empty when there is nothing."""
+    """Put counts into words: ``3 .heic, 1 linked folder``, the most frequent first; empty when there is nothing."""
     return ", ".join(f"{number} {what}" for what, number in counts.most_common() if number)
 
 
 @lru_cache(maxsize=4096)
 def split_named(name: str) -> str | None:
-    """``train``, ``validation`` or ``test`` where a file or folder is called so, as `datasets` sees it: ``val2017``,
-    ``Training``, ``train-00000-of-00002.parquet``."""
+    """Return ``train``, ``validation`` or ``test`` where a file or folder is called so, as `datasets` sees it:
+    ``val2017``, ``Training``, ``train-00000-of-00002.parquet``."""
     return next((split for split, pattern in _SPLIT_NAMES.items() if pattern.search(name)), None)
 
 
 @lru_cache(maxsize=64)
 def canonical(split: str) -> str:
-    """The usual name of a split: ``validation`` for ``val``, ``valid`` or ``dev``. Other names stay as they are."""
+    """Return the usual name of a split: ``validation`` for ``val``, ``valid`` or ``dev``. Other names stay as they
+    are."""
     return next((name for name, words in SPLIT_WORDS.items() if split.lower() in words), split)
 
 
 def split_of(parts: Sequence[str], wanted: str) -> str | None:
-    """The split that a path with these ``parts`` belongs to, by the outermost part that names one; None = unnamed.
+    """Return the split that a path with these ``parts`` belongs to, by the outermost part that names one; None =
+    unnamed.
 
     wanted: a split with a name of its own is known by a part of just this name.
     """
@@ -120,10 +122,14 @@ def split_of(parts: Sequence[str], wanted: str) -> str | None:
     return next((split for part in parts if (split := split_named(part))), None)
 
 
-def select(splits: Sequence[str | None], wanted: str, place: str) -> list[int]:
-    """The indices of what belongs to ``wanted``: what is named so; of ``train``, where nothing is, what has no name.
+def select(splits: Sequence[str | None], wanted: str, place: str) -> tuple[list[int], Counter[str]]:
+    """Choose what belongs to the split ``wanted``: what is named so; of ``train``, where nothing is, what has no name.
 
-    ValueError that lists the splits when nothing belongs to it.
+    Returns:
+        The indices, and how many of each other split are left.
+
+    Raises:
+        ValueError: nothing belongs to it; lists the splits that there are.
     """
     named = [index for index, split in enumerate(splits) if split == canonical(wanted)]
     if not named and canonical(wanted) == "train":
@@ -134,10 +140,5 @@ def select(splits: Sequence[str | None], wanted: str, place: str) -> list[int]:
             f"Nothing in {place} belongs to the split {wanted!r} (there are: {there}); choose another data.split or "
             "data.validation_split."
         )
-    return named
-
-
-def not_chosen(splits: Sequence[str | None], chosen: Sequence[int]) -> Counter[str]:
-    """How many of each split :func:`select` left."""
-    taken = set(chosen)
-    return Counter(split or "no split at all" for index, split in enumerate(splits) if index not in taken)
+    taken = set(named)
+    return named, Counter(split or "no split at all" for index, split in enumerate(splits) if index not in taken)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,27 @@ from localctl.data.folders import (
     count_words,
     is_hidden,
     is_image,
-    not_chosen,
     select,
     split_named,
     split_of,
 )
-from localctl.data.metadata import METADATA, METADATA_NAMES, metadata_lines
-from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, read_caption, unique
+from localctl.data.rows import (
+    METADATA,
+    METADATA_NAMES,
+    Row,
+    Rows,
+    find_file,
+    make_row,
+    metadata_lines,
+    read_caption,
+    unique,
+    used_columns,
+)
 from localctl.files import first_line, parse_json
 from localctl.images import EXTENSIONS
 
 
-class ImageFolderRows:
+class ImageFolderRows(Rows):
     """Images and ``metadata.jsonl`` (or .csv, .parquet; also one per subfolder): a row per example with ``file_name``,
     as wanted ``conditioning_image_file_name`` and ``mask_file_name``, relative to the list's folder, and the caption.
 
@@ -34,8 +43,8 @@ class ImageFolderRows:
     ValueError when there is no list, it is empty, none of its rows is of the split or has what ``columns`` asks for.
     """
 
-    def __init__(self, root: Path, columns: Columns, split: str) -> None:
-        self.root, self.columns, self.split = root.resolve(), columns, split
+    def __init__(self, root: Path, columns: Mapping[str, str], split: str) -> None:
+        self.root, self.split = root.resolve(), split
         lists = self._lists()
         own = own_folder(self.root, lists, split)
         if own is not None:
@@ -50,8 +59,8 @@ class ImageFolderRows:
             prefix = "".join(f"{part}/" for part in parts)
             for number, line in metadata_lines(file):
                 values = _parse(line)
-                name = _file_name(values, columns.image)
-                key = values.get(columns.key or "") or name
+                name = _file_name(values, columns["image"])
+                key = values.get(columns.get("key", "")) or name
                 keys.append(f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}")
                 folders = (*parts, *name.split("/")[:-1]) if isinstance(name, str) else parts
                 splits.append(None if own else split_of(folders, split))
@@ -61,16 +70,14 @@ class ImageFolderRows:
             raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
         self._all_lines = self._lines
         if own is None:
-            chosen = select(splits, split, str(root))
+            chosen, self.other_splits = select(splits, split, str(root))
             keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
-            self.other_splits = not_chosen(splits, chosen)
         seen["image"] += seen["file"]
-        check_columns(columns, seen, str(root))
-        self.keys: Sequence[str] = unique(keys)
-        self.has_masks = columns.mask is not None and seen[columns.mask] > 0
+        self.columns = used_columns(columns, seen, str(root))
+        self.keys = unique(keys)
 
     def _lists(self) -> list[Path]:
-        """All lists. ValueError when there is none, or two in one folder."""
+        """Find all lists. ValueError when there is none, or two in one folder."""
         found, images = [], 0
         for folder, below, files in Walk(self.root):
             here = [name for name in (*below, *files) if name.lower() in METADATA_NAMES]
@@ -84,9 +91,6 @@ class ImageFolderRows:
                 f"them: python data/make_dataset.py --images {self.root} --output DATASET (docs/data.md)."
             )
         return sorted(found)
-
-    def __len__(self) -> int:
-        return len(self._lines)
 
     def __getitem__(self, index: int) -> Row:
         folder, line = self._lines[index]
@@ -102,15 +106,15 @@ class ImageFolderRows:
         def part(what: str, name: str) -> Path | bytes | None:
             return find_file(what, _file_name(values, name), folder, (self.root,))
 
-        return make_row(part, self.columns, self.has_masks, values.get(self.columns.caption or ""))
+        return make_row(part, self.columns, values.get(self.columns.get("caption", "")))
 
     def captions(self) -> Iterator[Any] | None:
-        """As in :class:`Rows`, from memory."""
-        name = self.columns.caption
+        """Return those of the lists, from memory."""
+        name = self.columns.get("caption")
         return (_parse(line).get(name) for _, line in self._lines) if name else None
 
     def remarks(self) -> list[str]:
-        """What of the folder is not used. Goes through all of it."""
+        """Say what of the folder is not used. Goes through all of it."""
         named = {
             os.path.normpath(os.path.join(folder, value))
             for folder, line in self._all_lines
@@ -129,16 +133,16 @@ class ImageFolderRows:
         return [*lines, *left_out(walk, self.other_splits)]
 
 
-class FolderRows:
+class FolderRows(Rows):
     """A folder per example below ``root`` with an image, a condition, perhaps a mask, named by ``columns`` without
     extension, and a caption in a text file: a folder with such an image, or with no folder in it.
 
     Of ``split`` are the examples below a folder named so. ValueError when there is none.
     """
 
-    def __init__(self, root: Path, columns: Columns, split: str) -> None:
-        self.root, self.columns = root.resolve(), columns
-        self.has_masks, self.loose = False, 0
+    def __init__(self, root: Path, columns: Mapping[str, str], split: str) -> None:
+        self.root, self.loose = root.resolve(), 0
+        with_masks = False
         found: list[Path] = []
         walk = Walk(self.root)
         for folder, below, files in walk:
@@ -146,11 +150,11 @@ class FolderRows:
                 self.loose = sum(map(is_image, files))
                 continue
             stems = [os.path.splitext(name)[0].lower() for name in files if is_image(name)]
-            if columns.image.lower() in stems:
+            if columns["image"].lower() in stems:
                 below.clear()  # what lies below belongs to the example
             if not below:
                 found.append(folder)
-                self.has_masks |= columns.mask is not None and columns.mask.lower() in stems
+                with_masks |= columns.get("mask", "").lower() in stems
         found = sorted([*found, *(folder for folder in walk.locked if folder != self.root)])
         own = own_folder(self.root, found, split)
         if own is not None:
@@ -163,14 +167,11 @@ class FolderRows:
             )
         if own is None:
             splits = [split_of(name.parts[:-1], split) for name in names]
-            chosen = select(splits, split, str(root))
+            chosen, self.other_splits = select(splits, split, str(root))
             names = [names[index] for index in chosen]
-            self.other_splits = not_chosen(splits, chosen)
+        self.columns = {what: name for what, name in columns.items() if what != "mask" or with_masks}
         self._folders = [name.as_posix() for name in names]
-        self.keys: Sequence[str] = unique(self._folders)
-
-    def __len__(self) -> int:
-        return len(self.keys)
+        self.keys = unique(self._folders)
 
     def __getitem__(self, index: int) -> Row:
         folder = self.root / self._folders[index]
@@ -182,19 +183,19 @@ class FolderRows:
         def part(what: str, stem: str) -> Path | bytes | None:
             return find_file(what, _called(names, stem, EXTENSIONS), folder, (self.root,))
 
-        return make_row(part, self.columns, self.has_masks, self._caption(folder, names))
+        return make_row(part, self.columns, self._caption(folder, names))
 
     def _caption(self, folder: Path, names: Sequence[str]) -> bytes | None:
-        if self.columns.caption is None:
+        if "caption" not in self.columns:
             return None
-        file = find_file("caption", _called(names, self.columns.caption, (".txt",)), folder, (self.root,))
+        file = find_file("caption", _called(names, self.columns["caption"], (".txt",)), folder, (self.root,))
         return read_caption(file) if isinstance(file, Path) else None
 
     def captions(self) -> None:
-        """As in :class:`Rows`: files."""
+        """Return None: each is a file."""
 
     def remarks(self) -> list[str]:
-        """What of the folder is not used. Goes through all of it."""
+        """Say what of the folder is not used. Goes through all of it."""
         walk = Walk(self.root, count=True)
         for _ in walk:
             pass
@@ -204,8 +205,8 @@ class FolderRows:
 
 
 def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, Counter[str]] | None:
-    """The one folder right below ``root`` that is named after ``split`` and holds some of ``places``, and how many of
-    each other split, or of none, lie beside it. None where there is no such folder, or where there are several."""
+    """Find the one folder right below ``root`` that is named after ``split`` and holds some of ``places``, and how many
+    of each other split, or of none, lie beside it. None where there is no such folder, or where there are several."""
     parts = [place.relative_to(root).parts for place in places]
     named = sorted({first for first, *rest in parts if rest and split_of((first,), split) == canonical(split)})
     if len(named) != 1:
@@ -215,7 +216,7 @@ def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, Co
 
 
 def other_splits(root: Path, split: str) -> Counter[str]:
-    """Of the folders right below ``root``: how many belong to each other split."""
+    """Count the folders right below ``root`` that belong to each other split."""
     try:
         names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
     except OSError:
@@ -224,7 +225,7 @@ def other_splits(root: Path, split: str) -> Counter[str]:
 
 
 def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
-    """Sentences on what a finished ``walk`` passed over, and on what belongs to other ``splits``."""
+    """Say what a finished ``walk`` passed over, and on what belongs to other ``splits``."""
     lines = [f"left out in {walk.root}: {words}"] if (words := count_words(walk.left_out)) else []
     if splits:
         lines.append(f"not used here, other splits: {', '.join(sorted(splits))} (data.split, data.validation_split)")

@@ -1,10 +1,10 @@
-"""From examples to batches: what every data set delivers, the mask drawn for it, and collation."""
+"""From examples to batches: what every data set delivers, the mask sampled for it, and collation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ ATTEMPTS = 16  # with half of the rows bad, one visit in 65,000 finds none
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with what belongs to it.
+    """One image with what belongs to it.
 
-    key: identifies it for ever, whatever else is in the data; random draws are keyed by it.
+    key: identifies it for ever, whatever else is in the data; what is sampled for it is keyed by it.
     pixels (3,H,W) in [-1,1]; condition (C,H,W) in [0,1]; mask (1,H,W) in [0,1], if there is one yet;
     object_masks (n,H,W) in [0,1], if objects are known. epoch: of the visit this is. view: names what part of the
-    picture the pixels show, where that can vary. problems: bad rows that this one stands in for.
-    original: height and width of the picture as it was found, and where its crop begins (top, left, on the scale of
+    image the pixels show, where that can vary. problems: bad rows that this one stands in for.
+    original: height and width of the image as it was found, and where its crop begins (top, left, on the scale of
         ``pixels``), if known; SDXL is told.
     """
 
@@ -50,27 +50,22 @@ class Unusable:
 
 
 class Source(Protocol):
-    """A data set: examples by index, each a pure function of it. BadRow for one that cannot be used."""
+    """A data set: examples by index, each a pure function of it. BadRow for one that cannot be used.
+
+    One whose examples look different from epoch to epoch has a method ``visit(ref, seed)``, too: an example as a pure
+    function of these.
+    """
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
-@runtime_checkable
-class VisitedSource(Source, Protocol):
-    """A data set whose examples look different from epoch to epoch."""
-
-    def visit(self, ref: SampleRef, seed: int) -> Example:
-        """A pure function of its arguments."""
-        ...
-
-
 class MaskedSamples(Dataset):
     """``source`` with a mask for each visit, keyed by (seed, epoch, key): fresh in every epoch, the same in any worker.
     A mask that the data brings along stays.
 
-    For a bad row another one is drawn by (seed, epoch, index), again and again up to ``ATTEMPTS`` times; what was met
+    For a bad row another one is sampled by (seed, epoch, index), again and again up to ``ATTEMPTS`` times; what was met
     on the way travels with the example, so that whoever uses it knows.
     """
 
@@ -85,18 +80,15 @@ class MaskedSamples(Dataset):
     def __getitem__(self, ref: SampleRef) -> Example | Unusable:
         problems: list[Problem] = []
         others = numpy_rng(self.seed, "replacement", ref.epoch, ref.sample)
-        index = ref.sample
+        index, visit = ref.sample, getattr(self.source, "visit", None)
         for _ in range(ATTEMPTS):
             try:
-                example = self._visit(SampleRef(index, ref.epoch))
+                example = self.source[index] if visit is None else visit(SampleRef(index, ref.epoch), self.seed)
                 return replace(self._masked(example, ref.epoch), problems=tuple(problems))
             except BadRow as bad:
                 problems.append(Problem(bad.key or f"example {index}", bad.reason, str(bad)))
             index = int(others.integers(len(self.source)))
         return Unusable(tuple(problems))
-
-    def _visit(self, ref: SampleRef) -> Example:
-        return self.source.visit(ref, self.seed) if isinstance(self.source, VisitedSource) else self.source[ref.sample]
 
     def _masked(self, example: Example, epoch: int) -> Example:
         mask = example.mask

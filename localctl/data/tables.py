@@ -1,49 +1,43 @@
-"""Rows of parquet files and of data sets of the hub, through `datasets`; pictures stay undecoded until our own gate."""
+"""Rows of parquet files and of data sets of the hub, through `datasets`; images stay undecoded until our own gate."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
-from localctl.data.folders import Walk, count_words, not_chosen, select, split_of
-from localctl.data.rows import Columns, Row, check_columns, find_file, make_row, unique
+from localctl.data.folders import Walk, count_words, select, split_of
+from localctl.data.rows import Row, Rows, find_file, make_row, unique, used_columns
 from localctl.files import first_line
 from localctl.labels import brief
 
 _AT_ONCE = 10_000  # cells of a column
 
 
-class TableRows:
-    """A `datasets.Dataset`. ``roots``: folders in which pictures may lie that the table only names, the first being
+class TableRows(Rows):
+    """A `datasets.Dataset`. ``roots``: folders in which images may lie that the table only names, the first being
     where relative names start. ValueError when a column is missing."""
 
     def __init__(
-        self, table: Any, columns: Columns, roots: Sequence[Path], place: str, remarks: Sequence[str] = ()
+        self, table: Any, columns: Mapping[str, str], roots: Sequence[Path], place: str, remarks: Sequence[str] = ()
     ) -> None:
         from datasets import Image, List
 
         self._remarks = list(remarks)
-        check_columns(columns, Counter(table.column_names), place)
-        self.columns = columns
-        self.has_masks = columns.mask in table.column_names
+        self.columns = used_columns(columns, Counter(table.column_names), place)
         self._roots = tuple(root.resolve() for root in roots)
-        mask = columns.mask if self.has_masks else None
-        wanted = [name for name in (columns.image, columns.condition, mask, columns.caption) if name is not None]
-        self.keys: Sequence[str] = _keys(table, columns, self._roots)
-        for name in (columns.image, columns.condition, mask):
-            feature = table.features.get(name) if name else None
+        self.keys = _keys(table, columns, self._roots)
+        for name in (self.columns.get(what, "") for what in ("image", "condition", "mask")):
+            feature = table.features.get(name)
             if isinstance(feature, Image):
                 table = table.cast_column(name, Image(decode=False))
             elif isinstance(feature, List):
-                raise ValueError(f"The column {name!r} of {place} holds lists of pictures; one per row is needed.")
-        self._table = table.select_columns(list(dict.fromkeys(wanted)))
-
-    def __len__(self) -> int:
-        return len(self.keys)
+                raise ValueError(f"The column {name!r} of {place} holds lists of images; one per row is needed.")
+        read = dict.fromkeys(name for what, name in self.columns.items() if what != "key")
+        self._table = table.select_columns(list(read))
 
     def __getitem__(self, index: int) -> Row:
         try:
@@ -52,20 +46,19 @@ class TableRows:
             raise BadRow("caption not UTF-8", f"the caption is not UTF-8 ({error.reason})") from None
         except Exception as error:  # parsers of tables raise nearly anything on damaged bytes
             raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})") from None
-        columns = self.columns
 
         def part(what: str, name: str) -> Path | bytes | None:
             return find_file(what, values[name], self._roots[0], self._roots)
 
-        return make_row(part, columns, self.has_masks, values[columns.caption] if columns.caption else None)
+        return make_row(part, self.columns, values.get(self.columns.get("caption")))
 
     def remarks(self) -> list[str]:
-        """What of the data is not used."""
+        """Say what of the data is not used."""
         return self._remarks
 
     def captions(self) -> Iterator[Any] | None:
-        """As in :class:`Rows`, from the Arrow table."""
-        return None if self.columns.caption is None else self._cells(self.columns.caption)
+        """Return those of the Arrow table."""
+        return self._cells(self.columns["caption"]) if "caption" in self.columns else None
 
     def _cells(self, name: str) -> Iterator[Any]:
         """A column; None for a cell that cannot be read."""
@@ -85,9 +78,9 @@ def _cell(column: Any, name: str, index: int) -> Any:
         return None
 
 
-def open_table(data: DataConfig, split: str, columns: Columns) -> TableRows:
-    """``data.path`` (a parquet file or a folder of them) or the hub's data set ``data.name``. ValueError when it cannot
-    be loaded, in one sentence."""
+def open_table(data: DataConfig, split: str, columns: Mapping[str, str]) -> TableRows:
+    """Open ``data.path`` (a parquet file or a folder of them) or the hub's data set ``data.name``. ValueError when it
+    cannot be loaded, in one sentence."""
     import datasets  # slow to import, and of no use to the embedded scenes
 
     options: dict[str, Any] = {"split": split, "cache_dir": data.cache_dir}
@@ -119,11 +112,12 @@ def _not_loaded(place: str, split: str, error: BaseException) -> ValueError:
     return ValueError(f"The data {place!r}, split {split!r}, cannot be loaded: {brief(str(error) or repr(error), 300)}")
 
 
-def _common_columns(files: Sequence[Path], columns: Columns) -> list[str] | None:
-    """The columns to read of parquet files, None = all. ValueError naming a file that lacks one that others have."""
+def _common_columns(files: Sequence[Path], columns: Mapping[str, str]) -> list[str] | None:
+    """Return the columns to read of parquet files, None = all. ValueError naming a file that lacks one that others
+    have."""
     import pyarrow.parquet as pq
 
-    wanted = {columns.image, columns.condition, columns.mask, columns.caption, columns.key} - {None}
+    wanted = set(columns.values())
     names: list[set[str]] = []
     for file in files:
         try:
@@ -131,7 +125,7 @@ def _common_columns(files: Sequence[Path], columns: Columns) -> list[str] | None
         except Exception as error:  # as above
             raise _not_loaded(str(file), "of this file", error) from error
     for file, own in zip(files, names, strict=True):
-        lacking = sorted(name for name in (set.union(*names) - own) & wanted if name)
+        lacking = sorted(name for name in (set.union(*names) - own) & wanted)
         if lacking:
             other = next(f for f, has in zip(files, names, strict=True) if lacking[0] in has)
             raise ValueError(
@@ -139,11 +133,11 @@ def _common_columns(files: Sequence[Path], columns: Columns) -> list[str] | None
                 f"columns (there are {', '.join(sorted(own))})."
             )
     same = all(own == names[0] for own in names)
-    return None if same else sorted(name for name in set.intersection(*names) & wanted if name)
+    return None if same else sorted(name for name in set.intersection(*names) & wanted)
 
 
 def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Those of ``split`` in ``folder``, by the names of subfolders, or where none names a split, of the files
+    """Find those of ``split`` in ``folder``, by the names of subfolders, or where none names a split, of the files
     (train-00000-of-00009.parquet); and what is said of the others."""
     walk = Walk(folder)
     files = [path / name for path, _, names in walk for name in names if name.lower().endswith(".parquet")]
@@ -153,8 +147,7 @@ def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     splits = [split_of(names[:-1], split) for names in parts]
     if not any(splits):
         splits = [split_of((file.stem.split("-")[0], file.name), split) for file in files]
-    chosen = select(splits, split, str(folder))
-    others = not_chosen(splits, chosen)
+    chosen, others = select(splits, split, str(folder))
     return [files[index] for index in chosen], (
         [f"not used here, other parquet files: {count_words(others)} (data.split, data.validation_split)"]
         if others
@@ -162,14 +155,14 @@ def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     )
 
 
-def _keys(table: Any, columns: Columns, roots: Sequence[Path]) -> list[str]:
-    """The key column, or the names of the pictures where there are any, or the row numbers."""
+def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> list[str]:
+    """Return the key column, or the names of the images where there are any, or the row numbers."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if columns.key is not None:
-        return unique([str(value) for value in table.data.column(columns.key).to_pylist()])
-    column = table.data.column(columns.image)
+    if "key" in columns:
+        return unique([str(value) for value in table.data.column(columns["key"]).to_pylist()])
+    column = table.data.column(columns["image"])
     if pa.types.is_struct(column.type) and "path" in [field.name for field in column.type]:
         column = pc.struct_field(column, "path")
     text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)

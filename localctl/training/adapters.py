@@ -72,12 +72,8 @@ def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
 
 def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
     """ValueError where the settings ask for another shape than the saved adapter has."""
-    name, channels = settings.adapter_model_name_or_path, saved.config.get("in_channels")
-    if channels != settings.condition.channels:
-        raise ValueError(
-            f"The adapter {name} takes conditions of {channels} channels but {settings.condition.kind} has "
-            f"{settings.condition.channels}; choose the kind of condition it was made for."
-        )
+    saved.check_channels(settings.condition)
+    name = saved.name
     for key in CHOSEN:
         asked, there = getattr(settings.adapter, key), saved.config.get(key)
         there = tuple(there) if isinstance(there, list) else there

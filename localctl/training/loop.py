@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from localctl.cli.program import tolerant, working
-from localctl.data import Batch, MaskedSamples, MicroScenes, Source, open_files
+from localctl.data import Batch, MaskedSamples, Source, open_data
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
 from localctl.data.workers import WorkerError
 from localctl.distributed import LostProcess, lost_process, on_first
@@ -64,12 +64,8 @@ class TrainResult:
 
 def make_source(settings: TrainSettings, split: str) -> Source:
     """The data set of a split: ``train`` or ``val``."""
-    data = settings.data
-    if not data.is_micro:
-        return open_files(data, settings.condition, split, WITHOUT_VALIDATION)
-    assert data.count is not None
-    count = data.count if split == "train" else 20 * settings.validation.count  # some are skipped
-    return MicroScenes(split, data.profile, count, settings.condition)
+    count = None if split == "train" else 20 * settings.validation.count  # of scenes, some of which are skipped
+    return open_data(settings.data, settings.condition, split, count, or_else=WITHOUT_VALIDATION)
 
 
 def held_out_source(settings: TrainSettings, train: Source) -> Source:

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from file_data import identities, opened, picture, png
 
-from localctl import web
 from localctl.conditions import ConditionConfig, extract
 from localctl.images import load_image
 
 sys.path.append(str(Path(__file__).parents[2] / "data"))
 import download_images  # noqa: E402
+import fetching  # noqa: E402
 import make_dataset  # noqa: E402
 
 
@@ -138,8 +138,8 @@ def test_inner_addresses_are_not_asked_unless_allowed(server, tmp_path, monkeypa
     assert download_images.main(argv) == 0 and not Handler.asked
     assert [row["error"] for row in rows_of(tmp_path / "photos").values()] == ["inner address"] * 4
     # a redirection: the server itself is taken for a public one
-    public = web.is_public
-    monkeypatch.setattr(web, "is_public", lambda address: address == "127.0.0.1" or public(address))
+    public = fetching.is_public
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1" or public(address))
     (tmp_path / "urls.txt").write_text(f"{server}/inside")
     assert download_images.main([*argv[:3], str(tmp_path / "more")]) == 0 and Handler.asked == {"/inside": 1}
     assert rows_of(tmp_path / "more")[f"{server}/inside"]["error"] == "inner address"
@@ -153,7 +153,7 @@ def test_inner_addresses_are_not_asked_unless_allowed(server, tmp_path, monkeypa
     + [("::7f00:1", False), ("fc00::1", False), ("fe80::1%eth0", False)],
 )  # fmt: skip
 def test_public_addresses(address, public):
-    assert web.is_public(address) is public
+    assert fetching.is_public(address) is public
 
 
 def test_a_proxy_may_be_inside_and_what_is_behind_it_may_not(server, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, open_files
 from localctl.data.files import held_out, is_held_out
 from localctl.data.folders import SPLIT_WORDS, Walk, count_words, split_named
-from localctl.data.metadata import metadata_lines
+from localctl.data.rows import metadata_lines
 
 COLUMN = ConditionConfig(kind="column", channels=1)
 
