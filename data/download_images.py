@@ -17,7 +17,6 @@ data=imagefolder data.path=photos condition=column data.conditioning_image_colum
 from __future__ import annotations
 
 import argparse
-import hashlib
 import http.client
 import json
 import os
@@ -40,7 +39,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
 from localctl.data.rows import METADATA, captions_of, check_utf8, split_lines
-from localctl.files import first_line, parse_json, write_text
+from localctl.files import first_line, json_lines, parse_json, sha256, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
 
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.write("\n")  # after a kill in the middle of a line
             for result in at_once(todo, args):
                 counts["fetched" if "file" in result else result["error"].split(":")[0]] += 1
-                file.write(json.dumps(result) + "\n")
+                file.write(json_lines([result]))
                 file.flush()
                 fetched += "file" in result
                 rows.append(result)
@@ -183,7 +182,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     limits = WebLimits(args.timeout, 4 * args.timeout, args.max_bytes, args.allow_inner_addresses)
     try:
         content = fetch_bytes(url, limits)
-        digest = hashlib.sha256(content).hexdigest()
+        digest = sha256(content)
         if item["sha256"] not in (None, digest):
             raise Refused("another image than listed (sha256)")
         image = load_image(content, "the file", photo_limits(args))
@@ -195,7 +194,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         return {"url": url, "text": item["text"], "error": f"{reason}: {brief(str(error))}"}
     extension = next((end for start, end in SIGNATURES.items() if content.startswith(start)), None)
     extension = extension or (".avif" if content[4:8] == b"ftyp" else ".png")
-    stem = hashlib.sha256(url.encode(errors="replace")).hexdigest()[:20]
+    stem = sha256(url.encode(errors="replace"))[:20]
     place = args.output / stem[:2] / f"{stem}{extension}"
     place.parent.mkdir(exist_ok=True)
     if caption := one_caption(item["text"]):
@@ -259,7 +258,7 @@ def write_metadata(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) ->
             continue
         line = {"file_name": row["file"], "text": row.get("text")}
         lines.append(line | {f"{kind}_file_name": condition_name(row["file"], kind) for kind in args.condition})
-    write_text(args.output / METADATA, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(args.output / METADATA, json_lines(lines))
 
 
 if __name__ == "__main__":

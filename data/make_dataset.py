@@ -13,7 +13,6 @@ what this script wrote earlier are passed over; everything else that is left out
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -31,7 +30,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
-from localctl.files import parse_json, write_text
+from localctl.files import json_lines, parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import brief
 
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except (BadRow, ImageError) as bad:
                 problems.append(Problem(name, bad.reason, str(bad)))
         if args.format == "imagefolder" and lines:  # all or nothing
-            write_text(args.output / METADATA, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_text(args.output / METADATA, json_lines(lines, ensure_ascii=False))
     except OSError as error:
         raise OSError(
             f"{len(taken)} of {len(images)} examples were written when {args.output} could not be written to "

@@ -1,4 +1,4 @@
-"""Conditions: control images, float (C,H,W) in [0,1], taken from a picture or delivered by the data."""
+"""Conditions: control images, float (C,H,W) in [0,1], taken from an image or delivered by the data."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:  # torch is imported where it is used
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
-    """The condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the picture's own size.
+    """The condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the image's own size.
 
-    Scales are fixed, never stretched per picture, so that equal edges look equal in every picture.
-    ValueError for kinds that no picture yields (depth, segmentation, column), and for another shape or dtype.
+    Scales are fixed, never stretched per image, so that equal edges look equal in every image.
+    ValueError for kinds that no image yields (depth, segmentation, column), and for another shape or dtype.
     """
     if config.kind not in FROM_PICTURE:
         raise ValueError(
-            f"A {config.kind} condition cannot be computed from a picture; pass it as a condition image instead."
+            f"A {config.kind} condition cannot be computed from an image; pass it as a condition image instead."
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"A condition needs an RGB picture uint8 (H, W, 3), not {image.dtype} {image.shape}.")
+        raise ValueError(f"A condition needs an RGB image uint8 (H, W, 3), not {image.dtype} {image.shape}.")
     image = np.ascontiguousarray(image)
     if config.kind == "palette":
         make = _palette if config.palette_filter == "mean" else _resized_palette

@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def read_object(path: Path, what: str, damaged: str = "repair it") -> dict[str, 
 def write_json(path: Path, content: Any, end: str = "\n", **options: Any) -> None:
     """Write ``content`` as JSON with ``end`` after it, as :func:`write_bytes` does; ``options``: of ``json.dumps``."""
     write_text(path, json.dumps(content, **options) + end)
+
+
+def json_lines(records: Iterable[Any], **options: Any) -> str:
+    """Format each record as one line of JSON; ``options``: of ``json.dumps``."""
+    return "".join(json.dumps(record, **options) + "\n" for record in records)
 
 
 def write_text(path: Path, text: str) -> None:

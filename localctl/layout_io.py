@@ -1,4 +1,4 @@
-"""Layouts in and out: JSON with masks beside it, colour-coded pictures, COCO boxes, DenseDiffusion's benchmark."""
+"""Layouts in and out: JSON with masks beside it, colour-coded images, COCO boxes, DenseDiffusion's benchmark."""
 
 from __future__ import annotations
 
@@ -80,31 +80,31 @@ def load_layout(path: str | Path) -> Layout:
 
 
 def from_colors(
-    picture: str | Path | Image.Image,
+    image: str | Path | Image.Image,
     phrases: Mapping[Color | str, str],
     prompt: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Layout:
-    """A layout from a picture with one colour per region.
+    """A layout from an image with one colour per region.
 
     Args:
-        picture: smooth edges and the noise of a codec are allowed: every pixel goes to the nearest colour of the table.
+        image: smooth edges and the noise of a codec are allowed: every pixel goes to the nearest colour of the table.
         phrases: colour, (r, g, b) or "#rrggbb", to phrase; "" for a part without words.
         prompt: without one, the phrases are joined.
-        size: (height, width) of the layout in pixels; the picture's own by default, rounded to a multiple of 8.
+        size: (height, width) of the layout in pixels; the image's own by default, rounded to a multiple of 8.
 
     Raises:
-        ValueError: a colour that is none, or that nothing in the picture has; two that are too alike.
+        ValueError: a colour that is none, or that nothing in the image has; two that are too alike.
     """
     check_count(len(phrases), "The table of colours")
     colors = [_color(color) for color in phrases]
-    array = _rgb(picture)  # (H,W,3)
+    array = _rgb(image)  # (H,W,3)
     masks = _nearest_color(array, colors)
     segments = []
     for color, phrase, mask in zip(phrases, phrases.values(), masks, strict=True):
         near = np.abs(array[mask.numpy()[0] > 0] - np.array(_color(color))).max(axis=-1, initial=0)
         if not mask.any() or near.min() > _MIN_DISTANCE:
-            raise ValueError(f"The colour {color} of the phrase {phrase!r} is nowhere in the picture; check the table.")
+            raise ValueError(f"The colour {color} of the phrase {phrase!r} is nowhere in the image; check the table.")
         segments.append(Region(phrase, mask=mask))
     height, width = size or (near_side(array.shape[0]), near_side(array.shape[1]))
     return Layout.from_segments(segments, prompt, height, width)
@@ -215,7 +215,7 @@ def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> C
 def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, int] | None = None) -> Layout:
     """One scene of DenseDiffusion's benchmark: ``valset.json`` (its pickle as JSON) and ``<index>.png``.
 
-    As published, the colours of the picture are ordered by their area, with black or white put first, and belong to the
+    As published, the colours of the image are ordered by their area, with black or white put first, and belong to the
     descriptions in that order; an empty description is a part without words.
 
     ValueError for files that are missing or not of this format.
@@ -250,7 +250,7 @@ def _region(item: Any, path: Path, index: int) -> Region:
     if values.get("mask") is not None:
         if not isinstance(values["mask"], str):
             mask = shown(values["mask"])
-            raise ValueError(f"'mask' of region {index} of {path} is the name of a picture, not {mask}.")
+            raise ValueError(f"'mask' of region {index} of {path} is the name of an image, not {mask}.")
         values["mask"] = load_mask(_beside(path, values["mask"], where))
     try:
         return Region(**values)
@@ -285,10 +285,10 @@ def _check_keys(content: Any, known: Sequence[str], where: str) -> None:
             raise ValueError(f"{where} has an unknown field {shown(key)}; {hint}")
 
 
-def _rgb(picture: str | Path | Image.Image) -> np.ndarray:
+def _rgb(image: str | Path | Image.Image) -> np.ndarray:
     """(H,W,3) float32, 0-255."""
-    image = picture if isinstance(picture, Image.Image) else load_image(picture)
-    return np.asarray(image.convert("RGB"), dtype=np.float32)
+    loaded = image if isinstance(image, Image.Image) else load_image(image)
+    return np.asarray(loaded.convert("RGB"), dtype=np.float32)
 
 
 def _color(color: Color | str) -> Color:

@@ -64,7 +64,7 @@ def test_a_layout_by_hand_needs_no_prompt(tmp_path: Path) -> None:
         ({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 2, 1]}]}, r"Region 0 .* leaves \[0, 1\]"),
         ({"prompt": "a", "regions": [{"phrase": "b", "box": [0, 0, 1, 1]}]}, "'b' is not in the prompt"),
         ({"prompt": "a", "regions": [{"phrase": "a", "mask": "no.png"}]}, "no image file .*no.png"),
-        ({"prompt": "a", "regions": [{"phrase": "a", "mask": 3}]}, "'mask' of region 0 .* is the name of a picture"),
+        ({"prompt": "a", "regions": [{"phrase": "a", "mask": 3}]}, "'mask' of region 0 .* is the name of an image"),
         ({"prompt": "a", "height": "64", "width": 64}, "'height' in .* is a number of pixels, not '64'"),
         ({"prompt": "a", "height": 60, "width": 64}, "height 60"),
         ({"prompt": "a", "overlap": "all"}, "Unknown overlap policy 'all'"),

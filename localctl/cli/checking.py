@@ -1,16 +1,19 @@
-"""What ``python -m localctl.data check`` does: reads every row as the training would, and says what it found."""
+"""What ``localctl check-data`` does: read every row as the training would, and say what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from transformers import CLIPTokenizer
 
 from localctl.adapter_files import find_adapter
 from localctl.bases import resolve_base
 from localctl.cli.check_settings import CheckSettings
-from localctl.data.check import bad_rows, look_at_all, preview, write_report
+from localctl.data.bad_rows import SHOWN, count_reasons, too_many, way_out
+from localctl.data.check import RowReport, look_at_all, preview
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_rows, part_of
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
@@ -18,98 +21,211 @@ from localctl.data.sample import Example, MaskedSamples
 from localctl.labels import brief
 from localctl.messages import warning
 from localctl.metrics.edges import MIN_EDGES
+from localctl.prompt_syntax import foreign_syntax
 from localctl.seeding import numpy_rng
 from localctl.training.data_monitor import remarks
 from localctl.training.validation import choose_cases
 
 _NAMED = 3  # so few held-out examples are said by name
+_EMPTY, _FULL = 0.001, 0.999  # shares of the image
+_MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
 
 
 def check(settings: CheckSettings) -> str:
-    """The report. ValueError for data that cannot be opened, and for an adapter that takes another condition."""
+    """Check the data, and return the report.
+
+    Raises:
+        ValueError: the data cannot be opened, or the adapter takes another condition.
+    """
     data = settings.data
     if data.is_micro:
         raise ValueError("The embedded scenes need no check; name your own data, as data=imagefolder data.path=FOLDER.")
     fit = _adapter_fit(settings)
     target = Path(settings.preview).expanduser()
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"The preview {target} is no picture's name; end it in .png.")
+        raise ValueError(f"The preview {target} is not the name of an image; end it in .png.")
     rows = open_rows(data, settings.condition, data.split)
     held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
     source = FileSource(rows, range(len(rows)), data, settings.condition)
-    workers = settings.dataloader_num_workers
-    tokens, limit, whose = _token_counter(settings)
-    looked_at = look_at_all(source, workers)
-    parts, notes, warnings = _training(settings, rows, held or rows)
-    lines = [write_report(source, looked_at, parts, notes, tokens, limit) + whose, *fit]
+    report = _Report(settings, source, look_at_all(source, settings.dataloader_num_workers))
+    later = report.parts(rows, held or rows)
+    report.add_rows()
+    report.lines.append(fit)
     if held is not None:
-        of_split = look_at_all(FileSource(held, range(len(held)), data, settings.condition), workers)
-        lines.append(f"validation  {bad_rows(of_split)[0]}, in the split {data.validation_split!r}")
-        lines += bad_rows(of_split)[1:]
+        every = FileSource(held, range(len(held)), data, settings.condition)
+        first, *more = _bad_rows(look_at_all(every, settings.dataloader_num_workers))
+        report.lines += [f"validation  {first}, in the split {data.validation_split!r}", *more]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
-    lines += map(warning, warnings)
+    report.lines += map(warning, later)
     if examples:
         target.parent.mkdir(parents=True, exist_ok=True)
         preview(examples).save(target)
-        lines.append(f"preview     {target}")
-    return "\n".join(lines)
+        report.lines.append(f"preview     {target}")
+    return "\n".join(report.lines)
 
 
-def _training(settings: CheckSettings, rows: Rows, held: Rows) -> tuple[str, list[str], list[str]]:
-    """What a training would make of the rows: how many it trains on and holds out, what it would say of them, and what
-    it would stop with."""
-    data = settings.data
-    notes: list[str] = []
-    warnings: list[str] = []
-    parts: dict[str, FileSource] = {}
-    names = ("train", "val") if settings.validation_steps else ("train",)
-    for name in names:
-        try:
-            of_name = held if name == "val" else rows
-            parts[name] = part_of(of_name, data, settings.condition, name, WITHOUT_VALIDATION)
-        except ValueError as error:
-            warnings.append(f"a training would stop: {error}")
-    if "val" in parts:
-        try:
-            if not choose_cases(parts["val"], settings)[0].scored:
-                notes.append(f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score")
-        except ValueError as error:
-            warnings.append(f"a training would stop: {error}")
-    count = {name: len(part) for name, part in parts.items()}
-    if len(names) == 1:
-        count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
-    said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
-    if "val" in parts and 0 < count["val"] <= _NAMED and not (parts["val"].note or data.validation_split):
-        keys = [brief(parts["val"].rows.keys[index]) for index in parts["val"].indices]
-        notes.append(f"held out for validation: {', '.join(keys)}")
-    return said, [*remarks(settings, next(iter(parts.values()), None)), *notes], warnings
+class _Report:
+    """The lines on the rows to train on; what looks like a mistake is collected in ``warnings``."""
+
+    def __init__(self, settings: CheckSettings, source: FileSource, rows: Sequence[RowReport]) -> None:
+        self.settings, self.source, self.rows = settings, source, rows
+        self.good = [row for row in rows if row.problem is None]
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+
+    def parts(self, rows: Rows, held: Rows) -> list[str]:
+        """Say what a training makes of the rows: how many it trains on and holds out, and its remarks on them. Returns
+        what it would stop with."""
+        settings, data = self.settings, self.settings.data
+        notes, stops = [], []
+        parts: dict[str, FileSource] = {}
+        names = ("train", "val") if settings.validation_steps else ("train",)
+        for name in names:
+            try:
+                of_name = held if name == "val" else rows
+                parts[name] = part_of(of_name, data, settings.condition, name, WITHOUT_VALIDATION)
+            except ValueError as error:
+                stops.append(f"a training would stop: {error}")
+        if "val" in parts:
+            try:
+                if not choose_cases(parts["val"], settings)[0].scored:
+                    notes.append(
+                        f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score"
+                    )
+            except ValueError as error:
+                stops.append(f"a training would stop: {error}")
+        count = {name: len(part) for name, part in parts.items()}
+        if len(names) == 1:
+            count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
+        if "val" in parts and 0 < count["val"] <= _NAMED and not (parts["val"].note or data.validation_split):
+            keys = [brief(parts["val"].rows.keys[index]) for index in parts["val"].indices]
+            notes.append(f"held out for validation: {', '.join(keys)}")
+        notes = [*remarks(settings, next(iter(parts.values()), None)), *notes]
+        said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+        self.lines += [f"rows        {len(self.rows)}: {said}", *(f"note        {note}" for note in notes)]
+        return stops
+
+    def add_rows(self) -> None:
+        """Add what was found in the rows, with the warnings at the end."""
+        data, bad = self.settings.data, len(self.rows) - len(self.good)
+        height, width = data.size
+        small = sum(row.upscaled for row in self.good)
+        self.lines += [*_bad_rows(self.rows), f"size        {width}x{height}; {small} images are smaller and scaled up"]
+        if too_many(bad, len(self.rows), data.max_bad_fraction):
+            self.warnings.append(
+                f"a training would stop: {bad / len(self.rows):.1%} of the rows are bad, over data.max_bad_fraction="
+                f"{data.max_bad_fraction:g}; repair them, take them out, or raise it"
+            )
+        unread = ""
+        if self.good:
+            self._conditions()
+            self._masks()
+            unread = self._captions()
+        self.lines += [*map(warning, self.warnings), *filter(None, [unread])]
+
+    def _conditions(self) -> None:
+        config, column = self.settings.condition, self.source.rows.columns.get("condition")
+        low, mean, high = np.array([(row.darkest, row.mean, row.brightest) for row in self.good]).T
+        self.lines.append(
+            f"condition   {config.kind}, {config.channels} channel{'s' * (config.channels > 1)}, "
+            f"{f'from column {column!r}' if column else 'from the images'}; "
+            f"darkest {low.min():.2f}, mean {mean.mean():.2f}, brightest {high.max():.2f}"
+        )
+        flat = np.mean(high - low < 0.02)
+        if flat > 0.05:
+            self.warnings.append(f"{flat:.0%} of the conditions are of one value and control nothing")
+        if column and high.max() < 0.1:
+            self.warnings.append("all conditions are nearly black; are their values 0 ... 1 or 0 ... 10 of 255?")
+        if config.kind == "column" and config.channels == 3 and not any(row.coloured for row in self.good):
+            self.warnings.append("no condition has colours; condition.channels=1 would do")
+
+    def _masks(self) -> None:
+        if not self.source.rows.has_masks:
+            self.lines.append("masks       none in the data; sampled by the settings of mask")
+            return
+        area, border = np.array([row.mask for row in self.good]).T
+        quartiles = ", ".join(f"{share:.0%}" for share in np.percentile(area, (5, 50, 95)))
+        column = self.source.rows.columns["mask"]
+        self.lines.append(f"masks       from column {column!r}, white = controlled; area 5th/50th/95th {quartiles}")
+        for said in zip(*(row.said for row in self.good), strict=True):
+            if any(said):
+                odd, first = sum(map(bool, said)), next(filter(None, said))
+                self.warnings.append(f"{odd} of {len(said)} masks: the first of them {first}")
+        empty, full = area < _EMPTY, area > _FULL
+        inverted = np.mean((area > 0.5) & (border > 0.9) & ~full)
+        if empty.any():
+            self.warnings.append(f"{empty.sum()} masks are empty: those examples control nothing")
+        if full.any():
+            self.warnings.append(f"{full.sum()} masks are full: those examples are controlled everywhere")
+        if inverted > _MOSTLY:
+            self.warnings.append(
+                f"{inverted:.0%} of the masks cover the border and most of the image: are they inverted? White is "
+                "what shall be controlled"
+            )
+
+    def _captions(self) -> str:
+        """Add what the captions are like; returns a line where their tokens cannot be counted."""
+        captions = [caption for row in self.good for caption in row.captions]
+        tokenizer, unread = _tokenizer(self.settings)
+        if self.settings.data.caption_column is None:
+            self.lines.append("captions    none wanted (data.caption_column=null)")
+            return unread
+        words = np.array([len(caption.split()) for caption in captions])
+        line = (
+            f"captions    {len(set(captions))} different, {np.median(words):.0f} words (median), {words.max()} at most"
+        )
+        common, number = Counter(captions).most_common(1)[0]
+        if number > 1 and number > 0.1 * len(captions):
+            self.warnings.append(f"{number} captions are the same: {brief(common, 60)!r}")
+        if foreign := [found for caption in captions if (found := foreign_syntax(caption))]:
+            marks = f"marks of other tools ({', '.join(foreign[0])}), which are read as plain letters"
+            self.warnings.append(f"{len(foreign)} captions have {marks}")
+        if tokenizer is not None:
+            limit = tokenizer.model_max_length
+            lengths = np.array([len(tokenizer(caption, verbose=False).input_ids) for caption in captions])
+            line += f"; {lengths.max()} tokens at most"
+            if (lengths > limit).any():
+                longer = f"{(lengths > limit).sum()} captions are longer than {limit} tokens"
+                self.warnings.append(f"{longer}; the rest is not read")
+        self.lines.append(line)
+        return unread
+
+
+def _bad_rows(rows: Sequence[RowReport]) -> list[str]:
+    """Say how many cannot be used and why, the first of them, and what to do about each kind."""
+    bad = [row.problem for row in rows if row.problem is not None]
+    kinds = dict.fromkeys(problem.reason for problem in bad)
+    return [
+        f"bad rows    {len(bad)}" + (f" ({count_reasons(bad)})" if bad else ""),
+        *(f"            {brief(problem.key)}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
+        *([f"            and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []),
+        *(f"            to do: {kind}: {way_out(kind)}" for kind in kinds),
+    ]
 
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:
-    """Some usable examples from all over the data, as the first epoch shows them."""
+    """Choose some usable examples from all over the data, as the first epoch shows them."""
     order = numpy_rng(settings.seed, "preview").permutation(len(samples))[: settings.preview_rows]
     found = [samples[SampleRef(int(index), 0)] for index in sorted(order)]
     return [example for example in found if isinstance(example, Example) and not example.problems]
 
 
-def _adapter_fit(settings: CheckSettings) -> list[str]:
-    """A line on the adapter to continue from. ValueError when its input has other channels than the condition."""
+def _adapter_fit(settings: CheckSettings) -> str:
+    """Say which adapter there is to continue from. ValueError when it takes conditions of other channels."""
     condition, name = settings.condition, settings.adapter_model_name_or_path
     if name is None:
-        return [f"adapter     a new one, of {condition.channels} input channels"]
+        return f"adapter     a new one, of {condition.channels} input channels"
     found = find_adapter(name, settings.base.local_files_only)
     found.check_channels(condition)
-    trained = (found.config.get("condition") or {}).get("kind")
-    known = f", trained on {trained}" if trained else ""
-    return [f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"]
+    known = f", trained on {found.condition.kind}" if found.condition else ""
+    return f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"
 
 
-def _token_counter(settings: CheckSettings) -> tuple[Callable[[str], int] | None, int, str]:
-    """How to count tokens, how many are read, and what to add to the report."""
+def _tokenizer(settings: CheckSettings) -> tuple[CLIPTokenizer | None, str]:
+    """Load the base's tokenizer; or say why not: everything else can be checked where the hub cannot be reached."""
     place = settings.base.name
     try:
         place = str(resolve_base(settings.base.name).id_or_path)
-        tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer")
-    except OSError:  # of a hub that cannot be reached: everything else can be checked
-        return None, 0, f"\ntokens      not counted: the tokenizer of {place} cannot be loaded"
-    return lambda caption: len(tokenizer(caption, verbose=False).input_ids), tokenizer.model_max_length, ""
+        return CLIPTokenizer.from_pretrained(place, subfolder="tokenizer"), ""
+    except OSError:
+        return None, f"tokens      not counted: the tokenizer of {place} cannot be loaded"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from localctl.files import append, open_to_append, parse_json, write_text
+from localctl.files import append, json_lines, open_to_append, parse_json, write_text
 from localctl.labels import brief
 
 QUARANTINE = "quarantine.jsonl"
@@ -54,19 +53,19 @@ class Problem(NamedTuple):
 
 
 def count_reasons(problems: Iterable[Problem]) -> str:
-    """``3 caption missing, 1 image damaged``, the most frequent first."""
+    """Put kinds of trouble into words: ``3 caption missing, 1 image damaged``, the most frequent first."""
     counts = Counter(problem.reason for problem in problems)
     return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items(), key=lambda c: (-c[1], c[0])))
 
 
 def way_out(reason: str) -> str:
-    """What can be done about rows that are bad for ``reason``."""
+    """Say what can be done about rows that are bad for ``reason``."""
     return next(advice for words, advice in _WAYS_OUT.items() if reason.endswith(words))
 
 
 def too_many(bad: int, rows: int, max_fraction: float) -> bool:
-    """Whether ``bad`` of ``rows`` are more than that share: one never is, however few there are, unless the share is
-    0."""
+    """Tell whether ``bad`` of ``rows`` are more than that share: one never is, however few there are, unless the share
+    is 0."""
     return bad > max(max_fraction * rows, 1 if max_fraction else 0)
 
 
@@ -86,7 +85,7 @@ class Quarantine:
             kept = [record for record in records if record["step"] <= start]
             self.problems = {r["key"]: Problem(r["key"], r["reason"], r["detail"]) for r in kept}
             if kept:
-                write_text(self.path, _lines(kept))
+                write_text(self.path, json_lines(kept))
             else:
                 self.path.unlink()
 
@@ -102,7 +101,7 @@ class Quarantine:
             raise TooManyBadRows(self._too_many())
 
     def summary(self) -> str:
-        """One line, empty when no row was bad."""
+        """Sum up in one line, empty when no row was bad."""
         if not self.problems:
             return ""
         place = f", listed in {self.path}" if self.path else ""
@@ -124,17 +123,13 @@ class Quarantine:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = open_to_append(self.path)
         try:
-            append(descriptor, _lines(records).encode(), self.path)
+            append(descriptor, json_lines(records).encode(), self.path)
         finally:
             os.close(descriptor)
 
 
-def _lines(records: Iterable[dict[str, object]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of the list; None for one that a killed run left half written, or that is not ours."""
+    """Read a line of the list; None for one that a killed run left half written, or that is not ours."""
     try:
         record = parse_json(line)
         texts = [record[name] for name in Problem._fields]

@@ -7,6 +7,7 @@ Times of files, folders and formats do not count.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import stat
@@ -26,7 +27,7 @@ _UNUSABLE = b"unusable"
 
 
 def fingerprints(rows: Rows, indices: Sequence[int]) -> dict[str, Any]:
-    """Name -> number or sha256, of the rows ``indices`` (ascending) of ``rows``; the same for the same content in
+    """Take name -> number or sha256 of the rows ``indices`` (ascending) of ``rows``; the same for the same content in
     another folder or format. The captions are all of them, but a sample where each is a file of its own."""
     names = hashlib.sha256()
     for index in indices:
@@ -47,7 +48,7 @@ def fingerprints(rows: Rows, indices: Sequence[int]) -> dict[str, Any]:
 
 
 def sample(count: int) -> Iterator[int]:
-    """At most ``LOOKED_AT`` places below ``count``, ascending: one out of each equal part, chosen by a hash."""
+    """Choose at most ``LOOKED_AT`` places below ``count``, ascending: one out of each equal part, chosen by a hash."""
     parts = min(count, LOOKED_AT)
     for part in range(parts):
         first, last = part * count // parts, (part + 1) * count // parts
@@ -64,7 +65,7 @@ def _digest_of_captions(cells: Iterable[Any]) -> str:
 
 
 def _contents(rows: Rows, index: int) -> tuple[bytes, bytes, bytes, bytes]:
-    """Of captions, image, condition and mask of a row."""
+    """Read captions, and pieces of image, condition and mask, of a row."""
     try:
         row = rows[index]
     except BadRow:
@@ -73,25 +74,18 @@ def _contents(rows: Rows, index: int) -> tuple[bytes, bytes, bytes, bytes]:
 
 
 def _pieces(source: Path | bytes | None) -> bytes:
-    """Size, beginning, middle and end of a file, or of the bytes of one."""
+    """Read size, beginning, middle and end of a file, or of the bytes of one."""
     if source is None:
         return b"none"
-    if isinstance(source, bytes):
-        size = len(source)
-        return b"".join([str(size).encode(), *(source[at : at + _PIECE] for at in _places(size))])
     try:
-        found = source.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would wait for ever
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
             return _UNUSABLE
-        with source.open("rb") as file:
-            parts = [str(found.st_size).encode()]
-            for at in _places(found.st_size):
-                file.seek(at, os.SEEK_SET)
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            parts = [str(size).encode()]
+            for at in (0, max(0, (size - _PIECE) // 2), max(0, size - _PIECE)):
+                file.seek(at)
                 parts.append(file.read(_PIECE))
     except (OSError, ValueError):
         return _UNUSABLE
     return b"".join(parts)
-
-
-def _places(size: int) -> tuple[int, int, int]:
-    return 0, max(0, (size - _PIECE) // 2), max(0, size - _PIECE)

@@ -248,7 +248,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _file_name(values: dict[str, Any], column: str) -> Any:
-    """The cell of a column of pictures: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
+    """The cell of a column of images: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
     the plain name of the column."""
     names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
     return next((values[name] for name in names if values.get(name) is not None), None)

@@ -23,7 +23,7 @@ class WorkerError(OSError):
 
 @contextmanager
 def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator[Any]]:
-    """The batches of a ``DataLoader``, read by ``workers`` processes that are gone when the context is left.
+    """Read the batches of a ``DataLoader`` by ``workers`` processes that are gone when the context is left.
 
     ``options`` are the loader's. A killed worker is a :class:`WorkerError` of whoever asks for the next batch, never
     of what is done in between, such as saving. An OSError or ValueError of a worker is raised again as one sentence.
@@ -40,7 +40,7 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
     if main:  # torch's handler would raise in the middle of anything
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield _Batches(batches, processes)
+        yield _read(batches, processes)
     finally:
         _kill(processes)
         if processes:
@@ -63,31 +63,29 @@ def _kill(processes: Sequence[Any]) -> None:
         process.join(_GONE)
 
 
-class _Batches:
-    def __init__(self, batches: Iterator[Any], processes: Sequence[Any]) -> None:
-        self._batches, self._processes = batches, processes
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        self._check_workers()
+def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
+    while True:
+        _check(processes)
         try:
-            return next(self._batches)
+            batch = next(batches)
+        except StopIteration:
+            return
         except RuntimeError:  # how torch tells of a worker that is gone
-            self._check_workers()
+            _check(processes)
             raise
         except (OSError, ValueError) as error:
             raise _one_sentence(error) from error
+        yield batch
 
-    def _check_workers(self) -> None:
-        for process in self._processes:
-            if process.exitcode not in (None, 0):
-                raise WorkerError(_why(process.exitcode))
+
+def _check(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.exitcode not in (None, 0):
+            raise WorkerError(_why(process.exitcode))
 
 
 def _why(code: int) -> str:
-    """What became of a worker that ended with ``code``."""
+    """Say what became of a worker that ended with ``code``."""
     if code == -signal.SIGBUS:
         return "A data worker was killed (SIGBUS: the shared memory in /dev/shm is full?); use fewer data workers."
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
