@@ -255,7 +255,7 @@ def pickled_only(folder: Path) -> bool:
 
 
 def _check_json(path: Path) -> None:
-    content = read_object(path, "the file", "fetch or save it again")
+    content = read_object(path, "the file", damaged="")
     levels = content.get("block_out_channels")
     if isinstance(levels, list) and len(levels) > _MOST_LEVELS:
         raise ValueError(f"block_out_channels in {path} has {len(levels)} entries, more than {_MOST_LEVELS}")

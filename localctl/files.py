@@ -53,9 +53,10 @@ def read_json(path: Path, what: str, missing: str = "", damaged: str = "") -> An
 
 def read_object(path: Path, what: str, damaged: str = "repair it") -> dict[str, Any]:
     """Read the JSON object in ``path``; arguments and errors as for :func:`read_json`."""
-    content = read_json(path, what, "check the path", damaged)
+    content = read_json(path, what, damaged and "check the path", damaged)
     if not isinstance(content, dict):
-        raise ValueError(f"{what} {path} holds {shown(content)}, not an object with named fields; {damaged}.")
+        end = damaged and f"; {damaged}"
+        raise ValueError(f"{what} {path} holds {shown(content)}, not an object with named fields{end}.")
     return content
 
 
