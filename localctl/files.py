@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import stat
-import tempfile
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,16 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, what: str, missing: str = "", damaged: str = "") -> Any:
-    """Read the JSON in ``path``.
-
-    Args:
-        what: begins the sentence of an error, such as ``The layout``.
-        missing, damaged: end it: what to do about a file that cannot be read, or is no JSON.
-
-    Raises:
-        ValueError: in one sentence, if the file cannot be read or is no JSON.
-    """
+    """Read the JSON in ``path``. ValueError in one sentence that begins with ``what``, if the file cannot be read or is
+    no JSON; it ends with what to do then, ``missing`` or ``damaged``."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
         why = error.strerror or first_line(error)
         raise ValueError(f"{what} {path} cannot be read ({why}){missing and f'; {missing}'}.") from error
     except ValueError as error:
-        raise ValueError(
-            f"{what} {path} is not valid JSON ({first_line(error)}){damaged and f'; {damaged}'}."
-        ) from error
+        why = first_line(error)
+        raise ValueError(f"{what} {path} is not valid JSON ({why}){damaged and f'; {damaged}'}.") from error
 
 
 def read_object(path: Path, what: str, damaged: str = "repair it") -> dict[str, Any]:
@@ -79,18 +72,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` whole or not at all. A link at ``path`` is replaced, never followed.
 
     OSError that names the file when the disk is full or the folder cannot be written to; what was there stays."""
-    temporary: str | None = None
+    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}.", delete=False) as file:
-            temporary = file.name
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise OSError(f"{path} could not be written: {error.strerror or first_line(error)}") from error
 
 
@@ -165,14 +156,3 @@ def share_weights(folder: Path) -> None:
     safetensors makes its files readable by their owner alone."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))
-
-
-def _umask() -> int:
-    """The umask, which can only be asked for by setting it; Linux tells it without."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), 8)
-    except (OSError, StopIteration, ValueError):
-        mask = os.umask(0o077)
-        os.umask(mask)
-        return mask

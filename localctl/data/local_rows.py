@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from localctl.data.bad_rows import BadRow
-from localctl.data.folders import (
-    Walk,
-    canonical,
-    count_words,
-    is_hidden,
-    is_image,
-    select,
-    split_named,
-    split_of,
-)
+from localctl.data.folders import Walk, canonical, count_words, is_hidden, is_image, select, split_named, split_of
 from localctl.data.rows import (
     METADATA,
     METADATA_NAMES,
@@ -46,10 +38,7 @@ class ImageFolderRows(Rows):
     def __init__(self, root: Path, columns: Mapping[str, str], split: str) -> None:
         self.root, self.split = root.resolve(), split
         lists = self._lists()
-        own = own_folder(self.root, lists, split)
-        if own is not None:
-            self.root, self.other_splits = own
-            lists = [file for file in lists if file.is_relative_to(self.root)]
+        self.root, lists, others = own_folder(self.root, lists, split)
         self._lines: list[tuple[Path, bytes]] = []
         keys: list[str] = []
         splits: list[str | None] = []
@@ -63,15 +52,16 @@ class ImageFolderRows(Rows):
                 key = values.get(columns.get("key", "")) or name
                 keys.append(f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}")
                 folders = (*parts, *name.split("/")[:-1]) if isinstance(name, str) else parts
-                splits.append(None if own else split_of(folders, split))
+                splits.append(split_of(folders, split) if others is None else None)
                 seen.update(_column(name) for name, value in values.items() if value is not None)
                 self._lines.append((file.parent, line))
         if not self._lines:
             raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
         self._all_lines = self._lines
-        if own is None:
-            chosen, self.other_splits = select(splits, split, str(root))
+        if others is None:
+            chosen, others = select(splits, split, str(root))
             keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
+        self.other_splits = others
         seen["image"] += seen["file"]
         self.columns = used_columns(columns, seen, str(root))
         self.keys = unique(keys)
@@ -156,19 +146,16 @@ class FolderRows(Rows):
                 found.append(folder)
                 with_masks |= columns.get("mask", "").lower() in stems
         found = sorted([*found, *(folder for folder in walk.locked if folder != self.root)])
-        own = own_folder(self.root, found, split)
-        if own is not None:
-            self.root, self.other_splits = own
-            found = [folder for folder in found if folder.is_relative_to(self.root)]
+        self.root, found, others = own_folder(self.root, found, split)
         names = [folder.relative_to(self.root) for folder in found]
         if not names:
             raise ValueError(
                 f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
             )
-        if own is None:
-            splits = [split_of(name.parts[:-1], split) for name in names]
-            chosen, self.other_splits = select(splits, split, str(root))
+        if others is None:
+            chosen, others = select([split_of(name.parts[:-1], split) for name in names], split, str(root))
             names = [names[index] for index in chosen]
+        self.other_splits = others
         self.columns = {what: name for what, name in columns.items() if what != "mask" or with_masks}
         self._folders = [name.as_posix() for name in names]
         self.keys = unique(self._folders)
@@ -191,37 +178,34 @@ class FolderRows(Rows):
         file = find_file("caption", _called(names, self.columns["caption"], (".txt",)), folder, (self.root,))
         return read_caption(file) if isinstance(file, Path) else None
 
-    def captions(self) -> None:
-        """Return None: each is a file."""
-
     def remarks(self) -> list[str]:
         """Say what of the folder is not used. Goes through all of it."""
         walk = Walk(self.root, count=True)
-        for _ in walk:
-            pass
+        deque(walk, maxlen=0)
         walk.left_out["locked folder"] = 0  # a bad row
         lines = [f"{self.loose} images lie in {self.root} itself, in no example's folder"] if self.loose else []
         return [*lines, *left_out(walk, self.other_splits)]
 
 
-def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, Counter[str]] | None:
-    """Find the one folder right below ``root`` that is named after ``split`` and holds some of ``places``, and how many
-    of each other split, or of none, lie beside it. None where there is no such folder, or where there are several."""
+def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, list[Path], Counter[str] | None]:
+    """Find the one folder right below ``root`` that is named after ``split`` and holds some of ``places``.
+
+    Returns:
+        It, the places in it, and how many of each other split, or of none, lie beside it; or where there is no such
+        folder, or several: ``root``, all places, and None.
+    """
     parts = [place.relative_to(root).parts for place in places]
     named = sorted({first for first, *rest in parts if rest and split_of((first,), split) == canonical(split)})
     if len(named) != 1:
-        return None
+        return root, list(places), None
     outside = sum(first != named[0] and split_named(first) is None for first, *_ in parts)
-    return root / named[0], other_splits(root, split) + Counter({"no split at all": outside})
-
-
-def other_splits(root: Path, split: str) -> Counter[str]:
-    """Count the folders right below ``root`` that belong to each other split."""
-    try:
-        names = [entry.name for entry in os.scandir(root) if entry.is_dir() and not is_hidden(entry.name)]
-    except OSError:
-        return Counter()
-    return Counter(name for name in map(split_named, names) if name not in (None, canonical(split)))
+    beside: list[str | None] = []
+    with suppress(OSError):
+        beside = [split_named(e.name) for e in os.scandir(root) if e.is_dir() and not is_hidden(e.name)]
+    others = Counter(name for name in beside if name not in (None, canonical(split)))
+    own = root / named[0]
+    inside = [place for place in places if place.is_relative_to(own)]
+    return own, inside, others + Counter({"no split at all": outside})
 
 
 def left_out(walk: Walk, splits: Counter[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""The embedded scenes as a data set: rendered when first asked for, then kept in memory."""
+"""The embedded scenes as a data set: drawn when first asked for, then kept in memory."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from localctl.data.sample import Example
 from localctl.micro.scenes import PROFILES, SPLITS, scene
 
 
-class _Rendered(NamedTuple):
-    """What is kept of a scene, in bytes; a condition only where the image does not yield it."""
+@dataclass(frozen=True)
+class _Drawn:
+    """What is kept of a scene, in bytes; a condition only where the picture does not yield it."""
 
     image: np.ndarray  # (128, 128, 3)
     object_masks: np.ndarray  # (n, 128, 128)
@@ -25,11 +26,8 @@ class _Rendered(NamedTuple):
 class MicroScenes:
     """Scenes 0 .. count-1 of a split and profile, with any kind of condition.
 
-    Rendering a scene takes about 5 ms, a kept one about 0.1 MB; with ``keep`` every scene is rendered once (per
-    worker).
-
-    Raises:
-        ValueError: an unknown split or profile, no scene at all, or a condition that no scene yields.
+    Drawing a scene takes about 5 ms, a kept one about 0.1 MB; with ``keep`` every scene is drawn once (per worker).
+    ValueError for an unknown split or profile, or no scene at all.
     """
 
     def __init__(
@@ -47,9 +45,11 @@ class MicroScenes:
             raise ValueError(f"The number of scenes must be at least 1, not {count}.")
         if condition is not None and condition.kind == "column":
             raise ValueError("The embedded scenes have no column of condition images; choose another condition.")
-        self.split, self.profile, self.count, self.keep = split, profile, count, keep
+        self.split = split
+        self.profile = profile
+        self.count = count
         self.condition = condition or ConditionConfig()
-        self._kept: dict[int, _Rendered] = {}
+        self._kept: dict[int, _Drawn] | None = {} if keep else None
 
     def __len__(self) -> int:
         return self.count
@@ -57,22 +57,24 @@ class MicroScenes:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.count:
             raise IndexError(f"There is no scene {index} among {self.count}.")
-        kept = self._kept.get(index) or self._render(index)
-        if self.keep:
-            self._kept[index] = kept
+        drawn = None if self._kept is None else self._kept.get(index)
+        if drawn is None:
+            drawn = self._draw(index)
+            if self._kept is not None:
+                self._kept[index] = drawn
         return Example(
             key=f"{self.profile}-{self.split}-{index}",
-            pixels=torch.from_numpy(kept.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
-            condition=extract(self.condition, kept.image) if kept.condition is None else _unit(kept.condition),
-            caption=kept.caption,
-            object_masks=torch.from_numpy(kept.object_masks) / 255,
+            pixels=torch.from_numpy(drawn.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
+            condition=extract(self.condition, drawn.image) if drawn.condition is None else _unit(drawn.condition),
+            caption=drawn.caption,
+            object_masks=torch.from_numpy(drawn.object_masks) / 255,
         )
 
-    def _render(self, index: int) -> _Rendered:
+    def _draw(self, index: int) -> _Drawn:
         full = scene(index, self.profile, self.split)
         kind = self.condition.kind
         condition = {"depth": _bytes(full.depth)[..., None], "segmentation": full.segmentation}.get(kind)
-        return _Rendered(full.image, _bytes(full.masks), condition, full.caption)
+        return _Drawn(full.image, _bytes(full.masks), condition, full.caption)
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
@@ -80,5 +82,5 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 
 
 def _unit(values: np.ndarray) -> Tensor:
-    """Bring uint8 (H,W,C) to float (C,H,W) in [0,1]."""
+    """uint8 (H,W,C) -> float (C,H,W) in [0,1]."""
     return torch.from_numpy(values).permute(2, 0, 1).contiguous() / 255
