@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def at_once(todo: Sequence[dict[str, Any]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The lines of the manifest, in order, with ``args.threads`` addresses asked at a time."""
+    """Yield the lines of the manifest, in order, with ``args.threads`` addresses asked at a time."""
     pool = ThreadPoolExecutor(args.threads)
     try:
         results = pool.map(lambda item: fetch(item, args), todo)
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """url, text and, where known, sha256. ValueError for a list that cannot be read."""
+    """Read url, text and, where known, sha256. ValueError for a list that cannot be read."""
     path, url, text = args.list, args.url_column, args.caption_column
     try:
         if path.suffix.lower() == ".parquet":
@@ -141,12 +141,12 @@ def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def as_url(value: Any) -> str:
-    """The cell of an address as text; what is none becomes a text that is no address, and fails as one."""
+    """Return the cell of an address as text; what is none becomes a text that is no address, and fails as one."""
     return value.strip() if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def read_manifest(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a manifest, without a line that a kill cut short."""
+    """Read the rows of a manifest, without a line that a kill cut short."""
     rows = []
     for line in split_lines(content):
         try:
@@ -159,7 +159,7 @@ def read_manifest(content: bytes) -> list[dict[str, Any]]:
 
 
 def finished(rows: Sequence[dict[str, Any]], folder: Path, retry: bool) -> set[str]:
-    """Addresses that need not be asked again: whose file is here in full, or that failed."""
+    """Find the addresses that need not be asked again: whose file is here in full, or that failed."""
     done: set[str] = set()
     for row in rows:
         here = is_here(row, folder)
@@ -168,7 +168,7 @@ def finished(rows: Sequence[dict[str, Any]], folder: Path, retry: bool) -> set[s
 
 
 def is_here(row: dict[str, Any], folder: Path) -> bool:
-    """Whether the file of a row of the manifest lies in ``folder`` in full."""
+    """Tell whether the file of a row of the manifest lies in ``folder`` in full."""
     name = row.get("file")
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         return False
@@ -177,7 +177,7 @@ def is_here(row: dict[str, Any], folder: Path) -> bool:
 
 
 def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The line of the manifest for one address; its files are written. OSError when the disk is full."""
+    """Fetch one address and write its files; returns its line of the manifest. OSError when the disk is full."""
     url = item["url"]
     limits = WebLimits(args.timeout, 4 * args.timeout, args.max_bytes, args.allow_inner_addresses)
     try:
@@ -216,7 +216,7 @@ def photo_limits(args: argparse.Namespace) -> Limits:
 
 
 def one_caption(text: Any) -> str:
-    """What goes into the caption file: the first of several; empty when there is none."""
+    """Return what goes into the caption file: the first of several; empty when there is none."""
     try:
         return captions_of(text)[0]
     except BadRow:
@@ -224,7 +224,7 @@ def one_caption(text: Any) -> str:
 
 
 def condition_name(name: str, kind: str) -> str:
-    """Where the condition of the image ``name`` lies, both relative to the output."""
+    """Say where the condition of the image ``name`` lies, both relative to the output."""
     return f"{kind}/{name}.png"
 
 
@@ -244,7 +244,8 @@ def write_conditions(args: argparse.Namespace, name: str, image: Image.Image | N
 
 
 def write_metadata(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """metadata.jsonl of all images that are here, with the conditions of each, those of earlier calls made now."""
+    """Write metadata.jsonl of all images that are here, with the conditions of each, those of earlier calls made
+    now."""
     for kind in args.condition:
         (args.output / kind).mkdir(exist_ok=True)
         mark_made(args.output / kind)  # or make_dataset.py would take them for photos

@@ -35,7 +35,7 @@ class WebLimits:
 
 
 def fetch_bytes(url: str, limits: WebLimits) -> bytes:
-    """The content of an http or https address, after redirections.
+    """Fetch the content of an http or https address, after redirections.
 
     Raises:
         Refused: too large, too slow, cut off, an inner address, no http, or its owner opted out of machine learning.
@@ -69,8 +69,8 @@ def fetch_bytes(url: str, limits: WebLimits) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address lies on the internet: not on this machine, in its network, or reserved; nor is one of these
-    written as another kind of address."""
+    """Tell whether an IP address lies on the internet: not on this machine, in its network, or reserved; nor is one of
+    these written as another kind of address."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         last = ipaddress.IPv4Address(int(found) % 2**32)
@@ -86,15 +86,15 @@ class _Clock:
         self._ends = time.monotonic() + limits.total
 
     def left(self) -> float:
-        """Seconds that the next byte may take. Refused when all time is spent."""
+        """Return the seconds that the next byte may take. Refused when all time is spent."""
         rest = self._ends - time.monotonic()
         if rest <= 0:
             raise Refused("too slow")
         return min(rest, self.limits.patience)
 
     def connect(self, place: tuple[str, int], *options: Any, proxied: bool = False) -> socket.socket:
-        """As ``socket.create_connection``, but to public addresses only: to the very one that was looked at, so that a
-        name cannot lead elsewhere a moment later. The user's own proxy may be anywhere."""
+        """Connect as ``socket.create_connection`` does, but to public addresses only: to the very one that was looked
+        at, so that a name cannot lead elsewhere a moment later. The user's own proxy may be anywhere."""
         found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
         if not proxied:
             self.check(found)
@@ -114,7 +114,7 @@ class _Clock:
         raise failure or OSError("no address")
 
     def check(self, found: list[Any]) -> None:
-        """Refused when one of the addresses that a name stands for is an inner one."""
+        """Raise Refused when one of the addresses that a name stands for is an inner one."""
         if not self.limits.inner and not all(is_public(str(entry[4][0])) for entry in found):
             raise Refused("inner address")
 
@@ -146,7 +146,7 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return connecting
 
     def _check_behind_proxy(self, req: urllib.request.Request) -> None:
-        """A proxy looks names up itself; what they stand for here is the best that can be known."""
+        """Check what a name stands for here: a proxy looks it up itself, and this is the best that can be known."""
         try:
             self._clock.check(socket.getaddrinfo(urlsplit(req.full_url).hostname, None))
         except OSError:
@@ -155,7 +155,7 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 @cache
 def _trusted() -> ssl.SSLContext:
-    """The certificates of this machine: read once, since that may take as long as an image."""
+    """Load the certificates of this machine: read once, since that may take as long as an image."""
     return ssl.create_default_context()
 
 

@@ -111,8 +111,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
-    """Sorted, and counts of what else lies there. ValueError when there is none, or the output would be mixed with
-    other files."""
+    """Find the images, sorted, and count what else lies there. ValueError when there is none, or the output would be
+    mixed with other files."""
     for flag, folder in (("--images", args.images), ("--masks", args.masks)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"There is no folder {folder}; check {flag}.")
@@ -137,7 +137,7 @@ def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
 
 
 def read_captions(path: Path) -> dict[str, Any]:
-    """file_name -> text. ValueError for a file that is no such list."""
+    """Read file_name -> text. ValueError for a file that is no such list."""
     found, broken = {}, 0
     for _, line in metadata_lines(path):
         try:
@@ -153,7 +153,7 @@ def read_captions(path: Path) -> dict[str, Any]:
 
 
 def caption_for(image: Path, name: str, captions: dict[str, Any] | None) -> tuple[str, ...]:
-    """The captions of an image: at least one. BadRow when there is none."""
+    """Find the captions of an image: at least one. BadRow when there is none."""
     if captions is not None:
         return captions_of(captions.get(name))
     content = read_caption(image.with_suffix(".txt"))
@@ -189,7 +189,7 @@ class Writer:
         return line | {"text": captions[0] if len(captions) == 1 else list(captions)}
 
     def _places(self, name: str, mask: Path | None) -> dict[str, str]:
-        """Where each part of the example goes, below the output. BadRow for a name that no list or disk takes."""
+        """Say where each part of the example goes, below the output. BadRow for a name that no list or disk takes."""
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -211,7 +211,7 @@ class Writer:
 
 
 def find_mask(beside: Path) -> Path:
-    """The mask named like an image, with any extension. BadRow when there is none."""
+    """Find the mask named like an image, with any extension. BadRow when there is none."""
     found = (beside.with_suffix(end) for extension in (".png", *EXTENSIONS) for end in (extension, extension.upper()))
     mask = next((file for file in found if file.is_file()), None)
     if mask is None:
@@ -225,7 +225,7 @@ def place(root: Path, name: str) -> Path:
 
 
 def copy(source: Path, target: Path) -> None:
-    """BadRow when ``source`` cannot be read; OSError when ``target`` cannot be written."""
+    """Copy a file. BadRow when ``source`` cannot be read; OSError when ``target`` cannot be written."""
     try:
         shutil.copyfile(source, target)
     except OSError as error:

@@ -157,7 +157,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
 
 def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_factor: Any, adapter_type: Any) -> None:
-    """ValueError in one sentence unless an adapter of this shape can be built within reason; nothing is built."""
+    """Raise a ValueError in one sentence unless an adapter of this shape can be built within reason; nothing is
+    built."""
     if adapter_type not in ADAPTER_TYPES:
         raise ValueError(f"adapter_type is one of {', '.join(ADAPTER_TYPES)}, not {shown(adapter_type)}.")
     for name, value, most in (
@@ -183,7 +184,7 @@ def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_
 
 
 def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
-    """ValueError unless there is one weight for each level of features, or None."""
+    """Raise a ValueError unless there is one weight for each level of features, or None."""
     if weights is not None and len(weights) != levels:
         raise ValueError(
             f"The adapter has {levels} levels of features, but level_weights are {list(weights)}; give one weight for "

@@ -206,7 +206,7 @@ def _from_file(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
 
 
 def _variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder that has no plain ones; fp16 before others."""
+    """Find the variant of the weights in a folder that has no plain ones; fp16 before others."""
     if any(folder.glob(f"{_WEIGHTS}.safetensors")) or any(folder.glob(f"{_WEIGHTS}.bin")):
         return None
     found = [re.fullmatch(rf"{_WEIGHTS}\.([\w-]+)\.(safetensors|bin)", file.name) for file in folder.iterdir()]
@@ -312,7 +312,7 @@ def _as_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of ``T2IAdapter``, from the shapes. KeyError or StopIteration for weights of something else."""
+    """Read the options of ``T2IAdapter`` off the shapes. KeyError or StopIteration for weights of something else."""
     levels = len({name.split(".")[1] for name in state if name.startswith("body.")})
     light = "body.0.out_conv.weight" in state
     if light:

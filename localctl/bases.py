@@ -116,17 +116,17 @@ def resolve_base(name: str) -> BaseSpec:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` looks like OWNER/NAME on the Hugging Face hub, and not like a path."""
+    """Tell whether ``name`` looks like OWNER/NAME on the Hugging Face hub, and not like a path."""
     return HUB_ID.fullmatch(name) is not None
 
 
 def same_base(first: str, second: str) -> bool:
-    """Whether two names mean one base; names that lead nowhere are compared as they are."""
+    """Tell whether two names mean one base; names that lead nowhere are compared as they are."""
     return _place(first) == _place(second)
 
 
 def lasting_name(name: str) -> str:
-    """``name`` as it may be written down for later: a folder by its absolute path, any other name as it is."""
+    """Return ``name`` as it may be written down for later: a folder by its absolute path, any other as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in BASES and path.is_dir() else name
 
@@ -230,8 +230,9 @@ def _vae_config(name: str, local_files_only: bool) -> dict[str, Any]:
 
 
 def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str] = frozenset()) -> None:
-    """ValueError in a clause naming the file, unless the parts that ``index`` (the ``model_index.json``) lists are in
-    ``folder`` and whole: JSON is read, of safetensors the header alone. ``replaced``: parts that are not taken."""
+    """Raise a ValueError in a clause naming the file, unless the parts that ``index`` (the ``model_index.json``) lists
+    are in ``folder`` and whole: JSON is read, of safetensors the header alone. ``replaced``: parts that are not
+    taken."""
     for name, needed in _NEEDED.items():
         listed = index.get(name)
         if name in replaced or name not in index or listed in (None, [None, None]):
@@ -250,7 +251,7 @@ def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str]
 
 
 def pickled_only(folder: Path) -> bool:
-    """Whether a folder has weights as pickles (``.bin``) and none as safetensors."""
+    """Tell whether a folder has weights as pickles (``.bin``) and none as safetensors."""
     return any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
 
 
@@ -274,7 +275,8 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def check_weights(part: Path) -> None:
-    """ValueError in a clause unless a folder has safetensors and all of them are whole, as far as their headers say."""
+    """Raise a ValueError in a clause unless a folder has safetensors and all of them are whole, as far as their headers
+    say."""
     files = sorted(part.glob("*.safetensors"))
     if not files and pickled_only(part):
         raise ValueError(

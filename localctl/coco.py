@@ -17,7 +17,7 @@ _SINGULARS = {plural: one for one, plural in _PLURALS.items()}
 
 
 def coco_id(value: Any) -> int | str:
-    """An id of an image or category, whether it was written as a number or as text: 7, "7" and 7.0 are one."""
+    """Read an id of an image or category, whether it was written as a number or as text: 7, "7" and 7.0 are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
@@ -25,8 +25,8 @@ def coco_id(value: Any) -> int | str:
 
 
 def coco_box(values: Any, width: float, height: float) -> Box | None:
-    """COCO's (x, y, width, height) in pixels as xyxy in [0, 1], cut to the image. None for a box without an area in the
-    image, and for one that is empty or not finite. ValueError for anything else than four numbers."""
+    """Convert COCO's (x, y, width, height) in pixels to xyxy in [0, 1], cut to the image. None for a box without an
+    area in the image, and for one that is empty or not finite. ValueError for anything else than four numbers."""
     if values is None or (isinstance(values, (list, tuple)) and not values):
         return None
     try:
@@ -41,18 +41,19 @@ def coco_box(values: Any, width: float, height: float) -> Box | None:
 
 
 def is_crowd(annotation: Any) -> bool:
-    """Whether an annotation is a crowd; some tools write the flag as text."""
+    """Tell whether an annotation is a crowd; some tools write the flag as text."""
     return str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false")
 
 
 def spoken(name: str) -> str:
-    """A category as one says it: without underscores."""
+    """Return a category as one says it: without underscores."""
     return " ".join(name.replace("_", " ").split())
 
 
 def places(prompt: str, name: str) -> list[tuple[str, int]]:
-    """Where a category stands in ``prompt``, in reading order: the words it is called there and which appearance of
-    these it is. Underscores and hyphens may be spaces, one may be many ("two persons", "people") and the other way."""
+    """Find where a category stands in ``prompt``, in reading order: the words it is called there and which appearance
+    of these it is. Underscores and hyphens may be spaces, one may be many ("two persons", "people") and the other
+    way."""
     found: dict[tuple[int, int], tuple[str, int]] = {}
     for form in _forms(name):
         for occurrence, span in enumerate(find_phrase(prompt, form)):
@@ -63,7 +64,7 @@ def places(prompt: str, name: str) -> list[tuple[str, int]]:
 
 
 def _forms(name: str) -> list[str]:
-    """What a category may be called in a prompt, its own name first."""
+    """List what a category may be called in a prompt, its own name first."""
     plain = spoken(name)
     forms = [name.strip(), plain, plain.replace("-", " "), plain.replace(" ", "-")]
     for form in tuple(forms[1:]):
@@ -73,7 +74,7 @@ def _forms(name: str) -> list[str]:
 
 
 def _numbers(word: str) -> list[str]:
-    """Plurals of a word, and what it may be the plural of."""
+    """List plurals of a word, and what it may be the plural of."""
     lower = word.lower()
     several = [lower + "s", lower + "es", lower[:-1] + "ies" if lower.endswith("y") else "", _PLURALS.get(lower, "")]
     single = [_SINGULARS.get(lower, "")]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # torch is imported where it is used
 
 
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
-    """The condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the image's own size.
+    """Compute the condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the image's own size.
 
     Scales are fixed, never stretched per image, so that equal edges look equal in every image.
     ValueError for kinds that no image yields (depth, segmentation, column), and for another shape or dtype.
@@ -42,7 +42,8 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
 
 
 def _sobel(image: np.ndarray) -> np.ndarray:
-    """Gradient magnitude (H,W): a straight step from black to white is 1; corners of full contrast are clipped to 1."""
+    """Compute the gradient magnitude (H,W): a straight step from black to white is 1; corners of full contrast are
+    clipped to 1."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
     dx, dy = (
         cv2.Sobel(gray, cv2.CV_32F, *order, ksize=3, borderType=cv2.BORDER_REPLICATE) for order in ((1, 0), (0, 1))
@@ -51,7 +52,8 @@ def _sobel(image: np.ndarray) -> np.ndarray:
 
 
 def _palette(image: np.ndarray, cells: int) -> np.ndarray:
-    """Mean colour of each cell, spread over the cell: (H,W,3) in [0,1]. Every pixel belongs to exactly one cell."""
+    """Take the mean colour of each cell, spread over the cell: (H,W,3) in [0,1]. Every pixel belongs to exactly one
+    cell."""
     height, width = image.shape[:2]
     row_starts, row_cell = _split(height, cells)
     column_starts, column_cell = _split(width, cells)
@@ -61,13 +63,13 @@ def _palette(image: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _resized_palette(image: np.ndarray, cells: int) -> np.ndarray:
-    """The image resized to cells x cells colours and back: (H,W,3) in [0,1], in steps of 1/255."""
+    """Resize the image to cells x cells colours and back: (H,W,3) in [0,1], in steps of 1/255."""
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize((cells, cells), Image.Resampling.BICUBIC)
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST), dtype=np.float32) / 255
 
 
 def _split(length: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each of ``cells`` nearly equal parts starts, and the part of every pixel; no part is ever empty."""
+    """Find where each of ``cells`` nearly equal parts starts, and the part of every pixel; no part is ever empty."""
     part = np.arange(length) * min(cells, length) // length
     return np.flatnonzero(np.diff(part, prepend=-1)), part

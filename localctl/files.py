@@ -17,13 +17,13 @@ from localctl.sizes import shown
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, as the part of a sentence: its first line, without the full stop; its kind if it says
-    nothing."""
+    """Return what an exception says, as part of a sentence: its first line, without the full stop; its kind if it
+    says nothing."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as ``json.loads`` reads it, a byte order mark allowed. ValueError for everything that is none, JSON nested
+    """Read JSON as ``json.loads`` does, a byte order mark allowed. ValueError for everything that is none, JSON nested
     too deep for Python, numbers with too many digits and bytes that are not UTF-8 included."""
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff"))
@@ -86,8 +86,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """A descriptor that writes to the end of ``path``, made if it is not there. OSError for a link, which could lead
-    anywhere, and for whatever else cannot be written to, named."""
+    """Open a descriptor that writes to the end of ``path``, made if it is not there. OSError for a link, which could
+    lead anywhere, and for whatever else cannot be written to, named."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.open(path, flags, 0o666)

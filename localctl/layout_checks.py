@@ -17,13 +17,13 @@ Box = tuple[float, float, float, float]
 
 
 def check_count(regions: int, what: str) -> None:
-    """ValueError for more regions than a layout may have. ``what``: begins the sentence."""
+    """Raise a ValueError for more regions than a layout may have. ``what``: begins the sentence."""
     if regions > MAX_REGIONS:
         raise ValueError(f"{what} has {regions} regions, more than {MAX_REGIONS}; leave the small ones out.")
 
 
 def check_text(what: str, text: str) -> None:
-    """ValueError for a text that holds half a surrogate pair, which no tokenizer and no file takes."""
+    """Raise a ValueError for a text that holds half a surrogate pair, which no tokenizer and no file takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -34,7 +34,7 @@ def check_text(what: str, text: str) -> None:
 
 
 def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
-    """One box or several as a tuple of boxes."""
+    """Return one box or several as a tuple of boxes."""
     try:
         several = list(box)
         several = [several] if several and not isinstance(several[0], (list, tuple)) else several
@@ -71,7 +71,7 @@ def checked_mask(name: str, mask: Any) -> Tensor:
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and no integer beyond what a float holds."""
+    """Tell whether a number is finite, and no integer beyond what a float holds."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:

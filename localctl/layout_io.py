@@ -85,7 +85,7 @@ def from_colors(
     prompt: str | None = None,
     size: tuple[int, int] | None = None,
 ) -> Layout:
-    """A layout from an image with one colour per region.
+    """Make a layout from an image with one colour per region.
 
     Args:
         image: smooth edges and the noise of a codec are allowed: every pixel goes to the nearest colour of the table.
@@ -116,7 +116,7 @@ def from_coco(
     prompt: str | None = None,
     categories: Sequence[str] | None = None,
 ) -> Layout:
-    """A layout from the boxes of one image in COCO's format (``images``, ``annotations``, ``categories``).
+    """Make a layout from the boxes of one image in COCO's format (``images``, ``annotations``, ``categories``).
 
     A category's n-th box goes to its n-th appearance in the prompt; where there are fewer appearances than boxes, the
     last one gets the rest. A name's underscores are spaces, and the prompt may have its plural ("two persons"). Without
@@ -164,7 +164,7 @@ def from_coco(
 def _used_boxes(
     found: Sequence[tuple[str, Any]], size: tuple[int, int], names: Collection[str], image_id: Any
 ) -> list[tuple[str, Box]]:
-    """Name and box (xyxy in [0, 1]) of what lies in the image; what does not is left out, and said."""
+    """Choose name and box (xyxy in [0, 1]) of what lies in the image; what does not is left out, and said."""
     placed = [(name, coco_box(box, size[1], size[0])) for name, box in found if name in names or not name]
     used = [(name, box) for name, box in placed if box is not None and name]
     lost = len(placed) - len(used)
@@ -183,7 +183,7 @@ def _used_boxes(
 
 
 def _coco_side(side: Any, sides: Any, image_id: Any) -> int:
-    """A side of the image in pixels."""
+    """Read a side of the image in pixels."""
     try:
         pixels = int(float(side))
     except (TypeError, ValueError, OverflowError):
@@ -197,7 +197,7 @@ def _coco_side(side: Any, sides: Any, image_id: Any) -> int:
 
 
 def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> Collection[str]:
-    """The names that ``categories`` mean, in any case and with or without underscores."""
+    """Find the names that ``categories`` mean, in any case and with or without underscores."""
     if categories is None:
         return names
     known = {spoken(name).lower(): name for name in names}
@@ -213,7 +213,7 @@ def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> C
 
 
 def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, int] | None = None) -> Layout:
-    """One scene of DenseDiffusion's benchmark: ``valset.json`` (its pickle as JSON) and ``<index>.png``.
+    """Read one scene of DenseDiffusion's benchmark: ``valset.json`` (its pickle as JSON) and ``<index>.png``.
 
     As published, the colours of the image are ordered by their area, with black or white put first, and belong to the
     descriptions in that order; an empty description is a part without words.
@@ -259,7 +259,7 @@ def _region(item: Any, path: Path, index: int) -> Region:
 
 
 def _beside(path: Path, name: str, where: str) -> Path:
-    """The file of a mask. A layout may be anybody's: it names no file outside its folder."""
+    """Find the file of a mask. A layout may be anybody's: it names no file outside its folder."""
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or Path(inside).drive:
         raise ValueError(
@@ -286,7 +286,7 @@ def _check_keys(content: Any, known: Sequence[str], where: str) -> None:
 
 
 def _rgb(image: str | Path | Image.Image) -> np.ndarray:
-    """(H,W,3) float32, 0-255."""
+    """Read an image as (H,W,3) float32, 0-255."""
     loaded = image if isinstance(image, Image.Image) else load_image(image)
     return np.asarray(loaded.convert("RGB"), dtype=np.float32)
 
@@ -302,7 +302,7 @@ def _color(color: Color | str) -> Color:
 
 
 def _nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
-    """One mask (1,H,W) per colour: the pixels that are nearer to it than to the others."""
+    """Make one mask (1,H,W) per colour: the pixels that are nearer to it than to the others."""
     for index, color in enumerate(colors):
         for other in colors[:index]:
             if np.linalg.norm(np.subtract(color, other)) < 3:
@@ -313,7 +313,7 @@ def _nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
 
 
 def _main_colors(array: np.ndarray, count: int) -> list[Color]:
-    """The ``count`` most frequent colours that differ clearly, the most frequent first."""
+    """Find the ``count`` most frequent colours that differ clearly, the most frequent first."""
     packed = array.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])  # one number per pixel sorts much faster
     values, counts = np.unique(packed, return_counts=True)
     chosen: list[Color] = []

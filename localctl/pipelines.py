@@ -153,7 +153,7 @@ def load_pipeline(
 
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
-    """A VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
+    """Load a VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
     place = Path(name).expanduser()
     inside = "vae" if (place / "model_index.json").is_file() else None
     folder = place / (inside or "")
@@ -204,7 +204,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 @contextmanager
 def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
-    """``pipe`` with the scheduler of this name for a while, as :func:`set_scheduler`; None: the one it has."""
+    """Give ``pipe`` the scheduler of this name for a while, as :func:`set_scheduler` does; None: the one it has."""
     before = pipe.scheduler
     if name is not None:
         set_scheduler(pipe, name)

@@ -10,7 +10,7 @@ _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # comments, workflows, colour pro
 
 
 def is_png(source: Path | bytes) -> bool:
-    """Whether a file of a size to be read at once, or its content, begins as a PNG does."""
+    """Tell whether a file of a size to be read at once, or its content, begins as a PNG does."""
     if isinstance(source, bytes):
         return source.startswith(PNG_SIGNATURE)
     with source.open("rb") as file:
@@ -18,8 +18,8 @@ def is_png(source: Path | bytes) -> bool:
 
 
 def without_texts(content: bytes) -> bytes:
-    """A PNG file without its texts and colour profile. Pillow refuses a file whose are over 1 MB; they change none of
-    its pixels. What does not look like chunks stays as it is."""
+    """Return a PNG file without its texts and colour profile. Pillow refuses a file whose are over 1 MB; they change
+    none of its pixels. What does not look like chunks stays as it is."""
     kept, place = [content[: len(PNG_SIGNATURE)]], len(PNG_SIGNATURE)
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")

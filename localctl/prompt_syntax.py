@@ -30,7 +30,8 @@ _ENDS = ("BREAK", "AND")  # a phrase ends there; English, where every letter is 
 
 
 def foreign_syntax(prompt: str) -> list[str]:
-    """The kinds of marks in ``prompt`` that other tools read as weights, networks, parts or choices, as examples."""
+    """Find the kinds of marks in ``prompt`` that other tools read as weights, networks, parts or choices, as
+    examples."""
     shouts = prompt == prompt.upper()
     return [name for name, pattern in _SYNTAX.items() if not (shouts and name in _ENDS) and pattern.search(prompt)]
 
@@ -50,7 +51,7 @@ def warn_of_syntax(prompts: Iterable[str]) -> None:
 
 
 def without_syntax(prompt: str) -> str:
-    """``prompt`` with blanks in place of such marks, each letter that stays where it was; weighted words stay."""
+    """Put blanks in place of such marks in ``prompt``; each letter that stays is where it was; weighted words stay."""
     for name in foreign_syntax(prompt):
         if name in _WHOLE or name in ("(word:1.3)", "word++"):
             prompt = _SYNTAX[name].sub(lambda match: " " * len(match[0]), prompt)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Without the libraries' own bars, one per file they read, which would bury a program's first lines."""
+    """Turn off the libraries' own bars, one per file they read, which would bury a program's first lines."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

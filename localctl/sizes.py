@@ -12,12 +12,12 @@ _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
 def near_side(side: float, multiple: int = SIZE_MULTIPLE) -> int:
-    """The multiple nearest to ``side``, at least one."""
+    """Return the multiple nearest to ``side``, at least one."""
     return max(multiple, round(side / multiple) * multiple)
 
 
 def check_side(name: str, value: int | None) -> None:
-    """ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
+    """Raise a ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
     if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
         return
     if value > MAX_SIDE:
@@ -28,13 +28,13 @@ def check_side(name: str, value: int | None) -> None:
 
 
 def typed_size(text: str) -> tuple[int, int] | None:
-    """(height, width) of a size as people type it, WIDTHxHEIGHT like "512x768"; None for any other text."""
+    """Read (height, width) of a size as people type it, WIDTHxHEIGHT like "512x768"; None for any other text."""
     found = _TYPED.fullmatch(text.strip())
     return (int(found[2]), int(found[1])) if found else None
 
 
 def shown(value: Any) -> str:
-    """``value`` as a sentence may show it, however long it is or deeply nested."""
+    """Return ``value`` as a sentence may show it, however long it is or deeply nested."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # ValueError: thousands of digits

@@ -56,7 +56,8 @@ class Walk:
         self.locked: list[Path] = []
 
     def __iter__(self) -> Iterator[tuple[Path, list[str], list[str]]]:
-        """(folder, names of folders, names of files); taking names out of the first list passes those folders over."""
+        """Yield (folder, names of folders, names of files); taking names out of the first list passes those folders
+        over."""
         for folder, below, files in os.walk(self.root, onerror=self._note_locked):
             linked = {name for name in below if os.path.islink(os.path.join(folder, name))}
             if self.count:

@@ -217,13 +217,13 @@ def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
 
 
 def _called(names: Sequence[str], stem: str, extensions: Sequence[str]) -> str | None:
-    """The one of ``names`` that is ``stem`` with one of ``extensions``, the first of these that is there."""
+    """Find the one of ``names`` that is ``stem`` with one of ``extensions``, the first of these that is there."""
     low = {name.lower(): name for name in reversed(names)}
     return next((low[name] for end in extensions if (name := f"{stem.lower()}{end}") in low), None)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """The values of a line as far as they can be read, for its key and the list of columns."""
+    """Read the values of a line as far as they can be read, for its key and the list of columns."""
     try:
         values = parse_json(line.decode(errors="replace"))
     except ValueError:
@@ -232,7 +232,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _file_name(values: dict[str, Any], column: str) -> Any:
-    """The cell of a column of images: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
+    """Find the cell of a column of images: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
     the plain name of the column."""
     names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
     return next((values[name] for name in names if values.get(name) is not None), None)

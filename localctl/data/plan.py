@@ -37,7 +37,7 @@ class SamplePlan:
         return numpy_rng(self.seed, "order", epoch).permutation(self.count)
 
     def at(self, position: int) -> SampleRef:
-        """Sample number ``position`` of the stream."""
+        """Return sample number ``position`` of the stream."""
         epoch, place = divmod(position, self.count)
         return SampleRef(int(self._order(epoch)[place]), epoch)
 

@@ -121,7 +121,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         pixels, condition, mask = (t.to(device, non_blocking=True) for t in (self.pixels, self.condition, self.mask))
         return replace(self, pixels=pixels, condition=condition, mask=mask)
 

@@ -61,7 +61,7 @@ class TableRows(Rows):
         return self._cells(self.columns["caption"]) if "caption" in self.columns else None
 
     def _cells(self, name: str) -> Iterator[Any]:
-        """A column; None for a cell that cannot be read."""
+        """Read a column; None for a cell that cannot be read."""
         column = self._table.select_columns([name])
         for first in range(0, len(self), _AT_ONCE):
             last = min(first + _AT_ONCE, len(self))
@@ -106,7 +106,7 @@ def open_table(data: DataConfig, split: str, columns: Mapping[str, str]) -> Tabl
 
 
 def _not_loaded(place: str, split: str, error: BaseException) -> ValueError:
-    """The sentence on what went wrong at first: builders wrap it into "an error occurred"."""
+    """Say what went wrong at first: builders wrap it into "an error occurred"."""
     while error.__cause__ is not None:
         error = error.__cause__
     return ValueError(f"The data {place!r}, split {split!r}, cannot be loaded: {brief(str(error) or repr(error), 300)}")
@@ -173,7 +173,7 @@ def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> list
 
 
 def _lasting(path: Path, root: Path) -> str:
-    """A name that stays when the data is moved, or downloaded again in another revision."""
+    """Return a name that stays when the data is moved, or downloaded again in another revision."""
     if "snapshots" in path.parts:  # of the hub's cache: snapshots/REVISION/...
         return "/".join(path.parts[path.parts.index("snapshots") + 2 :])
     if path.is_absolute():

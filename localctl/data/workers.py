@@ -50,7 +50,8 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
 
 
 def start_worker(worker: int) -> None:
-    """A data worker leaves signals to its parent, and has none of the threads that OpenCV had started there."""
+    """Begin a data worker: it leaves signals to its parent, and has none of the threads that OpenCV had started
+    there."""
     ignore_signals(worker)
     cv2.setNumThreads(0)
 
@@ -94,7 +95,7 @@ def _why(code: int) -> str:
 
 
 def _one_sentence(error: OSError | ValueError) -> OSError | ValueError:
-    """An error of a worker comes with the traceback in its text; the last line is the error."""
+    """Shorten an error of a worker, which comes with the traceback in its text, to its last line, the error itself."""
     text = str(error)
     if not text.startswith("Caught "):
         return error

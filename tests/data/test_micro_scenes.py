@@ -1,11 +1,15 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from localctl.conditions import CHANNELS, ConditionConfig, extract
+from localctl.data import DataConfig, open_data
 from localctl.data.micro import MicroScenes
 from localctl.images import to_pil, to_pixels
-from localctl.micro.scenes import scene
+from localctl.micro.scenes import PROFILES, scene
 
 
 def test_an_example_is_the_scene():
@@ -58,3 +62,15 @@ def test_mistakes(options, words):
 def test_the_end():
     with pytest.raises(IndexError):
         MicroScenes(count=2)[2]
+
+
+def test_the_settings_know_the_profiles_and_files_need_no_toy_base() -> None:
+    assert [DataConfig(profile=profile).profile for profile in PROFILES] == list(PROFILES)
+    code = "import sys, localctl.data.files as f; assert not [n for n in sys.modules if n.startswith('localctl.micro')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_way_to_open_what_the_settings_name() -> None:
+    source = open_data(DataConfig(count=7, profile="rich"), ConditionConfig(), "test")
+    assert isinstance(source, MicroScenes) and len(source) == 7 and source[6].key == "rich-test-6"
+    assert len(open_data(DataConfig(), ConditionConfig(), "val", 3, keep=False)) == 3
