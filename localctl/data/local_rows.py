@@ -6,6 +6,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,8 @@ class ImageFolderRows(Rows):
             raise BadRow("metadata damaged", f"the line in {METADATA} is not JSON ({first_line(error)})") from None
         if not isinstance(values, dict):
             raise BadRow("metadata damaged", f"the line in {METADATA} is not a JSON object")
-
-        def part(what: str, name: str) -> Path | bytes | None:
-            return find_file(what, _file_name(values, name), folder, (self.root,))
-
-        return make_row(part, self.columns, values.get(self.columns.get("caption", "")))
+        caption = values.get(self.columns.get("caption", ""))
+        return make_row(partial(_file_name, values), folder, (self.root,), self.columns, caption)
 
     def captions(self) -> Iterator[Any] | None:
         """Return those of the lists, from memory."""
@@ -166,16 +164,13 @@ class FolderRows(Rows):
             names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
         except OSError as error:
             raise BadRow("folder unreadable", f"the folder cannot be read ({error.strerror})") from None
-
-        def part(what: str, stem: str) -> Path | bytes | None:
-            return find_file(what, _called(names, stem, EXTENSIONS), folder, (self.root,))
-
-        return make_row(part, self.columns, self._caption(folder, names))
+        caption = self._caption(folder, names)
+        return make_row(partial(_called, names, EXTENSIONS), folder, (self.root,), self.columns, caption)
 
     def _caption(self, folder: Path, names: Sequence[str]) -> bytes | None:
         if "caption" not in self.columns:
             return None
-        file = find_file("caption", _called(names, self.columns["caption"], (".txt",)), folder, (self.root,))
+        file = find_file("caption", _called(names, (".txt",), self.columns["caption"]), folder, (self.root,))
         return read_caption(file) if isinstance(file, Path) else None
 
     def remarks(self) -> list[str]:
@@ -216,7 +211,7 @@ def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
     return lines
 
 
-def _called(names: Sequence[str], stem: str, extensions: Sequence[str]) -> str | None:
+def _called(names: Sequence[str], extensions: Sequence[str], stem: str) -> str | None:
     """Find the one of ``names`` that is ``stem`` with one of ``extensions``, the first of these that is there."""
     low = {name.lower(): name for name in reversed(names)}
     return next((low[name] for end in extensions if (name := f"{stem.lower()}{end}") in low), None)

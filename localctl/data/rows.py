@@ -130,11 +130,13 @@ def unique(keys: Sequence[str]) -> list[str]:
     return result
 
 
-def make_row(part: Callable[[str, str], Path | bytes | None], columns: Mapping[str, str], caption: Any) -> Row:
-    """Make the row whose parts ``part`` (what, column) finds. BadRow where one is missing."""
-    found: dict[str, Any] = {
-        what: part(what, columns[what]) for what in ("image", "condition", "mask") if what in columns
-    }
+def make_row(
+    cell: Callable[[str], Any], folder: Path, roots: Sequence[Path], columns: Mapping[str, str], caption: Any
+) -> Row:
+    """Make the row whose ``cell`` of a column points at each part, as :func:`find_file` reads it. BadRow where one is
+    missing."""
+    wanted = [what for what in ("image", "condition", "mask") if what in columns]
+    found: dict[str, Any] = {what: find_file(what, cell(columns[what]), folder, roots) for what in wanted}
     for what, value in found.items():
         if value is None:
             others = ", while others have one" if what == "mask" else ""

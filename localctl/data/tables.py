@@ -10,7 +10,7 @@ from typing import Any
 from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.folders import Walk, count_words, select, split_of
-from localctl.data.rows import Row, Rows, find_file, make_row, unique, used_columns
+from localctl.data.rows import Row, Rows, make_row, unique, used_columns
 from localctl.files import first_line
 from localctl.labels import brief
 
@@ -46,11 +46,8 @@ class TableRows(Rows):
             raise BadRow("caption not UTF-8", f"the caption is not UTF-8 ({error.reason})") from None
         except Exception as error:  # parsers of tables raise nearly anything on damaged bytes
             raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})") from None
-
-        def part(what: str, name: str) -> Path | bytes | None:
-            return find_file(what, values[name], self._roots[0], self._roots)
-
-        return make_row(part, self.columns, values.get(self.columns.get("caption")))
+        caption = values.get(self.columns.get("caption"))
+        return make_row(values.__getitem__, self._roots[0], self._roots, self.columns, caption)
 
     def remarks(self) -> list[str]:
         """Say what of the data is not used."""
