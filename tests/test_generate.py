@@ -133,7 +133,7 @@ def test_bad_arguments_of_generate_are_named(
 def test_schedulers_with_noise_of_their_own_are_refused(sd_pipe: StableDiffusionPipeline) -> None:
     # The real one needs torchsde only once it steps; building it may need it, too.
     sd_pipe.scheduler = DPMSolverSDEScheduler.__new__(DPMSolverSDEScheduler)
-    with pytest.raises(ValueError, match="DPMSolverSDEScheduler draws noise that the seeds cannot set"):
+    with pytest.raises(ValueError, match="DPMSolverSDEScheduler samples noise that the seeds cannot set"):
         generate(sd_pipe, "a")
 
 

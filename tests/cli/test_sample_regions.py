@@ -211,7 +211,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=0,0"], "value is given twice"),
         (["--sweep", "strength=0", "strength=1"], "one setting or two different ones"),
         (["--sweep", "strength=0,1", "--set", "strength=1"], "both in --set and in --sweep"),
-        (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 pictures on a sheet"),
+        (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 images on a sheet"),
         (["--height", "128"], "layout is 64x64 pixels but the image is to be 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
         (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),
