@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.control.attention import Scores, Site
+from localctl.control.serialization import Serializable
 from localctl.layout import Layout
 
 
@@ -191,8 +192,8 @@ class BoundControl:
         return None
 
 
-class Control(ABC):
-    """Anything that steers the frozen U-Net while sampling."""
+class Control(Serializable, ABC):
+    """Anything that steers the frozen U-Net while sampling; a dataclass of settings, to be saved and loaded as JSON."""
 
     @abstractmethod
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:

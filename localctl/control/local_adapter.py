@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from localctl.adapter import LocalAdapter
 from localctl.control.attention import level_sizes
 from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.control_images import batched, check_counts, check_mask, check_size, rows_of
+from localctl.control.control_images import check_counts, check_mask, check_size, rows_of
 from localctl.control.region_bias import check_strength
+from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 
 
@@ -23,8 +24,10 @@ class LocalAdapterControl(Control):
 
     Args:
         adapter: the trained adapter; it stays on its own device and in its own dtype.
-        condition: (C, H, W) for all layouts or (n, C, H, W), one per layout; in [0, 1].
-        mask: (1, H, W) or (n, 1, H, W) in [0, 1], 1 = controlled. n may be 1 or the number of layouts.
+        condition: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W) for all layouts, or one per layout:
+            a list, or a tensor (n, C, H, W). Numbers in [0, 1]; read as float32 (n, C, H, W).
+        mask: the same with one channel, 1 or white = controlled; read as float32 (n, 1, H, W). n may be 1 or the number
+            of layouts.
         weight: factor of the features, or one for each level of them, finest first. Several controls on one U-Net add
             up.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
@@ -34,8 +37,8 @@ class LocalAdapterControl(Control):
     """
 
     adapter: LocalAdapter
-    condition: Tensor
-    mask: Tensor
+    condition: ImageField = ImageField()
+    mask: ImageField = ImageField()
     weight: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -48,9 +51,8 @@ class LocalAdapterControl(Control):
             )
         check_window(self.start, self.end)
         self.weight = _checked_weight(self.weight, self.adapter.levels)
-        self.condition = batched("condition", self.condition)
-        self.mask = batched("mask", self.mask)
         channels = self.adapter.channels_of_condition
+        self.condition, self.mask = as_condition(self.condition, channels), as_mask(self.mask)
         if self.condition.shape[1] != channels:
             raise ValueError(
                 f"The condition has {self.condition.shape[1]} channels but the adapter was made for {channels}; "

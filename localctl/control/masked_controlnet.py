@@ -10,7 +10,8 @@ from diffusers import ControlNetModel, DiffusionPipeline
 from torch import Tensor
 
 from localctl.control.base import BlockResiduals, BoundControl, CallContext, Control, UNetInputs, check_window
-from localctl.control.control_images import batched, check_counts, check_mask, check_size, rows_of
+from localctl.control.control_images import check_counts, check_mask, check_size, rows_of
+from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 from localctl.masks import MASK_RESIZE, resize_mask
 
@@ -24,9 +25,10 @@ class MaskedControlNet(Control):
 
     Args:
         controlnet: a diffusers ``ControlNetModel`` for the pipeline's base; it stays on its own device.
-        condition: (C, H, W) for all layouts or (n, C, H, W), one per layout; in [0, 1]. One channel stands for as many
-            as the ControlNet takes.
-        mask: (1, H, W) or (n, 1, H, W) in [0, 1], 1 = controlled. n may be 1 or the number of layouts.
+        condition: a PIL image, an array or a tensor, or one per layout, as for
+            :class:`~localctl.control.local_adapter.LocalAdapterControl`. One channel stands for as many as the
+            ControlNet takes.
+        mask: the same with one channel, 1 or white = controlled.
         weight: factor of the residuals.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
         mask_resize: how the mask comes to each residual's size (``masks.MASK_RESIZE``).
@@ -39,8 +41,8 @@ class MaskedControlNet(Control):
     """
 
     controlnet: ControlNetModel
-    condition: Tensor
-    mask: Tensor
+    condition: ImageField = ImageField()
+    mask: ImageField = ImageField()
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -55,7 +57,7 @@ class MaskedControlNet(Control):
         if self.mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {self.mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         check_window(self.start, self.end)
-        self.condition, self.mask = batched("condition", self.condition), batched("mask", self.mask)
+        self.condition, self.mask = as_condition(self.condition), as_mask(self.mask)
         wanted, channels = self.controlnet.config.conditioning_channels, self.condition.shape[1]
         if channels not in (1, wanted):
             raise ValueError(f"The condition has {channels} channels but this ControlNet was made for {wanted}.")

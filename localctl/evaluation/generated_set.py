@@ -41,10 +41,10 @@ from localctl.images import ImageError, load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
-from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base, set_scheduler
+from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base
 from localctl.quiet import no_progress_bars
 from localctl.redaction import recorded
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
@@ -97,8 +97,6 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
         return 0
     pipe = load_pipeline(settings.base, device=process_device(settings.device))
     pipe.set_progress_bar_config(disable=True)
-    if settings.scheduler is not None:
-        set_scheduler(pipe, settings.scheduler)
     drawn = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
@@ -145,9 +143,7 @@ def _draw_batch(
         controls,
         seeds,
         paired=True,
-        batch_size=len(indices),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        sampling=Sampling.of(settings),
     ).images
     for index, example, prompt, seed, mask, image in zip(indices, examples, prompts, seeds, masks, images, strict=True):
         name = picture_id(index)
