@@ -168,3 +168,6 @@ def _moments(vectors: Tensor) -> Moments:
     mean = vectors.mean(dim=2, keepdim=True)
     away = vectors - mean  # the sum of squares about zero would cancel
     return Moments(mean, away.transpose(-1, -2) @ away, vectors.shape[2])
+
+
+AttentionLayer = Site  # the name by which it is public

@@ -121,6 +121,10 @@ def _built(content: Any, where: str, types: Sequence[type[Any]], given: Mapping[
     if strict:
         _check(given, known, where)
     values = {name: _read(name, value) for name, value in content.items() if name != _CLASS and name not in given}
+    lacking = [name for name in known if name in _IMAGES and name not in given]
+    if lacking:
+        ways = " and ".join(f"{name}=" for name in lacking)
+        raise ValueError(f"{where} is a {kind.__name__} without its images; give {ways}.")
     try:
         return kind(**values, **{name: value for name, value in given.items() if name in known})
     except TypeError as error:  # a setting of another kind, or an image that is not given
