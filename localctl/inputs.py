@@ -137,7 +137,7 @@ def _as_in_a_file(gray: np.ndarray, name: str) -> np.ndarray:
 
 
 def _channels_first(array: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = torch.from_numpy(np.array(array, order="C"))
     if tensor.ndim == 2:
         return tensor[None]
     return tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor

@@ -112,7 +112,7 @@ def test_negative_prompts_go_to_their_layouts(sd_pipe: StableDiffusionPipeline) 
     ("options", "message"),
     [
         ({"prompt": "b"}, "'prompt' itself"),
-        ({"generator": None}, "'generator' itself"),
+        ({"generator": None}, "'generator' itself from layouts and seeds; give seeds=, one number for each image"),
         ({"num_images_per_prompt": 2}, "'num_images_per_prompt' itself"),
         ({"seeds": ()}, "no seed"),
         ({"batch_size": 0}, "at least 1, not 0"),

@@ -84,7 +84,7 @@ def load_controls(path: str | Path, *, types: Sequence[type[Serializable]] = (),
     content = read_json(Path(path), "The controls")
     items = content if isinstance(content, list) else [content]
     known = {name for item in items for name in _names(_class_of(item, f"The file {path}", types))}
-    _check(given, known, "None of the controls")
+    _check(given, known, "None of the controls has a")
     return [_built(item, f"The file {path}", types, given, strict=False) for item in items]
 
 
@@ -117,9 +117,9 @@ def _place(name: str, module: Any) -> str:
 def _built(content: Any, where: str, types: Sequence[type[Any]], given: Mapping[str, Any], strict: bool = True) -> Any:
     kind = _class_of(content, where, types)
     known = _names(kind)
-    _check([name for name in content if name != _CLASS], known, where)
+    _check([name for name in content if name != _CLASS], known, f"{where} has no")
     if strict:
-        _check(given, known, where)
+        _check(given, known, f"{where} has no")
     values = {name: _read(name, value) for name, value in content.items() if name != _CLASS and name not in given}
     lacking = [name for name in known if name in _IMAGES and name not in given]
     if lacking:
@@ -148,7 +148,7 @@ def _check(names: Iterable[str], known: Collection[str], where: str) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(sorted(known))}."
-            raise ValueError(f"{where} has no setting {shown(name)}; {hint}")
+            raise ValueError(f"{where} setting {shown(name)}; {hint}")
 
 
 def _read(name: str, value: Any) -> Any:
