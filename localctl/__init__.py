@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from localctl.images import outline as outline
     from localctl.layout import Layout as Layout
     from localctl.layout import Region as Region
+    from localctl.layout import render_layout as render_layout
     from localctl.layout_io import load_layout as load_layout
     from localctl.layout_io import save_layout as save_layout
     from localctl.layout_predictor.model import LayoutPredictor as LayoutPredictor
@@ -98,7 +99,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "data.config": ["DataConfig"],
         "evaluation.settings": ["FidSettings"],
         "images": ["condition_to_pil", "grid", "load_image", "outline"],
-        "layout": ["Layout", "Region"],
+        "layout": ["Layout", "Region", "render_layout"],
         "layout_io": ["load_layout", "save_layout"],
         "layout_predictor.model": ["LayoutPredictor", "load_predictor"],
         "masks": ["load_mask"],

@@ -270,6 +270,11 @@ class Layout:
         return result
 
 
+def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Image:
+    """The regions' outlines and phrases on a copy of ``image``, or on white with a frame."""
+    return layout.draw(image)
+
+
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:
     """A layout, a prompt or a list of either as a tuple of layouts; ValueError for an empty list."""
     several = [layout] if isinstance(layout, (Layout, str)) else list(layout)

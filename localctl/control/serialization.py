@@ -9,7 +9,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,7 +138,7 @@ def _class_of(content: Any, where: str, types: Sequence[type[Any]]) -> type[Any]
     own = next((kind for kind in types if kind.__name__ == name), None)
     package = importlib.import_module("localctl")
     found = own or (getattr(package, name) if name in package.__all__ else None)
-    if not (isinstance(found, type) and issubclass(found, Serializable)):
+    if not (isinstance(found, type) and issubclass(found, Serializable) and is_dataclass(found)):
         raise ValueError(f"{where} names the control {shown(name)}, which there is not; give types= for your own.")
     return found
 

@@ -101,6 +101,7 @@ def test_a_list_of_controls(tmp_path: Path) -> None:
         ("{}", "describes no control"),
         ('{"control": "train"}', "names the control 'train', which there is not"),
         ('{"control": "Layout"}', "names the control 'Layout'"),
+        ('{"control": "Control"}', "names the control 'Control'"),
         ('{"control": "RegionBias", "strenght": 1}', "no setting 'strenght'; did you mean 'strength'"),
         ('{"control": "RegionBias", "strength": "x"}', "finite number, not 'x'"),
         ('{"control": "RegionBias", "start": "x"}', "makes no RegionBias"),
