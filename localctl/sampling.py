@@ -14,7 +14,8 @@ from torch import Tensor
 
 from localctl.control.attach import Attachment, Layouts, attach
 from localctl.control.base import Control
-from localctl.control.sigmas import outer_step
+from localctl.control.latents import outer_step
+from localctl.denoisers import denoiser_of
 from localctl.layout import Layout, as_layouts
 from localctl.pipelines import with_scheduler
 from localctl.sampling_settings import FREE, own_sampling
@@ -84,7 +85,7 @@ def generate(
     height, width = image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
-    dtype = pipe.unet.dtype  # found once: it goes through all layers
+    dtype = denoiser_of(pipe).module.dtype  # found once: it goes through all layers
     arguments, as_asked = _as_numbers(pipe, {**how.arguments(), **pipeline_arguments})
     with scheduled(pipe, how), attach(pipe, layouts, controls) as attached:
         for first in range(0, len(images), how.batch_size):
@@ -173,9 +174,8 @@ def initial_noise(
 
     ``dtype``: default that of the U-Net.
     """
-    factor = pipe.vae_scale_factor
-    shape = (1, pipe.unet.config.in_channels, height // factor, width // factor)
-    return noise(shape, seed, "latents", dtype=dtype or pipe.unet.dtype)
+    denoiser = denoiser_of(pipe)
+    return noise(denoiser.noise_shape(height, width), seed, "latents", dtype=dtype or denoiser.module.dtype)
 
 
 def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any]) -> tuple[int, int]:
@@ -188,9 +188,7 @@ def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: di
         )
     if sizes:
         return sizes.pop()
-    sample = pipe.unet.config.sample_size
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    return denoiser_of(pipe).own_size
 
 
 def _per_layout(name: str, value: str | Sequence[str] | None, count: int) -> list[str] | None:

@@ -313,7 +313,7 @@ def test_other_misfits_are_named(make_adapter: MakeAdapter, sd_pipe: StableDiffu
         return (torch.cat([args[0]] * 2), *args[1:]), kwargs
 
     sd_pipe.unet.register_forward_pre_hook(doubled, with_kwargs=True)
-    with attach(sd_pipe, "a b", control(make_adapter())), pytest.raises(ValueError, match="4 rows for 1 pictures"):
+    with attach(sd_pipe, "a b", control(make_adapter())), pytest.raises(ValueError, match="4 rows for 1 images"):
         draw(sd_pipe)
 
 

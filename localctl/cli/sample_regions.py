@@ -11,7 +11,7 @@ from typing import Any
 
 from localctl.cli.sample_record import AUTO
 from localctl.control.base import Control
-from localctl.control.latent_updates import check_shiftable_kind
+from localctl.control.latents import check_shiftable_kind
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import CONTROLS as CONTROLS
 from localctl.control.presets import NONE as NONE

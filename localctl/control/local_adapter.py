@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.control.attention import level_sizes
-from localctl.control.base import BoundControl, CallContext, Control, check_window
+from localctl.control.base import BoundControl, CallContext, Control, check_strength, check_window
 from localctl.control.control_images import check_counts, check_mask, check_size, rows_of
-from localctl.control.region_bias import check_strength
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import Denoiser
 from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 
@@ -62,7 +62,7 @@ class LocalAdapterControl(Control):
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         check_counts(self.condition, self.mask, layouts)
-        return _BoundLocalAdapter(self, pipe.unet)
+        return _BoundLocalAdapter(self, denoiser_of(pipe))
 
 
 def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
@@ -83,9 +83,9 @@ def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tup
 class _BoundLocalAdapter(BoundControl):
     """Runs the adapter once and keeps the features while the same layouts are drawn."""
 
-    def __init__(self, control: LocalAdapterControl, unet: nn.Module) -> None:
+    def __init__(self, control: LocalAdapterControl, denoiser: Denoiser) -> None:
         self.control = control
-        self.unet = unet
+        self.denoiser = denoiser
         self.shared = control.condition.shape[0] == control.mask.shape[0] == 1  # one set of features for all layouts
         self._key: tuple[object, ...] | None = None
         self._features: list[Tensor] = []
@@ -121,22 +121,9 @@ class _BoundLocalAdapter(BoundControl):
         ]
 
     def _check_shapes(self, features: list[tuple[int, ...]], latent_size: tuple[int, int]) -> None:
-        wanted = residual_shapes(self.unet, latent_size)
+        wanted = self.denoiser.residual_shapes(latent_size)
         if features != wanted[: len(features)]:
             raise ValueError(
-                f"The adapter makes features of shapes {features} but the U-Net takes {wanted}; "
+                f"The adapter makes features of shapes {features} but the {self.denoiser.name} takes {wanted}; "
                 "this adapter belongs to another kind of base."
             )
-
-
-def residual_shapes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
-    """(c, h, w) that each down block of a ``UNet2DConditionModel``, and last its middle block, takes as a residual.
-
-    Blocks with cross-attention take it before they shrink, blocks without after.
-    """
-    sizes = level_sizes(unet, latent_size)
-    shapes: list[tuple[int, ...]] = []
-    for index, (block, channels) in enumerate(zip(unet.down_blocks, unet.config.block_out_channels, strict=True)):
-        attends = getattr(block, "has_cross_attention", False)
-        shapes.append((channels, *sizes[index if attends else index + 1]))
-    return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]

@@ -9,8 +9,10 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from torch import Tensor
 
-from localctl.control.base import BlockResiduals, BoundControl, CallContext, Control, UNetInputs, check_window
+from localctl.control.base import BoundControl, CallContext, Control, check_choice, check_window
 from localctl.control.control_images import check_counts, check_mask, check_size, rows_of
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import BlockResiduals, DenoiserInputs
 from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 from localctl.masks import MASK_RESIZE, resize_mask
@@ -54,8 +56,7 @@ class MaskedControlNet(Control):
             raise ValueError(f"The ControlNet is a {type(self.controlnet).__name__}, not diffusers' ControlNetModel.")
         if self.controlnet.config.global_pool_conditions:
             raise ValueError("This ControlNet pools its residuals over the picture, so no mask applies; use another.")
-        if self.mask_resize not in MASK_RESIZE:
-            raise ValueError(f"Unknown mask_resize {self.mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
+        check_choice("mask_resize", self.mask_resize, MASK_RESIZE)
         check_window(self.start, self.end)
         self.condition, self.mask = as_condition(self.condition), as_mask(self.mask)
         wanted, channels = self.controlnet.config.conditioning_channels, self.condition.shape[1]
@@ -66,15 +67,8 @@ class MaskedControlNet(Control):
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         check_counts(self.condition, self.mask, layouts)
-        for name in ("cross_attention_dim", "block_out_channels"):
-            own, base = self.controlnet.config[name], pipe.unet.config[name]
-            if own != base and list(_listed(own)) != list(_listed(base)):
-                raise ValueError(f"The ControlNet has {name} {own} but the base {base}; it belongs to another base.")
+        denoiser_of(pipe).check_controlnet(self.controlnet.config)
         return _BoundControlNet(self)
-
-
-def _listed(value: int | Sequence[int]) -> Sequence[int]:
-    return [value] if isinstance(value, int) else value
 
 
 class _BoundControlNet(BoundControl):
@@ -82,7 +76,7 @@ class _BoundControlNet(BoundControl):
         self.control = control
 
     @torch.no_grad()
-    def block_residuals(self, context: CallContext, inputs: UNetInputs) -> BlockResiduals | None:
+    def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
         control, net = self.control, self.control.controlnet
         if not context.within(control.start, control.end):
             return None

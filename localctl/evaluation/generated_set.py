@@ -28,8 +28,8 @@ from PIL import Image
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
-from localctl.control.adapter_fit import check_base
 from localctl.control.base import Control
+from localctl.control.compatible import check_base
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
