@@ -26,16 +26,15 @@ if TYPE_CHECKING:
     from localctl.api import train as train
     from localctl.bases import BaseConfig as BaseConfig
     from localctl.control.attach import attach as attach
-    from localctl.control.attention import AttentionLayer as AttentionLayer
     from localctl.control.attention_maps import AttentionMaps as AttentionMaps
     from localctl.control.base import BoundControl as BoundControl
     from localctl.control.base import CallContext as CallContext
     from localctl.control.base import Control as Control
     from localctl.control.dense import DenseModulation as DenseModulation
     from localctl.control.forward_guidance import ForwardGuidance as ForwardGuidance
+    from localctl.control.image_controls import LocalAdapterControl as LocalAdapterControl
+    from localctl.control.image_controls import MaskedControlNet as MaskedControlNet
     from localctl.control.layout_guidance import LayoutGuidance as LayoutGuidance
-    from localctl.control.local_adapter import LocalAdapterControl as LocalAdapterControl
-    from localctl.control.masked_controlnet import MaskedControlNet as MaskedControlNet
     from localctl.control.negative_prompts import NegativePrompts as NegativePrompts
     from localctl.control.presets import controls as controls
     from localctl.control.presets import sampling_of as sampling_of
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from localctl.control.serialization import save_controls as save_controls
     from localctl.control.spacetime import SpaceTimeAttention as SpaceTimeAttention
     from localctl.data.config import DataConfig as DataConfig
+    from localctl.denoisers.base import AttentionLayer as AttentionLayer
     from localctl.evaluation.settings import FidSettings as FidSettings
     from localctl.images import condition_to_pil as condition_to_pil
     from localctl.images import grid as grid
@@ -83,20 +83,19 @@ __getattr__, __dir__, __all__ = lazy_names(
         "api": ["compare_sets", "evaluate_fid", "generate_set", "train"],
         "bases": ["BaseConfig"],
         "control.attach": ["attach"],
-        "control.attention": ["AttentionLayer"],
         "control.attention_maps": ["AttentionMaps"],
         "control.base": ["BoundControl", "CallContext", "Control"],
         "control.dense": ["DenseModulation"],
         "control.forward_guidance": ["ForwardGuidance"],
         "control.layout_guidance": ["LayoutGuidance"],
-        "control.local_adapter": ["LocalAdapterControl"],
-        "control.masked_controlnet": ["MaskedControlNet"],
+        "control.image_controls": ["LocalAdapterControl", "MaskedControlNet"],
         "control.negative_prompts": ["NegativePrompts"],
         "control.presets": ["controls", "sampling_of"],
         "control.region_bias": ["RegionBias"],
         "control.serialization": ["load_control", "load_controls", "save_controls"],
         "control.spacetime": ["SpaceTimeAttention"],
         "data.config": ["DataConfig"],
+        "denoisers.base": ["AttentionLayer"],
         "evaluation.settings": ["FidSettings"],
         "images": ["condition_to_pil", "grid", "load_image", "outline"],
         "layout": ["Layout", "Region", "render_layout"],

@@ -172,7 +172,7 @@ def initial_noise(
 ) -> Tensor:
     """The noise an image starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
 
-    ``dtype``: default that of the U-Net.
+    ``dtype``: default that of the denoiser.
     """
     denoiser = denoiser_of(pipe)
     return noise(denoiser.noise_shape(height, width), seed, "latents", dtype=dtype or denoiser.module.dtype)

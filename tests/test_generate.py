@@ -12,7 +12,7 @@ from torch import Tensor
 
 import localctl.sampling
 from localctl.adapter import LocalAdapter
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.layout import Layout
 from localctl.pipelines import set_scheduler
 from localctl.sampling import Attachment, generate, initial_noise

@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.layout import Layout
 from localctl.pipelines import SCHEDULERS, set_scheduler
 from localctl.sampling import attach, outer_step

@@ -128,5 +128,3 @@ def _moments(vectors: Tensor) -> Moments:
     mean = vectors.mean(dim=2, keepdim=True)
     away = vectors - mean  # the sum of squares about zero would cancel
     return Moments(mean, away.transpose(-1, -2) @ away, vectors.shape[2])
-
-

@@ -30,8 +30,7 @@ from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
 from localctl.control.base import Control
 from localctl.control.compatible import check_base
-from localctl.control.local_adapter import LocalAdapterControl
-from localctl.control.masked_controlnet import MaskedControlNet
+from localctl.control.image_controls import LocalAdapterControl, MaskedControlNet
 from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import MaskedSamples, MicroScenes, Source, open_files
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device

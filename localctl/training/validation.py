@@ -16,7 +16,7 @@ from torch import Tensor
 
 from localctl.adapter import LocalAdapter
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
 from localctl.files import write_bytes

@@ -34,9 +34,9 @@ from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.latents import outer_step, sigma_at
 from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.processor import SteeredProcessor
 from localctl.control.region_bias import RegionBias
 from localctl.denoisers import denoiser_of

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, T2IAdapter
 
 from localctl.adapter import LocalAdapter
 from localctl.control.base import CallContext
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.denoisers import bare_denoiser
 from localctl.denoisers.base import add_residuals
 from localctl.layout import Layout
