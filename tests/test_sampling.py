@@ -301,7 +301,7 @@ def test_embeddings_are_taken_at_their_word(make_adapter: MakeAdapter, sd_pipe: 
 def test_other_misfits_are_named(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:
     with (
         attach(sd_pipe, Layout("a b", 64, 128), control(make_adapter())),
-        pytest.raises(ValueError, match="draws 64x64 pixels but the layout is 128x64"),
+        pytest.raises(ValueError, match="generates 64x64 pixels but the layout is 128x64"),
     ):
         draw(sd_pipe)
     with pytest.raises(ValueError, match="no layout"), attach(sd_pipe, [], []):

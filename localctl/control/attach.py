@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
     missing = [name for name in ("scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
         raise ValueError(f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL one.")
-    controls = [controls] if isinstance(controls, Control) else list(controls)
+    controls = list(controls) if isinstance(controls, Iterable) else [controls]
     for control in controls:
         if not isinstance(control, Control):
             way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
@@ -197,7 +197,7 @@ class Attachment:
         context = self._context(inputs, self._layout_of_image)
         arguments = self._add_residuals(context, inputs, (args, kwargs))
         arguments = self._replace_text(context, inputs.text, arguments)
-        arguments = self._shift_latents(context, inputs.sample, arguments)
+        arguments = self._shift_latents(context, inputs.latents, arguments)
         self._steer_attention(context)
         return arguments
 
@@ -221,11 +221,11 @@ class Attachment:
             text = text if replaced is None else replaced
         return self.denoiser.write(arguments, text=text)
 
-    def _shift_latents(self, context: CallContext, sample: Tensor, arguments: Arguments) -> Arguments:
-        """Move the latents, here for the denoiser and in the step to come for the scheduler."""
+    def _shift_latents(self, context: CallContext, given: Tensor, arguments: Arguments) -> Arguments:
+        """Move the ``given`` latents (R, c, h, w), here for the denoiser and in the step to come for the scheduler."""
         if not self._movers:
             return arguments
-        latents = self.denoiser.latents(sample)[context.guided_rows].float()
+        latents = given[context.guided_rows].float()
         run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
         moved = latents
         for control in self._movers:
@@ -235,9 +235,8 @@ class Attachment:
             return arguments
         total = moved - latents
         self._scheduler_shift.add(self.pipe.scheduler, total, context.sigma)
-        total = total.repeat(len(context.conditional) // total.shape[0], 1, 1, 1).to(sample)  # both halves of guidance
-        sample = self.denoiser.with_latents(sample, self.denoiser.latents(sample) + total)
-        return self.denoiser.write(arguments, sample=sample)
+        total = total.repeat(len(context.conditional) // total.shape[0], 1, 1, 1).to(given)  # both halves of guidance
+        return self.denoiser.write(arguments, latents=given + total)
 
     def _layers_of(self, context: CallContext) -> list[tuple[AttentionLayer, Attention]]:
         if context.latent_size not in self._layers:
@@ -259,13 +258,13 @@ class Attachment:
             self._steps = steps_of_call(self.pipe.scheduler, time, self._visits)
         first, num_steps = self._steps
         dtype = self._dtype = self.denoiser.module.dtype if self._dtype is None else self._dtype
-        height, width = self.denoiser.grid(inputs.sample)
+        height, width = inputs.latents.shape[-2:]
         factor = self.pipe.vae_scale_factor
         image_size = (height * factor, width * factor)
         for layout in self.layouts:
             if layout.size not in (None, image_size):
                 raise ValueError(
-                    f"The pipeline makes {image_size[1]}x{image_size[0]} pixels but the layout is "
+                    f"The pipeline generates {image_size[1]}x{image_size[0]} pixels but the layout is "
                     f"{layout.width}x{layout.height}; pass height and width of the layout."
                 )
         return CallContext(

@@ -41,7 +41,7 @@ class ForwardGuidance(RegionControl):
 
     Raises:
         ValueError: a strength out of range, also of a region; a window that is none; when attached, sites that the
-            U-Net does not have, or as for :func:`localctl.phrases.token_positions`.
+            denoiser does not have, or as for :func:`localctl.phrases.token_positions`.
     """
 
     strength: float = 0.8

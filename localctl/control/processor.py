@@ -285,8 +285,7 @@ class InnerForward:
                 name: value if name in self.denoiser.not_per_row else _select(value, rows, count)
                 for name, value in self.arguments[1].items()
             }
-            sample = self.denoiser.with_latents(self.denoiser.read(args, kwargs).sample, latents)
-            args, kwargs = self.denoiser.write((args, kwargs), sample=sample)
+            args, kwargs = self.denoiser.write((args, kwargs), latents=latents)
             try:
                 self._steer(installation, images, reader)
                 with suppress(EndOfRun):

@@ -36,10 +36,14 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """What the denoiser is given in one call: sample (R, c', h, w), timestep, text (R, K, C) of the prompts, and for
-    SDXL the pooled texts and sizes by name in ``added``; not to be written to."""
+    """What the denoiser is given in one call; not to be written to.
+
+    sample: as it is given. latents: the noisy latents in it (R, c, h, w), without a mask and an image to be inpainted,
+        and not packed. text: (R, K, C), of the prompts. added: for SDXL, the pooled texts and sizes by name.
+    """
 
     sample: Tensor
+    latents: Tensor
     timestep: Tensor | float
     text: Tensor
     added: Mapping[str, Tensor]
@@ -119,12 +123,12 @@ class Denoiser(ABC):
         self,
         arguments: Arguments,
         *,
-        sample: Tensor | None = None,
+        latents: Tensor | None = None,
         text: Tensor | None = None,
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
     ) -> Arguments:
-        """The arguments with another sample and text, and with residuals added to those already there."""
+        """The arguments with other latents (R, c, h, w) and text, and with residuals added to those already there."""
 
     @abstractmethod
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
@@ -136,18 +140,6 @@ class Denoiser(ABC):
         """The model output for latents (1, c, h, w) of the scheduler, after guidance."""
 
     # Latents and parameterisation
-
-    @abstractmethod
-    def grid(self, sample: Tensor) -> tuple[int, int]:
-        """(h, w) of the latents in a sample."""
-
-    @abstractmethod
-    def latents(self, sample: Tensor) -> Tensor:
-        """The noisy latents (R, c, h, w) in a sample."""
-
-    @abstractmethod
-    def with_latents(self, sample: Tensor, latents: Tensor) -> Tensor:
-        """The sample with these latents in place of its own."""
 
     @abstractmethod
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:

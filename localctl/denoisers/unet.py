@@ -110,18 +110,23 @@ class UNet(Denoiser):
         sample, timestep, text = (
             args[place] if len(args) > place else kwargs[name] for place, name in enumerate(_NAMES)
         )
-        return DenoiserInputs(sample, timestep, text, kwargs.get("added_cond_kwargs") or {})
+        latents = sample[:, : self.pipe.vae.config.latent_channels]  # for inpainting more channels follow
+        return DenoiserInputs(sample, latents, timestep, text, kwargs.get("added_cond_kwargs") or {})
 
     def write(
         self,
         arguments: Arguments,
         *,
-        sample: Tensor | None = None,
+        latents: Tensor | None = None,
         text: Tensor | None = None,
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
     ) -> Arguments:
         """``residuals`` are added within the down blocks, ``skips`` to skip connections and middle block."""
+        sample = None
+        if latents is not None:
+            own = self.read(*arguments).sample
+            sample = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
         args, kwargs = list(arguments[0]), dict(arguments[1])
         for name, value in (("sample", sample), ("encoder_hidden_states", text)):
             place = _NAMES.index(name)
@@ -160,18 +165,6 @@ class UNet(Denoiser):
             return output
         negative, positive = output.chunk(2)
         return negative + conditioning.guidance_scale * (positive - negative)
-
-    def grid(self, sample: Tensor) -> tuple[int, int]:
-        """Latents are not packed."""
-        return sample.shape[-2], sample.shape[-1]
-
-    def latents(self, sample: Tensor) -> Tensor:
-        """The first channels; for inpainting more follow."""
-        return sample[:, : self.pipe.vae.config.latent_channels]
-
-    def with_latents(self, sample: Tensor, latents: Tensor) -> Tensor:
-        """What follows the latents for inpainting stays."""
-        return torch.cat([latents.to(sample.dtype), sample[:, latents.shape[1] :]], dim=1)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(1, c, h, w)."""

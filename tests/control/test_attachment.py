@@ -307,7 +307,7 @@ def test_refusals_come_before_the_first_step(
     cases: list[tuple[Layout, Control, Any, str]] = [
         (LAYOUT, RegionBias(), "a dog", "call it with layout.prompt"),
         (LAYOUT, RegionBias(), [PROMPT, PROMPT, "x"], "call it with layout.prompt"),
-        (wide, RegionBias(), PROMPT, "draws 64x64 pixels but the layout is 128x64"),
+        (wide, RegionBias(), PROMPT, "generates 64x64 pixels but the layout is 128x64"),
         (LAYOUT, large, PROMPT, "condition is 128x128 pixels but the image is 64x64"),
         (LAYOUT, LayoutGuidance(sites=("up/16",)), PROMPT, "no cross-attention at 'up/16'"),
         (Layout("a", regions=(Region("a", (0, 0, 1, 1), strength=2.0),)), DenseModulation(), "a", "must lie in"),

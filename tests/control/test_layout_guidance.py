@@ -245,9 +245,7 @@ def test_a_gradient_that_is_no_number_skips_the_step_and_is_said(sd_pipe: Stable
         warnings.simplefilter("always")
         patch.setattr(EnergyReader, "energy", spoilt)
         result = guided(sd_pipe, LayoutGuidance(**STRONG), latents=noise(2), num_images_per_prompt=2)
-    assert ["picture 1 of this batch" in str(item.message) for item in said if "guidance" in str(item.message)] == [
-        True
-    ]
+    assert ["image 1 of this batch" in str(item.message) for item in said if "guidance" in str(item.message)] == [True]
     torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-3)
     assert_same_draw(result[1], plain[1])
 
@@ -262,7 +260,7 @@ def test_no_effect_is_bit_equal_to_plain(sd_pipe: StableDiffusionPipeline) -> No
 def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> None:
     def names(pipe: Any, sites: Any) -> set[str]:
         bound = LayoutGuidance(sites=sites).bind(pipe, [LAYOUT])
-        return {".".join(name.split(".")[:2]) for name in bound.sites}  # type: ignore[attr-defined]
+        return {".".join(name.split(".")[:2]) for name in bound.layers}  # type: ignore[attr-defined]
 
     assert names(sd_pipe, None) == names(sd_pipe, ("mid/8", "up/4")) == {"mid_block.attentions", "up_blocks.1"}
     assert names(sdxl_pipe, None) == names(sdxl_pipe, ("mid/4", "up/4")) == {"mid_block.attentions", "up_blocks.0"}

@@ -52,7 +52,7 @@ def test_what_is_written_is_read(by_position: int, sd_pipe: StableDiffusionPipel
     values: list[Any] = [torch.zeros(2, 4, 8, 8), 5, torch.zeros(2, 7, 16)]
     args, kwargs = tuple(values[:by_position]), dict(zip(names[by_position:], values[by_position:], strict=True))
     skips = BlockResiduals([torch.ones(1)], torch.ones(1))
-    changed = denoiser.write((args, kwargs), sample=values[0] + 1, text=values[2] + 2)
+    changed = denoiser.write((args, kwargs), latents=values[0] + 1, text=values[2] + 2)
     changed = denoiser.write(changed, residuals=[torch.ones(1)], skips=skips)
     changed = denoiser.write(changed, residuals=[torch.ones(1)], skips=skips)
     found = denoiser.read(*changed)
