@@ -79,7 +79,7 @@ class UNet(Denoiser):
                     raise ValueError(f"The U-Net has no cross-attention at {name!r}; choose among {there}.")
             chosen = [layer for layer in layers if any(_means(name, layer) for name in wanted)]
         if not chosen:
-            raise ValueError("Layout guidance needs at least one site to read attention at; name some in sites.")
+            raise ValueError("Layout guidance needs at least one attention layer to read; name some in sites.")
         return tuple(layer.name for layer in chosen)
 
     def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:

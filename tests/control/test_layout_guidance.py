@@ -267,7 +267,7 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
     assert names(sd_pipe, ("down",)) == {f"down_blocks.{index}" for index in range(3)}
     with pytest.raises(ValueError, match="no cross-attention at 'up/8'; choose among down/1, .*mid/8, up/4"):
         names(sd_pipe, ("up/8",))
-    with pytest.raises(ValueError, match="at least one layer"):
+    with pytest.raises(ValueError, match="at least one attention layer"):
         names(sd_pipe, ())
 
 
