@@ -12,7 +12,7 @@ from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from localctl.masks import MASK_RESIZE, resize_mask
+from localctl.masks import MASK_RESIZE, mask_feature
 from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
 
@@ -110,7 +110,7 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             condition = torch.where(mask > 0, seen, torch.zeros_like(condition))
         features = list(self.adapter(condition))
         if self.config["mask_features"]:
-            features = [self._mask_feature(f, mask) for f in features]
+            features = [mask_feature(f, mask, self.config["mask_resize"]) for f in features]
         weights = self.config["level_weights"]
         if weights is None:
             return features
@@ -121,13 +121,6 @@ class LocalAdapter(ModelMixin, ConfigMixin):
     def levels(self) -> int:
         """How many levels of features it makes: one for each of ``channels``, and of a light adapter one more."""
         return len(self.adapter.adapter.body)
-
-    def _mask_feature(self, feature: Tensor, mask: Tensor) -> Tensor:
-        """feature (B,c,h,w) times mask (B,1,H,W). where, not only a product: 0 * inf is NaN, and half precision
-        overflows outside the mask must stay outside."""
-        cells = resize_mask(mask.float(), (feature.shape[-2], feature.shape[-1]), self.config["mask_resize"])
-        cells = cells.to(feature.dtype)  # (B,1,h,w)
-        return torch.where(cells > 0, feature * cells, torch.zeros_like(feature))
 
     def _check(self, x: Tensor) -> None:
         wanted = self.channels_of_condition + 1

@@ -1,4 +1,4 @@
-"""Regions on the coarse grids of a U-Net: how far a cell is covered, and who owns it where regions overlap."""
+"""Regions on the latent grids of a denoiser: how far a cell is covered, and who owns it where regions overlap."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ def open_image(source: str | Path | bytes, name: str = "the picture", limits: Li
 def open_gray(source: str | Path | bytes, name: str = "the picture") -> np.ndarray:
     """The brightness of a picture, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
     is black. Otherwise as :func:`open_image`."""
-    return np.array(_open(source, name, _to_gray, Limits())[0])
+    return np.array(_open(source, name, to_gray, Limits())[0])
 
 
 def load_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
     """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
-    return _open(source, name, _to_rgb, limits)[0]
+    return _open(source, name, to_rgb, limits)[0]
 
 
 def read_photo(
@@ -86,7 +86,7 @@ def read_photo(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width) of
     the file itself, upright, however much smaller it was read."""
-    return _open(source, name, _to_gray if gray else _to_rgb, limits)
+    return _open(source, name, to_gray if gray else to_rgb, limits)
 
 
 def _open(
@@ -267,14 +267,14 @@ def _to_8bit(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
     picture = _to_8bit(picture)
     if picture.mode == "RGBA":
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _to_gray(picture: Image.Image) -> Image.Image:
+def to_gray(picture: Image.Image) -> Image.Image:
     """Mode F, in [0,1]."""
     if picture.mode.startswith("I"):
         return Image.fromarray(_from_16bit(picture).astype(np.float32))

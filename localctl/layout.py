@@ -12,6 +12,7 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.images import outline
+from localctl.inputs import OptionalImageField
 from localctl.labels import write_beside
 from localctl.layout_checks import (
     MAX_STRENGTH,
@@ -39,7 +40,8 @@ class Region:
         phrase: words of the prompt, found as whole words in any case. None or "" for a part of the picture without
             words; it then takes part in self-attention alone.
         box: xyxy in [0, 1], or several such boxes for one phrase.
-        mask: (H, W) or (1, H, W) in [0, 1], 1 = here; any size, it is stretched over the picture. Instead of a box.
+        mask: a PIL image, white = here, or an array (H, W) or tensor (H, W) or (1, H, W) in [0, 1], 1 = here; any size,
+            it is stretched over the image. Instead of a box. Read as float32 (1, H, W).
         occurrence: which of the phrase's appearances in the prompt is meant, from 0.
         strength, outside_strength: factors of the control's own, inside and outside the region; 0 = no effect.
         start, end: steered in the outer steps from start up to, not including, end (fractions of the steps of a call).
@@ -51,7 +53,7 @@ class Region:
 
     phrase: str | None = None
     box: Box | Sequence[Box] | None = None
-    mask: Tensor | None = None
+    mask: OptionalImageField = OptionalImageField()
     occurrence: int = 0
     strength: float = 1.0
     outside_strength: float = 1.0
@@ -266,6 +268,11 @@ class Layout:
             corner = (int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2)
             write_beside(result, corner, region.phrase or "-", _COLORS[index % len(_COLORS)], taken)
         return result
+
+
+def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Image:
+    """The regions' outlines and phrases on a copy of ``image``, or on white with a frame."""
+    return layout.draw(image)
 
 
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:

@@ -56,18 +56,16 @@ def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
 
 
 def checked_mask(name: str, mask: Any) -> Tensor:
-    """(H,W) or (1,H,W) as float32 (1,H,W)."""
-    from torch import Tensor
+    """A mask, as :func:`localctl.inputs.as_mask` takes it, as float32 (1,H,W) on the CPU."""
+    from localctl.inputs import as_mask
 
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] != 1):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"The mask of the region {name} is a tensor (H, W) or (1, H, W), not {shape}.")
-    mask = mask.detach().float().cpu().reshape(1, *mask.shape[-2:])
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError(f"The mask of the region {name} has values outside [0, 1]; divide 8-bit values by 255.")
-    if not mask.any():
+    shape = tuple(getattr(mask, "shape", ()))
+    if shape and (len(shape) > 3 or (len(shape) == 3 and 1 not in (shape[0], shape[-1]))):
+        raise ValueError(f"The mask of the region {name} is an array or a tensor (H, W) or (1, H, W), not {shape}.")
+    read = as_mask(mask, f"mask of the region {name}")[0].cpu()
+    if not read.any():
         raise ValueError(f"The mask of the region {name} is empty; paint its place in white or leave the region out.")
-    return mask
+    return read
 
 
 def is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,3 +26,15 @@ def lazy_names(
         return value
 
     return load, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)
+
+
+def renamed(module: str, names: Mapping[str, Any]) -> Callable[[str], Any]:
+    """``__getattr__`` of ``module`` for names of before, old name -> what it means now; it warns of them."""
+
+    def load(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{name} is now called {names[name].__name__}.", DeprecationWarning, stacklevel=2)
+        return names[name]
+
+    return load

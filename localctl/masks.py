@@ -44,6 +44,15 @@ def resize_mask(mask: Tensor, size: tuple[int, int], mode: str = "area") -> Tens
     return F.interpolate(mask, size=size, mode=mode)
 
 
+def mask_feature(feature: Tensor, mask: Tensor, mode: str = "area") -> Tensor:
+    """``feature`` (B,c,h,w) times ``mask`` (B,1,H,W), brought to its grid as for :func:`resize_mask`.
+
+    where, not only a product: 0 * inf is NaN, and half precision overflows outside the mask must stay outside.
+    """
+    cells = resize_mask(mask.float(), (feature.shape[-2], feature.shape[-1]), mode).to(feature.dtype)  # (B,1,h,w)
+    return torch.where(cells > 0, feature * cells, torch.zeros_like(feature))
+
+
 def sample_mask(
     config: MaskConfig, size: tuple[int, int], rng: np.random.Generator, object_masks: Tensor | None = None
 ) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import localctl.sampling
 from localctl.adapter import LocalAdapter
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.layout import Layout
 from localctl.pipelines import set_scheduler
 from localctl.sampling import Attachment, generate, initial_noise
@@ -112,7 +112,7 @@ def test_negative_prompts_go_to_their_layouts(sd_pipe: StableDiffusionPipeline) 
     ("options", "message"),
     [
         ({"prompt": "b"}, "'prompt' itself"),
-        ({"generator": None}, "'generator' itself"),
+        ({"generator": None}, "'generator' itself from layouts and seeds; give seeds=, one number for each image"),
         ({"num_images_per_prompt": 2}, "'num_images_per_prompt' itself"),
         ({"seeds": ()}, "no seed"),
         ({"batch_size": 0}, "at least 1, not 0"),
@@ -133,7 +133,7 @@ def test_bad_arguments_of_generate_are_named(
 def test_schedulers_with_noise_of_their_own_are_refused(sd_pipe: StableDiffusionPipeline) -> None:
     # The real one needs torchsde only once it steps; building it may need it, too.
     sd_pipe.scheduler = DPMSolverSDEScheduler.__new__(DPMSolverSDEScheduler)
-    with pytest.raises(ValueError, match="DPMSolverSDEScheduler draws noise that the seeds cannot set"):
+    with pytest.raises(ValueError, match="DPMSolverSDEScheduler samples noise that the seeds cannot set"):
         generate(sd_pipe, "a")
 
 

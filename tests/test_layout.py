@@ -40,7 +40,7 @@ def disc() -> torch.Tensor:
         ({"mask": torch.full((8, 8), 2.0)}, r"outside \[0, 1\]"),
         ({"mask": torch.full((8, 8), float("nan"))}, r"outside \[0, 1\]"),
         ({"mask": torch.ones(3, 8, 8)}, r"a tensor \(H, W\) or \(1, H, W\), not \(3, 8, 8\)"),
-        ({"mask": "disc.png"}, "not str"),
+        ({"mask": "disc.png"}, "'cat' is a str; give a PIL image"),
         ({"box": LEFT, "occurrence": -1}, "counts from 0, not -1"),
         ({"box": LEFT, "strength": float("inf")}, "strength of the region 'cat' is a number"),
         ({"box": LEFT, "start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),

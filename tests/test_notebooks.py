@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import importlib
 import io
 import re
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from nbs.execute import FOLDER, NOTEBOOKS, code_cells, execute, shared_kernel
 NAMES = ["01_train_and_look", "02_evaluate_and_compare", "03_mask_and_loss", "04_sample_on_a_base"]
 SECONDS = 90  # of one core; seconds on the clock depend on what else a machine does
 KILOBYTES = 400
+PUBLIC = ("localctl", "localctl.data", "localctl.evaluation", "localctl.micro")
 
 
 def outputs(notebook: NotebookNode) -> list[NotebookNode]:
@@ -79,6 +81,17 @@ def test_what_is_kept_is_clean(path: Path) -> None:
     assert len(pictures(notebook)) >= 2
     assert all(len(np.unique(np.asarray(picture.convert("L")))) > 8 for picture in pictures(notebook))  # none is blank
     assert path.stat().st_size < KILOBYTES * 1000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_import_public_names_alone(path: Path) -> None:
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.startswith("localctl.") for name in node.names)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "localctl":
+            assert node.module in PUBLIC
+            assert {name.name for name in node.names} <= set(importlib.import_module(node.module).__all__)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

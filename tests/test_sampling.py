@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.layout import Layout
 from localctl.pipelines import SCHEDULERS, set_scheduler
 from localctl.sampling import attach, outer_step
@@ -301,7 +301,7 @@ def test_embeddings_are_taken_at_their_word(make_adapter: MakeAdapter, sd_pipe: 
 def test_other_misfits_are_named(make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline) -> None:
     with (
         attach(sd_pipe, Layout("a b", 64, 128), control(make_adapter())),
-        pytest.raises(ValueError, match="draws 64x64 pixels but the layout is 128x64"),
+        pytest.raises(ValueError, match="generates 64x64 pixels but the layout is 128x64"),
     ):
         draw(sd_pipe)
     with pytest.raises(ValueError, match="no layout"), attach(sd_pipe, [], []):
@@ -313,7 +313,7 @@ def test_other_misfits_are_named(make_adapter: MakeAdapter, sd_pipe: StableDiffu
         return (torch.cat([args[0]] * 2), *args[1:]), kwargs
 
     sd_pipe.unet.register_forward_pre_hook(doubled, with_kwargs=True)
-    with attach(sd_pipe, "a b", control(make_adapter())), pytest.raises(ValueError, match="4 rows for 1 pictures"):
+    with attach(sd_pipe, "a b", control(make_adapter())), pytest.raises(ValueError, match="4 rows for 1 images"):
         draw(sd_pipe)
 
 

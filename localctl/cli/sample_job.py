@@ -23,7 +23,7 @@ from localctl.cli.sample_inputs import (
     size_multiple,
 )
 from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, plan
-from localctl.control.adapter_fit import check_base
+from localctl.control.compatible import check_base
 from localctl.distributed import process_device
 from localctl.layout import Layout, check_side
 from localctl.pipelines import BaseConfig, check_karras, lasting_name, resolve_base

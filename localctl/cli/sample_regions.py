@@ -1,56 +1,37 @@
-"""Region controls as ``sample.py`` names them: which to draw with, which settings, and what to lay side by side."""
+"""Region controls as ``sample.py`` names them: which of them, which settings, and what to lay side by side."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from localctl.cli.sample_record import AUTO
-from localctl.cli.sample_record import NONE as NONE
 from localctl.control.base import Control
-from localctl.control.dense import DenseModulation
-from localctl.control.forward_guidance import ForwardGuidance
-from localctl.control.latent_updates import check_shiftable_kind
+from localctl.control.latents import check_shiftable_kind
 from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.presets import BESIDE, PRESETS, SAMPLING
-from localctl.control.region_bias import RegionBias
-from localctl.control.spacetime import SpaceTimeAttention
+from localctl.control.presets import CONTROLS as CONTROLS
+from localctl.control.presets import NONE as NONE
+from localctl.control.presets import build_controls, check_settings, control_names, setting_of
+from localctl.control.presets import preset as preset
+from localctl.control.presets import sampling_of as sampling_of
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
-from localctl.pipelines import BASES, SCHEDULERS, same_base
-from localctl.weight_search.weights import OptimizedSpaceTime
+from localctl.pipelines import SCHEDULERS
+from localctl.sampling_settings import FREE as FREE
+from localctl.sampling_settings import Sampling as Sampling
 
-CONTROLS: dict[str, type[Control]] = {
-    "bias": RegionBias,
-    "dense": DenseModulation,
-    "guidance": LayoutGuidance,
-    "forward": ForwardGuidance,
-    "spacetime": SpaceTimeAttention,
-    "spacetime_optimized": OptimizedSpaceTime,
-}
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 _MOST_CELLS = 64  # of a sweep
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """A scheduler by its name in ``SCHEDULERS`` and a guidance scale; None: what the base or the user says."""
-
-    scheduler: str | None = None
-    guidance_scale: float | None = None
-
-
-FREE = Sampling()
-
-
-@dataclass(frozen=True)
 class Variant:
-    """One way to draw all pictures: how it is called on the sheet, its controls, its place there, and what it is drawn
-    with unless the user says otherwise."""
+    """One way to generate all images: how it is called on the sheet, its controls, its place there, and how it is
+    sampled unless the user says otherwise."""
 
     label: str
     controls: tuple[Control, ...]
@@ -89,16 +70,12 @@ def _predicted(options: argparse.Namespace) -> list[Layout]:
 
 
 def plan(options: argparse.Namespace, base: str) -> list[Variant]:
-    """Every way to draw that the flags ask for, at least one; settings start from the preset of the base.
+    """Every way to generate that the flags ask for, at least one; settings start from the preset of the base.
 
     ValueError for unknown controls, settings or values, flags that do not go together, or a scheduler that loses what
     a control does to the latents.
     """
     variants = _plan(options, base)
-    for variant in variants:
-        kinds = {type(control) for control in variant.controls}
-        if {OptimizedSpaceTime, LayoutGuidance} <= kinds:
-            raise ValueError("spacetime_optimized and guidance do not go together; use spacetime with guidance.")
     if options.scheduler is not None:
         for variant in variants:
             if any(isinstance(control, LayoutGuidance) for control in variant.controls):
@@ -114,8 +91,8 @@ def _plan(options: argparse.Namespace, base: str) -> list[Variant]:
             raise ValueError("Give either --compare or --control and --sweep, not both.")
         return read_variants(options.compare, options.set or (), base)
     settings = [_setting(item) for item in options.set or ()]
-    names = _names(options.control or ["bias"])
-    _check_used(settings, names)
+    names = control_names(options.control or ["bias"])
+    check_settings([name for name, _ in settings], names)
     if not options.sweep:
         controls = make_controls(names, settings, base)
         return [Variant("+".join(names) or NONE, controls, sampling=sampling_of(names, base))]
@@ -131,8 +108,8 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     words = _ALL if list(words) == ["all"] else tuple(words)
     if len(set(words)) < len(words):
         raise ValueError("A control is given twice in --compare; give each one once.")
-    plans = [(word, _names([word])) for word in words]
-    _check_used(read, [name for _, names in plans for name in names])
+    plans = [(word, control_names(word)) for word in words]
+    check_settings([name for name, _ in read], [name for _, names in plans for name in names])
     return [
         Variant(label, make_controls(names, read, base), index, sampling=sampling_of(names, base))
         for index, (label, names) in enumerate(plans)
@@ -150,9 +127,9 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
     cells = list(itertools.product(*(range(len(values)) for _, values in reversed(axes))))
     if len(cells) > _MOST_CELLS:
         raise ValueError(
-            f"--sweep asks for {len(cells)} pictures on a sheet, more than {_MOST_CELLS}; name fewer values."
+            f"--sweep asks for {len(cells)} images on a sheet, more than {_MOST_CELLS}; name fewer values."
         )
-    _check_used([(name, "") for name, _ in axes], names)
+    check_settings([name for name, _ in axes], names)
     variants = []
     for cell in cells:
         chosen = [(name, values[index]) for (name, values), index in zip(axes, reversed(cell), strict=True)]
@@ -165,17 +142,6 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
     return variants
 
 
-def _names(words: Sequence[str]) -> list[str]:
-    """The controls meant, without ``none``."""
-    names = [name for word in words for name in word.split("+")]
-    for name in names:
-        if name not in CONTROLS and name != NONE:
-            raise ValueError(f"Unknown control {name!r}; choose among {', '.join(CONTROLS)} and {NONE}.")
-    if len(set(names)) < len(names) or (NONE in names and len(names) > 1):
-        raise ValueError(f"The controls {' '.join(names)} do not go together; name each once, or {NONE} alone.")
-    return [name for name in names if name != NONE]
-
-
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -183,67 +149,23 @@ def _setting(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _knows(control: str, setting: str) -> str | None:
-    """The field of a control that ``setting`` means: its name, or control.name for one control alone; else None."""
-    owner, dot, name = setting.rpartition(".")
-    known = {field.name for field in fields(CONTROLS[control])}  # type: ignore[arg-type]  # all are dataclasses
-    return name if name in known and (not dot or owner == control) else None
-
-
-def _check_used(settings: Sequence[tuple[str, str]], names: Sequence[str]) -> None:
-    for setting, _ in settings:
-        if not any(_knows(name, setting) for name in names):
-            known = sorted({field.name for name in names for field in fields(CONTROLS[name])})  # type: ignore[arg-type]
-            choice = f"choose among {', '.join(known)}" if known else "there is no control to set"
-            raise ValueError(f"No control of this run has a setting {setting!r}; {choice}.")
-
-
 def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> tuple[Control, ...]:
     """The controls of these names with the preset of the base, then the settings, as (name, value) in words.
 
     ValueError for a value that is of another kind or out of range.
     """
-    controls = []
-    for name in names:
-        values = dict(preset(name, base, names))
-        for setting, text in settings:
-            field = _knows(name, setting)
-            if field is not None:
-                values[field] = _value(setting, text, _default(CONTROLS[name], field))
-        controls.append(CONTROLS[name](**values))
-    return tuple(controls)
-
-
-def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, Any]:
-    """The settings of a control, by its name in ``CONTROLS``, that suit the base, also beside the others of these
-    names; empty for one that is not known."""
-    values = dict(_of_base(PRESETS, base).get(control, {}))
-    for (own, other), changed in _of_base(BESIDE, base).items():
-        if own == control and other in beside:
-            values |= changed
-    return values
-
-
-def sampling_of(names: Sequence[str], base: str) -> Sampling:
-    """What suits the controls of these names together; where nothing is known of them together, what all ask for."""
-    known = _of_base(SAMPLING, base)
-    together = known.get("+".join(sorted(names)))
-    wanted = [known.get(name, {}) for name in names] if together is None else [together]
-    agreed = {
-        field.name: wanted[0].get(field.name)
-        for field in fields(Sampling)
-        if wanted and len({item.get(field.name) for item in wanted}) == 1
+    read = {
+        f"{name}.{field}": _value(setting, text, _default(CONTROLS[name], field))
+        for name in names
+        for setting, text in settings
+        if (field := setting_of(name, setting)) is not None
     }
-    return Sampling(**agreed)
+    return tuple(build_controls(names, base, read))
 
 
-def _of_base(table: Mapping[str, Mapping[Any, Any]], base: str) -> Mapping[Any, Any]:
-    return next((found for name, found in table.items() if name in BASES and same_base(name, base)), {})
-
-
-def _default(control: type[Control], name: str) -> Any:
+def _default(control: type[Any], name: str) -> Any:
     """A field's default; for numbers that may be left to the control, any number."""
-    kinds = {field.name: str(field.type) for field in fields(control)}  # type: ignore[arg-type]  # all are dataclasses
+    kinds = {field.name: str(field.type) for field in fields(control)}
     return 0.0 if kinds[name] == "float | None" else getattr(control, name)
 
 

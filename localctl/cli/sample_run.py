@@ -14,7 +14,7 @@ from localctl.cli.sample_files import copy_inputs, open_output, save_images, sav
 from localctl.cli.sample_job import Job, prepare, reproducing_options
 from localctl.cli.sample_regions import Variant
 from localctl.control.base import Control
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.lock import FolderLock
 from localctl.metrics.clip import Clip
 from localctl.pipelines import load_pipeline, resolve_base, same_base, with_scheduler

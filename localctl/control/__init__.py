@@ -1,1 +1,1 @@
-"""Controls: everything that steers the frozen U-Net while sampling, one method per file."""
+"""Controls: everything that steers or reads the frozen denoiser while sampling, one method per file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,13 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.attention import Site, attention_sites
-from localctl.control.base import CallContext, Control, UNetInputs, add_residuals
-from localctl.control.compatible import check_gradients, check_unskipped
-from localctl.control.inner_forward import UNetRun
-from localctl.control.latent_updates import SchedulerShift, check_shiftable
-from localctl.control.mask_check import MaskCheck
+from localctl.control.base import CallContext, Control
+from localctl.control.compatible import MaskCheck, check_gradients, check_unskipped
+from localctl.control.latents import SchedulerShift, Visits, check_shiftable, outer_step, sigma_at, steps_of_call
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
-from localctl.control.processor import Installation
-from localctl.control.sigmas import Visits, outer_step, sigma_at, steps_of_call
+from localctl.control.processor import InnerForward, Installation
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
 from localctl.layout import Layout, as_layouts
 from localctl.sizes import shown
 
@@ -32,7 +30,7 @@ Layouts = Layout | str | Sequence[Layout | str]
 def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequence[Control]) -> Iterator[Attachment]:
     """Steer the calls of ``pipe`` with ``controls``; everything is put back at the end, also after an exception.
 
-    Only calls of ``pipe`` itself are steered: another pipeline, or a loop of your own, that uses the same U-Net runs
+    Only calls of ``pipe`` itself are steered: another pipeline, or a loop of your own, that uses the same denoiser runs
     as if nothing were attached. Attaching twice to one pipeline adds up.
 
     Args:
@@ -40,28 +38,33 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
         layout: a layout, a prompt, or a list of either. ``pipe`` must then be called with the very prompts of the
             layouts, in their order (or, for one layout, any number of times its prompt); embeddings given in place of
             prompts are taken at their word.
-        controls: one control or several; what they add to the U-Net is summed.
+        controls: one control or several; what they add to the denoiser is summed.
 
     Raises:
         ValueError: at once if the controls do not fit the layouts, something is no control, or another thread has
-            attached to the U-Net, the scheduler would lose what a control does to the latents, or something in the
-            U-Net would (a cache, weights without gradients); when ``pipe`` is called, if prompt or size are not the
-            layout's, a condition does not fit the picture or the U-Net, or the call comes from another thread.
+            attached to the denoiser, the scheduler would lose what a control does to the latents, or something in the
+            denoiser would (a cache, weights without gradients); when ``pipe`` is called, if prompt or size are not the
+            layout's, a condition does not fit the image or the denoiser, or the call comes from another thread.
     """
-    missing = [name for name in ("unet", "scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
+    denoiser_of(pipe)
+    missing = [name for name in ("scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
         raise ValueError(f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL one.")
-    controls = [controls] if isinstance(controls, Control) else list(controls)
+    controls = list(controls) if isinstance(controls, Iterable) else [controls]
     for control in controls:
         if not isinstance(control, Control):
-            raise ValueError(f"{control!r} is not a control; give objects such as LocalAdapterControl(...).")
+            way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
+            raise ValueError(f"{control!r} is not a control; {way_out}.")
     attachment = Attachment(pipe, as_layouts(layout), controls)
+    module = attachment.denoiser.module
     hooks = [
-        pipe.unet.register_forward_pre_hook(attachment.before_unet, with_kwargs=True),
-        pipe.unet.register_forward_hook(attachment.after_unet, always_call=True),
+        module.register_forward_pre_hook(attachment.before_denoiser, with_kwargs=True),
+        module.register_forward_hook(attachment.after_denoiser, always_call=True),
     ]
     try:
-        _check_thread(pipe.unet)  # after the hook: of two threads at the same moment at least one sees the other
+        _check_thread(
+            attachment.denoiser
+        )  # after the hook: of two threads at the same moment at least one sees the other
         with (
             wrapped(
                 pipe,
@@ -72,7 +75,7 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
             wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # the last thing before the first step
             # The last thing every pipeline does, on success; after an error the next call begins anew.
             wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
-            uncompiled(pipe.unet),
+            uncompiled(module),
         ):
             yield attachment
     finally:
@@ -81,12 +84,13 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
             hook.remove()
 
 
-def _check_thread(unet: nn.Module) -> None:
-    """ValueError if another thread has attached to this U-Net."""
-    owners = [getattr(hook, "__self__", None) for hook in unet._forward_pre_hooks.values()]
+def _check_thread(denoiser: Denoiser) -> None:
+    """ValueError if another thread has attached to this denoiser."""
+    owners = [getattr(hook, "__self__", None) for hook in denoiser.module._forward_pre_hooks.values()]
     if any(isinstance(owner, Attachment) and owner.thread != threading.get_ident() for owner in owners):
         raise ValueError(
-            "Another thread has attached controls to this U-Net; let it finish, or load a pipeline per thread."
+            f"Another thread has attached controls to this {denoiser.name}; let it finish, or load a pipeline per "
+            "thread."
         )
 
 
@@ -94,29 +98,29 @@ class Attachment:
     """The controls on one pipeline, while they are attached."""
 
     def __init__(self, pipe: DiffusionPipeline, layouts: Sequence[Layout], controls: Sequence[Control]) -> None:
-        self.pipe = pipe
+        self.pipe, self.denoiser = pipe, denoiser_of(pipe)
         self.layouts = tuple(layouts)
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
         self._names = [type(control).__name__ for control in controls]
         self._movers = [control for control in self.bound if control.moves_latents]
         self._check_pipe()
         self.thread = threading.get_ident()
-        self._installation = Installation(MaskCheck())
+        self._installation = Installation(MaskCheck(self.denoiser))
         self._scheduler_shift = SchedulerShift()
-        self._sites: dict[tuple[int, int], list[tuple[Site, Attention]]] = {}
+        self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Attention]]] = {}
         self._visits: Visits = (None, None)  # of the running call
         self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and how many it makes
-        self._dtype: torch.dtype | None = None  # of the running call; the U-Net goes through all its layers to tell
+        self._dtype: torch.dtype | None = None  # of the running call; the denoiser goes through all its layers to tell
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
     def select(self, indices: Sequence[int] | None) -> None:
-        """The next calls draw these layouts, one index per prompt; None = all of them, in order."""
+        """The next calls generate these layouts, one index per prompt; None = all of them, in order."""
         assert indices is None or all(0 <= index < len(self.layouts) for index in indices)
         self._selected = None if indices is None else tuple(indices)
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """Take the layout of each picture from what ``encode_prompt`` is given, the first thing a pipeline calls."""
+        """Take the layout of each image from what ``encode_prompt`` is given, the first thing a pipeline calls."""
         self._layout_of_image = self._steps = self._dtype = None
         self._visits = (None, None)
         if threading.get_ident() != self.thread:
@@ -125,12 +129,12 @@ class Attachment:
         self._check_pipe()
         prompt = arguments["prompt"]
         if prompt is None:  # then there are embeddings; the pipeline has checked that
-            drawn = self._drawn(len(arguments["prompt_embeds"]))
-            prompts = [self.layouts[index].prompt for index in drawn]
+            chosen = self._chosen(len(arguments["prompt_embeds"]))
+            prompts = [self.layouts[index].prompt for index in chosen]
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            drawn = self._drawn(len(prompts))
-        for given, index in zip(prompts, drawn, strict=True):
+            chosen = self._chosen(len(prompts))
+        for given, index in zip(prompts, chosen, strict=True):
             if given != self.layouts[index].prompt:
                 raise ValueError(
                     f"The pipeline was called with the prompt {given!r} while the attached layout says "
@@ -145,18 +149,18 @@ class Attachment:
         copies = arguments.get("num_images_per_prompt") or 1
         for control in self.bound:
             control.begin_call(arguments)
-        self._layout_of_image = tuple(index for index in drawn for _ in range(copies))  # as repeat_interleave
+        self._layout_of_image = tuple(index for index in chosen for _ in range(copies))  # as repeat_interleave
 
     def begin_steps(self, arguments: Mapping[str, Any]) -> None:
         """Take how many timesteps this call visits: image-to-image leaves out the first, ``denoising_end`` the last."""
         self._visits = getattr(self.pipe, "_num_timesteps", None), arguments.get("total")
 
     def end_call(self, arguments: Mapping[str, Any]) -> None:
-        """From here on, calls of the U-Net are none of ours."""
+        """From here on, calls of the denoiser are none of ours."""
         self._layout_of_image = None
 
     def put_back(self) -> None:
-        """Undo what a call of the U-Net and of the scheduler may have left behind when they were interrupted."""
+        """Undo what a call of the denoiser and of the scheduler may have left behind when they were interrupted."""
         self._scheduler_shift.undo()
         self._installation.undo()
 
@@ -165,12 +169,12 @@ class Attachment:
         if self._movers:
             check_shiftable(self.pipe.scheduler)
         if self.bound:
-            check_unskipped(self.pipe.unet)
+            check_unskipped(self.denoiser)
         for name, control in zip(self._names, self.bound, strict=True):
             if control.takes_gradients:
-                check_gradients(self.pipe.unet, name)
+                check_gradients(self.denoiser, name)
 
-    def _drawn(self, prompts: int) -> tuple[int, ...]:
+    def _chosen(self, prompts: int) -> tuple[int, ...]:
         """The index of the layout of each of the prompts."""
         if self._selected is not None and len(self._selected) == prompts:
             return self._selected
@@ -181,128 +185,97 @@ class Attachment:
         expected = len(self.layouts if self._selected is None else self._selected)
         raise ValueError(f"The pipeline was called with {prompts} prompts for {expected} layouts; give each one.")
 
-    def before_unet(
-        self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Forward pre-hook: adds what the controls want to the arguments of this call and steers its attention."""
         if self._layout_of_image is None:
             return None
         if threading.get_ident() != self.thread:
-            raise ValueError("Another thread uses this U-Net while it is steered; load a pipeline per thread.")
-        sample = args[0] if args else kwargs["sample"]  # (R, 4, h, w)
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        context = self._context(unet, sample, timestep, self._layout_of_image)
-        added: list[Tensor] | None = None
-        for control in self.bound:
-            added = add_residuals(added, control.down_residuals(context))
-        if added is not None:
-            name = "down_intrablock_additional_residuals"
-            kwargs = {**kwargs, name: add_residuals(kwargs.get(name), added)}
-        inputs = UNetInputs(sample, timestep, _text(args, kwargs), kwargs.get("added_cond_kwargs") or {})
-        kwargs = self._add_to_blocks(context, inputs, kwargs)
-        args, kwargs = self._replace_text(context, args, kwargs)
-        args, kwargs = self._shift_latents(unet, context, args, kwargs)
-        self._steer_attention(unet, context)
-        return args, kwargs
+            raise ValueError(
+                f"Another thread uses this {self.denoiser.name} while it is steered; load a pipeline per thread."
+            )
+        inputs = self.denoiser.read(args, kwargs)
+        context = self._context(inputs, self._layout_of_image)
+        arguments = self._add_residuals(context, inputs, (args, kwargs))
+        arguments = self._replace_text(context, inputs.text, arguments)
+        arguments = self._shift_latents(context, inputs.latents, arguments)
+        self._steer_attention(context)
+        return arguments
 
-    def after_unet(self, *_: Any) -> None:
+    def after_denoiser(self, *_: Any) -> None:
         """Forward hook, called after errors as well: the processors of this call are put back."""
         self._installation.undo()
 
-    def _add_to_blocks(self, context: CallContext, inputs: UNetInputs, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """``kwargs`` with what the controls add to skip connections and middle block, beside what is there already."""
-        names = ("down_block_additional_residuals", "mid_block_additional_residual")
+    def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
+        """Add the controls' residuals to those that are there already."""
+        added: list[Tensor] | None = None
         for control in self.bound:
-            added = control.block_residuals(context, inputs)
-            if added is not None:
-                down, middle = (kwargs.get(name) for name in names)
-                middle = added.middle if middle is None else middle + added.middle
-                kwargs = {**kwargs, names[0]: add_residuals(down, added.down), names[1]: middle}
-        return kwargs
+            added = add_residuals(added, control.down_residuals(context))
+        arguments = self.denoiser.write(arguments, residuals=added)
+        for control in self.bound:
+            arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
+        return arguments
 
-    def _replace_text(
-        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        text = _text(args, kwargs)
+    def _replace_text(self, context: CallContext, text: Tensor, arguments: Arguments) -> Arguments:
         for control in self.bound:
             replaced = control.text(context, text)
             text = text if replaced is None else replaced
-        if len(args) > 2:
-            return (*args[:2], text, *args[3:]), kwargs
-        return args, {**kwargs, "encoder_hidden_states": text}
+        return self.denoiser.write(arguments, text=text)
 
-    def _shift_latents(
-        self, unet: nn.Module, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Move the latents, here for the U-Net and in the step to come for the scheduler."""
+    def _shift_latents(self, context: CallContext, given: Tensor, arguments: Arguments) -> Arguments:
+        """Move the ``given`` latents (R, c, h, w), here for the denoiser and in the step to come for the scheduler."""
         if not self._movers:
-            return args, kwargs
-        sample = args[0] if args else kwargs["sample"]  # (R, 4, h, w); for inpainting more channels follow
-        channels = self.pipe.vae.config.latent_channels
-        latents = sample[context.guided_rows, :channels].float()
-        run = UNetRun(unet, self._sites_of(unet, context), self.bound, context, args, kwargs)
+            return arguments
+        latents = given[context.guided_rows].float()
+        run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
         moved = latents
         for control in self._movers:
             shift = control.shift_latents(context, moved, run)
             moved = moved if shift is None else moved + shift
         if moved is latents:
-            return args, kwargs
+            return arguments
         total = moved - latents
         self._scheduler_shift.add(self.pipe.scheduler, total, context.sigma)
-        total = total.repeat(sample.shape[0] // total.shape[0], 1, 1, 1).to(sample)  # both halves of guidance
-        sample = torch.cat([sample[:, :channels] + total, sample[:, channels:]], dim=1)
-        if args:
-            return (sample, *args[1:]), kwargs
-        return args, {**kwargs, "sample": sample}
+        total = total.repeat(len(context.conditional) // total.shape[0], 1, 1, 1).to(given)  # both halves of guidance
+        return self.denoiser.write(arguments, latents=given + total)
 
-    def _sites_of(self, unet: nn.Module, context: CallContext) -> list[tuple[Site, Attention]]:
-        if context.latent_size not in self._sites:
-            self._sites = {context.latent_size: attention_sites(unet, context.latent_size)}
-        return self._sites[context.latent_size]
+    def _layers_of(self, context: CallContext) -> list[tuple[AttentionLayer, Attention]]:
+        if context.latent_size not in self._layers:
+            self._layers = {context.latent_size: self.denoiser.attention_layers(context.latent_size)}
+        return self._layers[context.latent_size]
 
-    def _steer_attention(self, unet: nn.Module, context: CallContext) -> None:
-        for site, attn in self._sites_of(unet, context):
+    def _steer_attention(self, context: CallContext) -> None:
+        for layer, attn in self._layers_of(context):
             for control in self.bound:
-                if control.attends(context, site):
-                    self._installation.add(attn, site, control, context)
+                if control.attends(context, layer):
+                    self._installation.add(attn, layer, control, context)
 
-    def _context(self, unet: nn.Module, sample: Tensor, timestep: Any, layout_of_image: tuple[int, ...]) -> CallContext:
-        rows, images = sample.shape[0], len(layout_of_image)
-        if rows not in (images, 2 * images):
-            raise ValueError(
-                f"The U-Net was called with {rows} rows for {images} pictures; controls work with plain sampling or "
-                "classifier-free guidance, not with methods that add rows of their own."
-            )
-        guided = rows == 2 * images  # [negative; positive], each one row per picture
-        time = float(torch.as_tensor(timestep).flatten()[0])
+    def _context(self, inputs: DenoiserInputs, layout_of_image: tuple[int, ...]) -> CallContext:
+        images = len(layout_of_image)
+        conditional = self.denoiser.conditional(inputs.sample.shape[0], images)
+        time = float(torch.as_tensor(inputs.timestep).flatten()[0])
         step, _ = outer_step(self.pipe.scheduler, time)
         if self._steps is None:
             self._steps = steps_of_call(self.pipe.scheduler, time, self._visits)
         first, num_steps = self._steps
-        dtype = self._dtype = unet.dtype if self._dtype is None else self._dtype
-        height, width = sample.shape[-2:]
+        dtype = self._dtype = self.denoiser.module.dtype if self._dtype is None else self._dtype
+        height, width = inputs.latents.shape[-2:]
         factor = self.pipe.vae_scale_factor
         image_size = (height * factor, width * factor)
         for layout in self.layouts:
             if layout.size not in (None, image_size):
                 raise ValueError(
-                    f"The pipeline draws {image_size[1]}x{image_size[0]} pixels but the layout is "
+                    f"The pipeline generates {image_size[1]}x{image_size[0]} pixels but the layout is "
                     f"{layout.width}x{layout.height}; pass height and width of the layout."
                 )
         return CallContext(
             step=step - first,
             num_steps=num_steps,
             timestep=time,
-            layout_of_row=layout_of_image * (2 if guided else 1),
-            conditional=(False,) * (images if guided else 0) + (True,) * images,
+            layout_of_row=layout_of_image * (len(conditional) // images),
+            conditional=conditional,
             latent_size=(height, width),
             image_size=image_size,
-            device=sample.device,
+            device=inputs.sample.device,
             dtype=dtype,
             sigma=functools.partial(sigma_at, self.pipe.scheduler, time),
         )
-
-
-def _text(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The text context (R, K, C) in the arguments of the U-Net."""
-    return args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]

@@ -1,61 +1,21 @@
-"""The attention layers of a U-Net as places to control: where each is, its scores, the wrapper round its processor.
+"""The scores of an attention layer, computed as far as controls ask for them.
 
-Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the picture), K keys
+Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
 (tokens or cells), d width of a head.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
+from localctl.denoisers.base import AttentionLayer
+from localctl.lazy import renamed
 
-@dataclass(frozen=True)
-class Site:
-    """One attention layer: its ``name`` in the U-Net, whether it looks at the text (``cross``) or at the picture
-    itself, and the (h, w) of its cells."""
-
-    name: str
-    cross: bool
-    size: tuple[int, int]
-
-    @property
-    def cells(self) -> int:
-        return self.size[0] * self.size[1]
-
-
-def level_sizes(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(h, w) within each down block of a ``UNet2DConditionModel`` and, last, its middle block: ceil halving."""
-    sizes = [latent_size]
-    for block in unet.down_blocks:
-        height, width = sizes[-1]
-        shrinks = getattr(block, "downsamplers", None) is not None
-        sizes.append(((height + 1) // 2, (width + 1) // 2) if shrinks else (height, width))
-    return sizes
-
-
-def attention_sites(unet: nn.Module, latent_size: tuple[int, int]) -> list[tuple[Site, Attention]]:
-    """All attention layers of the U-Net's transformers, in the order they run, for latents of this (h, w)."""
-    sizes = level_sizes(unet, latent_size)
-    down, middle = sizes[:-1], sizes[-1]
-    parts = [
-        (f"down_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.down_blocks, down, strict=True))
-    ]
-    parts.append(("mid_block", unet.mid_block, middle))
-    parts += [
-        (f"up_blocks.{i}", block, size) for i, (block, size) in enumerate(zip(unet.up_blocks, down[::-1], strict=True))
-    ]
-    return [
-        (Site(f"{prefix}.{name}", module.is_cross_attention, size), module)
-        for prefix, block, size in parts
-        if block is not None
-        for name, module in block.named_modules()
-        if isinstance(module, Attention) and name.rpartition(".")[2] in ("attn1", "attn2")
-    ]
+__getattr__ = renamed(__name__, {"Site": AttentionLayer})
 
 
 class Moments(NamedTuple):
@@ -68,10 +28,10 @@ class Moments(NamedTuple):
 
 
 class Scores:
-    """The scores of one site in one call, computed when asked for and no more of them than asked for.
+    """The scores of one layer in one call, computed when asked for and no more of them than asked for.
 
-    scores = scale * q k^T, in float32, from the global prompt as the U-Net was given it, before any bias. ``mask`` is
-    the attention mask that the U-Net itself set, which is rare: (R, 1 or Q, K), or None.
+    scores = scale * q k^T, in float32, from the global prompt as the denoiser was given it, before any bias. ``mask``
+    is the attention mask that the denoiser itself set, which is rare: (R, 1 or Q, K), or None.
     """
 
     def __init__(

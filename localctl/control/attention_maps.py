@@ -1,7 +1,8 @@
-"""Attention maps: where in the picture each phrase is attended to, with whatever controls are attached beside."""
+"""Attention maps: where in the image each phrase is attended to, with whatever controls are attached beside."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
 from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.guidance_layers import choose_sites
 from localctl.control.regions import BoundRegions
+from localctl.denoisers.base import AttentionLayer
 from localctl.images import grid, outline
 from localctl.layout import Layout
 
@@ -31,40 +32,24 @@ class _Record:
     counts: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class AttentionMaps(Control):
-    """Record the cross-attention of every region's phrase (as DAAM, arXiv 2210.04885); changes nothing.
+class AttentionRecorder:
+    """What has been read: the heat of each region's phrase in each image, numbered in the order generated over all
+    calls."""
 
-    Attach it beside other controls, draw, and ask: pictures are numbered in the order drawn, over all calls.
+    def __init__(self) -> None:
+        self.records: list[_Record] = []
+        self._layouts: tuple[Layout, ...] = ()
 
-    Args:
-        start, end: look from start up to, not including, end (fractions of the steps).
-        sites: the layers to look at, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
+    def begin(self, layouts: Sequence[Layout]) -> None:
+        """Forget everything, and number the images of these layouts anew."""
+        self.records, self._layouts = [], tuple(layouts)
 
-    Raises:
-        ValueError: a window that is none; when attached, sites that the U-Net does not have.
-    """
-
-    start: float = 0.0
-    end: float = 1.0
-    sites: tuple[str, ...] | None = None
-    _records: list[_Record] = field(default_factory=list, init=False, repr=False)
-    _layouts: tuple[Layout, ...] = field(default=(), init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        check_window(self.start, self.end)
-
-    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        names = None if self.sites is None else frozenset(choose_sites(pipe.unet, self.sites))
-        self._records, self._layouts = [], tuple(layouts)  # attached again, it begins anew
-        return _BoundMaps(self, BoundRegions(pipe, layouts, "area"), names)
-
-    def heat(self, picture: int, region: int) -> Tensor:
+    def heat(self, image: int, region: int) -> Tensor:
         """(h, w) float32 on the latents' grid: the mean probability of one of the phrase's tokens, over heads, layers
-        and steps. ValueError for a picture that was not drawn or a region that has no words."""
-        record, row = self._find(picture)
-        if not 0 <= region < len(self._regions(picture)) or not self._regions(picture)[region].phrase:
-            raise ValueError(f"The layout of picture {picture} has no region {region} with words.")
+        and steps. ValueError for an image that was not generated or a region that has no words."""
+        record, row = self._find(image)
+        if not 0 <= region < len(self._layout(image).regions) or not self._layout(image).regions[region].phrase:
+            raise ValueError(f"The layout of image {image} has no region {region} with words.")
         layers = sum(record.counts.values())
         total = torch.zeros(record.latent_size)
         for size, summed in record.sums.items():
@@ -72,89 +57,140 @@ class AttentionMaps(Control):
             total += torch.nn.functional.interpolate(grown, record.latent_size, mode="bilinear")[0, 0]
         return total / layers
 
-    def mass(self, picture: int, region: int) -> float:
+    def mass(self, image: int, region: int) -> float:
         """The share of a phrase's attention that lies inside its region, in [0, 1]."""
-        heat = self.heat(picture, region)
-        record, row = self._find(picture)
-        mask = self._layouts[record.layouts[row]].masks(record.latent_size)[region, 0]
+        heat = self.heat(image, region)
+        record, row = self._find(image)
+        mask = self._layout(image).masks(record.latent_size)[region, 0]
         return float((heat * mask).sum() / heat.sum())
 
-    def draw(self, picture: int, image: Image.Image) -> Image.Image:
-        """The drawn ``image`` under each phrase's heat (its own scale, from 0 to its maximum) and outline, in a row."""
-        cells = self.overlays(picture, image)
-        return grid([[shown for _, shown in cells]], [label for label, _ in cells])
-
-    def overlays(self, picture: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
-        """The pictures of :meth:`draw`, each with its label: the phrase and the share of its heat inside its region.
+    def overlays(self, index: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
+        """The generated ``image``, number ``index``, under each phrase's heat (its own scale, from 0 to its maximum)
+        and outline, with its label: the phrase and the share of its heat inside its region.
 
         ValueError when no region has words.
         """
-        record, row = self._find(picture)
-        layout = self._layouts[record.layouts[row]]
+        layout = self._layout(index)
         masks = layout.masks((image.height, image.width))
         cells = [
             (
-                f"{region.phrase} {self.mass(picture, index):.0%}",
-                outline(_overlay(image, self.heat(picture, index)), masks[index], "white"),
+                f"{region.phrase} {self.mass(index, number):.0%}",
+                outline(_overlay(image, self.heat(index, number)), masks[number], "white"),
             )
-            for index, region in enumerate(layout.regions)
+            for number, region in enumerate(layout.regions)
             if region.phrase
         ]
         if not cells:
-            raise ValueError("The layout has no region with words, so there is no map to draw.")
+            raise ValueError("The layout has no region with words, so there is no map to render.")
         return cells
 
-    def _find(self, picture: int) -> tuple[_Record, int]:
-        first = 0
-        for record in self._records:
-            if first <= picture < first + len(record.layouts):
-                return record, picture - first
-            first += len(record.layouts)
-        raise ValueError(f"There are maps of {first} pictures, none of picture {picture}; they count from 0.")
+    def render(self, index: int, image: Image.Image) -> Image.Image:
+        """The images of :meth:`overlays` in a row, with their labels."""
+        cells = self.overlays(index, image)
+        return grid([[shown for _, shown in cells]], [label for label, _ in cells])
 
-    def _regions(self, picture: int) -> tuple[Any, ...]:
-        record, row = self._find(picture)
-        return self._layouts[record.layouts[row]].regions
+    def _find(self, image: int) -> tuple[_Record, int]:
+        first = 0
+        for record in self.records:
+            if first <= image < first + len(record.layouts):
+                return record, image - first
+            first += len(record.layouts)
+        raise ValueError(f"There are maps of {first} images, none of image {image}; they count from 0.")
+
+    def _layout(self, image: int) -> Layout:
+        record, row = self._find(image)
+        return self._layouts[record.layouts[row]]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps(Control):
+    """Record the cross-attention of every region's phrase (as DAAM, arXiv 2210.04885); changes nothing.
+
+    Attach it beside other controls, generate, and ask it, or its ``recorder``, which holds what was read: images are
+    numbered in the order generated, over all calls. Attached again, it begins anew.
+
+    Args:
+        start, end: look from start up to, not including, end (fractions of the steps).
+        sites: the layers to look at, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
+
+    Raises:
+        ValueError: a window that is none; when attached, sites that the denoiser does not have.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    sites: tuple[str, ...] | None = None
+    recorder: AttentionRecorder = field(default_factory=AttentionRecorder, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        regions = BoundRegions(pipe, layouts, "area")
+        names = None if self.sites is None else frozenset(regions.denoiser.choose_layers(self.sites))
+        self.recorder.begin(layouts)
+        return _BoundMaps(self, regions, names)
+
+    def heat(self, image: int, region: int) -> Tensor:
+        """As :meth:`AttentionRecorder.heat`."""
+        return self.recorder.heat(image, region)
+
+    def mass(self, image: int, region: int) -> float:
+        """As :meth:`AttentionRecorder.mass`."""
+        return self.recorder.mass(image, region)
+
+    def overlays(self, index: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
+        """As :meth:`AttentionRecorder.overlays`."""
+        return self.recorder.overlays(index, image)
+
+    def render(self, index: int, image: Image.Image) -> Image.Image:
+        """As :meth:`AttentionRecorder.render`."""
+        return self.recorder.render(index, image)
+
+    def draw(self, picture: int, image: Image.Image) -> Image.Image:
+        """Deprecated name of :meth:`render`."""
+        warnings.warn("AttentionMaps.draw is now called render.", DeprecationWarning, stacklevel=2)
+        return self.render(picture, image)
 
 
 class _BoundMaps(BoundControl):
-    only_looks = True
+    is_reader = True
 
-    def __init__(self, control: AttentionMaps, regions: BoundRegions, sites: frozenset[str] | None) -> None:
+    def __init__(self, control: AttentionMaps, regions: BoundRegions, layers: frozenset[str] | None) -> None:
         self.control = control
         self.regions = regions
-        self.sites = sites  # None: all
+        self.layers = layers  # None: all
         self._record: _Record | None = None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         self._record = None
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        chosen = site.cross and (self.sites is None or site.name in self.sites)
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        chosen = layer.cross and (self.layers is None or layer.name in self.layers)
         return chosen and context.within(self.control.start, self.control.end)
 
     @torch.no_grad()
     def read_attention(
-        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         words = self.regions.per_row(context, ("mean", scores.keys), lambda layout: self._words(layout, scores.keys))
         assert words is not None  # (n,r,K)
         record = self._record
         if record is None:
             record = self._record = _Record(context.guided_layouts, context.latent_size)
-            self.control._records.append(record)
+            self.control.recorder.records.append(record)
         block = scores.block(queries)  # (n,H,q,K)
         probabilities = (block if bias is None else block + bias).softmax(dim=-1).mean(dim=1)  # (n,q,K)
         maps = words @ probabilities.transpose(1, 2)  # (n,r,q)
-        if site.size not in record.sums:
-            record.sums[site.size] = maps.new_zeros(*maps.shape[:2], site.cells)
-            record.counts[site.size] = 0
-        record.sums[site.size][:, :, queries] += maps
-        record.counts[site.size] += int(not queries.start)  # the first part stands for the layer
+        if layer.size not in record.sums:
+            record.sums[layer.size] = maps.new_zeros(*maps.shape[:2], layer.cells)
+            record.counts[layer.size] = 0
+        record.sums[layer.size][:, :, queries] += maps
+        record.counts[layer.size] += int(not queries.start)  # the first part stands for the layer
 
     def _words(self, layout: int, keys: int) -> Tensor:
         """(r,K): the mean over each phrase's tokens as weights; r is the largest number of regions of a layout."""
-        words = torch.zeros(max(1, *(len(item.regions) for item in self.regions.layouts)), keys)
+        words = torch.zeros(max(1, self.regions.most), keys)
         for region in range(len(self.regions.layouts[layout].regions)):
             tokens = self.regions.tokens(layout, region, keys)
             words[region, tokens] = 1 / max(1, len(tokens))

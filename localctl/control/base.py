@@ -1,4 +1,4 @@
-"""What a control is, and what it is told at each call of the U-Net.
+"""What a control is, and what it is told at each call of the denoiser.
 
 A :class:`Control` describes what the user wants and keeps no state. ``attach`` binds it to one pipeline and its
 layouts; the resulting :class:`BoundControl` holds what is computed once per attach and implements the hooks.
@@ -11,15 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
+from localctl.control.serialization import Serializable
+from localctl.denoisers.base import AttentionLayer, BlockResiduals, DenoiserInputs
 from localctl.layout import Layout
+from localctl.lazy import renamed
 
 
 class _WhenAsked:
@@ -42,17 +44,17 @@ class _WhenAsked:
 
 @dataclass(frozen=True)
 class CallContext:
-    """Where one call of the U-Net stands.
+    """Where one call of the denoiser stands.
 
     step, num_steps: the outer sampling step, 0 <= step < num_steps, of those this call of the pipeline makes (with
-        image-to-image or ``denoising_end`` not all of the schedule's). Schedulers of second order call the U-Net twice
-        in one step.
-    timestep: what the U-Net was given. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0; may be
+        image-to-image or ``denoising_end`` not all of the schedule's). Schedulers of second order call the denoiser
+        twice in one step.
+    timestep: what the denoiser was given. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0; may be
         given as a function, which is called when a control reads it.
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
-    device, dtype: what tensors for the U-Net must have.
+    device, dtype: what tensors for the denoiser must have.
     """
 
     step: int
@@ -83,116 +85,102 @@ class CallContext:
         return start <= self.step / self.num_steps < end
 
     def only(self, images: Sequence[int]) -> CallContext:
-        """The same place for a call with nothing but the prompt rows of these pictures."""
+        """The same place for a call with nothing but the prompt rows of these images."""
         layouts = self.guided_layouts
         chosen = tuple(layouts[image] for image in images)
         return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
 
 
-@dataclass(frozen=True)
-class UNetInputs:
-    """What the U-Net is given in one call: sample (R, c, h, w), timestep, text (R, K, C) of the prompts, and for SDXL
-    the pooled texts and sizes by name in ``added``; not to be written to."""
-
-    sample: Tensor
-    timestep: Tensor | float
-    text: Tensor
-    added: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class BlockResiduals:
-    """What a ControlNet adds: to each skip connection, finest first, ``down`` (R, c, h, w) each, and to what comes out
-    of the middle block, ``middle``."""
-
-    down: list[Tensor]
-    middle: Tensor
-
-
 Attend = Callable[[Tensor, Sequence[int]], Tensor]
 
 
-class RunUNet(Protocol):
-    """Runs the U-Net of the present call once more, on the prompt rows of some of its pictures."""
+class RunDenoiser(Protocol):
+    """Runs the denoiser of the present call once more, on the prompt rows of some of its images."""
 
     def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> AbstractContextManager[None]:
-        """``latents`` (m, c, h, w), with gradients if they want them, for pictures number ``images``. All that steers
+        """``latents`` (m, c, h, w), with gradients if they want them, for images number ``images``. All that steers
         the call steers this run, too; ``reader`` sees its attention and may raise :class:`EndOfRun` when it has seen
         enough. Take gradients within the context: layers under gradient checkpointing are run again for them."""
 
 
 class EndOfRun(Exception):
-    """Raised by the reader of a :class:`RunUNet` to end that run early."""
+    """Raised by the reader of a :class:`RunDenoiser` to end that run early."""
 
 
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
-    At each call of the U-Net, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
+    At each call of the denoiser, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
     inputs; at each attention layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and
     ``mix_attention`` are called, in this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
-    takes_gradients: whether it asks for gradients through the U-Net, which not all weights let pass.
-    only_looks: changes nothing, and is left out when another control runs the U-Net for itself.
+    takes_gradients: whether it asks for gradients through the denoiser, which not all weights let pass.
+    is_reader: only reads attention and changes nothing; it is left out when another control runs the denoiser for
+        itself.
     """
 
     moves_latents = False
     takes_gradients = False
-    only_looks = False
+    is_reader = False
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """The pipeline begins to draw; ``arguments`` are those of its ``encode_prompt``."""
+        """The pipeline begins a call; ``arguments`` are those of its ``encode_prompt``."""
 
-    def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+    def shift_latents(self, context: CallContext, latents: Tensor, run: RunDenoiser) -> Tensor | None:
         """Hook on the latents, for controls whose ``moves_latents`` is set: what to add to the noisy latents
-        (n, c, h, w) before this step, one row per picture, float32; or None.
+        (n, c, h, w) before this step, one row per image, float32; or None.
 
-        ``latents`` are what the U-Net is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
+        ``latents`` are what the denoiser is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
         whatever the scheduler's own scale; the shift is of the same scale."""
         return None
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
-        """Hook on the inputs of the U-Net: tensors (R, c, h, w) added within its down blocks, one per block, finest
-        first; or None to leave this call alone. They must be the caller's to keep: the U-Net may write to them."""
+        """Hook on the inputs of the denoiser: tensors (R, c, h, w) added within its down blocks, one per block, finest
+        first; or None to leave this call alone. They must be the caller's to keep: the denoiser may write to them."""
         return None
 
-    def block_residuals(self, context: CallContext, inputs: UNetInputs) -> BlockResiduals | None:
-        """Hook on the inputs of the U-Net: what to add to its skip connections and middle block, or None. ``inputs``
+    def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
+        """Hook on the inputs of the denoiser: what to add to its skip connections and middle block, or None. ``inputs``
         are the call's own, before any control changes text or latents."""
         return None
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        """Hook on the inputs of the U-Net: another text context (R, K, C) in place of ``text``, which must not be
+        """Hook on the inputs of the denoiser: another text context (R, K, C) in place of ``text``, which must not be
         written to; or None. Biases are then computed from the new one."""
         return None
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        """Whether this control wants the hooks below to be called at ``site`` in this call of the U-Net."""
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        """Whether this control wants the hooks below to be called at ``layer`` in this call of the denoiser."""
         return False
 
-    def max_queries(self, site: Site, scores: Scores) -> int:
-        """How many queries of this site the next two hooks can be given at once; a limit of memory."""
-        return site.cells
+    def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
+        """How many queries of this layer the next two hooks can be given at once; a limit of memory."""
+        return layer.cells
 
-    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+    def attention_bias(
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
+    ) -> Tensor | None:
         """What to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K); or None,
-        for all queries of the site, to leave the layer exactly as it is. It sees the scores before any bias."""
+        for all queries of the layer, to leave the layer exactly as it is. It sees the scores before any bias."""
         return None
 
     def read_attention(
-        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         """Look at the scores of these queries and the sum of all controls' biases; change neither."""
 
-    def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
+    def mix_attention(
+        self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend
+    ) -> Tensor | None:
         """At cross-attention: another output (R, Q, C) in place of ``output``, or None. ``attend(text, rows)`` runs the
         layer again for these rows of the batch with other texts (r, K, C), without any bias: (r, Q, C)."""
         return None
 
 
-class Control(ABC):
-    """Anything that steers the frozen U-Net while sampling."""
+class Control(Serializable, ABC):
+    """Anything that steers or reads the frozen denoiser while sampling: a dataclass of settings, without the state of a
+    call, to be saved and loaded as JSON."""
 
     @abstractmethod
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
@@ -205,8 +193,16 @@ def check_window(start: float, end: float) -> None:
         raise ValueError(f"A control needs 0 <= start < end <= 1 (fractions of the steps), not {start} and {end}.")
 
 
-def add_residuals(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """The sum of two lists of residuals, level by level; None counts as nothing. Returns a new list."""
-    if first is None or second is None:
-        return list(first or second or ()) or None
-    return [b if a is None else a if b is None else a + b for a, b in zip_longest(first, second)]
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of those known."""
+    if value not in known:
+        raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
+
+
+def check_strength(name: str, value: float) -> None:
+    """ValueError unless ``value`` is a number that is finite in float32, too."""
+    if not isinstance(value, (int, float)) or not torch.isfinite(torch.tensor(float(value))):
+        raise ValueError(f"The {name} of a control is a finite number, not {value!r} (of float32, up to 3.4e38).")
+
+
+__getattr__ = renamed(__name__, {"UNetInputs": DenoiserInputs, "RunUNet": RunDenoiser})

@@ -1,15 +1,24 @@
-"""What keeps a control from acting on a U-Net, found and said before it does: caches and lost gradients."""
+"""What keeps a control from acting, found and said before it does: caches, lost gradients, processors that ignore a
+mask, adapters of another base."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers import T2IAdapter
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
-from localctl.control.inner_forward import without_gradients
+from localctl.adapter import SHAPE, check_level_weights
+from localctl.adapter_files import SavedAdapter
+from localctl.architectures import BaseShape
+from localctl.control.attention import Scores
+from localctl.denoisers import bare_denoiser
+from localctl.denoisers.base import Denoiser
+from localctl.diffusion import latent_size
 from localctl.files import first_line
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -17,32 +26,27 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HARMLESS = ("diffusers.hooks.layerwise_casting", "diffusers.hooks.group_offloading", "diffusers.hooks.hooks")
 
 
-def check_unskipped(unet: nn.Module) -> None:
-    """ValueError if something on the U-Net leaves out layers or reuses what they gave in another step.
+def check_unskipped(denoiser: Denoiser) -> None:
+    """ValueError if something on the denoiser leaves out layers or reuses what they gave in another step.
 
     Found are diffusers' hooks (FirstBlockCache, FasterCache, PyramidAttentionBroadcast and their kind) and what puts a
-    ``forward`` of its own before the U-Net's blocks (DeepCache, T-GATE).
+    ``forward`` of its own before the denoiser's blocks (DeepCache, T-GATE).
     """
-    for name, module in unet.named_modules():
+    for name, module in denoiser.module.named_modules():
         registry = vars(module).get("_diffusers_hook")
         for hook in registry.hooks.values() if registry is not None else ():
             kind = type(hook)
             if kind.__module__.startswith("diffusers.") and kind.__module__ not in _HARMLESS:
                 raise ValueError(
-                    f"The U-Net has a {kind.__name__} ({name or 'on the whole'}), which skips layers or repeats what "
-                    "they gave in another step, so controls would not act there; load the pipeline without it."
+                    f"The {denoiser.name} has a {kind.__name__} ({name or 'on the whole'}), which skips layers or "
+                    "repeats what they gave in another step, so controls would not act there; load the pipeline "
+                    "without it."
                 )
-        if _is_place(module, name) and _has_foreign_forward(module):
+        if (denoiser.is_block(module, name) or _is_transformer(module)) and _has_foreign_forward(module):
             raise ValueError(
-                f"The U-Net's {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for example), which "
-                "may skip what controls act on; take it off first."
+                f"The {denoiser.name}'s {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for "
+                "example), which may skip what controls act on; take it off first."
             )
-
-
-def _is_place(module: nn.Module, name: str) -> bool:
-    """Whether this is the U-Net, one of its blocks, or of their transformers down to the attention."""
-    block = re.fullmatch(r"((down|up)_blocks\.\d+|mid_block)?", name) is not None
-    return block or isinstance(module, Attention) or _is_transformer(module)
 
 
 def _is_transformer(module: nn.Module) -> bool:
@@ -62,12 +66,12 @@ def _has_foreign_forward(module: nn.Module) -> bool:
     )
 
 
-def check_gradients(unet: nn.Module, who: str) -> None:
-    """ValueError if gradients do not pass through the U-Net's layers: their weights are kept in 8 bits, converted for
-    each call, made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried."""
+def check_gradients(denoiser: Denoiser, who: str) -> None:
+    """ValueError if gradients do not pass through the denoiser's layers: their weights are kept in 8 bits, converted
+    for each call, made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried."""
     tried = set()
-    with torch.inference_mode(False), torch.enable_grad(), without_gradients(unet):
-        for module, point in _layers(unet):
+    with torch.inference_mode(False), torch.enable_grad(), without_gradients(denoiser.module):
+        for module, point in _layers(denoiser.module):
             weight = getattr(module, "weight", None)
             inference = isinstance(weight, Tensor) and weight.is_inference()
             hooked = "_diffusers_hook" in vars(module)
@@ -79,16 +83,29 @@ def check_gradients(unet: nn.Module, who: str) -> None:
             reason = "made within torch.inference_mode" if inference else _failure(module, point)
             if reason is not None:
                 raise ValueError(
-                    f"{who} needs gradients through the U-Net, which its weights do not let pass "
+                    f"{who} needs gradients through the {denoiser.name}, which its weights do not let pass "
                     f"({type(module).__name__}: {reason}); load it in float32, float16 or bfloat16 and without "
                     "casting or inference mode, or use a control without gradients, such as RegionBias."
                 )
 
 
-def _layers(unet: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+@contextmanager
+def without_gradients(module: nn.Module) -> Iterator[None]:
+    """No gradients for the module's own weights, which would keep more of the forward pass in memory."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def _layers(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     """Each layer that has weights of its own, with the smallest input it takes."""
-    dtype = unet.dtype
-    for module in unet.modules():
+    dtype = network.dtype
+    for module in network.modules():
         weight = vars(module).get("_parameters", {}).get("weight")
         device = weight.device if isinstance(weight, Tensor) and weight.device.type != "meta" else "cpu"
         place = {"dtype": dtype, "device": device}
@@ -113,3 +130,77 @@ def _failure(module: nn.Module, point: Tensor) -> str | None:
     except (RuntimeError, TypeError, ValueError) as error:
         return first_line(error)
     return None if gradient.isfinite().all() else "the gradient is not finite"
+
+
+class MaskCheck:
+    """Looks at the first output of each kind of processor that can tell. ValueError for one that ignores its mask."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._known: set[type] = set()
+
+    def __call__(self, attn: Attention, processor: Any, scores: Scores, mask: Tensor, output: Tensor) -> None:
+        if type(processor) in self._known:
+            return
+        used = uses_mask(attn, scores, mask, output)
+        if used is False:
+            raise ValueError(
+                f"The attention processor {type(processor).__name__} ignores the attention mask, which is how controls "
+                "act, or what computes its attention does (SageAttention, for example); call "
+                f"pipe.{self._denoiser.attribute}.set_default_attn_processor() or take that off first."
+            )
+        if used:
+            self._known.add(type(processor))
+
+
+@torch.no_grad()
+def uses_mask(attn: Attention, scores: Scores, mask: Tensor, output: Tensor) -> bool | None:
+    """Whether ``output`` (R, Q, C) of a layer shows the effect of ``mask`` (R or R*H, Q, K); None where it is too small
+    to be told.
+
+    A few queries of one row are attended to again, with and without the mask, as plainly as diffusers can.
+    """
+    if scores.mask is not None:
+        return None
+    row = scores.guided.start
+    own = mask.unflatten(0, (len(output), -1))[row]  # (1 or H,Q,K)
+    spread = (own.amax(dim=-1) - own.amin(dim=-1)).amax(dim=0)  # (Q,)
+    queries = spread.topk(min(8, len(spread))).indices
+    hidden, source = scores.hidden_states[row, queries][None], scores.source[row : row + 1]
+    own = own[:, queries].to(torch.float32 if attn.upcast_attention else hidden.dtype)
+    plain = AttnProcessor()
+    without = plain(attn, hidden, source).float()
+    away = (plain(attn, hidden, source, own).float() - without).abs().max()
+    if not bool(away > 64 * torch.finfo(output.dtype).eps * without.abs().max()):
+        return None
+    return bool((output[row, queries][None].float() - without).abs().max() > away / 8)
+
+
+def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> None:
+    """ValueError, which ends in ``way_out``, unless an adapter of these options makes what the denoiser takes; nothing
+    is computed. options: ``SHAPE`` and ``level_weights`` are looked at, with their defaults."""
+    factor = shape.vae_scale_factor
+    side = 64 * factor
+    known = {name: options[name] for name in SHAPE if name in options}
+    made: list[tuple[int, ...]] | None = None
+    # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only. The others
+    # are of configs that were written by hand.
+    with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
+        features = T2IAdapter(**known)(torch.zeros(1, known.get("in_channels", 3), side, side))
+        made = [tuple(feature.shape[1:]) for feature in features]
+    denoiser = bare_denoiser(shape.build("unet"))
+    taken = denoiser.residual_shapes(latent_size(side, side, factor))
+    if made is None or made != taken[: len(made)]:
+        raise ValueError(
+            f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
+            f"base's {denoiser.name} takes {taken}; {way_out}."
+        )
+    check_level_weights(options.get("level_weights"), len(made))
+
+
+def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:
+    """ValueError for an adapter that does not fit the base of this name and shape; a sentence on one that was trained
+    on another base."""
+    trained = f", which was trained on the base {adapter.base}," if adapter.base else ""
+    check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit {base}")
+    return adapter.used_on(base)

@@ -7,7 +7,7 @@ The method of DenseDiffusion (arXiv 2308.12964, eq. 3-5). For each query i and k
     lambda_i = w * (t / 1000)^decay * (1 - size_regularisation * area_i),   decay = 5 as published.
 
 In cross-attention a cell belongs to the tokens of its segment's phrase, in self-attention to the cells of its segment;
-area_i is the share of the picture that the segments of cell i cover. The rows of the negative prompt stay as they are.
+area_i is the share of the image that the segments of cell i cover. The rows of the negative prompt stay as they are.
 """
 
 from __future__ import annotations
@@ -20,21 +20,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.cells import CELL_MODES
-from localctl.control.attention import Scores, Site
-from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.hidden_phrases import HiddenPhrases
-from localctl.control.region_bias import check_strength
-from localctl.control.regions import BoundRegions, encode_texts
+from localctl.control.attention import Scores
+from localctl.control.base import BoundControl, CallContext, check_choice, check_strength
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
-from localctl.tokens import positions_of
 
 RESTS = ("published", "segment", "free")
 
 
 @dataclass(frozen=True)
-class DenseModulation(Control):
-    """Modulate self- and cross-attention towards the regions, which are meant to cover most of the picture.
+class DenseModulation(RegionControl):
+    """Modulate self- and cross-attention towards the regions, which are meant to cover most of the image.
 
     Args:
         w_cross, w_self: weights of the modulation of cross- and self-attention, w_c and w_s of the paper; a region's
@@ -71,7 +68,7 @@ class DenseModulation(Control):
     memory_limit: float = 256.0
 
     def __post_init__(self) -> None:
-        check_window(self.start, self.end)
+        super().__post_init__()
         for name in ("w_cross", "w_self", "size_regularisation"):
             check_strength(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
@@ -79,28 +76,18 @@ class DenseModulation(Control):
         check_strength("decay", self.decay)
         if self.decay < 0:
             raise ValueError(f"The decay of DenseModulation is at least 0, not {self.decay}.")
-        if self.rest not in RESTS:
-            raise ValueError(f"Unknown rest {self.rest!r}; choose one of {', '.join(RESTS)}.")
-        if self.mask_resize not in CELL_MODES:
-            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
+        check_choice("rest", self.rest, RESTS)
         if not self.memory_limit > 0:
             raise ValueError(f"The memory limit is a positive number of MiB, not {self.memory_limit}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        for layout in layouts:
-            for region in layout.regions:
-                if not 0 <= region.strength <= 1:
-                    raise ValueError(
-                        f"The strength of the region {region.name} must lie in [0, 1] for DenseModulation, "
-                        f"not {region.strength}."
-                    )
-        regions = BoundRegions(pipe, layouts, self.mask_resize)
-        return _BoundDense(self, pipe, regions, HiddenPhrases(pipe, regions) if self.hide_phrases else None)
+        self.check_strengths(layouts)
+        return _BoundDense(self, BoundRegions(pipe, layouts, self.mask_resize), pipe.scheduler)
 
 
 @dataclass(frozen=True)
 class _Segments:
-    """The segments of all rows with the prompt on one site's grid; s is the number of segments, the rest among them."""
+    """The segments of all rows with the prompt on a layer's grid; s is the number of segments, the rest among them."""
 
     member: Tensor  # (n,s,Q) 0 or 1
     strength: Tensor  # (n,s,1)
@@ -130,41 +117,25 @@ class _Segments:
         return torch.where(together, inside, -self.own[:, queries]) * self.size[:, queries]
 
 
-class _BoundDense(BoundControl):
-    def __init__(
-        self, control: DenseModulation, pipe: DiffusionPipeline, regions: BoundRegions, hidden: HiddenPhrases | None
-    ) -> None:
-        self.control = control
-        self.pipe = pipe
-        self.regions = regions
-        self.hidden = hidden
-        self.timesteps = pipe.scheduler.config.num_train_timesteps
+class _BoundDense(BoundRegionControl[DenseModulation]):
+    def __init__(self, control: DenseModulation, regions: BoundRegions, scheduler: Any) -> None:
+        super().__init__(control, regions)
+        self.timesteps = scheduler.config.num_train_timesteps
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (tokens, C)
         self._segments: tuple[Any, _Segments | None] = (None, None)
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        super().begin_call(arguments)
         self._texts = {}
-        if self.hidden is not None:
-            self.hidden.begin_call(arguments)
         if not self.control.separate_texts or self.control.w_cross == self.control.w_self == 0:
             return
-        wanted = [
-            (layout, index, region.phrase)
-            for layout, scene in enumerate(self.regions.layouts)
-            for index, region in enumerate(scene.regions)
-            if region.phrase and region.strength
-        ]
-        if not wanted:
-            return
-        encoded = encode_texts(self.pipe, [phrase for _, _, phrase in wanted], arguments)  # (phrases, 77, C)
-        for (layout, index, phrase), text in zip(wanted, encoded, strict=True):
-            alone = positions_of(self.pipe, Layout(phrase, regions=(Region(phrase, (0, 0, 1, 1)),)))[0]
-            self._texts[layout, index] = text[list(alone)]
+        wanted = {key: region.phrase for key, region in self.regions if region.phrase and region.strength}
+        for key, text in self.regions.encode(wanted, arguments).items():  # (77, C) each
+            alone = Layout(wanted[key], regions=(Region(wanted[key], (0, 0, 1, 1)),))
+            self._texts[key] = text[list(self.regions.denoiser.token_positions(alone)[0])]
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        hidden = None
-        if self.hidden is not None and (self.control.w_cross or self.control.w_self):
-            hidden = self.hidden.replace(context, text, self._active(context))
+        hidden = super().text(context, text) if self.control.w_cross or self.control.w_self else None
         if not self._texts:
             return hidden
         changed = (text if hidden is None else hidden).clone()
@@ -177,49 +148,47 @@ class _BoundDense(BoundControl):
                     changed[row, positions] = alone[: len(positions)]
         return changed
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        weight = self.control.w_cross if site.cross else self.control.w_self
-        return bool(weight) and bool(self._active(context))
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        weight = self.control.w_cross if layer.cross else self.control.w_self
+        return bool(weight) and bool(self.active(context))
 
-    def _active(self, context: CallContext) -> set[int]:
-        """The layouts that are steered in this step."""
-        if not context.within(self.control.start, self.control.end):
-            return set()
-        return {layout for layout in context.guided_layouts if any(self.regions.strengths(layout, context))}
-
-    def max_queries(self, site: Site, scores: Scores) -> int:
+    def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
         # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.
         per_query = 4 * 4 * scores.hidden_states.shape[0] * scores.attn.heads * scores.keys
-        return max(1, int(min(self.control.memory_limit * 2**20 / per_query, site.cells)))
+        return max(1, int(min(self.control.memory_limit * 2**20 / per_query, layer.cells)))
 
-    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
-        segments = self._segments_at(context, site)
-        if site.cross:
+    def attention_bias(
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
+    ) -> Tensor | None:
+        segments = self._segments_at(context, layer)
+        if layer.cross:
             signed = segments.cross(self._words(context, segments, scores.keys), queries)
         else:
             signed = segments.self_(queries)  # (n,q,K)
-        weight = self.control.w_cross if site.cross else self.control.w_self
+        weight = self.control.w_cross if layer.cross else self.control.w_self
         amount = weight * (context.timestep / self.timesteps) ** self.control.decay
         block = scores.block(queries)  # (n,H,q,K)
         low, high = block.aminmax(dim=-1, keepdim=True)
         target = torch.where(signed[:, None] > 0, high, low)
         return target.sub_(block).mul_(signed.abs_().mul_(amount)[:, None])
 
-    def _segments_at(self, context: CallContext, site: Site) -> _Segments:
-        """The segments on the site's grid; those of the last site are kept, the parts of its queries ask again."""
+    def _segments_at(self, context: CallContext, layer: AttentionLayer) -> _Segments:
+        """The segments on the layer's grid; those of the last layer are kept, the parts of its queries ask again."""
         strengths = tuple(self.regions.strengths(layout, context) for layout in context.guided_layouts)
-        key = (site.size, context.guided_layouts, strengths, context.device)
+        key = (layer.size, context.guided_layouts, strengths, context.device)
         if self._segments[0] != key or self._segments[1] is None:
-            self._segments = (key, self._make_segments(context, site, strengths))
+            self._segments = (key, self._make_segments(context, layer, strengths))
         assert self._segments[1] is not None
         return self._segments[1]
 
-    def _make_segments(self, context: CallContext, site: Site, strengths: tuple[tuple[float, ...], ...]) -> _Segments:
+    def _make_segments(
+        self, context: CallContext, layer: AttentionLayer, strengths: tuple[tuple[float, ...], ...]
+    ) -> _Segments:
         count = max(len(row) for row in strengths) + 1  # the last is the rest
-        member = torch.zeros(len(strengths), count, site.cells)
+        member = torch.zeros(len(strengths), count, layer.cells)
         strength = torch.zeros(len(strengths), count, 1)
         for row, (layout, values) in enumerate(zip(context.guided_layouts, strengths, strict=True)):
-            masks = self.regions.masks(layout, site)  # (r,Q)
+            masks = self.regions.masks(layout, layer)  # (r,Q)
             if not len(masks):
                 continue
             member[row, : len(masks)] = (masks >= 0.5 * masks.amax(dim=1, keepdim=True)).float()

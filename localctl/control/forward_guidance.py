@@ -19,19 +19,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.cells import CELL_MODES
-from localctl.control.attention import Scores, Site
-from localctl.control.base import BoundControl, CallContext, Control, check_window
-from localctl.control.guidance_layers import choose_sites
-from localctl.control.region_bias import check_strength
-from localctl.control.regions import BoundRegions
+from localctl.control.attention import Scores
+from localctl.control.base import BoundControl, CallContext, check_strength
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
 _FLOOR = 1e-6  # of a mixed probability; its logarithm stays finite where strength is 1
 
 
 @dataclass(frozen=True)
-class ForwardGuidance(Control):
+class ForwardGuidance(RegionControl):
     """Mix each phrase's attention map with a window over its region.
 
     Args:
@@ -39,11 +37,11 @@ class ForwardGuidance(Control):
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
             region's own window applies within it.
         sites: the layers to steer, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
-        mask_resize: how regions are brought to each site's grid.
+        mask_resize: how regions are brought to each layer's grid.
 
     Raises:
         ValueError: a strength out of range, also of a region; a window that is none; when attached, sites that the
-            U-Net does not have, or as for :func:`localctl.phrases.token_positions`.
+            denoiser does not have, or as for :func:`localctl.phrases.token_positions`.
     """
 
     strength: float = 0.8
@@ -53,41 +51,36 @@ class ForwardGuidance(Control):
     mask_resize: str = "area"
 
     def __post_init__(self) -> None:
-        check_window(self.start, self.end)
+        super().__post_init__()
         check_strength("strength", self.strength)
         if not 0 <= self.strength <= 1:
             raise ValueError(f"The strength of ForwardGuidance lies in [0, 1], not {self.strength}.")
-        if self.mask_resize not in CELL_MODES:
-            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        for layout in layouts:
-            for region in layout.regions:
-                if not 0 <= self.strength * region.strength <= 1:
-                    raise ValueError(
-                        f"The strength of the region {region.name} must lie in [0, 1] for ForwardGuidance, "
-                        f"not {region.strength}."
-                    )
-        names = choose_sites(pipe.unet, ("down", "mid", "up") if self.sites is None else self.sites)
-        return _BoundForward(self, BoundRegions(pipe, layouts, self.mask_resize), names)
+        self.check_strengths(layouts, self.strength)
+        regions = BoundRegions(pipe, layouts, self.mask_resize)
+        names = regions.denoiser.choose_layers(("down", "mid", "up") if self.sites is None else self.sites)
+        return _BoundForward(self, regions, names)
 
 
-class _BoundForward(BoundControl):
-    def __init__(self, control: ForwardGuidance, regions: BoundRegions, sites: Sequence[str]) -> None:
-        self.control = control
-        self.regions = regions
-        self.sites = frozenset(sites)
+class _BoundForward(BoundRegionControl[ForwardGuidance]):
+    def __init__(self, control: ForwardGuidance, regions: BoundRegions, layers: Sequence[str]) -> None:
+        super().__init__(control, regions)
+        self.layers = frozenset(layers)
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        if site.name not in self.sites or not context.within(self.control.start, self.control.end):
-            return False
-        return any(any(self._strengths(layout, context)) for layout in context.guided_layouts)
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        return layer.name in self.layers and bool(self.active(context))
 
-    def attention_bias(self, context: CallContext, site: Site, scores: Scores, queries: slice) -> Tensor | None:
+    def steers(self, layout: int, context: CallContext) -> bool:
+        return any(self._strengths(layout, context))
+
+    def attention_bias(
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
+    ) -> Tensor | None:
         active = tuple(self._strengths(layout, context) for layout in context.guided_layouts)
-        key = (site.size, scores.keys, active)
+        key = (layer.size, scores.keys, active)
         # (n,2,Q,K): of each cell and token, the part that is moved and the window; another shape than other controls'
-        maps = self.regions.per_row(context, key, lambda layout: self._maps(layout, context, site, scores.keys))
+        maps = self.regions.per_row(context, key, lambda layout: self._maps(layout, context, layer, scores.keys))
         if maps is None:
             return None
         share, window = maps[:, None].unbind(dim=2)  # (n,1,Q,K)
@@ -98,20 +91,15 @@ class _BoundForward(BoundControl):
         return bias[:, :, queries]
 
     def _strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        regions = self.regions.layouts[layout].regions
-        strengths = self.regions.strengths(layout, context)
-        return tuple(
-            self.control.strength * strength if region.phrase else 0.0
-            for region, strength in zip(regions, strengths, strict=True)
-        )
+        return tuple(self.control.strength * one for one in self.regions.phrase_strengths(layout, context))
 
-    def _maps(self, layout: int, context: CallContext, site: Site, keys: int) -> Tensor | None:
+    def _maps(self, layout: int, context: CallContext, layer: AttentionLayer, keys: int) -> Tensor | None:
         strengths = self._strengths(layout, context)
         if not any(strengths):
             return None
-        result = torch.zeros(2, site.cells, keys)
-        for index, (mask, strength) in enumerate(zip(self.regions.masks(layout, site), strengths, strict=True)):
-            window = _window(mask, site.size)
+        result = torch.zeros(2, layer.cells, keys)
+        for index, (mask, strength) in enumerate(zip(self.regions.masks(layout, layer), strengths, strict=True)):
+            window = _window(mask, layer.size)
             for token in self.regions.tokens(layout, index, keys):
                 result[0, :, token], result[1, :, token] = strength, window
         return result

@@ -1,6 +1,6 @@
 """Layout guidance: the gradient of an energy of the attention maps moves the latents, so that objects find their place.
 
-The method of arXiv 2304.03373. With A_uk the cross-attention of cell u to token k, for each head of each site,
+The method of arXiv 2304.03373. With A_uk the cross-attention of cell u to token k, for each head of each layer,
 
     E = mean over sites, heads, regions r and their tokens k of (1 - sum_{u in r} A_uk / sum_u A_uk)^2,
 
@@ -11,7 +11,6 @@ and in variance-exploding coordinates x = z / sqrt(abar), before the first steps
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,36 +20,34 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.cells import CELL_MODES
-from localctl.control.attention import Scores, Site
-from localctl.control.base import BoundControl, CallContext, Control, EndOfRun, RunUNet, check_window
-from localctl.control.guidance_layers import choose_sites
-from localctl.control.region_bias import check_strength
-from localctl.control.regions import BoundRegions
+from localctl.control.attention import Scores
+from localctl.control.base import BoundControl, CallContext, EndOfRun, RunDenoiser, check_strength
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
 
 @dataclass(frozen=True)
-class LayoutGuidance(Control):
+class LayoutGuidance(RegionControl):
     """Move the latents down the gradient of the energy of the regions' phrases.
 
     Args:
         scale: factor of the energy's gradient.
         iterations: at most this many moves before each step.
-        threshold: a picture is not moved (again) once its energy is at most this.
+        threshold: an image is not moved (again) once its energy is at most this.
         recheck: look anew in every step. False, as published: the energy is looked at after each move, the last one
-            included, and a picture that has once come to the threshold is left alone for the rest of the call.
+            included, and an image that has once come to the threshold is left alone for the rest of the call.
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
             the first 10 of 50. Each region's own window applies within it; its strength weighs its part of the energy.
-        sites: where the energy is read, each by the part of the U-Net and how much coarser than the latents it is:
+        sites: where the energy is read, each by the part of the denoiser and how much coarser than the latents it is:
             ``mid``, ``up/4``, ``down/2`` ...; None, the middle block and the first up block with cross-attention.
             :mod:`localctl.control.presets` has those of the known bases.
-        mask_resize: how regions are brought to each site's grid; ``floor`` is the published form for boxes, which moves
-            them by up to a cell.
-        early_exit: end each run of the U-Net behind the last site that is needed.
+        mask_resize: how regions are brought to each layer's grid; ``floor`` is the published form for boxes, which
+            moves them by up to a cell.
+        early_exit: end each run of the denoiser behind the last layer that is needed.
 
     Raises:
-        ValueError: a number out of range, a window that is none; when attached, sites that the U-Net does not have,
+        ValueError: a number out of range, a window that is none; when attached, sites that the denoiser does not have,
             weights that let no gradients pass, a scheduler that cannot be guided, or as for
             :func:`localctl.phrases.token_positions`.
     """
@@ -66,41 +63,39 @@ class LayoutGuidance(Control):
     recheck: bool = True
 
     def __post_init__(self) -> None:
-        check_window(self.start, self.end)
+        super().__post_init__()
         for name in ("scale", "threshold"):
             check_strength(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"The {name} of LayoutGuidance is at least 0, not {getattr(self, name)}.")
         if not isinstance(self.iterations, int) or self.iterations < 0:
             raise ValueError(f"The iterations of LayoutGuidance are a count from 0, not {self.iterations!r}.")
-        if self.mask_resize not in CELL_MODES:
-            raise ValueError(f"Unknown mask resize {self.mask_resize!r}; choose one of {', '.join(CELL_MODES)}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        names = choose_sites(pipe.unet, self.sites)
-        return BoundGuidance(self, BoundRegions(pipe, layouts, self.mask_resize), names)
+        regions = BoundRegions(pipe, layouts, self.mask_resize)
+        return BoundGuidance(self, regions, regions.denoiser.choose_layers(self.sites))
 
 
-class BoundGuidance(BoundControl):
+class BoundGuidance(BoundRegionControl[LayoutGuidance]):
     moves_latents = True
     takes_gradients = True
 
-    def __init__(self, control: LayoutGuidance, regions: BoundRegions, sites: Sequence[str]) -> None:
-        self.control = control
-        self.regions = regions
-        self.sites = tuple(sites)
-        self._done: set[int] = set()  # pictures of this call that are left alone from here on
+    def __init__(self, control: LayoutGuidance, regions: BoundRegions, layers: Sequence[str]) -> None:
+        super().__init__(control, regions)
+        self.layers = tuple(layers)
+        self._done: set[int] = set()  # images of this call that are left alone from here on
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        super().begin_call(arguments)
         self._done = set()
 
-    def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+    def shift_latents(self, context: CallContext, latents: Tensor, run: RunDenoiser) -> Tensor | None:
         control = self.control
-        if not context.within(control.start, control.end) or not control.scale:
+        if not self.within(context) or not control.scale:
             return None
         wanted = [row for row, layout in enumerate(context.guided_layouts) if any(self.weights(layout, context))]
         left = [row for row in wanted if row not in self._done]
-        # x -= scale * sigma^2 * grad_x, in the coordinates of the U-Net's input
+        # x -= scale * sigma^2 * grad_x, in the coordinates of the denoiser's input
         size = control.scale * context.sigma**2 / (1 + context.sigma**2)
         moved, any_move = latents.clone(), False
         for _ in range(control.iterations):
@@ -113,8 +108,8 @@ class BoundGuidance(BoundControl):
             left = [row for row in left if row not in self._done]
         return moved - latents if any_move else None
 
-    def _gradient(self, latents: Tensor, images: Sequence[int], run: RunUNet) -> tuple[Tensor, list[int]]:
-        """The energy's gradient for those of the pictures that are to be moved, and which these are: those above the
+    def _gradient(self, latents: Tensor, images: Sequence[int], run: RunDenoiser) -> tuple[Tensor, list[int]]:
+        """The energy's gradient for those of the images that are to be moved, and which these are: those above the
         threshold; without ``recheck`` also those that have come to it, for the last time."""
         with torch.inference_mode(False):
             point = latents[list(images)].detach().requires_grad_()
@@ -130,7 +125,7 @@ class BoundGuidance(BoundControl):
         if not bool(finite.all()):
             lost = [images[row] for row in (~finite).nonzero().flatten().tolist()]
             warnings.warn(
-                f"Layout guidance left out a step of picture {', '.join(map(str, lost))} of this batch: its gradient "
+                f"Layout guidance left out a step of image {', '.join(map(str, lost))} of this batch: its gradient "
                 "is not finite; try float32 or a smaller scale.",
                 RuntimeWarning,
                 stacklevel=2,
@@ -144,61 +139,59 @@ class BoundGuidance(BoundControl):
 
     def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:
         """The weight of each region's energy in this step; 1 / (regions that count), times the region's strength."""
-        regions = self.regions.layouts[layout].regions
-        strengths = self.regions.strengths(layout, context)
-        active = [strength if region.phrase else 0.0 for region, strength in zip(regions, strengths, strict=True)]
+        active = self.regions.phrase_strengths(layout, context)
         count = sum(bool(strength) for strength in active)
         return tuple(strength / max(1, count) for strength in active)
 
 
 class EnergyReader(BoundControl):
-    """Adds up the energy over the sites of one run of the U-Net, and ends the run behind the last."""
+    """Adds up the energy over the layers of one run of the denoiser, and ends the run behind the last."""
 
     def __init__(self, guidance: BoundGuidance) -> None:
         self.guidance = guidance
-        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of the queries, by site: inside and everywhere
+        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of the queries, by layer: inside and everywhere
         self._energies: dict[str, Tensor] = {}
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        return site.name in self.guidance.sites
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        return layer.name in self.guidance.layers
 
     def read_attention(
-        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         # Under gradient checkpointing, layers run twice. The same must then be computed, but not counted, again.
-        again = site.name in self._energies
+        again = layer.name in self._energies
         regions, keys = self.guidance.regions, scores.keys
-        masks = regions.per_row(context, ("masks", site.size), lambda layout: self._masks(layout, site))  # (n,r,Q)
+        masks = regions.per_row(context, ("masks", layer.size), lambda layout: self._masks(layout, layer))  # (n,r,Q)
         assert masks is not None
         block = scores.block(queries)
         probabilities = (block if bias is None else block + bias).softmax(dim=-1)  # (n,H,q,K)
         inside = masks[:, None, :, queries] @ probabilities  # (n,H,r,K)
         everywhere = probabilities.sum(dim=2, keepdim=True)  # (n,H,1,K)
-        parts = self._parts.setdefault(site.name, [])
+        parts = self._parts.setdefault(layer.name, [])
         parts.append((inside, everywhere))
-        if queries.stop is not None and queries.stop < site.cells:
+        if queries.stop is not None and queries.stop < layer.cells:
             return
-        del self._parts[site.name]
+        del self._parts[layer.name]
         inside, everywhere = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
         weights = self._weights(context, keys)
         # Where attention is sharp, some tokens' is 0 everywhere, and 0 / 0 spoils the sum even at weight 0.
         everywhere = everywhere.clamp_min(torch.finfo(everywhere.dtype).tiny)
         energy = ((1 - inside / everywhere).square().mean(dim=1) * weights).sum(dim=(1, 2))  # (n,)
         if not again:
-            self._energies[site.name] = energy
-            if self.guidance.control.early_exit and len(self._energies) == len(self.guidance.sites):
+            self._energies[layer.name] = energy
+            if self.guidance.control.early_exit and len(self._energies) == len(self.guidance.layers):
                 raise EndOfRun
 
     def energy(self) -> Tensor:
-        """(n,): the mean over the sites."""
-        assert len(self._energies) == len(self.guidance.sites)
+        """(n,): the mean over the layers."""
+        assert len(self._energies) == len(self.guidance.layers)
         return torch.stack(list(self._energies.values())).mean(dim=0)
 
-    def _masks(self, layout: int, site: Site) -> Tensor:
+    def _masks(self, layout: int, layer: AttentionLayer) -> Tensor:
         """(r,Q), r the largest number of regions of a layout."""
         regions = self.guidance.regions
-        masks = torch.zeros(max(len(item.regions) for item in regions.layouts), math.prod(site.size))
-        own = regions.masks(layout, site)
+        masks = torch.zeros(regions.most, layer.cells)
+        own = regions.masks(layout, layer)
         masks[: len(own)] = own
         return masks
 
@@ -208,7 +201,7 @@ class EnergyReader(BoundControl):
         active = tuple(self.guidance.weights(layout, context) for layout in context.guided_layouts)
 
         def make(layout: int) -> Tensor:
-            weights = torch.zeros(max(len(item.regions) for item in regions.layouts), keys)
+            weights = torch.zeros(regions.most, keys)
             for index, weight in enumerate(self.guidance.weights(layout, context)):
                 tokens = regions.tokens(layout, index, keys)
                 weights[index, tokens] = weight / max(1, len(tokens))

@@ -1,20 +1,22 @@
-"""What stands in front of an attention processor during a call of the U-Net, and how the original comes back."""
+"""What stands in front of attention processors during a call of the denoiser, and runs of it beside that call."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.attention import Scores, Site
-from localctl.control.base import BoundControl, CallContext
-from localctl.control.mask_check import MaskCheck
+from localctl.control.attention import Scores
+from localctl.control.base import BoundControl, CallContext, EndOfRun
+from localctl.control.compatible import MaskCheck, without_gradients
+from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser
 
 User = tuple[BoundControl, CallContext]
 _VIEWING = tuple(
@@ -24,13 +26,14 @@ _VIEWING = tuple(
 
 
 class SteeredProcessor(nn.Module):
-    """Stands in front of an attention processor for one call of the U-Net and adds what the controls ask for.
+    """Stands in front of an attention processor for one call of the denoiser and adds what the controls ask for.
 
     It calls the processor it wraps, whatever that is, with the sum of the controls' biases as attention mask. Without a
-    bias it passes the call on untouched. A Module, so that weights in the wrapped processor still move with the U-Net.
+    bias it passes the call on untouched. A Module, so that weights in the wrapped processor still move with the
+    denoiser.
     """
 
-    def __init__(self, inner: Any, site: Site) -> None:
+    def __init__(self, inner: Any, layer: AttentionLayer) -> None:
         super().__init__()
         kind = type(inner).__name__
         if "XFormers" in kind:
@@ -38,7 +41,7 @@ class SteeredProcessor(nn.Module):
                 f"{kind} takes no attention bias; call pipe.disable_xformers_memory_efficient_attention() first."
             )
         self.inner = inner
-        self.site = site
+        self.layer = layer
         self.users: list[User] = []
         self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # of the output under a mask
         # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
@@ -52,19 +55,19 @@ class SteeredProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        # With an IP-Adapter, the context is (text, pictures).
+        # With an IP-Adapter, the context is (text, images).
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
-        if hidden_states.shape[1] != self.site.cells:
+        if hidden_states.shape[1] != self.layer.cells:
             raise ValueError(
-                f"The attention layer {self.site.name} was given {hidden_states.shape[1]} cells in place of "
-                f"{self.site.cells}, so controls cannot tell places; take off what merges or splits them (ToMe or "
+                f"The attention layer {self.layer.name} was given {hidden_states.shape[1]} cells in place of "
+                f"{self.layer.cells}, so controls cannot tell places; take off what merges or splits them (ToMe or "
                 "HyperTile, for example)."
             )
         context = self.users[0][1]
         scores = Scores(attn, hidden_states, text, attention_mask, context.guided_rows)
-        chunk = min(user.max_queries(self.site, scores) for user, _ in self.users)
+        chunk = min(user.max_queries(self.layer, scores) for user, _ in self.users)
         parts = [slice(first, first + chunk) for first in range(0, hidden_states.shape[1], chunk)]
-        if self.site.cross or len(parts) == 1:
+        if self.layer.cross or len(parts) == 1:
             # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
             bias = _joined([self._bias(scores, part) for part in parts])
             mask = self._mask(attn, scores, bias, slice(None))
@@ -98,11 +101,11 @@ class SteeredProcessor(nn.Module):
 
         def attend(text: Tensor, rows: Sequence[int]) -> Tensor:
             chosen = list(rows)
-            pictures = [part[chosen] for part in source[1]] if isinstance(source, tuple) else None
-            return self.inner(attn, hidden_states[chosen], text if pictures is None else (text, pictures), **kwargs)
+            context = (text, [part[chosen] for part in source[1]]) if isinstance(source, tuple) else text
+            return self.inner(attn, hidden_states[chosen], context, **kwargs)
 
-        for user, context in self.users if self.site.cross else ():
-            mixed = user.mix_attention(context, self.site, output, attend)
+        for user, context in self.users if self.layer.cross else ():
+            mixed = user.mix_attention(context, self.layer, output, attend)
             output = output if mixed is None else mixed
         return output
 
@@ -110,11 +113,11 @@ class SteeredProcessor(nn.Module):
         """(n, 1 or H, q, K): the sum over the controls; None for nothing. Those that read see the sum."""
         total: Tensor | None = None
         for user, context in self.users:
-            bias = user.attention_bias(context, self.site, scores, queries)
+            bias = user.attention_bias(context, self.layer, scores, queries)
             if bias is not None:
                 total = bias if total is None else total + bias
         for user, context in self.users:
-            user.read_attention(context, self.site, scores, queries, total)
+            user.read_attention(context, self.layer, scores, queries, total)
         return total
 
     def _mask(self, attn: Attention, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
@@ -163,7 +166,7 @@ def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The biases of all parts of the queries as one."""
     given = [part for part in parts if part is not None]
-    assert len(given) in (0, len(parts)), "a control has a bias for all queries of a site or for none"
+    assert len(given) in (0, len(parts)), "a control has a bias for all queries of a layer or for none"
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
 
 
@@ -207,7 +210,7 @@ def _holder(attn: Attention) -> Any:
 
 
 class Installation:
-    """The processors that are wrapped for one call of the U-Net, to be put back after it.
+    """The processors that are wrapped for one call of the denoiser, to be put back after it.
 
     While any is, what ``torch.compile`` has compiled runs as it is written: a graph would be made for these very
     wrappers, and again for those of each step. ``check`` looks at their outputs.
@@ -218,23 +221,23 @@ class Installation:
         self._originals: list[tuple[dict[str, Any], Any]] = []
         self._uncompiled = False
 
-    def add(self, attn: Attention, site: Site, user: BoundControl, context: CallContext) -> None:
+    def add(self, attn: Attention, layer: AttentionLayer, user: BoundControl, context: CallContext) -> None:
         """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
         holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
             self._keep(holder, current)
-            current = holder["processor"] = SteeredProcessor(current, site)
+            current = holder["processor"] = SteeredProcessor(current, layer)
             current.check = self.check
         current.users.append((user, context))
 
-    def replace(self, attn: Attention, site: Site, users: Sequence[User]) -> None:
+    def replace(self, attn: Attention, layer: AttentionLayer, users: Sequence[User]) -> None:
         """Let ``users`` alone steer this layer, in place of those that do now."""
         holder = _holder(attn)
         current = holder["processor"]
         inner = current.inner if isinstance(current, SteeredProcessor) else current
         if users:
-            wrapper = SteeredProcessor(inner, site)
+            wrapper = SteeredProcessor(inner, layer)
             wrapper.users.extend(users)
         if users or inner is not current:
             self._keep(holder, current)
@@ -254,3 +257,60 @@ class Installation:
         if self._uncompiled:
             self._uncompiled = False
             _UNCOMPILED.leave()
+
+
+@dataclass
+class InnerForward:
+    """One call of the denoiser, ready to be run again on the prompt rows of some of its images (see ``RunDenoiser``).
+
+    ``arguments`` are the call's, after all changes but the latents'; ``controls`` steer it, beside those that
+    an outer ``attach`` has already put on its layers.
+    """
+
+    denoiser: Denoiser
+    layers: Sequence[tuple[AttentionLayer, Attention]]
+    controls: Sequence[BoundControl]
+    context: CallContext
+    arguments: Arguments
+
+    @contextmanager
+    def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> Iterator[None]:
+        first, count = self.context.guided_rows.start, len(self.context.conditional)
+        rows = [first + image for image in images]
+        installation = Installation()
+        # Inside inference mode nothing could be differentiated; what was made there is copied below.
+        with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.denoiser.module):
+            args = _select(self.arguments[0], rows, count)
+            kwargs = {
+                name: value if name in self.denoiser.not_per_row else _select(value, rows, count)
+                for name, value in self.arguments[1].items()
+            }
+            args, kwargs = self.denoiser.write((args, kwargs), latents=latents)
+            try:
+                self._steer(installation, images, reader)
+                with suppress(EndOfRun):
+                    self.denoiser.module.forward(*args, **kwargs)  # past the hooks, which are for the pipeline's calls
+                yield
+            finally:
+                installation.undo()
+
+    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl) -> None:
+        context = self.context.only(images)
+        own = [(control, context) for control in self.controls]
+        for layer, attn in self.layers:
+            users = [(user, where.only(images)) for user, where in users_of(attn)] + own
+            users = [(user, where) for user, where in users if not user.is_reader and user.attends(where, layer)]
+            if reader.attends(context, layer):
+                users.append((reader, context))
+            installation.replace(attn, layer, users)
+
+
+def _select(value: Any, rows: list[int], count: int) -> Any:
+    """Copies of the ``rows`` of all tensors of ``count`` rows within ``value``."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.shape[0] == count else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_select(item, rows, count) for item in value)
+    if isinstance(value, Mapping):
+        return {name: _select(item, rows, count) for name, item in value.items()}
+    return value

@@ -1,23 +1,48 @@
-"""What the region methods share: the regions of each row as masks on a site's grid, and as tokens."""
+"""What the region methods share: their settings, the regions of each row as masks and tokens, texts of regions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from localctl.control.attention import Site
-from localctl.control.base import CallContext
-from localctl.layout import Layout
-from localctl.pipelines import encode_prompts
-from localctl.tokens import positions_of
+from localctl.cells import CELL_MODES
+from localctl.control.base import BoundControl, CallContext, Control, check_choice, check_window
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import AttentionLayer
+from localctl.layout import Layout, Region
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-def encode_texts(pipe: Any, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
-    """Encode texts to (n, K, C) with the settings of a running call; ``arguments``: of its ``encode_prompt``."""
-    return encode_prompts(pipe, list(texts), call=arguments)[0].states
+class RegionControl(Control):
+    """A control that steers the regions of a layout: a frozen dataclass with these settings and its own.
+
+    start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each region's
+        own window applies within it.
+    mask_resize: how regions are brought to each layer's grid, one of ``CELL_MODES``.
+    hide_phrases: see :class:`HiddenPhrases`.
+    """
+
+    start: float
+    end: float
+    mask_resize: str
+    hide_phrases: bool = False
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        check_choice("mask_resize", self.mask_resize, CELL_MODES)
+
+    def check_strengths(self, layouts: Sequence[Layout], factor: float = 1.0) -> None:
+        """ValueError unless ``factor`` times the strength of each region lies in [0, 1]."""
+        for region in (region for layout in layouts for region in layout.regions):
+            if not 0 <= factor * region.strength <= 1:
+                raise ValueError(
+                    f"The strength of the region {region.name} must lie in [0, 1] for {type(self).__name__}, "
+                    f"not {region.strength}."
+                )
 
 
 class BoundRegions:
@@ -27,27 +52,53 @@ class BoundRegions:
     """
 
     def __init__(self, pipe: Any, layouts: Sequence[Layout], mask_resize: str) -> None:
+        self.denoiser = denoiser_of(pipe)
         self.layouts = tuple(layouts)
         self.mask_resize = mask_resize
-        self.positions = [positions_of(pipe, layout) for layout in layouts]
+        self.positions = [self.denoiser.token_positions(layout) for layout in layouts]
         self._masks: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._rows: dict[Any, Tensor | None] = {}
 
-    def masks(self, layout: int, site: Site) -> Tensor:
-        """(n, Q) float32 on the CPU: each region of a layout on the site's grid."""
-        key = (layout, site.size)
+    def __iter__(self) -> Iterator[tuple[tuple[int, int], Region]]:
+        """((layout, index), region) of all regions of all layouts."""
+        for layout, scene in enumerate(self.layouts):
+            for index, region in enumerate(scene.regions):
+                yield (layout, index), region
+
+    @property
+    def most(self) -> int:
+        """The largest number of regions of a layout."""
+        return max(len(layout.regions) for layout in self.layouts)
+
+    def masks(self, layout: int, layer: AttentionLayer) -> Tensor:
+        """(n, Q) float32 on the CPU: each region of a layout on the layer's grid."""
+        key = (layout, layer.size)
         if key not in self._masks:
-            self._masks[key] = self.layouts[layout].masks(site.size, self.mask_resize).flatten(1)
+            self._masks[key] = self.layouts[layout].masks(layer.size, self.mask_resize).flatten(1)
         return self._masks[key]
+
+    def masks_of(self, regions: Sequence[tuple[int, int]], layer: AttentionLayer) -> Tensor:
+        """(pairs, Q) float32 on the CPU: the mask of each (layout, index)."""
+        return torch.stack([self.masks(layout, layer)[index] for layout, index in regions])
 
     def strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
         """The strength of each region in this step: its own within its window, else 0."""
         regions = self.layouts[layout].regions
         return tuple(region.strength if region.within(context.step, context.num_steps) else 0.0 for region in regions)
 
+    def phrase_strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
+        """As :meth:`strengths`, and 0 for regions without a phrase."""
+        pairs = zip(self.layouts[layout].regions, self.strengths(layout, context), strict=True)
+        return tuple(strength if region.phrase else 0.0 for region, strength in pairs)
+
     def tokens(self, layout: int, region: int, keys: int) -> list[int]:
         """The positions of a region's phrase among ``keys`` tokens."""
         return [position for position in self.positions[layout][region] if position < keys]
+
+    def encode(self, texts: Mapping[Key, str], arguments: Mapping[str, Any]) -> dict[Key, Tensor]:
+        """(K, C) of each text, in a call of the pipeline whose ``encode_prompt`` was given ``arguments``."""
+        encoded = self.denoiser.encode_texts(list(texts.values()), arguments) if texts else ()
+        return dict(zip(texts, encoded, strict=True))
 
     def per_row(
         self, context: CallContext, key: tuple[Any, ...], make: Callable[[int], Tensor | None]
@@ -65,7 +116,112 @@ class BoundRegions:
                 empty = torch.zeros_like(some)
                 rows = [made[layout] for layout in context.guided_layouts]
                 stacked = torch.stack([empty if row is None else row for row in rows]).to(context.device)
-            while len(self._rows) >= 64:  # sites x windows of one run; other sizes may follow
+            while len(self._rows) >= 64:  # layers x windows of one run; other sizes may follow
                 self._rows.pop(next(iter(self._rows)))
             self._rows[full] = stacked
         return self._rows[full]
+
+
+def without_phrases(layout: Layout) -> str:
+    """The prompt with the phrases of all regions left out."""
+    spans = sorted(span for region in layout.regions if (span := layout.characters(region)) is not None)
+    kept, end = [], 0
+    for first, last in spans:
+        kept.append(layout.prompt[end:first])
+        end = max(end, last)
+    return " ".join("".join([*kept, layout.prompt[end:]]).split())
+
+
+class HiddenPhrases:
+    """Keeps the objects out of all tokens but their own.
+
+    In a text encoder, each token knows those before it, and the end and padding know them all: cells that look at no
+    phrase still read of every object. Here all tokens but the phrases' are those of the prompt without the phrases;
+    with ``keep=False``, all tokens.
+    """
+
+    def __init__(self, regions: BoundRegions, keep: bool = True) -> None:
+        self.regions, self.keep = regions, keep
+        self._texts: dict[int, Tensor] = {}  # by layout: (K, C) of its prompt without phrases
+        self._last: tuple[Any, Tensor, Tensor] | None = None  # rows and text of the last call, and what it became
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        """Encode the prompts of this call's layouts without their phrases."""
+        scenes = enumerate(self.regions.layouts)
+        texts = {index: without_phrases(layout) for index, layout in scenes if layout.regions}
+        self._texts = self.regions.encode(texts, arguments)
+        self._last = None
+
+    def replace(self, context: CallContext, text: Tensor, active: Collection[int]) -> Tensor | None:
+        """``text`` (R, K, C) with the phrases hidden in the rows with the prompt of a layout in ``active``; None if
+        there is none. The same tensor as long as all of these are the same."""
+        hiding = tuple(layout in active and layout in self._texts for layout in context.guided_layouts)
+        if not any(hiding):
+            return None
+        rows = (context.guided_rows, context.guided_layouts, hiding)
+        if self._last is None or self._last[0] != rows or self._last[1] is not text:
+            self._last = (rows, text, self._hide(context, text, hiding))
+        return self._last[2]
+
+    def _hide(self, context: CallContext, text: Tensor, hiding: tuple[bool, ...]) -> Tensor:
+        changed = text.clone()
+        for index, layout in enumerate(context.guided_layouts):
+            if not hiding[index]:
+                continue
+            hidden = self._texts[layout].to(text)
+            others = torch.ones(min(text.shape[1], len(hidden)), dtype=torch.bool)
+            for region in range(len(self.regions.layouts[layout].regions) if self.keep else 0):
+                others[self.regions.tokens(layout, region, len(others))] = False
+            changed[context.guided_rows.start + index, : len(others)][others] = hidden[: len(others)][others]
+        return changed
+
+
+Settings = TypeVar("Settings", bound=RegionControl)
+
+
+class BoundRegionControl(BoundControl, Generic[Settings]):
+    """A region method on one pipeline: its settings, its regions, and the phrases hidden while it is active.
+
+    keep_phrases: whether hiding keeps the phrases' own tokens.
+    """
+
+    keep_phrases = True
+
+    def __init__(self, control: Settings, regions: BoundRegions) -> None:
+        self.control, self.regions = control, regions
+        self.hidden = HiddenPhrases(regions, self.keep_phrases) if control.hide_phrases else None
+
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        if self.hidden is not None:
+            self.hidden.begin_call(arguments)
+
+    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
+        return None if self.hidden is None else self.hidden.replace(context, text, self.active(context))
+
+    def within(self, context: CallContext) -> bool:
+        """Whether this step is in the control's window."""
+        return context.within(self.control.start, self.control.end)
+
+    def active(self, context: CallContext) -> set[int]:
+        """The layouts that are steered in this step."""
+        if not self.within(context):
+            return set()
+        return {layout for layout in set(context.guided_layouts) if self.steers(layout, context)}
+
+    def steers(self, layout: int, context: CallContext) -> bool:
+        """Whether a layout is steered in this step, which is in the control's window."""
+        return any(self.regions.strengths(layout, context))
+
+
+def mix_texts(output: Tensor, local: Tensor, share: Tensor, rows: Sequence[int]) -> Tensor:
+    """The convex mix (1 - sum_r share_r) output + sum_r share_r local_r, in place of the rows that have texts.
+
+    Args:
+        output: (R, Q, C) of the layer. local: (pairs, Q, C), of each text. rows: (pairs,), the row of each.
+        share: (pairs, Q, 1) in [0, 1]; those that add up to more than 1 at a cell are scaled down to a sum of 1.
+    """
+    index = torch.tensor(rows, device=output.device)
+    total = output.new_zeros(*output.shape[:2], 1).index_add(0, index, share)
+    # Not clamp: its gradient at exactly 1 would hold a weight there for good.
+    whole = torch.where(total > 1, total, torch.ones_like(total))
+    return (output * (1 - total / whole)).index_add(0, index, local * (share / whole[index]))

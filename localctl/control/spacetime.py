@@ -25,11 +25,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
-from localctl.control.attention import Site
-from localctl.control.base import Attend, BoundControl, CallContext, Control, check_window
-from localctl.control.hidden_phrases import HiddenPhrases
-from localctl.control.region_bias import check_strength
-from localctl.control.regions import BoundRegions, encode_texts
+from localctl.control.base import Attend, BoundControl, CallContext, check_choice, check_strength, check_window
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, mix_texts
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 from localctl.phrases import DETERMINERS
 
@@ -39,8 +37,8 @@ _RELEASED_SUM = 5.0  # the published coefficients start at 5 / number of objects
 
 
 @dataclass(frozen=True)
-class SpaceTimeAttention(Control):
-    """Mix each region's local description into its place: its own ``prompt``, else its ``phrase`` in the template.
+class SpaceTimeSettings:
+    """How strong which region's description is at which step, and what it is.
 
     Args:
         weight: of every object, times its region's strength; in [0, 1] with the convex mix, 0 = no effect. None: 0.5
@@ -49,8 +47,6 @@ class SpaceTimeAttention(Control):
         template: what makes a description of an object's name, which takes the place of ``{}``; the name is a region's
             phrase, or a prompt that is no more than its phrase with an article. Every other prompt stands as it is.
             The published "a photo of {}"; "{}" takes the bare name.
-        weights: (steps, regions) in place of weight, schedule and strengths, for one layout; or a sequence of such
-            tensors, one per layout. The call must make that many steps. Windows still apply.
         mix: ``convex`` (the paper's equation) or ``released`` (the published code's; needs guidance).
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
             region's own window applies within it.
@@ -60,8 +56,7 @@ class SpaceTimeAttention(Control):
             come from their descriptions, inside their regions, alone.
 
     Raises:
-        ValueError: an unknown mix or schedule, a window that is none, weights out of range; when attached, weights
-            that do not fit the layouts; when drawn, another number of steps, or ``released`` without guidance.
+        ValueError: an unknown mix or schedule, a window that is none, a weight out of range.
     """
 
     weight: float | None = None
@@ -72,46 +67,17 @@ class SpaceTimeAttention(Control):
     mask_resize: str = "area"
     hide_phrases: bool = False
     template: str = "a photo of {}"
-    weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
         for name, known in (("mix", MIXES), ("schedule", SCHEDULES), ("mask_resize", CELL_MODES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+            check_choice(name, getattr(self, name), known)
         if self.weight is not None:
             check_strength("weight", self.weight)
             if self.mix == "convex" and not 0 <= self.weight <= 1:
                 raise ValueError(f"The weight of a convex mix lies in [0, 1], not {self.weight}; 1 is the local text.")
         if not isinstance(self.template, str) or self.template.count("{}") != 1:
             raise ValueError(f"The template holds {{}} once, where the name comes, not {self.template!r}.")
-        given = () if self.weights is None else (self.weights,) if isinstance(self.weights, Tensor) else self.weights
-        for tensor in given:
-            _check_weights(tensor, self.mix)
-
-    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        given: list[Tensor] | None = None
-        if self.weights is not None:
-            given = [self.weights] if isinstance(self.weights, Tensor) else list(self.weights)
-            if len(given) != len(layouts):
-                raise ValueError(
-                    f"There are weights for {len(given)} layouts and {len(layouts)} to draw; give each layout its own."
-                )
-            for tensor, layout in zip(given, layouts, strict=True):
-                if tensor.shape[1] != len(layout.regions):
-                    raise ValueError(
-                        f"The weights are for {tensor.shape[1]} regions but the layout {layout.prompt!r} has "
-                        f"{len(layout.regions)}; give one column per region."
-                    )
-        elif self.mix == "convex":
-            for layout in layouts:
-                for region in layout.regions:
-                    if not 0 <= region.strength <= 1:
-                        raise ValueError(
-                            f"The strength of the region {region.name} must lie in [0, 1] for SpaceTimeAttention, "
-                            f"not {region.strength}."
-                        )
-        return _BoundSpaceTime(self, pipe, BoundRegions(pipe, layouts, self.mask_resize), given)
 
     def step_weights(self, layout: Layout, num_steps: int) -> Tensor:
         """(num_steps, regions) float32: the weight of every region in every step by ``weight``, ``schedule``, the
@@ -142,6 +108,50 @@ class SpaceTimeAttention(Control):
         if self.schedule == "linear":
             return 1 - done
         return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0
+
+
+@dataclass(frozen=True)
+class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
+    """Mix each region's local description into its place: its own ``prompt``, else its ``phrase`` in the template.
+
+    Args:
+        weight, schedule, mix, start, end, mask_resize, hide_phrases, template: as for :class:`SpaceTimeSettings`.
+        weights: (steps, regions) in place of weight, schedule and strengths, for one layout; or a sequence of such
+            tensors, one per layout. The call must make that many steps. Windows still apply.
+
+    Raises:
+        ValueError: as for :class:`SpaceTimeSettings`; weights out of range; when attached, weights that do not fit the
+            layouts; when sampled, another number of steps, or ``released`` without guidance.
+    """
+
+    weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for tensor in self._given() or ():
+            _check_weights(tensor, self.mix)
+
+    def _given(self) -> list[Tensor] | None:
+        """The weights, one tensor per layout."""
+        if self.weights is None:
+            return None
+        return [self.weights] if isinstance(self.weights, Tensor) else list(self.weights)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        given = self._given()
+        if given is None and self.mix == "convex":
+            self.check_strengths(layouts)
+        if given is not None and len(given) != len(layouts):
+            raise ValueError(
+                f"There are weights for {len(given)} layouts and {len(layouts)} to generate; give each layout its own."
+            )
+        for tensor, layout in zip(given or (), layouts, strict=False):
+            if tensor.shape[1] != len(layout.regions):
+                raise ValueError(
+                    f"The weights are for {tensor.shape[1]} regions but the layout {layout.prompt!r} has "
+                    f"{len(layout.regions)}; give one column per region."
+                )
+        return _BoundSpaceTime(self, BoundRegions(pipe, layouts, self.mask_resize), given)
 
 
 def description(region: Region) -> str | None:
@@ -187,66 +197,50 @@ class _Mixture(NamedTuple):
     weights: Tensor
 
 
-class _BoundSpaceTime(BoundControl):
-    def __init__(
-        self,
-        control: SpaceTimeAttention,
-        pipe: DiffusionPipeline,
-        regions: BoundRegions,
-        given: Sequence[Tensor] | None,
-    ) -> None:
-        self.control = control
-        self.pipe = pipe
-        self.regions = regions
+class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
+    keep_phrases = False
+
+    def __init__(self, control: SpaceTimeAttention, regions: BoundRegions, given: Sequence[Tensor] | None) -> None:
+        super().__init__(control, regions)
         self.given = given
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
         self._tables: dict[tuple[int, int], Tensor] = {}  # (layout, steps) -> (steps, regions)
         self._last: tuple[CallContext, _Mixture] | None = None
-        self.hidden = HiddenPhrases(pipe, regions, keep=False) if control.hide_phrases else None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        super().begin_call(arguments)
         self._last = None
-        if self.hidden is not None:
-            self.hidden.begin_call(arguments)
-        wanted = {
-            (layout, index): text
-            for layout, scene in enumerate(self.regions.layouts)
-            for index, region in enumerate(scene.regions)
-            if (text := local_text(region, self.control.template)) is not None
-        }
-        texts = encode_texts(self.pipe, list(wanted.values()), arguments) if wanted else ()
-        self._texts = dict(zip(wanted, texts, strict=True))
+        texts = {key: local_text(region, self.control.template) for key, region in self.regions}
+        self._texts = self.regions.encode({key: text for key, text in texts.items() if text is not None}, arguments)
 
-    def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        if self.hidden is None:
-            return None
-        return self.hidden.replace(context, text, {layout for layout, _ in self._mixture(context).regions})
+    def active(self, context: CallContext) -> set[int]:
+        return {layout for layout, _ in self._mixture(context).regions}
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross and bool(self._mixture(context).rows)
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        return layer.cross and bool(self._mixture(context).rows)
 
-    def mix_attention(self, context: CallContext, site: Site, output: Tensor, attend: Attend) -> Tensor | None:
+    def mix_attention(
+        self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend
+    ) -> Tensor | None:
         mixture = self._mixture(context)
         local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
-        masks = torch.stack([self.regions.masks(layout, site)[region] for layout, region in mixture.regions])
+        masks = self.regions.masks_of(mixture.regions, layer)
         share = (mixture.weights.to(output)[:, None] * masks.to(output))[..., None]  # (pairs,Q,1)
-        rows = torch.tensor(mixture.rows, device=output.device)
         if self.control.mix == "released":
             negatives = context.guided_rows.start
             if not negatives:
                 raise ValueError(
-                    'mix="released" subtracts the attention of the negative prompt, which this call of the U-Net does '
-                    'not have; draw with a guidance_scale above 1 and no LayoutGuidance, or choose mix="convex".'
+                    'mix="released" subtracts the attention of the negative prompt, which this call of the denoiser '
+                    "does not have; generate with a guidance_scale above 1 and no LayoutGuidance, or choose "
+                    'mix="convex".'
                 )
+            rows = torch.tensor(mixture.rows, device=output.device)
             return output.index_add(0, rows, share * (local - output[rows - negatives]))
-        total = output.new_zeros(*output.shape[:2], 1).index_add(0, rows, share)
-        # Not clamp: its gradient at exactly 1 would hold a weight there for good.
-        whole = torch.where(total > 1, total, torch.ones_like(total))
-        return (output * (1 - total / whole)).index_add(0, rows, local * (share / whole[rows]))
+        return mix_texts(output, local, share, mixture.rows)
 
     def _mixture(self, context: CallContext) -> _Mixture:
-        """What to mix in in this call of the U-Net: rows of the prompt, regions with a weight in this step. That of the
-        last call is kept, for all its layers ask."""
+        """What to mix in in this call of the denoiser: rows of the prompt, regions with a weight in this step. That of
+        the last call is kept, for all its layers ask."""
         if self._last is not None and self._last[0] is context:
             return self._last[1]
         pairs = [
@@ -278,8 +272,8 @@ class _BoundSpaceTime(BoundControl):
         weights = self.given[layout]
         if len(weights) != context.num_steps:
             raise ValueError(
-                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; draw with as many "
-                "steps as they were made for."
+                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; generate with as "
+                "many steps as they were made for."
             )
         return weights[context.step] * row.to(weights)
 

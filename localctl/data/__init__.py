@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from localctl.data.bad_rows import Problem as Problem
     from localctl.data.bad_rows import Quarantine as Quarantine
     from localctl.data.bad_rows import TooManyBadRows as TooManyBadRows
+    from localctl.data.check import preview as preview
     from localctl.data.config import DataConfig as DataConfig
     from localctl.data.files import FileSource as FileSource
     from localctl.data.files import open_data as open_data
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "bad_rows": ("BadRow", "Problem", "Quarantine", "TooManyBadRows"),
+        "check": ("preview",),
         "config": ("DataConfig",),
         "files": ("FileSource", "open_data", "open_files"),
         "micro": ("MicroScenes",),

@@ -28,10 +28,9 @@ from PIL import Image
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
-from localctl.control.adapter_fit import check_base
 from localctl.control.base import Control
-from localctl.control.local_adapter import LocalAdapterControl
-from localctl.control.masked_controlnet import MaskedControlNet
+from localctl.control.compatible import check_base
+from localctl.control.image_controls import LocalAdapterControl, MaskedControlNet
 from localctl.data import Example, MaskedSamples, SampleRef, Source, open_data
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
@@ -41,10 +40,10 @@ from localctl.images import ImageError, load_image
 from localctl.layout import Layout
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
-from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base, set_scheduler
+from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base
 from localctl.quiet import no_progress_bars
 from localctl.redaction import recorded
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
@@ -95,8 +94,6 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
         return 0
     pipe = load_pipeline(settings.base, device=process_device(settings.device))
     pipe.set_progress_bar_config(disable=True)
-    if settings.scheduler is not None:
-        set_scheduler(pipe, settings.scheduler)
     drawn = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
@@ -143,9 +140,7 @@ def _draw_batch(
         controls,
         seeds,
         paired=True,
-        batch_size=len(indices),
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
+        sampling=Sampling.of(settings),
     ).images
     for index, example, prompt, seed, mask, image in zip(indices, examples, prompts, seeds, masks, images, strict=True):
         name = picture_id(index)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import MaskedSamples, Source, open_data
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device
@@ -20,9 +20,8 @@ from localctl.layout import Layout
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
-from localctl.pipelines import set_scheduler
 from localctl.quiet import no_progress_bars
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
@@ -153,19 +152,12 @@ class FrechetScorer:
         examples = [example_of(self.samples, index) for index in indices]
         masks = torch.stack([example.mask for example in examples if example.mask is not None])
         condition = torch.stack([example.condition for example in examples])
-        pipe, before = models.pipe, models.pipe.scheduler
-        set_scheduler(pipe, self.config.scheduler)
-        try:
-            images = generate(
-                pipe,
-                [Layout(example.caption, *self.size) for example in examples],
-                LocalAdapterControl(models.plain_adapter, condition, masks),
-                [key_seed(self.config.seed, "score", index) for index in indices],
-                paired=True,
-                batch_size=len(examples),
-                num_inference_steps=self.config.num_inference_steps,
-                guidance_scale=self.config.guidance_scale,
-            ).images
-        finally:
-            pipe.scheduler = before
+        images = generate(
+            models.pipe,
+            [Layout(example.caption, *self.size) for example in examples],
+            LocalAdapterControl(models.plain_adapter, condition, masks),
+            [key_seed(self.config.seed, "score", index) for index in indices],
+            paired=True,
+            sampling=Sampling.of(self.config),
+        ).images
         return [picture_id(index) for index in indices], np.stack([np.asarray(image) for image in images])

@@ -10,7 +10,7 @@ import torch
 from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
-from localctl.control.adapter_fit import check_fit
+from localctl.control.compatible import check_fit
 from localctl.pipelines import lasting_name
 from localctl.seeding import key_seed
 from localctl.training.settings import TrainSettings

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from localctl.adapter import LocalAdapter
 from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
 from localctl.files import write_bytes
@@ -24,8 +24,7 @@ from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
 from localctl.masks import sample_mask
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, edge_scores
-from localctl.pipelines import set_scheduler
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 from localctl.seeding import numpy_rng
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings, ValidationConfig
@@ -136,7 +135,6 @@ class Validator:
         self.config: ValidationConfig = settings.validation
         self.condition = settings.condition
         self.edge_condition = edge_condition(self.condition)
-        set_scheduler(models.pipe, self.config.scheduler)
         self.cases = choose_cases(source, settings)
         self.scored = self.cases[0].scored
 
@@ -180,9 +178,7 @@ class Validator:
                 [Layout(case.prompt, height, width) for case in cases],
                 controls,
                 seeds=self.config.seed + start,
-                batch_size=self.config.batch_size,
-                num_inference_steps=self.config.num_inference_steps,
-                guidance_scale=self.config.guidance_scale,
+                sampling=Sampling.of(self.config),
                 callback_on_step_end=after_step,
             ).images
         return pictures

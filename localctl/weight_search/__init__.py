@@ -1,1 +1,1 @@
-"""Optimising what a control does for one picture: through the sampling, and through a CLIP that looks at the result."""
+"""Optimising what a control does for one image: through the sampling, and through a CLIP that looks at the result."""

@@ -1,4 +1,4 @@
-"""What a picture with a layout is worth to a CLIP: the whole against the prompt, each region against its phrase."""
+"""What an image with a layout is worth to a CLIP: the whole against the prompt, each region against its phrase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localctl.metrics.clip import Clip
 
 
 class ClipObjective:
-    """The objective of arXiv 2304.03869: L = d(picture, prompt) + factor * sum_i d(crop_i, "A photo of <object i>").
+    """The objective of arXiv 2304.03869: L = d(image, prompt) + factor * sum_i d(crop_i, "A photo of <object i>").
 
     d = 1 - cosine of CLIP's embeddings; crop_i is the smallest box round region i. What is not square is squeezed, as
     for the CLIP score.
@@ -21,7 +21,7 @@ class ClipObjective:
     Args:
         clip: any CLIP.
         layout: its prompt and those of its regions that have a description count.
-        size: (height, width) of the pictures.
+        size: (height, width) of the images.
         region_factor: 5 as published.
         normalise_pixels: as CLIP was trained; False gives it pixels in [0, 1], as the published code does.
     """
@@ -46,13 +46,13 @@ class ClipObjective:
         self.texts = torch.nn.functional.normalize(embedded, dim=-1).to(clip.device)  # (1 + objects, d)
 
     def parts(self, pixels: Tensor) -> Tensor:
-        """(1 + objects,): d of the whole picture, then of each object. ``pixels``: (1, 3, H, W) in [0, 1]."""
+        """(1 + objects,): d of the whole image, then of each object. ``pixels``: (1, 3, H, W) in [0, 1]."""
         views = [pixels, *(pixels[:, :, rows, columns] for rows, columns in self.crops)]
         embedded = torch.cat([self.clip.embed_pixels(view, self.normalise_pixels) for view in views])
         return 1 - (torch.nn.functional.normalize(embedded, dim=-1) * self.texts).sum(dim=-1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(): the loss of one picture, with gradients."""
+        """(): the loss of one image, with gradients."""
         parts = self.parts(pixels)
         return parts[0] + self.region_factor * parts[1:].sum()
 

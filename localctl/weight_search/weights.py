@@ -1,6 +1,6 @@
-"""Weights of space-time attention, optimised per object and step for one picture (arXiv 2304.03869).
+"""Weights of space-time attention, optimised per object and step for one image (arXiv 2304.03869).
 
-``optimize_weights`` gives the weights, the picture is an ordinary run with them; ``generate_optimized`` does both.
+``optimize_weights`` gives the weights, the image is an ordinary run with them; ``generate_optimized`` does both.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,35 +19,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from localctl.control.attach import attach
-from localctl.control.base import BoundControl, Control
-from localctl.control.compatible import check_gradients
-from localctl.control.inner_forward import without_gradients
-from localctl.control.spacetime import SpaceTimeAttention, description
+from localctl.control.base import Control
+from localctl.control.compatible import check_gradients, without_gradients
+from localctl.control.serialization import Serializable
+from localctl.control.spacetime import SpaceTimeAttention, SpaceTimeSettings, description
+from localctl.denoisers import denoiser_of
 from localctl.diffusion import check_schedule
 from localctl.layout import Layout, as_layouts
 from localctl.metrics.clip import Clip
 from localctl.pipelines import set_scheduler
 from localctl.sampling import GenerateOutput, Layouts, generate, image_size, initial_noise
-from localctl.weight_search.differentiable import decode, encode, is_differentiable, sample_latents
+from localctl.weight_search.differentiable import decode, is_differentiable, sample_latents
 from localctl.weight_search.objective import ClipObjective
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"  # the published one
 
 
 @dataclass(frozen=True)
-class OptimizedSpaceTime(SpaceTimeAttention):
-    """Space-time attention whose weights :func:`generate_optimized` finds for each picture; the settings of
-    :class:`SpaceTimeAttention` are where it starts from.
+class OptimizedSpaceTime(SpaceTimeSettings, Serializable):
+    """The settings of space-time attention whose weights :func:`generate_optimized` finds for each image; those of
+    :class:`~localctl.control.spacetime.SpaceTimeSettings` are where it starts from. No control by itself.
 
     Args:
         epochs, learning_rate: of Adam; 3 and 0.005 as published. A step of Adam moves a weight by about the rate.
-        region_factor: what the regions' CLIP losses count beside the picture's.
+        region_factor: what the regions' CLIP losses count beside the image's.
         normalise_pixels: show the CLIP pixels as it was trained on; False: in [0, 1], as the published code does.
         last_steps: gradients through so many of the last steps only; 0 = through all.
         clip: folder or hub id of a CLIPModel; ``auto``: the one in the base's folder, if any, else the published one.
 
     Raises:
-        ValueError: a number out of range, or as for :class:`SpaceTimeAttention`; when attached without weights.
+        ValueError: a number out of range, or as for :class:`~localctl.control.spacetime.SpaceTimeSettings`.
     """
 
     epochs: int = 3
@@ -56,6 +57,8 @@ class OptimizedSpaceTime(SpaceTimeAttention):
     normalise_pixels: bool = True
     last_steps: int = 0
     clip: str = "auto"
+
+    not_attached: ClassVar[str] = "it has no weights yet; use generate_optimized"  # what attach says of it
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +73,10 @@ class OptimizedSpaceTime(SpaceTimeAttention):
                 f"{self.learning_rate} and {self.region_factor}."
             )
 
-    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        if self.weights is None:
-            raise ValueError("OptimizedSpaceTime has no weights yet; draw with generate_optimized.")
-        return super().bind(pipe, layouts)
+    def with_weights(self, weights: Tensor) -> SpaceTimeAttention:
+        """The control of these settings and ``weights`` (steps, regions)."""
+        settings = {field.name: getattr(self, field.name) for field in fields(SpaceTimeSettings)}
+        return SpaceTimeAttention(**settings, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ def optimize_weights(
     checkpointing: bool = True,
     progress: bool = True,
 ) -> OptimizedWeights:
-    """The weights for the picture that ``generate`` draws of ``layout`` with ``seed``, by gradients through sampling.
+    """The weights for the image that ``generate`` makes of ``layout`` with ``seed``, by gradients through sampling.
 
     Samples with the pipeline's scheduler if it is DDIM or PNDM (PLMS), else with DDIM; the weights fit any scheduler.
 
     Args:
-        clip: looks at the picture and its regions (see :class:`~localctl.weight_search.objective.ClipObjective`).
+        clip: looks at the image and its regions (see :class:`~localctl.weight_search.objective.ClipObjective`).
         control: where to start and how to go on; None = the defaults.
         controls: others that act together with it; none that moves latents.
         checkpointing: the memory of one step, at the price of a second run of each; without, that of all steps.
@@ -114,26 +117,25 @@ def optimize_weights(
             loss has no finite values; or as for ``attach``.
     """
     control = control or OptimizedSpaceTime()
-    if control.weights is not None:
-        raise ValueError("The control has weights already; start from one with none.")
+    denoiser = denoiser_of(pipe)
     if num_inference_steps < 1:
         raise ValueError(f"The number of steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
         raise ValueError("No region of the layout has a phrase or a prompt, so there are no weights; give it one.")
-    check_gradients(pipe.unet, "An optimisation of weights")
+    check_gradients(denoiser, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
     weights = control.step_weights(layout, num_inference_steps).requires_grad_()
     adam = torch.optim.Adam([weights], lr=control.learning_rate)
     noise = initial_noise(pipe, seed, height, width)
     losses = []
-    with _sampling(pipe), attach(pipe, layout, [replace(control, weights=weights), *controls]) as attached:
+    with _sampling(pipe), attach(pipe, layout, [control.with_weights(weights), *controls]) as attached:
         if any(bound.moves_latents for bound in attached.bound):
             raise ValueError("Weights cannot be optimised beside controls that move latents; leave LayoutGuidance out.")
-        conditioning = encode(pipe, layout.prompt, (height, width), guidance_scale, negative_prompt)
+        conditioning = denoiser.condition(layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]
-        check_schedule(visited, pipe.scheduler.config.prediction_type)
+        check_schedule(visited, denoiser.prediction_type)
         total = control.epochs * len(pipe.scheduler.timesteps)
         with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
             options: dict[str, Any] = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
@@ -166,23 +168,24 @@ def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bo
 def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
     """A scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end.
 
-    The U-Net's own gradient checkpointing would run its layers again when the controls have left them, so it is off.
+    The denoiser's own gradient checkpointing would run its layers again when the controls have left them, so it is off.
     """
-    own, checkpointing = pipe.scheduler, pipe.unet.is_gradient_checkpointing
+    module: Any = denoiser_of(pipe).module
+    own, checkpointing = pipe.scheduler, module.is_gradient_checkpointing
     try:
-        pipe.unet.disable_gradient_checkpointing()
+        module.disable_gradient_checkpointing()
         if is_differentiable(own):
             pipe.scheduler = copy.deepcopy(own)
         else:
             set_scheduler(pipe, "ddim")
         with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-            for module in (pipe.unet, pipe.vae):
-                stack.enter_context(without_gradients(module))
+            for frozen in (module, pipe.vae):
+                stack.enter_context(without_gradients(frozen))
             yield
     finally:
         pipe.scheduler = own
         if checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing()
 
 
 def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:
@@ -201,7 +204,7 @@ def clip_beside(name: str, base: str, device: torch.device | str = "cpu") -> Cli
 def generate_optimized(
     pipe: DiffusionPipeline,
     layout: Layouts,
-    controls: Sequence[Control],
+    controls: Sequence[Control | OptimizedSpaceTime],
     seeds: int | Sequence[int] = (0,),
     *,
     num_inference_steps: int = 50,
@@ -217,7 +220,7 @@ def generate_optimized(
     if len(found) != 1:
         raise ValueError(f"There are {len(found)} controls to optimise; give one OptimizedSpaceTime.")
     optimized = found[0]
-    others = [control for control in controls if control is not optimized]
+    others = [control for control in controls if not isinstance(control, OptimizedSpaceTime)]
     clip = clip or find_clip(optimized.clip, pipe)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,
@@ -227,10 +230,10 @@ def generate_optimized(
     outputs = []
     for item in as_layouts(layout):
         for seed in (seeds,) if isinstance(seeds, int) else seeds:
-            found_weights = optimize_weights(
+            weights = optimize_weights(
                 pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, **options
             ).weights
-            final = [replace(optimized, weights=found_weights) if one is optimized else one for one in controls]
+            final = [one.with_weights(weights) if isinstance(one, OptimizedSpaceTime) else one for one in controls]
             outputs.append(generate(pipe, item, final, seed, **options))
     return GenerateOutput(
         [image for output in outputs for image in output.images],

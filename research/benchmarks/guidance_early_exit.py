@@ -22,7 +22,7 @@ from region_cost import SCENE
 from shapes import random_pipeline
 from torch import Tensor
 
-from localctl.control.base import BoundControl, CallContext, Control, RunUNet
+from localctl.control.base import BoundControl, CallContext, Control, RunDenoiser
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.sampling import generate
@@ -45,7 +45,7 @@ class Passes(Control):
         bound, times, peaks, repeats = BoundControl(), self.times, self.peaks, self.repeats
         bound.moves_latents = True
 
-        def shift_latents(context: CallContext, latents: Tensor, run: RunUNet) -> None:
+        def shift_latents(context: CallContext, latents: Tensor, run: RunDenoiser) -> None:
             def one(early: bool) -> None:
                 assert passes[early].shift_latents(context, latents, run) is not None
 

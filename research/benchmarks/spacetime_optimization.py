@@ -29,10 +29,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from localctl.cli.program import one_sentence
 from localctl.control.attach import attach
 from localctl.control.spacetime import SpaceTimeAttention
+from localctl.denoisers import denoiser_of
 from localctl.layout import Layout, Region
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 from localctl.sampling import image_size, initial_noise
-from localctl.weight_search.differentiable import decode, encode, sample_latents
+from localctl.weight_search.differentiable import decode, sample_latents
 from localctl.weight_search.objective import ClipObjective
 from localctl.weight_search.weights import find_clip
 
@@ -102,7 +103,7 @@ class Bench:
         """Latents of a plain run (None), or with these weights."""
         controls = [] if weights is None else [SpaceTimeAttention(weights=weights)]
         with attach(self.pipe, SCENE, controls):
-            conditioning = encode(self.pipe, SCENE.prompt, self.size, self.guidance_scale, None)
+            conditioning = denoiser_of(self.pipe).condition(SCENE.prompt, self.size, self.guidance_scale, None)
             return sample_latents(self.pipe, conditioning, self.noise, steps, checkpointing=self.checkpointing)
 
     def loss(self, weights: Tensor, steps: int) -> Tensor:
@@ -112,7 +113,7 @@ class Bench:
         """Seconds of the parts of one epoch: forward, looking (VAE and CLIP), backward."""
         weights = torch.full((steps, len(SCENE.regions)), 0.5, requires_grad=True)
         with attach(self.pipe, SCENE, SpaceTimeAttention(weights=weights)):
-            conditioning = encode(self.pipe, SCENE.prompt, self.size, self.guidance_scale, None)
+            conditioning = denoiser_of(self.pipe).condition(SCENE.prompt, self.size, self.guidance_scale, None)
             start = self.now()
             latents = sample_latents(self.pipe, conditioning, self.noise, steps, checkpointing=self.checkpointing)
             sampled = self.now()

@@ -20,8 +20,8 @@ from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
 from localctl.boxes import box_iou
 from localctl.conditions import ConditionConfig
-from localctl.control.adapter_fit import check_base
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.compatible import check_base
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import MicroScenes
 from localctl.diffusion import round_trip
 from localctl.evaluation.provenance import REQUIRED, check_provenance, versions, write_json

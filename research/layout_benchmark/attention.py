@@ -10,9 +10,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 from localctl.sampling import generate
 from localctl.tokens import positions_of
@@ -40,22 +41,22 @@ class TokenShares(Control):
 
 
 class _BoundShares(BoundControl):
-    only_looks = True
+    is_reader = True
 
     def __init__(self, control: TokenShares, kinds: Sequence[Tensor]) -> None:
         self.control, self.kinds = control, kinds
 
-    def attends(self, context: CallContext, site: Site) -> bool:
-        return site.cross
+    def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
+        return layer.cross
 
     @torch.no_grad()
     def read_attention(
-        self, context: CallContext, site: Site, scores: Scores, queries: slice, bias: Tensor | None
+        self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         block = scores.block(queries)  # (n,H,q,K)
         shares = (block if bias is None else block + bias).softmax(dim=-1).mean(dim=(1, 2)).double().cpu()  # (n,K)
         kinds = torch.stack([self.kinds[layout] for layout in context.guided_layouts])  # (n,K,kinds)
-        weight = block.shape[2] / site.cells  # of a part of the queries
+        weight = block.shape[2] / layer.cells  # of a part of the queries
         self.control.sums += weight * (shares[:, None] @ kinds)[:, 0].mean(dim=0)
         self.control.calls += int(not queries.start)
 

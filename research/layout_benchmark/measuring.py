@@ -131,7 +131,8 @@ class Bench:
             "controls": method.described(),
             "reader": VERSION,
         }
-        return asked if method.sampling == FREE else {**asked, "sampling": asdict(method.sampling)}
+        way = {name: getattr(method.sampling, name) for name in ("scheduler", "guidance_scale")}
+        return asked if method.sampling == FREE else {**asked, "sampling": way}
 
     def _done(self, method: Method) -> bool:
         path = self._result(method)

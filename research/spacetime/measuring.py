@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Drawing:
                 )
                 content = {"weights": found.weights.tolist(), "losses": list(found.losses)}
                 write_json(self.folder / "weights" / f"{index:06d}.json", content)
-                control = replace(control, weights=found.weights)
+                control = control.with_weights(found.weights)
             changed.append(control)
         return changed
 

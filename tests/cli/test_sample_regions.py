@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from sample_helpers import assert_same, pixels
 
+import localctl
 import localctl.pipelines
 from localctl.cli import sample
 from localctl.cli.sample_flags import parse
@@ -37,6 +38,8 @@ SCENE: dict[str, Any] = {
     "width": 64,
     "regions": [{"phrase": "cat", "box": [0, 0, 0.5, 1]}, {"phrase": "dogs", "mask": "dogs.png"}],
 }
+
+SCENE_FILE = Path(__file__).parents[2] / "examples" / "scene.json"
 
 
 @pytest.fixture
@@ -63,6 +66,18 @@ def test_pictures_are_those_of_generate(workspace: Path) -> None:
     assert_same(pixels("out"), {"00_seed3.png": np.asarray(images[0])})
     plain = generate(pipe, load_layout("scene.json"), (), 3, num_inference_steps=2, guidance_scale=7.5).images
     assert not np.array_equal(np.asarray(plain[0]), np.asarray(images[0]))
+
+
+@pytest.mark.parametrize("control", ["none", "bias", "bias+guidance"])
+def test_python_and_command_line_give_the_same_image(control: str, workspace: Path) -> None:
+    flags = ["--layout", str(SCENE_FILE), "--control", control, "--num_inference_steps", "3", "--seeds", "4"]
+    assert sample.main([*flags, "--output_dir", "out"]) == 0
+    pipe, controls = localctl.load_pipeline("micro"), localctl.controls(control, base="micro")
+    how = localctl.sampling_of(control, base="micro")
+    images = localctl.generate(
+        pipe, localctl.load_layout(SCENE_FILE), controls, seeds=4, sampling=how, num_inference_steps=3
+    ).images
+    assert_same(pixels("out"), {"00_seed4.png": np.asarray(images[0])})
 
 
 def test_a_comparison_draws_every_control_and_its_record_repeats_it(
@@ -211,7 +226,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=0,0"], "value is given twice"),
         (["--sweep", "strength=0", "strength=1"], "one setting or two different ones"),
         (["--sweep", "strength=0,1", "--set", "strength=1"], "both in --set and in --sweep"),
-        (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 pictures on a sheet"),
+        (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 images on a sheet"),
         (["--height", "128"], "layout is 64x64 pixels but the image is to be 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
         (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),

@@ -19,7 +19,7 @@ from localctl.cli import sample
 from localctl.cli.sample_flags import parse
 from localctl.cli.sample_job import prepare
 from localctl.conditions import ConditionConfig, extract
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.masks import load_mask
 from localctl.sampling import generate
 

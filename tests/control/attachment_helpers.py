@@ -15,7 +15,7 @@ from localctl.adapter import LocalAdapter
 from localctl.control.attach import Attachment
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region

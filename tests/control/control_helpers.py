@@ -14,9 +14,9 @@ from tolerances import rounding
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from localctl.control.attention import Site
 from localctl.control.base import CallContext, Control
 from localctl.control.processor import Installation
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -72,7 +72,9 @@ def context(**changes: Any) -> CallContext:
 def bare_pipe() -> Any:
     """As much of a pipeline as binding a region method needs."""
     return SimpleNamespace(
-        tokenizer=word_tokenizer(), scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000))
+        unet=torch.nn.Identity(),
+        tokenizer=word_tokenizer(),
+        scheduler=SimpleNamespace(config=SimpleNamespace(num_train_timesteps=1000)),
     )
 
 
@@ -98,13 +100,13 @@ def steered(
     controls = control if isinstance(control, list) else [control]
     layouts = layout if isinstance(layout, list) else [layout]
     where = where or context()
-    site = Site("attn", len(inputs) > 1, size)
+    layer = AttentionLayer("attn", len(inputs) > 1, size)
     installation = Installation()
     try:
         for item in controls:
             bound = item.bind(bare_pipe(), layouts)
-            if bound.attends(where, site):
-                installation.add(attn, site, bound, where)
+            if bound.attends(where, layer):
+                installation.add(attn, layer, bound, where)
         return attn(*inputs)
     finally:
         installation.undo()

@@ -31,15 +31,15 @@ from torch import Tensor
 
 from localctl.adapter import LocalAdapter
 from localctl.control.attach import attach
-from localctl.control.attention import attention_sites
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
 from localctl.control.dense import DenseModulation
+from localctl.control.image_controls import LocalAdapterControl
+from localctl.control.latents import outer_step, sigma_at
 from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.processor import SteeredProcessor
 from localctl.control.region_bias import RegionBias
-from localctl.control.sigmas import outer_step, sigma_at
+from localctl.denoisers import denoiser_of
 from localctl.layout import Layout, Region
 from localctl.pipelines import SCHEDULERS, set_scheduler
 
@@ -116,7 +116,7 @@ def test_processors_are_the_same_objects_after_every_call(sd_pipe: StableDiffusi
     assert same() and torch.equal(draw(sd_pipe), plain)
 
     class Failing(BoundControl):
-        def attends(self, context: CallContext, site: Any) -> bool:
+        def attends(self, context: CallContext, layer: Any) -> bool:
             return True
 
         def attention_bias(self, *_: Any) -> Tensor | None:
@@ -178,7 +178,7 @@ def test_a_bias_for_all_heads_is_not_copied_for_each(
     with attach(sd_pipe, LAYOUT, RegionBias()):
         draw(sd_pipe, guidance_scale=5.0)
     assert strides and set(strides) == {0}
-    sites = attention_sites(sd_pipe.unet, (8, 8))
+    sites = denoiser_of(sd_pipe).attention_layers((8, 8))
     assert not any("prepare_attention_mask" in vars(attn) for _, attn in sites)
 
 
@@ -240,15 +240,17 @@ def looker(seen: dict[str, int], name: str) -> Callable[..., None]:
 def test_sites_know_their_cells(sd_pipe: StableDiffusionPipeline, sdxl_pipe: StableDiffusionXLPipeline) -> None:
     for pipe in (sd_pipe, sdxl_pipe):
         for size in ((8, 8), (9, 11), (12, 20)):
-            found = attention_sites(pipe.unet, size)
+            found = denoiser_of(pipe).attention_layers(size)
             seen: dict[str, int] = {}
-            hooks = [attn.register_forward_pre_hook(looker(seen, site.name), with_kwargs=True) for site, attn in found]
+            hooks = [
+                attn.register_forward_pre_hook(looker(seen, layer.name), with_kwargs=True) for layer, attn in found
+            ]
             draw(pipe, latents=noise(1, size), height=8 * size[0], width=8 * size[1], num_inference_steps=1)
             for hook in hooks:
                 hook.remove()
-            assert seen == {site.name: site.cells for site, _ in found}
+            assert seen == {layer.name: layer.cells for layer, _ in found}
             assert {f"{name}.processor" for name in seen} == set(pipe.unet.attn_processors)
-            assert all(site.cross == site.name.endswith("attn2") for site, _ in found)
+            assert all(layer.cross == layer.name.endswith("attn2") for layer, _ in found)
 
 
 def test_another_thread_is_refused(sd_pipe: StableDiffusionPipeline) -> None:
@@ -305,7 +307,7 @@ def test_refusals_come_before_the_first_step(
     cases: list[tuple[Layout, Control, Any, str]] = [
         (LAYOUT, RegionBias(), "a dog", "call it with layout.prompt"),
         (LAYOUT, RegionBias(), [PROMPT, PROMPT, "x"], "call it with layout.prompt"),
-        (wide, RegionBias(), PROMPT, "draws 64x64 pixels but the layout is 128x64"),
+        (wide, RegionBias(), PROMPT, "generates 64x64 pixels but the layout is 128x64"),
         (LAYOUT, large, PROMPT, "condition is 128x128 pixels but the image is 64x64"),
         (LAYOUT, LayoutGuidance(sites=("up/16",)), PROMPT, "no cross-attention at 'up/16'"),
         (Layout("a", regions=(Region("a", (0, 0, 1, 1), strength=2.0),)), DenseModulation(), "a", "must lie in"),

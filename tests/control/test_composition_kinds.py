@@ -16,8 +16,8 @@ from localctl.adapter import LocalAdapter
 from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import Control
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.local_adapter import LocalAdapterControl
 
 # At their tiny sizes, 2.1 differs from 1.5 by what the U-Net predicts alone.
 PIPES = ("sd_pipe", pytest.param("v_pipe", marks=pytest.mark.slow), "sdxl_pipe")

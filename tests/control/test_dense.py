@@ -8,8 +8,9 @@ from control_helpers import assert_close, bare_pipe, context, golden, layer, ste
 from tolerances import rounding
 from torch import Tensor
 
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
 from localctl.control.dense import DenseModulation
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
 PROMPT = "w1 x w3 w4 y w6 w7 w8"  # between start and end: the golden's token spans
@@ -49,7 +50,7 @@ def test_scores_keep_their_range(kind: str, rest: str) -> None:
     bound = DenseModulation(w_self=1.0, rest=rest).bind(bare_pipe(), [layout])
     attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
     scores = Scores(attn, inputs[0], inputs[1] if kind == "cross" else None, None, where.guided_rows)
-    bias = bound.attention_bias(where, Site("a", kind == "cross", (8, 8)), scores, slice(None))
+    bias = bound.attention_bias(where, AttentionLayer("a", kind == "cross", (8, 8)), scores, slice(None))
     assert bias is not None and bias.abs().max() > 0.1
     before = scores.block(slice(None))
     low, high = before.aminmax(dim=-1, keepdim=True)
@@ -64,7 +65,7 @@ def signs(rest: str, kind: str, **region: Any) -> Tensor:
     bound = DenseModulation(rest=rest).bind(bare_pipe(), [layout])
     attn, inputs = layer(arrays, f"{kind}.w."), inputs_of(arrays, kind)
     scores = Scores(attn, inputs[0], inputs[1] if kind == "cross" else None, None, slice(1, 2))
-    bias = bound.attention_bias(context(), Site("a", kind == "cross", (8, 8)), scores, slice(None))
+    bias = bound.attention_bias(context(), AttentionLayer("a", kind == "cross", (8, 8)), scores, slice(None))
     assert bias is not None
     return bias[0].sum(0).sign()
 
@@ -158,7 +159,7 @@ def test_no_modulation_is_no_mask_at_all(control: DenseModulation, changes: dict
         ({"w_self": float("nan")}, "w_self of a control is a finite number"),
         ({"decay": -1.0}, "decay of DenseModulation is at least 0"),
         ({"rest": "other"}, "Unknown rest 'other'"),
-        ({"mask_resize": "bilinear"}, "Unknown mask resize"),
+        ({"mask_resize": "bilinear"}, "Unknown mask_resize"),
         ({"memory_limit": 0}, "memory limit is a positive number"),
         ({"end": 0.0}, "0 <= start < end"),
     ],

@@ -11,10 +11,11 @@ from tolerances import rounding
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.forward_guidance import ForwardGuidance, _BoundForward, _window
 from localctl.control.regions import BoundRegions
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
 SCENE = Layout("a cat with a big dog", regions=(Region("cat", (0, 0, 0.5, 0.5)), Region("big dog", (0.5, 0, 1, 1))))
@@ -25,10 +26,10 @@ def maps(strength: float, queries: slice = slice(None)) -> tuple[Tensor, Tensor]
     arrays = golden("region_bias")
     control = ForwardGuidance(strength=strength)
     bound = _BoundForward(control, BoundRegions(bare_pipe(), [SCENE], "area"), ["attn"])
-    where, site = context(), Site("attn", True, (8, 8))
-    assert bound.attends(where, site) == bool(strength)
+    where, place = context(), AttentionLayer("attn", True, (8, 8))
+    assert bound.attends(where, place) == bool(strength)
     scores = Scores(layer(arrays), arrays["hidden_states"], arrays["encoder_hidden_states"], None, where.guided_rows)
-    bias = bound.attention_bias(where, site, scores, queries)
+    bias = bound.attention_bias(where, place, scores, queries)
     block = scores.block(queries)
     return block.softmax(-1)[0], (block if bias is None else block + bias).softmax(-1)[0]
 
@@ -79,7 +80,7 @@ def test_attention_moves_and_no_effect_is_plain(sd_pipe: StableDiffusionPipeline
         ({"strength": 1.5}, r"strength of ForwardGuidance lies in \[0, 1\]"),
         ({"strength": float("nan")}, "finite number"),
         ({"start": 1.0}, "0 <= start < end"),
-        ({"mask_resize": "x"}, "Unknown mask resize"),
+        ({"mask_resize": "x"}, "Unknown mask_resize"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -45,7 +45,7 @@ def test_the_threshold_is_evaluated_anew_per_picture_and_step() -> None:
 def tiny_words() -> Any:
     from conftest import tiny_tokenizer
 
-    return SimpleNamespace(tokenizer=tiny_tokenizer())
+    return SimpleNamespace(unet=torch.nn.Identity(), tokenizer=tiny_tokenizer())
 
 
 def moves_by_step(bound: BoundGuidance, energies: list[float], steps: int) -> list[int]:

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.base import BoundControl, CallContext, Control, RunUNet
+from localctl.control.base import BoundControl, CallContext, Control, RunDenoiser
 from localctl.pipelines import set_scheduler
 
 STEPS = 3
@@ -42,7 +42,7 @@ class Nudge(Control):
         class Bound(BoundControl):
             moves_latents = True
 
-            def shift_latents(self, context: CallContext, latents: Tensor, run: RunUNet) -> Tensor | None:
+            def shift_latents(self, context: CallContext, latents: Tensor, run: RunDenoiser) -> Tensor | None:
                 control.seen.append(latents)
                 control.sigmas.append(context.sigma)
                 chosen = len(control.seen) - 1 in control.calls

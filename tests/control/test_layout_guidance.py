@@ -15,12 +15,12 @@ from tolerances import rounding
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.attention import Site
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import CallContext, EndOfRun
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import BoundGuidance, EnergyReader, LayoutGuidance
 from localctl.control.regions import BoundRegions
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
 STRONG: dict[str, Any] = {"threshold": 0.0, "scale": 300.0, "end": 0.5, "iterations": 2}
@@ -44,11 +44,11 @@ def published_energy(chunk: int = 1000, **options: Any) -> Tensor:
     where = context(layout_of_row=(0,), conditional=(True,))
     ended = False
     for name, (size, probabilities) in maps.items():
-        site = Site(name, True, size)
-        assert not ended and reader.attends(where, site)
+        layer = AttentionLayer(name, True, size)
+        assert not ended and reader.attends(where, layer)
         try:
-            for first in range(0, site.cells, chunk):
-                reader.read_attention(where, site, given(probabilities), slice(first, first + chunk), None)
+            for first in range(0, layer.cells, chunk):
+                reader.read_attention(where, layer, given(probabilities), slice(first, first + chunk), None)
         except EndOfRun:
             ended = True
     assert ended == control.early_exit
@@ -68,7 +68,7 @@ def test_a_token_that_nothing_attends_to_counts_no_more_than_its_weight() -> Non
     """Its share inside is 0 / 0, of a word without a region or of one with."""
     layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
     bound = BoundGuidance(LayoutGuidance(), BoundRegions(bare_pipe(), [layout], "area"), ("mid",))
-    where, site = context(layout_of_row=(0,), conditional=(True,)), Site("mid", True, (4, 4))
+    where, layer = context(layout_of_row=(0,), conditional=(True,)), AttentionLayer("mid", True, (4, 4))
     energies = []
     for token in (5, 1):  # the words stand behind the first, special token
         block = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def test_a_token_that_nothing_attends_to_counts_no_more_than_its_weight() -> Non
         scores = SimpleNamespace(keys=8, block=block.requires_grad_().__getitem__)
         reader = EnergyReader(bound)
         with pytest.raises(EndOfRun):
-            reader.read_attention(where, site, scores, slice(None), None)
+            reader.read_attention(where, layer, scores, slice(None), None)
         energies.append(reader.energy())
         assert torch.autograd.grad(energies[-1].sum(), block)[0].isfinite().all()
     assert 0.0 < energies[0].item() < energies[1].item() <= 1.0
@@ -114,7 +114,9 @@ def test_the_energy_falls_and_attention_moves(kind: str, request: pytest.Fixture
     assert (moved - looked).abs().max() > 1e-3 and len(guide.shifts) == 2
     mean = [sum(maps.mass(0, region) for region in range(2)) / 2 for maps in (before, after)]
     assert mean[1] > mean[0] + 1e-4
-    assert len(after._records) == 1 and after._records[0].counts == before._records[0].counts  # runs are not looked at
+    assert (
+        len(after.recorder.records) == 1 and after.recorder.records[0].counts == before.recorder.records[0].counts
+    )  # runs are not looked at
 
 
 @pytest.mark.parametrize("moves", [1, 3])
@@ -243,9 +245,7 @@ def test_a_gradient_that_is_no_number_skips_the_step_and_is_said(sd_pipe: Stable
         warnings.simplefilter("always")
         patch.setattr(EnergyReader, "energy", spoilt)
         result = guided(sd_pipe, LayoutGuidance(**STRONG), latents=noise(2), num_images_per_prompt=2)
-    assert ["picture 1 of this batch" in str(item.message) for item in said if "guidance" in str(item.message)] == [
-        True
-    ]
+    assert ["image 1 of this batch" in str(item.message) for item in said if "guidance" in str(item.message)] == [True]
     torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-3)
     assert_same_draw(result[1], plain[1])
 
@@ -260,14 +260,14 @@ def test_no_effect_is_bit_equal_to_plain(sd_pipe: StableDiffusionPipeline) -> No
 def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> None:
     def names(pipe: Any, sites: Any) -> set[str]:
         bound = LayoutGuidance(sites=sites).bind(pipe, [LAYOUT])
-        return {".".join(name.split(".")[:2]) for name in bound.sites}  # type: ignore[attr-defined]
+        return {".".join(name.split(".")[:2]) for name in bound.layers}  # type: ignore[attr-defined]
 
     assert names(sd_pipe, None) == names(sd_pipe, ("mid/8", "up/4")) == {"mid_block.attentions", "up_blocks.1"}
     assert names(sdxl_pipe, None) == names(sdxl_pipe, ("mid/4", "up/4")) == {"mid_block.attentions", "up_blocks.0"}
     assert names(sd_pipe, ("down",)) == {f"down_blocks.{index}" for index in range(3)}
     with pytest.raises(ValueError, match="no cross-attention at 'up/8'; choose among down/1, .*mid/8, up/4"):
         names(sd_pipe, ("up/8",))
-    with pytest.raises(ValueError, match="at least one site"):
+    with pytest.raises(ValueError, match="at least one attention layer"):
         names(sd_pipe, ())
 
 
@@ -278,7 +278,7 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
         ({"threshold": float("nan")}, "threshold of a control is a finite number"),
         ({"iterations": 1.5}, "iterations of LayoutGuidance are a count"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
-        ({"mask_resize": "round"}, "Unknown mask resize 'round'"),
+        ({"mask_resize": "round"}, "Unknown mask_resize 'round'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

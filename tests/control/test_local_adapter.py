@@ -10,8 +10,10 @@ from attachment_helpers import adapter_control as control
 from diffusers import StableDiffusionPipeline, T2IAdapter
 
 from localctl.adapter import LocalAdapter
-from localctl.control.base import CallContext, add_residuals
-from localctl.control.local_adapter import LocalAdapterControl, residual_shapes
+from localctl.control.base import CallContext
+from localctl.control.image_controls import LocalAdapterControl
+from localctl.denoisers import bare_denoiser
+from localctl.denoisers.base import add_residuals
 from localctl.layout import Layout
 
 MakeAdapter = Callable[..., LocalAdapter]
@@ -163,7 +165,7 @@ def test_residual_shapes_are_those_the_unet_adds(
     kind: str, size: tuple[int, int], request: pytest.FixtureRequest
 ) -> None:
     unet = request.getfixturevalue(kind).unet
-    shapes = residual_shapes(unet, size)
+    shapes = bare_denoiser(unet).residual_shapes(size)
     added = [torch.ones(1, *shape) for shape in shapes]
     more: dict[str, Any] = {}
     if kind == "sdxl_pipe":

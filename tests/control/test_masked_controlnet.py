@@ -13,8 +13,7 @@ from torch import Tensor
 
 from localctl.adapter import LocalAdapter
 from localctl.control.attach import attach
-from localctl.control.local_adapter import LocalAdapterControl
-from localctl.control.masked_controlnet import MaskedControlNet
+from localctl.control.image_controls import LocalAdapterControl, MaskedControlNet
 from localctl.sampling import generate
 
 PROMPT = "a cat, dogs"

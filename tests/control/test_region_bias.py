@@ -9,8 +9,9 @@ from diffusers.models.attention_processor import Attention
 from tolerances import rounding
 from torch import Tensor
 
-from localctl.control.attention import Scores, Site
+from localctl.control.attention import Scores
 from localctl.control.region_bias import RegionBias
+from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
 
@@ -49,13 +50,13 @@ def test_published_maps(side: int) -> None:
     hidden, text = arrays["hidden_states"][:, : side * side], arrays["encoder_hidden_states"]
     scores = Scores(attn, hidden, text, None, where.guided_rows)
     scores.__dict__["global_std"] = torch.tensor(1.0)
-    bias = bound.attention_bias(where, site((side, side)), scores, slice(None))
+    bias = bound.attention_bias(where, on((side, side)), scores, slice(None))
     assert bias is not None
     assert_close(bias[:, 0], arrays[f"region_map_{side * side}"][1:], terms=1)
 
 
-def site(size: tuple[int, int]) -> Site:
-    return Site("attn", True, size)
+def on(size: tuple[int, int]) -> AttentionLayer:
+    return AttentionLayer("attn", True, size)
 
 
 ENTRIES = 3 * 3 * 20 * 7  # of the scores of three rows
@@ -133,7 +134,7 @@ def test_bias_moves_attention_into_the_region() -> None:
     bound = RegionBias(strength=0.4, outside_strength=0.1).bind(bare_pipe(), [layout])
     where = context()
     scores = Scores(attn, hidden, arrays["encoder_hidden_states"], None, where.guided_rows)
-    bias = bound.attention_bias(where, site((8, 8)), scores, slice(None))
+    bias = bound.attention_bias(where, on((8, 8)), scores, slice(None))
     assert bias is not None
     plain = scores.block(slice(None)).softmax(-1)[0, :, :, 2].mean(0).reshape(8, 8)
     moved = (scores.block(slice(None)) + bias).softmax(-1)[0, :, :, 2].mean(0).reshape(8, 8)
@@ -145,7 +146,7 @@ def test_bias_moves_attention_into_the_region() -> None:
     ("options", "message"),
     [
         ({"std": "layer"}, "Unknown std 'layer'"),
-        ({"mask_resize": "bilinear"}, "Unknown mask resize 'bilinear'"),
+        ({"mask_resize": "bilinear"}, "Unknown mask_resize 'bilinear'"),
         ({"strength": float("nan")}, "strength of a control is a finite number"),
         ({"start": 0.6, "end": 0.5}, "0 <= start < end"),
     ],
@@ -172,7 +173,7 @@ def test_moments_of_the_keys_are_computed_once_per_call(monkeypatch: pytest.Monk
     def bias(source: Tensor, guided: slice = slice(1, 2)) -> Tensor:
         hidden = torch.randn(2, 64, 32)
         scores = Scores(attn, hidden, source, None, guided)
-        result = bound.attention_bias(context(), site((8, 8)), scores, slice(None))
+        result = bound.attention_bias(context(), on((8, 8)), scores, slice(None))
         assert result is not None
         fresh = Scores(attn, hidden, source, None, guided).block(slice(None)).flatten(1).std(dim=1)
         expected = 0.5 * 5 * float(fresh) * float(arrays["strength"].abs().max())

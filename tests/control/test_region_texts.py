@@ -13,9 +13,9 @@ from torch import Tensor
 
 from localctl.control.attach import attach
 from localctl.control.dense import DenseModulation
-from localctl.control.hidden_phrases import without_phrases
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
+from localctl.control.regions import without_phrases
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 from localctl.sampling import generate

@@ -13,11 +13,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.attention import Site
 from localctl.control.processor import Installation
 from localctl.control.region_bias import RegionBias
-from localctl.control.regions import encode_texts
 from localctl.control.spacetime import SpaceTimeAttention, local_text
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import AttentionLayer
+from localctl.denoisers.unet import UNet
 from localctl.layout import Layout, Region
 
 SIZE = (6, 8)  # not square
@@ -26,7 +27,7 @@ REGIONS = (Region("cat", (0, 0, 0.6, 1)), Region("dogs", (0.4, 0.3, 1, 0.8), pro
 SCENE = Layout("cat and dogs", regions=REGIONS)
 
 
-def encoded(pipe: Any, texts: list[str], arguments: Any) -> Tensor:
+def encoded(denoiser: UNet, texts: list[str], arguments: Any) -> Tensor:
     """(n, 5, 12): a fixed random context of each text, by what it is a photo of."""
     seeds = [TEXTS.index(text.removeprefix("a photo of ")) for text in texts]
     return torch.stack([torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -34,7 +35,7 @@ def encoded(pipe: Any, texts: list[str], arguments: Any) -> Tensor:
 
 @pytest.fixture
 def attn(monkeypatch: pytest.MonkeyPatch) -> Attention:
-    monkeypatch.setattr("localctl.control.spacetime.encode_texts", encoded)
+    monkeypatch.setattr(UNet, "encode_texts", encoded)
     torch.manual_seed(0)
     return Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8).eval().requires_grad_(False)
 
@@ -55,10 +56,10 @@ def mixed(control: SpaceTimeAttention, attn: Attention, layout: Any = SCENE, **w
     bound = control.bind(bare_pipe(), layout if isinstance(layout, list) else [layout])
     bound.begin_call({})
     installation = Installation()
-    site = Site("attn2", True, SIZE)
+    layer = AttentionLayer("attn2", True, SIZE)
     try:
-        if bound.attends(place, site):
-            installation.add(attn, site, bound, place)
+        if bound.attends(place, layer):
+            installation.add(attn, layer, bound, place)
         return attn(cells, text), cells, text
     finally:
         installation.undo()
@@ -90,7 +91,7 @@ def test_the_released_mix_subtracts_the_negative_prompts_attention(attn: Attenti
     expected = by_hand(attn, cells[1], text[1]) + (parts * (local - negative)).sum(0)
     assert_close(output[1], expected)
     assert torch.equal(output[0], attn(cells, text)[0])
-    with pytest.raises(ValueError, match="draw with a guidance_scale above 1"):
+    with pytest.raises(ValueError, match="generate with a guidance_scale above 1"):
         mixed(SpaceTimeAttention(mix="released"), attn, layout_of_row=(0,), conditional=(True,))
 
 
@@ -255,7 +256,7 @@ def test_biases_of_other_controls_leave_the_local_texts_alone(sd_pipe: StableDif
 
 def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
     draw(sdxl_pipe)
-    texts = encode_texts(sdxl_pipe, ["cat", "dogs"], {"device": "cpu"})
+    texts = denoiser_of(sdxl_pipe).encode_texts(["cat", "dogs"], {"device": "cpu"})
     assert texts.shape == (2, 77, 32) and not torch.equal(texts[0], texts[1])
 
 
@@ -284,7 +285,7 @@ def test_bad_settings_are_one_sentence(options: dict[str, Any], message: str) ->
 def test_what_does_not_fit_the_layout_or_the_call(sd_pipe: StableDiffusionPipeline) -> None:
     for control, message in (
         (SpaceTimeAttention(weights=torch.ones(2, 3)), "3 regions but the layout 'a cat, dogs' has 2"),
-        (SpaceTimeAttention(weights=[torch.ones(2, 2)] * 2), "weights for 2 layouts and 1 to draw"),
+        (SpaceTimeAttention(weights=[torch.ones(2, 2)] * 2), "weights for 2 layouts and 1 to generate"),
     ):
         with pytest.raises(ValueError, match=message), attach(sd_pipe, LAYOUT, control):
             pass

@@ -18,9 +18,9 @@ from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import CallContext
 from localctl.control.forward_guidance import ForwardGuidance
+from localctl.control.latents import SIGNAL_FLOOR, sigma_at
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.negative_prompts import NegativePrompts
-from localctl.control.sigmas import SIGNAL_FLOOR, sigma_at
 from localctl.diffusion import eps_from_x0, v_from_eps, v_from_x0, x0_from_eps
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP

@@ -14,7 +14,7 @@ import research.control_share.measuring
 from localctl.adapter import LocalAdapter
 from localctl.boxes import box_iou
 from localctl.conditions import ConditionConfig
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.masks import MaskConfig
 from localctl.micro.scenes import scene

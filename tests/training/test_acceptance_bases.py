@@ -17,7 +17,7 @@ from training_helpers import loss_log
 
 from localctl.adapter import LocalAdapter
 from localctl.cli.config import load_config
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.diffusion import predict_x0
 from localctl.micro.scenes import scene
 from localctl.sampling import generate

@@ -10,7 +10,7 @@ from tolerances import rounding
 from training_helpers import tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.control.local_adapter import LocalAdapterControl
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import Example, MaskedSamples, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.sampling import generate

@@ -14,9 +14,10 @@ from torch import Tensor
 from localctl.control.attach import attach
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
+from localctl.denoisers import denoiser_of
 from localctl.pipelines import set_scheduler
 from localctl.sampling import generate, initial_noise
-from localctl.weight_search.differentiable import decode, encode, is_differentiable, sample_latents
+from localctl.weight_search.differentiable import decode, is_differentiable, sample_latents
 
 STEPS = 3
 
@@ -25,7 +26,7 @@ def sampled(pipe: Any, weights: Tensor, guidance_scale: float = 3.0, mix: str = 
     """Latents of LAYOUT, seed 5, under these weights and a bias."""
     height, width = 64, 96
     with attach(pipe, LAYOUT, [SpaceTimeAttention(weights=weights, mix=mix), RegionBias(strength=0.5)]):
-        conditioning = encode(pipe, LAYOUT.prompt, (height, width), guidance_scale, "ships")
+        conditioning = denoiser_of(pipe).condition(LAYOUT.prompt, (height, width), guidance_scale, "ships")
         return sample_latents(pipe, conditioning, initial_noise(pipe, 5, height, width), len(weights), **options)
 
 
@@ -57,7 +58,7 @@ def gradient(pipe: Any, weights: Tensor, **options: Any) -> Tensor:
     height, width = 64, 64
     control = SpaceTimeAttention(weights=wanted)
     with attach(pipe, LAYOUT, control):
-        conditioning = encode(pipe, LAYOUT.prompt, (height, width), 3.0, None)
+        conditioning = denoiser_of(pipe).condition(LAYOUT.prompt, (height, width), 3.0, None)
         noise = initial_noise(pipe, 0, height, width)
         sample_latents(pipe, conditioning, noise, len(weights), **options).square().sum().backward()
     assert wanted.grad is not None
@@ -73,7 +74,7 @@ def test_gradients_are_those_of_finite_differences(sd_pipe: StableDiffusionPipel
 
     def value(weights: Tensor) -> float:
         with attach(sd_pipe, LAYOUT, SpaceTimeAttention(weights=weights)), torch.no_grad():
-            conditioning = encode(sd_pipe, LAYOUT.prompt, (64, 64), 3.0, None)
+            conditioning = denoiser_of(sd_pipe).condition(LAYOUT.prompt, (64, 64), 3.0, None)
             noise = initial_noise(sd_pipe, 0, 64, 64)
             return float(sample_latents(sd_pipe, conditioning, noise, STEPS).square().sum())
 

@@ -1,0 +1,75 @@
+"""Training and evaluation as functions of their settings: what the programs do, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from localctl.evaluation import fid
+from localctl.evaluation.compare import Comparison, compare
+from localctl.evaluation.scorer import make_scorer
+from localctl.evaluation.settings import FidSettings
+from localctl.metrics.clip import Clip
+from localctl.metrics.extractors import MICRO_CLIP
+from localctl.training.early_stopping import Scorer
+from localctl.training.loop import TrainResult, prepare
+from localctl.training.settings import TrainSettings
+
+Say = Callable[[str], None]
+
+
+def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None = None) -> TrainResult:
+    """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
+
+    Args:
+        settings: as of ``train_adapter.py``.
+        say: is given each line of what is told meanwhile.
+        scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
+
+    Raises:
+        ValueError: settings, data or an output folder that do not fit.
+        OSError: something could not be written.
+        NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
+    """
+    if settings.dry_run:
+        raise ValueError("dry_run trains nothing; see localctl.training.dry_run.report, or set dry_run=False.")
+    return prepare(settings, say, scorer or make_scorer(settings)).train()
+
+
+def generate_set(settings: FidSettings, say: Say = print) -> dict[str, Path]:
+    """Generate what is missing of the sets of images that ``settings.prompts`` asks for; their folders, by the name of
+    the set. ValueError in one sentence before anything slow."""
+    fid.draw(settings, say)
+    return {name: settings.folder / name for name in settings.set_names}
+
+
+def evaluate_fid(settings: FidSettings, say: Say = print) -> dict[str, Any]:
+    """How far generated images are from photos: ``evaluate_fid.py`` ref, gen and score, one after the other.
+
+    Returns:
+        By the name of each set its ``values`` (Fréchet distance, KID and what else the extractor has), ``warnings`` and
+        ``provenance``; also written beside the images.
+
+    Raises:
+        ValueError: data, an adapter or an extractor that is not there; another reference or images of other settings.
+    """
+    if settings.reference is None:
+        fid.make_reference(settings, say)
+    fid.draw(settings, say)
+    return fid.score(settings, say)
+
+
+def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_clip") -> Comparison:
+    """Measure sets of images, by name, against the condition that they were to follow and against each other.
+
+    Args:
+        folders: of :func:`generate_set`, one of them without an adapter.
+        clip: CLIPModel of the CLIP score, a folder or hub id; ``micro_clip``: the embedded base's; None: no score.
+
+    Raises:
+        ValueError: images are missing, or the sets differ in more than the adapter.
+    """
+    return compare(folders, None if clip is None else Clip(MICRO_CLIP if clip == "micro_clip" else clip))

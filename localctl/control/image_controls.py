@@ -1,0 +1,253 @@
+"""Controls that follow a condition inside a mask: the trained LocalAdapter, and a ControlNet (arXiv 2302.05543) as the
+baseline beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.control.base import BoundControl, CallContext, Control, check_choice, check_strength, check_window
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import BlockResiduals, Denoiser, DenoiserInputs
+from localctl.inputs import ImageField, as_condition, as_mask
+from localctl.layout import Layout
+from localctl.masks import MASK_RESIZE, mask_feature
+
+_ADDED = ("text_embeds", "time_ids")  # of SDXL; an IP-Adapter's images are not for ControlNets
+
+
+@dataclass(eq=False)
+class LocalAdapterControl(Control):
+    """Follow ``condition`` inside ``mask``.
+
+    Args:
+        adapter: the trained adapter; it stays on its own device and in its own dtype.
+        condition: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W) for all layouts, or one per layout:
+            a list, or a tensor (n, C, H, W). Numbers in [0, 1]; read as float32 (n, C, H, W).
+        mask: the same with one channel, 1 or white = controlled; read as float32 (n, 1, H, W). n may be 1 or the number
+            of layouts.
+        weight: factor of the features, or one for each level of them, finest first. Several controls on one base add
+            up.
+        start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
+
+    Raises:
+        ValueError: shapes, sizes, channels, ranges or the window do not fit.
+    """
+
+    adapter: LocalAdapter
+    condition: ImageField = ImageField()
+    mask: ImageField = ImageField()
+    weight: float | Sequence[float] = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adapter, LocalAdapter):
+            raise ValueError(
+                f"The adapter is a {type(self.adapter).__name__}, not a LocalAdapter; "
+                "wrap a T2IAdapter with LocalAdapter.from_t2iadapter."
+            )
+        check_window(self.start, self.end)
+        self.weight = _checked_weight(self.weight, self.adapter.levels)
+        channels = self.adapter.channels_of_condition
+        self.condition, self.mask = as_condition(self.condition, channels), as_mask(self.mask)
+        if self.condition.shape[1] != channels:
+            raise ValueError(
+                f"The condition has {self.condition.shape[1]} channels but the adapter was made for {channels}; "
+                "use the kind of condition it was trained with."
+            )
+        _check_mask(self.mask, self.condition)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        _check_counts(self.condition, self.mask, layouts)
+        return _BoundLocalAdapter(self, denoiser_of(pipe))
+
+
+def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
+    """The weight, or those of the levels as a tuple. ValueError unless they are finite numbers, one per level."""
+    if not isinstance(weight, Sequence):
+        check_strength("weight", weight)
+        return weight
+    weights = tuple(weight)
+    if len(weights) != levels:
+        raise ValueError(
+            f"There are {len(weights)} weights for {levels} levels of features; give one weight for all or one each."
+        )
+    for one in weights:
+        check_strength("weight", one)
+    return weights
+
+
+class _BoundLocalAdapter(BoundControl):
+    """Runs the adapter once and keeps the features while the layouts are the same."""
+
+    def __init__(self, control: LocalAdapterControl, denoiser: Denoiser) -> None:
+        self.control = control
+        self.denoiser = denoiser
+        self.shared = control.condition.shape[0] == control.mask.shape[0] == 1  # one set of features for all layouts
+        self._key: tuple[object, ...] | None = None
+        self._features: list[Tensor] = []
+
+    def down_residuals(self, context: CallContext) -> list[Tensor] | None:
+        if not context.within(self.control.start, self.control.end):
+            return None
+        layouts = self._needed(context)
+        key = (layouts, context.device, context.dtype, context.image_size, self.control.weight)
+        if key != self._key:
+            self._features = self._compute(layouts, context)
+            self._key = key
+        rows = [0 if self.shared else layouts.index(layout) for layout in context.layout_of_row]
+        index = torch.tensor(rows, device=context.device)
+        return [feature.index_select(0, index) for feature in self._features]  # always a copy
+
+    def _needed(self, context: CallContext) -> tuple[int, ...]:
+        """The layouts whose features this call needs."""
+        return (0,) if self.shared else tuple(sorted(set(context.layout_of_row)))
+
+    @torch.no_grad()
+    def _compute(self, layouts: tuple[int, ...], context: CallContext) -> list[Tensor]:
+        control, adapter = self.control, self.control.adapter
+        _check_size(control.condition, context.image_size)
+        condition, mask = (_rows_of(tensor, layouts) for tensor in (control.condition, control.mask))
+        x = torch.cat([condition, mask], dim=1).to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
+        features = adapter(x)
+        self._check_shapes([tuple(feature.shape[1:]) for feature in features], context.latent_size)
+        weights = control.weight if isinstance(control.weight, tuple) else [control.weight] * len(features)
+        return [
+            (feature * weight).to(context.device, context.dtype)
+            for feature, weight in zip(features, weights, strict=True)
+        ]
+
+    def _check_shapes(self, features: list[tuple[int, ...]], latent_size: tuple[int, int]) -> None:
+        wanted = self.denoiser.residual_shapes(latent_size)
+        if features != wanted[: len(features)]:
+            raise ValueError(
+                f"The adapter makes features of shapes {features} but the {self.denoiser.name} takes {wanted}; "
+                "this adapter belongs to another kind of base."
+            )
+
+
+@dataclass(eq=False)
+class MaskedControlNet(Control):
+    """Follow ``condition`` inside ``mask``: each of the ControlNet's residuals is multiplied by the mask resized to its
+    own (h, w). A full mask is diffusers' ``StableDiffusionControlNetPipeline``, an all-zero one the base alone.
+
+    Args:
+        controlnet: a diffusers ``ControlNetModel`` for the pipeline's base; it stays on its own device.
+        condition: a PIL image, an array or a tensor, or one per layout, as for
+            :class:`LocalAdapterControl`. One channel stands for as many as the
+            ControlNet takes.
+        mask: the same with one channel, 1 or white = controlled.
+        weight: factor of the residuals.
+        start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
+        mask_resize: how the mask comes to each residual's size (``masks.MASK_RESIZE``).
+        guess_mode: as diffusers' ControlNet pipelines define it, for conditions that need no words: only the rows of
+            the prompt are controlled, and the residuals are scaled by 0.1 at the finest level up to 1 in the middle.
+
+    Raises:
+        ValueError: shapes, sizes, channels, ranges, the window or the base do not fit, or the ControlNet pools its
+            residuals over the image, which leaves them no place to be masked.
+    """
+
+    controlnet: ControlNetModel
+    condition: ImageField = ImageField()
+    mask: ImageField = ImageField()
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask_resize: str = "area"
+    guess_mode: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.controlnet, ControlNetModel):
+            raise ValueError(f"The ControlNet is a {type(self.controlnet).__name__}, not diffusers' ControlNetModel.")
+        if self.controlnet.config.global_pool_conditions:
+            raise ValueError("This ControlNet pools its residuals over the image, so no mask applies; use another.")
+        check_choice("mask_resize", self.mask_resize, MASK_RESIZE)
+        check_window(self.start, self.end)
+        self.condition, self.mask = as_condition(self.condition), as_mask(self.mask)
+        wanted, channels = self.controlnet.config.conditioning_channels, self.condition.shape[1]
+        if channels not in (1, wanted):
+            raise ValueError(f"The condition has {channels} channels but this ControlNet was made for {wanted}.")
+        self.condition = self.condition.expand(-1, wanted, -1, -1)  # (n,C,H,W)
+        _check_mask(self.mask, self.condition)
+
+    def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
+        _check_counts(self.condition, self.mask, layouts)
+        denoiser_of(pipe).check_controlnet(self.controlnet.config)
+        return _BoundControlNet(self)
+
+
+class _BoundControlNet(BoundControl):
+    def __init__(self, control: MaskedControlNet) -> None:
+        self.control = control
+
+    @torch.no_grad()
+    def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
+        control, net = self.control, self.control.controlnet
+        if not context.within(control.start, control.end):
+            return None
+        _check_size(control.condition, context.image_size)
+        place = {"device": net.device, "dtype": net.dtype}
+        rows = context.guided_rows if control.guess_mode else slice(None)  # r of the R rows
+        layouts = context.layout_of_row[rows]
+        condition = _rows_of(control.condition, layouts).to(**place)  # (r,C,H,W)
+        timestep = inputs.timestep
+        down, middle = net(
+            inputs.sample[rows, : net.config.in_channels].to(**place),  # inpainting has more
+            timestep[rows] if isinstance(timestep, Tensor) and timestep.ndim else timestep,
+            inputs.text[rows].to(**place),
+            condition,
+            conditioning_scale=control.weight,
+            guess_mode=control.guess_mode,
+            added_cond_kwargs={
+                name: inputs.added[name][rows].to(net.device) for name in _ADDED if name in inputs.added
+            },
+            return_dict=False,
+        )
+        mask = _rows_of(control.mask, layouts).to(net.device)  # (r,1,H,W)
+        masked = [
+            mask_feature(residual, mask, control.mask_resize).to(context.device, context.dtype)
+            for residual in (*down, middle)
+        ]
+        left_out = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
+        if left_out:
+            masked = [torch.cat([residual.new_zeros(left_out, *residual.shape[1:]), residual]) for residual in masked]
+        return BlockResiduals(masked[:-1], masked[-1])
+
+
+def _check_mask(mask: Tensor, condition: Tensor) -> None:
+    """ValueError unless ``mask`` (n,1,H,W) is of the size of ``condition`` (n,C,H,W)."""
+    if mask.shape[-2:] != condition.shape[-2:]:
+        raise ValueError(
+            f"The mask is {mask.shape[-1]}x{mask.shape[-2]} pixels but the condition is "
+            f"{condition.shape[-1]}x{condition.shape[-2]}; they must be of one size."
+        )
+
+
+def _check_counts(condition: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> None:
+    """ValueError unless there is one condition and one mask for all layouts, or one each."""
+    for name, tensor in (("condition", condition), ("mask", mask)):
+        if tensor.shape[0] not in (1, len(layouts)):
+            raise ValueError(
+                f"There are {tensor.shape[0]} {name}s for {len(layouts)} layouts; give one for all or one each."
+            )
+
+
+def _check_size(condition: Tensor, image_size: tuple[int, int]) -> None:
+    """ValueError unless the image, (H, W) in pixels, is of the condition's size."""
+    if tuple(condition.shape[-2:]) != image_size:
+        raise ValueError(
+            f"The condition is {condition.shape[-1]}x{condition.shape[-2]} pixels but the image is "
+            f"{image_size[1]}x{image_size[0]}; resize the condition or set height and width."
+        )
+
+
+def _rows_of(tensor: Tensor, layouts: Sequence[int]) -> Tensor:
+    """The rows of these layouts; a single row stands for every layout."""
+    return tensor.expand(len(layouts), -1, -1, -1) if tensor.shape[0] == 1 else tensor[list(layouts)]

@@ -1,0 +1,175 @@
+"""Controls as JSON: settings by name, adapters and ControlNets by the folder or hub id that they were loaded from.
+
+Images belong to one call and are not saved: ``load_control(path, condition=image, mask=mask)`` gives new ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from localctl.bases import lasting_name
+from localctl.control.presets import CONTROLS, preset
+from localctl.files import first_line, parse_json, read_json, write_text
+from localctl.sizes import shown
+
+_CLASS = "control"  # the key that names the class
+_IMAGES = ("condition", "mask")
+Own = TypeVar("Own", bound="Serializable")
+
+
+class Serializable:
+    """For dataclasses of settings: the presets of a base to start from, and JSON to save and load."""
+
+    @classmethod
+    def for_base(cls: type[Own], base: str, **changes: Any) -> Own:
+        """This control with the settings that suit a base (micro, sd15, sd21, sdxl, or a folder or id of one).
+
+        ``changes``: instead of those. ValueError for a value out of range.
+        """
+        name = CONTROLS.name_of(cls)
+        return cls(**{**(preset(name, base) if name else {}), **changes})
+
+    def to_json(self) -> str:
+        """The class and all its settings but images. ValueError for an adapter that was loaded from nowhere."""
+        return json.dumps(_described(self), indent=1)
+
+    @classmethod
+    def from_json(cls: type[Own], text: str, **given: Any) -> Own:
+        """The control of :meth:`to_json`. ``given``: settings in place of those, and images. ValueError for a text that
+        describes none of this class."""
+        found = _built(parse_json(text), "The text", (cls,), given)
+        if not isinstance(found, cls):
+            raise ValueError(f"The text describes a {type(found).__name__}, not a {cls.__name__}.")
+        return found
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`to_json` to ``path``, which is returned. OSError when it cannot be written."""
+        write_text(Path(path), self.to_json() + "\n")
+        return Path(path)
+
+
+def save_controls(controls: Sequence[Serializable], path: str | Path) -> Path:
+    """Write a list of controls to ``path``, which is returned. ValueError and OSError as for one."""
+    write_text(Path(path), json.dumps([_described(control) for control in controls], indent=1) + "\n")
+    return Path(path)
+
+
+def load_control(path: str | Path, *, types: Sequence[type[Serializable]] = (), **given: Any) -> Any:
+    """The control in a file that ``control.save(path)`` wrote.
+
+    Args:
+        types: classes of your own that it may be of, beside those of localctl.
+        given: settings in place of those in the file, and the images: ``condition``, ``mask``.
+
+    Raises:
+        ValueError: a file that is none, an unknown class or setting, or a value that the control refuses.
+    """
+    return _built(read_json(Path(path), "The control"), f"The file {path}", types, given)
+
+
+def load_controls(path: str | Path, *, types: Sequence[type[Serializable]] = (), **given: Any) -> list[Any]:
+    """The controls in a file that :func:`save_controls` wrote, in their order; a single one is a list of one.
+
+    ``types`` and ``given`` as for :func:`load_control`, for each control that has such a setting. ValueError, too.
+    """
+    content = read_json(Path(path), "The controls")
+    items = content if isinstance(content, list) else [content]
+    known = {name for item in items for name in _names(_class_of(item, f"The file {path}", types))}
+    _check(given, known, "None of the controls has a")
+    return [_built(item, f"The file {path}", types, given, strict=False) for item in items]
+
+
+def _described(control: Any) -> dict[str, Any]:
+    values = {name: getattr(control, name) for name in _names(type(control)) if name not in _IMAGES}
+    return {_CLASS: type(control).__name__, **{name: _plain(name, value) for name, value in values.items()}}
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind) if field.init]
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": value.detach().cpu().tolist()}
+    if isinstance(value, nn.Module):
+        return _place(name, value)
+    return [_plain(name, item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _place(name: str, module: Any) -> str:
+    """Where an adapter or ControlNet was loaded from."""
+    for part in (module, getattr(module, "adapter", None)):
+        place = getattr(part, "config", {}).get("_name_or_path")
+        if place:
+            return lasting_name(str(place))
+    raise ValueError(f"The {name} was loaded from nowhere; call its save_pretrained, and load it from there.")
+
+
+def _built(content: Any, where: str, types: Sequence[type[Any]], given: Mapping[str, Any], strict: bool = True) -> Any:
+    kind = _class_of(content, where, types)
+    known = _names(kind)
+    _check([name for name in content if name != _CLASS], known, f"{where} has no")
+    if strict:
+        _check(given, known, f"{where} has no")
+    values = {name: _read(name, value) for name, value in content.items() if name != _CLASS and name not in given}
+    lacking = [name for name in known if name in _IMAGES and name not in given]
+    if lacking:
+        ways = " and ".join(f"{name}=" for name in lacking)
+        raise ValueError(f"{where} is a {kind.__name__} without its images; give {ways}.")
+    try:
+        return kind(**values, **{name: value for name, value in given.items() if name in known})
+    except TypeError as error:  # a setting of another kind, or an image that is not given
+        raise ValueError(f"{where} makes no {kind.__name__} ({first_line(error)}).") from error
+
+
+def _class_of(content: Any, where: str, types: Sequence[type[Any]]) -> type[Any]:
+    name = content.get(_CLASS) if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{where} describes no control; it needs an object with {_CLASS!r}, the name of a class.")
+    own = next((kind for kind in types if kind.__name__ == name), None)
+    package = importlib.import_module("localctl")
+    found = own or (getattr(package, name) if name in package.__all__ else None)
+    if not (isinstance(found, type) and issubclass(found, Serializable) and is_dataclass(found)):
+        raise ValueError(f"{where} names the control {shown(name)}, which there is not; give types= for your own.")
+    return found
+
+
+def _check(names: Iterable[str], known: Collection[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(sorted(known))}."
+            raise ValueError(f"{where} setting {shown(name)}; {hint}")
+
+
+def _read(name: str, value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"tensor"}:
+        return torch.tensor(value["tensor"], dtype=torch.float32)
+    if isinstance(value, list):
+        return tuple(_read(name, item) for item in value)
+    load = {"adapter": _load_adapter, "controlnet": _load_controlnet}.get(name)
+    return load(value) if load is not None and isinstance(value, str) else value
+
+
+def _load_adapter(place: str) -> Any:
+    from localctl.adapter_files import find_adapter
+
+    return find_adapter(place).load()
+
+
+def _load_controlnet(place: str) -> Any:
+    from diffusers import ControlNetModel
+
+    try:
+        return ControlNetModel.from_pretrained(place, use_safetensors=True).eval()
+    except Exception as error:  # missing files and foreign shapes each raise their own kind
+        raise ValueError(f"The ControlNet {place} cannot be loaded ({first_line(error)}); check the place.") from error

@@ -1,0 +1,220 @@
+"""The U-Nets of Stable Diffusion 1.x, 2.x and XL (diffusers' ``UNet2DConditionModel``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from localctl.denoisers.base import (
+    Arguments,
+    AttentionLayer,
+    BlockResiduals,
+    Conditioning,
+    Denoiser,
+    DenoiserInputs,
+    add_residuals,
+)
+from localctl.layout import Layout
+from localctl.pipelines import PromptEmbeds, encode_prompts
+from localctl.tokens import positions_of
+
+_NAMES = ("sample", "timestep", "encoder_hidden_states")  # of the arguments that may be given by position
+_WITHIN = "down_intrablock_additional_residuals"
+_SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
+_GROUP = re.compile(r"(down|mid|up)(?:/(\d+))?")
+_LARGE = 1 << 12  # cells on a side of latents that halve evenly on every level
+
+
+class UNet(Denoiser):
+    """Down blocks, a middle block and up blocks; text by cross-attention; [negative; positive] rows of guidance."""
+
+    name = "U-Net"
+    attribute = "unet"
+    not_per_row = ("cross_attention_kwargs",)  # masks of an IP-Adapter belong to its images
+
+    def _level_sizes(self, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(h, w) within each down block and, last, the middle block: ceil halving."""
+        sizes = [latent_size]
+        for block in self.module.down_blocks:
+            height, width = sizes[-1]
+            shrinks = getattr(block, "downsamplers", None) is not None
+            sizes.append(((height + 1) // 2, (width + 1) // 2) if shrinks else (height, width))
+        return sizes
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Attention]]:
+        """The self- and cross-attention of the transformers."""
+        unet, (*down, middle) = self.module, self._level_sizes(latent_size)
+        parts = [(f"down_blocks.{i}", *part) for i, part in enumerate(zip(unet.down_blocks, down, strict=True))]
+        parts.append(("mid_block", unet.mid_block, middle))
+        parts += [(f"up_blocks.{i}", *part) for i, part in enumerate(zip(unet.up_blocks, down[::-1], strict=True))]
+        return [
+            (AttentionLayer(f"{prefix}.{name}", module.is_cross_attention, size), module)
+            for prefix, block, size in parts
+            if block is not None
+            for name, module in block.named_modules()
+            if isinstance(module, Attention) and name.rpartition(".")[2] in ("attn1", "attn2")
+        ]
+
+    def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
+        """Choose by the part of the U-Net and how much coarser than the latents the layers are.
+
+        ``wanted``: ``mid``, ``up/4``, ``down/2`` ...: the part and, unless all of it is meant, how often a latent's
+        side is its cells'; None: the middle block and the first up block with cross-attention.
+
+        Raises:
+            ValueError: a name that is none or that the U-Net does not have; no layer at all.
+        """
+        layers = [layer for layer, _ in self.attention_layers((_LARGE, _LARGE)) if layer.cross]
+        if wanted is None:
+            first_up = next((_block(layer) for layer in layers if layer.name.startswith("up_")), None)
+            chosen = [layer for layer in layers if layer.name.startswith("mid_") or _block(layer) == first_up]
+        else:
+            for name in wanted:
+                if not any(_means(name, layer) for layer in layers):
+                    there = ", ".join(dict.fromkeys(_group(layer) for layer in layers))
+                    raise ValueError(f"The U-Net has no cross-attention at {name!r}; choose among {there}.")
+            chosen = [layer for layer in layers if any(_means(name, layer) for name in wanted)]
+        if not chosen:
+            raise ValueError("Layout guidance needs at least one attention layer to read; name some in sites.")
+        return tuple(layer.name for layer in chosen)
+
+    def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
+        """(c, h, w) that each down block and, last, the middle block takes as a residual.
+
+        Blocks with cross-attention take it before they shrink, blocks without after.
+        """
+        unet, sizes = self.module, self._level_sizes(latent_size)
+        shapes: list[tuple[int, ...]] = []
+        for index, (block, channels) in enumerate(zip(unet.down_blocks, unet.config.block_out_channels, strict=True)):
+            attends = getattr(block, "has_cross_attention", False)
+            shapes.append((channels, *sizes[index if attends else index + 1]))
+        return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]
+
+    def is_block(self, module: nn.Module, name: str) -> bool:
+        """The U-Net, its blocks and their attention layers."""
+        return isinstance(module, Attention) or bool(re.fullmatch(r"((down|up)_blocks\.\d+|mid_block)?", name))
+
+    def check_controlnet(self, config: Mapping[str, Any]) -> None:
+        """ValueError unless text width and channels are this U-Net's."""
+        for name in ("cross_attention_dim", "block_out_channels"):
+            own, base = config[name], self.module.config[name]
+            if own != base and list(_listed(own)) != list(_listed(base)):
+                raise ValueError(f"The ControlNet has {name} {own} but the base {base}; it belongs to another base.")
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
+        """Sample, timestep and text may be given by position."""
+        sample, timestep, text = (
+            args[place] if len(args) > place else kwargs[name] for place, name in enumerate(_NAMES)
+        )
+        latents = sample[:, : self.pipe.vae.config.latent_channels]  # for inpainting more channels follow
+        return DenoiserInputs(sample, latents, timestep, text, kwargs.get("added_cond_kwargs") or {})
+
+    def write(
+        self,
+        arguments: Arguments,
+        *,
+        latents: Tensor | None = None,
+        text: Tensor | None = None,
+        residuals: list[Tensor] | None = None,
+        skips: BlockResiduals | None = None,
+    ) -> Arguments:
+        """``residuals`` are added within the down blocks, ``skips`` to skip connections and middle block."""
+        sample = None
+        if latents is not None:
+            own = self.read(*arguments).sample
+            sample = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
+        args, kwargs = list(arguments[0]), dict(arguments[1])
+        for name, value in (("sample", sample), ("encoder_hidden_states", text)):
+            place = _NAMES.index(name)
+            if value is not None and len(args) > place:
+                args[place] = value
+            elif value is not None:
+                kwargs[name] = value
+        if residuals is not None:
+            kwargs[_WITHIN] = add_residuals(kwargs.get(_WITHIN), residuals)
+        if skips is not None:
+            middle = kwargs.get(_MIDDLE)
+            kwargs[_SKIPS] = add_residuals(kwargs.get(_SKIPS), skips.down)
+            kwargs[_MIDDLE] = skips.middle if middle is None else middle + skips.middle
+        return tuple(args), kwargs
+
+    def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
+        """One row per image, or two: first all negative prompts, then all prompts."""
+        if rows not in (images, 2 * images):
+            raise ValueError(
+                f"The U-Net was called with {rows} rows for {images} images; controls work with plain sampling or "
+                "classifier-free guidance, not with methods that add rows of their own."
+            )
+        return (False,) * (rows - images) + (True,) * images
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Scaled for the U-Net as the scheduler says."""
+        rows = torch.cat([latents] * len(conditioning.text))
+        output = self.module(
+            self.pipe.scheduler.scale_model_input(rows, timestep),
+            timestep,
+            encoder_hidden_states=conditioning.text,
+            added_cond_kwargs=conditioning.added,
+            return_dict=False,
+        )[0]
+        if not conditioning.guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + conditioning.guidance_scale * (positive - negative)
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(1, c, h, w)."""
+        factor = self.pipe.vae_scale_factor
+        return 1, self.module.config.in_channels, height // factor, width // factor
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """(H, W), of its config's latents."""
+        sample, factor = self.module.config.sample_size, self.pipe.vae_scale_factor
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * factor, width * factor
+
+    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
+        """Those of CLIP's tokenizers; of both where there are two."""
+        return positions_of(self.pipe, layout)
+
+    def encode_texts(self, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
+        """(n, K, C), without guidance."""
+        return encode_prompts(self.pipe, list(texts), call=arguments)[0].states
+
+    @torch.no_grad()
+    def condition(
+        self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
+    ) -> Conditioning:
+        """With SDXL's pooled texts and sizes."""
+        pipe = self.pipe
+        embeds, negative = encode_prompts(pipe, prompt, negative_prompt, guided=guidance_scale > 1)
+        rows = embeds if negative is None else PromptEmbeds.join([negative, embeds])
+        text, added = rows.states, None
+        if rows.pooled is not None:  # SDXL
+            projection = pipe.text_encoder_2.config.projection_dim
+            times = pipe._get_add_time_ids(size, (0, 0), size, dtype=text.dtype, text_encoder_projection_dim=projection)
+            added = {"text_embeds": rows.pooled, "time_ids": times.to(text.device).repeat(len(text), 1)}
+        return Conditioning(text, added, guidance_scale)
+
+
+def _block(layer: AttentionLayer) -> str:
+    return ".".join(layer.name.split(".")[:2])
+
+
+def _group(layer: AttentionLayer) -> str:
+    return f"{layer.name.partition('_')[0]}/{_LARGE // layer.size[0]}"
+
+
+def _means(name: str, layer: AttentionLayer) -> bool:
+    match = _GROUP.fullmatch(name)
+    return bool(match) and (name == _group(layer) or name == _group(layer).partition("/")[0])
+
+
+def _listed(value: int | Sequence[int]) -> Sequence[int]:
+    return [value] if isinstance(value, int) else value

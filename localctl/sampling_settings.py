@@ -1,0 +1,80 @@
+"""``Sampling``: the one record of how to sample, under the names of diffusers' pipelines. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from localctl.bases import BASES, SCHEDULERS, same_base
+
+_OF_THE_CALL = ("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta")
+_AT_LEAST_ONE = ("num_inference_steps", "batch_size")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; None leaves a setting to whoever is asked next (:meth:`over`), at last to the pipeline.
+
+    Args:
+        scheduler: by its name in ``SCHEDULERS``, such as ddim, with the noise schedule of the pipeline's own.
+        guidance_scale: of classifier-free guidance.
+        num_inference_steps: denoising steps.
+        guidance_rescale, clip_skip, eta: as diffusers' pipelines define them.
+        use_karras_sigmas: of the scheduler.
+        seeds: each image starts from the noise of its seed; one or several.
+        batch_size: at most this many images at once; changes no image beyond rounding.
+
+    Raises:
+        ValueError: an unknown scheduler, no seed, a count below 1 or a scale that is no finite number.
+    """
+
+    scheduler: str | None = None
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int | None = None
+    eta: float | None = None
+    use_karras_sigmas: bool | None = None
+    seeds: int | Sequence[int] | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds is not None:
+            object.__setattr__(self, "seeds", (self.seeds,) if isinstance(self.seeds, int) else tuple(self.seeds))
+            if not self.seeds:
+                raise ValueError("There is no seed; give at least one.")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"Unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"The {name.replace('_', ' ')} must be at least 1, not {value}.")
+        for name in ("guidance_scale", "guidance_rescale", "eta"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"The {name} must be a finite number, not {value}.")
+
+    @classmethod
+    def of(cls, settings: object) -> Sampling:
+        """What any settings record says of sampling, by the names of its fields."""
+        return cls(**{field.name: getattr(settings, field.name, None) for field in fields(cls)})
+
+    def over(self, other: Sampling) -> Sampling:
+        """This record, with what it leaves open as ``other`` says it."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Sampling(**{name: getattr(other, name) if value is None else value for name, value in said.items()})
+
+    def arguments(self) -> dict[str, Any]:
+        """What is passed on to a call of the pipeline: the settings that are said."""
+        return {name: getattr(self, name) for name in _OF_THE_CALL if getattr(self, name) is not None}
+
+
+FREE = Sampling()  # says nothing
+
+
+def own_sampling(base: str) -> Sampling:
+    """What a base of this name or folder is sampled with unless told otherwise; :data:`FREE` for one not known."""
+    known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
+    return FREE if known is None else Sampling(guidance_scale=known.guidance_scale)
