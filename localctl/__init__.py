@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from localctl.api import evaluate_fid as evaluate_fid
     from localctl.api import generate_set as generate_set
     from localctl.api import train as train
+    from localctl.api import train_settings as train_settings
     from localctl.bases import BaseConfig as BaseConfig
     from localctl.control.attach import attach as attach
     from localctl.control.attention_maps import AttentionMaps as AttentionMaps
@@ -80,7 +81,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "adapter": ["LocalAdapter"],
-        "api": ["compare_sets", "evaluate_fid", "generate_set", "train"],
+        "api": ["compare_sets", "evaluate_fid", "generate_set", "train", "train_settings"],
         "bases": ["BaseConfig"],
         "control.attach": ["attach"],
         "control.attention_maps": ["AttentionMaps"],

@@ -16,16 +16,27 @@ from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.training.early_stopping import Scorer
 from localctl.training.loop import TrainResult, prepare
-from localctl.training.settings import TrainSettings
+from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 Say = Callable[[str], None]
+
+
+def train_settings(*choices: str) -> TrainSettings:
+    """The settings of a training as the command line reads them: groups and values, over the defaults.
+
+    ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without any choice it is
+    ``TrainSettings()``. ValueError naming the nearest known key or option, or what is wrong with a value.
+    """
+    from localctl.cli.config import load_config  # composes the files of config/
+
+    return load_config(choices, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
 
 
 def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None = None) -> TrainResult:
     """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
 
     Args:
-        settings: as of ``train_adapter.py``.
+        settings: of :func:`train_settings`, or built in Python.
         say: is given each line of what is told meanwhile.
         scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import subprocess
 import sys
 import tomllib
@@ -46,3 +47,27 @@ def test_type_checkers_are_told_that_the_package_is_typed() -> None:
     assert (ROOT / "py.typed").is_file()
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
     assert "py.typed" in project["tool"]["setuptools"]["package-data"]["localctl"]
+
+
+def test_settings_of_a_training_by_words() -> None:
+    assert localctl.train_settings() == localctl.TrainSettings()
+    found = localctl.train_settings("experiment=quick", "--max_train_steps", "3", "data.count=5")
+    assert (found.max_train_steps, found.data.count) == (3, 5)
+    with pytest.raises(ValueError, match="max_train_step"):
+        localctl.train_settings("max_train_stepz=3")
+
+
+def test_a_dry_run_is_no_training() -> None:
+    with pytest.raises(ValueError, match="dry_run trains nothing"):
+        localctl.train(localctl.TrainSettings(dry_run=True))
+
+
+def test_evaluation_by_public_names(tmp_path: Path) -> None:
+    """What evaluate_fid.py does in three commands; training and comparisons are run by the notebooks."""
+    lines: list[str] = []
+    settings = localctl.FidSettings(output_dir=str(tmp_path), num_images=2, num_inference_steps=1, prompts="both")
+    found = localctl.evaluate_fid(settings, say=lines.append)
+    assert set(found) == {"with_prompts", "without_prompts"} and lines
+    assert all(math.isfinite(value) for item in found.values() for value in item["values"].values())
+    assert (tmp_path / "with_prompts" / "score_micro_clip.json").is_file()
+    assert localctl.generate_set(settings, say=lines.append) == {name: tmp_path / name for name in found}
