@@ -1,7 +1,4 @@
-"""A CLIP as a measuring instrument: embeddings of pictures and texts, and the CLIP score.
-
-Works on `transformers` 5, whose `get_image_features` no longer returns a tensor: the projections are called directly.
-"""
+"""A CLIP as a measuring instrument: embeddings of images and texts, and the CLIP score."""
 
 from __future__ import annotations
 
@@ -80,7 +77,7 @@ class Clip:
         if normalise:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
             pixels = (pixels - mean) / std
-        return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -89,8 +86,7 @@ class Clip:
         inputs = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        pooled = self.model.text_model(inputs.input_ids.to(self.device)).pooler_output
-        return self.model.text_projection(pooled).cpu()
+        return self.model.get_text_features(input_ids=inputs.input_ids.to(self.device)).pooler_output.cpu()
 
     @property
     def length(self) -> int:

