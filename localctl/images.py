@@ -1,26 +1,32 @@
-"""Pictures in and out: the only gate through which image files enter, and the drawing of overlays and sheets."""
+"""Images in and out: the only gate through which image files enter."""
 
 from __future__ import annotations
 
 import io
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from localctl.files import first_line
-from localctl.labels import LINE, brief, write
+from localctl.labels import brief
+from localctl.lazy import moved_names
 from localctl.png import is_png, without_texts
 from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor
+
+    from localctl.drawing import captioned as captioned
+    from localctl.drawing import grid as grid
+    from localctl.drawing import outline as outline
+
+__getattr__ = moved_names(__name__, {name: f"localctl.drawing:{name}" for name in ("outline", "grid", "captioned")})
 
 # Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM")
@@ -29,7 +35,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"
 )
 MAX_PIXELS = 16_000_000  # of what is decoded whole
 MAX_SIDE = 16_384
-Picture = TypeVar("Picture")
 
 
 class ImageError(ValueError):
@@ -178,68 +183,6 @@ def to_pil(pixels: Tensor) -> Image.Image:
 def condition_to_pil(condition: Tensor) -> Image.Image:
     """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB picture."""
     return to_pil(condition.expand(3, -1, -1) * 2 - 1)
-
-
-def outline(picture: Image.Image, mask: Tensor, color: str = "magenta") -> Image.Image:
-    """A copy of ``picture`` with the inner border of ``mask`` (1,H,W) or (H,W) drawn; 1 = controlled, cut at 0.5.
-
-    ValueError when the sizes differ.
-    """
-    inside = (mask.detach().float().cpu().reshape(mask.shape[-2:]).numpy() >= 0.5).astype(np.uint8)
-    if inside.shape != (picture.height, picture.width):
-        raise ValueError(
-            f"The mask is {inside.shape[1]}x{inside.shape[0]} but the picture is {picture.width}x{picture.height}."
-        )
-    width = max(1, min(inside.shape) // 128)
-    # Outside the picture counts as outside the mask, so that a full mask shows as a frame.
-    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-    core = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    border = Image.fromarray((inside - core) * 255)
-    result = picture.convert("RGB")
-    result.paste(color, (0, 0, *result.size), border)
-    return result
-
-
-def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    column_labels: Sequence[str] = (),
-    row_labels: Sequence[str] = (),
-    pad: int = 4,
-) -> Image.Image:
-    """A contact sheet: rows of pictures on white, labels over the columns and a caption line over each row.
-
-    Every cell has the size of the largest picture, smaller ones are centred; rows may differ in length. Labels too long
-    for their place end in "...". ValueError for no picture at all or more labels than columns or rows.
-    """
-    pictures = [picture for row in rows for picture in row]
-    if not pictures:
-        raise ValueError("A contact sheet needs at least one picture.")
-    columns = max(len(row) for row in rows)
-    if len(column_labels) > columns or len(row_labels) > len(rows):
-        raise ValueError(f"{len(column_labels)} x {len(row_labels)} labels for {columns} columns and {len(rows)} rows.")
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    head, caption = (LINE if column_labels else 0), (LINE if row_labels else 0)
-    row_height = caption + height + pad
-    sheet = Image.new("RGB", (pad + columns * (width + pad), pad + head + len(rows) * row_height), "white")
-    for column, label in enumerate(column_labels):
-        write(sheet, (pad + column * (width + pad), 1), label, width)
-    for index, row in enumerate(rows):
-        top = pad + head + index * row_height
-        if index < len(row_labels):
-            write(sheet, (pad, top), row_labels[index], sheet.width - 2 * pad)
-        for column, picture in enumerate(row):
-            left = pad + column * (width + pad) + (width - picture.width) // 2
-            sheet.paste(picture.convert("RGB"), (left, top + caption + (height - picture.height) // 2))
-    return sheet
-
-
-def captioned(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """``picture`` on white with lines of text under it; those too long for its width end in "..."."""
-    result = Image.new("RGB", (picture.width, picture.height + LINE * len(lines)), "white")
-    result.paste(picture.convert("RGB"))
-    for index, text in enumerate(lines):
-        write(result, (2, picture.height + LINE * index + 1), text, picture.width - 4)
-    return result
 
 
 def _check_header(picture: Image.Image, name: str, limits: Limits) -> None:

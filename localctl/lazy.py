@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,3 +26,17 @@ def lazy_names(
         return value
 
     return load, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)
+
+
+def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a ``module`` whose names have moved; places: old name -> "new.module:new_name". Each still
+    works for one version, with a DeprecationWarning."""
+
+    def load(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, new = places[name].partition(":")
+        warnings.warn(f"{module}.{name} is now {place}.{new}.", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(place), new)
+
+    return load

@@ -117,6 +117,7 @@ def compare_sets(folders: dict[str, Path], args: argparse.Namespace) -> None:
 
 def write(comparison: Comparison, folders: dict[str, Path], against: str, output_dir: Path) -> str:
     """All files; the tables as Markdown."""
+    from localctl.evaluation.plots import NoMatplotlibError
     from localctl.evaluation.provenance import REQUIRED, check_provenance, write_json, write_text
     from localctl.evaluation.sheets import contact_sheet
     from localctl.evaluation.tables import as_json, latex, markdown, plot
@@ -127,10 +128,13 @@ def write(comparison: Comparison, folders: dict[str, Path], against: str, output
     text = markdown(comparison, against)
     write_text(output_dir / "metrics.md", text)
     write_text(output_dir / "metrics.tex", latex(comparison))
-    plot(comparison).save(output_dir / "metrics.png")
     for name in folders:
         if comparison.interval(name, "f1") is not None:
             contact_sheet(comparison, folders, name).save(output_dir / f"sheet_{name.replace('/', '_')}.png")
+    try:
+        plot(comparison).save(output_dir / "metrics.png")
+    except NoMatplotlibError as error:
+        warn(f"metrics.png is left out. {error}")
     return text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from localctl.boxes import Box, Truth
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
 from localctl.diffusion import round_trip
@@ -25,7 +26,6 @@ from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.detection import Found
 from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny
 from localctl.metrics.extractors import ClipExtractor, describe
 from localctl.metrics.inside import EdgeScore, SSIMInside
@@ -33,7 +33,6 @@ from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy, hidden_objects
 from localctl.metrics.weights import sha256_of_folder
-from localctl.micro.scenes import Scene, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 
 CEILING = "VAE round trip"
@@ -47,12 +46,12 @@ _SAME = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sam
 
 @dataclass(frozen=True)
 class Target:
-    """What one picture is measured against. image uint8 (H,W,3), mask bool (H,W); item: of the embedded scenes."""
+    """What one image is measured against. image uint8 (H,W,3), mask bool (H,W); truth: what it shows, if known."""
 
     image: np.ndarray
     mask: np.ndarray
     caption: str
-    item: Scene | None
+    truth: Truth | None
 
 
 @dataclass(frozen=True)
@@ -209,12 +208,8 @@ def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> lis
         example = _by_key(samples, drawn.key) if settings.sample is not None else samples[ref]
         if not isinstance(example, Example) or example.key != drawn.key:
             raise ValueError(f"The picture {drawn.id} was drawn of {drawn.key!r}, which is no longer in its place.")
-        item = None
-        if settings.data.is_micro:
-            profile, split, number = example.key.split("-")
-            item = scene(int(number), profile, split)
         image = np.asarray(to_pil(example.pixels))
-        targets.append(Target(image, drawn.mask > 0.5, drawn.caption, item))
+        targets.append(Target(image, drawn.mask > 0.5, drawn.caption, example.truth))
     return targets
 
 
@@ -243,28 +238,27 @@ def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | No
         score = CLIPScore(clip)
         score.update(image, target.caption)
         values["clip_score"] = float(score.per_sample()[0, 0])
-    if target.item is not None:
-        values |= _of_scene(image, base, target, target.item)
+    if target.truth is not None:
+        values |= _of_truth(image, base, target.mask, target.truth)
     return values
 
 
-def _of_scene(image: np.ndarray, base: np.ndarray, target: Target, item: Scene) -> dict[str, float]:
+def _of_truth(image: np.ndarray, base: np.ndarray, mask: np.ndarray, truth: Truth) -> dict[str, float]:
     """Region accuracy of objects wholly inside the mask, leak of those wholly outside, and the caption's relation."""
-    inside = [o for o in item.objects if target.mask[_pixels(o.box)].all()]
-    regions, leak, relation = RegionAccuracy(), Leak(), RelationAccuracy()
-    regions.update(image, [Found(o.phrase, o.box) for o in inside])
-    leak.update(image, base, [Found(o.shape, o.box) for o in hidden_objects(item.objects, target.mask)])
+    regions, relation = RegionAccuracy(truth.find), RelationAccuracy(truth.find)
+    leak = Leak(truth.find_shapes)
+    regions.update(image, [item for item in truth.objects if mask[_pixels(item.box)].all()])
+    leak.update(image, base, hidden_objects(truth.shapes, mask))
     region = regions.per_sample()[:, 0]
     values = {"region_accuracy": float(region.mean()) if len(region) else math.nan}
     values["leak"], values["relation"] = float(leak.per_sample()[0, 0]), math.nan
-    if item.relation is not None:
-        first, kind, second = item.relation
-        relation.update(image, item.objects[first].phrase, kind, item.objects[second].phrase)
+    if truth.relation is not None:
+        relation.update(image, *truth.relation)
         values["relation"] = float(relation.per_sample()[0, 1])
     return values
 
 
-def _pixels(box: tuple[float, float, float, float]) -> tuple[slice, slice]:
+def _pixels(box: Box) -> tuple[slice, slice]:
     x0, y0, x1, y1 = box
     return slice(int(y0), math.ceil(y1)), slice(int(x0), math.ceil(x1))
 

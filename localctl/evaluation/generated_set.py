@@ -32,7 +32,7 @@ from localctl.control.adapter_fit import check_base
 from localctl.control.base import Control
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.control.masked_controlnet import MaskedControlNet
-from localctl.data import Example, MaskedSamples, MicroScenes, SampleRef, Source, open_files
+from localctl.data import Example, MaskedSamples, SampleRef, Source, open_files
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
@@ -59,6 +59,8 @@ def open_source(settings: FidSettings) -> Source:
     """The examples of the part that ``settings`` name. ValueError when they cannot be opened."""
     assert settings.part is not None
     if settings.data.is_micro:
+        from localctl.data import MicroScenes  # the toy base, which photos do without
+
         return MicroScenes(settings.part, settings.data.profile, settings.num_images, settings.condition, keep=False)
     return open_files(settings.data, settings.condition, settings.part)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from localctl.control.local_adapter import LocalAdapterControl
-from localctl.data import MaskedSamples, MicroScenes, Source, open_files
+from localctl.data import MaskedSamples, Source, open_files
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device
 from localctl.evaluation.generated_set import example_of, picture_id
@@ -59,6 +59,8 @@ def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
 def _held_out(settings: TrainSettings) -> Source:
     data = settings.data
     if data.is_micro:
+        from localctl.data import MicroScenes
+
         return MicroScenes("val", data.profile, settings.early_stopping.num_images, settings.condition, keep=False)
     source = open_files(data, settings.condition, "val")
     if len(source) < 2:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from localctl.bases import BASES, SCHEDULERS, BaseConfig
 from localctl.data.config import DataConfig
-from localctl.micro import SPLITS
 from localctl.settings import ConditionConfig, MaskConfig
 
 PROMPTS = ("with", "without", "both")
@@ -67,7 +66,7 @@ class FidSettings:
         for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        parts = SPLITS if self.data.is_micro else ("train", "val")
+        parts = ("train", "val", "test") if self.data.is_micro else ("train", "val")
         self.part = self.part or ("test" if self.data.is_micro else "val")
         for name, value, known in (("part", self.part, parts), ("prompts", self.prompts, PROMPTS)):
             if value not in known:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from localctl.drawing import grid, outline
 from localctl.evaluation.compare import Comparison
 from localctl.evaluation.generated_set import Drawn, read_pictures
-from localctl.images import grid, outline
 from localctl.metrics.edges import canny
 
 EACH = 3

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
 from localctl.metrics.bootstrap import Interval
+from localctl.micro.detect import truth_of
 from localctl.micro.scenes import scene
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
@@ -63,7 +65,9 @@ def run(sets: dict[str, Path], tmp_path: Path, *flags: str) -> int:
     return evaluate_quantitative_metrics.main([*arguments, "--output_dir", str(tmp_path / "out"), *flags])
 
 
-def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path], tmp_path: Path) -> None:
+def test_the_truth_is_perfect_and_the_noisy_copy_in_between(
+    sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(sets, tmp_path, "--against", "noisy") == 0
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     rows = {name: row["figures"] for name, row in content["rows"].items()}
@@ -90,8 +94,12 @@ def test_the_truth_is_perfect_and_the_noisy_copy_in_between(sets: dict[str, Path
     text = (tmp_path / "out" / "metrics.md").read_text()
     assert "- base was drawn at " in text and f"- {4 * COUNT} pictures were measured in " in text
     first = (tmp_path / "out" / "metrics.json").read_bytes()
+    (tmp_path / "out" / "metrics.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)  # without it, everything but the plot
     turned = dict(reversed(sets.items()))
     assert run(turned, tmp_path, "--against", "noisy") == 0
+    assert "metrics.png is left out. Plots need matplotlib; run `pip" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.png").exists()
     again = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert again["rows"] == json.loads(first)["rows"]
 
@@ -160,7 +168,7 @@ def test_figures_worsen_with_damage() -> None:
     mask = np.zeros((128, 128), bool)
     x0, y0, x1, y1 = (int(v) for v in item.objects[0].box)
     mask[max(0, y0 - 3) : y1 + 4, max(0, x0 - 3) : x1 + 4] = True
-    target = Target(item.image, mask, item.caption, item)
+    target = Target(item.image, mask, item.caption, truth_of(item))
     blank = np.full_like(item.image, 128)
     noise = np.random.default_rng(0).normal(0, 1, item.image.shape)
     rows = [

@@ -18,7 +18,14 @@ from torch import nn
 import localctl.metrics.extractors
 from localctl.files import sha256
 from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.extractors import LITE0_NETWORK, LITE0_PACKAGE, MICRO_CLIP, ModuleExtractor, describe, load_extractor
+from localctl.metrics.extractors import (
+    LITE0_NETWORK,
+    LITE0_PACKAGE,
+    MICRO_CLIP,
+    ModuleExtractor,
+    describe,
+    load_extractor,
+)
 from localctl.metrics.statistics import FeatureStatistics, Statistics
 from localctl.metrics.weights import resize
 from localctl.micro.scenes import scene
