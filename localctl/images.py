@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: most programs read imag
 
 __getattr__ = moved_names(__name__, {name: f"localctl.drawing:{name}" for name in ("outline", "grid", "captioned")})
 
-# Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
+# Everything that photos and masks come in. No format here runs another program (EPS), renders (SVG, WMF) or fetches.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".jpe", ".apng") + (
     (".dib", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm")
@@ -38,7 +38,7 @@ MAX_SIDE = 16_384
 
 
 class ImageError(ValueError):
-    """A picture that we cannot or will not read. reason: which kind of trouble, one of a few fixed words."""
+    """An image that we cannot or will not read. reason: which kind of trouble, one of a few fixed words."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -64,7 +64,7 @@ class Limits:
         return max(1, min(size) // (2 * max(self.cover)))  # whichever way up it is
 
 
-def open_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
+def open_image(source: str | Path | bytes, name: str = "the image", limits: Limits = Limits()) -> Image.Image:
     """Read an image file of one of ``FORMATS`` as 8-bit RGB, or RGBA where it has transparency; upright by its EXIF
     tag, the first page or frame of a TIFF or GIF.
 
@@ -75,14 +75,14 @@ def open_image(source: str | Path | bytes, name: str = "the picture", limits: Li
     return _open(source, name, _to_8bit, limits)[0]
 
 
-def open_gray(source: str | Path | bytes, name: str = "the picture") -> np.ndarray:
-    """The brightness of a picture, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
+def open_gray(source: str | Path | bytes, name: str = "the image") -> np.ndarray:
+    """The brightness of an image, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
     is black. Otherwise as :func:`open_image`."""
     return np.array(_open(source, name, _to_gray, Limits())[0])
 
 
-def load_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
-    """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
+def load_image(source: str | Path | bytes, name: str = "the image", limits: Limits = Limits()) -> Image.Image:
+    """Read an image as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
     return _open(source, name, _to_rgb, limits)[0]
 
 
@@ -115,7 +115,7 @@ def _open(
     except ImageError:
         raise
     except UnidentifiedImageError:
-        sentence = f"{name} is not a {', '.join(FORMATS)} picture; convert it to one of these."
+        sentence = f"{name} is not a {', '.join(FORMATS)} image; convert it to one of these."
         raise ImageError("not a picture", sentence) from None
     except Image.DecompressionBombError:
         raise _too_large(name, f"has more than {limits.pixels:,} pixels") from None
@@ -131,17 +131,17 @@ def _decode(
 ) -> tuple[Image.Image, tuple[int, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, stricter limit follows
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
-            _check_header(picture, name, limits)
-            (width, height), shrink = picture.size, limits.shrink(picture.size)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            _check_header(image, name, limits)
+            (width, height), shrink = image.size, limits.shrink(image.size)
             if shrink > 1:
-                picture.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
-            picture.load()
-            lying = picture.size
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.size != lying:
+                image.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
+            image.load()
+            lying = image.size
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.size != lying:
                 width, height = height, width
-            converted = convert(picture)
+            converted = convert(image)
     rest = limits.shrink((width, height)) * converted.height // height  # what draft has left to do
     return (converted if rest <= 1 else converted.reduce(rest)), (height, width)
 
@@ -159,16 +159,16 @@ def _check_file(path: Path, name: str) -> None:
         raise ImageError("missing", f"There is no image file {name}; check the path.")
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """A picture as pixels (3,H,W) float32 in [-1,1]."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (H,W,3)
+def to_pixels(image: Image.Image) -> Tensor:
+    """An image as pixels (3,H,W) float32 in [-1,1]."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H,W,3)
     import torch
 
     return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """Pixels (3,H,W) in [-1,1] as a picture; values outside are clipped. ValueError for a wrong shape or NaN."""
+    """Pixels (3,H,W) in [-1,1] as an image; values outside are clipped. ValueError for a wrong shape or NaN."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"Pixels must have shape (3, H, W), not {tuple(pixels.shape)}.")
     pixels = pixels.detach().float().cpu()
@@ -181,16 +181,16 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 
 def condition_to_pil(condition: Tensor) -> Image.Image:
-    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB picture."""
+    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB image."""
     return to_pil(condition.expand(3, -1, -1) * 2 - 1)
 
 
-def _check_header(picture: Image.Image, name: str, limits: Limits) -> None:
-    width, height = picture.size
+def _check_header(image: Image.Image, name: str, limits: Limits) -> None:
+    width, height = image.size
     if width * height > limits.pixels or max(width, height) > MAX_SIDE:
         raise _too_large(name, f"is {width}x{height}, over {limits.pixels:,} pixels or {MAX_SIDE:,} on a side")
-    # Phones put a second picture (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
-    if picture.format in ("PNG", "WEBP", "AVIF") and getattr(picture, "is_animated", False):
+    # Phones put a second image (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
+    if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False):
         raise ImageError("animated", f"{name} is animated; save a single frame of it.")
 
 
@@ -198,38 +198,38 @@ def _too_large(name: str, what: str) -> ImageError:
     return ImageError("too large", f"{name} {what}; scale it down.")
 
 
-def _to_8bit(picture: Image.Image) -> Image.Image:
+def _to_8bit(image: Image.Image) -> Image.Image:
     """RGB or RGBA, 8 bit. Pillow clips 16-bit gray at 255 where it should scale."""
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("its values are floating-point numbers, of which nobody knows what is white")
-    if picture.mode.startswith("I"):  # I;16 and its byte orders, I
-        picture = Image.fromarray((_from_16bit(picture) * 255).round().astype(np.uint8))
-    transparent = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("RGBA" if transparent else "RGB")
-    picture.info.clear()  # camera, place and comments must not travel into what we save
-    return picture
+    if image.mode.startswith("I"):  # I;16 and its byte orders, I
+        image = Image.fromarray((_from_16bit(image) * 255).round().astype(np.uint8))
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    image = image.convert("RGBA" if transparent else "RGB")
+    image.info.clear()  # camera, place and comments must not travel into what we save
+    return image
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    picture = _to_8bit(picture)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = _to_8bit(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _to_gray(picture: Image.Image) -> Image.Image:
+def _to_gray(image: Image.Image) -> Image.Image:
     """Mode F, in [0,1]."""
-    if picture.mode.startswith("I"):
-        return Image.fromarray(_from_16bit(picture).astype(np.float32))
-    picture = _to_8bit(picture)
-    gray = np.asarray(picture.convert("L"), dtype=np.float32) / 255  # (H,W)
-    if picture.mode == "RGBA":
-        gray = gray * np.asarray(picture.getchannel("A"), dtype=np.float32) / 255
+    if image.mode.startswith("I"):
+        return Image.fromarray(_from_16bit(image).astype(np.float32))
+    image = _to_8bit(image)
+    gray = np.asarray(image.convert("L"), dtype=np.float32) / 255  # (H,W)
+    if image.mode == "RGBA":
+        gray = gray * np.asarray(image.getchannel("A"), dtype=np.float32) / 255
     return Image.fromarray(gray)
 
 
-def _from_16bit(picture: Image.Image) -> np.ndarray:
-    values = np.asarray(picture)
+def _from_16bit(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
     if values.max() > 65535 or values.min() < 0:
         raise ValueError("32-bit values; 0 to 65,535 is what an image holds")
     return values.astype(np.float64) / 65535

@@ -15,9 +15,9 @@ PROMPTS = ("with", "without", "both")
 
 @dataclass(kw_only=True)
 class FidSettings:
-    """One comparison of drawn pictures with photos; ValueError for settings that make no sense.
+    """One comparison of generated images with photos; ValueError for settings that make no sense.
 
-    output_dir: where pictures, statistics and figures go.
+    output_dir: where images, statistics and figures go.
     part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
         embedded scenes, else val.
     adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``; with neither this
@@ -28,11 +28,11 @@ class FidSettings:
     extractor: whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
     weights: where the extractor's weights are, if it needs to be told.
     reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
-    num_images: how many are drawn, and for ``ref`` how many photos are read at most.
-    prompts: draw ``with`` the captions, ``without`` any, or ``both``.
-    sample: key of one example, which alone is drawn num_images times.
+    num_images: how many are generated, and for ``ref`` how many photos are read at most.
+    prompts: generate ``with`` the captions, ``without`` any, or ``both``.
+    sample: key of one example, which alone is generated num_images times.
     seed: of masks and noise.
-    batch_size: pictures drawn at once; does not change them.
+    batch_size: images generated at once; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
@@ -91,6 +91,6 @@ class FidSettings:
 
     @property
     def set_names(self) -> tuple[str, ...]:
-        """Which sets are drawn; folders in output_dir."""
+        """Which sets are generated; folders in output_dir."""
         names = {"with": ("with_prompts",), "without": ("without_prompts",)}
         return names.get(self.prompts, ("with_prompts", "without_prompts"))

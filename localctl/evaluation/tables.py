@@ -62,20 +62,20 @@ def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) 
 
 
 def _timing(comparison: Comparison) -> list[str]:
-    lines = [f"- {name} was drawn at {speed}." for name, speed in comparison.speeds.items()]
+    lines = [f"- {name} was generated at {speed}." for name, speed in comparison.speeds.items()]
     if not math.isnan(comparison.seconds):
-        pictures = len(comparison.tables) * len(comparison.ids)
-        lines.append(f"- {pictures} pictures were measured in {comparison.seconds:.1f} s.")
+        images = len(comparison.tables) * len(comparison.ids)
+        lines.append(f"- {images} images were measured in {comparison.seconds:.1f} s.")
     return ["", *lines] if lines else []
 
 
 def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
-    """A tabular with booktabs rules: means and half widths of their intervals, the best of the drawn rows in bold."""
+    """A tabular with booktabs rules: means and half widths of their intervals, the best generated row in bold."""
     columns = columns or comparison.columns
-    drawn = [name for name in comparison.tables if name != CEILING]
+    made = [name for name in comparison.tables if name != CEILING]
     best = {}
     for column in columns:
-        means = {name: i.value for name in drawn if (i := comparison.interval(name, column)) is not None}
+        means = {name: i.value for name in made if (i := comparison.interval(name, column)) is not None}
         if means:
             best[column] = (min if column in LOWER_IS_BETTER else max)(means, key=lambda name: means[name])
     lines = [f"\\begin{{tabular}}{{l{'c' * len(columns)}}}", "\\toprule"]

@@ -59,7 +59,7 @@ class Clip:
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
-        """Pictures as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
+        """Images as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
         return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
@@ -99,7 +99,7 @@ class Clip:
 
 
 def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a CLIP's picture processor takes off; CLIP's own where it has none. The folder
+    """Mean and standard deviation that a CLIP's image processor takes off; CLIP's own where it has none. The folder
     or hub id is only read: no processor, which may need torchvision, is made."""
     try:
         found = ImageProcessingMixin.get_image_processor_dict(folder)[0]
@@ -109,7 +109,7 @@ def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float
 
 
 class CLIPScore(PerSample):
-    """100 * cosine of a picture's and its caption's embeddings, with no clamp.
+    """100 * cosine of an image's and its caption's embeddings, with no clamp.
 
     Other tools print other scales: 2.5 * max(cos, 0) with the prefix "A photo depicts" (Hessel et al. 2021), or the
     mean clamped at 0 (torchmetrics). ``cut``: 1 where the caption was longer than the text encoder reads, as a share.
@@ -123,15 +123,13 @@ class CLIPScore(PerSample):
         self.clip = clip
 
     def update(self, images: np.ndarray | Tensor, captions: str | Sequence[str]) -> None:
-        """Pictures as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
+        """Images as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
         that are no texts, and for none."""
         captions = [captions] if isinstance(captions, str) else list(captions or ())
-        pictures = rgb_batch(images)
-        if len(captions) != len(pictures) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(
-                f"There are {len(captions)} captions for {len(pictures)} pictures; give one text for each."
-            )
-        pair = (self.clip.embed_images(pictures), self.clip.embed_texts(captions))
+        images = rgb_batch(images)
+        if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"There are {len(captions)} captions for {len(images)} images; give one text for each.")
+        pair = (self.clip.embed_images(images), self.clip.embed_texts(captions))
         cosine = torch.nn.functional.cosine_similarity(*(x.double() for x in pair))  # (B,)
         cut = [float(self.clip.is_cut(caption)) for caption in captions]
         self.add(*zip((100 * cosine).tolist(), cut, strict=True))

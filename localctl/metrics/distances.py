@@ -101,7 +101,7 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"Features must be (n, d) with one d, not {a.shape} and {b.shape}.")
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(a)} and {len(b)}.")
+        raise ValueError(f"A distance needs at least 2 images on each side, not {len(a)} and {len(b)}.")
     return a, b
 
 

@@ -30,9 +30,9 @@ MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
 class Extractor(Protocol):
-    """Turns pictures into feature vectors.
+    """Turns images into feature vectors.
 
-    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how pictures are
+    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how images are
     brought to size, in words.
     """
 
@@ -42,7 +42,7 @@ class Extractor(Protocol):
     preprocessing: str
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
-        """Pictures as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
+        """Images as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
         ...
 
 
@@ -72,7 +72,7 @@ class ModuleExtractor:
 
 
 class ClipExtractor:
-    """The picture embeddings of a CLIP, not normalised."""
+    """The image embeddings of a CLIP, not normalised."""
 
     def __init__(self, clip: Clip, name: str) -> None:
         self.clip, self.name, self.dim, self.weights_sha256 = clip, name, clip.dim, clip.weights_sha256

@@ -104,7 +104,7 @@ def test_long_captions_are_cut_before_the_end_token_and_counted(clip: Clip, imag
 
 @pytest.mark.parametrize("captions", [[], None, ["one"], [None, None]])
 def test_captions_that_do_not_match(captions: Any, clip: Clip, images: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="captions for 2 pictures"):
+    with pytest.raises(ValueError, match="captions for 2 images"):
         CLIPScore(clip).update(images[:2], captions)
 
 
