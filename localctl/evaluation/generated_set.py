@@ -116,7 +116,8 @@ def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = 
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
         began = time.perf_counter()
-        _generate_batch(pipe, steering, samples, indices, single, folder, settings)
+        examples = [example_of(samples, index, single) for index in indices]
+        _generate_batch(pipe, steering, examples, indices, folder, settings)
         spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
         write_json(folder / "timing" / f"{image_id(first)}.json", {**spent, "device": str(pipe.device)})
         made += len(indices)
@@ -135,13 +136,11 @@ def image_file(folder: Path, index: int) -> Path:
 def _generate_batch(
     pipe: Any,
     steering: LocalAdapter | ControlNetModel | None,
-    samples: MaskedSamples,
+    examples: Sequence[Example],
     indices: Sequence[int],
-    single: int | None,
     folder: Path,
     settings: FidSettings,
 ) -> None:
-    examples = [example_of(samples, index, single) for index in indices]
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
     images = generate_like(pipe, examples, prompts, seeds, steering, settings, settings.weight)
