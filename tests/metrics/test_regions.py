@@ -11,9 +11,10 @@ import pytest
 
 from localctl import metrics
 from localctl.boxes import Found, box_iou
+from localctl.data import MicroScenes
 from localctl.metrics.detection import best_matches, transformers_detector
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
-from localctl.micro.detect import find_objects, find_shapes
+from localctl.micro.detect import find_objects, find_shapes, truth_of
 from localctl.micro.scenes import scene
 
 IMAGE = np.zeros((100, 100, 3), np.uint8)
@@ -136,6 +137,20 @@ def test_bad_input() -> None:
         RegionAccuracy(finds(), threshold=0)
     with pytest.raises(ValueError, match=r"in \(0, 1\], not 2"):
         Leak(finds(), threshold=2)
+
+
+def test_examples_of_known_content_bring_their_truth_and_who_finds_it() -> None:
+    scenes = MicroScenes("test", count=12)
+    for index in range(12):
+        truth, item = scenes[index].truth, scene(index, "basic", "test")
+        assert truth is not None and truth == truth_of(item)
+        assert [found.label for found in truth.objects] == [thing.phrase for thing in item.objects]
+        assert [found.label for found in truth.shapes] == [thing.shape for thing in item.objects]
+        assert (truth.relation is None) == (item.relation is None)
+        if truth.relation is not None:
+            metric = RelationAccuracy(truth.find)
+            metric.update(item.image, *truth.relation)
+            assert metric.compute()["accuracy"] == 1
 
 
 def test_without_a_detector_the_reader_of_micro_scenes_is_meant_for_one_version() -> None:
