@@ -47,7 +47,6 @@ from localctl.quiet import no_progress_bars
 from localctl.redaction import recorded
 from localctl.sampling import generate
 from localctl.seeding import key_seed
-from localctl.training.watch_settings import EarlyStoppingConfig
 
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no image
 __getattr__ = moved_names(
@@ -143,7 +142,8 @@ def _generate_batch(
 ) -> None:
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
-    images = generate_like(pipe, examples, prompts, seeds, steering, settings, settings.weight)
+    steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, **steps)
     for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):
         name = image_id(index)
         about = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
@@ -159,10 +159,13 @@ def generate_like(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steering: LocalAdapter | ControlNetModel | None,
-    steps: FidSettings | EarlyStoppingConfig,
     weight: float = 1.0,
+    **sampling: Any,
 ) -> list[Image.Image]:
-    """Generate one image per example, by its condition inside its mask, from a prompt and a seed of its own."""
+    """Generate one image per example, by its condition inside its mask, from a prompt and a seed of its own.
+
+    ``sampling``: passed on to :func:`localctl.sampling.generate`.
+    """
     masks = torch.stack([example.mask for example in examples if example.mask is not None])
     condition = torch.stack([example.condition for example in examples])
     controls: list[Control] = []
@@ -177,8 +180,7 @@ def generate_like(
         seeds,
         paired=True,
         batch_size=len(examples),
-        num_inference_steps=steps.num_inference_steps,
-        guidance_scale=steps.guidance_scale,
+        **sampling,
     ).images
 
 

@@ -154,6 +154,7 @@ class FrechetScorer:
         examples = [example_of(self.samples, index) for index in indices]
         captions = [example.caption for example in examples]
         seeds = [key_seed(self.config.seed, "score", index) for index in indices]
+        steps = {"num_inference_steps": self.config.num_inference_steps, "guidance_scale": self.config.guidance_scale}
         with with_scheduler(models.pipe, self.config.scheduler):
-            images = generate_like(models.pipe, examples, captions, seeds, models.plain_adapter, self.config)
+            images = generate_like(models.pipe, examples, captions, seeds, models.plain_adapter, **steps)
         return [image_id(index) for index in indices], np.stack([np.asarray(image) for image in images])
