@@ -45,19 +45,21 @@ class Truth:
 
 
 def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes xyxy; 0 when both are empty."""
+    """Compute the intersection over union of two boxes xyxy; 0 when both are empty."""
     overlap = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
     union = sum(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]) for box in (a, b)) - overlap
     return overlap / union if union > 0 else 0.0
 
 
 def box_around(mask: np.ndarray) -> Box:
-    """The smallest box xyxy in pixels around what is at least half as full as the fullest pixel of ``mask`` (H,W)."""
+    """Find the smallest box xyxy in pixels around what is at least half as full as the fullest pixel of ``mask``
+    (H,W)."""
     ys, xs = (mask >= mask.max() / 2).nonzero()
     return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Whether one of ``RELATIONS`` is true of two centres (x, y): the named axis decides the sign, with no margin."""
+    """Tell whether one of ``RELATIONS`` is true of two centres (x, y): the named axis decides the sign, with no
+    margin."""
     axis, sign = {RELATIONS[0]: (0, -1), RELATIONS[1]: (0, 1), RELATIONS[2]: (1, -1), RELATIONS[3]: (1, 1)}[relation]
     return (first[axis] - second[axis]) * sign > 0

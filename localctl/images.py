@@ -58,7 +58,7 @@ class Limits:
     cover: tuple[int, int] | None = None
 
     def shrink(self, size: tuple[int, int]) -> int:
-        """By which factor an image of ``size`` may be read smaller, 1 = not at all."""
+        """Tell by which factor an image of ``size`` may be read smaller, 1 = not at all."""
         if self.cover is None or size[0] * size[1] <= MAX_PIXELS:
             return 1
         return max(1, min(size) // (2 * max(self.cover)))  # whichever way up it is
@@ -76,8 +76,8 @@ def open_image(source: str | Path | bytes, name: str = "the image", limits: Limi
 
 
 def open_gray(source: str | Path | bytes, name: str = "the image") -> np.ndarray:
-    """The brightness of an image, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
-    is black. Otherwise as :func:`open_image`."""
+    """Read the brightness of an image, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is
+    transparent is black. Otherwise as :func:`open_image`."""
     return np.array(_open(source, name, _to_gray, Limits())[0])
 
 
@@ -89,8 +89,8 @@ def load_image(source: str | Path | bytes, name: str = "the image", limits: Limi
 def read_photo(
     source: str | Path | bytes, name: str, limits: Limits, gray: bool = False
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width) of
-    the file itself, upright, however much smaller it was read."""
+    """Read RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width)
+    of the file itself, upright, however much smaller it was read."""
     return _open(source, name, _to_gray if gray else _to_rgb, limits)
 
 
@@ -160,7 +160,7 @@ def _check_file(path: Path, name: str) -> None:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An image as pixels (3,H,W) float32 in [-1,1]."""
+    """Convert an image to pixels (3,H,W) float32 in [-1,1]."""
     array = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H,W,3)
     import torch
 
@@ -168,7 +168,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """Pixels (3,H,W) in [-1,1] as an image; values outside are clipped. ValueError for a wrong shape or NaN."""
+    """Convert pixels (3,H,W) in [-1,1] to an image; values outside are clipped. ValueError for a wrong shape or NaN."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"Pixels must have shape (3, H, W), not {tuple(pixels.shape)}.")
     pixels = pixels.detach().float().cpu()
@@ -181,7 +181,7 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 
 def condition_to_pil(condition: Tensor) -> Image.Image:
-    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB image."""
+    """Convert a condition (1,H,W) or (3,H,W) in [0,1] to an RGB image."""
     return to_pil(condition.expand(3, -1, -1) * 2 - 1)
 
 

@@ -6,13 +6,13 @@ MOST = 2000  # letters that are looked at; no sheet is wide enough to show more
 
 
 def one_line(text: str) -> str:
-    """The beginning of ``text`` on one line: line breaks, tabs, control characters, half surrogate pairs and whatever
-    else has no shape of its own become spaces."""
+    """Shorten ``text`` to one line: line breaks, tabs, control characters, half surrogate pairs and whatever else has
+    no shape of its own become spaces."""
     text = text.lstrip()[: MOST + 1]
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def brief(text: str, most: int = 120) -> str:
-    """The beginning of ``text`` on one line, of at most ``most`` letters: as part of a message."""
+    """Shorten ``text`` to one line of at most ``most`` letters: as part of a message."""
     text = one_line(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

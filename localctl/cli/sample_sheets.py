@@ -12,7 +12,8 @@ from localctl.layout import Layout, Region
 
 
 def verdict(image: Image.Image, layout: Layout) -> list[str]:
-    """One line per region with words: whether the reader of micro scenes finds its object, and its IoU with the box."""
+    """Say in one line per region with words whether the reader of micro scenes finds its object, and its IoU with the
+    box."""
     from localctl.metrics.detection import best_matches
     from localctl.micro.detect import find_objects
 
@@ -30,7 +31,7 @@ def verdict(image: Image.Image, layout: Layout) -> list[str]:
 
 
 def axis_labels(labels: Mapping[tuple[int, int], str]) -> tuple[list[str], list[str]]:
-    """Columns' and rows' labels of a sweep, from the label of each (column, row)."""
+    """Split labels of a sweep into columns' and rows', from the label of each (column, row)."""
     columns, rows = (max(place[axis] for place in labels) + 1 for axis in (0, 1))
     parts = {place: label.split(" ") for place, label in labels.items()}
     of_columns = [parts[column, 0][0] for column in range(columns)]

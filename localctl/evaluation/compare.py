@@ -80,14 +80,15 @@ class Comparison:
     _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
-        """Mean over the samples where it is defined; None where it never is."""
+        """Estimate the mean over the samples where it is defined; None where it never is."""
         return self._interval(row, "", column)
 
     def undefined(self, row: str, column: str) -> int:
         return int(np.isnan(self._column(row, column)).sum())
 
     def difference(self, row: str, other: str, column: str) -> Interval | None:
-        """Mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and noise."""
+        """Estimate the mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and
+        noise."""
         return self._interval(row, other, column)
 
     def _interval(self, row: str, other: str, column: str) -> Interval | None:
@@ -103,7 +104,7 @@ class Comparison:
 
 
 def verdict(difference: Interval) -> str:
-    """``more``, ``less``, or ``no difference`` where the interval covers 0."""
+    """Say ``more``, ``less``, or ``no difference`` where the interval covers 0."""
     if difference.low <= 0 <= difference.high:
         return "no difference"
     return "more" if difference.value > 0 else "less"
@@ -196,7 +197,7 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
 
 
 def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
-    """The settings that a set was generated with, from its settings.json."""
+    """Restore the settings that a set was generated with from its settings.json."""
     known = {item.name for item in fields(FidSettings)}
     plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
     sections: dict[str, Any] = {}
@@ -210,7 +211,7 @@ def _tuples(value: Any) -> Any:
 
 
 def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> list[Target]:
-    """What the images of the set in ``folder`` are measured against: found by position, and checked by key."""
+    """Read what the images of the set in ``folder`` are measured against: found by position, and checked by key."""
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
     single = None if settings.sample is None else index_of(samples.source, settings.sample)
     targets = []
@@ -223,7 +224,7 @@ def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> lis
 
 
 def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | None) -> dict[str, float]:
-    """All figures of one image, NaN where undefined. ``base``: what the base generates of the same."""
+    """Measure all figures of one image, NaN where undefined. ``base``: what the base generates of the same."""
     edges, wanted = canny(image), canny(target.image)
     values: dict[str, float] = {}
     pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (

@@ -35,8 +35,8 @@ __getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
 def make_reference(settings: FidSettings, say: Say = print) -> Path:
-    """``ref``: statistics of the photos themselves (never of their conditions), with what they are. Made once: a file
-    of the same photos and extractor is left as it is.
+    """Run ``ref``: take statistics of the photos themselves (never of their conditions), with what they are. Made once:
+    a file of the same photos and extractor is left as it is.
 
     ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
     """
@@ -92,7 +92,8 @@ def collect(
     batch_size: int,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStatistics:
-    """Statistics of what ``images`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps fewer.
+    """Take statistics of what ``images`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps
+    fewer.
 
     share: (rank, number of processes); the batches are dealt out, and are the same for any number of processes.
     """
@@ -106,7 +107,7 @@ def collect(
 
 
 def generate(settings: FidSettings, say: Say = print) -> None:
-    """``gen``: generate every set that is asked for, as far as it is not there yet."""
+    """Run ``gen``: generate every set that is asked for, as far as it is not there yet."""
     for name in settings.set_names:
         count = generate_set(settings, name, say)
         speed = read_speed(settings.folder / name)
@@ -114,7 +115,7 @@ def generate(settings: FidSettings, say: Say = print) -> None:
 
 
 def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
-    """``score``: distances of every set to the reference, to ``score_{extractor}.json`` in each set's folder.
+    """Run ``score``: write distances of every set to the reference to ``score_{extractor}.json`` in each set's folder.
 
     ValueError for missing images or statistics, another size, or another extractor.
     """
@@ -147,8 +148,8 @@ def score_set(
     extractor: Extractor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """values, warnings and provenance of one set; with several processes each looks at a part, and all get the same.
-    ValueError for images of another size than the photos, or of several."""
+    """Give values, warnings and provenance of one set; with several processes each looks at a part, and all get the
+    same. ValueError for images of another size than the photos, or of several."""
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
 

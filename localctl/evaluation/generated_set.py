@@ -66,7 +66,7 @@ SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "samp
 
 
 def open_source(settings: FidSettings) -> Source:
-    """The examples of the part that ``settings`` name. ValueError when they cannot be opened."""
+    """Open the examples of the part that ``settings`` name. ValueError when they cannot be opened."""
     assert settings.part is not None
     if settings.data.is_micro:
         from localctl.data import MicroScenes  # the toy base, which photos do without
@@ -191,8 +191,8 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:
-    """What image ``index`` follows: the examples in order, again with other masks when they are used up, or always
-    the same one. ValueError when example after example cannot be used."""
+    """Return what image ``index`` follows: the examples in order, again with other masks when they are used up, or
+    always the same one. ValueError when example after example cannot be used."""
     ref = SampleRef(index % len(samples), index // len(samples)) if single is None else SampleRef(single, 0)
     example = samples[ref]
     if not isinstance(example, Example) or (single is not None and example.problems):
@@ -202,7 +202,7 @@ def example_of(samples: MaskedSamples, index: int, single: int | None = None) ->
 
 
 def index_of(source: Source, key: str) -> int:
-    """Which example is called ``key``. ValueError when there is none."""
+    """Find the number of the example called ``key``. ValueError when there is none."""
     known = getattr(source, "key", None)
     for index in range(len(source)):
         if (known(index) if known is not None else source[index].key) == key:
@@ -223,7 +223,7 @@ def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
-    """The ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
+    """Load the ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
     if settings.controlnet is None:
         return None
     folder = Path(settings.controlnet).expanduser()
@@ -241,7 +241,8 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
 
 
 def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter | None) -> None:
-    """Write down what ``folder`` is generated with. ValueError when it holds images of other settings."""
+    """Write down what the images in ``folder`` are generated with. ValueError when it holds images of other
+    settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
@@ -268,7 +269,7 @@ def _filled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a set and the ids of its images. ValueError when one is missing, or is not known."""
+    """Read the settings of a set and the ids of its images. ValueError when one is missing, or is not known."""
     settings = _filled(read_json(folder / "settings.json", "settings of the generated images"))
     silent = [name for name in SAID if name not in settings]
     if silent:
@@ -302,7 +303,7 @@ class Speed:
 
 
 def read_speed(folder: Path) -> Speed | None:
-    """Of the set in ``folder``, loading the base left out; None where nothing was noted."""
+    """Read how fast the set in ``folder`` was generated, loading the base left out; None where nothing was noted."""
     noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
     if not noted:
         return None
@@ -319,7 +320,8 @@ def read_speed(folder: Path) -> Speed | None:
 
 
 def read_images(folder: Path, ids: Sequence[str]) -> Iterator[GeneratedImage]:
-    """The images of a set with the masks they were generated with. ValueError for a damaged one, or another size."""
+    """Read the images of a set with the masks they were generated with. ValueError for a damaged one, or another
+    size."""
     size: tuple[int, ...] | None = None
     for name in ids:
         about = read_json(folder / "ids" / f"{name}.json", "record")

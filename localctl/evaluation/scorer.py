@@ -28,7 +28,7 @@ METRICS = {frechet_name(extractor): extractor for extractor in EXTRACTORS}
 
 
 def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
-    """What ``early_stopping.metric`` asks for; None where nothing is to be scored.
+    """Make what ``early_stopping.metric`` asks for; None where nothing is to be scored.
 
     ValueError in one sentence for an unknown metric, weights, a reference or held-out images that are not there.
     """

@@ -18,8 +18,8 @@ EACH = 3
 
 
 def ranked(comparison: Comparison, name: str, column: str) -> list[tuple[str, int]]:
-    """(what, index) of up to three best, median and worst samples of a set by ``column``, highest first, each once;
-    samples where it is undefined are left out."""
+    """Choose up to three best, median and worst samples of a set by ``column``, as (what, index), highest first, each
+    once; samples where it is undefined are left out."""
     values = comparison.tables[name][:, comparison.columns.index(column)]
     order = [int(i) for i in np.argsort(-values, kind="stable") if not np.isnan(values[i])]
     middle = max(0, (len(order) - EACH) // 2)

@@ -31,7 +31,7 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Interval of `statistic(samples[rows])` (default: the mean) over resampled rows.
+    """Estimate the interval of `statistic(samples[rows])` (default: the mean) over resampled rows.
 
     Args:
         samples: (n,) or (n, k). Columns of one row belong together, so a statistic of several columns is paired.

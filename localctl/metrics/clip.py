@@ -54,16 +54,16 @@ class Clip:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the weights in the folder; the id where they are not in one."""
+        """Hash of the weights in the folder; the id where they are not in one."""
         return sha256_of_folder(self.folder)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
-        """Images as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
+        """Embed images as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
         return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
+        """Embed (B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
         :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and
         deviation off, as CLIP was trained."""
         pixels = pixels.to(self.device, torch.float32)
@@ -81,8 +81,8 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut before the
-        end token, which stays: CLIP reads its embedding there."""
+        """Embed texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut
+        before the end token, which stays: CLIP reads its embedding there."""
         inputs = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
@@ -94,13 +94,13 @@ class Clip:
         return int(self.model.config.text_config.max_position_embeddings)
 
     def is_cut(self, text: str) -> bool:
-        """Whether ``text`` is longer than the text encoder reads."""
+        """Tell whether ``text`` is longer than the text encoder reads."""
         return len(self.tokenizer(text, verbose=False).input_ids) > self.length
 
 
 def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a CLIP's image processor takes off; CLIP's own where it has none. The folder
-    or hub id is only read: no processor, which may need torchvision, is made."""
+    """Read mean and standard deviation that a CLIP's image processor takes off; CLIP's own where it has none. The
+    folder or hub id is only read: no processor, which may need torchvision, is made."""
     try:
         found = ImageProcessingMixin.get_image_processor_dict(folder)[0]
     except OSError:  # no processor is kept beside the model
@@ -123,7 +123,7 @@ class CLIPScore(PerSample):
         self.clip = clip
 
     def update(self, images: np.ndarray | Tensor, captions: str | Sequence[str]) -> None:
-        """Images as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
+        """Add images as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
         that are no texts, and for none."""
         captions = [captions] if isinstance(captions, str) else list(captions or ())
         images = rgb_batch(images)

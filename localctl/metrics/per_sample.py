@@ -31,19 +31,19 @@ class PerSample(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def add(self, *rows: tuple[float, ...]) -> None:
-        """One row per sample, in the order of ``columns``."""
+        """Add one row per sample, in the order of ``columns``."""
         assert all(len(row) == len(self.columns) for row in rows)
         assert isinstance(self.values, list)
         self.values.append(torch.tensor(rows, dtype=torch.float64).flatten())  # (n * k,)
 
     def per_sample(self) -> np.ndarray:
-        """(n, k) float64, NaN where undefined; of this process alone unless synchronised."""
+        """Give all values, (n, k) float64, NaN where undefined; of this process alone unless synchronised."""
         empty = isinstance(self.values, list) and not self.values
         flat = torch.empty(0) if empty else dim_zero_cat(self.values)
         return flat.cpu().double().numpy().reshape(-1, len(self.columns))
 
     def compute(self) -> dict[str, float]:
-        """Means, undefined counts and ``n``. ValueError when there was no sample at all."""
+        """Compute means, undefined counts and ``n``. ValueError when there was no sample at all."""
         table = self.per_sample()
         if not len(table):
             raise ValueError(f"{type(self).__name__} has seen no sample; call update first.")
@@ -59,7 +59,7 @@ class PerMaskedImage(PerSample):
     """Compare a prediction with its target inside a mask."""
 
     def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
-        """The values of one sample, in the order of ``columns``, from uint8 (H,W) each."""
+        """Compute the values of one sample, in the order of ``columns``, from uint8 (H,W) each."""
         raise NotImplementedError
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
@@ -88,7 +88,7 @@ def gray_batch(what: str, image: np.ndarray | Tensor) -> np.ndarray:
 
 
 def gray_batches(**images: np.ndarray | Tensor) -> list[np.ndarray]:
-    """As :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
+    """Convert several, as :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
     arrays = {name: gray_batch(name, image) for name, image in images.items()}
     if len({array.shape for array in arrays.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())

@@ -119,7 +119,7 @@ class Leak(_Detected):
 
 
 def hidden_objects(objects: Sequence[Placed], inside: np.ndarray, margin: int = 8) -> list[Placed]:
-    """Those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
+    """Choose those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
     ``inside``, bool (H,W)."""
     found = []
     for item in objects:
@@ -136,6 +136,6 @@ def _centre(item: Found) -> Point:
 
 
 def check_image(image: np.ndarray) -> None:
-    """ValueError unless ``image`` is uint8 (H,W,3)."""
+    """Raise ValueError unless ``image`` is uint8 (H,W,3)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"An image must be uint8 (H, W, 3), not {image.dtype} {image.shape}.")

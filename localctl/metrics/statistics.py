@@ -51,7 +51,8 @@ class Statistics:
         return self.sums.shape[1]
 
     def gaussian(self, half: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2 samples."""
+        """Compute mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2
+        samples."""
         parts = slice(None) if half is None else slice(half, half + 1)
         n = self.counts[parts].sum()
         if n < 2:
@@ -60,8 +61,8 @@ class Statistics:
         return mean, (self.products[parts].sum(0) - n * np.outer(mean, mean)) / (n - 1)
 
     def split_half(self) -> float:
-        """The Fréchet distance of one half of the set from the other: what this many images cannot resolve. NaN when
-        a half has fewer than 2 samples."""
+        """Compute the Fréchet distance of one half from the other: what this many images cannot resolve. NaN when a
+        half has fewer than 2 samples."""
         if self.counts.min() < 2:
             return math.nan
         return frechet_distance(*self.gaussian(0), *self.gaussian(1))
@@ -143,13 +144,13 @@ class FeatureStatistics(Metric):
         return ranks[order], features[order]
 
     def compute(self) -> dict[str, Tensor]:
-        """What :class:`Statistics` consists of, over all processes. ValueError when there is no image."""
+        """Give what :class:`Statistics` consists of, over all processes. ValueError when there is no image."""
         if self.counts.sum() == 0:
             raise ValueError("There is no image to take statistics of.")
         return {"counts": self.counts, "sums": self.sums, "products": self.products, "kept": self._kept()[1]}
 
     def statistics(self, **provenance: Any) -> Statistics:
-        """The statistics so far, with what the images are. ValueError when there is no image."""
+        """Give the statistics so far, with what the images are. ValueError when there is no image."""
         arrays = {name: state.cpu().numpy().copy() for name, state in self.compute().items()}
         arrays["kept"] = arrays["kept"].reshape(-1, self.dim)
         return Statistics(**arrays, provenance=provenance)
@@ -165,7 +166,7 @@ class DistanceReport:
 
 
 def distances(reference: Statistics, other: Statistics) -> DistanceReport:
-    """All distances of two sets whose features come from one extractor.
+    """Compute all distances of two sets whose features come from one extractor.
 
     Names: ``fid`` for the Fréchet distance only under the extractor of that name, else ``frechet_{extractor}``;
     ``kid_{extractor}`` and ``kid_error_{extractor}``; ``cmmd_{extractor}`` under a CLIP; ``split_half_{extractor}``,

@@ -27,8 +27,8 @@ def sha256_of_folder(folder: str | Path) -> str:
 
 
 def resize(images: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B,H,W,3) -> float32 (B,3,side,side) in [0,255], antialiased bicubic; images of that size stay as they
-    are. What is not square is squeezed."""
+    """Resize uint8 (B,H,W,3) -> float32 (B,3,side,side) in [0,255], antialiased bicubic; images of that size stay as
+    they are. What is not square is squeezed."""
     pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
     if tuple(pixels.shape[-2:]) == (side, side):
         return pixels
