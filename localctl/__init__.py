@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from localctl.control.spacetime import SpaceTimeAttention as SpaceTimeAttention
     from localctl.data.config import DataConfig as DataConfig
     from localctl.denoisers.base import AttentionLayer as AttentionLayer
+    from localctl.drawing import render_layout as render_layout
     from localctl.evaluation.settings import FidSettings as FidSettings
     from localctl.images import condition_to_pil as condition_to_pil
     from localctl.images import grid as grid
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from localctl.images import outline as outline
     from localctl.layout import Layout as Layout
     from localctl.layout import Region as Region
-    from localctl.layout import render_layout as render_layout
     from localctl.layout_io import load_layout as load_layout
     from localctl.layout_io import save_layout as save_layout
     from localctl.layout_predictor.model import LayoutPredictor as LayoutPredictor
@@ -99,7 +99,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "denoisers.base": ["AttentionLayer"],
         "evaluation.settings": ["FidSettings"],
         "images": ["condition_to_pil", "grid", "load_image", "outline"],
-        "layout": ["Layout", "Region", "render_layout"],
+        "drawing": ["render_layout"],
+        "layout": ["Layout", "Region"],
         "layout_io": ["load_layout", "save_layout"],
         "layout_predictor.model": ["LayoutPredictor", "load_predictor"],
         "masks": ["load_mask"],

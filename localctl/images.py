@@ -1,39 +1,44 @@
-"""Pictures in and out: the only gate through which image files enter, and the drawing of overlays and sheets."""
+"""Images in and out: the only gate through which image files enter."""
 
 from __future__ import annotations
 
 import io
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from localctl.files import first_line
-from localctl.labels import LINE, brief, write
+from localctl.labels import brief
+from localctl.lazy import moved_names
 from localctl.png import is_png, without_texts
 from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor
 
-# Everything that photos and masks come in. No format here runs another program (EPS), draws (SVG, WMF) or fetches.
+    from localctl.drawing import captioned as captioned
+    from localctl.drawing import grid as grid
+    from localctl.drawing import outline as outline
+
+__getattr__ = moved_names(__name__, {name: f"localctl.drawing:{name}" for name in ("outline", "grid", "captioned")})
+
+# Everything that photos and masks come in. No format here runs another program (EPS), renders (SVG, WMF) or fetches.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "GIF", "JPEG2000", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".jfif", ".jpe", ".apng") + (
     (".dib", ".mpo", ".jp2", ".j2k", ".jpf", ".jpx", ".jpc", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 MAX_PIXELS = 16_000_000  # of what is decoded whole
 MAX_SIDE = 16_384
-Picture = TypeVar("Picture")
 
 
 class ImageError(ValueError):
-    """A picture that we cannot or will not read. reason: which kind of trouble, one of a few fixed words."""
+    """An image that we cannot or will not read. reason: which kind of trouble, one of a few fixed words."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -53,13 +58,13 @@ class Limits:
     cover: tuple[int, int] | None = None
 
     def shrink(self, size: tuple[int, int]) -> int:
-        """By which factor an image of ``size`` may be read smaller, 1 = not at all."""
+        """Tell by which factor an image of ``size`` may be read smaller, 1 = not at all."""
         if self.cover is None or size[0] * size[1] <= MAX_PIXELS:
             return 1
         return max(1, min(size) // (2 * max(self.cover)))  # whichever way up it is
 
 
-def open_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
+def open_image(source: str | Path | bytes, name: str = "the image", limits: Limits = Limits()) -> Image.Image:
     """Read an image file of one of ``FORMATS`` as 8-bit RGB, or RGBA where it has transparency; upright by its EXIF
     tag, the first page or frame of a TIFF or GIF.
 
@@ -70,22 +75,22 @@ def open_image(source: str | Path | bytes, name: str = "the picture", limits: Li
     return _open(source, name, _to_8bit, limits)[0]
 
 
-def open_gray(source: str | Path | bytes, name: str = "the picture") -> np.ndarray:
-    """The brightness of a picture, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is transparent
-    is black. Otherwise as :func:`open_image`."""
+def open_gray(source: str | Path | bytes, name: str = "the image") -> np.ndarray:
+    """Read the brightness of an image, (H,W) float32 in [0,1]; 16-bit files keep their precision, and what is
+    transparent is black. Otherwise as :func:`open_image`."""
     return np.array(_open(source, name, to_gray, Limits())[0])
 
 
-def load_image(source: str | Path | bytes, name: str = "the picture", limits: Limits = Limits()) -> Image.Image:
-    """Read a picture as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
+def load_image(source: str | Path | bytes, name: str = "the image", limits: Limits = Limits()) -> Image.Image:
+    """Read an image as 8-bit RGB, transparent parts on white. ImageError as for :func:`open_image`."""
     return _open(source, name, to_rgb, limits)[0]
 
 
 def read_photo(
     source: str | Path | bytes, name: str, limits: Limits, gray: bool = False
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width) of
-    the file itself, upright, however much smaller it was read."""
+    """Read RGB as by :func:`load_image`, or where ``gray`` mode F in [0,1] as by :func:`open_gray`; and (height, width)
+    of the file itself, upright, however much smaller it was read."""
     return _open(source, name, to_gray if gray else to_rgb, limits)
 
 
@@ -110,7 +115,7 @@ def _open(
     except ImageError:
         raise
     except UnidentifiedImageError:
-        sentence = f"{name} is not a {', '.join(FORMATS)} picture; convert it to one of these."
+        sentence = f"{name} is not a {', '.join(FORMATS)} image; convert it to one of these."
         raise ImageError("not a picture", sentence) from None
     except Image.DecompressionBombError:
         raise _too_large(name, f"has more than {limits.pixels:,} pixels") from None
@@ -126,17 +131,17 @@ def _decode(
 ) -> tuple[Image.Image, tuple[int, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own, stricter limit follows
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
-            _check_header(picture, name, limits)
-            (width, height), shrink = picture.size, limits.shrink(picture.size)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            _check_header(image, name, limits)
+            (width, height), shrink = image.size, limits.shrink(image.size)
             if shrink > 1:
-                picture.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
-            picture.load()
-            lying = picture.size
-            ImageOps.exif_transpose(picture, in_place=True)
-            if picture.size != lying:
+                image.draft(None, (width // shrink, height // shrink))  # of a JPEG; other formats know no such thing
+            image.load()
+            lying = image.size
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.size != lying:
                 width, height = height, width
-            converted = convert(picture)
+            converted = convert(image)
     rest = limits.shrink((width, height)) * converted.height // height  # what draft has left to do
     return (converted if rest <= 1 else converted.reduce(rest)), (height, width)
 
@@ -154,16 +159,16 @@ def _check_file(path: Path, name: str) -> None:
         raise ImageError("missing", f"There is no image file {name}; check the path.")
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """A picture as pixels (3,H,W) float32 in [-1,1]."""
-    array = np.asarray(picture.convert("RGB"), dtype=np.float32)  # (H,W,3)
+def to_pixels(image: Image.Image) -> Tensor:
+    """Convert an image to pixels (3,H,W) float32 in [-1,1]."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H,W,3)
     import torch
 
     return torch.from_numpy(array).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """Pixels (3,H,W) in [-1,1] as a picture; values outside are clipped. ValueError for a wrong shape or NaN."""
+    """Convert pixels (3,H,W) in [-1,1] to an image; values outside are clipped. ValueError for a wrong shape or NaN."""
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"Pixels must have shape (3, H, W), not {tuple(pixels.shape)}.")
     pixels = pixels.detach().float().cpu()
@@ -176,78 +181,16 @@ def to_pil(pixels: Tensor) -> Image.Image:
 
 
 def condition_to_pil(condition: Tensor) -> Image.Image:
-    """A condition (1,H,W) or (3,H,W) in [0,1] as an RGB picture."""
+    """Convert a condition (1,H,W) or (3,H,W) in [0,1] to an RGB image."""
     return to_pil(condition.expand(3, -1, -1) * 2 - 1)
 
 
-def outline(picture: Image.Image, mask: Tensor, color: str = "magenta") -> Image.Image:
-    """A copy of ``picture`` with the inner border of ``mask`` (1,H,W) or (H,W) drawn; 1 = controlled, cut at 0.5.
-
-    ValueError when the sizes differ.
-    """
-    inside = (mask.detach().float().cpu().reshape(mask.shape[-2:]).numpy() >= 0.5).astype(np.uint8)
-    if inside.shape != (picture.height, picture.width):
-        raise ValueError(
-            f"The mask is {inside.shape[1]}x{inside.shape[0]} but the picture is {picture.width}x{picture.height}."
-        )
-    width = max(1, min(inside.shape) // 128)
-    # Outside the picture counts as outside the mask, so that a full mask shows as a frame.
-    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
-    core = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    border = Image.fromarray((inside - core) * 255)
-    result = picture.convert("RGB")
-    result.paste(color, (0, 0, *result.size), border)
-    return result
-
-
-def grid(
-    rows: Sequence[Sequence[Image.Image]],
-    column_labels: Sequence[str] = (),
-    row_labels: Sequence[str] = (),
-    pad: int = 4,
-) -> Image.Image:
-    """A contact sheet: rows of pictures on white, labels over the columns and a caption line over each row.
-
-    Every cell has the size of the largest picture, smaller ones are centred; rows may differ in length. Labels too long
-    for their place end in "...". ValueError for no picture at all or more labels than columns or rows.
-    """
-    pictures = [picture for row in rows for picture in row]
-    if not pictures:
-        raise ValueError("A contact sheet needs at least one picture.")
-    columns = max(len(row) for row in rows)
-    if len(column_labels) > columns or len(row_labels) > len(rows):
-        raise ValueError(f"{len(column_labels)} x {len(row_labels)} labels for {columns} columns and {len(rows)} rows.")
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    head, caption = (LINE if column_labels else 0), (LINE if row_labels else 0)
-    row_height = caption + height + pad
-    sheet = Image.new("RGB", (pad + columns * (width + pad), pad + head + len(rows) * row_height), "white")
-    for column, label in enumerate(column_labels):
-        write(sheet, (pad + column * (width + pad), 1), label, width)
-    for index, row in enumerate(rows):
-        top = pad + head + index * row_height
-        if index < len(row_labels):
-            write(sheet, (pad, top), row_labels[index], sheet.width - 2 * pad)
-        for column, picture in enumerate(row):
-            left = pad + column * (width + pad) + (width - picture.width) // 2
-            sheet.paste(picture.convert("RGB"), (left, top + caption + (height - picture.height) // 2))
-    return sheet
-
-
-def captioned(picture: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """``picture`` on white with lines of text under it; those too long for its width end in "..."."""
-    result = Image.new("RGB", (picture.width, picture.height + LINE * len(lines)), "white")
-    result.paste(picture.convert("RGB"))
-    for index, text in enumerate(lines):
-        write(result, (2, picture.height + LINE * index + 1), text, picture.width - 4)
-    return result
-
-
-def _check_header(picture: Image.Image, name: str, limits: Limits) -> None:
-    width, height = picture.size
+def _check_header(image: Image.Image, name: str, limits: Limits) -> None:
+    width, height = image.size
     if width * height > limits.pixels or max(width, height) > MAX_SIDE:
         raise _too_large(name, f"is {width}x{height}, over {limits.pixels:,} pixels or {MAX_SIDE:,} on a side")
-    # Phones put a second picture (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
-    if picture.format in ("PNG", "WEBP", "AVIF") and getattr(picture, "is_animated", False):
+    # Phones put a second image (depth, HDR gain) into a JPEG, which Pillow calls MPO: its first frame is the photo.
+    if image.format in ("PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False):
         raise ImageError("animated", f"{name} is animated; save a single frame of it.")
 
 
@@ -255,38 +198,38 @@ def _too_large(name: str, what: str) -> ImageError:
     return ImageError("too large", f"{name} {what}; scale it down.")
 
 
-def _to_8bit(picture: Image.Image) -> Image.Image:
+def _to_8bit(image: Image.Image) -> Image.Image:
     """RGB or RGBA, 8 bit. Pillow clips 16-bit gray at 255 where it should scale."""
-    if picture.mode == "F":
+    if image.mode == "F":
         raise ValueError("its values are floating-point numbers, of which nobody knows what is white")
-    if picture.mode.startswith("I"):  # I;16 and its byte orders, I
-        picture = Image.fromarray((_from_16bit(picture) * 255).round().astype(np.uint8))
-    transparent = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("RGBA" if transparent else "RGB")
-    picture.info.clear()  # camera, place and comments must not travel into what we save
-    return picture
+    if image.mode.startswith("I"):  # I;16 and its byte orders, I
+        image = Image.fromarray((_from_16bit(image) * 255).round().astype(np.uint8))
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    image = image.convert("RGBA" if transparent else "RGB")
+    image.info.clear()  # camera, place and comments must not travel into what we save
+    return image
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    picture = _to_8bit(picture)
-    if picture.mode == "RGBA":
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    image = _to_8bit(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_gray(picture: Image.Image) -> Image.Image:
+def to_gray(image: Image.Image) -> Image.Image:
     """Mode F, in [0,1]."""
-    if picture.mode.startswith("I"):
-        return Image.fromarray(_from_16bit(picture).astype(np.float32))
-    picture = _to_8bit(picture)
-    gray = np.asarray(picture.convert("L"), dtype=np.float32) / 255  # (H,W)
-    if picture.mode == "RGBA":
-        gray = gray * np.asarray(picture.getchannel("A"), dtype=np.float32) / 255
+    if image.mode.startswith("I"):
+        return Image.fromarray(_from_16bit(image).astype(np.float32))
+    image = _to_8bit(image)
+    gray = np.asarray(image.convert("L"), dtype=np.float32) / 255  # (H,W)
+    if image.mode == "RGBA":
+        gray = gray * np.asarray(image.getchannel("A"), dtype=np.float32) / 255
     return Image.fromarray(gray)
 
 
-def _from_16bit(picture: Image.Image) -> np.ndarray:
-    values = np.asarray(picture)
+def _from_16bit(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
     if values.max() > 65535 or values.min() < 0:
         raise ValueError("32-bit values; 0 to 65,535 is what an image holds")
     return values.astype(np.float64) / 65535

@@ -1,19 +1,17 @@
-"""What to draw and where: one prompt, a size and regions. Several prompts are a list of layouts."""
+"""What to generate and where: one prompt, a size and regions. Several prompts are a list of layouts."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
-from localctl.images import outline
 from localctl.inputs import OptionalImageField
-from localctl.labels import write_beside
 from localctl.layout_checks import (
     MAX_STRENGTH,
     Box,
@@ -29,7 +27,8 @@ from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
 from localctl.sizes import check_side as check_side
 from localctl.sizes import shown
 
-_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,33 +252,18 @@ class Layout:
         return cls(prompt, height, width, tuple(regions), overlap)
 
     def draw(self, picture: Image.Image | None = None) -> Image.Image:
-        """The regions' outlines and phrases on a copy of ``picture``, or on white with a frame. No phrase covers
-        another; one for which there is no room is left out."""
-        height, width = self.size or (512, 512)
-        result = Image.new("RGB", (width, height), "white") if picture is None else picture.convert("RGB")
-        if picture is None:
-            ImageDraw.Draw(result).rectangle((0, 0, width - 1, height - 1), outline="lightgray")
-        masks = self.masks((result.height, result.width), "area")
-        taken: list[tuple[int, int, int, int]] = []
-        for index, mask in enumerate(masks):
-            result = outline(result, mask / mask.max(), _COLORS[index % len(_COLORS)])
-        for index, (region, mask) in enumerate(zip(self.regions, masks, strict=True)):  # above all outlines
-            rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
-            corner = (int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2)
-            write_beside(result, corner, region.phrase or "-", _COLORS[index % len(_COLORS)], taken)
-        return result
+        """Paint the regions. Deprecated; use :func:`localctl.drawing.render_layout`."""
+        warnings.warn("Layout.draw is now localctl.drawing.render_layout.", DeprecationWarning, stacklevel=2)
+        from localctl.drawing import render_layout
 
-
-def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Image:
-    """The regions' outlines and phrases on a copy of ``image``, or on white with a frame."""
-    return layout.draw(image)
+        return render_layout(self, picture)
 
 
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:
     """A layout, a prompt or a list of either as a tuple of layouts; ValueError for an empty list."""
     several = [layout] if isinstance(layout, (Layout, str)) else list(layout)
     if not several:
-        raise ValueError("There is no layout to draw; give at least one prompt.")
+        raise ValueError("There is no layout to generate an image of; give at least one prompt.")
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
 
 

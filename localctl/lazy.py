@@ -28,13 +28,15 @@ def lazy_names(
     return load, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)
 
 
-def renamed(module: str, names: Mapping[str, Any]) -> Callable[[str], Any]:
-    """``__getattr__`` of ``module`` for names of before, old name -> what it means now; it warns of them."""
+def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """``__getattr__`` of a ``module`` whose names have moved; places: old name -> "new.module:new_name". Each still
+    works for one version, with a DeprecationWarning."""
 
     def load(name: str) -> Any:
-        if name not in names:
+        if name not in places:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(f"{name} is now called {names[name].__name__}.", DeprecationWarning, stacklevel=2)
-        return names[name]
+        place, _, new = places[name].partition(":")
+        warnings.warn(f"{module}.{name} is now {place}.{new}.", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(place), new)
 
     return load

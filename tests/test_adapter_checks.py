@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import check_config, find_adapter, load_adapter
-from localctl.evaluation.generated_set import draw_set
+from localctl.evaluation.generated_set import generate_set
 from localctl.evaluation.settings import FidSettings
 from research.control_share.measuring import find as load_for_scores
 
@@ -100,7 +100,7 @@ def test_everything_that_loads_an_adapter_looks_at_its_config(
     with pytest.raises(ValueError, match=words):
         load_for_scores(folder)
     with pytest.raises(ValueError, match=words):
-        draw_set(FidSettings(adapter=str(folder)), "gen")
+        generate_set(FidSettings(adapter=str(folder)), "gen")
     with pytest.raises(ValueError, match=words):
         LocalAdapter(**{name: value for name, value in config.items() if not name.startswith("_")})
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "edges.png")
@@ -116,7 +116,7 @@ def test_a_config_of_another_kind_is_named(
     for load in (
         lambda: find_adapter(str(folder), local_files_only=True),
         lambda: load_for_scores(folder),
-        lambda: draw_set(FidSettings(adapter=str(folder)), "gen"),
+        lambda: generate_set(FidSettings(adapter=str(folder)), "gen"),
     ):
         with pytest.raises(ValueError, match="adapter|class") as error:
             load()

@@ -71,7 +71,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 )
 def test_other_content_named_png(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
-    refused(tmp_path / "a.png", "not a PNG, JPEG, WEBP, .* picture")
+    refused(tmp_path / "a.png", "not a PNG, JPEG, WEBP, .* image")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])

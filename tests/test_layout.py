@@ -2,15 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from PIL import Image
 
-from localctl import layout as layout_module
 from localctl.cells import CELL_MODES, OVERLAPS
-from localctl.labels import write_beside
 from localctl.layout import Layout, Region
 from localctl.phrases import find_phrase
 from localctl.tokens import token_positions
@@ -171,44 +167,6 @@ def test_from_segments_joins_the_parts() -> None:
     assert Layout.from_segments(parts[:1], "my cat").prompt == "my cat"
     with pytest.raises(ValueError, match="neither a prompt nor a segment with words"):
         Layout.from_segments([Region(None, LEFT)])
-
-
-def test_draw_shows_every_region() -> None:
-    layout = Layout("a cat, a dog", 64, 128, (Region("cat", LEFT), Region("dog", mask=disc())))
-    drawn = np.asarray(layout.draw())
-    assert drawn.shape == (64, 128, 3) and len(np.unique(drawn.reshape(-1, 3), axis=0)) >= 3
-    gray = Image.new("RGB", (96, 48), "gray")
-    assert layout.draw(gray).size == (96, 48) and gray.getcolors() == [(96 * 48, (128, 128, 128))]
-
-
-def test_a_name_at_the_edge_is_drawn_whole() -> None:
-    def letters(box: tuple[float, float, float, float]) -> int:
-        layout = Layout("an old sailboat", 64, 128, (Region("old sailboat", box),))
-        drawn = np.asarray(layout.draw(Image.new("RGB", (128, 64)))).astype(int)
-        return int((drawn.sum(axis=2) > 3 * 200).sum())  # the white behind them
-
-    assert letters((0.8, 0.8, 1.0, 1.0)) == pytest.approx(letters((0.1, 0.2, 0.4, 0.9)), rel=0.1)
-
-
-def test_names_of_regions_that_cover_each_other_are_all_readable(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[list[tuple[int, int, int, int]]] = []
-    monkeypatch.setattr(layout_module, "write_beside", lambda *args: (write_beside(*args), taken.append(args[-1])))
-    words = ["apple", "bird", "cup", "door", "egg", "fox", "gate", "hat"]
-    for box in ((0.0, 0.0, 1.0, 1.0), (0.4, 0.45, 0.6, 0.55), (0.9, 0.9, 1.0, 1.0)):
-        image = Layout(" ".join(words), 128, 128, tuple(Region(word, box) for word in words)).draw()
-        boxes = taken[-1]
-        assert len(boxes) == 8
-        for i, (left, top, right, bottom) in enumerate(boxes):
-            assert left >= 0 and top >= 0 and right < image.width and bottom < image.height
-            assert not any(left <= r and x <= right and top <= b and y <= bottom for x, y, r, b in boxes[:i])
-
-
-def test_more_names_than_there_is_room_for() -> None:
-    words = [f"word{i}" for i in range(120)]
-    layout = Layout(" ".join(words), 64, 64, tuple(Region(word, (0.0, 0.0, 1.0, 1.0)) for word in words))
-    assert layout.draw().size == (64, 64)
-    long = "a caption\nof two lines, and far wider than the image " * 40
-    assert Layout(long, 64, 64, (Region(long, LEFT),)).draw().size == (64, 64)
 
 
 def test_regions_compare_by_value() -> None:

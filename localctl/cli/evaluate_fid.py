@@ -1,11 +1,11 @@
-"""How far drawn pictures are from photos: Fréchet distance (FID with Inception), KID, CMMD, CLIP score.
+"""How far generated images are from photos: Fréchet distance (FID with Inception), KID, CMMD, CLIP score.
 
   python evaluate_fid.py ref   data=imagefolder data.path=PHOTOS extractor=fid     statistics of the photos, once
-  python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                draws; repeat it after a stop
+  python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                generates; repeat it to resume
   torchrun --nproc_per_node 2 evaluate_fid.py gen ...                              with several processes
   python evaluate_fid.py score                                                     compares the two
 
-All three take the same arguments. `sample=KEY` draws one example num_images times.
+All three take the same arguments. `sample=KEY` generates one example num_images times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from localctl.cli.program import one_sentence
 from localctl.evaluation.settings import FidSettings
 from localctl.messages import loading
 
-COMMANDS = {"ref": "make_reference", "gen": "draw", "score": "score"}  # -> functions of localctl.evaluation.fid
+COMMANDS = {"ref": "make_reference", "gen": "generate", "score": "score"}  # -> functions of localctl.evaluation.fid
 PROGRAM = "evaluate_fid.py"
 ALIASES = {
     "pretrained_model_name_or_path": "base",

@@ -55,7 +55,7 @@ def described(region: Region) -> list[str]:
 
 def draw(layouts: Sequence[Layout], output: Path) -> None:
     """The layouts on one sheet, each over its prompt. ValueError when the file cannot be written."""
-    from localctl.images import captioned, grid
+    from localctl.drawing import captioned, grid, render_layout
     from localctl.layout import Layout
 
     pictures = []
@@ -63,7 +63,7 @@ def draw(layouts: Sequence[Layout], output: Path) -> None:
         height, width = layout.size or (_SHORT_SIDE, _SHORT_SIDE)
         factor = _SHORT_SIDE / min(height, width)
         sized = Layout(layout.prompt, near_side(height * factor), near_side(width * factor), layout.regions)
-        picture = captioned(sized.draw(), _wrapped(layout.prompt, sized.width or _SHORT_SIDE))
+        picture = captioned(render_layout(sized), _wrapped(layout.prompt, sized.width or _SHORT_SIDE))
         pictures.append(picture)
     rows = [pictures[i : i + _COLUMNS] for i in range(0, len(pictures), _COLUMNS)]
     try:

@@ -16,9 +16,10 @@ from torch import Tensor
 from localctl import __version__
 from localctl.cli.sample_record import AUTO, INPUTS, RECORD
 from localctl.cli.sample_regions import Variant, named
-from localctl.cli.sample_sheets import axis_labels, region_sheet
+from localctl.cli.sample_sheets import axis_labels, verdict
+from localctl.drawing import grid, outline, region_sheet
 from localctl.files import first_line, write_bytes, write_json
-from localctl.images import condition_to_pil, grid, outline
+from localctl.images import condition_to_pil
 from localctl.layout import Layout
 from localctl.layout_io import load_layout, save_layout
 from localctl.sampling import GenerateOutput
@@ -100,7 +101,10 @@ def save_sheets(
     else:
         rows = [[output.images[i] for _, output in outputs] for i in range(len(first.images))]
         columns = [variant.label for variant, _ in outputs]
-        _save(region_sheet(rows, first.layouts, columns, _captions(first), read), folder / "compare.png")
+        _save(
+            region_sheet(rows, first.layouts, columns, _captions(first), verdict if read else None),
+            folder / "compare.png",
+        )
 
 
 def _save(image: Image.Image, path: Path) -> None:
@@ -129,7 +133,7 @@ def _layouts_sheet(output: GenerateOutput, read: bool) -> Image.Image:
     starts = range(0, len(output.images), len(seeds))
     rows, layouts = [output.images[i : i + len(seeds)] for i in starts], [output.layouts[i] for i in starts]
     labels = [f"seed {seed}" for seed in seeds]
-    return region_sheet(rows, layouts, labels, [layout.prompt for layout in layouts], read)
+    return region_sheet(rows, layouts, labels, [layout.prompt for layout in layouts], verdict if read else None)
 
 
 def _sweep_sheet(outputs: Sequence[tuple[Variant, GenerateOutput]], index: int, read: bool) -> Image.Image:
@@ -139,7 +143,7 @@ def _sweep_sheet(outputs: Sequence[tuple[Variant, GenerateOutput]], index: int, 
     rows = [[cells[column, row] for column in range(len(columns))] for row in range(max(1, len(captions)))]
     layout = outputs[0][1].layouts[index]
     captions = captions or [_captions(outputs[0][1])[index]]
-    return region_sheet(rows, [layout] * len(rows), columns, captions, read)
+    return region_sheet(rows, [layout] * len(rows), columns, captions, verdict if read else None)
 
 
 def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:

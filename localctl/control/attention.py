@@ -12,10 +12,9 @@ from typing import NamedTuple
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from localctl.denoisers.base import AttentionLayer
-from localctl.lazy import renamed
+from localctl.lazy import moved_names
 
-__getattr__ = renamed(__name__, {"Site": AttentionLayer})
+__getattr__ = moved_names(__name__, {"Site": "localctl.denoisers.base:AttentionLayer"})
 
 
 class Moments(NamedTuple):

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import cv2
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -18,7 +16,7 @@ from localctl.control.attention import Scores
 from localctl.control.base import BoundControl, CallContext, Control, check_window
 from localctl.control.regions import BoundRegions
 from localctl.denoisers.base import AttentionLayer
-from localctl.images import grid, outline
+from localctl.drawing import grid, outline, overlay_heat
 from localctl.layout import Layout
 
 
@@ -75,7 +73,7 @@ class AttentionRecorder:
         cells = [
             (
                 f"{region.phrase} {self.mass(index, number):.0%}",
-                outline(_overlay(image, self.heat(index, number)), masks[number], "white"),
+                outline(overlay_heat(image, self.heat(index, number)), masks[number], "white"),
             )
             for number, region in enumerate(layout.regions)
             if region.phrase
@@ -195,11 +193,3 @@ class _BoundMaps(BoundControl):
             tokens = self.regions.tokens(layout, region, keys)
             words[region, tokens] = 1 / max(1, len(tokens))
         return words
-
-
-def _overlay(image: Image.Image, heat: Tensor) -> Image.Image:
-    scaled = (heat / heat.max() * 255).clamp(0, 255).to(torch.uint8).numpy()
-    scaled = cv2.resize(scaled, image.size, interpolation=cv2.INTER_CUBIC)
-    colored = cv2.applyColorMap(scaled, cv2.COLORMAP_INFERNO)[..., ::-1]
-    mixed = 0.4 * np.asarray(image.convert("RGB"), dtype=np.float32) + 0.6 * colored
-    return Image.fromarray(mixed.round().astype(np.uint8))

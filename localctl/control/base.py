@@ -21,7 +21,7 @@ from localctl.control.attention import Scores
 from localctl.control.serialization import Serializable
 from localctl.denoisers.base import AttentionLayer, BlockResiduals, DenoiserInputs
 from localctl.layout import Layout
-from localctl.lazy import renamed
+from localctl.lazy import moved_names
 
 
 class _WhenAsked:
@@ -205,4 +205,7 @@ def check_strength(name: str, value: float) -> None:
         raise ValueError(f"The {name} of a control is a finite number, not {value!r} (of float32, up to 3.4e38).")
 
 
-__getattr__ = renamed(__name__, {"UNetInputs": DenoiserInputs, "RunUNet": RunDenoiser})
+__getattr__ = moved_names(
+    __name__,
+    {"UNetInputs": "localctl.denoisers.base:DenoiserInputs", "RunUNet": f"{__name__}:RunDenoiser"},
+)

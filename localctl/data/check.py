@@ -15,7 +15,8 @@ from localctl.data.files import FileSource
 from localctl.data.geometry import geometry
 from localctl.data.sample import Example
 from localctl.data.workers import loading
-from localctl.images import condition_to_pil, grid, outline, to_pil
+from localctl.drawing import grid, outline
+from localctl.images import condition_to_pil, to_pil
 from localctl.masks import mask_doubt
 
 PREVIEW_SIDE = 256

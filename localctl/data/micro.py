@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localctl.boxes import Truth
 from localctl.conditions import ConditionConfig, extract
 from localctl.data.sample import Example
+from localctl.micro.detect import truth_of
 from localctl.micro.scenes import PROFILES, SPLITS, scene
 
 
@@ -21,6 +23,7 @@ class _Drawn:
     object_masks: np.ndarray  # (n, 128, 128)
     condition: np.ndarray | None  # (128, 128, C)
     caption: str
+    truth: Truth
 
 
 class MicroScenes:
@@ -68,13 +71,14 @@ class MicroScenes:
             condition=extract(self.condition, drawn.image) if drawn.condition is None else _unit(drawn.condition),
             caption=drawn.caption,
             object_masks=torch.from_numpy(drawn.object_masks) / 255,
+            truth=drawn.truth,
         )
 
     def _draw(self, index: int) -> _Drawn:
         full = scene(index, self.profile, self.split)
         kind = self.condition.kind
         condition = {"depth": _bytes(full.depth)[..., None], "segmentation": full.segmentation}.get(kind)
-        return _Drawn(full.image, _bytes(full.masks), condition, full.caption)
+        return _Drawn(full.image, _bytes(full.masks), condition, full.caption, truth_of(full))
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from localctl.boxes import Truth
 from localctl.data.bad_rows import BadRow, Problem
 from localctl.data.plan import SampleRef
 from localctl.masks import MaskConfig, sample_mask
@@ -28,6 +29,7 @@ class Example:
     image the pixels show, where that can vary. problems: bad rows that this one stands in for.
     original: height and width of the image as it was found, and where its crop begins (top, left, on the scale of
         ``pixels``), if known; SDXL is told.
+    truth: what the picture shows, where that is known exactly.
     """
 
     key: str
@@ -40,6 +42,7 @@ class Example:
     view: str = ""
     problems: tuple[Problem, ...] = ()
     original: tuple[int, int, int, int] | None = None
+    truth: Truth | None = None
 
 
 @dataclass(frozen=True)

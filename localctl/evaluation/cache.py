@@ -25,8 +25,8 @@ class Kept:
         self.always = {"versions": versions(), "code_sha256": sha256_of_files(sorted(root.rglob("*.py")), root)}
 
     def tables(self, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Rows]]) -> dict[str, Rows]:
-        """What ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on`` (plain
-        values), and read from the folder ever after. ValueError for a damaged file."""
+        """Return what ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on``
+        (plain values), and read from the folder ever after. ValueError for a damaged file."""
         described = {"depends_on": dict(depends_on), **self.always}
         name = sha256_of_json(described)
         path = self.folder / f"{name}.json"
@@ -55,7 +55,7 @@ def _number(value: float | None) -> float:
 
 
 def sha256_of_files(paths: Sequence[Path], root: Path) -> str:
-    """Of names below ``root`` and contents."""
+    """Hash the names below ``root`` and the contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         content = path.read_bytes()

@@ -1,6 +1,7 @@
-"""Any number of drawn sets of the same examples, masks and noise, measured against the pictures that their conditions
-were taken from. The base alone is the floor of every control figure, the pictures' round trip through the VAE its
-ceiling."""
+"""Compare generated sets of the same examples, masks and noise, against the images of their conditions.
+
+The base alone is the floor of every control figure, the round trip of the true images through the VAE its ceiling.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from localctl.boxes import Box, Truth
 from localctl.conditions import ConditionConfig
-from localctl.data import DataConfig, Example, MaskedSamples, SampleRef
+from localctl.data import DataConfig, MaskedSamples
 from localctl.diffusion import round_trip
 from localctl.evaluation.cache import Kept, sha256_of_files
-from localctl.evaluation.generated_set import Speed, open_source, read_pictures, read_set, read_speed
+from localctl.evaluation.generated_set import (
+    Speed,
+    example_of,
+    index_of,
+    open_source,
+    read_images,
+    read_set,
+    read_speed,
+)
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
 from localctl.files import sha256
@@ -25,7 +35,6 @@ from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.detection import Found
 from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny
 from localctl.metrics.extractors import ClipExtractor, describe
 from localctl.metrics.inside import EdgeScore, SSIMInside
@@ -33,7 +42,6 @@ from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy, hidden_objects
 from localctl.metrics.weights import sha256_of_folder
-from localctl.micro.scenes import Scene, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 
 CEILING = "VAE round trip"
@@ -47,19 +55,19 @@ _SAME = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sam
 
 @dataclass(frozen=True)
 class Target:
-    """What one picture is measured against. image uint8 (H,W,3), mask bool (H,W); item: of the embedded scenes."""
+    """What one image is measured against. image uint8 (H,W,3), mask bool (H,W); truth: what it shows, if known."""
 
     image: np.ndarray
     mask: np.ndarray
     caption: str
-    item: Scene | None
+    truth: Truth | None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter.
 
-    speeds: of drawing, by set, as far as noted. seconds: that measuring took.
+    speeds: of generating, by set, as far as noted. seconds: that measuring took.
     """
 
     columns: tuple[str, ...]
@@ -72,14 +80,15 @@ class Comparison:
     _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
-        """Mean over the samples where it is defined; None where it never is."""
+        """Estimate the mean over the samples where it is defined; None where it never is."""
         return self._interval(row, "", column)
 
     def undefined(self, row: str, column: str) -> int:
         return int(np.isnan(self._column(row, column)).sum())
 
     def difference(self, row: str, other: str, column: str) -> Interval | None:
-        """Mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and noise."""
+        """Estimate the mean of ``row`` - ``other`` over the samples where both are defined: same example, mask and
+        noise."""
         return self._interval(row, other, column)
 
     def _interval(self, row: str, other: str, column: str) -> Interval | None:
@@ -95,7 +104,7 @@ class Comparison:
 
 
 def verdict(difference: Interval) -> str:
-    """``more``, ``less``, or ``no difference`` where the interval covers 0."""
+    """Say ``more``, ``less``, or ``no difference`` where the interval covers 0."""
     if difference.low <= 0 <= difference.high:
         return "no difference"
     return "more" if difference.value > 0 else "less"
@@ -106,8 +115,8 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | 
     when nothing has changed.
 
     Raises:
-        ValueError: pictures are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
-            differ; no set was drawn without an adapter; two have one name.
+        ValueError: images are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
+            differ; no set was generated without an adapter; two have one name.
     """
     began = time.perf_counter()
     if CEILING in folders or not folders:
@@ -115,9 +124,11 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | 
     sets = {name: read_set(folder) for name, folder in folders.items()}
     ids = _check_same(folders, sets)
     steered = ("adapter", "controlnet")
-    floors = [name for name, (drawn_with, _) in sets.items() if all(drawn_with.get(key) is None for key in steered)]
+    floors = [name for name, (made_with, _) in sets.items() if all(made_with.get(key) is None for key in steered)]
     if not floors:
-        raise ValueError("No set was drawn without an adapter; draw the base, `evaluate_fid.py gen` with adapter=null.")
+        raise ValueError(
+            "No set was generated without an adapter; generate the base, `evaluate_fid.py gen` with adapter=null."
+        )
     floor = floors[0]
     settings = settings_of(sets[floor][0])
     targets = read_targets(settings, folders[floor], ids)
@@ -142,15 +153,15 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | 
 
 
 def _images(folder: Path, ids: Sequence[str]) -> np.ndarray:
-    return np.stack([drawn.image for drawn in read_pictures(folder, ids)])
+    return np.stack([item.image for item in read_images(folder, ids)])
 
 
 def _depends_on(
     folder: Path, name: str, ids: Sequence[str], targets: Sequence[Target], clip: Clip | None
 ) -> dict[str, Any]:
-    """What the figures of floor and ceiling depend on beside the code: how the floor was drawn, its pictures, masks and
-    captions, the true pictures, and the networks that look at them."""
-    settings = read_json(folder / "settings.json", "settings of the drawn pictures")
+    """What the figures of floor and ceiling depend on beside the code: settings, images, masks and captions of the
+    floor, the true images, and the networks that look at them."""
+    settings = read_json(folder / "settings.json", "settings of the generated images")
     parts = (("images", "png"), ("masks", "png"), ("ids", "json"))
     files = [folder / part / f"{number}.{kind}" for number in ids for part, kind in parts]
     base = settings_of(settings).base
@@ -165,7 +176,7 @@ def _depends_on(
 
 
 def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, Any], list[str]]]) -> list[str]:
-    """The ids that all sets share. ValueError when they have been drawn of other things."""
+    """The ids that all sets share. ValueError when they differ in more than the adapter."""
     names = list(folders)
     first = names[0]
     settings, ids = sets[first]
@@ -174,19 +185,19 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
         changed = [key for key in _SAME if other.get(key) != settings.get(key)]
         if changed or other_ids != ids:
             raise ValueError(
-                f"The sets {first!r} and {name!r} were drawn with another {', '.join(changed) or 'id'}; draw them with "
-                "the same settings but the adapter."
+                f"The sets {first!r} and {name!r} were generated with another {', '.join(changed) or 'id'}; "
+                "generate them with the same settings but the adapter."
             )
         for number in ids:
             about = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
             masks = [(folders[n] / "masks" / f"{number}.png").read_bytes() for n in (first, name)]
             if about[0] != about[1] or masks[0] != masks[1]:
-                raise ValueError(f"The picture {number} of {first!r} and {name!r} has another key, seed or mask.")
+                raise ValueError(f"The image {number} of {first!r} and {name!r} has another key, seed or mask.")
     return ids
 
 
 def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
-    """The settings that a set was drawn with, from its settings.json."""
+    """Restore the settings that a set was generated with from its settings.json."""
     known = {item.name for item in fields(FidSettings)}
     plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
     sections: dict[str, Any] = {}
@@ -200,34 +211,20 @@ def _tuples(value: Any) -> Any:
 
 
 def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> list[Target]:
-    """What the pictures of the set in ``folder`` are measured against: found by position, and checked by key."""
+    """Read what the images of the set in ``folder`` are measured against: found by position, and checked by key."""
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
+    single = None if settings.sample is None else index_of(samples.source, settings.sample)
     targets = []
-    for drawn in read_pictures(folder, ids):
-        index = int(drawn.id)
-        ref = SampleRef(index % len(samples), index // len(samples))
-        example = _by_key(samples, drawn.key) if settings.sample is not None else samples[ref]
-        if not isinstance(example, Example) or example.key != drawn.key:
-            raise ValueError(f"The picture {drawn.id} was drawn of {drawn.key!r}, which is no longer in its place.")
-        item = None
-        if settings.data.is_micro:
-            profile, split, number = example.key.split("-")
-            item = scene(int(number), profile, split)
-        image = np.asarray(to_pil(example.pixels))
-        targets.append(Target(image, drawn.mask > 0.5, drawn.caption, item))
+    for item in read_images(folder, ids):
+        example = example_of(samples, int(item.id), single)
+        if example.key != item.key:
+            raise ValueError(f"The image {item.id} was generated of {item.key!r}, which is no longer in its place.")
+        targets.append(Target(np.asarray(to_pil(example.pixels)), item.mask > 0.5, item.caption, example.truth))
     return targets
 
 
-def _by_key(samples: MaskedSamples, key: str) -> Example:
-    for index in range(len(samples.source)):
-        example = samples.source[index]
-        if example.key == key:
-            return example
-    raise ValueError(f"There is no example {key!r} any more.")
-
-
 def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | None) -> dict[str, float]:
-    """All figures of one picture, NaN where undefined. ``base``: what the base draws of the same."""
+    """Measure all figures of one image, NaN where undefined. ``base``: what the base generates of the same."""
     edges, wanted = canny(image), canny(target.image)
     values: dict[str, float] = {}
     pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (
@@ -243,28 +240,27 @@ def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | No
         score = CLIPScore(clip)
         score.update(image, target.caption)
         values["clip_score"] = float(score.per_sample()[0, 0])
-    if target.item is not None:
-        values |= _of_scene(image, base, target, target.item)
+    if target.truth is not None:
+        values |= _of_truth(image, base, target.mask, target.truth)
     return values
 
 
-def _of_scene(image: np.ndarray, base: np.ndarray, target: Target, item: Scene) -> dict[str, float]:
+def _of_truth(image: np.ndarray, base: np.ndarray, mask: np.ndarray, truth: Truth) -> dict[str, float]:
     """Region accuracy of objects wholly inside the mask, leak of those wholly outside, and the caption's relation."""
-    inside = [o for o in item.objects if target.mask[_pixels(o.box)].all()]
-    regions, leak, relation = RegionAccuracy(), Leak(), RelationAccuracy()
-    regions.update(image, [Found(o.phrase, o.box) for o in inside])
-    leak.update(image, base, [Found(o.shape, o.box) for o in hidden_objects(item.objects, target.mask)])
+    regions, relation = RegionAccuracy(truth.find), RelationAccuracy(truth.find)
+    leak = Leak(truth.find_shapes)
+    regions.update(image, [item for item in truth.objects if mask[_pixels(item.box)].all()])
+    leak.update(image, base, hidden_objects(truth.shapes, mask))
     region = regions.per_sample()[:, 0]
     values = {"region_accuracy": float(region.mean()) if len(region) else math.nan}
     values["leak"], values["relation"] = float(leak.per_sample()[0, 0]), math.nan
-    if item.relation is not None:
-        first, kind, second = item.relation
-        relation.update(image, item.objects[first].phrase, kind, item.objects[second].phrase)
+    if truth.relation is not None:
+        relation.update(image, *truth.relation)
         values["relation"] = float(relation.per_sample()[0, 1])
     return values
 
 
-def _pixels(box: tuple[float, float, float, float]) -> tuple[slice, slice]:
+def _pixels(box: Box) -> tuple[slice, slice]:
     x0, y0, x1, y1 = box
     return slice(int(y0), math.ceil(y1)), slice(int(x0), math.ceil(x1))
 
@@ -284,5 +280,5 @@ def _provenance(
         "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},
         "seeds": {"seed": settings["seed"], "picture": "hash of seed and index, the same for every set"},
         "versions": versions(),
-        "sets": {name: drawn_with for name, (drawn_with, _) in sets.items()},
+        "sets": {name: made_with for name, (made_with, _) in sets.items()},
     }

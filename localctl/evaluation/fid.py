@@ -1,4 +1,4 @@
-"""The sub-commands of `evaluate_fid.py`: statistics of photos, drawing, and the distances between the two."""
+"""The sub-commands of `evaluate_fid.py`: statistics of photos, generated sets, and the distances between the two."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ import numpy as np
 
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import joined, process_device, union
-from localctl.evaluation.generated_set import Drawn, draw_set, open_source, read_pictures, read_set, read_speed
+from localctl.evaluation.generated_set import (
+    GeneratedImage,
+    generate_set,
+    open_source,
+    read_images,
+    read_set,
+    read_speed,
+)
 from localctl.evaluation.provenance import check_provenance, versions, write_json
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
+from localctl.lazy import moved_names
 from localctl.messages import warning
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
@@ -23,11 +31,12 @@ from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 from localctl.redaction import recorded
 
 Say = Callable[[str], None]
+__getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
 def make_reference(settings: FidSettings, say: Say = print) -> Path:
-    """``ref``: statistics of the photos themselves (never of their conditions), with what they are. Made once: a file
-    of the same photos and extractor is left as it is.
+    """Run ``ref``: take statistics of the photos themselves (never of their conditions), with what they are. Made once:
+    a file of the same photos and extractor is left as it is.
 
     ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
     """
@@ -79,44 +88,45 @@ def _photos(source: Any, bad: set[str], indices: range) -> Iterator[tuple[str, n
 def collect(
     extractor: Extractor,
     count: int,
-    pictures: Callable[[range], Iterable[tuple[str, np.ndarray]]],
+    images: Callable[[range], Iterable[tuple[str, np.ndarray]]],
     batch_size: int,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStatistics:
-    """Statistics of what ``pictures`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps fewer.
+    """Take statistics of what ``images`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps
+    fewer.
 
     share: (rank, number of processes); the batches are dealt out, and are the same for any number of processes.
     """
     metric = FeatureStatistics(extractor.dim)
     rank, processes = share
     for number, first in enumerate(range(0, count, batch_size)):
-        batch = list(pictures(range(first, min(first + batch_size, count)))) if number % processes == rank else []
+        batch = list(images(range(first, min(first + batch_size, count)))) if number % processes == rank else []
         if batch:
             metric.update(extractor(np.stack([image for _, image in batch])), [key for key, _ in batch])
     return metric
 
 
-def draw(settings: FidSettings, say: Say = print) -> None:
-    """``gen``: draw every set that is asked for, as far as it is not there yet."""
+def generate(settings: FidSettings, say: Say = print) -> None:
+    """Run ``gen``: generate every set that is asked for, as far as it is not there yet."""
     for name in settings.set_names:
-        drawn = draw_set(settings, name, say)
+        count = generate_set(settings, name, say)
         speed = read_speed(settings.folder / name)
-        say(f"{settings.folder / name}: {drawn} pictures drawn in this process" + (f", {speed}" if speed else ""))
+        say(f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else ""))
 
 
 def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
-    """``score``: distances of every set to the reference, to ``score_{extractor}.json`` in each set's folder.
+    """Run ``score``: write distances of every set to the reference to ``score_{extractor}.json`` in each set's folder.
 
-    ValueError for missing pictures or statistics, another size, or another extractor.
+    ValueError for missing images or statistics, another size, or another extractor.
     """
     reference = Statistics.load(settings.reference_file)
     sets = {name: read_set(settings.folder / name) for name in settings.set_names}
     extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     results = {}
     with joined() as (rank, _):
-        for name, (drawn_with, ids) in sets.items():
+        for name, (made_with, ids) in sets.items():
             folder = settings.folder / name
-            results[name] = score_set(folder, ids, drawn_with, reference, extractor, settings.batch_size)
+            results[name] = score_set(folder, ids, made_with, reference, extractor, settings.batch_size)
             if rank == 0:
                 _tell(name, results[name], folder / f"score_{extractor.name}.json", say)
     return results
@@ -133,29 +143,29 @@ def _tell(name: str, result: dict[str, Any], path: Path, say: Say) -> None:
 def score_set(
     folder: Path,
     ids: list[str],
-    drawn_with: dict[str, Any],
+    made_with: dict[str, Any],
     reference: Statistics,
     extractor: Extractor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """values, warnings and provenance of one set; with several processes each looks at a part, and all get the same.
-    ValueError for pictures of another size than the photos, or of several."""
+    """Give values, warnings and provenance of one set; with several processes each looks at a part, and all get the
+    same. ValueError for images of another size than the photos, or of several."""
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
 
-    def pictures(indices: range) -> Iterator[tuple[str, np.ndarray]]:
-        for item in read_pictures(folder, [ids[index] for index in indices]):
+    def images(indices: range) -> Iterator[tuple[str, np.ndarray]]:
+        for item in read_images(folder, [ids[index] for index in indices]):
             _check_size(item, reference, folder, seen)
             if clip is not None:
                 clip.update(item.image, item.caption)
             yield item.id, item.image
 
     with joined() as share:
-        statistics = collect(extractor, len(ids), pictures, batch_size, share).statistics(**describe(extractor))
+        statistics = collect(extractor, len(ids), images, batch_size, share).statistics(**describe(extractor))
         sizes = union(seen)
         clip_score = None if clip is None else clip.compute()["clip_score"]
     if len(sizes) > 1:
-        raise ValueError(f"The pictures in {folder} have different sizes (height, width): {sorted(sizes)}.")
+        raise ValueError(f"The images in {folder} have different sizes (height, width): {sorted(sizes)}.")
     report = distances(reference, statistics)
     values = dict(report.values)
     if clip_score is not None:
@@ -170,10 +180,10 @@ def score_set(
             "n_fake": statistics.n,
             "image_format": "PNG, 8 bit RGB",
             "image_size": list(sizes.pop()),
-            "mask_protocol": {"mask": drawn_with["mask"], "drawn_by": "seed, visit and key", "stored": "masks/ID.png"},
-            "seeds": {"seed": drawn_with["seed"], "picture": "hash of seed and index"},
+            "mask_protocol": {"mask": made_with["mask"], "drawn_by": "seed, visit and key", "stored": "masks/ID.png"},
+            "seeds": {"seed": made_with["seed"], "picture": "hash of seed and index"},
             "versions": versions(),
-            "drawn_with": drawn_with,
+            "drawn_with": made_with,
             "reference": dict(reference.provenance),
         },
     }
@@ -181,11 +191,11 @@ def score_set(
     return content
 
 
-def _check_size(item: Drawn, reference: Statistics, folder: Path, seen: set[tuple[int, ...]]) -> None:
+def _check_size(item: GeneratedImage, reference: Statistics, folder: Path, seen: set[tuple[int, ...]]) -> None:
     size, wanted = item.image.shape[:2], reference.provenance.get("image_size")
     seen.add(size)
     if wanted is not None and list(size) != list(wanted):
         raise ValueError(
-            f"The pictures in {folder} are {size[1]}x{size[0]} but the photos were {wanted[1]}x{wanted[0]}; make the "
+            f"The images in {folder} are {size[1]}x{size[0]} but the photos were {wanted[1]}x{wanted[0]}; make the "
             "reference with the same data.resolution."
         )

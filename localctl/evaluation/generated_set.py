@@ -1,13 +1,13 @@
-"""A set of drawn pictures in a folder: drawing it, in any number of goes and processes, and reading it back.
+"""Generate a set of images in a folder, resumed any number of times, by any number of processes; and read it.
 
-    settings.json      what it was drawn with; a folder takes no pictures of other settings
-    ids/ID.json        key, caption, prompt and seed of each picture
-    masks/ID.png       the mask it was drawn with; scores read this one
-    timing/ID.json     seconds of the batch that begins with this picture
-    images/ID.png      written last: a picture that is there is finished
+    settings.json      what it was generated with; a folder takes no images of other settings
+    ids/ID.json        key, caption, prompt and seed of each image
+    masks/ID.png       the mask it was generated with; scores read this one
+    timing/ID.json     seconds of the batch that begins with this image
+    images/ID.png      written last: an image that is there is finished
 
-Pictures are drawn in batches fixed by the settings: one that lacks a picture is drawn again as a whole, so that a run
-that was killed any number of times ends with the same bytes as one that was not.
+Batches are fixed by the settings: one that lacks an image is generated again as a whole, so that a run that was killed
+any number of times ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from localctl.evaluation.settings import FidSettings
 from localctl.files import first_line
 from localctl.images import ImageError, load_image
 from localctl.layout import Layout
+from localctl.lazy import moved_names
 from localctl.masks import load_mask, mask_to_pil
 from localctl.metrics.weights import sha256_of_folder
 from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base
@@ -46,7 +47,16 @@ from localctl.redaction import recorded
 from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 
-_FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no picture
+_FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no image
+__getattr__ = moved_names(
+    __name__,
+    {
+        "Drawn": f"{__name__}:GeneratedImage",
+        "draw_set": f"{__name__}:generate_set",
+        "picture_id": f"{__name__}:image_id",
+        "read_pictures": f"{__name__}:read_images",
+    },
+)
 SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
     "num_inference_steps",
     "guidance_scale",
@@ -55,18 +65,18 @@ SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "samp
 
 
 def open_source(settings: FidSettings) -> Source:
-    """The examples of the part that ``settings`` name. ValueError when they cannot be opened."""
+    """Open the examples of the part that ``settings`` name. ValueError when they cannot be opened."""
     assert settings.part is not None
     return open_data(settings.data, settings.condition, settings.part, settings.num_images, keep=False)
 
 
-def picture_id(index: int) -> str:
+def image_id(index: int) -> str:
     return f"{index:06d}"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One picture of a set. image: uint8 (H,W,3); mask: float (H,W) in [0,1]."""
+class GeneratedImage:
+    """One image of a set. image: uint8 (H,W,3); mask: float (H,W) in [0,1]."""
 
     id: str
     key: str
@@ -75,16 +85,16 @@ class Drawn:
     mask: np.ndarray
 
 
-def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = print) -> int:
-    """Draw what is missing of the set ``name``; how many pictures this process drew. ValueError in one sentence before
-    anything slow."""
+def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = print) -> int:
+    """Generate what is missing of the set ``name``; returns how many images this process made. ValueError in one
+    sentence before anything slow."""
     folder = settings.folder / name
     rank, count = processes()
     resolve_base(settings.base.name)
     adapter = None if settings.adapter is None else find_adapter(settings.adapter, settings.base.local_files_only)
     steering = load_controlnet(settings) if adapter is None else load_adapter(adapter, settings)
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
-    single = _index_of(samples.source, settings.sample) if settings.sample is not None else None
+    single = index_of(samples.source, settings.sample) if settings.sample is not None else None
     claim(folder, settings, name, adapter)
     size = settings.batch_size
     starts = range(0, settings.num_images, size)
@@ -94,16 +104,17 @@ def draw_set(settings: FidSettings, name: str, say: Callable[[str], None] = prin
         return 0
     pipe = load_pipeline(settings.base, device=process_device(settings.device))
     pipe.set_progress_bar_config(disable=True)
-    drawn = 0
+    made = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
         began = time.perf_counter()
-        _draw_batch(pipe, steering, samples, indices, single, folder, settings)
+        examples = [example_of(samples, index, single) for index in indices]
+        _generate_batch(pipe, steering, examples, indices, folder, settings)
         spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
-        write_json(folder / "timing" / f"{picture_id(first)}.json", {**spent, "device": str(pipe.device)})
-        drawn += len(indices)
-        say(f"{name}: batch {number} of {len(mine)}, pictures {indices[0]} to {indices[-1]}")
-    return drawn
+        write_json(folder / "timing" / f"{image_id(first)}.json", {**spent, "device": str(pipe.device)})
+        made += len(indices)
+        say(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
+    return made
 
 
 def _batch(first: int, settings: FidSettings) -> range:
@@ -111,54 +122,65 @@ def _batch(first: int, settings: FidSettings) -> range:
 
 
 def image_file(folder: Path, index: int) -> Path:
-    return folder / "images" / f"{picture_id(index)}.png"
+    return folder / "images" / f"{image_id(index)}.png"
 
 
-def _draw_batch(
+def _generate_batch(
     pipe: Any,
     steering: LocalAdapter | ControlNetModel | None,
-    samples: MaskedSamples,
+    examples: Sequence[Example],
     indices: Sequence[int],
-    single: int | None,
     folder: Path,
     settings: FidSettings,
 ) -> None:
-    examples = [example_of(samples, index, single) for index in indices]
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
-    masks = torch.stack([e.mask for e in examples if e.mask is not None])
-    controls: list[Control] = []
-    condition = torch.stack([e.condition for e in examples])
-    if isinstance(steering, LocalAdapter):
-        controls.append(LocalAdapterControl(steering, condition, masks, weight=settings.weight))
-    elif steering is not None:
-        controls.append(MaskedControlNet(steering, condition, masks, weight=settings.weight))
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
-    height, width = settings.data.size
-    images = generate(
-        pipe,
-        [Layout(prompt, height, width) for prompt in prompts],
-        controls,
-        seeds,
-        paired=True,
-        sampling=Sampling.of(settings),
-    ).images
-    for index, example, prompt, seed, mask, image in zip(indices, examples, prompts, seeds, masks, images, strict=True):
-        name = picture_id(index)
+    images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings))
+    for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):
+        name = image_id(index)
         about = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
         write_json(folder / "ids" / f"{name}.json", about)
-        write_bytes(folder / "masks" / f"{name}.png", png_bytes(mask_to_pil(mask)))
+        assert example.mask is not None
+        write_bytes(folder / "masks" / f"{name}.png", png_bytes(mask_to_pil(example.mask)))
         write_bytes(image_file(folder, index), png_bytes(image))
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def generate_like(
+    pipe: Any,
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steering: LocalAdapter | ControlNetModel | None,
+    weight: float = 1.0,
+    sampling: Sampling | None = None,
+) -> list[Image.Image]:
+    """Generate one image per example, by its condition inside its mask, from a prompt and a seed of its own."""
+    masks = torch.stack([example.mask for example in examples if example.mask is not None])
+    condition = torch.stack([example.condition for example in examples])
+    controls: list[Control] = []
+    if isinstance(steering, LocalAdapter):
+        controls.append(LocalAdapterControl(steering, condition, masks, weight=weight))
+    elif steering is not None:
+        controls.append(MaskedControlNet(steering, condition, masks, weight=weight))
+    return generate(
+        pipe,
+        [Layout(prompt, *condition.shape[-2:]) for prompt in prompts],
+        controls,
+        seeds,
+        paired=True,
+        sampling=sampling,
+    ).images
+
+
+def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:
-    """What picture ``index`` follows: the examples in order, again with other masks when they are used up, or always
-    the same one. ValueError when example after example cannot be used."""
+    """Return what image ``index`` follows: the examples in order, again with other masks when they are used up, or
+    always the same one. ValueError when example after example cannot be used."""
     ref = SampleRef(index % len(samples), index // len(samples)) if single is None else SampleRef(single, 0)
     example = samples[ref]
     if not isinstance(example, Example) or (single is not None and example.problems):
@@ -167,8 +189,8 @@ def example_of(samples: MaskedSamples, index: int, single: int | None = None) ->
     return example
 
 
-def _index_of(source: Source, key: str) -> int:
-    """Which example is called ``key``. ValueError when there is none."""
+def index_of(source: Source, key: str) -> int:
+    """Find the number of the example called ``key``. ValueError when there is none."""
     known = getattr(source, "key", None)
     for index in range(len(source)):
         if (known(index) if known is not None else source[index].key) == key:
@@ -189,7 +211,7 @@ def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
-    """The ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
+    """Load the ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
     if settings.controlnet is None:
         return None
     folder = Path(settings.controlnet).expanduser()
@@ -207,7 +229,8 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
 
 
 def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter | None) -> None:
-    """Write down what ``folder`` is drawn with. ValueError when it holds pictures of other settings."""
+    """Write down what the images in ``folder`` are generated with. ValueError when it holds images of other
+    settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
@@ -215,14 +238,14 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
     }
     if settings.controlnet is not None:
         content["weights_sha256"]["controlnet"] = sha256_of_folder(Path(settings.controlnet).expanduser())
-    content["versions"] = versions()  # of what draws
+    content["versions"] = versions()
     path = folder / "settings.json"
     if not write_json_once(path, content):
         earlier = {"versions": content["versions"]} | _filled(read_json(path, "settings"))  # not said by the first sets
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(
-                f"{folder} holds pictures drawn with another {', '.join(changed)}; choose another output_dir."
+                f"{folder} holds images generated with another {', '.join(changed)}; choose another output_dir."
             )
 
 
@@ -234,28 +257,28 @@ def _filled(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a set and the ids of its pictures. ValueError when one is missing, or is not known."""
-    settings = _filled(read_json(folder / "settings.json", "settings of the drawn pictures"))
+    """Read the settings of a set and the ids of its images. ValueError when one is missing, or is not known."""
+    settings = _filled(read_json(folder / "settings.json", "settings of the generated images"))
     silent = [name for name in SAID if name not in settings]
     if silent:
-        raise ValueError(f"The pictures in {folder} do not say their {', '.join(silent)}; draw them again.")
+        raise ValueError(f"The images in {folder} do not say their {', '.join(silent)}; generate them again.")
     count = settings["num_images"]
     if not isinstance(count, int):
-        raise ValueError(f"The pictures in {folder} say num_images {str(count)[:60]!r}; draw them again.")
-    wanted = {picture_id(index) for index in range(count)}
+        raise ValueError(f"The images in {folder} say num_images {str(count)[:60]!r}; generate them again.")
+    wanted = {image_id(index) for index in range(count)}
     found = {p.stem for p in (folder / "images").glob("*") if not p.name.startswith(".")}
     for what, ids in (("missing", wanted - found), ("not known", found - wanted)):
         if ids:
             raise ValueError(
-                f"{len(ids)} of {len(wanted)} pictures in {folder} are {what} (such as {min(ids)}); "
-                f"{'run gen again to draw them' if what == 'missing' else 'remove them'}."
+                f"{len(ids)} of {len(wanted)} images in {folder} are {what} (such as {min(ids)}); "
+                f"{'run gen again to generate them' if what == 'missing' else 'remove them'}."
             )
     return settings, sorted(wanted)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a set was drawn: pictures per second of one process, of how many; batch_size pictures at once."""
+    """How fast a set was generated: images per second of one process, of how many; batch_size images at once."""
 
     images_per_second: float
     processes: int
@@ -268,14 +291,14 @@ class Speed:
 
 
 def read_speed(folder: Path) -> Speed | None:
-    """Of the set in ``folder``, loading the base left out; None where nothing was noted."""
+    """Read how fast the set in ``folder`` was generated, loading the base left out; None where nothing was noted."""
     noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
     if not noted:
         return None
     try:
-        pictures, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
+        images, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
         return Speed(
-            images_per_second=pictures / seconds,
+            images_per_second=images / seconds,
             processes=max(item["processes"] for item in noted),
             batch_size=max(item["pictures"] for item in noted),
             device=noted[0]["device"],
@@ -284,22 +307,23 @@ def read_speed(folder: Path) -> Speed | None:
         raise ValueError(f"The notes in {folder / 'timing'} are damaged; remove that folder.") from None
 
 
-def read_pictures(folder: Path, ids: Sequence[str]) -> Iterator[Drawn]:
-    """The pictures of a set with the masks they were drawn with. ValueError for a damaged one, or another size."""
+def read_images(folder: Path, ids: Sequence[str]) -> Iterator[GeneratedImage]:
+    """Read the images of a set with the masks they were generated with. ValueError for a damaged one, or another
+    size."""
     size: tuple[int, ...] | None = None
     for name in ids:
         about = read_json(folder / "ids" / f"{name}.json", "record")
         if not {"key", "caption", "seed"} <= set(about):
-            raise ValueError(f"The picture {name} in {folder} does not say its key, caption and seed; draw it again.")
+            raise ValueError(f"The image {name} in {folder} does not say its key, caption and seed; generate it again.")
         path = folder / "images" / f"{name}.png"
         try:
             image = np.asarray(load_image(path))
         except ImageError as error:
-            raise ValueError(f"The picture {path} is damaged ({error.reason}); remove it and run gen again.") from error
+            raise ValueError(f"The image {path} is damaged ({error.reason}); remove it and run gen again.") from error
         size = size or image.shape
         if image.shape != size:
-            raise ValueError(f"The picture {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
+            raise ValueError(f"The image {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is odd about a mask was said when the data was opened
             mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
-        yield Drawn(name, about["key"], about["caption"], image, mask)
+        yield GeneratedImage(name, about["key"], about["caption"], image, mask)

@@ -37,12 +37,12 @@ class Folder:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images in ``folder`` and the folders in it, by name; hidden ones and other files are not looked at."""
+    """List all images in ``folder`` and the folders in it, by name; hidden ones and other files are not looked at."""
     return sorted(path / name for path, _, names in Walk(folder) for name in names if is_image(name))
 
 
 def check_folders(folders: Mapping[str, Path]) -> None:
-    """ValueError for fewer than two folders, and for one with fewer than 2 images; reads none of them."""
+    """Raise ValueError for fewer than two folders, and for one with fewer than 2 images; reads none of them."""
     if len(folders) < 2:
         raise ValueError("Give two folders at least; the others are compared with the first.")
     for name, folder in folders.items():
@@ -51,7 +51,7 @@ def check_folders(folders: Mapping[str, Path]) -> None:
 
 
 def read_folder(folder: Path, extractor: Extractor) -> Folder:
-    """ValueError for a folder with fewer than 2 images that can be read."""
+    """Measure all images in ``folder``. ValueError for one with fewer than 2 images that can be read."""
     metric, sizes = FeatureStatistics(extractor.dim), Counter[tuple[int, int]]()
     unreadable: list[str] = []
     for keys, images in _batches(folder, sizes, unreadable):
@@ -86,7 +86,8 @@ def _batches(
 
 
 def compare_folders(folders: Mapping[str, Path], extractor: Extractor, reference: str) -> dict[str, Any]:
-    """Distances of every folder to the one named ``reference``, sizes, warnings, and where the figures come from.
+    """Give the distances of every folder to the one named ``reference``, sizes, warnings, and where the figures come
+    from.
 
     ValueError as for :func:`check_folders` and :func:`read_folder`.
     """
@@ -112,7 +113,7 @@ def compare_folders(folders: Mapping[str, Path], extractor: Extractor, reference
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """What :func:`compare_folders` found, as Markdown."""
+    """Format what :func:`compare_folders` found as Markdown."""
     rows, reference = content["rows"], content["reference"]
     columns = list(next(row["distances"] for row in rows.values() if "distances" in row))
     lines = head(["", "images", "sizes", *columns])

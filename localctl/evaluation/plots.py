@@ -1,91 +1,89 @@
-"""Bars and curves with intervals, as pictures; drawn with PIL, which is there anyway."""
+"""Bars and curves with intervals, plotted by matplotlib as images."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
 from localctl.labels import one_line
 from localctl.metrics.bootstrap import Interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
-ROW, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 230, 300, 22, 20, 14
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+DPI = 100
+ROW, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 230, 300, 24, 24, 14  # px of a panel of bars
+LONGEST = 38  # letters of a name
+STYLE = {"font.size": 7.5, "text.parse_math": False, "axes.spines.right": False, "axes.spines.top": False}
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Values from low to high onto pixels from begin to end, which may run backwards."""
-
-    low: float
-    high: float
-    begin: int
-    end: int
-
-    def __call__(self, value: float) -> int:
-        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
-        return round(self.begin + share * (self.end - self.begin))
-
-    @property
-    def ticks(self) -> list[float]:
-        """Round values, three to eight, in the range."""
-        span = self.high - self.low
-        step = 10.0 ** math.floor(math.log10(span / 4))
-        step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 7)
-        return [k * step for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
+class NoMatplotlibError(ValueError):
+    """matplotlib, which is optional, is not installed."""
 
 
-def scale_of(intervals: Sequence[Interval], begin: int, end: int, zero: bool) -> Scale:
-    """A scale that shows all of ``intervals``, with some air; ``zero``: from 0 on, where none is below."""
-    low, high = min(i.low for i in intervals), max(i.high for i in intervals)
-    air = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Scale(0.0 if zero and low >= 0 else low - air, high + air, begin, end)
+def _rendered(plot: Callable[..., Figure]) -> Callable[..., Image.Image]:
+    """Make ``plot`` return its figure as an image, which looks the same whatever the user's own style is."""
+
+    @wraps(plot)
+    def image(*arguments: Any, **options: Any) -> Image.Image:
+        try:
+            from matplotlib import style
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+        except ImportError:
+            raise NoMatplotlibError('Plots need matplotlib; run `pip install "localctl[report]"`.') from None
+        with style.context(["default", STYLE]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # names are anybody's
+            canvas = FigureCanvasAgg(plot(*arguments, **options))
+            canvas.draw()
+            return Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
+
+    return image
 
 
-def bars(panels: Mapping[str, Mapping[str, Interval | None]], columns: int = 2) -> Image.Image:
-    """One panel per figure, one bar with its interval per row; rows that are undefined stay empty.
+@_rendered
+def bars(panels: Mapping[str, Mapping[str, Interval | None]], columns: int = 2) -> Figure:
+    """Plot one panel per figure, one bar with its interval per row; rows that are undefined stay empty.
 
-    ValueError where there is nothing to draw.
+    ValueError where there is nothing to plot, or no matplotlib.
     """
     shown = {title: rows for title, rows in panels.items() if any(i is not None for i in rows.values())}
     if not shown:
         raise ValueError("There is no figure to plot.")
-    rows = max(len(panel) for panel in shown.values())
-    width, height = LEFT + WIDTH + 2 * PAD, HEAD + rows * ROW + FOOT + PAD
     columns = min(columns, len(shown))
-    canvas = Image.new("RGB", (columns * width, -(-len(shown) // columns) * height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    width = LEFT + WIDTH + 2 * PAD
+    height = HEAD + max(map(len, shown.values())) * ROW + FOOT + PAD
+    figure = _figure(columns * width, -(-len(shown) // columns) * height)
     for number, (title, panel) in enumerate(shown.items()):
-        x, y = number % columns * width, number // columns * height
-        _panel(draw, font, (x + PAD, y + PAD // 2, x + width - PAD, y + height), title, panel)
-    return canvas
+        left, top = number % columns * width + PAD + LEFT, number // columns * height + HEAD
+        _panel(_axes(figure, left, top, WIDTH, len(panel) * ROW), title, panel)
+    return figure
 
 
-def _panel(
-    draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, box: Box, title: str, panel: Mapping
-) -> None:
-    left, top, right, _ = box
-    scale = scale_of([i for i in panel.values() if i is not None], left + LEFT, right, zero=True)
-    bottom = top + HEAD + len(panel) * ROW
-    draw.text((left + LEFT, top), one_line(title), fill="black", font=font)
-    for tick in scale.ticks:
-        draw.line((scale(tick), top + HEAD, scale(tick), bottom), fill="#dddddd")
-        draw.text((scale(tick), bottom + 3), f"{tick:g}", fill="black", font=font, anchor="ma")
-    for number, (name, value) in enumerate(panel.items()):
-        middle = top + HEAD + number * ROW + ROW // 2
-        draw.text((left + LEFT - 6, middle), one_line(name)[:38], fill="black", font=font, anchor="rm")
+def _panel(axes: Axes, title: str, panel: Mapping[str, Interval | None]) -> None:
+    axes.set_title(_short(title, 60), loc="left", fontsize="medium")
+    for row, value in enumerate(panel.values()):
         if value is None:
-            draw.text((left + LEFT + 4, middle), "undefined", fill="#888888", font=font, anchor="lm")
+            axes.text(0.01, row, "undefined", transform=axes.get_yaxis_transform(), color="#888888", va="center")
             continue
-        begin, end = sorted((scale(max(0.0, scale.low)), scale(value.value)))
-        draw.rectangle((begin, middle - 5, end, middle + 5), fill=COLORS[number % len(COLORS)])
-        _whisker(draw, (scale(value.low), middle), (scale(value.high), middle))
-    draw.line((scale(max(0.0, scale.low)), top + HEAD, scale(max(0.0, scale.low)), bottom), fill="black")
+        axes.barh(row, value.value, height=0.6, color=COLORS[row % len(COLORS)])
+        axes.plot((value.low, value.high), (row, row), color="black", marker="|", markersize=5, linewidth=1)
+    axes.set_yticks(range(len(panel)), [_short(name) for name in panel])
+    axes.set_ylim(len(panel) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=7)
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.axvline(0, color="black", linewidth=1)
 
 
+@_rendered
 def curves(
     series: Mapping[str, Mapping[float, Interval]],
     x_label: str,
@@ -93,53 +91,54 @@ def curves(
     levels: Mapping[str, float] | None = None,
     size: tuple[int, int] = (560, 320),
     logarithmic: bool = True,
-) -> Image.Image:
-    """One curve with intervals per name over x, on a ``logarithmic`` axis or a plain one; ``levels``: named horizontal
-    lines.
+) -> Figure:
+    """Plot one curve with intervals per name over x, on a ``logarithmic`` axis or a plain one; ``levels``: named
+    horizontal lines.
 
-    ValueError where there is no point, or an x that is not positive on a logarithmic axis.
+    ValueError where there is no point, an x that is not positive on a logarithmic axis, or no matplotlib.
     """
-    points = [i for curve in series.values() for i in curve.values()]
+    from matplotlib.transforms import ScaledTranslation
+
     xs = sorted({x for curve in series.values() for x in curve})
-    if not points or (logarithmic and xs[0] <= 0):
+    if not xs or (logarithmic and xs[0] <= 0):
         raise ValueError("Curves need at least one point, and x above 0 for their logarithmic axis.")
-    place = math.log10 if logarithmic else float
-    air = 0.3 if logarithmic else 0.05 * (xs[-1] - xs[0]) or 1.0
-    levels = levels or {}
-    canvas = Image.new("RGB", (size[0] + 200, size[1]), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
-    flat = [Interval(y, y, y, 1) for y in levels.values()]
-    across = Scale(place(xs[0]) - air, place(xs[-1]) + air, 60, size[0])
-    up = scale_of([*points, *flat], size[1] - 40, 24, zero=False)
-    draw.rectangle((60, 24, size[0], size[1] - 40), outline="black")
-    draw.text((60, 6), y_label, fill="black", font=font)
-    draw.text((size[0], size[1] - 8), x_label, fill="black", font=font, anchor="rs")
-    for tick in up.ticks:
-        draw.line((56, up(tick), 60, up(tick)), fill="black")
-        draw.text((52, up(tick)), f"{tick:g}", fill="black", font=font, anchor="rm")
-    for x in xs:
-        draw.text((across(place(x)), size[1] - 36), f"{x:g}", fill="black", font=font, anchor="ma")
-    labels = []
-    for name, y in levels.items():
-        draw.line((60, up(y), size[0], up(y)), fill="#999999")
-        labels.append((up(y), name, "#666666"))
+    figure = _figure(size[0] + 200, size[1])
+    axes = _axes(figure, 60, HEAD, size[0] - 60, size[1] - HEAD - 40)
+    if logarithmic:
+        axes.set_xscale("log")
+    for name, y in (levels or {}).items():
+        axes.axhline(y, color="#999999", linewidth=1, label=_short(name))
     for number, (name, curve) in enumerate(series.items()):
-        color, shift = COLORS[number % len(COLORS)], 3 * number - 3 * (len(series) // 2)  # or whiskers would coincide
-        dots = [(across(place(x)) + shift, up(curve[x].value)) for x in sorted(curve)]
-        draw.line(dots, fill=color, width=2)
-        for (px, py), x in zip(dots, sorted(curve), strict=True):
-            _whisker(draw, (px, up(curve[x].low)), (px, up(curve[x].high)), color)
-            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=color)
-        labels.append((dots[-1][1], name, color))
-    at = 0
-    for y, name, color in sorted(labels):  # beside the end of each, moved apart where they would overlap
-        at = max(at + 13, y)
-        draw.text((size[0] + 8, at), one_line(name), fill=color, font=font, anchor="lm")
-    return canvas
+        color, apart = COLORS[number % len(COLORS)], 3 * (number - len(series) // 2)  # or whiskers would coincide
+        moved = axes.transData + ScaledTranslation(apart / DPI, 0, figure.dpi_scale_trans)
+        axes.update_datalim([(x, y) for x, i in curve.items() for y in (i.low, i.value, i.high)])
+        along = sorted(curve)
+        axes.plot(along, [curve[x].value for x in along], "o-", color=color, ms=5, label=_short(name), transform=moved)
+        for x in along:
+            ends = (curve[x].low, curve[x].high)
+            axes.plot((x, x), ends, color=color, marker="_", markersize=5, linewidth=1, transform=moved)
+    axes.margins(x=0.1)
+    axes.autoscale_view()
+    if logarithmic:
+        axes.minorticks_off()
+        axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.set_xlabel(x_label, loc="right")
+    axes.set_title(y_label, loc="left", fontsize="medium")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
 
 
-def _whisker(draw: ImageDraw.ImageDraw, begin: tuple[int, int], end: tuple[int, int], color: str = "black") -> None:
-    draw.line((*begin, *end), fill=color)
-    dx, dy = (0, 3) if begin[1] == end[1] and begin[0] != end[0] else (3, 0)
-    for x, y in (begin, end):
-        draw.line((x - dx, y - dy, x + dx, y + dy), fill=color)
+def _figure(width: int, height: int) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure((width / DPI, height / DPI), dpi=DPI)
+
+
+def _axes(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
+    """Axes at this place, in pixels."""
+    across, down = figure.get_size_inches() * DPI
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def _short(name: str, letters: int = LONGEST) -> str:
+    return one_line(name)[:letters]

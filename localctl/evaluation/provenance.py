@@ -36,7 +36,7 @@ LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that a figure may depend on, as far as they are installed."""
+    """List the versions of libraries that a figure may depend on, as far as they are installed."""
     found = {}
     for name in LIBRARIES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def check_provenance(name: str, content: Mapping[str, Any], needed: tuple[str, ...] = REQUIRED + FEATURES) -> None:
-    """ValueError, naming what is missing, unless ``content["provenance"]`` says all of ``needed``."""
+    """Raise ValueError, naming what is missing, unless ``content["provenance"]`` says all of ``needed``."""
     found = content.get("provenance")
     missing = [key for key in needed if not isinstance(found, Mapping) or found.get(key) in (None, "", {}, [])]
     if missing:

@@ -1,4 +1,4 @@
-"""The score that training's early stopping goes by: how far what the adapter draws is from held-out pictures."""
+"""The score that training's early stopping goes by: how far what the adapter generates is from held-out images."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import MaskedSamples, Source, open_data
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device
-from localctl.evaluation.generated_set import example_of, picture_id
+from localctl.evaluation.generated_set import example_of, generate_like, image_id
 from localctl.images import to_pil
-from localctl.layout import Layout
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
 from localctl.quiet import no_progress_bars
-from localctl.sampling import Sampling, generate
+from localctl.sampling import Sampling
 from localctl.seeding import key_seed
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
@@ -30,9 +28,9 @@ METRICS = {frechet_name(extractor): extractor for extractor in EXTRACTORS}
 
 
 def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
-    """What ``early_stopping.metric`` asks for; None where nothing is to be scored.
+    """Make what ``early_stopping.metric`` asks for; None where nothing is to be scored.
 
-    ValueError in one sentence for an unknown metric, weights, a reference or held-out pictures that are not there.
+    ValueError in one sentence for an unknown metric, weights, a reference or held-out images that are not there.
     """
     config = settings.early_stopping
     if config.metric is None:
@@ -59,12 +57,12 @@ def _held_out(settings: TrainSettings) -> Source:
     count = settings.early_stopping.num_images
     source = open_data(settings.data, settings.condition, "val", count, keep=False)
     if len(source) < 2 and not settings.data.is_micro:
-        raise ValueError("A distance needs at least 2 held-out pictures; raise data.validation_share.")
+        raise ValueError("A distance needs at least 2 held-out images; raise data.validation_share.")
     return source
 
 
 def _check_reference(reference: Statistics, extractor: Extractor, settings: TrainSettings) -> None:
-    """ValueError for statistics of another extractor or size, or of fewer than 2 pictures."""
+    """ValueError for statistics of another extractor or size, or of fewer than 2 images."""
     place, about = settings.early_stopping.reference, reference.provenance
     own = describe(extractor)
     changed = [name for name in ("extractor", "weights_sha256") if about.get(name) != own[name]]
@@ -76,7 +74,7 @@ def _check_reference(reference: Statistics, extractor: Extractor, settings: Trai
 
 
 class FrechetScorer:
-    """The Fréchet distance of pictures drawn with the adapter as it is to held-out ones, over an extractor.
+    """The Fréchet distance of images generated with the adapter as it is to held-out ones, over an extractor.
 
     Always the same captions, conditions, masks and noise, so that scores differ by the adapter alone. The batches are
     shared out over the processes, and every one of them returns the first one's number. Weights, the pipeline's
@@ -94,8 +92,8 @@ class FrechetScorer:
     def __call__(self, models: Models, step: int) -> float:
         if self.reference is None:
             self.reference = self._of_held_out()
-        drawn = self._statistics(range(self.config.num_images), lambda indices: self._draw(models, indices))
-        distance = [frechet_distance(*self.reference.gaussian(), *drawn.gaussian())]
+        made = self._statistics(range(self.config.num_images), lambda indices: self._generate(models, indices))
+        distance = [frechet_distance(*self.reference.gaussian(), *made.gaussian())]
         if torch.distributed.is_initialized():  # other machines may round differently, and must not disagree
             torch.distributed.broadcast_object_list(distance, src=0)
         return distance[0]
@@ -104,8 +102,8 @@ class FrechetScorer:
         count = min(len(self.samples), self.config.num_images)
         return self._statistics(range(count), self._photos)
 
-    def _statistics(self, indices: range, pictures: Any) -> Statistics:
-        """Of what ``pictures`` makes of ``indices``, batch by batch, over all processes. pictures: indices -> (ids,
+    def _statistics(self, indices: range, make: Any) -> Statistics:
+        """Take statistics of images, batch by batch, over all processes. make: indices -> (ids,
         uint8 (n,H,W,3)), perhaps fewer."""
         together = torch.distributed.is_initialized()
         rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
@@ -115,7 +113,7 @@ class FrechetScorer:
         try:
             for first in indices[:: size * count]:
                 batch = indices[first + rank * size : first + (rank + 1) * size]
-                ids, images = pictures(batch) if len(batch) else ((), ())
+                ids, images = make(batch) if len(batch) else ((), ())
                 if len(ids):
                     found |= zip(ids, self.extractor(images), strict=True)
         except Exception as error:  # told to the others first, who wait for this share
@@ -126,12 +124,12 @@ class FrechetScorer:
             torch.distributed.all_gather_object(told, (found, failure is not None))
             shares = [share for share, _ in told]
             if failure is None and any(failed for _, failed in told):
-                failure = RuntimeError("another process could not draw or look at its share")
+                failure = RuntimeError("another process could not generate or look at its share")
         if failure is not None:
             raise failure
         features = {name: row for share in shares for name, row in share.items()}
         if len(features) < 2:
-            raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(features)}.")
+            raise ValueError(f"A distance needs at least 2 images on each side, not {len(features)}.")
         metric = FeatureStatistics(self.extractor.dim, sync_on_compute=False)  # every process has them all
         names = sorted(features)  # the same sums, whoever computed them
         metric.update(torch.stack([features[name] for name in names]), names)
@@ -144,20 +142,14 @@ class FrechetScorer:
                 example = self.samples.source[index]
             except BadRow:
                 continue  # as many as are usable
-            ids.append(picture_id(index))
+            ids.append(image_id(index))
             images.append(np.asarray(to_pil(example.pixels)))
         return ids, np.stack(images) if images else np.empty((0, *self.size, 3), np.uint8)
 
-    def _draw(self, models: Models, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    def _generate(self, models: Models, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
         examples = [example_of(self.samples, index) for index in indices]
-        masks = torch.stack([example.mask for example in examples if example.mask is not None])
-        condition = torch.stack([example.condition for example in examples])
-        images = generate(
-            models.pipe,
-            [Layout(example.caption, *self.size) for example in examples],
-            LocalAdapterControl(models.plain_adapter, condition, masks),
-            [key_seed(self.config.seed, "score", index) for index in indices],
-            paired=True,
-            sampling=Sampling.of(self.config),
-        ).images
-        return [picture_id(index) for index in indices], np.stack([np.asarray(image) for image in images])
+        captions = [example.caption for example in examples]
+        seeds = [key_seed(self.config.seed, "score", index) for index in indices]
+        sampling = Sampling.of(self.config)
+        images = generate_like(models.pipe, examples, captions, seeds, models.plain_adapter, sampling=sampling)
+        return [image_id(index) for index in indices], np.stack([np.asarray(image) for image in images])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from localctl.bases import BASES, SCHEDULERS, BaseConfig
 from localctl.data.config import DataConfig
-from localctl.micro import SPLITS
 from localctl.settings import ConditionConfig, MaskConfig
 
 PROMPTS = ("with", "without", "both")
@@ -16,9 +15,9 @@ PROMPTS = ("with", "without", "both")
 
 @dataclass(kw_only=True)
 class FidSettings:
-    """One comparison of drawn pictures with photos; ValueError for settings that make no sense.
+    """One comparison of generated images with photos; ValueError for settings that make no sense.
 
-    output_dir: where pictures, statistics and figures go.
+    output_dir: where images, statistics and figures go.
     part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
         embedded scenes, else val.
     adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``; with neither this
@@ -29,11 +28,11 @@ class FidSettings:
     extractor: whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
     weights: where the extractor's weights are, if it needs to be told.
     reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
-    num_images: how many are drawn, and for ``ref`` how many photos are read at most.
-    prompts: draw ``with`` the captions, ``without`` any, or ``both``.
-    sample: key of one example, which alone is drawn num_images times.
+    num_images: how many are generated, and for ``ref`` how many photos are read at most.
+    prompts: generate ``with`` the captions, ``without`` any, or ``both``.
+    sample: key of one example, which alone is generated num_images times.
     seed: of masks and noise.
-    batch_size: pictures drawn at once; does not change them.
+    batch_size: images generated at once; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
@@ -67,7 +66,7 @@ class FidSettings:
         for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        parts = SPLITS if self.data.is_micro else ("train", "val")
+        parts = ("train", "val", "test") if self.data.is_micro else ("train", "val")
         self.part = self.part or ("test" if self.data.is_micro else "val")
         for name, value, known in (("part", self.part, parts), ("prompts", self.prompts, PROMPTS)):
             if value not in known:
@@ -92,6 +91,6 @@ class FidSettings:
 
     @property
     def set_names(self) -> tuple[str, ...]:
-        """Which sets are drawn; folders in output_dir."""
+        """Which sets are generated; folders in output_dir."""
         names = {"with": ("with_prompts",), "without": ("without_prompts",)}
         return names.get(self.prompts, ("with_prompts", "without_prompts"))

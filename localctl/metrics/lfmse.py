@@ -1,6 +1,6 @@
 """LFMSE and DiffCC, the scores of arXiv 2602.01991, by their published formulas but as numbers.
 
-Neither ranks methods by itself. "out" is the error against white everywhere outside the mask, so a white picture has
+Neither ranks methods by itself. "out" is the error against white everywhere outside the mask, so a white image has
 none; an all-white prediction has a perfect coincidence. Read ``in`` and the coincidence beside both hallucinations.
 """
 
@@ -8,39 +8,38 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from torch import Tensor
 
-from localctl.metrics.per_sample import PerSample, gray_batches
+from localctl.metrics.per_sample import PerMaskedImage
 
 METHODS = ("canny", "sobel")
 KERNEL, SIGMA, SHRINK = 11, 5.0, 8
 
 
 def low_frequencies(image: np.ndarray) -> np.ndarray:
-    """uint8 (H,W), blurred by 11x11 of sigma 5 and shrunk by 8: float64 (H//8, W//8) in [0,1]."""
+    """Blur uint8 (H,W) by 11x11 of sigma 5 and shrink it by 8: float64 (H//8, W//8) in [0,1]."""
     blurred = cv2.GaussianBlur(image, (KERNEL, KERNEL), SIGMA)
     return cv2.resize(blurred, _shrunk(image)) / 255.0
 
 
 def shrunk_mask(mask: np.ndarray) -> np.ndarray:
-    """uint8 (H,W) -> bool (H//8, W//8), nearest pixel, true where anything is controlled."""
+    """Shrink uint8 (H,W) -> bool (H//8, W//8), nearest pixel, true where anything is controlled."""
     return cv2.resize(mask, _shrunk(mask), interpolation=cv2.INTER_NEAREST) > 0
 
 
 def _shrunk(image: np.ndarray) -> tuple[int, int]:
     height, width = image.shape
     if min(height, width) < SHRINK:
-        raise ValueError(f"A picture of {width}x{height} pixels is too small; LFMSE and DiffCC shrink by {SHRINK}.")
+        raise ValueError(f"An image of {width}x{height} pixels is too small; LFMSE and DiffCC shrink by {SHRINK}.")
     return width // SHRINK, height // SHRINK
 
 
 def lfmse(
     prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: str = "canny", wrapped: bool = False
 ) -> tuple[float, float]:
-    """(in, out) of uint8 (H,W) each; NaN where undefined.
+    """Compute (in, out) of uint8 (H,W) each; NaN where undefined.
 
     in: mean squared difference to the target inside the mask. out: to 1 outside it. canny compares low frequencies;
-    sobel the full pictures, each over its own maximum (the target's within the mask), undefined where that is 0.
+    sobel the full images, each over its own maximum (the target's within the mask), undefined where that is 0.
     wrapped: of sobel's ``out``, as in the published code, whose 1 - mask wraps round in uint8 and is nowhere 0: over
     the whole image, to 1 plus what the target has inside.
     """
@@ -63,7 +62,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def diff_cc(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
-    """(coincidence, hallucination inside, hallucination outside) of uint8 (H,W) each; NaN where undefined.
+    """Compute (coincidence, hallucination inside, hallucination outside) of uint8 (H,W) each; NaN where undefined.
 
     All on the low frequencies: 1 - cells inside where the target is brighter / cells inside where the target is not
     black; cells inside where the prediction is brighter / cells inside; cells outside where it is not black / cells
@@ -83,8 +82,8 @@ def _share(cells: np.ndarray, of: np.ndarray) -> float:
     return float(cells.sum() / of.sum()) if of.any() else float("nan")
 
 
-class LFMSE(PerSample):
-    """Low-frequency mean squared error, ``in``, ``out`` and ``tot`` = in + out, as :func:`lfmse`.
+class LFMSE(PerMaskedImage):
+    """Measure the low-frequency mean squared error, ``in``, ``out`` and ``tot`` = in + out, as :func:`lfmse`.
 
     ValueError for an unknown method (``canny`` or ``sobel``), and for ``wrapped`` without sobel.
     """
@@ -100,19 +99,15 @@ class LFMSE(PerSample):
             raise ValueError(f"wrapped is of LFMSE's sobel alone, not of {method}; leave it out.")
         self.method, self.wrapped = method, wrapped
 
-    def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
-        """Edge maps and masks of one shape, (H,W), (B,H,W) or (B,1,H,W), uint8 or [0,1]. ValueError otherwise."""
-        for found, wanted, region in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
-            inside, outside = lfmse(found, wanted, region, self.method, self.wrapped)
-            self.add((inside, outside, inside + outside))
+    def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
+        inside, outside = lfmse(prediction, target, mask, self.method, self.wrapped)
+        return inside, outside, inside + outside
 
 
-class DiffCC(PerSample):
-    """Coincidence and hallucination of low-frequency edges, as :func:`diff_cc`."""
+class DiffCC(PerMaskedImage):
+    """Measure coincidence and hallucination of low-frequency edges, as :func:`diff_cc`."""
 
     columns = ("coincidence", "hallucination_in", "hallucination_out")
 
-    def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
-        """As for :class:`LFMSE`."""
-        for images in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
-            self.add(diff_cc(*images))
+    def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
+        return diff_cc(prediction, target, mask)

@@ -1,4 +1,4 @@
-"""The common ground of metrics that give every sample its own values."""
+"""Metrics that give every sample its own values."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class PerSample(Metric):
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
     def add(self, *rows: tuple[float, ...]) -> None:
-        """One row per sample, in the order of ``columns``."""
+        """Add one row per sample, in the order of ``columns``."""
         assert all(len(row) == len(self.columns) for row in rows)
         assert isinstance(self.values, list)
         self.values.append(torch.tensor(rows, dtype=torch.float64).flatten())  # (n * k,)
 
     def per_sample(self) -> np.ndarray:
-        """(n, k) float64, NaN where undefined; of this process alone unless synchronised."""
+        """Give all values, (n, k) float64, NaN where undefined; of this process alone unless synchronised."""
         empty = isinstance(self.values, list) and not self.values
         flat = torch.empty(0) if empty else dim_zero_cat(self.values)
         return flat.cpu().double().numpy().reshape(-1, len(self.columns))
 
     def compute(self) -> dict[str, float]:
-        """Means, undefined counts and ``n``. ValueError when there was no sample at all."""
+        """Compute means, undefined counts and ``n``. ValueError when there was no sample at all."""
         table = self.per_sample()
         if not len(table):
             raise ValueError(f"{type(self).__name__} has seen no sample; call update first.")
@@ -55,49 +55,65 @@ class PerSample(Metric):
         return result | {"n": len(table)}
 
 
-def gray_batch(what: str, picture: np.ndarray | Tensor) -> np.ndarray:
-    """A gray picture, mask or condition, or a batch of them, as uint8 (B,H,W).
+class PerMaskedImage(PerSample):
+    """Compare a prediction with its target inside a mask."""
 
-    ``picture``: (H,W), (B,H,W) or (B,1,H,W); uint8, or bool, or float in [0,1]. ValueError for anything else.
+    def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
+        """Compute the values of one sample, in the order of ``columns``, from uint8 (H,W) each."""
+        raise NotImplementedError
+
+    def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
+        """Add samples: edge maps or other conditions of one channel, and their masks.
+
+        All (H,W), (B,H,W) or (B,1,H,W) and of one shape; uint8, bool, or float in [0,1]. ValueError otherwise.
+        """
+        for images in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
+            self.add(self.score(*images))
+
+
+def gray_batch(what: str, image: np.ndarray | Tensor) -> np.ndarray:
+    """Convert a gray image, mask or condition, or a batch of them, to uint8 (B,H,W).
+
+    ``image``: (H,W), (B,H,W) or (B,1,H,W); uint8, or bool, or float in [0,1]. ValueError for anything else.
     """
-    array = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     array = array[None] if array.ndim == 2 else array
     if array.ndim != 3 or array.size == 0:
         raise ValueError(f"The {what} must be (H, W), (B, H, W) or (B, 1, H, W), not {array.shape}.")
-    if array.dtype == np.uint8:
-        return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(f"The {what} must be uint8, bool, or float from 0 to 1, not {array.dtype} beyond it.")
-    return np.round(array * 255).astype(np.uint8)
+    return _to_bytes(f"The {what} must be uint8, bool", array)
 
 
-def gray_batches(**pictures: np.ndarray | Tensor) -> list[np.ndarray]:
-    """As :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
-    arrays = {name: gray_batch(name, picture) for name, picture in pictures.items()}
+def gray_batches(**images: np.ndarray | Tensor) -> list[np.ndarray]:
+    """Convert several, as :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
+    arrays = {name: gray_batch(name, image) for name, image in images.items()}
     if len({array.shape for array in arrays.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"All must have one shape (B, H, W), not {shapes}.")
     return list(arrays.values())
 
 
-def rgb_batch(pictures: np.ndarray | Tensor) -> np.ndarray:
-    """RGB pictures as uint8 (B,H,W,3).
+def rgb_batch(images: np.ndarray | Tensor) -> np.ndarray:
+    """Convert RGB images to uint8 (B,H,W,3).
 
-    ``pictures``: uint8 or float in [0,1]; (B,H,W,3) or (B,3,H,W), or one of them without B. ValueError for anything
-    else, also for floats in [-1,1], which could not be told from dark pictures in [0,1].
+    ``images``: uint8 or float in [0,1]; (B,H,W,3) or (B,3,H,W), or one of them without B. ValueError for anything
+    else, also for floats in [-1,1], which could not be told from dark images in [0,1].
     """
-    array = pictures.detach().cpu().numpy() if isinstance(pictures, Tensor) else np.asarray(pictures)
+    array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     array = array[None] if array.ndim == 3 else array
     if array.ndim == 4 and array.shape[-1] != 3 and array.shape[1] == 3:
         array = array.transpose(0, 2, 3, 1)
     if array.ndim != 4 or array.shape[-1] != 3 or array.size == 0:
-        raise ValueError(f"Pictures must be RGB of one size, (B, H, W, 3) or (B, 3, H, W), not {array.shape}.")
+        raise ValueError(f"Images must be RGB of one size, (B, H, W, 3) or (B, 3, H, W), not {array.shape}.")
+    return _to_bytes("Images must be uint8", array)
+
+
+def _to_bytes(must: str, array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(f"Pictures must be uint8, or float from 0 to 1, not {array.dtype} beyond it.")
+        raise ValueError(f"{must}, or float from 0 to 1, not {array.dtype} beyond it.")
     return np.round(array * 255).astype(np.uint8)

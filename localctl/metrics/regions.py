@@ -8,10 +8,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from localctl.boxes import Box
-from localctl.metrics.detection import Detector, Found, best_matches, micro_detector, micro_shapes, same_label
+from localctl.boxes import Box, Detector, Found, holds
+from localctl.metrics import detection
+from localctl.metrics.detection import best_matches, same_label
 from localctl.metrics.per_sample import PerSample
-from localctl.micro.scenes import holds
 
 Point = tuple[float, float]
 Placed = TypeVar("Placed", bound="HasBox")
@@ -22,7 +22,20 @@ class HasBox(Protocol):
     def box(self) -> Box: ...
 
 
-class RegionAccuracy(PerSample):
+class _Detected(PerSample):
+    """A metric of what a detector finds. detector: None is deprecated, and means the reader of micro scenes."""
+
+    _reader = "micro_detector"
+
+    def __init__(self, detector: Detector | None, threshold: float = 0.5, hit: str = "") -> None:
+        super().__init__()
+        if not 0 < threshold <= 1:
+            raise ValueError(f"The IoU that counts as {hit} must be in (0, 1], not {threshold}.")
+        self.detector: Detector = detector or getattr(detection, self._reader)
+        self.threshold = threshold
+
+
+class RegionAccuracy(_Detected):
     """Phrases found in their regions, one row per region.
 
     ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: that of the
@@ -33,11 +46,8 @@ class RegionAccuracy(PerSample):
     columns = ("accuracy", "iou", "iou_found", "coverage")
     higher_is_better = True
 
-    def __init__(self, detector: Detector = micro_detector, threshold: float = 0.5) -> None:
-        super().__init__()
-        if not 0 < threshold <= 1:
-            raise ValueError(f"The IoU that counts as a hit must be in (0, 1], not {threshold}.")
-        self.detector, self.threshold = detector, threshold
+    def __init__(self, detector: Detector | None = None, threshold: float = 0.5) -> None:
+        super().__init__(detector, threshold, "a hit")
 
     def update(self, image: np.ndarray, regions: Sequence[Found]) -> None:
         """``image``: uint8 (H,W,3). ``regions``: phrases with their boxes in pixels of it."""
@@ -48,8 +58,8 @@ class RegionAccuracy(PerSample):
             self.add((float(iou >= self.threshold), iou, math.nan if match is None else iou, float(match is not None)))
 
 
-class RelationAccuracy(PerSample):
-    """Whether a picture shows the relation that its caption states (as VISOR, arXiv 2212.10015), one row per relation.
+class RelationAccuracy(_Detected):
+    """Whether an image shows the relation that its caption states (as VISOR, arXiv 2212.10015), one row per relation.
 
     ``both``: both objects are there. ``accuracy``: and some pair of them stands in the relation. ``accuracy_of_both``:
     the same, undefined where one is missing.
@@ -58,11 +68,9 @@ class RelationAccuracy(PerSample):
     columns = ("both", "accuracy", "accuracy_of_both")
     higher_is_better = True
 
-    def __init__(
-        self, detector: Detector = micro_detector, relation: Callable[[str, Point, Point], bool] = holds
-    ) -> None:
-        super().__init__()
-        self.detector, self.relation = detector, relation
+    def __init__(self, detector: Detector | None = None, relation: Callable[[str, Point, Point], bool] = holds) -> None:
+        super().__init__(detector)
+        self.relation = relation
 
     def update(self, image: np.ndarray, first: str, relation: str, second: str) -> None:
         """``image``: uint8 (H,W,3); ``first`` stands in ``relation`` ("to the left of", "above" ...) to ``second``.
@@ -79,22 +87,21 @@ class RelationAccuracy(PerSample):
         self.add((float(bool(pairs)), float(right), float(right) if pairs else math.nan))
 
 
-class Leak(PerSample):
+class Leak(_Detected):
     """Objects of the condition that were hidden by the mask and are reproduced all the same, against the base.
 
-    ``leak``: share of the hidden objects found in the picture at their place (IoU >= ``threshold``), less the same in
-    the picture that the base draws from the same noise without any adapter. ``reproduced``: without that difference.
+    ``leak``: share of the hidden objects found in the image at their place (IoU >= ``threshold``), less the same in
+    the image that the base generates from the same noise without any adapter. ``reproduced``: without that difference.
     A sample without hidden objects is undefined.
     """
 
     columns = ("leak", "reproduced")
     higher_is_better = False
 
-    def __init__(self, detector: Detector = micro_shapes, threshold: float = 0.5) -> None:
-        super().__init__()
-        if not 0 < threshold <= 1:
-            raise ValueError(f"The IoU that counts as reproduced must be in (0, 1], not {threshold}.")
-        self.detector, self.threshold = detector, threshold
+    _reader = "micro_shapes"
+
+    def __init__(self, detector: Detector | None = None, threshold: float = 0.5) -> None:
+        super().__init__(detector, threshold, "reproduced")
 
     def update(self, image: np.ndarray, base: np.ndarray, hidden: Sequence[Found]) -> None:
         """``image``, ``base``: uint8 (H,W,3), with and without the adapter. ``hidden``: labels and boxes in pixels."""
@@ -112,7 +119,7 @@ class Leak(PerSample):
 
 
 def hidden_objects(objects: Sequence[Placed], inside: np.ndarray, margin: int = 8) -> list[Placed]:
-    """Those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
+    """Choose those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
     ``inside``, bool (H,W)."""
     found = []
     for item in objects:
@@ -129,6 +136,6 @@ def _centre(item: Found) -> Point:
 
 
 def check_image(image: np.ndarray) -> None:
-    """ValueError unless ``image`` is uint8 (H,W,3)."""
+    """Raise ValueError unless ``image`` is uint8 (H,W,3)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"A picture must be uint8 (H, W, 3), not {image.dtype} {image.shape}.")
+        raise ValueError(f"An image must be uint8 (H, W, 3), not {image.dtype} {image.shape}.")

@@ -1,4 +1,4 @@
-"""What is kept of a set of pictures for distances: float64 sums, and the features of a bounded part of it.
+"""What is kept of a set of images for distances: float64 sums, and the features of a bounded part of it.
 
 All of it depends on the set alone: not on the order, the batch size, or how many processes share the work.
 """
@@ -32,7 +32,7 @@ _FIELDS = ("counts", "sums", "products", "kept")
 class Statistics:
     """Sums over two halves of a set, and some of its features.
 
-    counts (2,); sums (2, d); products (2, d, d) of x x^T; kept (k, d) features. provenance: what the pictures are and
+    counts (2,); sums (2, d); products (2, d, d) of x x^T; kept (k, d) features. provenance: what the images are and
     what extracted the features (``extractor`` and ``weights_sha256`` at least).
     """
 
@@ -51,17 +51,18 @@ class Statistics:
         return self.sums.shape[1]
 
     def gaussian(self, half: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2 samples."""
+        """Compute mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2
+        samples."""
         parts = slice(None) if half is None else slice(half, half + 1)
         n = self.counts[parts].sum()
         if n < 2:
-            raise ValueError(f"A distance needs at least 2 pictures on each side, not {int(n)}.")
+            raise ValueError(f"A distance needs at least 2 images on each side, not {int(n)}.")
         mean = self.sums[parts].sum(0) / n
         return mean, (self.products[parts].sum(0) - n * np.outer(mean, mean)) / (n - 1)
 
     def split_half(self) -> float:
-        """The Fréchet distance of one half of the set from the other: what this many pictures cannot resolve. NaN when
-        a half has fewer than 2 samples."""
+        """Compute the Fréchet distance of one half from the other: what this many images cannot resolve. NaN when a
+        half has fewer than 2 samples."""
         if self.counts.min() < 2:
             return math.nan
         return frechet_distance(*self.gaussian(0), *self.gaussian(1))
@@ -113,7 +114,7 @@ class FeatureStatistics(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: np.ndarray | Tensor, keys: Sequence[str]) -> None:
-        """``features``: (B, d), of any float type. ``keys``: B, what each picture is called; all different."""
+        """``features``: (B, d), of any float type. ``keys``: B, what each image is called; all different."""
         rows = torch.as_tensor(features).detach().to(self.counts.device, torch.float64)
         if rows.shape != (len(keys), self.dim):
             raise ValueError(f"Features must be ({len(keys)}, {self.dim}) for {len(keys)} keys, not {rows.shape}.")
@@ -141,13 +142,13 @@ class FeatureStatistics(Metric):
         return ranks[order], features[order]
 
     def compute(self) -> dict[str, Tensor]:
-        """What :class:`Statistics` consists of, over all processes. ValueError when there is no picture."""
+        """Give what :class:`Statistics` consists of, over all processes. ValueError when there is no image."""
         if self.counts.sum() == 0:
-            raise ValueError("There is no picture to take statistics of.")
+            raise ValueError("There is no image to take statistics of.")
         return {"counts": self.counts, "sums": self.sums, "products": self.products, "kept": self._kept()[1]}
 
     def statistics(self, **provenance: Any) -> Statistics:
-        """The statistics so far, with what the pictures are. ValueError when there is no picture."""
+        """Give the statistics so far, with what the images are. ValueError when there is no image."""
         arrays = {name: state.cpu().numpy().copy() for name, state in self.compute().items()}
         arrays["kept"] = arrays["kept"].reshape(-1, self.dim)
         return Statistics(**arrays, provenance=provenance)
@@ -155,7 +156,7 @@ class FeatureStatistics(Metric):
 
 @dataclass(frozen=True)
 class DistanceReport:
-    """Distances by name, and what must be said beside them. sizes: pictures in the reference and in the other set."""
+    """Distances by name, and what must be said beside them. sizes: images in the reference and in the other set."""
 
     values: dict[str, float]
     sizes: tuple[int, int]
@@ -163,13 +164,13 @@ class DistanceReport:
 
 
 def distances(reference: Statistics, other: Statistics) -> DistanceReport:
-    """All distances of two sets whose features come from one extractor.
+    """Compute all distances of two sets whose features come from one extractor.
 
     Names: ``fid`` for the Fréchet distance only under the extractor of that name, else ``frechet_{extractor}``;
     ``kid_{extractor}`` and ``kid_error_{extractor}``; ``cmmd_{extractor}`` under a CLIP; ``split_half_{extractor}``,
     the Fréchet distance between two halves of the reference.
 
-    ValueError for fewer than 2 pictures, and when the extractors or their weights differ.
+    ValueError for fewer than 2 images, and when the extractors or their weights differ.
     """
     names = [s.provenance.get("extractor") for s in (reference, other)]
     hashes = [s.provenance.get("weights_sha256") for s in (reference, other)]
@@ -204,6 +205,6 @@ def _small_warnings(name: str, sizes: tuple[int, int], dim: int, baseline: float
         return ()
     reason = f"fewer than {SMALL}" if small < SMALL else f"not more than its {dim} dimensions"
     return (
-        f"{frechet_name(name)} of {sizes[0]} against {sizes[1]} pictures ({reason}) is biased upwards: the reference's "
+        f"{frechet_name(name)} of {sizes[0]} against {sizes[1]} images ({reason}) is biased upwards: the reference's "
         f"own two halves of {sizes[0] // 2} are {baseline:.4g} apart.",
     )

@@ -7,13 +7,15 @@ measured on `test` scenes and on other such images (docs/evaluation.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
-from localctl.micro.scenes import holds
+from localctl.boxes import Box, Found, Truth, box_around, holds
+from localctl.micro.scenes import Scene
 from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
 
 VERSION = 2  # another one reads other objects in the same images: results of two do not go together
@@ -33,7 +35,7 @@ class Detection:
 
     shape: str
     color: str
-    box: tuple[float, float, float, float]
+    box: Box
     match: float
 
     @property
@@ -152,12 +154,36 @@ def detect(image: np.ndarray, min_match: float = MIN_MATCH) -> Reading:
     for blob, shape, match in _whole(blobs, foreground):
         if match < min_match:
             continue
-        ys, xs = np.nonzero(blob)
         votes = np.bincount(nearest[cv2.erode(blob, np.ones((3, 3), np.uint8)) > 0], minlength=len(COLORS))
-        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        objects.append(Detection(shape, list(COLORS)[int(votes.argmax())], box, match))
+        objects.append(Detection(shape, list(COLORS)[int(votes.argmax())], box_around(blob), match))
     objects.sort(key=lambda o: -(o.box[2] - o.box[0]) * (o.box[3] - o.box[1]))
     return Reading(background, tuple(objects))
+
+
+@lru_cache(maxsize=2)  # several metrics look at one image, or at it and that of the base, in turn
+def _objects(pixels: bytes, shape: tuple[int, ...]) -> tuple[Detection, ...]:
+    return detect(np.frombuffer(pixels, np.uint8).reshape(shape)).objects
+
+
+def find_objects(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
+    """Find the objects of a scene, as a :class:`localctl.boxes.Detector`; labels are phrases such as "red circle"."""
+    return [Found(item.phrase, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
+
+
+def find_shapes(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
+    """As :func:`find_objects`; labels are shapes alone, such as "circle", for conditions that have no colour."""
+    return [Found(item.shape, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
+
+
+def truth_of(item: Scene) -> Truth:
+    """What ``item`` shows, with this reader as the detector."""
+    relation = None
+    if item.relation is not None:
+        first, name, second = item.relation
+        relation = (item.objects[first].phrase, name, item.objects[second].phrase)
+    objects = tuple(Found(o.phrase, o.box) for o in item.objects)
+    shapes = tuple(Found(o.shape, o.box) for o in item.objects)
+    return Truth(objects, shapes, relation, find_objects, find_shapes)
 
 
 def _blobs(foreground: np.ndarray, nearest: np.ndarray, certain: np.ndarray) -> list[np.ndarray]:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from localctl.boxes import RELATIONS as RELATIONS
+from localctl.boxes import holds as holds
 from localctl.micro import PROFILES as PROFILES
 from localctl.micro import SPLITS as SPLITS
 from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
 
 SIZE = 128
-RELATIONS = ("to the left of", "to the right of", "above", "below")
 _MIN_RADIUS, _MAX_RADIUS, _GAP = 13.0, 30.0, 4.0
 _RELATION_MARGIN = 14.0  # px between centres along the axis that a relation names
 
@@ -59,12 +60,6 @@ class Scene:
 
 def article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Whether `relation` is true of two centres (x, y): the named axis decides the sign, with no margin."""
-    axis, sign = {RELATIONS[0]: (0, -1), RELATIONS[1]: (0, 1), RELATIONS[2]: (1, -1), RELATIONS[3]: (1, 1)}[relation]
-    return (first[axis] - second[axis]) * sign > 0
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
+from localctl.drawing import grid, outline
 from localctl.files import write_bytes
-from localctl.images import condition_to_pil, grid, outline, to_pil
+from localctl.images import condition_to_pil, to_pil
 from localctl.layout import Layout
 from localctl.masks import sample_mask
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, edge_scores

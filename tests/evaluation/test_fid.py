@@ -237,9 +237,9 @@ def test_score_says_everything_about_itself(
     assert (tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_bytes() == first
     images = tmp_path / "fid" / "with_prompts" / "images"
     problems = [
-        (lambda: (images / "000002.png").unlink(), "1 of 5 pictures in .* are missing .such as 000002.; run gen again"),
+        (lambda: (images / "000002.png").unlink(), "1 of 5 images in .* are missing .such as 000002.; run gen again"),
         (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "000002.png"), ""),
-        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 pictures in .* are not known"),
+        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 images in .* are not known"),
         (lambda: (images / "photo.png").unlink(), ""),
         (lambda: Image.new("RGB", (32, 64)).save(images / "000003.png"), "32x64"),
         (
@@ -284,19 +284,19 @@ def test_folders_and_adapters_of_other_settings_are_refused(
 ) -> None:
     assert evaluate_fid.main(["gen", *arguments]) == 0
     assert evaluate_fid.main(["gen", *arguments, "seed=1"]) == 2
-    assert "drawn with another seed;" in capsys.readouterr().err
+    assert "generated with another seed;" in capsys.readouterr().err
     path = tmp_path / "fid" / "with_prompts" / "settings.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"versions": settings["versions"] | {"torch": "0.1"}}))
     assert evaluate_fid.main(["gen", *arguments]) == 2
-    assert "drawn with another versions;" in capsys.readouterr().err
+    assert "generated with another versions;" in capsys.readouterr().err
     known = {"condition": ("channels_used", "palette_filter"), "mask": ("box_law",)}  # since later versions
     earlier = {name: {k: v for k, v in settings[name].items() if k not in keys} for name, keys in known.items()}
     path.write_text(json.dumps(settings | earlier))
     assert evaluate_fid.main(["gen", *arguments]) == 0
     capsys.readouterr()
     assert evaluate_fid.main(["gen", *arguments, "mask.box_law=corners"]) == 2
-    assert "drawn with another mask;" in capsys.readouterr().err
+    assert "generated with another mask;" in capsys.readouterr().err
     path.write_text(json.dumps(settings))
     assert evaluate_fid.main(["gen", *arguments, adapter, "condition=sobel"]) == 2
     assert "was trained on" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from localctl.evaluation.generated_set import SAID, read_pictures, read_set, read_speed
+from localctl.evaluation.generated_set import SAID, read_images, read_set, read_speed
 
 
 @pytest.mark.parametrize(
@@ -18,9 +18,9 @@ from localctl.evaluation.generated_set import SAID, read_pictures, read_set, rea
         ("timing/000000.json", "[]", read_speed),
         ("timing/000000.json", "{}", read_speed),
         ("timing/000000.json", json.dumps({"pictures": 1, "seconds": 0, "processes": 1}), read_speed),
-        ("ids/000000.json", "3", lambda folder: list(read_pictures(folder, ["000000"]))),
-        ("ids/000000.json", "{}", lambda folder: list(read_pictures(folder, ["000000"]))),
-        ("images/000000.png", "cut off", lambda folder: list(read_pictures(folder, ["000000"]))),
+        ("ids/000000.json", "3", lambda folder: list(read_images(folder, ["000000"]))),
+        ("ids/000000.json", "{}", lambda folder: list(read_images(folder, ["000000"]))),
+        ("images/000000.png", "cut off", lambda folder: list(read_images(folder, ["000000"]))),
     ],
 )
 def test_damaged_records_of_a_set_are_named(tmp_path: Path, name: str, text: str, read: Any) -> None:

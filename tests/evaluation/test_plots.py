@@ -1,50 +1,63 @@
+import sys
+
 import numpy as np
 import pytest
 
-from localctl.evaluation.plots import COLORS, Scale, bars, curves
+from localctl.evaluation.plots import COLORS, bars, curves
 from localctl.metrics.bootstrap import Interval
+
+pytest.importorskip("matplotlib")
 
 
 def at(value, half=0.05):
     return Interval(value, value - half, value + half, 9)
 
 
-def colored(picture, color):
+def colored(image, color):
     """(n, 2) rows and columns of the pixels of one colour."""
     rgb = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return np.argwhere((np.asarray(picture) == rgb).all(-1))
+    return np.argwhere((np.asarray(image) == rgb).all(-1))
 
 
 def test_bars_are_as_long_as_their_values():
-    picture = bars({"f1": {"a": at(0.2), "b": at(0.4), "c": None}})
-    widths = [np.ptp(colored(picture, COLORS[i])[:, 1]) for i in range(2)]
-    assert widths[1] == pytest.approx(2 * widths[0], abs=4) and len(colored(picture, COLORS[2])) == 0
+    image = bars({"f1": {"a": at(0.2), "b": at(0.4), "c": None}})
+    widths = [np.ptp(colored(image, COLORS[i])[:, 1]) for i in range(2)]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=4) and len(colored(image, COLORS[2])) == 0
     down = bars({"leak": {"a": at(-0.2), "b": at(0.2)}})
     assert colored(down, COLORS[0])[:, 1].max() <= colored(down, COLORS[1])[:, 1].min() + 1
 
 
 def test_curves_rise_with_their_values():
-    picture = curves({"a": {0.1: at(0.2), 1.0: at(0.6)}}, "x", "y", {"level": 0.4})
-    found = colored(picture, COLORS[0])
+    image = curves({"a": {0.1: at(0.2), 1.0: at(0.6)}}, "x", "y", {"level": 0.4})
+    found = colored(image, COLORS[0])
     found = found[found[:, 1] < 550]  # without the name beside it
     left, right = (found[found[:, 1] == x][:, 0].mean() for x in (found[:, 1].min() + 3, found[:, 1].max() - 3))
     assert right < left - 50
 
 
-def test_ticks_are_round_and_within():
-    for low, high in ((0, 1), (0.31, 0.37), (-4, 900), (28, 33)):
-        ticks = Scale(low, high, 0, 100).ticks
-        assert 3 <= len(ticks) <= 8 and low <= ticks[0] + 1e-9 and ticks[-1] <= high + 1e-9
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.37), (-4, 900), (28, 33)])
+def test_ticks_are_round_and_every_interval_is_seen(low, high):
+    panel = bars.__wrapped__({"f1": {"a": Interval((low + high) / 2, low, high, 9)}}).axes[0]
+    begin, end = panel.get_xlim()
+    ticks = [tick for tick in panel.get_xticks() if begin <= tick <= end]
+    assert begin <= min(low, 0) and high <= end
+    assert 3 <= len(ticks) <= 8 and all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in ticks)
 
 
-def test_nothing_to_draw_is_said():
+def test_nothing_to_plot_is_said():
     with pytest.raises(ValueError, match="no figure"):
         bars({"f1": {"a": None}})
     with pytest.raises(ValueError, match="above 0"):
         curves({"a": {0.0: at(1)}}, "x", "y")
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c"])
+def test_what_to_install_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ValueError, match=r'need matplotlib; run `pip install "localctl\[report\]"`'):
+        bars({"f1": {"a": at(0.2)}})
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "half \ud83d", "x" * 5000, "a\tb\u2028c", "$x^", "漢字"])
 def test_no_name_stops_a_figure(name):
     assert bars({name: {name: at(0.2)}}).size == bars({"f1": {"a": at(0.2)}}).size
     curves({name: {0.1: at(0.2), 1.0: at(0.6)}}, "x", "y", {name: 0.4})

@@ -17,6 +17,9 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
 def test_means_at_once_are_means_one_by_one(count: int) -> None:
     samples = np.random.default_rng(2).normal(size=count)
     assert bootstrap(samples) == bootstrap(samples, lambda rows: float(rows.mean()))
+    rng = np.random.default_rng(0)  # the stream that committed intervals were made with
+    means = [samples[rng.integers(count, size=count)].mean() for _ in range(2000)]
+    assert [bootstrap(samples).low, bootstrap(samples).high] == np.quantile(means, [0.025, 0.975]).tolist()
 
 
 def test_columns_stay_paired() -> None:

@@ -102,7 +102,7 @@ def test_every_distance_grows_with_damage() -> None:
 
 
 def test_too_few_rows_and_other_dimensions() -> None:
-    with pytest.raises(ValueError, match="at least 2 pictures on each side, not 1 and 5"):
+    with pytest.raises(ValueError, match="at least 2 images on each side, not 1 and 5"):
         kernel_distance(np.zeros((1, 3)), np.zeros((5, 3)))
     with pytest.raises(ValueError, match="with one d"):
         clip_mmd(np.zeros((4, 3)), np.zeros((5, 2)))

@@ -18,8 +18,14 @@ from torch import nn
 import localctl.metrics.extractors
 from localctl.files import sha256
 from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.efficientnet_lite import EfficientNetLite0, SameConv
-from localctl.metrics.extractors import LITE0_PACKAGE, MICRO_CLIP, ModuleExtractor, describe, load_extractor
+from localctl.metrics.extractors import (
+    LITE0_NETWORK,
+    LITE0_PACKAGE,
+    MICRO_CLIP,
+    ModuleExtractor,
+    describe,
+    load_extractor,
+)
 from localctl.metrics.statistics import FeatureStatistics, Statistics
 from localctl.metrics.weights import resize
 from localctl.micro.scenes import scene
@@ -98,24 +104,23 @@ def test_long_captions_are_cut_before_the_end_token_and_counted(clip: Clip, imag
 
 @pytest.mark.parametrize("captions", [[], None, ["one"], [None, None]])
 def test_captions_that_do_not_match(captions: Any, clip: Clip, images: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="captions for 2 pictures"):
+    with pytest.raises(ValueError, match="captions for 2 images"):
         CLIPScore(clip).update(images[:2], captions)
 
 
 def test_efficientnet_pads_as_tensorflow_and_loads_the_published_weights(images: np.ndarray) -> None:
-    conv = SameConv(1, 1, 3, 2, bias=False)
+    conv = pytest.importorskip(f"{LITE0_NETWORK}.utils").get_same_padding_conv2d(4)(1, 1, 3, stride=2, bias=False)
     nn.init.ones_(conv.weight)
     edge = torch.zeros(1, 1, 4, 4)
     edge[..., 0, 0] = 1
     assert conv(edge)[0, 0].tolist() == [[1, 0], [0, 0]]  # padded below and to the right
     edge[..., 0, 0], edge[..., 3, 3] = 0, 1
     assert conv(edge)[0, 0].tolist() == [[0, 0], [0, 1]]
-    state = EfficientNetLite0().state_dict()
-    assert len(state) == 296 and state["_blocks.4._depthwise_conv.weight"].shape == (240, 1, 5, 5)
     pytest.importorskip(LITE0_PACKAGE)
     extractor = load_extractor("efficientnet_lite0")
     features = extractor(images[:3])
     assert features.shape == (3, 1280) and extractor.weights_sha256.startswith("57934424")
+    assert float(features[0, 2]) == pytest.approx(1.0009968, abs=1e-4)  # as committed figures were measured
     noisy = (images[:3] + np.random.default_rng(0).normal(0, 60, images[:3].shape)).clip(0, 255).astype(np.uint8)
     near, far = ((features - extractor(other)).norm() for other in (images[:3] // 2 * 2, noisy))
     assert 0 < near < far / 3

@@ -1,14 +1,20 @@
 """Regions, relations and leak: drawn shapes with known answers, and the embedded base's own reader on true scenes."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from localctl.boxes import box_iou
-from localctl.metrics.detection import Found, best_matches, micro_shapes, transformers_detector
+from localctl import metrics
+from localctl.boxes import Found, box_iou
+from localctl.data import MicroScenes
+from localctl.metrics.detection import best_matches, transformers_detector
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy
+from localctl.micro.detect import find_objects, find_shapes, truth_of
 from localctl.micro.scenes import scene
 
 IMAGE = np.zeros((100, 100, 3), np.uint8)
@@ -48,7 +54,12 @@ def test_what_is_not_found_is_zero_and_said() -> None:
 
 
 def test_true_scenes_and_others() -> None:
-    right, wrong, related, turned = RegionAccuracy(), RegionAccuracy(), RelationAccuracy(), RelationAccuracy()
+    right, wrong, related, turned = (
+        RegionAccuracy(find_objects),
+        RegionAccuracy(find_objects),
+        RelationAccuracy(find_objects),
+        RelationAccuracy(find_objects),
+    )
     scenes = [scene(i, "basic", "test") for i in range(60)]
     for item, other in zip(scenes, scenes[1:] + scenes[:1], strict=True):
         regions = [Found(o.phrase, o.box) for o in item.objects]
@@ -94,11 +105,11 @@ def test_leak_is_what_the_base_does_not_draw_anyway() -> None:
 
 def test_leak_reads_shapes_where_colours_are_free() -> None:
     item = scene(3, "basic", "test")
-    metric = Leak()
+    metric = Leak(find_shapes)
     blank = np.full_like(item.image, 128)
     metric.update(item.image[..., ::-1].copy(), blank, [Found(o.shape, o.box) for o in item.objects])
     assert metric.compute()["leak"] == 1
-    assert {found.label for found in micro_shapes(item.image)} == {o.shape for o in item.objects}
+    assert {found.label for found in find_shapes(item.image)} == {o.shape for o in item.objects}
 
 
 @pytest.mark.parametrize("task", ["object-detection", "zero-shot-object-detection"])
@@ -123,6 +134,36 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="must be uint8"):
         RegionAccuracy(finds()).update(IMAGE / 255, [])
     with pytest.raises(ValueError, match=r"in \(0, 1\], not 0"):
-        RegionAccuracy(threshold=0)
+        RegionAccuracy(finds(), threshold=0)
     with pytest.raises(ValueError, match=r"in \(0, 1\], not 2"):
-        Leak(threshold=2)
+        Leak(finds(), threshold=2)
+
+
+def test_examples_of_known_content_bring_their_truth_and_who_finds_it() -> None:
+    scenes = MicroScenes("test", count=12)
+    for index in range(12):
+        truth, item = scenes[index].truth, scene(index, "basic", "test")
+        assert truth is not None and truth == truth_of(item)
+        assert [found.label for found in truth.objects] == [thing.phrase for thing in item.objects]
+        assert [found.label for found in truth.shapes] == [thing.shape for thing in item.objects]
+        assert (truth.relation is None) == (item.relation is None)
+        if truth.relation is not None:
+            metric = RelationAccuracy(truth.find)
+            metric.update(item.image, *truth.relation)
+            assert metric.compute()["accuracy"] == 1
+
+
+def test_without_a_detector_the_reader_of_micro_scenes_is_meant_for_one_version() -> None:
+    with pytest.warns(DeprecationWarning, match="localctl.micro.detect.find_objects"):
+        assert RegionAccuracy().detector is find_objects
+    with pytest.warns(DeprecationWarning, match="localctl.micro.detect.find_shapes"):
+        assert Leak().detector is find_shapes
+
+
+def test_metrics_and_photos_load_no_micro() -> None:
+    """Nothing that measures photos loads the toy base, its scenes or their reader."""
+    modules = [f"localctl.metrics.{path.stem}" for path in Path(metrics.__file__).parent.glob("[a-z]*.py")]
+    modules += ["localctl.evaluation.plain", "localctl.evaluation.compare", "localctl.evaluation.fid"]
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "localctl.metrics.clip" in loaded and "localctl.micro." not in loaded

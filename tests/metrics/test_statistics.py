@@ -81,7 +81,7 @@ def test_metrics_go_on_after_compute_and_reset_and_travel() -> None:
     part.update(features()[0][20:], features()[1][20:])
     assert close(part.statistics().gaussian()[1], whole.statistics().gaussian()[1])
     part.reset()
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         part.compute()
 
 
@@ -118,7 +118,7 @@ def test_small_sets_are_warned_about_with_their_own_halves() -> None:
 
 def test_few_pictures_strange_features_and_other_extractors_are_errors() -> None:
     rows = np.random.default_rng(0).normal(size=(8, 3))
-    with pytest.raises(ValueError, match="at least 2 pictures on each side, not"):
+    with pytest.raises(ValueError, match="at least 2 images on each side, not"):
         distances(statistics(rows), statistics(rows[:1]))
     for change in ({"weights_sha256": "cd"}, {"extractor": "other"}):
         with pytest.raises(ValueError, match="extract both with the same"):

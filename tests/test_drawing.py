@@ -1,13 +1,16 @@
-"""Outlines, contact sheets and the labels on them."""
+"""Outlines, regions, heat maps, contact sheets and the labels on them."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
-from localctl import labels
-from localctl.images import captioned, grid, outline
-from localctl.labels import LINE, brief, fitted, one_line
+from localctl import drawing, images
+from localctl.drawing import LINE, captioned, fitted, grid, outline, overlay_heat, render_layout, write_beside
+from localctl.labels import brief, one_line
+from localctl.layout import Layout, Region
+
+LEFT = (0.0, 0.0, 0.5, 1.0)
 
 CAPTIONS = (
     *("one\ntwo", "one\r\ntwo\n\nthree\n", "\t\ttabs\t", "\n" * 5000, "x" * 5000, "wide words " * 10_000),
@@ -35,7 +38,7 @@ def test_outline_of_full_empty_and_wrong_masks() -> None:
     frame = (np.asarray(outline(gray, torch.ones(1, 10, 20))) != np.asarray(gray)).any(axis=-1)
     assert frame[0].all() and frame[:, -1].all() and not frame[1:-1, 1:-1].any()
     assert np.array_equal(np.asarray(outline(gray, torch.zeros(1, 10, 20))), np.asarray(gray))
-    with pytest.raises(ValueError, match="mask is 10x20 but the picture is 20x10"):
+    with pytest.raises(ValueError, match="mask is 10x20 but the image is 20x10"):
         outline(gray, torch.ones(1, 20, 10))
 
 
@@ -90,14 +93,72 @@ def test_a_caption_of_several_lines_is_one_line_of_words() -> None:
 
 def test_long_captions_are_not_measured_letter_by_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    length = labels._length
-    monkeypatch.setattr(labels, "_length", lambda text: (measured.append(len(text)), length(text))[1])
+    length = drawing._length
+    monkeypatch.setattr(drawing, "_length", lambda text: (measured.append(len(text)), length(text))[1])
     assert fitted("word " * 20_000, 300).endswith("...")
     assert len(measured) < 20 and max(measured) < 2_100
 
 
 def test_grid_refuses_nonsense() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         grid([[]])
     with pytest.raises(ValueError, match="labels for 1 columns"):
         grid([[Image.new("RGB", (12, 8))]], ["a", "b"])
+
+
+def test_every_region_of_a_layout_is_shown() -> None:
+    disc = Region.disc("dog", (0.7, 0.5), 0.3)
+    layout = Layout("a cat, a dog", 64, 128, (Region("cat", LEFT), disc))
+    shown = np.asarray(render_layout(layout))
+    assert shown.shape == (64, 128, 3) and len(np.unique(shown.reshape(-1, 3), axis=0)) >= 3
+    gray = Image.new("RGB", (96, 48), "gray")
+    assert render_layout(layout, gray).size == (96, 48) and gray.getcolors() == [(96 * 48, (128, 128, 128))]
+    with pytest.warns(DeprecationWarning, match="render_layout"):
+        assert np.array_equal(np.asarray(layout.draw()), shown)
+
+
+def test_a_name_at_the_edge_is_shown_whole() -> None:
+    def letters(box: tuple[float, float, float, float]) -> int:
+        layout = Layout("an old sailboat", 64, 128, (Region("old sailboat", box),))
+        shown = np.asarray(render_layout(layout, Image.new("RGB", (128, 64)))).astype(int)
+        return int((shown.sum(axis=2) > 3 * 200).sum())  # the white behind them
+
+    assert letters((0.8, 0.8, 1.0, 1.0)) == pytest.approx(letters((0.1, 0.2, 0.4, 0.9)), rel=0.1)
+
+
+def test_names_of_regions_that_cover_each_other_are_all_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[tuple[int, int, int, int]]] = []
+    monkeypatch.setattr(drawing, "write_beside", lambda *args: (write_beside(*args), taken.append(args[-1])))
+    words = ["apple", "bird", "cup", "door", "egg", "fox", "gate", "hat"]
+    for box in ((0.0, 0.0, 1.0, 1.0), (0.4, 0.45, 0.6, 0.55), (0.9, 0.9, 1.0, 1.0)):
+        image = render_layout(Layout(" ".join(words), 128, 128, tuple(Region(word, box) for word in words)))
+        boxes = taken[-1]
+        assert len(boxes) == 8
+        for i, (left, top, right, bottom) in enumerate(boxes):
+            assert left >= 0 and top >= 0 and right < image.width and bottom < image.height
+            assert not any(left <= r and x <= right and top <= b and y <= bottom for x, y, r, b in boxes[:i])
+
+
+def test_more_names_than_there_is_room_for() -> None:
+    words = [f"word{i}" for i in range(120)]
+    layout = Layout(" ".join(words), 64, 64, tuple(Region(word, (0.0, 0.0, 1.0, 1.0)) for word in words))
+    assert render_layout(layout).size == (64, 64)
+    long = "a caption\nof two lines, and far wider than the image " * 40
+    assert render_layout(Layout(long, 64, 64, (Region(long, LEFT),))).size == (64, 64)
+
+
+def test_heat_is_laid_over_the_image_on_its_own_scale() -> None:
+    heat = torch.zeros(4, 4)
+    heat[0, 0] = 0.1
+    shown = np.asarray(overlay_heat(Image.new("RGB", (32, 32)), heat)).astype(int).sum(axis=-1)
+    assert shown[:4, :4].min() > shown[16:, 16:].max()
+    assert np.array_equal(
+        shown, np.asarray(overlay_heat(Image.new("RGB", (32, 32)), 7 * heat)).astype(int).sum(axis=-1)
+    )
+
+
+def test_painting_is_still_found_where_it_was() -> None:
+    with pytest.warns(DeprecationWarning, match=r"localctl\.images\.grid is now localctl\.drawing\.grid"):
+        assert images.grid is grid
+    with pytest.raises(AttributeError, match="nothing"):
+        images.nothing  # noqa: B018

@@ -1,0 +1,203 @@
+"""Everything that paints: outlines, labels, regions, heat maps and contact sheets.
+
+Labels are anybody's captions: whatever they hold, each is one line that fits its place.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import ceil
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from localctl.labels import MOST, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from localctl.layout import Layout
+
+LINE = 14  # px from one line to the next
+MOST_MOVED = 40  # labels in one image for which another place is looked for
+REGION_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
+SMALLEST = 256  # px; smaller images with regions are enlarged, so that words fit under them
+
+Box = tuple[int, int, int, int]
+
+
+def outline(image: Image.Image, mask: Tensor, color: str = "magenta") -> Image.Image:
+    """Paint the inner border of ``mask`` (1,H,W) or (H,W) on a copy of ``image``; 1 = controlled, cut at 0.5.
+
+    ValueError when the sizes differ.
+    """
+    inside = (mask.detach().float().cpu().reshape(mask.shape[-2:]).numpy() >= 0.5).astype(np.uint8)
+    if inside.shape != (image.height, image.width):
+        raise ValueError(
+            f"The mask is {inside.shape[1]}x{inside.shape[0]} but the image is {image.width}x{image.height}."
+        )
+    width = max(1, min(inside.shape) // 128)
+    # Outside the image counts as outside the mask, so that a full mask shows as a frame.
+    kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    core = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    border = Image.fromarray((inside - core) * 255)
+    result = image.convert("RGB")
+    result.paste(color, (0, 0, *result.size), border)
+    return result
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    pad: int = 4,
+) -> Image.Image:
+    """Compose a contact sheet: rows of images on white, labels over the columns and a caption line over each row.
+
+    Every cell has the size of the largest image, smaller ones are centred; rows may differ in length. Labels too long
+    for their place end in "...". ValueError for no image at all or more labels than columns or rows.
+    """
+    images = [image for row in rows for image in row]
+    if not images:
+        raise ValueError("A contact sheet needs at least one image.")
+    columns = max(len(row) for row in rows)
+    if len(column_labels) > columns or len(row_labels) > len(rows):
+        raise ValueError(f"{len(column_labels)} x {len(row_labels)} labels for {columns} columns and {len(rows)} rows.")
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    head, caption = (LINE if column_labels else 0), (LINE if row_labels else 0)
+    row_height = caption + height + pad
+    sheet = Image.new("RGB", (pad + columns * (width + pad), pad + head + len(rows) * row_height), "white")
+    for column, label in enumerate(column_labels):
+        write(sheet, (pad + column * (width + pad), 1), label, width)
+    for index, row in enumerate(rows):
+        top = pad + head + index * row_height
+        if index < len(row_labels):
+            write(sheet, (pad, top), row_labels[index], sheet.width - 2 * pad)
+        for column, image in enumerate(row):
+            left = pad + column * (width + pad) + (width - image.width) // 2
+            sheet.paste(image.convert("RGB"), (left, top + caption + (height - image.height) // 2))
+    return sheet
+
+
+def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """Put ``image`` on white with lines of text under it; those too long for its width end in "..."."""
+    result = Image.new("RGB", (image.width, image.height + LINE * len(lines)), "white")
+    result.paste(image.convert("RGB"))
+    for index, text in enumerate(lines):
+        write(result, (2, image.height + LINE * index + 1), text, image.width - 4)
+    return result
+
+
+def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Image:
+    """Paint the regions' outlines and phrases on a copy of ``image``, or on white with a frame. No phrase covers
+    another; one for which there is no room is left out."""
+    height, width = layout.size or (512, 512)
+    result = Image.new("RGB", (width, height), "white") if image is None else image.convert("RGB")
+    if image is None:
+        ImageDraw.Draw(result).rectangle((0, 0, width - 1, height - 1), outline="lightgray")
+    masks = layout.masks((result.height, result.width), "area")
+    taken: list[Box] = []
+    for index, mask in enumerate(masks):
+        result = outline(result, mask / mask.max(), REGION_COLORS[index % len(REGION_COLORS)])
+    for index, (region, mask) in enumerate(zip(layout.regions, masks, strict=True)):  # above all outlines
+        rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
+        corner = (int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2)
+        write_beside(result, corner, region.phrase or "-", REGION_COLORS[index % len(REGION_COLORS)], taken)
+    return result
+
+
+def region_sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    layouts: Sequence[Layout],
+    columns: Sequence[str],
+    captions: Sequence[str],
+    read: Callable[[Image.Image, Layout], Sequence[str]] | None = None,
+) -> Image.Image:
+    """Compose a labelled sheet of images with the outlines of their row's layout, and under each the lines that
+    ``read`` makes of it."""
+    cells: list[list[Image.Image]] = []
+    for row, layout in zip(rows, layouts, strict=True):
+        cells.append([])
+        for image in row:
+            factor = -(-SMALLEST // image.width)
+            shown = render_layout(layout, image.resize((factor * image.width, factor * image.height)))
+            cells[-1].append(captioned(shown, read(image, layout)) if read else shown)
+    return grid(cells, columns, captions)
+
+
+def overlay_heat(image: Image.Image, heat: Tensor) -> Image.Image:
+    """Lay ``heat`` (h,w), scaled from 0 to its own maximum and stretched, over ``image``."""
+    scaled = (heat / heat.max() * 255).clamp(0, 255).byte().numpy()
+    scaled = cv2.resize(scaled, image.size, interpolation=cv2.INTER_CUBIC)
+    mixed = 0.4 * np.asarray(image.convert("RGB"), dtype=np.float32) + 0.6 * heat_colors(scaled)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def heat_colors(values: np.ndarray) -> np.ndarray:
+    """Colour uint8 (H,W) from black over red to yellow: uint8 (H,W,3) RGB."""
+    return cv2.applyColorMap(values, cv2.COLORMAP_INFERNO)[..., ::-1]
+
+
+def fitted(text: str, width: int) -> str:
+    """Shorten ``text`` to one line of at most ``width`` pixels, ending in "..." where it was cut."""
+    text = one_line(text)
+    if len(text) <= MOST and _length(text) <= width:
+        return text
+    # the number of letters after which it no longer fits; the text is measured a dozen times, not once per letter
+    fits = bisect_right(range(1, len(text)), width, key=lambda letters: ceil(_length(text[:letters] + "...")))
+    return text[:fits] + "..."
+
+
+def write(image: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
+    """Write ``text`` in black into ``image``, shortened to ``width`` pixels."""
+    ImageDraw.Draw(image).text(place, fitted(text, width), fill="black", font=_font())
+
+
+def write_beside(image: Image.Image, wanted: tuple[int, int], text: str, color: str, taken: list[Box]) -> None:
+    """Write a label on white at ``wanted`` (x, y) or as near to it as it lies inside the image and on none of the
+    ``taken`` boxes, to which its own is added. Where there is no such place, it is left out."""
+    text = fitted(text, image.width - 2)
+    pen, font = ImageDraw.Draw(image), _font()
+    _, _, right, bottom = (round(side) for side in pen.textbbox((0, 0), text, font=font))
+    room = (image.width - right - 1, image.height - bottom - 1)
+    place = _free_place(wanted, (right, bottom), taken, room)
+    if place is None:
+        return
+    pen.rectangle(pen.textbbox(place, text, font=font), fill="white")
+    pen.text(place, text, fill=color, font=font)
+    taken.append((place[0], place[1], place[0] + right, place[1] + bottom))
+
+
+def _free_place(
+    wanted: tuple[int, int], size: tuple[int, int], taken: Sequence[Box], room: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The nearest (x, y) to ``wanted`` where a box of ``size`` (w, h) meets none of ``taken``; None = nowhere.
+
+    room: the largest x and y. Tried are the edges of the image and of what is taken: if there is room, it is there.
+    """
+    corner = tuple(max(0, min(value, most)) for value, most in zip(wanted, room, strict=True))
+    boxes = np.array(taken, dtype=int).reshape(-1, 4)
+    few = boxes[:0] if len(taken) > MOST_MOVED else boxes
+    axes = []
+    for axis in (0, 1):
+        sides = [corner[axis], 0, room[axis], *(few[:, axis + 2] + 1), *(few[:, axis] - size[axis] - 1)]
+        axes.append(np.unique([side for side in sides if 0 <= side <= max(0, room[axis])]))
+    places = np.array(np.meshgrid(*axes)).reshape(2, -1).T  # (n,2)
+    places = places[np.argsort(np.abs(places - corner).sum(axis=1), kind="stable")]
+    (x,), (y,) = np.split(places.T[..., None], 2)  # (n,1) each, against (m,)
+    apart = (x > boxes[:, 2]) | (x + size[0] < boxes[:, 0]) | (y > boxes[:, 3]) | (y + size[1] < boxes[:, 1])
+    free = apart.all(axis=1).nonzero()[0]
+    return None if not len(free) else (int(places[free[0], 0]), int(places[free[0], 1]))
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default()
+
+
+def _length(text: str) -> float:
+    return _font().getlength(text)
