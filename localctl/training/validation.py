@@ -19,6 +19,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.local_adapter import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
+from localctl.diffusion import reconstruct
 from localctl.files import write_bytes
 from localctl.images import condition_to_pil, grid, outline, to_pil
 from localctl.layout import Layout
@@ -160,7 +161,9 @@ class Validator:
         """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
         if not self.scored:
             return References(unscored(len(self.cases)), unscored(len(self.cases)))
-        return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
+        base = self._score(self._generate(None, beat))
+        passed = [to_pil(reconstruct(self.models.vae, case.example.pixels[None])[0]) for case in self.cases]
+        return References(base, self._score(passed))
 
     def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
         def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -185,15 +188,6 @@ class Validator:
                 guidance_scale=self.config.guidance_scale,
                 callback_on_step_end=after_step,
             ).images
-        return pictures
-
-    @torch.no_grad()
-    def _round_trip(self) -> list[Image.Image]:
-        vae = self.models.vae
-        pictures = []
-        for case in self.cases:
-            pixels = case.example.pixels[None].to(vae.device, vae.dtype)
-            pictures.append(to_pil(vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]))
         return pictures
 
     def _score(self, pictures: Sequence[Image.Image]) -> Fidelity:
