@@ -105,7 +105,11 @@ def _evaluation(run: Finished) -> list[EvalResult]:
     if run.result is None or not run.result.fidelity.scored:
         return []
     name = _shown(run.settings.data.name)
-    common = {"task_type": "text-to-image", "dataset_type": name, "dataset_name": f"{name}, held-out examples"}
+    common: dict[str, Any] = {
+        "task_type": "text-to-image",
+        "dataset_type": name,
+        "dataset_name": f"{name}, held-out examples",
+    }
     metrics = ("f1", "precision", "recall")
     values = {metric: round(getattr(run.result.fidelity, metric), 3) for metric in metrics}
     return [EvalResult(**common, metric_type=m, metric_name=f"{m} of edges in the mask", metric_value=values[m])
