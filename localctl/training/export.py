@@ -69,13 +69,13 @@ def model_card(run: Finished) -> str:
     """Write the model card: Markdown with the metadata block that the Hugging Face hub reads."""
     settings, condition, base = run.settings, run.settings.condition, _shown(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
-    title = f"Local {condition.kind} adapter for {base}"
+    title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
     metadata = ModelCardData(
         library_name="diffusers",
         base_model=None if is_local(place) else place,  # the hub refuses what is not an id
         tags=["t2iadapter", "localctl", "text-to-image", "diffusers-training", condition.kind],
-        model_name=title,
-        eval_results=_evaluation(run),
+        model_name=title if evaluation else None,  # of the figures
+        eval_results=evaluation or None,
     )
     body = f"""# {title}
 
@@ -104,16 +104,15 @@ def _evaluation(run: Finished) -> list[EvalResult]:
     """The figures of the last validation as the hub reads them."""
     if run.result is None or not run.result.fidelity.scored:
         return []
-    name = _shown(run.settings.data.name)
-    common: dict[str, Any] = {
-        "task_type": "text-to-image",
-        "dataset_type": name,
-        "dataset_name": f"{name}, held-out examples",
-    }
-    metrics = ("f1", "precision", "recall")
-    values = {metric: round(getattr(run.result.fidelity, metric), 3) for metric in metrics}
-    return [EvalResult(**common, metric_type=m, metric_name=f"{m} of edges in the mask", metric_value=values[m])
-            for m in metrics]  # fmt: skip
+    name, measured = _shown(run.settings.data.name), run.result.fidelity
+    about: dict[str, Any] = {"task_type": "text-to-image", "dataset_type": name, "dataset_name": f"{name}, held out"}
+    values = {"f1": measured.f1, "precision": measured.precision, "recall": measured.recall}
+    return [
+        EvalResult(
+            **about, metric_type=metric, metric_name=f"{metric} of edges in the mask", metric_value=round(value, 3)
+        )
+        for metric, value in values.items()
+    ]
 
 
 def _figures(run: Finished) -> str:
