@@ -158,7 +158,7 @@ def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = 
 
 
 def latent_size(height: int, width: int, factor: int = 8) -> tuple[int, int]:
-    """(h, w) of the latents of a ``height`` x ``width`` picture: sizes that ``factor`` does not divide round up."""
+    """(h, w) of the latents of a ``height`` x ``width`` image: sizes that ``factor`` does not divide round up."""
     return math.ceil(height / factor), math.ceil(width / factor)
 
 

@@ -76,7 +76,7 @@ def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
 
 
 def brings_masks(source: Source) -> bool:
-    """Whether examples come with their own masks; without, masks are drawn."""
+    """Whether examples come with their own masks; without, masks are sampled."""
     return isinstance(source, FileSource) and source.rows.has_masks
 
 
@@ -97,7 +97,7 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
         settings.dataloader_num_workers,
         batch_sampler=sampler,
         collate_fn=collate,
-        generator=generator(settings.seed, "loader"),  # or the loader would draw from the global random state
+        generator=generator(settings.seed, "loader"),  # or the loader would use the global random state
     )
 
 

@@ -38,7 +38,7 @@ from localctl.training.resume import check_unchanged, describe
 from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
-from localctl.training.step import StepOutput, draw, training_step
+from localctl.training.step import StepOutput, sample_noise, training_step
 from localctl.training.summary import announcement, short_of_room
 from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.validation import Fidelity, Validator
@@ -245,10 +245,10 @@ class Run:
             keys += batch.keys
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]
-            draws = draw(batch, models.latent_shape(height, width), settings).to(accelerator.device)
+            sampled = sample_noise(batch, models.latent_shape(height, width), settings).to(accelerator.device)
             with accelerator.accumulate(models.adapter):
                 with accelerator.autocast():
-                    outputs.append(training_step(batch, models, settings, draws))
+                    outputs.append(training_step(batch, models, settings, sampled))
                 accelerator.backward(outputs[-1].loss)
         for output in outputs:
             state.stats.add(output)

@@ -94,7 +94,7 @@ class Models:
         return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of pictures of this size."""
+        """(c, h, w) of the latents of images of this size."""
         return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
 
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
@@ -121,17 +121,17 @@ class Models:
         return TextStates.join(parts)
 
     def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's pictures."""
+        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's images."""
         height, width = batch.pixels.shape[-2:]
         sizes = batch.sizes or (None,) * len(batch)
         return unet_arguments(self.text_states(captions), time_ids(sizes, (height, width)) if self.xl else None)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError for pictures of a size that the adapter cannot take."""
+        """ValueError for images of a size that the adapter cannot take."""
         multiple = self.plain_adapter.size_multiple
         if height % multiple or width % multiple:
             raise ValueError(
-                f"The pictures are {width}x{height} pixels (width x height), but this adapter needs multiples of "
+                f"The images are {width}x{height} pixels (width x height), but this adapter needs multiples of "
                 f"{multiple}; choose another resolution."
             )
 

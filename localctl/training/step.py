@@ -25,8 +25,8 @@ _GATHERED = ("timesteps", *_TERMS, "feature_mean", "feature_var")  # of each sam
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What chance decides in a step, one row per sample.
+class StepNoise:
+    """What is random in a step, one row per sample.
 
     posterior (B,c,h,w): noise of the VAE's latents. noise (B,c,h,w): of the diffusion. uniform (B,) float64 in [0,1):
     becomes the timestep. empty_prompt (B,) bool: the caption is dropped.
@@ -37,14 +37,14 @@ class Draws:
     uniform: Tensor
     empty_prompt: Tensor
 
-    def to(self, device: torch.device | str) -> Draws:
-        """The same draws on ``device``."""
-        return Draws(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+    def to(self, device: torch.device | str) -> StepNoise:
+        """The same on ``device``."""
+        return StepNoise(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
-def draw(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> Draws:
-    """The draws of ``batch``, keyed by (seed, what for, epoch, key of the sample): the same whatever else is in the
-    batch, whoever computes it, and after any resume."""
+def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> StepNoise:
+    """Sample what is random in a step of ``batch``, keyed by (seed, what for, epoch, key of the sample): the same
+    whatever else is in the batch, whoever computes it, and after any resume."""
     visits = list(zip(batch.epochs, batch.keys, strict=True))
     seed = settings.seed
 
@@ -55,7 +55,7 @@ def draw(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettin
         numbers = [torch.rand((), generator=generator(seed, purpose, *visit), dtype=torch.float64) for visit in visits]
         return torch.stack(numbers)
 
-    return Draws(
+    return StepNoise(
         posterior=normal("posterior"),
         noise=normal("noise"),
         uniform=uniform("timestep"),
@@ -75,15 +75,15 @@ class StepOutput:
     feature_var: Tensor
 
 
-def training_step(batch: Batch, models: Models, settings: TrainSettings, draws: Draws) -> StepOutput:
-    """The loss of ``batch`` under ``draws``, a pure function of its arguments; all tensors on the models' device.
+def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled: StepNoise) -> StepOutput:
+    """The loss of ``batch`` under ``sampled``, a pure function of its arguments; all tensors on the models' device.
 
     Only the adapter gets gradients, and they reach it through the frozen U-Net.
     """
-    latents = models.encode(batch, draws.posterior)  # (B,c,h,w)
-    timesteps = timesteps_from_uniform(draws.uniform, models.num_train_timesteps, settings.timestep_sampling)
-    sample = add_noise(latents, draws.noise, timesteps, models.alphas_cumprod)
-    dropped = draws.empty_prompt.tolist()
+    latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
+    timesteps = timesteps_from_uniform(sampled.uniform, models.num_train_timesteps, settings.timestep_sampling)
+    sample = add_noise(latents, sampled.noise, timesteps, models.alphas_cumprod)
+    dropped = sampled.empty_prompt.tolist()
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level

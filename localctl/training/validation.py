@@ -1,4 +1,4 @@
-"""Pictures of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
+"""Images of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its picture, and the prompt it is generated
+    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its image, and the prompt it is generated
     with: its caption, or nothing."""
 
     example: Example
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean over the cases: how well the pictures' edges inside the mask are those of the real ones. All NaN where no
+    """Mean over the cases: how well the images' edges inside the mask are those of the real ones. All NaN where no
     mask holds enough edges to say so."""
 
     f1: float
@@ -129,7 +129,7 @@ def validation_row(fidelity: Fidelity, references: References) -> dict[str, floa
 
 
 class Validator:
-    """Draws the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
+    """Generates the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
     and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
 
     def __init__(self, models: Models, settings: TrainSettings, source: Source) -> None:
@@ -146,19 +146,19 @@ class Validator:
         """How many denoising steps a :meth:`run` makes."""
         return math.ceil(len(self.cases) / self.config.batch_size) * self.config.num_inference_steps
 
-    def edges_of(self, picture: Image.Image) -> np.ndarray:
+    def edges_of(self, image: Image.Image) -> np.ndarray:
         """Edges (H,W) bool, by which every kind of condition is scored."""
-        return edges_of(self.edge_condition, picture)
+        return edges_of(self.edge_condition, image)
 
     def run(self, beat: Beat = nothing) -> ValidationResult:
-        """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
-        and may raise to give up."""
-        pictures = self._generate(self.models.plain_adapter, beat)
-        fidelity = self._score(pictures)
-        return ValidationResult(fidelity, self._sheet(pictures, fidelity))
+        """Generate all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising
+        step, and may raise to give up."""
+        images = self._generate(self.models.plain_adapter, beat)
+        fidelity = self._score(images)
+        return ValidationResult(fidelity, self._sheet(images, fidelity))
 
     def references(self, beat: Beat = nothing) -> References:
-        """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+        """Generate all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
         if not self.scored:
             return References(unscored(len(self.cases)), unscored(len(self.cases)))
         base = self._score(self._generate(None, beat))
@@ -170,7 +170,7 @@ class Validator:
             beat()
             return values
 
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for start in range(0, len(self.cases), self.config.batch_size):
             cases = self.cases[start : start + self.config.batch_size]
             height, width = cases[0].mask.shape[-2:]
@@ -178,7 +178,7 @@ class Validator:
             if adapter is not None:
                 condition = torch.stack([case.example.condition for case in cases])
                 controls = [LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in cases]))]
-            pictures += generate(
+            images += generate(
                 self.models.pipe,
                 [Layout(case.prompt, height, width) for case in cases],
                 controls,
@@ -188,23 +188,23 @@ class Validator:
                 guidance_scale=self.config.guidance_scale,
                 callback_on_step_end=after_step,
             ).images
-        return pictures
+        return images
 
-    def _score(self, pictures: Sequence[Image.Image]) -> Fidelity:
+    def _score(self, images: Sequence[Image.Image]) -> Fidelity:
         if not self.scored:
             return unscored(len(self.cases))
-        pairs = zip(self.cases, pictures, strict=True)
+        pairs = zip(self.cases, images, strict=True)
         return Fidelity.of([edge_scores(self.edges_of(p), case.edges, case.mask[0].numpy() > 0.5) for case, p in pairs])
 
-    def _sheet(self, pictures: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
+    def _sheet(self, images: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
         rows, labels = [], []
-        for case, picture, f1 in list(zip(self.cases, pictures, fidelity.per_case, strict=True))[: self.config.rows]:
+        for case, image, f1 in list(zip(self.cases, images, fidelity.per_case, strict=True))[: self.config.rows]:
             seen = self.condition if self.condition.kind in FROM_PICTURE else self.edge_condition
             rows.append(
                 [
                     outline(condition_to_pil(case.example.condition), case.mask),
-                    outline(picture, case.mask),
-                    outline(condition_to_pil(extract(seen, np.asarray(picture))), case.mask),
+                    outline(image, case.mask),
+                    outline(condition_to_pil(extract(seen, np.asarray(image))), case.mask),
                     to_pil(case.example.pixels),
                 ]
             )
@@ -218,14 +218,14 @@ def edge_condition(condition: ConditionConfig) -> ConditionConfig:
     return condition if condition.kind == "canny" else ConditionConfig(kind="canny")
 
 
-def edges_of(config: ConditionConfig, picture: Image.Image) -> np.ndarray:
+def edges_of(config: ConditionConfig, image: Image.Image) -> np.ndarray:
     """Edges (H,W) bool."""
-    return extract(config, np.asarray(picture))[0].numpy() > 0.5
+    return extract(config, np.asarray(image))[0].numpy() > 0.5
 
 
 def choose_cases(source: Source, settings: TrainSettings) -> list[Case]:
-    """The first ``validation.count`` usable examples whose mask, drawn from ``validation.seed``, holds enough edges to
-    be scored; where there is none such, the first usable ones. ValueError when none is usable."""
+    """Choose the first ``validation.count`` usable examples whose mask, sampled with ``validation.seed``, holds enough
+    edges to be scored; where there is none such, the first usable ones. ValueError when none is usable."""
     config, edges = settings.validation, edge_condition(settings.condition)
     cases: list[Case] = []
     others: list[Case] = []

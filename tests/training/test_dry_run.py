@@ -15,7 +15,7 @@ from localctl.pipelines import BaseConfig
 from localctl.training.adapters import plan_adapter
 from localctl.training.cost import Estimator, OperationWatch, count_step, report
 from localctl.training.models import load_models
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 
 PARAMETERS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
@@ -50,7 +50,7 @@ def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
     models.vae.set_attn_processor(eager_attention())
     batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
     batch = replace(batch, mask=torch.ones_like(batch.mask))
-    draws = draw(batch, models.latent_shape(128, 128), settings)
+    draws = sample_noise(batch, models.latent_shape(128, 128), settings)
     models.text_states([*batch.captions, ""])  # remembered: no text encoder in what follows
     with FlopCounterMode(display=False) as encoder:
         models.encode(batch, draws.posterior)

@@ -128,15 +128,15 @@ def test_a_signal_to_one_is_heard_while_the_other_validates(sd_folder, tmp_path)
 
 def nan_on_one(base, folder):
     run_data.make_source = small_pictures
-    draw = loop.draw
+    sample_noise = loop.sample_noise
 
     def poisoned(batch, *more):
-        made = draw(batch, *more)
+        made = sample_noise(batch, *more)
         if os.environ["RANK"] == "1":
             made.noise[1] = torch.nan
         return made
 
-    loop.draw = poisoned
+    loop.sample_noise = poisoned
     run = silent_run(settings_for(base, folder, "none", 2, max_train_steps=2))
     before = weights(run)
     try:

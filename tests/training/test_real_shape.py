@@ -17,7 +17,7 @@ from localctl.training.adapters import plan_adapter
 from localctl.training.cost import GIB, Estimator
 from localctl.training.models import Models
 from localctl.training.optimizer import make_optimizer, optimizer_class
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 
 SIDE = 512
 
@@ -60,7 +60,7 @@ def test_one_step_of_sd15_at_512_px(tmp_path):
     )
     before = [parameter.detach().clone() for parameter in adapter.parameters()]
     begun = time.perf_counter()
-    output = training_step(batch, models, settings, draw(batch, models.latent_shape(SIDE, SIDE), settings))
+    output = training_step(batch, models, settings, sample_noise(batch, models.latent_shape(SIDE, SIDE), settings))
     output.loss.backward()
     optimizer.step()
     seconds = time.perf_counter() - begun
