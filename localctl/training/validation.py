@@ -35,10 +35,6 @@ Beat = Callable[[], None]
 COLUMNS = ("condition, mask", "generated", "its condition", "real")
 
 
-def nothing() -> None:
-    """What is done between denoising steps unless told otherwise."""
-
-
 @dataclass(frozen=True)
 class Case:
     """A held-out example with its mask (1,H,W), the edges (H,W) bool of its image, and the prompt it is generated
@@ -146,18 +142,14 @@ class Validator:
         """How many denoising steps a :meth:`run` makes."""
         return math.ceil(len(self.cases) / self.config.batch_size) * self.config.num_inference_steps
 
-    def edges_of(self, image: Image.Image) -> np.ndarray:
-        """Edges (H,W) bool, by which every kind of condition is scored."""
-        return edges_of(self.edge_condition, image)
-
-    def run(self, beat: Beat = nothing) -> ValidationResult:
+    def run(self, beat: Beat = lambda: None) -> ValidationResult:
         """Generate all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising
         step, and may raise to give up."""
         images = self._generate(self.models.plain_adapter, beat)
         fidelity = self._score(images)
         return ValidationResult(fidelity, self._sheet(images, fidelity))
 
-    def references(self, beat: Beat = nothing) -> References:
+    def references(self, beat: Beat = lambda: None) -> References:
         """Generate all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
         if not self.scored:
             return References(unscored(len(self.cases)), unscored(len(self.cases)))
@@ -165,7 +157,7 @@ class Validator:
         passed = [to_pil(reconstruct(self.models.vae, case.example.pixels[None])[0]) for case in self.cases]
         return References(base, self._score(passed))
 
-    def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
+    def _generate(self, adapter: LocalAdapter | None, beat: Beat = lambda: None) -> list[Image.Image]:
         def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             beat()
             return values
@@ -193,8 +185,9 @@ class Validator:
     def _score(self, images: Sequence[Image.Image]) -> Fidelity:
         if not self.scored:
             return unscored(len(self.cases))
-        pairs = zip(self.cases, images, strict=True)
-        return Fidelity.of([edge_scores(self.edges_of(p), case.edges, case.mask[0].numpy() > 0.5) for case, p in pairs])
+        found = [edges_of(self.edge_condition, image) for image in images]
+        pairs = zip(found, self.cases, strict=True)
+        return Fidelity.of([edge_scores(edges, case.edges, case.mask[0].numpy() > 0.5) for edges, case in pairs])
 
     def _sheet(self, images: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
         rows, labels = [], []
