@@ -1,4 +1,4 @@
-"""The forward process and the conversions between epsilon, v and x0.
+"""The forward process, the conversions between epsilon, v and x0, and the VAE as codec of latents.
 
 With abar = ``alphas_cumprod[t]``:  z_t = sqrt(abar) z0 + sqrt(1 - abar) eps  (DDPM, arXiv 2006.11239, eq. 4)  and
 v = sqrt(abar) eps - sqrt(1 - abar) z0  (arXiv 2202.00512, appendix D).
@@ -158,16 +158,57 @@ def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = 
 
 
 def latent_size(height: int, width: int, factor: int = 8) -> tuple[int, int]:
-    """(h, w) of the latents of a ``height`` x ``width`` picture: sizes that ``factor`` does not divide round up."""
+    """(h, w) of the latents of a ``height`` x ``width`` image: sizes that ``factor`` does not divide round up."""
     return math.ceil(height / factor), math.ceil(width / factor)
 
 
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode ``pixels`` (B,3,H,W) in [-1,1] to scaled latents (B,c,h,w) float32: the mean of the VAE's posterior."""
+    return scale_latents(vae, posterior(vae, pixels)[0])
+
+
+def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (B,c,h,w) float32 each, of the VAE's own latents of ``pixels`` (B,3,H,W)."""
+    # Without autocast: a VAE that is kept in float32 would compute in half precision after all.
+    with torch.autocast(pixels.device.type, enabled=False):
+        found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return found.mean.float(), found.std.float()
+
+
+def scale_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Bring the VAE's own latents (B,c,h,w) to the scale that the denoiser sees, as the VAE's config says."""
+    mean, std, factor = _latent_scale(vae, latents)
+    return (latents - mean) * factor if std is None else (latents - mean) * factor / std
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Decode scaled ``latents`` (B,c,h,w) to pixels (B,3,H,W), about [-1,1], in the VAE's dtype; differentiable."""
+    mean, std, factor = _latent_scale(vae, latents)
+    own = (latents if std is None else latents * std) / factor + mean
+    return vae.decode(own.to(vae.device, vae.dtype)).sample
+
+
+def _latent_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | None, float]:
+    """(mean, std, factor) of scaled = (latents - mean) * factor / std. Per channel, where the config has
+    ``latents_mean`` and ``latents_std``; else the mean is its ``shift_factor``, and there is no std."""
+    config = vae.config
+    means, stds = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if means is None or stds is None:
+        return getattr(config, "shift_factor", None) or 0.0, None, config.scaling_factor
+    mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (means, stds))
+    return mean, std, config.scaling_factor
+
+
 @torch.no_grad()
+def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
+    """Pass ``pixels`` (B,3,H,W) in [-1,1] through encoder and decoder, without noise."""
+    return vae.decode(posterior(vae, pixels)[0].to(vae.dtype)).sample
+
+
 def round_trip(vae: Any, images: np.ndarray) -> np.ndarray:
-    """uint8 (n, h, w, 3) through encoder and decoder."""
+    """Pass images, uint8 (n,h,w,3), through encoder and decoder, 16 at a time."""
     outputs = []
-    for start in range(0, len(images), 16):
-        pixels = torch.from_numpy(images[start : start + 16]).permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-        outputs.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    for batch in torch.from_numpy(images).split(16):
+        decoded = reconstruct(vae, batch.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1).clamp(-1, 1)
+        outputs.append(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(outputs)

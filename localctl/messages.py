@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
@@ -50,6 +50,26 @@ def loading() -> Iterator[None]:
     finally:
         if shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def tolerant(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Wrap ``say`` so that a terminal or pipe which is gone does not stop the work."""
+
+    def said(text: str) -> None:
+        with suppress(OSError):
+            say(text)
+
+    return said
+
+
+@contextmanager
+def working(what: str, shown: bool = True) -> Iterator[None]:
+    """Show on stderr that ``what`` is being done, as a sign of life; afterwards the line is gone."""
+    from tqdm import tqdm  # not needed by who only warns
+
+    options: dict[str, Any] = {} if shown else {"disable": True}  # where shown, TQDM_DISABLE decides
+    with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
+        yield
 
 
 def fail(program: str, error: object) -> None:

@@ -8,7 +8,7 @@ the environment (``${oc.env:NAME}``), and whatever stands under a name with toke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,30 +25,30 @@ class FromEnvironment(str):
 
 
 def mark_environment(raw: Any, resolved: Any) -> Any:
-    """``resolved`` with the texts that interpolation took from the environment, directly or by way of another
+    """Return ``resolved`` with the texts that interpolation took from the environment, directly or by way of another
     setting, as :class:`FromEnvironment`. ``raw``: the same before interpolation."""
-    taken = [value for text, value in _pairs(raw, resolved) if _FROM_ENVIRONMENT.search(text) and value]
+    taken: list[str] = []
+
+    def note(before: Any, after: Any) -> None:
+        if isinstance(after, str) and after and _FROM_ENVIRONMENT.search(str(before)):
+            taken.append(after)
 
     def mark(before: Any, after: Any) -> Any:
-        if isinstance(after, Mapping):
-            return {name: mark(before[name] if isinstance(before, Mapping) else before, after[name]) for name in after}
-        if isinstance(after, list):
-            inner = before if isinstance(before, list) else [before] * len(after)
-            return [mark(*pair) for pair in zip(inner, after, strict=True)]
-        if isinstance(after, str) and "${" in str(before) and any(value in after for value in taken):
-            return FromEnvironment(after)
-        return after
+        masked = isinstance(after, str) and "${" in str(before) and any(value in after for value in taken)
+        return FromEnvironment(after) if masked else after
 
-    return mark(raw, resolved)
+    _map(note, raw, resolved)
+    return _map(mark, raw, resolved)
 
 
-def _pairs(raw: Any, resolved: Any) -> list[tuple[str, str]]:
-    """(text before, text after interpolation) of every text in the tree."""
-    if isinstance(raw, Mapping) and isinstance(resolved, Mapping):
-        return [pair for name in resolved for pair in _pairs(raw[name], resolved[name])]
-    if isinstance(raw, list) and isinstance(resolved, list):
-        return [pair for item in zip(raw, resolved, strict=True) for pair in _pairs(*item)]
-    return [(raw, resolved)] if isinstance(raw, str) and isinstance(resolved, str) else []
+def _map(change: Callable[[Any, Any], Any], raw: Any, resolved: Any) -> Any:
+    """``resolved`` with every leaf changed, which ``change`` sees beside its text before interpolation."""
+    if isinstance(resolved, Mapping):
+        return {k: _map(change, raw[k] if isinstance(raw, Mapping) else raw, v) for k, v in resolved.items()}
+    if isinstance(resolved, list):
+        inner = raw if isinstance(raw, list) else [raw] * len(resolved)
+        return [_map(change, *pair) for pair in zip(inner, resolved, strict=True)]
+    return change(raw, resolved)
 
 
 def recorded(settings: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from localctl import diffusion
 from localctl.adapter import LocalAdapter
 from localctl.data import Example
 from localctl.diffusion import DiffusionSample, add_noise, predict_x0
@@ -68,9 +69,7 @@ def predict(
     if example.mask is None:
         raise ValueError(f"The example {example.key} has no mask; take it from MaskedSamples.")
     count = len(timesteps)
-    vae, shift = pipe.vae, getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    latents = vae.encode(example.pixels[None].to(vae.device, vae.dtype)).latent_dist.mean.float()
-    latents = ((latents - shift) * vae.config.scaling_factor).expand(count, -1, -1, -1)  # (T,c,h,w)
+    latents = diffusion.encode(pipe.vae, example.pixels[None]).expand(count, -1, -1, -1)  # (T,c,h,w)
     same = noise(latents.shape[1:], seed, "noise", example.key).to(latents).expand_as(latents)
     sample = add_noise(latents, same, torch.tensor(timesteps, device=latents.device), alphas)
     arguments = unet_arguments(encode_text(pipe, example.caption), _ids(pipe, example))
@@ -163,9 +162,7 @@ def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> I
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Image.Image:
     """One scaled latent (1,c,h,w) through the decoder."""
-    vae, shift = pipe.vae, getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    pixels = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)).sample
-    return to_pil(pixels[0])
+    return to_pil(diffusion.decode(pipe.vae, latents)[0])
 
 
 def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Image:

@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler
 from tolerances import rounding
 
 from localctl import diffusion as d
@@ -128,3 +129,44 @@ def test_latent_size_rounds_up() -> None:
     assert d.latent_size(512, 768) == (64, 96)
     assert d.latent_size(513, 1) == (65, 1)
     assert d.latent_size(9, 9, factor=4) == (3, 3)
+
+
+def tiny_vae(**scale: object) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, latent_channels=2, scaling_factor=0.5, **scale)
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "scale", [{}, {"shift_factor": 0.25}, {"latents_mean": [0.5, -1.0], "latents_std": [2.0, 4.0]}]
+)
+def test_the_codec_scales_as_the_config_says(scale: dict) -> None:
+    """As the SDXL and SD3 pipelines scale their latents; and back by the decoder, with a gradient."""
+    vae = tiny_vae(**scale)
+    pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean = vae.encode(pixels).latent_dist.mean
+    centre = torch.tensor(scale.get("latents_mean", [scale.get("shift_factor", 0.0)] * 2)).view(1, 2, 1, 1)
+    width = torch.tensor(scale.get("latents_std", [1.0, 1.0])).view(1, 2, 1, 1)
+    latents = d.encode(vae, pixels).requires_grad_(True)
+    assert torch.equal(latents, (mean - centre) * 0.5 / width) and latents.dtype == torch.float32
+    decoded = d.decode(vae, latents)
+    torch.testing.assert_close(decoded, vae.decode(mean).sample, rtol=0, atol=1e-5)
+    assert torch.autograd.grad(decoded.sum(), latents)[0].abs().sum() > 0
+
+
+def test_the_codec_keeps_to_the_dtype_of_the_vae() -> None:
+    vae = tiny_vae().to(torch.bfloat16)
+    pixels = torch.zeros(1, 3, 4, 4)
+    with torch.autocast("cpu", dtype=torch.float16):
+        mean, std = d.posterior(vae, pixels)
+    assert mean.dtype == std.dtype == torch.float32 and torch.equal(mean, vae.encode(pixels.bfloat16())[0].mean.float())
+    assert d.decode(vae, d.encode(vae, pixels)).dtype == d.reconstruct(vae, pixels).dtype == torch.bfloat16
+
+
+def test_a_round_trip_of_images_is_that_of_each() -> None:
+    vae, images = tiny_vae(), np.random.default_rng(0).integers(0, 256, (18, 4, 4, 3), dtype=np.uint8)
+    decoded = d.round_trip(vae, images)
+    assert decoded.dtype == np.uint8 and decoded.shape == images.shape
+    pixels = torch.from_numpy(images[17:]).permute(0, 3, 1, 2) / 127.5 - 1
+    alone = (d.reconstruct(vae, pixels).clamp(-1, 1) + 1) * 127.5
+    assert np.abs(alone[0].permute(1, 2, 0).numpy() - decoded[17]).max() <= 0.51

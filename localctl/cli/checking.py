@@ -23,7 +23,7 @@ from localctl.messages import warning
 from localctl.metrics.edges import MIN_EDGES
 from localctl.prompt_syntax import foreign_syntax
 from localctl.seeding import numpy_rng
-from localctl.training.data_monitor import remarks
+from localctl.training.summary import remarks
 from localctl.training.validation import choose_cases
 
 _NAMED = 3  # so few held-out examples are said by name

@@ -5,33 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, ParamSpec
-
-from tqdm import tqdm
+from collections.abc import Callable
+from contextlib import suppress
+from typing import ParamSpec
 
 from localctl.messages import fail, plain_warnings
 
 Arguments = ParamSpec("Arguments")
-
-
-def tolerant(say: Callable[[str], None]) -> Callable[[str], None]:
-    """``say`` that a terminal or pipe which is gone does not stop: nobody listens any more, but the work goes on."""
-
-    def said(text: str) -> None:
-        with suppress(OSError):
-            say(text)
-
-    return said
-
-
-@contextmanager
-def working(what: str, shown: bool = True) -> Iterator[None]:
-    """Context in which stderr shows ``what`` is being done, as a sign of life; after it the line is gone."""
-    options: dict[str, Any] = {} if shown else {"disable": True}  # where shown, TQDM_DISABLE decides
-    with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
-        yield
 
 
 def ended(program: str, error: ValueError | OSError) -> int:

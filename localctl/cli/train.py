@@ -48,7 +48,7 @@ def _prepare(argv: Sequence[str], parent: int | None) -> Any:
             return 0
         with loading():
             from localctl.evaluation.scorer import make_scorer
-            from localctl.training.dry_run import report
+            from localctl.training.cost import report
             from localctl.training.loop import prepare
 
         if settings.dry_run:

@@ -1,20 +1,20 @@
-"""What happens between the steps: scoring, logging, saving, validating. None of it may cost the training."""
+"""What happens between the steps and at the end: score, log, save, validate, export. None of it may cost a training."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from localctl.data.bad_rows import TooManyBadRows
-from localctl.files import first_line
-from localctl.messages import warning
+from localctl.files import first_line, remove
+from localctl.messages import warning, working
 from localctl.signals import Interrupt
-from localctl.training.checkpoints import list_checkpoints
-from localctl.training.early_stopping import Scorer, take_score
-from localctl.training.export import BEST, sheet_name
+from localctl.training.checkpoints import CheckpointError, list_checkpoints, write_folders
+from localctl.training.export import ADAPTER, BEST, Finished, export, published, push, sheet_name
+from localctl.training.models import Models
 from localctl.training.state import TrainState
 from localctl.training.trackers import STATS, Tracker, read_stats
 from localctl.training.validation import References, ValidationResult, Validator, in_words, validation_row
@@ -24,6 +24,16 @@ VALIDATED = "validation/f1"  # a row of the log with it is a validation
 
 class Stopped(Exception):
     """Validation was given up because of a signal."""
+
+
+class Scorer(Protocol):
+    """Scores the adapter as it is now, for example by FID.
+
+    Called on every process at the same step, so it may share the work; it must return the same number on each. It may
+    use the models, but must leave weights and the global random state as they were.
+    """
+
+    def __call__(self, models: Models, step: int) -> float: ...
 
 
 class Events:
@@ -39,12 +49,11 @@ class Events:
         state: TrainState,
         output_dir: Path,
         interrupt: Interrupt,
-        say: Callable[[str], None],
         scorer: Scorer | None,
         validator: Validator | None,
     ) -> None:
         self.state, self.settings, self.output_dir = state, state.settings, output_dir
-        self.interrupt, self.say, self.scorer = interrupt, say, scorer
+        self.interrupt, self.say, self.scorer = interrupt, state.say, scorer
         self.main = state.accelerator.is_main_process
         self.tracker = Tracker()
         self.signal = 0  # that any process was sent, as all of them know it
@@ -92,8 +101,8 @@ class Events:
 
     def score(self, bar: Any) -> None:
         """The score that early stopping goes by, if it is due."""
-        state, folder = self.state, self.output_dir / BEST
-        if self.scorer is None or not state.early_stopping.due(state.step):
+        state, stopping = self.state, self.state.early_stopping
+        if self.scorer is None or not stopping.due(state.step):
             return
         bar.set_postfix_str("scoring")
         score, failure = math.nan, ""
@@ -108,14 +117,23 @@ class Events:
                 failure = failure or "another process failed"
                 self.say(warning(f"step {state.step}: no score ({failure}); the training goes on."))
                 return
-            where = folder if self.main else None
-            row = take_score(state.early_stopping, score, state.models, state.step, where, self.say)
-        self.tracker.log(state.step, row)
-        if state.early_stopping.stopped:
-            self.say(f"step {state.step}: stopping, no score since step {row['score/best_step']} was better.")
+            if stopping.update(state.step, score) and self.main:
+                self._keep_best()
+        best = {"score/best": stopping.best, "score/best_step": stopping.best_step}
+        self.tracker.log(state.step, {"score": score, **best})
+        if stopping.stopped:
+            self.say(f"step {state.step}: stopping, no score since step {stopping.best_step} was better.")
+
+    def _keep_best(self) -> None:
+        """Write the adapter with the best score so far; a disk that takes no more is said."""
+        try:
+            write_folders(self.output_dir, {BEST: self.state.models.plain_adapter.save_pretrained})
+        except OSError as error:
+            said = f"step {self.state.step}: the best adapter so far is not kept, {error}; the training goes on."
+            self.say(warning(said))
 
     def validate(self, bar: Any) -> None:
-        """Draw the validation images on the first process. The others keep step with it, so that a signal to any of
+        """Generate the validation images on the first process. The others keep step with it, so that a signal to any of
         them is heard and none waits long enough to be given up."""
         state, done = self.state, 0
         while not self.main and not done:
@@ -123,7 +141,7 @@ class Events:
         if not self.main:
             return
         try:
-            self._draw_validation(bar)
+            self._generate_validation(bar)
             state.validated = state.step
         except Stopped:
             self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
@@ -143,7 +161,50 @@ class Events:
             state.save(self.output_dir)
         return f"checkpoint-{state.step} holds all of the training: go on with --resume_from_checkpoint latest"
 
-    def _draw_validation(self, bar: Any) -> None:
+    def finish(self, own_masks: bool) -> None:
+        """Write the adapter with its card, then upload it with ``push_to_hub``; a signal that comes meanwhile lets the
+        writing end, and keeps the upload from beginning.
+
+        Raises:
+            OSError: the adapter could not be written, and the message says how the training is kept; or not be
+                uploaded.
+        """
+        state, failure = self.state, ""
+        run = Finished(self.settings, state.step, self.last, self.references, own_masks)
+        if self.main:
+            try:
+                with state.averaged(), working("training: exporting"):
+                    export(state.models.plain_adapter, run, self.output_dir)
+            except OSError as error:
+                failure = str(error)
+        if any(state.agree(bool(failure))):
+            failure = failure or "The first process could not write the adapter"
+            raise OSError(f"{failure}; {self._keep_anyhow()}.")
+        [self.signal] = state.agree(self.interrupt.signal)
+        if not (self.main and self.settings.push_to_hub):
+            return
+        if self.signal:
+            self.say("Not pushed to the hub, because of the signal; the same command with latest makes up for it.")
+        else:
+            push(self.output_dir, self.settings, published(run))
+
+    def _keep_anyhow(self) -> str:
+        """Where the training is kept when its export failed, as the part of a sentence."""
+        try:
+            return self.keep()
+        except CheckpointError:
+            if not self.main:
+                return "no checkpoint either"
+        place = Path(tempfile.mkdtemp(prefix="localctl-"))
+        try:
+            with self.state.averaged():
+                write_folders(place, {ADAPTER: self.state.models.plain_adapter.save_pretrained})
+        except OSError:
+            remove(place)
+            return f"nor a checkpoint, nor the adapter alone in {place.parent}: this training could not be kept"
+        return f"nor a checkpoint, but the adapter alone is kept in {place / ADAPTER}"
+
+    def _generate_validation(self, bar: Any) -> None:
         step, validator = self.state.step, self.validator
         assert validator is not None
         made, shown, passes = 0, time.monotonic(), validator.steps * (1 if self.references else 2)

@@ -1,57 +1,61 @@
-"""What a run leaves behind: the adapter in both forms, its settings, and a model card."""
+"""What a finished run leaves behind: the adapter in both forms, its settings, a model card; and publishing them on the
+Hugging Face hub."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict
-from pathlib import Path
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 
-from localctl.files import write_text
+from localctl.adapter import LocalAdapter
+from localctl.files import first_line, read_json, remove, write_json, write_text
 from localctl.pipelines import BASES
 from localctl.redaction import recorded
 from localctl.training.checkpoints import write_folders
-from localctl.training.hub import is_local
-from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import References, ValidationResult
 
 ADAPTER, T2IADAPTER, CONFIG, CARD = "adapter", "t2iadapter", "config.yaml", "README.md"
 BEST = "best"  # the adapter of the best score, where there is a scorer
+UPLOAD = "hub"  # folder with what is uploaded, as others may read it; it stays where the upload failed
 
 
 def write_settings(settings: TrainSettings, folder: Path) -> None:
-    """The settings as they were understood, defaults included, secrets masked."""
+    """Write the settings as they were understood, defaults included, secrets masked."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, yaml.safe_dump(recorded(settings), sort_keys=False, allow_unicode=True))
 
 
-def export(
-    models: Models,
-    settings: TrainSettings,
-    step: int,
-    folder: Path,
-    result: ValidationResult | None,
-    references: References | None,
-    own_masks: bool = False,
-) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none. own_masks: the data
-    brought its masks.
+@dataclass(frozen=True)
+class Finished:
+    """What is told of a finished run. result: of the last validation. own_masks: the data brought its masks."""
+
+    settings: TrainSettings
+    step: int
+    result: ValidationResult | None = None
+    references: References | None = None
+    own_masks: bool = False
+
+
+def export(adapter: LocalAdapter, run: Finished, folder: Path) -> None:
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none.
 
     Raises:
         OSError: the disk takes no more, named; what was there before stays.
     """
-    adapter = models.plain_adapter
     write_folders(folder, {ADAPTER: adapter.save_pretrained, T2IADAPTER: adapter.save_t2iadapter})
-    write_text(folder / CARD, model_card(settings, step, result, references, own_masks))
+    write_text(folder / CARD, model_card(run))
 
 
-def published(step: int, result: ValidationResult | None) -> list[str]:
+def published(run: Finished) -> list[str]:
     """What of a finished run is for others: patterns of files in its folder."""
-    sheets = [] if result is None else [sheet_name(step)]
+    sheets = [] if run.result is None else [sheet_name(run.step)]
     return [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *sheets]
 
 
@@ -60,40 +64,34 @@ def sheet_name(step: int) -> str:
     return f"validation/step-{step:06d}.png"
 
 
-def model_card(
-    settings: TrainSettings,
-    step: int,
-    result: ValidationResult | None,
-    references: References | None,
-    own_masks: bool = False,
-) -> str:
-    """Markdown with the metadata block that the Hugging Face hub reads."""
-    condition, base = settings.condition, _shown(settings.base.name)
+def model_card(run: Finished) -> str:
+    """Write the model card: Markdown with the metadata block that the Hugging Face hub reads."""
+    settings, condition, base = run.settings, run.settings.condition, _shown(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
-    base_model = "" if is_local(place) else f"base_model: {place}\n"  # the hub refuses what is not an id
-    card = f"""---
-library_name: diffusers
-{base_model}tags: [t2iadapter, localctl, text-to-image, diffusers-training, {condition.kind}]
----
-
-# Local {condition.kind} adapter for {base}
+    title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
+    metadata = ModelCardData(
+        library_name="diffusers",
+        base_model=None if is_local(place) else place,  # the hub refuses what is not an id
+        tags=["t2iadapter", "localctl", "text-to-image", "diffusers-training", condition.kind],
+        model_name=title if evaluation else None,  # of the figures
+        eval_results=evaluation or None,
+    )
+    body = f"""# {title}
 
 A T2I-Adapter that makes the base follow a {condition.kind} condition inside a mask and leaves it free outside
-(white = controlled). Trained with localctl for {step} steps.
+(white = controlled). Trained with localctl for {run.step} steps.
 
 | trained with | |
 |---|---|
 | base | {base} (frozen) |
 | condition | {_named(asdict(condition))} |
-| masks | {"of the data" if own_masks else _named(asdict(settings.mask))} |
+| masks | {"of the data" if run.own_masks else _named(asdict(settings.mask))} |
 | loss | denoising + {_named(asdict(settings.loss))} |
 | optimizer | AdamW, {settings.lr_scheduler} from {settings.learning_rate:g}, batch {effective_batch(settings)} |
 | timesteps | {settings.timestep_sampling}; {settings.proportion_empty_prompts:.0%} empty prompts |
 | seed | {settings.seed} |
 """
-    if result is not None:
-        card += _figures(settings, step, result, references)
-    return card + _usage(settings)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}{_figures(run)}{_usage(settings)}"))
 
 
 def effective_batch(settings: TrainSettings) -> int:
@@ -101,25 +99,40 @@ def effective_batch(settings: TrainSettings) -> int:
     return settings.train_batch_size * settings.gradient_accumulation_steps
 
 
-def _figures(settings: TrainSettings, step: int, result: ValidationResult, references: References | None) -> str:
-    config, fidelity = settings.validation, result.fidelity
-    sheet = f"![Condition with the mask's outline, generated, its condition, real]({sheet_name(step)})"
+def _evaluation(run: Finished) -> list[EvalResult]:
+    """The figures of the last validation as the hub reads them."""
+    if run.result is None or not run.result.fidelity.scored:
+        return []
+    name, measured = _shown(run.settings.data.name), run.result.fidelity
+    about: dict[str, Any] = {"task_type": "text-to-image", "dataset_type": name, "dataset_name": f"{name}, held out"}
+    values = {"f1": measured.f1, "precision": measured.precision, "recall": measured.recall}
+    return [
+        EvalResult(
+            **about, metric_type=metric, metric_name=f"{metric} of edges in the mask", metric_value=round(value, 3)
+        )
+        for metric, value in values.items()
+    ]
+
+
+def _figures(run: Finished) -> str:
+    if run.result is None:
+        return ""
+    config, fidelity, references = run.settings.validation, run.result.fidelity, run.references
+    sheet = f"![Condition with the mask's outline, generated, its condition, real]({sheet_name(run.step)})"
     if not fidelity.scored:
         return f"\n## Held-out examples\n\nNot scored: their masks hold too few edges.\n\n{sheet}\n"
-    rows = [("with the adapter", fidelity)]
+    rows, share = [("with the adapter", fidelity)], ""
     if references is not None:
-        rows = [("base alone", references.base), *rows, ("real picture through the VAE", references.round_trip)]
-    table = "\n".join(f"| {name} | {f.f1:.3f} | {f.precision:.3f} | {f.recall:.3f} |" for name, f in rows)
-    share = ""
-    if references is not None:
+        rows = [("base alone", references.base), *rows, ("real image through the VAE", references.round_trip)]
         share = f"The adapter goes {references.control(fidelity.f1):z.0%} of the way from the base to the ceiling. "
+    table = "\n".join(f"| {name} | {f.f1:.3f} | {f.precision:.3f} | {f.recall:.3f} |" for name, f in rows)
     count = len(fidelity.per_case)
-    examples = "example" if count == 1 else "examples"
     return f"""
 ## Fidelity inside the mask
 
-Canny edges of generated and real pictures, matched within 2 px inside the mask; {count} held-out
-{examples}, {config.num_inference_steps} {config.scheduler} steps, guidance {config.guidance_scale:g}. {share}So few
+Canny edges of generated and real images, matched within 2 px inside the mask; {count} held-out
+{"example" if count == 1 else "examples"}, {config.num_inference_steps} {config.scheduler} steps, \
+guidance {config.guidance_scale:g}. {share}So few
 examples are for watching a run; measure with more before comparing.
 
 | | F1 | precision | recall |
@@ -160,3 +173,76 @@ def _shown(base: str) -> str:
 
 def _named(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def check_hub(settings: TrainSettings) -> None:
+    """Raise ValueError, before hours are spent, if ``push_to_hub`` is set without a token."""
+    if settings.push_to_hub and not (settings.hub_token or get_token()):
+        raise ValueError("push_to_hub needs a token; run `hf auth login`, set HF_TOKEN or give --hub_token.")
+
+
+def push(folder: Path, settings: TrainSettings, files: list[str], api: Any = None) -> str:
+    """Upload what ``files`` (patterns) match in ``folder``, without this machine's paths; checkpoints and logs stay at
+    home. A new repository is private unless ``hub_private_repo`` is false. Returns the repository's name:
+    ``hub_model_id``, or that of the folder.
+
+    Raises:
+        OSError: the hub cannot be reached or refuses; the run's folder is whole.
+    """
+    api = api or HfApi(token=settings.hub_token)
+    name = settings.hub_model_id or folder.resolve().name
+    try:
+        upload = prepare_upload(folder, files)
+        name = api.create_repo(repo_id=name, exist_ok=True, private=settings.hub_private_repo).repo_id
+        api.upload_folder(
+            repo_id=name, folder_path=str(upload), allow_patterns=files, commit_message="Trained with localctl"
+        )
+    except OSError as error:  # everything that goes wrong between here and there is one
+        private = " --private" if settings.hub_private_repo else ""
+        raise OSError(
+            f"The adapter is safe in {folder}, but could not be pushed to {name} ({first_line(error)}); push it later "
+            f"with `hf upload {name} {folder / UPLOAD} .{private}`."
+        ) from error
+    remove(upload)
+    return name
+
+
+def prepare_upload(folder: Path, files: list[str]) -> Path:
+    """``folder/hub``: copies of what ``files`` match, the settings in them without paths of this machine."""
+    upload = folder / UPLOAD
+    remove(upload)
+    upload.mkdir(parents=True)
+    for path in sorted({found for pattern in files for found in folder.glob(pattern) if found.is_file()}):
+        target = upload / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            write_json(target, without_paths(read_json(path, "The file")), indent=2, sort_keys=True)
+        elif path.suffix == ".yaml":
+            values = without_paths(yaml.safe_load(path.read_text(encoding="utf-8")))
+            write_text(target, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        else:
+            shutil.copyfile(path, target)
+    return upload
+
+
+def without_paths(value: Any) -> Any:
+    """Plain values in which of every path into this machine only the last part is left."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if isinstance(value, str) and is_local(value) and ("/" in value or "\\" in value):
+        return PureWindowsPath(value).name or value  # which knows both kinds of slashes
+    return value
+
+
+def is_local(place: str) -> bool:
+    """Whether ``place`` is a path of this machine: absolute, of the home folder, or there."""
+    try:
+        return (
+            place.startswith(("/", "~", "./", "../"))
+            or PureWindowsPath(place).is_absolute()
+            or ("\n" not in place and Path(place).exists())
+        )
+    except (OSError, ValueError):  # far too long, or with a NUL
+        return False

@@ -1,4 +1,4 @@
-"""The output folder of a run: whether it may be used, and making it ready."""
+"""The output folder of a run: whether it may be used, making it ready, and keeping it locked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from localctl.data.bad_rows import QUARANTINE
+from localctl.distributed import on_first
 from localctl.files import remove
 from localctl.lock import FolderLock
-from localctl.training.checkpoints import LATEST, list_checkpoints, set_aside_later, sweep_folders
+from localctl.training.checkpoints import (
+    LATEST,
+    find_checkpoint,
+    lies_in,
+    list_checkpoints,
+    set_aside_later,
+    sweep,
+    sweep_folders,
+)
 from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
+from localctl.training.settings import TrainSettings
 from localctl.training.trackers import BOARD, STATS, WANDB
 
 _REPLACED = ".replaced"  # folder in which an earlier run lies while it is removed
@@ -77,13 +87,36 @@ def _remove_all(aside: Path, paths: list[Path]) -> None:
     remove(aside)
 
 
-class FolderGuard:
-    """Looks after the locked output folder while a run writes there. trouble: what became of it, as a sentence; empty
-    as long as all is well."""
+class RunFolder:
+    """The output folder of a run, locked for it by the first process. trouble: what became of the folder meanwhile, as
+    a sentence; empty as long as all is well.
 
-    def __init__(self, lock: FolderLock) -> None:
-        self.lock, self.trouble = lock, ""
-        self._first = os.stat(lock.folder)
+    Raises:
+        FolderInUse: another run writes there.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say, self.trouble = path, say, ""
+        self.lock = on_first(lambda: FolderLock(path, say))
+        self._first = None if self.lock is None else os.stat(path)
+
+    def release(self) -> None:
+        """Let others write there."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def find_checkpoint(self, settings: TrainSettings) -> Path | None:
+        """Find the checkpoint to go on from, verified; None for a fresh start, for which the folder must be free."""
+        on_first(lambda: sweep(self.path))
+        found = find_checkpoint(self.path, settings.resume_from_checkpoint, self.say)
+        if found is None or not lies_in(found, self.path):
+            check_unused(self.path, settings.overwrite_output_dir, settings.resume_from_checkpoint)
+        return found
+
+    def make_ready(self, step: int, resumed: bool) -> None:
+        """Clear away what is in the way of a run that goes on from ``step``, or of a fresh one."""
+        on_first(lambda: prepare_folder(self.path, step, resumed, self.say))
 
     def look(self) -> bool:
         """Whether the run must save and end, as somebody has removed the folder; it is made again.
@@ -91,12 +124,14 @@ class FolderGuard:
         OSError where another run has taken it over: nothing may be written any more.
         """
         lock = self.lock
+        if lock is None:
+            return False
         mine = lock.mine  # asked once, as each step comes here
         if not mine and (taken := lock.taken):
-            raise OSError(f"{lock.folder} was taken over by {taken}; this run ends without writing there again.")
+            raise OSError(f"{self.path} was taken over by {taken}; this run ends without writing there again.")
         if not self._is_there() and not self.trouble:
             self.trouble = (
-                f"The output folder {lock.folder} was removed while training; what could be saved is there again: go "
+                f"The output folder {self.path} was removed while training; what could be saved is there again: go "
                 "on with --resume_from_checkpoint latest."
             )
         if not mine:
@@ -106,6 +141,6 @@ class FolderGuard:
     def _is_there(self) -> bool:
         """Whether the folder is the one of the beginning; a new one of its name may have been made by whoever wrote."""
         try:
-            return os.path.samestat(self._first, os.stat(self.lock.folder))
+            return self._first is not None and os.path.samestat(self._first, os.stat(self.path))
         except OSError:
             return False

@@ -15,30 +15,30 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from localctl.cli.program import tolerant, working
-from localctl.data import Batch, MaskedSamples, Source, open_data
-from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
+from localctl.data import Batch, Source
 from localctl.data.workers import WorkerError
-from localctl.distributed import LostProcess, lost_process, on_first
-from localctl.layout import check_side
-from localctl.lock import FolderLock
+from localctl.distributed import LostProcess, lost_process
+from localctl.messages import tolerant, working
 from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
-from localctl.training.checkpoints import check_writable, find_checkpoint, lies_in, read_manifest, sweep
-from localctl.training.data_monitor import brings_masks, first_example, new_watch
-from localctl.training.early_stopping import Scorer
-from localctl.training.events import Events
-from localctl.training.export import ADAPTER, write_settings
-from localctl.training.finish import finish
-from localctl.training.folder import FolderGuard, check_unused, prepare_folder
-from localctl.training.hub import check_hub
-from localctl.training.loader import batches_of, next_batch
+from localctl.training.checkpoints import check_writable, read_manifest
+from localctl.training.data import (
+    DataWatch,
+    batches_of,
+    brings_masks,
+    next_batch,
+    open_data,
+    shared_quarantine,
+)
+from localctl.training.events import Events, Scorer
+from localctl.training.export import ADAPTER, check_hub, write_settings
+from localctl.training.folder import RunFolder
 from localctl.training.resume import check_unchanged, describe
 from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
-from localctl.training.step import StepOutput, draw, training_step
+from localctl.training.step import StepOutput, sample_noise, training_step
 from localctl.training.summary import announcement, short_of_room
 from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.validation import Fidelity, Validator
@@ -62,19 +62,6 @@ class TrainResult:
     signal: int = 0
 
 
-def make_source(settings: TrainSettings, split: str) -> Source:
-    """The data set of a split: ``train`` or ``val``."""
-    count = None if split == "train" else 20 * settings.validation.count  # of scenes, some of which are skipped
-    return open_data(settings.data, settings.condition, split, count, or_else=WITHOUT_VALIDATION)
-
-
-def held_out_source(settings: TrainSettings, train: Source) -> Source:
-    """The data set of the split ``val``; of the rows that ``train`` has read, where both come from them."""
-    if isinstance(train, FileSource) and settings.data.validation_split is None:
-        return part_of(train.rows, settings.data, settings.condition, "val", WITHOUT_VALIDATION)
-    return make_source(settings, "val")
-
-
 def prepare(
     settings: TrainSettings,
     say: Callable[[str], None] = tqdm.write,
@@ -95,56 +82,44 @@ def prepare(
     check_writable(output_dir)
     accelerator = new_accelerator(settings)
     say = tolerant(say) if accelerator.is_main_process else _silent
-    lock = on_first(lambda: FolderLock(output_dir, say))
+    folder = RunFolder(output_dir, say)
     try:
-        return _prepare(settings, accelerator, say, scorer, lock, parent)
+        state, train, val = _load(settings, accelerator, folder)
+        run = Run(state, train, val, folder, scorer, Interrupt(launcher() if parent is None else parent))
+        folder.make_ready(state.step, resumed=state.resumed)
+        return run
     except BaseException:
-        if lock is not None:
-            lock.release()
+        folder.release()
         raise
 
 
-def _prepare(
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    say: Callable[[str], None],
-    scorer: Scorer | None,
-    lock: FolderLock | None,
-    parent: int | None,
-) -> Run:
-    """:func:`prepare`, with the output folder locked."""
-    output_dir = Path(settings.output_dir).expanduser()
-    on_first(lambda: sweep(output_dir))
-    checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint, say)
-    if checkpoint is None or not lies_in(checkpoint, output_dir):
-        check_unused(output_dir, settings.overwrite_output_dir, settings.resume_from_checkpoint)
-    train = make_source(settings, "train")
-    first = first_example(MaskedSamples(train, settings.mask, settings.seed))
-    for name, side in zip(("height", "width"), first.pixels.shape[-2:], strict=True):
-        check_side(name, side)
-    val = held_out_source(settings, train) if settings.validation_steps else None  # its mistakes before anything slow
+def _load(
+    settings: TrainSettings, accelerator: Accelerator, folder: RunFolder
+) -> tuple[TrainState, Source, Source | None]:
+    """Load state, data and held-out data of a run in its locked folder."""
+    checkpoint = folder.find_checkpoint(settings)
+    train, val, size = open_data(settings)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
-    state.say = say
-    state.models.check_size(*first.pixels.shape[-2:])
-    world_size, precision = accelerator.num_processes, accelerator.mixed_precision
+    state.say = folder.say
+    state.models.check_size(*size)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
-    state.info = describe(settings, train, base, world_size=world_size, precision=precision)
+    state.info = describe(
+        settings, train, base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
+    )
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=say)
+        check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=state.say)
         state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
-    run = Run(state, train, val, say, scorer, lock, parent)
-    on_first(lambda: prepare_folder(output_dir, state.step, checkpoint is not None, say))
-    return run
+    return state, train, val
 
 
 def _silent(text: str) -> None:
-    """What the other processes would say, the first one says."""
+    """Print nothing: only rank 0 prints."""
 
 
 class Run:
@@ -155,23 +130,20 @@ class Run:
         state: TrainState,
         train: Source,
         val: Source | None,
-        say: Callable[[str], None],
+        folder: RunFolder,
         scorer: Scorer | None,
-        lock: FolderLock | None,
-        parent: int | None,
+        interrupt: Interrupt,
     ) -> None:
-        self.state, self.settings, self.say = state, state.settings, say
-        self.train_source, self.lock = train, lock
-        self.output_dir = Path(self.settings.output_dir).expanduser()
+        self.state, self.settings, self.say = state, state.settings, state.say
+        self.train_source, self.folder, self.output_dir = train, folder, folder.path
         self.main = state.accelerator.is_main_process
-        self.watch = new_watch(
-            state.accelerator, state.models, self.settings.data, self.output_dir, len(train), state.step
-        )
-        self.watch.say = say
-        self.interrupt = Interrupt(launcher() if parent is None else parent)
-        self.guard = None if lock is None else FolderGuard(lock)
+        data = self.settings.data
+        bad = shared_quarantine(state.accelerator, folder.path, len(train), data.max_bad_fraction, state.step)
+        tokenizer = None if data.is_micro else state.models.pipe.tokenizer
+        self.watch = DataWatch(state.accelerator, bad, tokenizer, self.say)
+        self.interrupt = interrupt
         validator = None if val is None or not self.main else Validator(state.models, self.settings, val)
-        self.events = Events(state, self.output_dir, self.interrupt, say, scorer, validator)
+        self.events = Events(state, folder.path, interrupt, scorer, validator)
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:
         """Train to the last step and export; or until a signal or ``stop(step)``, leaving a checkpoint.
@@ -188,7 +160,7 @@ class Run:
                 self._begin()
                 stopped = self._loop(stop)
                 if not stopped:
-                    finish(self.events, own_masks=brings_masks(self.train_source))
+                    self.events.finish(own_masks=brings_masks(self.train_source))
         except RuntimeError as error:
             lost = lost_process(error)
             if lost is None:
@@ -198,10 +170,9 @@ class Run:
             ) from error
         finally:
             self.events.tracker.close()
-            if self.lock is not None:
-                self.lock.release()
-        if self.guard is not None and self.guard.trouble:
-            raise OSError(self.guard.trouble)
+            self.folder.release()
+        if self.folder.trouble:
+            raise OSError(self.folder.trouble)
         if self.main:
             for line in self.watch.lines():
                 self.say(line)
@@ -239,7 +210,7 @@ class Run:
                     self._without_worker(error)
                     return True
                 stopped = events.after_step(bar, measured, stop(state.step))
-                if self.guard is not None and self.guard.look():
+                if self.folder.look():
                     write_settings(self.settings, self.output_dir)
                     self.interrupt.ask_to_stop()
         return stopped
@@ -274,10 +245,10 @@ class Run:
             keys += batch.keys
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]
-            draws = draw(batch, models.latent_shape(height, width), settings).to(accelerator.device)
+            sampled = sample_noise(batch, models.latent_shape(height, width), settings).to(accelerator.device)
             with accelerator.accumulate(models.adapter):
                 with accelerator.autocast():
-                    outputs.append(training_step(batch, models, settings, draws))
+                    outputs.append(training_step(batch, models, settings, sampled))
                 accelerator.backward(outputs[-1].loss)
         for output in outputs:
             state.stats.add(output)

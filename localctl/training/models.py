@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from localctl.adapter import LocalAdapter
 from localctl.data.sample import Batch
-from localctl.diffusion import check_schedule, latent_size
+from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
 from localctl.pipelines import PromptEmbeds, full_precision_vae, is_xl, load_pipeline
 from localctl.quiet import no_progress_bars
 from localctl.training.adapters import plan_adapter
@@ -94,30 +94,26 @@ class Models:
         return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of pictures of this size."""
+        """(c, h, w) of the latents of images of this size."""
         return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
 
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
-        """The scaled latents z0 (B,c,h,w) float32 of the batch's pixels, sampled with ``posterior_noise``."""
+        """Encode the batch's pixels to scaled latents z0 (B,c,h,w) float32, sampled with ``posterior_noise``."""
         kept = self._moments
         if kept is None:
             moments = self._encode_moments(batch.pixels)
         else:
-            # key and view: a crop is another picture
+            # key and view: a crop is another image
             names = [f"{key}\0{view}" for key, view in zip(batch.keys, batch.views or [""] * len(batch), strict=True)]
-            pictures = zip(names, batch.pixels, strict=True)
-            moments = torch.cat([kept.get(name, partial(self._encode_moments, p[None])) for name, p in pictures])
+            images = zip(names, batch.pixels, strict=True)
+            moments = torch.cat([kept.get(name, partial(self._encode_moments, p[None])) for name, p in images])
         mean, std = moments.chunk(2, dim=1)  # (B,c,h,w) each
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (mean + std * posterior_noise - shift) * self.vae.config.scaling_factor
+        return scale_latents(self.vae, mean + std * posterior_noise)
 
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and standard deviation (B,2c,h,w) float32 of the VAE's posterior."""
-        # Without autocast: a VAE that is kept in float32 would compute in half precision after all.
-        with torch.autocast(pixels.device.type, enabled=False):
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+        """Mean and standard deviation of the VAE's posterior as one tensor (B,2c,h,w)."""
+        return torch.cat(posterior(self.vae, pixels), dim=1)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
         """What the U-Net reads, as the pipeline itself encodes prompts."""
@@ -125,17 +121,17 @@ class Models:
         return PromptEmbeds.join(parts)
 
     def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's pictures."""
+        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's images."""
         height, width = batch.pixels.shape[-2:]
         sizes = batch.sizes or (None,) * len(batch)
         return unet_arguments(self.text_states(captions), time_ids(sizes, (height, width)) if self.xl else None)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError for pictures of a size that the adapter cannot take."""
+        """ValueError for images of a size that the adapter cannot take."""
         multiple = self.plain_adapter.size_multiple
         if height % multiple or width % multiple:
             raise ValueError(
-                f"The pictures are {width}x{height} pixels (width x height), but this adapter needs multiples of "
+                f"The images are {width}x{height} pixels (width x height), but this adapter needs multiples of "
                 f"{multiple}; choose another resolution."
             )
 

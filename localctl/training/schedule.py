@@ -10,10 +10,11 @@ from localctl.training.settings import LR_END, TrainSettings
 
 
 def learning_rate_at(settings: TrainSettings, step: int) -> float:
-    """The learning rate of step ``step`` (0 = the first): linear warm-up, then as ``lr_scheduler`` says, equal to
-    diffusers' ``get_scheduler``.
+    """Compute the learning rate of step ``step`` (0 = the first): linear warm-up, then as ``lr_scheduler`` says, equal
+    to diffusers' ``get_scheduler``.
 
-    There is nothing to save, and nothing that several processes could advance several times.
+    There is nothing to save, and nothing that several processes could advance several times. (``get_scheduler``'s own
+    factors round differently, so a run that goes on from an older checkpoint would not be bit-equal.)
     """
     name, peak = settings.lr_scheduler, settings.learning_rate
     if name == "constant":

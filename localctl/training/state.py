@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Collection, Mapping
@@ -22,12 +23,11 @@ from tqdm import tqdm
 
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
-from localctl.training.early_stopping import EarlyStopping
 from localctl.training.models import Models, load_models
 from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class
 from localctl.training.schedule import learning_rate_at
-from localctl.training.settings import TrainSettings
-from localctl.training.stats import StepStats
+from localctl.training.settings import EarlyStoppingConfig, TrainSettings
+from localctl.training.step import StepStats
 
 WAIT = timedelta(hours=2)  # of processes for one another: the first may be busy with a model card or a slow disk
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) + (
@@ -41,13 +41,62 @@ class _Unfit(ValueError):
 
 
 @dataclass
+class EarlyStopping:
+    """What has been seen of the score: ``best`` at ``best_step``, and how many scores since were ``worse``."""
+
+    config: EarlyStoppingConfig
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    last_step: int = 0
+
+    def due(self, step: int) -> bool:
+        """Whether the score is to be taken after ``step`` steps; only once for each."""
+        return self.config.every > 0 and step % self.config.every == 0 and step > self.last_step
+
+    def update(self, step: int, score: float) -> bool:
+        """Take in the score after ``step`` steps; True if it is the best so far. One that is not finite never is."""
+        assert step > self.last_step
+        self.last_step = step
+        better = math.isfinite(score) and (self.best is None or self._gain(score) > self.config.min_delta)
+        if better:
+            self.best, self.best_step, self.worse = score, step, 0
+        else:
+            self.worse += 1
+        return better
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``patience`` scores in a row were no better than the best."""
+        return self.config.every > 0 and self.worse >= self.config.patience
+
+    def _gain(self, score: float) -> float:
+        assert self.best is not None
+        return self.best - score if self.config.lower_is_better else score - self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint; JSON."""
+        seen = {name: getattr(self, name) for name in ("best", "best_step", "worse", "last_step")}
+        return {**seen, "metric": self.config.metric}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; patience and the rest are those of the present settings. The best under
+        another metric says nothing of this one, and is forgotten."""
+        self.last_step = state["last_step"]
+        if state.get("metric") == self.config.metric:
+            self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
+
+
+@dataclass
 class TrainState:
     """Models, optimizer and the number of finished steps (optimizer updates).
 
-    There is no state of random generators: every draw is keyed by what it is for. stats: what has been measured since
-    the last row of the log. validated: the step of the last validation. skipped: updates left out so far because they
-    were not finite. info: what a checkpoint's manifest says of the run (``resume.describe``).
-    ema: the averaged weights, None without ``use_ema``. say: where sentences go.
+    There is no state of random generators: all noise is keyed by what it is for.
+
+    resumed: a checkpoint was loaded. stats: what has been measured since the last row of the log. validated: the step
+    of the last validation. skipped: updates left out so far because they were not finite. info: what a checkpoint's
+    manifest says of the run (``resume.describe``). ema: the averaged weights, None without ``use_ema``. say: where
+    sentences go.
     """
 
     settings: TrainSettings
@@ -55,6 +104,7 @@ class TrainState:
     models: Models
     optimizer: Any
     step: int = 0
+    resumed: bool = False
     stats: StepStats = field(default_factory=StepStats)
     validated: int = 0
     skipped: int = 0
@@ -132,6 +182,7 @@ class TrainState:
                 raise
             reason = first_line(error)[:200]
             raise ValueError(f"The checkpoint {checkpoint} cannot be used ({reason}); use another one.") from error
+        self.resumed = True
 
     def _load(self, checkpoint: Path, step: int) -> None:
         weights = load_file(checkpoint / "adapter" / "diffusion_pytorch_model.safetensors")

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 
+from localctl.data.config import DataConfig
+from localctl.data.files import FileSource
 from localctl.data.sample import Source
 from localctl.messages import warning
+from localctl.pipelines import own_side
 from localctl.training.checkpoints import room, room_left
-from localctl.training.data_monitor import announced, brings_masks, remarks
+from localctl.training.data import brings_masks
 from localctl.training.export import effective_batch
 from localctl.training.schedule import schedule_notes
+from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
 
 
@@ -48,6 +52,33 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"output      {output_dir}",
         )
     )
+
+
+def announced(data: DataConfig, source: Source) -> str:
+    """What is trained on, in a few words."""
+    if data.is_micro:
+        return f"{len(source)} micro {data.profile} examples"
+    place = f"{data.name} {data.path}" if data.path else data.name
+    masks = f", masks from {data.mask_column!r}" if brings_masks(source) else ""
+    height, width = data.size
+    return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+
+
+def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
+    """What of the data is not used as one might think, a clause each."""
+    if not isinstance(source, FileSource):
+        return []
+    notes = [source.note, size_note(settings.data, settings.base.name)]
+    return [*source.rows.remarks(), *filter(None, notes)]
+
+
+def size_note(data: DataConfig, base: str) -> str:
+    """A clause where the size to train at is nobody's choice and not the base's own; else empty."""
+    own = own_side(base)
+    if data.is_micro or data.resolution is not None or own is None or data.size == (own, own):
+        return ""
+    side = data.size[0]
+    return f"{side}x{side} is only the default, and the base {base} makes images of {own}x{own}: --resolution {own}"
 
 
 def short_of_room(state: TrainState, folder: Path) -> str:

@@ -21,11 +21,10 @@ def encode_text(pipe: DiffusionPipeline, caption: str) -> PromptEmbeds:
 
 def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> Tensor:
     """SDXL's six numbers per image, (B,6) float32: original height and width, the crop's top and left, and the
-    height and width of the result.
+    height and width that are generated.
 
     Args:
-        sizes: the first four for each image; None where unknown, which counts as uncropped at the size of the result,
-        like
+        sizes: the first four for each image; None where unknown, which counts as uncropped at that size, like
             the pipeline's own default.
         size: (height, width) of the batch in pixels.
     """

@@ -30,8 +30,8 @@ class Tracker:
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record numbers, lists of numbers (None = undefined) or text under their names, at ``step``."""
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """Record a picture."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Record an image."""
 
     def close(self) -> None:
         """Bring everything to the disk."""
@@ -93,8 +93,8 @@ class BoardTracker(Tracker):
         for name, number in _scalars(values):
             self._board.add_scalar(name, number, step)
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        self._board.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         try:
@@ -136,7 +136,7 @@ class WandbTracker(Tracker):
     """Logs to Weights & Biases, project ``localctl`` unless ``options`` or WANDB_PROJECT say otherwise.
 
     ``options``: of ``wandb.init``, such as project, name, group, tags and notes; None = as wandb's variables say.
-    A continued run goes on under the same id, drawn over its own ``step``. What was sent cannot be taken back: steps
+    A continued run goes on under the same id, plotted over its own ``step``. What was sent cannot be taken back: steps
     that are run again show twice.
     """
 
@@ -149,15 +149,15 @@ class WandbTracker(Tracker):
             write_text(path, uuid.uuid4().hex[:8])
         named = {"project": os.environ.get("WANDB_PROJECT", "localctl")}
         named |= {name: value for name, value in options.items() if value is not None}
-        self._picture = wandb.Image
+        self._as_image = wandb.Image
         self._run = wandb.init(id=path.read_text(), resume="allow", dir=str(folder), config=dict(settings), **named)
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log({"step": step, **dict(_scalars(values))})
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        self._run.log({"step": step, name: self._picture(picture)})
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        self._run.log({"step": step, name: self._as_image(image)})
 
     def close(self) -> None:
         self._run.finish()
@@ -174,8 +174,8 @@ class Trackers(Tracker):
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.log(step, values), f"step {step}")
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        self._each(lambda tracker: tracker.image(step, name, picture), f"step {step}")
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        self._each(lambda tracker: tracker.image(step, name, image), f"step {step}")
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close(), "the end")

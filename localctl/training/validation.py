@@ -1,4 +1,4 @@
-"""Pictures of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
+"""Images of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
+from localctl.diffusion import reconstruct
 from localctl.drawing import grid, outline
 from localctl.files import write_bytes
 from localctl.images import condition_to_pil, to_pil
@@ -34,13 +35,9 @@ Beat = Callable[[], None]
 COLUMNS = ("condition, mask", "generated", "its condition", "real")
 
 
-def nothing() -> None:
-    """What is done between denoising steps unless told otherwise."""
-
-
 @dataclass(frozen=True)
 class Case:
-    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its picture, and the prompt it is generated
+    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its image, and the prompt it is generated
     with: its caption, or nothing."""
 
     example: Example
@@ -56,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean over the cases: how well the pictures' edges inside the mask are those of the real ones. All NaN where no
+    """Mean over the cases: how well the images' edges inside the mask are those of the real ones. All NaN where no
     mask holds enough edges to say so."""
 
     f1: float
@@ -128,7 +125,7 @@ def validation_row(fidelity: Fidelity, references: References) -> dict[str, floa
 
 
 class Validator:
-    """Draws the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
+    """Generates the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
     and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
 
     def __init__(self, models: Models, settings: TrainSettings, source: Source) -> None:
@@ -144,29 +141,27 @@ class Validator:
         """How many denoising steps a :meth:`run` makes."""
         return math.ceil(len(self.cases) / self.config.batch_size) * self.config.num_inference_steps
 
-    def edges_of(self, picture: Image.Image) -> np.ndarray:
-        """Edges (H,W) bool, by which every kind of condition is scored."""
-        return edges_of(self.edge_condition, picture)
+    def run(self, beat: Beat = lambda: None) -> ValidationResult:
+        """Generate all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising
+        step, and may raise to give up."""
+        images = self._generate(self.models.plain_adapter, beat)
+        fidelity = self._score(images)
+        return ValidationResult(fidelity, self._sheet(images, fidelity))
 
-    def run(self, beat: Beat = nothing) -> ValidationResult:
-        """Draw all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising step,
-        and may raise to give up."""
-        pictures = self._generate(self.models.plain_adapter, beat)
-        fidelity = self._score(pictures)
-        return ValidationResult(fidelity, self._sheet(pictures, fidelity))
-
-    def references(self, beat: Beat = nothing) -> References:
-        """Draw all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+    def references(self, beat: Beat = lambda: None) -> References:
+        """Generate all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
         if not self.scored:
             return References(unscored(len(self.cases)), unscored(len(self.cases)))
-        return References(self._score(self._generate(None, beat)), self._score(self._round_trip()))
+        base = self._score(self._generate(None, beat))
+        passed = [to_pil(reconstruct(self.models.vae, case.example.pixels[None])[0]) for case in self.cases]
+        return References(base, self._score(passed))
 
-    def _generate(self, adapter: LocalAdapter | None, beat: Beat = nothing) -> list[Image.Image]:
+    def _generate(self, adapter: LocalAdapter | None, beat: Beat = lambda: None) -> list[Image.Image]:
         def after_step(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             beat()
             return values
 
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for start in range(0, len(self.cases), self.config.batch_size):
             cases = self.cases[start : start + self.config.batch_size]
             height, width = cases[0].mask.shape[-2:]
@@ -174,7 +169,7 @@ class Validator:
             if adapter is not None:
                 condition = torch.stack([case.example.condition for case in cases])
                 controls = [LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in cases]))]
-            pictures += generate(
+            images += generate(
                 self.models.pipe,
                 [Layout(case.prompt, height, width) for case in cases],
                 controls,
@@ -182,32 +177,24 @@ class Validator:
                 sampling=Sampling.of(self.config),
                 callback_on_step_end=after_step,
             ).images
-        return pictures
+        return images
 
-    @torch.no_grad()
-    def _round_trip(self) -> list[Image.Image]:
-        vae = self.models.vae
-        pictures = []
-        for case in self.cases:
-            pixels = case.example.pixels[None].to(vae.device, vae.dtype)
-            pictures.append(to_pil(vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]))
-        return pictures
-
-    def _score(self, pictures: Sequence[Image.Image]) -> Fidelity:
+    def _score(self, images: Sequence[Image.Image]) -> Fidelity:
         if not self.scored:
             return unscored(len(self.cases))
-        pairs = zip(self.cases, pictures, strict=True)
-        return Fidelity.of([edge_scores(self.edges_of(p), case.edges, case.mask[0].numpy() > 0.5) for case, p in pairs])
+        found = [edges_of(self.edge_condition, image) for image in images]
+        pairs = zip(found, self.cases, strict=True)
+        return Fidelity.of([edge_scores(edges, case.edges, case.mask[0].numpy() > 0.5) for edges, case in pairs])
 
-    def _sheet(self, pictures: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
+    def _sheet(self, images: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
         rows, labels = [], []
-        for case, picture, f1 in list(zip(self.cases, pictures, fidelity.per_case, strict=True))[: self.config.rows]:
+        for case, image, f1 in list(zip(self.cases, images, fidelity.per_case, strict=True))[: self.config.rows]:
             seen = self.condition if self.condition.kind in FROM_PICTURE else self.edge_condition
             rows.append(
                 [
                     outline(condition_to_pil(case.example.condition), case.mask),
-                    outline(picture, case.mask),
-                    outline(condition_to_pil(extract(seen, np.asarray(picture))), case.mask),
+                    outline(image, case.mask),
+                    outline(condition_to_pil(extract(seen, np.asarray(image))), case.mask),
                     to_pil(case.example.pixels),
                 ]
             )
@@ -221,14 +208,14 @@ def edge_condition(condition: ConditionConfig) -> ConditionConfig:
     return condition if condition.kind == "canny" else ConditionConfig(kind="canny")
 
 
-def edges_of(config: ConditionConfig, picture: Image.Image) -> np.ndarray:
+def edges_of(config: ConditionConfig, image: Image.Image) -> np.ndarray:
     """Edges (H,W) bool."""
-    return extract(config, np.asarray(picture))[0].numpy() > 0.5
+    return extract(config, np.asarray(image))[0].numpy() > 0.5
 
 
 def choose_cases(source: Source, settings: TrainSettings) -> list[Case]:
-    """The first ``validation.count`` usable examples whose mask, drawn from ``validation.seed``, holds enough edges to
-    be scored; where there is none such, the first usable ones. ValueError when none is usable."""
+    """Choose the first ``validation.count`` usable examples whose mask, sampled with ``validation.seed``, holds enough
+    edges to be scored; where there is none such, the first usable ones. ValueError when none is usable."""
     config, edges = settings.validation, edge_condition(settings.condition)
     cases: list[Case] = []
     others: list[Case] = []

@@ -59,7 +59,7 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class EarlyStoppingConfig:
-    """When to stop for a score: one that the caller of the training gives (``early_stopping.Scorer``), or ``metric``.
+    """When to stop for a score: one that the caller of the training gives (``events.Scorer``), or ``metric``.
 
     every: steps between scores, 0 = never.
     patience: stop after this many scores in a row that beat the best by no more than min_delta.

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from localctl import diffusion
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import Conditioning
 
@@ -66,5 +67,5 @@ def sample_latents(
 
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1], as the pipeline would save them but for rounding to 8 bits."""
-    pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    pixels = diffusion.decode(pipe.vae, latents.to(pipe.vae.dtype))
     return (pixels.float() / 2 + 0.5).clamp(0, 1)

@@ -19,7 +19,7 @@ from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
 from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import generate
-from localctl.training.memory import OperationWatch
+from localctl.training.cost import OperationWatch
 from research.layout_benchmark.cost import MIB
 
 

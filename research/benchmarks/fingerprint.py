@@ -28,7 +28,7 @@ from shapes import random_pipeline
 
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, open_files
-from localctl.training.fingerprint import fingerprints
+from localctl.training.resume import fingerprints
 
 IMAGES = 1000
 

@@ -26,7 +26,7 @@ from localctl.control.base import BoundControl, CallContext, Control, RunDenoise
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.sampling import generate
-from localctl.training.memory import OperationWatch
+from localctl.training.cost import OperationWatch
 from research.layout_benchmark.cost import MIB, peak_memory, seconds
 
 

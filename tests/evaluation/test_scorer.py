@@ -21,9 +21,9 @@ from localctl.evaluation.scorer import METRICS, make_scorer
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.statistics import Statistics
 from localctl.pipelines import BaseConfig
-from localctl.training.early_stopping import EarlyStopping
 from localctl.training.loop import prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, EarlyStoppingConfig, TrainSettings, ValidationConfig
+from localctl.training.state import EarlyStopping
 from localctl.training.trackers import read_stats
 
 CONFIG = EarlyStoppingConfig(

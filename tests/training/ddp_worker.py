@@ -16,7 +16,7 @@ from localctl.data.sample import Example
 from localctl.distributed import leave
 from localctl.losses import FILTERS, LossConfig
 from localctl.seeding import generator
-from localctl.training import loop
+from localctl.training import data
 from localctl.training.settings import TrainSettings
 
 SIDE, COUNT, GLOBAL_BATCH, UPDATES = 64, 10, 4, 32
@@ -43,7 +43,7 @@ class SmallPictures:
 
 
 def small_pictures(settings: TrainSettings, split: str) -> SmallPictures:
-    """In place of ``loop.make_source``."""
+    """In place of ``data.make_source``."""
     return SmallPictures()
 
 
@@ -61,7 +61,7 @@ def weights(run: Any) -> dict[str, torch.Tensor]:
 
 def main(base: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    loop.make_source = small_pictures
+    data.make_source = small_pictures
     for name in FILTERS:
         # The first also validates and saves, which only the first process does, several times.
         events = {"validation_steps": 16, "checkpointing_steps": 8} if name == "none" else {}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_helpers import silent_run, tiny_settings
 
 from localctl.pipelines import load_pipeline
-from localctl.training.fingerprint import fingerprints, weights_digest
+from localctl.training.resume import fingerprints, weights_digest
 from localctl.training.settings import DataConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))

@@ -13,10 +13,9 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.pipelines import BaseConfig
 from localctl.training.adapters import plan_adapter
-from localctl.training.dry_run import Estimator, present_plan, report
-from localctl.training.memory import OperationWatch, count_step
+from localctl.training.cost import Estimator, OperationWatch, count_step, report
 from localctl.training.models import load_models
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 
 PARAMETERS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
@@ -37,7 +36,7 @@ def test_the_table_of_bases_has_their_published_numbers_of_parameters(name):
 def test_flops_of_the_real_sd15_at_512_px(tmp_path):
     shape = BaseShape(TABLE["sd15"])
     options = plan_adapter(tiny_settings("sd15", tmp_path), shape).options
-    cost = count_step(shape, options, (512, 512), torch.float32)
+    cost = count_step(shape, options, (512, 512))
     assert cost.flops == pytest.approx(1.745e12, rel=0.02)
     assert cost.vae_flops == pytest.approx(1.117e12, rel=0.02)
 
@@ -51,14 +50,14 @@ def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
     models.vae.set_attn_processor(eager_attention())
     batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
     batch = replace(batch, mask=torch.ones_like(batch.mask))
-    draws = draw(batch, models.latent_shape(128, 128), settings)
+    draws = sample_noise(batch, models.latent_shape(128, 128), settings)
     models.text_states([*batch.captions, ""])  # remembered: no text encoder in what follows
     with FlopCounterMode(display=False) as encoder:
         models.encode(batch, draws.posterior)
     plain = replace(settings, loss=replace(settings.loss, filter="none"))
     with FlopCounterMode(display=False) as counter:
         training_step(batch, models, plain, draws).loss.backward()
-    cost = count_step(read_shape(settings.base), plan_adapter(settings).options, (128, 128), torch.float32)
+    cost = count_step(read_shape(settings.base), plan_adapter(settings).options, (128, 128))
     assert cost.vae_flops == encoder.get_total_flops()
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -85,22 +84,26 @@ def test_alive_bytes_are_those_that_nobody_has_freed():
 def test_memory_counts_what_it_should(sd_folder, tmp_path):
     settings = tiny_settings(sd_folder, tmp_path, mixed_precision="no")
     estimator = Estimator(settings, read_shape(settings.base))
-    plan = replace(present_plan(settings), batch=2)
+    settings = replace(settings, train_batch_size=2)
     models = load_models(settings, torch.device("cpu"), None)
     trained = sum(p.numel() for p in models.plain_adapter.parameters())
     frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
-    full = estimator.estimate(plan)
+
+    def estimate(**changes):
+        return estimator.estimate(replace(settings, **changes), settings.data.size)
+
+    full = estimate()
     assert (full.trained, full.frozen) == (trained, frozen)
     assert full.weights == 4 * (trained + frozen) and full.gradients == 4 * trained and full.optimizer == 8 * trained
-    half = estimator.estimate(replace(plan, dtype=torch.bfloat16, adam_bytes=2, ema=True))
+    half = estimate(mixed_precision="bf16", use_8bit_adam=True, use_ema=True)
     assert half.weights == 2 * frozen + 8 * trained and half.optimizer == 2 * trained
     assert half.activations == full.activations // 2
-    assert estimator.estimate(replace(plan, batch=6)).activations == 3 * full.activations
-    assert estimator.estimate(replace(plan, checkpointing=True)).activations < full.activations
+    assert estimate(train_batch_size=6).activations == 3 * full.activations
+    assert estimate(gradient_checkpointing=True).activations < full.activations
 
 
 def test_the_command_prints_a_table_and_ways_out(sd_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("localctl.training.dry_run.SIZES", {"sd15": 128})
+    monkeypatch.setattr("localctl.training.cost.SIZES", {"sd15": 128})
     argv = [f"base={sd_folder}", "--dry_run", "--output_dir", str(tmp_path / "out"), "--train_batch_size", "4"]
     assert train_adapter.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -7,8 +7,8 @@ import torch
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.training.early_stopping import EarlyStopping
 from localctl.training.settings import EarlyStoppingConfig
+from localctl.training.state import EarlyStopping
 from localctl.training.trackers import read_stats
 
 

@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
-from localctl.data import DataConfig, Example, collate
+from localctl.data import Example, collate
 from localctl.data.bad_rows import Quarantine, TooManyBadRows
 from localctl.data.workers import WorkerError
 from localctl.lock import LOCK, FolderInUse, FolderLock
 from localctl.training import loop
 from localctl.training import trackers as logging
 from localctl.training.checkpoints import CheckpointError, list_checkpoints, verify_checkpoint
-from localctl.training.data_monitor import DataWatch
+from localctl.training.data import DataWatch
 from localctl.training.loop import prepare
 from localctl.training.settings import EarlyStoppingConfig
 from localctl.training.state import TrainState
@@ -289,8 +289,7 @@ def test_a_folder_taken_over_meanwhile_is_not_written_to(settings, tmp_path):
 
 def watched(masks):
     said: list[str] = []
-    watch = DataWatch(None, None, Quarantine(None, 10, 0.5), DataConfig())  # type: ignore[arg-type]
-    watch.say = said.append
+    watch = DataWatch(None, Quarantine(None, 10, 0.5), None, said.append)  # type: ignore[arg-type]
     for number, mask in enumerate(masks):
         example = Example(str(number), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8), "", mask=mask)
         watch._count_empty(collate([example, example]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_helpers import silent_run, tiny_settings
 
-from localctl.training import hub
+from localctl.training import export as hub
 
 TOKEN = "hf_NeverWriteMeDown"
 

@@ -15,7 +15,7 @@ from localctl.masks import MaskConfig
 from localctl.training import loop
 from localctl.training.models import load_models
 from localctl.training.optimizer import optimizer_class
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(kind, request, tmp_pa
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = training_step(batch, models, settings, draw(batch, models.latent_shape(128, 128), settings)).loss
+            loss = training_step(
+                batch, models, settings, sample_noise(batch, models.latent_shape(128, 128), settings)
+            ).loss
         loss.backward()
         gradients.append([p.grad for p in models.plain_adapter.parameters()])
         kept.append(count)
@@ -106,7 +108,7 @@ def test_an_update_that_is_left_out_is_not_averaged(sd_folder, tmp_path, monkeyp
         sd_folder, tmp_path, use_ema=True, max_train_steps=2, max_nonfinite_steps=1, checkpointing_steps=2
     )
     run, averages = silent_run(settings), []
-    monkeypatch.setattr(loop, "draw", lambda *given: poisoned(draw(*given), run.state.step == 1))
+    monkeypatch.setattr(loop, "sample_noise", lambda *given: poisoned(sample_noise(*given), run.state.step == 1))
     run.train(stop=lambda step: bool(averages.append([p.clone() for p in run.state.ema.shadow_params])))
     assert (run.state.step, run.state.skipped, run.state.ema.optimization_step) == (2, 1, 1)
     assert same(*averages)

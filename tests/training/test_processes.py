@@ -25,14 +25,15 @@ from localctl.data.config import DataConfig
 from localctl.distributed import leave
 from localctl.losses import FILTERS
 from localctl.training import checkpoints, loop
+from localctl.training import data as run_data
 from localctl.training.checkpoints import list_checkpoints
-from localctl.training.data_monitor import new_watch
+from localctl.training.data import DataWatch, shared_quarantine
 from localctl.training.trackers import read_stats
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(loop, "make_source", small_pictures)
+    monkeypatch.setattr(run_data, "make_source", small_pictures)
 
 
 def furthest(first, second):
@@ -70,7 +71,7 @@ def test_two_processes_are_one(sd_folder, tmp_path, small):
 
 def two_small_steps(base, folder, stop_after=None):
     """One of two processes; ``stop_after``: the process with rank 1 is sent SIGTERM then."""
-    loop.make_source = small_pictures
+    run_data.make_source = small_pictures
 
     def stop(step):
         if stop_after == step and os.environ["RANK"] == "1":
@@ -111,7 +112,7 @@ def test_two_processes_stop_together_at_a_signal_to_one_and_go_on_exactly(sd_fol
 
 
 def long_validation(base, folder):
-    loop.make_source = small_pictures
+    run_data.make_source = small_pictures
     settings = settings_for(base, folder, "none", 2, max_train_steps=2, validation_steps=1, logging_steps=1)
     settings = replace(settings, validation=replace(settings.validation, num_inference_steps=900))
     return 128 + silent_run(settings).train().signal
@@ -126,16 +127,16 @@ def test_a_signal_to_one_is_heard_while_the_other_validates(sd_folder, tmp_path)
 
 
 def nan_on_one(base, folder):
-    loop.make_source = small_pictures
-    draw = loop.draw
+    run_data.make_source = small_pictures
+    sample_noise = loop.sample_noise
 
     def poisoned(batch, *more):
-        made = draw(batch, *more)
+        made = sample_noise(batch, *more)
         if os.environ["RANK"] == "1":
             made.noise[1] = torch.nan
         return made
 
-    loop.draw = poisoned
+    loop.sample_noise = poisoned
     run = silent_run(settings_for(base, folder, "none", 2, max_train_steps=2))
     before = weights(run)
     try:
@@ -155,7 +156,7 @@ def test_nan_on_one_process_stops_both_and_names_its_sample(sd_folder, tmp_path)
 
 
 def own_folder(base, folder):
-    loop.make_source = small_pictures
+    run_data.make_source = small_pictures
     settings = settings_for(base, folder / os.environ["RANK"], "none", 2, resume_from_checkpoint="latest")
     try:
         silent_run(settings)
@@ -295,7 +296,7 @@ def watched_batches(folder, usable):
     """Rank 1 meets a bad row in step 1 and two more in step 2 (of 10 rows, a fifth may be bad), or no usable one."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    watch = new_watch(accelerator, None, DataConfig(max_bad_fraction=0.2), folder, 10, start=0)
+    watch = DataWatch(accelerator, shared_quarantine(accelerator, folder, 10, 0.2, start=0), None, print)
     bad = [Problem(f"row-{i}", "damaged", "it is damaged") for i in range(3)]
     try:
         for step, problems in enumerate((bad[:1], bad[1:]), start=1):
@@ -319,8 +320,7 @@ def test_bad_rows_met_by_one_process_stop_both_at_the_same_step(tmp_path, usable
 
 def resumed_watch(folder):
     accelerator = Accelerator(cpu=True)
-    watch = new_watch(accelerator, None, DataConfig(), folder, 10, start=3)
-    return len(watch.quarantine.problems)
+    return len(shared_quarantine(accelerator, folder, 10, DataConfig().max_bad_fraction, start=3).problems)
 
 
 def test_after_a_resume_all_processes_know_the_bad_rows(tmp_path):

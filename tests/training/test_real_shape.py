@@ -14,10 +14,10 @@ from localctl.architectures import TABLE, BaseShape
 from localctl.data import Batch
 from localctl.pipelines import freeze
 from localctl.training.adapters import plan_adapter
-from localctl.training.dry_run import GIB, Estimator, Plan
+from localctl.training.cost import GIB, Estimator
 from localctl.training.models import Models
 from localctl.training.optimizer import make_optimizer, optimizer_class
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 
 SIDE = 512
 
@@ -43,7 +43,7 @@ def real_pipeline() -> StableDiffusionPipeline:
 @pytest.mark.slow
 def test_one_step_of_sd15_at_512_px(tmp_path):
     torch.manual_seed(0)
-    settings = tiny_settings("sd15", tmp_path, lr_warmup_steps=0, mixed_precision="no")
+    settings = tiny_settings("sd15", tmp_path, lr_warmup_steps=0, mixed_precision="no", train_batch_size=1)
     shape = BaseShape(TABLE["sd15"])
     adapter = plan_adapter(settings, shape).make(0)
     models = Models(real_pipeline(), adapter.train(), keep_latents=False)
@@ -60,12 +60,12 @@ def test_one_step_of_sd15_at_512_px(tmp_path):
     )
     before = [parameter.detach().clone() for parameter in adapter.parameters()]
     begun = time.perf_counter()
-    output = training_step(batch, models, settings, draw(batch, models.latent_shape(SIDE, SIDE), settings))
+    output = training_step(batch, models, settings, sample_noise(batch, models.latent_shape(SIDE, SIDE), settings))
     output.loss.backward()
     optimizer.step()
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    expected = Estimator(settings, shape).estimate(Plan("sd15", (SIDE, SIDE), 1, "no", torch.float32)).total
+    expected = Estimator(settings, shape).estimate(settings, (SIDE, SIDE)).total
     print(f"\n{seconds:.0f} s, peak {peak / GIB:.2f} GiB, estimated {expected / GIB:.2f} GiB")
     assert torch.isfinite(output.loss)
     assert all(torch.isfinite(p.grad).all() for p in adapter.parameters())

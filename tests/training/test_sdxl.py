@@ -15,7 +15,7 @@ from localctl.data import Example, MaskedSamples, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.sampling import generate
 from localctl.training.models import load_models
-from localctl.training.step import draw, training_step
+from localctl.training.step import sample_noise, training_step
 from localctl.training.text import encode_text, time_ids
 
 HEIGHT, WIDTH = 64, 96
@@ -51,7 +51,9 @@ def batch():
 
 
 def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
-    draws = replace(draw(batch, models.latent_shape(HEIGHT, WIDTH), settings), empty_prompt=torch.tensor([False, True]))
+    draws = replace(
+        sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings), empty_prompt=torch.tensor([False, True])
+    )
     output = training_step(batch, models, settings, draws)
     pipe = models.pipe
     with torch.no_grad():
@@ -86,7 +88,7 @@ def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
 
 
 def test_texts_and_sizes_matter(batch, settings, models):
-    draws = draw(batch, models.latent_shape(HEIGHT, WIDTH), settings)
+    draws = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
     with torch.no_grad():
         plain, moved, other = (
             training_step(b, models, settings, draws).terms.denoising
@@ -117,7 +119,7 @@ def test_time_ids_are_original_crop_and_target():
 
 
 def test_a_trained_adapter_draws_with_the_pipeline(batch, settings, models, tmp_path):
-    draws = draw(batch, models.latent_shape(HEIGHT, WIDTH), settings)
+    draws = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
     optimizer = torch.optim.SGD(models.plain_adapter.parameters(), lr=1e-2)
     training_step(batch, models, settings, draws).loss.backward()
     optimizer.step()

@@ -223,11 +223,11 @@ def test_with_no_good_checkpoint_left_nothing_is_trained(saved, tmp_path, capsys
 
 
 def poisoned(key: str, epoch: int):
-    """A ``draw`` whose noise for one visit of one sample is not a number."""
-    draw = loop.draw
+    """A ``sample_noise`` whose noise for one visit of one sample is not a number."""
+    sample_noise = loop.sample_noise
 
     def draws(batch, *more):
-        made = draw(batch, *more)
+        made = sample_noise(batch, *more)
         for row, visit in enumerate(zip(batch.keys, batch.epochs, strict=True)):
             if visit == (key, epoch):
                 made.noise[row, 0, 0, 0] = torch.nan
@@ -238,7 +238,7 @@ def poisoned(key: str, epoch: int):
 
 def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path, monkeypatch):
     run = silent_run(replace(saved, output_dir=str(tmp_path), max_train_steps=6, checkpointing_steps=1))
-    monkeypatch.setattr(loop, "draw", poisoned("basic-train-3", 0))
+    monkeypatch.setattr(loop, "sample_noise", poisoned("basic-train-3", 0))
     with pytest.raises(NotFiniteError, match=r"loss is not finite at step (\d) \(samples basic-train-3\)"):
         run.train()
     last = max(list_checkpoints(tmp_path), default=0)
@@ -250,7 +250,7 @@ def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path,
 
 def test_so_many_may_be_left_out_as_is_allowed(saved, tmp_path, monkeypatch):
     settings = replace(saved, output_dir=str(tmp_path), max_train_steps=6, checkpointing_steps=6)
-    monkeypatch.setattr(loop, "draw", poisoned("basic-train-3", 0))
+    monkeypatch.setattr(loop, "sample_noise", poisoned("basic-train-3", 0))
     said: list[str] = []
     run = silent_run(replace(settings, max_nonfinite_steps=1), said)
     run.train()

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from localctl.losses import LossTerms
-from localctl.training.stats import StepStats, bucket_means
-from localctl.training.step import StepOutput
+from localctl.training.step import StepOutput, StepStats, bucket_means
 
 
 def output(timesteps, scale=1.0):

@@ -10,7 +10,7 @@ from training_helpers import tiny_settings
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.training.models import Memo, load_models
-from localctl.training.step import Draws, draw, training_step
+from localctl.training.step import StepNoise, sample_noise, training_step
 
 SHAPE = (4, 16, 16)
 
@@ -35,7 +35,7 @@ def batch_of(samples, *refs):
 
 
 def rows(draws, *index):
-    return Draws(*(getattr(draws, name)[list(index)] for name in ("posterior", "noise", "uniform", "empty_prompt")))
+    return StepNoise(*(getattr(draws, name)[list(index)] for name in ("posterior", "noise", "uniform", "empty_prompt")))
 
 
 def assert_same(a, b):
@@ -44,19 +44,19 @@ def assert_same(a, b):
 
 
 def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
-    both = draw(batch_of(samples, (0, 0), (1, 3)), SHAPE, settings)
+    both = sample_noise(batch_of(samples, (0, 0), (1, 3)), SHAPE, settings)
     torch.rand(5)
-    assert_same(rows(both, 1), draw(batch_of(samples, (1, 3)), SHAPE, settings))
-    assert_same(rows(both, 1, 0), draw(batch_of(samples, (1, 3), (0, 0)), SHAPE, settings))
+    assert_same(rows(both, 1), sample_noise(batch_of(samples, (1, 3)), SHAPE, settings))
+    assert_same(rows(both, 1, 0), sample_noise(batch_of(samples, (1, 3), (0, 0)), SHAPE, settings))
     for other in (
-        draw(batch_of(samples, (1, 2)), SHAPE, settings),
-        draw(batch_of(samples, (1, 3)), SHAPE, replace(settings, seed=1)),
+        sample_noise(batch_of(samples, (1, 2)), SHAPE, settings),
+        sample_noise(batch_of(samples, (1, 3)), SHAPE, replace(settings, seed=1)),
     ):
         assert not torch.equal(other.noise, both.noise[1:]) and not torch.equal(other.uniform, both.uniform[1:])
 
 
 def test_the_draws_of_one_sample_are_independent_of_each_other(samples, settings):
-    draws = draw(batch_of(samples, (0, 0)), SHAPE, settings)
+    draws = sample_noise(batch_of(samples, (0, 0)), SHAPE, settings)
     assert abs(torch.corrcoef(torch.stack([draws.noise.flatten(), draws.posterior.flatten()]))[0, 1]) < 0.15
 
 
@@ -65,16 +65,16 @@ def test_the_share_of_empty_prompts(samples, settings):
     keys = [f"basic-train-{i}" for i, _ in refs]
     one = batch_of(samples, (0, 0))
     many = replace(one, keys=tuple(keys), epochs=tuple(e for _, e in refs))
-    share = draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.3)).empty_prompt.double().mean()
+    share = sample_noise(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.3)).empty_prompt.double().mean()
     assert 0.22 < share < 0.38
-    assert not draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.0)).empty_prompt.any()
-    assert draw(many, (1, 1, 1), replace(settings, proportion_empty_prompts=1.0)).empty_prompt.all()
+    assert not sample_noise(many, (1, 1, 1), replace(settings, proportion_empty_prompts=0.0)).empty_prompt.any()
+    assert sample_noise(many, (1, 1, 1), replace(settings, proportion_empty_prompts=1.0)).empty_prompt.all()
 
 
 def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, settings, models):
     """Written out once more with diffusers' own scheduler and the pipeline's own encoders."""
     batch = batch_of(samples, (0, 0), (1, 0))
-    draws = replace(draw(batch, SHAPE, settings), empty_prompt=torch.tensor([False, True]))
+    draws = replace(sample_noise(batch, SHAPE, settings), empty_prompt=torch.tensor([False, True]))
     output = training_step(batch, models, settings, draws)
     with torch.no_grad():
         posterior = models.vae.encode(batch.pixels).latent_dist
@@ -95,7 +95,7 @@ def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, se
 
 def test_without_a_mask_the_adapter_has_no_say(samples, settings, models):
     batch = replace(batch_of(samples, (0, 0)), mask=torch.zeros(1, 1, 128, 128))
-    draws = draw(batch, SHAPE, settings)
+    draws = sample_noise(batch, SHAPE, settings)
     output = training_step(batch, models, settings, draws)
     with torch.no_grad():
         other = training_step(replace(batch, condition=1 - batch.condition), models, settings, draws)
@@ -107,7 +107,7 @@ def test_without_a_mask_the_adapter_has_no_say(samples, settings, models):
 
 def test_the_gradient_passes_the_frozen_parts_and_stays_out_of_them(samples, settings, models):
     batch = batch_of(samples, (0, 0), (1, 0))
-    training_step(batch, models, settings, draw(batch, SHAPE, settings)).loss.backward()
+    training_step(batch, models, settings, sample_noise(batch, SHAPE, settings)).loss.backward()
     for name, parameter in models.plain_adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     assert all(p.grad is None for part in models.frozen.values() for p in part.parameters())
@@ -117,7 +117,7 @@ def test_the_gradient_passes_the_frozen_parts_and_stays_out_of_them(samples, set
 
 def test_the_loss_settings_reach_the_loss(samples, settings, models):
     batch = batch_of(samples, (0, 0))
-    draws = draw(batch, SHAPE, settings)
+    draws = sample_noise(batch, SHAPE, settings)
     heavy = replace(settings, loss=replace(settings.loss, weight=1000 * settings.loss.weight))
     plain = replace(settings, loss=replace(settings.loss, filter="none"))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_loss_settings_reach_the_loss(samples, settings, models):
 
 def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
     batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
-    draws = draw(batch, SHAPE, settings)
+    draws = sample_noise(batch, SHAPE, settings)
     kept = models.encode(batch, draws.posterior)
     again = models.encode(batch, draws.posterior)
     fresh = load_models(replace(settings, data=replace(settings.data, keep_latents=False)), torch.device("cpu"), None)
@@ -160,7 +160,7 @@ def test_memo_keeps_the_most_recently_used():
 
 def test_feature_statistics_are_those_before_the_mask(samples, settings, models):
     batch = batch_of(samples, (0, 0), (1, 3))
-    output = training_step(batch, models, settings, draw(batch, SHAPE, settings))
+    output = training_step(batch, models, settings, sample_noise(batch, SHAPE, settings))
     features = models.plain_adapter.adapter(batch.condition)
     assert output.feature_mean.shape == output.feature_var.shape == (2, len(features))
     assert not output.feature_mean.requires_grad

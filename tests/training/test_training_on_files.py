@@ -16,9 +16,9 @@ from localctl.cli import train as train_adapter
 from localctl.cli.config import load_config
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, SampleRef, TooManyBadRows, collate, files, open_files
-from localctl.training.data_monitor import size_note
 from localctl.training.models import load_models
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+from localctl.training.summary import size_note
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 from file_data import read_metadata, to_folders, to_parquet, write_imagefolder, write_metadata  # noqa: E402

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from localctl.diffusion import add_noise, training_target
+from localctl.diffusion import add_noise, encode, training_target
 from localctl.images import to_pixels
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.scenes import COLORS, SHAPES, Scene, article, scene
@@ -53,7 +53,7 @@ def caption(item: Scene, **changes: str) -> str:
 def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int) -> Tensor:
     """(captions,): mean squared error of the U-Net's output, from the same noise."""
     pixels = to_pixels(Image.fromarray(item.image))[None]
-    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    latents = encode(pipe.vae, pixels)
     drawn = noise(latents.shape, 0, "words", item.index, timestep)
     alphas = pipe.scheduler.alphas_cumprod
     sample = add_noise(latents, drawn, torch.tensor([timestep]), alphas)

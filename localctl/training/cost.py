@@ -1,0 +1,317 @@
+"""`train_adapter.py --dry_run`: what a run would cost in memory and FLOPs, and what to do about it. A step of the real
+shapes runs on the meta device, without weights.
+
+A multiplication with its addition is 2 FLOPs; matrix products and convolutions count, nothing else does. Backward is
+what the frozen U-Net needs: gradients of activations, from the first block that the adapter reaches, none of weights.
+Attention is the fused kind, which never keeps its scores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from localctl.adapter import LocalAdapter
+from localctl.architectures import TABLE, BaseShape, read_shape
+from localctl.diffusion import latent_size
+from localctl.pipelines import DTYPES, BaseConfig
+from localctl.training.adapters import plan_adapter
+from localctl.training.settings import AdapterConfig, TrainSettings
+
+SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024}  # what these bases were trained at
+TOKENS = 77
+GIB = 2**30
+_HALF = ("fp16", "bf16")
+_HEAD = (
+    "base", "size", "batch", "precision", "trained M", "frozen M", "step TFLOP", "vae TFLOP",
+    "weights", "gradients", "optimizer", "activations", "GiB in all",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one sample in float32. flops: of the training step without the VAE's encoder; vae_flops: of that.
+    activations, vae_bytes: the most bytes alive at once in either, beside weights and their gradients."""
+
+    flops: float
+    vae_flops: float
+    activations: int
+    vae_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """trained, frozen: parameters. flops, vae_flops: per sample. The rest: bytes."""
+
+    trained: int
+    frozen: int
+    flops: float
+    vae_flops: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+class Estimator:
+    """Estimates settings for one shape of base and adapter; each size is counted once."""
+
+    def __init__(self, settings: TrainSettings, shape: BaseShape) -> None:
+        self.shape, self.options = shape, plan_adapter(settings, shape).options
+        self.cost = cache(lambda size, checkpointing: count_step(shape, self.options, size, checkpointing))
+        with torch.device("meta"):
+            self.trained = sum(p.numel() for p in LocalAdapter(**self.options).parameters())
+        self.frozen = {part: sum(p.numel() for p in shape.build(part).parameters()) for part in shape.parts}
+
+    def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
+        """Estimate training with ``settings`` at ``size`` (height, width); activations grow with the batch and with the
+        bytes of the dtype."""
+        cost = self.cost(size, settings.gradient_checkpointing)
+        width = 2 if precision_of(settings) in _HALF else DTYPES[settings.base.dtype].itemsize
+        vae_width = 4 if self.shape.xl else width
+        frozen = sum(count * (vae_width if part == "vae" else width) for part, count in self.frozen.items())
+        alive = max(cost.activations * width, cost.vae_bytes * vae_width) // 4
+        return Estimate(
+            trained=self.trained,
+            frozen=sum(self.frozen.values()),
+            flops=cost.flops,
+            vae_flops=cost.vae_flops,
+            weights=frozen + self.trained * (8 if settings.use_ema else 4),
+            gradients=self.trained * 4,
+            optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
+            activations=settings.train_batch_size * alive,
+        )
+
+
+def precision_of(settings: TrainSettings) -> str:
+    """The mixed precision of ``settings``; one that they leave open is what `accelerate launch` would say."""
+    return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def report(settings: TrainSettings) -> str:
+    """The table, the present settings first, and what helps if they do not fit; no weights are read.
+
+    Raises:
+        ValueError: base, adapter and settings do not go together.
+    """
+    base, size = settings.base.name, settings.data.size
+    estimator = Estimator(settings, read_shape(settings.base))
+    multiple = estimator.options["downscale_factor"]
+    if any(side % multiple for side in size):
+        raise ValueError(f"The adapter needs sizes in multiples of {multiple} pixels, not {size}.")
+    now = estimator.estimate(settings, size)
+    rows = [_HEAD, _row(f"these settings: {base}", settings, size, now), *_known_bases(settings)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    text = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows] + [""]
+    if estimator.shape.from_table:
+        text.append(f"None of the files of {base} are here yet; its well-known shape is counted.")
+    per_update = settings.gradient_accumulation_steps * settings.train_batch_size
+    text += [
+        f"An update of these settings takes {per_update} samples per process: "
+        f"{per_update * (now.flops + now.vae_flops) / 1e12:.2f} TFLOP.",
+        "A product with its addition counts as 2 FLOP; `step` is forward and backward of U-Net and adapter, where the",
+        "frozen U-Net pays for no gradients of weights; `vae` is its encoder, once per image if latents are kept.",
+        "Memory is weights, gradients, optimizer and activations with fused attention; the device's own needs (a",
+        "context, work space of kernels, fragments: often 1 to 2 GiB) and generating validation images come on top.",
+        "",
+        *_ways_out(estimator, settings, size),
+    ]
+    return "\n".join(text)
+
+
+def _known_bases(settings: TrainSettings) -> Iterator[tuple[str, ...]]:
+    """Rows of the table: other bases at the size they were trained at."""
+    plain = {"adapter": AdapterConfig(), "adapter_model_name_or_path": None, "gradient_checkpointing": False}
+    plain |= {"use_8bit_adam": False, "use_ema": False}
+    for name, side in SIZES.items():
+        other = replace(settings, base=BaseConfig(name=name), **plain)  # type: ignore[arg-type]
+        estimator = Estimator(other, BaseShape(TABLE[name], from_table=True))
+        for precision in ("no", "bf16"):
+            for batch in (1, 4):
+                known = replace(other, mixed_precision=precision, train_batch_size=batch)
+                yield _row(name, known, (side, side), estimator.estimate(known, (side, side)))
+
+
+def _row(name: str, settings: TrainSettings, size: tuple[int, int], estimate: Estimate) -> tuple[str, ...]:
+    shown = f"{size[1]}x{size[0]}", str(settings.train_batch_size), precision_of(settings)
+    numbers = [f"{count / 1e6:.1f}" for count in (estimate.trained, estimate.frozen)]
+    numbers += [f"{flops / 1e12:.3f}" for flops in (estimate.flops, estimate.vae_flops)]
+    memory = estimate.weights, estimate.gradients, estimate.optimizer, estimate.activations, estimate.total
+    return (name, *shown, *numbers, *(f"{part / GIB:.2f}" for part in memory))
+
+
+def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, int]) -> list[str]:
+    """Concrete flags with what each would leave, alone and all together."""
+    steps = settings.gradient_accumulation_steps * settings.train_batch_size
+    plain, more = (estimator.cost(size, checkpointing).flops for checkpointing in (False, True))
+    half = precision_of(settings) in _HALF or DTYPES[settings.base.dtype] != torch.float32
+    offers: list[tuple[bool, str, dict[str, Any], str]] = [
+        (not half, "--mixed_precision bf16", {"mixed_precision": "bf16"}, "fp16 on cards without bf16"),
+        (
+            not settings.gradient_checkpointing, "--gradient_checkpointing", {"gradient_checkpointing": True},
+            f"{more / plain - 1:.0%} more FLOP",
+        ),
+        (
+            settings.train_batch_size > 1, f"--train_batch_size 1 --gradient_accumulation_steps {steps}",
+            {"train_batch_size": 1}, "the same update",
+        ),
+        (not settings.use_8bit_adam, "--use_8bit_adam", {"use_8bit_adam": True}, "needs bitsandbytes"),
+        (settings.use_ema, "use_ema=false", {"use_ema": False}, ""),
+    ]  # fmt: skip
+
+    def line(flags: str, changes: dict[str, Any], note: str = "") -> str:
+        total = estimator.estimate(replace(settings, **changes), size).total
+        return f"  {flags:<66} {total / GIB:6.1f} GiB" + (f"  ({note})" if note else "")
+
+    everything: dict[str, Any] = {}
+    for wanted, _, changes, _ in offers:
+        everything |= changes if wanted else {}
+    return [
+        f"If {estimator.estimate(settings, size).total / GIB:.1f} GiB do not fit:",
+        *(line(flags, changes, note) for wanted, flags, changes, note in offers if wanted),
+        line("all of these", everything),
+        "Then smaller images (data.resolution), or a smaller base.",
+    ]
+
+
+def count_step(shape: BaseShape, options: dict[str, Any], size: tuple[int, int], checkpointing: bool = False) -> Cost:
+    """Count the cost of one sample of ``size`` (height, width) pixels; options: of ``LocalAdapter``."""
+    unet: Any = shape.build("unet")
+    unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+    with torch.device("meta"):
+        adapter = LocalAdapter(**options)
+    for parameter in adapter.parameters():  # gradients of weights are counted by who asks, as they are kept
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    flops, activations = _count(lambda: _unet_step(unet, adapter, shape, size))
+    vae: Any = shape.build("vae")
+    vae_flops, vae_bytes = _count(lambda: _encode(vae, size))
+    return Cost(flops, vae_flops, activations, vae_bytes)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _unet_step(unet: nn.Module, adapter: LocalAdapter, shape: BaseShape, size: tuple[int, int]) -> None:
+    config = shape.parts["unet"]
+
+    def empty(*sides: int) -> Tensor:
+        return torch.empty(1, *sides, device="meta")
+
+    arguments: dict[str, Any] = {"encoder_hidden_states": empty(TOKENS, config["cross_attention_dim"])}
+    if shape.xl:
+        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        arguments["added_cond_kwargs"] = {"text_embeds": empty(width), "time_ids": empty(6)}
+    noisy = empty(unet.config.in_channels, *latent_size(*size, shape.vae_scale_factor))
+    features = adapter(empty(adapter.channels_of_condition + 1, *size))
+    step = torch.empty(1, device="meta", dtype=torch.long)
+    output = unet(noisy, step, **arguments, down_intrablock_additional_residuals=features).sample
+    output.float().square().mean().backward()
+
+
+@torch.no_grad()
+def _encode(vae: Any, size: tuple[int, int]) -> None:
+    vae.encode(torch.empty(1, 3, *size, device="meta"))
+
+
+def _count(run: Callable[[], None]) -> tuple[float, int]:
+    """FLOPs of ``run`` and the most bytes that it had alive at once."""
+    with OperationWatch() as watch, _fused_attention(watch):
+        run()
+    return float(watch.flops), watch.peak
+
+
+class OperationWatch(TorchDispatchMode):
+    """Counts the FLOPs of every operation by torch's own table, and the bytes of what it makes until that is freed.
+
+    (torch's FlopCounterMode follows every module as well, which takes longer; its MemTracker is private.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        if not func.is_view:  # which are no new memory, and mostly of weights
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, Tensor):
+                    self._keep(tensor.untyped_storage())
+        return result
+
+    def add_products(self, query: Tensor, key: Tensor, products: int) -> None:
+        """Count ``products`` matrix products of the size of query times key."""
+        self.flops += products * 2 * math.prod(query.shape) * key.shape[-2]
+
+    def _keep(self, storage: Any) -> None:
+        if storage not in self._seen:
+            self._seen.add(storage)
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+@contextmanager
+def _fused_attention(watch: OperationWatch) -> Iterator[None]:
+    """Attention on the meta device by a stand-in that keeps what a fused kernel keeps: the device's own would make and
+    keep the scores. (Not a function mode: those are off in backward, where checkpoints compute again.)"""
+    real = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if query.device.type != "meta":
+            return real(query, key, value, *args, **options)
+        return _Attention.apply(query, key, value, watch)
+
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real  # type: ignore[assignment]
+
+
+class _Attention(torch.autograd.Function):
+    """Fused attention without its numbers. Backward: the products for the gradients that are wanted; those that a
+    kernel repeats to save memory do not count."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, watch: OperationWatch) -> Tensor:
+        watch.add_products(query, key, 2)
+        result = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, result)
+        ctx.watch = watch
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, _ = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        through_scores = wanted[0] or wanted[1]
+        ctx.watch.add_products(query, key, int(through_scores) + sum(wanted))
+        made = [torch.empty_like(t) if want else None for t, want in zip((query, key, value), wanted, strict=True)]
+        return (*made, None)
