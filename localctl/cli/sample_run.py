@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -17,8 +17,8 @@ from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.lock import FolderLock
 from localctl.metrics.clip import Clip
-from localctl.pipelines import load_pipeline, resolve_base, same_base, with_scheduler
-from localctl.sampling import GenerateOutput, generate
+from localctl.pipelines import load_pipeline, resolve_base, same_base
+from localctl.sampling import GenerateOutput, Sampling, generate, scheduled
 from localctl.weight_search.weights import OptimizedSpaceTime, clip_beside, generate_optimized
 
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
@@ -93,28 +93,14 @@ def generate_variant(
 ) -> GenerateOutput:
     """The job's images in one of its ways, beside the adapters; weights that are to be optimised are, for each image.
     The pipeline's scheduler is as before when it is done."""
-    options = job.options
-    scale = options.guidance_scale
-    if scale is None:
-        scale = variant.sampling.guidance_scale or resolve_base(job.base.name).guidance_scale
-    arguments = {
-        "num_inference_steps": options.num_inference_steps,
-        "guidance_scale": scale,
-        "negative_prompt": options.negative_prompt,
-    }
+    options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name).guidance_scale)
+    how = Sampling.of(options).over(variant.sampling).over(own)
+    how = replace(how, clip_skip=how.clip_skip or None)  # 0 skips nothing
     controls = [*adapters, *variant.controls]
-    with _scheduler(pipe, options.scheduler or variant.sampling.scheduler, bool(options.use_karras_sigmas)):
-        for control in controls:
-            if isinstance(control, OptimizedSpaceTime):
-                clip = clips[control.clip]
-                return generate_optimized(pipe, job.layouts, controls, options.seeds, clip=clip, **arguments)
-        more = {name: getattr(options, name) for name in ("guidance_rescale", "clip_skip") if getattr(options, name)}
-        return generate(pipe, job.layouts, controls, options.seeds, batch_size=options.batch_size, **arguments, **more)
-
-
-@contextmanager
-def _scheduler(pipe: DiffusionPipeline, name: str | None, karras: bool) -> Iterator[None]:
-    with with_scheduler(pipe, name):
-        if karras:
-            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_karras_sigmas=True)
-        yield
+    for control in controls:
+        if isinstance(control, OptimizedSpaceTime):
+            said = {name: getattr(how, name) for name in ("num_inference_steps", "guidance_scale")}
+            said |= {"clip": clips[control.clip], "negative_prompt": options.negative_prompt}
+            with scheduled(pipe, how):
+                return generate_optimized(pipe, job.layouts, controls, options.seeds, **said)
+    return generate(pipe, job.layouts, controls, sampling=how, negative_prompt=options.negative_prompt)
