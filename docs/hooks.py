@@ -1,4 +1,4 @@
-"""What the site needs beyond its pages: files from elsewhere in the repository, and the reference of all public names."""
+"""What the site needs beyond its pages: files from elsewhere in the repository, a reference of all public names."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def _reference() -> str:
-    """A heading for each area, and under it the names that ``localctl`` shows to editors and type checkers."""
+    """Return a heading for each area, and under it the names that ``localctl`` shows to editors and type checkers."""
     names = _public_names()
-    text = ["# API\n", "Every public name: `import localctl`, then `localctl.NAME`. Nothing slow is imported before use.\n"]
+    text = ["# API\n", "Every public name: `import localctl`, then `localctl.NAME`; imported when it is used first.\n"]
     for area, modules in AREAS.items():
         found = [name for name, module in names.items() if any(module.startswith(part) for part in modules)]
         if found:
