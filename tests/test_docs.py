@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import localctl
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *ROOT.glob("*.md"),
@@ -27,3 +29,8 @@ def test_links_lead_to_files(page: Path) -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize(("name", "line"), [("pyproject.toml", 'version = "{}"'), ("CITATION.cff", "version: {}")])
+def test_files_agree_on_the_version(name: str, line: str) -> None:
+    assert line.format(localctl.__version__) in (ROOT / name).read_text().splitlines()
