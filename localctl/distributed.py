@@ -14,6 +14,7 @@ from torch import distributed
 from localctl.files import first_line
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class LostProcess(OSError):
@@ -67,18 +68,18 @@ def joined() -> Iterator[tuple[int, int]]:
             leave()
 
 
-def union(items: set) -> set:
-    """Of all processes' ``items``, within :func:`joined`."""
+def union(items: set[Item]) -> set[Item]:
+    """Return the ``items`` of all processes, within :func:`joined`."""
     if not _together():
         return items
-    shares: list[set] = [set() for _ in range(distributed.get_world_size())]
+    shares: list[set[Item]] = [set() for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, items)
     return set().union(*shares)
 
 
 def on_first(work: Callable[[], Result]) -> Result | None:
-    """What ``work`` returns on the first process; None on the others, which wait for it. A ValueError or OSError of it
-    is raised on all of them, so that none waits in vain."""
+    """Run ``work`` on the first process and return its result there; the others wait and get None. A ValueError or
+    OSError of it is raised on all of them, so that none waits in vain."""
     together = _together()
     result: Result | None = None
     failure: ValueError | OSError | None = None

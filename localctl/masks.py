@@ -56,9 +56,9 @@ def mask_feature(feature: Tensor, mask: Tensor, mode: str = "area") -> Tensor:
 def sample_mask(
     config: MaskConfig, size: tuple[int, int], rng: np.random.Generator, object_masks: Tensor | None = None
 ) -> Tensor:
-    """Draw one mask (1,H,W) float32 in [0,1], determined by ``config``, ``size`` = (H, W), ``rng`` and the objects.
+    """Sample one mask (1,H,W) float32 in [0,1], determined by ``config``, ``size`` = (H, W), ``rng`` and the objects.
 
-    ``object_masks`` (n,H,W) in [0,1] are needed by the kind ``objects``. Nothing is drawn and rejected: it always ends.
+    ``object_masks`` (n,H,W) in [0,1] are needed by the kind ``objects``. No sample is rejected: it always ends.
 
     Raises:
         ValueError: no mask of this kind and size has an area in [min_area, max_area]; ``objects`` without objects of
@@ -88,7 +88,7 @@ def sample_mask(
 def disc_mask(centre: tuple[float, float], radius: float, size: int = 512) -> Tensor:
     """(1, size, size) float32: 1 where a pixel's first corner is nearer to ``centre`` (x, y) than ``radius``, else 0.
 
-    All in fractions of the sides, so that a disc stretched over a picture that is not square is an ellipse. ValueError
+    All in fractions of the sides, so that a disc stretched over an image that is not square is an ellipse. ValueError
     for a centre outside [0, 1] or a radius that is not positive.
     """
     if len(centre) != 2 or not all(0 <= value <= 1 for value in centre):
@@ -110,8 +110,8 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     mask, how = stretch_mask(open_gray(path))
     if size is not None and mask.shape != tuple(size):
         raise ValueError(
-            f"The mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels but the picture is {size[1]}x{size[0]}; "
-            "save the mask at the picture's size."
+            f"The mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels but the image is {size[1]}x{size[0]}; "
+            "save the mask at the image's size."
         )
     if not mask.any():
         raise ValueError(f"The mask {path} is black everywhere; paint what shall be controlled in white.")
@@ -121,8 +121,8 @@ def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def stretch_mask(gray: np.ndarray) -> tuple[np.ndarray, str]:
-    """A mask as read from a file, (H,W) float32 in [0,1], with 0 and 1 put for black and white where that is certain:
-    nothing is in it but 0 and 1 of 8 or 16 bits, or 0 and 255 of 16 bits.
+    """Return a mask as read from a file, (H,W) float32 in [0,1], with 0 and 1 put for black and white where that is
+    certain: nothing is in it but 0 and 1 of 8 or 16 bits, or 0 and 255 of 16 bits.
 
     Returns:
         The mask and, if it was stretched, what was done as a clause ("holds only ..."); else the mask itself and "".
@@ -163,7 +163,7 @@ def _area_bounds(config: MaskConfig, size: tuple[int, int]) -> tuple[int, int]:
     if fewest > most:
         raise ValueError(
             f"No mask of {size[1]}x{size[0]} pixels has an area between {config.min_area} and {config.max_area} of the "
-            "picture; widen min_area and max_area."
+            "image; widen min_area and max_area."
         )
     return fewest, most
 
@@ -175,12 +175,12 @@ def _fixed(config: MaskConfig, size: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(size, np.float32)
     mask[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = 1
     if not mask.any():
-        raise ValueError(f"The fixed mask box {config.box} holds no pixel of a {width}x{height} picture; enlarge it.")
+        raise ValueError(f"The fixed mask box {config.box} holds no pixel of a {width}x{height} image; enlarge it.")
     return mask
 
 
 def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle: its height uniform over all that allow the area, its width uniform over what is left."""
+    """Return a rectangle: its height uniform over all that allow the area, its width uniform over what is left."""
     height, width = size
     narrowest, widest = _widths(size, fewest, most, (height, width))
     h = 1 + int(rng.choice(np.flatnonzero(narrowest <= widest)))
@@ -192,7 +192,7 @@ def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator
 
 
 def _widths(size: tuple[int, int], fewest: int, most: int, largest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest width of a box of ``fewest`` to ``most`` pixels for each height 1, 2, ... up to
+    """Return the least and the greatest width of a box of ``fewest`` to ``most`` pixels for each height 1, 2, ... up to
     ``largest`` (height, width); where the least is greater there is none. ValueError when there is none at all."""
     heights = np.arange(1, largest[0] + 1)
     narrowest, widest = -(-fewest // heights), np.minimum(largest[1], most // heights)
@@ -205,8 +205,8 @@ def _widths(size: tuple[int, int], fewest: int, most: int, largest: tuple[int, i
 
 
 def _corners(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    """A rectangle by the published law: on each axis its first pixel uniform over all but the last, its end uniform
-    over the pixels behind the first; of these rectangles, one that has the area.
+    """Return a rectangle by the published law: on each axis its first pixel uniform over all but the last, its end
+    uniform over the pixels behind the first; of these rectangles, one that has the area.
 
     Of n + 1 pixels, a side that starts at i has the law 1 / n / (n - i) whatever its length, so one of k pixels has
     (1/k + ... + 1/n) / n. Height, width and place come one after the other, by their shares of the boxes that have the
@@ -293,7 +293,8 @@ def _distance_to(shape: np.ndarray) -> np.ndarray:
 
 
 def _cut(field: np.ndarray, fewest: int, most: int, level: float = 1.0) -> np.ndarray:
-    """The pixels where ``field`` <= ``level``, with the level moved so that they number ``fewest`` to ``most``."""
+    """Return the pixels where ``field`` <= ``level``, with the level moved so that they number ``fewest`` to
+    ``most``."""
     within = int(np.count_nonzero(field <= level))
     number = min(max(within, fewest), most)
     edge = level if number == within else np.partition(field, number - 1, axis=None)[number - 1]
@@ -317,5 +318,5 @@ def _soften(mask: np.ndarray, width: float) -> np.ndarray:
 
 
 def mask_to_pil(mask: Tensor) -> Image.Image:
-    """A mask (1,H,W) in [0,1] as a grayscale picture, white = controlled."""
+    """Return a mask (1,H,W) in [0,1] as a grayscale image, white = controlled."""
     return Image.fromarray((mask[0].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())

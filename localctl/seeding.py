@@ -1,6 +1,6 @@
-"""Random draws that depend on names, not on history.
+"""Random numbers that depend on names, not on history.
 
-Every draw is keyed by (seed, what it is for, which sample): the same key gives the same numbers whatever ran before,
+Each is keyed by (seed, what it is for, which sample): the same key gives the same numbers whatever ran before,
 on any number of processes or workers, and after a resume. Nothing here touches the global generators.
 """
 
@@ -27,7 +27,7 @@ def key_seed(seed: int, *keys: Key) -> int:
 
 
 def generator(seed: int, *keys: Key, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh torch generator for this key.
+    """Return a fresh torch generator for this key.
 
     Keep the default device for everything a result depends on: another kind of device yields other numbers for the
     same seed. torch's CPU generator uses the low 32 bits of its seed, so among n keys about n**2 / 2**33 pairs share
@@ -37,13 +37,13 @@ def generator(seed: int, *keys: Key, device: torch.device | str = "cpu") -> torc
 
 
 def numpy_rng(seed: int, *keys: Key) -> np.random.Generator:
-    """A fresh numpy generator for this key."""
+    """Return a fresh numpy generator for this key."""
     return np.random.default_rng(key_seed(seed, *keys))
 
 
 def noise(
     shape: tuple[int, ...] | torch.Size, seed: int, *keys: Key, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Standard normal noise of ``shape`` for this key, on the CPU; drawn in float32 and then cast to ``dtype``,
+    """Return standard normal noise of ``shape`` for this key, on the CPU; sampled in float32, then cast to ``dtype``,
     so that a half precision run sees the same noise up to rounding."""
     return torch.randn(shape, generator=generator(seed, *keys), dtype=torch.float32).to(dtype)

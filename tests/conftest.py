@@ -226,7 +226,7 @@ def assert_refused_early(
 
 @pytest.fixture
 def make_adapter() -> Callable[..., LocalAdapter]:
-    """make_adapter(seed=0, **config): a random LocalAdapter that fits ``sd_pipe``, strong enough to be seen."""
+    """Make a random LocalAdapter that fits ``sd_pipe``, strong enough to show: ``make_adapter(seed=0, **config)``."""
 
     def make(seed: int = 0, **config: Any) -> LocalAdapter:
         torch.manual_seed(seed)

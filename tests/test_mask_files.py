@@ -31,7 +31,7 @@ def test_bad_mask_files(tmp_path: Path) -> None:
     Image.new("L", (8, 6)).save(tmp_path / "black.png")
     with pytest.raises(ValueError, match="black everywhere"):
         load_mask(tmp_path / "black.png")
-    with pytest.raises(ValueError, match="is 8x6 pixels but the picture is 6x8"):
+    with pytest.raises(ValueError, match="is 8x6 pixels but the image is 6x8"):
         load_mask(tmp_path / "black.png", (8, 6))
     (tmp_path / "page.png").write_text("<html></html>")
     with pytest.raises(ValueError, match="not a PNG"):

@@ -7,7 +7,7 @@
    singular article, where a preposition or determiner follows; and a few frequent irregular verbs.
 3. "X of Y" without an article for Y is one phrase ("cup of coffee"); a phrase that ends in adjectives goes on behind
    "and" or a comma ("a red and white ball"); 's joins the owner to its thing.
-4. Phrases that name a place in the picture ("the left", "a white background") or the picture ("a photo of") are none.
+4. Phrases that name a place in the image ("the left", "a white background") or the image ("a photo of") are none.
 
 Known limits: bare verbs that are not on the list ("two cats admire a dog") and -s after "the" count as words of the
 phrase before them.
@@ -64,7 +64,7 @@ def split_words(prompt: str) -> list[Word]:
 
 
 def rule_chunks(prompt: str) -> list[Chunk]:
-    """The noun phrases of a prompt in reading order, places and pictures left out."""
+    """Return the noun phrases of a prompt in reading order, places and words for the image left out."""
     words = split_words(prompt)
     chunks: list[Chunk] = []
     position = 0
@@ -126,7 +126,7 @@ def _phrase_end(words: list[Word], start: int) -> int:
 
 
 def _joins(words: list[Word], start: int, of: int) -> bool:
-    """Whether "X of Y" is one phrase: Y is a plain word, and X neither a place nor a picture."""
+    """Return whether "X of Y" is one phrase: Y is a plain word, and X neither a place nor a word for the image."""
     if of == start or words[of - 1].text in w.PLACES | w.PICTURES or of + 1 >= len(words):
         return False
     follower = words[of + 1]
@@ -207,7 +207,7 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
 
 
 def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
-    """ "a star left of", "a star right below": a direction, where "the top left" is a place as a whole."""
+    """Tell directions ("a star left of", "a star right below") from places ("the top left")."""
     if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
         return False
     return follower is not None and follower.text in w.PREPOSITIONS
@@ -223,6 +223,6 @@ def _is_participle(text: str) -> bool:
 
 
 def _is_third_person(text: str, singular: bool) -> bool:
-    """ "a dog barks at": after a singular article, a last word in -s is a verb."""
+    """Find the verb of "a dog barks at": after a singular article, a last word in -s is one."""
     plain = text.endswith(("ss", "us", "is", "as", "os", "'s", "s'")) or text in w.NO_PARTICIPLES
     return singular and text.endswith("s") and len(text) > 3 and not plain

@@ -38,7 +38,7 @@ class Encoded:
         return Encoded(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def without(self, hidden: Tensor, nameless: Tensor) -> Encoded:
-        """Some words unreadable: outside objects those that are ``hidden`` (B, L or more) bool; the names of all
+        """Make some words unreadable: outside objects those that are ``hidden`` (B, L or more) bool; the names of all
         objects in the sentences that are ``nameless`` (B,) bool."""
         outside = self.owner < 0
         gone = (hidden[:, : self.owner.shape[1]] & outside) | (nameless[:, None] & ~outside)
@@ -79,7 +79,7 @@ def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], b
 
 
 def made_up_word(seed: int, *keys: int | str) -> str:
-    """A pronounceable word that means nothing, from its key: 2 or 3 syllables."""
+    """Return a pronounceable word that means nothing, from its key: 2 or 3 syllables."""
     number = key_seed(seed, "word", *keys)
     syllables = []
     for _ in range(2 + number % 2):

@@ -2,7 +2,7 @@
 
 As in arXiv 2304.03869, each object's centre has a Gaussian mixture, here over (x, y) in [0, 1], and each object a box
 size, here log-normal. Objects are placed one after the other: the boxes of those already placed are part of the input
-(p(layout) = prod_i p(object i | prompt, objects before i)), so that a layout is drawn as a whole.
+(p(layout) = prod_i p(object i | prompt, objects before i)), so that a layout is sampled as a whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from localctl.layout_predictor.placing import PlaceDensity, Placement, place
 from localctl.sizes import shown
 
 WEIGHTS = Path(__file__).parent / "weights"
-_SMALLEST_SIGMA = 0.02  # of the picture's side
+_SMALLEST_SIGMA = 0.02  # of the image's side
 _MOST_OBJECTS = 32
 _LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the shipped one has 4 layers and 7e5 weights
 
@@ -130,7 +130,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
 
     @staticmethod
     def _first_guess(components: int) -> Tensor:
-        """Bias of an even mixture spread over the picture, and boxes of a third of it."""
+        """Start from an even mixture spread over the image, and boxes of a third of it."""
         angle = torch.arange(components) * (2 * math.pi / components)
         means = torch.stack([angle.cos(), angle.sin()], dim=-1)
         parts = [torch.zeros(components), means.flatten(), torch.full((2 * components,), -1.5)]
@@ -209,10 +209,10 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         width: int | None = None,
         chunker: str = "auto",
     ) -> Layout:
-        """The layout of ``prompt``: a region for each object, with as many boxes as it has copies ("two dogs").
+        """Predict the layout of ``prompt``: a region for each object, with as many boxes as it has copies ("two dogs").
 
-        Boxes lie inside the picture and do not overlap. ``seed`` None: the most likely place of each object in turn;
-        else a layout drawn for that seed, always the same. height, width: of the layout, pixels. ``chunker``: as for
+        Boxes lie inside the image and do not overlap. ``seed`` None: the most likely place of each object in turn;
+        else a layout sampled with that seed, always the same. height, width: of the layout, pixels. ``chunker``: as for
         :func:`localctl.layout_predictor.parse`.
 
         Raises:
@@ -245,7 +245,7 @@ def _check_sizes(**sizes: Any) -> None:
 
 
 def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
-    """A trained predictor in float32, ready to predict: the shipped one, or that of a folder or hub id.
+    """Load a trained predictor in float32, ready to predict: the shipped one, or that of a folder or hub id.
 
     ValueError when there is none, or it is damaged.
     """

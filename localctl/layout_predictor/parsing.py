@@ -35,8 +35,8 @@ class PromptObject:
 
 
 def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[PromptObject, ...]:
-    """The objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one; "no cat" is
-    none, nor are the marks of other tools (:mod:`localctl.prompt_syntax`).
+    """Find the objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one; "no
+    cat" is none, nor are the marks of other tools (:mod:`localctl.prompt_syntax`).
 
     Args:
         prompt: one text.
@@ -104,7 +104,8 @@ def _object(prompt: str, chunk: Chunk) -> PromptObject:
 
 
 def spacy_model(required: bool = False) -> Any:
-    """The first installed English spaCy pipeline, loaded; where there is none None, or ValueError if ``required``."""
+    """Return the first installed English spaCy pipeline, loaded; where there is none None, or ValueError if
+    ``required``."""
     if importlib.util.find_spec("spacy") is not None:
         import spacy  # slow to import, and optional
 
@@ -117,7 +118,7 @@ def spacy_model(required: bool = False) -> Any:
 
 
 def spacy_chunks(prompt: str, model: Any) -> list[Chunk]:
-    """spaCy's noun chunks as ours: pronouns, places and pictures left out, articles told apart."""
+    """spaCy's noun chunks as ours: pronouns, places and words for the image left out, articles told apart."""
     chunks = []
     for found in model(prompt).noun_chunks:
         words = [word for word in split_words(found.text) if word.is_word]

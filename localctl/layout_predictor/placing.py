@@ -1,7 +1,7 @@
-"""Where to put one object, given its density and the boxes that are there: the most likely place, or a drawn one.
+"""Where to put one object, given its density and the boxes that are there: the most likely place, or a sampled one.
 
 Boxes never overlap. Where the best place is taken in part, both boxes give way: they shrink about their centres, along
-the axis that asks for the least. How much a place is worth is its log-likelihood (to within 8 % of the picture's side)
+the axis that asks for the least. How much a place is worth is its log-likelihood (to within 8 % of the image's side)
 plus 3 log(the factor they shrink by), so that a wide density moves to a free place and a narrow one stays.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from localctl.seeding import generator
 
 _GRID = 48  # candidate centres per side
-_DRAWS = 64
+_SAMPLES = 64
 _SMALLEST, _LARGEST = 0.04, 0.96  # sides of a box
-_BLUR = 0.08  # of the picture's side: likely is where much of the mass is near, not where the density has a spike
+_BLUR = 0.08  # of the image's side: likely is where much of the mass is near, not where the density has a spike
 _WORTH = 3.0  # nats for a box shrunk to 1/e
 _LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # no place that asks for more than this, unless there is no other
 _APART = 1 - 1e-5  # boxes that touch share no rounded pixel either
@@ -29,8 +29,8 @@ _APART = 1 - 1e-5  # boxes that touch share no rounded pixel either
 class PlaceDensity:
     """The density of each object's centre and size; leading dimensions are (B, N).
 
-    log_weights: (..., K). means: (..., K, 2), xy in units of the picture's sides. sigmas: (..., K, 2).
-    log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the picture's sides.
+    log_weights: (..., K). means: (..., K, 2), xy in units of the image's sides. sigmas: (..., K, 2).
+    log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the image's sides.
     """
 
     log_weights: Tensor
@@ -49,7 +49,7 @@ class PlaceDensity:
         return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
 
     def of(self, row: int, index: int) -> PlaceDensity:
-        """The density of one object on the CPU, without leading dimensions."""
+        """Return the density of one object on the CPU, without leading dimensions."""
         return PlaceDensity(*(getattr(self, name)[row, index].cpu() for name in self.__dataclass_fields__))
 
 
@@ -59,7 +59,7 @@ def _normal_log_prob(value: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """A box inside the picture: centre and size in [0, 1]."""
+    """A box inside the image: centre and size in [0, 1]."""
 
     x: float
     y: float
@@ -81,23 +81,23 @@ class Placement:
 def place(
     density: PlaceDensity, taken: Sequence[Placement], keys: tuple[int, str, int, int] | None
 ) -> tuple[Placement, list[Placement]]:
-    """A box for one object inside the picture, and those of ``taken`` as they give way to it.
+    """Find a box for one object inside the image, and those of ``taken`` as they give way to it.
 
     Args:
         density: of one object, without leading dimensions.
         keys: None for the most likely place, among the means of the mixture and a grid; else (seed, prompt, object,
-            copy) of a draw: the first of 64 draws that is free and inside, or the one worth most where none is.
+            copy) of samples: the first of 64 that is free and inside, or the one worth most where none is.
     """
     size, free_only = density.log_size, False
     if keys is None:
         ticks = (torch.arange(_GRID) + 0.5) / _GRID
         centres = torch.cat([density.means, torch.cartesian_prod(ticks, ticks)])  # (n,2)
     else:
-        draws = generator(keys[0], "layout", *keys[1:])
-        size = size + density.log_size_sigma * torch.randn(2, generator=draws)
-        centres, free_only = _draw(density, draws), True
+        random = generator(keys[0], "layout", *keys[1:])
+        size = size + density.log_size_sigma * torch.randn(2, generator=random)
+        centres, free_only = _sample(density, random), True
     sides = size.exp().clamp(_SMALLEST, _LARGEST)
-    # Inside the picture: what would stick out stands at its edge.
+    # Inside the image: what would stick out stands at its edge.
     inside = torch.maximum(torch.minimum(centres, 1 - sides / 2), sides / 2)
     room = _room(inside, sides, taken)
     free = (room >= 1) & (inside == centres).all(dim=-1)
@@ -146,8 +146,8 @@ def density_at(density: PlaceDensity, centres: Tensor, blur: float = 0.0) -> Ten
     return torch.logsumexp(density.log_weights + parts.sum(dim=-1), dim=-1)
 
 
-def _draw(density: PlaceDensity, draws: torch.Generator) -> Tensor:
+def _sample(density: PlaceDensity, random: torch.Generator) -> Tensor:
     """(64, 2) centres from the mixture."""
-    component = torch.multinomial(density.log_weights.exp(), _DRAWS, replacement=True, generator=draws)
-    noise = torch.randn(_DRAWS, 2, generator=draws)
+    component = torch.multinomial(density.log_weights.exp(), _SAMPLES, replacement=True, generator=random)
+    noise = torch.randn(_SAMPLES, 2, generator=random)
     return density.means[component] + density.sigmas[component] * noise

@@ -35,7 +35,7 @@ DENIALS = word_set(
 )  # of what follows
 BREAKS = PRONOUNS | PREPOSITIONS | CONJUNCTIONS | BE | VERBS_AHEAD | HAVE | ADVERBS
 
-# Places within the picture, not things in it, when they end a phrase: "on the left", "in the top right corner".
+# Places within the image, not things in it, when they end a phrase: "on the left", "in the top right corner".
 PLACES = word_set(
     "left right top bottom side sides front back rear middle center centre corner corners edge background backdrop "
     "foreground distance hand half third part area left-hand right-hand upper lower higher lowest highest topmost "

@@ -63,7 +63,7 @@ class Reading:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """A blob moved to the centre and scaled to a fixed radius of gyration: float32 (48, 48)."""
+    """Move a blob to the centre and scale it to a fixed radius of gyration: float32 (48, 48)."""
     ys, xs = np.nonzero(mask > 0.5)
     cx, cy = xs.mean(), ys.mean()
     scale = _SPREAD / max(1e-3, float(np.sqrt(((xs - cx) ** 2 + (ys - cy) ** 2).mean())))
@@ -213,8 +213,8 @@ def _blobs(foreground: np.ndarray, nearest: np.ndarray, certain: np.ndarray) -> 
 
 
 def _whole(blobs: list[np.ndarray], foreground: np.ndarray) -> list[tuple[np.ndarray, str, float]]:
-    """The blobs with shape and match; in place of blobs that touch, the whole of them where it is more of a shape than
-    any of its parts, as a ring that goes from green to blue is."""
+    """Return the blobs with shape and match; in place of blobs that touch, the whole of them where it is more of a
+    shape than any of its parts, as a ring that goes from green to blue is."""
     found = [(blob, *classify_shape(blob)) for blob in blobs]
     _, labels = cv2.connectedComponents(foreground.astype(np.uint8), connectivity=4)
     together: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Procedural scenes with exact captions, masks, boxes and depth: scene i is always the same picture.
+"""Procedural scenes with exact captions, masks, boxes and depth: scene i is always the same image.
 
 Profile `basic` is frozen: every figure of the project is measured on it. Profile `rich` adds textures, overlap,
 counts and more objects for variety in training.
@@ -24,7 +24,7 @@ _RELATION_MARGIN = 14.0  # px between centres along the axis that a relation nam
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object. `box` is xyxy in pixels; `depth` in (0, 1], 1 = nearest; `phrase` stands in the caption."""
+    """One object: `box` is xyxy in pixels; `depth` in (0, 1], 1 = nearest; `phrase` stands in the caption."""
 
     shape: str
     color: str
@@ -73,7 +73,7 @@ class ScenePlan:
 
 
 def scene_plan(index: int, profile: str = "basic", split: str = "train") -> ScenePlan:
-    """Caption and objects of scene number `index`, without the picture; equal to those of :func:`scene`."""
+    """Caption and objects of scene number `index`, without the image; equal to those of :func:`scene`."""
     return _plan(index, profile, split)[0]
 
 
@@ -101,7 +101,7 @@ def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
 
 
 def _plan(index: int, profile: str, split: str) -> tuple[ScenePlan, np.random.Generator]:
-    """The plan, and the generator as it stands before painting."""
+    """Return the plan, and the generator as it stands before painting."""
     if profile not in PROFILES:
         raise ValueError(f"unknown scene profile {profile!r}: choose one of {', '.join(PROFILES)}")
     if split not in SPLITS:
@@ -207,7 +207,7 @@ def _texture(kind: str, color: np.ndarray, rng: np.random.Generator) -> np.ndarr
 def _paint(
     rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The picture, uint8 (128, 128, 3), and the visible part of each object, float32 (n, 128, 128)."""
+    """Return the image, uint8 (128, 128, 3), and the visible part of each object, float32 (n, 128, 128)."""
     yy, xx = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1) - 0.5
     turn, slope = rng.uniform(0, 2 * np.pi), rng.uniform(4, 14)
     canvas = np.asarray(BACKGROUNDS[background], np.float32) + rng.uniform(-6, 6)
@@ -224,7 +224,7 @@ def _paint(
 
 
 def sheet(scenes: list[Scene], columns: int = 8) -> np.ndarray:
-    """Pictures side by side, uint8 (rows*128, columns*128, 3), for looking at."""
+    """Put images side by side, uint8 (rows*128, columns*128, 3), for looking at."""
     rows = -(-len(scenes) // columns)
     canvas = np.full((rows * SIZE, columns * SIZE, 3), 255, np.uint8)
     for i, item in enumerate(scenes):

@@ -1,4 +1,4 @@
-"""The alphabet of the micro scenes: eight shapes, eight colours, four backgrounds, and how a shape is drawn."""
+"""The alphabet of the micro scenes: eight shapes, eight colours, four backgrounds, and how a shape is painted."""
 
 from __future__ import annotations
 
