@@ -18,7 +18,7 @@ from localctl.adapter import LocalAdapter, check_config, load_adapter
 from localctl.adapter_files import find_adapter
 from localctl.evaluation.generated_set import draw_set
 from localctl.evaluation.settings import FidSettings
-from research.control_share.measuring import find as load_for_scores
+from research.control_share import find as load_for_scores
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_res_blocks": 10**8}, "num_res_blocks of an adapter is a whole number from 1 to 64, not 100000000"),

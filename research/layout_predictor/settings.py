@@ -52,7 +52,7 @@ class LayoutDataConfig:
     count: scenes at most; null = all there are, of micro 1500.
     instances: of coco, the annotation file of things (instances_train2017.json).
     stuff: of coco, that of stuff (stuff_train2017.json); null = things alone.
-    min_area: of coco, things that cover less of the picture than this are left out.
+    min_area: of coco, things that cover less of the image than this are left out.
     max_objects: things of a sentence at most.
     """
 
@@ -112,7 +112,7 @@ class LayoutTrainSettings:
 
     output_dir: where log, checkpoints and the predictor go.
     overwrite_output_dir: begin anew in a folder that holds another run.
-    seed: of everything drawn at random.
+    seed: of everything random.
     report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
     device: auto, cpu, cuda, ...
     cpu_threads: on a CPU; null = torch's own choice.
@@ -179,13 +179,6 @@ class LayoutTrainSettings:
             _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
         if self.cpu_threads is not None:
             _at_least("cpu_threads", self.cpu_threads, 1)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step ``step`` (0 = the first)."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _at_least(what: str, value: float, least: float) -> None:
