@@ -284,16 +284,12 @@ class Study(Generic[V]):
 
 
 def statistics_of(
-    extractor: Extractor,
-    keys: Sequence[str],
-    images: Callable[[int], np.ndarray],
-    batch_size: int,
-    about: Mapping[str, Any],
+    extractor: Extractor, keys: Sequence[str], image: Callable[[int], np.ndarray], batch_size: int, about: Mapping
 ) -> Statistics:
     """Of the features of images uint8 (H,W,3), given by number. about: what they are, beside the extractor."""
 
     def keyed(numbers: range) -> Iterable[tuple[str, np.ndarray]]:
-        return ((keys[number], images(number)) for number in numbers)
+        return ((keys[number], image(number)) for number in numbers)
 
     return collect(extractor, len(keys), keyed, batch_size).statistics(**{**about, **describe(extractor)})
 
