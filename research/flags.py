@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -59,11 +60,12 @@ def results_of(page: Path) -> Path:
     return RESULTS / page.stem if page.resolve().parent == PAGES.resolve() else folder
 
 
-def check_least(values: object, least: Mapping[str, int], dashes: str = "") -> None:
-    """ValueError for an attribute of ``values`` below what ``least`` says of it."""
+def check_least(values: object, least: Mapping[str, int], prefix: str = "") -> None:
+    """ValueError for an attribute of ``values`` that is not None, and not finite or below what ``least`` says of it."""
     for name, bound in least.items():
-        if getattr(values, name) < bound:
-            raise ValueError(f"{dashes}{name} must be at least {bound}, not {getattr(values, name)}.")
+        value = getattr(values, name)
+        if value is not None and not (math.isfinite(value) and value >= bound):
+            raise ValueError(f"{prefix}{name} must be at least {bound}, not {value}.")
 
 
 def make_folder(path: Path) -> None:

@@ -77,13 +77,13 @@ def generate_cases(
         say: told after each batch, in place of a progress bar.
         options: of :func:`localctl.sampling.generate`.
     """
-    missing = [index for index in range(len(cases)) if not files or not files[index].is_file()]
+    missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
-    made = 0
-    with tqdm(total=len(cases), desc=f"generating {name}", unit="image", disable=say is not None or None) as bar:
+    hidden = {} if say is None else {"disable": True}  # where shown, TQDM_DISABLE decides
+    with tqdm(total=len(cases), desc=f"generating {name}", unit="image", **hidden) as bar:
         for first in range(0, len(cases), batch_size):
             batch = range(first, min(first + batch_size, len(cases)))
-            wanted = [index for index in batch if index in set(missing)]
+            wanted = [index for index in batch if index in missing]
             if wanted:
                 some = [cases[index] for index in batch]
                 layouts, seeds = [case.layout for case in some], [case.seed for case in some]
@@ -93,9 +93,8 @@ def generate_cases(
                     images[index] = np.asarray(image)
                     if files:
                         write_bytes(files[index], png_bytes(image))
-                made += len(wanted)
                 if say is not None:
-                    say(f"{name}: {made} of {len(missing)} images")
+                    say(f"{name}: {len(images)} of {len(missing)} images")
             bar.update(len(batch))
     return [images[index] if index in images else np.asarray(load_image(files[index])) for index in range(len(cases))]
 
