@@ -1,8 +1,8 @@
-"""Where each phrase is attended to, before and after each control: one picture, one seed, a row per control.
+"""Where each phrase is attended to, before and after each control: one image, one seed, a row per control.
 
   python -m research.heat_maps --layout scene.json
 
-The first column is the drawn picture with the outlines of its regions; then follows, for each phrase, its heat over the
+The first column is the image with the outlines of its regions; then follows, for each phrase, its heat over the
 cross-attention layers and steps (see ``AttentionMaps``) with the share of it that lies inside the region.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from localctl.cli.sample_regions import Variant
 
 PROGRAM = "research.heat_maps"
-_SMALLEST = 192  # px; smaller pictures are enlarged, so that words fit under them
+_SMALLEST = 192  # px; smaller images are enlarged, so that words fit under them
 
 
 def new_parser() -> Arguments:
@@ -43,7 +43,7 @@ def new_parser() -> Arguments:
 
 
 def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
-    """The sheet's rows: the picture and its heat maps, for each variant."""
+    """The sheet's rows: the image and its heat maps, for each variant."""
     from localctl.control.attention_maps import AttentionMaps
     from localctl.images import captioned
     from localctl.layout_io import load_layout
@@ -68,7 +68,7 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
         factor = -(-_SMALLEST // image.width)
         image = image.resize((factor * image.width, factor * image.height))
         shown = [(variant.label, layout.draw(image)), *maps.overlays(0, image)]
-        rows.append([captioned(picture, [label]) for label, picture in shown])
+        rows.append([captioned(image, [label]) for label, image in shown])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Mask and local control loss in pictures: features, z_t, z0', the maps of filters, what counts in the mask, over t."""
+"""Mask and local control loss in figures: features, z_t, z0', the maps of filters, what counts in the mask, over t."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
         shown = [map_to_pil(m[i].mean(0), side, top) for m in maps]
         rows.append([*decoded, *shown, map_to_pil(errors[i].mean(0), side)])
         labels.append(f"t = {t}   w(t) = {weights[i]:.3g}   local term = {local[i]:.3g}")
-    picture = to_pil(example.pixels)
-    last = [p.resize((side, side)) for p in (picture, outline(picture, example.mask))]
+    whole = to_pil(example.pixels)
+    last = [p.resize((side, side)) for p in (whole, outline(whole, example.mask))]
     return grid([*rows, last], COLUMNS, [*labels, example.caption])
 
 
@@ -166,7 +166,7 @@ def decode(pipe: DiffusionPipeline, latents: Tensor) -> Image.Image:
 
 
 def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Image:
-    """A map (h,w) of values from 0 as a heat picture; ``top`` is the brightest, null: the map's own maximum."""
+    """A map (h,w) of values from 0 as a heat map; ``top`` is the brightest, null: the map's own maximum."""
     top = float(values.max()) if top is None else top
     scaled = (values.float().cpu() / max(top, 1e-12) * 255).clamp(0, 255).to(torch.uint8).numpy()
     colored = cv2.applyColorMap(np.ascontiguousarray(scaled), cv2.COLORMAP_INFERNO)[..., ::-1]

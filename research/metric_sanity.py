@@ -27,7 +27,7 @@ BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
 
 
 def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """uint8 (n,H,W,3) -> the same pictures with more and more damage, each uint8 (n,H,W,3)."""
+    """uint8 (n,H,W,3) -> the same images with more and more damage, each uint8 (n,H,W,3)."""
     from localctl.seeding import numpy_rng
 
     rng = numpy_rng(seed, "ladder")
@@ -40,35 +40,25 @@ def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     return result | {"nothing but noise": rng.integers(0, 256, images.shape, dtype=np.uint8)}
 
 
-def statistics(extractor: Extractor, images: np.ndarray) -> Statistics:
-    """Of pictures uint8 (n,H,W,3)."""
-    from localctl.evaluation.fid import collect
-    from localctl.metrics.extractors import describe
-
-    def pictures(indices: range) -> list[tuple[str, np.ndarray]]:
-        return [(str(index), images[index]) for index in indices]
-
-    return collect(extractor, len(images), pictures, 16).statistics(**describe(extractor))
-
-
 def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
     """Distances by rung: of ``count`` damaged test scenes from ``count`` others, untouched."""
     from localctl.metrics.statistics import distances
+    from research.harness import PROFILE, SPLIT, statistics_of
 
-    real, other = (np.stack([scene(i, "basic", "test").image for i in range(s, s + count)]) for s in (0, count))
-    reference = statistics(extractor, real)
-    return {name: distances(reference, statistics(extractor, x)).values for name, x in rungs(other).items()}
+    def statistics(images: np.ndarray) -> Statistics:
+        return statistics_of(extractor, list(map(str, range(count))), images.__getitem__, 16, {})
+
+    real, other = (np.stack([scene(i, PROFILE, SPLIT).image for i in range(s, s + count)]) for s in (0, count))
+    reference = statistics(real)
+    return {name: distances(reference, statistics(x)).values for name, x in rungs(other).items()}
 
 
 def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """What :func:`climb` found, as Markdown."""
-    from localctl.evaluation.tables import head, line
+    from research.page import table
 
     columns = list(next(iter(rows.values())))
-    lines = head(["", *columns])
-    for rung, values in rows.items():
-        lines.append(line([rung, *(f"{values[column]:.4g}" for column in columns)]))
-    return "\n".join(lines)
+    return "\n".join(table(columns, ((rung, [f"{values[c]:.4g}" for c in columns]) for rung, values in rows.items())))
 
 
 @one_sentence(PROGRAM)

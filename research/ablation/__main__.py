@@ -4,7 +4,7 @@
   python -m research.ablation --report docs/ablation.md --sweep    and the sweep of the local term
   python -m research.ablation --rows sobel feature_masked --max_train_steps 200
 
-Each training's result is written beside the page when it is done, and never made again; a training that was stopped
+Each training's result is written when it is done, and never made again; a training that was stopped
 goes on from its checkpoint. A GPU is used where there is one (ACCELERATE_USE_CPU=true keeps training off it).
 """
 
@@ -18,10 +18,9 @@ from pathlib import Path
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.messages import loading
-from localctl.metrics import EXTRACTORS
 from localctl.settings import NORMALISE, SCHEDULES
-from research.ablation.protocol import Protocol
-from research.ablation.rows import ROWS, Cell, Sweep, row_cells, sweep_cells
+from research.ablation.rows import BASE, ROWS, Cell, Protocol, Sweep, row_cells, sweep_cells
+from research.flags import REPORT_HELP, add_protocol, results_of
 
 PROGRAM = "research.ablation"
 
@@ -39,13 +38,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"], help="w(t) of the local term")
     add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"], help="its means")
     add("--sweep_steps", type=int, default=250, help="of each training of the sweep")
-    add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--count", type=int, default=protocol.count, help="held-out scenes")
-    add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
-    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
-    add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
-    add("--report", type=Path, default=Path("outputs/ablation.md"), help="page; results go into the folder of its name")
-    add("--work_dir", type=Path, default=Path("outputs/ablation_work"), help="trainings and pictures")
+    add_protocol(parser, protocol)
+    add(
+        "--report",
+        type=Path,
+        default=Path("outputs/ablation.md"),
+        help=REPORT_HELP,
+    )
+    add("--work_dir", type=Path, default=Path("outputs/ablation_work"), help="trainings and images")
     return parser.read(argv)
 
 
@@ -64,14 +65,11 @@ def planned(args: argparse.Namespace) -> list[Cell]:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when done; 2 after a user's error, 1 when the disk is full; 130 or 143 when training was stopped."""
     args = parse(argv)
-    folder = args.report.with_suffix("")
-    if folder == args.report:
-        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
-    cells = planned(args)
+    folder, cells = results_of(args.report), planned(args)
     with loading():
         from localctl.signals import exit_code
-        from research.ablation.measuring import Bench, Interrupted
         from research.ablation.report import write_report
+        from research.ablation.study import Ablation, Interrupted
 
     protocol = Protocol(
         base=args.base,
@@ -80,14 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         extractors=tuple(args.extractor),
         references=args.references,
     )
-    bench = Bench(protocol, folder, args.work_dir)
-    bench.check(cells)
+    study = Ablation(protocol, folder, args.work_dir)
     try:
-        bench.base()
-        write_report(folder, args.report)
-        for cell in cells:
-            if bench.cell(cell):
-                write_report(folder, args.report)
+        study.run([BASE, *cells], lambda: write_report(folder, args.report))
     except Interrupted as stopped:
         return exit_code(stopped.signal)
     print(f"{args.report}: {len(cells)} trainings measured")

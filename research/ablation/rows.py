@@ -1,17 +1,33 @@
-"""What is compared: rows, each an experiment in ``config/experiment``, and the settings of a sweep."""
+"""What is compared, and how: rows, each an experiment in ``config/experiment``, and the settings of a sweep. Nothing
+here loads torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from localctl.cli.config import load_config
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
+from research import flags
 
 FLOOR = "base"
 WITHOUT, METHOD = "feature_masked", "sobel"  # the two headline rows
 SWEEP = "sweep"
 CHECKPOINTS = 100  # steps
+
+
+@dataclass(frozen=True)
+class Protocol(flags.Protocol):
+    """Every cell on ``count`` test scenes with the same masks and noise."""
+
+    LEAST: ClassVar[Mapping[str, int]] = {"count": 2, **flags.Protocol.LEAST}
+
+    count: int = 200
+    num_inference_steps: int = 20
+    guidance_scale: float = 2.0
+    batch_size: int = 16
+    extractors: tuple[str, ...] = ("micro_clip", "efficientnet_lite0")
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,9 @@ class Sweep:
     schedules: Sequence[str]
     normalise: Sequence[str]
     steps: int
+
+
+BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # nothing is trained: the floor, and with it the ceiling
 
 
 def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:

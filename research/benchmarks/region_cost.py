@@ -5,7 +5,7 @@
 
 RegionBias and DenseModulation: a whole run with their default windows over a plain one. LayoutGuidance: what a guided
 step takes more, in plain steps; its threshold is 0 here, so that every step makes all its moves. On the CPU, time is
-that of this process on all its cores, whatever else the machine does; pictures are not decoded.
+that of this process on all its cores, whatever else the machine does; images are not decoded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--base", choices=("micro", "sd15", "sd21", "sdxl"), default="micro")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--steps", type=int, default=10)
-    add("--batch", type=int, default=4, help="pictures at once")
+    add("--batch", type=int, default=4, help="images at once")
     add("--repeats", type=int, default=5)
     add("--size", type=int, help="pixels on a side; default: the base's own")
     add("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""Pipelines of real shapes with random weights, for research/benchmarks of cost alone: they draw noise."""
+"""Pipelines of real shapes with random weights, for research/benchmarks of cost alone: they generate noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SCHEDULE: dict[str, Any] = {
 
 def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The U-Net of a known base (sd15, sd21, sdxl) in full; text encoders of their widths with one layer, a VAE of few
-    channels, the tokenizer of the embedded base. Draw with ``output_type="latent"``."""
+    channels, the tokenizer of the embedded base. Generate with ``output_type="latent"``."""
     choose_pil_processors()  # before the pipelines are imported
     parts, wide = TABLE[base], base == "sdxl"
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def random_unet(config: Any, device: torch.device) -> nn.Module:
-    """With one block of random numbers over and over for weights, which is much faster than to draw them all."""
+    """With one block of random numbers over and over for weights, which is much faster than to sample them all."""
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(dict(config))
     unet.to_empty(device=device)

@@ -6,7 +6,7 @@
 Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
 which leaves out what libraries hold for themselves. Time: the median of --repeats, per step; on a CPU that of this
 process alone, whatever else the machine does. Its parts: the forward run with gradients and local descriptions, what
-looks at the picture, and the backward pass, which runs every step once more.
+looks at the image, and the backward pass, which runs every step once more.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Bench:
-    """One picture of SCENE on one base."""
+    """One image of SCENE on one base."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)

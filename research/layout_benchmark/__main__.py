@@ -5,8 +5,8 @@
   python -m research.layout_benchmark --tune guidance bias                  a grid of settings for each
   python -m research.layout_benchmark --tune guidance --grid guidance.scale=30,100 guidance.end=.2,.5
 
-Each method's result is written beside the page when it is done, and never made again; pictures that are there are not
-drawn again. For a gate that is missed, the command says where the attention sits.
+Each method's result is written when it is done, and never made again; images that are there are not generated again.
+For a gate that is missed, the command says where the attention sits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from localctl.bases import SCHEDULERS
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.messages import loading
-from localctl.metrics import EXTRACTORS
+from research.flags import REPORT_HELP, add_protocol, results_of
 from research.layout_benchmark.protocol import METHODS, SINGLE, Protocol
 
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
@@ -39,20 +39,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls, over the presets")
     add("--tune", nargs="*", metavar="CONTROL", help=f"the settings of these; none named: {' '.join(SINGLE)}")
     add(
-        "--grid", nargs="+", default=[], metavar="CONTROL.NAME=V,V", help="axes of the tuning, in place of the own ones"
+        "--grid",
+        nargs="+",
+        default=[],
+        metavar="CONTROL.NAME=V,V",
+        help="axes of the tuning, instead of the built-in ones",
     )
     add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
     add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
-    add("--base", default=protocol.base, help="micro, or the folder of another micro base")
-    add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
+    add_protocol(parser, protocol)
     add("--scheduler", choices=sorted(SCHEDULERS), help=f"of all; default: each method's own, or {protocol.scheduler}")
     add("--guidance_scale", type=float, help="of all; default: each method's own, or the base's")
-    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
-    add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
     add("--batch_size", type=int, default=16, help="images at once; does not change them")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    add("--report", type=Path, help="page; results go into the folder of its name")
-    add("--output", "--work_dir", dest="work_dir", type=Path, help="pictures and what else can be made again")
+    add(
+        "--report",
+        type=Path,
+        help=REPORT_HELP,
+    )
+    add("--output", "--work_dir", dest="work_dir", type=Path, help="images and what else can be made again")
     return parser.read(argv)
 
 
@@ -82,15 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--grid says what --tune goes over; give --tune.")
     name = "layout_tuning" if tune else "layout_benchmark"
     page = args.report or Path(f"outputs/{name}.md")
-    folder = page.with_suffix("")
-    if folder == page:
-        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+    folder = results_of(page)
     with loading():
         from localctl.cli.sample_regions import Sampling
-        from research.layout_benchmark.figures import Figures, read_results
-        from research.layout_benchmark.measuring import Bench
+        from research.layout_benchmark.figures import read_figures
         from research.layout_benchmark.methods import grids, methods
         from research.layout_benchmark.report import write_report, write_tuning
+        from research.layout_benchmark.study import LayoutBenchmark
 
     fixed = Sampling(args.scheduler, args.guidance_scale)
     if tune:
@@ -98,15 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         chosen = methods(args.methods, args.set, args.base, fixed)
     work = args.work_dir or Path(f"outputs/{name}_work")
-    bench = Bench(protocol_of(args, tune), folder, work, args.batch_size, args.device)
-    bench.check(chosen)
+    study = LayoutBenchmark(protocol_of(args, tune), folder, work, args.batch_size, args.device)
     write = write_tuning if tune else write_report
-    for method in chosen:
-        if bench.measure(method):
-            write(folder, page)
-    write(folder, page)
+    study.run(chosen, lambda: write(folder, page))
     print(page)
-    figures = Figures(read_results(folder))
+    figures = read_figures(folder)
     say_best(figures, chosen, args.base) if tune else say_gates(figures)
     return 0
 

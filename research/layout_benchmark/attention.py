@@ -1,4 +1,4 @@
-"""Where the attention of a control's pictures sits: on which kind of tokens, and how much of a phrase's in its box."""
+"""Where the attention of a control's images sits: on which kind of tokens, and how much of a phrase's in its box."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class TokenShares(Control):
 
     @property
     def shares(self) -> dict[str, float]:
-        """By kind; they add up to 1. ValueError before anything was drawn."""
+        """By kind; they add up to 1. ValueError before anything was generated."""
         if not self.calls:
-            raise ValueError("No picture has been drawn yet, so there is no attention to share out.")
+            raise ValueError("No image has been generated yet, so there is no attention to share out.")
         return dict(zip(KINDS, (self.sums / self.calls).tolist(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Held-out layouts with their objects, and what a drawn picture shows of them."""
+"""Held-out layouts with their objects, and what a generated image shows of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from localctl.metrics.detection import Found, best_matches
 from localctl.metrics.regions import check_image
 from localctl.micro.detect import MIN_MATCH, detect
 from localctl.micro.scenes import SIZE, Scene, article, scene
+from research.harness import PROFILE
+from research.harness import Case as BaseCase
 
-PROFILE = "basic"
 REGIONS = (2, 1, 2, 3)  # of the layouts, in turn: the gates are about two
 THRESHOLD = 0.5  # IoU from which an object counts as in its box
 
@@ -23,7 +24,7 @@ COLUMNS = (
     "accuracy",  # share of objects that are there and in their boxes
     "iou",  # mean over objects of the IoU with the box; 0 where there is none
     "present",  # share of objects that are there, wherever
-    "binding",  # of the objects whose colour and shape are both in the picture, the share that has them together
+    "binding",  # of the objects whose colour and shape are both in the image, the share that has them together
     "color_right",  # every box is filled by a blob of the right colour, whatever its shape
     "color_accuracy",
     "color_iou",
@@ -31,11 +32,9 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Case:
-    """A layout, and the colour and shape of the object in each region; ``id`` is of both."""
+class Case(BaseCase):
+    """objects: the colour and shape of the object in each region of the layout."""
 
-    id: str
-    layout: Layout
     objects: tuple[tuple[str, str], ...]
 
     @property
@@ -72,11 +71,12 @@ def _case(item: Scene, split: str) -> Case:
         left, top, right, bottom = (side / SIZE for side in thing.box)
         regions.append(Region(thing.phrase, (left, top, right, bottom)))
     layout = Layout(f"{listed} on {article(item.background)} background", SIZE, SIZE, tuple(regions))
-    return Case(f"{split}-{item.index}", layout, tuple((thing.color, thing.shape) for thing in item.objects))
+    objects = tuple((thing.color, thing.shape) for thing in item.objects)
+    return Case(f"{split}-{item.index}", item, layout, 0, objects)
 
 
 def read(image: np.ndarray, case: Case) -> tuple[float, ...]:
-    """The ``COLUMNS`` of a picture uint8 (128,128,3); NaN where undefined."""
+    """The ``COLUMNS`` of an image uint8 (128,128,3); NaN where undefined."""
     check_image(image)
     everything = detect(image, min_match=0.0).objects  # what is of no shape still has a colour
     things = [thing for thing in everything if thing.match >= MIN_MATCH]

@@ -41,7 +41,7 @@ GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
 @dataclass(frozen=True)
 class Method:
     """name: of its files and rows. settings: of the tuned control, as (name, value) in words; () for the preset.
-    sampling: what it is drawn with in place of the protocol's."""
+    sampling: what it is generated with in place of the protocol's."""
 
     name: str
     controls: tuple[Control, ...]
@@ -91,7 +91,7 @@ def _with_plain(found: Sequence[Method]) -> list[Method]:
 
 
 def plain_name(way: Sampling) -> str:
-    """``none``, and where that is not the protocol's, what it is drawn with."""
+    """``none``, and where that is not the protocol's, what it is generated with."""
     scale = None if way.guidance_scale is None else f"{way.guidance_scale:g}"
     return " ".join([NONE, *(word for word in (way.scheduler, scale) if word is not None)])
 

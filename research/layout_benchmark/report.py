@@ -1,18 +1,12 @@
-"""The pages that say what the benchmark and the tuning found: tables, gates, plots, pictures."""
+"""The pages that say what the benchmark and the tuning found: tables, gates, plots, images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-from PIL import Image
 
 from localctl.cli.sample_regions import NONE, named
 from localctl.evaluation.plots import bars
-from localctl.evaluation.provenance import write_text
-from localctl.evaluation.tables import head, line
-from localctl.images import grid
-from localctl.metrics.bootstrap import Interval
 from research.layout_benchmark.attention import KINDS
 from research.layout_benchmark.figures import (
     GATES,
@@ -23,10 +17,21 @@ from research.layout_benchmark.figures import (
     gates,
     is_plain,
     ranked,
-    read_results,
+    read_figures,
 )
-from research.layout_benchmark.measuring import SHOWN
-from research.reader import reader_note
+from research.layout_benchmark.study import SHOWN
+from research.page import (
+    cell,
+    figure,
+    reader_note,
+    sheet,
+    signed,
+    sources,
+    table,
+    warnings_of,
+    write_page,
+    written_by,
+)
 
 COMMAND = "python -m research.layout_benchmark"
 SHAPED = ("right", "accuracy", "iou", "present", "binding", "clip_score")
@@ -43,55 +48,53 @@ _MEANINGS = (
 )
 
 
-def write_report(folder: Path, page: Path) -> str:
-    """Write ``page`` and its plots, into ``folder`` where the results lie; returns the text. ValueError where results
-    are missing or do not go together."""
-    figures = Figures(read_results(folder))
-    link = folder.name if folder.parent == page.parent else str(folder)
-    text = "\n".join(
-        (
-            *_introduction(figures, page),
-            *_gates(figures),
-            *_tables(figures),
-            *_attention(figures),
-            *_costs(figures),
-            *_plots(figures, folder, link),
-            *_sheet(figures, folder, link),
-            *_provenance(figures, link),
-        )
+def write_report(results: Path, page: Path) -> str:
+    """Write ``page``, and its figures into the folder of its name; returns the text. ValueError where results are
+    missing or do not go together."""
+    figures = read_figures(results)
+    return write_page(
+        page,
+        _introduction(figures, page),
+        _gates(figures),
+        _tables(figures),
+        _attention(figures),
+        _costs(figures),
+        _plots(figures, page),
+        _sheet(figures, results, page),
+        _sources(figures, results, page),
     )
-    write_text(page, text)
-    return text
 
 
-def write_tuning(folder: Path, page: Path) -> str:
+def write_tuning(results: Path, page: Path) -> str:
     """The table of a tuning, the best of each control first; returns the text. ValueError as for
     :func:`write_report`."""
-    figures = Figures(read_results(folder))
-    columns = (*RANKED, "clip_score")
-    lines = [
+    figures = read_figures(results)
+    introduction = [
         "# Settings of the controls on the embedded base",
         "",
         f"Written by `{COMMAND} --tune`:",
-        f"{len(figures.plain.ids)} layouts of two regions that the benchmark does not use, {_drawing(figures)}.",
+        f"{len(figures.plain.ids)} layouts of two regions that the benchmark does not use, {_generating(figures)}.",
         f"Plain sampling first, then by the sum of {', '.join(f'`{column}`' for column in RANKED)};",
         f"settings with a Fréchet distance over {MOST_FRECHET:g} times plain's come last.",
         "The best of many flatters itself: only the benchmark's figures count.",
         "",
     ]
-    order = ranked(figures)
+    return write_page(page, introduction, *_tuned(figures))
+
+
+def _tuned(figures: Figures) -> Iterator[list[str]]:
+    """A section for each control."""
+    columns, order = (*RANKED, "clip_score"), ranked(figures)
     for control in dict.fromkeys(name.partition(" ")[0] for name in order if not is_plain(name)):
-        lines += [f"## {control}", "", *head(["", *columns, "Fréchet over plain"])]
         own = [name for name in order if name.partition(" ")[0] == control]
-        for name in (figures.plain_of(own[0]).name, *own):
-            label = "preset" if name == control else name.removeprefix(f"{control} ")
-            lines.append(
-                line([label, *(_cell(figures.mean(name, c)) for c in columns), f"{figures.frechet(name):.2f}"])
+        rows = [
+            (
+                "preset" if name == control else name.removeprefix(f"{control} "),
+                [*(cell(figures.mean(name, c)) for c in columns), f"{figures.frechet(name):.2f}"],
             )
-        lines.append("")
-    text = "\n".join(lines)
-    write_text(page, text)
-    return text
+            for name in (figures.plain_of(own[0]).name, *own)
+        ]
+        yield [f"## {control}", "", *table([*columns, "Fréchet over plain"], rows), ""]
 
 
 def explain(figures: Figures, gate: Gate) -> str:
@@ -99,26 +102,27 @@ def explain(figures: Figures, gate: Gate) -> str:
     return "\n".join(
         f"  {name}: {_attention_words(figures, name)}"
         for name in (figures.plain_of(gate.name).name, gate.name)
-        if figures.results[name].attention
+        if figures.results[name]["attention"]
     )
 
 
 def _attention_words(figures: Figures, name: str) -> str:
-    found = figures.results[name].attention
+    found = figures.results[name]["attention"]
     shares = ", ".join(f"{kind} {found[kind]:.1%}" for kind in KINDS)
     return f"attention on {shares}; of the phrases' {found['inside']:.1%} inside their boxes (area {found['area']:.1%})"
 
 
 def _introduction(figures: Figures, page: Path) -> list[str]:
-    counts = ", ".join(f"{int((figures.plain.counts == n).sum())} of {n}" for n in sorted(set(figures.plain.counts)))
+    numbers = figures.counts()
+    counts = ", ".join(f"{int((numbers == n).sum())} of {n}" for n in sorted(set(numbers)))
     return [
         "# Do objects stand where the layout asks for them?",
         "",
-        f"Written by `{COMMAND} --report {page.name if page.is_absolute() else page}`",
-        "from the results beside it, on the embedded base and its small scenes.",
+        written_by(COMMAND, page),
+        "from the results named below, on the embedded base and its small scenes.",
         "",
-        *reader_note(figures.plain.asked),
-        f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_drawing(figures)};",
+        *reader_note(figures.plain["asked"]),
+        f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_generating(figures)};",
         "the same noise for every method. The prompt names the objects, their boxes were drawn at random. Intervals",
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
         *_ways(figures),
@@ -129,11 +133,11 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
 
 
 def _ways(figures: Figures) -> list[str]:
-    """Which methods are drawn in another way, and what they are compared with."""
+    """Which methods are generated in another way, and what they are compared with."""
     lines = []
     for plain in (name for name in figures.results if is_plain(name) and name != NONE):
         own = [name for name in _names(figures) if not is_plain(name) and figures.plain_of(name).name == plain]
-        way = figures.results[plain].asked["sampling"]
+        way = figures.results[plain]["asked"]["sampling"]
         words = " and ".join(f"{key.replace('_', ' ')} {value}" for key, value in way.items() if value is not None)
         lines.append(f"Drawn with {words}, which suits them, and compared with `{plain}`: {', '.join(own)}.")
     return lines
@@ -152,7 +156,7 @@ def _gates(figures: Figures) -> list[str]:
         *(f"- {gate}" for gate in found),
     ]
     for gate in found:
-        if not gate.met and figures.results[gate.name].attention:
+        if not gate.met and figures.results[gate.name]["attention"]:
             plain = figures.plain_of(gate.name).name
             lines += ["", f"{gate.name}, where it looks:", f"- {plain}: {_attention_words(figures, plain)}"]
             lines.append(f"- {gate.name}: {_attention_words(figures, gate.name)}")
@@ -161,109 +165,96 @@ def _gates(figures: Figures) -> list[str]:
         gain = figures.difference(name, "right", 2)
         lines += [
             "",
-            f"The best composition of two: {name}, {_signed(gain)} (Fréchet {figures.frechet(name):.2f} times).",
+            f"The best composition of two: {name}, {signed(gain)} (Fréchet {figures.frechet(name):.2f} times).",
         ]
     return [*lines, ""]
 
 
 def _tables(figures: Figures) -> list[str]:
-    numbers = sorted(set(figures.plain.counts.tolist()))
-    lines = []
-    for regions in (None, *numbers):
+    names, lines = _names(figures), []
+    for regions in (None, *sorted(set(figures.counts().tolist()))):
         title = "All layouts" if regions is None else f"{regions} region{'s' if regions > 1 else ''}"
-        lines += [f"## {title}", "", *head(["", *SHAPED])]
-        lines += [line([n, *(_cell(figures.mean(n, c, regions)) for c in SHAPED)]) for n in _names(figures)]
-        lines += ["", *head(["", *COLORED])]
-        lines += [line([n, *(_cell(figures.mean(n, c, regions)) for c in COLORED)]) for n in _names(figures)]
-        lines.append("")
-    lines += ["## Less plain sampling, two regions", "", *head(["", *COMPARED])]
-    for name in _names(figures):
-        if not is_plain(name):
-            lines.append(line([name, *(_signed(figures.difference(name, column, 2)) for column in COMPARED)]))
-    distances = list(figures.plain.distances)
-    lines += ["", "## Distances to scenes of the training part", "", *head(["", *distances, "Fréchet over plain"])]
-    for name in _names(figures):
-        values = [f"{figures.results[name].distances[key]:.4g}" for key in distances]
-        lines.append(line([name, *values, f"{figures.frechet(name):.2f}"]))
-    about = figures.plain.provenance.get("distances", {})
-    return [*lines, "", *(f"- {warning}" for item in about.values() for warning in item["warnings"]), ""]
+        lines += [f"## {title}", ""]
+        for columns in (SHAPED, COLORED):
+            rows = [(n, [cell(figures.mean(n, c, regions)) for c in columns]) for n in names]
+            lines += [*table(columns, rows), ""]
+    differences = [(n, [signed(figures.difference(n, c, 2)) for c in COMPARED]) for n in names if not is_plain(n)]
+    distances = list(figures.plain["distances"])
+    of_sets = [
+        (n, [*(f"{figures.results[n]['distances'][d]:.4g}" for d in distances), f"{figures.frechet(n):.2f}"])
+        for n in names
+    ]
+    return [
+        *lines,
+        "## Less plain sampling, two regions",
+        "",
+        *table(COMPARED, differences),
+        "",
+        "## Distances to scenes of the training part",
+        "",
+        *table([*distances, "Fréchet over plain"], of_sets),
+        "",
+        *warnings_of(figures.plain["provenance"]),
+        "",
+    ]
 
 
 def _attention(figures: Figures) -> list[str]:
-    names = [name for name in _names(figures) if figures.results[name].attention]
-    if not names:
+    kinds = (*KINDS, "inside", "area")
+    found = {name: shares for name in _names(figures) if (shares := figures.results[name]["attention"])}
+    if not found:
         return []
-    lines = [
+    return [
         "## Where the attention sits",
         "",
         "Shares of the cross-attention by kind of token, over layers, heads, cells and steps, and the share of the",
         "phrases' that lies inside their boxes (a spread-out one: the boxes' area). Eight pictures of two regions.",
         "",
-        *head(["", *KINDS, "inside", "area"]),
+        *table(kinds, ((name, [f"{shares[kind]:.3f}" for kind in kinds]) for name, shares in found.items())),
+        "",
     ]
-    for name in names:
-        found = figures.results[name].attention
-        lines.append(line([name, *(f"{found[kind]:.3f}" for kind in (*KINDS, "inside", "area"))]))
-    return [*lines, ""]
 
 
 def _costs(figures: Figures) -> list[str]:
-    names = [name for name in _names(figures) if figures.results[name].cost]
-    if not names:
+    rows = []
+    for name in _names(figures):
+        if cost := figures.results[name]["cost"]:
+            peak = "not known" if cost["peak_mib"] is None else f"{cost['peak_mib']:.0f}"
+            rows.append((name, [f"{cost['seconds']:.3f}", f"{cost['overhead']:+.0%}", peak]))
+    if not rows:
         return []
-    lines = [
+    device = figures.plain["provenance"]["device"]
+    return [
         "## Cost",
         "",
-        f"Measured on {figures.plain.provenance['device']}, in turns with plain sampling, medians of a short run with",
+        f"Measured on {device}, in turns with plain sampling, medians of a short run with",
         "the methods' own windows; memory is what a run holds beside what was there before.",
         "",
-        *head(["", "seconds per picture", "over plain", "peak MiB"]),
+        *table(["seconds per picture", "over plain", "peak MiB"], rows),
+        "",
     ]
-    for name in names:
-        cost = figures.results[name].cost
-        peak = "not known" if cost["peak_mib"] is None else f"{cost['peak_mib']:.0f}"
-        lines.append(line([name, f"{cost['seconds']:.3f}", f"{cost['overhead']:+.0%}", peak]))
-    return [*lines, ""]
 
 
-def _plots(figures: Figures, folder: Path, link: str) -> list[str]:
+def _plots(figures: Figures, page: Path) -> list[str]:
     panels = {f"{c}, two regions": {n: figures.mean(n, c, 2) for n in _names(figures)} for c in PLOTTED}
     if all(interval is None for panel in panels.values() for interval in panel.values()):
         return []
-    bars(panels).save(folder / "bars.png")
-    return ["## Plots", "", f"![bars with intervals]({link}/bars.png)", ""]
+    return ["## Plots", "", figure(bars(panels), page, "bars", "bars with intervals"), ""]
 
 
-def _sheet(figures: Figures, folder: Path, link: str) -> list[str]:
+def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
     """The first layouts of several regions under every method, with the first seed."""
-    columns = []
-    for name in _names(figures):
-        with Image.open(folder / f"{named(name)}.png") as strip:
-            side = strip.width
-            columns.append([strip.crop((0, y, side, y + side)) for y in range(0, strip.height, side)])
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    grid(rows, _names(figures)).save(folder / "pictures.png")
-    count = min(SHOWN, len(rows))
-    return ["## Pictures", "", f"The first {count} layouts.", "", f"![every method]({link}/pictures.png)", ""]
+    image, rows = sheet({name: results / f"{named(name)}.png" for name in _names(figures)})
+    shown = figure(image, page, "pictures", "every method")
+    return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
 
 
-def _provenance(figures: Figures, link: str) -> list[str]:
-    about = figures.plain.provenance
-    lines = [
-        "## Where it comes from",
-        "",
-        f"`{link}/*.json`: every picture's figures, settings, seeds, weights, versions. Weights of the base: sha256",
-        f"{about['base_sha256'][:12]}.",
-    ]
-    for name, features in about["distances"].items():
-        sha, n_real, n_fake = features["weights_sha256"][:12], features["n_real"], features["n_fake"]
-        lines.append(f"- {name}: sha256 {sha}, {n_real} scenes against {n_fake} pictures, {features['preprocessing']}")
-    lines.append("- " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+def _sources(figures: Figures, results: Path, page: Path) -> list[str]:
+    about = figures.plain["provenance"]
+    lines = sources(about, results, page, f" Weights of the base: sha256\n{about['base_sha256'][:12]}.")
     for name in _names(figures):
-        if is_plain(name):
-            continue
-        controls = figures.results[name].asked["controls"]
-        lines.append(f"- {name}: {'; '.join(_words(control) for control in controls)}")
+        if not is_plain(name):
+            lines.append(f"- {name}: {'; '.join(map(_words, figures.results[name]['asked']['controls']))}")
     return [*lines, ""]
 
 
@@ -280,18 +271,7 @@ def _names(figures: Figures) -> list[str]:
     return [*plain, *sorted(singles, key=order.index), *figures.several]
 
 
-def _drawing(figures: Figures) -> str:
-    protocol = figures.plain.asked["protocol"]
-    return f"seeds {_listed(protocol['seeds'])}, {protocol['scheduler']}, {protocol['num_inference_steps']} steps"
-
-
-def _listed(values: Sequence[object]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _cell(interval: Interval | None) -> str:
-    return "undefined" if interval is None else str(interval)
-
-
-def _signed(interval: Interval | None) -> str:
-    return "undefined" if interval is None else f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+def _generating(figures: Figures) -> str:
+    protocol = figures.plain["asked"]["protocol"]
+    seeds = ", ".join(map(str, protocol["seeds"]))
+    return f"seeds {seeds}, {protocol['scheduler']}, {protocol['num_inference_steps']} steps"

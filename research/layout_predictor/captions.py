@@ -13,7 +13,7 @@ from localctl.micro.scenes import article
 from localctl.phrases import find_phrase
 from research.layout_predictor import templates as t
 
-MARGIN = 0.11  # of the picture's side: centres nearer than this along an axis are in no relation on it
+MARGIN = 0.11  # of the image's side: centres nearer than this along an axis are in no relation on it
 KINDS = ("training", "held_out", "list")
 _FIELD = re.compile(r"\{(\w+)\}")
 _MODIFIERS = ("red", "blue", "old", "small", "large", "wooden", "shiny", "green", "striped", "silver", "tall")
@@ -79,7 +79,7 @@ def describe(scene: PlacedScene, rng: np.random.Generator, kind: str = "training
     """A sentence about the scene: of a family of ``training``, of one ``held_out``, or a ``list`` without relation.
 
     Where no two things are far enough apart to be in a relation, or there is one thing alone, it is a list (held_out:
-    too), or it names a thing's place in the picture.
+    too), or it names a thing's place in the image.
     """
     assert kind in KINDS
     count = len(scene.names)

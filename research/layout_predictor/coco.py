@@ -21,11 +21,11 @@ class CocoLayouts:
 
     Args:
         instances: annotation file of things. stuff: that of stuff, or None.
-        count: pictures at most, in the order of their ids. min_area: things that cover less of the picture are left
-            out, and so are crowds. max_objects: at most so many of a picture, the largest ones.
+        count: images at most, in the order of their ids. min_area: things that cover less of the image are left
+            out, and so are crowds. max_objects: at most so many of an image, the largest ones.
 
     Raises:
-        ValueError: a file that is not there or of another format, or annotations without any such picture.
+        ValueError: a file that is not there or of another format, or annotations without any such image.
     """
 
     name = "coco"
@@ -53,9 +53,7 @@ class CocoLayouts:
             if scene is not None:
                 self.scenes.append(scene)
         if not self.scenes:
-            raise ValueError(
-                f"{instances} has no picture with two different things that are large enough; use another."
-            )
+            raise ValueError(f"{instances} has no image with two different things that are large enough; use another.")
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -65,7 +63,7 @@ class CocoLayouts:
 
 
 def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple[int | str, str, np.ndarray]]:
-    """(picture, name, box) of each annotation; box (4,): centre x, y, width, height as fractions of the picture."""
+    """(image, name, box) of each annotation; box (4,): centre x, y, width, height as fractions of the image."""
     try:
         content = parse_json(path.expanduser().read_bytes())
         sizes |= {coco_id(item["id"]): (float(item["width"]), float(item["height"])) for item in content["images"]}
@@ -101,7 +99,7 @@ def _centred(box: Box) -> np.ndarray:
 
 
 def _scene(image: int | str, things: list[tuple[str, np.ndarray]], most: int) -> PlacedScene | None:
-    """The largest things whose class stands once in the picture, in an order of the picture's own."""
+    """The largest things whose class stands once in the image, in an order of the image's own."""
     names = [name for name, _ in things]
     single = sorted((item for item in things if names.count(item[0]) == 1), key=lambda item: -item[1][2] * item[1][3])
     if len(single) < 2:

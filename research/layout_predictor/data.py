@@ -53,7 +53,7 @@ class MicroLayouts:
 
 
 def micro_layout(index: int, split: str) -> PlacedScene:
-    """Micro scene number ``index`` of a split: boxes of its objects as fractions of the picture, caption, relation."""
+    """Micro scene number ``index`` of a split: boxes of its objects as fractions of the image, caption, relation."""
     plan = scene_plan(index, "basic", split)
     corners = np.array([item.box for item in plan.objects]) / SIZE  # (n,4) xyxy
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)

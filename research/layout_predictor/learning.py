@@ -14,7 +14,7 @@ from localctl.seeding import generator
 from research.layout_predictor.captions import Caption
 from research.layout_predictor.data import targets
 
-_SCALE = 0.1  # of the picture's side
+_SCALE = 0.1  # of the image's side
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Likelihood:
     """Mean negative log-likelihoods per object in nats, of centres and of the logarithms of sizes; count: of objects.
 
     relation: mean over the stated relations of softplus(-d / 0.1), d being how far apart the expected centres are in
-    the right direction, as a fraction of the picture's side; of known boxes it is the centre itself.
+    the right direction, as a fraction of the image's side; of known boxes it is the centre itself.
     """
 
     centre: Tensor
@@ -77,25 +77,25 @@ def relation_loss(centres: Tensor, captions: Sequence[Caption], known: Tensor) -
     return F.softplus(-apart / _SCALE).mean()
 
 
-def draw_known(captions: Sequence[Caption], share: float, seed: int, step: int) -> Tensor:
+def sample_known(captions: Sequence[Caption], share: float, seed: int, step: int) -> Tensor:
     """(B, N) bool: which boxes are shown at this step; never all those of a sentence."""
     widest = max(len(item.spans) for item in captions)
-    draws = generator(seed, "known", step)
+    random = generator(seed, "known", step)
     known = torch.zeros(len(captions), widest, dtype=torch.bool)
     for row, item in zip(known, captions, strict=True):
         number = len(item.spans)
-        order = torch.randperm(number, generator=draws)
-        shown = int(torch.randint(1, number, (1,), generator=draws)) if number > 1 else 0
-        if float(torch.rand(1, generator=draws)) < share:
+        order = torch.randperm(number, generator=random)
+        shown = int(torch.randint(1, number, (1,), generator=random)) if number > 1 else 0
+        if float(torch.rand(1, generator=random)) < share:
             row[order[:shown]] = True
     return known
 
 
-def draw_unread(
+def sample_unread(
     captions: Sequence[Caption], words: float, names: float, longest: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
     """(B, longest) bool: which words are hidden at this step, and (B,) bool: in which sentences the names of things."""
-    draws = generator(seed, "unread", step)
-    return torch.rand(len(captions), longest, generator=draws) < words, torch.rand(
-        len(captions), generator=draws
+    random = generator(seed, "unread", step)
+    return torch.rand(len(captions), longest, generator=random) < words, torch.rand(
+        len(captions), generator=random
     ) < names

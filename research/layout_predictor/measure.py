@@ -38,7 +38,7 @@ def held_out_captions(scenes: Scenes, count: int, kind: str, seed: int, margin: 
 class Judged:
     """A predicted layout beside its sentence. parsed: the objects found are the sentence's. relations, held: how many
     are stated, and hold of the centres. overlap: the largest part of a box that lies under another. inside: all boxes
-    lie in the picture."""
+    lie in the image."""
 
     parsed: bool
     relations: int
@@ -82,7 +82,7 @@ def largest_overlap(boxes: Sequence[Placement]) -> float:
 
 
 def is_inside(box: Placement) -> bool:
-    """Whether a box lies in the picture, up to rounding."""
+    """Whether a box lies in the image, up to rounding."""
     low = min(box.x - box.width / 2, box.y - box.height / 2)
     return low >= -1e-5 and max(box.x + box.width / 2, box.y + box.height / 2) <= 1 + 1e-5
 

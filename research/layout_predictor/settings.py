@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from localctl.settings import REPORT_TO
+from research.flags import check_least
 
 SOURCES = ("micro", "coco")
 ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
@@ -37,9 +37,8 @@ class PredictorConfig:
     components: int = 6
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "hidden", "components"):
-            _at_least(f"predictor.{name}", getattr(self, name), 1)
-        _at_least("predictor.buckets", self.buckets, 16)
+        least = {"width": 1, "layers": 1, "heads": 1, "hidden": 1, "components": 1, "buckets": 16}
+        check_least(self, least, "predictor.")
         if self.width % self.heads:
             raise ValueError(f"predictor.width={self.width} is not a multiple of predictor.heads={self.heads}.")
 
@@ -52,7 +51,7 @@ class LayoutDataConfig:
     count: scenes at most; null = all there are, of micro 1500.
     instances: of coco, the annotation file of things (instances_train2017.json).
     stuff: of coco, that of stuff (stuff_train2017.json); null = things alone.
-    min_area: of coco, things that cover less of the picture than this are left out.
+    min_area: of coco, things that cover less of the image than this are left out.
     max_objects: things of a sentence at most.
     """
 
@@ -68,11 +67,9 @@ class LayoutDataConfig:
             raise ValueError(f"Unknown data.name {self.name!r}; choose one of {', '.join(SOURCES)}.")
         if self.name == "coco" and self.instances is None:
             raise ValueError("data.name=coco needs annotations; give data.instances=instances_train2017.json.")
-        if self.count is not None:
-            _at_least("data.count", self.count, 1)
+        check_least(self, {"count": 1, "max_objects": 2}, "data.")
         if not 0 <= self.min_area < 1:
             raise ValueError(f"data.min_area must lie in [0, 1), not {self.min_area}.")
-        _at_least("data.max_objects", self.max_objects, 2)
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,7 @@ class CaptionSettings:
                 raise ValueError(f"captions.{name} must lie in [0, 1], not {getattr(self, name)}.")
         if not 0 < self.margin < 0.5:
             raise ValueError(f"captions.margin must lie between 0 and 0.5, not {self.margin}.")
-        if self.variants is not None and self.variants < 1:
-            raise ValueError(f"captions.variants must be at least 1, not {self.variants}.")
+        check_least(self, {"variants": 1}, "captions.")
 
 
 @dataclass(kw_only=True)
@@ -112,7 +108,7 @@ class LayoutTrainSettings:
 
     output_dir: where log, checkpoints and the predictor go.
     overwrite_output_dir: begin anew in a folder that holds another run.
-    seed: of everything drawn at random.
+    seed: of everything random.
     report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
     device: auto, cpu, cuda, ...
     cpu_threads: on a CPU; null = torch's own choice.
@@ -164,30 +160,12 @@ class LayoutTrainSettings:
     resume_from_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_count"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("lr_warmup_steps", "validation_steps", "checkpointing_steps"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("adam_weight_decay", "max_grad_norm", "learning_rate"):
-            _at_least(name, getattr(self, name), 0)
+        positive = ("max_train_steps", "train_batch_size", "logging_steps", "validation_count", "cpu_threads")
+        check_least(self, dict.fromkeys(positive, 1) | {"checkpoints_total_limit": 2})
+        check_least(self, dict.fromkeys(("lr_warmup_steps", "validation_steps", "checkpointing_steps"), 0))
+        check_least(self, dict.fromkeys(("adam_weight_decay", "max_grad_norm", "learning_rate"), 0))
         for name in ("word_dropout", "name_dropout", "known"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}.")
         if self.report_to not in REPORT_TO:
             raise ValueError(f"Unknown report_to {self.report_to!r}; choose one of {', '.join(REPORT_TO)}.")
-        if self.checkpoints_total_limit is not None:
-            _at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
-        if self.cpu_threads is not None:
-            _at_least("cpu_threads", self.cpu_threads, 1)
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step ``step`` (0 = the first)."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def _at_least(what: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{what} must be at least {least}, not {value}.")

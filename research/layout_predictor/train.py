@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(settings: LayoutTrainSettings) -> int:
     with loading():
         from localctl.signals import exit_code
-        from research.layout_predictor.training import NotFiniteError, prepare
+        from research.layout_predictor.training import prepare
+        from research.training_loop import NotFiniteError
 
     run = prepare(settings)
     try:

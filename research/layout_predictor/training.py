@@ -3,7 +3,6 @@ events: step, log, validate, checkpoint, export."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from localctl.distributed import process_device
@@ -35,16 +35,13 @@ from localctl.training.trackers import STATS, check_report_to, make_tracker
 from research.layout_predictor.captions import Caption
 from research.layout_predictor.coco import CocoLayouts
 from research.layout_predictor.data import MicroLayouts, Scenes, example
-from research.layout_predictor.learning import Likelihood, draw_known, draw_unread, likelihood
+from research.layout_predictor.learning import Likelihood, likelihood, sample_known, sample_unread
 from research.layout_predictor.measure import held_out_captions, relation_rate
 from research.layout_predictor.settings import FREE, LayoutTrainSettings
+from research.training_loop import learning_rate_at, updates
 
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
 _MICRO_SCENES = 1500  # each also mirrored and turned
-
-
-class NotFiniteError(RuntimeError):
-    """The loss is not finite."""
 
 
 def make_scenes(settings: LayoutTrainSettings) -> Scenes:
@@ -105,7 +102,7 @@ def _prepare(
 
 
 class Run:
-    """A prepared training run; everything it draws is keyed by seed and step, so that a continued run is the same."""
+    """A prepared training run; its random numbers are keyed by seed and step, so that a continued run is the same."""
 
     def __init__(
         self,
@@ -139,7 +136,6 @@ class Run:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         self.say(f"{len(self.scenes)} scenes of {self.scenes.name}; {count / 1e6:.2f} M parameters; {self.folder}")
         tracker = make_tracker(settings.report_to, self.folder, flat(recorded(settings)), start=self.step)
-        stopped = False
         try:
             with (
                 Interrupt() as interrupt,
@@ -148,12 +144,14 @@ class Run:
                 ) as bar,
             ):
                 likelihoods: list[Likelihood] = []
-                while self.step < settings.max_train_steps and not stopped:
-                    likelihoods.append(self._learn())
+                steps = range(self.step, settings.max_train_steps)
+                for made, found in updates(self.optimizer, steps, self._rate, self._loss, settings.max_grad_norm):
+                    self.step = made
+                    likelihoods.append(found)
                     bar.update()
                     last = self.step == settings.max_train_steps
                     if self.step % settings.logging_steps == 0 or last:
-                        row = _means(likelihoods) | {"learning_rate": settings.learning_rate_at(self.step - 1)}
+                        row = _means(likelihoods) | {"learning_rate": self._rate(self.step - 1)}
                         likelihoods = []
                         bar.set_postfix({"nll": f"{row['nll_centre']:.3f}"}, refresh=False)
                         tracker.log(self.step, row)
@@ -163,6 +161,8 @@ class Run:
                         self.save()  # before validating, which may fail
                     if settings.validation_steps and (self.step % settings.validation_steps == 0 or last):
                         tracker.log(self.step, self._validate())
+                    if stopped:
+                        break
             if self.step >= settings.max_train_steps:
                 self._export()
         finally:
@@ -170,10 +170,14 @@ class Run:
             self.lock.release()
         return interrupt.signal
 
-    def _batch(self) -> Iterator[Caption]:
-        """The sentences of this step: the scenes come in a new order each epoch."""
+    def _rate(self, step: int) -> float:
+        settings = self.settings
+        return learning_rate_at(step, settings.learning_rate, settings.max_train_steps, settings.lr_warmup_steps)
+
+    def _batch(self, step: int) -> Iterator[Caption]:
+        """The sentences of a step: the scenes come in a new order each epoch."""
         settings, count = self.settings, len(self.scenes)
-        first = self.step * settings.train_batch_size
+        first = step * settings.train_batch_size
         epoch, order = -1, torch.empty(0)
         for number in range(first, first + settings.train_batch_size):
             if number // count != epoch:
@@ -181,26 +185,16 @@ class Run:
                 order = torch.randperm(count, generator=generator(settings.seed, "order", epoch))
             yield example(self.scenes, int(order[number % count]), epoch, settings.captions, settings.seed)
 
-    def _learn(self) -> Likelihood:
-        """One optimizer update."""
+    def _loss(self, step: int) -> tuple[Tensor, Likelihood]:
+        """The loss of a step, and the likelihood in it."""
         settings, model = self.settings, self.model
-        captions = list(self._batch())
-        known = draw_known(captions, settings.known, settings.seed, self.step)
+        captions = list(self._batch(step))
+        known = sample_known(captions, settings.known, settings.seed, step)
         longest = model.config["max_words"]
-        shares = settings.word_dropout, settings.name_dropout
-        unread = draw_unread(captions, *shares, longest, settings.seed, self.step)
-        result = likelihood(model, captions, known, unread)
-        loss = result.likelihood + settings.relation_weight * result.relation
-        if not math.isfinite(float(loss.detach())):
-            raise NotFiniteError(f"The loss is not finite at step {self.step + 1}; lower the learning rate and resume.")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(self.step)
-        self.optimizer.step()
-        self.step += 1
-        return Likelihood(result.centre.detach(), result.size.detach(), result.relation.detach(), result.count)
+        unread = sample_unread(captions, settings.word_dropout, settings.name_dropout, longest, settings.seed, step)
+        found = likelihood(model, captions, known, unread)
+        loss = found.likelihood + settings.relation_weight * found.relation
+        return loss, Likelihood(found.centre.detach(), found.size.detach(), found.relation.detach(), found.count)
 
     def _validate(self) -> dict[str, float]:
         """Relations that hold in the most likely layouts of sentences about scenes that training does not see."""

@@ -164,7 +164,7 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval_top1(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, captions: list[str]) -> float:
-    """Share of pictures whose best caption among all is their own (identical captions count as right)."""
+    """Share of images whose best caption among all is their own (identical captions count as right)."""
     model.eval()
     ids = token_ids(tokenizer, captions)
     image = F.normalize(model.visual_projection(model.vision_model(preprocess(images)).pooler_output), dim=-1)

@@ -1,4 +1,4 @@
-"""Disk caches of rendered scenes, so that a training loop never waits for drawing."""
+"""Disk caches of rendered scenes, so that a training loop never waits for rendering."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from localctl.files import write_text
 from localctl.micro.scenes import SIZE, scene
 
 
@@ -53,14 +54,12 @@ def scene_cache(folder: Path, profile: str, count: int, split: str = "train", wo
         # spawn: a fork would inherit the threads of whatever has computed before, and hang
         with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             for job, (block, texts, points) in zip(
-                jobs, tqdm(pool.map(_render, jobs), total=len(jobs), desc=f"drawing {stem}"), strict=True
+                jobs, tqdm(pool.map(_render, jobs), total=len(jobs), desc=f"rendering {stem}"), strict=True
             ):
                 images[job[2] : job[3]] = block
                 captions += texts
                 centers += points
         images.flush()
-        temporary = index_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"captions": captions, "centers": centers}))
-        temporary.replace(index_path)
+        write_text(index_path, json.dumps({"captions": captions, "centers": centers}))
     index = json.loads(index_path.read_text())
     return SceneCache(np.load(array_path, mmap_mode="r"), index["captions"], index["centers"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from localctl.micro.scenes import Scene, scene
+from research.micro_base.loop import save_tensors
 
 MOST_OBJECTS = 3
 NEAR = 17  # pixels: around an object its error counts more, too
@@ -28,7 +29,7 @@ LEAST = 1e-4
 @dataclass(frozen=True)
 class Focus:
     """Per scene, on the grid of latents: masks fp16 (n, 3, 16, 16) of the objects; near fp16 (n, 16, 16) around them;
-    tokens (n, 3): where in the caption each object's two words begin, or -1; odds (n,) of drawing it, summing to 1."""
+    tokens (n, 3): where in the caption each object's two words begin, or -1; odds (n,) of choosing it, summing to 1."""
 
     masks: Tensor
     near: Tensor
@@ -65,9 +66,7 @@ def make_focus(count: int, path: Path, profile: str = "basic", side: int = 16) -
         chosen = torch.from_numpy(named & (numbers == number))
         odds[chosen] += share / max(1, int(chosen.sum()))
     content = {"masks": masks.half(), "near": near.half(), "tokens": tokens, "odds": odds / odds.sum()}
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    save_tensors(path, content)
     return Focus(**content)
 
 

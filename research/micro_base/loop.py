@@ -1,9 +1,8 @@
-"""The one loop behind every part of the base: keyed draws, cosine schedule, EMA, atomic checkpoints."""
+"""How every part of the base is trained: keyed random numbers, EMA, atomic checkpoints."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from research.training_loop import learning_rate_at, updates
 
 
 @dataclass(kw_only=True)
@@ -30,13 +31,6 @@ class LoopConfig:
     minutes: float = 0.0
     final_fraction: float = 0.02  # of the learning rate, at the last step
 
-    def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        low = self.final_fraction
-        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
 
 LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
 
@@ -44,27 +38,27 @@ LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
 def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig, folder: Path) -> bool:
     """Minimise `loss_fn(step, rng)["loss"]`; resumes from `folder/name.pt`. True when all steps are done.
 
-    The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True."""
+    The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True.
+    NotFiniteError, naming the last checkpoint, when the gradient is not finite."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
-    step = _resume(path, model, optimizer, average)
+    step = first = _resume(path, model, optimizer, average)
+
+    def rate(step: int) -> float:
+        return learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.final_fraction)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = loss_fn(step, np.random.default_rng([config.seed, step]))
+        return terms["loss"], terms
+
+    advice = f"the last checkpoint of {name} is {path}"
     model.train()
     started, log = time.monotonic(), (folder / f"{name}.jsonl").open("a")
     with log, tqdm(total=config.steps, initial=step, desc=name, mininterval=10) as bar:
-        while step < config.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate_at(step)
-            terms = loss_fn(step, np.random.default_rng([config.seed, step]))
-            optimizer.zero_grad(set_to_none=True)
-            terms["loss"].backward()
-            norm = nn.utils.clip_grad_norm_(trained, 1.0)
-            if not torch.isfinite(norm):
-                raise RuntimeError(f"{name}: the gradient is not finite at step {step}; the last checkpoint is {path}")
-            optimizer.step()
-            step += 1
+        for step, terms in updates(optimizer, range(first, config.steps), rate, loss, advice=advice):
             _update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
             bar.update()
             if step % 50 == 0:
@@ -74,10 +68,8 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
                 bar.set_postfix(numbers, refresh=False)
             out_of_time = bool(config.minutes) and time.monotonic() - started > 60 * config.minutes
             if step % config.checkpoint_every == 0 or step == config.steps or out_of_time:
-                _save(
-                    path,
-                    {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average},
-                )
+                state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": average}
+                save_tensors(path, state)
             if out_of_time:
                 break
     if average:
@@ -105,7 +97,8 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, aver
     return int(state["step"])
 
 
-def _save(path: Path, state: dict) -> None:
+def save_tensors(path: Path, state: dict) -> None:
+    """Whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)

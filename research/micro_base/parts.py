@@ -28,13 +28,13 @@ def caches(args: argparse.Namespace) -> list[SceneCache]:
 def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
     """Workdir's, else that of the base to continue from, else a new one, which is kept: its ids belong to the weights.
 
-    SystemExit where weights exist without the tokenizer they were made for."""
+    ValueError where weights exist without the tokenizer they were made for."""
     folder = args.workdir / "tokenizer"
     if not folder.exists():
         if args.continue_from is not None:
             tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
         elif (args.workdir / "clip.pt").exists():
-            raise SystemExit(f"{args.workdir} has clip.pt without its tokenizer; copy that of its exported base there.")
+            raise ValueError(f"{args.workdir} has clip.pt without its tokenizer; copy that of its exported base there.")
         else:
             tokenizer = new_tokenizer()
         unfinished = folder.with_suffix(".tmp")
@@ -122,7 +122,7 @@ def build_export(args: argparse.Namespace, data: SceneCache) -> int:
     tokenizer, clip, vae = load(args, data)
     weights = unet_weights(args, args.workdir / "unet.pt")
     if weights is None:
-        raise SystemExit(f"There is no U-Net in {args.workdir}; train one with --parts unet, or give --continue_from.")
+        raise ValueError(f"There is no U-Net in {args.workdir}; train one with --parts unet, or give --continue_from.")
     unet = new_unet()
     unet.load_state_dict(weights)
     return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type)

@@ -1,4 +1,4 @@
-"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), a step and text states (B, 77, 128) -> epsilon."""
+"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), a step, text states (B, 77, 128) -> v or epsilon."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localctl.diffusion import add_noise, training_target
 from research.micro_base.clip import token_ids
 from research.micro_base.data import SceneCache
 from research.micro_base.focus import Focus, focus_loss, watch
-from research.micro_base.loop import LoopConfig, train
+from research.micro_base.loop import LoopConfig, save_tensors, train
 
 FOCUS_WEIGHT = 0.04
 FAR, NEAR = 0.25, 2.25  # weights of the error away from objects and at them
@@ -40,7 +40,7 @@ def new_unet(text_width: int = 128) -> UNet2DConditionModel:
 
 def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
     """Linear betas: SD1.5's scaled_linear leaves abar = 0.0047 at the last step, which leaks the mean of the
-    picture into pure noise (white backgrounds come out gray); linear leaves 4e-5. With so little signal at the end,
+    image into pure noise (white backgrounds come out gray); linear leaves 4e-5. With so little signal at the end,
     epsilon says next to nothing about large flat areas, and v does (docs/log.md has the comparison)."""
     return DDIMScheduler(
         beta_start=1e-4,
@@ -69,21 +69,19 @@ class LatentCache:
 def latent_cache(
     cache: SceneCache, vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, path: Path
 ) -> LatentCache:
-    """Encode every picture and every distinct caption once; kept in one file."""
+    """Encode every image and every distinct caption once; kept in one file."""
     if path.exists():
         # A cache that the build wrote itself; but a workdir may be anybody's, so nothing but tensors is unpickled.
         return LatentCache(**torch.load(path, weights_only=True))
     vae.eval().to(memory_format=torch.channels_last)
     latents = []
-    for start in tqdm(range(0, len(cache), 32), desc="encoding pictures", mininterval=10):
+    for start in tqdm(range(0, len(cache), 32), desc="encoding images", mininterval=10):
         pixels = torch.from_numpy(cache.images[start : start + 32].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
         latents.append((posterior.mean * vae.config.scaling_factor).half().contiguous())
     states, lengths, rows = encode_captions(cache.captions, text, tokenizer)
     content = {"latents": torch.cat(latents), "states": states, "lengths": lengths, "caption_of": rows}
-    temporary = path.with_suffix(".tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    save_tensors(path, content)
     return LatentCache(**content)
 
 

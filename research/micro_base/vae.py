@@ -75,7 +75,7 @@ def pixel_terms(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
 
 
 def train_vae(caches: list[SceneCache], config: LoopConfig, folder: Path) -> tuple[AutoencoderKL, bool]:
-    """Object crops for the first 80 % of the steps, whole pictures for the last 20 %."""
+    """Object crops for the first 80 % of the steps, whole images for the last 20 %."""
     torch.manual_seed(config.seed)
     vae = new_vae().to(memory_format=torch.channels_last)
 
@@ -94,7 +94,7 @@ def train_decoder(
     """Sharpen the decoder while the encoder stays: latents and whatever was trained on them remain valid.
 
     Args:
-        latents: (n, 4, h, w), scaled as the U-Net sees them. images: uint8 (n, H, W, 3), the same pictures.
+        latents: (n, 4, h, w), scaled as the U-Net sees them. images: uint8 (n, H, W, 3), the same images.
         noise: standard deviation added to unscaled latents, about that of the posterior.
     """
     assert len(latents) <= len(images)

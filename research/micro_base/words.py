@@ -27,10 +27,10 @@ RANDOM_ROWS = 6  # of a batch: words in any order, every other row of pieces tha
 
 def word_directions(count: int, words: Tensor, width: int) -> Tensor:
     """Unit vectors (count, width) of ``count`` tokens; those of ``words`` (their ids) are orthogonal if they can be."""
-    draw = torch.Generator().manual_seed(0)
-    directions = F.normalize(torch.randn(count, width, generator=draw), dim=-1)
+    random = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(count, width, generator=random), dim=-1)
     if len(words) <= width:
-        directions[words] = torch.linalg.qr(torch.randn(width, len(words), generator=draw)).Q.T
+        directions[words] = torch.linalg.qr(torch.randn(width, len(words), generator=random)).Q.T
     return directions
 
 

@@ -3,13 +3,14 @@
   python -m research.spacetime --count 200 --optimised 40 --layout true
   python -m research.spacetime --set constant.weight=0.7 optimised.epochs=10
 
-Four ways to draw each caption from the same noise: plain, and with space-time attention whose weights are constant,
-scheduled (a linear fade), or optimised for the picture (the first --optimised captions alone: it is slow). The reader
-of micro scenes says whether the objects are there, in their colours, and in the stated relation. The optimisation looks
-through the same CLIP that the CLIP score is of; the other figures are what it was not optimised for.
+Four ways to generate each caption's image from the same noise: plain, and with space-time attention whose weights are
+constant, scheduled (a linear fade), or optimised for the image (the first --optimised captions alone: it is slow). The
+reader of micro scenes says whether the objects are there, in their colours, and in the stated relation. The
+optimisation looks through the same CLIP that the CLIP score is of; the other figures are what it was not optimised
+for.
 
 Layouts: ``true``, the boxes of the scene that the caption was taken from; ``auto``, predicted from the caption. Writes
-pictures, weights, results.json, report.md and sheet.png into --output_dir; a run that was broken off is continued.
+images, weights, results.json, report.md and sheet.png into --output_dir; a run that was broken off is continued.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def new_parser() -> Arguments:
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--count", type=int, default=200, help="held-out captions")
-    add("--optimised", type=int, default=40, help="of them, how many are drawn with optimised weights")
+    add("--optimised", type=int, default=40, help="of them, how many are generated with optimised weights")
     add("--layout", choices=LAYOUTS, default="true", help="where the boxes come from")
     add("--layout_predictor", help="folder of the predictor for --layout auto; default: the one that comes along")
     add("--set", nargs="+", default=[], metavar="ROW.NAME=VALUE", help="settings of the rows; without ROW, of all")
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when done, 2 after a user's error, 1 when the disk is full."""
     options = new_parser().read(argv)
     with loading():
-        from research.spacetime.measuring import check, run
+        from research.spacetime.study import check, run
 
     check(options)
     print(run(options))

@@ -1,4 +1,4 @@
-"""Figures, table and contact sheet of ``research.spacetime``."""
+"""Figures, tables and contact sheet of ``research.spacetime``."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from PIL import Image
 
 from localctl.cli.sample_sheets import verdict
-from localctl.evaluation.tables import head, line
 from localctl.images import captioned, grid
 from localctl.layout import Layout
-from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.metrics.bootstrap import Interval
 from localctl.metrics.clip import Clip, CLIPScore
 from localctl.metrics.detection import micro_detector, micro_shapes
 from localctl.metrics.regions import RelationAccuracy
 from localctl.micro.scenes import Scene
+from research.page import cell, interval, signed, table
 
 COLUMNS = ("object recall", "attribute binding", "relation", "CLIP score")
-_SIDE = 256  # px of a picture on the sheet
+_SIDE = 256  # px of an image on the sheet
 
 
 def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
-    """One picture's value for each of ``COLUMNS``, NaN where undefined. ``image``: uint8 (H, W, 3).
+    """One image's value for each of ``COLUMNS``, NaN where undefined. ``image``: uint8 (H, W, 3).
 
     object recall: the share of the caption's objects that are found, by colour and shape. attribute binding: of those
     whose shape is found, the share in the right colour. relation: whether both are found in the stated relation. CLIP
@@ -46,76 +46,63 @@ def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
 def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[str, dict[str, Any]]:
     """The report in Markdown and the same figures as plain values.
 
-    ``tables``: (n, columns) per row, NaN where undefined or not drawn; ``optimised``: how many were optimised.
+    ``tables``: (n, columns) per row, NaN where undefined or not generated; ``optimised``: how many were optimised.
     """
     n = len(next(iter(tables.values())))
-    lines = [f"On {n} captions that state a relation", "", *_means(tables), ""]
-    lines += ["Means with 95 % bootstrap intervals over the captions where a figure is defined.", ""]
+    shared = {row: values[:optimised] for row, values in tables.items()}
     pairs = [(row, "plain") for row in tables if row != "plain"]
     pairs += [("optimised", "constant"), ("scheduled", "constant")]
-    shared = {row: table[:optimised] for row, table in tables.items()}
+    gains = {f"{row} - {other}": _intervals(tables[row] - tables[other]) for row, other in pairs}
+    lines = [f"On {n} captions that state a relation", "", *_means(tables), ""]
+    lines += ["Means with 95 % bootstrap intervals over the captions where a figure is defined.", ""]
     if 0 < optimised < n:
         lines += [f"On the {optimised} captions that all rows share", "", *_means(shared), ""]
-    lines += head(["paired difference", *COLUMNS])
-    figures: dict[str, Any] = {"means": _intervals(tables), "means of the shared": _intervals(shared)}
-    figures["differences"] = {}
-    for row, other in pairs:
-        gains = [difference(tables[row][:, i], tables[other][:, i]) for i in range(len(COLUMNS))]
-        lines.append(line([f"{row} - {other}", *(_signed(gain) for gain in gains)]))
-        figures["differences"][f"{row} - {other}"] = dict(zip(COLUMNS, map(_plain, gains), strict=True))
+    lines += table(COLUMNS, ((pair, map(_gain, found)) for pair, found in gains.items()), "paired difference")
     lines += ["", "Paired: same caption, layout and noise; over the captions where both are defined."]
     lines += ["Only the CLIP score was optimised; the other figures were not."]
+    figures = {
+        "means": {row: _plain(_intervals(values)) for row, values in tables.items()},
+        "means of the shared": {row: _plain(_intervals(values)) for row, values in shared.items()},
+        "differences": {pair: _plain(found) for pair, found in gains.items()},
+    }
     return "\n".join(lines) + "\n", figures
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> Interval | None:
-    """Of paired values, NaN left out; None where nothing is left."""
-    return _interval(first - second)
-
-
-def _interval(values: np.ndarray) -> Interval | None:
-    values = values[~np.isnan(values)]
-    return bootstrap(values) if len(values) else None
-
-
-def _intervals(tables: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    return {
-        row: {column: _plain(_interval(table[:, i])) for i, column in enumerate(COLUMNS)}
-        for row, table in tables.items()
-    }
+def _intervals(values: np.ndarray) -> list[Interval | None]:
+    """One per column."""
+    return [interval(column) for column in values.T]
 
 
 def _means(tables: Mapping[str, np.ndarray]) -> list[str]:
-    lines = head(["", "captions", *COLUMNS])
-    for row, table in tables.items():
-        drawn = int((~np.isnan(table[:, 0])).sum())
-        cells = [_interval(table[:, i]) for i in range(len(COLUMNS))]
-        lines.append(line([row, str(drawn), *("undefined" if cell is None else str(cell) for cell in cells)]))
-    return lines
+    rows = []
+    for row, values in tables.items():
+        known = int((~np.isnan(values[:, 0])).sum())
+        rows.append((row, [str(known), *map(cell, _intervals(values))]))
+    return table(["captions", *COLUMNS], rows)
 
 
-def _plain(interval: Interval | None) -> dict[str, Any] | None:
-    return None if interval is None else asdict(interval)
+def _plain(found: Sequence[Interval | None]) -> dict[str, Any]:
+    return {name: None if one is None else asdict(one) for name, one in zip(COLUMNS, found, strict=True)}
 
 
-def _signed(gain: Interval | None) -> str:
-    if gain is None:
-        return "undefined"
-    said = "" if gain.low > 0 or gain.high < 0 else ", no difference"
-    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] of {gain.n}{said}"
+def _gain(found: Interval | None) -> str:
+    if found is None:
+        return signed(found)
+    said = "" if found.low > 0 or found.high < 0 else ", no difference"
+    return f"{signed(found)} of {found.n}{said}"
 
 
 def relation_sheet(
-    layouts: Sequence[Layout], pictures: Mapping[str, Sequence[Image.Image]], rows: int = 8
+    layouts: Sequence[Layout], images: Mapping[str, Sequence[Image.Image]], rows: int = 8
 ) -> Image.Image:
-    """One line per caption: the layout, then each row's picture with the layout drawn and the reader's verdict."""
+    """One line per caption: the layout, then each row's image with the layout's outlines and the reader's verdict."""
     lines, captions = [], []
     for index, layout in enumerate(layouts[:rows]):
         cells = [layout.draw(Image.new("RGB", (_SIDE, _SIDE), "white"))]
-        for some in pictures.values():
+        for some in images.values():
             if index < len(some):
                 shown = layout.draw(some[index].resize((_SIDE, _SIDE)))
                 cells.append(captioned(shown, verdict(some[index], layout)))
         lines.append(cells)
         captions.append(layout.prompt)
-    return grid(lines, ["layout", *pictures][: max(map(len, lines))], captions)
+    return grid(lines, ["layout", *images][: max(map(len, lines))], captions)

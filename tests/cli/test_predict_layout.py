@@ -21,10 +21,10 @@ from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
 from localctl.layout_predictor.__main__ import main
 from localctl.layout_predictor.model import WEIGHTS
+from research.layout_predictor import report
 from research.layout_predictor.captions import MARGIN
 from research.layout_predictor.data import MicroLayouts
 from research.layout_predictor.measure import held_out_captions, relation_rate
-from research.layout_predictor.report import __main__ as report
 
 ROOT = Path(__file__).parents[2]
 BED = "The silver bed was situated to the right of the white couch."

@@ -12,14 +12,13 @@ from localctl.cli.config import CONFIG_DIR, schema_keys
 from localctl.evaluation.compare import CEILING
 from localctl.training.loop import NotFiniteError
 from localctl.training.settings import TrainSettings
-from research.ablation import measuring
+from research.ablation import study
 from research.ablation.__main__ import main
-from research.ablation.figures import CONTROL, Figures
-from research.ablation.intervals import Resampler, interval
+from research.ablation.figures import CONTROL, Figures, Resampler, interval, read_figures
 from research.ablation.report import write_report
-from research.ablation.results import Result, read_results
 from research.ablation.rows import ROWS, Sweep, row_cells, sweep_cells
-from research.ablation.sweeping import best, loses
+from research.ablation.sweep import best, loses
+from research.harness import Result, as_rows, write_result
 
 # what each row changes of `feature_masked`
 CHANGES = {
@@ -78,8 +77,8 @@ ROWS_FLAGS = ("--rows", "feature_masked", "sobel", "--max_train_steps", "2")
 
 
 def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_path, capsys, monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:  # stopped after the first training, before anything was drawn
-        patch.setattr(measuring.Bench, "_draw", stop_at("feature_masked_seed0", measuring.Bench._draw))
+    with pytest.MonkeyPatch.context() as patch:  # stopped after the first training, before any image was generated
+        patch.setattr(study.Ablation, "generated", stop_at("feature_masked_seed0", study.Ablation.generated))
         with pytest.raises(KeyboardInterrupt):
             main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0"))
     made = sorted(path.name for path in (tmp_path / "page").glob("*.json"))
@@ -95,7 +94,7 @@ def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_
     for name in ("rows", "pictures"):
         with Image.open(tmp_path / "page" / f"{name}.png") as picture:
             assert picture.width > 400 and f"page/{name}.png" in page
-    monkeypatch.setattr(measuring, "train", None)  # nothing is trained again
+    monkeypatch.setattr(study, "train", None)  # nothing is trained again
     assert main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0")) == 0
     assert all((tmp_path / "page" / f"{name}.json").read_bytes() == content for name, content in results.items())
     capsys.readouterr()
@@ -107,11 +106,11 @@ def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_
         assert words in error and error.count("\n") == 1
 
 
-def stop_at(name, draw):
-    def wrapped(self, asked, adapter):
-        if asked == name:
+def stop_at(name, generated):
+    def wrapped(self, cell, adapter):
+        if cell.name == name:
             raise KeyboardInterrupt
-        return draw(self, asked, adapter)
+        return generated(self, cell, adapter)
 
     return wrapped
 
@@ -124,7 +123,7 @@ def test_a_sweep_and_a_training_that_is_not_finite_which_stops_no_other(sd_folde
     assert main(flags(sd_folder, tmp_path, "--rows", "--sweep", *sweep)) == 0
     page = (tmp_path / "page.md").read_text()
     assert "| no local term | 0 |" in page and "| snr, map | 0.5 |" in page and "page/sweep_f1.png" in page
-    monkeypatch.setattr(measuring, "train", fail)
+    monkeypatch.setattr(study, "train", fail)
     assert main(flags(sd_folder, tmp_path, "--rows", "sobel", "--seeds", "0")) == 0
     assert "sobel_seed0 has no result: The loss is not finite at step 1" in (tmp_path / "page.md").read_text()
 
@@ -157,11 +156,16 @@ PROVENANCE = {
 def made(name, row, seed, f1, kid=0.1, loss=None, ceiling=None):
     f1 = np.asarray(f1, float)
     samples = np.stack([f1, np.zeros_like(f1), f1 * 10], axis=1)
-    training = {"asked": {"protocol": {"count": len(f1)}, "steps": 5}, "settings": {"loss": loss or {}}}
-    distances = {"frechet_micro_clip": 30 + kid, "kid_micro_clip": kid, "kid_error_micro_clip": 0.1}
+    protocol = {"count": len(f1), "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
     ids = tuple(str(i) for i in range(len(f1)))
-    top = None if ceiling is None else np.stack([np.full_like(f1, ceiling)] * 3, axis=1)
-    return Result(name, row, name, seed, ids, COLUMNS, samples, top, distances, training, PROVENANCE)
+    about = {
+        "name": name, "row": row, "title": name, "seed": seed, "ids": list(ids), "columns": list(COLUMNS),
+        "samples": samples.tolist(), "training": {"settings": {"loss": loss or {}}}, "provenance": PROVENANCE,
+        "asked": {"protocol": protocol, "steps": 5},
+        "ceiling": None if ceiling is None else np.stack([np.full_like(f1, ceiling)] * 3, axis=1).tolist(),
+        "distances": {"frechet_micro_clip": 30 + kid, "kid_micro_clip": kid, "kid_error_micro_clip": 0.1},
+    }  # fmt: skip
+    return Result(name, ids, COLUMNS, samples, about)
 
 
 def figures_of(*results):
@@ -215,15 +219,7 @@ def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
     figures = figures_of(*results)
     assert best(figures).name == "a" and loses(figures, "b") == ["micro_clip"] and loses(figures, "c") == []
     for result in results:
-        content = {
-            "asked": result.training["asked"], "training": result.training, "provenance": PROVENANCE,
-            "samples": result.samples.tolist(), "ceiling": None if result.ceiling is None else result.ceiling.tolist(),
-            **{n: getattr(result, n) for n in ("name", "row", "title", "seed", "ids", "columns", "distances")},
-        }  # fmt: skip
-        protocol = {"count": 30, "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
-        content["asked"] = {"protocol": protocol, "steps": 5}
-        (tmp_path / "page").mkdir(exist_ok=True)
-        (tmp_path / "page" / f"{result.name}.json").write_text(json.dumps(content))
+        write_result(tmp_path / "page" / f"{result.name}.json", result.about)
     text = write_report(tmp_path / "page", tmp_path / "page.md")
     assert "constant, map, weight 0.01: +0.100" in text and "| constant, map | 0.1 |" in text
     assert "Seeds alone move the F1 of `feature_masked` by 0.030" in text
@@ -235,4 +231,19 @@ def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
     ):
         (tmp_path / "page" / "a.json").write_text(json.dumps(content | changed))
         with pytest.raises(ValueError, match=words):
-            read_results(tmp_path / "page")
+            read_figures(tmp_path / "page")
+
+
+def test_a_result_has_a_line_for_each_image(tmp_path):
+    table = np.array([[0.123456, np.nan], [1.0, 2.0]])
+    content = {
+        "name": "a",
+        "samples": as_rows(table),
+        "by row": {"x": as_rows(table, None)},
+        "empty": [],
+        "n": {"b": 1},
+    }
+    write_result(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == content and text.splitlines().count("[1.0, 2.0]") == 2
+    assert content["samples"][0] == [0.12346, None] and content["by row"]["x"][0] == [0.123456, None]

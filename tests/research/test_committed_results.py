@@ -1,43 +1,85 @@
-"""The results under docs/ are still those that the commands written beside them ask for, so nothing is made again."""
+"""The committed results are still those that the commands written on their pages ask for, so nothing is made again; and
+the committed pages and figures are made of them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from localctl.micro.detect import VERSION
 from research.ablation import __main__ as ablation
-from research.ablation.measuring import Bench as AblationBench
-from research.ablation.measuring import Protocol
+from research.ablation.report import write_report as write_ablation
+from research.ablation.rows import BASE, Protocol
+from research.ablation.study import Ablation
+from research.flags import PAGES, RESULTS, results_of
+from research.harness import as_table, check_reader, reader_version
 from research.layout_benchmark import __main__ as layout_benchmark
-from research.layout_benchmark.measuring import Bench as LayoutBench
 from research.layout_benchmark.methods import methods
-from research.reader import check_reader, reader_version
+from research.layout_benchmark.report import write_report as write_layout_benchmark
+from research.layout_benchmark.study import LayoutBenchmark
+from research.spacetime.report import relation_report
 
-DOCS = Path(__file__).parents[2] / "docs"
+
+def test_pages_in_docs_are_of_the_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PAGES.parent)
+    assert results_of(Path("docs/ablation.md")) == RESULTS / "ablation"
+    assert results_of(tmp_path / "ablation.md") == tmp_path / "ablation"
 
 
 def test_those_of_the_ablation(tmp_path: Path) -> None:
-    folder = DOCS / "ablation"
-    cells = ablation.planned(ablation.parse(["--report", f"{folder}.md"]))
+    cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
     said: list[str] = []
-    bench = AblationBench(Protocol(), folder, tmp_path, said.append)
-    bench.check(cells)
-    bench.base()
-    assert not any(bench.cell(cell) for cell in cells)
-    assert said == [f"{cell.name}: done before" for cell in cells]
+    Ablation(Protocol(), RESULTS / "ablation", tmp_path, said.append).run(cells, lambda: said.append("written"))
+    assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
 def test_those_of_the_layout_benchmark(tmp_path: Path) -> None:
-    folder = DOCS / "layout_benchmark"
-    args = layout_benchmark.parse(["--report", f"{folder}.md"])
+    args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said: list[str] = []
-    bench = LayoutBench(layout_benchmark.protocol_of(args, False), folder, tmp_path, say=said.append)
+    protocol = layout_benchmark.protocol_of(args, False)
+    study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path, say=said.append)
     chosen = methods(args.methods, args.set, args.base)
-    bench.check(chosen)
-    assert not any(bench.measure(method) for method in chosen)
-    assert said == [f"{method.name}: done before" for method in chosen]
+    study.run(chosen, lambda: said.append("written"))
+    assert said == [*(f"{method.name}: done before" for method in chosen), "written"]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("ablation", write_ablation), ("layout_benchmark", write_layout_benchmark)]
+)
+def test_a_committed_page_is_made_of_the_committed_results(
+    name: str, write: Callable[[Path, Path], str], tmp_path: Path
+) -> None:
+    """Word for word, but for the names of the page and of the folder of its results."""
+    results, page = tmp_path / "research" / "results" / name, tmp_path / "docs" / f"{name}.md"
+    results.parent.mkdir(parents=True)
+    results.symlink_to(RESULTS / name)
+    text = write(results, page)
+    assert text.replace(f"--report {name}.md", f"--report docs/{name}.md") == (PAGES / f"{name}.md").read_text()
+    figures = sorted(path.name for path in page.with_suffix("").iterdir())
+    assert figures == sorted(path.name for path in (PAGES / name).iterdir())
+    for figure in figures:
+        made, committed = (np.asarray(Image.open(folder / figure)) for folder in (page.with_suffix(""), PAGES / name))
+        assert np.array_equal(made, committed), figure
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "published"])
+def test_the_figures_of_space_time_attention_are_those_of_its_samples(name: str) -> None:
+    content = json.loads((RESULTS / "spacetime" / f"{name}.json").read_text())
+    tables = {row: as_table(samples) for row, samples in content["samples"].items()}
+    order = ("plain", "constant", "scheduled", "optimised")
+    optimised = content["provenance"]["n_fake"]["optimised"]
+    text, figures = relation_report({row: tables[row] for row in order}, optimised)
+    assert figures == content["figures"]
+    page = (PAGES / "spacetime.md").read_text()
+    pairs = ("constant - plain", "scheduled - plain")
+    rows = [line for line in text.splitlines() if line.startswith(tuple(f"| {pair} |" for pair in pairs))]
+    recalls = [row.split("|")[2].partition(" of ")[0].strip() for row in rows]
+    assert len(rows) == 2 and all(recall in page for recall in recalls)
 
 
 def test_results_of_two_readers_are_not_put_side_by_side(tmp_path: Path) -> None:

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 import localctl.pipelines
-import research.control_share.measuring
 from localctl.adapter import LocalAdapter
 from localctl.boxes import box_iou
 from localctl.conditions import ConditionConfig
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.evaluation.provenance import REQUIRED, check_provenance
+from localctl.layout import Layout
 from localctl.masks import MaskConfig
 from localctl.micro.scenes import scene
-from research.control_share.__main__ import main
-from research.control_share.measuring import Case, cases, compare, reproduced, sample_all
+from research import harness
+from research.control_share import Case, cases, compare, main, reproduced, sample_all
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
-from research.micro_base.report.measuring import FLOORS, match_objects, reader_figures, table, vae_figures
+from research.micro_base.report import FLOORS, match_objects, reader_figures, table, vae_figures
 from research.micro_base.unet import new_unet
 from research.micro_base.vae import new_vae
 
@@ -116,11 +116,13 @@ def test_conditions_that_come_with_the_scene_are_measured_too(
     adapter = LocalAdapter(in_channels=settings.channels, channels=[8], condition={"kind": kind})
     seen: list[LocalAdapterControl] = []
 
-    def drawn(pipe: Any, prompts: list[str], controls: list[LocalAdapterControl], *rest: Any, **more: Any) -> Any:
+    def generated(
+        pipe: Any, layouts: list[Layout], controls: list[LocalAdapterControl], *rest: Any, **more: Any
+    ) -> Any:
         seen.extend(controls)
         return SimpleNamespace(images=[case.item.image for case in chosen[5:8]])
 
-    monkeypatch.setattr(research.control_share.measuring, "generate", drawn)
+    monkeypatch.setattr(harness, "generate", generated)
     sample_all(None, chosen[5:8], adapter, {"batch_size": 4})
     items = [case.item for case in chosen[5:8]]
     truth = [item.depth[None] if kind == "depth" else item.segmentation.transpose(2, 0, 1) / 255 for item in items]

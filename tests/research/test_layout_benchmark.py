@@ -21,11 +21,12 @@ from localctl.files import sha256
 from localctl.layout import Layout, Region
 from localctl.micro.scenes import scene
 from localctl.pipelines import load_pipeline
+from research.harness import Result
 from research.layout_benchmark.__main__ import main
 from research.layout_benchmark.attention import KINDS, attention_of, token_kinds
 from research.layout_benchmark.cases import COLUMNS, Case, cases, read
 from research.layout_benchmark.cost import MIB, compare_cost, peak_memory
-from research.layout_benchmark.figures import Figures, Result, gates, ranked, read_results
+from research.layout_benchmark.figures import Figures, gates, ranked, read_figures
 from research.layout_benchmark.methods import METHODS, grids, methods, preset_words
 from research.layout_benchmark.report import write_report
 
@@ -38,7 +39,8 @@ def test_layouts_are_held_out_and_the_prompt_names_the_objects_alone() -> None:
     assert len({case.id for case in found}) == 12
     assert found[:8] == cases(8, "test") and not {c.id for c in found} & {c.id for c in cases(12, "val", (2,))}
     for case in found:
-        item = scene(int(case.id.split("-")[1]), "basic", "test")
+        item = case.item
+        assert case.id == f"test-{item.index}" and item.caption == scene(item.index, "basic", "test").caption
         for thing, region, box, wanted in zip(item.objects, case.layout.regions, case.boxes, case.objects, strict=True):
             assert region.phrase == thing.phrase == " ".join(wanted) and box == pytest.approx(thing.box)
             assert case.layout.prompt.count(thing.phrase) == 1
@@ -47,7 +49,7 @@ def test_layouts_are_held_out_and_the_prompt_names_the_objects_alone() -> None:
 
 def test_a_true_scene_is_all_right_and_a_wrong_one_is_not() -> None:
     case = cases(1, "test")[0]
-    image = scene(int(case.id.split("-")[1]), "basic", "test").image
+    image = case.item.image
     figures = dict(zip(COLUMNS, read(image, case), strict=True))
     assert figures.pop("iou") > 0.9 and figures.pop("color_iou") > 0.9 and set(figures.values()) == {1.0}
     moved = replace(case, layout=replace(case.layout, regions=tuple(_moved(r) for r in case.layout.regions)))
@@ -76,7 +78,7 @@ def test_binding_is_colour_and_shape_on_one_object() -> None:
     def bound(pairs: list[tuple[str, str]]) -> float:
         prompt = " and ".join(f"a {color} {shape}" for color, shape in pairs)
         regions = tuple(Region(f"{c} {s}", box) for (c, s), box in zip(pairs, boxes, strict=True))
-        case = Case("x", Layout(prompt, 128, 128, regions), tuple(pairs))
+        case = Case("x", item, Layout(prompt, 128, 128, regions), 0, tuple(pairs))
         return dict(zip(COLUMNS, read(item.image, case), strict=True))["binding"]
 
     assert bound([(a.color, a.shape), (b.color, b.shape)]) == 1
@@ -131,10 +133,11 @@ def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
 
 
 def result(name: str, right: list[list[float]], counts: list[int], frechet: float = 10.0) -> Result:
-    samples = np.array(right)[..., None].repeat(4, axis=-1)
+    samples = np.array(right).reshape(-1, 1).repeat(4, axis=-1)
     columns = ("right", "accuracy", "color_right", "color_iou")
     ids = tuple(map(str, range(len(right))))
-    return Result(name, (), ids, np.array(counts), columns, samples, {"frechet_micro_clip": frechet}, {}, {}, {}, {})
+    about = {"counts": counts, "distances": {"frechet_micro_clip": frechet}, "asked": {}}
+    return Result(name, ids, columns, samples, about)
 
 
 def test_gates_are_gains_over_plain_with_two_regions_and_a_fair_distance() -> None:
@@ -161,12 +164,13 @@ def test_methods_are_compared_with_plain_sampling_of_their_own_way() -> None:
     own = {"sampling": {"scheduler": "ddpm", "guidance_scale": 4.0}}
     plain, other = result("none", [[0, 0]] * 50, counts), result("none ddpm 4", [[1, 0]] * 50, counts, frechet=5.0)
     bias, dense = result("bias", [[1, 1]] * 50, counts), result("dense", [[1, 1]] * 50, counts)
-    both = {"none": plain, other.name: replace(other, asked=own), "bias": replace(bias, asked=own), "dense": dense}
+    both = {"none": plain, "dense": dense}
+    both |= {item.name: replace(item, about={**item.about, "asked": own}) for item in (other, bias)}
     figures = Figures(both)
     gains = {name: figures.difference(name, "right", 2) for name in ("bias", "dense")}
     assert {name: gain.value for name, gain in gains.items() if gain is not None} == {"bias": 0.5, "dense": 1.0}
     assert (figures.frechet("bias"), figures.frechet("dense")) == (2.0, 1.0)
-    with pytest.raises(ValueError, match="bias was drawn with .*ddpm.* and plain sampling was not"):
+    with pytest.raises(ValueError, match="bias was generated with .*ddpm.* and plain sampling was not"):
         Figures({"none": plain, "bias": both["bias"]})
 
 
@@ -202,13 +206,12 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     before = sha256(kept), kept.stat().st_mtime_ns
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out
-    assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 pictures" in said
+    assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 images" in said
     assert (sha256(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
     again = json.loads((folder / "bias.json").read_text())
     assert again["asked"] == content["asked"]
     first, second = (np.array(item["samples"], dtype=float) for item in (content, again))
-    # Drawn alone, a picture may differ by a rounding of its pixels, which its CLIP score shows.
-    assert np.array_equal(first[:, :4], second[:, :4]) and np.allclose(first, second, atol=0.5, equal_nan=True)
+    assert np.array_equal(first, second, equal_nan=True)  # in the same batch as before
     text = page.read_text()
     assert "| bias |" in text and "MISSED" in text and "where it looks" in text
     assert Image.open(folder / "pictures.png").width > 2 * 256 and (folder / "bars.png").is_file()
@@ -220,7 +223,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     before["asked"]["reader"] -= 1
     (folder / "bias.json").write_text(json.dumps(before))
     with pytest.raises(ValueError, match="measured in different ways"):
-        read_results(folder)
+        read_figures(folder)
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "asked": {**content["asked"], "reader": before["asked"]["reader"]}}))
@@ -237,7 +240,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
 def test_a_damaged_or_foreign_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
     with pytest.raises(ValueError, match="is no result of the layout benchmark"):
-        read_results(tmp_path)
+        read_figures(tmp_path)
 
 
 def test_tuning_uses_other_layouts_and_names_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

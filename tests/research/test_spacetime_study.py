@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import research.spacetime.measuring as evaluation
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.weight_search.weights import OptimizedSpaceTime
+from research import harness
+from research.spacetime import study
 from research.spacetime.__main__ import main
-from research.spacetime.layouts import layout_source, true_layout
-from research.spacetime.measuring import controls_of_rows, relation_cases
 from research.spacetime.report import measure, relation_report
+from research.spacetime.study import controls_of_rows, layout_source, relation_cases, true_layout
 
 FAST = ["--count", "2", "--optimised", "1", "--num_inference_steps", "2", "--set", "optimised.epochs=1"]
 
@@ -88,18 +88,18 @@ def test_a_run_is_continued_and_repeats_itself(
     assert results["provenance"]["n_fake"]["optimised"] == 1 and results["samples"]["optimised"][1] == [None] * 4
     lost = folder / "images" / "optimised" / "000000.png"
     lost.unlink()
-    drawn: list[int] = []
-    generate = evaluation.generate
+    made: list[int] = []
+    generate = harness.generate
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        drawn.append(len(args[1]))
+        made.append(len(args[1]))
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "generate", counted)
+    monkeypatch.setattr(harness, "generate", counted)
     assert main(flags) == 0
-    assert drawn == [1] and {path: path.read_bytes() for path in pictures} == pictures
+    assert made == [1] and {path: path.read_bytes() for path in pictures} == pictures
     assert main([*flags, "--num_inference_steps", "3"]) == 2
-    assert "drawn with another num_inference_steps" in capsys.readouterr().err
+    assert "was made with another num_inference_steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_run_is_continued_and_repeats_itself(
         (["--device", "tpu9"], "cannot be used here"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_drawn(
+def test_bad_input_is_one_sentence_before_anything_is_generated(
     flags: list[str],
     message: str,
     tmp_path: Path,
@@ -122,7 +122,7 @@ def test_bad_input_is_one_sentence_before_anything_is_drawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(study, "load_pipeline", None)
     assert main([*FAST, "--output_dir", "out", *flags]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and re.search(message, printed), printed

@@ -76,7 +76,7 @@ def test_files_of_another_kind(tmp_path: Path, content: str | None) -> None:
 
 def test_annotations_without_pairs(tmp_path: Path) -> None:
     instances, _ = write_coco(tmp_path)
-    with pytest.raises(ValueError, match="no picture with two different things"):
+    with pytest.raises(ValueError, match="no image with two different things"):
         CocoLayouts(instances, min_area=0.9)
 
 

@@ -24,10 +24,11 @@ from localctl.training.trackers import read_stats
 from research.layout_predictor import train as train_layout_predictor
 from research.layout_predictor.captions import Caption, own_caption
 from research.layout_predictor.data import MicroLayouts
-from research.layout_predictor.learning import draw_known, draw_unread, likelihood, relation_loss
+from research.layout_predictor.learning import likelihood, relation_loss, sample_known, sample_unread
 from research.layout_predictor.measure import MeanBox, held_out_captions, judge, predictor_nll
 from research.layout_predictor.settings import LayoutTrainSettings
 from research.layout_predictor.training import prepare
+from research.training_loop import learning_rate_at
 
 ROOT = Path(__file__).parents[3]
 TINY = [
@@ -158,23 +159,23 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    rates = [settings("lr_warmup_steps=2", "learning_rate=1").learning_rate_at(step) for step in range(5)]
+    rates = [learning_rate_at(step, 1, 4, 2) for step in range(5)]
     assert rates[:2] == [0.5, 1.0] and rates[2] == 1 and 0 < rates[3] < 1 and rates[4] == pytest.approx(0)
 
 
 def test_what_is_shown_and_hidden() -> None:
     captions = [own_caption(MicroLayouts("train", 40)[index]) for index in range(40)]
-    known = draw_known(captions, 1.0, 0, 5)
+    known = sample_known(captions, 1.0, 0, 5)
     counts = [len(item.spans) for item in captions]
     assert [int(row.sum()) < count for row, count in zip(known, counts, strict=True)] == [True] * 40
     assert all(
         row[:count].any() == (count > 1) and not row[count:].any() for row, count in zip(known, counts, strict=True)
     )
-    assert not draw_known(captions, 0.0, 0, 5).any()
-    assert torch.equal(known, draw_known(captions, 1.0, 0, 5)) and not torch.equal(
-        known, draw_known(captions, 1.0, 0, 6)
+    assert not sample_known(captions, 0.0, 0, 5).any()
+    assert torch.equal(known, sample_known(captions, 1.0, 0, 5)) and not torch.equal(
+        known, sample_known(captions, 1.0, 0, 6)
     )
-    words, names = draw_unread(captions * 10, 0.25, 0.5, 200, 0, 1)
+    words, names = sample_unread(captions * 10, 0.25, 0.5, 200, 0, 1)
     assert abs(float(words.float().mean()) - 0.25) < 0.02 and abs(float(names.float().mean()) - 0.5) < 0.1
 
 

@@ -5,8 +5,8 @@ import torch
 
 from localctl.micro.scenes import COLORS, SHAPES
 from localctl.pipelines import BaseConfig, load_pipeline
-from research.micro_base.word_use.__main__ import main
-from research.micro_base.word_use.measuring import caption, errors, one_object_scenes, shares_of_words, use_of_words
+from research.harness import first_scenes
+from research.micro_base.word_use import caption, errors, main, shares_of_words, use_of_words
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def pipe():
 
 
 def test_captions_name_what_is_there():
-    for item in one_object_scenes(3):
+    for item in first_scenes(3, lambda item: len(item.objects) == 1):
         thing = item.objects[0]
         assert len(item.objects) == 1 and thing.phrase in caption(item) and item.background in caption(item)
         other = next(color for color in COLORS if color != thing.color)
@@ -24,7 +24,7 @@ def test_captions_name_what_is_there():
 
 
 def test_colours_are_told_apart_and_a_base_that_does_not_read_is_found_out(pipe, monkeypatch):
-    scenes = one_object_scenes(6)
+    scenes = first_scenes(6, lambda item: len(item.objects) == 1)
     use = use_of_words(pipe, scenes, 400)["color"]
     assert use.told_apart.value >= 0.5 and use.worse.value > 0.1
     first = errors(pipe, scenes[0], [caption(scenes[0])] * 2, 400)

@@ -1,0 +1,167 @@
+"""The ablation: train each cell, generate images with its adapter, and measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from localctl.data import DataConfig
+from localctl.evaluation.cache import Kept
+from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
+from localctl.evaluation.fid import make_reference, score_set
+from localctl.evaluation.generated_set import draw_set, read_pictures, read_set
+from localctl.evaluation.provenance import versions
+from localctl.evaluation.settings import FidSettings
+from localctl.images import outline
+from localctl.metrics.edges import canny
+from localctl.metrics.statistics import Statistics
+from localctl.pipelines import BaseConfig
+from localctl.redaction import recorded
+from localctl.training.export import ADAPTER
+from localctl.training.loop import NotFiniteError, prepare
+from localctl.training.resume import config_hash, setting_changes
+from localctl.training.settings import TrainSettings
+from research.ablation.rows import BASE, FLOOR, ROWS, WITHOUT, Cell, Protocol, row_cells
+from research.harness import Say, Study, as_rows
+from research.page import save_strip
+
+CONDITIONS = "conditions"  # the strip of conditions and masks
+SHOWN = 6  # scenes in the sheet
+_KEPT = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal, with a checkpoint; ``signal`` is its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
+class Ablation(Study[Cell]):
+    """Trains and measures cells, and the base alone.
+
+    ValueError for a base that cannot be used, and, before anything slow, for such an extractor.
+    """
+
+    protocol: Protocol
+
+    def __init__(self, protocol: Protocol, folder: Path, work: Path, say: Say = print) -> None:
+        super().__init__(protocol, folder, work, say)
+        self.kept = Kept(work / "measured")
+        self.example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
+
+    def asked(self, variant: Cell) -> dict[str, Any]:
+        asked = super().asked(variant)
+        if variant == BASE:
+            return asked
+        settings = self.training(variant)
+        overrides, steps = list(variant.overrides), settings.max_train_steps
+        trained = {"overrides": overrides, "seed": variant.seed, "steps": steps, "config_sha256": config_hash(settings)}
+        return {**asked, **trained}
+
+    def earlier(self, variant: Cell, content: Mapping[str, Any]) -> dict[str, Any]:
+        asked = super().earlier(variant, content)
+        trained = content.get("training", {}).get("settings")
+        if trained and not setting_changes(trained, recorded(self.training(variant))):
+            asked["config_sha256"] = config_hash(self.training(variant))
+        return asked
+
+    def measured(self, variant: Cell) -> dict[str, Any]:
+        """Interrupted after a signal."""
+        assert self.extractors  # one that is not there must be told before the training
+        about = {"row": variant.row, "title": variant.title, "seed": variant.seed}
+        adapter, training = None, {}
+        if variant != BASE:
+            settings = self.training(variant)
+            self.say(f"{variant.name}: training {settings.max_train_steps} steps")
+            try:
+                adapter = train(settings, self.say)
+            except NotFiniteError as error:
+                return {"failed": str(error), **about, "provenance": {"versions": versions()}}
+            training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        # The base's images may have been generated on another machine.
+        floor = self.generated(BASE, None)
+        folder = floor if variant == BASE else self.generated(variant, adapter)
+        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.kept)
+        if variant == BASE or variant.row in ROWS:
+            self._save_strips(variant, folder, comparison)
+        distances, features = self._distances(folder)
+        return {
+            **about,
+            "ids": list(comparison.ids),
+            "columns": list(comparison.columns),
+            "samples": as_rows(comparison.tables[variant.name]),
+            "ceiling": as_rows(comparison.tables[CEILING]) if variant == BASE else None,
+            "distances": distances,
+            "training": training,
+            "provenance": {**comparison.provenance, "distances": features},
+        }
+
+    def training(self, cell: Cell) -> TrainSettings:
+        """How ``cell`` is trained."""
+        return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
+
+    def generated(self, cell: Cell, adapter: Path | None) -> Path:
+        """The folder of the images, generated as far as they are not there."""
+        settings = self._settings(cell.name, adapter)
+        draw_set(settings, "with_prompts", self.say)
+        return settings.folder / "with_prompts"
+
+    def _settings(self, name: str, adapter: Path | None, **changes: Any) -> FidSettings:
+        protocol = self.protocol
+        options: dict[str, Any] = {
+            "base": BaseConfig(name=protocol.base),
+            "data": DataConfig(),
+            "condition": self.example.condition,
+            "mask": self.example.mask,
+            "output_dir": str(self.work / "drawn" / name),
+            "part": "test",
+            "adapter": None if adapter is None else str(adapter),
+            "num_images": protocol.count,
+            "batch_size": protocol.batch_size,
+            "num_inference_steps": protocol.num_inference_steps,
+            "guidance_scale": protocol.guidance_scale,
+            "scheduler": protocol.scheduler,
+        }
+        return FidSettings(**(options | changes))
+
+    def _distances(self, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+        """Of the images in ``folder`` to the scenes of the training split; values, and provenance by extractor."""
+        generated_with, ids = read_set(folder)
+        values: dict[str, float] = {}
+        provenance = {}
+        for extractor in self.extractors:
+            changes = {"part": "train", "num_images": self.protocol.references, "extractor": extractor.name}
+            path = make_reference(self._settings("reference", None, **changes), self.say)
+            scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
+            values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
+            provenance[extractor.name] = {key: scored["provenance"][key] for key in _KEPT}
+            provenance[extractor.name]["warnings"] = scored["warnings"]
+        return values, provenance
+
+    def _save_strips(self, cell: Cell, folder: Path, comparison: Comparison) -> None:
+        """The images of the first scenes; with the base's, the conditions and masks."""
+        f1 = comparison.tables[FLOOR][:, comparison.columns.index("f1")]
+        ids = [comparison.ids[i] for i in np.flatnonzero(~np.isnan(f1))[:SHOWN]]
+        items = list(read_pictures(folder, ids))
+        masks = [torch.from_numpy(item.mask) for item in items]
+        images = [Image.fromarray(item.image) for item in items]
+        save_strip([outline(*pair) for pair in zip(images, masks, strict=True)], self.strip(cell.name))
+        if cell == BASE:
+            targets = read_targets(self._settings(FLOOR, None), folder, ids)
+            edges = [Image.fromarray((canny(t.image) * 255).astype(np.uint8)).convert("RGB") for t in targets]
+            save_strip([outline(*pair) for pair in zip(edges, masks, strict=True)], self.strip(CONDITIONS))
+
+
+def train(settings: TrainSettings, say: Say) -> Path:
+    """Train, or go on from the newest checkpoint; the folder of the adapter."""
+    result = prepare(settings, say=say).train()
+    if result.interrupted or result.signal:
+        raise Interrupted(result.signal)
+    return result.output_dir / ADAPTER

@@ -1,0 +1,266 @@
+"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
+
+python -m research.control_share --adapter outputs/adapter/adapter
+python -m research.control_share --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
+
+For every scene a random box is the mask, and the adapter sees the scene's edges. Four images are compared: the scene,
+its round trip through the VAE (the ceiling), what the base generates from the caption (the floor) and what it generates
+with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import read_shape
+from localctl.bases import SCHEDULERS
+from localctl.boxes import box_iou
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
+from localctl.conditions import ConditionConfig
+from localctl.control.compatible import check_base
+from localctl.control.image_controls import LocalAdapterControl
+from localctl.data import MicroScenes
+from localctl.diffusion import round_trip
+from localctl.evaluation.provenance import REQUIRED, check_provenance, write_json
+from localctl.images import grid, outline
+from localctl.layout import Layout
+from localctl.masks import MaskConfig, sample_mask
+from localctl.metrics.bootstrap import Interval, bootstrap
+from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny, edge_scores
+from localctl.metrics.regions import hidden_objects
+from localctl.metrics.weights import sha256_of_folder
+from localctl.micro.detect import detect
+from localctl.micro.scenes import SceneObject, scene
+from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
+from localctl.seeding import numpy_rng
+from research import harness
+from research.flags import check_least, make_folder
+from research.harness import PROFILE, SPLIT, generate_cases, provenance
+from research.page import table
+
+PROGRAM = "research.control_share"
+
+
+@dataclass(frozen=True)
+class Case(harness.Case):
+    """A held-out scene, described by its caption alone, with its mask (1, 128, 128) and its edges."""
+
+    mask: Tensor
+    edges: np.ndarray
+
+    @property
+    def inside(self) -> np.ndarray:
+        return self.mask[0].numpy() > 0.5
+
+    @property
+    def hidden(self) -> list[SceneObject]:
+        """Objects lying wholly at least 8 px outside the mask."""
+        return hidden_objects(self.item.objects, self.inside)
+
+
+def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
+    """The first `count` test scenes that can be scored, each with a box sampled until it holds enough edges; the same
+    for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    made: list[Case] = []
+    index = -1
+    while len(made) < count:
+        index += 1
+        item = scene(index, PROFILE, SPLIT)
+        edges = canny(item.image)
+        for attempt in range(1000 if edges.sum() >= MIN_EDGES else 0):
+            sampled = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
+            if edges[sampled[0].numpy() > 0.5].sum() >= MIN_EDGES:
+                made.append(Case(f"{SPLIT}-{index}", item, Layout(item.caption), 1000 + index, sampled, edges))
+                break
+        if index >= 10 * count + 50:
+            raise ValueError(f"Masks of kind {mask.kind!r} hardly ever hold {MIN_EDGES} edge pixels; use larger ones.")
+    return made
+
+
+def sample_all(
+    pipe: Any, chosen: Sequence[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
+) -> np.ndarray:
+    """Images uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
+
+    def controls(some: Sequence[harness.Case]) -> list[LocalAdapterControl]:
+        if adapter is None:
+            return []
+        count = 1 + max(case.item.index for case in some)
+        scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
+        condition = torch.stack([scenes[case.item.index].condition for case in some])
+        masks = torch.stack([case.mask for case in some if isinstance(case, Case)])
+        return [LocalAdapterControl(adapter, condition, masks)]
+
+    return np.stack(generate_cases(pipe, chosen, controls, name=name, **arguments))
+
+
+def f1_inside(chosen: Sequence[Case], images: np.ndarray) -> np.ndarray:
+    """In-mask F1 against the scene's edges, (n,)."""
+    pairs = zip(chosen, images, strict=True)
+    return np.asarray([edge_scores(canny(image), case.edges, case.inside, 2.0).f1 for case, image in pairs])
+
+
+def reproduced(case: Case, image: np.ndarray) -> float:
+    """Share of the hidden objects whose shape stands in the image at the same place (box IoU >= 0.5)."""
+    found = detect(image).objects
+    hits = [any(d.shape == o.shape and box_iou(d.box, o.box) >= 0.5 for d in found) for o in case.hidden]
+    return float(np.mean(hits))
+
+
+@dataclass(frozen=True)
+class ControlResult:
+    """Intervals over scenes; `control` is the share of the possible gain, `leak` the paired difference to the base."""
+
+    adapter: str
+    f1_base: Interval
+    f1_adapter: Interval
+    f1_ceiling: Interval
+    control: Interval
+    leak: Interval | None
+
+
+def compare(
+    name: str, chosen: Sequence[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray
+) -> ControlResult:
+    """The figures of an adapter's ``images``, beside those of the base and of the VAE's round trip."""
+    scores = np.stack([f1_inside(chosen, some) for some in (base, ceiling, images)], axis=1)  # (n, 3)
+
+    def share(rows: np.ndarray) -> float:
+        floor, top, reached = rows.mean(0)
+        return float((reached - floor) / (top - floor))
+
+    hidden = [i for i, case in enumerate(chosen) if case.hidden]
+    leaks = [reproduced(chosen[i], images[i]) - reproduced(chosen[i], base[i]) for i in hidden]
+    return ControlResult(
+        adapter=name,
+        f1_base=bootstrap(scores[:, 0]),
+        f1_adapter=bootstrap(scores[:, 2]),
+        f1_ceiling=bootstrap(scores[:, 1]),
+        control=bootstrap(scores, share),
+        leak=bootstrap(np.asarray(leaks)) if leaks else None,
+    )
+
+
+def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
+    """A line per scene: its edges, the base's image, the adapter's and its edges, and the scene."""
+    lines = []
+    for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
+        edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
+        shown = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
+        real, of_base, result, found = (Image.fromarray(image) for image in shown)
+        framed = [outline(p, case.mask) for p in (edges, of_base, result, found)]
+        lines.append([p.resize((192, 192), Image.Resampling.NEAREST) for p in (*framed, real)])
+    labels = ("condition + mask", "base", "with adapter", "its edges", "scene of the edges")
+    return grid(lines, labels, [case.item.caption for case in chosen[:rows]])
+
+
+def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
+    """The base that was asked for, else that of the first adapter that says one. ValueError when an adapter does not
+    fit it; a warning when one was trained on another base of the same shape."""
+    base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
+    shape = read_shape(BaseConfig(name=base))
+    for adapter in adapters:
+        if sentence := check_base(adapter, base, shape):
+            warnings.warn(sentence, stacklevel=2)
+    return base
+
+
+def find(path: Path) -> SavedAdapter:
+    """ValueError when there is no adapter, or none with a condition that can be taken from a scene."""
+    adapter = find_adapter(path)
+    if adapter.condition is None:
+        raise ValueError(f"The adapter {path} does not say what condition it was trained on; train it again.")
+    return adapter
+
+
+def run(args: argparse.Namespace) -> str:
+    """Load, generate, measure and write; the table."""
+    found = [find(path) for path in args.adapter]
+    args.base = base_of(args.base, found)
+    adapters = {adapter.name: adapter.load() for adapter in found}
+    if args.guidance_scale is None:
+        args.guidance_scale = resolve_base(args.base).guidance_scale
+    pipe = load_pipeline(BaseConfig(name=args.base))
+    set_scheduler(pipe, args.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
+    names = ("num_inference_steps", "guidance_scale", "batch_size")
+    arguments = {name: getattr(args, name) for name in names}
+    ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
+    base = sample_all(pipe, chosen, None, arguments)
+    results = []
+    for number, (name, adapter) in enumerate(adapters.items()):
+        images = sample_all(pipe, chosen, adapter, arguments, name)
+        results.append(compare(name, chosen, base, ceiling, images))
+        image_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
+    settings = {**vars(args), "adapter": list(map(str, args.adapter)), "output_dir": str(args.output_dir)}
+    about = _provenance(args, found, chosen)
+    content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": about}
+    check_provenance("of this evaluation", content, REQUIRED)
+    write_json(args.output_dir / "control.json", content)
+    columns = ("F1 base", "F1 adapter", "F1 VAE round trip", "control", "leak over base")
+    values = [(r.adapter, (r.f1_base, r.f1_adapter, r.f1_ceiling, r.control, r.leak)) for r in results]
+    cells = [(name, ["no hidden objects" if v is None else str(v) for v in row]) for name, row in values]
+    return "\n".join(table(columns, cells, "adapter"))
+
+
+def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen: Sequence[Case]) -> dict[str, Any]:
+    return provenance(
+        [field.name for field in fields(ControlResult) if field.name != "adapter"],
+        len(chosen),
+        len(chosen),
+        {"mask": "box", "drawn_by": "seed, scene and attempt"},
+        {"masks": args.seed, "pictures": [case.seed for case in chosen]},
+        image_format="8 bit RGB, in memory",
+        edges=YARDSTICK,
+        weights_sha256={
+            "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
+            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
+        },
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags. ValueError for values that make no sense, or an output folder that cannot be made."""
+    parser = Arguments(PROGRAM, __doc__)
+    add = parser.add_argument
+    add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")
+    add("--base", help="default: the one the adapters were trained on")
+    add("--count", type=int, default=200, help="held-out scenes")
+    add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
+    add("--guidance_scale", type=float, help="default: the base's own")
+    add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
+    add("--batch_size", type=int, default=16, help="images at once; does not change them")
+    add("--seed", type=int, default=0, help="of the masks")
+    add("--output_dir", type=Path, default=Path("outputs/control"), help="where figures and sheets go")
+    args = parser.read(argv)
+    check_least(args, {"count": 1, "num_inference_steps": 1, "batch_size": 1}, "--")
+    if args.scheduler not in SCHEDULERS:
+        raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+    make_folder(args.output_dir)
+    return args
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when done, 2 after a user's error."""
+    print(run(parse(argv)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

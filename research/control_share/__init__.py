@@ -1,1 +1,0 @@
-"""In-mask control of adapters on held-out scenes: `python -m research.control_share`."""

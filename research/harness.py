@@ -1,0 +1,314 @@
+"""The harness of the studies: variants x cases -> images -> figures per image -> a result that is made once.
+
+A :class:`Study` knows what was asked for each variant, refuses results and images that were made differently, and
+goes on where it was stopped. Pages are made of its results alone (``research.page``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from localctl.cli.sample_regions import named
+from localctl.control.base import Control
+from localctl.evaluation.fid import collect
+from localctl.evaluation.generated_set import png_bytes
+from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
+from localctl.files import sha256
+from localctl.images import load_image
+from localctl.layout import Layout
+from localctl.metrics.clip import Clip
+from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
+from localctl.metrics.statistics import Statistics
+from localctl.metrics.weights import sha256_of_folder
+from localctl.micro.detect import VERSION
+from localctl.micro.scenes import SIZE, Scene, scene
+from localctl.pipelines import resolve_base
+from localctl.sampling import generate
+from research import flags
+
+Say = Callable[[str], None]
+PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
+DIGITS = 5  # of stored figures
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one image is generated from and measured against. id: of the scene; seed: of the noise."""
+
+    id: str
+    item: Scene = field(compare=False)
+    layout: Layout
+    seed: int
+
+
+def first_scenes(number: int, wanted: Callable[[Scene], bool], split: str = SPLIT) -> list[Scene]:
+    """The first scenes of a split that are ``wanted``."""
+    return list(islice(filter(wanted, (scene(index, PROFILE, split) for index in count())), number))
+
+
+def generate_cases(
+    pipe: DiffusionPipeline,
+    cases: Sequence[Case],
+    controls: Callable[[Sequence[Case]], Sequence[Control]],
+    batch_size: int,
+    name: str,
+    files: Sequence[Path] = (),
+    say: Say | None = None,
+    **options: Any,
+) -> list[np.ndarray]:
+    """An image uint8 (H,W,3) for each case, from the noise of its own seed.
+
+    Batches are always the same, so that a run that was stopped anywhere ends with the same bytes as one that was not.
+
+    Args:
+        controls: what steers a batch.
+        name: of the variant, for the progress.
+        files: one per case, where images are kept; those that are there are read and not generated again.
+        say: told after each batch, in place of a progress bar.
+        options: of :func:`localctl.sampling.generate`.
+    """
+    missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
+    images: dict[int, np.ndarray] = {}
+    hidden = {} if say is None else {"disable": True}  # where shown, TQDM_DISABLE decides
+    with tqdm(total=len(cases), desc=f"generating {name}", unit="image", **hidden) as bar:
+        for first in range(0, len(cases), batch_size):
+            batch = range(first, min(first + batch_size, len(cases)))
+            wanted = [index for index in batch if index in missing]
+            if wanted:
+                some = [cases[index] for index in batch]
+                layouts, seeds = [case.layout for case in some], [case.seed for case in some]
+                output = generate(pipe, layouts, controls(some), seeds, paired=True, batch_size=batch_size, **options)
+                for index in wanted:
+                    image = output.images[index - first]
+                    images[index] = np.asarray(image)
+                    if files:
+                        write_bytes(files[index], png_bytes(image))
+                if say is not None:
+                    say(f"{name}: {len(images)} of {len(missing)} images")
+            bar.update(len(batch))
+    return [images[index] if index in images else np.asarray(load_image(files[index])) for index in range(len(cases))]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured variant. samples (n, k) over columns, NaN = undefined; about: whatever else its file says, as
+    ``result["asked"]``, None where it does not."""
+
+    name: str
+    ids: tuple[str, ...]
+    columns: tuple[str, ...]
+    samples: np.ndarray
+    about: Mapping[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.about.get(key)
+
+    def column(self, name: str) -> np.ndarray:
+        """(n,), NaN where undefined."""
+        return self.samples[:, self.columns.index(name)]
+
+
+def read_results(
+    folder: Path, what: str, needed: Sequence[str], way: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, Result]:
+    """The results in ``folder``, by name. ``way``: from what was asked to how it was measured.
+
+    ValueError for a damaged or foreign one, or when they were measured in different ways.
+    """
+    results: dict[str, Result] = {}
+    ways = set()
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path, "result")
+        missing = [key for key in ("asked", "name", *needed) if key not in content]
+        if missing:
+            raise ValueError(f"{path} is no result of {what} (no {missing[0]}); remove it.")
+        if not content.get("failed"):
+            check_provenance(content["name"], content, REQUIRED)
+        ids, columns = tuple(content.get("ids", ())), tuple(content.get("columns", ()))
+        results[content["name"]] = Result(content["name"], ids, columns, as_table(content.get("samples", [])), content)
+        ways.add(repr((way(content["asked"]), reader_version(content["asked"]))))
+    if len(ways) > 1:
+        raise ValueError(f"The results in {folder} were measured in different ways; measure them again, in one.")
+    return results
+
+
+def as_table(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """(n, k) float64 of rows as JSON has them, NaN for null."""
+    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+
+
+def as_rows(table: np.ndarray, digits: int | None = DIGITS) -> list[list[float | None]]:
+    """:func:`as_table` backwards, rounded to ``digits``; None: not."""
+    whole = (lambda value: value) if digits is None else (lambda value: round(value, digits))
+    return [[None if value != value else whole(value) for value in row] for row in table.tolist()]
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON with a line for each field, and in its tables for each image."""
+    write_text(path, _lines(content) + "\n")
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, Mapping) and any(_has_rows(item) for item in value.values()):
+        fields = (f"{json.dumps(key, ensure_ascii=False)}: {_lines(value[key])}" for key in sorted(value))
+        return "{\n" + ",\n".join(fields) + "\n}"
+    if _is_table(value):
+        return "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
+
+
+def _has_rows(value: Any) -> bool:
+    return _is_table(value) or (isinstance(value, Mapping) and any(map(_has_rows, value.values())))
+
+
+def reader_version(asked: Mapping[str, Any]) -> int:
+    """Of the reader of micro scenes that a result was read by; the first results do not say."""
+    return int(asked.get("reader", 1))
+
+
+def check_reader(folder: Path, waiting: Sequence[str]) -> None:
+    """ValueError when results that are ``waiting`` to be made would stand in ``folder`` beside others of another
+    version of the reader."""
+    there = {reader_version(read_json(path, "result").get("asked", {})) for path in folder.glob("*.json")}
+    if waiting and there - {VERSION}:
+        raise ValueError(
+            f"The results in {folder} were read by version {min(there)} of the reader, now {VERSION}; "
+            f"choose another --report for {', '.join(waiting)}, or remove them."
+        )
+
+
+def check_same(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any], instead: str) -> None:
+    """ValueError, naming what differs, when ``path`` was made as ``there`` says, and not as it is ``asked`` now."""
+    changed = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
+    if changed:
+        raise ValueError(f"{path} was made with another {', '.join(changed)}; choose {instead}, or remove it.")
+
+
+class Variant(Protocol):
+    """What is compared; ``name`` is that of its files and rows."""
+
+    @property
+    def name(self) -> str: ...
+
+
+V = TypeVar("V", bound=Variant)
+
+
+class Study(Generic[V]):
+    """Measures variants by one protocol. ``folder`` keeps the results, ``work`` what they were made from.
+
+    A study says what is :meth:`asked` of a variant and how it is :meth:`measured`.
+    """
+
+    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path, say: Say = print) -> None:
+        self.protocol, self.folder, self.work, self.say = protocol, folder, work, say
+        self.base = Path(resolve_base(protocol.base).id_or_path)
+
+    @cached_property
+    def clip(self) -> Clip:
+        return Clip(MICRO_CLIP)
+
+    @cached_property
+    def extractors(self) -> list[Extractor]:
+        return [load_extractor(name) for name in self.protocol.extractors]
+
+    def asked(self, variant: V) -> dict[str, Any]:
+        """All that a result depends on, as JSON reads it back."""
+        return {"protocol": self.protocol.plain(), "reader": VERSION}
+
+    def earlier(self, variant: V, content: Mapping[str, Any]) -> dict[str, Any]:
+        """What was asked of a result that is there; a setting that came up after it had its default then."""
+        return dict(content.get("asked", {}))
+
+    def measured(self, variant: V) -> dict[str, Any]:
+        """Generate and measure: what the result says beside its name and what was asked."""
+        raise NotImplementedError
+
+    def file(self, name: str) -> Path:
+        """The result of this name."""
+        return self.folder / f"{named(name)}.json"
+
+    def strip(self, name: str) -> Path:
+        """The images of it that pages show, one below the other."""
+        return self.folder / f"{named(name)}.png"
+
+    def done(self, variant: V) -> bool:
+        """Whether there is a result; ValueError for one of other settings, or settings that make no sense."""
+        path, asked = self.file(variant.name), self.asked(variant)
+        if not path.is_file():
+            return False
+        there = {**self.earlier(variant, read_json(path, "result")), "reader": VERSION}
+        check_same(path, there, asked, "another --report")
+        return True
+
+    def check(self, variants: Sequence[V]) -> None:
+        """ValueError when there is a result of other settings under one of these names, or when what is to be measured
+        would stand beside results of another version of the reader."""
+        check_reader(self.folder, [variant.name for variant in variants if not self.done(variant)])
+
+    def measure(self, variant: V) -> bool:
+        """Whether there was anything to do. ValueError as for :meth:`check`."""
+        if self.done(variant):
+            self.say(f"{variant.name}: done before")
+            return False
+        asked = self.asked(variant)
+        content = {"asked": asked, "name": variant.name, **self.measured(variant)}
+        if not content.get("failed"):
+            check_provenance(variant.name, content, REQUIRED)
+        write_result(self.file(variant.name), content)
+        self.say(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
+        return True
+
+    def run(self, variants: Sequence[V], write_page: Callable[[], Any]) -> None:
+        """Measure what is not measured yet; the page is written anew after each variant."""
+        self.check(variants)
+        for variant in variants:
+            if self.measure(variant):
+                write_page()
+        write_page()
+
+
+def statistics_of(
+    extractor: Extractor, keys: Sequence[str], image: Callable[[int], np.ndarray], batch_size: int, about: Mapping
+) -> Statistics:
+    """Of the features of images uint8 (H,W,3), given by number. about: what they are, beside the extractor."""
+
+    def keyed(numbers: range) -> Iterable[tuple[str, np.ndarray]]:
+        return ((keys[number], image(number)) for number in numbers)
+
+    return collect(extractor, len(keys), keyed, batch_size).statistics(**{**about, **describe(extractor)})
+
+
+def provenance(metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any) -> dict:
+    """What every result of a study says about itself, and ``more``."""
+    return {
+        "metrics": list(metrics),
+        "n_real": real,
+        "n_fake": fake,
+        "image_format": "PNG, 8 bit RGB",
+        "image_size": [SIZE, SIZE],
+        "mask_protocol": mask_protocol,
+        "seeds": seeds,
+        "versions": versions(),
+        **more,
+    }
+
+
+def sha256_of_base(base: Path) -> str:
+    """Of the weights that images depend on."""
+    parts = (sha256_of_folder(base / part) for part in ("unet", "text_encoder", "vae"))
+    return sha256("".join(parts))

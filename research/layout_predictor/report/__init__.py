@@ -1,1 +1,0 @@
-"""How good a layout predictor is: `python -m research.layout_predictor.report`."""
