@@ -14,7 +14,7 @@ from localctl.evaluation.scorer import make_scorer
 from localctl.evaluation.settings import FidSettings
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
-from localctl.training.early_stopping import Scorer
+from localctl.training.events import Scorer
 from localctl.training.loop import TrainResult, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 

@@ -76,7 +76,7 @@ def test_names_of_before_warn() -> None:
         (base, "UNetInputs", DenoiserInputs),
         (base, "RunUNet", base.RunDenoiser),
     ):
-        with pytest.warns(DeprecationWarning, match=f"{name} is now called {now.__name__}"):
+        with pytest.warns(DeprecationWarning, match=rf"{name} is now localctl\..*\.{now.__name__}"):
             assert getattr(module, name) is now
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         base.Nothing  # noqa: B018
