@@ -20,6 +20,8 @@ from localctl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from localctl.adapter import LocalAdapter as LocalAdapter
+    from localctl.adapter_files import find_adapter as find_adapter
+    from localctl.adapter_files import load_adapter as load_adapter
     from localctl.api import compare_sets as compare_sets
     from localctl.api import evaluate_fid as evaluate_fid
     from localctl.api import generate_set as generate_set
@@ -81,6 +83,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "adapter": ["LocalAdapter"],
+        "adapter_files": ["find_adapter", "load_adapter"],
         "api": ["compare_sets", "evaluate_fid", "generate_set", "train", "train_settings"],
         "bases": ["BaseConfig"],
         "control.attach": ["attach"],

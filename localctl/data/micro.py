@@ -1,4 +1,4 @@
-"""The embedded scenes as a data set: drawn when first asked for, then kept in memory."""
+"""The embedded scenes as a data set: rendered when first asked for, then kept in memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from localctl.micro.scenes import PROFILES, SPLITS, scene
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """What is kept of a scene, in bytes; a condition only where the picture does not yield it."""
+class _Rendered:
+    """What is kept of a scene, in bytes; a condition only where the image does not yield it."""
 
     image: np.ndarray  # (128, 128, 3)
     object_masks: np.ndarray  # (n, 128, 128)
@@ -29,8 +29,8 @@ class _Drawn:
 class MicroScenes:
     """Scenes 0 .. count-1 of a split and profile, with any kind of condition.
 
-    Drawing a scene takes about 5 ms, a kept one about 0.1 MB; with ``keep`` every scene is drawn once (per worker).
-    ValueError for an unknown split or profile, or no scene at all.
+    Rendering a scene takes about 5 ms, a kept one about 0.1 MB; with ``keep`` every scene is rendered once (per
+    worker). ValueError for an unknown split or profile, or no scene at all.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class MicroScenes:
         self.profile = profile
         self.count = count
         self.condition = condition or ConditionConfig()
-        self._kept: dict[int, _Drawn] | None = {} if keep else None
+        self._kept: dict[int, _Rendered] | None = {} if keep else None
 
     def __len__(self) -> int:
         return self.count
@@ -60,25 +60,25 @@ class MicroScenes:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.count:
             raise IndexError(f"There is no scene {index} among {self.count}.")
-        drawn = None if self._kept is None else self._kept.get(index)
-        if drawn is None:
-            drawn = self._draw(index)
+        kept = None if self._kept is None else self._kept.get(index)
+        if kept is None:
+            kept = self._render(index)
             if self._kept is not None:
-                self._kept[index] = drawn
+                self._kept[index] = kept
         return Example(
             key=f"{self.profile}-{self.split}-{index}",
-            pixels=torch.from_numpy(drawn.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
-            condition=extract(self.condition, drawn.image) if drawn.condition is None else _unit(drawn.condition),
-            caption=drawn.caption,
-            object_masks=torch.from_numpy(drawn.object_masks) / 255,
-            truth=drawn.truth,
+            pixels=torch.from_numpy(kept.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
+            condition=extract(self.condition, kept.image) if kept.condition is None else _unit(kept.condition),
+            caption=kept.caption,
+            object_masks=torch.from_numpy(kept.object_masks) / 255,
+            truth=kept.truth,
         )
 
-    def _draw(self, index: int) -> _Drawn:
+    def _render(self, index: int) -> _Rendered:
         full = scene(index, self.profile, self.split)
         kind = self.condition.kind
         condition = {"depth": _bytes(full.depth)[..., None], "segmentation": full.segmentation}.get(kind)
-        return _Drawn(full.image, _bytes(full.masks), condition, full.caption, truth_of(full))
+        return _Rendered(full.image, _bytes(full.masks), condition, full.caption, truth_of(full))
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
@@ -86,5 +86,5 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 
 
 def _unit(values: np.ndarray) -> Tensor:
-    """uint8 (H,W,C) -> float (C,H,W) in [0,1]."""
+    """Bring uint8 (H,W,C) to float (C,H,W) in [0,1]."""
     return torch.from_numpy(values).permute(2, 0, 1).contiguous() / 255

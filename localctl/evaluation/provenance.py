@@ -91,13 +91,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in ``path``. ValueError when there is no such file, or it holds none."""
-    try:
-        content = files.parse_json(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"The {what} {path} cannot be read ({error.strerror}); check the path.") from error
-    except ValueError as error:
-        raise ValueError(f"The {what} {path} is damaged ({files.first_line(error)}); make it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"The {what} {path} is damaged (no object with named fields); make it again.")
-    return content
+    """Read the JSON object in ``path``. ValueError when there is no such file, or it holds none."""
+    return files.read_object(path, f"The {what}", "make it again")

@@ -74,7 +74,8 @@ def test_a_mistake_in_the_flags_is_one_sentence(answers: dict[str, list]) -> Non
 def test_the_overview_names_every_program(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    scripts = {path.relative_to(ROOT).as_posix() for folder in (".", "data") for path in (ROOT / folder).glob("*.py")}
+    beside = (path for folder in (".", "data") for path in (ROOT / folder).glob("*.py"))
+    scripts = {path.relative_to(ROOT).as_posix() for path in beside if "__main__" in path.read_text()}
     every = (path for folder in ("localctl", "research") for path in (ROOT / folder).rglob("*.py"))
     packages = (
         path for path in every if 'if __name__ == "__main__"' in path.read_text() and path.parent.name != "benchmarks"
