@@ -46,7 +46,7 @@ def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None 
         NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
     """
     if settings.dry_run:
-        raise ValueError("dry_run trains nothing; see localctl.training.dry_run.report, or set dry_run=False.")
+        raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
     return prepare(settings, say, scorer or make_scorer(settings)).train()
 
 

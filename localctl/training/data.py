@@ -12,8 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from localctl.data import Batch, MaskedSamples, PlanSampler, SamplePlan, Source, collate
-from localctl.data import open_data as open_dataset
+from localctl.data import Batch, MaskedSamples, PlanSampler, SamplePlan, Source, collate, open_data
 from localctl.data.bad_rows import Problem, Quarantine, TooManyBadRows
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
 from localctl.data.sample import Example, Unusable
@@ -28,7 +27,7 @@ ENOUGH_MASKS = 8  # empty ones in a row are no chance
 MOSTLY = 0.5
 
 
-def open_data(settings: TrainSettings) -> tuple[Source, Source | None, tuple[int, int]]:
+def open_sources(settings: TrainSettings) -> tuple[Source, Source | None, tuple[int, int]]:
     """Open the training data, the held-out data (None without validation), and find the size (height, width) of the
     first example: their mistakes before anything slow.
 
@@ -45,7 +44,7 @@ def open_data(settings: TrainSettings) -> tuple[Source, Source | None, tuple[int
 def make_source(settings: TrainSettings, split: str) -> Source:
     """Open the dataset of a split: ``train`` or ``val``."""
     count = None if split == "train" else 20 * settings.validation.count  # of scenes, some of which are skipped
-    return open_dataset(settings.data, settings.condition, split, count, or_else=WITHOUT_VALIDATION)
+    return open_data(settings.data, settings.condition, split, count, or_else=WITHOUT_VALIDATION)
 
 
 def held_out_source(settings: TrainSettings, train: Source) -> Source:

@@ -28,7 +28,7 @@ from localctl.training.data import (
     batches_of,
     brings_masks,
     next_batch,
-    open_data,
+    open_sources,
     shared_quarantine,
 )
 from localctl.training.events import Events, Scorer
@@ -98,7 +98,7 @@ def _load(
 ) -> tuple[TrainState, Source, Source | None]:
     """Load state, data and held-out data of a run in its locked folder."""
     checkpoint = folder.find_checkpoint(settings)
-    train, val, size = open_data(settings)
+    train, val, size = open_sources(settings)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)

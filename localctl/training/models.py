@@ -1,9 +1,11 @@
-"""The parts of a training run: the frozen base, the adapter, and what is remembered of the frozen parts' answers."""
+"""The parts of a training run: the frozen base with what is remembered of its answers, and the adapter to train, fresh
+or continued from a published T2I-Adapter or one of ours; what does not fit is found before slow work."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -11,14 +13,23 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import BaseShape, read_shape
+from localctl.control.compatible import check_fit
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
-from localctl.pipelines import PromptEmbeds, full_precision_vae, is_xl, load_pipeline
+from localctl.pipelines import (
+    PromptEmbeds,
+    encode_prompts,
+    full_precision_vae,
+    is_xl,
+    lasting_name,
+    load_pipeline,
+)
 from localctl.quiet import no_progress_bars
-from localctl.training.adapters import plan_adapter
+from localctl.seeding import key_seed
 from localctl.training.settings import TrainSettings
-from localctl.training.text import encode_text, time_ids, unet_arguments
 
 MEMO_BYTES = 512 * 2**20
 
@@ -136,6 +147,35 @@ class Models:
             )
 
 
+def encode_text(pipe: DiffusionPipeline, caption: str) -> PromptEmbeds:
+    """Encode one caption; an empty one becomes what the pipeline guides away from without a negative prompt."""
+    embeds, negative = encode_prompts(pipe, caption, guided=is_xl(pipe) and not caption)
+    return negative or embeds
+
+
+def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> Tensor:
+    """Make SDXL's six numbers per image, (B,6) float32: original height and width, the crop's top and left, and the
+    height and width that are generated.
+
+    Args:
+        sizes: the first four for each image; None where unknown, which counts as uncropped at that size, like
+            the pipeline's own default.
+        size: (height, width) of the batch in pixels.
+    """
+    known = [(*size, 0, 0) if four is None else four for four in sizes]
+    return torch.tensor([[*four, *size] for four in known], dtype=torch.float32)
+
+
+def unet_arguments(texts: PromptEmbeds, ids: Tensor | None) -> dict[str, Any]:
+    """Make the keyword arguments of the U-Net for ``texts`` and, for SDXL, ``ids`` (B,6) of :func:`time_ids`."""
+    arguments: dict[str, Any] = {"encoder_hidden_states": texts.states}
+    if texts.pooled is not None:
+        assert ids is not None
+        # Sizes stay float32 also in half precision, where not every number of pixels exists.
+        arguments["added_cond_kwargs"] = {"text_embeds": texts.pooled, "time_ids": ids.to(texts.states.device)}
+    return arguments
+
+
 def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtype | None) -> Models:
     """Load the base, frozen, and the adapter for it, float32 and trainable; a new one's weights depend on the seed
     alone.
@@ -156,3 +196,70 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
         pipe.unet.to(memory_format=torch.channels_last)  # what CPU convolutions prefer
         pipe.vae.to(memory_format=torch.channels_last)
     return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What the adapter will be, checked against the base. options: of ``LocalAdapter``. saved: where its weights are
+    taken from; None = from the seed."""
+
+    options: dict[str, Any]
+    saved: SavedAdapter | None = None
+
+    def make(self, seed: int) -> LocalAdapter:
+        """The adapter, float32 and trainable; the global random state is left alone."""
+        if self.saved is not None:
+            kept = {name: value for name, value in self.options.items() if name not in SHAPE}
+            return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key_seed(seed, "adapter"))
+            return LocalAdapter(**self.options)
+
+
+def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> AdapterPlan:
+    """Decide the adapter of a run from configs alone. ValueError where settings, saved adapter and base do not fit.
+
+    shape: of the base; None = read it.
+    """
+    wanted = asdict(settings.adapter)
+    saved = None
+    if settings.adapter_model_name_or_path is not None:
+        saved = find_adapter(settings.adapter_model_name_or_path, settings.base.local_files_only)
+        _check_saved(settings, saved)
+    shape = shape or read_shape(settings.base)
+    fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
+    options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
+    options["channels"] = list(options["channels"])
+    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features", "dim_condition")}
+    weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
+    options["level_weights"] = weights and list(weights)
+    options["in_channels"] = settings.condition.channels
+    way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
+    check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
+    options |= {"condition": asdict(settings.condition), "base": lasting_name(settings.base.name)}
+    return AdapterPlan(options, saved)
+
+
+def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
+    """What fits the U-Net: one feature per level for SD, two on the finest level that attends for SDXL."""
+    kind = adapter_type or ("full_adapter_xl" if shape.xl else "full_adapter")
+    channels = tuple(shape.parts["unet"]["block_out_channels"])
+    if kind == "full_adapter_xl":
+        channels = (*channels, channels[-1])
+    elif kind == "light_adapter":  # which repeats its last level by itself
+        channels = channels[:-1]
+    factor = shape.vae_scale_factor * (2 if shape.xl else 1)
+    return {"adapter_type": kind, "channels": channels, "num_res_blocks": 2, "downscale_factor": factor}
+
+
+def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
+    """ValueError where the settings ask for another shape than the saved adapter has."""
+    saved.check_channels(settings.condition)
+    name = saved.name
+    for key in CHOSEN:
+        asked, there = getattr(settings.adapter, key), saved.config.get(key)
+        there = tuple(there) if isinstance(there, list) else there
+        if asked is not None and asked != there:
+            raise ValueError(
+                f"adapter.{key} is {asked} but the adapter {name} has {there}; set adapter.{key}=null to take its own."
+            )

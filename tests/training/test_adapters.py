@@ -6,9 +6,9 @@ from diffusers import T2IAdapter
 from training_helpers import tiny_settings
 
 from localctl.adapter import LocalAdapter
+from localctl.adapter_files import find_adapter
 from localctl.conditions import ConditionConfig
-from localctl.training.adapters import find_adapter, plan_adapter
-from localctl.training.models import load_models
+from localctl.training.models import load_models, plan_adapter
 from localctl.training.settings import AdapterConfig
 
 CPU = torch.device("cpu")

@@ -14,9 +14,8 @@ from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import Example, MaskedSamples, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.sampling import generate
-from localctl.training.models import load_models
+from localctl.training.models import encode_text, load_models, time_ids
 from localctl.training.step import sample_noise, training_step
-from localctl.training.text import encode_text, time_ids
 
 HEIGHT, WIDTH = 64, 96
 
