@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from localctl.control.spacetime import SpaceTimeAttention as SpaceTimeAttention
     from localctl.data.config import DataConfig as DataConfig
     from localctl.denoisers.base import AttentionLayer as AttentionLayer
+    from localctl.drawing import grid as grid
+    from localctl.drawing import outline as outline
     from localctl.drawing import render_layout as render_layout
     from localctl.evaluation.settings import FidSettings as FidSettings
     from localctl.images import condition_to_pil as condition_to_pil
-    from localctl.images import grid as grid
     from localctl.images import load_image as load_image
-    from localctl.images import outline as outline
     from localctl.layout import Layout as Layout
     from localctl.layout import Region as Region
     from localctl.layout_io import load_layout as load_layout
@@ -91,8 +91,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "control.base": ["BoundControl", "CallContext", "Control"],
         "control.dense": ["DenseModulation"],
         "control.forward_guidance": ["ForwardGuidance"],
-        "control.layout_guidance": ["LayoutGuidance"],
         "control.image_controls": ["LocalAdapterControl", "MaskedControlNet"],
+        "control.layout_guidance": ["LayoutGuidance"],
         "control.negative_prompts": ["NegativePrompts"],
         "control.presets": ["controls", "sampling_of"],
         "control.region_bias": ["RegionBias"],
@@ -100,9 +100,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "control.spacetime": ["SpaceTimeAttention"],
         "data.config": ["DataConfig"],
         "denoisers.base": ["AttentionLayer"],
+        "drawing": ["grid", "outline", "render_layout"],
         "evaluation.settings": ["FidSettings"],
-        "images": ["condition_to_pil", "grid", "load_image", "outline"],
-        "drawing": ["render_layout"],
+        "images": ["condition_to_pil", "load_image"],
         "layout": ["Layout", "Region"],
         "layout_io": ["load_layout", "save_layout"],
         "layout_predictor.model": ["LayoutPredictor", "load_predictor"],

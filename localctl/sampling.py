@@ -80,7 +80,12 @@ def generate(
             or as for :class:`Sampling` and :func:`attach`.
     """
     layouts = as_layouts(layout)
-    how = _resolved(pipe, seeds, batch_size, sampling, pipeline_arguments)
+    for name in _OURS:
+        if name in pipeline_arguments:
+            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
+    named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
+    said = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
+    how = resolve_sampling(pipe, said, sampling)
     images = _pairs(len(layouts), how.seeds, paired)
     height, width = image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
@@ -105,21 +110,11 @@ def generate(
     return GenerateOutput(generated, tuple(seed for _, seed in images), tuple(layouts[index] for index, _ in images))
 
 
-def _resolved(
-    pipe: DiffusionPipeline,
-    seeds: int | Sequence[int] | None,
-    batch_size: int | None,
-    sampling: Sampling | None,
-    arguments: dict[str, Any],
-) -> Any:
-    """The record of how to sample, with seeds and batch size; its settings are taken out of ``arguments``."""
-    for name in _OURS:
-        if name in arguments:
-            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
-    said = {field.name: arguments.pop(field.name) for field in fields(Sampling) if field.name in arguments}
+def resolve_sampling(pipe: DiffusionPipeline, said: Sampling, sampling: Sampling | None = None) -> Any:
+    """A :class:`Sampling` with seeds and batch size: what is ``said``, else as ``sampling`` says it, else as the base
+    has it, if it is known by name."""
     own = own_sampling(str(pipe.config.get("_name_or_path") or ""))
-    asked = Sampling(seeds=seeds, batch_size=batch_size, **said).over(sampling or FREE)
-    return asked.over(own).over(Sampling(seeds=0, batch_size=4))
+    return said.over(sampling or FREE).over(own).over(Sampling(seeds=0, batch_size=4))
 
 
 def _pairs(layouts: int, seeds: Sequence[int], paired: bool) -> list[tuple[int, int]]:

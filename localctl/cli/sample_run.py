@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -18,7 +19,7 @@ from localctl.control.image_controls import LocalAdapterControl
 from localctl.lock import FolderLock
 from localctl.metrics.clip import Clip
 from localctl.pipelines import load_pipeline, resolve_base, same_base
-from localctl.sampling import GenerateOutput, Sampling, generate, scheduled
+from localctl.sampling import GenerateOutput, Sampling, generate
 from localctl.weight_search.weights import OptimizedSpaceTime, clip_beside, generate_optimized
 
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
@@ -97,10 +98,8 @@ def generate_variant(
     how = Sampling.of(options).over(variant.sampling).over(own)
     how = replace(how, clip_skip=how.clip_skip or None)  # 0 skips nothing
     controls = [*adapters, *variant.controls]
+    said: dict[str, Any] = {"sampling": how, "negative_prompt": options.negative_prompt}
     for control in controls:
         if isinstance(control, OptimizedSpaceTime):
-            said = {name: getattr(how, name) for name in ("num_inference_steps", "guidance_scale")}
-            said |= {"clip": clips[control.clip], "negative_prompt": options.negative_prompt}
-            with scheduled(pipe, how):
-                return generate_optimized(pipe, job.layouts, controls, options.seeds, **said)
-    return generate(pipe, job.layouts, controls, sampling=how, negative_prompt=options.negative_prompt)
+            return generate_optimized(pipe, job.layouts, controls, clip=clips[control.clip], **said)
+    return generate(pipe, job.layouts, controls, **said)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,16 @@ from localctl.diffusion import check_schedule
 from localctl.layout import Layout, as_layouts
 from localctl.metrics.clip import Clip
 from localctl.pipelines import set_scheduler
-from localctl.sampling import GenerateOutput, Layouts, generate, image_size, initial_noise
+from localctl.sampling import (
+    GenerateOutput,
+    Layouts,
+    Sampling,
+    generate,
+    image_size,
+    initial_noise,
+    resolve_sampling,
+    scheduled,
+)
 from localctl.weight_search.differentiable import decode, is_differentiable, sample_latents
 from localctl.weight_search.objective import ClipObjective
 
@@ -205,31 +215,40 @@ def generate_optimized(
     pipe: DiffusionPipeline,
     layout: Layouts,
     controls: Sequence[Control | OptimizedSpaceTime],
-    seeds: int | Sequence[int] = (0,),
+    seeds: int | Sequence[int] | None = None,
     *,
-    num_inference_steps: int = 50,
-    guidance_scale: float = 7.5,
+    sampling: Sampling | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str | None = None,
     progress: bool = True,
     clip: Clip | None = None,
 ) -> GenerateOutput:
-    """As ``generate``, with the weights of the one :class:`OptimizedSpaceTime` among ``controls`` found anew for each
-    layout and seed. clip: the one that the control names, where it is loaded already. ValueError without exactly one
-    such control, or as for :func:`optimize_weights`."""
+    """As :func:`~localctl.sampling.generate`, with the weights of the one :class:`OptimizedSpaceTime` among
+    ``controls`` found anew for each layout and seed; ``sampling`` and what is said beside it as there.
+
+    clip: the one that the control names, where it is loaded already. ValueError without exactly one such control, for
+    settings of sampling that an optimisation does not know, or as for :func:`optimize_weights`.
+    """
     found = [control for control in controls if isinstance(control, OptimizedSpaceTime)]
     if len(found) != 1:
         raise ValueError(f"There are {len(found)} controls to optimise; give one OptimizedSpaceTime.")
     optimized = found[0]
     others = [control for control in controls if not isinstance(control, OptimizedSpaceTime)]
     clip = clip or find_clip(optimized.clip, pipe)
+    said = Sampling(None, guidance_scale, num_inference_steps, seeds=seeds)
+    how = resolve_sampling(pipe, said, sampling).over(Sampling(None, 7.5, 50))  # the pipelines' own defaults
+    for name in ("guidance_rescale", "clip_skip", "eta"):
+        if getattr(how, name):
+            raise ValueError(f"{name} does not go together with OptimizedSpaceTime; use SpaceTimeAttention.")
     options: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
+        "num_inference_steps": how.num_inference_steps,
+        "guidance_scale": how.guidance_scale,
         "negative_prompt": negative_prompt,
     }
     outputs = []
-    for item in as_layouts(layout):
-        for seed in (seeds,) if isinstance(seeds, int) else seeds:
+    with scheduled(pipe, how):
+        for item, seed in itertools.product(as_layouts(layout), how.seeds):
             weights = optimize_weights(
                 pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, **options
             ).weights

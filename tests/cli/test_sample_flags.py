@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from localctl.cli.sample_flags import new_parser, parse
 from localctl.cli.sample_job import prepare
 from localctl.cli.sample_regions import CONTROLS
 from localctl.layout_predictor.model import WEIGHTS
-from localctl.sampling import generate
+from localctl.sampling import Sampling, generate
 
 
 def test_a_prompt_alone_is_plain_text_to_image(base_here: Path) -> None:
@@ -203,9 +204,9 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
         seen["base"] = base
         return localctl.pipelines.load_pipeline("base")
 
-    def make(*args: Any, clip_skip: int, **options: Any) -> Any:
-        seen["clip_skip"] = clip_skip
-        return generate(*args, **options)
+    def make(*args: Any, sampling: Sampling, **options: Any) -> Any:
+        seen["clip_skip"] = sampling.clip_skip
+        return generate(*args, sampling=replace(sampling, clip_skip=None), **options)
 
     monkeypatch.setattr(sampling_run, "load_pipeline", load)
     monkeypatch.setattr(sampling_run, "generate", make)
