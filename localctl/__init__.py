@@ -46,12 +46,12 @@ if TYPE_CHECKING:
     from localctl.control.spacetime import SpaceTimeAttention as SpaceTimeAttention
     from localctl.data.config import DataConfig as DataConfig
     from localctl.denoisers.base import AttentionLayer as AttentionLayer
+    from localctl.drawing import grid as grid
+    from localctl.drawing import outline as outline
     from localctl.drawing import render_layout as render_layout
     from localctl.evaluation.settings import FidSettings as FidSettings
     from localctl.images import condition_to_pil as condition_to_pil
-    from localctl.images import grid as grid
     from localctl.images import load_image as load_image
-    from localctl.images import outline as outline
     from localctl.layout import Layout as Layout
     from localctl.layout import Region as Region
     from localctl.layout_io import load_layout as load_layout
@@ -98,8 +98,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "data.config": ["DataConfig"],
         "denoisers.base": ["AttentionLayer"],
         "evaluation.settings": ["FidSettings"],
-        "images": ["condition_to_pil", "grid", "load_image", "outline"],
-        "drawing": ["render_layout"],
+        "drawing": ["grid", "outline", "render_layout"],
+        "images": ["condition_to_pil", "load_image"],
         "layout": ["Layout", "Region"],
         "layout_io": ["load_layout", "save_layout"],
         "layout_predictor.model": ["LayoutPredictor", "load_predictor"],

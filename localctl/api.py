@@ -53,7 +53,7 @@ def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None 
 def generate_set(settings: FidSettings, say: Say = print) -> dict[str, Path]:
     """Generate what is missing of the sets of images that ``settings.prompts`` asks for; their folders, by the name of
     the set. ValueError in one sentence before anything slow."""
-    fid.draw(settings, say)
+    fid.generate(settings, say)
     return {name: settings.folder / name for name in settings.set_names}
 
 
@@ -69,7 +69,7 @@ def evaluate_fid(settings: FidSettings, say: Say = print) -> dict[str, Any]:
     """
     if settings.reference is None:
         fid.make_reference(settings, say)
-    fid.draw(settings, say)
+    fid.generate(settings, say)
     return fid.score(settings, say)
 
 
