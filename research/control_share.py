@@ -35,8 +35,8 @@ from localctl.control.compatible import check_base
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import MicroScenes
 from localctl.diffusion import round_trip
+from localctl.drawing import grid, outline
 from localctl.evaluation.provenance import REQUIRED, check_provenance, write_json
-from localctl.images import grid, outline
 from localctl.layout import Layout
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.bootstrap import Interval, bootstrap

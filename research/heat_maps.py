@@ -45,7 +45,7 @@ def new_parser() -> Arguments:
 def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
     """The sheet's rows: the image and its heat maps, for each variant."""
     from localctl.control.attention_maps import AttentionMaps
-    from localctl.images import captioned
+    from localctl.drawing import captioned, render_layout
     from localctl.layout_io import load_layout
     from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, with_scheduler
     from localctl.sampling import generate
@@ -67,7 +67,7 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
             ).images[0]
         factor = -(-_SMALLEST // image.width)
         image = image.resize((factor * image.width, factor * image.height))
-        shown = [(variant.label, layout.draw(image)), *maps.overlays(0, image)]
+        shown = [(variant.label, render_layout(layout, image)), *maps.overlays(0, image)]
         rows.append([captioned(image, [label]) for label, image in shown])
     return rows
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = new_parser().read(argv)
     with loading():
         from localctl.cli.sample_regions import read_variants
-        from localctl.images import grid
+        from localctl.drawing import grid
 
     variants = read_variants(options.controls, options.set, options.base)
     rows = heat_rows(options, variants)

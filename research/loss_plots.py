@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -17,8 +16,9 @@ from localctl import diffusion
 from localctl.adapter import LocalAdapter
 from localctl.data import Example
 from localctl.diffusion import DiffusionSample, add_noise, predict_x0
+from localctl.drawing import grid, heat_colors, outline
 from localctl.evaluation.plots import curves
-from localctl.images import condition_to_pil, grid, outline, to_pil
+from localctl.images import condition_to_pil, to_pil
 from localctl.losses import FILTERS, LossConfig, LossTerms, local_control_loss, schedule_weight
 from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -170,7 +170,7 @@ def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Ima
     """A map (h,w) of values from 0 as a heat map; ``top`` is the brightest, null: the map's own maximum."""
     top = float(values.max()) if top is None else top
     scaled = (values.float().cpu() / max(top, 1e-12) * 255).clamp(0, 255).to(torch.uint8).numpy()
-    colored = cv2.applyColorMap(np.ascontiguousarray(scaled), cv2.COLORMAP_INFERNO)[..., ::-1]
+    colored = heat_colors(np.ascontiguousarray(scaled))
     return Image.fromarray(np.ascontiguousarray(colored)).resize((side, side), Image.Resampling.NEAREST)
 
 

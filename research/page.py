@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from localctl.drawing import grid
 from localctl.evaluation.provenance import write_text
 from localctl.evaluation.tables import head, line
-from localctl.images import grid
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.detect import VERSION
 from research.harness import reader_version

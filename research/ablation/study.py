@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from localctl.data import DataConfig
+from localctl.drawing import outline
 from localctl.evaluation.cache import Kept
 from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
 from localctl.evaluation.fid import make_reference, score_set
-from localctl.evaluation.generated_set import draw_set, read_pictures, read_set
+from localctl.evaluation.generated_set import generate_set, read_images, read_set
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.settings import FidSettings
-from localctl.images import outline
 from localctl.metrics.edges import canny
 from localctl.metrics.statistics import Statistics
 from localctl.pipelines import BaseConfig
@@ -110,7 +110,7 @@ class Ablation(Study[Cell]):
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
         """The folder of the images, generated as far as they are not there."""
         settings = self._settings(cell.name, adapter)
-        draw_set(settings, "with_prompts", self.say)
+        generate_set(settings, "with_prompts", self.say)
         return settings.folder / "with_prompts"
 
     def _settings(self, name: str, adapter: Path | None, **changes: Any) -> FidSettings:
@@ -149,7 +149,7 @@ class Ablation(Study[Cell]):
         """The images of the first scenes; with the base's, the conditions and masks."""
         f1 = comparison.tables[FLOOR][:, comparison.columns.index("f1")]
         ids = [comparison.ids[i] for i in np.flatnonzero(~np.isnan(f1))[:SHOWN]]
-        items = list(read_pictures(folder, ids))
+        items = list(read_images(folder, ids))
         masks = [torch.from_numpy(item.mask) for item in items]
         images = [Image.fromarray(item.image) for item in items]
         save_strip([outline(*pair) for pair in zip(images, masks, strict=True)], self.strip(cell.name))

@@ -16,6 +16,7 @@ from PIL import Image
 from localctl.cli.sample_regions import FREE, named
 from localctl.control.base import Control
 from localctl.distributed import process_device
+from localctl.drawing import render_layout
 from localctl.evaluation.provenance import FEATURES, check_provenance, read_json, write_json
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import Extractor, describe
@@ -217,5 +218,7 @@ class LayoutBenchmark(Study[Method]):
         """The first layouts of several regions with the first seed, with the outlines of their boxes."""
         pairs = list(zip(self.images, images, strict=True))[:: len(self.protocol.seeds)]
         several = [pair for pair in pairs if len(pair[0].objects) > 1] or pairs
-        shown = [case.layout.draw(Image.fromarray(image).resize((256, 256))) for case, image in several[:SHOWN]]
+        shown = [
+            render_layout(case.layout, Image.fromarray(image).resize((256, 256))) for case, image in several[:SHOWN]
+        ]
         save_strip(shown, self.strip(method.name))

@@ -23,7 +23,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.diffusion import round_trip
-from localctl.images import grid
+from localctl.drawing import grid
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores

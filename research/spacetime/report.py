@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from localctl.cli.sample_sheets import verdict
-from localctl.images import captioned, grid
+from localctl.drawing import captioned, grid, render_layout
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval
 from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.detection import micro_detector, micro_shapes
 from localctl.metrics.regions import RelationAccuracy
+from localctl.micro.detect import find_objects, find_shapes
 from localctl.micro.scenes import Scene
 from research.page import cell, interval, signed, table
 
@@ -32,11 +32,11 @@ def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
     score: 100 * cosine with the caption.
     """
     assert item.relation is not None
-    phrases, shapes = ({found.label for found in look(image)} for look in (micro_detector, micro_shapes))
+    phrases, shapes = ({found.label for found in look(image)} for look in (find_objects, find_shapes))
     there = [wanted.phrase in phrases for wanted in item.objects]
     shaped = [wanted.shape in shapes for wanted in item.objects]
     first, kind, second = item.relation
-    relation, score = RelationAccuracy(), CLIPScore(clip)
+    relation, score = RelationAccuracy(find_objects), CLIPScore(clip)
     relation.update(image, item.objects[first].phrase, kind, item.objects[second].phrase)
     score.update(image, item.caption)
     binding = float(np.mean([t for t, s in zip(there, shaped, strict=True) if s])) if any(shaped) else math.nan
@@ -98,10 +98,10 @@ def relation_sheet(
     """One line per caption: the layout, then each row's image with the layout's outlines and the reader's verdict."""
     lines, captions = [], []
     for index, layout in enumerate(layouts[:rows]):
-        cells = [layout.draw(Image.new("RGB", (_SIDE, _SIDE), "white"))]
+        cells = [render_layout(layout, Image.new("RGB", (_SIDE, _SIDE), "white"))]
         for some in images.values():
             if index < len(some):
-                shown = layout.draw(some[index].resize((_SIDE, _SIDE)))
+                shown = render_layout(layout, some[index].resize((_SIDE, _SIDE)))
                 cells.append(captioned(shown, verdict(some[index], layout)))
         lines.append(cells)
         captions.append(layout.prompt)
