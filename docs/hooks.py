@@ -20,6 +20,7 @@ ELSEWHERE = {  # pages that do not lie in docs/ -> their place in the site; imag
     "SECURITY.md": "security.md",
     "data/README.md": "make_dataset.md",
     "localctl/micro/MODEL_CARD.md": "micro.md",
+    "research/README.md": "research.md",
     "README.md": "index.md",  # the site has a first page of its own
 }
 AREAS = {  # heading -> modules of localctl whose public names stand there; what is left stands under the last one
