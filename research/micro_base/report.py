@@ -93,14 +93,14 @@ def _holds(count: int, item: Scene) -> bool:
 
 
 def generate_captions(pipe: Any, scenes: list[Scene]) -> list[np.ndarray]:
-    """An image per caption; image i starts from the noise of seed i."""
+    """Return an image per caption; image i starts from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     return generate_cases(pipe, cases, lambda _: (), 16, "captions", **options)
 
 
 def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
-    """The largest object found against the caption's; the background only where the caption names it."""
+    """Return the largest object found against the caption's; the background only where the caption names it."""
     color, shape, background = [], [], []
     for item, reading in zip(scenes, readings, strict=True):
         found = reading.objects[0] if reading.objects else None
@@ -205,7 +205,7 @@ def table(figures: dict) -> str:
 
 
 def card(figures: dict, images: str) -> str:
-    """The model card; ``images``: the folder of the sheets, from the card's."""
+    """Return the model card; ``images``: the folder of the sheets, from the card's."""
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
