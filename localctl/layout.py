@@ -134,7 +134,7 @@ class Region:
             return NotImplemented
         if (self.mask is None) != (other.mask is None):
             return False
-        same = self.mask is None or torch.equal(self.mask, other.mask)  # type: ignore[arg-type]
+        same = self.mask is None or torch.equal(self.mask, other.mask)
         names = [field.name for field in fields(self) if field.name != "mask"]
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 

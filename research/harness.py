@@ -283,7 +283,11 @@ class Study(Generic[V]):
 
 
 def statistics_of(
-    extractor: Extractor, keys: Sequence[str], image: Callable[[int], np.ndarray], batch_size: int, about: Mapping
+    extractor: Extractor,
+    keys: Sequence[str],
+    image: Callable[[int], np.ndarray],
+    batch_size: int,
+    about: Mapping[str, Any],
 ) -> Statistics:
     """Of the features of images uint8 (H,W,3), given by number. about: what they are, beside the extractor."""
 
@@ -293,7 +297,9 @@ def statistics_of(
     return collect(extractor, len(keys), keyed, batch_size).statistics(**{**about, **describe(extractor)})
 
 
-def provenance(metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any) -> dict:
+def provenance(
+    metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any
+) -> dict[str, Any]:
     """Return what every result of a study says about itself, and ``more``."""
     return {
         "metrics": list(metrics),

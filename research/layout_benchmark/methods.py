@@ -126,7 +126,7 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sam
 
 def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return ``settings``; ValueError for one that the control does not have."""
-    known = {field for field in asdict(CONTROLS[control]())}  # type: ignore[call-overload]
+    known = {field for field in asdict(CONTROLS[control]())}
     for name, _ in settings:
         if name not in known:
             raise ValueError(f"The control {control!r} has no setting {name!r}; choose among {', '.join(known)}.")

@@ -97,7 +97,7 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, aver
     return int(state["step"])
 
 
-def save_tensors(path: Path, state: dict) -> None:
+def save_tensors(path: Path, state: dict[str, object]) -> None:
     """Whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
