@@ -24,11 +24,11 @@ ELSEWHERE = {  # pages that do not lie in docs/ -> their place in the site; imag
     "README.md": "index.md",  # the site has a first page of its own
 }
 AREAS = {  # heading -> modules of localctl whose public names stand there; what is left stands under the last one
-    "Scenes": ["layout", "layout_io", "layout_predictor"],
+    "Scenes": ["layout", "drawing", "images"],
     "Bases and adapters": ["pipelines", "adapter"],
     "Generate": ["sampling", "weight_search"],
     "Controls": ["control"],
-    "Train and evaluate": ["training", "evaluation", "metrics", "data"],
+    "Train and evaluate": ["api", "training", "evaluation", "metrics", "data", "losses", "conditions", "masks"],
     "More": [""],
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
