@@ -25,10 +25,10 @@ ELSEWHERE = {  # pages that do not lie in docs/ -> their place in the site; imag
 }
 AREAS = {  # heading -> modules of localctl whose public names stand there; what is left stands under the last one
     "Scenes": ["layout", "drawing", "images"],
-    "Bases and adapters": ["pipelines", "adapter"],
+    "Bases and adapters": ["pipelines", "bases", "adapter"],
     "Generate": ["sampling", "weight_search"],
-    "Controls": ["control"],
-    "Train and evaluate": ["api", "training", "evaluation", "metrics", "data", "losses", "conditions", "masks"],
+    "Controls": ["control", "denoisers"],
+    "Train and evaluate": ["api", "training", "evaluation", "metrics", "data", "settings", "masks"],
     "More": [""],
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
