@@ -1,4 +1,4 @@
-"""Make a data set from a folder of images.
+"""Make a dataset from a folder of images.
 
     python data/make_dataset.py --images photos --output dataset                       # captions from photos/NAME.txt
     python data/make_dataset.py --images photos --output dataset --captions captions.jsonl --format folder \\

@@ -20,14 +20,15 @@ ELSEWHERE = {  # pages that do not lie in docs/ -> their place in the site; imag
     "SECURITY.md": "security.md",
     "data/README.md": "make_dataset.md",
     "localctl/micro/MODEL_CARD.md": "micro.md",
+    "research/README.md": "research.md",
     "README.md": "index.md",  # the site has a first page of its own
 }
 AREAS = {  # heading -> modules of localctl whose public names stand there; what is left stands under the last one
-    "Scenes": ["layout", "layout_io", "layout_predictor"],
-    "Bases and adapters": ["pipelines", "adapter"],
+    "Scenes": ["layout", "drawing", "images"],
+    "Bases and adapters": ["pipelines", "bases", "adapter"],
     "Generate": ["sampling", "weight_search"],
-    "Controls": ["control"],
-    "Train and evaluate": ["training", "evaluation", "metrics", "data"],
+    "Controls": ["control", "denoisers"],
+    "Train and evaluate": ["api", "training", "evaluation", "metrics", "data", "settings", "masks"],
     "More": [""],
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")

@@ -175,7 +175,7 @@ def write_beside(image: Image.Image, wanted: tuple[int, int], text: str, color: 
 def _free_place(
     wanted: tuple[int, int], size: tuple[int, int], taken: Sequence[Box], room: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """The nearest (x, y) to ``wanted`` where a box of ``size`` (w, h) meets none of ``taken``; None = nowhere.
+    """Return the nearest (x, y) to ``wanted`` where a box of ``size`` (w, h) meets none of ``taken``; None = nowhere.
 
     room: the largest x and y. Tried are the edges of the image and of what is taken: if there is room, it is there.
     """

@@ -97,7 +97,7 @@ def read_photo(
 def _open(
     source: str | Path | bytes, name: str, convert: Callable[[Image.Image], Image.Image], limits: Limits
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """The converted image and the (height, width) of the file, upright."""
+    """Return the converted image and the (height, width) of the file, upright."""
     if not isinstance(source, bytes):
         source = Path(source)
         name = brief(str(source), 300)

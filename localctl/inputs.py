@@ -50,7 +50,7 @@ class OptionalImageField:
 
 
 def as_condition(value: Any, channels: int | None = None) -> Tensor:
-    """A condition as float32 (n,C,H,W) in [0,1].
+    """Return a condition as float32 (n,C,H,W) in [0,1].
 
     Args:
         value: a PIL image; an array (H,W), (H,W,C) or (n,H,W,C); a tensor (C,H,W) or (n,C,H,W); or a list of images,
@@ -64,7 +64,7 @@ def as_condition(value: Any, channels: int | None = None) -> Tensor:
 
 
 def as_mask(value: Any, name: str = "mask") -> Tensor:
-    """A mask as float32 (n,1,H,W) in [0,1], 1 = controlled.
+    """Return a mask as float32 (n,1,H,W) in [0,1], 1 = controlled.
 
     ``value``: a PIL image (white = controlled, transparent = not); an array (H,W), (H,W,1) or (n,H,W,1); a tensor
     (H,W), (1,H,W) or (n,1,H,W); or a list of masks. PIL images and 8-bit arrays are read as files are: one of 0 and 1
@@ -129,7 +129,7 @@ def _mask(value: OneImage, name: str) -> Tensor:
 
 
 def _as_in_a_file(gray: np.ndarray, name: str) -> np.ndarray:
-    """A mask (H,W) in [0,1] as :func:`localctl.masks.load_mask` takes it."""
+    """Return a mask (H,W) in [0,1] as :func:`localctl.masks.load_mask` takes it."""
     mask, how = stretch_mask(gray)
     if said := how or (mask_doubt(mask) if mask.any() else ""):
         warnings.warn(f"The {name} {said}.", stacklevel=6)

@@ -93,7 +93,7 @@ class Region:
 
     @classmethod
     def disc(cls, phrase: str | None, centre: tuple[float, float], radius: float = 0.2, **options: Any) -> Region:
-        """A region round ``centre`` (x, y), as :func:`localctl.masks.disc_mask`; 0.2 is the published radius of
+        """Return a region round ``centre`` (x, y), as :func:`localctl.masks.disc_mask`; 0.2 is the published radius of
         space-time attention. ``options``: all others of a region but its box and mask."""
         return cls(phrase, mask=disc_mask(centre, radius), **options)
 
@@ -134,7 +134,7 @@ class Region:
             return NotImplemented
         if (self.mask is None) != (other.mask is None):
             return False
-        same = self.mask is None or torch.equal(self.mask, other.mask)  # type: ignore[arg-type]
+        same = self.mask is None or torch.equal(self.mask, other.mask)
         names = [field.name for field in fields(self) if field.name != "mask"]
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
@@ -229,7 +229,7 @@ class Layout:
         width: int | None = None,
         overlap: str = "share",
     ) -> Layout:
-        """A layout of segments; without a ``prompt``, their phrases joined by commas are the prompt.
+        """Return a layout of segments; without a ``prompt``, their phrases joined by commas are the prompt.
 
         Then each segment means its own part, whatever ``occurrence`` says. ValueError as for the layout itself, or when
         there is neither a prompt nor a phrase.
@@ -260,7 +260,7 @@ class Layout:
 
 
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:
-    """A layout, a prompt or a list of either as a tuple of layouts; ValueError for an empty list."""
+    """Return a layout, a prompt or a list of either as a tuple of layouts; ValueError for an empty list."""
     several = [layout] if isinstance(layout, (Layout, str)) else list(layout)
     if not several:
         raise ValueError("There is no layout to generate an image of; give at least one prompt.")

@@ -56,7 +56,7 @@ def checked_boxes(name: str, box: Any) -> tuple[Box, ...]:
 
 
 def checked_mask(name: str, mask: Any) -> Tensor:
-    """A mask, as :func:`localctl.inputs.as_mask` takes it, as float32 (1,H,W) on the CPU."""
+    """Return a mask, as :func:`localctl.inputs.as_mask` takes it, as float32 (1,H,W) on the CPU."""
     from localctl.inputs import as_mask
 
     shape = tuple(getattr(mask, "shape", ()))

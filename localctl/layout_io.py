@@ -42,7 +42,7 @@ def save_layout(layout: Layout, path: str | Path) -> Path:
             value = getattr(region, field.name)
             if field.name == "mask" and value is not None:
                 value = f"{path.stem}_mask_{index}.png"
-                mask_to_pil(region.mask).save(path.with_name(value))  # type: ignore[arg-type]
+                mask_to_pil(region.mask).save(path.with_name(value))
             if field.name == "box" and value is not None:
                 value = [list(box) for box in value]
                 value = value[0] if len(value) == 1 else value

@@ -144,8 +144,8 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
 def _as_numbers(
     pipe: DiffusionPipeline, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Any], Sequence[Any]]]:
-    """The arguments with images asked for as numbers, which show NaN where bytes would be black, and what makes of
-    these the same images as the pipeline does."""
+    """Return the arguments with images asked for as numbers, which show NaN where bytes would be black, and what makes
+    of these the same images as the pipeline does."""
     processor = getattr(pipe, "image_processor", None)
     if processor is None or arguments.get("output_type", "pil") != "pil" or arguments.get("padding_mask_crop"):
         return arguments, list
@@ -165,7 +165,7 @@ def _check_finite(images: Any, batch: Sequence[tuple[int, int]], layouts: Sequen
 def initial_noise(
     pipe: DiffusionPipeline, seed: int, height: int, width: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The noise an image starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
+    """Return the noise an image starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
 
     ``dtype``: default that of the denoiser.
     """

@@ -58,16 +58,16 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: object) -> Sampling:
-        """What any settings record says of sampling, by the names of its fields."""
+        """Return what any settings record says of sampling, by the names of its fields."""
         return cls(**{field.name: getattr(settings, field.name, None) for field in fields(cls)})
 
     def over(self, other: Sampling) -> Sampling:
-        """This record, with what it leaves open as ``other`` says it."""
+        """Return this record, with what it leaves open as ``other`` says it."""
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         return Sampling(**{name: getattr(other, name) if value is None else value for name, value in said.items()})
 
     def arguments(self) -> dict[str, Any]:
-        """What is passed on to a call of the pipeline: the settings that are said."""
+        """Return what is passed on to a call of the pipeline: the settings that are said."""
         return {name: getattr(self, name) for name in _OF_THE_CALL if getattr(self, name) is not None}
 
 
@@ -75,6 +75,7 @@ FREE = Sampling()  # says nothing
 
 
 def own_sampling(base: str) -> Sampling:
-    """What a base of this name or folder is sampled with unless told otherwise; :data:`FREE` for one not known."""
+    """Return what a base of this name or folder is sampled with unless told otherwise; :data:`FREE` for one not
+    known."""
     known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
     return FREE if known is None else Sampling(guidance_scale=known.guidance_scale)

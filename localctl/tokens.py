@@ -74,7 +74,8 @@ def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:
 def _converted(
     layout: Layout, spans: list[tuple[int, int] | None], convert: Callable[[str], str]
 ) -> tuple[str, list[tuple[int, int] | None]]:
-    """The prompt as it is tokenised, and where the phrases at ``spans`` are in it: it is converted part by part."""
+    """Return the prompt as it is tokenised, and where the phrases at ``spans`` are in it: it is converted part by
+    part."""
     prompt, whole = layout.prompt, convert(layout.prompt)
     if whole == prompt:
         return prompt, spans
@@ -93,7 +94,7 @@ def _converted(
 
 
 def _within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    """The tokens that hold at least one character of ``span``; special tokens hold none."""
+    """Return the tokens that hold at least one character of ``span``; special tokens hold none."""
     return [
         position
         for position, (first, last) in enumerate(offsets)

@@ -1,4 +1,4 @@
-"""Run the notebooks and keep what they show: python nbs/execute.py [01 03 ...]
+"""Run the notebooks and keep what they show: python nbs/execute.py [01 03 ...].
 
 All share one kernel, since half of a notebook's time is importing libraries; names of one never reach the next.
 """
@@ -32,8 +32,8 @@ del warnings, TqdmWarning
 
 @contextmanager
 def shared_kernel(folder: Path) -> Iterator[KernelManager]:
-    """A kernel that works in ``folder``, imports this tree's package, and draws no progress bars: kept, they would be
-    a line per step."""
+    """Yield a kernel that works in ``folder``, imports this tree's package, and draws no progress bars: kept, they
+    would be a line per step."""
     manager = KernelManager(kernel_name="python3")
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.resolve().parent), "TQDM_DISABLE": "1"}
     manager.start_kernel(cwd=str(folder), env=environment)
@@ -44,7 +44,7 @@ def shared_kernel(folder: Path) -> Iterator[KernelManager]:
 
 
 def execute(path: Path, kernel: KernelManager) -> NotebookNode:
-    """The notebook with its outputs; CellExecutionError where a cell fails."""
+    """Return the notebook with its outputs; CellExecutionError where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
     NotebookClient(notebook, timeout=SECONDS, km=kernel, record_timing=False).execute()
@@ -63,7 +63,7 @@ def execute(path: Path, kernel: KernelManager) -> NotebookNode:
 
 
 def packed(png: str) -> str:
-    """The same pixels in a smaller file; both in base64."""
+    """Return the same pixels in a smaller file; both in base64."""
     file = io.BytesIO()
     Image.open(io.BytesIO(base64.b64decode(png))).save(file, format="PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode()

@@ -73,8 +73,8 @@ class Case(harness.Case):
 
 
 def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
-    """The first `count` test scenes that can be scored, each with a box sampled until it holds enough edges; the same
-    for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    """Return the first `count` test scenes that can be scored, each with a box sampled until it holds enough edges; the
+    same for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
     made: list[Case] = []
     index = -1
     while len(made) < count:
@@ -136,7 +136,7 @@ class ControlResult:
 def compare(
     name: str, chosen: Sequence[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray
 ) -> ControlResult:
-    """The figures of an adapter's ``images``, beside those of the base and of the VAE's round trip."""
+    """Return the figures of an adapter's ``images``, beside those of the base and of the VAE's round trip."""
     scores = np.stack([f1_inside(chosen, some) for some in (base, ceiling, images)], axis=1)  # (n, 3)
 
     def share(rows: np.ndarray) -> float:
@@ -156,7 +156,7 @@ def compare(
 
 
 def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
-    """A line per scene: its edges, the base's image, the adapter's and its edges, and the scene."""
+    """Return a line per scene: its edges, the base's image, the adapter's and its edges, and the scene."""
     lines = []
     for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
         edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
@@ -169,8 +169,8 @@ def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, ro
 
 
 def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
-    """The base that was asked for, else that of the first adapter that says one. ValueError when an adapter does not
-    fit it; a warning when one was trained on another base of the same shape."""
+    """Return the base that was asked for, else that of the first adapter that says one. ValueError when an adapter does
+    not fit it; a warning when one was trained on another base of the same shape."""
     base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
     shape = read_shape(BaseConfig(name=base))
     for adapter in adapters:
@@ -235,7 +235,7 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The flags. ValueError for values that make no sense, or an output folder that cannot be made."""
+    """Return the flags. ValueError for values that make no sense, or an output folder that cannot be made."""
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")

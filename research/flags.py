@@ -35,13 +35,13 @@ class Protocol:
         check_least(self, self.LEAST)
 
     def plain(self) -> dict[str, Any]:
-        """The values as JSON reads them back, without those that are None."""
+        """Return the values as JSON reads them back, without those that are None."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:
-    """The flags of what all protocols share."""
+    """Return the flags of what all protocols share."""
     add = parser.add_argument
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
@@ -50,7 +50,8 @@ def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:
 
 
 def results_of(page: Path) -> Path:
-    """The folder of a page's results: the committed ones for a page in docs/, else the folder of the page's name.
+    """Return the folder of a page's results: the committed ones for a page in docs/, else the folder of the page's
+    name.
 
     ValueError for a page without a suffix, which would be that folder itself.
     """

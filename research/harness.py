@@ -52,7 +52,7 @@ class Case:
 
 
 def first_scenes(number: int, wanted: Callable[[Scene], bool], split: str = SPLIT) -> list[Scene]:
-    """The first scenes of a split that are ``wanted``."""
+    """Return the first scenes of a split that are ``wanted``."""
     return list(islice(filter(wanted, (scene(index, PROFILE, split) for index in count())), number))
 
 
@@ -66,7 +66,7 @@ def generate_cases(
     say: Say | None = None,
     **options: Any,
 ) -> list[np.ndarray]:
-    """An image uint8 (H,W,3) for each case, from the noise of its own seed.
+    """Return an image uint8 (H,W,3) for each case, from the noise of its own seed.
 
     Batches are always the same, so that a run that was stopped anywhere ends with the same bytes as one that was not.
 
@@ -121,7 +121,7 @@ class Result:
 def read_results(
     folder: Path, what: str, needed: Sequence[str], way: Callable[[Mapping[str, Any]], Any]
 ) -> dict[str, Result]:
-    """The results in ``folder``, by name. ``way``: from what was asked to how it was measured.
+    """Return the results in ``folder``, by name. ``way``: from what was asked to how it was measured.
 
     ValueError for a damaged or foreign one, or when they were measured in different ways.
     """
@@ -231,7 +231,7 @@ class Study(Generic[V]):
         return {"protocol": self.protocol.plain(), "reader": VERSION}
 
     def earlier(self, variant: V, content: Mapping[str, Any]) -> dict[str, Any]:
-        """What was asked of a result that is there; a setting that came up after it had its default then."""
+        """Return what was asked of a result that is there; a setting that came up after it had its default then."""
         return dict(content.get("asked", {}))
 
     def measured(self, variant: V) -> dict[str, Any]:
@@ -239,11 +239,11 @@ class Study(Generic[V]):
         raise NotImplementedError
 
     def file(self, name: str) -> Path:
-        """The result of this name."""
+        """Return the result of this name."""
         return self.folder / f"{named(name)}.json"
 
     def strip(self, name: str) -> Path:
-        """The images of it that pages show, one below the other."""
+        """Return the images of it that pages show, one below the other."""
         return self.folder / f"{named(name)}.png"
 
     def done(self, variant: V) -> bool:
@@ -283,7 +283,11 @@ class Study(Generic[V]):
 
 
 def statistics_of(
-    extractor: Extractor, keys: Sequence[str], image: Callable[[int], np.ndarray], batch_size: int, about: Mapping
+    extractor: Extractor,
+    keys: Sequence[str],
+    image: Callable[[int], np.ndarray],
+    batch_size: int,
+    about: Mapping[str, Any],
 ) -> Statistics:
     """Of the features of images uint8 (H,W,3), given by number. about: what they are, beside the extractor."""
 
@@ -293,8 +297,10 @@ def statistics_of(
     return collect(extractor, len(keys), keyed, batch_size).statistics(**{**about, **describe(extractor)})
 
 
-def provenance(metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any) -> dict:
-    """What every result of a study says about itself, and ``more``."""
+def provenance(
+    metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any
+) -> dict[str, Any]:
+    """Return what every result of a study says about itself, and ``more``."""
     return {
         "metrics": list(metrics),
         "n_real": real,

@@ -28,7 +28,7 @@ _SMALLEST = 192  # px; smaller images are enlarged, so that words fit under them
 
 
 def new_parser() -> Arguments:
-    """The flags."""
+    """Return the flags."""
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--layout", required=True, metavar="FILE", help="a scene (JSON)")
@@ -43,7 +43,7 @@ def new_parser() -> Arguments:
 
 
 def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
-    """The sheet's rows: the image and its heat maps, for each variant."""
+    """Return the sheet's rows: the image and its heat maps, for each variant."""
     from localctl.control.attention_maps import AttentionMaps
     from localctl.drawing import captioned, render_layout
     from localctl.layout_io import load_layout

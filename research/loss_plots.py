@@ -46,7 +46,7 @@ class Prediction:
         return predict_x0(self.sample.noisy.float(), self.output.float(), *schedule)
 
     def terms(self, config: LossConfig) -> LossTerms:
-        """What the loss makes of it, one row per timestep."""
+        """Return what the loss makes of it, one row per timestep."""
         assert self.example.mask is not None
         masks = self.example.mask[None].expand(len(self.output), -1, -1, -1)  # (T,1,H,W)
         return local_control_loss(self.sample, self.output, masks, self.alphas_cumprod, self.prediction_type, config)
@@ -60,7 +60,7 @@ def predict(
     adapter: LocalAdapter | None = None,
     seed: int = 0,
 ) -> Prediction:
-    """What the frozen base, with an adapter or alone, predicts of ``example`` noised to each of ``timesteps``.
+    """Return what the frozen base, with an adapter or alone, predicts of ``example`` noised to each of ``timesteps``.
 
     ValueError when a timestep is not one of the base's, or the example has no mask yet.
     """
@@ -140,8 +140,8 @@ def predicted_sheet(pipe: DiffusionPipeline, predictions: Mapping[str, Predictio
 
 @torch.no_grad()
 def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> Image.Image:
-    """The adapter's features (c_i,h_i,w_i) of one example, one column per level, after the condition: in the first row
-    without a mask (all ones), in the second with the example's.
+    """Return the adapter's features (c_i,h_i,w_i) of one example, one column per level, after the condition: in the
+    first row without a mask (all ones), in the second with the example's.
 
     Shown is the root of the mean square over the channels; both rows of a level share one scale. ValueError when the
     example has no mask yet.
@@ -167,7 +167,7 @@ def decode(pipe: DiffusionPipeline, latents: Tensor) -> Image.Image:
 
 
 def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Image:
-    """A map (h,w) of values from 0 as a heat map; ``top`` is the brightest, null: the map's own maximum."""
+    """Return a map (h,w) of values from 0 as a heat map; ``top`` is the brightest, null: the map's own maximum."""
     top = float(values.max()) if top is None else top
     scaled = (values.float().cpu() / max(top, 1e-12) * 255).clamp(0, 255).to(torch.uint8).numpy()
     colored = heat_colors(np.ascontiguousarray(scaled))
@@ -187,7 +187,7 @@ def schedule_plot(
 
 
 def local_plot(predictions: Sequence[Prediction], configs: Mapping[str, LossConfig]) -> Image.Image:
-    """The local term of each loss over t: means over examples with 95 % bootstrap intervals.
+    """Return the local term of each loss over t: means over examples with 95 % bootstrap intervals.
 
     Every loss is divided by its own largest mean: losses differ in scale, and what matters is where they look.
     """
@@ -199,7 +199,7 @@ def local_plot(predictions: Sequence[Prediction], configs: Mapping[str, LossConf
 
 
 def compared_plot(predictions: Mapping[str, Sequence[Prediction]], config: LossConfig) -> Image.Image:
-    """The local term over t of each way to predict the same examples: means with 95 % bootstrap intervals."""
+    """Return the local term over t of each way to predict the same examples: means with 95 % bootstrap intervals."""
     series = {name: _over_t(made[0], _local(made, config)) for name, made in predictions.items()}
     return curves(series, "t", f"local term, {config.filter}, {config.schedule}", logarithmic=False)
 

@@ -54,7 +54,7 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
 
 
 def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """What :func:`climb` found, as Markdown."""
+    """Return what :func:`climb` found, as Markdown."""
     from research.page import table
 
     columns = list(next(iter(rows.values())))

@@ -33,12 +33,12 @@ def cell(found: Interval | None) -> str:
 
 
 def signed(found: Interval | None) -> str:
-    """A difference with its interval."""
+    """Return a difference with its interval."""
     return "undefined" if found is None else f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 def table(columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], corner: str = "") -> list[str]:
-    """A Markdown table of labels and their cells."""
+    """Return a Markdown table of labels and their cells."""
     return [*head([corner, *columns]), *(line([label, *cells]) for label, cells in rows)]
 
 
@@ -50,12 +50,12 @@ def write_page(page: Path, *sections: Sequence[str]) -> str:
 
 
 def written_by(command: str, page: Path) -> str:
-    """The line that says which command wrote the page."""
+    """Return the line that says which command wrote the page."""
     return f"Written by `{command} --report {page.name if page.is_absolute() else page}`"
 
 
 def reader_note(asked: Mapping[str, Any], begin: str = "Read") -> list[str]:
-    """What a page says of results of an earlier version; ``begin`` names the figures that the reader read."""
+    """Return what a page says of results of an earlier version; ``begin`` names the figures that the reader read."""
     version = reader_version(asked)
     if version == VERSION:
         return []
@@ -87,7 +87,7 @@ def save_strip(images: Sequence[Image.Image], path: Path) -> None:
 
 
 def sheet(strips: Mapping[str, Path]) -> tuple[Image.Image, int]:
-    """A column of images for each of the ``strips``, by title, and how many rows there are."""
+    """Return a column of images for each of the ``strips``, by title, and how many rows there are."""
     columns = []
     for path in strips.values():
         with Image.open(path) as strip:
@@ -98,7 +98,7 @@ def sheet(strips: Mapping[str, Path]) -> tuple[Image.Image, int]:
 
 
 def warnings_of(provenance: Mapping[str, Any]) -> list[str]:
-    """What the distances' extractors warn of, as a list."""
+    """Return what the distances' extractors warn of, as a list."""
     return [f"- {text}" for features in provenance.get("distances", {}).values() for text in features["warnings"]]
 
 

@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 def learning_rate_at(step: int, peak: float, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """The learning rate of step ``step`` (0 = the first): linear warm-up, which unlike diffusers' begins above 0, then
-    a cosine down to ``floor`` * ``peak``. A function of the step alone, so that there is nothing to save."""
+    """Return the learning rate of step ``step`` (0 = the first): linear warm-up, which unlike diffusers' begins above
+    0, then a cosine down to ``floor`` * ``peak``. A function of the step alone, so that there is nothing to save."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

@@ -15,6 +15,7 @@ PAGES = [
     *(ROOT / "docs").glob("*.md"),
     ROOT / "data" / "README.md",
     ROOT / "localctl" / "micro" / "MODEL_CARD.md",
+    ROOT / "research" / "README.md",
 ]
 SITE = {"api.md"}  # made when the site is built
 

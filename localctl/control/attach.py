@@ -115,7 +115,7 @@ class Attachment:
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
     def select(self, indices: Sequence[int] | None) -> None:
-        """The next calls generate these layouts, one index per prompt; None = all of them, in order."""
+        """Say which layouts the next calls generate, one index per prompt; None = all of them, in order."""
         assert indices is None or all(0 <= index < len(self.layouts) for index in indices)
         self._selected = None if indices is None else tuple(indices)
 
@@ -175,7 +175,7 @@ class Attachment:
                 check_gradients(self.denoiser, name)
 
     def _chosen(self, prompts: int) -> tuple[int, ...]:
-        """The index of the layout of each of the prompts."""
+        """Return the index of the layout of each of the prompts."""
         if self._selected is not None and len(self._selected) == prompts:
             return self._selected
         if self._selected is None and prompts == len(self.layouts):

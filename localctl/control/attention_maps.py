@@ -56,15 +56,15 @@ class AttentionRecorder:
         return total / layers
 
     def mass(self, image: int, region: int) -> float:
-        """The share of a phrase's attention that lies inside its region, in [0, 1]."""
+        """Return the share of a phrase's attention that lies inside its region, in [0, 1]."""
         heat = self.heat(image, region)
-        record, row = self._find(image)
+        record, _ = self._find(image)
         mask = self._layout(image).masks(record.latent_size)[region, 0]
         return float((heat * mask).sum() / heat.sum())
 
     def overlays(self, index: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
-        """The generated ``image``, number ``index``, under each phrase's heat (its own scale, from 0 to its maximum)
-        and outline, with its label: the phrase and the share of its heat inside its region.
+        """Return the generated ``image``, number ``index``, under each phrase's heat (its own scale, from 0 to its
+        maximum) and outline, with its label: the phrase and the share of its heat inside its region.
 
         ValueError when no region has words.
         """
@@ -83,7 +83,7 @@ class AttentionRecorder:
         return cells
 
     def render(self, index: int, image: Image.Image) -> Image.Image:
-        """The images of :meth:`overlays` in a row, with their labels."""
+        """Return the images of :meth:`overlays` in a row, with their labels."""
         cells = self.overlays(index, image)
         return grid([[shown for _, shown in cells]], [label for label, _ in cells])
 
@@ -146,7 +146,7 @@ class AttentionMaps(Control):
         return self.recorder.render(index, image)
 
     def draw(self, picture: int, image: Image.Image) -> Image.Image:
-        """Deprecated name of :meth:`render`."""
+        """Call :meth:`render`, by its old name."""
         warnings.warn("AttentionMaps.draw is now called render.", DeprecationWarning, stacklevel=2)
         return self.render(picture, image)
 

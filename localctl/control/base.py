@@ -85,7 +85,7 @@ class CallContext:
         return start <= self.step / self.num_steps < end
 
     def only(self, images: Sequence[int]) -> CallContext:
-        """The same place for a call with nothing but the prompt rows of these images."""
+        """Return the same place for a call with nothing but the prompt rows of these images."""
         layouts = self.guided_layouts
         chosen = tuple(layouts[image] for image in images)
         return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
@@ -125,29 +125,29 @@ class BoundControl:
     is_reader = False
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """The pipeline begins a call; ``arguments`` are those of its ``encode_prompt``."""
+        """Begin a call of the pipeline; ``arguments`` are those of its ``encode_prompt``."""
 
     def shift_latents(self, context: CallContext, latents: Tensor, run: RunDenoiser) -> Tensor | None:
-        """Hook on the latents, for controls whose ``moves_latents`` is set: what to add to the noisy latents
-        (n, c, h, w) before this step, one row per image, float32; or None.
+        """Return what to add to the noisy latents (n, c, h, w) before this step, one row per image, float32; or None.
+        A hook on the latents, for controls whose ``moves_latents`` is set.
 
         ``latents`` are what the denoiser is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
         whatever the scheduler's own scale; the shift is of the same scale."""
         return None
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
-        """Hook on the inputs of the denoiser: tensors (R, c, h, w) added within its down blocks, one per block, finest
-        first; or None to leave this call alone. They must be the caller's to keep: the denoiser may write to them."""
+        """Return what to add within the down blocks: tensors (R, c, h, w), one per block, finest first; or None to
+        leave this call alone. A hook on the inputs of the denoiser, which may write to them: make new ones."""
         return None
 
     def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
-        """Hook on the inputs of the denoiser: what to add to its skip connections and middle block, or None. ``inputs``
-        are the call's own, before any control changes text or latents."""
+        """Return what to add to the skip connections and the middle block, or None. A hook on the inputs of the
+        denoiser; ``inputs`` are the call's own, before any control changes text or latents."""
         return None
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        """Hook on the inputs of the denoiser: another text context (R, K, C) in place of ``text``, which must not be
-        written to; or None. Biases are then computed from the new one."""
+        """Return another text context (R, K, C) in place of ``text``, which must not be written to; or None. A hook on
+        the inputs of the denoiser: biases are then computed from the new text."""
         return None
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
@@ -161,8 +161,9 @@ class BoundControl:
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
     ) -> Tensor | None:
-        """What to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K); or None,
-        for all queries of the layer, to leave the layer exactly as it is. It sees the scores before any bias."""
+        """Return what to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K);
+        or None, for all queries of the layer, to leave the layer exactly as it is. It sees the scores before any
+        bias."""
         return None
 
     def read_attention(

@@ -173,7 +173,8 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return target.sub_(block).mul_(signed.abs_().mul_(amount)[:, None])
 
     def _segments_at(self, context: CallContext, layer: AttentionLayer) -> _Segments:
-        """The segments on the layer's grid; those of the last layer are kept, the parts of its queries ask again."""
+        """Return the segments on the layer's grid; those of the last layer are kept, the parts of its queries ask
+        again."""
         strengths = tuple(self.regions.strengths(layout, context) for layout in context.guided_layouts)
         key = (layer.size, context.guided_layouts, strengths, context.device)
         if self._segments[0] != key or self._segments[1] is None:

@@ -69,7 +69,8 @@ class LocalAdapterControl(Control):
 
 
 def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
-    """The weight, or those of the levels as a tuple. ValueError unless they are finite numbers, one per level."""
+    """Return the weight, or those of the levels as a tuple. ValueError unless they are finite numbers, one per
+    level."""
     if not isinstance(weight, Sequence):
         check_strength("weight", weight)
         return weight
@@ -106,7 +107,7 @@ class _BoundLocalAdapter(BoundControl):
         return [feature.index_select(0, index) for feature in self._features]  # always a copy
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
-        """The layouts whose features this call needs."""
+        """Return the layouts whose features this call needs."""
         return (0,) if self.shared else tuple(sorted(set(context.layout_of_row)))
 
     @torch.no_grad()
@@ -249,5 +250,5 @@ def _check_size(condition: Tensor, image_size: tuple[int, int]) -> None:
 
 
 def _rows_of(tensor: Tensor, layouts: Sequence[int]) -> Tensor:
-    """The rows of these layouts; a single row stands for every layout."""
+    """Return the rows of these layouts; a single row stands for every layout."""
     return tensor.expand(len(layouts), -1, -1, -1) if tensor.shape[0] == 1 else tensor[list(layouts)]

@@ -36,7 +36,8 @@ def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
 
 
 def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)) -> tuple[int, int]:
-    """The first outer step of a call of the pipeline that begins at ``timestep``, and how many outer steps it makes.
+    """Return the first outer step of a call of the pipeline that begins at ``timestep``, and how many outer steps it
+    makes.
 
     ``visits``: what a pipeline says of it, as far as it does: how many of the schedule's timesteps it visits, which
     several count before ``denoising_end`` cuts them; and the total of its progress bar, which are outer steps, or
@@ -72,7 +73,7 @@ def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int,
 
 
 def sigma_at(scheduler: Any, timestep: float) -> float:
-    """The noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
+    """Return the noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
 
     Schedulers that choose their noise levels themselves (``sigmas``: Euler, DPM++, LMS, with Karras' spacing too) are
     taken at their word, the others by ``alphas_cumprod`` at the timestep. Where no signal is left, sigma is what
@@ -102,7 +103,7 @@ def _times(scheduler: Any) -> list[float]:
 
 
 def _position(scheduler: Any, times: list[float], timestep: float) -> int:
-    """The index of ``timestep`` in the schedule's ``times``."""
+    """Return the index of ``timestep`` in the schedule's ``times``."""
     found = [position for position, time in enumerate(times) if time == timestep]
     if not found:
         raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")

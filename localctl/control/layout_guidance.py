@@ -109,8 +109,8 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
         return moved - latents if any_move else None
 
     def _gradient(self, latents: Tensor, images: Sequence[int], run: RunDenoiser) -> tuple[Tensor, list[int]]:
-        """The energy's gradient for those of the images that are to be moved, and which these are: those above the
-        threshold; without ``recheck`` also those that have come to it, for the last time."""
+        """Return the energy's gradient for those of the images that are to be moved, and which these are: those above
+        the threshold; without ``recheck`` also those that have come to it, for the last time."""
         with torch.inference_mode(False):
             point = latents[list(images)].detach().requires_grad_()
         reader = EnergyReader(self)
@@ -138,7 +138,8 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
         return gradient[chosen], [images[row] for row in chosen.tolist()]
 
     def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        """The weight of each region's energy in this step; 1 / (regions that count), times the region's strength."""
+        """Return the weight of each region's energy in this step; 1 / (regions that count), times the region's
+        strength."""
         active = self.regions.phrase_strengths(layout, context)
         count = sum(bool(strength) for strength in active)
         return tuple(strength / max(1, count) for strength in active)

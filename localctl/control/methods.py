@@ -45,7 +45,7 @@ def wrapped(
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """``module`` without the graph that ``module.compile()`` runs it by, hooks included; its parts keep theirs."""
+    """Run ``module`` without the graph that ``module.compile()`` runs it by, hooks included; its parts keep theirs."""
     own = vars(module).get("_compiled_call_impl")
     if own is None:
         yield

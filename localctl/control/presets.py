@@ -43,7 +43,7 @@ class _Controls(Mapping[str, type[Any]]):
         return len(self._classes)
 
     def name_of(self, control: type[Any]) -> str | None:
-        """The name of a class, None for one that has no presets."""
+        """Return the name of a class, None for one that has no presets."""
         return next((name for name, called in self._classes.items() if called == control.__name__), None)
 
 
@@ -104,7 +104,7 @@ SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def controls(names: str | Sequence[str], base: str = "micro", **settings: Any) -> list[Any]:
-    """The controls of these names, with the presets of the base and of their company.
+    """Return the controls of these names, with the presets of the base and of their company.
 
     Args:
         names: ``bias``, ``dense``, ``guidance``, ``forward``, ``spacetime`` or ``spacetime_optimized``; several as a
@@ -135,8 +135,8 @@ def build_controls(names: Sequence[str], base: str, settings: Mapping[str, Any])
 
 
 def control_names(words: str | Sequence[str]) -> list[str]:
-    """The names meant by words that may be joined by +, without ``none``. ValueError for an unknown one, or names that
-    do not go together."""
+    """Return the names meant by words that may be joined by +, without ``none``. ValueError for an unknown one, or
+    names that do not go together."""
     names = [name for word in ([words] if isinstance(words, str) else words) for name in word.split("+")]
     for name in names:
         if name not in CONTROLS and name != NONE:
@@ -149,7 +149,8 @@ def control_names(words: str | Sequence[str]) -> list[str]:
 
 
 def setting_of(control: str, setting: str) -> str | None:
-    """The field of a control that ``setting`` means: its name, or control.name for one control alone; else None."""
+    """Return the field of a control that ``setting`` means: its name, or control.name for one control alone; else
+    None."""
     owner, dot, name = setting.rpartition(".")
     return name if name in _fields(control) and (not dot or owner == control) else None
 
@@ -168,8 +169,8 @@ def _fields(control: str) -> list[str]:
 
 
 def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, Any]:
-    """The settings of a control, by its name in :data:`CONTROLS`, that suit the base, also beside the others of these
-    names; empty for one that is not known."""
+    """Return the settings of a control, by its name in :data:`CONTROLS`, that suit the base, also beside the others of
+    these names; empty for one that is not known."""
     values = dict(_of_base(PRESETS, base).get(control, {}))
     for (own, other), changed in _of_base(BESIDE, base).items():
         if own == control and other in beside:

@@ -97,7 +97,7 @@ class SteeredProcessor(nn.Module):
         return torch.cat(outputs, dim=1)
 
     def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
-        """The output after the controls that mix in other texts."""
+        """Return the output after the controls that mix in other texts."""
 
         def attend(text: Tensor, rows: Sequence[int]) -> Tensor:
             chosen = list(rows)
@@ -121,7 +121,8 @@ class SteeredProcessor(nn.Module):
         return total
 
     def _mask(self, attn: Attention, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
-        """The attention mask (R*H, q, K) or (R, q, K) for the wrapped processor, which repeats the latter per head."""
+        """Return the attention mask (R*H, q, K) or (R, q, K) for the wrapped processor, which repeats the latter per
+        head."""
         mask = scores.mask
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, queries]
@@ -164,7 +165,7 @@ def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The biases of all parts of the queries as one."""
+    """Return the biases of all parts of the queries as one."""
     given = [part for part in parts if part is not None]
     assert len(given) in (0, len(parts)), "a control has a bias for all queries of a layer or for none"
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
@@ -306,7 +307,7 @@ class InnerForward:
 
 
 def _select(value: Any, rows: list[int], count: int) -> Any:
-    """Copies of the ``rows`` of all tensors of ``count`` rows within ``value``."""
+    """Copy the ``rows`` of all tensors of ``count`` rows within ``value``."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.shape[0] == count else value
     if isinstance(value, (list, tuple)):

@@ -94,7 +94,7 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
         return region_map[:, None, queries] * (context.sigma * std)  # (n,1,q,K)
 
     def _share_key_moments(self, layer: AttentionLayer, scores: Scores) -> None:
-        """The text is one tensor for all steps of a call, and so are the keys and their moments."""
+        """Keep the moments of the keys: the text is one tensor for all steps of a call, and so are they."""
         text, rows, moments = self._keys.get(layer.name, (None, None, None))
         if text is scores.source and rows == scores.guided and moments is not None:
             scores.key_moments = moments

@@ -82,7 +82,7 @@ class BoundRegions:
         return torch.stack([self.masks(layout, layer)[index] for layout, index in regions])
 
     def strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        """The strength of each region in this step: its own within its window, else 0."""
+        """Return the strength of each region in this step: its own within its window, else 0."""
         regions = self.layouts[layout].regions
         return tuple(region.strength if region.within(context.step, context.num_steps) else 0.0 for region in regions)
 
@@ -92,7 +92,7 @@ class BoundRegions:
         return tuple(strength if region.phrase else 0.0 for region, strength in pairs)
 
     def tokens(self, layout: int, region: int, keys: int) -> list[int]:
-        """The positions of a region's phrase among ``keys`` tokens."""
+        """Return the positions of a region's phrase among ``keys`` tokens."""
         return [position for position in self.positions[layout][region] if position < keys]
 
     def encode(self, texts: Mapping[Key, str], arguments: Mapping[str, Any]) -> dict[Key, Tensor]:
@@ -123,7 +123,7 @@ class BoundRegions:
 
 
 def without_phrases(layout: Layout) -> str:
-    """The prompt with the phrases of all regions left out."""
+    """Return the prompt with the phrases of all regions left out."""
     spans = sorted(span for region in layout.regions if (span := layout.characters(region)) is not None)
     kept, end = [], 0
     for first, last in spans:
@@ -203,7 +203,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         return context.within(self.control.start, self.control.end)
 
     def active(self, context: CallContext) -> set[int]:
-        """The layouts that are steered in this step."""
+        """Return the layouts that are steered in this step."""
         if not self.within(context):
             return set()
         return {layout for layout in set(context.guided_layouts) if self.steers(layout, context)}
@@ -214,7 +214,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
 
 
 def mix_texts(output: Tensor, local: Tensor, share: Tensor, rows: Sequence[int]) -> Tensor:
-    """The convex mix (1 - sum_r share_r) output + sum_r share_r local_r, in place of the rows that have texts.
+    """Return the convex mix (1 - sum_r share_r) output + sum_r share_r local_r, in place of the rows that have texts.
 
     Args:
         output: (R, Q, C) of the layer. local: (pairs, Q, C), of each text. rows: (pairs,), the row of each.

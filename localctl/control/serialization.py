@@ -31,7 +31,7 @@ class Serializable:
 
     @classmethod
     def for_base(cls: type[Own], base: str, **changes: Any) -> Own:
-        """This control with the settings that suit a base (micro, sd15, sd21, sdxl, or a folder or id of one).
+        """Return this control with the settings that suit a base (micro, sd15, sd21, sdxl, or a folder or id of one).
 
         ``changes``: instead of those. ValueError for a value out of range.
         """
@@ -39,13 +39,13 @@ class Serializable:
         return cls(**{**(preset(name, base) if name else {}), **changes})
 
     def to_json(self) -> str:
-        """The class and all its settings but images. ValueError for an adapter that was loaded from nowhere."""
+        """Return the class and all its settings but images. ValueError for an adapter that was loaded from nowhere."""
         return json.dumps(_described(self), indent=1)
 
     @classmethod
     def from_json(cls: type[Own], text: str, **given: Any) -> Own:
-        """The control of :meth:`to_json`. ``given``: settings in place of those, and images. ValueError for a text that
-        describes none of this class."""
+        """Return the control of :meth:`to_json`. ``given``: settings in place of those, and images. ValueError for a
+        text that describes none of this class."""
         found = _built(parse_json(text), "The text", (cls,), given)
         if not isinstance(found, cls):
             raise ValueError(f"The text describes a {type(found).__name__}, not a {cls.__name__}.")
@@ -64,7 +64,7 @@ def save_controls(controls: Sequence[Serializable], path: str | Path) -> Path:
 
 
 def load_control(path: str | Path, *, types: Sequence[type[Serializable]] = (), **given: Any) -> Any:
-    """The control in a file that ``control.save(path)`` wrote.
+    """Return the control in a file that ``control.save(path)`` wrote.
 
     Args:
         types: classes of your own that it may be of, beside those of localctl.
@@ -77,7 +77,7 @@ def load_control(path: str | Path, *, types: Sequence[type[Serializable]] = (), 
 
 
 def load_controls(path: str | Path, *, types: Sequence[type[Serializable]] = (), **given: Any) -> list[Any]:
-    """The controls in a file that :func:`save_controls` wrote, in their order; a single one is a list of one.
+    """Return the controls in a file that :func:`save_controls` wrote, in their order; a single one is a list of one.
 
     ``types`` and ``given`` as for :func:`load_control`, for each control that has such a setting. ValueError, too.
     """

@@ -103,7 +103,7 @@ class SpaceTimeSettings:
         ).reshape(num_steps, len(layout.regions))
 
     def _fade(self, fraction: float) -> float:
-        """The schedule's factor in [0, 1] at this fraction of the steps."""
+        """Return the schedule's factor in [0, 1] at this fraction of the steps."""
         done = min(max((fraction - self.start) / (self.end - self.start), 0.0), 1.0)
         if self.schedule == "linear":
             return 1 - done
@@ -132,7 +132,7 @@ class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
             _check_weights(tensor, self.mix)
 
     def _given(self) -> list[Tensor] | None:
-        """The weights, one tensor per layout."""
+        """Return the weights, one tensor per layout."""
         if self.weights is None:
             return None
         return [self.weights] if isinstance(self.weights, Tensor) else list(self.weights)
@@ -155,12 +155,12 @@ class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
 
 
 def description(region: Region) -> str | None:
-    """What a region is described by, before any template; None for one without words."""
+    """Return what a region is described by, before any template; None for one without words."""
     return region.prompt or region.phrase
 
 
 def local_text(region: Region, template: str) -> str | None:
-    """The local description of a region, a name in its ``template``; None for one without words."""
+    """Return the local description of a region, a name in its ``template``; None for one without words."""
     own, phrase = region.prompt, region.phrase
     if own is None or (phrase is not None and _bare(own) == _bare(phrase)):
         name = own or phrase
@@ -239,8 +239,8 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         return mix_texts(output, local, share, mixture.rows)
 
     def _mixture(self, context: CallContext) -> _Mixture:
-        """What to mix in in this call of the denoiser: rows of the prompt, regions with a weight in this step. That of
-        the last call is kept, for all its layers ask."""
+        """Return what to mix in in this call of the denoiser: rows of the prompt, regions with a weight in this step.
+        That of the last call is kept, for all its layers ask."""
         if self._last is not None and self._last[0] is context:
             return self._last[1]
         pairs = [
@@ -259,7 +259,7 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         return mixture
 
     def _wanted(self, layout: int, context: CallContext) -> list[int]:
-        """The regions of a layout that are mixed in in this step."""
+        """Return the regions of a layout that are mixed in in this step."""
         weights = self._weights(layout, context)
         used = self._table(layout, context.num_steps)[context.step] if weights.requires_grad else weights
         return [index for index, value in enumerate(used.tolist()) if value and (layout, index) in self._texts]

@@ -45,7 +45,7 @@ class Geometry:
 
     def apply_to_mask(self, mask: np.ndarray) -> np.ndarray:
         """Do the same with ``mask`` (h,w) float, of any size: each pixel of the result (H,W) is the exact mean over the
-        area it covers. (Pillow's box filter takes or leaves whole pixels, which moves edges by up to half of one.)"""
+        area it covers, where Pillow's box filter takes or leaves whole pixels and moves edges by up to half of one."""
         rows = _means(mask, self.top, self.bottom, self.size[0])
         seen = _means(rows.T, self.left, self.right, self.size[1]).T
         return np.ascontiguousarray(seen[:, ::-1] if self.flip else seen, dtype=np.float32)

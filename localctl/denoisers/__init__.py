@@ -16,7 +16,7 @@ FAMILIES: tuple[type[Denoiser], ...] = (UNet,)
 
 
 def denoiser_of(pipe: Any) -> Denoiser:
-    """The denoiser of a diffusers pipeline. ValueError for a pipeline without one of a known family."""
+    """Return the denoiser of a diffusers pipeline. ValueError for a pipeline without one of a known family."""
     for family in FAMILIES:
         module = getattr(pipe, family.attribute, None)
         if module is not None:
@@ -27,5 +27,5 @@ def denoiser_of(pipe: Any) -> Denoiser:
 
 
 def bare_denoiser(module: nn.Module) -> Denoiser:
-    """A denoiser without a pipeline, for what its weights and config alone can tell; meta tensors will do."""
+    """Return a denoiser without a pipeline, for what its weights and config alone can tell; meta tensors will do."""
     return UNet(module)

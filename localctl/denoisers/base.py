@@ -97,8 +97,8 @@ class Denoiser(ABC):
 
     @abstractmethod
     def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
-        """The names of the cross-attention layers meant, in the order they run; ``wanted``: names of groups of layers,
-        None: those that layout guidance reads by default. ValueError for a group that is not there."""
+        """Return the names of the cross-attention layers meant, in the order they run; ``wanted``: names of groups of
+        layers, None: those that layout guidance reads by default. ValueError for a group that is not there."""
 
     @abstractmethod
     def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
@@ -116,7 +116,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
-        """The inputs among the arguments of a call."""
+        """Return the inputs among the arguments of a call."""
 
     @abstractmethod
     def write(
@@ -128,7 +128,8 @@ class Denoiser(ABC):
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
     ) -> Arguments:
-        """The arguments with other latents (R, c, h, w) and text, and with residuals added to those already there."""
+        """Return the arguments with other latents (R, c, h, w) and text, and with residuals added to those already
+        there."""
 
     @abstractmethod
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
@@ -137,13 +138,13 @@ class Denoiser(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """The model output for latents (1, c, h, w) of the scheduler, after guidance."""
+        """Return the model output for latents (1, c, h, w) of the scheduler, after guidance."""
 
     # Latents and parameterisation
 
     @abstractmethod
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of the ``latents`` that the pipeline takes for one image of height x width pixels."""
+        """Return the shape of the ``latents`` that the pipeline takes for one image of height x width pixels."""
 
     @property
     @abstractmethod
@@ -171,12 +172,12 @@ class Denoiser(ABC):
     def condition(
         self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
     ) -> Conditioning:
-        """The conditioning of one image of ``size`` = (H, W), as the stock pipelines make it. Inside ``attach``, this
-        begins a call."""
+        """Return the conditioning of one image of ``size`` = (H, W), as the stock pipelines make it. Inside ``attach``,
+        this begins a call."""
 
 
 def add_residuals(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """The sum of two lists of residuals, level by level; None counts as nothing. Returns a new list."""
+    """Return the sum of two lists of residuals, level by level; None counts as nothing. The list is a new one."""
     if first is None or second is None:
         return list(first or second or ()) or None
     return [b if a is None else a if b is None else a + b for a, b in zip_longest(first, second)]

@@ -47,7 +47,7 @@ class UNet(Denoiser):
         return sizes
 
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Attention]]:
-        """The self- and cross-attention of the transformers."""
+        """Return the self- and cross-attention of the transformers."""
         unet, (*down, middle) = self.module, self._level_sizes(latent_size)
         parts = [(f"down_blocks.{i}", *part) for i, part in enumerate(zip(unet.down_blocks, down, strict=True))]
         parts.append(("mid_block", unet.mid_block, middle))
@@ -96,7 +96,7 @@ class UNet(Denoiser):
         return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]
 
     def is_block(self, module: nn.Module, name: str) -> bool:
-        """The U-Net, its blocks and their attention layers."""
+        """Return the U-Net, its blocks and their attention layers."""
         return isinstance(module, Attention) or bool(re.fullmatch(r"((down|up)_blocks\.\d+|mid_block)?", name))
 
     def check_controlnet(self, config: Mapping[str, Any]) -> None:

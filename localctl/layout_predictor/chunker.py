@@ -162,7 +162,7 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     last = _without_verbs(words, first, end, follower, singular)
     while first < last and words[first].text in w.VERBS and last - first > 1 and start == first:
         first = start = first + 1  # a bare phrase behind a verb: "sits"
-    if first >= last or all(words[i].text in w.VERBS for i in range(first, last)) and start == first:
+    if first >= last or (all(words[i].text in w.VERBS for i in range(first, last)) and start == first):
         return None
     head = words[last - 1].text
     if head == "couple" or head in w.PLACES or head.isdigit():

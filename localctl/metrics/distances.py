@@ -38,7 +38,7 @@ def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, 
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric root; eigenvalues that rounding made negative count as zero."""
+    """Return the symmetric root; eigenvalues that rounding made negative count as zero."""
     values, vectors = eigh((covariance + covariance.T) / 2)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 

@@ -134,7 +134,7 @@ class FeatureStatistics(Metric):
             self.ranks, self.features = [kept_ranks], [kept.flatten()]
 
     def _kept(self) -> tuple[Tensor, Tensor]:
-        """The lowest ranks, sorted, and their features (k, d)."""
+        """Return the lowest ranks, sorted, and their features (k, d)."""
         if isinstance(self.ranks, list) and not self.ranks:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, self.dim, dtype=torch.float64)
         ranks, features = dim_zero_cat(self.ranks).cpu(), dim_zero_cat(self.features).cpu().reshape(-1, self.dim)

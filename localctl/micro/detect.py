@@ -176,7 +176,7 @@ def find_shapes(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
 
 
 def truth_of(item: Scene) -> Truth:
-    """What ``item`` shows, with this reader as the detector."""
+    """Return what ``item`` shows, with this reader as the detector."""
     relation = None
     if item.relation is not None:
         first, name, second = item.relation

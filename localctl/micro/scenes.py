@@ -174,7 +174,7 @@ def _caption(
 
 
 def _count_caption(rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str) -> str:
-    """ "two red circles, a striped blue star and ..." for the rich profile."""
+    """Write "two red circles, a striped blue star and ..." for the rich profile."""
     words = ("", "", "two", "three", "four", "five", "six")
     counts: dict[tuple[str, str, str], int] = {}
     for o in objects:

@@ -58,7 +58,7 @@ class ClipObjective:
 
 
 def object_text(region: Region) -> str:
-    """ "A photo of <object>", of the region's phrase without "the", else of its description."""
+    """Return "A photo of <object>", of the region's phrase without "the", else of its description."""
     words = region.phrase or description(region) or ""
     return f"A photo of {re.sub(r'^the ', '', words, flags=re.IGNORECASE)}"
 

@@ -84,7 +84,7 @@ class OptimizedSpaceTime(SpaceTimeSettings, Serializable):
             )
 
     def with_weights(self, weights: Tensor) -> SpaceTimeAttention:
-        """The control of these settings and ``weights`` (steps, regions)."""
+        """Return the control of these settings and ``weights`` (steps, regions)."""
         settings = {field.name: getattr(self, field.name) for field in fields(SpaceTimeSettings)}
         return SpaceTimeAttention(**settings, weights=weights)
 
@@ -112,7 +112,8 @@ def optimize_weights(
     checkpointing: bool = True,
     progress: bool = True,
 ) -> OptimizedWeights:
-    """The weights for the image that ``generate`` makes of ``layout`` with ``seed``, by gradients through sampling.
+    """Return the weights for the image that ``generate`` makes of ``layout`` with ``seed``, by gradients through
+    sampling.
 
     Samples with the pipeline's scheduler if it is DDIM or PNDM (PLMS), else with DDIM; the weights fit any scheduler.
 
@@ -176,7 +177,7 @@ def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bo
 
 @contextmanager
 def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
-    """A scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end.
+    """Yield a scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end.
 
     The denoiser's own gradient checkpointing would run its layers again when the controls have left them, so it is off.
     """
@@ -199,7 +200,8 @@ def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:
-    """The CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, on the pipeline's device. ValueError when not found."""
+    """Return the CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, on the pipeline's device. ValueError when not
+    found."""
     return clip_beside(name, str(pipe.config.get("_name_or_path", "")), pipe.device)
 
 

@@ -140,7 +140,7 @@ class Figures:
         return float(np.mean([r["distances"][name] for r in trained]))
 
     def headline(self, column: str = "f1") -> Interval | None:
-        """The method less the same without its local term; None until both have a training of one seed."""
+        """Return the method less the same without its local term; None until both have a training of one seed."""
         if METHOD not in self.rows or WITHOUT not in self.rows:
             return None
         return self.difference(METHOD, WITHOUT, column)

@@ -148,7 +148,7 @@ def _seeds_section(figures: Figures) -> list[str]:
 
 
 def _images(figures: Figures, results: Path, page: Path) -> list[str]:
-    """A sheet of the first scenes under every row's first seed."""
+    """Return a sheet of the first scenes under every row's first seed."""
     strips = {"condition, mask": CONDITIONS, FLOOR: FLOOR}
     strips |= {name: trained[0].name for name, trained in figures.rows.items()}  # titles are too long
     there = {title: path for title, name in strips.items() if (path := results / f"{name}.png").is_file()}

@@ -95,8 +95,9 @@ BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # nothing is trained: the floor,
 
 
 def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:
-    """The cells of the rows in ``names``: headline rows with every seed, the others with the first; seeds outermost, so
-    that a table of one seed stands early. more: overrides of every cell. ValueError for an unknown row, or no seed."""
+    """Return the cells of the rows in ``names``: headline rows with every seed, the others with the first; seeds
+    outermost, so that a table of one seed stands early. more: overrides of every cell. ValueError for an unknown row,
+    or no seed."""
     for name in names:
         if name not in ROWS:
             raise ValueError(f"There is no row {name!r}; choose from {', '.join(ROWS)}.")
@@ -113,7 +114,7 @@ def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, mor
 
 
 def sweep_cells(sweep: Sweep, seed: int, more: Sequence[str] = ()) -> list[Cell]:
-    """The cells of a sweep; the first is trained without the local term (weight 0 of every curve)."""
+    """Return the cells of a sweep; the first is trained without the local term (weight 0 of every curve)."""
     length = f"max_train_steps={sweep.steps}"
     zero = (f"experiment={ROWS[WITHOUT].experiment}", length, *more)
     cells = [Cell(f"{SWEEP}_none", SWEEP, "no local term", seed, zero)]

@@ -108,7 +108,7 @@ class Ablation(Study[Cell]):
         return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
 
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
-        """The folder of the images, generated as far as they are not there."""
+        """Return the folder of the images, generated as far as they are not there."""
         settings = self._settings(cell.name, adapter)
         generate_set(settings, "with_prompts", self.say)
         return settings.folder / "with_prompts"
@@ -146,7 +146,7 @@ class Ablation(Study[Cell]):
         return values, provenance
 
     def _save_strips(self, cell: Cell, folder: Path, comparison: Comparison) -> None:
-        """The images of the first scenes; with the base's, the conditions and masks."""
+        """Return the images of the first scenes; with the base's, the conditions and masks."""
         f1 = comparison.tables[FLOOR][:, comparison.columns.index("f1")]
         ids = [comparison.ids[i] for i in np.flatnonzero(~np.isnan(f1))[:SHOWN]]
         items = list(read_images(folder, ids))

@@ -26,7 +26,7 @@ class Point:
 
 
 def points_of(figures: Figures) -> list[Point]:
-    """The finished settings of the sweep, by curve and weight."""
+    """Return the finished settings of the sweep, by curve and weight."""
     found = []
     for result in figures.sweep:
         if result.name != NONE and not result["failed"]:
@@ -36,7 +36,7 @@ def points_of(figures: Figures) -> list[Point]:
 
 
 def loses(figures: Figures, name: str) -> list[str]:
-    """The extractors under which the setting ``name`` does worse than no local term: a KID higher by more than
+    """Return the extractors under which the setting ``name`` does worse than no local term: a KID higher by more than
     ``ERRORS`` standard errors of the difference. The Fréchet distance has no error of its own to judge by."""
     worse = []
     for key in figures.base["distances"]:
@@ -50,13 +50,13 @@ def loses(figures: Figures, name: str) -> list[str]:
 
 
 def best(figures: Figures) -> Point | None:
-    """The setting of the highest F1 among those that do no worse; None if there is none."""
+    """Return the setting of the highest F1 among those that do no worse; None if there is none."""
     fair = [(f1.value, p) for p in points_of(figures) if not loses(figures, p.name) and (f1 := _f1(figures, p.name))]
     return max(fair, key=lambda pair: pair[0])[1] if fair else None
 
 
 def sweep_section(figures: Figures, page: Path) -> list[str]:
-    """The table, the curves and the sentence of the sweep; nothing without points or the training they are read
+    """Return the table, the curves and the sentence of the sweep; nothing without points or the training they are read
     against."""
     points = points_of(figures)
     without = [r for r in figures.sweep if r.name == NONE and not r["failed"]]
@@ -102,7 +102,7 @@ def _verdict(figures: Figures) -> str:
 
 
 def _seeds_apart(figures: Figures) -> str:
-    """What another seed alone changes, where that is known."""
+    """Return what another seed alone changes, where that is known."""
     values = [value for _, value in figures.per_seed(WITHOUT, "f1")] if WITHOUT in figures.rows else []
     if len(values) < 2:
         return ""

@@ -34,7 +34,7 @@ IMAGES = 1000
 
 
 def image(number: int) -> bytes:
-    """A PNG of 64x64 pixels."""
+    """Return a PNG of 64x64 pixels."""
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -66,7 +66,7 @@ def parquet(root: Path, rows: int) -> DataConfig:
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:
-    """The result; seconds and the growth of the peak memory are printed."""
+    """Run ``work`` and return its result; seconds and the growth of the peak memory are printed."""
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     result = work()
     seconds = time.perf_counter() - begun

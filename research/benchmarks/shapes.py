@@ -23,8 +23,8 @@ _SCHEDULE: dict[str, Any] = {
 
 
 def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The U-Net of a known base (sd15, sd21, sdxl) in full; text encoders of their widths with one layer, a VAE of few
-    channels, the tokenizer of the embedded base. Generate with ``output_type="latent"``."""
+    """Return the U-Net of a known base (sd15, sd21, sdxl) in full; text encoders of their widths with one layer, a VAE
+    of few channels, the tokenizer of the embedded base. Generate with ``output_type="latent"``."""
     choose_pil_processors()  # before the pipelines are imported
     parts, wide = TABLE[base], base == "sdxl"
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ SCENE = Layout(
 
 
 def new_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", choices=("memory", "time"))

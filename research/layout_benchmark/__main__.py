@@ -122,7 +122,7 @@ def say_gates(figures: Figures) -> None:
 
 
 def say_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
-    """The best settings of each control, as they belong into the presets."""
+    """Return the best settings of each control, as they belong into the presets."""
     from research.layout_benchmark.figures import ranked
     from research.layout_benchmark.methods import preset_words
 

@@ -44,7 +44,8 @@ class Case(BaseCase):
 
 
 def cases(count: int, split: str, regions: Sequence[int] = REGIONS) -> list[Case]:
-    """The first ``count`` layouts of a split (``test``, or ``val`` for tuning); their numbers of regions take turns.
+    """Return the first ``count`` layouts of a split (``test``, or ``val`` for tuning); their numbers of regions take
+    turns.
 
     Objects and boxes are those of micro scenes: no two alike, none over another, of sizes that the base has seen. The
     prompt names them and the background, and never says where they are.
@@ -76,7 +77,7 @@ def _case(item: Scene, split: str) -> Case:
 
 
 def read(image: np.ndarray, case: Case) -> tuple[float, ...]:
-    """The ``COLUMNS`` of an image uint8 (128,128,3); NaN where undefined."""
+    """Return the ``COLUMNS`` of an image uint8 (128,128,3); NaN where undefined."""
     check_image(image)
     everything = detect(image, min_match=0.0).objects  # what is of no shape still has a colour
     things = [thing for thing in everything if thing.match >= MIN_MATCH]

@@ -28,7 +28,7 @@ class Cost:
 
 
 def compare_cost(run: Callable[[], Any], plain: Callable[[], Any], device: torch.device, repeats: int = 3) -> Cost:
-    """Runs ``plain`` and ``run`` in turns, after one run of each that does not count.
+    """Run ``plain`` and ``run`` in turns, after one run of each that does not count.
 
     On the CPU, seconds are those of this process on all its cores, which other programs hardly disturb; on a GPU those
     of the clock.

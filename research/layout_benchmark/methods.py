@@ -53,7 +53,7 @@ class Method:
         return [{"control": type(control).__name__, **_plain(asdict(control))} for control in self.controls]  # type: ignore[call-overload]
 
     def filled(self, described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """``described`` by an earlier result: a setting that came up after it had its default."""
+        """Fill in what was ``described`` by an earlier result: a setting that came up after it had its default."""
         defaults = {type(control).__name__: _plain(asdict(type(control)())) for control in self.controls}  # type: ignore[call-overload]
         return [{**defaults.get(item.get("control", ""), {}), **item} for item in described]
 
@@ -63,7 +63,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
-    """The methods of these labels, with plain sampling first whether it is named or not, once for each way to sample.
+    """Return the methods of these labels, with plain sampling first whether it is named or not, once for each way to
+    sample.
 
     ``fixed``: for all methods, in place of what suits each. ValueError as for
     :func:`localctl.cli.sample_regions.read_variants`.
@@ -77,14 +78,14 @@ def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sa
 
 
 def _free(own: Sampling, fixed: Sampling) -> Sampling:
-    """What is left to the method; the rest is the protocol's."""
+    """Return what is left to the method; the rest is the protocol's."""
     return Sampling(
         own.scheduler if fixed.scheduler is None else None, own.guidance_scale if fixed.guidance_scale is None else None
     )
 
 
 def _with_plain(found: Sequence[Method]) -> list[Method]:
-    """The methods with plain sampling in each of their ways."""
+    """Return the methods with plain sampling in each of their ways."""
     ways = dict.fromkeys(method.sampling for method in found)
     plain = [Method(plain_name(way), (), sampling=way) for way in ways]
     return [*plain, *(method for method in found if method.controls)]
@@ -124,8 +125,8 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sam
 
 
 def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """``settings``; ValueError for one that the control does not have."""
-    known = {field for field in asdict(CONTROLS[control]())}  # type: ignore[call-overload]
+    """Return ``settings``; ValueError for one that the control does not have."""
+    known = {field for field in asdict(CONTROLS[control]())}
     for name, _ in settings:
         if name not in known:
             raise ValueError(f"The control {control!r} has no setting {name!r}; choose among {', '.join(known)}.")
@@ -133,7 +134,7 @@ def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple
 
 
 def preset_words(method: Method, base: str) -> dict[str, Any]:
-    """The tuned method's settings as they belong into ``localctl.control.presets``: over those of the base."""
+    """Return the tuned method's settings as they belong into ``localctl.control.presets``: over those of the base."""
     control = method.controls[0]
     name = method.name.partition(" ")[0]
     return dict(preset(name, base)) | {key: getattr(control, key) for key, _ in method.settings}

@@ -66,7 +66,7 @@ def write_report(results: Path, page: Path) -> str:
 
 
 def write_tuning(results: Path, page: Path) -> str:
-    """The table of a tuning, the best of each control first; returns the text. ValueError as for
+    """Write the table of a tuning, the best of each control first, and return the text. ValueError as for
     :func:`write_report`."""
     figures = read_figures(results)
     introduction = [
@@ -83,7 +83,7 @@ def write_tuning(results: Path, page: Path) -> str:
 
 
 def _tuned(figures: Figures) -> Iterator[list[str]]:
-    """A section for each control."""
+    """Yield a section for each control."""
     columns, order = (*RANKED, "clip_score"), ranked(figures)
     for control in dict.fromkeys(name.partition(" ")[0] for name in order if not is_plain(name)):
         own = [name for name in order if name.partition(" ")[0] == control]
@@ -243,7 +243,7 @@ def _plots(figures: Figures, page: Path) -> list[str]:
 
 
 def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
-    """The first layouts of several regions under every method, with the first seed."""
+    """Return the first layouts of several regions under every method, with the first seed."""
     image, rows = sheet({name: results / f"{named(name)}.png" for name in _names(figures)})
     shown = figure(image, page, "pictures", "every method")
     return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]

@@ -117,7 +117,7 @@ class LayoutBenchmark(Study[Method]):
         return self.work / named(method.name)
 
     def _images_asked(self, method: Method) -> dict[str, Any]:
-        """What an image depends on beside its own layout and seed."""
+        """Return what an image depends on beside its own layout and seed."""
         asked = self.asked(method)
         known = {**asked["protocol"], **asked}
         names = ("num_inference_steps", "scheduler", "guidance_scale", "sampling", "base_sha256", "controls")
@@ -215,7 +215,7 @@ class LayoutBenchmark(Study[Method]):
         )
 
     def _save_strip(self, method: Method, images: Sequence[np.ndarray]) -> None:
-        """The first layouts of several regions with the first seed, with the outlines of their boxes."""
+        """Return the first layouts of several regions with the first seed, with the outlines of their boxes."""
         pairs = list(zip(self.images, images, strict=True))[:: len(self.protocol.seeds)]
         several = [pair for pair in pairs if len(pair[0].objects) > 1] or pairs
         shown = [

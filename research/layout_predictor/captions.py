@@ -66,7 +66,7 @@ def satisfied(relation: Relation, centres: Sequence[tuple[float, float]]) -> boo
 
 
 def own_caption(scene: PlacedScene) -> Caption:
-    """The scene's own sentence."""
+    """Return the scene's own sentence."""
     assert scene.caption is not None
     found = [find_phrase(scene.caption, name)[0] for name in scene.names]
     order = sorted(range(len(found)), key=lambda i: found[i])
@@ -76,7 +76,8 @@ def own_caption(scene: PlacedScene) -> Caption:
 
 
 def describe(scene: PlacedScene, rng: np.random.Generator, kind: str = "training", margin: float = MARGIN) -> Caption:
-    """A sentence about the scene: of a family of ``training``, of one ``held_out``, or a ``list`` without relation.
+    """Return a sentence about the scene: of a family of ``training``, of one ``held_out``, or a ``list`` without
+    relation.
 
     Where no two things are far enough apart to be in a relation, or there is one thing alone, it is a list (held_out:
     too), or it names a thing's place in the image.
@@ -123,7 +124,7 @@ def _with_a_third(
     rng: np.random.Generator,
     margin: float,
 ) -> tuple[str, list[Relation]]:
-    """The template with a third thing at its end, and what is said of that one."""
+    """Return the template with a third thing at its end, and what is said of that one."""
     other = relation[int(rng.choice((0, 2)))]
     sides = true_relations(scene.boxes, third, int(other), margin)
     fields["C"] = third
@@ -150,7 +151,7 @@ def _list(scene: PlacedScene, order: list[int], rng: np.random.Generator) -> Cap
 
 
 def _spots(scene: PlacedScene, order: list[int], rng: np.random.Generator) -> Caption:
-    """ "a red circle in the top left corner and a blue star on the right" """
+    """Write "a red circle in the top left corner and a blue star on the right"."""
     fields: dict[str, str | int] = {}
     parts = []
     for number, index in enumerate(order[:3]):
@@ -169,7 +170,7 @@ def _write(
     family: str,
     rng: np.random.Generator,
 ) -> Caption:
-    """The template with its fields filled in; a number stands for a thing of the scene."""
+    """Return the template with its fields filled in; a number stands for a thing of the scene."""
     definite = rng.random() < 0.5 and len(set(scene.names)) == len(scene.names)
     spans: dict[int, tuple[int, int]] = {}
     text, read = "", 0
@@ -194,7 +195,8 @@ def _write(
 
 
 def renamed(scene: PlacedScene, seed: int, *keys: int | str, rng: np.random.Generator) -> PlacedScene:
-    """The scene with made-up names of one to three words, so that names tell nothing; now and then all the same one."""
+    """Return the scene with made-up names of one to three words, so that names tell nothing; now and then all the same
+    one."""
     names = []
     for index in range(len(scene.names)):
         name = made_up_word(seed, *keys, index)
@@ -212,7 +214,7 @@ def renamed(scene: PlacedScene, seed: int, *keys: int | str, rng: np.random.Gene
 
 
 def mirrored(scene: PlacedScene, flip_x: bool, flip_y: bool, turn: bool) -> PlacedScene:
-    """The scene mirrored, and with x and y swapped; its own sentence, which may no longer be true, is gone."""
+    """Return the scene mirrored, and with x and y swapped; its own sentence, which may no longer be true, is gone."""
     boxes = scene.boxes.copy()
     if flip_x:
         boxes[:, 0] = 1 - boxes[:, 0]

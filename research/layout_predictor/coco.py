@@ -88,7 +88,8 @@ def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple
 
 
 def plain_name(name: str) -> str:
-    """A class as one says it: "wall-brick" is a brick wall, "sky-other" the sky; "" for what is to be left out."""
+    """Return a class as one says it: "wall-brick" is a brick wall, "sky-other" the sky; "" for what is to be left
+    out."""
     words = [word for word in name.lower().replace("_", " ").split("-") if word not in _LEFT_OUT]
     return " ".join(reversed(words)).strip()
 
@@ -99,7 +100,7 @@ def _centred(box: Box) -> np.ndarray:
 
 
 def _scene(image: int | str, things: list[tuple[str, np.ndarray]], most: int) -> PlacedScene | None:
-    """The largest things whose class stands once in the image, in an order of the image's own."""
+    """Return the largest things whose class stands once in the image, in an order of the image's own."""
     names = [name for name, _ in things]
     single = sorted((item for item in things if names.count(item[0]) == 1), key=lambda item: -item[1][2] * item[1][3])
     if len(single) < 2:

@@ -66,7 +66,7 @@ def micro_layout(index: int, split: str) -> PlacedScene:
 
 
 def example(scenes: Scenes, index: int, visit: int, settings: CaptionSettings, seed: int) -> Caption:
-    """The sentence that training reads at the ``visit``-th visit of scene ``index``."""
+    """Return the sentence that training reads at the ``visit``-th visit of scene ``index``."""
     scene = scenes[index]
     keys = (scene.key, visit if settings.variants is None else visit % settings.variants)
     rng = numpy_rng(seed, "caption", *keys)

@@ -42,7 +42,8 @@ def likelihood(
     unread: tuple[Tensor, Tensor] | None = None,
     only: Tensor | None = None,
 ) -> Likelihood:
-    """The likelihood of the boxes that are not ``known`` (B, N), or of those among them that are in ``only`` (B, N).
+    """Return the likelihood of the boxes that are not ``known`` (B, N), or of those among them that are in ``only`` (B,
+    N).
 
     unread: words that are not to be read, as for :meth:`Encoded.without`.
     """

@@ -21,8 +21,8 @@ _BATCH = 64
 
 
 def held_out_captions(scenes: Scenes, count: int, kind: str, seed: int, margin: float) -> list[Caption]:
-    """The first ``count`` sentences of this ``kind`` (see ``describe``) about the scenes in their order: those that
-    state a relation, or of kind ``list``, those about several things."""
+    """Return the first ``count`` sentences of this ``kind`` (see ``describe``) about the scenes in their order: those
+    that state a relation, or of kind ``list``, those about several things."""
     found: list[Caption] = []
     for index in range(len(scenes)):
         if len(found) == count:
@@ -64,13 +64,13 @@ def judge(model: LayoutPredictor, caption: Caption, seed: int | None = None) -> 
 
 
 def relation_rate(model: LayoutPredictor, captions: Sequence[Caption], seed: int | None = None) -> float:
-    """The share of stated relations that hold in the predicted layouts."""
+    """Return the share of stated relations that hold in the predicted layouts."""
     judged = [judge(model, caption, seed) for caption in captions]
     return sum(item.held for item in judged) / max(1, sum(item.relations for item in judged))
 
 
 def largest_overlap(boxes: Sequence[Placement]) -> float:
-    """The largest part, 0 to 1, of any box that is covered by one other."""
+    """Return the largest part, 0 to 1, of any box that is covered by one other."""
     most = 0.0
     for index, one in enumerate(boxes):
         for other in boxes[:index]:
@@ -118,7 +118,7 @@ class MeanBox:
 
 @torch.no_grad()
 def predictor_nll(model: LayoutPredictor, captions: Sequence[Caption]) -> tuple[float, float]:
-    """The same of the predictor, by the chain rule: each object given the true boxes of those before it."""
+    """Measure the same of the predictor, by the chain rule: each object given the true boxes of those before it."""
     centre, size, total = 0.0, 0.0, 0
     widest = max(len(item.spans) for item in captions)
     for index in range(widest):

@@ -59,7 +59,7 @@ class NewNames:
 
 
 def own_captions(scenes: Scenes, count: int) -> list[Caption]:
-    """The first ``count`` of the scenes' own sentences that state a relation."""
+    """Return the first ``count`` of the scenes' own sentences that state a relation."""
     found: list[Caption] = []
     for index in range(len(scenes)):
         if len(found) == count:
@@ -124,7 +124,7 @@ def measure(model: LayoutPredictor, count: int, seed: int) -> dict[str, Any]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """The figures as Markdown tables."""
+    """Return the figures as Markdown tables."""
     rows = []
     for kind, label in (("sets", "most likely"), ("drawn", "drawn")):
         for name, row in result[kind].items():

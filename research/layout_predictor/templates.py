@@ -12,7 +12,7 @@ OPPOSITE = {LEFT: RIGHT, RIGHT: LEFT, ABOVE: BELOW, BELOW: ABOVE}
 
 
 def _sideways(*phrases: str) -> dict[str, tuple[str, ...]]:
-    """The phrases for left and for right, * being the side."""
+    """Return the phrases for left and for right, * being the side."""
     return {side: tuple(phrase.replace("*", side) for phrase in phrases) for side in (LEFT, RIGHT)}
 
 

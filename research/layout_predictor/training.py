@@ -45,7 +45,7 @@ _MICRO_SCENES = 1500  # each also mirrored and turned
 
 
 def make_scenes(settings: LayoutTrainSettings) -> Scenes:
-    """The scenes to learn from. ValueError for annotations that cannot be read."""
+    """Return the scenes to learn from. ValueError for annotations that cannot be read."""
     data = settings.data
     if data.name == "micro":
         return MicroLayouts("train", data.count or _MICRO_SCENES, crowded=True)
@@ -175,7 +175,7 @@ class Run:
         return learning_rate_at(step, settings.learning_rate, settings.max_train_steps, settings.lr_warmup_steps)
 
     def _batch(self, step: int) -> Iterator[Caption]:
-        """The sentences of a step: the scenes come in a new order each epoch."""
+        """Yield the sentences of a step: the scenes come in a new order each epoch."""
         settings, count = self.settings, len(self.scenes)
         first = step * settings.train_batch_size
         epoch, order = -1, torch.empty(0)
@@ -186,7 +186,7 @@ class Run:
             yield example(self.scenes, int(order[number % count]), epoch, settings.captions, settings.seed)
 
     def _loss(self, step: int) -> tuple[Tensor, Likelihood]:
-        """The loss of a step, and the likelihood in it."""
+        """Return the loss of a step, and the likelihood in it."""
         settings, model = self.settings, self.model
         captions = list(self._batch(step))
         known = sample_known(captions, settings.known, settings.seed, step)
@@ -249,8 +249,8 @@ class Run:
         self.step = int(manifest["step"])
 
     def _export(self) -> None:
-        """The finished predictor in half precision; it is loaded as float32 again. OSError when it cannot be written;
-        then there is a checkpoint to export it from."""
+        """Return the finished predictor in half precision; it is loaded as float32 again. OSError when it cannot be
+        written; then there is a checkpoint to export it from."""
         small = LayoutPredictor(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
         small.load_state_dict(self.model.state_dict())
         try:

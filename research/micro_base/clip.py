@@ -86,7 +86,8 @@ def preprocess(images: np.ndarray) -> Tensor:
 
 
 def corrupt(caption: str, rng: np.random.Generator) -> str:
-    """A hard negative: swap two colours, two shapes or a relation, or change one word; never the caption itself."""
+    """Return a hard negative: swap two colours, two shapes or a relation, or change one word; never the caption
+    itself."""
     words = caption.replace(",", " ,").split()
     places = {
         kind: [i for i, w in enumerate(words) if w in names and not (kind == "color" and words[-1] == w)]

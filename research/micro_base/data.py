@@ -28,7 +28,7 @@ class SceneCache:
         return len(self.captions)
 
     def head(self, count: int) -> SceneCache:
-        """The first `count` scenes."""
+        """Return the first `count` scenes."""
         return SceneCache(self.images[:count], self.captions[:count], self.centers[:count])
 
 

@@ -14,7 +14,7 @@ from research.micro_base.unet import new_scheduler
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:
-    """The text half of the CLIP as the class that Stable Diffusion uses."""
+    """Return the text half of the CLIP as the class that Stable Diffusion uses."""
     tower = CLIPTextModel(clip.config.text_config)
     state = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
     names = set(tower.state_dict())

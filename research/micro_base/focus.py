@@ -6,6 +6,7 @@ where everything is, and words that matter little for the error (shapes) go unre
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Focus:
 def tokens_of(item: Scene) -> list[int]:
     """Per object, the number of the token at which its colour and shape stand in the caption, or -1; 0 is the start."""
     words = item.caption.replace(",", " ,").split()
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     return [pairs.index((o.color, o.shape)) + 1 if (o.color, o.shape) in pairs else -1 for o in item.objects]
 
 
@@ -91,7 +92,7 @@ class Watched:
 
 
 def watch(unet: nn.Module) -> list[Tensor]:
-    """A list that each cross-attention adds its weights to, in every pass; the reader clears it."""
+    """Return a list that each cross-attention adds its weights to, in every pass; the reader clears it."""
     kept: list[Tensor] = []
     for name, module in unet.named_modules():
         if name.endswith("attn2"):

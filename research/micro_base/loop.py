@@ -97,7 +97,7 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, aver
     return int(state["step"])
 
 
-def save_tensors(path: Path, state: dict) -> None:
+def save_tensors(path: Path, state: dict[str, object]) -> None:
     """Whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -108,7 +108,7 @@ def save_tensors(path: Path, state: dict) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint, or the plain ones where no average was kept."""
+    """Return the averaged weights of a checkpoint, or the plain ones where no average was kept."""
     # As above, or what --unet_init names: nothing but tensors and numbers is unpickled.
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state["ema"] or state["model"]

@@ -93,14 +93,14 @@ def _holds(count: int, item: Scene) -> bool:
 
 
 def generate_captions(pipe: Any, scenes: list[Scene]) -> list[np.ndarray]:
-    """An image per caption; image i starts from the noise of seed i."""
+    """Return an image per caption; image i starts from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     return generate_cases(pipe, cases, lambda _: (), 16, "captions", **options)
 
 
 def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
-    """The largest object found against the caption's; the background only where the caption names it."""
+    """Return the largest object found against the caption's; the background only where the caption names it."""
     color, shape, background = [], [], []
     for item, reading in zip(scenes, readings, strict=True):
         found = reading.objects[0] if reading.objects else None
@@ -135,7 +135,7 @@ def padding_mass(pipe: Any, captions: list[str]) -> float:
     latents = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     shares: list[float] = []
 
-    def record(module: Any, args: tuple, kwargs: dict) -> None:
+    def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query, key = module.to_q(args[0]), module.to_k(kwargs["encoder_hidden_states"])
         query, key = (x.unflatten(-1, (module.heads, -1)).transpose(1, 2) for x in (query, key))  # (B, heads, n, d)
         attention = (query @ key.transpose(-1, -2) * module.scale).softmax(-1)
@@ -164,7 +164,9 @@ def sheet(scenes: list[Scene], images: list[Image.Image], readings: list[Reading
     return grid([tiles[i : i + columns] for i in range(0, len(tiles), columns)])
 
 
-def measure(pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float) -> tuple[dict, dict[str, Image.Image]]:
+def measure(
+    pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float
+) -> tuple[dict[str, Any], dict[str, Image.Image]]:
     """All figures and the contact sheets."""
     many, few = int(1000 * share), int(200 * share)
     scenes = [scene(i, "basic", "test") for i in range(many)]
@@ -191,7 +193,7 @@ def measure(pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float) 
     return figures, sheets
 
 
-def table(figures: dict) -> str:
+def table(figures: dict[str, Any]) -> str:
     lines = ["| figure | measured | wanted | met |", "|---|---|---|---|"]
     for name, value in figures.items():
         floor, ceiling, number = FLOORS.get(name), CEILINGS.get(name), getattr(value, "value", value)
@@ -204,8 +206,8 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def card(figures: dict, images: str) -> str:
-    """The model card; ``images``: the folder of the sheets, from the card's."""
+def card(figures: dict[str, Any], images: str) -> str:
+    """Return the model card; ``images``: the folder of the sheets, from the card's."""
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,

@@ -90,7 +90,7 @@ def shares_of_words(pipe: StableDiffusionPipeline) -> dict[str, float]:
 
 
 def report(base: str, number: int, timesteps: Sequence[int]) -> str:
-    """The figures of ``number`` scenes in lines. ValueError for a base that cannot be loaded."""
+    """Return the figures of ``number`` scenes in lines. ValueError for a base that cannot be loaded."""
     pipe = load_pipeline(BaseConfig(name=base))
     scenes = first_scenes(number, lambda item: len(item.objects) == 1)
     shares = " and ".join(f"{value:.2f} by the {kind}'s" for kind, value in shares_of_words(pipe).items())

@@ -26,7 +26,8 @@ RANDOM_ROWS = 6  # of a batch: words in any order, every other row of pieces tha
 
 
 def word_directions(count: int, words: Tensor, width: int) -> Tensor:
-    """Unit vectors (count, width) of ``count`` tokens; those of ``words`` (their ids) are orthogonal if they can be."""
+    """Return unit vectors (count, width) of ``count`` tokens; those of ``words`` (their ids) are orthogonal if they
+    can be."""
     random = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(count, width, generator=random), dim=-1)
     if len(words) <= width:

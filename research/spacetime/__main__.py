@@ -29,7 +29,7 @@ PROGRAM = "research.spacetime"
 
 
 def new_parser() -> Arguments:
-    """The flags."""
+    """Return the flags."""
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--count", type=int, default=200, help="held-out captions")

@@ -44,7 +44,7 @@ def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
 
 
 def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[str, dict[str, Any]]:
-    """The report in Markdown and the same figures as plain values.
+    """Return the report in Markdown and the same figures as plain values.
 
     ``tables``: (n, columns) per row, NaN where undefined or not generated; ``optimised``: how many were optimised.
     """

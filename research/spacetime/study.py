@@ -40,7 +40,7 @@ _FREE = ("output_dir", "count", "optimised", "device")  # change no image
 
 
 def true_layout(item: Scene) -> Layout:
-    """The caption with the boxes of the scene's objects, each described as "a red circle"."""
+    """Return the caption with the boxes of the scene's objects, each described as "a red circle"."""
     regions = []
     for one in item.objects:
         x0, y0, x1, y1 = (value / SIZE for value in one.box)
@@ -63,14 +63,14 @@ def layout_source(name: str, folder: str | None = None) -> Callable[[Scene, int]
 
 
 def relation_cases(count: int, layout_of: Callable[[Scene, int], Layout]) -> list[Case]:
-    """The first ``count`` test scenes whose caption states a relation."""
+    """Return the first ``count`` test scenes whose caption states a relation."""
     scenes = first_scenes(count, lambda item: item.relation is not None)
     seeds = [1000 + item.index for item in scenes]
     return [Case(str(item.index), item, layout_of(item, seed), seed) for item, seed in zip(scenes, seeds, strict=True)]
 
 
 def controls_of_rows(settings: Sequence[str], base: str) -> dict[str, tuple[Control, ...]]:
-    """The controls of each row. ValueError for a setting that no row knows, or a value out of range."""
+    """Return the controls of each row. ValueError for a setting that no row knows, or a value out of range."""
     common = [text for text in settings if text.partition("=")[0].partition(".")[0] not in ROWS]
     rows = {}
     for row, (name, own) in ROWS.items():
@@ -104,7 +104,7 @@ class Images:
         return generate_cases(self.pipe, cases, steering, size, row, files, **self.arguments)
 
     def optimise(self, case: Case, controls: Sequence[Control], index: int) -> list[Control]:
-        """The controls with the weights found for this case, which are kept beside the images."""
+        """Return the controls with the weights found for this case, which are kept beside the images."""
         changed: list[Control] = []
         for control in controls:
             if isinstance(control, OptimizedSpaceTime):
@@ -119,7 +119,8 @@ class Images:
 
 
 def claim(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the images depend on, written into the folder or compared with what is there; ValueError if it differs."""
+    """Return what the images depend on, written into the folder or compared with what is there; ValueError if it
+    differs."""
     base = Path(resolve_base(options.base).id_or_path)
     content = {name: value for name, value in vars(options).items() if name not in _FREE}
     content["weights_sha256"] = {part: sha256_of_folder(base / part) for part in ("unet", "vae", "text_encoder")}

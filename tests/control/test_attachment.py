@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Callable
@@ -223,7 +224,7 @@ def test_sigma_is_the_noise_level_of_the_sample(name: str, sd_pipe: StableDiffus
         draw(sd_pipe, num_inference_steps=5)
     sigmas = [item[2] for item in seen]
     assert all(0.01 < sigma < 15 for sigma in sigmas)
-    assert all(later <= earlier + 1e-9 for earlier, later in zip(sigmas, sigmas[1:], strict=False)) or name == "pndm"
+    assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(sigmas)) or name == "pndm"
     scheduler = sd_pipe.scheduler
     abar = scheduler.alphas_cumprod.double()
     levels = ((1 - abar) / abar).sqrt()

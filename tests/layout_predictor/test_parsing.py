@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -112,7 +113,7 @@ def test_any_text_is_parsed_or_refused_in_one_sentence(prompt: str) -> None:
         return
     assert found and all(prompt[slice(*item.span)] == item.phrase for item in found)
     spans = [item.span for item in found]
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ class FakeSpacy:
     def __call__(self, prompt: str) -> Any:
         def chunk(text: str) -> Any:
             start = prompt.index(text)
-            root = SimpleNamespace(text=text.split()[-1])
+            root = SimpleNamespace(text=text.rsplit(maxsplit=1)[-1])
             return SimpleNamespace(text=text, start_char=start, end_char=start + len(text), root=root)
 
         return SimpleNamespace(noun_chunks=[chunk(text) for text in self.chunks])

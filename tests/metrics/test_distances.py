@@ -1,5 +1,6 @@
 """Distances against published numbers, closed forms and other implementations."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_every_distance_grows_with_damage() -> None:
         (frechet_distance(*gaussian(real), *gaussian(x)), kernel_distance(real, x).value, clip_mmd(real, x))
         for x in (other, other + 0.3, other + 1.0 * rng.normal(size=other.shape) - 1)
     ]
-    assert all(a < b for first, second in zip(rows, rows[1:], strict=False) for a, b in zip(first, second, strict=True))
+    assert all(a < b for first, second in itertools.pairwise(rows) for a, b in zip(first, second, strict=True))
 
 
 def test_too_few_rows_and_other_dimensions() -> None:

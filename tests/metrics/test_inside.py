@@ -1,5 +1,6 @@
 """Edges and similarity inside the mask."""
 
+import itertools
 import math
 
 import kornia.metrics
@@ -44,7 +45,7 @@ def test_scores_fall_monotonically_with_damage() -> None:
         similarity.update(damaged, target, half(4))
         rows.append((edges.compute()["f1"], similarity.compute()["ssim"]))
     assert rows[0] == (1, pytest.approx(1))
-    assert all(a > b for first, second in zip(rows, rows[1:], strict=False) for a, b in zip(first, second, strict=True))
+    assert all(a > b for first, second in itertools.pairwise(rows) for a, b in zip(first, second, strict=True))
 
 
 def test_samples_without_edges_or_mask_are_counted() -> None:

@@ -1,5 +1,7 @@
 """Distances must grow with damage, as far as the extractor sees it."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,7 @@ def test_real_blurred_noise_by_efficientnet() -> None:
         features = extractor(damaged[rung]).double().numpy()
         far = frechet_distance(*gaussian(first @ project), *gaussian(features @ project))
         rows.append((far, kernel_distance(first, features).value, clip_mmd(first, features)))
-    assert all(a < b for one, next_ in zip(rows, rows[1:], strict=False) for a, b in zip(one, next_, strict=True))
+    assert all(a < b for one, next_ in itertools.pairwise(rows) for a, b in zip(one, next_, strict=True))
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
