@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from localctl.cli.arguments import VERSION
 from localctl.cli.program import one_sentence
-from localctl.cli.suggest import nearest
+from localctl.messages import nearest
 
 PROGRAM = "python -m localctl"
 PROGRAMS = {

@@ -23,6 +23,7 @@ from localctl.losses import FILTERS, LossConfig, LossTerms, local_control_loss, 
 from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.seeding import noise
+from localctl.settings import Schedule
 from localctl.training.text import encode_text, is_xl, time_ids, unet_arguments
 
 COLUMNS = ("z_t", "z0'", "filter of z0", "filter of z0'", "difference in mask")
@@ -174,11 +175,11 @@ def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Ima
 
 
 def schedule_plot(
-    alphas_cumprod: Tensor, timesteps: Sequence[int], schedules: Sequence[str], config: LossConfig
+    alphas_cumprod: Tensor, timesteps: Sequence[int], schedules: Sequence[Schedule], config: LossConfig
 ) -> Image.Image:
     """w(t) of each schedule, with the other settings of ``config``, over ``timesteps``."""
     t = torch.tensor(timesteps)
-    series = {}
+    series: dict[str, dict[float, Interval]] = {}
     for name in schedules:
         weights = schedule_weight(replace(config, schedule=name), t, alphas_cumprod).tolist()
         series[name] = {float(x): Interval(w, w, w, 1) for x, w in zip(timesteps, weights, strict=True)}

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.cli.arguments import BOOLS, Arguments
 from localctl.cli.sample_record import RECORD, read_record
-from localctl.cli.suggest import nearest
+from localctl.messages import nearest
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
