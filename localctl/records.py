@@ -109,6 +109,8 @@ def sentence(error: ValidationError, cls: type, section: str = "") -> str:
     if kind in ("too_long", "too_short"):
         many = f"{context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
         return f"{key} takes {many} values, not {len(detail['input'])}."
+    if kind in _LIMITS and isinstance(detail["input"], str):  # a number that was typed
+        value = detail["input"]
     wanted = _LIMITS[kind].format(**context) if kind in _LIMITS else _KINDS.get(kind.partition("_")[0], detail["msg"])
     return f"{key} must be {wanted}, not {value}."
 

@@ -27,7 +27,8 @@ from localctl.cli.help import help_text
 from localctl.messages import nearest
 from localctl.redaction import mark_environment
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
+_PLACES = (Path(__file__).resolve().parents[1] / "config", Path(__file__).resolve().parents[2] / "config")
+CONFIG_DIR = _PLACES[0] if _PLACES[0].is_dir() else _PLACES[1]  # installed, or in a checkout
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 Settings = TypeVar("Settings")
@@ -90,7 +91,7 @@ def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[st
     """Group -> its options, for the groups that ``config_dir/name.yaml`` is made of: another program's word of the same
     name, like the folder of an adapter, is no group there."""
     if not config_dir.is_dir():
-        raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
+        raise ValueError(f"The configuration folder {config_dir} is missing; install the package again.")
     path = config_dir / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
