@@ -1,65 +1,95 @@
-"""`python -m localctl`: which programs there are. Each explains itself with `--help`."""
+"""`localctl COMMAND`, also `python -m localctl`: every program under one name. Each explains itself with `--help`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 from localctl.cli.arguments import VERSION
-from localctl.cli.program import one_sentence
-from localctl.cli.suggest import nearest
+from localctl.cli.program import CONSOLE, one_sentence
+from localctl.messages import nearest
 
-PROGRAM = "python -m localctl"
+# Command -> module with its main(argv, program), and what it is for.
+COMMANDS = {
+    "train": ("localctl.cli.train", "train a local adapter"),
+    "sample": ("localctl.cli.sample", "generate images that follow a condition inside a mask, or a layout"),
+    "evaluate fid": ("localctl.cli.evaluate_fid", "distances of generated images to photos (FID, KID, CMMD)"),
+    "evaluate metrics": ("localctl.cli.evaluate_metrics", "compare several adapters, or plain folders of images"),
+    "check-data": ("localctl.cli.check_data", "check a dataset as the training reads it"),
+    "predict-layout": ("localctl.cli.predict_layout", "predict where the objects of a prompt belong"),
+}
+# In a checkout. The first are the same as a command, under the name of a script.
 PROGRAMS = {
-    "Make and use an adapter": {
-        "python data/make_dataset.py": "a folder of photos becomes a data set",
-        "python data/download_images.py": "a list of addresses becomes a folder of photos",
-        "python -m localctl.data": "check a data set as the training reads it",
-        "python train_adapter.py": "train a local adapter",
-        "python sample.py": "generate images that follow a condition inside a mask, or a layout",
+    "The commands as scripts": {
+        "python train_adapter.py": "localctl train",
+        "python sample.py": "localctl sample",
+        "python evaluate_fid.py": "localctl evaluate fid",
+        "python evaluate_quantitative_metrics.py": "localctl evaluate metrics",
+        "python -m localctl.data": "localctl check-data",
+        "python -m localctl.layout_predictor": "localctl predict-layout",
     },
-    "Place things": {
-        "python -m localctl.layout_predictor": "predict where the objects of a prompt belong",
-        "python -m research.layout_predictor.train": "train what predicts it",
+    "Data": {
+        "python data/make_dataset.py": "a folder of photos becomes a dataset",
+        "python data/download_images.py": "a list of addresses becomes a folder of photos",
+    },
+    "Studies": {
+        "python -m research.layout_predictor.train": "train what predicts layouts",
         "python -m research.layout_predictor.report": "measure it",
         "python -m research.heat_maps": "where each phrase is attended to, for each control",
-    },
-    "Measure": {
-        "python evaluate_fid.py": "distances of generated images to photos (FID, KID, CMMD)",
-        "python evaluate_quantitative_metrics.py": "compare several adapters, or plain folders of images",
         "python -m research.control_share": "edges inside the mask, between base and ceiling",
         "python -m research.ablation": "does each part of the method help",
         "python -m research.layout_benchmark": "do objects stand where a layout asks for them",
         "python -m research.spacetime": "what space-time attention gains",
         "python -m research.metric_sanity": "does a distance see damage",
-    },
-    "The embedded base": {
-        "python -m research.micro_base": "train it",
+        "python -m research.micro_base": "train the embedded base",
         "python -m research.micro_base.report": "measure it",
         "python -m research.micro_base.word_use": "does it use the words of a caption",
     },
 }
 
 
-@one_sentence(PROGRAM)
+@one_sentence(CONSOLE)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the overview, or with ``--version`` the version; 2 after any other argument."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--version" in argv:
+    """Run the command that ``argv`` (None: of the command line) begins with; its exit code, 2 where there is none."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for count in (1, 2):
+        command = " ".join(words[:count])
+        if command in COMMANDS:
+            main = importlib.import_module(COMMANDS[command][0]).main
+            return int(main(words[count:], program=f"{CONSOLE} {command}"))
+    if "--version" in words:
         print(VERSION)
         return 0
-    rest = [word for word in argv if word not in ("-h", "--help", "help")]
-    if rest:
-        known = [command for programs in PROGRAMS.values() for command in programs]
-        words = [command.rsplit("/", 1)[-1].rsplit(" ", 1)[-1].removesuffix(".py") for command in known]
-        near = nearest(rest[0].removesuffix(".py"), words)
-        raise ValueError(f"{rest[0]!r} is no program to start from here; {near}")
-    print(f"{VERSION}: local control of text-to-image diffusion. Every program explains itself with --help.")
+    unknown = [word for word in words if word not in ("-h", "--help", "help")]
+    if unknown == ["evaluate"] and len(words) > 1:
+        _table({command: text for command, (_, text) in COMMANDS.items() if command.startswith("evaluate ")})
+        return 0
+    if unknown:
+        _refuse(unknown)
+    print(f"{VERSION}: local control of text-to-image diffusion.\n\nusage: {CONSOLE} COMMAND ...\n")
+    _table({command: text for command, (_, text) in COMMANDS.items()})
+    print(f"\n{CONSOLE} COMMAND --help explains a command; --version prints the version.")
     for title, programs in PROGRAMS.items():
-        print(f"\n{title}")
-        for command, text in programs.items():
-            print(f"  {command:<46} {text}")
+        print(f"\n{title}, in a checkout")
+        _table(programs)
     return 0
+
+
+def _table(lines: dict[str, str]) -> None:
+    for name, text in lines.items():
+        print(f"  {name:<42} {text}")
+
+
+def _refuse(words: Sequence[str]) -> None:
+    """ValueError for what is no command, naming one that is near."""
+    if words[0] == "evaluate":
+        second = f" {words[1]!r}" if len(words) > 1 else ""
+        raise ValueError(f"Say what to evaluate, fid or metrics{second and f', not{second}'}; see --help.")
+    scripts = {name.rsplit("/", 1)[-1].rsplit(" ", 1)[-1]: name for part in PROGRAMS.values() for name in part}
+    word = words[0].removesuffix(".py").replace("_", "-")
+    known = [*{command.partition(" ")[0] for command in COMMANDS}, *(name.removesuffix(".py") for name in scripts)]
+    raise ValueError(f"There is no command {words[0]!r}; {nearest(word, sorted(known))}")
 
 
 if __name__ == "__main__":

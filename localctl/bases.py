@@ -7,18 +7,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from localctl.files import first_line, read_object
+from localctl.records import record
 from localctl.sizes import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-DTYPE_NAMES = ("float32", "float16", "bfloat16")
-SCHEDULERS = {
+DtypeName = Literal["float32", "float16", "bfloat16"]
+SchedulerName = Literal["ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
+SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "pndm": "PNDMScheduler",
@@ -66,6 +69,7 @@ BASES = {
 }
 
 
+@record("base")
 @dataclass(kw_only=True)
 class BaseConfig:
     """Which base to load and how.
@@ -82,12 +86,8 @@ class BaseConfig:
     vae: str | None = None
     revision: str | None = None
     variant: str | None = None
-    dtype: str = "float32"
+    dtype: DtypeName = "float32"
     local_files_only: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_NAMES:
-            raise ValueError(f"Unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPE_NAMES)}.")
 
 
 def resolve_base(name: str) -> BaseSpec:

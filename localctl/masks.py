@@ -64,7 +64,7 @@ def sample_mask(
         ValueError: no mask of this kind and size has an area in [min_area, max_area]; ``objects`` without objects of
             this size; a ``fixed`` box that holds no pixel of this size.
     """
-    kind = config.kind
+    kind: str = config.kind
     if kind == "mixture":
         assert config.mixture is not None
         kinds = sorted(config.mixture)  # the order in a file must not matter

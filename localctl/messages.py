@@ -1,14 +1,17 @@
-"""How a warning and a failure look: in colour on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+"""How a warning and a failure look: in colour on a terminal, unless NO_COLOR is set (https://no-color.org); and what to
+say to somebody who wrote a name that is not known."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+_CUTOFF = 0.75  # below, a suggestion is far-fetched
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
 
@@ -80,3 +83,21 @@ def fail(program: str, error: object) -> None:
 def _coloured(text: str, colour: str, stream: TextIO) -> str:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
     return text if plain else f"{colour}{text}{_PLAIN}"
+
+
+def nearest(name: str, known: Sequence[str], otherwise: str = "see --help.") -> str:
+    """The end of a sentence: "did you mean X?", or ``otherwise`` when nothing known is near.
+
+    A dotted name may also be asked for by its last part ("weight" for "loss.weight"); all that have it are named.
+    """
+    dashes = "--" if name.startswith("--") else ""
+    same = [item for item in known if item.rsplit(".", 1)[-1].removeprefix("--") == name.removeprefix("--")]
+    if not same:
+        by_last_part: dict[str, list[str]] = {}
+        for item in known:
+            by_last_part.setdefault(dashes + item.rsplit(".", 1)[-1].removeprefix("--"), []).append(item)
+        near = difflib.get_close_matches(name, [*known, *by_last_part], n=1, cutoff=_CUTOFF)
+        same = by_last_part.get(near[0], near) if near else []
+        if near and near[0] in known:
+            same = near
+    return f"did you mean {' or '.join(same)}?" if same else otherwise

@@ -3,26 +3,41 @@ once. ``conditions``, ``masks``, ``losses`` and ``diffusion`` do what is said he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal, get_args
 
-ADAPTER_TYPES = ("full_adapter", "full_adapter_xl", "light_adapter")
-CHANNELS = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
+from pydantic import Field
+
+from localctl.records import NotNegative, Positive, Rate, Share, record
+
+AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
+ConditionKind = Literal["canny", "sobel", "palette", "depth", "segmentation", "column"]
+ChannelsUsed = Literal["gray", "rgb"]
+PaletteFilter = Literal["mean", "bicubic"]
+MaskResize = Literal["area", "nearest", "inside", "cover"]
+BoxLaw = Literal["sides", "corners"]
+MaskKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture"]
+LossFilter = Literal["none", "mse", "sobel", "laplacian"]
+Schedule = Literal["constant", "step_unit", "time_unit", "snr"]
+Normalise = Literal["map", "mask"]
+TimestepSampling = Literal["uniform", "cubic"]
+MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full"]  # a mask kind in a mixture
+ReportTo = Literal["tensorboard", "wandb", "all", "none"]
+
+ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
+CHANNELS: dict[str, Literal[1, 3]] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
 FROM_PICTURE = ("canny", "sobel", "palette")
-CHANNELS_USED = ("gray", "rgb")
-PALETTE_FILTERS = ("mean", "bicubic")
-MASK_RESIZE = ("area", "nearest", "inside", "cover")
-BOX_LAWS = ("sides", "corners")
-MASK_KINDS = ("box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture")
-LOSS_FILTERS = ("none", "mse", "sobel", "laplacian")
-SCHEDULES = ("constant", "step_unit", "time_unit", "snr")
-NORMALISE = ("map", "mask")
-TIMESTEP_SAMPLINGS = ("uniform", "cubic")
-REPORT_TO = ("tensorboard", "wandb", "all", "none")
+MASK_RESIZE: tuple[str, ...] = get_args(MaskResize)
+MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
+LOSS_FILTERS: tuple[str, ...] = get_args(LossFilter)
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
+NORMALISE: tuple[str, ...] = get_args(Normalise)
+TIMESTEP_SAMPLINGS: tuple[str, ...] = get_args(TimestepSampling)
+REPORT_TO: tuple[str, ...] = get_args(ReportTo)
 
 
+@record("condition")
 @dataclass(kw_only=True)
 class ConditionConfig:
     """Which condition; ValueError for settings that make no sense.
@@ -40,30 +55,22 @@ class ConditionConfig:
         whatever is given here.
     """
 
-    kind: str = "canny"
+    kind: ConditionKind = "canny"
     low: float = 50
     high: float = 100
-    cells: int = 8
-    channels: int = 0
-    channels_used: str = "gray"
-    palette_filter: str = "mean"
+    cells: Positive = 8
+    channels: Literal[0, 1, 3] = 0
+    channels_used: ChannelsUsed = "gray"
+    palette_filter: PaletteFilter = "mean"
 
     def __post_init__(self) -> None:
-        if self.kind not in CHANNELS:
-            raise ValueError(f"Unknown condition {self.kind!r}; choose one of {', '.join(CHANNELS)}.")
         if not 0 <= self.low <= self.high:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
-        if self.cells < 1:
-            raise ValueError(f"The palette needs at least 1 cell on a side, not {self.cells}.")
-        for name, known in (("channels_used", CHANNELS_USED), ("palette_filter", PALETTE_FILTERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Unknown condition.{name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
-        if self.channels not in (0, 1, 3):
-            raise ValueError(f"A condition has 1 or 3 channels, not condition.channels={self.channels}.")
         if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
             self.channels = CHANNELS[self.kind]
 
 
+@record("mask")
 @dataclass(kw_only=True)
 class MaskConfig:
     """Which masks to draw; ValueError for settings that make no sense.
@@ -83,29 +90,21 @@ class MaskConfig:
     mixture: kind -> weight, for ``mixture``, such as {box: 2, full: 1}.
     """
 
-    kind: str = "box"
-    min_area: float = 0.038
-    max_area: float = 1.0
+    kind: MaskKind = "box"
+    min_area: Share = 0.038
+    max_area: Share = 1.0
     count: int | tuple[int, int] = (1, 2)
-    soft_edge: float = 0.0
+    soft_edge: Rate = 0.0
     box: tuple[float, float, float, float] | None = None
-    mixture: Mapping[str, float] | None = None
-    box_law: str = "sides"
+    mixture: Mapping[MixedKind, Rate] | None = None
+    box_law: BoxLaw = "sides"
 
     def __post_init__(self) -> None:
-        if self.kind not in MASK_KINDS:
-            raise ValueError(f"Unknown mask kind {self.kind!r}; choose one of {', '.join(MASK_KINDS)}.")
-        if self.box_law not in BOX_LAWS:
-            raise ValueError(f"Unknown mask box_law {self.box_law!r}; choose one of {', '.join(BOX_LAWS)}.")
-        if not 0 <= self.min_area <= self.max_area <= 1:
-            raise ValueError(
-                f"Masks need 0 <= min_area <= max_area <= 1, not min_area={self.min_area}, max_area={self.max_area}."
-            )
+        if self.min_area > self.max_area:
+            raise ValueError(f"Masks need mask.min_area <= mask.max_area, not {self.min_area} and {self.max_area}.")
         fewest, most = self.counts
         if not 1 <= fewest <= most:
             raise ValueError(f"The mask count must be at least 1 and ordered (fewest, most), not {self.count}.")
-        if not 0 <= self.soft_edge < math.inf:
-            raise ValueError(f"The mask's soft_edge is a width in pixels and not negative, not {self.soft_edge}.")
         _check_box(self.box, needed=self.kind == "fixed" or "fixed" in (self.mixture or {}))
         _check_mixture(self.mixture, needed=self.kind == "mixture")
 
@@ -114,33 +113,26 @@ class MaskConfig:
         """``count`` as (fewest, most)."""
         if isinstance(self.count, int):
             return self.count, self.count
-        if len(self.count) != 2:
-            raise ValueError(f"The mask count is a number or a pair (fewest, most), not {self.count}.")
-        return int(self.count[0]), int(self.count[1])
+        return self.count
 
 
-def _check_box(box: Any, needed: bool) -> None:
+def _check_box(box: tuple[float, float, float, float] | None, needed: bool) -> None:
     if box is None and not needed:
         return
-    if box is None or len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+    if box is None or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(f"A fixed mask needs box=(x0, y0, x1, y1) in [0,1] with x0 < x1 and y0 < y1, not {box}.")
 
 
-def _check_mixture(mixture: Mapping[str, float] | None, needed: bool) -> None:
+def _check_mixture(mixture: Mapping[MixedKind, float] | None, needed: bool) -> None:
     if not mixture:
         if needed:
             raise ValueError("A mask mixture needs at least one kind with its weight, such as {box: 1, circle: 1}.")
         return
-    for kind, weight in mixture.items():
-        if kind not in MASK_KINDS or kind == "mixture":
-            known = ", ".join(name for name in MASK_KINDS if name != "mixture")
-            raise ValueError(f"Unknown kind {kind!r} in the mask mixture; choose from {known}.")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"The weight of {kind!r} in the mask mixture must not be negative, not {weight}.")
     if not sum(mixture.values()) > 0:
         raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
 
 
+@record("loss")
 @dataclass(kw_only=True)
 class LossConfig:
     """Settings of both terms; ValueError for a value that makes no sense.
@@ -165,34 +157,20 @@ class LossConfig:
         what an image looks like outside; all-zero masks teach nothing.
     """
 
-    filter: str = "sobel"
-    schedule: str = "constant"
-    normalise: str = "mask"
-    weight: float = 1e-3
-    t_min: int = 500
+    filter: LossFilter = "sobel"
+    schedule: Schedule = "constant"
+    normalise: Normalise = "mask"
+    weight: Rate = 1e-3
+    t_min: NotNegative = 500
     t_max: int = 999
-    snr_cap: float = 5.0
-    mask_resize: str = "area"
+    snr_cap: Annotated[float, Field(gt=0)] = 5.0
+    mask_resize: MaskResize = "area"
     squared_mask: bool = False
-    denoising_weight: float = 1.0
+    denoising_weight: Rate = 1.0
     mask_denoising: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("filter", LOSS_FILTERS),
-            ("schedule", SCHEDULES),
-            ("normalise", NORMALISE),
-            ("mask_resize", MASK_RESIZE),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"Unknown loss {name} {value!r}; choose one of {', '.join(known)}.")
-        for name, weight in (("weight", self.weight), ("denoising_weight", self.denoising_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"The loss {name} must be finite and not negative, not {weight}.")
         if not self.denoising_weight and (self.filter == "none" or not self.weight):
             raise ValueError("The loss is 0 whatever the adapter does; give it a denoising_weight, or a local term.")
-        if not 0 <= self.t_min <= self.t_max:
-            raise ValueError(f"The loss needs 0 <= t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")
-        if not self.snr_cap > 0:
-            raise ValueError(f"The loss's snr_cap must be positive, not {self.snr_cap}.")
+        if self.t_min > self.t_max:
+            raise ValueError(f"The loss needs t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")

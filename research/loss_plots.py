@@ -24,6 +24,7 @@ from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.pipelines import is_xl
 from localctl.seeding import noise
+from localctl.settings import Schedule
 from localctl.training.models import encode_text, time_ids, unet_arguments
 
 COLUMNS = ("z_t", "z0'", "filter of z0", "filter of z0'", "difference in mask")
@@ -175,11 +176,11 @@ def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Ima
 
 
 def schedule_plot(
-    alphas_cumprod: Tensor, timesteps: Sequence[int], schedules: Sequence[str], config: LossConfig
+    alphas_cumprod: Tensor, timesteps: Sequence[int], schedules: Sequence[Schedule], config: LossConfig
 ) -> Image.Image:
     """w(t) of each schedule, with the other settings of ``config``, over ``timesteps``."""
     t = torch.tensor(timesteps)
-    series = {}
+    series: dict[str, dict[float, Interval]] = {}
     for name in schedules:
         weights = schedule_weight(replace(config, schedule=name), t, alphas_cumprod).tolist()
         series[name] = {float(x): Interval(w, w, w, 1) for x, w in zip(timesteps, weights, strict=True)}

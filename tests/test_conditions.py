@@ -37,7 +37,7 @@ def test_channels() -> None:
     assert ConditionConfig(kind="column", channels=1).channels == 1
     assert replace(ConditionConfig(), kind="segmentation").channels == 3
     for kind, channels in (("canny", 2), ("column", 2), ("column", -1)):
-        with pytest.raises(ValueError, match=f"channels={channels}"):
+        with pytest.raises(ValueError, match=f"condition.channels {channels}"):
             ConditionConfig(kind=kind, channels=channels)
 
 

@@ -309,8 +309,8 @@ def test_the_weight_of_the_denoising_term() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"denoising_weight": -1.0}, "loss denoising_weight"),
-        ({"denoising_weight": float("nan")}, "loss denoising_weight"),
+        ({"denoising_weight": -1.0}, "loss.denoising_weight"),
+        ({"denoising_weight": float("nan")}, "loss.denoising_weight"),
         ({"denoising_weight": 0.0, "filter": "none"}, "0 whatever the adapter does"),
         ({"denoising_weight": 0.0, "weight": 0.0}, "0 whatever the adapter does"),
     ],

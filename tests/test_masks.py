@@ -177,8 +177,8 @@ def test_soft_edge_only_adds_a_ramp_outside(kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "blob"}, "mask kind 'blob'"),
-        ({"min_area": 0.5, "max_area": 0.4}, "min_area=0.5"),
+        ({"kind": "blob"}, "mask.kind 'blob'"),
+        ({"min_area": 0.5, "max_area": 0.4}, "mask.min_area <= mask.max_area, not 0.5"),
         ({"min_area": -0.1}, "min_area"),
         ({"max_area": 1.5}, "max_area"),
         ({"count": 0}, "count"),
@@ -189,9 +189,9 @@ def test_soft_edge_only_adds_a_ramp_outside(kind: str) -> None:
         ({"kind": "fixed", "box": (0.5, 0.0, 0.4, 1.0)}, "x0 < x1"),
         ({"kind": "fixed", "box": (0.0, 0.0, 128.0, 128.0)}, "in \\[0,1\\]"),
         ({"kind": "mixture"}, "at least one kind"),
-        ({"kind": "mixture", "mixture": {"mixture": 1}}, "'mixture' in the mask mixture"),
-        ({"kind": "mixture", "mixture": {"blob": 1}}, "'blob' in the mask mixture"),
-        ({"kind": "mixture", "mixture": {"box": -1}}, "'box'.*not be negative"),
+        ({"kind": "mixture", "mixture": {"mixture": 1}}, "Unknown mask.mixture 'mixture'"),
+        ({"kind": "mixture", "mixture": {"blob": 1}}, "Unknown mask.mixture 'blob'; choose one of box"),
+        ({"kind": "mixture", "mixture": {"box": -1}}, "mask.mixture.box must be at least 0, not -1"),
         ({"kind": "mixture", "mixture": {"box": 0}}, "all zero"),
         ({"kind": "mixture", "mixture": {"fixed": 1}}, "needs box="),
     ],

@@ -3,20 +3,23 @@ from dataclasses import dataclass, field, replace
 import pytest
 import yaml
 
-from localctl import redaction as record
+from localctl import redaction
 from localctl.cli.config import load_config
 from localctl.data import DataConfig
+from localctl.records import record
 from localctl.redaction import MASKED, flat, recorded
 from localctl.training.export import write_settings
 from localctl.training.settings import TrainSettings
 
 
+@record("hub")
 @dataclass(kw_only=True)
 class Hub:
     token: str | None = None
     repository: str = "me/mine"
 
 
+@record()
 @dataclass(kw_only=True)
 class Settings:
     hub: Hub = field(default_factory=Hub)
@@ -84,12 +87,12 @@ def test_the_written_settings_of_a_run_carry_no_secret(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["key", "api_key", "API_KEY", "hub_token", "aws_secret_access_key", "secret_name"])
 def test_secrets_are_known_by_their_names(name):
-    assert record._plain({name: "x"}) == {name: MASKED}
+    assert redaction._plain({name: "x"}) == {name: MASKED}
 
 
 @pytest.mark.parametrize("name", ["key_column", "keys", "max_tokens", "tokenizer", "keep", "monkey", "passwords_file"])
 def test_what_only_sounds_like_a_secret_is_none(name):
-    assert record._plain({name: "x"}) == {name: "x"}
+    assert redaction._plain({name: "x"}) == {name: "x"}
 
 
 def test_a_run_can_be_repeated_from_its_key_column(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from localctl import __version__
-from localctl.cli.suggest import nearest
+from localctl.messages import nearest
 
 VERSION = f"localctl {__version__}"
 _SEVERAL = ("+", "*")

@@ -11,22 +11,22 @@ import sys
 from collections.abc import Sequence
 
 from localctl.cli.check_settings import CheckSettings
-from localctl.cli.program import one_sentence
+from localctl.cli.program import explained, one_sentence
 from localctl.cli.training_flags import training_settings
 from localctl.messages import loading
 
-PROGRAM = "python -m localctl.data"
+PROGRAM = "python -m localctl.data check"
 
 
-@one_sentence(PROGRAM)
-def main(argv: Sequence[str] | None = None) -> int:
+@one_sentence("python -m localctl.data")
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """0 when the check ran, whatever it found; 2 after a mistake of the user's, named in one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = {"-h", "--help", "--version"} & set(argv)
-    if argv[:1] != ["check"] and not asked:
+    if program == PROGRAM and argv[:1] != ["check"] and not asked:
         raise ValueError("Say what to do: check, as in `python -m localctl.data check data.path=FOLDER`; see --help.")
-    rest = argv[1:] if argv[:1] == ["check"] else argv
-    settings = training_settings(f"{PROGRAM} check", rest, CheckSettings, __doc__)
+    rest = argv[1:] if program == PROGRAM and argv[:1] == ["check"] else argv
+    settings = training_settings(program, rest, CheckSettings, explained(__doc__, program))
     if settings is None:
         return 0
     with loading():
@@ -34,7 +34,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(check(settings))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

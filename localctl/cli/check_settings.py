@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from localctl.records import record
 from localctl.training.settings import TrainSettings
 
 
+@record()
 @dataclass(kw_only=True)
 class CheckSettings(TrainSettings):
     """A training's settings and what only the check needs.

@@ -2,16 +2,18 @@
 
 The command line mixes Hydra's spelling (``base=sd15 loss.weight=1e-3 experiment=NAME``) with the ecosystem's
 (``--max_train_steps 100``, ``--max-train-steps=100``); names and aliases are the same in both. Hydra only joins the
-groups: values are converted here by the type of the field they are for, so commas, parentheses and ``$`` in a prompt or
-a path mean nothing special.
+groups: values reach the records as they were typed, so commas, parentheses and ``$`` in a prompt or a path mean nothing
+special; the records (``localctl.records``) convert and check them.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,11 +24,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from localctl.cli.arguments import BOOLS, VERSION
 from localctl.cli.help import help_text
-from localctl.cli.suggest import nearest
+from localctl.messages import nearest
 from localctl.redaction import mark_environment
-from localctl.sizes import typed_size
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "config"
+_PLACES = (Path(__file__).resolve().parents[1] / "config", Path(__file__).resolve().parents[2] / "config")
+CONFIG_DIR = _PLACES[0] if _PLACES[0].is_dir() else _PLACES[1]  # installed, or in a checkout
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 Settings = TypeVar("Settings")
@@ -46,7 +48,7 @@ def load_config(
 
     Args:
         argv: ``key=value``, ``group=option``, ``--key value``, ``--key=value``, and ``--key`` alone for a bool.
-        schema: a keyword-only dataclass; nested dataclasses are groups or sections.
+        schema: a record (``localctl.records``); records in it are groups or sections.
         aliases: flag -> key or group, where the ecosystem's name differs from ours.
         free_groups: group -> key that takes a path or hub id given in place of an option (``base=./folder``).
         elsewhere: flag of other programs -> a sentence that says what takes its place here.
@@ -77,7 +79,7 @@ def load_config(
     values = cast(dict[str, Any], mark_environment(raw, resolved))
     for key, value in changed.items():
         _set(values, key.split("."), value)
-    return _build(schema, values, "")
+    return schema(**_for_pydantic(schema, values))
 
 
 def _on_one_line(error: Exception) -> str:
@@ -89,7 +91,7 @@ def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[st
     """Group -> its options, for the groups that ``config_dir/name.yaml`` is made of: another program's word of the same
     name, like the folder of an adapter, is no group there."""
     if not config_dir.is_dir():
-        raise ValueError(f"The configuration folder {config_dir} is missing; run from a checkout (pip install -e .).")
+        raise ValueError(f"The configuration folder {config_dir} is missing; install the package again.")
     path = config_dir / f"{name}.yaml"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -195,94 +197,40 @@ def _set(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def _build(schema: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
-    """A ``schema`` instance from nested dicts. Keys may be missing (the dataclass has defaults), never unknown."""
-    hints = typing.get_type_hints(schema)
-    for name in values:
-        if name not in hints:
-            _check_known("setting", f"{prefix}{name}", [prefix + key for key in hints])
-    return schema(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
-
-
 _NULLS = ("null", "none")
-_SIZE = "resolution"  # last part of keys that hold [height, width]
 
 
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """``value`` from YAML, or text from the command line, as the type ``hint``. ValueError naming ``key``."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, _expect(value, Mapping, key, "a section of settings"), f"{key}.")
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, args, key)
-    if hint is str:
-        return _expect(value, (str, int, float), key, "text") if isinstance(value, str) else str(value)
-    if hint is bool:
-        found = value if isinstance(value, bool) else BOOLS.get(str(value).lower())
-        return _expect(found, bool, key, "true or false", given=value)
-    if hint in (int, float):
-        return _number(value, hint, key)
-    if key.endswith(_SIZE) and isinstance(value, str):
-        value = _size(value, key)
-    if isinstance(value, str):  # lists and mappings on the command line are YAML, like [1, 2] and {a: 1}
-        value = _parse(value, key)
-    if origin is tuple:
-        value = _expect(value, (list, tuple), key, "a list like [1, 2]")
-        if args[-1] is not Ellipsis and len(args) != len(value):
-            raise ValueError(f"{key} takes {len(args)} values, not {len(value)}.")
-        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_convert(item, kind, key) for item, kind in zip(value, kinds, strict=True))
-    value = _expect(value, Mapping, key, "a mapping like {a: 1}")
-    return {str(name): _convert(item, args[1], f"{key}.{name}") for name, item in value.items()}
+def _for_pydantic(schema: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``values`` of YAML and of the command line, where text stands for other things, as pydantic takes them: null for
+    what may be null, lists and mappings read as YAML, and no true or false for a number."""
+    read: dict[str, Any] = {}
+    hints = typing.get_type_hints(schema)
+    for name, value in values.items():
+        hint = hints.get(name)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+            value = _for_pydantic(hint, value, f"{prefix}{name}.")
+        elif isinstance(value, bool) and bool not in kinds:
+            value = str(value).lower()
+        elif isinstance(value, str) and types.NoneType in kinds and value.lower() in _NULLS:
+            value = None
+        elif isinstance(value, str) and not {str, bool} & {*kinds}:
+            value = _number_or_list(value, kinds, prefix + name)
+        read[name] = value
+    return read
 
 
-def _convert_union(value: Any, options: Sequence[Any], key: str) -> Any:
-    """The first of ``options`` that fits; ``null`` where None is one of them."""
-    if types.NoneType in options and (value is None or (isinstance(value, str) and value.lower() in _NULLS)):
-        return None
-    kinds = [option for option in options if option is not types.NoneType]
-    for kind in kinds[:-1]:
+def _number_or_list(text: str, kinds: Sequence[Any], key: str) -> Any:
+    """What ``text`` is meant to be: 1e3 is a whole number; a list or a mapping is YAML. The rest is pydantic's."""
+    if int in kinds and not text.strip().lstrip("+-").isdigit():  # those not by way of a float, which rounds
+        with suppress(ValueError):
+            return float(text)
+    structured = {typing.get_origin(kind) for kind in kinds} & {tuple, collections.abc.Mapping}
+    if structured and (text.lstrip()[:1] in ("[", "{", "-") or ": " in text):
         try:
-            return _convert(value, kind, key)
-        except ValueError:
-            continue
-    return _convert(value, kinds[-1], key)
-
-
-def _number(value: Any, kind: type, key: str) -> Any:
-    wanted = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
-    try:
-        if kind is int and isinstance(value, (int, str)) and str(value).strip().lstrip("+-").isdigit():
-            return int(value)  # not by way of a float, which rounds large seeds
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"{key} must be {wanted}, not {value!r}.") from None
-    if kind is int and not number.is_integer():
-        raise ValueError(f"{key} must be {wanted}, not {value!r}.")
-    return kind(number)
-
-
-def _size(text: str, key: str) -> Any:
-    """[height, width] from WIDTHxHEIGHT as people type it, or from the list itself."""
-    if not text.startswith("[") and typed_size(text) is None:
-        raise ValueError(f"{key} is a number, WIDTHxHEIGHT like 512x768, or [height, width], not {text!r}.")
-    return typed_size(text) or _parse(text, key)
-
-
-def _parse(text: str, key: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(
-            f"{key} cannot be read from {text!r}; write a list as [1, 2] and a mapping as {{a: 1}}."
-        ) from None
-
-
-def _expect(value: Any, kind: Any, key: str, wanted: str, given: Any = None) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{key} must be {wanted}, not {value if given is None else given!r}.")
-    return value
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"{key} cannot be read from {text!r}; write a list as [1, 2] and a mapping as {{a: 1}}."
+            ) from None
+    return text

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from localctl.cli.config import settings_or_help
-from localctl.cli.program import one_sentence
+from localctl.cli.program import explained, one_sentence
 from localctl.evaluation.settings import FidSettings
 from localctl.messages import loading
 
@@ -30,18 +30,18 @@ ALIASES = {
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
 
-@one_sentence("evaluate_fid.py")
-def main(argv: Sequence[str] | None = None) -> int:
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     if command is None and not {"-h", "--help", "--version"} & set(argv):
-        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{PROGRAM} ref`; see --help.")
+        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{program} ref`; see --help.")
     settings = settings_or_help(
-        f"{PROGRAM} {'|'.join(COMMANDS)}",
+        f"{program} {'|'.join(COMMANDS)}",
         argv,
         FidSettings,
-        about=__doc__,
+        about=explained(__doc__, program),
         aliases=ALIASES,
         free_groups=FREE_GROUPS,
         name="evaluate_fid",
@@ -53,7 +53,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     getattr(fid, COMMANDS[command])(settings)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

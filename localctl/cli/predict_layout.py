@@ -9,13 +9,12 @@ box (x0, y0, x1, y1). Several prompts are drawn on one sheet.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from localctl.cli.arguments import Arguments
-from localctl.cli.program import one_sentence
+from localctl.cli.program import explained, one_sentence
 from localctl.layout_predictor.parsing import CHUNKERS
 from localctl.messages import loading
 from localctl.prompt_syntax import warn_of_syntax
@@ -24,14 +23,15 @@ from localctl.sizes import near_side
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from localctl.layout import Layout, Region
 
+PROGRAM = "python -m localctl.layout_predictor"
 OUTPUT = "outputs/layout_predictor/layout.png"
 _COLUMNS = 3
 _SHORT_SIDE = 320  # px, of the drawn picture
 
 
-def new_parser() -> Arguments:
-    """The flags."""
-    parser = Arguments("python -m localctl.layout_predictor", __doc__)
+def new_parser(program: str = PROGRAM) -> Arguments:
+    """Make the parser of the flags."""
+    parser = Arguments(program, explained(__doc__, program))
     add = parser.add_argument
     add("prompt", nargs="+", help="a sentence, or several")
     add("--seed", type=int, help="draw a layout; default: the most likely one")
@@ -84,10 +84,10 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [*lines, ""][:2]
 
 
-@one_sentence("localctl.layout_predictor")
-def main(argv: Sequence[str] | None = None) -> int:
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    options = new_parser().read(argv)
+    options = new_parser(program).read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
     warn_of_syntax(options.prompt)
@@ -105,7 +105,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.save:
         print(save_layout(layouts[0], options.save))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,25 @@ from typing import ParamSpec
 from localctl.messages import fail, plain_warnings
 
 Arguments = ParamSpec("Arguments")
+CONSOLE = "localctl"
+# The scripts of a checkout, and what the console script calls the same thing.
+SCRIPTS = {
+    "python train_adapter.py": "localctl train",
+    "python sample.py": "localctl sample",
+    "python evaluate_fid.py": "localctl evaluate fid",
+    "python evaluate_quantitative_metrics.py": "localctl evaluate metrics",
+    "python -m localctl.data check": "localctl check-data",
+    "python -m localctl.layout_predictor": "localctl predict-layout",
+}
+
+
+def explained(doc: str | None, program: str) -> str:
+    """What ``--help`` begins with, the docstring of a program, with the commands as its user types them."""
+    text = doc or ""
+    if program.startswith(f"{CONSOLE} "):
+        for script, command in SCRIPTS.items():
+            text = text.replace(script, command)
+    return text
 
 
 def ended(program: str, error: ValueError | OSError) -> int:
@@ -35,8 +54,9 @@ def _nobody_reads() -> bool:
 
 
 def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorates a ``main``: what goes wrong in it becomes one sentence on stderr, behind the name of the ``program``,
-    and an exit code (:func:`ended`). Any other exception is a mistake of ours and goes its way."""
+    """Decorate a ``main``: what goes wrong in it becomes one sentence on stderr, behind the name of the ``program`` (or
+    of its argument of that name), and an exit code (:func:`ended`). Any other exception is a mistake of ours and goes
+    its way."""
 
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         @functools.wraps(main)
@@ -47,7 +67,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
                     print(end="", flush=True)  # what is not read is found out here, not when Python ends
                     return code
             except (ValueError, OSError) as error:
-                return ended(program, error)
+                return ended(str(kwargs.get("program", program)), error)
 
         return guarded
 

@@ -20,22 +20,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.cli.program import one_sentence
+from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_flags import parse
 from localctl.messages import loading
 
+PROGRAM = "sample.py"
 
-@one_sentence("sample.py")
-def main(argv: Sequence[str] | None = None) -> int:
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
-    options = parse(sys.argv[1:] if argv is None else argv, __doc__)
+    options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
     with loading():
         from localctl.cli.sample_run import run
 
-    for path in run(options):
+    for path in run(options, program):
         print(path, flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

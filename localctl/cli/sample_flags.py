@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.cli.arguments import BOOLS, Arguments
 from localctl.cli.sample_record import RECORD, read_record
-from localctl.cli.suggest import nearest
+from localctl.messages import nearest
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
@@ -54,9 +54,9 @@ _ELSEWHERE = {
 }
 
 
-def new_parser(description: str | None = None) -> Arguments:
+def new_parser(description: str | None = None, program: str = "sample.py") -> Arguments:
     """The flags; dashes and underscores are the same. What is not typed is not in the namespace."""
-    parser = Arguments("sample.py", description, argument_default=argparse.SUPPRESS)
+    parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
     )
@@ -144,12 +144,12 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
-def parse(argv: Sequence[str], description: str | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str], description: str | None = None, program: str = "sample.py") -> argparse.Namespace:
     """Flags as a namespace; what a record given with ``--from_json`` says is taken where no flag does.
 
     ValueError for bad flags, or a file that is no record.
     """
-    parser = new_parser(description)
+    parser = new_parser(description, program)
     argv = parser.spelled(argv)
     known, unknown = parser.parse_known_args(argv)
     if unknown:

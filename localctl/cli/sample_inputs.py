@@ -84,7 +84,7 @@ def _channels(adapter: SavedAdapter) -> int:
     return adapter.config.get("in_channels", 3)  # T2IAdapter's default
 
 
-def _condition(kind: str | None, adapter: SavedAdapter, computed: bool) -> ConditionConfig | None:
+def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionConfig | None:
     """How to compute the condition; as trained, unless another kind is asked. None: nobody knows, nor needs to."""
     trained = adapter.condition
     kind = kind or (trained.kind if trained else None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from localctl.weight_search.weights import OptimizedSpaceTime, clip_beside, gene
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
 
 
-def run(options: argparse.Namespace) -> Iterator[Path]:
+def run(options: argparse.Namespace, program: str = "sample.py") -> Iterator[Path]:
     """The paths of the images, as they are written. ValueError and OSError in one sentence, of an output folder that
     another run holds, too; whatever can be known before is raised before the base is loaded."""
+    say = partial(_say, program)
     job = prepare(options)
     for note in job.notes:
         say(note)
@@ -35,12 +37,12 @@ def run(options: argparse.Namespace) -> Iterator[Path]:
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * job.size[0] * job.size[1] * count * len(job.variants))
     lock = FolderLock(folder, say)
     try:
-        yield from _generated(job, folder, count)
+        yield from _generated(job, folder, count, say)
     finally:
         lock.release()
 
 
-def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
+def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -> Iterator[Path]:
     """:func:`run`, with the output folder locked; ``count`` images with each variant."""
     options = job.options
     controls, clips = load_adapters(job), load_clips(job)
@@ -63,9 +65,9 @@ def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
     save_sheets(outputs, record, conditions, masks, folder, read)
 
 
-def say(text: str) -> None:
-    """A line for whoever waits; standard output is for the paths alone."""
-    print(f"sample.py: {text}", file=sys.stderr, flush=True)
+def _say(program: str, text: str) -> None:
+    """Print a line for whoever waits; standard output is for the paths alone."""
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def load_adapters(job: Job) -> list[LocalAdapterControl]:

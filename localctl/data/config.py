@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from localctl.sizes import PHOTO_PIXELS, check_side
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from localctl.records import Positive, Share, record
+from localctl.sizes import PHOTO_PIXELS, check_side, typed_size
 
 MICRO_COUNT, MICRO_SIDE, FILE_SIDE = 3000, 128, 512
-PROFILES = ("basic", "rich")  # of the embedded scenes
 LOCAL_FORMATS = ("imagefolder", "parquet", "folder")
-INTERPOLATIONS = ("bilinear", "nearest")
+Interpolation = Literal["bilinear", "nearest"]
+Profile = Literal["basic", "rich"]  # of the embedded scenes
+PROFILES: tuple[str, ...] = get_args(Profile)
+INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 MOST_PIXELS = 178_956_970  # beyond which Pillow opens nothing
 
 
+def _size(value: Any) -> Any:
+    """[height, width] of a size as people type it, WIDTHxHEIGHT."""
+    if not isinstance(value, str) or value.strip().isdecimal():
+        return value
+    if (size := typed_size(value)) is None:
+        raise PydanticCustomError("size", "a number, WIDTHxHEIGHT like 512x768, or [height, width]")
+    return size
+
+
+@record("data")
 @dataclass(kw_only=True)
 class DataConfig:
     """Which examples; ValueError for settings that make no sense. ``docs/data.md`` describes the formats.
@@ -66,37 +82,22 @@ class DataConfig:
     mask_column: str | None = "mask"
     caption_column: str | None = "text"
     key_column: str | None = None
-    resolution: int | tuple[int, int] | None = None
+    resolution: Annotated[int | tuple[int, int] | None, BeforeValidator(_size)] = None
     center_crop: bool = True
     random_flip: bool = False
-    conditioning_interpolation: str | None = None
-    validation_share: float = 0.05
-    max_pixels: int = PHOTO_PIXELS
-    max_bad_fraction: float = 0.01
-    profile: str = "basic"
-    count: int | None = None
+    conditioning_interpolation: Interpolation | None = None
+    validation_share: Share = 0.05
+    max_pixels: Annotated[int, Field(ge=1, le=MOST_PIXELS)] = PHOTO_PIXELS
+    max_bad_fraction: Share = 0.01
+    profile: Profile = "basic"
+    count: Positive | None = None
     keep_latents: bool = True
 
     def __post_init__(self) -> None:
         if self.path is not None and self.name == "micro":
             self.name = "imagefolder"
-        if self.profile not in PROFILES:
-            raise ValueError(f"Unknown scene profile {self.profile!r}; choose one of {', '.join(PROFILES)}.")
         for side in (self.resolution,) if isinstance(self.resolution, int) else self.resolution or ():
             check_side("data.resolution", side)
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"data.count must be at least 1, not {self.count}.")
-        if not 1 <= self.max_pixels <= MOST_PIXELS:
-            raise ValueError(f"data.max_pixels is a number of pixels up to {MOST_PIXELS:,}, not {self.max_pixels}.")
-        for name in ("validation_share", "max_bad_fraction"):
-            share = getattr(self, name)
-            if not (math.isfinite(share) and 0 <= share <= 1):
-                raise ValueError(f"data.{name} is a share from 0 to 1, not {share}.")
-        if self.conditioning_interpolation not in (None, *INTERPOLATIONS):
-            known = ", ".join(INTERPOLATIONS)
-            raise ValueError(
-                f"Unknown data.conditioning_interpolation {self.conditioning_interpolation!r}; choose one of {known}."
-            )
         self._check_micro() if self.is_micro else self._check_name()
 
     @property

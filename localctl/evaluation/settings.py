@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
-from localctl.bases import BASES, SCHEDULERS, BaseConfig
+from pydantic import Field
+
+from localctl.bases import BASES, BaseConfig, SchedulerName
 from localctl.data.config import DataConfig
+from localctl.records import Finite, Positive, record
 from localctl.settings import ConditionConfig, MaskConfig
 
-PROMPTS = ("with", "without", "both")
+Prompts = Literal["with", "without", "both"]
+PROMPTS: tuple[str, ...] = get_args(Prompts)
 
 
+@record()
 @dataclass(kw_only=True)
 class FidSettings:
     """One comparison of generated images with photos; ValueError for settings that make no sense.
@@ -48,36 +53,27 @@ class FidSettings:
     part: str | None = None
     adapter: str | None = None
     controlnet: str | None = None
-    weight: float = 1.0
+    weight: Finite = 1.0
     extractor: str = "micro_clip"
     weights: str | None = None
     reference: str | None = None
-    num_images: int = 2048
-    prompts: str = "with"
+    num_images: Annotated[int, Field(ge=2)] = 2048
+    prompts: Prompts = "with"
     sample: str | None = None
     seed: int = 0
-    batch_size: int = 16
-    num_inference_steps: int = 30
-    guidance_scale: float | None = None
-    scheduler: str | None = None
+    batch_size: Positive = 16
+    num_inference_steps: Positive = 30
+    guidance_scale: Finite | None = None
+    scheduler: SchedulerName | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
         parts = ("train", "val", "test") if self.data.is_micro else ("train", "val")
         self.part = self.part or ("test" if self.data.is_micro else "val")
-        for name, value, known in (("part", self.part, parts), ("prompts", self.prompts, PROMPTS)):
-            if value not in known:
-                raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise ValueError(f"Unknown scheduler {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        if self.part not in parts:
+            raise ValueError(f"Unknown part {self.part!r}; choose one of {', '.join(parts)}.")
         if self.adapter is not None and self.controlnet is not None:
             raise ValueError("Give either an adapter or a controlnet, not both; each is a set of its own.")
-        numbers = [self.weight] if self.guidance_scale is None else [self.weight, self.guidance_scale]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("weight and guidance_scale must be finite numbers.")
         if self.guidance_scale is None:
             self.guidance_scale = BASES[self.base.name].guidance_scale if self.base.name in BASES else 7.5
 

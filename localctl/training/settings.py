@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
 
 from localctl.bases import BASES, BaseConfig, BaseSpec
 from localctl.data.config import DataConfig
+from localctl.records import Decay, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
-    ADAPTER_TYPES,
-    MASK_RESIZE,
-    REPORT_TO,
-    TIMESTEP_SAMPLINGS,
+    AdapterType,
     ConditionConfig,
     LossConfig,
     MaskConfig,
+    MaskResize,
+    ReportTo,
+    TimestepSampling,
 )
 from localctl.training.watch_settings import EarlyStoppingConfig as EarlyStoppingConfig
 from localctl.training.watch_settings import ValidationConfig as ValidationConfig
 from localctl.training.watch_settings import WandbConfig as WandbConfig
-from localctl.training.watch_settings import at_least, check_share, choose
 
-MIXED_PRECISION = ("no", "fp16", "bf16")
-LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LRScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+LR_SCHEDULERS: tuple[str, ...] = get_args(LRScheduler)
 LR_END = 1e-7  # of the polynomial schedule, as in diffusers
 ALIASES = {
     "pretrained_model_name_or_path": "base",
@@ -47,6 +50,7 @@ ALIASES = {
 FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
 
+@record("adapter")
 @dataclass(kw_only=True)
 class AdapterConfig:
     """Shape of the T2I-Adapter inside, and how its features are masked (``LocalAdapter`` says what each option does).
@@ -65,36 +69,26 @@ class AdapterConfig:
     level_weights: a factor of each level's features, finest first; null = every one 1.
     """
 
-    adapter_type: str | None = None
-    channels: tuple[int, ...] | None = None
-    num_res_blocks: int | None = None
-    downscale_factor: int | None = None
-    mask_resize: str = "area"
+    adapter_type: AdapterType | None = None
+    channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    num_res_blocks: Positive | None = None
+    downscale_factor: Positive | None = None
+    mask_resize: MaskResize = "area"
     mask_condition: bool = False
     mask_features: bool = True
     dim_condition: bool = False
-    level_weights: tuple[float, ...] | None = None
+    level_weights: tuple[Rate, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.adapter_type is not None:
-            choose("adapter_type", self.adapter_type, ADAPTER_TYPES)
-        choose("adapter.mask_resize", self.mask_resize, MASK_RESIZE)
-        for name in ("num_res_blocks", "downscale_factor"):
-            if getattr(self, name) is not None:
-                at_least(f"adapter.{name}", getattr(self, name), 1)
-        if self.channels is not None and (not self.channels or min(self.channels) < 1):
-            raise ValueError(f"adapter.channels must be positive numbers, not {list(self.channels)}.")
         if self.dim_condition and not self.mask_condition:
             raise ValueError(
                 "adapter.dim_condition does nothing while the condition is not masked; set mask_condition."
             )
-        if self.level_weights is not None:
-            for weight in self.level_weights:
-                at_least("Every one of adapter.level_weights", weight, 0)
-            if not any(self.level_weights):
-                raise ValueError("adapter.level_weights are all 0, so the adapter could do nothing; raise one.")
+        if self.level_weights is not None and not any(self.level_weights):
+            raise ValueError("adapter.level_weights are all 0, so the adapter could do nothing; raise one.")
 
 
+@record()
 @dataclass(kw_only=True)
 class TrainSettings:
     """A training run; ValueError for settings that make no sense.
@@ -161,56 +155,48 @@ class TrainSettings:
     overwrite_output_dir: bool = False
     dry_run: bool = False
     seed: int = 0
-    report_to: str = "tensorboard"
+    report_to: ReportTo = "tensorboard"
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_token: str | None = None
     hub_private_repo: bool = True
 
-    max_train_steps: int | None = 900
-    num_train_epochs: int | None = None
-    train_batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    dataloader_num_workers: int = 0
-    mixed_precision: str | None = None
+    max_train_steps: Positive | None = 900
+    num_train_epochs: Positive | None = None
+    train_batch_size: Positive = 16
+    gradient_accumulation_steps: Positive = 1
+    dataloader_num_workers: NotNegative = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
     allow_tf32: bool = False
     use_8bit_adam: bool = False
     use_ema: bool = False
-    ema_decay: float = 0.9999
-    cpu_threads: int | None = None
+    ema_decay: Decay = 0.9999
+    cpu_threads: Positive | None = None
 
-    learning_rate: float = 3e-3
-    lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 50
-    lr_num_cycles: int = 1
-    lr_power: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
+    learning_rate: Rate = 3e-3
+    lr_scheduler: LRScheduler = "cosine"
+    lr_warmup_steps: NotNegative = 50
+    lr_num_cycles: Positive = 1
+    lr_power: Rate = 1.0
+    adam_beta1: Decay = 0.9
+    adam_beta2: Decay = 0.999
+    adam_weight_decay: Rate = 1e-2
+    adam_epsilon: Rate = 1e-8
     max_grad_norm: float | None = 1.0
-    proportion_empty_prompts: float = 0.1
-    timestep_sampling: str = "cubic"
+    proportion_empty_prompts: Share = 0.1
+    timestep_sampling: TimestepSampling = "cubic"
 
-    logging_steps: int = 20
-    validation_steps: int = 300
-    checkpointing_steps: int = 300
-    checkpoints_total_limit: int | None = 2
+    logging_steps: Positive = 20
+    validation_steps: NotNegative = 300
+    checkpointing_steps: NotNegative = 300
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] | None = 2
     resume_from_checkpoint: str | None = None
     force_resume: bool = False
-    max_nonfinite_steps: int = 0
+    max_nonfinite_steps: NotNegative = 0
 
     def __post_init__(self) -> None:
-        ones = ("train_batch_size", "gradient_accumulation_steps", "logging_steps", "lr_num_cycles")
-        zeros = ("dataloader_num_workers", "lr_warmup_steps", "validation_steps", "checkpointing_steps") + (
-            "max_nonfinite_steps",
-        )
-        rates = ("learning_rate", "adam_weight_decay", "adam_epsilon", "lr_power")
-        for names, least in ((ones, 1), (zeros, 0), (rates, 0)):
-            for name in names:
-                at_least(name, getattr(self, name), least)
         if self.max_grad_norm == math.inf:
             self.max_grad_norm = None
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -218,26 +204,10 @@ class TrainSettings:
                 f"max_grad_norm={self.max_grad_norm:g} would leave no gradient; use null for no clipping, or a number "
                 "above 0."
             )
-        for name in ("max_train_steps", "num_train_epochs"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
         if self.max_train_steps is None and self.num_train_epochs is None:
             raise ValueError("The training has no end; set max_train_steps or num_train_epochs.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
             raise ValueError(f"The polynomial lr_scheduler ends at {LR_END:g}; choose a learning_rate above it.")
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")
-        check_share("proportion_empty_prompts", self.proportion_empty_prompts)
-        choose("lr_scheduler", self.lr_scheduler, LR_SCHEDULERS)
-        choose("timestep_sampling", self.timestep_sampling, TIMESTEP_SAMPLINGS)
-        choose("report_to", self.report_to, REPORT_TO)
-        if self.mixed_precision is not None:
-            choose("mixed_precision", self.mixed_precision, MIXED_PRECISION)
-        if self.checkpoints_total_limit is not None:
-            at_least("checkpoints_total_limit", self.checkpoints_total_limit, 2)
-        if self.cpu_threads is not None:
-            at_least("cpu_threads", self.cpu_threads, 1)
         # Written down as numbers, so that a later default changes nothing.
         own = BASES.get(self.base.name, BaseSpec).guidance_scale
         if self.validation.guidance_scale is None:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from localctl.bases import SCHEDULERS
+from pydantic import Field
 
-
-def choose(what: str, value: str | None, known: tuple[str, ...]) -> None:
-    """ValueError unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise ValueError(f"Unknown {what} {value!r}; choose one of {', '.join(known)}.")
+from localctl.bases import SchedulerName
+from localctl.records import NotNegative, Positive, Rate, Share, record
 
 
-def at_least(what: str, value: float, least: float) -> None:
-    """ValueError unless ``value`` is finite and not below ``least``."""
-    if not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{what} must be at least {least}, not {value}.")
-
-
-def check_share(what: str, value: float) -> None:
-    """ValueError unless ``value`` is in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what} must lie in [0, 1], not {value}.")
-
-
+@record("validation")
 @dataclass(kw_only=True)
 class ValidationConfig:
     """Pictures of held-out scenes with fixed prompts, masks and noise; the rest as for the pipeline.
@@ -41,22 +27,17 @@ class ValidationConfig:
         adapter does alone.
     """
 
-    count: int = 16
-    rows: int = 6
-    batch_size: int = 8
-    num_inference_steps: int = 20
+    count: Positive = 16
+    rows: Positive = 6
+    batch_size: Positive = 8
+    num_inference_steps: Positive = 20
     guidance_scale: float | None = None
-    scheduler: str = "ddim"
+    scheduler: SchedulerName = "ddim"
     seed: int = 0
-    proportion_empty_prompts: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("count", "rows", "batch_size", "num_inference_steps"):
-            at_least(f"validation.{name}", getattr(self, name), 1)
-        check_share("validation.proportion_empty_prompts", self.proportion_empty_prompts)
-        choose("validation.scheduler", self.scheduler, tuple(SCHEDULERS))
+    proportion_empty_prompts: Share = 0.0
 
 
+@record("early_stopping")
 @dataclass(kw_only=True)
 class EarlyStoppingConfig:
     """When to stop for a score: one that the caller of the training gives (``events.Scorer``), or ``metric``.
@@ -77,31 +58,26 @@ class EarlyStoppingConfig:
     seed: of masks and noise.
     """
 
-    every: int = 0
-    patience: int = 3
-    min_delta: float = 0.0
+    every: NotNegative = 0
+    patience: Positive = 3
+    min_delta: Rate = 0.0
     lower_is_better: bool = True
     metric: str | None = None
     weights: str | None = None
     reference: str | None = None
-    num_images: int = 2048
-    batch_size: int = 8
-    num_inference_steps: int = 30
+    num_images: Annotated[int, Field(ge=2)] = 2048
+    batch_size: Positive = 8
+    num_inference_steps: Positive = 30
     guidance_scale: float | None = None
-    scheduler: str = "ddim"
+    scheduler: SchedulerName = "ddim"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("early_stopping.every", self.every, 0)
-        at_least("early_stopping.patience", self.patience, 1)
-        at_least("early_stopping.min_delta", self.min_delta, 0)
-        for name, least in (("num_images", 2), ("batch_size", 1), ("num_inference_steps", 1)):
-            at_least(f"early_stopping.{name}", getattr(self, name), least)
-        choose("early_stopping.scheduler", self.scheduler, tuple(SCHEDULERS))
         if self.metric is not None and not self.lower_is_better:
             raise ValueError(f"early_stopping.metric={self.metric} is a distance; leave lower_is_better=true.")
 
 
+@record("wandb")
 @dataclass(kw_only=True)
 class WandbConfig:
     """How the run is called at Weights & Biases, for report_to=wandb.

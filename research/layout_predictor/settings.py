@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from localctl.records import record
 from localctl.settings import REPORT_TO
 from research.flags import check_least
 
@@ -17,6 +18,7 @@ FREE = (
 )  # fmt: skip
 
 
+@record("predictor")
 @dataclass(kw_only=True)
 class PredictorConfig:
     """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`.
@@ -43,6 +45,7 @@ class PredictorConfig:
             raise ValueError(f"predictor.width={self.width} is not a multiple of predictor.heads={self.heads}.")
 
 
+@record("data")
 @dataclass(kw_only=True)
 class LayoutDataConfig:
     """Where placed things come from.
@@ -72,6 +75,7 @@ class LayoutDataConfig:
             raise ValueError(f"data.min_area must lie in [0, 1), not {self.min_area}.")
 
 
+@record("captions")
 @dataclass(frozen=True)
 class CaptionSettings:
     """How sentences are made in training.
@@ -100,6 +104,7 @@ class CaptionSettings:
         check_least(self, {"variants": 1}, "captions.")
 
 
+@record()
 @dataclass(kw_only=True)
 class LayoutTrainSettings:
     """A training of the layout predictor; ValueError for settings that make no sense.

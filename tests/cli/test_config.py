@@ -1,11 +1,15 @@
 import dataclasses
+import hashlib
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from localctl.cli.config import CONFIG_DIR, config_groups, load_config, schema_keys, settings_or_help
 from localctl.cli.other_flags import ELSEWHERE
+from localctl.redaction import flat, recorded
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
 
@@ -224,3 +228,15 @@ def test_a_group_of_one_program_is_a_plain_word_for_another(tmp_path):
     settings = load_config(["output_dir=runs/one"], TrainSettings, name="other", config_dir=tmp_path)
     assert (settings.seed, settings.output_dir) == (1, "runs/one")
     assert "adapter" not in config_groups("evaluate_fid")
+
+
+def test_every_option_of_every_group_composes_what_it_always_did():
+    """By a hash of what differs from the defaults, so that a new setting changes none."""
+    kept = json.loads(Path(__file__).with_name("composed_settings.json").read_text())
+    defaults = flat(recorded(TrainSettings()))
+    found = {}
+    for name in (f"{group}={option}" for group, options in config_groups().items() for option in options):
+        values = flat(recorded(load(name)))
+        changed = {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
+        found[name] = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
+    assert found == kept

@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from localctl.__main__ import PROGRAMS, main
+from localctl.__main__ import COMMANDS, PROGRAMS, main
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {command.removeprefix("python ").removeprefix("-m ") for group in PROGRAMS.values() for command in group}
+PROGRAM_NAMES = {name.removeprefix("python ").removeprefix("-m ") for part in PROGRAMS.values() for name in part}
 HEAVY = ("torch", "diffusers", "transformers", "kornia", "torchmetrics", "datasets", "scipy")
 
 # In one process, for imports take their time. A program's own arguments come before the mistake.
@@ -41,7 +42,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list]:
-    commands = sorted(COMMANDS)
+    commands = sorted(PROGRAM_NAMES)
     argv = [sys.executable, "-c", _ASK, json.dumps(commands), json.dumps(HEAVY)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
@@ -87,7 +88,35 @@ def test_the_overview_names_every_program(capsys: pytest.CaptureFixture[str]) ->
     assert all(f"{command} " in shown for command in COMMANDS)
 
 
-@pytest.mark.parametrize(("word", "hint"), [("train_adaptr", "train_adapter?"), ("xyzzy", "see --help")])
-def test_what_is_no_program_is_said(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([word]) == 2
-    assert word in (error := capsys.readouterr().err) and hint in error
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train_adaptr"], "train_adapter?"),
+        (["trian", "seed=1"], "no command 'trian'; did you mean train?"),
+        (["check_dat"], "check-data?"),
+        (["evaluate"], "fid or metrics;"),
+        (["evaluate", "fdi"], "fid or metrics, not 'fdi'"),
+        (["xyzzy"], "see --help"),
+    ],
+)
+def test_what_is_no_command_is_said(words: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert words[-1].partition("=")[0] in error or "trian" in error
+    assert hint in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_calls_itself_by_its_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*command.split(), *(["gen"] if command == "evaluate fid" else [])]
+    with suppress(SystemExit):  # argparse's way after --help
+        main([*words, "--help"])
+    shown = capsys.readouterr().out
+    assert f"usage: localctl {command}" in shown and "python sample.py" not in shown
+    assert main([*words, "--no_such_flag"]) == 2
+    assert capsys.readouterr().err.startswith(f"localctl {command}: ")
+
+
+def test_the_commands_of_one_kind_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--help"]) == 0
+    assert capsys.readouterr().out.count("evaluate ") == 2

@@ -16,6 +16,7 @@ from localctl.losses import FILTERS
 from localctl.metrics import EXTRACTORS
 from localctl.micro import PROFILES
 from localctl.settings import (
+    ADAPTER_TYPES,
     CHANNELS,
     LOSS_FILTERS,
     MASK_KINDS,
@@ -25,7 +26,7 @@ from localctl.settings import (
     SCHEDULES,
     TIMESTEP_SAMPLINGS,
 )
-from localctl.training.settings import ADAPTER_TYPES, LR_SCHEDULERS, MIXED_PRECISION, TrainSettings
+from localctl.training.settings import LR_SCHEDULERS, TrainSettings
 from research.layout_predictor.settings import SOURCES, LayoutTrainSettings
 
 CHOICES: dict[str, Any] = {
@@ -45,7 +46,7 @@ CHOICES: dict[str, Any] = {
     "validation.scheduler": SCHEDULERS,
     "early_stopping.scheduler": SCHEDULERS,
     "report_to": REPORT_TO,
-    "mixed_precision": MIXED_PRECISION,
+    "mixed_precision": ("no", "fp16", "bf16"),
     "lr_scheduler": LR_SCHEDULERS,
     "timestep_sampling": TIMESTEP_SAMPLINGS,
 }

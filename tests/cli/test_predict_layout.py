@@ -74,7 +74,7 @@ def test_mistakes_end_with_one_sentence_and_code_2(
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and error.startswith("localctl.layout_predictor: ")
+    assert words in error and error.count("\n") == 1 and error.startswith("python -m localctl.layout_predictor: ")
 
 
 def test_the_first_screen_is_clean(tmp_path: Path) -> None:

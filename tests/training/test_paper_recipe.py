@@ -165,7 +165,7 @@ def test_level_weights_dimming_and_names_from_the_command_line():
         (["adapter.dim_condition=true"], "dim_condition does nothing while the condition is not masked"),
         (["adapter.level_weights=[0,0,0,0]"], "level_weights are all 0"),
         (["adapter.level_weights=[1,-1,1,1]"], "level_weights must be at least 0, not -1"),
-        (["validation.proportion_empty_prompts=1.5"], "validation.proportion_empty_prompts must lie in"),
+        (["validation.proportion_empty_prompts=1.5"], "validation.proportion_empty_prompts must be at most 1"),
     ):
         with pytest.raises(ValueError, match=words):
             load(*argv)

@@ -1,0 +1,130 @@
+"""Records of settings: dataclasses that pydantic validates however they are made, with every mistake in one sentence.
+
+A record is a keyword-only dataclass under :func:`record`. Its annotations say what each setting may be (``Literal`` for
+choices, the types below for ranges); what concerns several settings stays in its ``__post_init__``.
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ArgsKwargs, ErrorDetails
+
+from localctl.messages import nearest
+from localctl.sizes import shown
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+_CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+_LIMITS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "finite_number": "a finite number",
+}
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list like [1, 2]",
+    "dict": "a mapping like {a: 1}",
+    "mapping": "a mapping like {a: 1}",
+    "dataclass": "a section of settings",
+}
+
+Class = TypeVar("Class", bound=type)
+
+
+def record(section: str = "") -> Callable[[Class], Class]:
+    """Decorate a keyword-only dataclass: making one, also by ``replace``, validates and converts its values.
+
+    section: the dotted name under which its settings appear in sentences, where it is made by itself.
+
+    The decorated class raises ValueError in one sentence for an unknown setting, and for a value that is of another
+    kind or out of range; nested dicts become the records that belong there.
+    """
+
+    def decorate(cls: Class) -> Class:
+        @functools.wraps(cls.__init__)  # type: ignore[misc]  # it is this class's
+        def __init__(self: Any, **values: Any) -> None:
+            try:
+                _adapter(cls).validator.validate_python(ArgsKwargs((), values), self_instance=self)
+            except ValidationError as error:
+                raise ValueError(sentence(error, cls, section)) from None
+            _kept(self, values)
+
+        setattr(cls, "__pydantic_config__", _CONFIG)  # noqa: B010  # mypy knows no such attribute
+        setattr(cls, "__init__", __init__)  # noqa: B010
+        return cls
+
+    return decorate
+
+
+def _kept(made: Any, given: Any) -> Any:
+    """What was ``made`` of ``given``, with texts of a kind of their own as they were: pydantic makes plain ones of
+    them, and those from the environment would no longer be masked (``localctl.redaction``)."""
+    if isinstance(given, str) and type(given) is not str and made == given:
+        return given
+    if isinstance(given, (list, tuple)) and isinstance(made, tuple):
+        return tuple(map(_kept, made, given))
+    if isinstance(given, Mapping):
+        inside = made if isinstance(made, dict) else vars(made)
+        inside.update({name: _kept(inside[name], value) for name, value in given.items()})
+    return made
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def sentence(error: ValidationError, cls: type, section: str = "") -> str:
+    """What pydantic found first, as a sentence that names the setting, its value and what would do."""
+    details = error.errors(include_url=False)
+    key, hint = _found(details[0], cls, section)
+    detail = [item for item in details if _found(item, cls, section)[0] == key][-1]  # of a union, its last kind
+    kind, value, context = detail["type"], shown(detail["input"]), detail.get("ctx", {})
+    if kind == "value_error":  # of __post_init__, a sentence already
+        return str(context["error"])
+    if kind == "unexpected_keyword_argument":
+        prefix = key[: len(key) - len(str(detail["loc"][-1]))]
+        return f"There is no setting {key!r}; {nearest(key, [prefix + name for name in typing.get_type_hints(hint)])}"
+    if kind == "literal_error":
+        choices = context["expected"].replace(" or ", ", ").replace("'", "")
+        return f"Unknown {key} {value}; choose one of {choices}."
+    if kind == "missing":  # of a list that is too short
+        return f"{key} takes {int(detail['loc'][-1]) + 1} values, not {len(detail['input'])}."
+    if kind in ("too_long", "too_short"):
+        many = f"{context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
+        return f"{key} takes {many} values, not {len(detail['input'])}."
+    if kind in _LIMITS and isinstance(detail["input"], str):  # a number that was typed
+        value = detail["input"]
+    wanted = _LIMITS[kind].format(**context) if kind in _LIMITS else _KINDS.get(kind.partition("_")[0], detail["msg"])
+    return f"{key} must be {wanted}, not {value}."
+
+
+def _found(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
+    """The dotted name of the setting that is wrong, and the dataclass or the type that it belongs to."""
+    parts, hint = [section] if section else [], typing.cast(Any, cls)
+    for part in detail["loc"]:
+        if is_dataclass(hint):
+            parts.append(str(part))
+            hint = typing.get_type_hints(hint).get(str(part), hint)
+        elif Mapping in {typing.get_origin(kind) for kind in (hint, *typing.get_args(hint))}:
+            parts += [] if detail["loc"][-1] == "[key]" else [str(part)]
+            break
+        else:  # a place in a list, or the name of a kind
+            break
+    return ".".join(parts), hint
