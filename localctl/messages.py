@@ -86,7 +86,7 @@ def _coloured(text: str, colour: str, stream: TextIO) -> str:
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str = "see --help.") -> str:
-    """The end of a sentence: "did you mean X?", or ``otherwise`` when nothing known is near.
+    """Return the end of a sentence: "did you mean X?", or ``otherwise`` when nothing known is near.
 
     A dotted name may also be asked for by its last part ("weight" for "loss.weight"); all that have it are named.
     """

@@ -58,7 +58,7 @@ def record(section: str = "") -> Callable[[Class], Class]:
 
     def decorate(cls: Class) -> Class:
         @functools.wraps(cls.__init__)  # type: ignore[misc]  # it is this class's
-        def __init__(self: Any, **values: Any) -> None:
+        def __init__(self: Any, **values: Any) -> None:  # noqa: N807  # it replaces the class's own
             try:
                 _adapter(cls).validator.validate_python(ArgsKwargs((), values), self_instance=self)
             except ValidationError as error:
@@ -73,8 +73,8 @@ def record(section: str = "") -> Callable[[Class], Class]:
 
 
 def _kept(made: Any, given: Any) -> Any:
-    """What was ``made`` of ``given``, with texts of a kind of their own as they were: pydantic makes plain ones of
-    them, and those from the environment would no longer be masked (``localctl.redaction``)."""
+    """Return what was ``made`` of ``given``, with texts of a kind of their own as they were: pydantic makes plain ones
+    of them, and those from the environment would no longer be masked (``localctl.redaction``)."""
     if isinstance(given, str) and type(given) is not str and made == given:
         return given
     if isinstance(given, (list, tuple)) and isinstance(made, tuple):
@@ -91,7 +91,7 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 def sentence(error: ValidationError, cls: type, section: str = "") -> str:
-    """What pydantic found first, as a sentence that names the setting, its value and what would do."""
+    """Tell what pydantic found first, as a sentence that names the setting, its value and what would do."""
     details = error.errors(include_url=False)
     key, hint = _found(details[0], cls, section)
     detail = [item for item in details if _found(item, cls, section)[0] == key][-1]  # of a union, its last kind
@@ -116,7 +116,7 @@ def sentence(error: ValidationError, cls: type, section: str = "") -> str:
 
 
 def _found(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
-    """The dotted name of the setting that is wrong, and the dataclass or the type that it belongs to."""
+    """Find the dotted name of the setting that is wrong, and the dataclass or the type that it belongs to."""
     parts, hint = [section] if section else [], typing.cast(Any, cls)
     for part in detail["loc"]:
         if is_dataclass(hint):

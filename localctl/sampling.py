@@ -111,8 +111,8 @@ def generate(
 
 
 def resolve_sampling(pipe: DiffusionPipeline, said: Sampling, sampling: Sampling | None = None) -> Any:
-    """A :class:`Sampling` with seeds and batch size: what is ``said``, else as ``sampling`` says it, else as the base
-    has it, if it is known by name."""
+    """Return a :class:`Sampling` with seeds and batch size: what is ``said``, else as ``sampling`` says it, else as the
+    base has it, if it is known by name."""
     own = own_sampling(str(pipe.config.get("_name_or_path") or ""))
     return said.over(sampling or FREE).over(own).over(Sampling(seeds=0, batch_size=4))
 
