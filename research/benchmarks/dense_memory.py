@@ -1,6 +1,6 @@
 """Memory of DenseModulation at 256x448 px on the embedded base: its scores in parts, and all at once.
 
-  python research/benchmarks/dense_memory.py  # against a cap in MiB above plain sampling (--cap)
+  python -m research.benchmarks.dense_memory  # against a cap in MiB above plain sampling (--cap)
 
 The peak is that of the bytes of all live tensors that a run makes, beside the models' own. Exit status 1 when the run
 in parts passes the cap, or the one without parts does not.
@@ -13,13 +13,12 @@ import math
 import sys
 from collections.abc import Sequence
 
-from region_cost import SCENE
-
 from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
 from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import generate
 from localctl.training.cost import OperationWatch
+from research.benchmarks.region_cost import SCENE
 from research.layout_benchmark.cost import MIB
 
 

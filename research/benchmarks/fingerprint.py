@@ -1,6 +1,6 @@
 """What it costs to notice another data set or base on resuming: seconds and memory of the fingerprints.
 
-  python research/benchmarks/fingerprint.py [--rows 500000] [--base sd15]
+  python -m research.benchmarks.fingerprint [--rows 500000] [--base sd15]
 
 Rows of metadata.jsonl and of parquet are written to a temporary folder first, with 1,000 images in turn.
 """
@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from shapes import random_pipeline
 
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, open_files
 from localctl.training.resume import fingerprints
+from research.benchmarks.shapes import random_pipeline
 
 IMAGES = 1000
 

@@ -1,7 +1,7 @@
 """Early exit of a guidance pass against a full one, on SDXL's real architecture with random weights.
 
-  python research/benchmarks/guidance_early_exit.py --size 256  # CPU, ~11 GB
-  python research/benchmarks/guidance_early_exit.py --size 1024 --device cuda --dtype float16  # GPU
+  python -m research.benchmarks.guidance_early_exit --size 256  # CPU, ~11 GB
+  python -m research.benchmarks.guidance_early_exit --size 1024 --device cuda --dtype float16  # GPU
 
 A pass is one run of the U-Net on the prompt's row, up to the last site, and the gradient of the energy. Its peak is
 that of its activations: on a GPU of the allocator, on the CPU of the bytes of all live tensors that the pass makes.
@@ -18,8 +18,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from region_cost import SCENE
-from shapes import random_pipeline
 from torch import Tensor
 
 from localctl.control.base import BoundControl, CallContext, Control, RunDenoiser
@@ -27,6 +25,8 @@ from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.sampling import generate
 from localctl.training.cost import OperationWatch
+from research.benchmarks.region_cost import SCENE
+from research.benchmarks.shapes import random_pipeline
 from research.layout_benchmark.cost import MIB, peak_memory, seconds
 
 

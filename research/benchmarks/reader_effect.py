@@ -1,6 +1,6 @@
 """What another reader of micro scenes makes of the layout benchmark: images of it generated again and read again.
 
-  python research/benchmarks/reader_effect.py FOLDER [--layouts 50] [--methods bias guidance]
+  python -m research.benchmarks.reader_effect FOLDER [--layouts 50] [--methods bias guidance]
 
 Beside the figures of the same layouts and seeds that are committed in research/results. FOLDER keeps the images.
 """

@@ -1,7 +1,7 @@
 """What region control costs over plain sampling: runs in turns, medians.
 
-  python research/benchmarks/region_cost.py  # the embedded base, default windows, whole runs
-  python research/benchmarks/region_cost.py --base sd15 --steps 2 --batch 1  # SD1.5, 512 px, random weights
+  python -m research.benchmarks.region_cost  # the embedded base, default windows, whole runs
+  python -m research.benchmarks.region_cost --base sd15 --steps 2 --batch 1  # SD1.5, 512 px, random weights
 
 RegionBias and DenseModulation: a whole run with their default windows over a plain one. LayoutGuidance: what a guided
 step takes more, in plain steps; its threshold is 0 here, so that every step makes all its moves. On the CPU, time is
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from shapes import random_pipeline
 
 from localctl.control.base import Control
 from localctl.control.dense import DenseModulation
@@ -27,6 +26,7 @@ from localctl.control.region_bias import RegionBias
 from localctl.layout import Layout, Region
 from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import generate
+from research.benchmarks.shapes import random_pipeline
 from research.layout_benchmark.cost import seconds
 
 SCENE = Layout(

@@ -1,7 +1,7 @@
 """Memory and time of optimising the weights of space-time attention.
 
-  python research/benchmarks/spacetime_optimization.py memory  # peak for 10 and for 50 steps, and their ratio
-  python research/benchmarks/spacetime_optimization.py time  # a step of two objects, a plain guided one
+  python -m research.benchmarks.spacetime_optimization memory  # peak for 10 and for 50 steps, and their ratio
+  python -m research.benchmarks.spacetime_optimization time  # a step of two objects, a plain guided one
 
 Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
 which leaves out what libraries hold for themselves. Time: the median of --repeats, per step; on a CPU that of this
