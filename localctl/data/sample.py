@@ -29,7 +29,7 @@ class Example:
     image the pixels show, where that can vary. problems: bad rows that this one stands in for.
     original: height and width of the image as it was found, and where its crop begins (top, left, on the scale of
         ``pixels``), if known; SDXL is told.
-    truth: what the picture shows, where that is known exactly.
+    truth: what the image shows, where that is known exactly.
     """
 
     key: str

@@ -166,4 +166,4 @@ def test_metrics_and_photos_load_no_micro() -> None:
     modules += ["localctl.evaluation.plain", "localctl.evaluation.compare", "localctl.evaluation.fid"]
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "localctl.metrics.clip" in loaded and "localctl.micro." not in loaded
+    assert "localctl.metrics.clip" in loaded and "localctl.micro" not in loaded
