@@ -41,4 +41,4 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--count", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 7 + 1 and lines[2].startswith("| as they are | ")
-    assert main(["--count", "1"]) == 2 and "at least 2 pictures" in capsys.readouterr().err
+    assert main(["--count", "1"]) == 2 and "at least 2 images" in capsys.readouterr().err
