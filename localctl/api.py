@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def train_settings(*choices: str) -> TrainSettings:
-    """The settings of a training as the command line reads them: groups and values, over the defaults.
+    """Return the settings of a training as the command line reads them: groups and values, over the defaults.
 
     ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without any choice it is
     ``TrainSettings()``. ValueError naming the nearest known key or option, or what is wrong with a value.

@@ -66,7 +66,7 @@ class BaseShape:
 
 
 def read_shape(base: BaseConfig) -> BaseShape:
-    """The shape of a base, from its folder or cache; else from the table; else its configs are fetched.
+    """Return the shape of a base, from its folder or cache; else from the table; else its configs are fetched.
 
     ValueError when the base is not there or of another kind.
     """

@@ -100,7 +100,7 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod:
 def predict_x0(
     noisy: Tensor, model_output: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """The clean latents z0' that ``model_output`` stands for; all (B,C,h,w), ``timesteps`` (B,) int64.
+    """Return the clean latents z0' that ``model_output`` stands for; all (B,C,h,w), ``timesteps`` (B,) int64.
 
     Equals ``scheduler.step(...).pred_original_sample`` of DDPM and DDIM without clipping. ValueError for an unknown
     ``prediction_type``. The error of z0' is the error of epsilon times sqrt((1-abar)/abar): a factor of 214 in MSE at
@@ -116,7 +116,7 @@ def predict_x0(
 
 
 def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
-    """What the model should output for ``sample``: eps, v or z0, (B,C,h,w). ValueError for an unknown type."""
+    """Return what the model should output for ``sample``: eps, v or z0, (B,C,h,w). ValueError for an unknown type."""
     check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return sample.noise

@@ -120,7 +120,7 @@ class FolderLock:
             raise FolderInUse(f"{self.folder} was taken in this moment by {_who(_read(self.path))}; start again later.")
 
     def _renew(self) -> None:
-        """The owner's sign of life, from a thread that ends with the process."""
+        """Give the owner's sign of life, from a thread that ends with the process."""
         while not self._done.wait(BEAT):
             try:
                 if self.mine:
@@ -174,7 +174,7 @@ def _space() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock says; empty where it is not there or says nothing."""
+    """Return what a lock says; empty where it is not there or says nothing."""
     try:
         found = parse_json(path.read_bytes())
     except (OSError, ValueError):
@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> tuple[int, bytes] | None:
-    """What changes when a lock is renewed or taken."""
+    """Return what changes when a lock is renewed or taken."""
     try:
         content = path.read_bytes()  # first: opening a file makes a network disk look again
         return path.stat().st_mtime_ns, content

@@ -42,7 +42,7 @@ def mark_environment(raw: Any, resolved: Any) -> Any:
 
 
 def _map(change: Callable[[Any, Any], Any], raw: Any, resolved: Any) -> Any:
-    """``resolved`` with every leaf changed, which ``change`` sees beside its text before interpolation."""
+    """Return ``resolved`` with every leaf changed, which ``change`` sees beside its text before interpolation."""
     if isinstance(resolved, Mapping):
         return {k: _map(change, raw[k] if isinstance(raw, Mapping) else raw, v) for k, v in resolved.items()}
     if isinstance(resolved, list):
@@ -52,7 +52,7 @@ def _map(change: Callable[[Any, Any], Any], raw: Any, resolved: Any) -> Any:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as nested dicts of plain values (tuples as lists), secrets masked."""
+    """Return a dataclass of settings as nested dicts of plain values (tuples as lists), secrets masked."""
     return _plain(asdict(settings))
 
 

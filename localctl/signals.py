@@ -85,7 +85,7 @@ def ending_at_once() -> Iterator[None]:
 
 
 def launcher() -> int | None:
-    """The process id of torchrun or `accelerate launch`, where one of them started this process."""
+    """Return the process id of torchrun or `accelerate launch`, where one of them started this process."""
     parent = os.getppid()
     started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
     return parent if started else None
@@ -100,7 +100,7 @@ def _is_accelerate(pid: int) -> bool:
 
 
 def exit_code(number: int) -> int:
-    """What a process ends with that was stopped by signal ``number``: 129 for SIGHUP, 130 for SIGINT, 143 for
+    """Return what a process ends with that was stopped by signal ``number``: 129 for SIGHUP, 130 for SIGINT, 143 for
     SIGTERM."""
     return 128 + number
 

@@ -190,7 +190,8 @@ def sweep(folder: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, ValueError where it is not as it was written; the files are not looked at."""
+    """Return the manifest of a checkpoint, ValueError where it is not as it was written; the files are not looked
+    at."""
     try:
         manifest = read_json(path / MANIFEST, "manifest")
         files = [(entry["sha256"], entry["size"]) for entry in manifest["files"].values()]
@@ -204,7 +205,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all what was written; ValueError naming the first that is not."""
+    """Return the manifest of a checkpoint whose files are all what was written; ValueError naming the first that is
+    not."""
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
@@ -214,7 +216,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to continue from, verified; None for a fresh start.
+    """Return the checkpoint to continue from, verified; None for a fresh start.
 
     ``request`` is None, a path, or ``latest``: the newest sound one in ``folder``. Damaged ones are named and passed
     over; that there is none at all is said, too.

@@ -101,12 +101,12 @@ class Estimator:
 
 
 def precision_of(settings: TrainSettings) -> str:
-    """The mixed precision of ``settings``; one that they leave open is what `accelerate launch` would say."""
+    """Return the mixed precision of ``settings``; one that they leave open is what `accelerate launch` would say."""
     return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def report(settings: TrainSettings) -> str:
-    """The table, the present settings first, and what helps if they do not fit; no weights are read.
+    """Return the table, the present settings first, and what helps if they do not fit; no weights are read.
 
     Raises:
         ValueError: base, adapter and settings do not go together.
@@ -279,8 +279,8 @@ class OperationWatch(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention(watch: OperationWatch) -> Iterator[None]:
-    """Attention on the meta device by a stand-in that keeps what a fused kernel keeps: the device's own would make and
-    keep the scores. (Not a function mode: those are off in backward, where checkpoints compute again.)"""
+    """Stand in for attention on the meta device by what keeps what a fused kernel keeps: the device's own would make
+    and keep the scores. No function mode does it: those are off in backward, where checkpoints compute again."""
     real = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -288,11 +288,11 @@ def _fused_attention(watch: OperationWatch) -> Iterator[None]:
             return real(query, key, value, *args, **options)
         return _Attention.apply(query, key, value, watch)
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = real  # type: ignore[assignment]
+        F.scaled_dot_product_attention = real
 
 
 class _Attention(torch.autograd.Function):

@@ -55,7 +55,7 @@ def held_out_source(settings: TrainSettings, train: Source) -> Source:
 
 
 def first_example(samples: MaskedSamples) -> Example:
-    """The first one of the training, as a test before slow work. TooManyBadRows when nothing usable is found."""
+    """Load the first sample of a training, as a test before slow work. TooManyBadRows when nothing is usable."""
     found = samples[SamplePlan(len(samples), samples.seed).at(0)]
     if isinstance(found, Unusable):
         raise nothing_usable(found.problems)
@@ -77,7 +77,7 @@ def brings_masks(source: Source) -> bool:
 
 
 def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iterator[Batch]]:
-    """The micro-batches of this process from the present step to the last."""
+    """Return the micro-batches of this process from the present step to the last."""
     settings, accelerator = state.settings, state.accelerator
     sampler = PlanSampler(
         SamplePlan(len(source), settings.seed),
@@ -98,7 +98,7 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
 
 
 def next_batch(batches: Iterator[Batch], state: TrainState) -> Batch:
-    """The next micro-batch. WorkerError on all processes when a worker of one of them was killed."""
+    """Return the next micro-batch. WorkerError on all processes when a worker of one of them was killed."""
     batch: Batch | None = None
     failure: WorkerError | None = None
     try:
@@ -138,7 +138,7 @@ class DataWatch:
             self._count_long(batch)
 
     def lines(self) -> list[str]:
-        """What there is to say at the end of a run; nothing if all was well."""
+        """Return what there is to say at the end of a run; nothing if all was well."""
         lines = [self.quarantine.summary()] if self.quarantine.problems else []
         if self.long_captions:
             limit = self.tokenizer.model_max_length
@@ -164,7 +164,7 @@ class DataWatch:
             self.say(warning(said))
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
-        """The problems of all, and whether each of them has something to train on."""
+        """Return the problems of all, and whether each of them has something to train on."""
         if self.accelerator.num_processes == 1:
             return list(problems), usable
         numbers = torch.tensor([len(problems), int(not usable)], device=self.accelerator.device)
@@ -190,7 +190,7 @@ def is_cut(tokenizer: Any, caption: str) -> bool:
 def shared_quarantine(
     accelerator: Accelerator, folder: Path, rows: int, max_bad_fraction: float, start: int
 ) -> Quarantine:
-    """The bad rows of a run that begins at step ``start``; the first process keeps the list, all know it."""
+    """Return the bad rows of a run that begins at step ``start``; the first process keeps the list, all know it."""
     quarantine = Quarantine(folder if accelerator.is_main_process else None, rows, max_bad_fraction, start)
     if accelerator.num_processes > 1:
         [quarantine.problems] = broadcast_object_list([quarantine.problems])

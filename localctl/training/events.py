@@ -72,7 +72,7 @@ class Events:
         return bool(every and step) and (step % every == 0 or self.at_the_end)
 
     def before_the_first_step(self, bar: Any) -> None:
-        """What an interruption kept from being done, and the validation for the card of a finished run."""
+        """Make good what an interruption kept from being done, and the validation for the card of a finished run."""
         state = self.state
         [state.validated] = state.agree(max(state.validated, self._last_logged_validation()))
         if self.validation_is_due() and (self.at_the_end or state.validated != state.step):
@@ -100,7 +100,7 @@ class Events:
         return stopped or bool(self.signal)
 
     def score(self, bar: Any) -> None:
-        """The score that early stopping goes by, if it is due."""
+        """Return the score that early stopping goes by, if it is due."""
         state, stopping = self.state, self.state.early_stopping
         if self.scorer is None or not stopping.due(state.step):
             return
@@ -235,7 +235,7 @@ class Events:
         self.say(f"step {step}: {in_words(fidelity, references)}, {path}")
 
     def _last_logged_validation(self) -> int:
-        """The step of it, as this folder's log has it: a checkpoint is older than the validation after it."""
+        """Return the step of it, as this folder's log has it: a checkpoint is older than the validation after it."""
         if not (self.main and self.state.step and (self.output_dir / STATS).is_file()):
             return 0
         rows = read_stats(self.output_dir)

@@ -54,7 +54,7 @@ def export(adapter: LocalAdapter, run: Finished, folder: Path) -> None:
 
 
 def published(run: Finished) -> list[str]:
-    """What of a finished run is for others: patterns of files in its folder."""
+    """Return what of a finished run is for others: patterns of files in its folder."""
     sheets = [] if run.result is None else [sheet_name(run.step)]
     return [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *sheets]
 
@@ -95,12 +95,12 @@ A T2I-Adapter that makes the base follow a {condition.kind} condition inside a m
 
 
 def effective_batch(settings: TrainSettings) -> int:
-    """Samples per step and process."""
+    """Return the samples per step and process."""
     return settings.train_batch_size * settings.gradient_accumulation_steps
 
 
 def _evaluation(run: Finished) -> list[EvalResult]:
-    """The figures of the last validation as the hub reads them."""
+    """Return the figures of the last validation as the hub reads them."""
     if run.result is None or not run.result.fidelity.scored:
         return []
     name, measured = _shown(run.settings.data.name), run.result.fidelity
@@ -163,7 +163,7 @@ image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 
 
 def _shown(base: str) -> str:
-    """A base as others may read it: of a folder its name alone, on one line and without markup."""
+    """Return a base as others may read it: of a folder its name alone, on one line and without markup."""
     name = base
     if base not in BASES and is_local(base):
         # UTF-8 as on the disk, whatever the locale made of it

@@ -57,7 +57,7 @@ class Memo(Generic[Kept]):
         self._bytes = 0
 
     def get(self, key: str, compute: Callable[[], Kept]) -> Kept:
-        """The value for ``key``, computed on the first call."""
+        """Return the value for ``key``, computed on the first call."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
@@ -127,7 +127,7 @@ class Models:
         return torch.cat(posterior(self.vae, pixels), dim=1)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
-        """What the U-Net reads, as the pipeline itself encodes prompts."""
+        """Return what the U-Net reads, as the pipeline itself encodes prompts."""
         parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
         return PromptEmbeds.join(parts)
 
@@ -207,7 +207,7 @@ class AdapterPlan:
     saved: SavedAdapter | None = None
 
     def make(self, seed: int) -> LocalAdapter:
-        """The adapter, float32 and trainable; the global random state is left alone."""
+        """Return the adapter, float32 and trainable; the global random state is left alone."""
         if self.saved is not None:
             kept = {name: value for name, value in self.options.items() if name not in SHAPE}
             return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
@@ -241,7 +241,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
 
 
 def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
-    """What fits the U-Net: one feature per level for SD, two on the finest level that attends for SDXL."""
+    """Return what fits the U-Net: one feature per level for SD, two on the finest level that attends for SDXL."""
     kind = adapter_type or ("full_adapter_xl" if shape.xl else "full_adapter")
     channels = tuple(shape.parts["unet"]["block_out_channels"])
     if kind == "full_adapter_xl":

@@ -32,7 +32,7 @@ def optimizer_class(settings: TrainSettings) -> Optimizer:
 def make_optimizer(
     kind: Optimizer, parameters: Sequence[nn.Parameter], settings: TrainSettings
 ) -> torch.optim.Optimizer:
-    """An optimizer of ``kind`` over ``parameters`` with the settings' rates."""
+    """Return an optimizer of ``kind`` over ``parameters`` with the settings' rates."""
     return kind(
         parameters,
         lr=settings.learning_rate,
@@ -43,7 +43,7 @@ def make_optimizer(
 
 
 def make_ema(adapter: nn.Module, settings: TrainSettings) -> EMAModel | None:
-    """The running average of the adapter's weights; None without ``use_ema``.
+    """Return the running average of the adapter's weights; None without ``use_ema``.
 
     Its decay grows with the steps, (1 + n) / (10 + n), up to ``ema_decay``: short runs are not held back by the start.
     """

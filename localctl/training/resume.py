@@ -93,8 +93,8 @@ def is_free(key: str) -> bool:
 def describe(
     settings: TrainSettings, source: Source, base: Mapping[str, Any], *, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """What a checkpoint's manifest records of its run, without secrets. ``base``: the pipeline's components by name,
-    and itself as ``pipeline``.
+    """Return what a checkpoint's manifest records of its run, without secrets. ``base``: the pipeline's components by
+    name, and itself as ``pipeline``.
 
     settings; config_sha256 of those that may not change; data and base: fingerprints, by what they are of;
     base_first_values: as checkpoints were told apart before; world_size: processes; precision: of the frozen parts'
@@ -119,7 +119,7 @@ def config_hash(settings: TrainSettings) -> str:
 
 
 def data_fingerprint(source: Source) -> dict[str, Any]:
-    """A data set's own ``fingerprints``, if it has any; else of its size and of a few samples spread over it."""
+    """Return a data set's own ``fingerprints``, if it has any; else of its size and of a few samples spread over it."""
     own = getattr(source, "fingerprints", None)
     if own is not None:
         return dict(own)
@@ -181,7 +181,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Setting -> its value in ``old``, or its default, and in ``new``."""
+    """Map each setting to its value in ``old``, or its default, and in ``new``."""
     defaults = flat(recorded(TrainSettings()))
     return {key: (old.get(key, defaults.get(key)), value) for key, value in new.items()}
 
@@ -207,13 +207,13 @@ def _content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _part(before: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of a manifest; empty where it is anybody's."""
+    """Return a section of a manifest; empty where it is anybody's."""
     found = before.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _short(value: Any) -> str:
-    """A digest's beginning, any other value whole, unless it is long."""
+    """Return a digest's beginning, any other value whole, unless it is long."""
     text = str(value)
     if isinstance(value, str) and len(text) == 64:
         return text[:12]
@@ -269,7 +269,7 @@ def fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(name: str, part: Any) -> dict[str, Any]:
-    """The values of ``part``'s config that training depends on, as JSON brings them back."""
+    """Return the values of ``part``'s config that training depends on, as JSON brings them back."""
     config = getattr(part, "config", None)
     if config is None:
         return {}
@@ -310,5 +310,5 @@ def _sum_of_bits(flat: Tensor) -> int:
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    """The bytes of a tensor's values."""
+    """Return the bytes of a tensor's values."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -37,8 +37,8 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
 
 
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:
-    """The settings with ``max_train_steps`` as a number: at most as many steps as make ``num_train_epochs`` epochs of
-    ``samples`` on ``processes``, never more than that, and at least one."""
+    """Return the settings with ``max_train_steps`` as a number: at most as many steps as make ``num_train_epochs``
+    epochs of ``samples`` on ``processes``, never more than that, and at least one."""
     steps = epoch_steps(settings, samples, processes)
     if steps is None:
         return settings
@@ -54,8 +54,8 @@ def epoch_steps(settings: TrainSettings, samples: int, processes: int = 1) -> in
 
 
 def schedule_notes(settings: TrainSettings, samples: int, processes: int = 1) -> list[str]:
-    """What of the bound ``settings`` of a run on ``samples`` may not be what was meant: which of steps and epochs sets
-    the end, and a warm-up that is not over by then."""
+    """Return what of the bound ``settings`` of a run on ``samples`` may not be what was meant: which of steps and
+    epochs sets the end, and a warm-up that is not over by then."""
     notes, steps, by_epochs = [], settings.steps, epoch_steps(settings, samples, processes)
     if by_epochs is not None:
         epochs = f"num_train_epochs={settings.num_train_epochs} of {samples} examples"

@@ -122,11 +122,11 @@ class TrainState:
             self.ema.step(self.models.plain_adapter.parameters())
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The adapter with its averaged weights, if there are any, as it is validated and exported."""
+        """Return the adapter with its averaged weights, if there are any, as it is validated and exported."""
         return averaged(self.models.plain_adapter, self.ema)
 
     def agree(self, *values: int) -> list[int]:
-        """The largest of each value over all processes; all of them must ask."""
+        """Return the largest of each value over all processes; all of them must ask."""
         if self.accelerator.num_processes == 1:
             return list(values)
         largest = torch.tensor(values, device=self.accelerator.device)

@@ -38,7 +38,7 @@ class StepNoise:
     empty_prompt: Tensor
 
     def to(self, device: torch.device | str) -> StepNoise:
-        """The same on ``device``."""
+        """Move to ``device``."""
         return StepNoise(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
 
@@ -76,7 +76,8 @@ class StepOutput:
 
 
 def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled: StepNoise) -> StepOutput:
-    """The loss of ``batch`` under ``sampled``, a pure function of its arguments; all tensors on the models' device.
+    """Return the loss of ``batch`` under ``sampled``, a pure function of its arguments; all tensors on the models'
+    device.
 
     Only the adapter gets gradients, and they reach it through the frozen U-Net.
     """
@@ -135,14 +136,14 @@ class StepStats:
             self.terms[name].append(value.detach())
 
     def add_time(self, samples: int, seconds: float, waiting: float) -> None:
-        """``samples`` of all processes took ``seconds``, of which ``waiting`` for data. Whole steps only: images for
-        validation and checkpoints are not counted."""
+        """Note that ``samples`` of all processes took ``seconds``, of which ``waiting`` for data. Whole steps only:
+        images for validation and checkpoints are not counted."""
         self.samples += samples
         self.seconds += seconds
         self.waiting += waiting
 
     def row(self, num_train_timesteps: int, gather: Any) -> dict[str, Any]:
-        """The row for the log, over the samples of all processes, which ``gather`` brings together; then empty.
+        """Return the row for the log, over the samples of all processes, which ``gather`` brings together; then empty.
 
         Means of the terms, the unweighted local term and the denoising term per tenth of the timesteps (None where no
         sample fell), mean and standard deviation of the adapter's features per level, before the mask, samples per
@@ -174,8 +175,8 @@ class StepStats:
     def from_state_dict(
         cls, state: dict[str, Any], device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
     ) -> StepStats:
-        """The inverse of :meth:`state_dict`: the part of process ``rank`` of ``world_size``. Empty where there is no
-        such part: after a change of the number of processes, or with what an earlier version gathered.
+        """Return the inverse of :meth:`state_dict`: the part of process ``rank`` of ``world_size``. Empty where there
+        is no such part: after a change of the number of processes, or with what an earlier version gathered.
 
         ``device``: where the coming steps will leave theirs.
         """

@@ -20,7 +20,8 @@ from localctl.training.state import TrainState
 
 
 def announcement(state: TrainState, source: Source, output_dir: Path, *, scored: bool) -> str:
-    """What is about to be trained, on what, for how long. scored: whether early stopping has a score to go by."""
+    """Return what is about to be trained, on what, for how long. scored: whether early stopping has a score to go
+    by."""
     settings, models, accelerator = state.settings, state.models, state.accelerator
     trained = sum(p.numel() for p in models.plain_adapter.parameters())
     frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
@@ -55,7 +56,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
 
 
 def announced(data: DataConfig, source: Source) -> str:
-    """What is trained on, in a few words."""
+    """Return what is trained on, in a few words."""
     if data.is_micro:
         return f"{len(source)} micro {data.profile} examples"
     place = f"{data.name} {data.path}" if data.path else data.name
@@ -65,7 +66,7 @@ def announced(data: DataConfig, source: Source) -> str:
 
 
 def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
-    """What of the data is not used as one might think, a clause each."""
+    """Return what of the data is not used as one might think, a clause each."""
     if not isinstance(source, FileSource):
         return []
     notes = [source.note, size_note(settings.data, settings.base.name)]
@@ -73,7 +74,7 @@ def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
 
 
 def size_note(data: DataConfig, base: str) -> str:
-    """A clause where the size to train at is nobody's choice and not the base's own; else empty."""
+    """Return a clause where the size to train at is nobody's choice and not the base's own; else empty."""
     own = own_side(base)
     if data.is_micro or data.resolution is not None or own is None or data.size == (own, own):
         return ""
@@ -82,7 +83,7 @@ def size_note(data: DataConfig, base: str) -> str:
 
 
 def short_of_room(state: TrainState, folder: Path) -> str:
-    """A warning where the disk has too little room for what the run will write; empty where it has enough."""
+    """Return a warning where the disk has too little room for what the run will write; empty where it has enough."""
     settings = state.settings
     adapter = sum(p.numel() * p.element_size() for p in state.models.plain_adapter.parameters())
     files = [adapter, adapter]  # both forms

@@ -116,8 +116,8 @@ def _writer(folder: Path, settings: Mapping[str, Any], start: int) -> Any:
 
 
 def _quiet_threads(package: str) -> Callable[[], None]:
-    """What threads of ``package`` raise is not printed any more, as it is raised again where it is asked for more;
-    returns what ends that."""
+    """Print no more what threads of ``package`` raise, as it is raised again where it is asked for
+    more; returns what ends that."""
     before = threading.excepthook
 
     def hook(args: Any) -> None:
@@ -244,7 +244,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def read_stats(folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``folder/stats.jsonl``."""
+    """Return the rows of ``folder/stats.jsonl``."""
     return [row for line in (folder / STATS).read_bytes().split(b"\n") if (row := _row(line))]
 
 

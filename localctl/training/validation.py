@@ -84,7 +84,7 @@ class References:
     round_trip: Fidelity
 
     def control(self, f1: float) -> float:
-        """The share of the way from the base to the ceiling; NaN where there is no way to go."""
+        """Return the share of the way from the base to the ceiling; NaN where there is no way to go."""
         span = self.round_trip.f1 - self.base.f1
         return (f1 - self.base.f1) / span if span > 0 else math.nan
 
@@ -95,7 +95,7 @@ class ValidationResult:
     sheet: Image.Image
 
     def save(self, path: Path) -> None:
-        """The sheet as a PNG; OSError naming the file where it cannot be written."""
+        """Return the sheet as a PNG; OSError naming the file where it cannot be written."""
         buffer = io.BytesIO()
         self.sheet.save(buffer, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class ValidationResult:
 
 
 def in_words(fidelity: Fidelity, references: References) -> str:
-    """What is said of a validation."""
+    """Return what is said of a validation."""
     if not fidelity.scored:
         return f"no score, since no held-out mask has {MIN_EDGES} edge pixels in it (larger masks would)"
     return (
@@ -113,7 +113,7 @@ def in_words(fidelity: Fidelity, references: References) -> str:
 
 
 def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
-    """What is logged of a validation."""
+    """Return what is logged of a validation."""
     return {
         "validation/f1": fidelity.f1,
         "validation/precision": fidelity.precision,
