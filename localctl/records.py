@@ -58,27 +58,36 @@ def record(section: str = "") -> Callable[[Class], Class]:
 
     def decorate(cls: Class) -> Class:
         @functools.wraps(cls.__init__)  # type: ignore[misc]  # it is this class's
-        def __init__(self: Any, **values: Any) -> None:  # noqa: N807  # it replaces the class's own
+        def validated(self: Any, **values: Any) -> None:
             try:
-                _adapter(cls).validator.validate_python(ArgsKwargs((), values), self_instance=self)
+                _adapter(cls).validator.validate_python(ArgsKwargs((), _readable(values)), self_instance=self)
             except ValidationError as error:
                 raise ValueError(sentence(error, cls, section)) from None
             _kept(self, values)
 
         setattr(cls, "__pydantic_config__", _CONFIG)  # noqa: B010  # mypy knows no such attribute
-        setattr(cls, "__init__", __init__)  # noqa: B010
+        setattr(cls, "__init__", validated)  # noqa: B010
         return cls
 
     return decorate
 
 
+def _readable(given: Any) -> Any:
+    """Return ``given`` with texts that pydantic reads: half a surrogate, as of a path in another encoding, is none."""
+    if isinstance(given, str):
+        return given.encode("utf-8", "replace").decode()
+    if isinstance(given, (list, tuple)):
+        return type(given)(map(_readable, given))
+    return {name: _readable(value) for name, value in given.items()} if isinstance(given, Mapping) else given
+
+
 def _kept(made: Any, given: Any) -> Any:
-    """Return what was ``made`` of ``given``, with texts of a kind of their own as they were: pydantic makes plain ones
-    of them, and those from the environment would no longer be masked (``localctl.redaction``)."""
-    if isinstance(given, str) and type(given) is not str and made == given:
+    """Return what was ``made`` of ``given``, with every text as it was: pydantic makes plain ones of texts of a kind of
+    their own, and those from the environment would no longer be masked (``localctl.redaction``)."""
+    if isinstance(given, str) and made == _readable(given):
         return given
-    if isinstance(given, (list, tuple)) and isinstance(made, tuple):
-        return tuple(map(_kept, made, given))
+    if isinstance(given, (list, tuple)) and isinstance(made, (list, tuple)):
+        return type(made)(map(_kept, made, given))
     if isinstance(given, Mapping):
         inside = made if isinstance(made, dict) else vars(made)
         inside.update({name: _kept(inside[name], value) for name, value in given.items()})

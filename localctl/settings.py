@@ -26,7 +26,7 @@ MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "f
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
-CHANNELS: dict[str, Literal[1, 3]] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
+CHANNELS: dict[str, int] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
 FROM_PICTURE = ("canny", "sobel", "palette")
 MASK_RESIZE: tuple[str, ...] = get_args(MaskResize)
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
@@ -59,13 +59,15 @@ class ConditionConfig:
     low: float = 50
     high: float = 100
     cells: Positive = 8
-    channels: Literal[0, 1, 3] = 0
+    channels: int = 0
     channels_used: ChannelsUsed = "gray"
     palette_filter: PaletteFilter = "mean"
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
+        if self.channels not in (0, 1, 3):
+            raise ValueError(f"Unknown condition.channels {self.channels}; choose 1 or 3.")
         if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
             self.channels = CHANNELS[self.kind]
 

@@ -1,4 +1,4 @@
-"""The flags of ``sample.py``: what was typed, and what a record says, as one namespace; nothing is looked up yet."""
+"""The flags of ``sample.py``: what was typed, and what a record says, as one record; nothing is looked up yet."""
 
 from __future__ import annotations
 
@@ -10,22 +10,11 @@ from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.cli.arguments import BOOLS, Arguments
-from localctl.cli.sample_record import RECORD, read_record
+from localctl.cli.sample_record import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import nearest
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
-DEFAULTS: dict[str, Any] = {
-    "weight": [1.0],
-    "start": [0.0],
-    "end": [1.0],
-    "seeds": [0],
-    "num_inference_steps": 30,
-    "batch_size": 4,
-    "dtype": "float32",
-    "device": "auto",
-    "output_dir": "outputs/sample",
-}
 # A flag that is typed takes the place of these in a record.
 _REPLACED = {
     "image": ("condition_image",),
@@ -35,7 +24,6 @@ _REPLACED = {
     "control": ("compare",),
     "sweep": ("compare",),
 }
-_MOST_SEED = 2**64
 _NO_PROMPTS = ("a", "an", "the", "and", "with", "of", "in", "on")  # by themselves: parts of one
 # What the same thing is called in other programs.
 _ELSEWHERE = {
@@ -144,8 +132,8 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
-def parse(argv: Sequence[str], description: str | None = None, program: str = "sample.py") -> argparse.Namespace:
-    """Flags as a namespace; what a record given with ``--from_json`` says is taken where no flag does.
+def parse(argv: Sequence[str], description: str | None = None, program: str = "sample.py") -> SampleSettings:
+    """Read flags; what a record given with ``--from_json`` says is taken where no flag does.
 
     ValueError for bad flags, or a file that is no record.
     """
@@ -159,12 +147,11 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = "s
         typed["prompt"] = _prompts(typed["prompt"])
     recorded: dict[str, Any] = {}
     if "from_json" in typed:
-        recorded = read_record(Path(typed["from_json"]), parser)
+        recorded = read_record(Path(typed["from_json"]))
         for name in typed:
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
-    names = [action.dest for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]
-    options = argparse.Namespace(**{**dict.fromkeys(names), **DEFAULTS, **recorded, **typed})
+    options = SampleSettings(**{**recorded, **typed})
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
     return options
@@ -219,9 +206,10 @@ def seed(text: str) -> int:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"invalid int value: {_short(text)!r}") from None
-    if abs(value) >= _MOST_SEED:
-        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one")
-    return value
+    try:
+        return seed_in_bounds(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one") from None
 
 
 def size(text: str) -> tuple[int, int]:

@@ -3,7 +3,6 @@ size of the run together, by the geometry that training uses."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter_files import SavedAdapter
+from localctl.cli.sample_record import SampleSettings
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
@@ -59,17 +59,17 @@ class Source:
         return self.image.height, self.image.width
 
 
-def read_sources(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> list[Source]:
+def read_sources(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> list[Source]:
     """What each adapter follows. ValueError for a file that cannot be read, or a condition it does not take."""
     return [_read(options, index, adapter) for index, adapter in enumerate(adapters)]
 
 
-def _nth(options: argparse.Namespace, name: str, index: int) -> Any:
+def _nth(options: SampleSettings, name: str, index: int) -> Any:
     values = getattr(options, name)
     return None if not values else values[0] if len(values) == 1 else values[index]
 
 
-def _read(options: argparse.Namespace, index: int, adapter: SavedAdapter) -> Source:
+def _read(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
     computed = bool(options.image)
     condition = _condition(_nth(options, "condition", index), adapter, computed)
     path = _nth(options, "image" if computed else "condition_image", index)
@@ -166,7 +166,7 @@ def check_one_shape(sources: Sequence[Source]) -> None:
 
 
 def follow(
-    options: argparse.Namespace, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size, why: str = ""
+    options: SampleSettings, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size, why: str = ""
 ) -> tuple[list[AdapterJob], list[str]]:
     """Conditions and masks of ``size``, and a sentence, which ends in ``why``, on each image that had another.
 

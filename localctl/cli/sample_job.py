@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
-from localctl.bases import check_vae
+from localctl.bases import SchedulerName, check_vae
 from localctl.cli.sample_inputs import (
     AdapterJob,
     Size,
@@ -22,6 +21,7 @@ from localctl.cli.sample_inputs import (
     read_sources,
     size_multiple,
 )
+from localctl.cli.sample_record import SampleSettings
 from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, plan
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
@@ -44,13 +44,13 @@ class Job:
     adapters: list[AdapterJob]
     base: BaseConfig
     device: torch.device
-    options: argparse.Namespace
+    options: SampleSettings
     variants: list[Variant]
     size: Size
     notes: list[str]
 
 
-def prepare(options: argparse.Namespace) -> Job:
+def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model. ValueError in one sentence."""
     notes = _readable(options)
     scenes = load_layouts(options)
@@ -74,13 +74,13 @@ def prepare(options: argparse.Namespace) -> Job:
     why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
     adapters, said = follow(options, found, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
-    scenes = scenes or [Layout(prompt) for prompt in options.prompt]
+    scenes = scenes or [Layout(prompt) for prompt in options.prompt or ()]
     layouts = [replace(scene, height=size[0], width=size[1]) for scene in scenes]
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
 
 
-def _readable(options: argparse.Namespace) -> list[str]:
+def _readable(options: SampleSettings) -> list[str]:
     """Put a question mark where a text is no Unicode, as of a terminal in another encoding; a note on each, and on what
     is easily taken for something else."""
     notes = []
@@ -96,7 +96,7 @@ def _readable(options: argparse.Namespace) -> list[str]:
     return notes
 
 
-def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> BaseConfig:
+def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
     """The base asked for, else that of the first adapter that says one. ValueError when that is not there."""
     name = options.base
     if name is None and adapters:
@@ -120,7 +120,7 @@ def _base(options: argparse.Namespace, adapters: Sequence[SavedAdapter]) -> Base
     )
 
 
-def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guidance_scale: float) -> None:
+def _say_sampling(options: SampleSettings, variants: Sequence[Variant], guidance_scale: float) -> None:
     """Guidance scale and scheduler are recorded where they are one for all variants, so that a later default changes no
     image."""
     scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
@@ -128,11 +128,11 @@ def _say_sampling(options: argparse.Namespace, variants: Sequence[Variant], guid
     if options.guidance_scale is None and len(scales) == 1:
         options.guidance_scale = scales.pop()
     if options.scheduler is None and len(schedulers) == 1:
-        options.scheduler = schedulers.pop()
+        options.scheduler = cast(SchedulerName, schedulers.pop())
 
 
 def _check_sampling(
-    options: argparse.Namespace, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
+    options: SampleSettings, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
 ) -> list[str]:
     """ValueError for a setting of the sampling that cannot be done; a note on one that does nothing."""
     if any(isinstance(control, OptimizedSpaceTime) for variant in variants for control in variant.controls):
@@ -154,7 +154,7 @@ def _check_sampling(
     return []
 
 
-def _asked(options: argparse.Namespace, scenes: Sequence[Layout]) -> tuple[int | None, int | None]:
+def _asked(options: SampleSettings, scenes: Sequence[Layout]) -> tuple[int | None, int | None]:
     """The size that flags or layouts ask for. ValueError for layouts of several sizes, or another than the flags'."""
     if options.resolution is not None and (options.height, options.width) != (None, None):
         raise ValueError("Give either --resolution or --height and --width, not both.")
@@ -176,7 +176,7 @@ def _asked(options: argparse.Namespace, scenes: Sequence[Layout]) -> tuple[int |
     return there
 
 
-def _recorded_size(options: argparse.Namespace, follows: bool, size: Size) -> tuple[int | None, int | None]:
+def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[int | None, int | None]:
     """What the record says of the size: nothing where it is that of the layout or of the base."""
     free = options.resolution is None and options.height is None and options.width is None
     return (None, None) if free and not follows else size
@@ -189,7 +189,7 @@ def _own_size(shape: BaseShape) -> Size:
     return height * shape.vae_scale_factor, width * shape.vae_scale_factor
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
+def _check_numbers(options: SampleSettings) -> None:
     for name in ("num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
@@ -201,7 +201,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--guidance_rescale lies between 0 and 1, not at {options.guidance_rescale}.")
 
 
-def _check_counts(options: argparse.Namespace) -> None:
+def _check_counts(options: SampleSettings) -> None:
     """ValueError for flags of adapters without one, none of those that an adapter needs, or too many of one."""
     if not options.adapter:
         for name in _OF_ADAPTERS[:4]:

@@ -1,24 +1,102 @@
-"""The record of a run of ``sample.py``: the options that repeat it. What it holds are values, never flags."""
+"""What a run of ``sample.py`` is told, as a record: from flags, or from the ``sample.json`` of an earlier run."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from localctl.bases import DtypeName, SchedulerName
+from localctl.control.presets import NONE as NONE
 from localctl.files import first_line, read_json
+from localctl.records import record
+from localctl.sizes import typed_size
 
 RECORD = "sample.json"
 INPUTS = ("image", "condition_image", "mask", "layout")  # options that name files; copied beside the record
 AUTO = "auto"  # in place of a layout: what the predictor makes of the prompt
-NONE = "none"  # in place of a control
+_SEED_BITS = 64
 
 
-def read_record(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+def seed_in_bounds(value: int) -> int:
+    """``value``, if it has at most 64 bits; else ValueError."""
+    if abs(value) >= 2**_SEED_BITS:
+        raise PydanticCustomError("seed", "a whole number of no more than 64 bits")
+    return value
+
+
+def _several(value: Any) -> Any:
+    """A single value stands for a list of one."""
+    return value if value is None or isinstance(value, (list, tuple)) else [value]
+
+
+def _size(value: Any) -> Any:
+    """(height, width) of a size as it is typed."""
+    return typed_size(value) if isinstance(value, str) else value
+
+
+# Of a record as it is: text is no number, and the word true is not 1.
+_Text = Annotated[str, Field(strict=True)]
+_Whole = Annotated[int, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True)]
+_Texts = Annotated[list[_Text] | None, BeforeValidator(_several)]
+_Numbers = Annotated[list[_Number], BeforeValidator(_several)]
+
+
+@record()
+@dataclass(kw_only=True)
+class SampleSettings:
+    """A run of ``sample.py``; its flags explain each. None: nothing is said. ValueError for another kind of value."""
+
+    prompt: _Texts = None
+    adapter: _Texts = None
+    image: _Texts = None
+    condition_image: _Texts = None
+    mask: _Texts = None
+    condition: _Texts = None
+    weight: _Numbers = field(default_factory=lambda: [1.0])
+    start: _Numbers = field(default_factory=lambda: [0.0])
+    end: _Numbers = field(default_factory=lambda: [1.0])
+    layout: _Texts = None
+    layout_seed: _Whole | None = None
+    predictor: _Text | None = None
+    control: _Texts = None
+    set: _Texts = None
+    sweep: _Texts = None
+    compare: _Texts = None
+    resolution: Annotated[tuple[_Whole, _Whole] | None, BeforeValidator(_size)] = None
+    height: _Whole | None = None
+    width: _Whole | None = None
+    seeds: Annotated[list[Annotated[_Whole, AfterValidator(seed_in_bounds)]], BeforeValidator(_several)] = field(
+        default_factory=lambda: [0]
+    )
+    num_inference_steps: _Whole = 30
+    guidance_scale: _Number | None = None
+    guidance_rescale: _Number | None = None
+    negative_prompt: _Text | None = None
+    clip_skip: _Whole | None = None
+    scheduler: SchedulerName | None = None
+    use_karras_sigmas: bool | None = None
+    batch_size: _Whole = 4
+    base: _Text | None = None
+    vae: _Text | None = None
+    variant: _Text | None = None
+    revision: _Text | None = None
+    local_files_only: bool | None = None
+    dtype: DtypeName = "float32"
+    device: _Text = "auto"
+    output_dir: _Text = "outputs/sample"
+    from_json: _Text | None = None
+
+
+def read_record(path: Path) -> dict[str, Any]:
     """The options in a record, those that say nothing left out; relative input files are looked up beside it.
 
-    path: of the record, or of its folder. parser: knows every option and its kind. ValueError in one sentence for a
-    file that is no record, an option nobody knows, or a value of another kind.
+    path: of the record, or of its folder. ValueError in one sentence for a file that is no record, an option nobody
+    knows, or a value of another kind.
     """
     path = path.expanduser()
     path = path / RECORD if path.is_dir() else path
@@ -31,43 +109,13 @@ def read_record(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not a record of sample.py; give the {RECORD} of an earlier run.")
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    found = {}
-    for name, value in options.items():
-        if name not in actions:
-            raise ValueError(f"The record {path} has an option {name[:80]!r}, which sample.py has not; remove it.")
-        if value is not None and name != "from_json":
-            found[name] = _value(path, name, value, actions[name])
+    said = {name: value for name, value in options.items() if value is not None and name != "from_json"}
+    try:
+        read = vars(SampleSettings(**said))
+    except ValueError as error:
+        raise ValueError(f"The record {path} cannot be used: {error}") from None
+    found = {name: read[name] for name in said}
     for name in INPUTS:
         if name in found:
             found[name] = [item if item == AUTO else str(path.parent / item) for item in found[name]]
     return found
-
-
-def _value(path: Path, name: str, value: Any, action: argparse.Action) -> Any:
-    if action.nargs != "+":
-        return _single(path, name, value, action)
-    return [_single(path, name, item, action) for item in (value if isinstance(value, list) else [value])]
-
-
-def _single(path: Path, name: str, value: Any, action: argparse.Action) -> Any:
-    """One value of the kind that the flag takes."""
-    kind = action.type
-    try:
-        if kind is None:
-            if not isinstance(value, str):
-                raise TypeError("text")
-            read: Any = value
-        else:
-            if isinstance(value, (list, dict)) or value is None:
-                raise TypeError("a single value")
-            assert callable(kind)
-            read = kind(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{name!r} in the record {path}: {error}.") from error
-    except (TypeError, ValueError) as error:
-        wanted = error if isinstance(error, TypeError) else "a number"
-        raise ValueError(f"{name!r} in the record {path} is {str(value)[:60]!r} where {wanted} belongs.") from error
-    if action.choices is not None and read not in action.choices:
-        raise ValueError(f"{name!r} in the record {path} is {str(read)[:60]!r}; choose {', '.join(action.choices)}.")
-    return read

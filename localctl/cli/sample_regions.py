@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from localctl.cli.sample_record import AUTO
+from localctl.cli.sample_record import AUTO, SampleSettings
 from localctl.control.base import Control
 from localctl.control.latents import check_shiftable_kind
 from localctl.control.layout_guidance import LayoutGuidance
@@ -40,7 +39,7 @@ class Variant:
     sampling: Sampling = FREE
 
 
-def load_layouts(options: argparse.Namespace) -> list[Layout]:
+def load_layouts(options: SampleSettings) -> list[Layout]:
     """The layouts of the flags. ValueError for flags that do not go together, or a file that is no layout."""
     if not options.layout:
         for name in ("control", "set", "sweep", "compare", "layout_seed", "predictor"):
@@ -58,10 +57,10 @@ def load_layouts(options: argparse.Namespace) -> list[Layout]:
     return [load_layout(path) for path in options.layout]
 
 
-def _predicted(options: argparse.Namespace) -> list[Layout]:
+def _predicted(options: SampleSettings) -> list[Layout]:
     from localctl.layout_predictor.model import load_predictor  # only where it is wanted
 
-    if len(options.layout) > 1:
+    if len(options.layout or ()) > 1:
         raise ValueError(f"--layout {AUTO} stands alone; leave out the other files.")
     if not options.prompt:
         raise ValueError(f"--layout {AUTO} reads the prompt; give --prompt.")
@@ -69,7 +68,7 @@ def _predicted(options: argparse.Namespace) -> list[Layout]:
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 
-def plan(options: argparse.Namespace, base: str) -> list[Variant]:
+def plan(options: SampleSettings, base: str) -> list[Variant]:
     """Every way to generate that the flags ask for, at least one; settings start from the preset of the base.
 
     ValueError for unknown controls, settings or values, flags that do not go together, or a scheduler that loses what
@@ -83,7 +82,7 @@ def plan(options: argparse.Namespace, base: str) -> list[Variant]:
     return variants
 
 
-def _plan(options: argparse.Namespace, base: str) -> list[Variant]:
+def _plan(options: SampleSettings, base: str) -> list[Variant]:
     if not options.layout:
         return [Variant(NONE, ())]
     if options.compare:
@@ -191,7 +190,7 @@ def named(label: str) -> str:
     return "".join(character if character.isalnum() or character in "+-.=" else "_" for character in label)
 
 
-def layout_paths(options: argparse.Namespace) -> list[str]:
+def layout_paths(options: SampleSettings) -> list[str]:
     """The files of the layouts by absolute path, to be read from anywhere; predicted ones have none yet."""
     if options.layout == [AUTO]:
         return [AUTO]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from diffusers import DiffusionPipeline
 
 from localctl.cli.sample_files import copy_inputs, open_output, save_images, save_record, save_sheets
 from localctl.cli.sample_job import Job, prepare, reproducing_options
+from localctl.cli.sample_record import SampleSettings
 from localctl.cli.sample_regions import Variant
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
@@ -26,7 +26,7 @@ from localctl.weight_search.weights import OptimizedSpaceTime, clip_beside, gene
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
 
 
-def run(options: argparse.Namespace, program: str = "sample.py") -> Iterator[Path]:
+def run(options: SampleSettings, program: str = "sample.py") -> Iterator[Path]:
     """The paths of the images, as they are written. ValueError and OSError in one sentence, of an output folder that
     another run holds, too; whatever can be known before is raised before the base is loaded."""
     say = partial(_say, program)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from localctl.cli.suggest import nearest
 
 from localctl.cli.arguments import Arguments
+from localctl.messages import nearest
 
 
 def parser() -> Arguments:

@@ -107,6 +107,8 @@ def test_flags_of_other_trainers_name_what_takes_their_place(name):
 
 
 def test_null_and_numbers():
+    assert load("condition=column", "condition.channels=1").condition.channels == 1
+    assert load("max_train_steps=1e3").max_train_steps == 1000
     assert load("--checkpoints_total_limit", "null").checkpoints_total_limit is None
     assert load("seed=12345678901234567891").seed == 12345678901234567891
     assert load("mask.min_area=.1").mask.min_area == 0.1

@@ -33,7 +33,8 @@ def test_a_wheel_holds_every_module_the_configuration_and_the_weights(monkeypatc
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "localctl").rglob("*.py")}
     settings = {f"localctl/config/{path.relative_to(CONFIG_DIR).as_posix()}" for path in CONFIG_DIR.rglob("*.yaml")}
     assert modules - found == set() and len(settings) > 60 and settings - found == set()
-    assert "localctl/py.typed" in found and sum(name.endswith(".safetensors") for name in found) >= 4
+    assert {"localctl/py.typed", "localctl/cli/other_flags.json"} < found
+    assert sum(name.endswith(".safetensors") for name in found) >= 4
     assert all(name.startswith("localctl/") for name in found)
 
 

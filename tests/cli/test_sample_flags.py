@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +93,18 @@ def test_the_seed_minus_one_is_said(base_here: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": ["a"], "colour": "red"}, "has an option 'colour', which sample.py has not"),
-        ({"prompt": ["a"], "--base": "x"}, "has an option '--base'"),
-        ({"prompt": [1]}, "'prompt' in the record .* is '1' where text belongs"),
-        ({"prompt": [["a"]]}, "'prompt' in the record .* where text belongs"),
-        ({"prompt": ["a"], "seeds": ["x"]}, "'seeds' in the record .*: invalid int value: 'x'"),
-        ({"prompt": ["a"], "seeds": [10**300]}, "'seeds' in the record .*more than 64 bits"),
-        ({"prompt": ["a"], "seeds": [{}]}, "'seeds' in the record .* where a single value belongs"),
-        ({"prompt": ["a"], "guidance_scale": [7.5]}, "'guidance_scale' in the record .* where a single value belongs"),
-        ({"prompt": ["a"], "guidance_scale": "many"}, "'guidance_scale' in the record .* where a number belongs"),
-        ({"prompt": ["a"], "height": True}, "'height' in the record .* where a number belongs"),
-        ({"prompt": ["a"], "dtype": "half"}, "'dtype' in the record .* is 'half'; choose float32"),
-        ({"prompt": ["a"], "base": {"name": "x"}}, "'base' in the record .* where text belongs"),
+        ({"prompt": ["a"], "colour": "red"}, "record .* cannot be used: There is no setting 'colour'"),
+        ({"prompt": ["a"], "--base": "x"}, "There is no setting '--base'"),
+        ({"prompt": [1]}, "record .*: prompt must be text, not 1"),
+        ({"prompt": [["a"]]}, "record .*: prompt must be text, not \\['a'\\]"),
+        ({"prompt": ["a"], "seeds": ["x"]}, "record .*: seeds must be a whole number, not 'x'"),
+        ({"prompt": ["a"], "seeds": [10**300]}, "record .*: seeds must be .* no more than 64 bits, not 1000"),
+        ({"prompt": ["a"], "seeds": [{}]}, "record .*: seeds must be a whole number, not {}"),
+        ({"prompt": ["a"], "guidance_scale": [7.5]}, "record .*: guidance_scale must be a number, not .7.5."),
+        ({"prompt": ["a"], "guidance_scale": "many"}, "record .*: guidance_scale must be a number, not 'many'"),
+        ({"prompt": ["a"], "height": True}, "record .*: height must be a whole number, not True"),
+        ({"prompt": ["a"], "dtype": "half"}, "record .*: Unknown dtype 'half'; choose one of float32"),
+        ({"prompt": ["a"], "base": {"name": "x"}}, "record .*: base must be text, not "),
         ({"prompt": []}, "There is no prompt"),
         ({}, "There is no prompt"),
         ([], "is not a record of sample.py"),
@@ -129,6 +129,24 @@ def test_what_is_no_record_is_one_sentence(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="cannot be read .no such file"):
         parse(["--from_json", str(tmp_path)])
+
+
+def test_a_record_of_any_time_says_the_same_as_its_flags(tmp_path: Path) -> None:
+    """As written at first (all flags, single values alone, no resolution) and today."""
+    first = {
+        "prompt": "a b", "adapter": None, "weight": [1.0], "start": [0.0], "end": [1.0], "layout": None,
+        "base": "micro", "seeds": [0, -2], "num_inference_steps": 3, "guidance_scale": 2, "height": None,
+        "scheduler": None, "batch_size": 4, "dtype": "float32", "device": "auto", "output_dir": "out",
+        "from_json": None,
+    }  # fmt: skip
+    path = tmp_path / "sample.json"
+    path.write_text(json.dumps({"localctl": "0.1.0", "options": first, "images": []}))
+    read = parse(["--from_json", str(path)])
+    flags = ["--prompt", "a b", "--seeds", "0", "-2", "--num_inference_steps", "3", "--guidance_scale", "2"]
+    same = parse([*flags, "--base", "micro", "--output_dir", "out"])
+    assert replace(read, from_json=None) == same
+    path.write_text(json.dumps({"options": asdict(same)}))
+    assert replace(parse(["--from_json", str(path)]), from_json=None) == same
 
 
 def test_values_of_a_record_are_never_flags(base_here: Path) -> None:
