@@ -8,6 +8,7 @@ cleared away by the next one (``sweep``).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -23,6 +24,7 @@ try:
 except ImportError:  # of Unix
     resource = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
@@ -48,7 +50,6 @@ def save_checkpoint(
     *,
     keep: int | None = None,
     info: Mapping[str, Any],
-    say: Callable[[str], None] = print,
 ) -> Path:
     """Commit ``checkpoint-{step}``: ``write`` puts the files into the folder it is given.
 
@@ -85,7 +86,7 @@ def save_checkpoint(
             try:
                 remove(path)
             except OSError as error:
-                say(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
+                logger.info(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
     return final
 
 
@@ -215,7 +216,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None]) -> Path | None:
+def find_checkpoint(folder: Path, request: str | None) -> Path | None:
     """Return the checkpoint to continue from, verified; None for a fresh start.
 
     ``request`` is None, a path, or ``latest``: the newest sound one in ``folder``. Damaged ones are named and passed
@@ -238,13 +239,13 @@ def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None
             verify_checkpoint(path)
         except ValueError as damage:
             if not path.exists():  # removed between two looks, as old ones are: there are newer ones
-                return find_checkpoint(folder, request, say)
-            say(str(damage))
+                return find_checkpoint(folder, request)
+            logger.info(str(damage))
         else:
             return path
     if candidates:
         raise ValueError(f"All {len(candidates)} checkpoints in {folder} are damaged; start afresh in another folder.")
-    say(f"No checkpoint in {folder} yet: starting from the beginning.")
+    logger.info(f"No checkpoint in {folder} yet: starting from the beginning.")
     return None
 
 
@@ -254,14 +255,14 @@ def lies_in(checkpoint: Path, folder: Path) -> bool:
     return folder.resolve() in places
 
 
-def set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> None:
+def set_aside_later(folder: Path, step: int) -> None:
     """Rename checkpoints beyond ``step`` to ``abandoned-...``: the run goes on from ``step`` and will differ."""
     for later, path in list_checkpoints(folder).items():
         if later > step:
             aside = folder / f"abandoned-{path.name}"
             remove(aside)
             path.rename(aside)
-            say(f"{path.name} lies beyond step {step} and is now {aside.name}.")
+            logger.info(f"{path.name} lies beyond step {step} and is now {aside.name}.")
 
 
 def _flush(path: Path) -> None:

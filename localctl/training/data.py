@@ -3,7 +3,8 @@ are cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from localctl.sizes import check_side
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
 
+logger = logging.getLogger(__name__)
 ENOUGH_MASKS = 8  # empty ones in a row are no chance
 MOSTLY = 0.5
 
@@ -119,10 +121,8 @@ class DataWatch:
     None = neither is counted, as of the embedded scenes.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, quarantine: Quarantine, tokenizer: Any, say: Callable[[str], None]
-    ) -> None:
-        self.accelerator, self.quarantine, self.tokenizer, self.say = accelerator, quarantine, tokenizer, say
+    def __init__(self, accelerator: Accelerator, quarantine: Quarantine, tokenizer: Any) -> None:
+        self.accelerator, self.quarantine, self.tokenizer = accelerator, quarantine, tokenizer
         self._seen: set[int] = set()
         self.long_captions = self.masks = self.empty_masks = 0
 
@@ -157,11 +157,10 @@ class DataWatch:
         before = self.masks
         self.masks, self.empty_masks = self.masks + len(batch), self.empty_masks + empty
         if before < ENOUGH_MASKS <= self.masks and self.empty_masks == self.masks:
-            said = (
+            logger.warning(
                 f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can "
                 "be learned; white is controlled, look at the masks with python -m localctl.data check."
             )
-            self.say(warning(said))
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
         """Return the problems of all, and whether each of them has something to train on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 from localctl.data.bad_rows import TooManyBadRows
 from localctl.files import first_line, remove
-from localctl.messages import warning, working
+from localctl.messages import working
 from localctl.signals import Interrupt
 from localctl.training.checkpoints import CheckpointError, list_checkpoints, write_folders
 from localctl.training.export import ADAPTER, BEST, Finished, export, published, push, sheet_name
@@ -19,6 +20,7 @@ from localctl.training.state import TrainState
 from localctl.training.trackers import STATS, Tracker, read_stats
 from localctl.training.validation import References, ValidationResult, Validator, in_words, validation_row
 
+logger = logging.getLogger(__name__)
 VALIDATED = "validation/f1"  # a row of the log with it is a validation
 
 
@@ -53,7 +55,7 @@ class Events:
         validator: Validator | None,
     ) -> None:
         self.state, self.settings, self.output_dir = state, state.settings, output_dir
-        self.interrupt, self.say, self.scorer = interrupt, state.say, scorer
+        self.interrupt, self.scorer = interrupt, scorer
         self.main = state.accelerator.is_main_process
         self.tracker = Tracker()
         self.signal = 0  # that any process was sent, as all of them know it
@@ -115,22 +117,22 @@ class Events:
                 failure = _named(error)
             if any(state.agree(bool(failure))):
                 failure = failure or "another process failed"
-                self.say(warning(f"step {state.step}: no score ({failure}); the training goes on."))
+                logger.warning(f"step {state.step}: no score ({failure}); the training goes on.")
                 return
             if stopping.update(state.step, score) and self.main:
                 self._keep_best()
         best = {"score/best": stopping.best, "score/best_step": stopping.best_step}
         self.tracker.log(state.step, {"score": score, **best})
         if stopping.stopped:
-            self.say(f"step {state.step}: stopping, no score since step {stopping.best_step} was better.")
+            logger.info(f"step {state.step}: stopping, no score since step {stopping.best_step} was better.")
 
     def _keep_best(self) -> None:
         """Write the adapter with the best score so far; a disk that takes no more is said."""
         try:
             write_folders(self.output_dir, {BEST: self.state.models.plain_adapter.save_pretrained})
         except OSError as error:
-            said = f"step {self.state.step}: the best adapter so far is not kept, {error}; the training goes on."
-            self.say(warning(said))
+            step = self.state.step
+            logger.warning(f"step {step}: the best adapter so far is not kept, {error}; the training goes on.")
 
     def validate(self, bar: Any) -> None:
         """Generate the validation images on the first process. The others keep step with it, so that a signal to any of
@@ -144,11 +146,11 @@ class Events:
             self._generate_validation(bar)
             state.validated = state.step
         except Stopped:
-            self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
+            logger.info(f"Validation at step {state.step} was given up; it is made good on resuming.")
         except TooManyBadRows:
             raise
         except Exception as error:  # whatever it is, it is said and no reason to lose the training
-            self.say(warning(f"step {state.step}: no validation ({_named(error)}); the training goes on."))
+            logger.warning(f"step {state.step}: no validation ({_named(error)}); the training goes on.")
         finally:
             self.signal, _ = state.agree(self.interrupt.signal, 1)
 
@@ -184,7 +186,7 @@ class Events:
         if not (self.main and self.settings.push_to_hub):
             return
         if self.signal:
-            self.say("Not pushed to the hub, because of the signal; the same command with latest makes up for it.")
+            logger.info("Not pushed to the hub, because of the signal; the same command with latest makes up for it.")
         else:
             push(self.output_dir, self.settings, published(run))
 
@@ -232,7 +234,7 @@ class Events:
             self.tracker.image(step, "validation/grid", result.sheet)
         path = self.output_dir / sheet_name(step)
         result.save(path)
-        self.say(f"step {step}: {in_words(fidelity, references)}, {path}")
+        logger.info(f"step {step}: {in_words(fidelity, references)}, {path}")
 
     def _last_logged_validation(self) -> int:
         """Return the step of it, as this folder's log has it: a checkpoint is older than the validation after it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from localctl.data.bad_rows import QUARANTINE
@@ -55,7 +54,7 @@ def _never_got_far(folder: Path) -> bool:
     return not list_checkpoints(folder) and not (folder / ADAPTER).exists()
 
 
-def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], None]) -> None:
+def prepare_folder(folder: Path, step: int, resumed: bool) -> None:
     """Resumed: set aside checkpoints beyond ``step``. Fresh: remove an earlier run, which ``check_unused`` let pass.
 
     OSError naming what cannot be removed; then nothing is.
@@ -63,7 +62,7 @@ def prepare_folder(folder: Path, step: int, resumed: bool, say: Callable[[str], 
     sweep_folders(folder, (ADAPTER, BEST, T2IADAPTER))
     remove(folder / _REPLACED)
     if resumed:
-        set_aside_later(folder, step, say)
+        set_aside_later(folder, step)
     if resumed or not holds_run(folder):
         return
     # The log goes last: as long as it is there, this is known to be a run's folder.
@@ -96,9 +95,9 @@ class RunFolder:
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say, self.trouble = path, say, ""
-        self.lock = on_first(lambda: FolderLock(path, say))
+    def __init__(self, path: Path) -> None:
+        self.path, self.trouble = path, ""
+        self.lock = on_first(lambda: FolderLock(path))
         self._first = None if self.lock is None else os.stat(path)
 
     def release(self) -> None:
@@ -109,14 +108,14 @@ class RunFolder:
     def find_checkpoint(self, settings: TrainSettings) -> Path | None:
         """Find the checkpoint to go on from, verified; None for a fresh start, for which the folder must be free."""
         on_first(lambda: sweep(self.path))
-        found = find_checkpoint(self.path, settings.resume_from_checkpoint, self.say)
+        found = find_checkpoint(self.path, settings.resume_from_checkpoint)
         if found is None or not lies_in(found, self.path):
             check_unused(self.path, settings.overwrite_output_dir, settings.resume_from_checkpoint)
         return found
 
     def make_ready(self, step: int, resumed: bool) -> None:
         """Clear away what is in the way of a run that goes on from ``step``, or of a fresh one."""
-        on_first(lambda: prepare_folder(self.path, step, resumed, self.say))
+        on_first(lambda: prepare_folder(self.path, step, resumed))
 
     def look(self) -> bool:
         """Whether the run must save and end, as somebody has removed the folder; it is made again.

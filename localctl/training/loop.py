@@ -3,6 +3,7 @@ the events: step, log, validate, checkpoint, export."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from localctl.data import Batch, Source
 from localctl.data.workers import WorkerError
 from localctl.distributed import LostProcess, lost_process
-from localctl.messages import tolerant, working
+from localctl.messages import working
 from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
@@ -43,6 +44,7 @@ from localctl.training.summary import announcement, short_of_room
 from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.validation import Fidelity, Validator
 
+logger = logging.getLogger(__name__)
 _SIGNAL_ON_ITS_WAY = 0.5  # seconds: who stops a job may signal each of its processes, workers too
 
 
@@ -64,7 +66,6 @@ class TrainResult:
 
 def prepare(
     settings: TrainSettings,
-    say: Callable[[str], None] = tqdm.write,
     scorer: Scorer | None = None,
     parent: int | None = None,
 ) -> Run:
@@ -81,8 +82,7 @@ def prepare(
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
     accelerator = new_accelerator(settings)
-    say = tolerant(say) if accelerator.is_main_process else _silent
-    folder = RunFolder(output_dir, say)
+    folder = RunFolder(output_dir)
     try:
         state, train, val = _load(settings, accelerator, folder)
         run = Run(state, train, val, folder, scorer, Interrupt(launcher() if parent is None else parent))
@@ -102,7 +102,6 @@ def _load(
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
-    state.say = folder.say
     state.models.check_size(*size)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
@@ -111,15 +110,11 @@ def _load(
     )
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=state.say)
+        check_unchanged(manifest["info"], state.info, force=settings.force_resume)
         state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
     return state, train, val
-
-
-def _silent(text: str) -> None:
-    """Print nothing: only rank 0 prints."""
 
 
 class Run:
@@ -134,13 +129,13 @@ class Run:
         scorer: Scorer | None,
         interrupt: Interrupt,
     ) -> None:
-        self.state, self.settings, self.say = state, state.settings, state.say
+        self.state, self.settings = state, state.settings
         self.train_source, self.folder, self.output_dir = train, folder, folder.path
         self.main = state.accelerator.is_main_process
         data = self.settings.data
         bad = shared_quarantine(state.accelerator, folder.path, len(train), data.max_bad_fraction, state.step)
         tokenizer = None if data.is_micro else state.models.pipe.tokenizer
-        self.watch = DataWatch(state.accelerator, bad, tokenizer, self.say)
+        self.watch = DataWatch(state.accelerator, bad, tokenizer)
         self.interrupt = interrupt
         validator = None if val is None or not self.main else Validator(state.models, self.settings, val)
         self.events = Events(state, folder.path, interrupt, scorer, validator)
@@ -175,8 +170,8 @@ class Run:
             raise OSError(self.folder.trouble)
         if self.main:
             for line in self.watch.lines():
-                self.say(line)
-            self.say(self._farewell(stopped))
+                logger.info(line)
+            logger.info(self._farewell(stopped))
         self.state.accelerator.wait_for_everyone()
         fidelity = self.events.last.fidelity if self.events.last else None
         return TrainResult(self.state.step, self.output_dir, stopped, fidelity, self.events.signal)
@@ -186,14 +181,12 @@ class Run:
         if not self.main:
             return
         state, settings = self.state, self.settings
-        self.say(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
+        logger.info(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
         if short := short_of_room(state, self.output_dir):
-            self.say(short)
+            logger.info(short)
         values = flat(recorded(settings))
         named = asdict(settings.wandb)
-        self.events.tracker = make_tracker(
-            settings.report_to, self.output_dir, values, start=state.step, wandb=named, say=self.say
-        )
+        self.events.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step, wandb=named)
         write_settings(settings, self.output_dir)
 
     def _loop(self, stop: Callable[[int], bool]) -> bool:
@@ -282,7 +275,7 @@ class Run:
                 "loss weight, and resume from the last checkpoint."
             )
         self.state.skipped += 1
-        self.say(f"{found}; this update is left out, {self.state.skipped} so far.")
+        logger.info(f"{found}; this update is left out, {self.state.skipped} so far.")
 
     def _farewell(self, stopped: bool) -> str:
         why = " (the process that launched this one is gone)" if self.interrupt.orphaned else ""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +25,7 @@ from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
 from localctl.training.settings import TrainSettings
 
+logger = logging.getLogger(__name__)
 # Setting, or section of settings -> why it may change when a run is continued. Whatever is not named here may not.
 FREE = {
     "output_dir": "where, not what",
@@ -220,9 +222,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_unchanged(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, force: bool, say: Callable[[str], None]
-) -> None:
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force: bool) -> None:
     """ValueError listing what changed since the checkpoint; with ``force`` it is only said.
 
     Other versions of libraries are said, too, and never an error; so is a length that moves the learning rate.
@@ -231,13 +231,17 @@ def check_unchanged(
     pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
     moved = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
     if moved:
-        say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
+        logger.info(
+            f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}."
+        )
     length = [_part(before, "settings").get("max_train_steps"), now["settings"]["max_train_steps"]]
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
-        say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
+        logger.info(
+            f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on."
+        )
     lines = changes(before, now)
     if is_old(before):
-        say(
+        logger.info(
             "The checkpoint was written before captions, files and the base's settings were remembered; only the names "
             "of the examples and the first values of the base's weights could be compared."
         )
@@ -247,7 +251,7 @@ def check_unchanged(
             "or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
         )
     for line in lines:
-        say(f"changed since the checkpoint, by --force_resume: {line}")
+        logger.info(f"changed since the checkpoint, by --force_resume: {line}")
 
 
 def fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:

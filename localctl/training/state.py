@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +19,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
@@ -95,8 +94,7 @@ class TrainState:
 
     resumed: a checkpoint was loaded. stats: what has been measured since the last row of the log. validated: the step
     of the last validation. skipped: updates left out so far because they were not finite. info: what a checkpoint's
-    manifest says of the run (``resume.describe``). ema: the averaged weights, None without ``use_ema``. say: where
-    sentences go.
+    manifest says of the run (``resume.describe``). ema: the averaged weights, None without ``use_ema``.
     """
 
     settings: TrainSettings
@@ -110,7 +108,6 @@ class TrainState:
     skipped: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     ema: Any = None
-    say: Callable[[str], None] = tqdm.write
     early_stopping: EarlyStopping = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,7 +146,7 @@ class TrainState:
             try:
                 limit = self.settings.checkpoints_total_limit
                 write = partial(self._write, stats=stats)
-                save_checkpoint(folder, self.step, write, keep=limit, info=self.info, say=self.say)
+                save_checkpoint(folder, self.step, write, keep=limit, info=self.info)
             except CheckpointError as error:
                 failure = error
         if any(self.agree(failure is not None)):

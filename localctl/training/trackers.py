@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import threading
@@ -17,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from localctl.files import append, first_line, open_to_append, parse_json, write_bytes, write_text
-from localctl.messages import warning
 from localctl.settings import REPORT_TO as REPORT_TO
 
+logger = logging.getLogger(__name__)
 STATS = "stats.jsonl"
 BOARD, WANDB = "logs", "wandb"  # folders
 
@@ -167,8 +168,8 @@ class Trackers(Tracker):
     """Several as one, by name. What one of them raises costs neither the training nor the others: it is said once for
     each tracker."""
 
-    def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]) -> None:
-        self._trackers, self._say = dict(trackers), say
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
         self._failed: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -187,8 +188,7 @@ class Trackers(Tracker):
             except Exception as error:  # anybody's library
                 if name not in self._failed:
                     self._failed.add(name)
-                    said = f"{name} takes nothing at {when} ({first_line(error)}); the training goes on."
-                    self._say(warning(said))
+                    logger.warning(f"{name} takes nothing at {when} ({first_line(error)}); the training goes on.")
 
 
 def make_tracker(
@@ -198,7 +198,6 @@ def make_tracker(
     *,
     start: int = 0,
     wandb: Mapping[str, Any] = MappingProxyType({}),
-    say: Callable[[str], None] = print,
 ) -> Tracker:
     """``stats.jsonl`` always, and what ``report_to`` names; ``all`` is TensorBoard, and wandb where it is installed.
 
@@ -216,8 +215,8 @@ def make_tracker(
         try:
             trackers[name] = make()
         except Exception as error:  # anybody's library
-            say(warning(f"{name} cannot begin ({first_line(error)}); the training goes on without it."))
-    return Trackers(trackers, say)
+            logger.warning(f"{name} cannot begin ({first_line(error)}); the training goes on without it.")
+    return Trackers(trackers)
 
 
 def check_report_to(report_to: str, wandb: Mapping[str, Any] = MappingProxyType({})) -> None:
