@@ -152,4 +152,4 @@ def test_a_resume_in_another_world_is_refused_and_says_which(base, tmp_path):
     assert all(" -> " in values for _, _, values in lines) and "9.0" in str(refused.value)
     said = logged()
     assert silent_run(replace(settings, force_resume=True)).state.step == 1
-    assert sum("by --force_resume" in line for line in said) == 5
+    assert sum("accepted by --force_resume" in line for line in said) == 5

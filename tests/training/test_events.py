@@ -140,14 +140,14 @@ def test_a_tracker_that_fails_is_said_once(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "BoardTracker", raising(OSError("logs is a file")))
     silent_run(replace(settings, report_to="tensorboard")).train()
     assert [line for line in said if "warning:" in line] == [
-        "warning: TensorBoard cannot begin (logs is a file); the training goes on without it."
+        "warning: TensorBoard cannot start (logs is a file); the training goes on without it."
     ]
     assert make is not logging.BoardTracker and [row["step"] for row in loss_log(tmp_path)] == [1, 2, 3, 4]
     tracker = Trackers({"wandb": Broken(), "file": logging.FileTracker(tmp_path)})
     tracker.log(5, {"loss": 1.0})
     tracker.log(6, {"loss": 1.0})
     tracker.close()
-    assert said[-1] == "warning: wandb takes nothing at step 5 (no network); the training goes on."
+    assert said[-1] == "warning: wandb recorded nothing at step 5 (no network); the training goes on."
     assert sum("wandb" in line for line in said) == 1 and read_stats(tmp_path)[-1]["step"] == 6
 
 
@@ -187,7 +187,7 @@ def test_where_no_checkpoint_fits_either_the_adapter_is_kept_elsewhere(settings,
     monkeypatch.setattr(TrainState, "save", raising(CheckpointError("full")))
     monkeypatch.setattr(LocalAdapter, "save_t2iadapter", raising(FULL))
     run = silent_run(replace(settings, checkpointing_steps=0, output_dir=str(tmp_path / "out")))
-    with pytest.raises(OSError, match="the adapter alone is kept in") as error:
+    with pytest.raises(OSError, match="the adapter alone is saved in") as error:
         run.train()
     kept = LocalAdapter.from_pretrained(str(error.value).partition("kept in ")[2].rstrip("."))
     for name, value in run.state.models.plain_adapter.state_dict().items():
@@ -227,7 +227,7 @@ def test_a_killed_worker_leaves_a_checkpoint(settings, tmp_path, monkeypatch):
     straight.train()
     settings = replace(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "killed"), logging_steps=3)
     monkeypatch.setattr(loop, "next_batch", dying_at(5, loop.next_batch))
-    with pytest.raises(WorkerError, match="killed; checkpoint-2 holds all of the training: go on with"):
+    with pytest.raises(WorkerError, match="killed; checkpoint-2 holds all of the training: continue with"):
         silent_run(settings).train()
     monkeypatch.undo()
     run = silent_run(replace(settings, resume_from_checkpoint="latest"))
@@ -257,7 +257,7 @@ def test_a_folder_removed_while_training_is_said_and_the_training_kept(settings,
             shutil.rmtree(out)
         return False
 
-    with pytest.raises(OSError, match="was removed while training; what could be saved is there again"):
+    with pytest.raises(OSError, match="was removed while training; it was created again and the training saved there"):
         run.train(vanish)
     assert list(list_checkpoints(out)) == [2] and (out / "config.yaml").exists()
     assert [row["step"] for row in read_stats(out)] == [1, 2]
@@ -302,7 +302,7 @@ def test_empty_masks_are_said_early_and_at_the_end():
     said, lines = watched([empty] * 12)
     assert len(said) == 1 and said[0].startswith("warning: all 8 masks seen so far are empty")
     assert "24 of 24 masks seen were empty" in lines[0]
-    assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty, so controlled nothing"])
+    assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty and controlled nothing"])
     said, lines = watched([full] + [empty] * 9)
     assert said == [] and "18 of 20" in lines[0]
 

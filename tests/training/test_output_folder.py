@@ -60,7 +60,7 @@ def test_files_that_are_not_ours_are_never_touched(small, tmp_path, overwrite):
 def test_a_link_to_nowhere_is_not_followed(small, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "planted")
-    with pytest.raises(ValueError, match=f"holds {name}, but not of a training run"):
+    with pytest.raises(ValueError, match=f"holds {name}, which is not from a training run"):
         silent_run(replace(small, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "planted").exists() and [p.name for p in (tmp_path / "out").iterdir()] == [name]
 

@@ -304,7 +304,7 @@ def watched_batches(folder, usable):
             other = accelerator.process_index == 1
             batch = OneBatch(["row-9"] if usable or not other else [])
             batch.problems = tuple(problems) if other else ()
-            watch.look_at(batch, step)
+            watch.check(batch, step)
     except TooManyBadRows as error:
         (folder / f"said-{accelerator.process_index}").write_text(f"step {step}: {error}")
         return 5

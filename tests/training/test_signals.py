@@ -255,7 +255,7 @@ def test_so_many_may_be_left_out_as_is_allowed(saved, tmp_path, monkeypatch):
     said = logged()
     run = silent_run(replace(settings, max_nonfinite_steps=1))
     run.train()
-    assert run.state.skipped == 1 and sum("left out, 1 so far" in line for line in said) == 1
+    assert run.state.skipped == 1 and sum("skipped, 1 so far" in line for line in said) == 1
     steps = run.state.optimizer.state_dict()["state"][0]["step"]
     assert run.state.step == 6 and int(steps) == 5
     assert sum(row["loss"] is None for row in loss_log(tmp_path)) == 1

@@ -66,7 +66,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypat
         tracker.log(step, {"loss": 0.5})
         time.sleep(0.01 if not said else 0)
     tracker.close()
-    assert len(said) == 1 and "warning: TensorBoard takes nothing" in said[0] and "No space left" in said[0]
+    assert len(said) == 1 and "warning: TensorBoard recorded nothing" in said[0] and "No space left" in said[0]
     assert "Traceback" not in capfd.readouterr().err and threading.excepthook is before
     assert len(read_stats(tmp_path)) == 199
 
