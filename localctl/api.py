@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from localctl.evaluation import fid
 from localctl.evaluation.compare import Comparison, compare
 from localctl.evaluation.scorer import make_scorer
 from localctl.evaluation.settings import FidSettings
+from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.training.events import Scorer
@@ -32,12 +33,12 @@ def train_settings(*choices: str) -> TrainSettings:
     return load_config(choices, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
 
 
-def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None = None) -> TrainResult:
+def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None = None) -> TrainResult:
     """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
 
     Args:
         settings: of :func:`train_settings`, or built in Python.
-        say: is given each line of what is told meanwhile.
+        say: deprecated; is called with each message in place of printing it. Add a handler to the logger "localctl".
         scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
 
     Raises:
@@ -47,17 +48,19 @@ def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None 
     """
     if settings.dry_run:
         raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
-    return prepare(settings, say, scorer or make_scorer(settings)).train()
+    with _shown(say, tolerant=True, first_process_only=True):
+        return prepare(settings, scorer or make_scorer(settings)).train()
 
 
-def generate_set(settings: FidSettings, say: Say = print) -> dict[str, Path]:
+def generate_set(settings: FidSettings, say: Say | None = None) -> dict[str, Path]:
     """Generate what is missing of the sets of images that ``settings.prompts`` asks for; their folders, by the name of
     the set. ValueError in one sentence before anything slow."""
-    fid.generate(settings, say)
+    with _shown(say):
+        fid.generate(settings)
     return {name: settings.folder / name for name in settings.set_names}
 
 
-def evaluate_fid(settings: FidSettings, say: Say = print) -> dict[str, Any]:
+def evaluate_fid(settings: FidSettings, say: Say | None = None) -> dict[str, Any]:
     """How far generated images are from photos: ``evaluate_fid.py`` ref, gen and score, one after the other.
 
     Returns:
@@ -67,10 +70,11 @@ def evaluate_fid(settings: FidSettings, say: Say = print) -> dict[str, Any]:
     Raises:
         ValueError: data, an adapter or an extractor that is not there; another reference or images of other settings.
     """
-    if settings.reference is None:
-        fid.make_reference(settings, say)
-    fid.generate(settings, say)
-    return fid.score(settings, say)
+    with _shown(say):
+        if settings.reference is None:
+            fid.make_reference(settings)
+        fid.generate(settings)
+        return fid.score(settings)
 
 
 def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_clip") -> Comparison:
@@ -84,3 +88,13 @@ def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_c
         ValueError: images are missing, or the sets differ in more than the adapter.
     """
     return compare(folders, None if clip is None else Clip(MICRO_CLIP if clip == "micro_clip" else clip))
+
+
+@contextmanager
+def _shown(say: Say | None, **options: bool) -> Iterator[None]:
+    """Within, print what is logged, or hand it to ``say``, which is deprecated."""
+    if say is not None:
+        text = 'say= is deprecated; add a handler to logging.getLogger("localctl") instead.'
+        warnings.warn(text, DeprecationWarning, stacklevel=4)
+    with log_to_screen(say, **options):
+        yield

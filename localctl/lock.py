@@ -9,17 +9,18 @@ is needed. An owner that slept longer than that finds another's name in the file
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from localctl.files import parse_json, write_json
 
+logger = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT, PATIENCE = 15.0, 120.0
 _SETTLE = 0.3  # for two that take over the same folder in the same moment; the later one has it
@@ -37,7 +38,7 @@ class FolderLock:
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None], *, patience: float = PATIENCE) -> None:
+    def __init__(self, folder: Path, *, patience: float = PATIENCE) -> None:
         self.folder, self.path = folder, folder / LOCK
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self._token = uuid.uuid4().hex
@@ -52,7 +53,7 @@ class FolderLock:
         self._done = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._take(say, patience)
+            self._take(patience)
         except BaseException:
             self._remove_made()
             raise
@@ -84,12 +85,12 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
             self._remove_made()
 
-    def _take(self, say: Callable[[str], None], patience: float) -> None:
+    def _take(self, patience: float) -> None:
         text = json.dumps(self._about).encode()
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
-            self._take_over(say, patience)
+            self._take_over(patience)
             return
         try:
             os.write(descriptor, text)
@@ -99,12 +100,14 @@ class FolderLock:
         finally:
             os.close(descriptor)
 
-    def _take_over(self, say: Callable[[str], None], patience: float) -> None:
+    def _take_over(self, patience: float) -> None:
         """Take the folder from an owner that is gone."""
         seen, owner = _state(self.path), _read(self.path)
         alive = _lives(owner) if not self.path.is_symlink() else False  # none of us makes a link
         if alive is None:  # of another machine, or not readable
-            say(f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives.")
+            logger.info(
+                f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives."
+            )
             end = time.monotonic() + patience
             while time.monotonic() < end and _state(self.path) == seen:
                 time.sleep(min(1.0, patience / 10))

@@ -4,13 +4,15 @@ say to somebody who wrote a name that is not known."""
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TextIO
 
+LOGGERS = ("localctl", "research")  # the packages whose messages are shown
 _CUTOFF = 0.75  # below, a suggestion is far-fetched
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
@@ -55,14 +57,56 @@ def loading() -> Iterator[None]:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def tolerant(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Wrap ``say`` so that a terminal or pipe which is gone does not stop the work."""
+class BareFormatter(logging.Formatter):
+    """Formats a record as its message alone; a warning begins with "warning:", in colour on a terminal."""
 
-    def said(text: str) -> None:
-        with suppress(OSError):
-            say(text)
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return warning(text) if record.levelno >= logging.WARNING else text
 
-    return said
+
+class ScreenHandler(logging.Handler):
+    """Hands each formatted message to ``write``; None: to standard output, above any progress bar.
+
+    ``tolerant``: ignore an OSError, of a closed pipe or a full disk. ``first_process_only``: write nothing in the other
+    processes that torchrun started.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None, tolerant: bool, first_process_only: bool) -> None:
+        super().__init__()
+        self.setFormatter(BareFormatter())
+        self._write, self._tolerant, self._first_process_only = write, tolerant, first_process_only
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # programs that log nothing do not need it
+
+        if self._first_process_only and os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            (self._write or tqdm.write)(self.format(record))  # tqdm looks sys.stdout up now
+        except OSError:
+            if not self._tolerant:
+                raise
+
+
+@contextmanager
+def log_to_screen(
+    write: Callable[[str], None] | None = None, *, tolerant: bool = False, first_process_only: bool = False
+) -> Iterator[None]:
+    """Within, show what localctl and research log at INFO and above through a :class:`ScreenHandler`, whose arguments
+    these are. It replaces the one of an outer ``log_to_screen``; other handlers and other libraries' loggers stay."""
+    handler = ScreenHandler(write, tolerant, first_process_only)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    for logger, handlers, level, _ in before:
+        logger.handlers = [other for other in handlers if not isinstance(other, ScreenHandler)] + [handler]
+        logger.setLevel(level or logging.INFO)  # a level that the user set stays
+        logger.propagate = False  # a handler of the root logger would show each line twice
+    try:
+        yield
+    finally:
+        for logger, logger.handlers, level, logger.propagate in before:
+            logger.setLevel(level)
 
 
 @contextmanager

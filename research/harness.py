@@ -7,6 +7,7 @@ goes on where it was stopped. Pages are made of its results alone (``research.pa
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +37,7 @@ from localctl.pipelines import resolve_base
 from localctl.sampling import generate
 from research import flags
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
 DIGITS = 5  # of stored figures
 
@@ -63,7 +64,7 @@ def generate_cases(
     batch_size: int,
     name: str,
     files: Sequence[Path] = (),
-    say: Say | None = None,
+    progress_bar: bool = True,
     **options: Any,
 ) -> list[np.ndarray]:
     """Return an image uint8 (H,W,3) for each case, from the noise of its own seed.
@@ -74,12 +75,12 @@ def generate_cases(
         controls: what steers a batch.
         name: of the variant, for the progress.
         files: one per case, where images are kept; those that are there are read and not generated again.
-        say: told after each batch, in place of a progress bar.
+        progress_bar: show one; False logs a line after each batch instead.
         options: of :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
-    hidden = {} if say is None else {"disable": True}  # where shown, TQDM_DISABLE decides
+    hidden = {} if progress_bar else {"disable": True}  # where shown, TQDM_DISABLE decides
     with tqdm(total=len(cases), desc=f"generating {name}", unit="image", **hidden) as bar:
         for first in range(0, len(cases), batch_size):
             batch = range(first, min(first + batch_size, len(cases)))
@@ -93,8 +94,8 @@ def generate_cases(
                     images[index] = np.asarray(image)
                     if files:
                         write_bytes(files[index], png_bytes(image))
-                if say is not None:
-                    say(f"{name}: {len(images)} of {len(missing)} images")
+                if not progress_bar:
+                    logger.info(f"{name}: {len(images)} of {len(missing)} images")
             bar.update(len(batch))
     return [images[index] if index in images else np.asarray(load_image(files[index])) for index in range(len(cases))]
 
@@ -214,8 +215,8 @@ class Study(Generic[V]):
     A study says what is :meth:`asked` of a variant and how it is :meth:`measured`.
     """
 
-    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path, say: Say = print) -> None:
-        self.protocol, self.folder, self.work, self.say = protocol, folder, work, say
+    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path) -> None:
+        self.protocol, self.folder, self.work = protocol, folder, work
         self.base = Path(resolve_base(protocol.base).id_or_path)
 
     @cached_property
@@ -263,14 +264,14 @@ class Study(Generic[V]):
     def measure(self, variant: V) -> bool:
         """Whether there was anything to do. ValueError as for :meth:`check`."""
         if self.done(variant):
-            self.say(f"{variant.name}: done before")
+            logger.info(f"{variant.name}: done before")
             return False
         asked = self.asked(variant)
         content = {"asked": asked, "name": variant.name, **self.measured(variant)}
         if not content.get("failed"):
             check_provenance(variant.name, content, REQUIRED)
         write_result(self.file(variant.name), content)
-        self.say(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
+        logger.info(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
         return True
 
     def run(self, variants: Sequence[V], write_page: Callable[[], Any]) -> None:

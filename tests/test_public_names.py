@@ -63,8 +63,9 @@ def test_evaluation_by_public_names(tmp_path: Path) -> None:
     """What evaluate_fid.py does in three commands; training and comparisons are run by the notebooks."""
     lines: list[str] = []
     settings = localctl.FidSettings(output_dir=str(tmp_path), num_images=2, num_inference_steps=1, prompts="both")
-    found = localctl.evaluate_fid(settings, say=lines.append)
+    with pytest.deprecated_call(match="say= is deprecated"):
+        found = localctl.evaluate_fid(settings, say=lines.append)
     assert set(found) == {"with_prompts", "without_prompts"} and lines
     assert all(any(map(math.isfinite, item["values"].values())) for item in found.values())
     assert (tmp_path / "with_prompts" / "score_micro_clip.json").is_file()
-    assert localctl.generate_set(settings, say=lines.append) == {name: tmp_path / name for name in found}
+    assert localctl.generate_set(settings) == {name: tmp_path / name for name in found}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec
 
-from localctl.messages import fail, plain_warnings
+from localctl.messages import fail, log_to_screen, plain_warnings
 
 Arguments = ParamSpec("Arguments")
 CONSOLE = "localctl"
@@ -62,7 +62,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
         @functools.wraps(main)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
             try:
-                with plain_warnings():
+                with plain_warnings(), log_to_screen():
                     code = main(*args, **kwargs)
                     print(end="", flush=True)  # what is not read is found out here, not when Python ends
                     return code

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_flags import parse
-from localctl.messages import loading
+from localctl.messages import loading, log_to_screen
 
 PROGRAM = "sample.py"
 
@@ -34,6 +35,12 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with loading():
         from localctl.cli.sample_run import run
 
-    for path in run(options, program):
-        print(path, flush=True)
+    with log_to_screen(partial(_print_message, program)):
+        for path in run(options):
+            print(path, flush=True)
     return 0
+
+
+def _print_message(program: str, text: str) -> None:
+    """Print a message on stderr; standard output is for the paths alone."""
+    print(f"{program}: {text}", file=sys.stderr, flush=True)

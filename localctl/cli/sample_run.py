@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +22,36 @@ from localctl.pipelines import load_pipeline, resolve_base, same_base
 from localctl.sampling import GenerateOutput, Sampling, generate
 from localctl.weight_search.weights import OptimizedSpaceTime, clip_beside, generate_optimized
 
+logger = logging.getLogger(__name__)
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
 
 
-def run(options: SampleSettings, program: str = "sample.py") -> Iterator[Path]:
+def run(options: SampleSettings) -> Iterator[Path]:
     """The paths of the images, as they are written. ValueError and OSError in one sentence, of an output folder that
     another run holds, too; whatever can be known before is raised before the base is loaded."""
-    say = partial(_say, program)
     job = prepare(options)
     for note in job.notes:
-        say(note)
+        logger.info(note)
     count = len(job.layouts) * len(options.seeds)
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * job.size[0] * job.size[1] * count * len(job.variants))
-    lock = FolderLock(folder, say)
+    lock = FolderLock(folder)
     try:
-        yield from _generated(job, folder, count, say)
+        yield from _generated(job, folder, count)
     finally:
         lock.release()
 
 
-def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -> Iterator[Path]:
+def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
     """:func:`run`, with the output folder locked; ``count`` images with each variant."""
     options = job.options
     controls, clips = load_adapters(job), load_clips(job)
     copies = copy_inputs(vars(options), job.layouts, folder)
-    say(f"loading the base {job.base.name} ...")
+    logger.info(f"loading the base {job.base.name} ...")
     pipe = load_pipeline(job.base, device=job.device)
     outputs, paths = [], []
     for variant in job.variants:
         of = f" with {variant.label}" if len(job.variants) > 1 else ""
-        say(f"generating {count} image{'s'[: count - 1]}{of}, at most {options.batch_size} at once ...")
+        logger.info(f"generating {count} image{'s'[: count - 1]}{of}, at most {options.batch_size} at once ...")
         output = generate_variant(pipe, job, variant, controls, clips)
         outputs.append((variant, output))
         written = save_images(output, len(outputs) - 1, job.variants, folder)
@@ -63,11 +62,6 @@ def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -
     conditions, masks = [item.condition for item in job.adapters], [item.mask for item in job.adapters]
     read = same_base(job.base.name, "micro")  # whose images the reader of micro scenes can read
     save_sheets(outputs, record, conditions, masks, folder, read)
-
-
-def _say(program: str, text: str) -> None:
-    """Print a line for whoever waits; standard output is for the paths alone."""
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def load_adapters(job: Job) -> list[LocalAdapterControl]:

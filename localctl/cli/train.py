@@ -11,13 +11,14 @@ from contextlib import suppress
 from typing import Any
 
 from localctl.cli.program import ended, explained
-from localctl.messages import fail, loading, plain_warnings
+from localctl.messages import fail, loading, log_to_screen, plain_warnings
 from localctl.signals import Signalled, ending_at_once, exit_code, launcher
 
 PROGRAM = "train_adapter.py"
 
 
 @plain_warnings()
+@log_to_screen(tolerant=True, first_process_only=True)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
     129 after SIGHUP, 130 after SIGINT and 143 after SIGTERM, with a checkpoint unless it came before the first step."""

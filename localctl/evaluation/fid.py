@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,17 +25,16 @@ from localctl.evaluation.provenance import check_provenance, versions, write_jso
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
 from localctl.lazy import moved_names
-from localctl.messages import warning
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 from localctl.redaction import recorded
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 __getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
-def make_reference(settings: FidSettings, say: Say = print) -> Path:
+def make_reference(settings: FidSettings) -> Path:
     """Run ``ref``: take statistics of the photos themselves (never of their conditions), with what they are. Made once:
     a file of the same photos and extractor is left as it is.
 
@@ -61,7 +61,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
         changed = sorted(name for name, value in about.items() if found.get(name) != value)
         if changed:
             raise ValueError(f"{path} holds statistics with another {', '.join(changed)}; choose another reference.")
-        say(f"{path} is up to date")
+        logger.info(f"{path} is up to date")
         return path
     mine: set[str] = set()
     with joined() as share:
@@ -71,7 +71,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     made.gaussian()  # raises for fewer than 2
     if share[0] == 0:
         made.save(path)
-        say(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
+        logger.info(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
     return path
 
 
@@ -106,15 +106,17 @@ def collect(
     return metric
 
 
-def generate(settings: FidSettings, say: Say = print) -> None:
+def generate(settings: FidSettings) -> None:
     """Run ``gen``: generate every set that is asked for, as far as it is not there yet."""
     for name in settings.set_names:
-        count = generate_set(settings, name, say)
+        count = generate_set(settings, name)
         speed = read_speed(settings.folder / name)
-        say(f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else ""))
+        logger.info(
+            f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else "")
+        )
 
 
-def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
+def score(settings: FidSettings) -> dict[str, Any]:
     """Run ``score``: write distances of every set to the reference to ``score_{extractor}.json`` in each set's folder.
 
     ValueError for missing images or statistics, another size, or another extractor.
@@ -128,16 +130,16 @@ def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
             folder = settings.folder / name
             results[name] = score_set(folder, ids, made_with, reference, extractor, settings.batch_size)
             if rank == 0:
-                _tell(name, results[name], folder / f"score_{extractor.name}.json", say)
+                _tell(name, results[name], folder / f"score_{extractor.name}.json")
     return results
 
 
-def _tell(name: str, result: dict[str, Any], path: Path, say: Say) -> None:
+def _tell(name: str, result: dict[str, Any], path: Path) -> None:
     write_json(path, result)
     for key, value in result["values"].items():
-        say(f"{name}  {key} {value:.6g}")
+        logger.info(f"{name}  {key} {value:.6g}")
     for text in result["warnings"]:
-        say(warning(f"{name}  {text}"))
+        logger.warning(f"{name}  {text}")
 
 
 def score_set(

@@ -13,9 +13,10 @@ any number of times ends with the same bytes as one that was not.
 from __future__ import annotations
 
 import io
+import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from localctl.redaction import recorded
 from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 
+logger = logging.getLogger(__name__)
 _FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no image
 __getattr__ = moved_names(
     __name__,
@@ -85,7 +87,7 @@ class GeneratedImage:
     mask: np.ndarray
 
 
-def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = print) -> int:
+def generate_set(settings: FidSettings, name: str) -> int:
     """Generate what is missing of the set ``name``; returns how many images this process made. ValueError in one
     sentence before anything slow."""
     folder = settings.folder / name
@@ -113,7 +115,7 @@ def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = 
         spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
         write_json(folder / "timing" / f"{image_id(first)}.json", {**spent, "device": str(pipe.device)})
         made += len(indices)
-        say(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
+        logger.info(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.settings import FidSettings
+from localctl.messages import log_to_screen
 from localctl.metrics.edges import canny
 from localctl.metrics.statistics import Statistics
 from localctl.pipelines import BaseConfig
@@ -27,9 +29,10 @@ from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.resume import config_hash, setting_changes
 from localctl.training.settings import TrainSettings
 from research.ablation.rows import BASE, FLOOR, ROWS, WITHOUT, Cell, Protocol, row_cells
-from research.harness import Say, Study, as_rows
+from research.harness import Study, as_rows
 from research.page import save_strip
 
+logger = logging.getLogger(__name__)
 CONDITIONS = "conditions"  # the strip of conditions and masks
 SHOWN = 6  # scenes in the sheet
 _KEPT = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
@@ -51,8 +54,8 @@ class Ablation(Study[Cell]):
 
     protocol: Protocol
 
-    def __init__(self, protocol: Protocol, folder: Path, work: Path, say: Say = print) -> None:
-        super().__init__(protocol, folder, work, say)
+    def __init__(self, protocol: Protocol, folder: Path, work: Path) -> None:
+        super().__init__(protocol, folder, work)
         self.kept = Kept(work / "measured")
         self.example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
 
@@ -79,9 +82,9 @@ class Ablation(Study[Cell]):
         adapter, training = None, {}
         if variant != BASE:
             settings = self.training(variant)
-            self.say(f"{variant.name}: training {settings.max_train_steps} steps")
+            logger.info(f"{variant.name}: training {settings.max_train_steps} steps")
             try:
-                adapter = train(settings, self.say)
+                adapter = train(settings)
             except NotFiniteError as error:
                 return {"failed": str(error), **about, "provenance": {"versions": versions()}}
             training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -110,7 +113,7 @@ class Ablation(Study[Cell]):
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
         """Return the folder of the images, generated as far as they are not there."""
         settings = self._settings(cell.name, adapter)
-        generate_set(settings, "with_prompts", self.say)
+        generate_set(settings, "with_prompts")
         return settings.folder / "with_prompts"
 
     def _settings(self, name: str, adapter: Path | None, **changes: Any) -> FidSettings:
@@ -138,7 +141,7 @@ class Ablation(Study[Cell]):
         provenance = {}
         for extractor in self.extractors:
             changes = {"part": "train", "num_images": self.protocol.references, "extractor": extractor.name}
-            path = make_reference(self._settings("reference", None, **changes), self.say)
+            path = make_reference(self._settings("reference", None, **changes))
             scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
             values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
             provenance[extractor.name] = {key: scored["provenance"][key] for key in _KEPT}
@@ -159,9 +162,10 @@ class Ablation(Study[Cell]):
             save_strip([outline(*pair) for pair in zip(edges, masks, strict=True)], self.strip(CONDITIONS))
 
 
-def train(settings: TrainSettings, say: Say) -> Path:
+def train(settings: TrainSettings) -> Path:
     """Train, or go on from the newest checkpoint; the folder of the adapter."""
-    result = prepare(settings, say=say).train()
+    with log_to_screen(tolerant=True):
+        result = prepare(settings).train()
     if result.interrupted or result.signal:
         raise Interrupted(result.signal)
     return result.output_dir / ADAPTER

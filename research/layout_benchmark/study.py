@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -27,7 +28,6 @@ from localctl.sampling import generate
 from research.harness import (
     DIGITS,
     PROFILE,
-    Say,
     Study,
     as_rows,
     check_same,
@@ -43,6 +43,7 @@ from research.layout_benchmark.methods import Method
 from research.layout_benchmark.protocol import Protocol
 from research.page import save_strip
 
+logger = logging.getLogger(__name__)
 ALL_COLUMNS = (*COLUMNS, "clip_score")
 SHOWN = 6  # layouts on the sheet
 LOOKED_AT = 8  # images whose attention is taken apart, and at most so many in a run that is timed
@@ -58,11 +59,11 @@ class LayoutBenchmark(Study[Method]):
     protocol: Protocol
 
     def __init__(
-        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto", say: Say = print
+        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto"
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
-        super().__init__(protocol, folder, work, say)
+        super().__init__(protocol, folder, work)
         self.batch_size, self.device = batch_size, process_device(device)
         self.base_sha256 = sha256_of_base(self.base)
         assert self.extractors  # loaded now: one that is not there must be told before anything slow
@@ -148,7 +149,7 @@ class LayoutBenchmark(Study[Method]):
                 lambda _: method.controls,
                 name=method.name,
                 files=files,
-                say=self.say,
+                progress_bar=False,
                 **self._options(method),
             )
 
@@ -175,7 +176,7 @@ class LayoutBenchmark(Study[Method]):
             found = Statistics.load(path)
             if all(found.provenance.get(key) == value for key, value in about.items()):
                 return found
-        self.say(f"{path}: {self.protocol.references} scenes")
+        logger.info(f"{path}: {self.protocol.references} scenes")
         keys = [f"train-{index}" for index in range(self.protocol.references)]
         made = statistics_of(extractor, keys, lambda index: scene(index, PROFILE, "train").image, 64, about)
         made.save(path)

@@ -3,6 +3,7 @@ events: step, log, validate, checkpoint, export."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from research.layout_predictor.measure import held_out_captions, relation_rate
 from research.layout_predictor.settings import FREE, LayoutTrainSettings
 from research.training_loop import learning_rate_at, updates
 
+logger = logging.getLogger(__name__)
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
 _MICRO_SCENES = 1500  # each also mirrored and turned
 
@@ -55,7 +57,7 @@ def make_scenes(settings: LayoutTrainSettings) -> Scenes:
     )
 
 
-def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
+def prepare(settings: LayoutTrainSettings) -> Run:
     """Check folder, checkpoint and data, then make the model.
 
     Raises:
@@ -66,21 +68,19 @@ def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.wri
     device = process_device(settings.device)
     folder = Path(settings.output_dir).expanduser()
     check_writable(folder)
-    lock = FolderLock(folder, say)
+    lock = FolderLock(folder)
     try:
-        return _prepare(settings, folder, device, say, lock)
+        return _prepare(settings, folder, device, lock)
     except BaseException:
         lock.release()
         raise
 
 
-def _prepare(
-    settings: LayoutTrainSettings, folder: Path, device: torch.device, say: Callable[[str], None], lock: FolderLock
-) -> Run:
+def _prepare(settings: LayoutTrainSettings, folder: Path, device: torch.device, lock: FolderLock) -> Run:
     """:func:`prepare`, with the output folder locked."""
     sweep(folder)
     sweep_folders(folder, (PREDICTOR,))
-    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, say)
+    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint)
     if checkpoint is None and settings.resume_from_checkpoint != LATEST and not settings.overwrite_output_dir:
         for name in (STATS, PREDICTOR):
             if (folder / name).exists():
@@ -91,10 +91,10 @@ def _prepare(
     scenes = make_scenes(settings)
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
-    run = Run(settings, scenes, folder, device, say, lock)
+    run = Run(settings, scenes, folder, device, lock)
     if checkpoint is not None:
         run.load(checkpoint)
-        set_aside_later(folder, run.step, say)
+        set_aside_later(folder, run.step)
     else:
         for step, path in list_checkpoints(folder).items():
             path.rename(folder / f"abandoned-checkpoint-{step}")
@@ -110,10 +110,9 @@ class Run:
         scenes: Scenes,
         folder: Path,
         device: torch.device,
-        say: Callable[[str], None],
         lock: FolderLock,
     ) -> None:
-        self.settings, self.scenes, self.folder, self.say, self.lock = settings, scenes, folder, say, lock
+        self.settings, self.scenes, self.folder, self.lock = settings, scenes, folder, lock
         self.step = 0
         state = torch.random.get_rng_state()
         torch.manual_seed(generator(settings.seed, "weights").initial_seed())
@@ -134,7 +133,7 @@ class Run:
         """
         settings = self.settings
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        self.say(f"{len(self.scenes)} scenes of {self.scenes.name}; {count / 1e6:.2f} M parameters; {self.folder}")
+        logger.info(f"{len(self.scenes)} scenes of {self.scenes.name}; {count / 1e6:.2f} M parameters; {self.folder}")
         tracker = make_tracker(settings.report_to, self.folder, flat(recorded(settings)), start=self.step)
         try:
             with (
@@ -207,7 +206,7 @@ class Run:
         self.model.eval()
         rate = relation_rate(self.model, self.validation)
         self.model.train()
-        self.say(f"step {self.step}: {rate:.1%} of the relations of {len(self.validation)} sentences hold")
+        logger.info(f"step {self.step}: {rate:.1%} of the relations of {len(self.validation)} sentences hold")
         return {"validation/relations": rate}
 
     def save(self) -> Path:
@@ -262,7 +261,7 @@ class Run:
                 f"{error}; checkpoint-{self.step} has all of the training: make room and go on with "
                 "--resume_from_checkpoint latest."
             ) from error
-        self.say(f"Done: {self.folder / PREDICTOR}")
+        logger.info(f"Done: {self.folder / PREDICTOR}")
 
 
 def _means(several: list[Likelihood]) -> dict[str, float]:

@@ -30,7 +30,7 @@ def plain(base_here: Path) -> list[str]:
 def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
     plain: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock = FolderLock(Path("out"), print)
+    lock = FolderLock(Path("out"))
     owner = json.loads(lock.path.read_text())
     lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
     assert sample.main(plain) == 2

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scorer_worker
 import torch
+from log_helpers import logged
 
 from localctl.cli import evaluate_fid
 from localctl.cli import train as train_adapter
@@ -56,20 +57,20 @@ def scores(folder):
 
 def test_scores_are_the_same_after_a_resume(sd_folder, tmp_path):
     settings = settings_of(sd_folder, tmp_path / "whole")
-    said: list[str] = []
-    assert prepare(settings, say=said.append, scorer=make_scorer(settings)).train().step == 5
+    said = logged()
+    assert prepare(settings, scorer=make_scorer(settings)).train().step == 5
     whole = scores(tmp_path / "whole")
     assert [step for step, _ in whole] == [2, 4] and whole[0][1] != whole[1][1] and min(s for _, s in whole) > 0
     assert (tmp_path / "whole" / "best" / "config.json").exists() and "until frechet_micro_clip" in said[0]
     cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
-    prepare(cut, say=said.append, scorer=make_scorer(cut)).train(stop=lambda step: step == 3)
-    prepare(cut, say=said.append, scorer=make_scorer(cut)).train()
+    prepare(cut, scorer=make_scorer(cut)).train(stop=lambda step: step == 3)
+    prepare(cut, scorer=make_scorer(cut)).train()
     assert scores(tmp_path / "cut") == whole
 
 
 def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
     settings = settings_of(sd_folder, tmp_path, early_stopping=replace(CONFIG, scheduler="euler"))
-    run = prepare(settings, say=lambda text: None)
+    run = prepare(settings)
     models, scorer = run.state.models, make_scorer(settings)
     before = [p.detach().clone() for p in models.plain_adapter.parameters()]
     scheduler, random = models.pipe.scheduler, torch.random.get_rng_state()

@@ -116,7 +116,7 @@ def stop_at(name, generated):
 
 
 def test_a_sweep_and_a_training_that_is_not_finite_which_stops_no_other(sd_folder, tmp_path, monkeypatch):
-    def fail(settings, say):
+    def fail(settings):
         raise NotFiniteError("The loss is not finite at step 1")
 
     sweep = ("--sweep_weights", "0.5", "--sweep_schedules", "snr", "--sweep_normalise", "map", "--sweep_steps", "1")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from log_helpers import logged
 from PIL import Image
 
 from localctl.micro.detect import VERSION
@@ -33,16 +34,16 @@ def test_pages_in_docs_are_of_the_committed_results(tmp_path: Path, monkeypatch:
 
 def test_those_of_the_ablation(tmp_path: Path) -> None:
     cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
-    said: list[str] = []
-    Ablation(Protocol(), RESULTS / "ablation", tmp_path, said.append).run(cells, lambda: said.append("written"))
+    said = logged()
+    Ablation(Protocol(), RESULTS / "ablation", tmp_path).run(cells, lambda: said.append("written"))
     assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
 def test_those_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
-    said: list[str] = []
+    said = logged()
     protocol = layout_benchmark.protocol_of(args, False)
-    study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path, say=said.append)
+    study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path)
     chosen = methods(args.methods, args.set, args.base)
     study.run(chosen, lambda: said.append("written"))
     assert said == [*(f"{method.name}: done before" for method in chosen), "written"]

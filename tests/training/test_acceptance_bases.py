@@ -85,7 +85,7 @@ def test_twenty_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeyp
          "--logging_steps", "1"],
         TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS,
     )  # fmt: skip
-    run = loop.prepare(settings, say=lambda text: None)
+    run = loop.prepare(settings)
     models = run.state.models
     frozen = {name: digest(part) for name, part in models.frozen.items()}
     start = [parameter.detach().clone() for parameter in models.plain_adapter.parameters()]

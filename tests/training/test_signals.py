@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_helpers import logged
 from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -155,8 +156,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, tmp_path):
     message = lines.with_suffix(".err").read_text().splitlines()[-1]
     assert message.startswith("train_adapter.py: checkpoint-2 could not be saved in") and "latest" in message
     assert {p.name for p in out.iterdir()} == {"checkpoint-1", "stats.jsonl", "config.yaml"}
-    said: list[str] = []
-    assert find_checkpoint(out, "latest", said.append) == out / "checkpoint-1" and not said
+    said = logged()
+    assert find_checkpoint(out, "latest") == out / "checkpoint-1" and not said
     assert (out / "checkpoint-1" / "optimizer.pt").stat().st_size > 100_000
 
 
@@ -189,9 +190,9 @@ def saved(sd_folder, tmp_path_factory):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(saved, tmp_path, damage):
     copy_run(saved, tmp_path)
     DAMAGES[damage](tmp_path / "checkpoint-2")
-    said: list[str] = []
+    said = logged()
     settings = replace(saved, output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    run = silent_run(settings, said)
+    run = silent_run(settings)
     assert run.state.step == 1 and "checkpoint-2" in said[0]
     if damage == "a bit of the moments":
         run.train()
@@ -251,10 +252,10 @@ def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path,
 def test_so_many_may_be_left_out_as_is_allowed(saved, tmp_path, monkeypatch):
     settings = replace(saved, output_dir=str(tmp_path), max_train_steps=6, checkpointing_steps=6)
     monkeypatch.setattr(loop, "sample_noise", poisoned("basic-train-3", 0))
-    said: list[str] = []
-    run = silent_run(replace(settings, max_nonfinite_steps=1), said)
+    said = logged()
+    run = silent_run(replace(settings, max_nonfinite_steps=1))
     run.train()
-    assert run.state.skipped == 1 and sum("left out, 1 so far" in line for line in said) == 1
+    assert run.state.skipped == 1 and sum("skipped, 1 so far" in line for line in said) == 1
     steps = run.state.optimizer.state_dict()["state"][0]["step"]
     assert run.state.step == 6 and int(steps) == 5
     assert sum(row["loss"] is None for row in loss_log(tmp_path)) == 1

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from log_helpers import logged
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -54,8 +55,8 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 
 def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypatch, capfd):
     """Its thread, which writes, would print a traceback of its own."""
-    before, said = threading.excepthook, []
-    tracker = make_tracker("tensorboard", tmp_path, {}, say=said.append)
+    before, said = threading.excepthook, logged()
+    tracker = make_tracker("tensorboard", tmp_path, {})
 
     def full(self, data):
         raise OSError(28, "No space left on device")
@@ -65,7 +66,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypat
         tracker.log(step, {"loss": 0.5})
         time.sleep(0.01 if not said else 0)
     tracker.close()
-    assert len(said) == 1 and "warning: TensorBoard takes nothing" in said[0] and "No space left" in said[0]
+    assert len(said) == 1 and "warning: TensorBoard recorded nothing" in said[0] and "No space left" in said[0]
     assert "Traceback" not in capfd.readouterr().err and threading.excepthook is before
     assert len(read_stats(tmp_path)) == 199
 

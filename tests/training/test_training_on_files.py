@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from log_helpers import logged
 from PIL import Image
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -39,9 +40,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(base, folder, data, **changes):
-    said: list[str] = []
+    said = logged()
     settings = tiny_settings(base, folder, data=data, **({"condition": DEPTH} | changes))
-    result = silent_run(settings, said).train()
+    result = silent_run(settings).train()
     return result, loss_log(folder), said
 
 

@@ -17,8 +17,8 @@ from localctl.training.validation import (
     Fidelity,
     References,
     Validator,
+    as_clause,
     choose_cases,
-    in_words,
     validation_row,
 )
 
@@ -110,7 +110,7 @@ def test_without_edges_in_any_mask_there_are_pictures_and_no_score(settings, val
     result, references = blind.run(), blind.references()
     assert not result.fidelity.scored and len(result.fidelity.per_case) == 3
     assert result.sheet.size == validator.run().sheet.size
-    assert "no score" in in_words(result.fidelity, references) and "40 edge pixels" in in_words(
+    assert "no score" in as_clause(result.fidelity, references) and "40 edge pixels" in as_clause(
         result.fidelity, references
     )
     assert all(math.isnan(value) for value in validation_row(result.fidelity, references).values())

@@ -91,7 +91,7 @@ def overfitted(tmp_path: Path, sentences: int, steps: int, width: int) -> tuple[
         learning_rate=5e-3, lr_warmup_steps=10, word_dropout=0, name_dropout=0, validation_steps=0,
         checkpointing_steps=0,
     )  # fmt: skip
-    run = prepare(settings, say=lambda text: None)
+    run = prepare(settings)
     assert run.train() == 0
     captions = [example(run.scenes, index, 0, settings.captions, settings.seed) for index in range(sentences)]
     return relation_rate(run.model.eval(), captions), sum(len(item.relations) for item in captions)

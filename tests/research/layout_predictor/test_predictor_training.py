@@ -108,7 +108,7 @@ def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock = FolderLock(tmp_path / "run", print)
+    lock = FolderLock(tmp_path / "run")
     owner = json.loads(lock.path.read_text())
     lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
     assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "run")]) == 2
