@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter_files import SavedAdapter
-from localctl.cli.sample_record import SampleSettings
+from localctl.cli.sample_settings import SampleSettings
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
+from localctl.inputs import is_coloured
 from localctl.masks import load_mask
 from localctl.sizes import SIZE_MULTIPLE, near_side
 
-_COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray images a little
 _SUITS = 4  # an image of up to so many times the base's own area, or of a part that small, is generated at its own size
 
 Size = tuple[int, int]  # height, width
@@ -116,7 +116,7 @@ def _ready(image: Image.Image, path: str, channels: int) -> Image.Image:
         raise ValueError(f"The adapter takes {channels} channels, which no image has; use it from Python.")
     if channels == 3:
         return image
-    if int(np.ptp(np.asarray(image).astype(np.int16), axis=2).max()) > _COLOUR_TOLERANCE:
+    if is_coloured(image):
         raise ValueError(f"{path} is in colour but the adapter takes 1 channel; give a gray one, or --image.")
     return image.convert("L")
 

@@ -21,14 +21,13 @@ from localctl.cli.sample_inputs import (
     read_sources,
     size_multiple,
 )
-from localctl.cli.sample_record import SampleSettings
-from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, plan
+from localctl.cli.sample_settings import SampleSettings
+from localctl.cli.sample_variants import Variant, layout_paths, load_layouts, optimized_controls, plan
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
 from localctl.layout import Layout, check_side
 from localctl.pipelines import BaseConfig, check_karras, lasting_name, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
-from localctl.weight_search.weights import OptimizedSpaceTime
 
 _OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
 
@@ -135,7 +134,7 @@ def _check_sampling(
     options: SampleSettings, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
 ) -> list[str]:
     """ValueError for a setting of the sampling that cannot be done; a note on one that does nothing."""
-    if any(isinstance(control, OptimizedSpaceTime) for variant in variants for control in variant.controls):
+    if any(map(optimized_controls, variants)):
         for name in ("clip_skip", "guidance_rescale"):
             if getattr(options, name):
                 raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor

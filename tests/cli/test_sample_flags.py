@@ -19,9 +19,9 @@ import localctl.pipelines
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
 from localctl.cli import sample_run as sampling_run
-from localctl.cli.sample_flags import new_parser, parse
+from localctl.cli.sample import new_parser, parse
 from localctl.cli.sample_job import prepare
-from localctl.cli.sample_regions import CONTROLS
+from localctl.control.presets import CONTROLS
 from localctl.layout_predictor.model import WEIGHTS
 from localctl.sampling import Sampling, generate
 

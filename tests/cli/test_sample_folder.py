@@ -15,10 +15,9 @@ from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
-from localctl.cli import sample_files as sampling_files
 from localctl.cli import sample_run as sampling_run
-from localctl.cli.sample_files import endings, open_output
-from localctl.cli.sample_regions import Variant
+from localctl.cli.sample_run import file_endings, open_output
+from localctl.cli.sample_variants import Variant
 from localctl.lock import LOCK, FolderLock, _began
 
 
@@ -57,7 +56,7 @@ def test_links_are_replaced_or_refused(plain: list[str], capsys: pytest.CaptureF
 
 def test_names_of_files_are_bounded_and_their_own() -> None:
     labels = ["a/b", "a_b", "strength=" + "1" * 300, "strength=" + "1" * 299, "bias"]
-    names = endings([Variant(label, ()) for label in labels])
+    names = file_endings([Variant(label, ()) for label in labels])
     assert len(set(names)) == 5 and max(map(len, names)) < 100 and names[-1] == "bias"
 
 
@@ -77,7 +76,7 @@ def test_the_output_folder_is_tried_before_the_base_is_loaded(
         def refuse(*args: Any, number: int = number, **options: Any) -> None:
             raise OSError(number, "no")
 
-        monkeypatch.setattr(sampling_files.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(sampling_run.tempfile, "TemporaryFile", refuse)
         assert sample.main([*PLAIN, "--output_dir", "out"]) == rc
         assert words in (printed := capsys.readouterr().err) and printed.count("\n") == 1
 

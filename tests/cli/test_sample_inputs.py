@@ -14,7 +14,7 @@ from sample_helpers import CANNY, assert_same, pixels
 
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_inputs import choose_size
 from localctl.cli.sample_job import Job, prepare
 from localctl.conditions import ConditionConfig, extract

@@ -17,9 +17,9 @@ from sample_helpers import assert_same, pixels
 import localctl
 import localctl.pipelines
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
-from localctl.cli.sample_sheets import verdict
+from localctl.cli.sample_run import verdict
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS

@@ -16,7 +16,7 @@ from sample_helpers import CANNY, QUICK, assert_same, pixels
 import localctl.pipelines
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl

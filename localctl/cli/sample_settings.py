@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from localctl.bases import DtypeName, SchedulerName
-from localctl.control.presets import NONE as NONE
 from localctl.files import first_line, read_json
 from localctl.records import record
 from localctl.sizes import typed_size

@@ -8,20 +8,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from localctl.cli.sample_record import AUTO, SampleSettings
+from localctl.bases import SCHEDULERS
+from localctl.cli.sample_settings import AUTO, SampleSettings
 from localctl.control.base import Control
 from localctl.control.latents import check_shiftable_kind
-from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.presets import CONTROLS as CONTROLS
-from localctl.control.presets import NONE as NONE
-from localctl.control.presets import build_controls, check_settings, control_names, setting_of
-from localctl.control.presets import preset as preset
-from localctl.control.presets import sampling_of as sampling_of
+from localctl.control.presets import (
+    CONTROLS,
+    NONE,
+    build_controls,
+    check_settings,
+    control_names,
+    sampling_of,
+    setting_of,
+)
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
-from localctl.pipelines import SCHEDULERS
-from localctl.sampling_settings import FREE as FREE
-from localctl.sampling_settings import Sampling as Sampling
+from localctl.sampling_settings import FREE, Sampling
 
 _ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
 _MOST_CELLS = 64  # of a sweep
@@ -37,6 +39,11 @@ class Variant:
     column: int = 0
     row: int = 0
     sampling: Sampling = FREE
+
+
+def optimized_controls(variant: Variant) -> list[Any]:
+    """Return the controls whose weights are optimised for each image (``OptimizedSpaceTime``)."""
+    return [control for control in variant.controls if CONTROLS.name_of(type(control)) == "spacetime_optimized"]
 
 
 def load_layouts(options: SampleSettings) -> list[Layout]:
@@ -77,7 +84,7 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     variants = _plan(options, base)
     if options.scheduler is not None:
         for variant in variants:
-            if any(isinstance(control, LayoutGuidance) for control in variant.controls):
+            if any(CONTROLS.name_of(type(control)) == "guidance" for control in variant.controls):
                 check_shiftable_kind(SCHEDULERS[options.scheduler])
     return variants
 
@@ -185,7 +192,7 @@ def _value(setting: str, text: str, default: Any) -> Any:
         raise ValueError(f"{setting} is {kind}, not {text!r}.") from error
 
 
-def named(label: str) -> str:
+def file_label(label: str) -> str:
     """A variant's label as part of a file name."""
     return "".join(character if character.isalnum() or character in "+-.=" else "_" for character in label)
 
