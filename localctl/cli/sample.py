@@ -10,9 +10,9 @@
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
-Writes one PNG per prompt and seed (and variant), sheet.png, compare.png or a sweep's grids with all of them, and
-sample.json, which repeats the run. Images and masks of any size are brought to the size of the run (see "size"). With
-several adapters, every adapter flag takes one value for all or one for each.
+Writes one PNG per prompt and seed (and variant), all of them on sheet.png, compare.png or a grid per
+image of a sweep, and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the
+size of the run (see "size"). With several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
 PROGRAM = "sample.py"
-# A flag that is typed takes the place of these in a record.
+# A flag on the command line replaces these settings of a record.
 _REPLACED = {
     "image": ("condition_image",),
     "condition_image": ("image",),
@@ -42,9 +42,9 @@ _REPLACED = {
     "control": ("compare",),
     "sweep": ("compare",),
 }
-_NO_PROMPTS = ("a", "an", "the", "and", "with", "of", "in", "on")  # by themselves: parts of one
-# What the same thing is called in other programs.
-_ELSEWHERE = {
+_FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split
+# Flags of other programs, and ours.
+_OTHER_FLAGS = {
     "--steps": "--num_inference_steps",
     "--cfg": "--guidance_scale",
     "--cfg_scale": "--guidance_scale",
@@ -62,7 +62,10 @@ _ELSEWHERE = {
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """Run with these flags (None: those of the command line) and print the path of each image.
+
+    Returns 0; 2 after a mistake of the user, 1 after an OSError such as a full disk, with one sentence on stderr.
+    """
     options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
     with loading():
         from localctl.cli.sample_run import run
@@ -73,7 +76,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def new_parser(description: str | None = None, program: str = PROGRAM) -> Arguments:
-    """The flags; dashes and underscores are the same. What is not typed is not in the namespace."""
+    """Return the parser of all flags; dashes and underscores are equivalent. The namespace has only flags that were
+    given."""
     parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
@@ -85,11 +89,13 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     _add_base_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", help="default: outputs/sample")
-    add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; further flags replace what it says")
+    add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; other flags replace its settings")
     return parser
 
 
 def _several(group: Any) -> Callable[..., None]:
+    """Return a function that adds a flag of one or more values to ``group``."""
+
     def add(*names: str, **options: Any) -> None:
         group.add_argument(*names, nargs="+", **options)
 
@@ -99,9 +105,11 @@ def _several(group: Any) -> Callable[..., None]:
 def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add = _several(parser.add_argument_group("adapters", "one value for all adapters, or one for each"))
     add("--adapter", metavar="PLACE", help="trained (or plain T2I-) adapters: folder, run, hub id or file of weights")
-    add("--image", metavar="FILE", help="photos of any size, which the conditions are computed from")
-    add("--condition_image", metavar="FILE", help="ready conditions, in place of --image")
-    add("--mask", metavar="FILE", help="white = controlled; of the image's shape, in any size; default: everywhere")
+    add("--image", metavar="FILE", help="photos of any size, from which the conditions are computed")
+    add("--condition_image", metavar="FILE", help="conditions that are already computed, instead of --image")
+    add(
+        "--mask", metavar="FILE", help="white = controlled; any size with the image's aspect ratio; default: everywhere"
+    )
     add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
     add("--weight", type=float, help="strength (default 1)")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
@@ -109,26 +117,27 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_region_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("regions", "what goes where; the layout brings its own prompt")
+    group = parser.add_argument_group("regions", "what goes where; a layout contains its own prompt")
     add = _several(group)
     names = "bias, dense, guidance, forward, spacetime, spacetime_optimized, none"
-    add("--layout", metavar="FILE", help="scenes (JSON) in place of --prompt; auto: predicted from --prompt")
+    add("--layout", metavar="FILE", help="layouts (JSON), instead of --prompt; auto: predicted from --prompt")
     group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
-    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: a layout predictor of one's own")
+    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: another layout predictor")
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
-    add("--sweep", metavar="NAME=V,V", help="one or two settings over values: a labelled grid per image")
-    add("--compare", metavar="NAME", help="all, or names joined by + where they act together: side by side")
+    add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")
+    add("--compare", metavar="NAME", help="all, or names, with + for several together: side by side")
 
 
 def _add_size_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "size",
-        "image, condition and mask are scaled and cropped together, as in training. Default: the layout's size; the\n"
-        "image's own if it suits the base, else the base's own area in the image's shape; without either, the base's.",
+        "image, condition and mask are scaled and cropped together, as in training. Default: the layout's size;\n"
+        "else the image's if it suits the base, or the base's area in the image's aspect ratio; without either, the\n"
+        "base's.",
     ).add_argument
-    add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
-    add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's shape")
+    add("--resolution", type=_size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
+    add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's aspect ratio")
     add("--width", type=int, help="as --height")
 
 
@@ -137,9 +146,9 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     _several(group)(
         "--seeds",
-        type=seed,
-        help="one image per prompt and seed (default 0). A seed is the same noise whatever the other images, the batch "
-        "size and the device; -1 is a seed like any other, not a random one",
+        type=_seed,
+        help="one image per prompt and seed (default 0). A seed gives the same noise whatever the other images, the "
+        "batch size and the device; -1 is a seed like any other, not a random one",
     )
     add("--num_inference_steps", type=int, help="default: 30")
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
@@ -147,7 +156,14 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
-    add("--use_karras_sigmas", type=boolean, nargs="?", const=True, metavar="BOOL", help="Karras' spacing of the steps")
+    add(
+        "--use_karras_sigmas",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="space the steps as Karras et al. do",
+    )
     add("--batch_size", type=int, help="images at once (default 4); does not change them")
 
 
@@ -155,17 +171,17 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
     add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
-    add("--variant", help="of the base's files, such as fp16")
-    add("--revision", help="of the base on the hub")
-    add("--local_files_only", type=boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
+    add("--variant", help="variant of the base's files, such as fp16")
+    add("--revision", help="revision of the base on the hub")
+    add("--local_files_only", type=_boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
     add("--dtype", choices=DTYPE_NAMES, help="default: float32")
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
 def parse(argv: Sequence[str], description: str | None = None, program: str = PROGRAM) -> SampleSettings:
-    """Read flags; what a record given with ``--from_json`` says is taken where no flag does.
+    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any.
 
-    ValueError for bad flags, or a file that is no record.
+    ValueError for bad flags, or a file that is not a record.
     """
     parser = new_parser(description, program)
     argv = parser.spelled(argv)
@@ -188,18 +204,18 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = PR
 
 
 def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
-    """ValueError for what no flag takes."""
+    """Raise a ValueError for arguments that are no flags, nor values of one."""
     first = unknown[0]
     if not first.startswith("-"):
-        parser.error(f"{_short(first)!r} belongs to no flag; put a text in quotes: {_quoted(argv, first)}")
+        parser.error(f"{_short(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-    meant = f"did you mean {_ELSEWHERE[name]}?" if name in _ELSEWHERE else nearest(name, flags, otherwise="")
+    meant = f"did you mean {_OTHER_FLAGS[name]}?" if name in _OTHER_FLAGS else nearest(name, flags, otherwise="")
     parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{meant and f' ({meant})'}")
 
 
 def _quoted(argv: Sequence[str], word: str) -> str:
-    """The flag as it was meant, where the shell took the text of ``word`` apart."""
+    """Return the flag with its text in quotes, where the shell split the text at ``word``."""
     at = argv.index(word)
     end = next((i for i in range(at, len(argv)) if argv[i].startswith("--")), len(argv))
     flag = max((i for i in range(at) if argv[i].startswith("--")), default=-1)
@@ -212,11 +228,11 @@ def _quoted(argv: Sequence[str], word: str) -> str:
 
 
 def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
-    """All prompts, of each ``--prompt`` one or several. ValueError where the words of one were meant: bare words that
-    the shell took apart."""
+    """Return all prompts, one or several of each ``--prompt``. ValueError for words that look like one prompt without
+    quotes, which the shell split."""
     for group in groups:
         words_only = all(len(prompt.split()) <= 1 for prompt in group)
-        if len(group) > 1 and (words_only or any(prompt.lower() in _NO_PROMPTS for prompt in group)):
+        if len(group) > 1 and (words_only or any(prompt.lower() in _FUNCTION_WORDS for prompt in group)):
             words = _short(" ".join(group))
             apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
             raise ValueError(
@@ -230,8 +246,8 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def seed(text: str) -> int:
-    """A seed; ArgumentTypeError for what is none, or has more than 64 bits."""
+def _seed(text: str) -> int:
+    """Read a seed. ArgumentTypeError for text that is not a whole number, or has more than 64 bits."""
     try:
         value = int(text)
     except ValueError:
@@ -242,16 +258,16 @@ def seed(text: str) -> int:
         raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one") from None
 
 
-def size(text: str) -> tuple[int, int]:
-    """(height, width) of a side of a square or WIDTHxHEIGHT; ArgumentTypeError for anything else."""
+def _size(text: str) -> tuple[int, int]:
+    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
     found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is no size; write 512 or WIDTHxHEIGHT such as 512x768")
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768")
     return found
 
 
-def boolean(text: str) -> bool:
-    """true or false, as every program reads it; ArgumentTypeError for anything else."""
+def _boolean(text: str) -> bool:
+    """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
     if text.lower() not in BOOLS:
-        raise argparse.ArgumentTypeError(f"it is true or false, not {_short(text)!r}")
+        raise argparse.ArgumentTypeError(f"expected true or false, not {_short(text)!r}")
     return BOOLS[text.lower()]

@@ -41,8 +41,11 @@ _LONGEST_ENDING = 80  # letters of a file name
 
 
 def run(options: SampleSettings, program: str = "sample.py") -> Iterator[Path]:
-    """The paths of the images, as they are written. ValueError and OSError in one sentence, of an output folder that
-    another run holds, too; whatever can be known before is raised before the base is loaded."""
+    """Generate the images and yield their paths as they are written.
+
+    ValueError and OSError in one sentence, also for an output folder that another run is using; all that can be checked
+    without the base is checked before it is loaded.
+    """
     say = partial(_say, program)
     job = prepare(options)
     for note in job.notes:
@@ -57,7 +60,7 @@ def run(options: SampleSettings, program: str = "sample.py") -> Iterator[Path]:
 
 
 def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -> Iterator[Path]:
-    """:func:`run`, with the output folder locked; ``count`` images with each variant."""
+    """Generate ``count`` images with each variant and write everything, while the output folder is locked."""
     options = job.options
     controls, clips = load_adapters(job), load_clips(job)
     copies = copy_inputs(vars(options), job.layouts, folder)
@@ -122,13 +125,13 @@ def generate_variant(
 
 
 def open_output(path: str, needed: int) -> Path:
-    """Make the output folder, before anything slow. ValueError when that is not possible or nothing can be written
-    there, OSError when the disk has not the bytes ``needed``."""
+    """Create the output folder, before anything slow. ValueError when that fails or nothing can be written there,
+    OSError when fewer bytes than ``needed`` are free on its disk."""
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"The output folder {folder} cannot be made ({error.strerror}); choose another.") from error
+        raise ValueError(f"The output folder {folder} cannot be created ({error.strerror}); choose another.") from error
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 16))
@@ -143,7 +146,7 @@ def open_output(path: str, needed: int) -> Path:
         ) from error
     if free < needed:
         raise OSError(
-            f"The disk of the output folder {folder} has {free / 1e6:.0f} MB left where the images may take "
+            f"The disk of the output folder {folder} has {free / 1e6:.0f} MB free but the images may take "
             f"{needed / 1e6:.0f} MB; make room or choose another."
         )
     return folder
@@ -250,17 +253,17 @@ def _sweep_grid(
 
 
 def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
-    """Copy the input files to ``folder``/inputs, so that the record needs no others, and no image can take the place
-    of one; the options that name them, relative to ``folder``.
+    """Copy the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
+    the record needs no other files, and no image can overwrite one of them.
 
-    Predicted layouts are written down as they are ``used``: a later predictor changes no recorded run.
+    Predicted layouts are saved as they were ``used``, so that the record does not depend on the predictor.
     """
     contents = {
         f"inputs/{name}_{index}{Path(path).suffix.lower()[:10]}": (name, Path(path).read_bytes())
         for name in INPUTS
         if name != "layout"
         for index, path in enumerate(options[name] or [])
-    }  # all read before any is written: a repeated run may read from the folder it writes to
+    }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
     layouts = list(dict.fromkeys(used)) if predicted else [load_layout(path) for path in options["layout"] or ()]
     if (folder / "inputs").is_symlink():
@@ -277,8 +280,8 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
 
 
 def verdict(image: Image.Image, layout: Layout) -> list[str]:
-    """Say in one line per region with words whether the reader of micro scenes finds its object, and its IoU with the
-    box."""
+    """Return one line per region with a phrase: the IoU of its box with the object that the reader of micro scenes
+    finds, or that the object is missing."""
     from localctl.metrics.detection import best_matches
     from localctl.micro.detect import find_objects
 
@@ -296,6 +299,6 @@ def verdict(image: Image.Image, layout: Layout) -> list[str]:
 
 
 def _object(region: Region) -> str:
-    """The phrase without its article, as the reader names objects."""
+    """Return the phrase without its article, as the reader names objects."""
     words = (region.phrase or "").split()
     return " ".join(words[1:] if len(words) > 1 and words[0].lower() in ("a", "an", "the") else words)

@@ -133,7 +133,7 @@ def test_sample_predicts_layouts_of_its_prompts(
     ("argv", "words"),
     [
         (["--layout", "auto"], "give --prompt"),
-        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "stands alone"),
+        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "cannot be combined with other layouts"),
         (["--layout", "auto", "--prompt", "of the"], "no object"),
         (["--layout", "scene.json", "--layout_seed", "1"], "--layout auto"),
         (["--prompt", "a", "--adapter", "x", "--layout_seed", "0"], "--layout"),
