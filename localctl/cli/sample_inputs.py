@@ -23,7 +23,7 @@ from localctl.inputs import is_coloured
 from localctl.masks import load_mask
 from localctl.sizes import SIZE_MULTIPLE, near_side
 
-_SUITS = 4  # an image keeps its size up to this many times the base's area, and down to this fraction of it
+_AREA_FACTOR = 4  # an image of up to 4 times the base's area, or down to a quarter of it, keeps its size
 
 Size = tuple[int, int]  # height, width
 
@@ -64,23 +64,24 @@ class Source:
 def read_sources(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> list[Source]:
     """Read the image and mask of each adapter. ValueError for a file that cannot be read, or a condition that the
     adapter does not take."""
-    return [_read(options, index, adapter) for index, adapter in enumerate(adapters)]
+    return [_read_source(options, index, adapter) for index, adapter in enumerate(adapters)]
 
 
-def _nth(options: SampleSettings, name: str, index: int) -> Any:
+def _value_for(options: SampleSettings, name: str, index: int) -> Any:
     """Return the value of a setting for the adapter with this index; a single value is for all."""
     values = getattr(options, name)
     return None if not values else values[0] if len(values) == 1 else values[index]
 
 
-def _read(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
+def _read_source(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
+    """Read the image and mask of the adapter with this index."""
     computed = bool(options.image)
-    condition = _condition(_nth(options, "condition", index), adapter, computed)
-    path = _nth(options, "image" if computed else "condition_image", index)
+    condition = _condition(_value_for(options, "condition", index), adapter, computed)
+    path = _value_for(options, "image" if computed else "condition_image", index)
     image = load_image(path)
     if not computed:
         image = _with_channels(image, path, _channels(adapter))
-    mask_path = _nth(options, "mask", index)
+    mask_path = _value_for(options, "mask", index)
     return Source(path, image, computed, condition, mask_path, load_mask(mask_path) if mask_path else None)
 
 
@@ -100,7 +101,7 @@ def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionCon
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
-    if settings.channels != _channels(adapter) and not _repeated(settings, adapter):
+    if settings.channels != _channels(adapter) and not _is_repeated(settings, adapter):
         raise ValueError(
             f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
             f"{_channels(adapter)}; give the --condition it was trained on."
@@ -110,7 +111,7 @@ def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionCon
     return settings
 
 
-def _repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
+def _is_repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
     """Tell whether to repeat a gray condition in three channels, as published adapters that take RGB images expect."""
     return (condition.channels, _channels(adapter)) == (1, 3) and adapter.condition is None
 
@@ -163,18 +164,18 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
         scale = height / tall if height is not None else (width or 0) / wide
         return height or near_side(tall * scale, multiple), width or near_side(wide * scale, multiple)
     area = own[0] * own[1]
-    if not (tall % multiple or wide % multiple) and area / _SUITS <= tall * wide <= area * _SUITS:
+    if not (tall % multiple or wide % multiple) and area / _AREA_FACTOR <= tall * wide <= area * _AREA_FACTOR:
         return tall, wide
     scale = math.sqrt(area / (tall * wide))
     return near_side(tall * scale, multiple), near_side(wide * scale, multiple)
 
 
-def check_one_shape(sources: Sequence[Source]) -> None:
+def check_same_aspect_ratio(sources: Sequence[Source]) -> None:
     """Raise a ValueError for images of different aspect ratios, which one crop would cut at different places."""
     for source in sources[1:]:
         if not same_shape(source.size, sources[0].size):
             raise ValueError(
-                f"The conditions are {_text(sources[0].size)} and {_text(source.size)} pixels, two aspect "
+                f"The conditions are {_size_text(sources[0].size)} and {_size_text(source.size)} pixels, two aspect "
                 "ratios; crop them to one, or give --height and --width."
             )
 
@@ -190,14 +191,16 @@ def prepare_inputs(
     jobs, notes = [], []
     for index, (adapter, source) in enumerate(zip(adapters, sources, strict=True)):
         crop = geometry(source.size, size)
-        window = _nth(options, "start", index), _nth(options, "end", index)
+        window = _value_for(options, "start", index), _value_for(options, "end", index)
         check_window(*window)
         condition, mask = _condition_of(source, crop), _mask_of(source, crop)
         condition = condition.expand(_channels(adapter), -1, -1)
-        jobs.append(AdapterJob(adapter, condition, mask, _nth(options, "weight", index), *window))
+        jobs.append(AdapterJob(adapter, condition, mask, _value_for(options, "weight", index), *window))
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
-            notes.append(f"{source.path} is {_text(source.size)} pixels, scaled{cropped} to {_text(size)}{why}.")
+            notes.append(
+                f"{source.path} is {_size_text(source.size)} pixels, scaled{cropped} to {_size_text(size)}{why}."
+            )
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
                 notes.append(f"The mask {source.mask_path} has the size of the result and is used as it is.")
     return jobs, list(dict.fromkeys(notes))
@@ -223,17 +226,17 @@ def _mask_of(source: Source, crop: Geometry) -> Tensor:
         return source.mask
     if not same_shape(size, source.size):
         raise ValueError(
-            f"The mask {source.mask_path} is {_text(size)} pixels but the image {source.path} is "
-            f"{_text(source.size)}, another aspect ratio; save the mask with the image's."
+            f"The mask {source.mask_path} is {_size_text(size)} pixels but the image {source.path} is "
+            f"{_size_text(source.size)}, another aspect ratio; save the mask with the image's."
         )
     mask = torch.from_numpy(crop.apply_to_mask(source.mask[0].numpy()).clip(0, 1))[None]
     if not mask.any():
         raise ValueError(
             f"The mask {source.mask_path} is black everywhere in the part of {source.path} that remains, "
-            f"{_text(crop.size)}; choose another --height and --width."
+            f"{_size_text(crop.size)}; choose another --height and --width."
         )
     return mask
 
 
-def _text(size: Size) -> str:
+def _size_text(size: Size) -> str:
     return f"{size[1]}x{size[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,14 +16,14 @@ from localctl.bases import SchedulerName, check_vae
 from localctl.cli.sample_inputs import (
     AdapterJob,
     Size,
-    check_one_shape,
+    check_same_aspect_ratio,
     choose_size,
     prepare_inputs,
     read_sources,
     size_multiple,
 )
-from localctl.cli.sample_settings import SampleSettings
-from localctl.cli.sample_variants import Variant, layout_paths, load_layouts, optimized_controls, plan
+from localctl.cli.sample_settings import AUTO, SampleSettings
+from localctl.cli.sample_variants import Variant, load_layouts, optimized_controls, plan
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
 from localctl.layout import Layout, check_side
@@ -53,29 +54,29 @@ class Job:
 def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
     notes = _clean_texts(options)
-    scenes = load_layouts(options)
+    layouts = load_layouts(options)
     _check_numbers(options)
     _check_counts(options)
     device = process_device(options.device)
-    found = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
-    base = _base(options, found)
+    saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
+    base = _base_config(options, saved)
     variants = plan(options, base.name)
     _fill_sampling(options, variants, resolve_base(base.name).guidance_scale)
     shape = read_shape(base)
-    sources = read_sources(options, found)
-    notes += [note for adapter in found if (note := check_base(adapter, base.name, shape))]
+    sources = read_sources(options, saved)
+    notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
-    own = _own_size(shape)
-    asked = _asked(options, scenes)
-    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
+    own = _base_size(shape)
+    asked = _requested_size(options, layouts)
+    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(saved))
     if None in asked:
-        check_one_shape(sources)
+        check_same_aspect_ratio(sources)
     size_chosen = asked == (None, None) and bool(sources) and sources[0].size != size
     why = ", the base's own area (--resolution, or --height and --width, choose another)" if size_chosen else ""
-    adapters, scaled = prepare_inputs(options, found, sources, size, why)
+    adapters, scaled = prepare_inputs(options, saved, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
-    scenes = scenes or [Layout(prompt) for prompt in options.prompt or ()]
-    layouts = [replace(scene, height=size[0], width=size[1]) for scene in scenes]
+    layouts = layouts or [Layout(prompt) for prompt in options.prompt or ()]
+    layouts = [replace(layout, height=size[0], width=size[1]) for layout in layouts]
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(layouts, adapters, base, device, options, variants, size, [*notes, *scaled])
 
@@ -96,7 +97,7 @@ def _clean_texts(options: SampleSettings) -> list[str]:
     return notes
 
 
-def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
+def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
     """Return the base of ``--base``, else that of the first adapter that names one. ValueError when it is not there."""
     name = options.base
     if name is None and adapters:
@@ -108,7 +109,7 @@ def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConf
             resolve_base(name)
         except ValueError as error:
             raise ValueError(
-                f"There is no base {name!r} here, which the adapter {adapter.name} was trained on; give --base."
+                f"There is no base {name!r} here, on which the adapter {adapter.name} was trained; give --base."
             ) from error
     return BaseConfig(
         name=name or "micro",
@@ -156,7 +157,7 @@ def _check_sampling(
     return []
 
 
-def _asked(options: SampleSettings, scenes: Sequence[Layout]) -> tuple[int | None, int | None]:
+def _requested_size(options: SampleSettings, layouts: Sequence[Layout]) -> tuple[int | None, int | None]:
     """Return the (height, width) that flags or layouts ask for, None for a side left open. ValueError for layouts of
     different sizes, or of another size than the flags'."""
     if options.resolution is not None and (options.height, options.width) != (None, None):
@@ -164,7 +165,7 @@ def _asked(options: SampleSettings, scenes: Sequence[Layout]) -> tuple[int | Non
     height, width = options.resolution or (options.height, options.width)
     for name, side in (("height", height), ("width", width)):
         check_side(name, side)
-    sizes = {scene.size for scene in scenes if scene.size is not None}
+    sizes = {layout.size for layout in layouts if layout.size is not None}
     if len(sizes) > 1:
         raise ValueError(f"The layouts have several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes))}.")
     if not sizes:
@@ -185,7 +186,7 @@ def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[
     return (None, None) if free and not follows else size
 
 
-def _own_size(shape: BaseShape) -> Size:
+def _base_size(shape: BaseShape) -> Size:
     """Return the (height, width) in pixels that the base was trained at."""
     sample = shape.parts["unet"].get("sample_size") or 64  # the default of its class
     height, width = (sample, sample) if isinstance(sample, int) else sample
@@ -193,6 +194,7 @@ def _own_size(shape: BaseShape) -> Size:
 
 
 def _check_numbers(options: SampleSettings) -> None:
+    """Raise a ValueError for numbers out of range, or a seed that is given twice."""
     for name in ("num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
@@ -230,5 +232,5 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         "base": lasting_name(job.base.name),
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
-        "layout": layout_paths(job.options) or None,
+        "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

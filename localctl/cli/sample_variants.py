@@ -25,7 +25,7 @@ from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.sampling_settings import FREE, Sampling
 
-_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
+_COMPARE_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
 _MOST_CELLS = 64  # of the grid of a sweep
 
 
@@ -58,7 +58,7 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
                 raise ValueError(f"--{name} needs a layout with regions; give --layout.")
         return []
     if AUTO in options.layout:
-        return _predicted(options)
+        return _predict_layouts(options)
     for name in ("layout_seed", "predictor"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --layout {AUTO}; leave it out.")
@@ -67,7 +67,7 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
     return [load_layout(path) for path in options.layout]
 
 
-def _predicted(options: SampleSettings) -> list[Layout]:
+def _predict_layouts(options: SampleSettings) -> list[Layout]:
     from localctl.layout_predictor.model import load_predictor  # only needed here
 
     if len(options.layout or ()) > 1:
@@ -84,7 +84,7 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     ValueError for unknown controls, settings or values, flags that exclude each other, or a scheduler that does not
     carry latents that a control moves.
     """
-    variants = _plan(options, base)
+    variants = _requested_variants(options, base)
     if options.scheduler is not None:
         for variant in variants:
             if any(CONTROLS.name_of(type(control)) == "guidance" for control in variant.controls):
@@ -92,20 +92,20 @@ def plan(options: SampleSettings, base: str) -> list[Variant]:
     return variants
 
 
-def _plan(options: SampleSettings, base: str) -> list[Variant]:
+def _requested_variants(options: SampleSettings, base: str) -> list[Variant]:
     if not options.layout:
         return [Variant(NONE, ())]
     if options.compare:
         if options.control or options.sweep:
             raise ValueError("Give either --compare or --control and --sweep, not both.")
         return read_variants(options.compare, options.set or (), base)
-    settings = [_setting(item) for item in options.set or ()]
+    settings = [_split_setting(item) for item in options.set or ()]
     names = control_names(options.control or ["bias"])
     check_settings([name for name, _ in settings], names)
     if not options.sweep:
         controls = make_controls(names, settings, base)
         return [Variant("+".join(names) or NONE, controls, sampling=sampling_of(names, base))]
-    return _swept(options.sweep, names, settings, base)
+    return _sweep_variants(options.sweep, names, settings, base)
 
 
 def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> list[Variant]:
@@ -114,8 +114,8 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     words: ``all``, or names of controls, joined by + where several act together. settings: NAME=VALUE each. ValueError
     as for :func:`plan`.
     """
-    read = [_setting(item) for item in settings]
-    words = _ALL if list(words) == ["all"] else tuple(words)
+    read = [_split_setting(item) for item in settings]
+    words = _COMPARE_ALL if list(words) == ["all"] else tuple(words)
     if len(set(words)) < len(words):
         raise ValueError("A control is given twice in --compare; give each one once.")
     plans = [(word, control_names(word)) for word in words]
@@ -126,9 +126,11 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     ]
 
 
-def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> list[Variant]:
+def _sweep_variants(
+    sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str
+) -> list[Variant]:
     """Return a variant per cell of the grid: columns are the values of the first setting, rows those of the second."""
-    axes = [(name, values.split(",")) for name, values in map(_setting, sweep)]
+    axes = [(name, values.split(",")) for name, values in map(_split_setting, sweep)]
     if len(axes) > 2 or len({name for name, _ in axes}) < len(axes):
         raise ValueError(f"--sweep varies one setting or two different ones, not {' '.join(sweep)}.")
     both = {name for name, _ in axes} & {name for name, _ in settings}
@@ -152,7 +154,7 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
     return variants
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _split_setting(text: str) -> tuple[str, str]:
     """Split NAME=VALUE. ValueError for other text."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -166,7 +168,7 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     ValueError for a value of another type or out of range.
     """
     read = {
-        f"{name}.{field}": _value(setting, text, _default(CONTROLS[name], field))
+        f"{name}.{field}": _parse_value(setting, text, _example_value(CONTROLS[name], field))
         for name in names
         for setting, text in settings
         if (field := setting_of(name, setting)) is not None
@@ -174,13 +176,13 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     return tuple(build_controls(names, base, read))
 
 
-def _default(control: type[Any], name: str) -> Any:
+def _example_value(control: type[Any], name: str) -> Any:
     """Return a value of a field's type: its default, or 0.0 where that is None for a number."""
     kinds = {field.name: str(field.type) for field in fields(control)}
     return 0.0 if kinds[name] == "float | None" else getattr(control, name)
 
 
-def _value(setting: str, text: str, default: Any) -> Any:
+def _parse_value(setting: str, text: str, default: Any) -> Any:
     """Return ``text`` as a value of the type of ``default``; of None, as names separated by commas."""
     if default is None or isinstance(default, tuple):
         return tuple(text.split(","))
@@ -200,10 +202,3 @@ def _value(setting: str, text: str, default: Any) -> Any:
 def file_label(label: str) -> str:
     """Return a variant's label as part of a file name: letters, digits and ``+-.=``, and _ for any other character."""
     return "".join(character if character.isalnum() or character in "+-.=" else "_" for character in label)
-
-
-def layout_paths(options: SampleSettings) -> list[str]:
-    """Return the absolute paths of the layouts' files; predicted layouts have none yet and remain ``auto``."""
-    if options.layout == [AUTO]:
-        return [AUTO]
-    return [str(Path(path).resolve()) for path in options.layout or ()]
