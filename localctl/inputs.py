@@ -108,12 +108,17 @@ def _channels_of(image: Image.Image, channels: int | None) -> np.ndarray:
     gray = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
     if channels not in (None, 1, 3):
         raise ValueError(f"The condition is to have {channels} channels, which no image has; give a tensor.")
-    colours = np.asarray(to_rgb(image))
+    rgb = to_rgb(image)
     if (channels or (1 if gray else 3)) == 3:
-        return colours
-    if int(np.ptp(colours.astype(np.int16), axis=2).max()) > _COLOUR_TOLERANCE:
+        return np.asarray(rgb)
+    if is_coloured(rgb):
         raise ValueError("The condition is in colour but one channel is wanted; give a gray image.")
-    return np.asarray(to_rgb(image).convert("L"))[..., None]
+    return np.asarray(rgb.convert("L"))[..., None]
+
+
+def is_coloured(image: Image.Image) -> bool:
+    """Tell whether an RGB image has colours; a slight tint, as JPEG gives a gray image, does not count."""
+    return int(np.ptp(np.asarray(image).astype(np.int16), axis=2).max()) > _COLOUR_TOLERANCE
 
 
 def _mask(value: OneImage, name: str) -> Tensor:

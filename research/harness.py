@@ -19,7 +19,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from localctl.cli.sample_regions import named
+from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.evaluation.fid import collect
 from localctl.evaluation.generated_set import png_bytes
@@ -241,11 +241,11 @@ class Study(Generic[V]):
 
     def file(self, name: str) -> Path:
         """Return the result of this name."""
-        return self.folder / f"{named(name)}.json"
+        return self.folder / f"{file_label(name)}.json"
 
     def strip(self, name: str) -> Path:
         """Return the images of it that pages show, one below the other."""
-        return self.folder / f"{named(name)}.png"
+        return self.folder / f"{file_label(name)}.png"
 
     def done(self, variant: V) -> bool:
         """Whether there is a result; ValueError for one of other settings, or settings that make no sense."""

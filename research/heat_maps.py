@@ -21,7 +21,7 @@ from localctl.messages import loading
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from PIL import Image
 
-    from localctl.cli.sample_regions import Variant
+    from localctl.cli.sample_variants import Variant
 
 PROGRAM = "research.heat_maps"
 _SMALLEST = 192  # px; smaller images are enlarged, so that words fit under them
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
     options = new_parser().read(argv)
     with loading():
-        from localctl.cli.sample_regions import read_variants
+        from localctl.cli.sample_variants import read_variants
         from localctl.drawing import grid
 
     variants = read_variants(options.controls, options.set, options.base)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from localctl.cli.sample_regions import named
+from localctl.cli.sample_variants import file_label
 from localctl.pipelines import load_pipeline, resolve_base, set_scheduler, with_scheduler
 from research.flags import RESULTS
 from research.harness import as_table, generate_cases
@@ -50,9 +50,9 @@ def main() -> None:
     chosen = [replace(case, seed=seed) for case in cases(args.layouts, "test") for seed in SEEDS]
     print(f"| | read | {' | '.join(SHOWN)} |\n|---|---|{'---|' * len(SHOWN)}")
     for method in methods(args.methods, (), "micro"):
-        found = images(pipe, method, chosen, args.folder / named(method.name))
+        found = images(pipe, method, chosen, args.folder / file_label(method.name))
         now = np.array([read(image, case) for image, case in zip(found, chosen, strict=True)])
-        committed = json.loads((COMMITTED / f"{named(method.name)}.json").read_text())["samples"]
+        committed = json.loads((COMMITTED / f"{file_label(method.name)}.json").read_text())["samples"]
         before = as_table(committed[: len(now)])
         for name, values in (("as committed", before), ("now", now)):
             layouts = [values[:, COLUMNS.index(column)].reshape(-1, len(SEEDS)) for column in SHOWN]

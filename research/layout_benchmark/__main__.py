@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = args.report or Path(f"outputs/{name}.md")
     folder = results_of(page)
     with loading():
-        from localctl.cli.sample_regions import Sampling
+        from localctl.sampling_settings import Sampling
         from research.layout_benchmark.figures import read_figures
         from research.layout_benchmark.methods import grids, methods
         from research.layout_benchmark.report import write_report, write_tuning

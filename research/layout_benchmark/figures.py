@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from localctl.cli.sample_regions import NONE
+from localctl.control.presets import NONE
 from localctl.metrics.bootstrap import Interval
 from research.harness import Result, read_results
 from research.page import interval, signed

@@ -10,17 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localctl.cli.sample_regions import (
-    CONTROLS,
-    FREE,
-    NONE,
-    Sampling,
-    make_controls,
-    preset,
-    read_variants,
-    sampling_of,
-)
+from localctl.cli.sample_variants import make_controls, read_variants
 from localctl.control.base import Control
+from localctl.control.presets import CONTROLS, NONE, preset, sampling_of
+from localctl.sampling_settings import FREE, Sampling
 from research.layout_benchmark.protocol import METHODS as METHODS
 from research.layout_benchmark.protocol import SINGLE as SINGLE
 
@@ -67,7 +60,7 @@ def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sa
     sample.
 
     ``fixed``: for all methods, in place of what suits each. ValueError as for
-    :func:`localctl.cli.sample_regions.read_variants`.
+    :func:`localctl.cli.sample_variants.read_variants`.
     """
     wanted = [NONE, *(label for label in labels if label != NONE)]
     found = [

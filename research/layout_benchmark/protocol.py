@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from localctl.cli.sample_record import NONE
+from localctl.control.presets import NONE
 from research import flags
 
 SINGLE = ("bias", "dense", "guidance", "forward")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from localctl.cli.sample_regions import NONE, named
+from localctl.cli.sample_variants import file_label
+from localctl.control.presets import NONE
 from localctl.evaluation.plots import bars
 from research.layout_benchmark.attention import KINDS
 from research.layout_benchmark.figures import (
@@ -244,7 +245,7 @@ def _plots(figures: Figures, page: Path) -> list[str]:
 
 def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
     """Return the first layouts of several regions under every method, with the first seed."""
-    image, rows = sheet({name: results / f"{named(name)}.png" for name in _names(figures)})
+    image, rows = sheet({name: results / f"{file_label(name)}.png" for name in _names(figures)})
     shown = figure(image, page, "pictures", "every method")
     return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from localctl.cli.sample_regions import FREE, named
+from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.distributed import process_device
 from localctl.drawing import render_layout
@@ -25,6 +25,7 @@ from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler, with_scheduler
 from localctl.sampling import generate
+from localctl.sampling_settings import FREE
 from research.harness import (
     DIGITS,
     PROFILE,
@@ -115,7 +116,7 @@ class LayoutBenchmark(Study[Method]):
         }
 
     def _folder(self, method: Method) -> Path:
-        return self.work / named(method.name)
+        return self.work / file_label(method.name)
 
     def _images_asked(self, method: Method) -> dict[str, Any]:
         """Return what an image depends on beside its own layout and seed."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from localctl.cli.sample_sheets import verdict
+from localctl.cli.sample_run import verdict
 from localctl.drawing import captioned, grid, render_layout
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from localctl.cli.sample_regions import read_variants, sampling_of
+from localctl.cli.sample_variants import read_variants
 from localctl.control.base import Control
+from localctl.control.presets import sampling_of
 from localctl.evaluation import LAYOUTS
 from localctl.evaluation.provenance import read_json, write_json, write_text
 from localctl.layout import Layout, Region

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
@@ -133,7 +133,7 @@ def test_sample_predicts_layouts_of_its_prompts(
     ("argv", "words"),
     [
         (["--layout", "auto"], "give --prompt"),
-        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "stands alone"),
+        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "cannot be combined with other layouts"),
         (["--layout", "auto", "--prompt", "of the"], "no object"),
         (["--layout", "scene.json", "--layout_seed", "1"], "--layout auto"),
         (["--prompt", "a", "--adapter", "x", "--layout_seed", "0"], "--layout"),

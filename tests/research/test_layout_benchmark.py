@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from localctl.cli.sample_regions import Sampling
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
@@ -21,6 +20,7 @@ from localctl.files import sha256
 from localctl.layout import Layout, Region
 from localctl.micro.scenes import scene
 from localctl.pipelines import load_pipeline
+from localctl.sampling_settings import Sampling
 from research.harness import Result
 from research.layout_benchmark.__main__ import main
 from research.layout_benchmark.attention import KINDS, attention_of, token_kinds
