@@ -126,13 +126,13 @@ def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES``."""
+    """Raise a ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES``."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"Unknown prediction type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
 
 
 def check_schedule(alphas_cumprod: Tensor, prediction_type: str) -> None:
-    """ValueError for a schedule on which z0' does not exist: epsilon prediction with zero terminal SNR.
+    """Raise a ValueError for a schedule on which z0' does not exist: epsilon prediction with zero terminal SNR.
 
     To be called once before training; the conversions themselves never read values back from the device.
     """

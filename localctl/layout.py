@@ -108,7 +108,7 @@ class Region:
         return () if self.box is None else self.box  # type: ignore[return-value]  # normalised on entry
 
     def within(self, step: int, num_steps: int) -> bool:
-        """Whether the region is steered in this outer step."""
+        """Return whether the region is steered in this outer step."""
         return self.start <= step / num_steps < self.end
 
     def coverage(self, size: tuple[int, int], mode: str = "area") -> Tensor:

@@ -74,7 +74,7 @@ def test_a_shifted_row_is_found(
 ) -> None:
     select = Attachment.select
     monkeypatch.setattr(Attachment, "select", lambda self, rows: select(self, [rows[-1], *rows[:-1]]))
-    with pytest.raises(ValueError, match="while the attached layout says"):
+    with pytest.raises(ValueError, match="but the attached layout has"):
         check_seeds(sd_pipe, adapter_control(make_adapter(), 2))
     monkeypatch.undo()
     noise_of, calls = initial_noise, iter(range(100))

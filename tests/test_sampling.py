@@ -280,7 +280,7 @@ def test_a_prompt_that_is_not_the_layouts_is_an_error(kind: str, request: pytest
     with attach(pipe, [Layout("a"), Layout("b")], []):
         draw(pipe, ["a", "b"], count=2)
         for wrong in (["b", "a"], ["a", "c"]):
-            with pytest.raises(ValueError, match="while the attached layout says"):
+            with pytest.raises(ValueError, match="but the attached layout has"):
                 draw(pipe, wrong, count=2)
         with pytest.raises(ValueError, match="1 prompts for 2 layouts"):
             draw(pipe, "a")

@@ -156,7 +156,7 @@ def setting_of(control: str, setting: str) -> str | None:
 
 
 def check_settings(settings: Iterable[str], names: Sequence[str]) -> None:
-    """ValueError for a setting that none of the controls of these names has."""
+    """Raise a ValueError for a setting that none of the controls of these names has."""
     for setting in settings:
         if not any(setting_of(name, setting) for name in names):
             known = sorted({field for name in names for field in _fields(name)})

@@ -36,7 +36,7 @@ class RegionControl(Control):
         check_choice("mask_resize", self.mask_resize, CELL_MODES)
 
     def check_strengths(self, layouts: Sequence[Layout], factor: float = 1.0) -> None:
-        """ValueError unless ``factor`` times the strength of each region lies in [0, 1]."""
+        """Raise a ValueError unless ``factor`` times the strength of each region lies in [0, 1]."""
         for region in (region for layout in layouts for region in layout.regions):
             if not 0 <= factor * region.strength <= 1:
                 raise ValueError(
@@ -87,7 +87,7 @@ class BoundRegions:
         return tuple(region.strength if region.within(context.step, context.num_steps) else 0.0 for region in regions)
 
     def phrase_strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        """As :meth:`strengths`, and 0 for regions without a phrase."""
+        """Call :meth:`strengths`, and 0 for regions without a phrase."""
         pairs = zip(self.layouts[layout].regions, self.strengths(layout, context), strict=True)
         return tuple(strength if region.phrase else 0.0 for region, strength in pairs)
 
@@ -199,7 +199,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         return None if self.hidden is None else self.hidden.replace(context, text, self.active(context))
 
     def within(self, context: CallContext) -> bool:
-        """Whether this step is in the control's window."""
+        """Return whether this step is in the control's window."""
         return context.within(self.control.start, self.control.end)
 
     def active(self, context: CallContext) -> set[int]:
@@ -209,7 +209,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         return {layout for layout in set(context.guided_layouts) if self.steers(layout, context)}
 
     def steers(self, layout: int, context: CallContext) -> bool:
-        """Whether a layout is steered in this step, which is in the control's window."""
+        """Return whether a layout is steered in this step, which is in the control's window."""
         return any(self.regions.strengths(layout, context))
 
 

@@ -22,7 +22,7 @@ DIFFERENTIABLE = ("DDIMScheduler", "PNDMScheduler")
 
 
 def is_differentiable(scheduler: Any) -> bool:
-    """Whether :func:`sample_latents` can sample with it: DDIM, and PNDM without Runge-Kutta steps (that is, PLMS)."""
+    """Return whether :func:`sample_latents` can sample with it: DDIM, and PNDM without Runge-Kutta steps (that is, PLMS)."""
     name = type(scheduler).__name__
     return name in DIFFERENTIABLE and (name != "PNDMScheduler" or scheduler.config.skip_prk_steps)
 

@@ -229,7 +229,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 images on a sheet"),
         (["--height", "128"], "layout is 64x64 pixels but the image is to be 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
-        (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),
+        (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler would lose a control's shift"),
     ],
 )
 def test_bad_input_is_one_sentence_before_the_base_is_loaded(

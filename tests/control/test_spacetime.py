@@ -267,7 +267,7 @@ def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
         ({"schedule": "steep"}, "Unknown schedule 'steep'"),
         ({"template": "a photo"}, "template holds {} once, where the name comes, not 'a photo'"),
         ({"template": "{} and {}"}, "template holds {} once"),
-        ({"weight": 1.2}, r"lies in \[0, 1\], not 1.2"),
+        ({"weight": 1.2}, r"must lie in \[0, 1\], not 1.2"),
         ({"weight": float("nan"), "mix": "released"}, "finite number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
         ({"weights": torch.ones(3)}, "float tensor"),
