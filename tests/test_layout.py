@@ -24,8 +24,8 @@ def disc() -> torch.Tensor:
     [
         ({}, "needs either a box or a mask"),
         ({"box": LEFT, "mask": disc()}, "needs either a box or a mask"),
-        ({"box": (0, 0, 1.2, 1)}, r"leaves \[0, 1\]"),
-        ({"box": (0, 0, float("nan"), 1)}, r"leaves \[0, 1\]"),
+        ({"box": (0, 0, 1.2, 1)}, r"is not within \[0, 1\]"),
+        ({"box": (0, 0, float("nan"), 1)}, r"is not within \[0, 1\]"),
         ({"box": (0.5, 0, 0.2, 1)}, "reversed or empty"),
         ({"box": (0.5, 0.3, 0.7, 0.3)}, "reversed or empty"),
         ({"box": (0, 0, 1)}, "four numbers"),
@@ -35,13 +35,13 @@ def disc() -> torch.Tensor:
         ({"mask": torch.zeros(8, 8)}, "'cat' is empty"),
         ({"mask": torch.full((8, 8), 2.0)}, r"outside \[0, 1\]"),
         ({"mask": torch.full((8, 8), float("nan"))}, r"outside \[0, 1\]"),
-        ({"mask": torch.ones(3, 8, 8)}, r"a tensor \(H, W\) or \(1, H, W\), not \(3, 8, 8\)"),
+        ({"mask": torch.ones(3, 8, 8)}, r"the shape \(H, W\) or \(1, H, W\), not \(3, 8, 8\)"),
         ({"mask": "disc.png"}, "'cat' is a str; give a PIL image"),
-        ({"box": LEFT, "occurrence": -1}, "counts from 0, not -1"),
-        ({"box": LEFT, "strength": float("inf")}, "strength of the region 'cat' is a number"),
+        ({"box": LEFT, "occurrence": -1}, "must be a whole number from 0, not -1"),
+        ({"box": LEFT, "strength": float("inf")}, "strength of the region 'cat' must be a finite number"),
         ({"box": LEFT, "start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"box": LEFT, "end": 2}, "0 <= start < end <= 1"),
-        ({"box": LEFT, "phrase": 3}, "phrase of a region is a text, not 3"),
+        ({"box": LEFT, "phrase": 3}, "phrase of a region must be a text, not 3"),
     ],
 )
 def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
@@ -57,12 +57,12 @@ def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
         ({"regions": [Region("a", LEFT, occurrence=2)]}, "stands 2 times in the prompt .* no occurrence 2"),
         ({"regions": [Region("a cat", LEFT), Region("cat", RIGHT)]}, "'a cat' and 'cat' overlap in the prompt"),
         ({"regions": [Region("cat", LEFT), Region("Cat", RIGHT)]}, "overlap in the prompt"),
-        ({"regions": ["cat"]}, "are Region objects, not str"),
+        ({"regions": ["cat"]}, "must be Region objects, not str"),
         ({"overlap": "mix"}, "Unknown overlap policy 'mix'"),
         ({"regions": [Region("cat", LEFT), Region("carpet", LEFT)], "overlap": "error"}, "'cat' and 'carpet' overlap"),
         (
             {"regions": [Region("cat", LEFT), Region("carpet", (0, 0, 1, 1))], "overlap": "last"},
-            "'cat' lies wholly under",
+            "'cat' is completely hidden",
         ),
         ({"height": 60, "width": 64}, "height 60 is not a positive multiple of 8"),
         ({"prompt": ["a"]}, "one prompt"),
@@ -165,7 +165,7 @@ def test_from_segments_joins_the_parts() -> None:
     starts = [layout.characters(region) for region in layout.regions]
     assert starts == [(0, 3), (5, 25), (27, 30), None]
     assert Layout.from_segments(parts[:1], "my cat").prompt == "my cat"
-    with pytest.raises(ValueError, match="neither a prompt nor a segment with words"):
+    with pytest.raises(ValueError, match="neither a prompt nor a segment with a phrase"):
         Layout.from_segments([Region(None, LEFT)])
 
 

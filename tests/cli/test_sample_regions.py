@@ -217,7 +217,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--control", "guidance", "--set", "early_exit=maybe"], "early_exit is true or false"),
         (["--control", "none", "--set", "strength=1"], "there is no control to set"),
         (["--control", "spacetime", "--set", "weight=much"], "weight is a number, not 'much'"),
-        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix lies in"),
+        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix must lie in"),
         (["--control", "spacetime", "--set", "weights=1,0"], "float tensor"),
         (["--control", "spacetime_optimized", "guidance"], "do not go together; use spacetime with guidance"),
         (["--control", "spacetime_optimized", "--set", "epochs=0"], "at least 1 epoch"),

@@ -159,7 +159,7 @@ def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str)
 def test_nets_that_do_not_fit_are_refused(sd_pipe: Any, sdxl_pipe: Any) -> None:
     image, mask = condition(), torch.ones(1, 64, 64)
     with (
-        pytest.raises(ValueError, match="belongs to another base"),
+        pytest.raises(ValueError, match="use a ControlNet made for this base"),
         attach(sd_pipe, PROMPT, MaskedControlNet(controlnet(sdxl_pipe), image, mask)),
     ):
         pass

@@ -51,7 +51,7 @@ def test_misfits_are_one_sentence_before_the_base_is_read(published, sd_folder, 
         (sd_folder, {"condition": ConditionConfig(kind="palette")}, "channels of 1|conditions of 1 channels"),
         (sd_folder, {"adapter": AdapterConfig(num_res_blocks=2)}, "num_res_blocks is 2 but .* has 1; set adapter.num"),
         (sd_folder, {"adapter": AdapterConfig(channels=(8, 16))}, r"channels is \(8, 16\) but"),
-        (sdxl_folder, {}, "trained for this kind of base"),
+        (sdxl_folder, {}, "another kind of base"),
     ):
         settings = tiny_settings(base, tmp_path, adapter_model_name_or_path=str(published), **changes)
         with pytest.raises(ValueError, match=words) as error:
