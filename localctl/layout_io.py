@@ -186,8 +186,8 @@ def _used_boxes(
         )
     if lost:
         warnings.warn(
-            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: they have no area in the image, or no "
-            "category that the file lists.",
+            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: they have no area in the image, or "
+            "no category that the file lists.",
             stacklevel=3,
         )
     return used

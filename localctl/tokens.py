@@ -46,8 +46,8 @@ def token_positions(
         own = () if span is None else tuple(_within(offsets, span))
         if any(position >= limit for position in own):
             raise ValueError(
-                f"The phrase {region.phrase!r} comes after the first {limit + 1} tokens, and this base reads no more of "
-                f"the prompt's {len(offsets)} ({tokenised}); shorten the prompt or move the phrase forward."
+                f"The phrase {region.phrase!r} comes after the first {limit + 1} tokens, and this base reads no more "
+                f"of the prompt's {len(offsets)} ({tokenised}); shorten the prompt or move the phrase forward."
             )
         for position in own:
             if position in owner:

@@ -91,7 +91,7 @@ def test_tokens_of_a_phrase_by_character_offsets() -> None:
 def test_what_the_text_encoder_cannot_see_is_said() -> None:
     prompt = "x" * 70 + " cat dog"
     token_positions(tiny_tokenizer(), Layout(prompt, regions=(Region("cat", LEFT),)))
-    with pytest.raises(ValueError, match=r"'dog' stands behind the first 77 tokens, .* the 78 of the prompt \(x \| x"):
+    with pytest.raises(ValueError, match=r"'dog' comes after the first 77 tokens, .* the prompt's 78 \(x \| x"):
         token_positions(tiny_tokenizer(), Layout(prompt, regions=(Region("dog", LEFT),)))
 
 

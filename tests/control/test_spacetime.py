@@ -175,7 +175,7 @@ def test_the_published_discs() -> None:
         assert torch.equal(region.coverage((side, side), "nearest"), expected)
     assert float(region.coverage((100, 200)).mean()) == pytest.approx(3.1416 * 0.04, rel=0.01)
     for bad in ({"centre": (1.2, 0)}, {"centre": (0.5, 0.5), "radius": 0}):
-        with pytest.raises(ValueError, match="of a disc is"):
+        with pytest.raises(ValueError, match="of a disc must be"):
             Region.disc("cat", **bad)
 
 
