@@ -97,7 +97,7 @@ class SavedAdapter:
             try:
                 adapter = T2IAdapter.from_config(dict(self.config))
                 adapter.load_state_dict(read_weights(place)[1])
-            except Exception as error:  # cut files and foreign shapes each raise their own kind
+            except Exception as error:  # a truncated file or another shape may raise any error
                 raise ValueError(
                     f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it "
                     "again."
@@ -125,7 +125,7 @@ class SavedAdapter:
             found, report = ADAPTERS[str(self.config["_class_name"])].from_pretrained(
                 place, use_safetensors=True, output_loading_info=True, **options
             )
-        except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+        except Exception as error:  # a missing or truncated file or another shape may raise any error
             reason = f"the weights of the adapter there cannot be read ({first_line(error)})"
             raise ValueError(f"The adapter in {place} cannot be loaded: {reason}; save it again.") from error
         for what, names in report.items():
@@ -195,11 +195,11 @@ def _from_folder(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
 
 def _from_file(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
     """Find an adapter by a file: with a config next to it as in a folder, else by the shapes of its weights."""
-    beside = path.parent / CONFIG
-    if path.name == CONFIG or (beside.is_file() and path.name.startswith(_WEIGHTS)):
+    config_file = path.parent / CONFIG
+    if path.name == CONFIG or (config_file.is_file() and path.name.startswith(_WEIGHTS)):
         variant = re.fullmatch(rf"{_WEIGHTS}\.([\w-]+)\.\w+", path.name)
         chosen = variant[1] if variant else _variant(path.parent) if path.name == CONFIG else None
-        return SavedAdapter(name, str(path.parent.resolve()), _read_config(name, beside), chosen, local_files_only)
+        return SavedAdapter(name, str(path.parent.resolve()), _read_config(name, config_file), chosen, local_files_only)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} is not a file of weights ({', '.join(SUFFIXES)}); {_WAY_OUT}.")
     config = check_config({"_class_name": T2IAdapter.__name__, **read_weights(path)[0]}, name)
@@ -271,7 +271,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"The weights of the adapter {path} cannot be read ({first_line(error)}); fetch or save it again."
         ) from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    state = _bare({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
+    state = _without_prefixes({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
     try:
         state = _as_diffusers(state)
         options = _options(state)
@@ -282,7 +282,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return options, {f"adapter.{name}": value for name, value in state.items()}
 
 
-def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes that all names share. ValueError for a LocalAdapter, which needs its config."""
     removed: list[str] = []
     while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):

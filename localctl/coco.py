@@ -48,12 +48,12 @@ def is_crowd(annotation: Any) -> bool:
     return str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false")
 
 
-def spoken(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name of a category as in a sentence, with spaces for underscores."""
     return " ".join(name.replace("_", " ").split())
 
 
-def places(prompt: str, name: str) -> list[tuple[str, int]]:
+def find_category(prompt: str, name: str) -> list[tuple[str, int]]:
     """Find the occurrences of a category in ``prompt``, in reading order.
 
     Returns:
@@ -61,7 +61,7 @@ def places(prompt: str, name: str) -> list[tuple[str, int]]:
         spaces, and singulars match plurals ("two persons", "people") and vice versa.
     """
     found: dict[tuple[int, int], tuple[str, int]] = {}
-    for form in _forms(name):
+    for form in _name_forms(name):
         for occurrence, span in enumerate(find_phrase(prompt, form)):
             found.setdefault(span, (form, occurrence))
     ordered = sorted(found)
@@ -69,17 +69,17 @@ def places(prompt: str, name: str) -> list[tuple[str, int]]:
     return [found[span] for span in outer]
 
 
-def _forms(name: str) -> list[str]:
+def _name_forms(name: str) -> list[str]:
     """List the forms of a category's name that a prompt may use, the name itself first."""
-    plain = spoken(name)
+    plain = plain_name(name)
     forms = [name.strip(), plain, plain.replace("-", " "), plain.replace(" ", "-")]
     for form in tuple(forms[1:]):
         start, space, last = form.rpartition(" ")
-        forms += [start + space + other for other in _numbers(last)]
+        forms += [start + space + other for other in _plurals_and_singulars(last)]
     return [form for form in dict.fromkeys(forms) if form]
 
 
-def _numbers(word: str) -> list[str]:
+def _plurals_and_singulars(word: str) -> list[str]:
     """List the possible plurals and singulars of a word."""
     lower = word.lower()
     several = [lower + "s", lower + "es", lower[:-1] + "ies" if lower.endswith("y") else "", _PLURALS.get(lower, "")]

@@ -120,15 +120,15 @@ def _mask(value: OneImage, name: str) -> Tensor:
     if isinstance(value, Tensor):
         return value[None] if value.ndim == 2 else value
     if isinstance(value, Image.Image):
-        return torch.from_numpy(_as_in_a_file(np.array(to_gray(value)), name))[None]
+        return torch.from_numpy(_as_from_file(np.array(to_gray(value)), name))[None]
     if value.ndim == 3 and value.shape[0] == 1 != value.shape[-1]:
         value = value[0]  # (1,H,W)
     if value.dtype == np.uint8 and value.ndim == 2 and value.max(initial=0) > 1:
-        return torch.from_numpy(_as_in_a_file(value.astype(np.float32) / 255, name))[None]
+        return torch.from_numpy(_as_from_file(value.astype(np.float32) / 255, name))[None]
     return _channels_first(value)
 
 
-def _as_in_a_file(gray: np.ndarray, name: str) -> np.ndarray:
+def _as_from_file(gray: np.ndarray, name: str) -> np.ndarray:
     """Stretch a mask (H,W) in [0,1] and warn about a doubtful one, as :func:`localctl.masks.load_mask` does."""
     mask, stretched = stretch_mask(gray)
     if problem := stretched or (mask_doubt(mask) if mask.any() else ""):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from localctl.coco import coco_box, coco_id, is_crowd, places, spoken
+from localctl.coco import coco_box, coco_id, find_category, is_crowd, plain_name
 from localctl.files import first_line, read_object, write_json
 from localctl.images import load_image
 from localctl.layout import Layout, Region
@@ -158,14 +158,14 @@ def from_coco(
     used = _used_boxes(found, (height, width), _chosen_names(categories, names.values()), image_id)
     size = near_side(height), near_side(width)
     if prompt is None:
-        return Layout.from_segments([Region(spoken(name), box) for name, box in used], None, *size)
+        return Layout.from_segments([Region(plain_name(name), box) for name, box in used], None, *size)
     boxes: dict[str, list[Any]] = {}
     for name, box in used:
         boxes.setdefault(name, []).append(box)
     regions = []
     for name, several in boxes.items():
         # A name that the prompt lacks is kept, so that the layout refuses it.
-        found_places = (places(prompt, name) or [(spoken(name), 0)])[: len(several)]
+        found_places = (find_category(prompt, name) or [(plain_name(name), 0)])[: len(several)]
         for place, (phrase, occurrence) in enumerate(found_places):
             own = several[place:] if place == len(found_places) - 1 else several[place : place + 1]
             regions.append(Region(phrase, own, occurrence=occurrence))
@@ -214,10 +214,10 @@ def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> C
     """
     if categories is None:
         return names
-    known = {spoken(name).lower(): name for name in names}
+    known = {plain_name(name).lower(): name for name in names}
     chosen = []
     for category in [categories] if isinstance(categories, str) else categories:
-        name = known.get(spoken(str(category)).lower())
+        name = known.get(plain_name(str(category)).lower())
         if name is None:
             near = difflib.get_close_matches(str(category), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"check it against the {len(names)} that it has."
@@ -270,14 +270,14 @@ def _region(item: Any, path: Path, index: int) -> Region:
         if not isinstance(values["mask"], str):
             mask = shown(values["mask"])
             raise ValueError(f"'mask' of region {index} of {path} must be the name of an image file, not {mask}.")
-        values["mask"] = load_mask(_beside(path, values["mask"], where))
+        values["mask"] = load_mask(_mask_file(path, values["mask"], where))
     try:
         return Region(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _beside(path: Path, name: str, where: str) -> Path:
+def _mask_file(path: Path, name: str, where: str) -> Path:
     """Return the path of a mask file. A layout may be untrusted, so files outside its folder are refused."""
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or Path(inside).drive:

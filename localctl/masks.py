@@ -76,7 +76,7 @@ def sample_mask(
     elif kind == "objects":
         mask = _objects(config, size, rng, object_masks)
     elif kind == "box":
-        sample_box = _box if config.box_law == "sides" else _corners
+        sample_box = _box if config.box_law == "sides" else _box_by_corners
         mask = sample_box(size, *_area_bounds(config, size), rng)
     else:
         field = _stroke_field(config, size, rng) if kind == "strokes" else _disc_field(kind, config, size, rng)
@@ -184,7 +184,7 @@ def _fixed(config: MaskConfig, size: tuple[int, int]) -> np.ndarray:
 def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
     """Sample a rectangle: its height uniform over all that allow the area, then its width over all that allow it."""
     height, width = size
-    narrowest, widest = _widths(size, fewest, most, (height, width))
+    narrowest, widest = _width_range(size, fewest, most, (height, width))
     h = 1 + int(rng.choice(np.flatnonzero(narrowest <= widest)))
     w = int(rng.integers(narrowest[h - 1], widest[h - 1] + 1))
     top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
@@ -193,7 +193,9 @@ def _box(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator
     return mask
 
 
-def _widths(size: tuple[int, int], fewest: int, most: int, largest: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _width_range(
+    size: tuple[int, int], fewest: int, most: int, largest: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the least and the greatest width of a box of ``fewest`` to ``most`` pixels, for each height 1, 2, ...
 
     Heights and widths go up to ``largest`` (height, width). Where the least width exceeds the greatest, no width fits;
@@ -209,7 +211,7 @@ def _widths(size: tuple[int, int], fewest: int, most: int, largest: tuple[int, i
     return narrowest, widest
 
 
-def _corners(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
+def _box_by_corners(size: tuple[int, int], fewest: int, most: int, rng: np.random.Generator) -> np.ndarray:
     """Sample a rectangle by the published law, conditioned on its area.
 
     By that law, on each axis the first pixel is uniform over all but the last, and the end is uniform over the pixels
@@ -219,7 +221,7 @@ def _corners(size: tuple[int, int], fewest: int, most: int, rng: np.random.Gener
     """
     height, width = size
     largest = (height - 1, width - 1)  # the end is a pixel outside the box, so the last row and column stay outside
-    narrowest, widest = _widths(size, fewest, most, largest)
+    narrowest, widest = _width_range(size, fewest, most, largest)
     of_height, of_width = (np.cumsum(1 / np.arange(n, 0, -1))[::-1] for n in largest)  # of side 1, 2, ..., times n
     up_to = np.concatenate([[0.0], np.cumsum(of_width)])
     share = of_height * np.where(narrowest <= widest, up_to[widest] - up_to[np.minimum(narrowest - 1, widest)], 0.0)

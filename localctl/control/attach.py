@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control
-from localctl.control.compatible import MaskCheck, check_gradients, check_unskipped
+from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
 from localctl.control.latents import SchedulerShift, Visits, check_shiftable, outer_step, sigma_at, steps_of_call
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
 from localctl.control.processor import InnerForward, Installation
@@ -176,7 +176,7 @@ class Attachment:
         if self._movers:
             check_shiftable(self.pipe.scheduler)
         if self.bound:
-            check_unskipped(self.denoiser)
+            check_no_skipping(self.denoiser)
         for name, control in zip(self._names, self.bound, strict=True):
             if control.takes_gradients:
                 check_gradients(self.denoiser, name)

@@ -26,7 +26,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HARMLESS = ("diffusers.hooks.layerwise_casting", "diffusers.hooks.group_offloading", "diffusers.hooks.hooks")
 
 
-def check_unskipped(denoiser: Denoiser) -> None:
+def check_no_skipping(denoiser: Denoiser) -> None:
     """Raise a ValueError if something skips layers of the denoiser or reuses their outputs of another step.
 
     Detected are diffusers' hooks (FirstBlockCache, FasterCache, PyramidAttentionBroadcast and the like) and libraries

@@ -43,7 +43,7 @@ class Serializable:
 
         ValueError for an adapter that was not loaded from a folder or hub id.
         """
-        return json.dumps(_described(self), indent=1)
+        return json.dumps(_to_dict(self), indent=1)
 
     @classmethod
     def from_json(cls: type[Own], text: str, **given: Any) -> Own:
@@ -52,7 +52,7 @@ class Serializable:
         ``given``: images, and settings that override those of the text. ValueError unless the text describes a control
         of this class.
         """
-        found = _built(parse_json(text), "The text", (cls,), given)
+        found = _from_dict(parse_json(text), "The text", (cls,), given)
         if not isinstance(found, cls):
             raise ValueError(
                 f"The text describes a {type(found).__name__}, not a {cls.__name__}; call "
@@ -68,7 +68,7 @@ class Serializable:
 
 def save_controls(controls: Sequence[Serializable], path: str | Path) -> Path:
     """Write a list of controls to ``path`` and return the path. ValueError and OSError as for a single control."""
-    write_text(Path(path), json.dumps([_described(control) for control in controls], indent=1) + "\n")
+    write_text(Path(path), json.dumps([_to_dict(control) for control in controls], indent=1) + "\n")
     return Path(path)
 
 
@@ -83,7 +83,7 @@ def load_control(path: str | Path, *, types: Sequence[type[Serializable]] = (), 
         ValueError: a file that is missing or not JSON, an unknown class or setting, or a value that the control
             refuses.
     """
-    return _built(read_json(Path(path), "The control"), f"The file {path}", types, given)
+    return _from_dict(read_json(Path(path), "The control"), f"The file {path}", types, given)
 
 
 def load_controls(path: str | Path, *, types: Sequence[type[Serializable]] = (), **given: Any) -> list[Any]:
@@ -96,27 +96,27 @@ def load_controls(path: str | Path, *, types: Sequence[type[Serializable]] = (),
     items = content if isinstance(content, list) else [content]
     known = {name for item in items for name in _names(_class_of(item, f"The file {path}", types))}
     _check(given, known, "None of the controls has a")
-    return [_built(item, f"The file {path}", types, given, strict=False) for item in items]
+    return [_from_dict(item, f"The file {path}", types, given, strict=False) for item in items]
 
 
-def _described(control: Any) -> dict[str, Any]:
+def _to_dict(control: Any) -> dict[str, Any]:
     values = {name: getattr(control, name) for name in _names(type(control)) if name not in _IMAGES}
-    return {_CLASS: type(control).__name__, **{name: _plain(name, value) for name, value in values.items()}}
+    return {_CLASS: type(control).__name__, **{name: _to_json_value(name, value) for name, value in values.items()}}
 
 
 def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in fields(kind) if field.init]
 
 
-def _plain(name: str, value: Any) -> Any:
+def _to_json_value(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": value.detach().cpu().tolist()}
     if isinstance(value, nn.Module):
-        return _place(name, value)
-    return [_plain(name, item) for item in value] if isinstance(value, (list, tuple)) else value
+        return _source_of(name, value)
+    return [_to_json_value(name, item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _place(name: str, module: Any) -> str:
+def _source_of(name: str, module: Any) -> str:
     """Return the folder or hub id that an adapter or ControlNet was loaded from."""
     for part in (module, getattr(module, "adapter", None)):
         place = getattr(part, "config", {}).get("_name_or_path")
@@ -128,13 +128,17 @@ def _place(name: str, module: Any) -> str:
     )
 
 
-def _built(content: Any, where: str, types: Sequence[type[Any]], given: Mapping[str, Any], strict: bool = True) -> Any:
+def _from_dict(
+    content: Any, where: str, types: Sequence[type[Any]], given: Mapping[str, Any], strict: bool = True
+) -> Any:
     kind = _class_of(content, where, types)
     known = _names(kind)
     _check([name for name in content if name != _CLASS], known, f"{where} has no")
     if strict:
         _check(given, known, f"{where} has no")
-    values = {name: _read(name, value) for name, value in content.items() if name != _CLASS and name not in given}
+    values = {
+        name: _from_json_value(name, value) for name, value in content.items() if name != _CLASS and name not in given
+    }
     missing = [name for name in known if name in _IMAGES and name not in given]
     if missing:
         arguments = " and ".join(f"{name}=" for name in missing)
@@ -169,11 +173,11 @@ def _check(names: Iterable[str], known: Collection[str], where: str) -> None:
             raise ValueError(f"{where} setting {shown(name)}; {hint}")
 
 
-def _read(name: str, value: Any) -> Any:
+def _from_json_value(name: str, value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"tensor"}:
         return torch.tensor(value["tensor"], dtype=torch.float32)
     if isinstance(value, list):
-        return tuple(_read(name, item) for item in value)
+        return tuple(_from_json_value(name, item) for item in value)
     load = {"adapter": _load_adapter, "controlnet": _load_controlnet}.get(name)
     return load(value) if load is not None and isinstance(value, str) else value
 
@@ -189,7 +193,7 @@ def _load_controlnet(place: str) -> Any:
 
     try:
         return ControlNetModel.from_pretrained(place, use_safetensors=True).eval()
-    except Exception as error:  # missing files and foreign shapes each raise their own kind
+    except Exception as error:  # a missing file or another shape may raise any error
         raise ValueError(
             f"The ControlNet {place} cannot be loaded ({first_line(error)}); check its folder or hub id."
         ) from error

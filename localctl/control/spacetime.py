@@ -166,13 +166,13 @@ def description(region: Region) -> str | None:
 def local_text(region: Region, template: str) -> str | None:
     """Return the local description of a region, with a bare name put in ``template``; None for one without words."""
     own, phrase = region.prompt, region.phrase
-    if own is None or (phrase is not None and _bare(own) == _bare(phrase)):
+    if own is None or (phrase is not None and _bare_words(own) == _bare_words(phrase)):
         name = own or phrase
         return None if name is None else template.replace("{}", name)
     return own
 
 
-def _bare(text: str) -> list[str]:
+def _bare_words(text: str) -> list[str]:
     """Return the words of ``text`` in lower case, without leading articles, numbers and the like."""
     words = text.lower().split()
     while len(words) > 1 and (words[0] in DETERMINERS or words[0].isdigit()):

@@ -75,10 +75,10 @@ class UNet(Denoiser):
             chosen = [layer for layer in layers if layer.name.startswith("mid_") or _block(layer) == first_up]
         else:
             for name in wanted:
-                if not any(_means(name, layer) for layer in layers):
+                if not any(_matches(name, layer) for layer in layers):
                     groups = ", ".join(dict.fromkeys(_group(layer) for layer in layers))
                     raise ValueError(f"The U-Net has no cross-attention at {name!r}; choose among {groups}.")
-            chosen = [layer for layer in layers if any(_means(name, layer) for name in wanted)]
+            chosen = [layer for layer in layers if any(_matches(name, layer) for name in wanted)]
         if not chosen:
             raise ValueError("Layout guidance needs at least one attention layer to read; name some in sites.")
         return tuple(layer.name for layer in chosen)
@@ -103,7 +103,7 @@ class UNet(Denoiser):
         """Raise a ValueError unless the width of the text and the channels are this U-Net's."""
         for name in ("cross_attention_dim", "block_out_channels"):
             own, base = config[name], self.module.config[name]
-            if own != base and list(_listed(own)) != list(_listed(base)):
+            if own != base and list(_as_sequence(own)) != list(_as_sequence(base)):
                 raise ValueError(
                     f"The ControlNet has {name} {own} but the base has {base}; use a ControlNet made for this base."
                 )
@@ -214,10 +214,10 @@ def _group(layer: AttentionLayer) -> str:
     return f"{layer.name.partition('_')[0]}/{_LARGE // layer.size[0]}"
 
 
-def _means(name: str, layer: AttentionLayer) -> bool:
+def _matches(name: str, layer: AttentionLayer) -> bool:
     match = _GROUP.fullmatch(name)
     return bool(match) and (name == _group(layer) or name == _group(layer).partition("/")[0])
 
 
-def _listed(value: int | Sequence[int]) -> Sequence[int]:
+def _as_sequence(value: int | Sequence[int]) -> Sequence[int]:
     return [value] if isinstance(value, int) else value
