@@ -104,9 +104,9 @@ def disc_mask(centre: tuple[float, float], radius: float, size: int = 512) -> Te
 def load_mask(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """Read a mask file as (1,H,W) float32 in [0,1]; white = controlled, transparent = not.
 
-    A mask that holds 0 and 1 in place of black and white is stretched by :func:`stretch_mask`, with a warning; so is a
-    mask that looks like a map of labels reported in a warning. ValueError when the file is not a readable image, its
-    (H, W) is not ``size``, or the mask is black everywhere.
+    A mask that holds 0 and 1 in place of black and white is stretched by :func:`stretch_mask`. That, and a mask that
+    looks like a map of labels, causes a warning. ValueError when the file is not a readable image, its (H, W) is not
+    ``size``, or the mask is black everywhere.
     """
     mask, stretched = stretch_mask(open_gray(path))
     if size is not None and mask.shape != tuple(size):

@@ -68,8 +68,8 @@ def generate(
         controls: as for :func:`attach`.
         seeds: one seed or several; default 0.
         sampling: a record of settings, for example from :func:`localctl.sampling_of`; its scheduler replaces the
-            pipeline's during this call. The other arguments take precedence over it. Without a guidance scale in
-            either, a base known by name has its own default.
+            pipeline's during this call. The other arguments take precedence over it. If neither sets a guidance scale,
+            a base known by name uses its own default.
         batch_size: at most this many images at once; default 4.
         paired: image i has layout i and seed i; there must be as many seeds as layouts.
         pipeline_arguments: settings of :class:`Sampling` by name, and any other argument of ``pipe``.

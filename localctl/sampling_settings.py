@@ -18,7 +18,7 @@ class Sampling:
     """How to sample; None leaves a setting open, for another record (:meth:`over`) or finally the pipeline to set.
 
     Args:
-        scheduler: a name in ``SCHEDULERS``, such as ddim; it gets the noise schedule of the pipeline's own scheduler.
+        scheduler: a name in ``SCHEDULERS``, such as ddim; it uses the noise schedule of the pipeline's own scheduler.
         guidance_scale: of classifier-free guidance.
         num_inference_steps: number of denoising steps.
         guidance_rescale, clip_skip, eta: as diffusers' pipelines define them.

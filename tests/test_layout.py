@@ -109,7 +109,7 @@ def test_words_that_share_a_token_are_named() -> None:
     with pytest.raises(ValueError, match=r"'cat' and 'dog' share a token of the prompt \(one \| cat/dog\)"):
         token_positions(Joined(), layout)
     several = Layout("one cat/dog", regions=(Region("one", LEFT), Region("cat", LEFT), Region("dog", RIGHT)))
-    with pytest.raises(ValueError, match="3 regions for 2 tokens"):
+    with pytest.raises(ValueError, match="3 regions with phrases for 2 tokens"):
         token_positions(Joined(), several)
     Joined.is_fast = False
     with pytest.raises(ValueError, match="no character offsets"):

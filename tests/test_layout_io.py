@@ -101,11 +101,11 @@ def test_from_a_coloured_picture() -> None:
     assert bool((masks.sum(dim=0) == 1).all())  # every pixel has its region
     assert masks.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.462, 0.423, 0.116], abs=0.01)
     assert from_colors(painted(), {"#000000": "the sky", "#e0335c": "a house"}).prompt == "the sky, a house"
-    with pytest.raises(ValueError, match="colour #0000ff of the phrase 'a lake' is nowhere"):
+    with pytest.raises(ValueError, match="colour #0000ff of the phrase 'a lake' does not occur"):
         from_colors(painted(), {**table, "#0000ff": "a lake"})
     with pytest.raises(ValueError, match="'green' is not a colour"):
         from_colors(painted(), {"green": "a lake"})
-    with pytest.raises(ValueError, match="too alike"):
+    with pytest.raises(ValueError, match="too similar"):
         from_colors(painted(), {"#000000": "a", "#000001": "b"})
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Replaces an abar of 0 (rescale_betas_zero_snr), as in those of diffusers' schedulers that need a finite noise level.
-# sigma is then 4096.
+# Used in place of abar = 0 (rescale_betas_zero_snr), as diffusers' schedulers with finite noise levels do; sigma is
+# then 4096.
 SIGNAL_FLOOR = 2**-24
 
 # The scale of the scheduler's latents: variance preserving, as for the denoiser, or exploding, x = z / sqrt(abar).

@@ -122,7 +122,7 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
             energy = reader.energy()  # (m,)
             if self.control.recheck and not bool(((energy > self.control.threshold) | energy.isnan()).any()):
                 return point.detach()[:0], []
-            # In half precision, a gradient times 30 keeps more digits.
+            # Scaling the energy keeps more digits of the gradient in half precision.
             scale = max(self.control.scale, 1.0)
             gradient = torch.autograd.grad(energy.sum() * scale, point)[0].float() / scale
         finite = energy.isfinite() & gradient.flatten(1).isfinite().all(dim=1)

@@ -146,9 +146,9 @@ def control_names(words: str | Sequence[str]) -> list[str]:
         if name not in CONTROLS and name != NONE:
             raise ValueError(f"Unknown control {name!r}; choose among {', '.join(CONTROLS)} and {NONE}.")
     if len(set(names)) < len(names) or (NONE in names and len(names) > 1):
-        raise ValueError(f"The controls {' '.join(names)} do not go together; name each once, or {NONE} alone.")
+        raise ValueError(f"The controls {' '.join(names)} cannot be combined; name each once, or {NONE} alone.")
     if {"spacetime_optimized", "guidance"} <= set(names):
-        raise ValueError("spacetime_optimized and guidance do not go together; use spacetime with guidance.")
+        raise ValueError("spacetime_optimized and guidance cannot be combined; use spacetime with guidance.")
     return [name for name in names if name != NONE]
 
 

@@ -104,7 +104,7 @@ def test_a_list_of_controls(tmp_path: Path) -> None:
         ('{"control": "Control"}', "names 'Control', which is not a known control"),
         ('{"control": "RegionBias", "strenght": 1}', "no setting 'strenght'; did you mean 'strength'"),
         ('{"control": "RegionBias", "strength": "x"}', "finite number, not 'x'"),
-        ('{"control": "RegionBias", "start": "x"}', "makes no RegionBias"),
+        ('{"control": "RegionBias", "start": "x"}', "does not describe a valid RegionBias"),
         ('{"control": "NegativePrompts"}', "describes a NegativePrompts, not a RegionBias"),
     ],
 )

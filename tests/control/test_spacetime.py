@@ -266,7 +266,7 @@ def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
         ({"mix": "sum"}, "Unknown mix 'sum'"),
         ({"schedule": "steep"}, "Unknown schedule 'steep'"),
         ({"template": "a photo"}, "template must hold {} once, in place of the name, not 'a photo'"),
-        ({"template": "{} and {}"}, "template holds {} once"),
+        ({"template": "{} and {}"}, "template must hold {} once"),
         ({"weight": 1.2}, r"must lie in \[0, 1\], not 1.2"),
         ({"weight": float("nan"), "mix": "released"}, "finite number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
