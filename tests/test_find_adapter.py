@@ -135,7 +135,7 @@ def test_what_is_no_adapter_is_one_sentence(
     Path("odd/config.json").write_text("[]")
     for value in ('{"_class_name": "T2IAdapter", "base": ["x"]}', '{"_class_name": "T2IAdapter", "condition": [1]}'):
         Path("odd/config.json").write_text(value)
-        with pytest.raises(ValueError, match="of the adapter odd cannot be used: (base|condition) is "):
+        with pytest.raises(ValueError, match="of the adapter odd cannot be used: (base|condition) must be "):
             find_adapter("odd")
     Path("odd/config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="odd/config.json is not valid JSON .nested too deep"):

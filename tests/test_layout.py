@@ -54,7 +54,7 @@ def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
     [
         ({"regions": [Region("dog", LEFT)]}, r"'dog' is not in the prompt \(a \| cat \| on \| a \| carpet\)"),
         ({"regions": [Region("car", LEFT)]}, "'car' is not in the prompt"),  # whole words
-        ({"regions": [Region("a", LEFT, occurrence=2)]}, "stands 2 times in the prompt .* no occurrence 2"),
+        ({"regions": [Region("a", LEFT, occurrence=2)]}, "occurs 2 times in the prompt .* no occurrence 2"),
         ({"regions": [Region("a cat", LEFT), Region("cat", RIGHT)]}, "'a cat' and 'cat' overlap in the prompt"),
         ({"regions": [Region("cat", LEFT), Region("Cat", RIGHT)]}, "overlap in the prompt"),
         ({"regions": ["cat"]}, "must be Region objects, not str"),
@@ -65,7 +65,7 @@ def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
             "'cat' is completely hidden",
         ),
         ({"height": 60, "width": 64}, "height 60 is not a positive multiple of 8"),
-        ({"prompt": ["a"]}, "one prompt"),
+        ({"prompt": ["a"]}, "one text"),
     ],
 )
 def test_bad_layouts_are_named(options: dict[str, Any], message: str) -> None:

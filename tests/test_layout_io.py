@@ -57,7 +57,7 @@ def test_a_layout_by_hand_needs_no_prompt(tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[]", r"holds \[\], not an object"),
         ({"promt": "a"}, "unknown field 'promt'; did you mean 'prompt'"),
-        ({"prompt": 3}, "one prompt"),
+        ({"prompt": 3}, "one text"),
         ({"prompt": "a", "regions": {}}, "'regions' in .* must be a list"),
         ({"prompt": "a", "regions": ["a"]}, "Region 0 .* must be an object"),
         ({"prompt": "a", "regions": [{"phrase": "a", "boxx": [0, 0, 1, 1]}]}, "Region 0 .* unknown field 'boxx'"),

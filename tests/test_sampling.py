@@ -269,7 +269,7 @@ def test_a_call_that_failed_does_not_spoil_the_next(
 ) -> None:
     with attach(sd_pipe, "a b", control(make_adapter())):
         first = draw(sd_pipe)
-        with pytest.raises(ValueError, match="prompt 'x' while"):
+        with pytest.raises(ValueError, match="prompt 'x' but"):
             draw(sd_pipe, "x")
         assert torch.equal(draw(sd_pipe), first)
 
@@ -286,7 +286,7 @@ def test_a_prompt_that_is_not_the_layouts_is_an_error(kind: str, request: pytest
             draw(pipe, "a")
     with attach(pipe, "a", []):
         draw(pipe, ["a", "a"], count=2)  # one layout, as often as wanted
-        with pytest.raises(ValueError, match="prompt 'b' while"):
+        with pytest.raises(ValueError, match="prompt 'b' but"):
             draw(pipe, ["a", "b"], count=2)
 
 
