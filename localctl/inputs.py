@@ -17,7 +17,7 @@ from localctl.masks import mask_doubt, stretch_mask
 OneImage: TypeAlias = Tensor | np.ndarray | Image.Image
 ImageLike: TypeAlias = OneImage | Sequence[OneImage]
 
-_COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray images a little
+_COLOUR_TOLERANCE = 32  # of 255, since JPEG tints gray images slightly
 _FIT = "give a PIL image, an array (H, W) or (H, W, C), a tensor (C, H, W), or a list of one kind and size"
 
 

@@ -316,7 +316,7 @@ def _color(color: Color | str) -> Color:
     except (ValueError, TypeError):
         values = b""
     if len(values) != 3:
-        raise ValueError(f"{color!r} is not a colour; write #rrggbb or three numbers from 0 to 255.")
+        raise ValueError(f"{color!r} is not a colour; give #rrggbb or three whole numbers from 0 to 255.")
     return values[0], values[1], values[2]
 
 

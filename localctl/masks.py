@@ -152,7 +152,7 @@ def mask_doubt(mask: np.ndarray) -> str:
     gray = here[(here == below) & (here == right) & (here > black) & (here < _WHITE)]
     if gray.size > max(np.count_nonzero(mask >= _WHITE), _FEW * mask.size):
         values = np.unique(gray)
-        if values.size <= _LABELS:  # a wide gradient has many
+        if values.size <= _LABELS:  # a wide gradient has more
             return f"is mostly flat gray ({', '.join(f'{value:.2g}' for value in values[:3])} of 1); {way_out}"
     return ""
 

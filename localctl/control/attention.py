@@ -1,6 +1,6 @@
 """The scores of an attention layer, computed only as far as controls need them.
 
-Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
+Symbols in shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
 (tokens or cells), d width of a head.
 """
 

@@ -25,7 +25,7 @@ from localctl.control.regions import BoundRegionControl, BoundRegions, RegionCon
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
-_FLOOR = 1e-6  # of a mixed probability; its logarithm stays finite where strength is 1
+_FLOOR = 1e-6  # the smallest mixed probability, so that its logarithm is finite where strength is 1
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class SteeredProcessor(nn.Module):
         self.inner = inner
         self.layer = layer
         self.users: list[User] = []
-        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # of the output under a mask
+        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # called after a masked call
         # diffusers passes only the keyword arguments (such as ip_adapter_masks) that this signature names.
         self.__dict__["__call__"] = inner.__call__
 

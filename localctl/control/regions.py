@@ -120,7 +120,7 @@ class BoundRegions:
                 empty = torch.zeros_like(some)
                 rows = [made[layout] for layout in context.guided_layouts]
                 stacked = torch.stack([empty if row is None else row for row in rows]).to(context.device)
-            while len(self._rows) >= 64:  # layers x windows of one run; other sizes may follow
+            while len(self._rows) >= 64:  # enough for the layers and windows of one run; runs of other sizes may follow
                 self._rows.pop(next(iter(self._rows)))
             self._rows[full] = stacked
         return self._rows[full]

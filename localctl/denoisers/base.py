@@ -1,6 +1,6 @@
 """The protocol of a denoiser: how controls, sampling and weight search access the internals of a family.
 
-Letters of shapes: R rows of a batch, K tokens, c latent channels, (h, w) the latents' grid, (H, W) pixels.
+Symbols in shapes: R rows of a batch, K tokens, c latent channels, (h, w) the latents' grid, (H, W) pixels.
 """
 
 from __future__ import annotations
