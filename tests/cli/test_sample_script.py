@@ -223,5 +223,5 @@ def test_an_image_of_nan_ends_with_code_2_and_is_not_written(
     """A weight that overflows, as a strength of 1e308 would."""
     assert sample.main([*BASIC, *QUICK, "--weight", "1e37", "--output_dir", "out"]) == 2
     printed = capsys.readouterr().err
-    assert "image of seed" in printed and "is not a number (NaN)" in printed
+    assert "image with seed" in printed and "holds NaN" in printed
     assert not list(Path("out").glob("*.png"))

@@ -294,7 +294,7 @@ def test_what_is_no_control_is_named(sd_pipe: StableDiffusionPipeline) -> None:
         pass
     with pytest.raises(ValueError, match="'dog' is not in the prompt"):
         Layout("a cat", regions=(Region("dog", (0, 0, 1, 1)),))
-    with attach(sd_pipe, LAYOUT, RegionBias()), pytest.raises(ValueError, match="prompt 'a dog' while the attached"):
+    with attach(sd_pipe, LAYOUT, RegionBias()), pytest.raises(ValueError, match="prompt 'a dog' but the attached"):
         draw(sd_pipe, "a dog")
 
 

@@ -77,7 +77,7 @@ def test_attention_moves_and_no_effect_is_plain(sd_pipe: StableDiffusionPipeline
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": 1.5}, r"strength of ForwardGuidance lies in \[0, 1\]"),
+        ({"strength": 1.5}, r"strength of ForwardGuidance must lie in \[0, 1\]"),
         ({"strength": float("nan")}, "finite number"),
         ({"start": 1.0}, "0 <= start < end"),
         ({"mask_resize": "x"}, "Unknown mask_resize"),

@@ -132,7 +132,7 @@ def test_inpainting_keeps_its_other_channels(sd_pipe: StableDiffusionPipeline) -
 @pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, UniPCMultistepScheduler])
 def test_schedulers_that_lose_a_shift_are_refused(kind: Any, sd_pipe: StableDiffusionPipeline) -> None:
     good, bad = sd_pipe.scheduler, kind.from_config(sd_pipe.scheduler.config)
-    message = f"{kind.__name__} does not carry latents that a control moves"
+    message = f"{kind.__name__} would lose a control's shift of the latents"
     with attach(sd_pipe, LAYOUT, Nudge(1)):
         sd_pipe.scheduler = bad
         with pytest.raises(ValueError, match=message):

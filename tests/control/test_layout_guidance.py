@@ -274,9 +274,9 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": -1.0}, "scale of LayoutGuidance is at least 0"),
-        ({"threshold": float("nan")}, "threshold of a control is a finite number"),
-        ({"iterations": 1.5}, "iterations of LayoutGuidance are a count"),
+        ({"scale": -1.0}, "scale of LayoutGuidance must be at least 0"),
+        ({"threshold": float("nan")}, "threshold of a control must be a finite number"),
+        ({"iterations": 1.5}, "iterations of LayoutGuidance must be a whole number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
         ({"mask_resize": "round"}, "Unknown mask_resize 'round'"),
     ],

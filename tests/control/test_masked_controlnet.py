@@ -142,12 +142,12 @@ def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"condition": torch.zeros(2, 64, 64)}, "2 channels but this ControlNet was made for 3"),
+        ({"condition": torch.zeros(2, 64, 64)}, "2 channels but this ControlNet takes 3"),
         ({"condition": torch.full((3, 64, 64), 2.0)}, "condition has values outside"),
         ({"mask": torch.ones(1, 64, 72)}, "mask is 72x64 pixels but the condition is 64x64"),
         ({"mask_resize": "cubic"}, "Unknown mask_resize 'cubic'"),
         ({"start": 0.5, "end": 0.5}, "start < end"),
-        ({"controlnet": "folder"}, "is a str, not diffusers' ControlNetModel"),
+        ({"controlnet": "folder"}, "is a str, not a diffusers ControlNetModel"),
     ],
 )
 def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str) -> None:
@@ -159,11 +159,11 @@ def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str)
 def test_nets_that_do_not_fit_are_refused(sd_pipe: Any, sdxl_pipe: Any) -> None:
     image, mask = condition(), torch.ones(1, 64, 64)
     with (
-        pytest.raises(ValueError, match="belongs to another base"),
+        pytest.raises(ValueError, match="use a ControlNet made for this base"),
         attach(sd_pipe, PROMPT, MaskedControlNet(controlnet(sdxl_pipe), image, mask)),
     ):
         pass
-    with pytest.raises(ValueError, match="so no mask applies"):
+    with pytest.raises(ValueError, match="so they cannot be masked"):
         MaskedControlNet(controlnet(sd_pipe, global_pool_conditions=True), image, mask)
     with (
         pytest.raises(ValueError, match="3 masks for 2 layouts"),

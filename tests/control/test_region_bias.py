@@ -147,7 +147,7 @@ def test_bias_moves_attention_into_the_region() -> None:
     [
         ({"std": "layer"}, "Unknown std 'layer'"),
         ({"mask_resize": "bilinear"}, "Unknown mask_resize 'bilinear'"),
-        ({"strength": float("nan")}, "strength of a control is a finite number"),
+        ({"strength": float("nan")}, "strength of a control must be a finite number"),
         ({"start": 0.6, "end": 0.5}, "0 <= start < end"),
     ],
 )

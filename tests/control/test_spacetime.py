@@ -175,7 +175,7 @@ def test_the_published_discs() -> None:
         assert torch.equal(region.coverage((side, side), "nearest"), expected)
     assert float(region.coverage((100, 200)).mean()) == pytest.approx(3.1416 * 0.04, rel=0.01)
     for bad in ({"centre": (1.2, 0)}, {"centre": (0.5, 0.5), "radius": 0}):
-        with pytest.raises(ValueError, match="of a disc is"):
+        with pytest.raises(ValueError, match="of a disc must be"):
             Region.disc("cat", **bad)
 
 
@@ -265,13 +265,13 @@ def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
     [
         ({"mix": "sum"}, "Unknown mix 'sum'"),
         ({"schedule": "steep"}, "Unknown schedule 'steep'"),
-        ({"template": "a photo"}, "template holds {} once, where the name comes, not 'a photo'"),
-        ({"template": "{} and {}"}, "template holds {} once"),
-        ({"weight": 1.2}, r"lies in \[0, 1\], not 1.2"),
+        ({"template": "a photo"}, "template must hold {} once, in place of the name, not 'a photo'"),
+        ({"template": "{} and {}"}, "template must hold {} once"),
+        ({"weight": 1.2}, r"must lie in \[0, 1\], not 1.2"),
         ({"weight": float("nan"), "mix": "released"}, "finite number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
         ({"weights": torch.ones(3)}, "float tensor"),
-        ({"weights": torch.full((3, 2), 1.5)}, 'say mix="released"'),
+        ({"weights": torch.full((3, 2), 1.5)}, 'use mix="released"'),
         ({"weights": torch.full((3, 2), torch.inf), "mix": "released"}, "not finite"),
         ({"weights": ("0", "1")}, "float tensor"),
     ],

@@ -109,7 +109,7 @@ def test_a_run_is_continued_and_repeats_itself(
         (["--optimised", "3"], "--optimised 3 is more than --count 2"),
         (["--set", "plain.weight=1"], "row 'plain' has no control"),
         (["--set", "wieght=1"], "No control of this run has a setting 'wieght'"),
-        (["--set", "weight=2"], "convex mix lies in"),
+        (["--set", "weight=2"], "convex mix must lie in"),
         (["--layout", "auto", "--layout_predictor", "nowhere"], "layout predictor"),
         (["--device", "tpu9"], "cannot be used here"),
     ],
