@@ -2,7 +2,7 @@
 
     python data/download_images.py --list urls.txt --output photos
     python data/download_images.py --list part-0.parquet --url_column URL --caption_column TEXT --output photos
-    python data/download_images.py --list urls.txt --output photos --condition canny   # a data set to train on as it is
+    python data/download_images.py --list urls.txt --output photos --condition canny   # a dataset to train on as it is
 
 A list is .txt (an address per line, a caption after a tab), .jsonl (url, text) or .parquet. manifest.jsonl gets a line
 per address: file, sha256, size and caption, or why it failed. A second call continues where the first one stopped;
@@ -35,13 +35,13 @@ from tqdm import tqdm
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
 from localctl.data.rows import METADATA, captions_of, check_utf8, split_lines
 from localctl.files import first_line, json_lines, parse_json, sha256, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
-from localctl.labels import brief
+from localctl.labels import shorten
 
 MANIFEST = "manifest.jsonl"
 SIGNATURES = {
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are not kept; as data.max_pixels")
     add("--threads", type=int, default=8, help="fetched at once")
     add("--retry", action="store_true", help="ask addresses again that failed before")
-    add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write, and metadata.jsonl")
+    add("--condition", nargs="*", default=[], choices=FROM_IMAGE, help="conditions to write, and metadata.jsonl")
     add("--allow_inner_addresses", action="store_true", help="also ask this machine and its network (127.0.0.1, 10.*)")
     args = parser.read(argv)
     args.list, args.output = args.list.expanduser(), args.output.expanduser()
@@ -191,7 +191,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         return {"url": url, "text": item["text"], "error": reason}
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else "no answer"
-        return {"url": url, "text": item["text"], "error": f"{reason}: {brief(str(error))}"}
+        return {"url": url, "text": item["text"], "error": f"{reason}: {shorten(str(error))}"}
     extension = next((end for start, end in SIGNATURES.items() if content.startswith(start)), None)
     extension = extension or (".avif" if content[4:8] == b"ftyp" else ".png")
     stem = sha256(url.encode(errors="replace"))[:20]

@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
 from localctl.files import json_lines, parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
-from localctl.labels import brief
+from localctl.labels import shorten
 
 # A condition's file may be smaller than its image: of photos over 16 million pixels it is twice this on its short side.
 CONDITION_SIDE = 1024
@@ -40,7 +40,7 @@ CONDITION_SIDE = 1024
 
 @one_sentence("make_dataset.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when a data set was written; 2 after a mistake of the user's, 1 on a full disk, named in one sentence."""
+    """0 when a dataset was written; 2 after a mistake of the user's, 1 on a full disk, named in one sentence."""
     args = parse(argv)
     images, left_out = find_images(args)
     captions = None if args.captions is None else read_captions(args.captions)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if all(problem.reason == "caption missing" for problem in problems) and not lines:
         raise ValueError(_no_captions(len(images), args))
     for problem in problems:
-        print(brief(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
+        print(shorten(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
     if not lines:
         raise ValueError(f"None of the {len(images)} images can be used ({count_reasons(problems)}).")
     words = ", ".join(filter(None, (count_reasons(problems), count_words(left_out))))
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="a new folder")
     add("--format", choices=("imagefolder", "folder"), default="imagefolder")
     add("--captions", type=Path, help="jsonl or csv with file_name and text; default: a .txt beside each image")
-    add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write as files")
+    add("--condition", nargs="*", default=[], choices=FROM_IMAGE, help="conditions to write as files")
     add("--masks", type=Path, help="folder of masks named like the images, white = controlled")
     add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are left out; as data.max_pixels")
     args = parser.read(argv)

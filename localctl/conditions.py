@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from localctl.settings import CHANNELS as CHANNELS
-from localctl.settings import FROM_PICTURE, ConditionConfig
+from localctl.settings import FROM_IMAGE, ConditionConfig
 
 if TYPE_CHECKING:  # torch is imported where it is used
     from torch import Tensor
@@ -21,7 +21,7 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
     Scales are fixed, never stretched per image, so that equal edges look equal in every image.
     ValueError for kinds that no image yields (depth, segmentation, column), and for another shape or dtype.
     """
-    if config.kind not in FROM_PICTURE:
+    if config.kind not in FROM_IMAGE:
         raise ValueError(
             f"A {config.kind} condition cannot be computed from an image; pass it as a condition image instead."
         )

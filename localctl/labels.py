@@ -12,7 +12,7 @@ def one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def brief(text: str, most: int = 120) -> str:
+def shorten(text: str, most: int = 120) -> str:
     """Shorten ``text`` to one line of at most ``most`` letters: as part of a message."""
     text = one_line(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

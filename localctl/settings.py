@@ -27,7 +27,7 @@ ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
 CHANNELS: dict[str, int] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
-FROM_PICTURE = ("canny", "sobel", "palette")
+FROM_IMAGE = ("canny", "sobel", "palette")
 MASK_RESIZE: tuple[str, ...] = get_args(MaskResize)
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 LOSS_FILTERS: tuple[str, ...] = get_args(LossFilter)

@@ -259,7 +259,7 @@ def test_settings_that_make_no_sense(tmp_path):
         (DataConfig(name="parquet"), "needs data.path"),
         (DataConfig(path=str(tmp_path / "none")), "There is no data at"),
         (config(tmp_path), "no metadata.jsonl"),
-        (config(tmp_path, "folder"), "no folder per example"),
+        (config(tmp_path, "folder"), "no folders of examples"),
         (config(tmp_path, "parquet"), r"no \*.parquet"),
     ):
         with pytest.raises(ValueError, match=words):
