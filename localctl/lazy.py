@@ -1,4 +1,4 @@
-"""Public names of a package that load their module on first use (PEP 562), so that importing the package stays cheap.
+"""Public names of a package that load their module on first use (PEP 562), so that importing the package is fast.
 
 The package repeats the names under ``if TYPE_CHECKING:`` for editors and type checkers; a test compares the two.
 """
@@ -15,7 +15,7 @@ from typing import Any
 def lazy_names(
     package: str, places: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__``, ``__all__`` of ``package``; ``places``: module in it -> the names found there."""
+    """Return ``__getattr__``, ``__dir__``, ``__all__`` for ``package``; ``places``: module in it -> names to export."""
     modules = {name: f"{package}.{module}" for module, names in places.items() for name in names}
 
     def load(name: str) -> Any:
@@ -29,8 +29,8 @@ def lazy_names(
 
 
 def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a ``module`` whose names have moved; places: old name -> "new.module:new_name". Each still
-    works for one version, with a DeprecationWarning."""
+    """Return ``__getattr__`` for a ``module`` whose names have moved; places: old name -> "new.module:new_name". Old
+    names work for one more version, with a DeprecationWarning."""
 
     def load(name: str) -> Any:
         if name not in places:

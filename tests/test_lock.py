@@ -91,7 +91,7 @@ def test_a_lock_that_says_nothing_is_waited_for(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content)
     said = []
     FolderLock(tmp_path, said.append, patience=0.2).release()
-    assert "does not say its name" in said[0] or "process None" in said[0]
+    assert "unknown process" in said[0] or "process None" in said[0]
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):

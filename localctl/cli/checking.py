@@ -175,8 +175,8 @@ class _Report:
         if number > 1 and number > 0.1 * len(captions):
             self.warnings.append(f"{number} captions are the same: {shorten(common, 60)!r}")
         if foreign := [found for caption in captions if (found := foreign_syntax(caption))]:
-            marks = f"marks of other tools ({', '.join(foreign[0])}), which are read as plain letters"
-            self.warnings.append(f"{len(foreign)} captions have {marks}")
+            syntax = f"syntax of other tools ({', '.join(foreign[0])}), which is read as text"
+            self.warnings.append(f"{len(foreign)} captions have {syntax}")
         if tokenizer is not None:
             limit = tokenizer.model_max_length
             lengths = np.array([len(tokenizer(caption, verbose=False).input_ids) for caption in captions])

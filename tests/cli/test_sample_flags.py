@@ -255,7 +255,7 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
         (["--vae", "./none"], "VAE './none' could not be loaded"),
         (["--vae", "vae.safetensors"], "vae.safetensors is a file; give a diffusers folder"),
         (["--vae", "base/unet"], "is a UNet2DConditionModel; give an AutoencoderKL"),
-        (["--vae", "other"], "makes other latents than the base's own"),
+        (["--vae", "other"], "makes latents of another shape"),
         (["--predictor", "x"], "--predictor needs regions to work on"),
         (["--layout", "auto", "--predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),

@@ -139,7 +139,7 @@ def test_what_a_training_would_stop_with_and_say(tmp_path, capsys):
     assert "would stop" not in out and "8 to train on, 0 for validation" in out
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1e-9")
     assert "7 to train on, 1 for validation" in out and "one is held out for validation: images/" in out
-    assert "no held-out mask has 40 edge pixels" in out
+    assert "no held-out mask contains 40 edge pixels" in out
     share = next(s for s in np.arange(0.01, 1, 0.01) if any(is_held_out(f"images/{i:03}.png", s) for i in range(8)))
     assert "held out for validation: images/" in run(folder, tmp_path, capsys, f"data.validation_share={share}")[1]
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1")
@@ -174,7 +174,7 @@ def test_what_to_do_about_bad_rows_and_what_is_not_used(tmp_path, capsys):
     lines[0]["text"], lines[1]["file_name"], lines[2]["text"] = None, "images/gone.png", "two\nlines \u2028 and more"
     write_metadata(folder, lines[:6])
     _, out, _ = run(folder, tmp_path, capsys)
-    assert "to do: caption missing: write a caption, or data.caption_column=null" in out
+    assert "to do: caption missing: write a caption, or set data.caption_column=null" in out
     assert "to do: image missing: add the file" in out
     assert "have no line in metadata.jsonl and are not used" in out and (tmp_path / "preview.png").exists()
 
@@ -201,4 +201,4 @@ def test_marks_of_other_tools_in_captions_are_counted(folder, tmp_path, capsys):
         line["text"] += ", (best quality:1.3)"
     write_metadata(folder, lines)
     _, out, _ = run(folder, tmp_path, capsys)
-    assert "3 captions have marks of other tools ((word:1.3)), which are read as plain letters" in out
+    assert "3 captions have syntax of other tools ((word:1.3)), which is read as text" in out

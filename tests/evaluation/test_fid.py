@@ -257,7 +257,7 @@ def test_score_says_everything_about_itself(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["drew"], "Say what to do, one of ref, gen, score"),
+        (["drew"], "The command is missing; write one of ref, gen, score"),
         (["ref", "extractor=vgg"], "Unknown feature extractor 'vgg'"),
         (["ref", "num_images=1"], "num_images must be at least 2, not 1"),
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),
