@@ -44,9 +44,9 @@ class FolderLock:
         self._about = {
             "token": self._token,
             "host": socket.gethostname(),
-            "space": _space(),
+            "space": _pid_space(),
             "pid": os.getpid(),
-            "began": _began(os.getpid()),
+            "began": _start_time(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._done = threading.Event()
@@ -102,7 +102,7 @@ class FolderLock:
     def _take_over(self, say: Callable[[str], None], patience: float) -> None:
         """Take the folder from an owner that is gone."""
         seen, owner = _state(self.path), _read(self.path)
-        alive = _lives(owner) if not self.path.is_symlink() else False  # a link is no lock of ours
+        alive = _is_alive(owner) if not self.path.is_symlink() else False  # a link is no lock of ours
         if alive is None:  # on another machine, or the file is not readable
             say(f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives.")
             end = time.monotonic() + patience
@@ -136,9 +136,9 @@ class FolderLock:
                 return
 
 
-def _lives(owner: dict[str, Any]) -> bool | None:
+def _is_alive(owner: dict[str, Any]) -> bool | None:
     """Return whether the owner's process is alive; None if it runs on another machine or in another container."""
-    if not owner or (owner.get("host"), owner.get("space")) != (socket.gethostname(), _space()):
+    if not owner or (owner.get("host"), owner.get("space")) != (socket.gethostname(), _pid_space()):
         return None
     pid = owner.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():  # an earlier run of this very process
@@ -149,10 +149,10 @@ def _lives(owner: dict[str, Any]) -> bool | None:
         return False
     except (PermissionError, OverflowError):
         return True
-    return _began(pid) == owner.get("began")  # or the number belongs to another process by now
+    return _start_time(pid) == owner.get("began")  # or the number belongs to another process by now
 
 
-def _began(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """Return the start time of process ``pid`` in the kernel's clock ticks; "" if it has ended, None if the system has
     no /proc."""
     try:
@@ -162,7 +162,7 @@ def _began(pid: int) -> str | None:
     return "" if fields[0] == "Z" else fields[19]
 
 
-def _space() -> str:
+def _pid_space() -> str:
     """Return the space in which process ids are unique: the boot of this machine, and the container."""
     parts = []
     for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):

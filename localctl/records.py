@@ -103,8 +103,8 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 def sentence(error: ValidationError, cls: type, section: str = "") -> str:
     """Return pydantic's first error as a sentence that names the setting, its value and the allowed values."""
     details = error.errors(include_url=False)
-    key, hint = _found(details[0], cls, section)
-    detail = [item for item in details if _found(item, cls, section)[0] == key][-1]  # for a union: its last type
+    key, hint = _locate(details[0], cls, section)
+    detail = [item for item in details if _locate(item, cls, section)[0] == key][-1]  # for a union: its last type
     kind, value, context = detail["type"], shown(detail["input"]), detail.get("ctx", {})
     if kind == "value_error":  # from __post_init__, already a sentence
         return str(context["error"])
@@ -125,7 +125,7 @@ def sentence(error: ValidationError, cls: type, section: str = "") -> str:
     return f"{key} must be {wanted}, not {value}."
 
 
-def _found(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
+def _locate(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
     """Return the dotted name of the wrong setting, and the dataclass or type that it belongs to."""
     parts, hint = [section] if section else [], typing.cast(Any, cls)
     for part in detail["loc"]:

@@ -33,7 +33,7 @@ def explained(doc: str | None, program: str) -> str:
     return text
 
 
-def ended(program: str, error: ValueError | OSError) -> int:
+def report_error(program: str, error: ValueError | OSError) -> int:
     """Print ``error`` as one sentence on stderr and return the exit code: 2 for a ValueError, which is a user's error,
     1 for an OSError, such as a full disk. If the reader of stdout has ended, as in ``--help | head``, print nothing and
     return 1."""
@@ -54,7 +54,7 @@ def _stdout_is_closed() -> bool:
 
 
 def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorate a ``main``: turn a ValueError or OSError into one sentence on stderr and an exit code (:func:`ended`).
+    """Decorate a ``main``: turn a ValueError or OSError into one sentence on stderr, see :func:`report_error`.
 
     The sentence starts with ``program``, or with the argument of that name. Other exceptions are bugs and are not
     caught.
@@ -69,7 +69,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
                     print(end="", flush=True)  # raises here, not at exit, if stdout is closed
                     return code
             except (ValueError, OSError) as error:
-                return ended(str(kwargs.get("program", program)), error)
+                return report_error(str(kwargs.get("program", program)), error)
 
         return guarded
 

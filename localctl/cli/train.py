@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from localctl.cli.program import ended, explained
+from localctl.cli.program import explained, report_error
 from localctl.messages import fail, loading, plain_warnings
 from localctl.signals import Signalled, ending_at_once, exit_code, launcher
 
@@ -59,7 +59,7 @@ def _prepare(argv: Sequence[str], parent: int | None, program: str) -> Any:
             return 0
         return prepare(settings, scorer=make_scorer(settings), parent=parent)
     except (ValueError, OSError) as error:
-        return ended(program, error)
+        return report_error(program, error)
 
 
 def _train(run: Any, program: str) -> int:

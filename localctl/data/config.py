@@ -64,7 +64,7 @@ class DataConfig:
         segmentation, bilinear for the rest.
     validation_share: share of the examples to hold out when ``validation_split`` is null.
     max_pixels: images with more pixels are bad rows; this is checked before they are decoded. Images over 16 million
-        pixels are read at reduced size, not below twice the resolution; JPEGs are never decoded in full.
+        pixels are read at reduced size, not below twice the resolution; such JPEGs are never decoded in full.
     max_bad_fraction: the run stops when more than this share of the examples, and more than one, is unusable; 0 = at
         the first one.
     profile: kind of embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.

@@ -84,7 +84,7 @@ def _images_below(folder: str) -> int:
 
 def mark_made(folder: Path) -> None:
     """Mark ``folder`` as written by a script, so that a later call does not take its files for photos."""
-    (folder / _MADE).write_text("Written by a script in data/; passed over where photos are looked for.\n")
+    (folder / _MADE).write_text("Written by a script in data/, which skips this folder when it searches for photos.\n")
 
 
 def is_made(folder: Path) -> bool:

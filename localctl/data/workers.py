@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localctl.signals import ignore_signals
 
-_GONE = 5  # seconds to wait for the end of a killed worker
+_JOIN_TIMEOUT = 5  # seconds to wait for the end of a killed worker
 
 
 class WorkerError(OSError):
@@ -64,7 +64,7 @@ def _kill(processes: Sequence[Any]) -> None:
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(_GONE)
+        process.join(_JOIN_TIMEOUT)
 
 
 def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
@@ -85,10 +85,10 @@ def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
 def _check(processes: Sequence[Any]) -> None:
     for process in processes:
         if process.exitcode not in (None, 0):
-            raise WorkerError(_why(process.exitcode))
+            raise WorkerError(_worker_error(process.exitcode))
 
 
-def _why(code: int) -> str:
+def _worker_error(code: int) -> str:
     """Return the sentence for a worker that ended with exit code ``code``."""
     if code == -signal.SIGBUS:
         return "A data worker was killed (SIGBUS; is the shared memory in /dev/shm full?); use fewer data workers."

@@ -19,7 +19,7 @@ from localctl.cli import sample_files as sampling_files
 from localctl.cli import sample_run as sampling_run
 from localctl.cli.sample_files import endings, open_output
 from localctl.cli.sample_regions import Variant
-from localctl.lock import LOCK, FolderLock, _began
+from localctl.lock import LOCK, FolderLock, _start_time
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
 ) -> None:
     lock = FolderLock(Path("out"), print)
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
     assert sample.main(plain) == 2
     printed = capsys.readouterr().err
     assert "in use by process" in printed and "loading the base" not in printed
