@@ -141,7 +141,7 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
     if not owner or (owner.get("host"), owner.get("space")) != (socket.gethostname(), _pid_space()):
         return None
     pid = owner.get("pid")
-    if not isinstance(pid, int) or pid == os.getpid():  # an earlier run of this very process
+    if not isinstance(pid, int) or pid == os.getpid():  # the id of this process was that of an earlier run
         return False
     try:
         os.kill(pid, 0)
@@ -149,7 +149,7 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
         return False
     except (PermissionError, OverflowError):
         return True
-    return _start_time(pid) == owner.get("began")  # or the number belongs to another process by now
+    return _start_time(pid) == owner.get("began")  # else another process has this id now
 
 
 def _start_time(pid: int) -> str | None:

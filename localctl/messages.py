@@ -70,7 +70,7 @@ def working(what: str, shown: bool = True) -> Iterator[None]:
     """Context in which a line on stderr shows that ``what`` is in progress; the line is removed afterwards."""
     from tqdm import tqdm  # not loaded for warnings alone
 
-    options: dict[str, Any] = {} if shown else {"disable": True}  # otherwise TQDM_DISABLE decides
+    options: dict[str, Any] = {} if shown else {"disable": True}  # no disable=False, which would override TQDM_DISABLE
     with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
         yield
 

@@ -149,6 +149,6 @@ class DataConfig:
             if place.is_dir():
                 os.listdir(place)
             elif self.name != "parquet":
-                raise ValueError(f"{self.path} is a file; data={self.name} needs the folder around it.")
+                raise ValueError(f"{self.path} is a file; data={self.name} needs a folder, give its parent.")
         except OSError as error:
             raise ValueError(f"The data at {self.path} cannot be read ({error.strerror}); check data.path.") from None

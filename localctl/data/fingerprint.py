@@ -61,7 +61,7 @@ def sample(count: int) -> Iterator[int]:
 def _digest_of_captions(cells: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for cell in cells:
-        # surrogatepass: half a surrogate pair cannot be encoded otherwise. JSON tells apart cells that are no text.
+        # Cells that are no text are hashed as JSON; surrogatepass encodes half surrogate pairs.
         text = cell.strip() if isinstance(cell, str) else json.dumps(cell, default=str)
         digest.update(text.encode(errors="surrogatepass") + b"\0")
     return digest.hexdigest()

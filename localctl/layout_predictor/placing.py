@@ -21,7 +21,7 @@ _SAMPLES = 64
 _SMALLEST, _LARGEST = 0.04, 0.96  # sides of a box
 _BLUR = 0.08  # of the image's side: prefers places with much probability mass around them to narrow peaks
 _WORTH = 3.0  # cost in nats of a box that is shrunk to 1/e
-_LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # places that need more shrinking are used only if there are no others
+_LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # places that need more shrinking are the last choice
 _APART = 1 - 1e-5  # so that adjacent boxes do not share a pixel after rounding
 
 
