@@ -163,7 +163,7 @@ def test_nothing_is_written_into_the_working_folder_unasked(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": 10**8}, "layers of a layout predictor is a whole number"),
+        ({"layers": 10**8}, "layers of a layout predictor must be a whole number"),
         ({"layers": 10**5}, "too many weights"),
         ({"width": 0}, "width of a layout predictor"),
         ({"buckets": 10**6, "width": 10**6}, "too many weights"),

@@ -243,7 +243,7 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
     [
         (
             ["--use_karras_sigmas"],
-            "DDIMScheduler has no Karras sigmas; give a --scheduler of these: dpmpp_2m, euler, he",
+            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: dpmpp_2m, euler, he",
         ),
         (["--use_karras_sigmas", "--scheduler", "pndm"], "PNDMScheduler has no Karras sigmas"),
         (["--guidance_rescale", "1.5"], "--guidance_rescale lies between 0 and 1, not at 1.5"),
