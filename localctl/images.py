@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from localctl.files import first_line
-from localctl.labels import brief
+from localctl.labels import shorten
 from localctl.lazy import moved_names
 from localctl.png import is_png, without_texts
 from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
@@ -96,7 +96,7 @@ def _open(
     """Return the converted image and the (height, width) of the file, upright."""
     if not isinstance(source, bytes):
         source = Path(source)
-        name = brief(str(source), 300)
+        name = shorten(str(source), 300)
         _check_file(source, name)
     try:
         try:
@@ -112,7 +112,7 @@ def _open(
         raise
     except UnidentifiedImageError:
         sentence = f"{name} is not a {', '.join(FORMATS)} image; convert it to one of these."
-        raise ImageError("not a picture", sentence) from None
+        raise ImageError("of unknown format", sentence) from None
     except Image.DecompressionBombError:
         raise _too_large(name, f"has more than {limits.pixels:,} pixels") from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes

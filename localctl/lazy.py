@@ -9,8 +9,8 @@ from typing import Any
 
 
 def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a ``module`` whose names have moved; places: old name -> "new.module:new_name". Each still
-    works for one version, with a DeprecationWarning."""
+    """Return ``__getattr__`` for a ``module`` whose names have moved; places: old name -> "new.module:new_name". Old
+    names work for one more version, with a DeprecationWarning."""
 
     def load(name: str) -> Any:
         if name not in places:

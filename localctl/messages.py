@@ -1,5 +1,5 @@
-"""How a warning and a failure look: in colour on a terminal, unless NO_COLOR is set (https://no-color.org); and what to
-say to somebody who wrote a name that is not known."""
+"""Warnings, errors and suggestions for mistyped names. Output on a terminal is coloured, unless NO_COLOR is set
+(https://no-color.org)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 LOGGERS = ("localctl", "research")  # the packages whose messages are shown
-_CUTOFF = 0.75  # below, a suggestion is far-fetched
+_CUTOFF = 0.75  # similarity of a suggestion; below this it is far-fetched
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
 
 def warning(text: str, stream: TextIO | None = None) -> str:
-    """``text`` as a line that is seen to be a warning; ``stream``: where it will be printed, default stdout."""
+    """Return ``text`` with the prefix of a warning; ``stream``: where it will be printed, default stdout."""
     return f"{_coloured('warning:', _YELLOW, stream or sys.stdout)} {text}"
 
 
@@ -29,7 +29,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within, what the package warns of by ``warnings.warn`` reads like any other warning, without place and source."""
+    """Context in which a UserWarning is printed like :func:`warn` does, without its place in the source."""
     before = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> str:
@@ -46,14 +46,14 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within, a terminal shows that something is being done: importing torch and diffusers takes seconds."""
-    shown = sys.stderr.isatty()
-    if shown:
+    """Context in which a terminal shows "loading ...": importing torch and diffusers takes seconds."""
+    visible = sys.stderr.isatty()
+    if visible:
         print("loading ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
-        if shown:
+        if visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
@@ -111,16 +111,16 @@ def log_to_screen(
 
 @contextmanager
 def working(what: str, shown: bool = True) -> Iterator[None]:
-    """Show on stderr that ``what`` is being done, as a sign of life; afterwards the line is gone."""
-    from tqdm import tqdm  # not needed by who only warns
+    """Context in which a line on stderr shows that ``what`` is in progress; the line is removed afterwards."""
+    from tqdm import tqdm  # not loaded for warnings alone
 
-    options: dict[str, Any] = {} if shown else {"disable": True}  # where shown, TQDM_DISABLE decides
+    options: dict[str, Any] = {} if shown else {"disable": True}  # no disable=False, which would override TQDM_DISABLE
     with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
         yield
 
 
 def fail(program: str, error: object) -> None:
-    """Print on stderr why ``program`` ends."""
+    """Print on stderr the error with which ``program`` ends."""
     print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
 
 
@@ -130,9 +130,9 @@ def _coloured(text: str, colour: str, stream: TextIO) -> str:
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str = "see --help.") -> str:
-    """Return the end of a sentence: "did you mean X?", or ``otherwise`` when nothing known is near.
+    """Return the end of an error sentence: "did you mean X?", or ``otherwise`` when no known name is similar.
 
-    A dotted name may also be asked for by its last part ("weight" for "loss.weight"); all that have it are named.
+    A dotted name is also found by its last part ("weight" for "loss.weight"); all names with this part are listed.
     """
     dashes = "--" if name.startswith("--") else ""
     same = [item for item in known if item.rsplit(".", 1)[-1].removeprefix("--") == name.removeprefix("--")]

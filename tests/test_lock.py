@@ -18,8 +18,8 @@ def owned_by(folder, **changes):
     """A lock in ``folder`` as another process would have left it."""
     folder.mkdir(exist_ok=True)
     parent = os.getppid()
-    about = {"token": "other", "host": socket.gethostname(), "space": lock._space(), "pid": parent} | {
-        "began": lock._began(parent),
+    about = {"token": "other", "host": socket.gethostname(), "space": lock._pid_space(), "pid": parent} | {
+        "began": lock._start_time(parent),
         "since": "2026-01-01 00:00:00",
     }
     (folder / LOCK).write_text(json.dumps(about | changes))
@@ -88,7 +88,7 @@ def test_a_lock_that_says_nothing_is_waited_for(tmp_path, content):
     (tmp_path / LOCK).write_bytes(content)
     said = logged()
     FolderLock(tmp_path, patience=0.2).release()
-    assert "does not say its name" in said[0] or "process None" in said[0]
+    assert "unknown process" in said[0] or "process None" in said[0]
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets: what to train on, in which order, and how samples become batches."""
+"""Datasets: what to train on, in which order, and how samples become batches."""
 
 import lazy_loader as lazy
 

@@ -1,4 +1,4 @@
-"""From a sentence to a layout: find the objects of a prompt, and predict where they belong (arXiv 2304.03869)."""
+"""Predict a layout from a prompt: find its objects, and predict their boxes (arXiv 2304.03869)."""
 
 import lazy_loader as lazy
 

@@ -242,7 +242,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
     [
         (
             ["--use_karras_sigmas"],
-            "DDIMScheduler has no Karras sigmas; give a --scheduler of these: dpmpp_2m, euler, he",
+            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: dpmpp_2m, euler, he",
         ),
         (["--use_karras_sigmas", "--scheduler", "pndm"], "PNDMScheduler has no Karras sigmas"),
         (["--guidance_rescale", "1.5"], "--guidance_rescale must be between 0 and 1, not 1.5"),
@@ -254,7 +254,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
         (["--vae", "./none"], "VAE './none' could not be loaded"),
         (["--vae", "vae.safetensors"], "vae.safetensors is a file; give a diffusers folder"),
         (["--vae", "base/unet"], "is a UNet2DConditionModel; give an AutoencoderKL"),
-        (["--vae", "other"], "makes other latents than the base's own"),
+        (["--vae", "other"], "makes latents of another shape"),
         (["--predictor", "x"], "--predictor needs a layout with regions"),
         (["--layout", "auto", "--predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),

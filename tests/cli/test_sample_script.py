@@ -211,7 +211,7 @@ def test_syntax_of_other_tools_is_warned_of_before_the_base_is_loaded(
     at = BASIC.index("--prompt")
     argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
     with (
-        pytest.warns(UserWarning, match="marks of other tools .such as .word:1.3., <lora:name:0.8>."),
+        pytest.warns(UserWarning, match="syntax of other tools .such as .word:1.3., <lora:name:0.8>."),
         suppress(TypeError),
     ):
         sample.main(argv)

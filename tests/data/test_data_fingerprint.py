@@ -1,4 +1,4 @@
-"""Another data set under the same names is told apart; the same one elsewhere is not."""
+"""Another dataset under the same names is told apart; the same one elsewhere is not."""
 
 import os
 import shutil

@@ -112,7 +112,7 @@ def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
     assert good["sha256"] == hashlib.sha256(content).hexdigest() and good["bytes"] == len(content)
     errors = {url.removeprefix(server): row["error"].split(":")[0] for url, row in rows.items()}
     assert errors == {
-        "/gone": "HTTP 404", "/html": "not a picture", "/large": "too many bytes", "/slow": "no answer",
+        "/gone": "HTTP 404", "/html": "of unknown format", "/large": "too many bytes", "/slow": "no answer",
         "/private": "opted out of machine learning", "/half": "damaged", "/moved": errors["/moved"],
         "file:///etc/hostname": "no http address", "http://127.0.0.1:9/": "no answer",
     }  # fmt: skip

@@ -126,7 +126,7 @@ def test_columns_can_be_called_otherwise(folder):
     assert source(folder, **options).rows.has_masks is False  # the column `mask` may be missing
     assert source(folder, **(options | {"caption_column": None}))[1].caption == ""
     for column in ("image", "conditioning_image", "mask", "caption"):
-        with pytest.raises(ValueError, match=f"'nowhere' .data.{column}_column.; there are area, id, photo, pose"):
+        with pytest.raises(ValueError, match=f"'nowhere' .data.{column}_column.; the columns are area, id, photo"):
             source(folder, **(options | {f"{column}_column": "nowhere"}))
     canny = source(folder, condition=ConditionConfig(), image_column="photo", caption_column="prompt")
     assert "condition" not in canny.rows.columns  # taken from the picture, no column needed
@@ -247,7 +247,7 @@ def test_settings_that_make_no_sense(tmp_path):
         ({"validation_share": 2}, "validation_share"),
         ({"max_bad_fraction": -1}, "max_bad_fraction"),
         ({"conditioning_interpolation": "cubic"}, "cubic"),
-        ({"name": "user/data", "path": "x"}, "drop one"),
+        ({"name": "user/data", "path": "x"}, "leave one of them out"),
         ({"random_flip": True}, "never cropped or flipped"),
         ({"resolution": 64}, "128x128"),
     ):
@@ -259,7 +259,7 @@ def test_settings_that_make_no_sense(tmp_path):
         (DataConfig(name="parquet"), "needs data.path"),
         (DataConfig(path=str(tmp_path / "none")), "There is no data at"),
         (config(tmp_path), "no metadata.jsonl"),
-        (config(tmp_path, "folder"), "no folder per example"),
+        (config(tmp_path, "folder"), "no folders of examples"),
         (config(tmp_path, "parquet"), r"no \*.parquet"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -244,7 +244,7 @@ def test_score_says_everything_about_itself(
         (lambda: Image.new("RGB", (32, 64)).save(images / "000003.png"), "32x64"),
         (
             lambda: (images / "000003.png").write_bytes(b"cut"),
-            "000003.png is damaged .not a picture.; remove it and run gen again",
+            "000003.png is damaged .of unknown format.; remove it and run gen again",
         ),
     ]
     for damage, message in problems:
@@ -257,7 +257,7 @@ def test_score_says_everything_about_itself(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["drew"], "Say what to do, one of ref, gen, score"),
+        (["drew"], "The command is missing; write one of ref, gen, score"),
         (["ref", "extractor=vgg"], "Unknown feature extractor 'vgg'"),
         (["ref", "num_images=1"], "num_images must be at least 2, not 1"),
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),

@@ -77,7 +77,7 @@ def test_mistakes_are_one_sentence(
     cases = (
         (photos, [], "two folders"),
         (photos | {"none": tmp_path / "empty"}, [], "fewer than 2 images"),
-        (photos | {"drawn": tmp_path / "set"}, [], "like with like"),
+        (photos | {"drawn": tmp_path / "set"}, [], "give only sets, or only folders"),
         (folders, ["--against", "x"], "no set 'x'"),
         (folders, ["--clip", "none"], "--clip"),
         (folders, ["--extractor", "clip"], "needs weights"),

@@ -266,7 +266,7 @@ def test_a_folder_removed_while_training_is_said_and_the_training_kept(settings,
 
 def test_a_second_run_in_the_folder_is_refused_before_anything_is_touched(settings, tmp_path, monkeypatch):
     (tmp_path / ".checkpoint-9.tmp").mkdir()
-    monkeypatch.setattr("localctl.lock._lives", lambda owner: True)
+    monkeypatch.setattr("localctl.lock._is_alive", lambda owner: True)
     held = FolderLock(tmp_path)
     with pytest.raises(FolderInUse, match="is in use by process"):
         silent_run(settings)
