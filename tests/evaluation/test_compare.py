@@ -15,7 +15,7 @@ from PIL import Image
 from localctl.cli import evaluate_fid
 from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
 from localctl.evaluation import compare as compare_module
-from localctl.evaluation.cache import Kept
+from localctl.evaluation.cache import TableCache
 from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
@@ -108,17 +108,17 @@ def test_floor_and_ceiling_are_measured_once(
     sets: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = compare(sets)
-    keep = Kept(tmp_path / "measured")
-    compare({name: sets[name] for name in ("base", "noisy")}, keep=keep)
+    cache = TableCache(tmp_path / "measured")
+    compare({name: sets[name] for name in ("base", "noisy")}, cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was made again"))
-        again = compare(sets, keep=keep)
+        patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was measured again"))
+        again = compare(sets, cache=cache)
     assert list(again.tables) == list(plain.tables)
     for name, table in plain.tables.items():
         np.testing.assert_array_equal(again.tables[name], table)
     shutil.copy(sets["noisy"] / "images/000000.png", sets["base"] / "images/000001.png")  # another floor
-    compare(sets, keep=keep)
-    assert len(list(keep.folder.iterdir())) == 2
+    compare(sets, cache=cache)
+    assert len(list(cache.folder.iterdir())) == 2
 
 
 def test_what_is_not_the_same_is_refused(
@@ -136,14 +136,15 @@ def test_what_is_not_the_same_is_refused(
     record = json.loads((sets["truth"] / "ids/000001.json").read_text())
     other_mask = (sets["truth"] / "masks/000002.png").read_bytes()
     black = cv2.imencode(".png", np.zeros((128, 128), np.uint8))[1].tobytes()
+    differs = "image {} has another key, seed or mask in 'truth' than in 'base'"
     silent = {name: value for name, value in settings.items() if name != "mask"}
     cases: list[tuple[str, Any, str]] = [
-        ("settings.json", silent, "do not say their mask"),
-        ("masks/000003.png", black, "image 000003 of 'base' and 'truth' has another"),
+        ("settings.json", silent, "does not record mask"),
+        ("masks/000003.png", black, differs.format("000003")),
         ("settings.json", settings | {"seed": 5}, "generated with another seed"),
-        ("settings.json", settings | {"num_images": 5}, "are not known"),
-        ("ids/000001.json", record | {"key": "other"}, "image 000001 of 'base' and 'truth' has another"),
-        ("masks/000001.png", other_mask, "image 000001 of 'base' and 'truth' has another"),
+        ("settings.json", settings | {"num_images": 5}, "are unknown"),
+        ("ids/000001.json", record | {"key": "other"}, differs.format("000001")),
+        ("masks/000001.png", other_mask, differs.format("000001")),
     ]
     for file, content, message in cases:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

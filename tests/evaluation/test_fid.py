@@ -37,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"photo {i}"}))
-    (folder / "7.png").write_bytes(b"no picture")
+    (folder / "7.png").write_bytes(b"no image")
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -91,7 +91,7 @@ def test_a_part_of_one_photo_is_no_reference(arguments: list[str], capsys: pytes
     argv = ["ref", *arguments, "part=val", "data.validation_share=1e-9"]
     assert evaluate_fid.main(argv) == 2
     error = capsys.readouterr().err
-    assert "has 1 example" in error and "raise data.validation_share, or take part=train" in error
+    assert "has 1 example" in error and "raise data.validation_share, or set part=train" in error
     assert evaluate_fid.main([*argv, "data.validation_share=0"]) == 2
     error = capsys.readouterr().err
     assert "data.validation_share=0" in error and "--validation_steps" not in error
@@ -194,7 +194,7 @@ def test_two_processes_measure_as_one(arguments: list[str], adapter: str, tmp_pa
         call = [*command, str(worker), str(tmp_path), *arguments, "num_images=5"]
         subprocess.run(call, check=True, env=environment, timeout=600)
         made.append((Statistics.load(reference), json.loads((folder / "score_micro_clip.json").read_text())))
-    # five pictures in batches of two, of the reference and of two sets
+    # five images in batches of two, of the reference and of two sets
     ranks = [(tmp_path / f"rank_{rank}_of_2.txt").read_text().split() for rank in (0, 1)]
     assert [list(map(int, rank)) for rank in ranks] == [[2, 1, 2, 1, 2, 1], [2, 2, 2]]
     (one, scores), (two, again) = made
@@ -230,7 +230,7 @@ def test_score_says_everything_about_itself(
     assert content["provenance"]["n_fake"] == 5 and content["provenance"]["mask_protocol"]["mask"]["kind"] == "box"
     for name in REQUIRED + FEATURES:
         cut = {**content, "provenance": {k: v for k, v in content["provenance"].items() if k != name}}
-        with pytest.raises(ValueError, match=f"does not say its {name};"):
+        with pytest.raises(ValueError, match=f"does not record its {name};"):
             check_provenance("score", cut)
     first = (tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_bytes()
     assert evaluate_fid.main(["score", *arguments]) == 0
@@ -239,7 +239,7 @@ def test_score_says_everything_about_itself(
     problems = [
         (lambda: (images / "000002.png").unlink(), "1 of 5 images in .* are missing .such as 000002.; run gen again"),
         (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "000002.png"), ""),
-        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 images in .* are not known"),
+        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 images in .* are unknown"),
         (lambda: (images / "photo.png").unlink(), ""),
         (lambda: Image.new("RGB", (32, 64)).save(images / "000003.png"), "32x64"),
         (
@@ -311,15 +311,15 @@ def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd
         if "controlnet_" in name and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     net.save_pretrained(tmp_path / "net")
-    drawn = {}
+    generated = {}
     for name, extra in (
         ("base", ()),
         ("full", (f"controlnet={tmp_path / 'net'}", "mask=full")),
         ("box", (f"controlnet={tmp_path / 'net'}",)),
     ):
         assert evaluate_fid.main(["gen", *arguments, f"output_dir={tmp_path / name}", "num_images=2", *extra]) == 0
-        drawn[name] = contents(tmp_path / name / "with_prompts" / "images")
-    assert drawn["base"] != drawn["box"] != drawn["full"] != drawn["base"]
+        generated[name] = contents(tmp_path / name / "with_prompts" / "images")
+    assert generated["base"] != generated["box"] != generated["full"] != generated["base"]
     settings, floor = (
         json.loads((tmp_path / name / "with_prompts" / "settings.json").read_text()) for name in ("box", "base")
     )
