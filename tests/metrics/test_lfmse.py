@@ -51,10 +51,10 @@ def test_the_layout_and_type_of_the_pictures_do_not_matter(golden: dict[str, np.
 def test_the_target_itself_has_no_error_and_damage_grows_monotonically(golden: dict[str, np.ndarray]) -> None:
     target, mask = golden["target_canny"], golden["mask"]
     rng = np.random.default_rng(0)
-    drawn = rng.random(target.shape)
+    chance = rng.random(target.shape)
     errors, coincidences = [], []
     for share in (0.0, 0.1, 0.3, 0.6, 1.0):
-        damaged = np.where(drawn < share, 255 * (rng.random(target.shape) < 0.5), target).astype(np.uint8)
+        damaged = np.where(chance < share, 255 * (rng.random(target.shape) < 0.5), target).astype(np.uint8)
         low, counts = LFMSE(), DiffCC()
         low.update(damaged, target, mask)
         counts.update(damaged, target, mask)
@@ -138,5 +138,5 @@ def test_lfmse_out_of_the_shipped_code_that_wraps(golden: dict[str, np.ndarray])
     np.testing.assert_allclose(metric.per_sample()[:, 1], shipped, rtol=1e-5)
     np.testing.assert_allclose(metric.per_sample()[:, 0], golden["lfmse_sobel_in"], rtol=1e-5)
     assert np.abs(shipped / golden["lfmse_sobel_out"] - 1).min() > 5e-3
-    with pytest.raises(ValueError, match="wrapped is of LFMSE's sobel alone, not of canny"):
+    with pytest.raises(ValueError, match="wrapped applies to the LFMSE method 'sobel' only, not to 'canny'"):
         LFMSE("canny", wrapped=True)
