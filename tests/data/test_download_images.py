@@ -1,4 +1,4 @@
-"""data/download_images.py: from addresses to photos, and what is not fetched."""
+"""data/download_images.py: photos from URLs, and URLs that are not downloaded."""
 
 import errno
 import hashlib
@@ -61,11 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(content[: len(content) // 2] if self.path == "/half" else content)
-        except OSError:  # the other side has had enough
+        except OSError:  # the client has closed the connection
             return
 
     def drip(self, begin):
-        """Never end, and never keep silent for long."""
+        """Send a response that never ends and never pauses for long."""
         try:
             self.wfile.write(begin)
             while True:

@@ -1,4 +1,4 @@
-"""data/make_dataset.py: from images to data sets that train."""
+"""data/make_dataset.py: datasets for training from images."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name)
 
 @pytest.fixture
 def many(tmp_path):
-    """A folder as people have them."""
+    """A folder as users have it."""
     root = tmp_path / "many"
     kinds = {"a.JPG": "JPEG", "b.bmp": "BMP", "c.TIFF": "TIFF", "d.gif": "GIF", "e.avif": "AVIF", "f.jfif": "JPEG"}
     kinds |= {"g.jp2": "JPEG2000", "h.pgm": "PPM", ".hidden/i.png": "PNG", "@eaDir/j.png": "PNG", "._a.JPG": "JPEG"}

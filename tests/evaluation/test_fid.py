@@ -1,4 +1,4 @@
-"""evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
+"""evaluate_fid.py from end to end on a tiny base, after being killed, and with bad input."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve small photos with captions, one of them damaged."""
+    """Write twelve small photos with captions, one of them damaged."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     lines = []
@@ -66,7 +66,7 @@ def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of all files but those that say how long it took."""
+    """Read all files except the timings."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "timing"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
@@ -131,7 +131,7 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
     assert after == whole
     calls: list[Any] = []
     monkeypatch.setattr(localctl.evaluation.generated_set, "load_pipeline", lambda *a, **k: calls.append(a))
-    assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # all there: nothing is even loaded
+    assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # complete: nothing is loaded
 
 
 def test_two_kills_change_neither_pictures_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_folders_and_adapters_of_other_settings_are_refused(
 def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd_pipe: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = ControlNetModel.from_unet(sd_pipe.unet, conditioning_channels=3)
-    for name, parameter in net.named_parameters():  # its zero convolutions, or it would change nothing
+    for name, parameter in net.named_parameters():  # also its zero convolutions, so that it has an effect
         if "controlnet_" in name and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     net.save_pretrained(tmp_path / "net")

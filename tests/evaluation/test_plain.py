@@ -1,4 +1,4 @@
-"""evaluate_quantitative_metrics.py on folders of images that nobody kept records of."""
+"""evaluate_quantitative_metrics.py on folders of images without records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNT = 6
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Photos; others like them; and the photos under noise, of which one has another size and one is broken."""
+    """Write photos, similar photos, and noisy copies of the photos, one of another size and one damaged."""
     made = {name: tmp_path / name for name in ("photos", "near", "noisy")}
     for name, folder in made.items():
         (folder / "deeper").mkdir(parents=True)
@@ -77,11 +77,11 @@ def test_mistakes_are_one_sentence(
     cases = (
         (photos, [], "two folders"),
         (photos | {"none": tmp_path / "empty"}, [], "fewer than 2 images"),
-        (photos | {"drawn": tmp_path / "set"}, [], "like with like"),
+        (photos | {"generated": tmp_path / "set"}, [], "like with like"),
         (folders, ["--against", "x"], "no set 'x'"),
         (folders, ["--clip", "none"], "--clip"),
         (folders, ["--extractor", "clip"], "needs weights"),
-        ({"drawn": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
+        ({"generated": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
     )
     for sets, flags, words in cases:
         assert run(sets, tmp_path / "out", *flags) == 2

@@ -14,7 +14,7 @@ def at(value, half=0.05):
 
 
 def colored(image, color):
-    """(n, 2) rows and columns of the pixels of one colour."""
+    """Return the (row, column) of all pixels of one colour, (n, 2)."""
     rgb = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
     return np.argwhere((np.asarray(image) == rgb).all(-1))
 

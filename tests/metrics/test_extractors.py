@@ -1,4 +1,4 @@
-"""Extractors: known by their weights, in eval and float32 whatever happens, and sound as measuring instruments."""
+"""Extractors: identified by their weights, always in eval mode and float32, and sound as instruments."""
 
 import os
 import shutil
@@ -140,7 +140,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch-fidelity itself is not needed here: only what we hand it and make of its answer."""
+    """torch-fidelity is replaced: only its input and the use of its output are tested."""
     built: list[tuple[Any, ...]] = []
 
     class Inception(nn.Module):

@@ -1,4 +1,4 @@
-"""LFMSE and DiffCC against the published numbers, and what the published code got wrong."""
+"""LFMSE and DiffCC against the published numbers, and the errors of the published code."""
 
 import math
 from pathlib import Path

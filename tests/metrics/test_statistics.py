@@ -1,4 +1,4 @@
-"""Statistics of features depend on the set alone; every metric survives what metrics go through."""
+"""Statistics of features depend on the set only; metrics can be copied, pickled, reset and synchronised."""
 
 import json
 import math

@@ -108,11 +108,11 @@ def test_hyperparameters_are_flat_and_of_the_run_itself(tmp_path):
 
 
 class FakeWandb:
-    """What is used of the package."""
+    """Stand-in for the parts of the package that are used."""
 
     def __init__(self):
         self.calls = []
-        self.Image = lambda picture: ("picture", picture.size)
+        self.Image = lambda image: ("image", image.size)
 
     def init(self, **options):
         self.calls.append(("init", options))
@@ -143,7 +143,7 @@ def test_wandb_gets_settings_numbers_and_pictures_and_the_same_run_on_resuming(t
     assert first["project"] == "localctl" and first["config"] == {"seed": 3} and first["resume"] == "allow"
     assert first["id"] == second["id"] and len(first["id"]) == 8
     logged = [values[0] for name, values, _ in (c for c in wandb.calls if c[0] == "log")]
-    assert logged[:2] == [{"step": 1, "loss": 0.5, "by/0": 1.0}, {"step": 1, "grid": ("picture", (3, 4))}]
+    assert logged[:2] == [{"step": 1, "loss": 0.5, "by/0": 1.0}, {"step": 1, "grid": ("image", (3, 4))}]
     assert sum(c[0] == "finish" for c in wandb.calls) == 2
     assert [row["step"] for row in read_stats(tmp_path)] == [1, 3]
     assert (tmp_path / "logs").exists() == (report_to == "all")
