@@ -18,7 +18,7 @@ from localctl.control.regions import BoundRegions
 from localctl.layout import Layout, Region
 
 
-def test_the_threshold_is_evaluated_anew_per_picture_and_step() -> None:
+def test_the_threshold_is_evaluated_anew_per_image_and_step() -> None:
     """An image below the threshold is not moved in this step, and is checked again in the next."""
     layouts = [LAYOUT, LAYOUT]
     energies = {0: [0.5, 0.1, 0.3, 0.3, 0.1], 1: [0.1, 0.5, 0.1]}  # of each image, run by run

@@ -95,7 +95,7 @@ def test_the_second_call_of_pndm_moves_what_it_repeats(sd_pipe: StableDiffusionP
     assert 0.8 < share < 1.2  # the rest is the U-Net's reaction to it
 
 
-def test_several_pictures_halves_and_nested_attaches(sd_pipe: StableDiffusionPipeline) -> None:
+def test_several_images_halves_and_nested_attaches(sd_pipe: StableDiffusionPipeline) -> None:
     options = {"latents": noise(2), "num_images_per_prompt": 2}
     with attach(sd_pipe, LAYOUT, [Nudge(1), Nudge(1, 2)]):
         together = draw(sd_pipe, num_inference_steps=STEPS, **options)

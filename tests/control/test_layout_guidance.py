@@ -168,7 +168,7 @@ def test_one_move_is_that_of_the_gradient(sd_pipe: StableDiffusionPipeline) -> N
     torch.testing.assert_close(slope[0], expected, rtol=0.02, atol=0)
 
 
-def test_pictures_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline) -> None:
+def test_images_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline) -> None:
     """Each image has its own threshold and its own number of moves."""
     layouts = [LAYOUT, OTHER, Layout("x")]
     start = noise(3)
@@ -286,7 +286,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         LayoutGuidance(**options)
 
 
-def test_a_picture_that_comes_to_the_threshold_is_moved_once_more_as_published(
+def test_an_image_that_reaches_the_threshold_is_moved_once_more_as_published(
     sd_pipe: StableDiffusionPipeline,
 ) -> None:
     options = {"scale": 3000.0, "threshold": 0.99, "end": 1.0}  # any energy is below

@@ -125,7 +125,7 @@ def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., Loca
         assert_same_draw(draw(sd_pipe), generated[3])
 
 
-def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
+def test_images_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
     mask = torch.zeros(2, 1, 64, 64)
     mask[0, :, :, :32], mask[1, :, 16:] = 1, 1
     control = MaskedControlNet(controlnet(sd_pipe), condition(2), mask)

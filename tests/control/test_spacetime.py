@@ -230,7 +230,7 @@ def test_zero_is_plain_one_everywhere_is_the_local_text(kind: str, mix: str, req
     assert all(after[name] is before[name] for name in before) and torch.equal(draw(pipe), plain)
 
 
-def test_a_picture_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline) -> None:
+def test_an_image_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline) -> None:
     latents = noise(2)
     with attach(sd_pipe, [LAYOUT, OTHER], SpaceTimeAttention(weight=0.7)):
         both = draw(sd_pipe, [PROMPT, OTHER.prompt], latents=latents)

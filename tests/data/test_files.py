@@ -174,7 +174,7 @@ def test_splits_by_folder_and_by_file(tmp_path):
 
 @pytest.mark.parametrize("resolution", [128, (96, 192), (192, 104)])
 @pytest.mark.parametrize("options", [{}, {"center_crop": False}, {"center_crop": False, "random_flip": True}])
-def test_a_drawing_stays_aligned_after_every_geometry(tmp_path, resolution, options):
+def test_image_condition_and_mask_stay_aligned_after_every_geometry(tmp_path, resolution, options):
     canvas = np.zeros((482, 806), np.uint8)
     for rows, columns in (((50, 432), (120, 220)), ((50, 150), (120, 640)), ((220, 310), (120, 450))):
         canvas[slice(*rows), slice(*columns)] = 255  # an F: no mirror image of itself

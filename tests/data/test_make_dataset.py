@@ -49,7 +49,7 @@ def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tm
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
-def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name):
+def test_a_folder_of_images_becomes_a_dataset(photos, tmp_path, capsys, name):
     masks = tmp_path / "masks"
     (masks / "more").mkdir(parents=True)
     for i, file in enumerate(("a.png", "b.png", "more/a.png")):

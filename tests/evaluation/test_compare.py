@@ -121,7 +121,7 @@ def test_floor_and_ceiling_are_measured_once(
     assert len(list(cache.folder.iterdir())) == 2
 
 
-def test_what_is_not_the_same_is_refused(
+def test_sets_that_differ_are_refused(
     sets: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def changed(name: str, file: str, content: bytes) -> int:

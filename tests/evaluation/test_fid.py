@@ -97,7 +97,7 @@ def test_a_part_of_one_photo_is_no_reference(arguments: list[str], capsys: pytes
     assert "data.validation_share=0" in error and "--validation_steps" not in error
 
 
-def test_drawing_after_kills_ends_with_the_same_bytes(
+def test_generating_after_kills_ends_with_the_same_bytes(
     arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*arguments, adapter, "prompts=both"]
@@ -134,7 +134,7 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
     assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # complete: nothing is loaded
 
 
-def test_two_kills_change_neither_pictures_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
+def test_two_kills_change_neither_images_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
     arguments = [*arguments, adapter, f"reference={tmp_path / 'ref.npz'}"]
     again = [*arguments, f"output_dir={tmp_path / 'again'}"]
     assert evaluate_fid.main(["ref", *arguments, "num_images=100"]) == 0
@@ -166,7 +166,7 @@ def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monke
     assert counts == [2, 5] and contents(tmp_path / "fid") == one
 
 
-def test_the_speed_of_drawing_is_noted(
+def test_the_speed_of_generating_is_recorded(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate_fid.main(["gen", *arguments]) == 0
@@ -333,7 +333,7 @@ def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_images=2048" in printed and "evaluate_fid.py gen" in printed
 
 
-def test_masks_of_the_pictures_are_those_of_the_adapter(
+def test_masks_of_the_images_are_those_of_the_adapter(
     arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []

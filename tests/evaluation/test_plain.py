@@ -40,7 +40,7 @@ def run(folders: dict[str, Path], out: Path, *flags: str) -> int:
     return evaluate_quantitative_metrics.main([*sets, f"output-dir={out}", *flags])
 
 
-def test_folders_are_compared_and_what_needs_records_is_said(
+def test_folders_are_compared_and_metrics_that_need_records_are_named(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folders, tmp_path / "out") == 0

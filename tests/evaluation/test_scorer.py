@@ -67,7 +67,7 @@ def test_scores_are_the_same_after_a_resume(sd_folder, tmp_path):
     assert scores(tmp_path / "cut") == whole
 
 
-def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
+def test_a_score_is_the_distance_of_the_generated_images_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
     settings = settings_of(sd_folder, tmp_path, early_stopping=replace(CONFIG, scheduler="euler"))
     run = prepare(settings, say=lambda text: None)
     models, scorer = run.state.models, make_scorer(settings)

@@ -29,7 +29,7 @@ def test_columns_stay_paired() -> None:
     assert interval.low == pytest.approx(1) and interval.high == pytest.approx(1)
 
 
-def test_it_draws_from_its_own_generator() -> None:
+def test_it_resamples_with_its_own_generator() -> None:
     samples = np.arange(50.0)
     state = np.random.get_state()[1].copy()
     assert bootstrap(samples) == bootstrap(samples)

@@ -83,7 +83,7 @@ def test_clip_score_is_the_cosine_and_knows_whose_caption_it_is(clip: Clip, imag
     assert matched.per_sample()[0, 0] == pytest.approx(by_hand, abs=100 * rounding(depth(clip.model)))
 
 
-def test_clip_score_takes_pictures_of_any_layout(clip: Clip, images: np.ndarray) -> None:
+def test_clip_score_takes_images_of_any_layout(clip: Clip, images: np.ndarray) -> None:
     one = images[0]
     scores = []
     for image in (one, one.transpose(2, 0, 1), torch.from_numpy(one) / 255, torch.from_numpy(one)[None]):
@@ -126,7 +126,7 @@ def test_efficientnet_pads_as_tensorflow_and_loads_the_published_weights(images:
     assert 0 < near < far / 3
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Unknown feature extractor 'vgg'; choose one of micro_clip"):
         load_extractor("vgg")
     with pytest.raises(ValueError, match="needs weights"):

@@ -58,7 +58,7 @@ def test_samples_without_edges_or_mask_are_counted() -> None:
     assert similarity.compute()["undefined_ssim"] == 1 and math.isnan(similarity.per_sample()[1, 0])
 
 
-def test_similarity_of_the_whole_picture_is_the_usual_one() -> None:
+def test_similarity_of_the_whole_image_is_the_usual_one() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.random((2, *SIZE))
     usual = kornia.metrics.ssim(*(torch.from_numpy(v)[None, None] for v in (x, y)), window_size=11)[0, 0].numpy()

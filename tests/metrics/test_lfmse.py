@@ -38,7 +38,7 @@ def test_diffcc_equals_the_published_numbers(golden: dict[str, np.ndarray]) -> N
     np.testing.assert_allclose(metric.per_sample(), wanted, rtol=1e-5)
 
 
-def test_the_layout_and_type_of_the_pictures_do_not_matter(golden: dict[str, np.ndarray]) -> None:
+def test_the_layout_and_type_of_the_images_do_not_matter(golden: dict[str, np.ndarray]) -> None:
     names = ("prediction_canny", "target_canny", "mask")
     whole, single = LFMSE(), LFMSE()
     whole.update(*(golden[name] for name in names))

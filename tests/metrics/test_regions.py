@@ -44,7 +44,7 @@ def test_the_order_of_detections_is_irrelevant() -> None:
     assert best_matches([], found) == [] and best_matches(wanted, []) == [None] * 3
 
 
-def test_what_is_not_found_is_zero_and_said() -> None:
+def test_objects_that_are_not_found_count_as_zero() -> None:
     metric = RegionAccuracy(finds(Found("cat", (0, 0, 10, 10))))
     metric.update(IMAGE, [Found("cat", (0, 0, 10, 10)), Found("dog", (0, 0, 10, 10))])
     assert metric.compute() == {
@@ -86,7 +86,7 @@ def test_a_relation_needs_two() -> None:
     assert pair.per_sample().tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_leak_is_what_the_base_does_not_draw_anyway() -> None:
+def test_leak_is_what_the_base_does_not_generate_anyway() -> None:
     hidden = [Found("circle", (0, 0, 10, 10)), Found("star", (50, 50, 60, 60))]
     seen: list[Sequence[str]] = []
 

@@ -117,7 +117,7 @@ def test_time_ids_are_original_crop_and_target():
     assert ids.tolist() == [[64, 96, 0, 0, 64, 96], [1000, 1001, 3, 4, 64, 96]] and ids.dtype == torch.float32
 
 
-def test_a_trained_adapter_draws_with_the_pipeline(batch, settings, models, tmp_path):
+def test_a_trained_adapter_generates_with_the_pipeline(batch, settings, models, tmp_path):
     sampled = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
     optimizer = torch.optim.SGD(models.plain_adapter.parameters(), lr=1e-2)
     training_step(batch, models, settings, sampled).loss.backward()

@@ -45,7 +45,7 @@ def assert_same(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
+def test_noise_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
     both = sample_noise(batch_of(samples, (0, 0), (1, 3)), SHAPE, settings)
     torch.rand(5)
     assert_same(rows(both, 1), sample_noise(batch_of(samples, (1, 3)), SHAPE, settings))
@@ -57,7 +57,7 @@ def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, setti
         assert not torch.equal(other.noise, both.noise[1:]) and not torch.equal(other.uniform, both.uniform[1:])
 
 
-def test_the_draws_of_one_sample_are_independent_of_each_other(samples, settings):
+def test_the_random_values_of_one_sample_are_independent_of_each_other(samples, settings):
     sampled = sample_noise(batch_of(samples, (0, 0)), SHAPE, settings)
     assert abs(torch.corrcoef(torch.stack([sampled.noise.flatten(), sampled.posterior.flatten()]))[0, 1]) < 0.15
 

@@ -40,7 +40,7 @@ def test_going_on_cuts_back_what_came_after(tmp_path):
     assert read_stats(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 6, "new": 1}]
 
 
-def test_tensorboard_gets_numbers_and_pictures(tmp_path):
+def test_tensorboard_gets_numbers_and_images(tmp_path):
     tracker = BoardTracker(tmp_path, {})
     tracker.log(5, {"loss": 0.25, "by": [1.0, None], "name": "text"})
     tracker.image(5, "grid", Image.new("RGBA", (4, 3)))
@@ -132,7 +132,7 @@ def wandb(monkeypatch):
 
 
 @pytest.mark.parametrize("report_to", ["wandb", "all"])
-def test_wandb_gets_settings_numbers_and_pictures_and_the_same_run_on_resuming(tmp_path, wandb, report_to):
+def test_wandb_gets_settings_numbers_and_images_and_the_same_run_on_resuming(tmp_path, wandb, report_to):
     check_report_to(report_to)
     for start in (0, 2):
         tracker = make_tracker(report_to, tmp_path, {"seed": 3}, start=start)
