@@ -241,5 +241,5 @@ def to_gray(image: Image.Image) -> Image.Image:
 def _from_16bit(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     if values.max() > 65535 or values.min() < 0:
-        raise ValueError("its values are not 16-bit (0 to 65,535)")
+        raise ValueError("its 32-bit values are not within 0 to 65,535")
     return values.astype(np.float64) / 65535
