@@ -146,7 +146,7 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, cache: TableC
     base = _images(folders[floor], ids)
 
     def measured(images: np.ndarray) -> list[dict[str, float]]:
-        return [measure(image, own, target, clip) for image, own, target in zip(images, base, targets, strict=True)]
+        return [measure(image, plain, target, clip) for image, plain, target in zip(images, base, targets, strict=True)]
 
     def measure_bounds() -> dict[str, list[dict[str, float]]]:
         vae = load_pipeline(settings.base).vae
@@ -200,9 +200,9 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
                 "generate them with the same settings, except for the adapter."
             )
         for number in ids:
-            about = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
+            records = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
             masks = [(folders[n] / "masks" / f"{number}.png").read_bytes() for n in (first, name)]
-            if about[0] != about[1] or masks[0] != masks[1]:
+            if records[0] != records[1] or masks[0] != masks[1]:
                 raise ValueError(
                     f"The image {number} has another key, seed or mask in {name!r} than in {first!r}; generate both "
                     "sets from the same data."

@@ -51,7 +51,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
         )
     extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     path, count = settings.reference_file, min(len(source), settings.num_images)
-    about = {
+    provenance = {
         "data": recorded(settings.data),
         "part": settings.part,
         "image_size": list(settings.data.size),
@@ -61,7 +61,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     }
     if path.is_file():
         found = Statistics.load(path).provenance
-        changed = sorted(name for name, value in about.items() if found.get(name) != value)
+        changed = sorted(name for name, value in provenance.items() if found.get(name) != value)
         if changed:
             raise ValueError(f"{path} holds statistics with another {', '.join(changed)}; choose another reference.")
         say(f"{path} is up to date")
@@ -69,7 +69,7 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     mine: set[str] = set()
     with joined() as share:
         metric = collect(extractor, count, partial(_photos, source, mine), settings.batch_size, share)
-        made, bad = metric.statistics(**about), sorted(union(mine))
+        made, bad = metric.statistics(**provenance), sorted(union(mine))
     made = replace(made, provenance={**made.provenance, "bad_rows": len(bad), "versions": versions()})
     made.gaussian()  # raises for fewer than 2
     if share[0] == 0:

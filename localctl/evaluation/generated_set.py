@@ -235,7 +235,7 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
         with no_progress_bars():
             options = {"local_files_only": True, "use_safetensors": True, "dtype": DTYPES[settings.base.dtype]}
             net = ControlNetModel.from_pretrained(str(folder), **options)
-    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+    except Exception as error:  # missing or truncated files and other shapes raise various types
         raise ValueError(
             f"The ControlNet in {folder} cannot be loaded ({first_line(error)}); save it again."
         ) from error

@@ -107,8 +107,13 @@ def compare_folders(folders: Mapping[str, Path], extractor: Extractor, reference
             warnings += [text for text in report.warnings if text not in warnings]
     if len({size for measured in read.values() for size in measured.sizes}) > 1:
         warnings.append("the images have several sizes, and the distances also measure how they were resized")
-    about = {**describe(extractor), "folders": {name: str(path.resolve()) for name, path in folders.items()}}
-    return {"reference": reference, "rows": rows, "warnings": warnings, "provenance": {**about, "versions": versions()}}
+    provenance = {**describe(extractor), "folders": {name: str(path.resolve()) for name, path in folders.items()}}
+    return {
+        "reference": reference,
+        "rows": rows,
+        "warnings": warnings,
+        "provenance": {**provenance, "versions": versions()},
+    }
 
 
 def table(content: Mapping[str, Any]) -> str:

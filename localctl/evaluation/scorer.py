@@ -63,10 +63,10 @@ def _held_out(settings: TrainSettings) -> Source:
 
 def _check_reference(reference: Statistics, extractor: Extractor, settings: TrainSettings) -> None:
     """ValueError for statistics of another extractor or size, or of fewer than 2 images."""
-    place, about = settings.early_stopping.reference, reference.provenance
+    place, provenance = settings.early_stopping.reference, reference.provenance
     own = describe(extractor)
-    changed = [name for name in ("extractor", "weights_sha256") if about.get(name) != own[name]]
-    if list(about.get("image_size", settings.data.size)) != list(settings.data.size):
+    changed = [name for name in ("extractor", "weights_sha256") if provenance.get(name) != own[name]]
+    if list(provenance.get("image_size", settings.data.size)) != list(settings.data.size):
         changed.append("image_size")
     if changed:
         raise ValueError(f"The reference {place} was made with another {', '.join(changed)}; make it again.")
