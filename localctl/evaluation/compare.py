@@ -145,16 +145,16 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, cache: TableC
     targets = read_targets(settings, folders[floor], ids)
     base = _images(folders[floor], ids)
 
-    def measured(images: np.ndarray) -> list[dict[str, float]]:
+    def measure_all(images: np.ndarray) -> list[dict[str, float]]:
         return [measure(image, plain, target, clip) for image, plain, target in zip(images, base, targets, strict=True)]
 
     def measure_bounds() -> dict[str, list[dict[str, float]]]:
         vae = load_pipeline(settings.base).vae
-        return {floor: measured(base), CEILING: measured(round_trip(vae, np.stack([t.image for t in targets])))}
+        return {floor: measure_all(base), CEILING: measure_all(round_trip(vae, np.stack([t.image for t in targets])))}
 
     depends_on = _depends_on(folders[floor], floor, ids, targets, clip)
     bounds = measure_bounds() if cache is None else cache.tables(depends_on, measure_bounds)
-    rows = {name: bounds[name] if name == floor else measured(_images(folders[name], ids)) for name in folders}
+    rows = {name: bounds[name] if name == floor else measure_all(_images(folders[name], ids)) for name in folders}
     rows[CEILING] = bounds[CEILING]
     columns = tuple(rows[CEILING][0])
     tables = {name: np.array([[row[c] for c in columns] for row in made]) for name, made in rows.items()}

@@ -217,7 +217,8 @@ def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
     """
     if adapter.condition not in (None, settings.condition):
         raise ValueError(
-            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; set condition."
+            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; set "
+            "condition to the former."
         )
     if sentence := check_base(adapter, settings.base.name, read_shape(settings.base)):
         warnings.warn(sentence, stacklevel=2)
