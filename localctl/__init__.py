@@ -1,4 +1,4 @@
-"""localctl: local control of text-to-image diffusion.
+"""Local control of text-to-image diffusion models.
 
 Vocabulary (one word, one meaning):
 

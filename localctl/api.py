@@ -1,4 +1,4 @@
-"""Training and evaluation as functions of their settings: what the programs do, from Python."""
+"""Train and evaluate from Python: the functions behind the command-line programs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Say = Callable[[str], None]
 
 
 def train_settings(*choices: str) -> TrainSettings:
-    """Return the settings of a training as the command line reads them: groups and values, over the defaults.
+    """Return training settings from groups and values as on the command line, over the defaults.
 
-    ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without any choice it is
-    ``TrainSettings()``. ValueError naming the nearest known key or option, or what is wrong with a value.
+    For example, ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without
+    arguments, the result equals ``TrainSettings()``. ValueError for an unknown key or option, naming the nearest known
+    one, and for an invalid value.
     """
     from localctl.cli.config import load_config  # composes the files of config/
 
@@ -34,17 +35,17 @@ def train_settings(*choices: str) -> TrainSettings:
 
 
 def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None = None) -> TrainResult:
-    """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
+    """Train an adapter to the last step, or until a signal. It is saved in ``result.output_dir / "adapter"``.
 
     Args:
-        settings: of :func:`train_settings`, or built in Python.
-        say: deprecated; is called with each message in place of printing it. Add a handler to the logger "localctl".
-        scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
+        settings: from :func:`train_settings`, or built in Python.
+        say: deprecated; is called with each message instead of printing it. Add a handler to the logger "localctl".
+        scorer: computes the score for early stopping instead of ``settings.early_stopping.metric``.
 
     Raises:
-        ValueError: settings, data or an output folder that do not fit.
-        OSError: something could not be written.
-        NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
+        ValueError: settings, data or the output folder are invalid or do not fit each other.
+        OSError: a file could not be written.
+        NotFiniteError: a loss or gradient is not finite; it was not applied to the weights.
     """
     if settings.dry_run:
         raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
@@ -53,22 +54,24 @@ def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None
 
 
 def generate_set(settings: FidSettings, say: Say | None = None) -> dict[str, Path]:
-    """Generate what is missing of the sets of images that ``settings.prompts`` asks for; their folders, by the name of
-    the set. ValueError in one sentence before anything slow."""
+    """Generate the missing images of the sets that ``settings.prompts`` asks for; return their folders by set name.
+
+    Settings and data are checked before the base is loaded: ValueError in one sentence.
+    """
     with _shown(say):
         fid.generate(settings)
     return {name: settings.folder / name for name in settings.set_names}
 
 
 def evaluate_fid(settings: FidSettings, say: Say | None = None) -> dict[str, Any]:
-    """How far generated images are from photos: ``evaluate_fid.py`` ref, gen and score, one after the other.
+    """Measure the distance of generated images from photos: ``evaluate_fid.py`` ref, gen and score in one call.
 
     Returns:
-        By the name of each set its ``values`` (Fréchet distance, KID and what else the extractor has), ``warnings`` and
-        ``provenance``; also written beside the images.
+        For each set by name: ``values`` (Fréchet distance, KID and further metrics of the extractor), ``warnings`` and
+        ``provenance``. They are also written to a file beside the images.
 
     Raises:
-        ValueError: data, an adapter or an extractor that is not there; another reference or images of other settings.
+        ValueError: data, adapter or extractor are missing; the reference or existing images have other settings.
     """
     with _shown(say):
         if settings.reference is None:
@@ -78,11 +81,12 @@ def evaluate_fid(settings: FidSettings, say: Say | None = None) -> dict[str, Any
 
 
 def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_clip") -> Comparison:
-    """Measure sets of images, by name, against the condition that they were to follow and against each other.
+    """Measure how well sets of generated images follow their conditions, and compare the sets.
 
     Args:
-        folders: of :func:`generate_set`, one of them without an adapter.
-        clip: CLIPModel of the CLIP score, a folder or hub id; ``micro_clip``: the embedded base's; None: no score.
+        folders: folders from :func:`generate_set` by set name; one set must be without an adapter.
+        clip: folder or hub id of the CLIPModel for the CLIP score; ``micro_clip``: that of the embedded base; None: no
+            CLIP score.
 
     Raises:
         ValueError: images are missing, or the sets differ in more than the adapter.

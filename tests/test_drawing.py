@@ -102,7 +102,7 @@ def test_long_captions_are_not_measured_letter_by_letter(monkeypatch: pytest.Mon
 def test_grid_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         grid([[]])
-    with pytest.raises(ValueError, match="labels for 1 columns"):
+    with pytest.raises(ValueError, match="column labels for 1 columns"):
         grid([[Image.new("RGB", (12, 8))]], ["a", "b"])
 
 

@@ -1,4 +1,4 @@
-"""Measurements that need a base, adapters and data together."""
+"""Evaluation that needs a base, adapters and data together: generated sets, their scores and their comparison."""
 
 import lazy_loader as lazy
 

@@ -1,4 +1,4 @@
-"""The sub-commands of `evaluate_fid.py`: statistics of photos, generated sets, and the distances between the two."""
+"""The sub-commands of `evaluate_fid.py`: statistics of photos, generated sets, and the distances between both."""
 
 from __future__ import annotations
 
@@ -35,20 +35,23 @@ __getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
 def make_reference(settings: FidSettings) -> Path:
-    """Run ``ref``: take statistics of the photos themselves (never of their conditions), with what they are. Made once:
-    a file of the same photos and extractor is left as it is.
+    """Run ``ref``: compute the feature statistics of the photos (not of their conditions) and return their file.
 
-    ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
+    An existing file with the same data and extractor is left unchanged.
+
+    Raises:
+        ValueError: the data or the extractor is missing; fewer than 2 photos are usable; the file exists and holds
+            statistics of other photos or of another extractor.
     """
     source = open_source(settings)
     if len(source) < 2:
         raise ValueError(
-            f"The part {settings.part} of the data has {len(source)} example, but a distance needs at least 2 images "
-            "on each side; raise data.validation_share, or take part=train."
+            f"The part {settings.part!r} of the data has {len(source)} example, but a distance needs at least 2 images "
+            "on each side; raise data.validation_share, or set part=train."
         )
     extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     path, count = settings.reference_file, min(len(source), settings.num_images)
-    about = {
+    provenance = {
         "data": recorded(settings.data),
         "part": settings.part,
         "image_size": list(settings.data.size),
@@ -58,7 +61,7 @@ def make_reference(settings: FidSettings) -> Path:
     }
     if path.is_file():
         found = Statistics.load(path).provenance
-        changed = sorted(name for name, value in about.items() if found.get(name) != value)
+        changed = sorted(name for name, value in provenance.items() if found.get(name) != value)
         if changed:
             raise ValueError(f"{path} holds statistics with another {', '.join(changed)}; choose another reference.")
         logger.info(f"{path} is up to date")
@@ -66,7 +69,7 @@ def make_reference(settings: FidSettings) -> Path:
     mine: set[str] = set()
     with joined() as share:
         metric = collect(extractor, count, partial(_photos, source, mine), settings.batch_size, share)
-        made, bad = metric.statistics(**about), sorted(union(mine))
+        made, bad = metric.statistics(**provenance), sorted(union(mine))
     made = replace(made, provenance={**made.provenance, "bad_rows": len(bad), "versions": versions()})
     made.gaussian()  # raises for fewer than 2
     if share[0] == 0:
@@ -92,10 +95,13 @@ def collect(
     batch_size: int,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStatistics:
-    """Take statistics of what ``images`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps
-    fewer.
+    """Collect the feature statistics of images.
 
-    share: (rank, number of processes); the batches are dealt out, and are the same for any number of processes.
+    Args:
+        count: how many numbers, from 0, are given to ``images``.
+        images: returns the images of a range of numbers as (key, uint8 (H,W,3)) pairs; may return fewer than asked for.
+        share: (rank, number of processes). Processes take the batches in turn; the batches are the same for any number
+            of processes.
     """
     metric = FeatureStatistics(extractor.dim)
     rank, processes = share
@@ -107,7 +113,7 @@ def collect(
 
 
 def generate(settings: FidSettings) -> None:
-    """Run ``gen``: generate every set that is asked for, as far as it is not there yet."""
+    """Run ``gen``: generate the missing images of every set that ``settings.prompts`` asks for."""
     for name in settings.set_names:
         count = generate_set(settings, name)
         speed = read_speed(settings.folder / name)
@@ -117,9 +123,10 @@ def generate(settings: FidSettings) -> None:
 
 
 def score(settings: FidSettings) -> dict[str, Any]:
-    """Run ``score``: write distances of every set to the reference to ``score_{extractor}.json`` in each set's folder.
+    """Run ``score``: compute the distances of every set to the reference.
 
-    ValueError for missing images or statistics, another size, or another extractor.
+    They are returned by the name of the set, and written to ``score_{extractor}.json`` in the set's folder. ValueError
+    when images or statistics are missing, or when their sizes or extractors differ.
     """
     reference = Statistics.load(settings.reference_file)
     sets = {name: read_set(settings.folder / name) for name in settings.set_names}
@@ -150,8 +157,10 @@ def score_set(
     extractor: Extractor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Give values, warnings and provenance of one set; with several processes each looks at a part, and all get the
-    same. ValueError for images of another size than the photos, or of several."""
+    """Compute values, warnings and provenance of one set. Each process reads a part of the images; all return the same.
+
+    ValueError when the images have another size than the photos, or several sizes.
+    """
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
 

@@ -1,4 +1,4 @@
-"""The embedded base: procedural scenes, their reader, and the scripts that train a small Stable Diffusion on them."""
+"""The embedded base: its procedural scenes, the reader that detects their objects, and its weights."""
 
 import lazy_loader as lazy
 

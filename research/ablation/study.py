@@ -13,7 +13,7 @@ from PIL import Image
 
 from localctl.data import DataConfig
 from localctl.drawing import outline
-from localctl.evaluation.cache import Kept
+from localctl.evaluation.cache import TableCache
 from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
@@ -56,7 +56,7 @@ class Ablation(Study[Cell]):
 
     def __init__(self, protocol: Protocol, folder: Path, work: Path) -> None:
         super().__init__(protocol, folder, work)
-        self.kept = Kept(work / "measured")
+        self.cache = TableCache(work / "measured")
         self.example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
 
     def asked(self, variant: Cell) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Ablation(Study[Cell]):
         # The base's images may have been generated on another machine.
         floor = self.generated(BASE, None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
-        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.kept)
+        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache)
         if variant == BASE or variant.row in ROWS:
             self._save_strips(variant, folder, comparison)
         distances, features = self._distances(folder)

@@ -211,9 +211,9 @@ def card(figures: dict[str, Any], images: str) -> str:
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
-UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 pictures of coloured shapes, trained from nothing on
-drawn scenes by `python -m research.micro_base`. It is there to make the whole chain run and be measured without a
-download; it draws nothing but such scenes.
+UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 images of coloured shapes, trained from scratch on
+procedural scenes by `python -m research.micro_base`. With it, all of localctl runs and can be measured without a
+download. It generates only such scenes.
 
 Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 ({SCHEDULER.upper()}, {STEPS} steps, guidance {GUIDANCE}; 95 % bootstrap intervals over scenes):
@@ -222,7 +222,7 @@ Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 
 What the reader, version {VERSION}, gets wrong on generated images: docs/evaluation.md.
 
-One-object captions (the caption above, the reader's verdict below each picture):
+One-object captions (the caption above, the reader's verdict below each image):
 
 ![one object]({images}report_objects1.png)
 

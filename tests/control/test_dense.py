@@ -59,7 +59,7 @@ def test_scores_keep_their_range(kind: str, rest: str) -> None:
 
 
 def signs(rest: str, kind: str, **region: Any) -> Tensor:
-    """(Q, K) sign of the modulation for one box, the left half, and the word at position 1."""
+    """Return the sign of the modulation, (Q, K), for one box, the left half, and the word at position 1."""
     arrays = golden("dense_diffusion")
     layout = Layout(PROMPT, regions=(Region("w1", (0, 0, 0.5, 1), **region),))
     bound = DenseModulation(rest=rest).bind(bare_pipe(), [layout])

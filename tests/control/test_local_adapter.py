@@ -20,7 +20,7 @@ MakeAdapter = Callable[..., LocalAdapter]
 
 
 def context(**changes: Any) -> CallContext:
-    """One picture with guidance, in the first of four steps."""
+    """Make the context of one image with guidance, in the first of four steps."""
     return control_helpers.context(**{"num_steps": 4, **changes})
 
 

@@ -157,7 +157,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_moments_of_the_keys_are_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again for another text, in another call, or where other rows carry the prompt."""
+    """They are computed again for another text, in another call, or for other rows with the prompt."""
     arrays = golden("region_bias")
     bound = RegionBias().bind(bare_pipe(), [scene(arrays)])
     attn, text, computed = layer(arrays), arrays["encoder_hidden_states"], []

@@ -1,4 +1,4 @@
-"""Controls as JSON: every public one comes back with its settings."""
+"""Controls as JSON: every public control is restored with its settings."""
 
 from __future__ import annotations
 

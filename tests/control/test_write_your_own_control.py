@@ -1,4 +1,4 @@
-"""The control of docs/write_your_own_control.md, as the page has it."""
+"""The control of docs/write_your_own_control.md, read from the page."""
 
 from __future__ import annotations
 

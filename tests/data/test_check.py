@@ -95,7 +95,7 @@ def test_captions_and_conditions_that_look_wrong(folder, tmp_path, capsys):
         assert words in out, words
 
 
-def test_masks_are_drawn_where_there_are_none(tmp_path, capsys):
+def test_masks_are_sampled_where_there_are_none(tmp_path, capsys):
     folder = write_imagefolder(tmp_path / "data", 4, masks=False)
     code, out, _ = run(folder, tmp_path, capsys, "mask=circle")
     assert code == 0 and "none in the data" in out and (tmp_path / "preview.png").exists()

@@ -1,4 +1,4 @@
-"""Folders as people have them: splits by name, hidden folders, images that no list names, lists of other kinds."""
+"""Folders as users have them: splits by name, hidden folders, images in no list, lists of other formats."""
 
 import json
 import os

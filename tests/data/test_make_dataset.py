@@ -1,4 +1,4 @@
-"""data/make_dataset.py: from images to datasets that train."""
+"""data/make_dataset.py: datasets for training from images."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tm
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
-def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name):
+def test_a_folder_of_images_becomes_a_dataset(photos, tmp_path, capsys, name):
     masks = tmp_path / "masks"
     (masks / "more").mkdir(parents=True)
     for i, file in enumerate(("a.png", "b.png", "more/a.png")):
@@ -71,7 +71,7 @@ def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name)
 
 @pytest.fixture
 def many(tmp_path):
-    """A folder as people have them."""
+    """A folder as users have it."""
     root = tmp_path / "many"
     kinds = {"a.JPG": "JPEG", "b.bmp": "BMP", "c.TIFF": "TIFF", "d.gif": "GIF", "e.avif": "AVIF", "f.jfif": "JPEG"}
     kinds |= {"g.jp2": "JPEG2000", "h.pgm": "PPM", ".hidden/i.png": "PNG", "@eaDir/j.png": "PNG", "._a.JPG": "JPEG"}

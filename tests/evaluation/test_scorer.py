@@ -1,4 +1,4 @@
-"""The score of early stopping from the command line: what it is, that it changes nothing, and that a resume agrees."""
+"""The score of early stopping from the command line: its value, no side effects, and the same after a resume."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_scores_are_the_same_after_a_resume(sd_folder, tmp_path):
     assert scores(tmp_path / "cut") == whole
 
 
-def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
+def test_a_score_is_the_distance_of_the_generated_images_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
     settings = settings_of(sd_folder, tmp_path, early_stopping=replace(CONFIG, scheduler="euler"))
     run = prepare(settings)
     models, scorer = run.state.models, make_scorer(settings)
@@ -83,15 +83,15 @@ def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder,
     assert scorer(models, 4) == first
     assert models.pipe.scheduler is scheduler and torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(a, b) for a, b in zip(models.plain_adapter.parameters(), before, strict=True))
-    photos, drawn = np.concatenate(kept[:3]), np.concatenate(kept[3:6])
-    assert len(photos) == len(drawn) == 5 and not np.array_equal(photos, drawn)
-    assert all(np.array_equal(a, b) for a, b in zip(kept[3:6], kept[6:], strict=True))  # the photos are looked at once
+    photos, generated = np.concatenate(kept[:3]), np.concatenate(kept[3:6])
+    assert len(photos) == len(generated) == 5 and not np.array_equal(photos, generated)
+    assert all(np.array_equal(a, b) for a, b in zip(kept[3:6], kept[6:], strict=True))  # the photos are measured once
 
     def gaussian(images):
         features = extract(scorer.extractor, images).double().numpy()
         return features.mean(0), np.cov(features, rowvar=False)
 
-    assert first == pytest.approx(frechet_distance(*gaussian(photos), *gaussian(drawn)), rel=1e-6)
+    assert first == pytest.approx(frechet_distance(*gaussian(photos), *gaussian(generated)), rel=1e-6)
     with torch.no_grad():
         for parameter in models.plain_adapter.parameters():
             parameter.mul_(5)

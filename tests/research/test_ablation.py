@@ -226,7 +226,7 @@ def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
     assert "page/sweep_f1.png" in text and (tmp_path / "page" / "sweep_frechet_micro_clip.png").is_file()
     content = json.loads((tmp_path / "page" / "a.json").read_text())
     for changed, words in (
-        ({"provenance": {}}, "does not say its metrics"),
+        ({"provenance": {}}, "does not record its metrics"),
         ({"asked": {"protocol": {"count": 2}}}, "measured in different ways"),
     ):
         (tmp_path / "page" / "a.json").write_text(json.dumps(content | changed))

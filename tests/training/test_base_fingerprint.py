@@ -1,4 +1,4 @@
-"""Another base is told apart, whatever of it changed; the same one from elsewhere or in memory is not."""
+"""Any change of the base changes its fingerprint; loading it from elsewhere or from memory does not."""
 
 import json
 import shutil

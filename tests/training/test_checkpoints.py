@@ -197,7 +197,7 @@ def test_later_ones_are_set_aside_not_deleted(tmp_path):
 
 
 def sealed(path, **changes):
-    """A manifest that fits its hash, as only somebody who forges it would write it."""
+    """Forge a manifest that matches its hash."""
     body = json.loads((path / "manifest.json").read_text())
     body.pop("sha256")
     body |= changes

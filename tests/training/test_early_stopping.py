@@ -63,7 +63,7 @@ def test_settings_that_make_no_sense(name, value):
 
 
 class Scores:
-    """A scorer that reads its scores off a list, by step, and remembers whom it scored."""
+    """A scorer that takes its scores from a list, by step, and records its calls."""
 
     def __init__(self, scores):
         self.scores, self.seen = scores, {}

@@ -1,4 +1,4 @@
-"""What is due between the steps, and after them, never costs the training."""
+"""Failures of events between the steps, or after them, never end the training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def settings(sd_folder, tmp_path):
     "error", [ValueError("can't measure\nmultiline"), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "full")]
 )
 def test_a_validation_that_fails_is_said_and_the_training_goes_on(settings, tmp_path, monkeypatch, error):
-    """The checkpoint of its step was there before; a resume at that step does not die either."""
+    """The checkpoint of the step exists already; a resume at that step does not fail either."""
     seen = []
 
     def fails(self, beat):
@@ -86,13 +86,13 @@ def test_a_validation_is_logged_once_though_its_checkpoint_is_older(settings, tm
     settings = replace(settings, validation_steps=2, resume_from_checkpoint="latest")
     silent_run(settings).train(stop=lambda step: step == 3)
     shutil.rmtree(tmp_path / "checkpoint-3")
-    drawn = []
+    validated = []
     run = silent_run(settings)
-    run.events.validator.run = (lambda inner: lambda beat: drawn.append(run.state.step) or inner(beat))(
+    run.events.validator.run = (lambda inner: lambda beat: validated.append(run.state.step) or inner(beat))(
         run.events.validator.run
     )
     run.train()
-    assert drawn == [4] and validations(tmp_path) == [2, 4]
+    assert validated == [4] and validations(tmp_path) == [2, 4]
 
 
 def test_a_score_that_fails_is_said_and_the_training_goes_on(settings, tmp_path):
@@ -222,7 +222,7 @@ def test_a_launcher_that_is_gone_ends_it_with_a_checkpoint(settings, tmp_path):
 
 
 def test_a_killed_worker_leaves_a_checkpoint(settings, tmp_path, monkeypatch):
-    """In the middle of an accumulation, which then begins anew."""
+    """The signal comes in the middle of an accumulation, which then starts again."""
     straight = silent_run(replace(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "straight")))
     straight.train()
     settings = replace(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "killed"), logging_steps=3)
@@ -308,7 +308,7 @@ def test_empty_masks_are_said_early_and_at_the_end():
 
 
 def test_a_card_and_settings_need_no_locale(settings, tmp_path, monkeypatch):
-    """As in a job with LC_ALL=C: what is written is UTF-8 whatever the locale says."""
+    """Files are written as UTF-8 in any locale, as in a job with LC_ALL=C."""
     text = Path.write_text
 
     def ascii_only(self, data, encoding=None, errors=None, newline=None):

@@ -1,4 +1,4 @@
-"""What lies in the output folder before a run begins: an earlier run, or somebody else's files."""
+"""Output folders that are not empty when a run starts: an earlier run, or other files."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_afresh_with_latest(sma
     said = logged()
     run = silent_run(replace(small, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert run.state.step == 0 and "from the beginning" in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # which the run holds until it ends
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # which the run keeps until it ends
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

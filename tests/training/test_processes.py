@@ -1,4 +1,4 @@
-"""Several processes train as one would, stop together, and never wait for each other in vain."""
+"""Several processes train like one, stop together, and never wait forever for each other."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_accumulation_is_a_larger_batch_also_over_the_end_of_an_epoch(sd_folder,
 
 
 def test_gradients_of_accumulation_are_those_of_the_batch_at_any_rate(sd_folder, tmp_path, small, monkeypatch):
-    """What Adam makes of them is another matter: it divides those that are nothing but rounding by their own size."""
+    """Adam's updates may differ more: it divides gradients that are only rounding errors by their own size."""
     step, found = AcceleratedOptimizer.step, []
 
     def looked_at(self):
@@ -232,7 +232,7 @@ def test_losses_stay_together_at_a_high_rate_with_a_short_warm_up(sd_folder, tmp
 
 
 def test_a_mean_over_the_whole_batch_would_be_seen(sd_folder, tmp_path, small, monkeypatch):
-    """What the tests here are for: masks normalised by the area in the batch make another run of 4 x 2 than of 8."""
+    """The tests above detect masks normalised by the area in the batch: 4 x 2 samples then differ from 8."""
 
     def over_the_batch(error, mask, normalise):
         return ((error * mask).mean(dim=1).sum() / mask.sum()).expand(len(error))

@@ -50,7 +50,7 @@ def test_the_docs_list_exactly_the_free_settings():
 
 
 def test_every_setting_that_is_not_free_is_guarded():
-    """Also those that are added later: the table names what may change, not what may not."""
+    """This includes settings added later: the table lists what may change, not what may not."""
     before = described()
     guarded = {key for key in schema_keys(TrainSettings) if not is_free(key)}
     for key in guarded:
@@ -106,7 +106,7 @@ def test_a_masked_setting_is_compared_too():
 
 
 def test_a_value_that_was_masked_is_compared_by_the_hash():
-    """Names of columns were taken for secrets once; and who takes a value from the environment may pass it by hand."""
+    """Column names were once treated as secrets; a value from the environment may also be passed directly."""
     keyed = replace(TrainSettings(), data=replace(TrainSettings().data, key_column="name"))
     before = described(keyed)
     before["settings"]["data"]["key_column"] = MASKED
@@ -157,7 +157,7 @@ def test_data_are_told_apart():
 
 
 def old_manifest(info: dict) -> dict:
-    """As it was written before contents were remembered."""
+    """Write a manifest as before contents were recorded."""
     samples = info["data"].get("names of the examples") or info["data"]["samples in the data"]
     return {**info, "data": samples, "base": info["base_first_values"]}
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_before_is_compared_as_before_and_says_so():
 
 
 def test_what_a_checkpoint_does_not_know_is_not_compared():
-    """A newer version of a library has more keys, a newer one of ours looks at more."""
+    """A newer library version has more keys, and a newer version of localctl compares more."""
     before = described()
     before["base"]["unet.gone_key"] = 1
     now = described()

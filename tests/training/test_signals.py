@@ -1,4 +1,4 @@
-"""Signals, a full disk and numbers that are not finite, as the training process itself meets them."""
+"""Signals, a full disk and numbers that are not finite, in the training process itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def arguments(base, folder, *more):
 
 
 def program(argv, lines: Path, seconds_per_step: float = 0.0) -> int:
-    """train_adapter.py, its errors in a file, its steps noted and slowed down."""
+    """Start train_adapter.py with its errors in a file, and its steps recorded and slowed down."""
     sys.stderr = lines.with_suffix(".err").open("w", buffering=1)
     sys.stdout = lines.with_suffix(".out").open("w", buffering=1)
     record_samples(lines)
@@ -76,7 +76,7 @@ def test_a_second_signal_leaves_at_once(sd_folder, tmp_path):
 
 
 def ended_workers(argv, lines: Path) -> int:
-    """train_adapter.py, then whether it left a worker behind."""
+    """Run train_adapter.py, then report whether it left a worker process."""
     code = program(argv, lines, 0.3)
     return code if not multiprocessing.active_children() else 99
 
@@ -137,7 +137,7 @@ def test_a_signal_inside_validation_is_heard_and_the_validation_made_good(sd_fol
 
 
 def on_a_full_disk(argv, lines: Path) -> int:
-    """The limit on the size of files stands in for the disk: it, too, makes a write fail half-way."""
+    """The limit on the size of files simulates a full disk: a write fails half-way."""
     save = TrainState.save
 
     def limited(self, folder):
@@ -224,17 +224,17 @@ def test_with_no_good_checkpoint_left_nothing_is_trained(saved, tmp_path, capsys
 
 
 def poisoned(key: str, epoch: int):
-    """A ``sample_noise`` whose noise for one visit of one sample is not a number."""
+    """Return a ``sample_noise`` whose noise is NaN for one visit of one sample."""
     sample_noise = loop.sample_noise
 
-    def draws(batch, *more):
+    def sample(batch, *more):
         made = sample_noise(batch, *more)
         for row, visit in enumerate(zip(batch.keys, batch.epochs, strict=True)):
             if visit == (key, epoch):
                 made.noise[row, 0, 0, 0] = torch.nan
         return made
 
-    return draws
+    return sample
 
 
 def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path, monkeypatch):

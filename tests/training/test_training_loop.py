@@ -30,7 +30,7 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def straight(sd_folder, tmp_path_factory):
-    """An uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
+    """Train an uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
     folder, small = tmp_path_factory.mktemp("straight"), {"data": DataConfig(count=3), "train_batch_size": 2}
     settings = tiny_settings(sd_folder, folder, max_train_steps=5, logging_steps=3, **small)
     run = silent_run(settings)
