@@ -19,10 +19,11 @@ from localctl.layout import Layout
 from localctl.masks import MaskConfig
 from localctl.micro.scenes import scene
 from research import harness
-from research.control_share import Case, cases, compare, main, reproduced, sample_all
+from research.control_share.__main__ import main
+from research.control_share.study import Case, cases, compare, reproduced, sample_all
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
-from research.micro_base.report import FLOORS, match_objects, reader_figures, table, vae_figures
+from research.micro_base.measure import FLOORS, match_objects, reader_figures, table, vae_figures
 from research.micro_base.unet import new_unet
 from research.micro_base.vae import new_vae
 

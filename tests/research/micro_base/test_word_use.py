@@ -6,7 +6,8 @@ import torch
 from localctl.micro.scenes import COLORS, SHAPES
 from localctl.pipelines import BaseConfig, load_pipeline
 from research.harness import first_scenes
-from research.micro_base.word_use import caption, errors, main, shares_of_words, use_of_words
+from research.micro_base.word_errors import caption, errors, shares_of_words, use_of_words
+from research.micro_base.word_use import main
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,8 @@
-"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
-
-python -m research.control_share --adapter outputs/adapter/adapter
-python -m research.control_share --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
-
-For every scene a random box is the mask, and the adapter sees the scene's edges. Four images are compared: the scene,
-its round trip through the VAE (the ceiling), what the base generates from the caption (the floor) and what it generates
-with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
-"""
+"""Measure control and leak: the cases, the images with and without an adapter, and the figures from them."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -26,10 +17,7 @@ from torch import Tensor
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
-from localctl.bases import SCHEDULERS
 from localctl.boxes import box_iou
-from localctl.cli.arguments import Arguments
-from localctl.cli.program import one_sentence
 from localctl.conditions import ConditionConfig
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import LocalAdapterControl
@@ -48,11 +36,8 @@ from localctl.micro.scenes import SceneObject, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.seeding import numpy_rng
 from research import harness
-from research.flags import check_least, make_folder
 from research.harness import PROFILE, SPLIT, generate_cases, provenance
 from research.page import table
-
-PROGRAM = "research.control_share"
 
 
 @dataclass(frozen=True)
@@ -232,35 +217,3 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
             **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
         },
     )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags. ValueError for values that make no sense, or an output folder that cannot be made."""
-    parser = Arguments(PROGRAM, __doc__)
-    add = parser.add_argument
-    add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")
-    add("--base", help="default: the one the adapters were trained on")
-    add("--count", type=int, default=200, help="held-out scenes")
-    add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
-    add("--guidance_scale", type=float, help="default: the base's own")
-    add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
-    add("--batch_size", type=int, default=16, help="images at once; does not change them")
-    add("--seed", type=int, default=0, help="of the masks")
-    add("--output_dir", type=Path, default=Path("outputs/control"), help="where figures and sheets go")
-    args = parser.read(argv)
-    check_least(args, {"count": 1, "num_inference_steps": 1, "batch_size": 1}, "--")
-    if args.scheduler not in SCHEDULERS:
-        raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
-    make_folder(args.output_dir)
-    return args
-
-
-@one_sentence(PROGRAM)
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error."""
-    print(run(parse(argv)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
