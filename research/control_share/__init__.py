@@ -1,1 +1,1 @@
-"""How much of the possible control an adapter reaches inside the mask, and whether it leaks out of it."""
+"""The share of the possible control that an adapter reaches inside the mask, and its leak out of the mask."""

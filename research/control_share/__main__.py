@@ -1,11 +1,11 @@
-"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
+"""Measure how much of the possible control an adapter reaches on held-out micro scenes, and if it leaks from the mask.
 
 python -m research.control_share --adapter outputs/adapter/adapter
 python -m research.control_share --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
 
-For every scene a random box is the mask, and the adapter sees the scene's edges. Four images are compared: the scene,
-its round trip through the VAE (the ceiling), what the base generates from the caption (the floor) and what it generates
-with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
+The mask of each scene is a random box, the condition its edges. Four images are compared: the scene, its round trip
+through the VAE (the ceiling), what the base generates from the caption (the floor), and what it generates with the
+adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ PROGRAM = "research.control_share"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags. ValueError for values that make no sense, or an output folder that cannot be made."""
+    """Return the flags. Raises ValueError for values out of range or an output folder that cannot be made."""
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")
-    add("--base", help="default: the one the adapters were trained on")
+    add("--base", help="default: the base that the adapters were trained on")
     add("--count", type=int, default=200, help="held-out scenes")
     add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
-    add("--guidance_scale", type=float, help="default: the base's own")
+    add("--guidance_scale", type=float, help="default: that of the base")
     add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
-    add("--batch_size", type=int, default=16, help="images at once; does not change them")
-    add("--seed", type=int, default=0, help="of the masks")
-    add("--output_dir", type=Path, default=Path("outputs/control"), help="where figures and sheets go")
+    add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
+    add("--seed", type=int, default=0, help="seed of the masks")
+    add("--output_dir", type=Path, default=Path("outputs/control"), help="folder of the figures and sheets")
     args = parser.read(argv)
     check_least(args, {"count": 1, "num_inference_steps": 1, "batch_size": 1}, "--")
     if args.scheduler not in SCHEDULERS:
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error."""
+    """Measure, and print the table; return 0, or 2 after a user's error."""
     args = parse(argv)
     with loading():
         from research.control_share.study import run

@@ -1,4 +1,4 @@
-"""Measure control and leak: the cases, the images with and without an adapter, and the figures from them."""
+"""Measure control and leak: the cases, the images with and without an adapter, and their figures."""
 
 from __future__ import annotations
 
@@ -53,13 +53,19 @@ class Case(harness.Case):
 
     @property
     def hidden(self) -> list[SceneObject]:
-        """Objects lying wholly at least 8 px outside the mask."""
+        """Return the objects that lie wholly outside the mask, at least 8 px away."""
         return hidden_objects(self.item.objects, self.inside)
 
 
 def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
-    """Return the first `count` test scenes that can be scored, each with a box sampled until it holds enough edges; the
-    same for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    """Return the first ``count`` test scenes that can be scored, the same for every adapter.
+
+    The box of each scene is sampled until it has at least ``MIN_EDGES`` edge pixels; scenes with fewer edges in all
+    (purple on black) are skipped.
+
+    Raises:
+        ValueError: masks of this kind are too small to have that many edges.
+    """
     made: list[Case] = []
     index = -1
     while len(made) < count:
@@ -72,14 +78,14 @@ def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
                 made.append(Case(f"{SPLIT}-{index}", item, Layout(item.caption), 1000 + index, sampled, edges))
                 break
         if index >= 10 * count + 50:
-            raise ValueError(f"Masks of kind {mask.kind!r} hardly ever hold {MIN_EDGES} edge pixels; use larger ones.")
+            raise ValueError(f"Masks of kind {mask.kind!r} rarely contain {MIN_EDGES} edge pixels; use larger ones.")
     return made
 
 
 def sample_all(
     pipe: Any, chosen: Sequence[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
 ) -> np.ndarray:
-    """Images uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
+    """Return images uint8 (n, H, W, 3), each from the noise of its own seed, with or without the adapter."""
 
     def controls(some: Sequence[harness.Case]) -> list[LocalAdapterControl]:
         if adapter is None:
@@ -94,13 +100,13 @@ def sample_all(
 
 
 def f1_inside(chosen: Sequence[Case], images: np.ndarray) -> np.ndarray:
-    """In-mask F1 against the scene's edges, (n,)."""
+    """Return the F1 of each image's edges against the scene's, inside the mask, (n,)."""
     pairs = zip(chosen, images, strict=True)
     return np.asarray([edge_scores(canny(image), case.edges, case.inside, 2.0).f1 for case, image in pairs])
 
 
 def reproduced(case: Case, image: np.ndarray) -> float:
-    """Share of the hidden objects whose shape stands in the image at the same place (box IoU >= 0.5)."""
+    """Return the share of the hidden objects whose shape is in the image at the same place (box IoU >= 0.5)."""
     found = detect(image).objects
     hits = [any(d.shape == o.shape and box_iou(d.box, o.box) >= 0.5 for d in found) for o in case.hidden]
     return float(np.mean(hits))
@@ -108,7 +114,11 @@ def reproduced(case: Case, image: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ControlResult:
-    """Intervals over scenes; `control` is the share of the possible gain, `leak` the paired difference to the base."""
+    """Intervals over scenes.
+
+    control: (F1 adapter - F1 base) / (F1 ceiling - F1 base). leak: hidden objects reproduced, less those of the base;
+    None without hidden objects.
+    """
 
     adapter: str
     f1_base: Interval
@@ -121,7 +131,7 @@ class ControlResult:
 def compare(
     name: str, chosen: Sequence[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray
 ) -> ControlResult:
-    """Return the figures of an adapter's ``images``, beside those of the base and of the VAE's round trip."""
+    """Return the figures of an adapter's ``images`` against those of the base and of the VAE round trip."""
     scores = np.stack([f1_inside(chosen, some) for some in (base, ceiling, images)], axis=1)  # (n, 3)
 
     def share(rows: np.ndarray) -> float:
@@ -141,12 +151,12 @@ def compare(
 
 
 def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
-    """Return a line per scene: its edges, the base's image, the adapter's and its edges, and the scene."""
+    """Return a sheet, a row per scene: its edges, the base's image, the adapter's image and its edges, the scene."""
     lines = []
     for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
         edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
-        shown = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
-        real, of_base, result, found = (Image.fromarray(image) for image in shown)
+        pixels = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
+        real, of_base, result, found = (Image.fromarray(image) for image in pixels)
         framed = [outline(p, case.mask) for p in (edges, of_base, result, found)]
         lines.append([p.resize((192, 192), Image.Resampling.NEAREST) for p in (*framed, real)])
     labels = ("condition + mask", "base", "with adapter", "its edges", "scene of the edges")
@@ -154,8 +164,13 @@ def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, ro
 
 
 def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
-    """Return the base that was asked for, else that of the first adapter that says one. ValueError when an adapter does
-    not fit it; a warning when one was trained on another base of the same shape."""
+    """Return the base that was asked for, else the first one that an adapter records, else micro.
+
+    Warns of an adapter that was trained on another base of the same shape.
+
+    Raises:
+        ValueError: an adapter does not fit the base.
+    """
     base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
     shape = read_shape(BaseConfig(name=base))
     for adapter in adapters:
@@ -165,15 +180,15 @@ def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
 
 
 def find(path: Path) -> SavedAdapter:
-    """ValueError when there is no adapter, or none with a condition that can be taken from a scene."""
+    """Return the adapter at ``path``. Raises ValueError if there is none, or if it does not record its condition."""
     adapter = find_adapter(path)
     if adapter.condition is None:
-        raise ValueError(f"The adapter {path} does not say what condition it was trained on; train it again.")
+        raise ValueError(f"The adapter {path} does not record which condition it was trained on; train it again.")
     return adapter
 
 
 def run(args: argparse.Namespace) -> str:
-    """Load, generate, measure and write; the table."""
+    """Load, generate, measure and write; return the table."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
     adapters = {adapter.name: adapter.load() for adapter in found}

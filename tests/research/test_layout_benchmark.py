@@ -206,7 +206,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     before = sha256(kept), kept.stat().st_mtime_ns
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out
-    assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 images" in said
+    assert "none: measured before" in said and "none ddpm 4: measured before" in said and "bias: 1 of 1 images" in said
     assert (sha256(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
     again = json.loads((folder / "bias.json").read_text())
     assert again["asked"] == content["asked"]
@@ -239,7 +239,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
 
 def test_a_damaged_or_foreign_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no result of the layout benchmark"):
+    with pytest.raises(ValueError, match="is not a result of the layout benchmark"):
         read_figures(tmp_path)
 
 
