@@ -36,7 +36,7 @@ from localctl.pipelines import resolve_base
 from localctl.sampling import generate
 from research import flags
 
-Log = Callable[[str], None]
+Say = Callable[[str], None]
 PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
 DIGITS = 5  # after the point, in stored figures
 
@@ -63,7 +63,7 @@ def generate_cases(
     batch_size: int,
     name: str,
     files: Sequence[Path] = (),
-    log: Log | None = None,
+    say: Say | None = None,
     **options: Any,
 ) -> list[np.ndarray]:
     """Return an image uint8 (H,W,3) for each case, generated from the noise of its own seed.
@@ -75,12 +75,12 @@ def generate_cases(
         controls: returns the controls of a batch.
         name: name of the variant, shown with the progress.
         files: one path per case to store its image; existing images are read instead of generated.
-        log: called with a line after each batch, in place of a progress bar.
+        say: called with a line after each batch, in place of a progress bar.
         options: passed to :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
-    hidden = {} if log is None else {"disable": True}  # where shown, TQDM_DISABLE decides
+    hidden = {} if say is None else {"disable": True}  # where shown, TQDM_DISABLE decides
     with tqdm(total=len(cases), desc=f"generating {name}", unit="image", **hidden) as bar:
         for first in range(0, len(cases), batch_size):
             batch = range(first, min(first + batch_size, len(cases)))
@@ -94,8 +94,8 @@ def generate_cases(
                     images[index] = np.asarray(image)
                     if files:
                         write_bytes(files[index], png_bytes(image))
-                if log is not None:
-                    log(f"{name}: {len(images)} of {len(missing)} images")
+                if say is not None:
+                    say(f"{name}: {len(images)} of {len(missing)} images")
             bar.update(len(batch))
     return [images[index] if index in images else np.asarray(load_image(files[index])) for index in range(len(cases))]
 
@@ -226,8 +226,8 @@ class Study(Generic[V]):
     variant (:meth:`asked`) and how it is :meth:`measured`.
     """
 
-    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path, log: Log = print) -> None:
-        self.protocol, self.folder, self.work, self.log = protocol, folder, work, log
+    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path, say: Say = print) -> None:
+        self.protocol, self.folder, self.work, self.say = protocol, folder, work, say
         self.base = Path(resolve_base(protocol.base).id_or_path)
 
     @cached_property
@@ -279,14 +279,14 @@ class Study(Generic[V]):
     def measure(self, variant: V) -> bool:
         """Measure a variant unless it has a result; return whether it had none. Raises ValueError as :meth:`check`."""
         if self.done(variant):
-            self.log(f"{variant.name}: measured before")
+            self.say(f"{variant.name}: done before")
             return False
         asked = self.asked(variant)
         content = {"asked": asked, "name": variant.name, **self.measured(variant)}
         if not content.get("failed"):
             check_provenance(variant.name, content, REQUIRED)
         write_result(self.file(variant.name), content)
-        self.log(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
+        self.say(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
         return True
 
     def run(self, variants: Sequence[V], write_page: Callable[[], Any]) -> None:

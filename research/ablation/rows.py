@@ -112,7 +112,7 @@ def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, mor
         if name not in ROWS:
             raise ValueError(f"There is no row {name!r}; choose from {', '.join(ROWS)}.")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds must be at least one seed, all different, not {list(seeds)}.")
+        raise ValueError(f"The seeds must be different, and there must be at least one, not {list(seeds)}.")
     length = () if steps is None else (f"max_train_steps={steps}",)
     rows = [row for name, row in ROWS.items() if name in names]
     return [

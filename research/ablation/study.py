@@ -27,7 +27,7 @@ from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.resume import config_hash, setting_changes
 from localctl.training.settings import TrainSettings
 from research.ablation.rows import BASE, FLOOR, ROWS, WITHOUT, Cell, Protocol, row_cells
-from research.harness import Log, Study, as_rows
+from research.harness import Say, Study, as_rows
 from research.page import save_strip
 
 CONDITIONS = "conditions"  # the strip of conditions and masks
@@ -52,9 +52,9 @@ class Ablation(Study[Cell]):
 
     protocol: Protocol
 
-    def __init__(self, protocol: Protocol, folder: Path, work: Path, log: Log = print) -> None:
-        super().__init__(protocol, folder, work, log)
-        self.cache = Kept(work / "measured")
+    def __init__(self, protocol: Protocol, folder: Path, work: Path, say: Say = print) -> None:
+        super().__init__(protocol, folder, work, say)
+        self.kept = Kept(work / "measured")
         self.example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
 
     def asked(self, variant: Cell) -> dict[str, Any]:
@@ -80,16 +80,16 @@ class Ablation(Study[Cell]):
         adapter, training = None, {}
         if variant != BASE:
             settings = self.training(variant)
-            self.log(f"{variant.name}: training {settings.max_train_steps} steps")
+            self.say(f"{variant.name}: training {settings.max_train_steps} steps")
             try:
-                adapter = train(settings, self.log)
+                adapter = train(settings, self.say)
             except NotFiniteError as error:
                 return {"failed": str(error), **about, "provenance": {"versions": versions()}}
             training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
         # The base may have been measured on another machine, which has its images.
         floor = self.generated(BASE, None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
-        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache)
+        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.kept)
         if variant == BASE or variant.row in ROWS:
             self._save_strips(variant, folder, comparison)
         distances, features = self._distances(folder)
@@ -111,7 +111,7 @@ class Ablation(Study[Cell]):
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
         """Generate the images that are missing, and return their folder."""
         settings = self._settings(cell.name, adapter)
-        generate_set(settings, "with_prompts", self.log)
+        generate_set(settings, "with_prompts", self.say)
         return settings.folder / "with_prompts"
 
     def _settings(self, name: str, adapter: Path | None, **changes: Any) -> FidSettings:
@@ -139,7 +139,7 @@ class Ablation(Study[Cell]):
         provenance = {}
         for extractor in self.extractors:
             changes = {"part": "train", "num_images": self.protocol.references, "extractor": extractor.name}
-            path = make_reference(self._settings("reference", None, **changes), self.log)
+            path = make_reference(self._settings("reference", None, **changes), self.say)
             scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
             values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
             provenance[extractor.name] = {key: scored["provenance"][key] for key in _RECORDED}
@@ -160,13 +160,13 @@ class Ablation(Study[Cell]):
             save_strip([outline(*pair) for pair in zip(edges, masks, strict=True)], self.strip(CONDITIONS))
 
 
-def train(settings: TrainSettings, log: Log) -> Path:
+def train(settings: TrainSettings, say: Say) -> Path:
     """Train, resuming from the newest checkpoint, and return the folder of the adapter.
 
     Raises:
         Interrupted: a signal stopped the training.
     """
-    result = prepare(settings, log).train()
+    result = prepare(settings, say=say).train()
     if result.interrupted or result.signal:
         raise Interrupted(result.signal)
     return result.output_dir / ADAPTER

@@ -37,4 +37,4 @@ class Protocol(flags.Protocol):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"--seeds must be at least one seed, all different, not {list(self.seeds)}.")
+            raise ValueError(f"The seeds must be different, and there must be at least one, not {list(self.seeds)}.")

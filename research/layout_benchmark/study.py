@@ -27,7 +27,7 @@ from localctl.sampling import generate
 from research.harness import (
     DIGITS,
     PROFILE,
-    Log,
+    Say,
     Study,
     as_rows,
     check_same,
@@ -59,11 +59,11 @@ class LayoutBenchmark(Study[Method]):
     protocol: Protocol
 
     def __init__(
-        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto", log: Log = print
+        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto", say: Say = print
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
-        super().__init__(protocol, folder, work, log)
+        super().__init__(protocol, folder, work, say)
         self.batch_size, self.device = batch_size, process_device(device)
         self.base_sha256 = sha256_of_base(self.base)
         assert self.extractors  # loaded now, so that a missing one is an error before any slow work
@@ -149,7 +149,7 @@ class LayoutBenchmark(Study[Method]):
                 lambda _: method.controls,
                 name=method.name,
                 files=files,
-                log=self.log,
+                say=self.say,
                 **self._options(method),
             )
 
@@ -176,7 +176,7 @@ class LayoutBenchmark(Study[Method]):
             found = Statistics.load(path)
             if all(found.provenance.get(key) == value for key, value in about.items()):
                 return found
-        self.log(f"{path}: {self.protocol.references} scenes")
+        self.say(f"{path}: {self.protocol.references} scenes")
         keys = [f"train-{index}" for index in range(self.protocol.references)]
         made = statistics_of(extractor, keys, lambda index: scene(index, PROFILE, "train").image, 64, about)
         made.save(path)

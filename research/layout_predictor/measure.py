@@ -1,4 +1,4 @@
-"""How good predicted layouts are: relations that hold, boxes that lie inside and apart, likelihood of the true ones."""
+"""Measure predicted layouts: stated relations that hold, boxes inside the image and apart, likelihood of true boxes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from research.layout_predictor.learning import likelihood
 from research.page import table
 
 _BATCH = 64
-# Things that no training sentence names; most are none of COCO's classes either.
+# Things that no training sentence names; most are not classes of COCO either.
 NEW_NAMES = (
     "silver bed", "white couch", "lighthouse", "old sailboat", "axolotl", "brass trombone", "cup of coffee",
     "windmill", "Quokka", "girl's hat", "Eiffel Tower", "bonsai", "paper lantern", "hedgehog", "accordion",
     "pair of shoes", "igloo", "origami crane", "typewriter", "jellyfish", "rubber duck", "cactus", "knight's helmet",
     "hot-air balloon",
 )  # fmt: skip
-_SCENES = 10**6  # the supply of scenes; only those needed are made
-_BASELINE = 500  # scenes of training for the mean box
+_SCENES = 10**6  # more than enough; scenes are made on demand
+_BASELINE = 500  # training scenes for the mean box
 
 
 def held_out_captions(scenes: Scenes, count: int, kind: str, seed: int, margin: float) -> list[Caption]:
-    """Return the first ``count`` sentences of this ``kind`` (see ``describe``) about the scenes in their order: those
-    that state a relation, or of kind ``list``, those about several things."""
+    """Return the first ``count`` suitable sentences of this ``kind`` (see ``describe``), in the order of the scenes.
+
+    Suitable are sentences that state a relation; for kind ``list``, sentences about several things.
+    """
     found: list[Caption] = []
     for index in range(len(scenes)):
         if len(found) == count:
@@ -49,9 +51,12 @@ def held_out_captions(scenes: Scenes, count: int, kind: str, seed: int, margin: 
 
 @dataclass(frozen=True)
 class Judged:
-    """A predicted layout beside its sentence. parsed: the objects found are the sentence's. relations, held: how many
-    are stated, and hold of the centres. overlap: the largest part of a box that lies under another. inside: all boxes
-    lie in the image."""
+    """How well a predicted layout fits its sentence.
+
+    parsed: whether the objects found are those of the sentence. relations: number stated. held: number of them that
+    hold for the centres. overlap: largest share of a box covered by another. inside: whether all boxes are in the
+    image.
+    """
 
     parsed: bool
     relations: int
@@ -61,7 +66,7 @@ class Judged:
 
 
 def judge(model: LayoutPredictor, caption: Caption, seed: int | None = None) -> Judged:
-    """Predict from the words alone, spans included, and look. Objects that were not found fail their relations."""
+    """Predict a layout from the words alone, and judge it. Relations of objects that were not found do not hold."""
     objects = parse(caption.text, "rules")
     placed = model.place_objects(caption.text, objects, seed)
     by_span = {item.span: own[0] for item, own in zip(objects, placed, strict=True)}
@@ -83,7 +88,7 @@ def relation_rate(model: LayoutPredictor, captions: Sequence[Caption], seed: int
 
 
 def largest_overlap(boxes: Sequence[Placement]) -> float:
-    """Return the largest part, 0 to 1, of any box that is covered by one other."""
+    """Return the largest share, 0 to 1, of any box that is covered by one other box."""
     most = 0.0
     for index, one in enumerate(boxes):
         for other in boxes[:index]:
@@ -95,14 +100,14 @@ def largest_overlap(boxes: Sequence[Placement]) -> float:
 
 
 def is_inside(box: Placement) -> bool:
-    """Whether a box lies in the image, up to rounding."""
+    """Return whether a box is inside the image, up to rounding."""
     low = min(box.x - box.width / 2, box.y - box.height / 2)
     return low >= -1e-5 and max(box.x + box.width / 2, box.y + box.height / 2) <= 1 + 1e-5
 
 
 @dataclass(frozen=True)
 class MeanBox:
-    """The baseline that reads no words: one Gaussian over all centres and one over the logarithms of all sizes."""
+    """A baseline without text: one Gaussian for all centres, and one for the logarithms of all sizes."""
 
     centre: np.ndarray  # (2,) mean
     centre_sigma: np.ndarray
@@ -111,12 +116,13 @@ class MeanBox:
 
     @classmethod
     def fit(cls, captions: Sequence[Caption]) -> MeanBox:
+        """Return the baseline for the boxes of ``captions``."""
         boxes = np.concatenate([item.boxes for item in captions])
         sizes = np.log(boxes[:, 2:])
         return cls(boxes[:, :2].mean(axis=0), boxes[:, :2].std(axis=0), sizes.mean(axis=0), sizes.std(axis=0))
 
     def nll(self, captions: Sequence[Caption]) -> tuple[float, float]:
-        """Mean negative log-likelihood per object of centres and of the logarithms of sizes, nats."""
+        """Return the mean negative log-likelihood per object of centres and of the logarithms of sizes, in nats."""
         boxes = np.concatenate([item.boxes for item in captions])
         values = (
             (boxes[:, :2], self.centre, self.centre_sigma),
@@ -131,7 +137,7 @@ class MeanBox:
 
 @torch.no_grad()
 def predictor_nll(model: LayoutPredictor, captions: Sequence[Caption]) -> tuple[float, float]:
-    """Measure the same of the predictor, by the chain rule: each object given the true boxes of those before it."""
+    """Return the same for the predictor, by the chain rule: each object given the true boxes of those before it."""
     centre, size, total = 0.0, 0.0, 0
     widest = max(len(item.spans) for item in captions)
     for index in range(widest):
@@ -147,7 +153,7 @@ def predictor_nll(model: LayoutPredictor, captions: Sequence[Caption]) -> tuple[
 
 
 class NewNames:
-    """Scenes with names that training never saw."""
+    """Scenes whose things have names that training never used."""
 
     symmetries = ""
 
@@ -176,7 +182,7 @@ def own_captions(scenes: Scenes, count: int) -> list[Caption]:
 
 
 def sentence_sets(scenes: Scenes, count: int, seed: int) -> dict[str, list[Caption]]:
-    """Name -> sentences; those of ``lists`` state no relation."""
+    """Return the test sentences by set; those of ``lists`` state no relation."""
     renamed = NewNames(scenes, seed)
     return {
         "own captions": own_captions(scenes, count),
@@ -188,8 +194,11 @@ def sentence_sets(scenes: Scenes, count: int, seed: int) -> dict[str, list[Capti
 
 
 def summary(judged: Sequence[Judged], captions: Sequence[Caption], seed: int) -> dict[str, Any]:
-    """Of one set: shares of relations that hold, of sentences parsed as meant and of layouts whose boxes are inside,
-    the largest overlap and the share of layouts with one of 10 % or more."""
+    """Return the figures of one set.
+
+    These are the shares of relations that hold, of sentences parsed correctly and of layouts with all boxes inside the
+    image, the largest overlap, and the share of layouts with an overlap of 10 % or more.
+    """
     row: dict[str, Any] = {
         "sentences": len(judged),
         "parsed": float(np.mean([item.parsed for item in judged])),
@@ -212,7 +221,11 @@ def _rate(counts: np.ndarray) -> float:
 
 
 def measure(model: LayoutPredictor, count: int, seed: int) -> dict[str, Any]:
-    """All figures: ``sets`` for the most likely layouts, ``drawn`` with ``seed`` of a quarter of them, ``nll``."""
+    """Return all figures, for ``count`` sentences per set.
+
+    They are ``sets`` for the most likely layouts, ``drawn`` for layouts sampled with ``seed`` for a quarter of the
+    sentences, and ``nll``, the negative log-likelihoods.
+    """
     sets = sentence_sets(MicroLayouts("test", _SCENES), count, seed)
     result: dict[str, Any] = {"count": count, "seed": seed, "sets": {}, "drawn": {}}
     for kind, noise_seed, number in (("sets", None, count), ("drawn", seed, -(-count // 4))):

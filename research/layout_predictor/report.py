@@ -1,4 +1,4 @@
-"""Measure a layout predictor on held-out micro scenes: relations, overlap, likelihood.
+"""Measure a layout predictor on held-out micro scenes: relations, overlaps, likelihood.
 
   python -m research.layout_predictor.report --output report.json
 
@@ -21,11 +21,11 @@ PROGRAM = "research.layout_predictor.report"
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done; 2 with one sentence on stderr for bad input, 1 for an --output that cannot be written."""
+    """Print the figures. Returns 0; 2 after a user's error, 1 if --output cannot be written."""
     parser = Arguments(PROGRAM, __doc__)
-    parser.add_argument("--predictor", metavar="DIR", help="default: the shipped one")
+    parser.add_argument("--predictor", metavar="DIR", help="folder of the predictor; default: the shipped one")
     parser.add_argument("--count", type=int, default=1000, help="sentences per set")
-    parser.add_argument("--seed", type=int, default=0, help="of the sentences")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sentences and of the sampled layouts")
     parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON")
     options = parser.read(argv)
     if options.count < 1:

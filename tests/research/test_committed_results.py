@@ -35,17 +35,17 @@ def test_those_of_the_ablation(tmp_path: Path) -> None:
     cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
     said: list[str] = []
     Ablation(Protocol(), RESULTS / "ablation", tmp_path, said.append).run(cells, lambda: said.append("written"))
-    assert said == [*(f"{cell.name}: measured before" for cell in cells), "written"]
+    assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
 def test_those_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said: list[str] = []
     protocol = layout_benchmark.protocol_of(args, False)
-    study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path, log=said.append)
+    study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path, say=said.append)
     chosen = methods(args.methods, args.set, args.base)
     study.run(chosen, lambda: said.append("written"))
-    assert said == [*(f"{method.name}: measured before" for method in chosen), "written"]
+    assert said == [*(f"{method.name}: done before" for method in chosen), "written"]
 
 
 @pytest.mark.parametrize(

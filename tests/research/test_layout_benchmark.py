@@ -206,7 +206,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     before = sha256(kept), kept.stat().st_mtime_ns
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out
-    assert "none: measured before" in said and "none ddpm 4: measured before" in said and "bias: 1 of 1 images" in said
+    assert "none: done before" in said and "none ddpm 4: done before" in said and "bias: 1 of 1 images" in said
     assert (sha256(kept), kept.stat().st_mtime_ns) == before and lost.is_file()
     again = json.loads((folder / "bias.json").read_text())
     assert again["asked"] == content["asked"]

@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
 
     monkeypatch.setattr(LayoutPredictor, "save_pretrained", failing)
     argv = [*TINY, f"output_dir={tmp_path}", "--checkpointing_steps", every]
-    with pytest.raises(OSError, match="No space left.*checkpoint-4 has all of the training"):
+    with pytest.raises(OSError, match="No space left.*checkpoint-4 holds the whole training"):
         prepare(load_config(argv, LayoutTrainSettings, name="train_layout_predictor")).train()
     assert not (tmp_path / "predictor").exists()
     full.clear()
