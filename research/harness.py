@@ -37,8 +37,8 @@ from localctl.sampling import generate
 from research import flags
 
 Say = Callable[[str], None]
-PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
-DIGITS = 5  # after the point, in stored figures
+PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
+DIGITS = 5  # of stored figures
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def generate_cases(
     Args:
         controls: returns the controls of a batch.
         name: name of the variant, shown with the progress.
-        files: one path per case to store its image; existing images are read instead of generated.
-        say: called with a line after each batch, in place of a progress bar.
-        options: passed to :func:`localctl.sampling.generate`.
+        files: one per case, where images are kept; those that are there are read and not generated again.
+        say: told after each batch, in place of a progress bar.
+        options: of :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}

@@ -161,11 +161,7 @@ class Ablation(Study[Cell]):
 
 
 def train(settings: TrainSettings, say: Say) -> Path:
-    """Train, resuming from the newest checkpoint, and return the folder of the adapter.
-
-    Raises:
-        Interrupted: a signal stopped the training.
-    """
+    """Train, or go on from the newest checkpoint; the folder of the adapter."""
     result = prepare(settings, say=say).train()
     if result.interrupted or result.signal:
         raise Interrupted(result.signal)

@@ -79,7 +79,7 @@ def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.wri
 def _prepare(
     settings: LayoutTrainSettings, folder: Path, device: torch.device, say: Callable[[str], None], lock: FolderLock
 ) -> Run:
-    """Continue :func:`prepare` once the output folder is locked."""
+    """:func:`prepare`, with the output folder locked."""
     sweep(folder)
     sweep_folders(folder, (PREDICTOR,))
     checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, say)

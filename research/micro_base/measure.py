@@ -42,7 +42,7 @@ CEILINGS = {"reader: spurious, true scenes": 0.01}
 
 
 def match_objects(item: Scene, reading: Reading, tolerance: float = 5.0) -> tuple[int, int]:
-    """(objects read with the right phrase and a box within `tolerance` px, detections that match none)."""
+    """Return how many objects were found with their phrase and box (within ``tolerance`` px), and other detections."""
     left = list(reading.objects)
     right = 0
     for truth in item.objects:
@@ -56,7 +56,7 @@ def match_objects(item: Scene, reading: Reading, tolerance: float = 5.0) -> tupl
 
 
 def reader_figures(scenes: list[Scene], images: list[np.ndarray]) -> tuple[Interval, float, float]:
-    """Objects right (interval over scenes), spurious per true object, backgrounds right."""
+    """Return the share of objects right, spurious detections per true object, and the share of backgrounds right."""
     rows = []
     for item, image in zip(scenes, images, strict=True):
         reading = detect(image)
@@ -68,7 +68,7 @@ def reader_figures(scenes: list[Scene], images: list[np.ndarray]) -> tuple[Inter
 
 
 def vae_figures(images: np.ndarray, decoded: np.ndarray) -> tuple[Interval, Interval]:
-    """PSNR in dB (mean over images) and F1 of canny 50/100 edges with 2 px tolerance, where an image has edges."""
+    """Return the PSNR in dB, and the F1 of canny 50/100 edges (2 px tolerance) over images with edges."""
     error = ((images.astype(np.float64) - decoded) ** 2).mean((1, 2, 3))
     f1 = []
     for image, other in zip(images, decoded, strict=True):
@@ -83,14 +83,14 @@ def _holds(count: int, item: Scene) -> bool:
 
 
 def generate_captions(pipe: Any, scenes: list[Scene]) -> list[np.ndarray]:
-    """Return an image per caption; image i starts from the noise of seed i."""
+    """Generate an image per caption; image i from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     return generate_cases(pipe, cases, lambda _: (), 16, "captions", **options)
 
 
 def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
-    """Return the largest object found against the caption's; the background only where the caption names it."""
+    """Return how often the largest object found is the caption's; the background, only where the caption names it."""
     color, shape, background = [], [], []
     for item, reading in zip(scenes, readings, strict=True):
         found = reading.objects[0] if reading.objects else None
@@ -103,6 +103,7 @@ def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str
 
 
 def two_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
+    """Return how often both objects are found, more than two are, and a stated relation holds between both."""
     both, relation, extra = [], [], []
     for item, reading in zip(scenes, readings, strict=True):
         first, second = (o.phrase for o in item.objects)
@@ -118,7 +119,7 @@ def two_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str
 
 @torch.no_grad()
 def padding_mass(pipe: Any, captions: list[str]) -> float:
-    """Share of cross-attention that falls on end and padding tokens, over all layers, at t = 500, conditional rows."""
+    """Return the share of cross-attention on end and padding tokens, over all layers, at t = 500."""
     ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
     states = pipe.text_encoder(ids).last_hidden_state
     words = (ids != pipe.tokenizer.eos_token_id).to(states.dtype)  # (B, 77), the start token counts as a word
@@ -142,11 +143,12 @@ def padding_mass(pipe: Any, captions: list[str]) -> float:
 
 
 def label(reading: Reading) -> str:
+    """Return the objects that the reader found, as a caption."""
     return ", ".join(o.phrase for o in reading.objects) or "nothing"
 
 
 def sheet(scenes: list[Scene], images: list[Image.Image], readings: list[Reading], columns: int = 5) -> Image.Image:
-    """Pictures with the caption and what the reader says under each other."""
+    """Return a contact sheet: each image between its caption and the objects that the reader found."""
     tiles = [
         grid([[image.resize((256, 256), Image.Resampling.NEAREST)]], [item.caption[:42]], [label(reading)[:42]])
         for item, image, reading in zip(scenes, images, readings, strict=True)
@@ -157,7 +159,7 @@ def sheet(scenes: list[Scene], images: list[Image.Image], readings: list[Reading
 def measure(
     pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float
 ) -> tuple[dict[str, Any], dict[str, Image.Image]]:
-    """All figures and the contact sheets."""
+    """Return all figures and the contact sheets; ``share``: of the full number of scenes."""
     many, few = int(1000 * share), int(200 * share)
     scenes = [scene(i, "basic", "test") for i in range(many)]
     images = np.stack([s.image for s in scenes])
@@ -170,8 +172,8 @@ def measure(
         images[:few], decoded
     )
     captioned = scenes[: int(512 * share)]
-    shown = images[: len(captioned)]
-    figures["CLIP: top-1 of 512 captions"] = retrieval_top1(clip, tokenizer, shown, [s.caption for s in captioned])
+    captions = [s.caption for s in captioned]
+    figures["CLIP: top-1 of 512 captions"] = retrieval_top1(clip, tokenizer, images[: len(captions)], captions)
     figures["U-Net: attention on end and padding"] = padding_mass(pipe, [s.caption for s in scenes[:32]])
     sheets = {"vae": grid([[Image.fromarray(x) for x in rows[:8]] for rows in (images, decoded)])}
     for count, judge in ((1, one_object_figures), (2, two_object_figures)):
@@ -184,6 +186,7 @@ def measure(
 
 
 def table(figures: dict[str, Any]) -> str:
+    """Return the figures as a Markdown table, with the limits and whether they are met."""
     lines = ["| figure | measured | wanted | met |", "|---|---|---|---|"]
     for name, value in figures.items():
         floor, ceiling, number = FLOORS.get(name), CEILINGS.get(name), getattr(value, "value", value)
@@ -191,13 +194,13 @@ def table(figures: dict[str, Any]) -> str:
         if floor is not None or ceiling is not None:
             met = "yes" if (floor is None or number >= floor) and (ceiling is None or number <= ceiling) else "no"
         wanted = f">= {floor}" if floor is not None else f"<= {ceiling}" if ceiling is not None else ""
-        shown = str(value) if isinstance(value, Interval) else f"{value:.3f}"
-        lines.append(f"| {name} | {shown} | {wanted} | {met} |")
+        measured = str(value) if isinstance(value, Interval) else f"{value:.3f}"
+        lines.append(f"| {name} | {measured} | {wanted} | {met} |")
     return "\n".join(lines)
 
 
 def card(figures: dict[str, Any], images: str) -> str:
-    """Return the model card; ``images``: the folder of the sheets, from the card's."""
+    """Return the model card. images: folder of the sheets, relative to the card, with a final slash."""
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
@@ -227,11 +230,18 @@ Eight scenes (top) and their round trip through the autoencoder (bottom):
 
 
 def run(base: str, quick: bool, output_dir: Path) -> None:
-    """Measure, print, and unless ``quick`` write card, figures and sheets; those of the shipped card go into
-    research/results/. ValueError for a base that is not there."""
+    """Measure and print the figures; unless ``quick``, write card, figures and sheets.
+
+    Figures and sheets of the shipped base are written to research/results/, else beside the card.
+
+    Raises:
+        ValueError: there is no such base.
+    """
     folder = (MICRO_WEIGHTS if base == "micro" else Path(base)) / "clip"
     if not folder.is_dir():
-        raise ValueError(f"There is no CLIP in {folder}; give micro or a folder that the micro build has written.")
+        raise ValueError(
+            f"There is no CLIP in {folder}; give --base micro, or a folder that research.micro_base has exported."
+        )
     pipe = load_pipeline(BaseConfig(name=base))
     set_scheduler(pipe, SCHEDULER)
     pipe.set_progress_bar_config(disable=True)

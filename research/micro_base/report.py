@@ -1,6 +1,6 @@
 """Measure the embedded base on held-out scenes and write its model card.
 
-python -m research.micro_base.report            # all floors -> localctl/micro/MODEL_CARD.md and what it shows
+python -m research.micro_base.report            # writes localctl/micro/MODEL_CARD.md, its figures and sheets
 python -m research.micro_base.report --quick    # a fifth of the images, printed only
 """
 
@@ -20,11 +20,11 @@ PROGRAM = "research.micro_base.report"
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 with one sentence for a base that is not there."""
+    """Measure the base; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, "Measure the embedded base.")
     parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
     parser.add_argument("--quick", action="store_true", help="a fifth of the images; print only")
-    parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="where the card goes")
+    parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="folder to write the card to")
     args = parser.read(argv)
     with loading():
         from research.micro_base.measure import run

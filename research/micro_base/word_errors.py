@@ -25,22 +25,25 @@ WORDS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "color": tuple(COLO
 
 @dataclass(frozen=True)
 class Use:
-    """told_apart: share of scenes whose own word gives the least error of all eight (chance 0.125); worse: what a wrong
-    word adds to the mean squared error, as a share of it."""
+    """How much a base uses the words of one kind.
+
+    told_apart: share of scenes whose own word gives the smallest error of all eight (chance 0.125). worse: relative
+    increase of the mean squared error with a wrong word.
+    """
 
     told_apart: Interval
     worse: Interval
 
 
 def caption(item: Scene, **changes: str) -> str:
-    """Of one object and its background, with a word changed."""
+    """Return a caption of the scene's one object and background, with ``changes`` of its shape or color."""
     words = {"shape": item.objects[0].shape, "color": item.objects[0].color, **changes}
     return f"{article(words['color'] + ' ' + words['shape'])} on {article(item.background)} background"
 
 
 @torch.no_grad()
 def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int) -> Tensor:
-    """(captions,): mean squared error of the U-Net's output, from the same noise."""
+    """Return the mean squared error of the U-Net's output for each caption, (captions,), with the same noise."""
     pixels = to_pixels(Image.fromarray(item.image))[None]
     latents = encode(pipe.vae, pixels)
     sampled = noise(latents.shape, 0, "words", item.index, timestep)
@@ -54,7 +57,7 @@ def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], 
 
 
 def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timestep: int) -> dict[str, Use]:
-    """For shapes and for colours, with 95 % bootstrap intervals over the scenes."""
+    """Return the use of shapes and of colours, with 95 % bootstrap intervals over the scenes."""
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in WORDS}
     for item in tqdm(scenes, desc=f"t = {timestep}", unit="scene"):
         for kind, words in WORDS.items():
@@ -68,19 +71,23 @@ def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timeste
 
 @torch.no_grad()
 def shares_of_words(pipe: StableDiffusionPipeline) -> dict[str, float]:
-    """Of the variance of the text states at the shape's word, over all captions of one object, the shares that the
-    shape's and the colour's words make, each with a mean over the other."""
+    """Return the shares of the variance of the text states at the shape's word that shape and colour explain.
+
+    The variance is over the captions of all colours and shapes; each share is that of the means over the other word.
+    """
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     captions = [f"a {color} {shape} on a black background" for color in COLORS for shape in SHAPES]
     states = pipe.text_encoder(pipe.tokenizer(captions, **options).input_ids)[0]  # (captions, 77, width)
-    grid = states[:, 3].unflatten(0, (len(COLORS), len(SHAPES)))  # behind the start of text, "a" and the colour
+    grid = states[:, 3].unflatten(
+        0, (len(COLORS), len(SHAPES))
+    )  # position 3: after the start token, "a" and the colour
     whole = float((grid - grid.mean((0, 1))).square().mean((0, 1)).sum())
     parts = {"shape": grid.mean(0), "color": grid.mean(1)}
     return {kind: float(part.var(0, correction=0).sum()) / whole for kind, part in parts.items()}
 
 
 def report(base: str, number: int, timesteps: Sequence[int]) -> str:
-    """Return the figures of ``number`` scenes in lines. ValueError for a base that cannot be loaded."""
+    """Return the figures of ``number`` scenes as text. Raises ValueError for a base that cannot be loaded."""
     pipe = load_pipeline(BaseConfig(name=base))
     scenes = first_scenes(number, lambda item: len(item.objects) == 1)
     shares = " and ".join(f"{value:.2f} by the {kind}'s" for kind, value in shares_of_words(pipe).items())

@@ -1,8 +1,9 @@
-"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one;
-and what of the text states is told by a word at its own place.
+"""Measure whether a base uses the words of a caption: the error of its prediction with the right and each wrong word.
+
+Also measured is how much of the text states at a word's position depends on this word.
 
 python -m research.micro_base.word_use                      # the embedded base
-python -m research.micro_base.word_use --base FOLDER        # another micro base, while it is being trained, say
+python -m research.micro_base.word_use --base FOLDER        # another micro base, as one in training
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ PROGRAM = "research.micro_base.word_use"
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 with one sentence for a base that cannot be loaded or numbers that make no sense."""
+    """Print the figures; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, __doc__)
     parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
-    parser.add_argument("--count", type=int, default=100, help="scenes")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="of 1000")
+    parser.add_argument("--count", type=int, default=100, help="scenes to measure")
+    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="from 0 to 999")
     args = parser.read(argv)
     if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
         raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
