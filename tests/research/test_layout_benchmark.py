@@ -1,4 +1,4 @@
-"""The layout benchmark: cases are held out and say what they mean, results are made once, gates are what they say."""
+"""The layout benchmark: cases are held out and unambiguous, results are measured once, and gates are correct."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _moved(region: Region) -> Region:
 
 
 def test_binding_is_colour_and_shape_on_one_object() -> None:
-    """Swapped colours: both colours and both shapes are there, but on each other."""
+    """With swapped colours, both colours and both shapes are there, but in the wrong pairs."""
     item = next(s for i in range(200) if len((s := scene(i, "basic", "test")).objects) == 2 and _differ(s))
     (a, b), boxes = item.objects, [tuple(v / 128 for v in o.box) for o in item.objects]
 
@@ -90,7 +90,7 @@ def _differ(item: Any) -> bool:
     return first.color != second.color and first.shape != second.shape
 
 
-def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
+def test_methods_are_labeled_as_for_compare_and_grids_cover_all() -> None:
     found = methods(METHODS, ["bias.strength=0.7"], "micro")
     assert [m.name for m in found] == ["none", "none ddpm 4", *METHODS[1:]] and found[0].controls == ()
     own, fixed = Sampling("ddpm", 4.0), Sampling("euler")
@@ -227,7 +227,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "asked": {**content["asked"], "reader": before["asked"]["reader"]}}))
-    for path in (folder / "bias.json", work / "bias" / "drawn.json"):  # as if a setting had come up since
+    for path in (folder / "bias.json", work / "bias" / "drawn.json"):  # as if a setting had been added since
         content = json.loads(path.read_text())
         del content.get("asked", content)["controls"][0]["std"]
         path.write_text(json.dumps(content))
@@ -290,9 +290,9 @@ def test_kinds_of_tokens_and_attention_inside() -> None:
     assert kinds[:, KINDS.index("phrases")].sum() >= 2
     options = {"num_inference_steps": 1}
     plain = attention_of(pipe, [layout], (), 0, **options)
-    drawn_in = attention_of(pipe, [layout], (RegionBias(strength=2.0, outside_strength=1.0),), 0, **options)
+    biased = attention_of(pipe, [layout], (RegionBias(strength=2.0, outside_strength=1.0),), 0, **options)
     assert sum(plain[kind] for kind in KINDS) == pytest.approx(1)
-    assert plain["area"] == pytest.approx(0.25) and drawn_in["inside"] > plain["inside"] + 0.1
+    assert plain["area"] == pytest.approx(0.25) and biased["inside"] > plain["inside"] + 0.1
 
 
 def test_cost_tells_slow_from_fast_and_large_from_small() -> None:

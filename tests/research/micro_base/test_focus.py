@@ -1,4 +1,4 @@
-"""Where the objects of a scene are, which words are theirs, and attention that goes from the ones to the others."""
+"""Objects of a scene, their words in the caption, and the loss of attention from objects to their words."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from research.micro_base.unet import new_unet
 UNET = 40 * 9 * 160  # layers in a row, the longest sums of each
 
 
-def test_tokens_are_those_of_the_objects() -> None:
+def test_tokens_are_the_positions_of_the_objects_words() -> None:
     tokenizer = new_tokenizer()
     for index in range(30):
         item = scene(index)
