@@ -66,7 +66,9 @@ def results_of(page: Path) -> Path:
     """
     folder = page.with_suffix("")
     if folder == page:
-        raise ValueError(f"--report {page} is also the folder of its results; name the page {folder}.md.")
+        raise ValueError(
+            f"--report {page} has no suffix, so the page would be the folder of its results; call it {page}.md."
+        )
     return RESULTS / page.stem if page.resolve().parent == PAGES.resolve() else folder
 
 

@@ -73,7 +73,7 @@ def generate_cases(
 
     Args:
         controls: returns the controls of a batch.
-        name: name of the variant, shown with the progress.
+        name: name of the variant, for the progress bar.
         files: one per case, where images are kept; those that are there are read and not generated again.
         say: told after each batch, in place of a progress bar.
         options: of :func:`localctl.sampling.generate`.
@@ -251,11 +251,11 @@ class Study(Generic[V]):
         raise NotImplementedError
 
     def file(self, name: str) -> Path:
-        """Return the path of the result of this name."""
+        """Return the result of this name."""
         return self.folder / f"{named(name)}.json"
 
     def strip(self, name: str) -> Path:
-        """Return the path of the strip of images that pages show of it."""
+        """Return the images of it that pages show, one below the other."""
         return self.folder / f"{named(name)}.png"
 
     def done(self, variant: V) -> bool:

@@ -122,7 +122,7 @@ def test_methods_are_labeled_as_for_compare_and_grids_cover_all() -> None:
     assert any(isinstance(c, DenseModulation) and c.rest == "segment" for m in tuned for c in m.controls)
     assert len({m.name for m in tuned}) == len(tuned)
     json.dumps([m.described() for m in tuned])
-    for grid, message in ((["scale=1"], "no axis of a grid"), (["bias.scale=1"], "no setting 'scale'")):
+    for grid, message in ((["scale=1"], "not an axis of a grid"), (["bias.scale=1"], "no setting 'scale'")):
         with pytest.raises(ValueError, match=message):
             grids(["bias"], grid, "micro")
     with pytest.raises(ValueError, match="no control 'biass' to tune"):
@@ -155,7 +155,7 @@ def test_gates_are_gains_over_plain_with_two_regions_and_a_fair_distance() -> No
     assert ranked(figures) == ["guidance", "bias", "none", "dense"]
     pairs = [result("bias+dense", [[0, 0]] * 100, counts), result("bias+guidance", [[1, 1]] * 100, counts)]
     assert Figures({r.name: r for r in (plain, *pairs)}).several == ["bias+guidance", "bias+dense"]
-    with pytest.raises(ValueError, match="no result of plain sampling"):
+    with pytest.raises(ValueError, match="Plain sampling has no result"):
         Figures({"bias": weak})
 
 
@@ -262,7 +262,7 @@ def test_tuning_uses_other_layouts_and_names_the_best(tmp_path: Path, capsys: py
         (["--methods", "biass"], "Unknown control 'biass'"),
         (["--layouts", "1"], "layouts must be at least 2"),
         (["--seeds", "1", "1"], "seeds must be different"),
-        (["--grid", "bias.strength=1"], "give --tune"),
+        (["--grid", "bias.strength=1"], "add --tune"),
         (["--report", "page"], "call it page.md"),
         (["--device", "gpu7"], "device 'gpu7' cannot be used"),
         (["--tune", "biass"], "no control 'biass' to tune"),

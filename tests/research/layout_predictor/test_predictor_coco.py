@@ -129,5 +129,5 @@ def test_boxes_without_an_area_are_left_out_and_counted(tmp_path: Path) -> None:
         (scene,) = CocoLayouts(path).scenes
     assert sorted(scene.names) == ["cat", "dining table"]
     path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="no annotation file in MSCOCO's format .*nested too deep"):
+    with pytest.raises(ValueError, match="not an annotation file in MSCOCO's format .*nested too deep"):
         CocoLayouts(path)

@@ -148,7 +148,7 @@ def test_it_is_saved_before_it_is_validated(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 2, lambda folder: (folder / "x").touch(), info={"settings": []})
-    with pytest.raises(ValueError, match="no checkpoint of a layout predictor"):
+    with pytest.raises(ValueError, match="not a checkpoint of a layout predictor"):
         prepare(settings(f"output_dir={tmp_path}", "--resume_from_checkpoint", "latest"))
 
 
