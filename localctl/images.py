@@ -22,10 +22,6 @@ from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 if TYPE_CHECKING:  # torch is imported where it is used: most programs read images, and answer, without it
     from torch import Tensor
 
-    from localctl.drawing import captioned as captioned
-    from localctl.drawing import grid as grid
-    from localctl.drawing import outline as outline
-
 __getattr__ = moved_names(__name__, {name: f"localctl.drawing:{name}" for name in ("outline", "grid", "captioned")})
 
 # Everything that photos and masks come in. No format here runs another program (EPS), renders (SVG, WMF) or fetches.

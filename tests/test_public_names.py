@@ -22,12 +22,9 @@ ROOT = Path(localctl.__file__).parent
 )
 def test_what_type_checkers_see_is_what_there_is(package: str) -> None:
     module = importlib.import_module(package)
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    seen = {}
-    for node in block.body:
-        assert isinstance(node, ast.ImportFrom)
-        seen |= {alias.asname: node.module for alias in node.names if alias.asname == alias.name}
+    tree = ast.parse(Path(str(module.__file__)).with_suffix(".pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name: f"{package}.{node.module}" for node in imports for alias in node.names}
     assert sorted(seen) == module.__all__
     assert set(seen) <= set(dir(module))
     for name, place in seen.items():
@@ -46,7 +43,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_type_checkers_are_told_that_the_package_is_typed() -> None:
     assert (ROOT / "py.typed").is_file()
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["localctl"]
+    assert {"py.typed", "*.pyi"} <= set(project["tool"]["setuptools"]["package-data"]["localctl"])
 
 
 def test_settings_of_a_training_by_words() -> None:
