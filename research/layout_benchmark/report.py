@@ -249,10 +249,10 @@ def _plots(figures: Figures, page: Path) -> list[str]:
 
 
 def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
-    """Return the sheet of the first layouts of several regions under every method, with the first seed."""
+    """Return the first layouts of several regions under every method, with the first seed."""
     image, rows = sheet({name: results / f"{named(name)}.png" for name in _names(figures)})
-    link = figure(image, page, "pictures", "every method")
-    return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", link, ""]
+    shown = figure(image, page, "pictures", "every method")
+    return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
 
 
 def _sources(figures: Figures, results: Path, page: Path) -> list[str]:
