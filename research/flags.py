@@ -48,13 +48,7 @@ def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:
     add = parser.add_argument
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
-    add(
-        "--extractor",
-        nargs="+",
-        default=list(protocol.extractors),
-        choices=EXTRACTORS,
-        help="feature extractors of the distances",
-    )
+    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="for the distances")
     add("--references", type=int, default=protocol.references, help="training scenes to compare with")
 
 
@@ -66,9 +60,7 @@ def results_of(page: Path) -> Path:
     """
     folder = page.with_suffix("")
     if folder == page:
-        raise ValueError(
-            f"--report {page} has no suffix, so the page would be the folder of its results; call it {page}.md."
-        )
+        raise ValueError(f"--report {page} would be page and folder of results at once; call it {page}.md.")
     return RESULTS / page.stem if page.resolve().parent == PAGES.resolve() else folder
 
 

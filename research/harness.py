@@ -148,9 +148,7 @@ def read_results(
         results[content["name"]] = Result(content["name"], ids, columns, as_table(content.get("samples", [])), content)
         ways.add(repr((way(content["asked"]), reader_version(content["asked"]))))
     if len(ways) > 1:
-        raise ValueError(
-            f"The results in {folder} were measured in different ways; measure them again with the same settings."
-        )
+        raise ValueError(f"The results in {folder} were measured in different ways; measure them again in one way.")
     return results
 
 

@@ -109,9 +109,7 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
     """
     edges = FILTERS[config.filter]
     if edges is None:
-        raise ValueError(
-            "The loss has no filter, so there is no map to plot; choose loss.filter sobel, laplacian or mse."
-        )
+        raise ValueError("The loss has no filter, so there is no map to plot; choose sobel, laplacian or mse.")
     example, sample, predicted = prediction.example, prediction.sample, prediction.predicted_x0
     assert example.mask is not None
     maps = [edges(latents.float()).abs() for latents in (sample.latents, predicted)]  # (T,c,h,w)

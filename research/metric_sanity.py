@@ -27,7 +27,7 @@ BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma of the blur in pixels, of the nois
 
 
 def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the images uint8 (n,H,W,3) by kind of damage, each uint8 (n,H,W,3), mildest first."""
+    """Return the images uint8 (n,H,W,3) by kind of damage, each uint8 (n,H,W,3), untouched first."""
     from localctl.seeding import numpy_rng
 
     rng = numpy_rng(seed, "ladder")
@@ -65,9 +65,7 @@ def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, __doc__)
-    parser.add_argument(
-        "--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="feature extractors to test"
-    )
+    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="to be tested")
     parser.add_argument("--weights", help="path of the extractor's weights, where it has no default")
     parser.add_argument("--count", type=int, default=80, help="scenes on each side")
     args = parser.read(argv)

@@ -30,19 +30,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     protocol = Protocol()
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
-    add(
-        "--rows",
-        nargs="*",
-        default=list(ROWS),
-        help=f"of {', '.join(ROWS)}; without a name: only the page and the sweep",
-    )
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        help="seeds of training; all but the headline rows use the first alone",
-    )
+    add("--rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; no name: only the page and the sweep")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; only headline rows use all, others one")
     add("--max_train_steps", type=int, help="default: as in the experiments")
     add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every training's settings")
     add("--sweep", action="store_true", help="also sweep the local term")
@@ -63,9 +52,7 @@ def planned(args: argparse.Namespace) -> list[Cell]:
     if args.sweep:
         sweep = Sweep(args.sweep_weights, args.sweep_schedules, args.sweep_normalise, args.sweep_steps)
         if min(sweep.weights) <= 0:
-            raise ValueError(
-                "--sweep_weights must be above 0; the sweep includes a training without the local term anyway."
-            )
+            raise ValueError("--sweep_weights must be above 0; the sweep trains without the local term anyway.")
         cells += sweep_cells(sweep, args.seeds[0], args.train)
     return cells
 

@@ -78,9 +78,7 @@ class Figures:
         self.base = results[FLOOR]
         for result in results.values():
             if not result["failed"] and (result.ids, result.columns) != (self.base.ids, self.base.columns):
-                raise ValueError(
-                    f"The result {result.name} has other images or columns than that of the base; remove it."
-                )
+                raise ValueError(f"The result {result.name} has other images or columns than the base's; remove it.")
         found: dict[str, list[Result]] = {name: [] for name in ROWS}
         for result in sorted(results.values(), key=lambda r: r["seed"]):
             if result["row"] in found and not result["failed"]:

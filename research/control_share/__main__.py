@@ -1,4 +1,4 @@
-"""Measure how much of the possible control an adapter reaches on held-out micro scenes, and if it leaks from the mask.
+"""Measure how much of the possible control an adapter reaches on held-out scenes, and whether it leaks from the mask.
 
 python -m research.control_share --adapter outputs/adapter/adapter
 python -m research.control_share --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve

@@ -38,9 +38,7 @@ class TokenShares(Control):
     def shares(self) -> dict[str, float]:
         """The shares by kind, which add up to 1. Raises ValueError before an image was generated."""
         if not self.calls:
-            raise ValueError(
-                "No image was generated yet, so no attention was recorded; generate one with this control attached."
-            )
+            raise ValueError("No attention was recorded yet; generate an image with this control attached.")
         return dict(zip(KINDS, (self.sums / self.calls).tolist(), strict=True))
 
 

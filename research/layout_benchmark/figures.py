@@ -54,9 +54,7 @@ class Figures:
         for result in self.results.values():
             if is_plain(result.name) and result["asked"].get("sampling") == way:
                 return result
-        raise ValueError(
-            f"{name} was generated with {way}, and plain sampling was not; measure plain sampling with it, too."
-        )
+        raise ValueError(f"{name} was generated with {way}, and plain sampling was not; measure that, too.")
 
     def column(self, name: str, column: str, regions: int | None = None) -> np.ndarray:
         """Return the values (layouts, seeds) for layouts of so many regions; None: for all."""

@@ -112,9 +112,7 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sam
         place, equals, values = change.partition("=")
         control, dot, name = place.partition(".")
         if not (equals and dot and name and values) or control not in CONTROLS:
-            raise ValueError(
-                f"{change!r} is not an axis of a grid; write CONTROL.NAME=VALUE,VALUE, CONTROL one of {_known()}."
-            )
+            raise ValueError(f"{change!r} is not an axis of a grid; write CONTROL.NAME=V,V, CONTROL one of {_known()}.")
         asked.setdefault(control, {})[name] = values.split(",")
     found = [Method(NONE, ())]
     for control in controls:

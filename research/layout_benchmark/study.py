@@ -45,7 +45,7 @@ from research.page import save_strip
 
 ALL_COLUMNS = (*COLUMNS, "clip_score")
 SHOWN = 6  # layouts on the sheet
-ATTENTION_IMAGES = 8  # whose attention is measured; also the most images of a timed run
+FEW = 8  # images whose attention is measured, and the most images of a timed run
 TIMED_STEPS = 10  # most sampling steps of a timed run
 
 
@@ -184,7 +184,7 @@ class LayoutBenchmark(Study[Method]):
 
     def _cost(self, method: Method) -> dict[str, float | None]:
         """Measure time and memory of a method, run alternately with plain sampling; ``seconds`` is per image."""
-        few = self.cases[: min(ATTENTION_IMAGES, self.batch_size)]
+        few = self.cases[: min(FEW, self.batch_size)]
         layouts, seeds = [case.layout for case in few], [0] * len(few)
         options = self._options(method, min(TIMED_STEPS, self.protocol.num_inference_steps))
 
@@ -197,9 +197,7 @@ class LayoutBenchmark(Study[Method]):
         return {"seconds": cost.seconds / len(few), "overhead": cost.overhead, "peak_mib": peak}
 
     def _attention(self, method: Method) -> dict[str, float]:
-        layouts = [case.layout for case in self.cases if len(case.objects) == 2][:ATTENTION_IMAGES] or [
-            self.cases[0].layout
-        ]
+        layouts = [case.layout for case in self.cases if len(case.objects) == 2][:FEW] or [self.cases[0].layout]
         with with_scheduler(self.pipe, method.sampling.scheduler):
             found = attention_of(self.pipe, layouts, method.controls, self.protocol.seeds[0], **self._options(method))
         return {name: round(value, DIGITS) for name, value in found.items()}

@@ -55,9 +55,7 @@ class CocoLayouts:
             if scene is not None:
                 self.scenes.append(scene)
         if not self.scenes:
-            raise ValueError(
-                f"{instances} has no image with two different things that are large enough; use another file."
-            )
+            raise ValueError(f"{instances} has no image with two different things that are large enough; use another.")
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -87,9 +85,7 @@ def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple
         ) from error
     lost = sum(box is None for _, _, box in boxes)
     if lost:
-        warnings.warn(
-            f"{lost} of {len(boxes)} boxes in {path} have no area inside their image and are left out.", stacklevel=3
-        )
+        warnings.warn(f"{lost} of {len(boxes)} boxes in {path} are left out: no area in their image.", stacklevel=3)
     return [(image, name, _centred(box)) for image, name, box in boxes if box is not None]
 
 

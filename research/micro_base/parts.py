@@ -37,9 +37,7 @@ def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
         if args.continue_from is not None:
             tokenizer = CLIPTokenizer.from_pretrained(args.continue_from / "tokenizer")
         elif (args.workdir / "clip.pt").exists():
-            raise ValueError(
-                f"{args.workdir} has clip.pt without its tokenizer; copy tokenizer/ of its exported base there."
-            )
+            raise ValueError(f"{args.workdir} has clip.pt without its tokenizer; copy that of its exported base there.")
         else:
             tokenizer = new_tokenizer()
         unfinished = folder.with_suffix(".tmp")
