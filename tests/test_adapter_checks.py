@@ -18,7 +18,7 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import check_config, find_adapter, load_adapter
 from localctl.evaluation.generated_set import generate_set
 from localctl.evaluation.settings import FidSettings
-from research.control_share import find as load_for_scores
+from research.control_share.study import find as load_for_scores
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_res_blocks": 10**8}, "num_res_blocks of an adapter must be a whole number from 1 to 64, not 100000000"),

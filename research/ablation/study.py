@@ -1,4 +1,4 @@
-"""The ablation: train each cell, generate images with its adapter, and measure them."""
+"""The ablation: trains each cell, generates images with its adapter, and measures them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from research.page import save_strip
 logger = logging.getLogger(__name__)
 CONDITIONS = "conditions"  # the strip of conditions and masks
 SHOWN = 6  # scenes in the sheet
-_KEPT = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
+_RECORDED = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, with a checkpoint; ``signal`` is its number."""
+    """Raised when the signal numbered ``signal`` has stopped a training, which has saved a checkpoint."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
@@ -49,7 +49,8 @@ class Interrupted(Exception):
 class Ablation(Study[Cell]):
     """Trains and measures cells, and the base alone.
 
-    ValueError for a base that cannot be used, and, before anything slow, for such an extractor.
+    Raises:
+        ValueError: the base cannot be used.
     """
 
     protocol: Protocol
@@ -76,8 +77,8 @@ class Ablation(Study[Cell]):
         return asked
 
     def measured(self, variant: Cell) -> dict[str, Any]:
-        """Interrupted after a signal."""
-        assert self.extractors  # one that is not there must be told before the training
+        """Train, generate and measure. Raises Interrupted after a signal."""
+        assert self.extractors  # loaded now, so that a missing one is an error before the training
         about = {"row": variant.row, "title": variant.title, "seed": variant.seed}
         adapter, training = None, {}
         if variant != BASE:
@@ -88,7 +89,7 @@ class Ablation(Study[Cell]):
             except NotFiniteError as error:
                 return {"failed": str(error), **about, "provenance": {"versions": versions()}}
             training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
-        # The base's images may have been generated on another machine.
+        # The base may have been measured on another machine, which has its images.
         floor = self.generated(BASE, None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
         comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache)
@@ -107,11 +108,11 @@ class Ablation(Study[Cell]):
         }
 
     def training(self, cell: Cell) -> TrainSettings:
-        """How ``cell`` is trained."""
+        """Return the training settings of ``cell``."""
         return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
 
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
-        """Return the folder of the images, generated as far as they are not there."""
+        """Generate the images that are missing, and return their folder."""
         settings = self._settings(cell.name, adapter)
         generate_set(settings, "with_prompts")
         return settings.folder / "with_prompts"
@@ -135,7 +136,7 @@ class Ablation(Study[Cell]):
         return FidSettings(**(options | changes))
 
     def _distances(self, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-        """Of the images in ``folder`` to the scenes of the training split; values, and provenance by extractor."""
+        """Return the distances of the images in ``folder`` to training scenes, and their provenance by extractor."""
         generated_with, ids = read_set(folder)
         values: dict[str, float] = {}
         provenance = {}
@@ -144,12 +145,12 @@ class Ablation(Study[Cell]):
             path = make_reference(self._settings("reference", None, **changes))
             scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
             values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
-            provenance[extractor.name] = {key: scored["provenance"][key] for key in _KEPT}
+            provenance[extractor.name] = {key: scored["provenance"][key] for key in _RECORDED}
             provenance[extractor.name]["warnings"] = scored["warnings"]
         return values, provenance
 
     def _save_strips(self, cell: Cell, folder: Path, comparison: Comparison) -> None:
-        """Return the images of the first scenes; with the base's, the conditions and masks."""
+        """Save the strip of the first scenes' images; with that of the base, the strip of conditions and masks."""
         f1 = comparison.tables[FLOOR][:, comparison.columns.index("f1")]
         ids = [comparison.ids[i] for i in np.flatnonzero(~np.isnan(f1))[:SHOWN]]
         items = list(read_images(folder, ids))

@@ -1,5 +1,7 @@
-"""A training run of the layout predictor. ``prepare`` finds every user error before slow work; ``Run.train`` orders the
-events: step, log, validate, checkpoint, export."""
+"""A training run of the layout predictor.
+
+``prepare`` raises every user error before slow work; ``Run.train`` takes the steps, logs, validates, saves and exports.
+"""
 
 from __future__ import annotations
 
@@ -43,11 +45,11 @@ from research.training_loop import learning_rate_at, updates
 
 logger = logging.getLogger(__name__)
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
-_MICRO_SCENES = 1500  # each also mirrored and turned
+_MICRO_SCENES = 1500  # each also mirrored, and with x and y swapped
 
 
 def make_scenes(settings: LayoutTrainSettings) -> Scenes:
-    """Return the scenes to learn from. ValueError for annotations that cannot be read."""
+    """Return the scenes to learn from. Raises ValueError for annotations that cannot be read."""
     data = settings.data
     if data.name == "micro":
         return MicroLayouts("train", data.count or _MICRO_SCENES, crowded=True)
@@ -61,8 +63,8 @@ def prepare(settings: LayoutTrainSettings) -> Run:
     """Check folder, checkpoint and data, then make the model.
 
     Raises:
-        ValueError: in one sentence for the user; :class:`~localctl.lock.FolderInUse` for the output folder.
-        OSError: of the disk.
+        ValueError: a user's error, in one sentence; :class:`~localctl.lock.FolderInUse` if another run has the folder.
+        OSError: the disk is full or cannot be written.
     """
     check_report_to(settings.report_to)
     device = process_device(settings.device)
@@ -102,7 +104,7 @@ def _prepare(settings: LayoutTrainSettings, folder: Path, device: torch.device, 
 
 
 class Run:
-    """A prepared training run; its random numbers are keyed by seed and step, so that a continued run is the same."""
+    """A prepared training run; random numbers are keyed by seed and step, so a resumed run gives the same weights."""
 
     def __init__(
         self,
@@ -123,13 +125,13 @@ class Run:
         self.validation: list[Caption] | None = None
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> int:
-        """Train to the last step and export, or until SIGINT, SIGTERM or ``stop(step)``, leaving a checkpoint.
+        """Train to the last step and export; or save a checkpoint and stop on SIGINT, SIGTERM or ``stop(step)``.
 
-        Returns the number of the signal that stopped it, or 0.
+        Returns the number of the signal that stopped the run, or 0.
 
         Raises:
             NotFiniteError: the loss is not finite.
-            OSError: checkpoint, log or predictor could not be written; the message says what is left.
+            OSError: checkpoint, log or predictor could not be written; the message names what was saved.
         """
         settings = self.settings
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -174,7 +176,7 @@ class Run:
         return learning_rate_at(step, settings.learning_rate, settings.max_train_steps, settings.lr_warmup_steps)
 
     def _batch(self, step: int) -> Iterator[Caption]:
-        """Yield the sentences of a step: the scenes come in a new order each epoch."""
+        """Yield the sentences of a step; the order of the scenes is shuffled anew each epoch."""
         settings, count = self.settings, len(self.scenes)
         first = step * settings.train_batch_size
         epoch, order = -1, torch.empty(0)
@@ -185,7 +187,7 @@ class Run:
             yield example(self.scenes, int(order[number % count]), epoch, settings.captions, settings.seed)
 
     def _loss(self, step: int) -> tuple[Tensor, Likelihood]:
-        """Return the loss of a step, and the likelihood in it."""
+        """Return the loss of a step, and its terms."""
         settings, model = self.settings, self.model
         captions = list(self._batch(step))
         known = sample_known(captions, settings.known, settings.seed, step)
@@ -196,7 +198,7 @@ class Run:
         return loss, Likelihood(found.centre.detach(), found.size.detach(), found.relation.detach(), found.count)
 
     def _validate(self) -> dict[str, float]:
-        """Relations that hold in the most likely layouts of sentences about scenes that training does not see."""
+        """Return the share of relations that hold in the most likely layouts for held-out sentences."""
         settings = self.settings
         if self.validation is None:
             micro = settings.data.name == "micro"
@@ -210,7 +212,7 @@ class Run:
         return {"validation/relations": rate}
 
     def save(self) -> Path:
-        """Commit a checkpoint."""
+        """Save a checkpoint and return its folder."""
         settings = self.settings
 
         def write(path: Path) -> None:
@@ -223,7 +225,7 @@ class Run:
         return save_checkpoint(self.folder, self.step, write, keep=settings.checkpoints_total_limit, info=info)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a verified checkpoint. ValueError where settings or data changed that make another run of it."""
+        """Resume from a verified checkpoint. Raises ValueError if fixed settings or the number of scenes changed."""
         manifest = read_manifest(checkpoint)
         try:
             now, before = flat(recorded(self.settings)), flat(manifest["info"]["settings"])
@@ -231,11 +233,11 @@ class Run:
             if manifest["info"]["scenes"] != len(self.scenes):
                 changed.append("number of scenes")
         except (KeyError, AttributeError):
-            raise ValueError(f"{checkpoint} is no checkpoint of a layout predictor; use another one.") from None
+            raise ValueError(f"{checkpoint} is not a checkpoint of a layout predictor; use another one.") from None
         if changed:
             lines = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
             raise ValueError(
-                f"These changed since {checkpoint.name}: {lines}; take them back or choose another folder."
+                f"These changed since {checkpoint.name}: {lines}; change them back or choose another --output_dir."
             )
         weights = LayoutPredictor.from_pretrained(str(checkpoint / PREDICTOR)).state_dict()
         self.model.load_state_dict(weights)
@@ -248,8 +250,11 @@ class Run:
         self.step = int(manifest["step"])
 
     def _export(self) -> None:
-        """Return the finished predictor in half precision; it is loaded as float32 again. OSError when it cannot be
-        written; then there is a checkpoint to export it from."""
+        """Write the finished predictor in half precision; it loads as float32.
+
+        Raises:
+            OSError: the predictor cannot be written; a checkpoint is saved to export it from.
+        """
         small = LayoutPredictor(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
         small.load_state_dict(self.model.state_dict())
         try:
@@ -258,7 +263,7 @@ class Run:
             if self.step not in list_checkpoints(self.folder):
                 self.save()
             raise OSError(
-                f"{error}; checkpoint-{self.step} has all of the training: make room and go on with "
+                f"{error}; checkpoint-{self.step} holds the whole training: free disk space, then resume with "
                 "--resume_from_checkpoint latest."
             ) from error
         logger.info(f"Done: {self.folder / PREDICTOR}")

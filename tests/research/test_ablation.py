@@ -1,4 +1,4 @@
-"""The ablation: rows change one thing, results are made once and go on after a stop, and figures are what they say."""
+"""The ablation: each row changes one setting, results are measured once, runs resume, and figures are correct."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def value(settings, key):
     return settings
 
 
-def test_every_row_is_an_experiment_that_changes_what_it_says():
+def test_every_row_is_an_experiment_that_changes_what_its_title_names():
     assert set(CHANGES) == set(ROWS)
     files = {path.stem.removeprefix("ablation_") for path in (CONFIG_DIR / "experiment").glob("ablation_*.yaml")}
     assert files == set(ROWS)
@@ -203,7 +203,7 @@ def test_seeds_that_differ_widen_the_interval():
     assert interval(resampler.means(np.full((1, 100), np.nan)), 100) is None
 
 
-def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
+def test_the_sweep_chooses_the_best_setting_that_is_not_worse(tmp_path):
     def loss(weight, schedule="constant"):
         return {"weight": weight, "schedule": schedule, "normalise": "map"}
 
