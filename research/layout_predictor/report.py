@@ -126,7 +126,7 @@ def measure(model: LayoutPredictor, count: int, seed: int) -> dict[str, Any]:
 def as_text(result: dict[str, Any]) -> str:
     """Return the figures as Markdown tables."""
     rows = []
-    for kind, label in (("sets", "most likely"), ("drawn", "drawn")):
+    for kind, label in (("sets", "most likely"), ("drawn", "sampled")):
         for name, row in result[kind].items():
             rate = "-"
             if "relations" in row:
