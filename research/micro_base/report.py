@@ -211,22 +211,22 @@ def card(figures: dict[str, Any], images: str) -> str:
     return f"""# The embedded base, "micro"
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
-UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 pictures of coloured shapes, trained from nothing on
-drawn scenes by `python -m research.micro_base`. It is there to make the whole chain run and be measured without a
-download; it draws nothing but such scenes.
+UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 images of coloured shapes. It was trained from scratch on
+rendered scenes by `python -m research.micro_base`. With it, everything can be run and measured without a
+download. It generates only such scenes.
 
 Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 ({SCHEDULER.upper()}, {STEPS} steps, guidance {GUIDANCE}; 95 % bootstrap intervals over scenes):
 
 {table(figures)}
 
-What the reader, version {VERSION}, gets wrong on generated images: docs/evaluation.md.
+Errors of the scene reader, version {VERSION}, on generated images: docs/evaluation.md.
 
-One-object captions (the caption above, the reader's verdict below each picture):
+Captions of one object (above each image the caption, below it what the scene reader found):
 
 ![one object]({images}report_objects1.png)
 
-Two-object captions:
+Captions of two objects:
 
 ![two objects]({images}report_objects2.png)
 
