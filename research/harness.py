@@ -24,13 +24,12 @@ from localctl.control.base import Control
 from localctl.evaluation.fid import collect
 from localctl.evaluation.generated_set import png_bytes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
-from localctl.files import sha256
+from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
 from localctl.metrics.statistics import Statistics
-from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.pipelines import resolve_base
