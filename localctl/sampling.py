@@ -75,8 +75,7 @@ def generate(
             ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
 
     Raises:
-        ValueError: an argument that this function sets itself, layouts of different sizes, an image with NaN, or as for
-            :class:`Sampling` and :func:`attach`.
+        ValueError: an argument set by this function, several sizes, an image with NaN, or as for :func:`attach`.
     """
     layouts = as_layouts(layout)
     for name in _RESERVED:

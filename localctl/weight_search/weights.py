@@ -138,7 +138,7 @@ def optimize_weights(
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
-        raise ValueError("No region of the layout has a phrase or a prompt to optimise a weight for; give one of them.")
+        raise ValueError("No region of the layout has a phrase or a prompt, so no weight can be optimised; add one.")
     check_gradients(denoiser, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
