@@ -6,7 +6,6 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -44,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, uri, content=source.read_text()))
         for image, _, target, _ in _LINK.findall(source.read_text()):
             if image and (source.parent / target).is_file():
-                files.append(File.generated(config, target, abs_src_path=str(source.parent / target)))
+                files.append(File.generated(config, _below(target), abs_src_path=str(source.parent / target)))
     files.append(File.generated(config, "api.md", content=_reference()))
     return files
 
@@ -62,8 +61,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         place = Path(os.path.normpath(folder / target))
         if place.is_relative_to(DOCS):
             uri = place.relative_to(DOCS).as_posix()
-        else:  # an image of a page from elsewhere lies beside it
-            uri = ELSEWHERE.get(place.as_posix(), target if source else "")
+        else:  # the images of a page from elsewhere are added to the site
+            uri = ELSEWHERE.get(place.as_posix(), _below(target) if source else "")
         if files.get_file_from_path(uri) is not None:
             return f"{image}[{text}]({os.path.relpath(uri, Path(page.file.src_uri).parent)}{anchor})"
         return text if (ROOT / place).exists() else match[0]
@@ -74,6 +73,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Take away Sphinx' roles, which docstrings use for names."""
     return _ROLE.sub("", html)
+
+
+def _below(target: str) -> str:
+    """Return a place in the site for a path that may leave its folder; mkdocs excludes names that begin with a dot."""
+    return target.replace("../", "")
 
 
 def _reference() -> str:
@@ -90,7 +94,6 @@ def _reference() -> str:
 
 def _public_names() -> dict[str, str]:
     """Name -> module below ``localctl``."""
-    tree: Any = ast.parse((ROOT / "localctl/__init__.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom) and node.module]
-    return {alias.name: str(node.module).removeprefix("localctl.") for node in imports for alias in node.names}
+    tree = ast.parse((ROOT / "localctl/__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}

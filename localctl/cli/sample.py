@@ -21,6 +21,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,7 @@ from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.cli.arguments import BOOLS, Arguments
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_settings import RECORD, SampleSettings, read_record, seed_in_bounds
-from localctl.messages import loading, nearest
+from localctl.messages import loading, log_to_screen, nearest
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
@@ -70,9 +71,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     with loading():
         from localctl.cli.sample_run import run
 
-    for path in run(options, program):
-        print(path, flush=True)
+    with log_to_screen(partial(_print_message, program)):
+        for path in run(options):
+            print(path, flush=True)
     return 0
+
+
+def _print_message(program: str, text: str) -> None:
+    """Print a message on stderr; standard output is for the paths alone."""
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def new_parser(description: str | None = None, program: str = PROGRAM) -> Arguments:

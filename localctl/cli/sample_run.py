@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,40 +35,40 @@ from localctl.sampling import GenerateOutput, Sampling, generate
 if TYPE_CHECKING:  # imported where weights are optimised
     from localctl.metrics.clip import Clip
 
+logger = logging.getLogger(__name__)
 _BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
 _LONGEST_ENDING = 80  # letters of a file name
 
 
-def run(options: SampleSettings, program: str = "sample.py") -> Iterator[Path]:
+def run(options: SampleSettings) -> Iterator[Path]:
     """Generate the images and yield their paths as they are written.
 
     ValueError and OSError in one sentence, also for an output folder that another run is using; all that can be checked
     without the base is checked before it is loaded.
     """
-    say = partial(_say, program)
     job = prepare(options)
     for note in job.notes:
-        say(note)
+        logger.info(note)
     count = len(job.layouts) * len(options.seeds)
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * job.size[0] * job.size[1] * count * len(job.variants))
-    lock = FolderLock(folder, say)
+    lock = FolderLock(folder)
     try:
-        yield from _generated(job, folder, count, say)
+        yield from _generated(job, folder, count)
     finally:
         lock.release()
 
 
-def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -> Iterator[Path]:
+def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
     """Generate ``count`` images with each variant and write everything, while the output folder is locked."""
     options = job.options
     controls, clips = load_adapters(job), load_clips(job)
     copies = copy_inputs(vars(options), job.layouts, folder)
-    say(f"loading the base {job.base.name} ...")
+    logger.info(f"loading the base {job.base.name} ...")
     pipe = load_pipeline(job.base, device=job.device)
     outputs, paths = [], []
     for variant in job.variants:
         of = f" with {variant.label}" if len(job.variants) > 1 else ""
-        say(f"generating {count} image{'s'[: count - 1]}{of}, at most {options.batch_size} at once ...")
+        logger.info(f"generating {count} image{'s'[: count - 1]}{of}, at most {options.batch_size} at once ...")
         output = generate_variant(pipe, job, variant, controls, clips)
         outputs.append((variant, output))
         written = save_images(output, len(outputs) - 1, job.variants, folder)
@@ -77,11 +76,6 @@ def _generated(job: Job, folder: Path, count: int, say: Callable[[str], None]) -
         yield from written
     save_record({**reproducing_options(job), **copies}, paths, folder)
     save_sheets(outputs, job, folder)
-
-
-def _say(program: str, text: str) -> None:
-    """Print a line for whoever waits; standard output is for the paths alone."""
-    print(f"{program}: {text}", file=sys.stderr, flush=True)
 
 
 def load_adapters(job: Job) -> list[LocalAdapterControl]:

@@ -151,7 +151,7 @@ def test_nothing_is_written_into_the_working_folder_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="marks of other tools"):
+    with pytest.warns(UserWarning, match="syntax of other tools"):
         assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [
@@ -163,7 +163,7 @@ def test_nothing_is_written_into_the_working_folder_unasked(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": 10**8}, "layers of a layout predictor is a whole number"),
+        ({"layers": 10**8}, "layers of a layout predictor must be a whole number"),
         ({"layers": 10**5}, "too many weights"),
         ({"width": 0}, "width of a layout predictor"),
         ({"buckets": 10**6, "width": 10**6}, "too many weights"),

@@ -242,7 +242,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
     [
         (
             ["--use_karras_sigmas"],
-            "DDIMScheduler has no Karras sigmas; give a --scheduler of these: dpmpp_2m, euler, he",
+            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: dpmpp_2m, euler, he",
         ),
         (["--use_karras_sigmas", "--scheduler", "pndm"], "PNDMScheduler has no Karras sigmas"),
         (["--guidance_rescale", "1.5"], "--guidance_rescale must be between 0 and 1, not 1.5"),
@@ -254,7 +254,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
         (["--vae", "./none"], "VAE './none' could not be loaded"),
         (["--vae", "vae.safetensors"], "vae.safetensors is a file; give a diffusers folder"),
         (["--vae", "base/unet"], "is a UNet2DConditionModel; give an AutoencoderKL"),
-        (["--vae", "other"], "makes other latents than the base's own"),
+        (["--vae", "other"], "makes latents of another shape"),
         (["--predictor", "x"], "--predictor needs a layout with regions"),
         (["--layout", "auto", "--predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),
@@ -305,7 +305,7 @@ def test_an_adapter_works_on_another_base_of_its_shape(
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save("edges.png")
     flags = ["--prompt", "a b", "--condition_image", "edges.png", "--adapter", "canny", *QUICK]
     assert sample.main([*flags, "--base", "tuned", "--output_dir", "out"]) == 0
-    assert f"adapter canny was trained on {sd_folder}, used on tuned of the same shape" in capsys.readouterr().err
+    assert f"adapter canny was trained on {sd_folder} and is used on tuned, which" in capsys.readouterr().err
     assert sample.main([*flags, "--output_dir", "own"]) == 0
     assert "was trained on" not in capsys.readouterr().err
     assert not np.array_equal(pixels("out")["00_seed0.png"], pixels("own")["00_seed0.png"])

@@ -17,7 +17,7 @@ from localctl.adapter import LocalAdapter
 from localctl.cli import sample, sample_run
 from localctl.cli.sample_run import file_endings, open_output
 from localctl.cli.sample_variants import Variant
-from localctl.lock import LOCK, FolderLock, _began
+from localctl.lock import LOCK, FolderLock, _start_time
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def plain(base_here: Path) -> list[str]:
 def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
     plain: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock = FolderLock(Path("out"), print)
+    lock = FolderLock(Path("out"))
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
     assert sample.main(plain) == 2
     printed = capsys.readouterr().err
     assert "in use by process" in printed and "loading the base" not in printed

@@ -211,7 +211,7 @@ def test_syntax_of_other_tools_is_warned_of_before_the_base_is_loaded(
     at = BASIC.index("--prompt")
     argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
     with (
-        pytest.warns(UserWarning, match="marks of other tools .such as .word:1.3., <lora:name:0.8>."),
+        pytest.warns(UserWarning, match="syntax of other tools .such as .word:1.3., <lora:name:0.8>."),
         suppress(TypeError),
     ):
         sample.main(argv)
@@ -223,5 +223,5 @@ def test_an_image_of_nan_ends_with_code_2_and_is_not_written(
     """A weight that overflows, as a strength of 1e308 would."""
     assert sample.main([*BASIC, *QUICK, "--weight", "1e37", "--output_dir", "out"]) == 2
     printed = capsys.readouterr().err
-    assert "image of seed" in printed and "is not a number (NaN)" in printed
+    assert "image with seed" in printed and "holds NaN" in printed
     assert not list(Path("out").glob("*.png"))
