@@ -36,9 +36,11 @@ def train_settings(*choices: str) -> TrainSettings:
 def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None = None) -> TrainResult:
     """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
 
+    What the logger "localctl" logs meanwhile, at INFO and above, is printed.
+
     Args:
         settings: of :func:`train_settings`, or built in Python.
-        say: deprecated; is called with each message in place of printing it. Add a handler to the logger "localctl".
+        say: deprecated; called with each message instead of printing it. Add a handler to the logger "localctl".
         scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
 
     Raises:
