@@ -37,8 +37,8 @@ from localctl.sampling import generate
 from research import flags
 
 logger = logging.getLogger(__name__)
-PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
-DIGITS = 5  # of stored figures
+PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
+DIGITS = 5  # after the point, in stored figures
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def generate_cases(
     Args:
         controls: returns the controls of a batch.
         name: name of the variant, for the progress bar.
-        files: one per case, where images are kept; those that are there are read and not generated again.
-        progress_bar: show one; False logs a line after each batch instead.
-        options: of :func:`localctl.sampling.generate`.
+        files: one path per case to store its image; existing images are read instead of generated.
+        progress_bar: whether to show one; if not, a line is logged after each batch.
+        options: passed to :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
@@ -249,11 +249,11 @@ class Study(Generic[V]):
         raise NotImplementedError
 
     def file(self, name: str) -> Path:
-        """Return the result of this name."""
+        """Return the path of the result of this name."""
         return self.folder / f"{file_label(name)}.json"
 
     def strip(self, name: str) -> Path:
-        """Return the images of it that pages show, one below the other."""
+        """Return the path of the strip of its images that pages show."""
         return self.folder / f"{file_label(name)}.png"
 
     def done(self, variant: V) -> bool:

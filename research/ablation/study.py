@@ -164,7 +164,7 @@ class Ablation(Study[Cell]):
 
 
 def train(settings: TrainSettings) -> Path:
-    """Train, or go on from the newest checkpoint; the folder of the adapter."""
+    """Train, resuming from the newest checkpoint, and return the adapter's folder. Raises Interrupted on a signal."""
     with log_to_screen(tolerant=True):
         result = prepare(settings).train()
     if result.interrupted or result.signal:
