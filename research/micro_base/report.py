@@ -212,8 +212,8 @@ def card(figures: dict[str, Any], images: str) -> str:
 
 A latent diffusion model of the same classes as Stable Diffusion 1.5 (AutoencoderKL, CLIPTextModel,
 UNet2DConditionModel; it predicts v, as SD2.1 does) for 128x128 images of coloured shapes. It was trained from scratch
-on rendered scenes by `python -m research.micro_base`. With it, everything can be run and measured without a download. It
-generates only such scenes.
+on rendered scenes by `python -m research.micro_base`. With it, everything can be run and measured without a download.
+It generates only such scenes.
 
 Measured on held-out `basic` scenes by `python -m research.micro_base.report`
 ({SCHEDULER.upper()}, {STEPS} steps, guidance {GUIDANCE}; 95 % bootstrap intervals over scenes):
