@@ -1,17 +1,17 @@
-"""Fetch the images of a list of addresses, with a caption file beside each: input for make_dataset.py.
+"""Download the images of a list of URLs, each with a caption file beside it: input for make_dataset.py.
 
     python data/download_images.py --list urls.txt --output photos
     python data/download_images.py --list part-0.parquet --url_column URL --caption_column TEXT --output photos
-    python data/download_images.py --list urls.txt --output photos --condition canny   # a data set to train on as it is
+    python data/download_images.py --list urls.txt --output photos --condition canny   # a complete dataset
 
-A list is .txt (an address per line, a caption after a tab), .jsonl (url, text) or .parquet. manifest.jsonl gets a line
-per address: file, sha256, size and caption, or why it failed. A second call continues where the first one stopped;
---retry asks failed addresses again. The manifest can itself be the list: a file whose sha256 differs is then refused,
-so that others get the very same images.
+A list is .txt (a URL per line, then optionally a tab and a caption), .jsonl (url, text) or .parquet. manifest.jsonl
+gets a line per URL: file, sha256, size and caption, or the error. A second call continues where the first one stopped;
+--retry tries failed URLs again. The manifest can be used as a list: a file whose sha256 differs is then refused, so
+that others get exactly the same images.
 
---condition writes edges or palettes while fetching, into a folder of that name, and metadata.jsonl: train on them with
+--condition writes edges or palettes into a folder of that name, and metadata.jsonl: train on them with
 data=imagefolder data.path=photos condition=column data.conditioning_image_column=canny condition.channels=1.
-(condition=canny needs none of these files: training takes such conditions from the images, after cropping.)
+(condition=canny does not need these files: training computes such conditions from the cropped images.)
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from tqdm import tqdm
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
 from localctl.data.rows import METADATA, captions_of, check_utf8, split_lines
 from localctl.files import first_line, json_lines, parse_json, sha256, write_text
 from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
-from localctl.labels import brief
+from localctl.labels import shorten
 
 MANIFEST = "manifest.jsonl"
 SIGNATURES = {
@@ -53,7 +53,7 @@ CONDITION_SIDE = 1024  # as in make_dataset.py
 
 @one_sentence("download_images.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the list was worked through, whatever failed; 2 after a mistake of the user's; 1 when the disk is full."""
+    """Download the list. Returns 0 even if some URLs failed; 2 after a user's error; 1 on a full disk."""
     args = parse(argv)
     wanted = {item["url"]: item for item in read_list(args)}
     manifest = args.output / MANIFEST
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts: Counter[str] = Counter({"here already": len(wanted) - len(todo)})
         with manifest.open("a", encoding="utf-8") as file:
             if before and not before.endswith(b"\n"):
-                file.write("\n")  # after a kill in the middle of a line
-            for result in at_once(todo, args):
+                file.write("\n")  # a killed run left the last line incomplete
+            for result in fetch_all(todo, args):
                 counts["fetched" if "file" in result else result["error"].split(":")[0]] += 1
                 file.write(json_lines([result]))
                 file.flush()
@@ -79,36 +79,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise OSError(
             f"{args.output} could not be written to ({error.strerror or first_line(error)}) after {fetched} images "
-            "were fetched, which stay; make room and call again to continue."
+            "were fetched, which are kept; free some space and call again to continue."
         ) from None
     print(", ".join(f"{number} {what}" for what, number in counts.items() if number), f"({manifest})")
     return 0
 
 
-def at_once(todo: Sequence[dict[str, Any]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the lines of the manifest, in order, with ``args.threads`` addresses asked at a time."""
+def fetch_all(todo: Sequence[dict[str, Any]], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Fetch ``todo`` in ``args.threads`` threads, and yield the lines of the manifest in order."""
     pool = ThreadPoolExecutor(args.threads)
     try:
         results = pool.map(lambda item: fetch(item, args), todo)
         yield from tqdm(results, total=len(todo), desc="fetching", mininterval=1)
     finally:
-        pool.shutdown(cancel_futures=True)  # what is asked already ends by its own time limit
+        pool.shutdown(cancel_futures=True)  # running downloads end by their own time limit
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags."""
     parser = Arguments("download_images.py", __doc__)
     add = parser.add_argument
     add("--list", type=Path, required=True, help=".txt, .jsonl or .parquet")
     add("--output", type=Path, required=True, help="folder for images, captions and manifest.jsonl")
     add("--url_column", default="url")
     add("--caption_column", default="text")
-    add("--timeout", type=float, default=15, help="seconds without an answer; a whole image may take four times it")
-    add("--max_bytes", type=int, default=20_000_000, help="larger files are not fetched")
-    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are not kept; as data.max_pixels")
-    add("--threads", type=int, default=8, help="fetched at once")
-    add("--retry", action="store_true", help="ask addresses again that failed before")
-    add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write, and metadata.jsonl")
-    add("--allow_inner_addresses", action="store_true", help="also ask this machine and its network (127.0.0.1, 10.*)")
+    add("--timeout", type=float, default=15, help="seconds without data; four times this for a whole image")
+    add("--max_bytes", type=int, default=20_000_000, help="larger files are refused")
+    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are refused; see data.max_pixels")
+    add("--threads", type=int, default=8, help="downloads at a time")
+    add("--retry", action="store_true", help="try URLs again that failed before")
+    add("--condition", nargs="*", default=[], choices=FROM_IMAGE, help="conditions to write, and metadata.jsonl")
+    add("--allow_inner_addresses", action="store_true", help="allow addresses of the local network (127.0.0.1, 10.*)")
     args = parser.read(argv)
     args.list, args.output = args.list.expanduser(), args.output.expanduser()
     if not (args.timeout > 0 and args.threads > 0 and args.max_bytes > 0):
@@ -117,7 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Read url, text and, where known, sha256. ValueError for a list that cannot be read."""
+    """Read url, text and, if given, sha256 of each row. ValueError if the list cannot be read."""
     path, url, text = args.list, args.url_column, args.caption_column
     try:
         if path.suffix.lower() == ".parquet":
@@ -141,12 +142,12 @@ def read_list(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def as_url(value: Any) -> str:
-    """Return the cell of an address as text; what is none becomes a text that is no address, and fails as one."""
+    """Return a cell as a URL; other types become a text that is no URL, which fails when it is fetched."""
     return value.strip() if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def read_manifest(content: bytes) -> list[dict[str, Any]]:
-    """Read the rows of a manifest, without a line that a kill cut short."""
+    """Parse the rows of a manifest; skip a line that a killed run left incomplete."""
     rows = []
     for line in split_lines(content):
         try:
@@ -159,16 +160,16 @@ def read_manifest(content: bytes) -> list[dict[str, Any]]:
 
 
 def finished(rows: Sequence[dict[str, Any]], folder: Path, retry: bool) -> set[str]:
-    """Find the addresses that need not be asked again: whose file is here in full, or that failed."""
+    """Return the URLs that are done: those with a complete file, and without ``retry`` those that failed."""
     done: set[str] = set()
     for row in rows:
-        here = is_here(row, folder)
-        (done.add if here or ("error" in row and not retry) else done.discard)(row["url"])
+        complete = is_complete(row, folder)
+        (done.add if complete or ("error" in row and not retry) else done.discard)(row["url"])
     return done
 
 
-def is_here(row: dict[str, Any], folder: Path) -> bool:
-    """Tell whether the file of a row of the manifest lies in ``folder`` in full."""
+def is_complete(row: dict[str, Any], folder: Path) -> bool:
+    """Return whether ``folder`` holds the complete file of a row of the manifest."""
     name = row.get("file")
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         return False
@@ -177,21 +178,21 @@ def is_here(row: dict[str, Any], folder: Path) -> bool:
 
 
 def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Fetch one address and write its files; returns its line of the manifest. OSError when the disk is full."""
+    """Fetch a URL, write its files, and return its line of the manifest. OSError when the disk is full."""
     url = item["url"]
     limits = WebLimits(args.timeout, 4 * args.timeout, args.max_bytes, args.allow_inner_addresses)
     try:
         content = fetch_bytes(url, limits)
         digest = sha256(content)
         if item["sha256"] not in (None, digest):
-            raise Refused("another image than listed (sha256)")
+            raise Refused("not the listed image (sha256)")
         image = load_image(content, "the file", photo_limits(args))
     except (Refused, ImageError) as refusal:
         reason = refusal.reason if isinstance(refusal, ImageError) else str(refusal)
         return {"url": url, "text": item["text"], "error": reason}
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else "no answer"
-        return {"url": url, "text": item["text"], "error": f"{reason}: {brief(str(error))}"}
+        return {"url": url, "text": item["text"], "error": f"{reason}: {shorten(str(error))}"}
     extension = next((end for start, end in SIGNATURES.items() if content.startswith(start)), None)
     extension = extension or (".avif" if content[4:8] == b"ftyp" else ".png")
     stem = sha256(url.encode(errors="replace"))[:20]
@@ -202,7 +203,7 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     part = place.with_suffix(".part")
     try:
         part.write_bytes(content)
-        part.replace(place)  # an image is there in full or not at all
+        part.replace(place)  # images are written atomically
     except OSError:
         part.unlink(missing_ok=True)
         raise
@@ -212,11 +213,12 @@ def fetch(item: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 
 def photo_limits(args: argparse.Namespace) -> Limits:
+    """Return the limits for reading an image."""
     return Limits(args.max_pixels, (CONDITION_SIDE, CONDITION_SIDE))
 
 
 def one_caption(text: Any) -> str:
-    """Return what goes into the caption file: the first of several; empty when there is none."""
+    """Return the text of the caption file: the first of several captions, "" if there is none."""
     try:
         return captions_of(text)[0]
     except BadRow:
@@ -224,13 +226,13 @@ def one_caption(text: Any) -> str:
 
 
 def condition_name(name: str, kind: str) -> str:
-    """Say where the condition of the image ``name`` lies, both relative to the output."""
+    """Return the file of the condition of the image ``name``, both relative to the output folder."""
     return f"{kind}/{name}.png"
 
 
 def write_conditions(args: argparse.Namespace, name: str, image: Image.Image | None = None) -> None:
-    """Write the conditions of the image ``name`` that are not there yet. ``image``: it, where it is decoded already;
-    else ImageError when it cannot be read any more."""
+    """Write missing conditions of the image ``name``. ``image``: the decoded image; None = read it, which raises
+    ImageError if it is damaged."""
     missing = [kind for kind in args.condition if not (args.output / condition_name(name, kind)).is_file()]
     if not missing:
         return
@@ -244,15 +246,14 @@ def write_conditions(args: argparse.Namespace, name: str, image: Image.Image | N
 
 
 def write_metadata(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> None:
-    """Write metadata.jsonl of all images that are here, with the conditions of each, those of earlier calls made
-    now."""
+    """Write metadata.jsonl for all complete images, and their missing conditions, also for images of earlier calls."""
     for kind in args.condition:
         (args.output / kind).mkdir(exist_ok=True)
-        mark_made(args.output / kind)  # or make_dataset.py would take them for photos
+        mark_made(args.output / kind)  # so that make_dataset.py does not take them for photos
     lines = []
     for row in tqdm(rows.values(), desc="conditions", mininterval=1):
         try:
-            if not is_here(row, args.output):
+            if not is_complete(row, args.output):
                 continue
             write_conditions(args, row["file"])
         except ImageError:

@@ -1,4 +1,4 @@
-"""Files from the web, within limits of time, size and place: whoever answers may be slow, endless, or lead inside."""
+"""Download files within limits: servers may be slow, send endless data, or redirect to the local network."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from functools import cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
-OPT_OUT = ("noai", "noimageai")  # in X-Robots-Tag
+OPT_OUT = ("noai", "noimageai")  # values of X-Robots-Tag
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Refused(Exception):
-    """What is not fetched; the message says why."""
+    """A URL is not fetched; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class WebLimits:
-    """patience: seconds without a byte. total: seconds for an address with all its redirections, however they are
-    spent. max_bytes: of the body. inner: whether addresses of this machine and its network may be asked."""
+    """Limits of a download.
+
+    patience: longest time without data, in seconds. total: longest time for a URL with all its redirections, in
+    seconds. max_bytes: size of the body. inner: whether addresses of this machine and its network are allowed.
+    """
 
     patience: float
     total: float
@@ -35,11 +38,11 @@ class WebLimits:
 
 
 def fetch_bytes(url: str, limits: WebLimits) -> bytes:
-    """Fetch the content of an http or https address, after redirections.
+    """Download the content of an http or https URL, following redirections.
 
     Raises:
-        Refused: too large, too slow, cut off, an inner address, no http, or its owner opted out of machine learning.
-        OSError, ValueError, http.client.HTTPException: no or no proper answer.
+        Refused: too large, too slow, truncated, an inner address, not http, or its owner opted out of machine learning.
+        OSError, ValueError, http.client.HTTPException: no answer, or an invalid one.
     """
     if not url.lower().startswith(("http://", "https://")):
         raise Refused("no http address")
@@ -69,8 +72,8 @@ def fetch_bytes(url: str, limits: WebLimits) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Tell whether an IP address lies on the internet: not on this machine, in its network, or reserved; nor is one of
-    these written as another kind of address."""
+    """Return whether an IP address is public: not of this machine, its network or a reserved range, also not in the
+    form of an IPv6 address that contains an IPv4 address."""
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         last = ipaddress.IPv4Address(int(found) % 2**32)
@@ -79,22 +82,25 @@ def is_public(address: str) -> bool:
 
 
 class _Clock:
-    """The time that is left for an address."""
+    """The remaining time for a URL."""
 
     def __init__(self, limits: WebLimits) -> None:
         self.limits = limits
         self._ends = time.monotonic() + limits.total
 
     def left(self) -> float:
-        """Return the seconds that the next byte may take. Refused when all time is spent."""
+        """Return the seconds to wait for the next byte. Refused when the total time is spent."""
         rest = self._ends - time.monotonic()
         if rest <= 0:
             raise Refused("too slow")
         return min(rest, self.limits.patience)
 
     def connect(self, place: tuple[str, int], *options: Any, proxied: bool = False) -> socket.socket:
-        """Connect as ``socket.create_connection`` does, but to public addresses only: to the very one that was looked
-        at, so that a name cannot lead elsewhere a moment later. The user's own proxy may be anywhere."""
+        """Connect as ``socket.create_connection`` does, but to public addresses only, except for the user's proxy.
+
+        The host name is resolved once, and the connection uses the address that was checked, so that a second lookup
+        cannot lead to another one.
+        """
         found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM)
         if not proxied:
             self.check(found)
@@ -114,13 +120,13 @@ class _Clock:
         raise failure or OSError("no address")
 
     def check(self, found: list[Any]) -> None:
-        """Raise Refused when one of the addresses that a name stands for is an inner one."""
+        """Raise Refused if one of the addresses of a host name is an inner one."""
         if not self.limits.inner and not all(is_public(str(entry[4][0])) for entry in found):
             raise Refused("inner address")
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https under a clock."""
+    """Opens http and https URLs within the time of a clock."""
 
     def __init__(self, clock: _Clock) -> None:
         super().__init__()
@@ -146,7 +152,7 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return connecting
 
     def _check_behind_proxy(self, req: urllib.request.Request) -> None:
-        """Check what a name stands for here: a proxy looks it up itself, and this is the best that can be known."""
+        """Check the addresses of a host name on this machine; the proxy resolves it again, which cannot be checked."""
         try:
             self._clock.check(socket.getaddrinfo(urlsplit(req.full_url).hostname, None))
         except OSError:
@@ -155,12 +161,12 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 @cache
 def _trusted() -> ssl.SSLContext:
-    """Load the certificates of this machine: read once, since that may take as long as an image."""
+    """Load the certificates of this machine once, as this may take as long as a download."""
     return ssl.create_default_context()
 
 
 class _PacedResponse(http.client.HTTPResponse):
-    """An answer whose every byte, of the status and headers too, is waited for under the clock."""
+    """A response that waits for every byte, also of the status and headers, within the time of the clock."""
 
     def __init__(self, sock: socket.socket, *args: Any, clock: _Clock, **options: Any) -> None:
         super().__init__(sock, *args, **options)
@@ -169,7 +175,7 @@ class _PacedResponse(http.client.HTTPResponse):
 
 
 class _Paced(io.RawIOBase):
-    """The bytes of a socket. left: how long it may wait for the next ones, asked before each."""
+    """The bytes of a socket. left: called before each read; returns the seconds to wait."""
 
     def __init__(self, sock: socket.socket, left: Callable[[], float]) -> None:
         self._socket, self._left = sock, left
@@ -183,7 +189,7 @@ class _Paced(io.RawIOBase):
         try:
             return self._bytes.readinto(buffer)
         except TimeoutError:
-            self._left()  # which says whether this byte was too slow, or all of them together
+            self._left()  # raises Refused if the total time is spent
             raise
 
     def close(self) -> None:

@@ -5,9 +5,9 @@
         --condition canny sobel --masks masks
 
 `imagefolder` writes images/, metadata.jsonl and a folder per condition; `folder` a folder per image with
-original.jpg, caption.txt, mask.png and one file per condition. Images and masks are copied as they
-are. Edges and palettes need not be written: training takes them from the image after cropping. Hidden folders and
-what this script wrote earlier are passed over; everything else that is left out is named or counted.
+original.jpg, caption.txt, mask.png and one file per condition. Images and masks are copied unchanged. Edges and
+palettes need not be written: training computes them from the cropped images. Hidden folders and the output of this
+script are skipped; everything else that is left out is named or counted.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from tqdm import tqdm
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
 from localctl.files import json_lines, parse_json, write_text
 from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
-from localctl.labels import brief
+from localctl.labels import shorten
 
-# A condition's file may be smaller than its image: of photos over 16 million pixels it is twice this on its short side.
+# The condition of a photo over 16 million pixels is reduced to twice this on its short side.
 CONDITION_SIDE = 1024
 
 
 @one_sentence("make_dataset.py")
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when a data set was written; 2 after a mistake of the user's, 1 on a full disk, named in one sentence."""
+    """Make the dataset. Returns 0; 2 after a user's error and 1 on a full disk, each printed in one sentence."""
     args = parse(argv)
     images, left_out = find_images(args)
     captions = None if args.captions is None else read_captions(args.captions)
@@ -56,23 +56,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 taken.append(name)
             except (BadRow, ImageError) as bad:
                 problems.append(Problem(name, bad.reason, str(bad)))
-        if args.format == "imagefolder" and lines:  # all or nothing
+        if args.format == "imagefolder" and lines:  # atomically
             write_text(args.output / METADATA, json_lines(lines, ensure_ascii=False))
     except OSError as error:
         raise OSError(
-            f"{len(taken)} of {len(images)} examples were written when {args.output} could not be written to "
-            f"({error.strerror or error}); make room, remove it and call again."
+            f"{args.output} could not be written to ({error.strerror or error}) after {len(taken)} of {len(images)} "
+            "examples; free some space, remove the folder and call again."
         ) from None
     if all(problem.reason == "caption missing" for problem in problems) and not lines:
         raise ValueError(_no_captions(len(images), args))
     for problem in problems:
-        print(brief(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
+        print(shorten(f"left out {problem.key}: {problem.detail}", 600), file=sys.stderr)
     if not lines:
         raise ValueError(f"None of the {len(images)} images can be used ({count_reasons(problems)}).")
     words = ", ".join(filter(None, (count_reasons(problems), count_words(left_out))))
     print(f"{len(lines)} example{'' if len(lines) == 1 else 's'} in {args.output}; left out: {words or 'none'}")
     if captions is not None and (unused := len(captions.keys() - set(taken))):
-        print(f"{unused} lines of {args.captions} name no image that was taken")
+        print(f"{unused} lines of {args.captions} name no image of the dataset")
     if writer.several and args.format == "folder":
         print(f"{writer.several} images have several captions, of which caption.txt holds the first")
     most = 1 if args.format == "folder" else None  # how many folders above an image can name its split
@@ -90,36 +90,37 @@ def _no_captions(count: int, args: argparse.Namespace) -> str:
             "below --images."
         )
     return (
-        f"None of the {count} images in {args.images} has a caption; write what it shows into a text file of the same "
-        "name beside each (cat.jpg, cat.txt), or give a list with --captions."
+        f"None of the {count} images in {args.images} has a caption; write one into a text file of the same name "
+        "beside each image (cat.jpg, cat.txt), or give a list with --captions."
     )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the flags."""
     parser = Arguments("make_dataset.py", __doc__)
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="folder with images, also in folders below it")
+    add("--images", type=Path, required=True, help="folder of images, also in subfolders")
     add("--output", type=Path, required=True, help="a new folder")
     add("--format", choices=("imagefolder", "folder"), default="imagefolder")
     add("--captions", type=Path, help="jsonl or csv with file_name and text; default: a .txt beside each image")
-    add("--condition", nargs="*", default=[], choices=FROM_PICTURE, help="conditions to write as files")
+    add("--condition", nargs="*", default=[], choices=FROM_IMAGE, help="conditions to write as files")
     add("--masks", type=Path, help="folder of masks named like the images, white = controlled")
-    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are left out; as data.max_pixels")
+    add("--max_pixels", type=int, default=PHOTO_PIXELS, help="larger images are left out; see data.max_pixels")
     args = parser.read(argv)
     args.images, args.output = args.images.expanduser(), args.output.expanduser()
     return args
 
 
 def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
-    """Find the images, sorted, and count what else lies there. ValueError when there is none, or the output would be
-    mixed with other files."""
+    """Find the images, sorted, and count other files. ValueError if there are no images, or the output folder exists
+    and is not empty."""
     for flag, folder in (("--images", args.images), ("--masks", args.masks)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"There is no folder {folder}; check {flag}.")
     if args.output.exists() and (
         not args.output.is_dir() or any(not is_hidden(file.name) for file in args.output.iterdir())
     ):
-        raise ValueError(f"{args.output} is there already and not empty; choose another --output.")
+        raise ValueError(f"{args.output} exists and is not empty; choose another --output.")
     walk, images, made = Walk(args.images, count=True), [], 0
     for folder, below, files in walk:
         mine = [name for name in below if is_made(folder / name)]
@@ -130,14 +131,14 @@ def find_images(args: argparse.Namespace) -> tuple[list[Path], Counter[str]]:
     if not images:
         words = count_words(walk.left_out)
         raise ValueError(
-            f"There is no image in {args.images}{f' (left out: {words})' if words else ''}; check --images. Read are "
-            f"{', '.join(EXTENSIONS)}."
+            f"There is no image in {args.images}{f' (left out: {words})' if words else ''}; check --images. Supported "
+            f"are {', '.join(EXTENSIONS)}."
         )
     return sorted(images), walk.left_out
 
 
 def read_captions(path: Path) -> dict[str, Any]:
-    """Read file_name -> text. ValueError for a file that is no such list."""
+    """Read file_name -> text. ValueError if the file has no such lines."""
     found, broken = {}, 0
     for _, line in metadata_lines(path):
         try:
@@ -153,7 +154,7 @@ def read_captions(path: Path) -> dict[str, Any]:
 
 
 def caption_for(image: Path, name: str, captions: dict[str, Any] | None) -> tuple[str, ...]:
-    """Find the captions of an image: at least one. BadRow when there is none."""
+    """Return the captions of an image, at least one. BadRow if there is none."""
     if captions is not None:
         return captions_of(captions.get(name))
     content = read_caption(image.with_suffix(".txt"))
@@ -161,7 +162,7 @@ def caption_for(image: Path, name: str, captions: dict[str, Any] | None) -> tupl
 
 
 class Writer:
-    """Writes examples, each under a name of its own. several: how many of them have more than one caption."""
+    """Writes examples under unique names. several: number of examples with more than one caption."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -169,7 +170,7 @@ class Writer:
         self._stems: set[str] = set()
 
     def write(self, source: Path, name: str, captions: tuple[str, ...]) -> dict[str, Any]:
-        """Write one example; its line of metadata. BadRow or ImageError before anything is written."""
+        """Write an example, and return its line of metadata. BadRow or ImageError before anything is written."""
         args = self.args
         image = load_image(source, limits=Limits(args.max_pixels, (CONDITION_SIDE, CONDITION_SIDE)))
         mask = None if args.masks is None else find_mask(args.masks / name)
@@ -189,14 +190,14 @@ class Writer:
         return line | {"text": captions[0] if len(captions) == 1 else list(captions)}
 
     def _places(self, name: str, mask: Path | None) -> dict[str, str]:
-        """Say where each part of the example goes, below the output. BadRow for a name that no list or disk takes."""
+        """Return the file of each part, relative to the output. BadRow for a name that is not UTF-8 or too long."""
         try:
             name.encode()
         except UnicodeEncodeError:
             raise BadRow("name not UTF-8", "its name is not UTF-8; rename it") from None
         stem = name.replace("/", "_")  # with the extension: a.jpg and a.png are two images
         if len(stem.encode()) > 240:
-            raise BadRow("name too long", "its name and its folders' together have over 240 bytes; rename it")
+            raise BadRow("name too long", "its name and those of its folders have over 240 bytes together; rename it")
         while stem in self._stems:  # a/b.jpg and a_b.jpg
             stem = f"{stem}_"
         self._stems.add(stem)
@@ -211,7 +212,7 @@ class Writer:
 
 
 def find_mask(beside: Path) -> Path:
-    """Find the mask named like an image, with any extension. BadRow when there is none."""
+    """Find the mask with the name of an image and any extension. BadRow if there is none."""
     found = (beside.with_suffix(end) for extension in (".png", *EXTENSIONS) for end in (extension, extension.upper()))
     mask = next((file for file in found if file.is_file()), None)
     if mask is None:
@@ -220,16 +221,17 @@ def find_mask(beside: Path) -> Path:
 
 
 def place(root: Path, name: str) -> Path:
+    """Return ``root / name``, and create its folder."""
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     return root / name
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file. BadRow when ``source`` cannot be read; OSError when ``target`` cannot be written."""
+    """Copy a file. BadRow if ``source`` cannot be read; OSError if ``target`` cannot be written."""
     try:
         shutil.copyfile(source, target)
     except OSError as error:
-        if error.filename == str(source) and error.filename2 is None:  # where the disk is full, both are named
+        if error.filename == str(source) and error.filename2 is None:  # on a full disk, filename2 is set
             raise BadRow("image unreadable", f"it cannot be read ({error.strerror})") from None
         raise
 

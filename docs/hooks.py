@@ -6,7 +6,6 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -95,7 +94,6 @@ def _reference() -> str:
 
 def _public_names() -> dict[str, str]:
     """Name -> module below ``localctl``."""
-    tree: Any = ast.parse((ROOT / "localctl/__init__.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    imports = [node for node in block.body if isinstance(node, ast.ImportFrom) and node.module]
-    return {alias.name: str(node.module).removeprefix("localctl.") for node in imports for alias in node.names}
+    tree = ast.parse((ROOT / "localctl/__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}

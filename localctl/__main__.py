@@ -1,4 +1,4 @@
-"""`localctl COMMAND`, also `python -m localctl`: every program under one name. Each explains itself with `--help`."""
+"""`localctl COMMAND`, also `python -m localctl`: all programs as commands; `--help` explains each."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from localctl.cli.arguments import VERSION
 from localctl.cli.program import CONSOLE, one_sentence
 from localctl.messages import nearest
 
-# Command -> module with its main(argv, program), and what it is for.
+# Command -> the module of its main(argv, program), and its purpose.
 COMMANDS = {
     "train": ("localctl.cli.train", "train a local adapter"),
     "sample": ("localctl.cli.sample", "generate images that follow a condition inside a mask, or a layout"),
-    "evaluate fid": ("localctl.cli.evaluate_fid", "distances of generated images to photos (FID, KID, CMMD)"),
+    "evaluate fid": ("localctl.cli.evaluate_fid", "measure generated images against photos (FID, KID, CMMD)"),
     "evaluate metrics": ("localctl.cli.evaluate_metrics", "compare several adapters, or plain folders of images"),
-    "check-data": ("localctl.cli.check_data", "check a dataset as the training reads it"),
-    "predict-layout": ("localctl.cli.predict_layout", "predict where the objects of a prompt belong"),
+    "check-data": ("localctl.cli.check_data", "check a dataset as training reads it"),
+    "predict-layout": ("localctl.cli.predict_layout", "predict a layout from a prompt"),
 }
-# In a checkout. The first are the same as a command, under the name of a script.
+# In a checkout: scripts that are the same as a command, and programs that are not installed.
 PROGRAMS = {
     "The commands as scripts": {
         "python train_adapter.py": "localctl train",
@@ -30,28 +30,31 @@ PROGRAMS = {
         "python -m localctl.layout_predictor": "localctl predict-layout",
     },
     "Data": {
-        "python data/make_dataset.py": "a folder of photos becomes a dataset",
-        "python data/download_images.py": "a list of addresses becomes a folder of photos",
+        "python data/make_dataset.py": "make a dataset from a folder of photos",
+        "python data/download_images.py": "download a list of photos into a folder",
     },
     "Studies": {
-        "python -m research.layout_predictor.train": "train what predicts layouts",
-        "python -m research.layout_predictor.report": "measure it",
-        "python -m research.heat_maps": "where each phrase is attended to, for each control",
-        "python -m research.control_share": "edges inside the mask, between base and ceiling",
-        "python -m research.ablation": "does each part of the method help",
-        "python -m research.layout_benchmark": "do objects stand where a layout asks for them",
-        "python -m research.spacetime": "what space-time attention gains",
-        "python -m research.metric_sanity": "does a distance see damage",
+        "python -m research.layout_predictor.train": "train the layout predictor",
+        "python -m research.layout_predictor.report": "measure the layout predictor",
+        "python -m research.heat_maps": "plot where each phrase is attended to, for each control",
+        "python -m research.control_share": "measure edges inside the mask, between base and ceiling",
+        "python -m research.ablation": "measure what each part of the method contributes",
+        "python -m research.layout_benchmark": "measure whether objects are where a layout asks for them",
+        "python -m research.spacetime": "measure what space-time attention gains",
+        "python -m research.metric_sanity": "test whether a distance detects damaged images",
         "python -m research.micro_base": "train the embedded base",
-        "python -m research.micro_base.report": "measure it",
-        "python -m research.micro_base.word_use": "does it use the words of a caption",
+        "python -m research.micro_base.report": "measure the embedded base",
+        "python -m research.micro_base.word_use": "test whether it uses the words of a caption",
     },
 }
 
 
 @one_sentence(CONSOLE)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` (None: of the command line) begins with; its exit code, 2 where there is none."""
+    """Run the command that ``argv`` (None: the command line) begins with, or print the list of commands.
+
+    Returns the exit code of the command; 2 with one sentence on stderr for an unknown command.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     for count in (1, 2):
         command = " ".join(words[:count])
@@ -82,10 +85,10 @@ def _table(lines: dict[str, str]) -> None:
 
 
 def _refuse(words: Sequence[str]) -> None:
-    """ValueError for what is no command, naming one that is near."""
+    """Raise a ValueError for an unknown command which names the nearest one."""
     if words[0] == "evaluate":
         second = f" {words[1]!r}" if len(words) > 1 else ""
-        raise ValueError(f"Say what to evaluate, fid or metrics{second and f', not{second}'}; see --help.")
+        raise ValueError(f"Name what to evaluate, fid or metrics{second and f', not{second}'}; see --help.")
     scripts = {name.rsplit("/", 1)[-1].rsplit(" ", 1)[-1]: name for part in PROGRAMS.values() for name in part}
     word = words[0].removesuffix(".py").replace("_", "-")
     known = [*{command.partition(" ")[0] for command in COMMANDS}, *(name.removesuffix(".py") for name in scripts)]

@@ -1,4 +1,4 @@
-"""The local adapter: a T2I-Adapter that only speaks inside a mask (arXiv 2602.01991, section on masked features)."""
+"""The local adapter: a T2I-Adapter that acts only inside a mask (arXiv 2602.01991, section on masked features)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from localctl.masks import MASK_RESIZE, mask_feature
 from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
 
-# A config may be anybody's, and modules are built by it. Published adapters have up to 8e7 weights in 4 or 5 levels.
+# Bounds on the modules that an untrusted config can build. Published adapters have up to 8e7 weights in 4 or 5 levels.
 MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
 
 
@@ -28,20 +28,19 @@ class LocalAdapter(ModelMixin, ConfigMixin):
     Args:
         in_channels: C, the channels of the condition without the mask.
         channels, num_res_blocks, downscale_factor, adapter_type: as for ``T2IAdapter``.
-        mask_resize: how the mask comes to each feature's own (h, w): ``area``, ``nearest``, ``inside`` or ``cover``.
-        mask_features: multiply the features by the mask, which is what makes an adapter local. False is for baselines:
-            a plain adapter, or with ``mask_condition`` one that is masked at its input alone; then features outside the
-            mask are not 0, and an all-zero mask is not the base.
-        mask_condition: blank the condition where the mask is 0, too. Then nothing outside can change anything; without
-            it, convolutions carry some of what is outside over the border of the mask.
+        mask_resize: how the mask is resized to each feature's (h, w): ``area``, ``nearest``, ``inside`` or ``cover``.
+        mask_features: multiply the features by the mask, which makes an adapter local. False is for baselines: a plain
+            adapter, or with ``mask_condition`` one that is masked only at its input. Then features outside the mask are
+            not 0, and an all-zero mask does not give the base's image.
+        mask_condition: also set the condition to 0 where the mask is 0, so that the condition outside has no effect.
+            Without it, convolutions carry some of it across the border of the mask.
         dim_condition: with ``mask_condition``, multiply the condition by the mask, as published, so that a soft mask
-            dims it. False blanks it where the mask is 0 and keeps it whole elsewhere: a soft mask already scales the
-            features.
-        level_weights: a factor of each level's features, finest level first; part of the adapter, so training and
-            sampling use the same. None: all 1.
-        condition: how conditions were made in training (``kind`` and its options); kept for the record and as the
-            default while sampling.
-        base: name, id or folder of the base the adapter was trained for.
+            dims it. False sets it to 0 where the mask is 0 and leaves it unchanged elsewhere, since a soft mask already
+            scales the features.
+        level_weights: a factor for each level's features, finest level first; saved with the adapter, so that training
+            and sampling use the same. None: all 1.
+        condition: how conditions were made in training (``kind`` and its options), the default when sampling.
+        base: name, id or folder of the base that the adapter was trained on.
 
     Raises:
         ValueError: as for :func:`check_shape`; an unknown ``mask_resize``.
@@ -71,7 +70,9 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         for weight in level_weights or ():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-                raise ValueError(f"level_weights are finite numbers from 0, one for each level, not {level_weights!r}.")
+                raise ValueError(
+                    f"level_weights must be finite numbers of at least 0, one per level, not {level_weights!r}."
+                )
         self.adapter = T2IAdapter(
             in_channels=in_channels,
             channels=list(channels),
@@ -82,32 +83,32 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
     @property
     def channels_of_condition(self) -> int:
-        """C: the mask is one channel more."""
+        """The channels C of the condition; the mask is one channel more."""
         return self.config["in_channels"]
 
     @property
     def size_multiple(self) -> int:
-        """Height and width of the condition must be multiples of this many pixels."""
+        """The number of pixels of which the condition's height and width must be multiples."""
         return self.config["downscale_factor"]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Condition and mask -> masked features.
+        """Compute the masked features of a condition and a mask.
 
         Args:
             x: (B, C + 1, H, W) in [0, 1], the last channel is the mask. H and W: multiples of ``size_multiple``.
 
         Returns:
-            One feature (B, c_i, h_i, w_i) per level of the U-Net, with ``mask_features`` exactly 0 where the resized
-            mask is 0. Coarser levels halve with ceil, as the U-Net does.
+            One feature (B, c_i, h_i, w_i) per level of the U-Net; with ``mask_features`` exactly 0 where the resized
+            mask is 0. Halved sizes are rounded up, as in the U-Net.
 
         Raises:
-            ValueError: wrong number of channels, or a size that does not fit.
+            ValueError: a wrong number of channels, or a size that does not fit.
         """
         self._check(x)
         condition, mask = x[:, :-1], x[:, -1:]  # (B,C,H,W), (B,1,H,W)
         if self.config["mask_condition"]:
-            seen = condition * mask if self.config["dim_condition"] else condition
-            condition = torch.where(mask > 0, seen, torch.zeros_like(condition))
+            inside = condition * mask if self.config["dim_condition"] else condition
+            condition = torch.where(mask > 0, inside, torch.zeros_like(condition))
         features = list(self.adapter(condition))
         if self.config["mask_features"]:
             features = [mask_feature(f, mask, self.config["mask_resize"]) for f in features]
@@ -119,15 +120,15 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
     @property
     def levels(self) -> int:
-        """How many levels of features it makes: one for each of ``channels``, and of a light adapter one more."""
+        """The number of levels of features: one for each of ``channels``, and one more for a light adapter."""
         return len(self.adapter.adapter.body)
 
     def _check(self, x: Tensor) -> None:
         wanted = self.channels_of_condition + 1
         if x.ndim != 4 or x.shape[1] != wanted:
             raise ValueError(
-                f"The adapter takes (B, {wanted}, H, W): {wanted - 1} condition channels and the mask, "
-                f"not {tuple(x.shape)}; check the kind of condition."
+                f"The adapter takes (B, {wanted}, H, W), {wanted - 1} channels of the condition and the mask, not "
+                f"{tuple(x.shape)}; check the kind of condition."
             )
         height, width = x.shape[-2:]
         if height % self.size_multiple or width % self.size_multiple:
@@ -138,8 +139,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_t2iadapter(cls, adapter: T2IAdapter, **options: Any) -> LocalAdapter:
-        """Wrap (not copy) any T2I-Adapter; ``options`` are those of the class that are not the T2I-Adapter's own."""
-        with torch.device("meta"):  # the shape only: the weights are replaced on the next line
+        """Wrap any T2I-Adapter without copying it; ``options``: the arguments that a T2I-Adapter does not have."""
+        with torch.device("meta"):  # only the shapes: the weights are replaced below
             wrapped = cls(**{name: adapter.config[name] for name in SHAPE}, **options)
         wrapped.adapter = adapter
         return wrapped
@@ -150,41 +151,40 @@ class LocalAdapter(ModelMixin, ConfigMixin):
 
 
 def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_factor: Any, adapter_type: Any) -> None:
-    """Raise a ValueError in one sentence unless an adapter of this shape can be built within reason; nothing is
-    built."""
+    """Raise a ValueError unless these options describe an adapter of reasonable size; nothing is built."""
     if adapter_type not in ADAPTER_TYPES:
-        raise ValueError(f"adapter_type is one of {', '.join(ADAPTER_TYPES)}, not {shown(adapter_type)}.")
+        raise ValueError(f"adapter_type must be one of {', '.join(ADAPTER_TYPES)}, not {shown(adapter_type)}.")
     for name, value, most in (
         ("in_channels", in_channels, MAX_WEIGHTS),
         ("num_res_blocks", num_res_blocks, MAX_BLOCKS),
         ("downscale_factor", downscale_factor, MAX_FACTOR),
     ):
         if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{name} of an adapter is a whole number from 1 to {most}, not {shown(value)}.")
+            raise ValueError(f"{name} of an adapter must be a whole number from 1 to {most}, not {shown(value)}.")
     if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= MAX_LEVELS:
-        raise ValueError(f"channels of an adapter are 1 to {MAX_LEVELS} whole numbers, not {shown(channels)}.")
+        raise ValueError(f"channels of an adapter must be 1 to {MAX_LEVELS} whole numbers, not {shown(channels)}.")
     for value in channels:
         if type(value) is not int or not 1 <= value <= MAX_WEIGHTS:
-            raise ValueError(f"channels of an adapter are positive whole numbers, not {shown(value)}.")
-    # Convolutions of 3x3 and 1x1 in each block, and the first one on pixels that were unshuffled into channels.
+            raise ValueError(f"channels of an adapter must be positive whole numbers, not {shown(value)}.")
+    # A 3x3 and a 1x1 convolution in each block, and the first convolution on pixels unshuffled into channels.
     weights = 9 * in_channels * downscale_factor**2 * channels[0]
     weights += sum(10 * num_res_blocks * value**2 for value in channels)
     if weights > MAX_WEIGHTS:
         raise ValueError(
-            f"An adapter of in_channels {in_channels}, channels {shown(list(channels))} and num_res_blocks "
+            f"An adapter with in_channels {in_channels}, channels {shown(list(channels))} and num_res_blocks "
             f"{num_res_blocks} has about {weights:.1e} weights, more than {MAX_WEIGHTS:.0e}; check its config.json."
         )
 
 
 def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
-    """Raise a ValueError unless there is one weight for each level of features, or None."""
+    """Raise a ValueError unless ``weights`` is None or has one weight for each level of features."""
     if weights is not None and len(weights) != levels:
         raise ValueError(
-            f"The adapter has {levels} levels of features, but level_weights are {list(weights)}; give one weight for "
-            "each level."
+            f"The adapter has {levels} levels of features, but level_weights are {list(weights)}; give one weight per "
+            "level."
         )
 
 
-CHOSEN = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")  # in_channels are the condition's
+CHOSEN = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")  # in_channels follow from the condition
 SHAPE = ("in_channels", *CHOSEN)
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

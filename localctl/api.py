@@ -1,17 +1,18 @@
-"""Training and evaluation as functions of their settings: what the programs do, from Python."""
+"""Train and evaluate from Python: the functions behind the command-line programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from localctl.evaluation import fid
 from localctl.evaluation.compare import Comparison, compare
 from localctl.evaluation.scorer import make_scorer
 from localctl.evaluation.settings import FidSettings
+from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.training.events import Scorer
@@ -22,65 +23,82 @@ Say = Callable[[str], None]
 
 
 def train_settings(*choices: str) -> TrainSettings:
-    """Return the settings of a training as the command line reads them: groups and values, over the defaults.
+    """Return training settings from groups and values as on the command line, over the defaults.
 
-    ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without any choice it is
-    ``TrainSettings()``. ValueError naming the nearest known key or option, or what is wrong with a value.
+    For example, ``train_settings("experiment=paper_canny", "data.path=photos", "learning_rate=1e-4")``. Without
+    arguments, the result equals ``TrainSettings()``. ValueError for an unknown key or option, naming the nearest known
+    one, and for an invalid value.
     """
     from localctl.cli.config import load_config  # composes the files of config/
 
     return load_config(choices, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
 
 
-def train(settings: TrainSettings, say: Say = tqdm.write, scorer: Scorer | None = None) -> TrainResult:
-    """Train an adapter to the last step, or until a signal; its folder is ``result.output_dir / "adapter"``.
+def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None = None) -> TrainResult:
+    """Train an adapter to the last step, or until a signal. It is saved in ``result.output_dir / "adapter"``.
 
     Args:
-        settings: of :func:`train_settings`, or built in Python.
-        say: is given each line of what is told meanwhile.
-        scorer: gives the score for early stopping in place of ``settings.early_stopping.metric``.
+        settings: from :func:`train_settings`, or built in Python.
+        say: deprecated; is called with each message instead of printing it. Add a handler to the logger "localctl".
+        scorer: computes the score for early stopping instead of ``settings.early_stopping.metric``.
 
     Raises:
-        ValueError: settings, data or an output folder that do not fit.
-        OSError: something could not be written.
-        NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
+        ValueError: settings, data or the output folder are invalid or do not fit each other.
+        OSError: a file could not be written.
+        NotFiniteError: a loss or gradient is not finite; it was not applied to the weights.
     """
     if settings.dry_run:
         raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
-    return prepare(settings, say, scorer or make_scorer(settings)).train()
+    with _shown(say, tolerant=True, first_process_only=True):
+        return prepare(settings, scorer or make_scorer(settings)).train()
 
 
-def generate_set(settings: FidSettings, say: Say = print) -> dict[str, Path]:
-    """Generate what is missing of the sets of images that ``settings.prompts`` asks for; their folders, by the name of
-    the set. ValueError in one sentence before anything slow."""
-    fid.generate(settings, say)
+def generate_set(settings: FidSettings, say: Say | None = None) -> dict[str, Path]:
+    """Generate the missing images of the sets that ``settings.prompts`` asks for; return their folders by set name.
+
+    Settings and data are checked before the base is loaded: ValueError in one sentence.
+    """
+    with _shown(say):
+        fid.generate(settings)
     return {name: settings.folder / name for name in settings.set_names}
 
 
-def evaluate_fid(settings: FidSettings, say: Say = print) -> dict[str, Any]:
-    """How far generated images are from photos: ``evaluate_fid.py`` ref, gen and score, one after the other.
+def evaluate_fid(settings: FidSettings, say: Say | None = None) -> dict[str, Any]:
+    """Measure the distance of generated images from photos: ``evaluate_fid.py`` ref, gen and score in one call.
 
     Returns:
-        By the name of each set its ``values`` (Fréchet distance, KID and what else the extractor has), ``warnings`` and
-        ``provenance``; also written beside the images.
+        For each set by name: ``values`` (Fréchet distance, KID and further metrics of the extractor), ``warnings`` and
+        ``provenance``. They are also written to a file beside the images.
 
     Raises:
-        ValueError: data, an adapter or an extractor that is not there; another reference or images of other settings.
+        ValueError: data, adapter or extractor are missing; the reference or existing images have other settings.
     """
-    if settings.reference is None:
-        fid.make_reference(settings, say)
-    fid.generate(settings, say)
-    return fid.score(settings, say)
+    with _shown(say):
+        if settings.reference is None:
+            fid.make_reference(settings)
+        fid.generate(settings)
+        return fid.score(settings)
 
 
 def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_clip") -> Comparison:
-    """Measure sets of images, by name, against the condition that they were to follow and against each other.
+    """Measure how well sets of generated images follow their conditions, and compare the sets.
 
     Args:
-        folders: of :func:`generate_set`, one of them without an adapter.
-        clip: CLIPModel of the CLIP score, a folder or hub id; ``micro_clip``: the embedded base's; None: no score.
+        folders: folders from :func:`generate_set` by set name; one set must be without an adapter.
+        clip: folder or hub id of the CLIPModel for the CLIP score; ``micro_clip``: that of the embedded base; None: no
+            CLIP score.
 
     Raises:
         ValueError: images are missing, or the sets differ in more than the adapter.
     """
     return compare(folders, None if clip is None else Clip(MICRO_CLIP if clip == "micro_clip" else clip))
+
+
+@contextmanager
+def _shown(say: Say | None, **options: bool) -> Iterator[None]:
+    """Within, print what is logged, or hand it to ``say``, which is deprecated."""
+    if say is not None:
+        text = 'say= is deprecated; add a handler to logging.getLogger("localctl") instead.'
+        warnings.warn(text, DeprecationWarning, stacklevel=4)
+    with log_to_screen(say, **options):
+        yield

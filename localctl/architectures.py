@@ -1,7 +1,7 @@
-"""The shape of a base without its weights: its configs, and its parts on the meta device.
+"""The architecture of a base without its weights: its configs, and its parts on the meta device.
 
-From the base's own files where there are any, from known_bases.yaml for the well-known bases where there are none: so a
-run can be planned, and its mistakes found, before anything is fetched.
+The configs come from the base's own files; without these, those of well-known bases come from known_bases.yaml. So a
+run can be planned, and its settings checked, before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextMode
 class BaseShape:
     """The configs of a base's parts: ``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``.
 
-    from_table: they are those of the well-known base, as none of its files are here.
+    from_table: whether they come from known_bases.yaml, as the files of the base are not here.
     """
 
     parts: Mapping[str, Config]
@@ -39,17 +39,17 @@ class BaseShape:
 
     @property
     def xl(self) -> bool:
-        """Whether the U-Net takes pooled texts and sizes, as SDXL's does."""
+        """Whether the U-Net takes pooled prompt embeddings and sizes, as SDXL's does."""
         return self.parts["unet"].get("addition_embed_type") == "text_time"
 
     @property
     def vae_scale_factor(self) -> int:
-        """How many pixels a latent is wide."""
+        """Width of a latent pixel in image pixels."""
         return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
 
     def build(self, part: str) -> nn.Module:
-        """Build the part on the meta device: float32 shapes without weights, frozen, in eval mode. Made once, as large
-        ones take seconds, so leave it as it is."""
+        """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once, as
+        large parts take seconds, and must not be changed."""
         if part not in self._built:
             with torch.device("meta"):
                 self._built[part] = self._new(part, dict(self.parts[part])).eval().requires_grad_(False)
@@ -61,14 +61,14 @@ class BaseShape:
             return UNet2DConditionModel.from_config(config)
         if part == "vae":
             return AutoencoderKL.from_config(config)
-        transformers = importlib.import_module("transformers")  # slow, and only sizes are asked of it
+        transformers = importlib.import_module("transformers")  # slow to import
         return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
 
 
 def read_shape(base: BaseConfig) -> BaseShape:
-    """Return the shape of a base, from its folder or cache; else from the table; else its configs are fetched.
+    """Return the architecture of a base from its folder or cache, else from known_bases.yaml, else from the hub.
 
-    ValueError when the base is not there or of another kind.
+    ValueError when the base cannot be found, or has an unsupported pipeline.
     """
     try:
         return BaseShape(_read_parts(base, local_files_only=True))

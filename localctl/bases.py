@@ -1,5 +1,5 @@
-"""Which bases there are, how one is named, and its files, looked at before anything is loaded: what is missing, cut off
-or damaged is named. Nothing here loads a model, or torch."""
+"""The known bases, their names, and checks of a base's files before it is loaded: errors name the file that is missing,
+truncated or damaged. This module loads neither models nor torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, str] = {
     "unipc": "UniPCMultistepScheduler",
 }
 
-# What every part must have one of. Of tokenizers transformers makes an empty one where nothing is found.
+# Each part needs one of these files. Without them, transformers would silently make an empty tokenizer.
 _NEEDED = {
     "unet": ("config.json",),
     "vae": ("config.json",),
@@ -44,15 +44,16 @@ _NEEDED = {
     "scheduler": ("scheduler_config.json",),
 }
 _WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-_COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")  # of layers; the most known is 32
+_COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")  # of layers; known bases: <= 32
 _MOST_LAYERS, _MOST_LEVELS = 256, 16
 
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Where a base is found: ``id_or_path`` for ``from_pretrained``, and the VAE to use in float16 if its own fails.
+    """Location and defaults of a base.
 
-    guidance_scale: what images are generated with unless told otherwise.
+    id_or_path: for ``from_pretrained``. fp16_vae: the VAE to use in float16, if the base's own overflows.
+    guidance_scale: default for generated images.
     """
 
     name: str
@@ -72,14 +73,14 @@ BASES = {
 @record("base")
 @dataclass(kw_only=True)
 class BaseConfig:
-    """Which base to load and how.
+    """Settings of the base.
 
     name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
-    vae: another VAE, by hub id or folder; null = the base's own (SDXL in float16: the one that does not overflow).
-    revision: of the hub's repository: a branch, tag or commit; null = its main branch.
-    variant: of the weight files, such as fp16.
+    vae: hub id or folder of another VAE; null = the base's own (for SDXL in float16, one that does not overflow).
+    revision: branch, tag or commit of the hub repository; null = its main branch.
+    variant: variant of the weight files, such as fp16.
     dtype: float32, float16 or bfloat16.
-    local_files_only: never ask the network.
+    local_files_only: never use the network.
     """
 
     name: str = "micro"
@@ -91,7 +92,7 @@ class BaseConfig:
 
 
 def resolve_base(name: str) -> BaseSpec:
-    """Find a base by name, folder or hub id, without loading it or asking the network.
+    """Find a base by name, folder or hub id, without loading it or using the network.
 
     ValueError for an unknown name, a folder that is not there, or one without a diffusers pipeline.
     """
@@ -116,17 +117,17 @@ def resolve_base(name: str) -> BaseSpec:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether ``name`` looks like OWNER/NAME on the Hugging Face hub, and not like a path."""
+    """Return whether ``name`` has the form OWNER/NAME of an id on the Hugging Face hub."""
     return HUB_ID.fullmatch(name) is not None
 
 
 def same_base(first: str, second: str) -> bool:
-    """Tell whether two names mean one base; names that lead nowhere are compared as they are."""
+    """Return whether two names mean the same base; unknown names are compared as texts."""
     return _place(first) == _place(second)
 
 
 def lasting_name(name: str) -> str:
-    """Return ``name`` as it may be written down for later: a folder by its absolute path, any other as it is."""
+    """Return ``name`` in a form to save: the absolute path of a folder; any other name unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if name not in BASES and path.is_dir() else name
 
@@ -136,13 +137,13 @@ def _place(name: str) -> str:
 
 
 def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any]:
-    """Read file ``name`` of a base, on this disk or on the hub.
+    """Read the JSON file ``name`` of a base, from its folder or from the hub.
 
     Args:
         where: ``revision`` and ``local_files_only`` for the hub.
 
     Raises:
-        OSError: the file is not there.
+        OSError: the file does not exist, or cannot be fetched.
         ValueError: it is no JSON object.
     """
     path = Path(spec.id_or_path, name)
@@ -154,7 +155,7 @@ def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any
 
 
 def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
-    """Read what the pipeline consists of; ValueError if it is of a kind that is not supported."""
+    """Read the ``model_index.json`` of a base; ValueError if its pipeline is not supported."""
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
     if kind not in PIPELINES:
@@ -163,7 +164,7 @@ def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_side(name: str) -> int | None:
-    """Find the side in pixels of the images that a base on this disk was made for; None: only the hub knows."""
+    """Return the native image side in pixels of a base on this disk; None if its configs are not here."""
     try:
         spec, here = resolve_base(name), {"local_files_only": True}
         unet = read_json(spec, "unet/config.json", here)
@@ -174,7 +175,7 @@ def own_side(name: str) -> int | None:
 
 
 def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
-    """Make the error for a base that cannot be read."""
+    """Make the error for a base that cannot be loaded."""
     place, reason = resolve_base(config.name).id_or_path, first_line(error)
     way_out = "check name and network, or give a local diffusers folder"
     if Path(place).is_dir():
@@ -183,7 +184,7 @@ def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
 
 
 def check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
-    """Raise a ValueError that names the file when a base is a folder and something in it is missing or damaged."""
+    """Raise a ValueError that names the file if a file in the base's folder is missing or damaged; ignores hub ids."""
     folder = Path(resolve_base(config.name).id_or_path)
     if folder.is_dir():
         try:
@@ -193,7 +194,7 @@ def check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[
 
 
 def vae_not_loaded(name: str, error: Exception) -> ValueError:
-    """Make the error for a VAE that cannot be read."""
+    """Make the error for a VAE that cannot be loaded."""
     reason = first_line(error)
     return ValueError(
         f"The VAE {name!r} could not be loaded ({reason}); give a folder with an AutoencoderKL or a hub id."
@@ -201,14 +202,14 @@ def vae_not_loaded(name: str, error: Exception) -> ValueError:
 
 
 def check_vae(base: BaseConfig, own: Mapping[str, Any]) -> None:
-    """Raise a ValueError when the VAE asked for is not there, or its latents have another shape than those of ``own``,
-    the config of the base's."""
+    """Raise a ValueError if ``base.vae`` cannot be found, or its latents differ in shape from those of ``own``, the
+    config of the base's own VAE."""
     if base.vae is None:
         return
     config = _vae_config(base.vae, base.local_files_only)
     known = [item for item in (config, own) if "latent_channels" in item and "block_out_channels" in item]
     if len({(item["latent_channels"], len(item["block_out_channels"])) for item in known}) > 1:
-        raise ValueError(f"The VAE {base.vae!r} makes other latents than the base's own; give one of its family.")
+        raise ValueError(f"The VAE {base.vae!r} makes latents of another shape than the base's; choose another one.")
 
 
 def _vae_config(name: str, local_files_only: bool) -> dict[str, Any]:
@@ -230,9 +231,11 @@ def _vae_config(name: str, local_files_only: bool) -> dict[str, Any]:
 
 
 def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str] = frozenset()) -> None:
-    """Raise a ValueError in a clause naming the file, unless the parts that ``index`` (the ``model_index.json``) lists
-    are in ``folder`` and whole: JSON is read, of safetensors the header alone. ``replaced``: parts that are not
-    taken."""
+    """Raise a ValueError, a clause that names the file, unless ``folder`` holds all parts of a base undamaged.
+
+    Reads all JSON files, and the headers of safetensors. index: the ``model_index.json``. replaced: parts that the
+    caller replaces, which are not checked.
+    """
     for name, needed in _NEEDED.items():
         listed = index.get(name)
         if name in replaced or name not in index or listed in (None, [None, None]):
@@ -251,7 +254,7 @@ def check_files(folder: Path, index: Mapping[str, Any], replaced: frozenset[str]
 
 
 def pickled_only(folder: Path) -> bool:
-    """Tell whether a folder has weights as pickles (``.bin``) and none as safetensors."""
+    """Return whether a folder has weights as pickles (``.bin``) and none as safetensors."""
     return any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
 
 
@@ -275,8 +278,8 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def check_weights(part: Path) -> None:
-    """Raise a ValueError in a clause unless a folder has safetensors and all of them are whole, as far as their headers
-    say."""
+    """Raise a ValueError, a clause, unless a folder has safetensors and all of them are complete according to their
+    headers."""
     files = sorted(part.glob("*.safetensors"))
     if not files and pickled_only(part):
         raise ValueError(
@@ -288,6 +291,6 @@ def check_weights(part: Path) -> None:
     for path in files:
         try:
             with safe_open(path, "pt"):
-                pass  # the header names all tensors, and the length of the file must be theirs
+                pass  # safetensors compares the size of the file with the tensors in its header
         except (OSError, SafetensorError) as error:
             raise ValueError(f"the file {path} is damaged or cut off: {first_line(error)}") from error

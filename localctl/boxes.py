@@ -1,4 +1,4 @@
-"""Boxes xyxy, the objects in them, and who finds those."""
+"""Boxes xyxy, the objects in them, and the protocol of detectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RELATIONS = ("to the left of", "to the right of", "above", "below")
 
 @dataclass(frozen=True)
 class Found:
-    """An object: its label, its box xyxy in pixels, and how sure the detector is, in [0,1]."""
+    """A detected object: its label, its box xyxy in pixels, and the detector's confidence in [0,1]."""
 
     label: str
     box: Box
@@ -22,19 +22,18 @@ class Found:
 
 
 class Detector(Protocol):
-    """Finds objects in an image uint8 (H,W,3). ``labels``: what is asked for; a detector that always looks for the
-    same may ignore it."""
+    """Detects objects in an image uint8 (H,W,3). ``labels``: the labels to look for; a detector with fixed labels may
+    ignore them."""
 
     def __call__(self, image: np.ndarray, labels: Sequence[str]) -> list[Found]: ...
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What an image of known content shows, and who finds it.
+    """The objects in an image of known content, and the detectors for them.
 
-    objects: by phrases of the caption, as ``find`` labels them. shapes: the same objects as ``find_shapes`` labels
-    them, for conditions that have no colour. relation: (first, relation, second) where the caption states one; first
-    and second are phrases.
+    objects: labelled by phrases of the caption, as by ``find``. shapes: the same objects with the labels of
+    ``find_shapes``, for conditions without colour. relation: (phrase, relation, phrase) if the caption states one.
     """
 
     objects: tuple[Found, ...]
@@ -52,14 +51,12 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def box_around(mask: np.ndarray) -> Box:
-    """Find the smallest box xyxy in pixels around what is at least half as full as the fullest pixel of ``mask``
-    (H,W)."""
+    """Return the smallest box xyxy in pixels around the pixels of ``mask`` (H,W) that are at least half its maximum."""
     ys, xs = (mask >= mask.max() / 2).nonzero()
     return float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Tell whether one of ``RELATIONS`` is true of two centres (x, y): the named axis decides the sign, with no
-    margin."""
+    """Return whether one of ``RELATIONS`` is true of two centres (x, y). It compares one coordinate, without margin."""
     axis, sign = {RELATIONS[0]: (0, -1), RELATIONS[1]: (0, 1), RELATIONS[2]: (1, -1), RELATIONS[3]: (1, 1)}[relation]
     return (first[axis] - second[axis]) * sign > 0

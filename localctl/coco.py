@@ -1,4 +1,4 @@
-"""Annotations in MSCOCO's format as they are met: ids as text or number, boxes without area, names with underscores."""
+"""Tolerant reading of MSCOCO's annotations: ids as text or number, boxes without area, names with underscores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SINGULARS = {plural: one for one, plural in _PLURALS.items()}
 
 
 def coco_id(value: Any) -> int | str:
-    """Read an id of an image or category, whether it was written as a number or as text: 7, "7" and 7.0 are one."""
+    """Normalise an id of an image or category, written as a number or as text: 7, "7" and 7.0 are the same."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
@@ -25,14 +25,17 @@ def coco_id(value: Any) -> int | str:
 
 
 def coco_box(values: Any, width: float, height: float) -> Box | None:
-    """Convert COCO's (x, y, width, height) in pixels to xyxy in [0, 1], cut to the image. None for a box without an
-    area in the image, and for one that is empty or not finite. ValueError for anything else than four numbers."""
+    """Convert COCO's (x, y, width, height) in pixels to xyxy in [0, 1], clipped to the image.
+
+    ``width``, ``height``: of the image in pixels. None for a box that is missing, not finite or without an area in the
+    image. ValueError for anything but four numbers.
+    """
     if values is None or (isinstance(values, (list, tuple)) and not values):
         return None
     try:
         x, y, w, h = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"A COCO box is (x, y, width, height), not {str(values)[:80]}.") from None
+        raise ValueError(f"A COCO box must be (x, y, width, height), not {str(values)[:80]}.") from None
     if not all(map(math.isfinite, (x, y, w, h))) or not (width > 0 and height > 0):
         return None
     corners = (x / width, y / height, (x + w) / width, (y + h) / height)
@@ -41,21 +44,24 @@ def coco_box(values: Any, width: float, height: float) -> Box | None:
 
 
 def is_crowd(annotation: Any) -> bool:
-    """Tell whether an annotation is a crowd; some tools write the flag as text."""
+    """Return whether an annotation is a crowd; some tools write the flag as text."""
     return str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false")
 
 
-def spoken(name: str) -> str:
-    """Return a category as one says it: without underscores."""
+def plain_name(name: str) -> str:
+    """Return the name of a category as in a sentence, with spaces for underscores."""
     return " ".join(name.replace("_", " ").split())
 
 
-def places(prompt: str, name: str) -> list[tuple[str, int]]:
-    """Find where a category stands in ``prompt``, in reading order: the words it is called there and which appearance
-    of these it is. Underscores and hyphens may be spaces, one may be many ("two persons", "people") and the other
-    way."""
+def find_category(prompt: str, name: str) -> list[tuple[str, int]]:
+    """Find the occurrences of a category in ``prompt``, in reading order.
+
+    Returns:
+        For each, the words used there and which occurrence of these words it is, from 0. Underscores and hyphens match
+        spaces, and singulars match plurals ("two persons", "people") and vice versa.
+    """
     found: dict[tuple[int, int], tuple[str, int]] = {}
-    for form in _forms(name):
+    for form in _name_forms(name):
         for occurrence, span in enumerate(find_phrase(prompt, form)):
             found.setdefault(span, (form, occurrence))
     ordered = sorted(found)
@@ -63,18 +69,18 @@ def places(prompt: str, name: str) -> list[tuple[str, int]]:
     return [found[span] for span in outer]
 
 
-def _forms(name: str) -> list[str]:
-    """List what a category may be called in a prompt, its own name first."""
-    plain = spoken(name)
+def _name_forms(name: str) -> list[str]:
+    """List the forms of a category's name that a prompt may use, the name itself first."""
+    plain = plain_name(name)
     forms = [name.strip(), plain, plain.replace("-", " "), plain.replace(" ", "-")]
     for form in tuple(forms[1:]):
         start, space, last = form.rpartition(" ")
-        forms += [start + space + other for other in _numbers(last)]
+        forms += [start + space + other for other in _plurals_and_singulars(last)]
     return [form for form in dict.fromkeys(forms) if form]
 
 
-def _numbers(word: str) -> list[str]:
-    """List plurals of a word, and what it may be the plural of."""
+def _plurals_and_singulars(word: str) -> list[str]:
+    """List the possible plurals and singulars of a word."""
     lower = word.lower()
     several = [lower + "s", lower + "es", lower[:-1] + "ies" if lower.endswith("y") else "", _PLURALS.get(lower, "")]
     single = [_SINGULARS.get(lower, "")]

@@ -1,4 +1,4 @@
-"""Conditions: control images, float (C,H,W) in [0,1], taken from an image or delivered by the data."""
+"""Conditions: control images, float (C,H,W) in [0,1], computed from an image or read from the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from localctl.settings import CHANNELS as CHANNELS
-from localctl.settings import FROM_PICTURE, ConditionConfig
+from localctl.settings import FROM_IMAGE, ConditionConfig
 
 if TYPE_CHECKING:  # torch is imported where it is used
     from torch import Tensor
@@ -18,10 +18,11 @@ if TYPE_CHECKING:  # torch is imported where it is used
 def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
     """Compute the condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the image's own size.
 
-    Scales are fixed, never stretched per image, so that equal edges look equal in every image.
-    ValueError for kinds that no image yields (depth, segmentation, column), and for another shape or dtype.
+    Scales are fixed, never normalised per image, so that equal edges have equal values in every image.
+    ValueError for kinds that cannot be computed from an image (depth, segmentation, column), and for another shape or
+    dtype.
     """
-    if config.kind not in FROM_PICTURE:
+    if config.kind not in FROM_IMAGE:
         raise ValueError(
             f"A {config.kind} condition cannot be computed from an image; pass it as a condition image instead."
         )
@@ -32,8 +33,8 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
         make = _palette if config.palette_filter == "mean" else _resized_palette
         condition = make(image, config.cells)  # (H,W,3)
     elif config.kind == "canny":
-        seen = image if config.channels_used == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        condition = cv2.Canny(seen, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
+        source = image if config.channels_used == "rgb" else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        condition = cv2.Canny(source, config.low, config.high)[..., None].astype(np.float32) / 255  # (H,W,1)
     else:
         condition = _sobel(image)[..., None]  # (H,W,1)
     import torch
@@ -42,8 +43,8 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
 
 
 def _sobel(image: np.ndarray) -> np.ndarray:
-    """Compute the gradient magnitude (H,W): a straight step from black to white is 1; corners of full contrast are
-    clipped to 1."""
+    """Compute the gradient magnitude (H,W) in [0,1]: 1 for a straight step from black to white; corners of full
+    contrast are clipped to 1."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
     dx, dy = (
         cv2.Sobel(gray, cv2.CV_32F, *order, ksize=3, borderType=cv2.BORDER_REPLICATE) for order in ((1, 0), (0, 1))
@@ -52,8 +53,7 @@ def _sobel(image: np.ndarray) -> np.ndarray:
 
 
 def _palette(image: np.ndarray, cells: int) -> np.ndarray:
-    """Take the mean colour of each cell, spread over the cell: (H,W,3) in [0,1]. Every pixel belongs to exactly one
-    cell."""
+    """Replace each pixel by the mean colour of its cell: (H,W,3) in [0,1]."""
     height, width = image.shape[:2]
     row_starts, row_cell = _split(height, cells)
     column_starts, column_cell = _split(width, cells)
@@ -63,13 +63,13 @@ def _palette(image: np.ndarray, cells: int) -> np.ndarray:
 
 
 def _resized_palette(image: np.ndarray, cells: int) -> np.ndarray:
-    """Resize the image to cells x cells colours and back: (H,W,3) in [0,1], in steps of 1/255."""
+    """Resize the image to cells x cells by bicubic interpolation, and back: (H,W,3) in [0,1], in steps of 1/255."""
     height, width = image.shape[:2]
     small = Image.fromarray(image).resize((cells, cells), Image.Resampling.BICUBIC)
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST), dtype=np.float32) / 255
 
 
 def _split(length: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find where each of ``cells`` nearly equal parts starts, and the part of every pixel; no part is ever empty."""
+    """Split pixels into ``cells`` nearly equal parts, none empty; return their starts, and each pixel's part."""
     part = np.arange(length) * min(cells, length) // length
     return np.flatnonzero(np.diff(part, prepend=-1)), part

@@ -1,9 +1,9 @@
-"""The forward process, the conversions between epsilon, v and x0, and the VAE as codec of latents.
+"""The forward process, the conversions between epsilon, v and x0, and encoding and decoding with the VAE.
 
 With abar = ``alphas_cumprod[t]``:  z_t = sqrt(abar) z0 + sqrt(1 - abar) eps  (DDPM, arXiv 2006.11239, eq. 4)  and
 v = sqrt(abar) eps - sqrt(1 - abar) z0  (arXiv 2202.00512, appendix D).
 
-The conversions take ``alpha_bar`` as a scalar or one value per sample (B,), compute in float32 at least, and return
+The conversions take ``alpha_bar`` as a scalar or one value per sample (B,), compute in at least float32, and return
 the dtype of their first argument.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from localctl.settings import TIMESTEP_SAMPLINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# The smallest root that anything is divided by, where a schedule leaves no signal or no noise: diffusers' schedulers
-# take abar = 2**-24 there. The roots of real schedules lie above it.
+# The smallest root to divide by, for schedules that leave no signal or no noise: there diffusers' schedulers use
+# abar = 2**-24. The other roots of real schedules are larger.
 ROOT_FLOOR = 2**-12
 
 
@@ -34,7 +34,7 @@ class DiffusionSample:
 
 
 def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar) and sqrt(1 - abar), broadcastable to ``like``, in its dtype or float32 if that is wider."""
+    """Return sqrt(abar) and sqrt(1 - abar), broadcastable to ``like``, in its dtype or float32 if that is wider."""
     wide = torch.promote_types(like.dtype, torch.float32)
     alpha_bar = alpha_bar.to(device=like.device, dtype=wide)
     if alpha_bar.ndim:
@@ -43,54 +43,57 @@ def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def x0_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x0 = (z_t - sqrt(1-abar) eps) / sqrt(abar); finite at abar = 0, but says nothing: see :func:`check_schedule`."""
+    """Return x0 = (z_t - sqrt(1-abar) eps) / sqrt(abar).
+
+    At abar = 0 it is finite but meaningless, see :func:`check_schedule`.
+    """
     signal, sigma = _roots(alpha_bar, noisy)
     return ((noisy - sigma * eps) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def x0_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x0 = sqrt(abar) z_t - sqrt(1-abar) v; defined for every abar in [0, 1]."""
+    """Return x0 = sqrt(abar) z_t - sqrt(1-abar) v; defined for every abar in [0, 1]."""
     signal, sigma = _roots(alpha_bar, noisy)
     return (signal * noisy - sigma * v).to(noisy.dtype)
 
 
 def eps_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """eps = (z_t - sqrt(abar) x0) / sqrt(1-abar); finite at abar = 1."""
+    """Return eps = (z_t - sqrt(abar) x0) / sqrt(1-abar); finite at abar = 1."""
     signal, sigma = _roots(alpha_bar, noisy)
     return ((noisy - signal * x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def eps_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """eps = sqrt(abar) v + sqrt(1-abar) z_t; defined for every abar in [0, 1]."""
+    """Return eps = sqrt(abar) v + sqrt(1-abar) z_t; defined for every abar in [0, 1]."""
     signal, sigma = _roots(alpha_bar, noisy)
     return (signal * v + sigma * noisy).to(noisy.dtype)
 
 
 def v_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = (sqrt(abar) z_t - x0) / sqrt(1-abar); finite at abar = 1."""
+    """Return v = (sqrt(abar) z_t - x0) / sqrt(1-abar); finite at abar = 1."""
     signal, sigma = _roots(alpha_bar, noisy)
     return ((signal * noisy - x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def v_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = (eps - sqrt(1-abar) z_t) / sqrt(abar); finite at abar = 0."""
+    """Return v = (eps - sqrt(1-abar) z_t) / sqrt(abar); finite at abar = 0."""
     signal, sigma = _roots(alpha_bar, noisy)
     return ((eps - sigma * noisy) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
 
 
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v = sqrt(abar) eps - sqrt(1-abar) z0; defined for every abar in [0, 1]."""
+    """Return v = sqrt(abar) eps - sqrt(1-abar) z0; defined for every abar in [0, 1]."""
     signal, sigma = _roots(alpha_bar, latents)
     return (signal * noise - sigma * latents).to(latents.dtype)
 
 
 def gather_alpha_bar(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """``alphas_cumprod`` (T,) at ``timesteps`` (B,) int64, on the timesteps' device."""
+    """Return ``alphas_cumprod`` (T,) at ``timesteps`` (B,) int64: (B,), on the timesteps' device."""
     return alphas_cumprod.to(timesteps.device)[timesteps]
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> DiffusionSample:
-    """Diffuse ``latents`` (B,C,h,w) to ``timesteps`` (B,) int64 with ``noise`` of the same shape."""
+    """Add ``noise`` (B,C,h,w) to ``latents`` (B,C,h,w) at ``timesteps`` (B,) int64."""
     assert noise.shape == latents.shape and timesteps.shape == latents.shape[:1]
     signal, sigma = _roots(gather_alpha_bar(alphas_cumprod, timesteps), latents)
     noisy = (signal * latents + sigma * noise).to(latents.dtype)  # (B,C,h,w)
@@ -100,11 +103,11 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod:
 def predict_x0(
     noisy: Tensor, model_output: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str
 ) -> Tensor:
-    """Return the clean latents z0' that ``model_output`` stands for; all (B,C,h,w), ``timesteps`` (B,) int64.
+    """Return the clean latents z0' predicted by ``model_output``; all (B,C,h,w), ``timesteps`` (B,) int64.
 
-    Equals ``scheduler.step(...).pred_original_sample`` of DDPM and DDIM without clipping. ValueError for an unknown
-    ``prediction_type``. The error of z0' is the error of epsilon times sqrt((1-abar)/abar): a factor of 214 in MSE at
-    t = 999 of SD1.5.
+    Equals ``scheduler.step(...).pred_original_sample`` of DDPM and DDIM without clipping. The error of z0' is that of
+    epsilon times sqrt((1-abar)/abar), a factor of 214 in MSE at t = 999 of SD1.5. ValueError for an unknown
+    ``prediction_type``.
     """
     check_prediction_type(prediction_type)
     alpha_bar = gather_alpha_bar(alphas_cumprod, timesteps)
@@ -116,7 +119,7 @@ def predict_x0(
 
 
 def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
-    """Return what the model should output for ``sample``: eps, v or z0, (B,C,h,w). ValueError for an unknown type."""
+    """Return the target of the model output for ``sample``: eps, v or z0, (B,C,h,w). ValueError for an unknown type."""
     check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return sample.noise
@@ -126,20 +129,20 @@ def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES``."""
+    """Raise a ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES``."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"Unknown prediction type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
 
 
 def check_schedule(alphas_cumprod: Tensor, prediction_type: str) -> None:
-    """ValueError for a schedule on which z0' does not exist: epsilon prediction with zero terminal SNR.
+    """Raise a ValueError for a schedule that leaves z0' undefined: epsilon prediction with zero terminal SNR.
 
-    To be called once before training; the conversions themselves never read values back from the device.
+    Call it once before training: the conversions themselves check no values, which would synchronise with the device.
     """
     check_prediction_type(prediction_type)
     if prediction_type == "epsilon" and not bool((alphas_cumprod > 0).all()):
         raise ValueError(
-            "The noise schedule ends at zero signal, where an epsilon prediction says nothing about the clean image; "
+            "The noise schedule ends at zero signal, where an epsilon prediction does not determine the clean image; "
             "use v_prediction or a schedule without rescale_betas_zero_snr."
         )
 
@@ -147,18 +150,18 @@ def check_schedule(alphas_cumprod: Tensor, prediction_type: str) -> None:
 def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = "uniform") -> Tensor:
     """Map ``u`` (B,) in [0,1) to timesteps (B,) int64 in [0, T-1].
 
-    ``uniform``: t = u T. ``cubic``: t = (1 - u^3) T, which favours noisy steps, where structure is decided
+    ``uniform``: t = u T. ``cubic``: t = (1 - u^3) T, which favours the noisy steps that determine structure
     (T2I-Adapter, arXiv 2302.08453, section 3.4). ValueError for an unknown ``sampling``.
     """
     if sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(f"Unknown timestep sampling {sampling!r}; choose one of {', '.join(TIMESTEP_SAMPLINGS)}.")
     fraction = u if sampling == "uniform" else 1 - u**3
-    # The clamp is for the ends: u = 0 of the cubic form, and u just below 1, which rounds up to T.
+    # The clamp matters at the ends: u = 0 of the cubic form, and u just below 1, which may round up to T.
     return (fraction * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 
 
 def latent_size(height: int, width: int, factor: int = 8) -> tuple[int, int]:
-    """(h, w) of the latents of a ``height`` x ``width`` image: sizes that ``factor`` does not divide round up."""
+    """Return the (h, w) of the latents of a ``height`` x ``width`` image, rounded up if ``factor`` does not divide."""
     return math.ceil(height / factor), math.ceil(width / factor)
 
 
@@ -168,15 +171,18 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (B,c,h,w) float32 each, of the VAE's own latents of ``pixels`` (B,3,H,W)."""
-    # Without autocast: a VAE that is kept in float32 would compute in half precision after all.
+    """Return mean and standard deviation, (B,c,h,w) float32 each, of the VAE's unscaled latents of ``pixels``.
+
+    ``pixels``: (B,3,H,W) in [-1,1].
+    """
+    # Without autocast, which would run a VAE that is kept in float32 in half precision.
     with torch.autocast(pixels.device.type, enabled=False):
         found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     return found.mean.float(), found.std.float()
 
 
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Bring the VAE's own latents (B,c,h,w) to the scale that the denoiser sees, as the VAE's config says."""
+    """Scale the VAE's own latents (B,c,h,w) for the denoiser, by the values in the VAE's config."""
     mean, std, factor = _latent_scale(vae, latents)
     return (latents - mean) * factor if std is None else (latents - mean) * factor / std
 
@@ -189,8 +195,11 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _latent_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | None, float]:
-    """(mean, std, factor) of scaled = (latents - mean) * factor / std. Per channel, where the config has
-    ``latents_mean`` and ``latents_std``; else the mean is its ``shift_factor``, and there is no std."""
+    """Return (mean, std, factor) of scaled = (latents - mean) * factor / std.
+
+    Mean and std are per channel if the config has ``latents_mean`` and ``latents_std``; else the mean is its
+    ``shift_factor`` or 0, and the std is None.
+    """
     config = vae.config
     means, stds = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if means is None or stds is None:
@@ -201,12 +210,12 @@ def _latent_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | None
 
 @torch.no_grad()
 def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
-    """Pass ``pixels`` (B,3,H,W) in [-1,1] through encoder and decoder, without noise."""
+    """Encode and decode ``pixels`` (B,3,H,W) in [-1,1], without sampling noise."""
     return vae.decode(posterior(vae, pixels)[0].to(vae.dtype)).sample
 
 
 def round_trip(vae: Any, images: np.ndarray) -> np.ndarray:
-    """Pass images, uint8 (n,h,w,3), through encoder and decoder, 16 at a time."""
+    """Encode and decode images, uint8 (n,h,w,3), 16 at a time; return the same shape and dtype."""
     outputs = []
     for batch in torch.from_numpy(images).split(16):
         decoded = reconstruct(vae, batch.permute(0, 3, 1, 2).to(vae.dtype) / 127.5 - 1).clamp(-1, 1)

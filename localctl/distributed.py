@@ -1,4 +1,4 @@
-"""Several processes on one job, as torchrun starts them."""
+"""Several processes in one job, as started by torchrun."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Item = TypeVar("Item")
 
 
 class LostProcess(OSError):
-    """Another process of this job is gone."""
+    """Another process of this job has ended."""
 
 
 def processes() -> tuple[int, int]:
-    """(rank, count) as torchrun tells."""
+    """Return (rank, count) from the environment that torchrun sets."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_device(name: str) -> torch.device:
-    """Of this process: ``auto`` spreads the processes over the GPUs. ValueError for a device that is not there."""
+    """Return the device of this process: ``auto`` spreads processes over the GPUs. ValueError if it is missing."""
     if name == "auto":
         count = torch.cuda.device_count()
         return torch.device("cuda", processes()[0] % count) if count else torch.device("cpu")
@@ -39,38 +39,38 @@ def process_device(name: str) -> torch.device:
     return device
 
 
-def _together() -> bool:
-    """Whether this process can exchange with others."""
+def _is_joined() -> bool:
+    """Return whether this process can communicate with others."""
     return distributed.is_available() and distributed.is_initialized()
 
 
 def leave() -> None:
-    """Let go of the other processes, if there are any, after the last exchange with them.
+    """Leave the process group, if this process has joined one, after the last communication.
 
-    Gloo's threads need Python's lock once more to let go of what was exchanged last. When the group goes first, it
-    waits for them with that lock held, for ever. So they get a moment."""
-    if _together():
+    Gloo's threads need Python's GIL once more to free the last message. ``destroy_process_group`` waits for them while
+    it holds the GIL, so without a short pause both would wait without end."""
+    if _is_joined():
         time.sleep(0.1)
         distributed.destroy_process_group()
 
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """(rank, count) of processes that can exchange results, which metrics then do by themselves; (0, 1) for one
-    alone. Whoever has joined them before keeps them."""
-    begun = _together()
+    """Join the processes of the job, so that metrics synchronise; yield (rank, count), which is (0, 1) for a single
+    process. A process group that exists already is used, and not left at the end."""
+    begun = _is_joined()
     if not begun and processes()[1] > 1:
         distributed.init_process_group("gloo")
     try:
-        yield (distributed.get_rank(), distributed.get_world_size()) if _together() else (0, 1)
+        yield (distributed.get_rank(), distributed.get_world_size()) if _is_joined() else (0, 1)
     finally:
         if not begun:
             leave()
 
 
 def union(items: set[Item]) -> set[Item]:
-    """Return the ``items`` of all processes, within :func:`joined`."""
-    if not _together():
+    """Return the union of the ``items`` of all processes, within :func:`joined`."""
+    if not _is_joined():
         return items
     shares: list[set[Item]] = [set() for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(shares, items)
@@ -78,9 +78,9 @@ def union(items: set[Item]) -> set[Item]:
 
 
 def on_first(work: Callable[[], Result]) -> Result | None:
-    """Run ``work`` on the first process and return its result there; the others wait and get None. A ValueError or
-    OSError of it is raised on all of them, so that none waits in vain."""
-    together = _together()
+    """Run ``work`` on the first process and return its result there; the others wait and return None. A ValueError or
+    OSError is raised on all processes, so that none waits in vain."""
+    together = _is_joined()
     result: Result | None = None
     failure: ValueError | OSError | None = None
     if not together or distributed.get_rank() == 0:
@@ -89,20 +89,20 @@ def on_first(work: Callable[[], Result]) -> Result | None:
         except (ValueError, OSError) as error:
             failure = error
     if together:
-        told = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
-        distributed.broadcast_object_list(told, src=0)
-        if failure is None and told[0] is not None:
-            failure = (ValueError if told[0][0] else OSError)(told[0][1])
+        message = [None if failure is None else (isinstance(failure, ValueError), str(failure))]
+        distributed.broadcast_object_list(message, src=0)
+        if failure is None and message[0] is not None:
+            failure = (ValueError if message[0][0] else OSError)(message[0][1])
     if failure is not None:
         raise failure
     return result
 
 
 def lost_process(error: RuntimeError) -> LostProcess | None:
-    """``error`` as a sentence, where it is how torch tells that another process of the job is gone; else None."""
+    """Return an error in one sentence if ``error`` is how torch reports that another process has ended; else None."""
     text = str(error)
-    together = _together() and distributed.get_world_size() > 1
+    together = _is_joined() and distributed.get_world_size() > 1
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if not together or not any(sign in text for sign in signs):
         return None
-    return LostProcess(f"Another process of this job is gone ({first_line(error)[:200]})")
+    return LostProcess(f"Another process of this job has ended ({first_line(error)[:200]})")

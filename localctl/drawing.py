@@ -1,6 +1,6 @@
-"""Everything that paints: outlines, labels, regions, heat maps and contact sheets.
+"""Render outlines, labels, regions, heat maps and contact sheets.
 
-Labels are anybody's captions: whatever they hold, each is one line that fits its place.
+Labels may be any caption, so each is shortened to one line that fits its place.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     from localctl.layout import Layout
 
-LINE = 14  # px from one line to the next
-MOST_MOVED = 40  # labels in one image for which another place is looked for
+LINE = 14  # pixels from one line of text to the next
+MOST_MOVED = 40  # labels in one image; with more, places at the edges of other labels are not tried
 REGION_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
-SMALLEST = 256  # px; smaller images with regions are enlarged, so that words fit under them
+SMALLEST = 256  # pixels; narrower images with regions are enlarged, so that text fits under them
 
 Box = tuple[int, int, int, int]
 
 
 def outline(image: Image.Image, mask: Tensor, color: str = "magenta") -> Image.Image:
-    """Paint the inner border of ``mask`` (1,H,W) or (H,W) on a copy of ``image``; 1 = controlled, cut at 0.5.
+    """Render the inner border of a mask on a copy of ``image``.
 
-    ValueError when the sizes differ.
+    mask: (1,H,W) or (H,W) in [0,1]; values of at least 0.5 are inside. ValueError when the sizes differ.
     """
     inside = (mask.detach().float().cpu().reshape(mask.shape[-2:]).numpy() >= 0.5).astype(np.uint8)
     if inside.shape != (image.height, image.width):
@@ -41,7 +41,7 @@ def outline(image: Image.Image, mask: Tensor, color: str = "magenta") -> Image.I
             f"The mask is {inside.shape[1]}x{inside.shape[0]} but the image is {image.width}x{image.height}."
         )
     width = max(1, min(inside.shape) // 128)
-    # Outside the image counts as outside the mask, so that a full mask shows as a frame.
+    # Pixels beyond the image count as outside the mask, so that a full mask is shown as a frame.
     kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     core = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     border = Image.fromarray((inside - core) * 255)
@@ -56,17 +56,28 @@ def grid(
     row_labels: Sequence[str] = (),
     pad: int = 4,
 ) -> Image.Image:
-    """Compose a contact sheet: rows of images on white, labels over the columns and a caption line over each row.
+    """Compose a contact sheet: rows of images on white, with labels above the columns and above each row.
 
-    Every cell has the size of the largest image, smaller ones are centred; rows may differ in length. Labels too long
-    for their place end in "...". ValueError for no image at all or more labels than columns or rows.
+    Every cell has the size of the largest image, and smaller images are centred. Rows may differ in length. Labels that
+    are too long for their place are shortened to end in "...".
+
+    Args:
+        rows: the images of each row.
+        column_labels, row_labels: none, or labels of the first columns or rows.
+        pad: pixels between the cells.
+
+    Raises:
+        ValueError: there is no image, or there are more labels than columns or rows.
     """
     images = [image for row in rows for image in row]
     if not images:
         raise ValueError("A contact sheet needs at least one image.")
     columns = max(len(row) for row in rows)
     if len(column_labels) > columns or len(row_labels) > len(rows):
-        raise ValueError(f"{len(column_labels)} x {len(row_labels)} labels for {columns} columns and {len(rows)} rows.")
+        raise ValueError(
+            f"There are {len(column_labels)} column labels for {columns} columns and {len(row_labels)} row labels for "
+            f"{len(rows)} rows; give at most one each."
+        )
     width, height = max(image.width for image in images), max(image.height for image in images)
     head, caption = (LINE if column_labels else 0), (LINE if row_labels else 0)
     row_height = caption + height + pad
@@ -84,7 +95,7 @@ def grid(
 
 
 def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
-    """Put ``image`` on white with lines of text under it; those too long for its width end in "..."."""
+    """Put lines of text below a copy of ``image``, on white; lines that are too long end in "..."."""
     result = Image.new("RGB", (image.width, image.height + LINE * len(lines)), "white")
     result.paste(image.convert("RGB"))
     for index, text in enumerate(lines):
@@ -93,8 +104,10 @@ def captioned(image: Image.Image, lines: Sequence[str]) -> Image.Image:
 
 
 def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Image:
-    """Paint the regions' outlines and phrases on a copy of ``image``, or on white with a frame. No phrase covers
-    another; one for which there is no room is left out."""
+    """Render the outlines and phrases of a layout's regions on a copy of ``image``, or on white with a frame.
+
+    Phrases do not cover each other; a phrase that has no room is left out.
+    """
     height, width = layout.size or (512, 512)
     result = Image.new("RGB", (width, height), "white") if image is None else image.convert("RGB")
     if image is None:
@@ -103,7 +116,7 @@ def render_layout(layout: Layout, image: Image.Image | None = None) -> Image.Ima
     taken: list[Box] = []
     for index, mask in enumerate(masks):
         result = outline(result, mask / mask.max(), REGION_COLORS[index % len(REGION_COLORS)])
-    for index, (region, mask) in enumerate(zip(layout.regions, masks, strict=True)):  # above all outlines
+    for index, (region, mask) in enumerate(zip(layout.regions, masks, strict=True)):  # on top of all outlines
         rows, columns = (mask[0] >= mask.max() / 2).nonzero().unbind(dim=1)
         corner = (int(columns[rows == rows.min()].min()) + 3, int(rows.min()) + 2)
         write_beside(result, corner, region.phrase or "-", REGION_COLORS[index % len(REGION_COLORS)], taken)
@@ -117,20 +130,26 @@ def region_sheet(
     captions: Sequence[str],
     read: Callable[[Image.Image, Layout], Sequence[str]] | None = None,
 ) -> Image.Image:
-    """Compose a labelled sheet of images with the outlines of their row's layout, and under each the lines that
-    ``read`` makes of it."""
+    """Compose a contact sheet of images with the regions of their layouts.
+
+    Args:
+        rows: the images of each row.
+        layouts: the layout of each row.
+        columns, captions: labels of the columns and of the rows.
+        read: returns lines of text to put below an image; None: no text.
+    """
     cells: list[list[Image.Image]] = []
     for row, layout in zip(rows, layouts, strict=True):
         cells.append([])
         for image in row:
             factor = -(-SMALLEST // image.width)
-            shown = render_layout(layout, image.resize((factor * image.width, factor * image.height)))
-            cells[-1].append(captioned(shown, read(image, layout)) if read else shown)
+            cell = render_layout(layout, image.resize((factor * image.width, factor * image.height)))
+            cells[-1].append(captioned(cell, read(image, layout)) if read else cell)
     return grid(cells, columns, captions)
 
 
 def overlay_heat(image: Image.Image, heat: Tensor) -> Image.Image:
-    """Lay ``heat`` (h,w), scaled from 0 to its own maximum and stretched, over ``image``."""
+    """Render a heat map over ``image``: ``heat`` (h,w), resized to the image, colours from 0 to its maximum."""
     scaled = (heat / heat.max() * 255).clamp(0, 255).byte().numpy()
     scaled = cv2.resize(scaled, image.size, interpolation=cv2.INTER_CUBIC)
     mixed = 0.4 * np.asarray(image.convert("RGB"), dtype=np.float32) + 0.6 * heat_colors(scaled)
@@ -138,28 +157,31 @@ def overlay_heat(image: Image.Image, heat: Tensor) -> Image.Image:
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:
-    """Colour uint8 (H,W) from black over red to yellow: uint8 (H,W,3) RGB."""
+    """Map values uint8 (H,W) to colours from black over red to yellow: uint8 (H,W,3), RGB."""
     return cv2.applyColorMap(values, cv2.COLORMAP_INFERNO)[..., ::-1]
 
 
 def fitted(text: str, width: int) -> str:
-    """Shorten ``text`` to one line of at most ``width`` pixels, ending in "..." where it was cut."""
+    """Shorten ``text`` to one line of at most ``width`` pixels, which ends in "..." where text was removed."""
     text = one_line(text)
     if len(text) <= MOST and _length(text) <= width:
         return text
-    # the number of letters after which it no longer fits; the text is measured a dozen times, not once per letter
+    # Bisect for the longest prefix that fits: measuring text is slow.
     fits = bisect_right(range(1, len(text)), width, key=lambda letters: ceil(_length(text[:letters] + "...")))
     return text[:fits] + "..."
 
 
 def write(image: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
-    """Write ``text`` in black into ``image``, shortened to ``width`` pixels."""
+    """Write ``text`` in black into ``image`` at ``place`` (x, y), shortened to ``width`` pixels."""
     ImageDraw.Draw(image).text(place, fitted(text, width), fill="black", font=_font())
 
 
 def write_beside(image: Image.Image, wanted: tuple[int, int], text: str, color: str, taken: list[Box]) -> None:
-    """Write a label on white at ``wanted`` (x, y) or as near to it as it lies inside the image and on none of the
-    ``taken`` boxes, to which its own is added. Where there is no such place, it is left out."""
+    """Write a label on white at ``wanted`` (x, y), or at the nearest place inside the image that is free.
+
+    taken: boxes xyxy of other labels, in pixels; the box of this one is added. Without a free place, the label is left
+    out.
+    """
     text = fitted(text, image.width - 2)
     pen, font = ImageDraw.Draw(image), _font()
     _, _, right, bottom = (round(side) for side in pen.textbbox((0, 0), text, font=font))
@@ -175,9 +197,10 @@ def write_beside(image: Image.Image, wanted: tuple[int, int], text: str, color: 
 def _free_place(
     wanted: tuple[int, int], size: tuple[int, int], taken: Sequence[Box], room: tuple[int, int]
 ) -> tuple[int, int] | None:
-    """Return the nearest (x, y) to ``wanted`` where a box of ``size`` (w, h) meets none of ``taken``; None = nowhere.
+    """Return the nearest (x, y) to ``wanted`` where a box of ``size`` (w, h) overlaps none of ``taken``, or None.
 
-    room: the largest x and y. Tried are the edges of the image and of what is taken: if there is room, it is there.
+    room: the largest x and y. Only places at ``wanted`` and at the edges of the image and of taken boxes are tried: if
+    there is a free place, one of them is free.
     """
     corner = tuple(max(0, min(value, most)) for value, most in zip(wanted, room, strict=True))
     boxes = np.array(taken, dtype=int).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""Reading and writing the small files of a run: JSON that may be anybody's, texts that appear whole or not at all."""
+"""Read and write the small files of a run: JSON from any source is validated, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from localctl.sizes import shown
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an exception says, as part of a sentence: its first line, without the full stop; its kind if it
-    says nothing."""
+    """Return the first line of an exception's message without the full stop, or its class name if the message is
+    empty."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Read JSON as ``json.loads`` does, a byte order mark allowed. ValueError for everything that is none, JSON nested
-    too deep for Python, numbers with too many digits and bytes that are not UTF-8 included."""
+    """Parse JSON, with or without a byte order mark.
+
+    ValueError for invalid JSON, bytes that are not UTF-8, numbers with too many digits, or nesting too deep for Python.
+    """
     try:
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff"))
     except RecursionError:
@@ -32,8 +34,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, what: str, missing: str = "", damaged: str = "") -> Any:
-    """Read the JSON in ``path``. ValueError in one sentence that begins with ``what``, if the file cannot be read or is
-    no JSON; it ends with what to do then, ``missing`` or ``damaged``."""
+    """Read the JSON in ``path``.
+
+    ValueError in one sentence that begins with ``what``: if the file cannot be read, it ends with the advice
+    ``missing``; if it is not JSON, with ``damaged``.
+    """
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
@@ -54,7 +59,7 @@ def read_object(path: Path, what: str, damaged: str = "repair it") -> dict[str, 
 
 
 def write_json(path: Path, content: Any, end: str = "\n", **options: Any) -> None:
-    """Write ``content`` as JSON with ``end`` after it, as :func:`write_bytes` does; ``options``: of ``json.dumps``."""
+    """Write ``content`` as JSON, followed by ``end``, atomically; ``options``: of ``json.dumps``."""
     write_text(path, json.dumps(content, **options) + end)
 
 
@@ -64,14 +69,14 @@ def json_lines(records: Iterable[Any], **options: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, as :func:`write_bytes` does."""
+    """Write ``text`` as UTF-8 atomically, see :func:`write_bytes`."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` whole or not at all. A link at ``path`` is replaced, never followed.
+    """Write ``content`` atomically. A link at ``path`` is replaced, never followed.
 
-    OSError that names the file when the disk is full or the folder cannot be written to; what was there stays."""
+    OSError naming the file when the disk is full or the folder is not writable; an old file then stays unchanged."""
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -86,8 +91,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a descriptor that writes to the end of ``path``, made if it is not there. OSError for a link, which could
-    lead anywhere, and for whatever else cannot be written to, named."""
+    """Return a descriptor that appends to ``path``, which is created if missing. OSError naming the file if it cannot
+    be written to, or is a link, which could lead anywhere."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     try:
         return os.open(path, flags, 0o666)
@@ -97,9 +102,9 @@ def open_to_append(path: Path) -> int:
 
 
 def append(descriptor: int, content: bytes, path: Path) -> None:
-    """Write ``content`` to the end of ``path``, open as ``descriptor``, and bring it to the disk: whole or not at all.
+    """Append ``content`` to ``path``, open as ``descriptor``, and sync it to disk: all of it or nothing.
 
-    OSError naming the file; what was there stays."""
+    OSError naming the file if it cannot be written to; the file then stays unchanged."""
     size = os.fstat(descriptor).st_size
     try:
         written = os.write(descriptor, content)
@@ -112,7 +117,7 @@ def append(descriptor: int, content: bytes, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link without what it leads to; nothing if there is none."""
+    """Remove a file, a folder with its content, or a link but not its target; do nothing if ``path`` does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -120,7 +125,7 @@ def remove(path: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; an old target is moved out of the way first, as rename refuses full folders."""
+    """Rename ``source`` to ``target``; an old target is moved aside first, as rename does not replace full folders."""
     old = target.with_name(f".{target.name}.old")
     remove(old)
     if target.exists() or target.is_symlink():
@@ -130,7 +135,7 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def sha256(source: Path | bytes | str) -> str:
-    """Hash a file, bytes, or a text as UTF-8; in hex."""
+    """Return the SHA-256 of a file, bytes, or a text as UTF-8, in hex."""
     if not isinstance(source, Path):
         return hashlib.sha256(source.encode() if isinstance(source, str) else source).hexdigest()
     with source.open("rb") as file:
@@ -138,12 +143,12 @@ def sha256(source: Path | bytes | str) -> str:
 
 
 def sha256_of_json(content: Any) -> str:
-    """Hash ``content`` as JSON with sorted keys, so that the order of dictionaries does not count."""
+    """Return the SHA-256 of ``content`` as JSON with sorted keys: independent of the order of dictionaries."""
     return sha256(json.dumps(content, sort_keys=True))
 
 
 def sha256_of_folder(folder: str | Path) -> str:
-    """Hash all weights in a model folder, by name, or a single file of weights; a hub id, which is neither, stays."""
+    """Return the SHA-256 of the weights in a model folder or file; return a hub id unchanged."""
     place = Path(folder)
     if place.is_file():
         return sha256(place)
@@ -152,7 +157,7 @@ def sha256_of_folder(folder: str | Path) -> str:
 
 
 def share_weights(folder: Path) -> None:
-    """Give weights in ``folder`` the access rights of the configuration beside them, which follow the user's umask:
-    safetensors makes its files readable by their owner alone."""
+    """Give weights in ``folder`` the permissions of the config.json beside them, which follow the user's umask:
+    safetensors makes its files readable by their owner only."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))

@@ -1,18 +1,18 @@
-"""Anybody's text on one line."""
+"""Texts from any source as one printable line."""
 
 from __future__ import annotations
 
-MOST = 2000  # letters that are looked at; no sheet is wide enough to show more
+MOST = 2000  # characters; no contact sheet is wide enough for more
 
 
 def one_line(text: str) -> str:
-    """Shorten ``text`` to one line: line breaks, tabs, control characters, half surrogate pairs and whatever else has
-    no shape of its own become spaces."""
+    """Return the first ``MOST`` characters of ``text`` as one line: line breaks, tabs, control characters, half
+    surrogate pairs and other characters that are not printable become spaces."""
     text = text.lstrip()[: MOST + 1]
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
-def brief(text: str, most: int = 120) -> str:
-    """Shorten ``text`` to one line of at most ``most`` letters: as part of a message."""
+def shorten(text: str, most: int = 120) -> str:
+    """Return ``text`` as one line of at most ``most`` characters, for a message."""
     text = one_line(text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,4 +1,4 @@
-"""What to generate and where: one prompt, a size and regions. Several prompts are a list of layouts."""
+"""Layouts: what to generate and where, as one prompt, a size and regions. Several prompts are a list of layouts."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ class Region:
     """A phrase of the prompt and the place it belongs to.
 
     Args:
-        phrase: words of the prompt, found as whole words in any case. None or "" for a part of the picture without
-            words; it then takes part in self-attention alone.
+        phrase: words of the prompt, found as whole words in any case. None or "" for a part of the image without words,
+            which takes part in self-attention only.
         box: xyxy in [0, 1], or several such boxes for one phrase.
-        mask: a PIL image, white = here, or an array (H, W) or tensor (H, W) or (1, H, W) in [0, 1], 1 = here; any size,
-            it is stretched over the image. Instead of a box. Read as float32 (1, H, W).
-        occurrence: which of the phrase's appearances in the prompt is meant, from 0.
-        strength, outside_strength: factors of the control's own, inside and outside the region; 0 = no effect.
+        mask: in place of a box: a PIL image, white = inside, or an array (H, W) or tensor (H, W) or (1, H, W) in
+            [0, 1], 1 = inside. A mask of any size is stretched over the image. Stored as float32 (1, H, W).
+        occurrence: which of the phrase's occurrences in the prompt is meant, from 0.
+        strength, outside_strength: factors of the control's own strengths, inside and outside the region; 0 = no
+            effect.
         start, end: steered in the outer steps from start up to, not including, end (fractions of the steps of a call).
-        prompt: a text of the region's own, for controls that use one. negative_prompt: the same for what to avoid.
+        prompt: a local prompt for the region, for controls that use one. negative_prompt: what to avoid in the region.
 
     Raises:
-        ValueError: neither or both of box and mask; a box that is reversed, empty or out of range; an empty mask.
+        ValueError: neither or both of box and mask; a box that is reversed, empty or out of range; an empty mask; a
+            number out of range.
     """
 
     phrase: str | None = None
@@ -65,25 +67,27 @@ class Region:
         for name in ("phrase", "prompt", "negative_prompt"):
             text = getattr(self, name)
             if not (text is None or isinstance(text, str)):
-                raise ValueError(f"The {name} of a region is a text, not {shown(text)}.")
+                raise ValueError(f"The {name} of a region must be a text, not {shown(text)}.")
             check_text(f"The {name} of a region", text or "")
             object.__setattr__(self, name, (text or "").strip() or None)
         if (self.box is None) == (self.mask is None):
-            raise ValueError(f"The region {self.name} needs either a box or a mask.")
+            raise ValueError(f"The region {self.name} needs either a box or a mask; give exactly one of them.")
         if self.box is not None:
             object.__setattr__(self, "box", checked_boxes(self.name, self.box))
         else:
             object.__setattr__(self, "mask", checked_mask(self.name, self.mask))
         if not isinstance(self.occurrence, int) or isinstance(self.occurrence, bool) or self.occurrence < 0:
-            raise ValueError(f"The occurrence of the region {self.name} counts from 0, not {shown(self.occurrence)}.")
+            raise ValueError(
+                f"The occurrence of the region {self.name} must be a whole number from 0, not {shown(self.occurrence)}."
+            )
         for name in ("strength", "outside_strength"):
             value = getattr(self, name)
             if not is_number(value):
-                raise ValueError(f"The {name} of the region {self.name} is a number, not {shown(value)}.")
+                raise ValueError(f"The {name} of the region {self.name} must be a finite number, not {shown(value)}.")
             if abs(value) > MAX_STRENGTH:
                 raise ValueError(
-                    f"The {name} of the region {self.name} is at most {MAX_STRENGTH:g}, beyond which numbers overflow, "
-                    f"not {shown(value)}."
+                    f"The {name} of the region {self.name} must be at most {MAX_STRENGTH:g}, beyond which numbers "
+                    f"overflow, not {shown(value)}."
                 )
         if not (is_number(self.start) and is_number(self.end) and 0 <= self.start < self.end <= 1):
             raise ValueError(
@@ -93,13 +97,15 @@ class Region:
 
     @classmethod
     def disc(cls, phrase: str | None, centre: tuple[float, float], radius: float = 0.2, **options: Any) -> Region:
-        """Return a region round ``centre`` (x, y), as :func:`localctl.masks.disc_mask`; 0.2 is the published radius of
-        space-time attention. ``options``: all others of a region but its box and mask."""
+        """Return a region with a disc around ``centre`` (x, y) as mask, see :func:`localctl.masks.disc_mask`.
+
+        The default radius is the published one of space-time attention. ``options``: the other arguments of a region.
+        """
         return cls(phrase, mask=disc_mask(centre, radius), **options)
 
     @property
     def name(self) -> str:
-        """What messages and pictures call it."""
+        """The name of the region in messages and images."""
         return repr(self.phrase) if self.phrase else "without words"
 
     @property
@@ -108,14 +114,14 @@ class Region:
         return () if self.box is None else self.box  # type: ignore[return-value]  # normalised on entry
 
     def within(self, step: int, num_steps: int) -> bool:
-        """Whether the region is steered in this outer step."""
+        """Return whether the region is steered in this outer step."""
         return self.start <= step / num_steps < self.end
 
     def coverage(self, size: tuple[int, int], mode: str = "area") -> Tensor:
-        """(h, w) in [0, 1]: how far each cell of a grid of ``size`` = (h, w) belongs to the region.
+        """Return how far each cell of a grid of ``size`` = (h, w) belongs to the region: (h, w) in [0, 1].
 
-        ``mode``: as :func:`localctl.masks.resize_mask`, or ``centre``: wholly if the cell's centre is inside, else not;
-        ``floor``: boxes with all ends rounded down to whole cells, masks as ``nearest``.
+        ``mode``: as for :func:`localctl.masks.resize_mask`; or ``centre``: 1 if the cell's centre is inside, else 0; or
+        ``floor``: boxes with all edges rounded down to whole cells, masks as for ``nearest``.
         """
         if mode not in CELL_MODES:
             raise ValueError(f"Unknown mask resize {mode!r}; choose one of {', '.join(CELL_MODES)}.")
@@ -124,7 +130,7 @@ class Region:
             columns = [side_coverage(left, right, size[1], mode) for left, _, right, _ in self.boxes]
             return (torch.stack(rows)[:, :, None] * torch.stack(columns)[:, None]).amax(dim=0)
         if mode == "centre":
-            # Between the four pixels around the centre: inside only where all four are.
+            # Bilinear between the four pixels around the centre: inside only if all four are.
             mask = torch.nn.functional.interpolate(self.mask[None], size=size, mode="bilinear")[0, 0]
             return (mask >= self.mask.max() * (1 - 1e-6)).float()
         return resize_mask(self.mask[None], size, "nearest" if mode == "floor" else mode)[0, 0]
@@ -144,18 +150,18 @@ class Region:
 
 @dataclass(frozen=True)
 class Layout:
-    """One prompt and, if they matter, the picture's size in pixels (None = the base's own) and regions.
+    """One prompt with an optional size and regions.
 
     Args:
         prompt: one text.
-        height, width: both or neither; positive multiples of 8.
+        height, width: of the image in pixels, positive multiples of 8; None for both: the base's default size.
         regions: at most one per word of the prompt; their phrases may not overlap.
-        overlap: where regions cover the same place: ``share`` all of them count; ``first`` or ``last`` in the list, or
-            the ``smallest``, hides the others; ``error`` refuses such a layout.
+        overlap: the policy where regions cover the same place. ``share``: all of them apply; ``first``, ``last`` or
+            ``smallest``: the first or last in the list, or the smallest, hides the others; ``error``: refused.
 
     Raises:
-        ValueError: sizes that do not fit; a phrase that is not in the prompt or overlaps another; a region that lies
-            wholly under others; an unknown overlap policy.
+        ValueError: an invalid size; a phrase that is not in the prompt or overlaps another; a region that is completely
+            hidden by others; an unknown overlap policy.
     """
 
     prompt: str
@@ -166,17 +172,21 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
-            raise ValueError(f"A layout has one prompt (a str), not {shown(self.prompt)}; make one layout per prompt.")
+            raise ValueError(
+                f"The prompt of a layout must be one text, not {shown(self.prompt)}; make one layout per prompt."
+            )
         check_text("The prompt of a layout", self.prompt)
         if (self.height is None) != (self.width is None):
-            raise ValueError(f"Give a layout both height and width or neither, not {self.height} and {self.width}.")
+            raise ValueError(
+                f"A layout needs both height and width or neither, not {self.height} and {self.width}; give both."
+            )
         for name in ("height", "width"):
             check_side(name, getattr(self, name))
         object.__setattr__(self, "regions", tuple(self.regions))
         check_count(len(self.regions), "The layout")
         for region in self.regions:
             if not isinstance(region, Region):
-                raise ValueError(f"The regions of a layout are Region objects, not {type(region).__name__}.")
+                raise ValueError(f"The regions of a layout must be Region objects, not {type(region).__name__}.")
         if self.overlap not in OVERLAPS:
             raise ValueError(f"Unknown overlap policy {self.overlap!r}; choose one of {', '.join(OVERLAPS)}.")
         _check_phrases(self)
@@ -184,11 +194,14 @@ class Layout:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels, or None for the base's own size."""
+        """(height, width) in pixels, or None for the base's default size."""
         return None if self.height is None or self.width is None else (self.height, self.width)
 
     def characters(self, region: Region) -> tuple[int, int] | None:
-        """Where the region's phrase stands in the prompt: [first, last) characters; None for one without words."""
+        """Return the [first, last) characters of the region's phrase in the prompt; None for a region without words.
+
+        ValueError if the prompt does not have this occurrence of the phrase.
+        """
         if region.phrase is None:
             return None
         found = find_phrase(self.prompt, region.phrase)
@@ -197,28 +210,27 @@ class Layout:
         words = " | ".join(self.prompt.split())
         if found:
             raise ValueError(
-                f"The phrase {region.phrase!r} stands {len(found)} times in the prompt ({words}), so there is no "
-                f"occurrence {region.occurrence}; they count from 0."
+                f"The phrase {region.phrase!r} occurs {len(found)} times in the prompt ({words}), so there is no "
+                f"occurrence {region.occurrence}; occurrences count from 0."
             )
         raise ValueError(f"The phrase {region.phrase!r} is not in the prompt ({words}); use words of the prompt.")
 
     def masks(self, size: tuple[int, int], mode: str = "area") -> Tensor:
-        """(n, 1, h, w) float32 in [0, 1]: each region on a grid of ``size`` = (h, w), overlaps resolved.
+        """Return each region on a grid of ``size`` = (h, w), overlaps resolved: (n, 1, h, w) float32 in [0, 1].
 
-        However coarse the grid, every region keeps at least one cell that is as full as its fullest pixel.
+        However coarse the grid, every region has at least one cell with the value of the region's largest pixel.
         """
         if not self.regions:
             return torch.zeros(0, 1, *size)
-        whole = torch.stack([region.coverage(size, mode) for region in self.regions])  # (n,h,w)
-        shown = resolve_overlap(whole, self.overlap)
-        kept = []
-        for region, all_of_it, part in zip(self.regions, whole, shown, strict=True):
+        coverages = torch.stack([region.coverage(size, mode) for region in self.regions])  # (n,h,w)
+        masks = []
+        for region, whole, part in zip(self.regions, coverages, resolve_overlap(coverages, self.overlap), strict=True):
             peak = 1.0 if region.mask is None else float(region.mask.max())
-            if not part.any():  # too small for this grid, or hidden on it: the cells that hold most of it
-                part = all_of_it if all_of_it.any() else region.coverage(size)
+            if not part.any():  # too small for this grid, or hidden on it: take the cells that it covers most
+                part = whole if whole.any() else region.coverage(size)
                 part = (part >= part.max() * (1 - 1e-6)).float()
-            kept.append(part / part.max() * peak if part.max() < peak else part)
-        return torch.stack(kept)[:, None]
+            masks.append(part / part.max() * peak if part.max() < peak else part)
+        return torch.stack(masks)[:, None]
 
     @classmethod
     def from_segments(
@@ -229,17 +241,17 @@ class Layout:
         width: int | None = None,
         overlap: str = "share",
     ) -> Layout:
-        """Return a layout of segments; without a ``prompt``, their phrases joined by commas are the prompt.
+        """Return a layout of segments; without a ``prompt``, their phrases joined by commas become the prompt.
 
-        Then each segment means its own part, whatever ``occurrence`` says. ValueError as for the layout itself, or when
-        there is neither a prompt nor a phrase.
+        Each segment then refers to its own part of the prompt, and its ``occurrence`` is ignored. ValueError as for the
+        layout itself, or when there is neither a prompt nor a phrase.
         """
         if prompt is not None:
             return cls(prompt, height, width, tuple(segments), overlap)
         check_count(len(segments), "The layout")
         phrases = [" ".join(segment.phrase.split()) for segment in segments if segment.phrase]
         if not phrases:
-            raise ValueError("There is neither a prompt nor a segment with words to build one from; give a prompt.")
+            raise ValueError("There is neither a prompt nor a segment with a phrase to build one from; give a prompt.")
         prompt = ", ".join(phrases)
         regions, first = [], 0
         for segment in segments:
@@ -252,7 +264,7 @@ class Layout:
         return cls(prompt, height, width, tuple(regions), overlap)
 
     def draw(self, picture: Image.Image | None = None) -> Image.Image:
-        """Paint the regions. Deprecated; use :func:`localctl.drawing.render_layout`."""
+        """Render the regions. Deprecated; use :func:`localctl.drawing.render_layout`."""
         warnings.warn("Layout.draw is now localctl.drawing.render_layout.", DeprecationWarning, stacklevel=2)
         from localctl.drawing import render_layout
 
@@ -260,10 +272,10 @@ class Layout:
 
 
 def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, ...]:
-    """Return a layout, a prompt or a list of either as a tuple of layouts; ValueError for an empty list."""
+    """Convert a layout, a prompt or a list of either to a tuple of layouts; ValueError for an empty list."""
     several = [layout] if isinstance(layout, (Layout, str)) else list(layout)
     if not several:
-        raise ValueError("There is no layout to generate an image of; give at least one prompt.")
+        raise ValueError("There is no layout to generate an image from; give at least one prompt.")
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
 
 
@@ -276,7 +288,7 @@ def _check_phrases(layout: Layout) -> None:
             if span[0] < other[1] and other[0] < span[1]:
                 raise ValueError(
                     f"The phrases {earlier.phrase!r} and {region.phrase!r} overlap in the prompt {layout.prompt!r}; "
-                    "give each region words of its own (occurrence= picks a later one)."
+                    "give each region words of its own (occurrence= chooses a later occurrence)."
                 )
 
 
@@ -292,6 +304,6 @@ def _check_overlap(layout: Layout) -> None:
     for region, part in zip(layout.regions, resolve_overlap(coverage, layout.overlap), strict=True):
         if float(part.max()) < 1e-4:
             raise ValueError(
-                f"The region {region.name} lies wholly under others by the overlap policy {layout.overlap!r}; "
+                f"The region {region.name} is completely hidden by others under the overlap policy {layout.overlap!r}; "
                 "move it or choose another policy."
             )

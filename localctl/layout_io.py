@@ -1,4 +1,4 @@
-"""Layouts in and out: JSON with masks beside it, colour-coded images, COCO boxes, DenseDiffusion's benchmark."""
+"""Read and write layouts: JSON with mask files, colour-coded images, COCO boxes, DenseDiffusion's benchmark."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from localctl.coco import coco_box, coco_id, is_crowd, places, spoken
+from localctl.coco import coco_box, coco_id, find_category, is_crowd, plain_name
 from localctl.files import first_line, read_object, write_json
 from localctl.images import load_image
 from localctl.layout import Layout, Region
@@ -26,13 +26,13 @@ from localctl.sizes import MAX_SIDE, near_side, shown
 Color = tuple[int, int, int]
 _LAYOUT_KEYS = ("prompt", "height", "width", "overlap", "regions")
 _REGION_KEYS = tuple(field.name for field in fields(Region))
-_MIN_DISTANCE = 40.0  # two colours closer than this (Euclidean, 0-255) are one colour with noise of a codec or an edge
+_MIN_DISTANCE = 40.0  # colours closer than this (Euclidean, 0-255) are one colour, with compression noise or soft edges
 
 
 def save_layout(layout: Layout, path: str | Path) -> Path:
-    """Write ``path`` (JSON) and one PNG per mask beside it, named after it; returns the path.
+    """Write ``path`` (JSON) and one PNG per mask in its folder, named after it; return the path.
 
-    What is at its default is left out. Masks are kept to 8 bits.
+    Values equal to their defaults are left out. Masks are saved with 8 bits.
     """
     path = Path(path)
     regions = []
@@ -56,22 +56,22 @@ def save_layout(layout: Layout, path: str | Path) -> Path:
 
 
 def load_layout(path: str | Path) -> Layout:
-    """Read a layout that :func:`save_layout` wrote, or one written by hand; masks lie in its folder, or below it.
+    """Read a layout that :func:`save_layout` wrote, or one written by hand; masks are in its folder or below.
 
-    ValueError in one sentence for a missing or damaged file, an unknown key, a value of the wrong kind, or anything
-    that :class:`localctl.layout.Layout` refuses. Without a prompt, the phrases are joined to one.
+    Without a prompt, the phrases are joined to one. ValueError for a missing or damaged file, an unknown key, a value
+    of the wrong type, or anything that :class:`localctl.layout.Layout` refuses.
     """
     path = Path(path)
     content = read_object(path, "The file")
     _check_keys(content, _LAYOUT_KEYS, f"The layout {path}")
     items = content.get("regions", [])
     if not isinstance(items, list):
-        raise ValueError(f"'regions' in {path} is a list of regions, not {shown(items)}.")
+        raise ValueError(f"'regions' in {path} must be a list of regions, not {shown(items)}.")
     check_count(len(items), f"The layout {path}")
     regions = [_region(item, path, index) for index, item in enumerate(items)]
     for name in ("height", "width"):
         if not (content.get(name) is None or type(content[name]) is int):
-            raise ValueError(f"'{name}' in {path} is a number of pixels, not {shown(content[name])}.")
+            raise ValueError(f"'{name}' in {path} must be a number of pixels, not {shown(content[name])}.")
     size = content.get("height"), content.get("width")
     try:
         return Layout.from_segments(regions, content.get("prompt"), *size, content.get("overlap", "share"))
@@ -88,13 +88,14 @@ def from_colors(
     """Make a layout from an image with one colour per region.
 
     Args:
-        image: smooth edges and the noise of a codec are allowed: every pixel goes to the nearest colour of the table.
-        phrases: colour, (r, g, b) or "#rrggbb", to phrase; "" for a part without words.
+        image: every pixel is assigned to the nearest colour of the table, so smooth edges and compression noise are
+            allowed.
+        phrases: maps a colour, (r, g, b) or "#rrggbb", to a phrase; "" for a part without words.
         prompt: without one, the phrases are joined.
-        size: (height, width) of the layout in pixels; the image's own by default, rounded to a multiple of 8.
+        size: (height, width) of the layout in pixels; by default the image's, rounded to multiples of 8.
 
     Raises:
-        ValueError: a colour that is none, or that nothing in the image has; two that are too alike.
+        ValueError: an invalid colour, one that does not occur in the image, or two that are too similar.
     """
     check_count(len(phrases), "The table of colours")
     colors = [_color(color) for color in phrases]
@@ -104,7 +105,9 @@ def from_colors(
     for color, phrase, mask in zip(phrases, phrases.values(), masks, strict=True):
         near = np.abs(array[mask.numpy()[0] > 0] - np.array(_color(color))).max(axis=-1, initial=0)
         if not mask.any() or near.min() > _MIN_DISTANCE:
-            raise ValueError(f"The colour {color} of the phrase {phrase!r} is nowhere in the image; check the table.")
+            raise ValueError(
+                f"The colour {color} of the phrase {phrase!r} does not occur in the image; check the table of colours."
+            )
         segments.append(Region(phrase, mask=mask))
     height, width = size or (near_side(array.shape[0]), near_side(array.shape[1]))
     return Layout.from_segments(segments, prompt, height, width)
@@ -118,14 +121,21 @@ def from_coco(
 ) -> Layout:
     """Make a layout from the boxes of one image in COCO's format (``images``, ``annotations``, ``categories``).
 
-    A category's n-th box goes to its n-th appearance in the prompt; where there are fewer appearances than boxes, the
-    last one gets the rest. A name's underscores are spaces, and the prompt may have its plural ("two persons"). Without
-    a prompt, the names of all boxes are joined. Crowds are left out. Boxes are cut to the image; those without an area
-    in it are left out, with a warning. ``categories`` limits which are used. The size is the image's, rounded to
-    multiples of 8. Ids may be text or numbers. What has no box, or a category that the file does not list, is left out,
-    too.
+    The n-th box of a category belongs to the category's n-th occurrence in the prompt; the last occurrence gets all
+    further boxes. Underscores in names are read as spaces, and the prompt may use the plural ("two persons"). Without a
+    prompt, the names of all boxes are joined. The size is the image's, rounded to multiples of 8.
 
-    ValueError for a file that is not COCO, an unknown image or category, no box that is left, or as for the layout.
+    Boxes are clipped to the image. Crowds are left out silently; boxes without an area in the image, annotations
+    without a box and categories that the file does not list are left out with a warning.
+
+    Args:
+        annotations: a file or its content.
+        image_id: as a number or as text.
+        prompt: of the layout; its phrases are the categories' names.
+        categories: the names to use; None = all.
+
+    Raises:
+        ValueError: a file that is not COCO, an unknown image or category, no box left, or as for the layout.
     """
     content = read_object(Path(annotations), "The file") if isinstance(annotations, (str, Path)) else annotations
     wanted = coco_id(image_id)
@@ -142,21 +152,22 @@ def from_coco(
         sides = image.get("height"), image.get("width")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"These are no COCO annotations of boxes (trouble with {error}); give an instances file."
+            f"These are not COCO annotations of boxes (problem: {error}); give an instances file."
         ) from error
     height, width = (_coco_side(side, sides, image_id) for side in sides)
     used = _used_boxes(found, (height, width), _chosen_names(categories, names.values()), image_id)
     size = near_side(height), near_side(width)
     if prompt is None:
-        return Layout.from_segments([Region(spoken(name), box) for name, box in used], None, *size)
+        return Layout.from_segments([Region(plain_name(name), box) for name, box in used], None, *size)
     boxes: dict[str, list[Any]] = {}
     for name, box in used:
         boxes.setdefault(name, []).append(box)
     regions = []
     for name, several in boxes.items():
-        said = (places(prompt, name) or [(spoken(name), 0)])[: len(several)]  # the layout says what is not there
-        for place, (phrase, occurrence) in enumerate(said):
-            own = several[place:] if place == len(said) - 1 else several[place : place + 1]
+        # A name that the prompt lacks is kept, so that the layout refuses it.
+        found_places = (find_category(prompt, name) or [(plain_name(name), 0)])[: len(several)]
+        for place, (phrase, occurrence) in enumerate(found_places):
+            own = several[place:] if place == len(found_places) - 1 else several[place : place + 1]
             regions.append(Region(phrase, own, occurrence=occurrence))
     return Layout(prompt, *size, tuple(regions))
 
@@ -164,49 +175,52 @@ def from_coco(
 def _used_boxes(
     found: Sequence[tuple[str, Any]], size: tuple[int, int], names: Collection[str], image_id: Any
 ) -> list[tuple[str, Box]]:
-    """Choose name and box (xyxy in [0, 1]) of what lies in the image; what does not is left out, and said."""
+    """Return (name, box) of each usable annotation, boxes xyxy in [0, 1]; warn how many are left out."""
     placed = [(name, coco_box(box, size[1], size[0])) for name, box in found if name in names or not name]
     used = [(name, box) for name, box in placed if box is not None and name]
     lost = len(placed) - len(used)
     if placed and not used:
         raise ValueError(
-            f"None of the {lost} boxes of the image {image_id} has an area in it, and a category that is listed; check "
-            "the annotations."
+            f"None of the {lost} boxes of the image {image_id} has both an area in the image and a category that the "
+            "file lists; check the annotations."
         )
     if lost:
         warnings.warn(
-            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: no area in the image, or no category "
-            "that is listed.",
+            f"{lost} of {len(placed)} boxes of the image {image_id} are left out: they have no area in the image, or "
+            "no category that the file lists.",
             stacklevel=3,
         )
     return used
 
 
 def _coco_side(side: Any, sides: Any, image_id: Any) -> int:
-    """Read a side of the image in pixels."""
+    """Read a side of the image in pixels. ValueError unless it is from 1 to ``MAX_SIDE``."""
     try:
         pixels = int(float(side))
     except (TypeError, ValueError, OverflowError):
         pixels = 0
     if not 0 < pixels <= MAX_SIDE:
         raise ValueError(
-            f"The image {image_id} of the COCO annotations is (height, width) {shown(sides)}; a side has 1 to "
+            f"The image {image_id} of the COCO annotations has (height, width) {shown(sides)}; each must be from 1 to "
             f"{MAX_SIDE} pixels."
         )
     return pixels
 
 
 def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> Collection[str]:
-    """Find the names that ``categories`` mean, in any case and with or without underscores."""
+    """Return the names that match ``categories``, in any case and with or without underscores; None = all.
+
+    ValueError for a category without a match.
+    """
     if categories is None:
         return names
-    known = {spoken(name).lower(): name for name in names}
+    known = {plain_name(name).lower(): name for name in names}
     chosen = []
     for category in [categories] if isinstance(categories, str) else categories:
-        name = known.get(spoken(str(category)).lower())
+        name = known.get(plain_name(str(category)).lower())
         if name is None:
             near = difflib.get_close_matches(str(category), names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {len(names)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"check it against the {len(names)} that it has."
             raise ValueError(f"There is no category {category!r} in the COCO annotations; {hint}")
         chosen.append(name)
     return chosen
@@ -215,24 +229,29 @@ def _chosen_names(categories: Sequence[str] | None, names: Collection[str]) -> C
 def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, int] | None = None) -> Layout:
     """Read one scene of DenseDiffusion's benchmark: ``valset.json`` (its pickle as JSON) and ``<index>.png``.
 
-    As published, the colours of the image are ordered by their area, with black or white put first, and belong to the
-    descriptions in that order; an empty description is a part without words.
+    As published, the colours of the image are ordered by area, with black or white first, and the descriptions belong
+    to them in this order; an empty description is a part without words.
 
-    ValueError for files that are missing or not of this format.
+    ``size``: (height, width) in pixels; by default the image's. ValueError for files that are missing or in another
+    format.
     """
     folder = Path(folder)
     content = read_object(folder / "valset.json", "The file")
     scene = content.get(str(index))
     if not isinstance(scene, dict) or not {"textual_condition", "segment_descriptions"} <= set(scene):
-        raise ValueError(f"There is no scene {index} in {folder / 'valset.json'}; it has {len(content)}.")
+        raise ValueError(
+            f"There is no scene {index} in {folder / 'valset.json'}; choose one of the {len(content)} that it has."
+        )
     texts = scene["segment_descriptions"]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"The descriptions of scene {index} are a list of texts, not {shown(texts)}.")
+        raise ValueError(f"The descriptions of scene {index} must be a list of texts, not {shown(texts)}.")
     check_count(len(texts), f"Scene {index} in {folder / 'valset.json'}")
     array = _rgb(folder / f"{index}.png")
     colors = _main_colors(array, len(texts))
     if len(colors) < len(texts):
-        raise ValueError(f"{folder / f'{index}.png'} has {len(colors)} colours for {len(texts)} descriptions.")
+        raise ValueError(
+            f"{folder / f'{index}.png'} has {len(colors)} colours for {len(texts)} descriptions; it needs one for each."
+        )
     for color in ((0, 0, 0), (255, 255, 255)):
         close = [item for item in colors if float(np.linalg.norm(np.subtract(item, color))) < _MIN_DISTANCE]
         if close:
@@ -250,25 +269,25 @@ def _region(item: Any, path: Path, index: int) -> Region:
     if values.get("mask") is not None:
         if not isinstance(values["mask"], str):
             mask = shown(values["mask"])
-            raise ValueError(f"'mask' of region {index} of {path} is the name of an image, not {mask}.")
-        values["mask"] = load_mask(_beside(path, values["mask"], where))
+            raise ValueError(f"'mask' of region {index} of {path} must be the name of an image file, not {mask}.")
+        values["mask"] = load_mask(_mask_file(path, values["mask"], where))
     try:
         return Region(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _beside(path: Path, name: str, where: str) -> Path:
-    """Find the file of a mask. A layout may be anybody's: it names no file outside its folder."""
+def _mask_file(path: Path, name: str, where: str) -> Path:
+    """Return the path of a mask file. A layout may be untrusted, so files outside its folder are refused."""
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or Path(inside).drive:
         raise ValueError(
-            f"{where} has its mask {shown(name)} outside the folder of the layout; copy the mask beside the layout."
+            f"{where} names the mask {shown(name)} outside the layout's folder; copy the mask into that folder."
         )
     try:
         (path.parent / inside).stat()
     except FileNotFoundError:
-        pass  # the reader of images says it
+        pass  # load_mask raises the error
     except (OSError, ValueError) as error:  # a name that is too long, or with a null byte
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"{where}: the mask {shown(name)} cannot be read ({reason}).") from error
@@ -277,16 +296,16 @@ def _beside(path: Path, name: str, where: str) -> Path:
 
 def _check_keys(content: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(content, dict):
-        raise ValueError(f"{where} is an object with named fields, not {shown(content)}.")
+        raise ValueError(f"{where} must be an object with named fields, not {shown(content)}.")
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(known)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(known)}."
             raise ValueError(f"{where} has an unknown field {shown(key)}; {hint}")
 
 
 def _rgb(image: str | Path | Image.Image) -> np.ndarray:
-    """Read an image as (H,W,3) float32, 0-255."""
+    """Read an image as (H,W,3) float32 in [0, 255]."""
     loaded = image if isinstance(image, Image.Image) else load_image(image)
     return np.asarray(loaded.convert("RGB"), dtype=np.float32)
 
@@ -297,24 +316,26 @@ def _color(color: Color | str) -> Color:
     except (ValueError, TypeError):
         values = b""
     if len(values) != 3:
-        raise ValueError(f"{color!r} is not a colour; write #rrggbb or three numbers from 0 to 255.")
+        raise ValueError(f"{color!r} is not a colour; give #rrggbb or three whole numbers from 0 to 255.")
     return values[0], values[1], values[2]
 
 
 def _nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
-    """Make one mask (1,H,W) per colour: the pixels that are nearer to it than to the others."""
+    """Return one mask (1,H,W) per colour: the pixels nearer to it than to any other. ValueError for similar colours."""
     for index, color in enumerate(colors):
         for other in colors[:index]:
             if np.linalg.norm(np.subtract(color, other)) < 3:
-                raise ValueError(f"The colours {other} and {color} are too alike to tell apart; choose others.")
+                raise ValueError(
+                    f"The colours {other} and {color} are too similar to tell apart; choose clearly different ones."
+                )
     distance = np.stack([((array - np.array(color, np.float32)) ** 2).sum(axis=-1) for color in colors])
     nearest = distance.argmin(axis=0)  # (H,W)
     return [torch.from_numpy((nearest == index).astype(np.float32))[None] for index in range(len(colors))]
 
 
 def _main_colors(array: np.ndarray, count: int) -> list[Color]:
-    """Find the ``count`` most frequent colours that differ clearly, the most frequent first."""
-    packed = array.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])  # one number per pixel sorts much faster
+    """Return the ``count`` most frequent clearly different colours, the most frequent first."""
+    packed = array.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])  # one integer per pixel sorts much faster
     values, counts = np.unique(packed, return_counts=True)
     chosen: list[Color] = []
     for value in values[np.argsort(-counts, kind="stable")].tolist():

@@ -1,36 +1,16 @@
-"""Public names of a package that load their module on first use (PEP 562), so that importing the package stays cheap.
-
-The package repeats the names under ``if TYPE_CHECKING:`` for editors and type checkers; a test compares the two.
-"""
+"""Names that have moved: each still works for one version, with a warning."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy_names(
-    package: str, places: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__``, ``__all__`` of ``package``; ``places``: module in it -> the names found there."""
-    modules = {name: f"{package}.{module}" for module, names in places.items() for name in names}
-
-    def load(name: str) -> Any:
-        if name not in modules:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(modules[name]), name)
-        setattr(sys.modules[package], name, value)
-        return value
-
-    return load, lambda: sorted({*vars(sys.modules[package]), *modules}), sorted(modules)
-
-
 def moved_names(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a ``module`` whose names have moved; places: old name -> "new.module:new_name". Each still
-    works for one version, with a DeprecationWarning."""
+    """Return ``__getattr__`` for a ``module`` whose names have moved; places: old name -> "new.module:new_name". Old
+    names work for one more version, with a DeprecationWarning."""
 
     def load(name: str) -> Any:
         if name not in places:

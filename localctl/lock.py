@@ -1,28 +1,29 @@
-"""One run at a time in a folder: a file that names who writes there, on any disk that several machines may share.
+"""A lock that lets one run at a time write to a folder, also on a disk that several machines share.
 
-On the machine that the file names, its process tells: where that is gone, ``kill -9`` included, the folder is free at
-once. From another machine (or container) no process can be seen, so the owner renews the file every ``BEAT`` seconds:
-one that is not renewed for ``PATIENCE`` seconds belongs to nobody. No clock is compared and no lock of the file system
-is needed. An owner that slept longer than that finds another's name in the file, and ends without writing.
+A lock file names its owner: machine and process. On that machine the folder is free as soon as the process has ended,
+even by ``kill -9``. Other machines (or containers) cannot see the process, so the owner renews the file every ``BEAT``
+seconds; a file that was not renewed for ``PATIENCE`` seconds has lost its owner. Clocks are not compared, and the file
+system needs no locks. An owner that was suspended for longer finds another owner in the file, and ends without writing.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from localctl.files import parse_json, write_json
 
+logger = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT, PATIENCE = 15.0, 120.0
-_SETTLE = 0.3  # for two that take over the same folder in the same moment; the later one has it
+_SETTLE = 0.3  # if two runs take over a folder at the same time, the later one wins
 
 
 class FolderInUse(ValueError):
@@ -30,29 +31,29 @@ class FolderInUse(ValueError):
 
 
 class FolderLock:
-    """The right to write to ``folder``, which is made if it is not there. Held until :meth:`release`.
+    """The exclusive right to write to ``folder``, which is created if missing. Held until :meth:`release`.
 
     Raises:
-        FolderInUse: another process has it; the message names process, machine and since when.
+        FolderInUse: another process holds it; the message names the process, its machine and the time it started.
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None], *, patience: float = PATIENCE) -> None:
+    def __init__(self, folder: Path, *, patience: float = PATIENCE) -> None:
         self.folder, self.path = folder, folder / LOCK
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self._token = uuid.uuid4().hex
         self._about = {
             "token": self._token,
             "host": socket.gethostname(),
-            "space": _space(),
+            "space": _pid_space(),
             "pid": os.getpid(),
-            "began": _began(os.getpid()),
+            "began": _start_time(os.getpid()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._done = threading.Event()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._take(say, patience)
+            self._take(patience)
         except BaseException:
             self._remove_made()
             raise
@@ -61,22 +62,22 @@ class FolderLock:
 
     @property
     def mine(self) -> bool:
-        """Whether the folder and the file are still there, and nobody else has taken it over."""
+        """Whether the lock file still exists and names this owner."""
         return _read(self.path).get("token") == self._token
 
     @property
     def taken(self) -> str:
-        """Who has taken the folder over meanwhile, in words; empty if nobody has."""
+        """Description of the process that has taken over the folder; empty if there is none."""
         found = _read(self.path)
         return _who(found) if found and found.get("token") != self._token else ""
 
     def renew(self) -> None:
-        """Put the file back that somebody has removed. OSError where that cannot be done."""
+        """Restore a lock file that was removed. OSError if it cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self._about, end="")
 
     def release(self) -> None:
-        """Let others write. What was made for the lock alone goes, too."""
+        """Release the folder, and remove folders that were created for the lock and are empty."""
         if self._done.is_set() or os.getpid() != self._pid:  # a forked process is not the owner
             return
         self._done.set()
@@ -84,12 +85,12 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
             self._remove_made()
 
-    def _take(self, say: Callable[[str], None], patience: float) -> None:
+    def _take(self, patience: float) -> None:
         text = json.dumps(self._about).encode()
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
-            self._take_over(say, patience)
+            self._take_over(patience)
             return
         try:
             os.write(descriptor, text)
@@ -99,12 +100,14 @@ class FolderLock:
         finally:
             os.close(descriptor)
 
-    def _take_over(self, say: Callable[[str], None], patience: float) -> None:
+    def _take_over(self, patience: float) -> None:
         """Take the folder from an owner that is gone."""
         seen, owner = _state(self.path), _read(self.path)
-        alive = _lives(owner) if not self.path.is_symlink() else False  # none of us makes a link
-        if alive is None:  # of another machine, or not readable
-            say(f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives.")
+        alive = _is_alive(owner) if not self.path.is_symlink() else False  # a link is no lock of ours
+        if alive is None:  # on another machine, or the file is not readable
+            logger.info(
+                f"{self.folder} is held by {_who(owner)}: looking for up to {patience:.0f} s whether that still lives."
+            )
             end = time.monotonic() + patience
             while time.monotonic() < end and _state(self.path) == seen:
                 time.sleep(min(1.0, patience / 10))
@@ -117,31 +120,31 @@ class FolderLock:
             write_json(self.path, self._about, end="")
         time.sleep(_SETTLE)
         if not self.mine:
-            raise FolderInUse(f"{self.folder} was taken in this moment by {_who(_read(self.path))}; start again later.")
+            raise FolderInUse(f"{self.folder} was just taken by {_who(_read(self.path))}; start again later.")
 
     def _renew(self) -> None:
-        """Give the owner's sign of life, from a thread that ends with the process."""
+        """Renew the lock file regularly; runs in a thread that ends with the process."""
         while not self._done.wait(BEAT):
             try:
                 if self.mine:
                     os.utime(self.path)
             except OSError:
-                continue  # a disk that is away for a moment
+                continue  # the disk may be back at the next attempt
 
     def _remove_made(self) -> None:
         for path in self._made:
             try:
                 path.rmdir()
-            except OSError:  # something lies in it
+            except OSError:  # not empty
                 return
 
 
-def _lives(owner: dict[str, Any]) -> bool | None:
-    """Whether the process of a lock is alive; None where it cannot be seen from here."""
-    if not owner or (owner.get("host"), owner.get("space")) != (socket.gethostname(), _space()):
+def _is_alive(owner: dict[str, Any]) -> bool | None:
+    """Return whether the owner's process is alive; None if it runs on another machine or in another container."""
+    if not owner or (owner.get("host"), owner.get("space")) != (socket.gethostname(), _pid_space()):
         return None
     pid = owner.get("pid")
-    if not isinstance(pid, int) or pid == os.getpid():  # an earlier run of this very process
+    if not isinstance(pid, int) or pid == os.getpid():  # the id of this process was that of an earlier run
         return False
     try:
         os.kill(pid, 0)
@@ -149,12 +152,12 @@ def _lives(owner: dict[str, Any]) -> bool | None:
         return False
     except (PermissionError, OverflowError):
         return True
-    return _began(pid) == owner.get("began")  # or the number belongs to another process by now
+    return _start_time(pid) == owner.get("began")  # else another process has this id now
 
 
-def _began(pid: int) -> str | None:
-    """When process ``pid`` began, in the kernel's own count; empty if it has ended, None where the system does not
-    say."""
+def _start_time(pid: int) -> str | None:
+    """Return the start time of process ``pid`` in the kernel's clock ticks; "" if it has ended, None if the system has
+    no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -162,8 +165,8 @@ def _began(pid: int) -> str | None:
     return "" if fields[0] == "Z" else fields[19]
 
 
-def _space() -> str:
-    """In which numbers of processes mean the same: this start of this machine, and its container."""
+def _pid_space() -> str:
+    """Return the space in which process ids are unique: the boot of this machine, and the container."""
     parts = []
     for read in (Path("/proc/sys/kernel/random/boot_id").read_text, lambda: os.readlink("/proc/self/ns/pid")):
         try:
@@ -174,7 +177,7 @@ def _space() -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what a lock says; empty where it is not there or says nothing."""
+    """Return the content of a lock file; empty if it is missing or damaged."""
     try:
         found = parse_json(path.read_bytes())
     except (OSError, ValueError):
@@ -183,9 +186,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _state(path: Path) -> tuple[int, bytes] | None:
-    """Return what changes when a lock is renewed or taken."""
+    """Return the lock file's time and content: they change when it is renewed or taken over. None if it is missing."""
     try:
-        content = path.read_bytes()  # first: opening a file makes a network disk look again
+        content = path.read_bytes()  # first: opening the file refreshes the cache of a network disk
         return path.stat().st_mtime_ns, content
     except OSError:
         return None
@@ -193,5 +196,5 @@ def _state(path: Path) -> tuple[int, bytes] | None:
 
 def _who(owner: dict[str, Any]) -> str:
     if not owner:
-        return "a process that does not say its name"
+        return "an unknown process"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"

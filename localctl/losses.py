@@ -1,10 +1,10 @@
-"""Denoising loss plus local control: edge similarity of z0 and z0' inside the mask (arXiv 2602.01991).
+"""The training loss: denoising plus local control, the edge similarity of z0 and z0' in the mask (arXiv 2602.01991).
 
     denoising_b = denoising_weight * mean_b( |model output_b - target_b|^2 )
     local_b = weight * w(t_b) * mean_b( |F(z0'_b) - F(z0_b)|^2 * m_b )
 
-F is the filter, w the schedule and m the mask on the grid of the latents. Every term is per sample, (B,): a masked mean
-over the whole batch would change with the number of processes. Reduce once, at the edge: ``terms.total.mean()``.
+F is the filter, w the schedule and m the mask on the grid of the latents. Every term is per sample, (B,), because a
+masked mean over the batch would depend on the number of processes. Reduce once, at the end: ``terms.total.mean()``.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,10 @@ FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
 class LossTerms:
     """Per-sample terms, float32.
 
-    denoising (B,): mean squared error of the model output with its weight applied. local (B,): the local term with
-    weight and schedule applied.
-    local_raw (B,): the same without both, for logs. predicted_x0 (B,C,h,w): z0', with its graph.
+    denoising (B,): mean squared error of the model output, with its weight applied.
+    local (B,): the local term, with weight and schedule applied.
+    local_raw (B,): the local term without weight and schedule, for logs.
+    predicted_x0 (B,C,h,w): z0', with gradients.
     """
 
     denoising: Tensor
@@ -44,12 +45,12 @@ class LossTerms:
 
     @property
     def total(self) -> Tensor:
-        """denoising + local, (B,)."""
+        """The sum denoising + local, (B,)."""
         return self.denoising + self.local
 
 
 def schedule_weight(config: LossConfig, timesteps: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """w(t), (B,) float32, for ``timesteps`` (B,) int64; without ``config.weight``."""
+    """Return w(t), (B,) float32, for ``timesteps`` (B,) int64; ``config.weight`` is not included."""
     alpha_bar = gather_alpha_bar(alphas_cumprod, timesteps).float()
     if config.schedule == "step_unit":
         return ((timesteps >= config.t_min) & (timesteps <= config.t_max)).float()
@@ -61,7 +62,7 @@ def schedule_weight(config: LossConfig, timesteps: Tensor, alphas_cumprod: Tenso
 
 
 def masked_mean(error: Tensor, mask: Tensor, normalise: str) -> Tensor:
-    """Per-sample mean of ``error`` (B,C,h,w) under ``mask`` (B,1,h,w), (B,).
+    """Return the mean (B,) of ``error`` (B,C,h,w) under ``mask`` (B,1,h,w), per sample.
 
     ``map`` divides the masked sum by C h w, ``mask`` by C sum(mask); an empty mask gives 0 with zero gradient.
     """
@@ -73,7 +74,7 @@ def masked_mean(error: Tensor, mask: Tensor, normalise: str) -> Tensor:
 
 
 def _masked_error(found: Tensor, wanted: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """Per-sample mean (B,) of the squared difference (B,C,h,w) under ``mask`` (B,1,H,W), as ``config`` says."""
+    """Return the mean (B,) of the squared difference (B,C,h,w) under ``mask`` (B,1,H,W), by the settings ``config``."""
     error = (found - wanted).square()
     small = resize_mask(mask.to(error), (error.shape[-2], error.shape[-1]), config.mask_resize)
     return masked_mean(error, small.square() if config.squared_mask else small, config.normalise)
@@ -87,23 +88,23 @@ def local_control_loss(
     prediction_type: str,
     config: LossConfig,
 ) -> LossTerms:
-    """Denoising and local terms of one batch, computed in float32 whatever the inputs' dtype.
+    """Compute the denoising and local terms of one batch, in float32 for any dtype of the inputs.
 
     Args:
         sample: the noised batch, latents (B,C,h,w).
-        model_output: (B,C,h,w), of the kind named by ``prediction_type``.
+        model_output: (B,C,h,w), of the kind ``prediction_type``.
         mask: (B,1,H,W) in [0,1] at pixel resolution (or any other), 1 = controlled.
         alphas_cumprod: (T,) of the training scheduler.
         prediction_type: one of ``diffusion.PREDICTION_TYPES``.
 
     Raises:
-        ValueError: mask of a wrong shape, unknown prediction type.
+        ValueError: a mask of the wrong shape or an unknown prediction type.
     """
     batch = sample.latents.shape[0]
     if mask.ndim != 4 or mask.shape[0] != batch or mask.shape[1] != 1:
         raise ValueError(f"The mask must have shape ({batch}, 1, H, W) like its batch, not {tuple(mask.shape)}.")
     assert model_output.shape == sample.latents.shape
-    # Under autocast the filters' convolutions would drop to half precision, where squared edges overflow.
+    # Under autocast the filters' convolutions would run in half precision, where squared edges overflow.
     with torch.autocast(sample.latents.device.type, enabled=False):
         target = training_target(sample, alphas_cumprod, prediction_type).float()
         if config.mask_denoising:
@@ -118,7 +119,7 @@ def local_control_loss(
         if edges is None:
             local_raw = local = torch.zeros_like(denoising)
         else:
-            # The mask goes over the filtered maps: masking before the filter would make the mask's border an edge.
+            # The filtered maps are masked, because masking before the filter would make the mask's border an edge.
             local_raw = _masked_error(edges(predicted_x0), edges(sample.latents.float()), mask, config)
             local = config.weight * schedule_weight(config, sample.timesteps, alphas_cumprod) * local_raw
     return LossTerms(denoising=denoising, local=local, local_raw=local_raw, predicted_x0=predicted_x0)

@@ -1,22 +1,24 @@
-"""How a warning and a failure look: in colour on a terminal, unless NO_COLOR is set (https://no-color.org); and what to
-say to somebody who wrote a name that is not known."""
+"""Warnings, errors and suggestions for mistyped names. Output on a terminal is coloured, unless NO_COLOR is set
+(https://no-color.org)."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TextIO
 
-_CUTOFF = 0.75  # below, a suggestion is far-fetched
+LOGGERS = ("localctl", "research")  # the packages whose messages are shown
+_CUTOFF = 0.75  # similarity of a suggestion; below this it is far-fetched
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
 
 def warning(text: str, stream: TextIO | None = None) -> str:
-    """``text`` as a line that is seen to be a warning; ``stream``: where it will be printed, default stdout."""
+    """Return ``text`` with the prefix of a warning; ``stream``: where it will be printed, default stdout."""
     return f"{_coloured('warning:', _YELLOW, stream or sys.stdout)} {text}"
 
 
@@ -27,7 +29,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within, what the package warns of by ``warnings.warn`` reads like any other warning, without place and source."""
+    """Context in which a UserWarning is printed like :func:`warn` does, without its place in the source."""
     before = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> str:
@@ -44,39 +46,81 @@ def plain_warnings() -> Iterator[None]:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within, a terminal shows that something is being done: importing torch and diffusers takes seconds."""
-    shown = sys.stderr.isatty()
-    if shown:
+    """Context in which a terminal shows "loading ...": importing torch and diffusers takes seconds."""
+    visible = sys.stderr.isatty()
+    if visible:
         print("loading ...", end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
-        if shown:
+        if visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def tolerant(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Wrap ``say`` so that a terminal or pipe which is gone does not stop the work."""
+class BareFormatter(logging.Formatter):
+    """Formats a record as its message alone; a warning begins with "warning:", in colour on a terminal."""
 
-    def said(text: str) -> None:
-        with suppress(OSError):
-            say(text)
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return warning(text) if record.levelno >= logging.WARNING else text
 
-    return said
+
+class ScreenHandler(logging.Handler):
+    """Hands each formatted message to ``write``; None: to standard output, above any progress bar.
+
+    ``tolerant``: ignore an OSError, of a closed pipe or a full disk. ``first_process_only``: write nothing in the other
+    processes that torchrun started.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None, tolerant: bool, first_process_only: bool) -> None:
+        super().__init__()
+        self.setFormatter(BareFormatter())
+        self._write, self._tolerant, self._first_process_only = write, tolerant, first_process_only
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm  # programs that log nothing do not need it
+
+        if self._first_process_only and os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            (self._write or tqdm.write)(self.format(record))  # tqdm looks sys.stdout up now
+        except OSError:
+            if not self._tolerant:
+                raise
+
+
+@contextmanager
+def log_to_screen(
+    write: Callable[[str], None] | None = None, *, tolerant: bool = False, first_process_only: bool = False
+) -> Iterator[None]:
+    """Within, show what localctl and research log at INFO and above through a :class:`ScreenHandler`, whose arguments
+    these are. It replaces the one of an outer ``log_to_screen``; other handlers and other libraries' loggers stay."""
+    handler = ScreenHandler(write, tolerant, first_process_only)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    for logger, handlers, level, _ in before:
+        logger.handlers = [other for other in handlers if not isinstance(other, ScreenHandler)] + [handler]
+        logger.setLevel(level or logging.INFO)  # a level that the user set stays
+        logger.propagate = False  # a handler of the root logger would show each line twice
+    try:
+        yield
+    finally:
+        for logger, logger.handlers, level, logger.propagate in before:
+            logger.setLevel(level)
 
 
 @contextmanager
 def working(what: str, shown: bool = True) -> Iterator[None]:
-    """Show on stderr that ``what`` is being done, as a sign of life; afterwards the line is gone."""
-    from tqdm import tqdm  # not needed by who only warns
+    """Context in which a line on stderr shows that ``what`` is in progress; the line is removed afterwards."""
+    from tqdm import tqdm  # not loaded for warnings alone
 
-    options: dict[str, Any] = {} if shown else {"disable": True}  # where shown, TQDM_DISABLE decides
+    options: dict[str, Any] = {} if shown else {"disable": True}  # no disable=False, which would override TQDM_DISABLE
     with tqdm(desc=what, bar_format="{desc} ...", leave=False, **options):
         yield
 
 
 def fail(program: str, error: object) -> None:
-    """Print on stderr why ``program`` ends."""
+    """Print on stderr the error with which ``program`` ends."""
     print(f"{_coloured(f'{program}:', _RED, sys.stderr)} {error}", file=sys.stderr)
 
 
@@ -86,9 +130,9 @@ def _coloured(text: str, colour: str, stream: TextIO) -> str:
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str = "see --help.") -> str:
-    """Return the end of a sentence: "did you mean X?", or ``otherwise`` when nothing known is near.
+    """Return the end of an error sentence: "did you mean X?", or ``otherwise`` when no known name is similar.
 
-    A dotted name may also be asked for by its last part ("weight" for "loss.weight"); all that have it are named.
+    A dotted name is also found by its last part ("weight" for "loss.weight"); all names with this part are listed.
     """
     dashes = "--" if name.startswith("--") else ""
     same = [item for item in known if item.rsplit(".", 1)[-1].removeprefix("--") == name.removeprefix("--")]

@@ -1,5 +1,5 @@
-"""The base: the frozen text-to-image pipeline that everything here steers or trains on, loaded; its schedulers; and the
-one prompt encoder. Names and files of bases: ``bases``."""
+"""Load the base, the frozen text-to-image pipeline; set its scheduler; encode prompts. The names and files of bases are
+in ``bases``."""
 
 from __future__ import annotations
 
@@ -43,20 +43,23 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Prompts as the denoiser takes them. states: (B, K, C) of the text encoder, or of both of SDXL; pooled: (B, P) of
-    SDXL's second one, None for other bases."""
+    """Prompt embeddings for the denoiser.
+
+    states: (B, K, C) of the text encoder, or of both text encoders of SDXL concatenated. pooled: (B, P) of SDXL's
+    second text encoder, None for other bases.
+    """
 
     states: Tensor
     pooled: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
+        """Size in bytes."""
         return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
     @classmethod
     def join(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """Join several as one batch."""
+        """Concatenate several prompt embeddings to one batch."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         assert len(pooled) in (0, len(parts))
         return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
@@ -74,19 +77,19 @@ def encode_prompts(
     """Encode prompts as the pipeline itself does.
 
     Args:
-        prompts: one, or a list of B.
-        negative_prompt: None = what the pipeline guides away from by default: for SDXL zeros
-            (``force_zeros_for_empty_prompt``), not the encoding of the empty text.
+        prompts: one prompt, or a list of B.
+        negative_prompt: None = the pipeline's default: for SDXL zeros (``force_zeros_for_empty_prompt``), not the
+            encoding of the empty text.
         guided: encode the negative prompt, too.
-        call: the arguments of ``encode_prompt`` in a running call of the pipeline, of which device, ``clip_skip`` and
-            ``lora_scale`` are taken over. These prompts are then none of the call's own, so controls do not see them.
+        call: the arguments of ``encode_prompt`` in a running call of the pipeline, from which device, ``clip_skip`` and
+            ``lora_scale`` are used. Controls then ignore these prompts, as they are not those of the call.
 
     Returns:
-        The prompts (B rows), and with ``guided`` the negative prompt.
+        The embeddings of the prompts (B rows), and with ``guided`` those of the negative prompt, else None.
     """
     if call is None:
         encode, options = pipe.encode_prompt, {"device": pipe.unet.device}
-    else:  # by the class's own method: on the instance it is wrapped
+    else:  # the method of the class, as that of the instance is wrapped
         encode = partial(type(pipe).encode_prompt, pipe)
         options = {name: call[name] for name in ("device", "clip_skip", "lora_scale") if name in call}
     states, negative, *pooled = encode(
@@ -100,7 +103,7 @@ def encode_prompts(
 
 
 def is_xl(pipe: DiffusionPipeline) -> bool:
-    """Tell whether the U-Net of ``pipe`` takes pooled prompt embeddings and sizes, as SDXL's does."""
+    """Return whether the U-Net of ``pipe`` takes pooled prompt embeddings and sizes, as SDXL's does."""
     return pipe.unet.config.addition_embed_type == "text_time"
 
 
@@ -121,7 +124,7 @@ def load_pipeline(
         A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
 
     Raises:
-        ValueError: the base is not there, cannot be fetched, or is of another kind.
+        ValueError: the base does not exist, cannot be fetched or loaded, or has an unsupported pipeline.
     """
     config = base if isinstance(base, BaseConfig) else BaseConfig(name=base)
     spec = resolve_base(config.name)
@@ -133,14 +136,14 @@ def load_pipeline(
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:
-            # Neither the checker nor the image processor that only it needs is loaded, and nothing nags about it.
+            # Load neither the checker nor its image processor, and suppress the warning about it.
             options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **options}
         if vae and "vae" not in options:
             options["vae"] = load_vae(vae, dtype, config.local_files_only)
-    except OSError as error:  # missing files, unknown ids and a missing network all arrive as this
+    except OSError as error:  # missing files, unknown ids, or no network
         raise not_loaded(config, error) from error
     try:
-        with no_progress_bars():  # those of downloads are the hub's own, and stay
+        with no_progress_bars():  # the hub still shows its own for downloads
             pipe = DiffusionPipeline.from_pretrained(
                 spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
             )
@@ -153,7 +156,7 @@ def load_pipeline(
 
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:
-    """Load a VAE by hub id or folder (of the VAE, or of a pipeline that has one). ValueError when it is not there."""
+    """Load a VAE by hub id or folder (of the VAE, or of a pipeline with one). ValueError if it cannot be loaded."""
     place = Path(name).expanduser()
     inside = "vae" if (place / "model_index.json").is_file() else None
     folder = place / (inside or "")
@@ -172,11 +175,11 @@ def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> A
 
 
 def full_precision_vae(pipe: DiffusionPipeline) -> None:
-    """Put the VAE of ``pipe`` into float32 for good. SDXL's own overflows in half precision.
+    """Convert the VAE of ``pipe`` to float32 permanently, as SDXL's overflows in half precision.
 
-    The pipeline hands it latents in its own dtype, so the VAE's two ends cast what they are given.
+    The pipeline passes pixels and latents in its own dtype, so encoder and decoder cast their inputs.
     """
-    nn.Module.to(pipe.vae, torch.float32)  # diffusers' own warns of modules to keep in float32, even of none
+    nn.Module.to(pipe.vae, torch.float32)  # ModelMixin.to would warn
 
     def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].float(), *args[1:])
@@ -186,17 +189,17 @@ def full_precision_vae(pipe: DiffusionPipeline) -> None:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Eval mode and no gradients for the module's own weights; gradients still pass through it."""
+    """Set eval mode and turn off gradients of the weights; gradients still pass through the module."""
     return module.eval().requires_grad_(False)
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Give ``pipe`` the scheduler of this name (see ``SCHEDULERS``) with the noise schedule of its present one."""
+    """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown."""
     if name not in SCHEDULERS:
         raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     config = dict(pipe.scheduler.config)
-    # What Stable Diffusion's own configs say, where the present scheduler does not know these settings: the defaults
-    # clip to [-1, 1], which latents leave, and start PNDM with twelve Runge-Kutta calls.
+    # Use the values of Stable Diffusion's configs if the present scheduler lacks these settings: by default the samples
+    # are clipped to [-1, 1], which latents exceed, and PNDM starts with twelve Runge-Kutta calls.
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():
         config.setdefault(setting, value)
     pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
@@ -204,7 +207,7 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
 
 @contextmanager
 def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
-    """Give ``pipe`` the scheduler of this name for a while, as :func:`set_scheduler` does; None: the one it has."""
+    """Context in which ``pipe`` has the scheduler ``name``, see :func:`set_scheduler`; None = its present one."""
     before = pipe.scheduler
     if name is not None:
         set_scheduler(pipe, name)
@@ -215,13 +218,13 @@ def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
 
 
 def knows_karras(kind: str) -> bool:
-    """Tell whether diffusers' scheduler of this class can space its steps as Karras does."""
+    """Return whether the diffusers scheduler class ``kind`` supports Karras sigmas (arXiv 2206.00364)."""
     found = getattr(diffusers, kind, None)
     return found is not None and "use_karras_sigmas" in inspect.signature(found.__init__).parameters
 
 
 def check_karras(base: BaseConfig, scheduler: str | None) -> None:
-    """Raise a ValueError for a scheduler without Karras' spacing, by its name or None for the base's own."""
+    """Raise a ValueError unless ``scheduler`` (None = the base's own) supports Karras sigmas."""
     if scheduler is not None:
         kind = SCHEDULERS[scheduler]
     else:
@@ -229,21 +232,21 @@ def check_karras(base: BaseConfig, scheduler: str | None) -> None:
             where = {"revision": base.revision, "local_files_only": base.local_files_only}
             kind = read_json(resolve_base(base.name), "scheduler/scheduler_config.json", where).get("_class_name", "")
         except OSError:
-            return  # the base itself will be missed in a moment
+            return  # loading the base will report this
     if not knows_karras(kind):
         known = ", ".join(name for name, one in sorted(SCHEDULERS.items()) if knows_karras(one))
-        raise ValueError(f"{kind or 'The scheduler'} has no Karras sigmas; give a --scheduler of these: {known}.")
+        raise ValueError(f"{kind or 'The scheduler'} has no Karras sigmas; choose a --scheduler of these: {known}.")
 
 
 def choose_pil_processors() -> None:
-    """Settle on transformers' PIL image processors where torchvision is not installed.
+    """Make transformers use its PIL image processors if torchvision is not installed.
 
-    diffusers' pipelines import two processors by their torchvision names; transformers then falls back to the PIL
-    ones and says so on every start. Naming the PIL ones first is the choice it asks for, with the same result.
+    diffusers imports two processors by the names of their torchvision versions; transformers then falls back to the PIL
+    versions with a warning at every start. Choosing these explicitly avoids the warning; the result is the same.
     """
     if importlib.util.find_spec("torchvision") is not None:
         return
-    # Not imported at the top: diffusers' first imports exchange the module object.
+    # Not imported at the top, as diffusers replaces the module object while it is imported.
     transformers = importlib.import_module("transformers")
     for name in ("CLIPImageProcessor", "SiglipImageProcessor"):
         if name not in vars(transformers) and hasattr(transformers, f"{name}Pil"):

@@ -1,4 +1,4 @@
-"""Marks that other tools read in prompts and diffusers does not: said once, and no objects of the scene."""
+"""Prompt syntax of other tools, such as weights, that diffusers does not support: detect, warn of and remove it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from localctl.sizes import shown
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
-# What it looks like -> how it is found. Plain parentheses and brackets of letters, as in "[V] dog", are English.
+# Example -> pattern. Plain parentheses, and brackets around a few letters as in "[V] dog", are ordinary text.
 _SYNTAX = {
     "(word:1.3)": re.compile(rf"(?<=[^\W\d])::?{_NUMBER}(?!\w|:|\.\d|\s*[>\]])|:\s*{_NUMBER}\s*(?=\))"),
     "((word))": re.compile(r"\(\([^()]*\)\)"),
@@ -24,34 +24,34 @@ _SYNTAX = {
     ".and(1, 1)": re.compile(r"(?<=[\")'])\.(?:and|blend|swap)\([^()]*\)"),
     "--ar 16:9": re.compile(r"(?<!\S)--(?:ar|aspect|v|style|stylize|niji|seed|no|q|s|chaos)\s+[\w:.]+(?!\S)"),
 }
-# Nothing in them is a thing of the scene.
+# These contain no object of the scene.
 _WHOLE = ("<lora:name:0.8>", "embedding:name", "{a|b}", "__wildcard__", ".and(1, 1)", "--ar 16:9")
-_ENDS = ("BREAK", "AND")  # a phrase ends there; English, where every letter is a capital
+_ENDS = ("BREAK", "AND")  # they end a phrase, unless the whole prompt is in capitals
 
 
 def foreign_syntax(prompt: str) -> list[str]:
-    """Find the kinds of marks in ``prompt`` that other tools read as weights, networks, parts or choices, as
-    examples."""
-    shouts = prompt == prompt.upper()
-    return [name for name, pattern in _SYNTAX.items() if not (shouts and name in _ENDS) and pattern.search(prompt)]
+    """Return an example of each kind of syntax in ``prompt`` that other tools read as weights, networks, parts or
+    choices."""
+    capitals = prompt == prompt.upper()
+    return [name for name, pattern in _SYNTAX.items() if not (capitals and name in _ENDS) and pattern.search(prompt)]
 
 
 def warn_of_syntax(prompts: Iterable[str]) -> None:
-    """Warn once of all such marks in ``prompts``."""
+    """Warn once of all such syntax in ``prompts``."""
     kinds: dict[str, str] = {}
     for prompt in prompts:
         for kind in foreign_syntax(prompt):
             kinds.setdefault(kind, prompt)
     if kinds:
         warnings.warn(
-            f"The prompt {shown(next(iter(kinds.values())))} has marks of other tools (such as {', '.join(kinds)}), "
-            "which are read as plain letters here and weigh nothing; leave them out, or set the strength of a region.",
+            f"The prompt {shown(next(iter(kinds.values())))} has syntax of other tools (such as {', '.join(kinds)}), "
+            "which has no effect here but is read as text; remove it, or set the strength of a region.",
             stacklevel=2,
         )
 
 
 def without_syntax(prompt: str) -> str:
-    """Put blanks in place of such marks in ``prompt``; each letter that stays is where it was; weighted words stay."""
+    """Replace such syntax in ``prompt`` by blanks, so that offsets do not change; weighted words stay."""
     for name in foreign_syntax(prompt):
         if name in _WHOLE or name in ("(word:1.3)", "word++"):
             prompt = _SYNTAX[name].sub(lambda match: " " * len(match[0]), prompt)

@@ -1,4 +1,4 @@
-"""Silence where libraries say what nobody needs to know."""
+"""Turn off needless output of libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Turn off the libraries' own bars, one per file they read, which would bury a program's first lines."""
+    """Context without the progress bars of diffusers and transformers: one per file would bury a program's output."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

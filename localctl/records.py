@@ -1,7 +1,7 @@
-"""Records of settings: dataclasses that pydantic validates however they are made, with every mistake in one sentence.
+"""Records of settings: dataclasses whose values pydantic validates, with every mistake reported in one sentence.
 
-A record is a keyword-only dataclass under :func:`record`. Its annotations say what each setting may be (``Literal`` for
-choices, the types below for ranges); what concerns several settings stays in its ``__post_init__``.
+A record is a keyword-only dataclass decorated with :func:`record`. Its annotations state the type and range of each
+setting (``Literal`` for choices, the types below for ranges); checks across settings belong in its ``__post_init__``.
 """
 
 from __future__ import annotations
@@ -48,49 +48,55 @@ Class = TypeVar("Class", bound=type)
 
 
 def record(section: str = "") -> Callable[[Class], Class]:
-    """Decorate a keyword-only dataclass: making one, also by ``replace``, validates and converts its values.
+    """Decorate a keyword-only dataclass, so that its constructor and ``replace`` validate and convert the values.
 
-    section: the dotted name under which its settings appear in sentences, where it is made by itself.
+    section: dotted name that error sentences put before the settings of a record that is not part of another.
 
-    The decorated class raises ValueError in one sentence for an unknown setting, and for a value that is of another
-    kind or out of range; nested dicts become the records that belong there.
+    The decorated class raises a ValueError in one sentence for an unknown setting, and for a value of another type or
+    out of range. Nested dicts become the records of those fields.
     """
 
     def decorate(cls: Class) -> Class:
-        @functools.wraps(cls.__init__)  # type: ignore[misc]  # it is this class's
+        @functools.wraps(cls.__init__)  # type: ignore[misc]  # of this very class
         def validated(self: Any, **values: Any) -> None:
             try:
-                _adapter(cls).validator.validate_python(ArgsKwargs((), _readable(values)), self_instance=self)
+                _adapter(cls).validator.validate_python(ArgsKwargs((), _replace_surrogates(values)), self_instance=self)
             except ValidationError as error:
                 raise ValueError(sentence(error, cls, section)) from None
-            _kept(self, values)
+            _restore_texts(self, values)
 
-        setattr(cls, "__pydantic_config__", _CONFIG)  # noqa: B010  # mypy knows no such attribute
+        setattr(cls, "__pydantic_config__", _CONFIG)  # noqa: B010  # unknown to mypy
         setattr(cls, "__init__", validated)  # noqa: B010
         return cls
 
     return decorate
 
 
-def _readable(given: Any) -> Any:
-    """Return ``given`` with texts that pydantic reads: half a surrogate, as of a path in another encoding, is none."""
+def _replace_surrogates(given: Any) -> Any:
+    """Return ``given`` with question marks for lone surrogates in texts, as of a path in another encoding, which
+    pydantic refuses."""
     if isinstance(given, str):
         return given.encode("utf-8", "replace").decode()
     if isinstance(given, (list, tuple)):
-        return type(given)(map(_readable, given))
-    return {name: _readable(value) for name, value in given.items()} if isinstance(given, Mapping) else given
+        return type(given)(map(_replace_surrogates, given))
+    if isinstance(given, Mapping):
+        return {name: _replace_surrogates(value) for name, value in given.items()}
+    return given
 
 
-def _kept(made: Any, given: Any) -> Any:
-    """Return what was ``made`` of ``given``, with every text as it was: pydantic makes plain ones of texts of a kind of
-    their own, and those from the environment would no longer be masked (``localctl.redaction``)."""
-    if isinstance(given, str) and made == _readable(given):
+def _restore_texts(made: Any, given: Any) -> Any:
+    """Return ``made``, the values that pydantic returned for ``given``, with the very texts of ``given``.
+
+    pydantic turns subclasses of ``str`` into plain texts, which would no longer mask values from the environment
+    (``localctl.redaction``), and surrogates were replaced for it.
+    """
+    if isinstance(given, str) and made == _replace_surrogates(given):
         return given
     if isinstance(given, (list, tuple)) and isinstance(made, (list, tuple)):
-        return type(made)(map(_kept, made, given))
+        return type(made)(map(_restore_texts, made, given))
     if isinstance(given, Mapping):
         inside = made if isinstance(made, dict) else vars(made)
-        inside.update({name: _kept(inside[name], value) for name, value in given.items()})
+        inside.update({name: _restore_texts(inside[name], value) for name, value in given.items()})
     return made
 
 
@@ -100,12 +106,12 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 def sentence(error: ValidationError, cls: type, section: str = "") -> str:
-    """Tell what pydantic found first, as a sentence that names the setting, its value and what would do."""
+    """Return pydantic's first error as a sentence that names the setting, its value and what is allowed."""
     details = error.errors(include_url=False)
-    key, hint = _found(details[0], cls, section)
-    detail = [item for item in details if _found(item, cls, section)[0] == key][-1]  # of a union, its last kind
+    key, hint = _locate(details[0], cls, section)
+    detail = [item for item in details if _locate(item, cls, section)[0] == key][-1]  # the last type of a union
     kind, value, context = detail["type"], shown(detail["input"]), detail.get("ctx", {})
-    if kind == "value_error":  # of __post_init__, a sentence already
+    if kind == "value_error":  # raised in __post_init__, already a sentence
         return str(context["error"])
     if kind == "unexpected_keyword_argument":
         prefix = key[: len(key) - len(str(detail["loc"][-1]))]
@@ -113,19 +119,19 @@ def sentence(error: ValidationError, cls: type, section: str = "") -> str:
     if kind == "literal_error":
         choices = context["expected"].replace(" or ", ", ").replace("'", "")
         return f"Unknown {key} {value}; choose one of {choices}."
-    if kind == "missing":  # of a list that is too short
+    if kind == "missing":  # in a list that is too short
         return f"{key} takes {int(detail['loc'][-1]) + 1} values, not {len(detail['input'])}."
     if kind in ("too_long", "too_short"):
         many = f"{context['max_length']}" if kind == "too_long" else f"at least {context['min_length']}"
         return f"{key} takes {many} values, not {len(detail['input'])}."
-    if kind in _LIMITS and isinstance(detail["input"], str):  # a number that was typed
+    if kind in _LIMITS and isinstance(detail["input"], str):  # a number given as text
         value = detail["input"]
     wanted = _LIMITS[kind].format(**context) if kind in _LIMITS else _KINDS.get(kind.partition("_")[0], detail["msg"])
     return f"{key} must be {wanted}, not {value}."
 
 
-def _found(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
-    """Find the dotted name of the setting that is wrong, and the dataclass or the type that it belongs to."""
+def _locate(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
+    """Return the dotted name of the setting in error, and its type, or the record that lacks it."""
     parts, hint = [section] if section else [], typing.cast(Any, cls)
     for part in detail["loc"]:
         if is_dataclass(hint):
@@ -134,6 +140,6 @@ def _found(detail: ErrorDetails, cls: type, section: str) -> tuple[str, Any]:
         elif Mapping in {typing.get_origin(kind) for kind in (hint, *typing.get_args(hint))}:
             parts += [] if detail["loc"][-1] == "[key]" else [str(part)]
             break
-        else:  # a place in a list, or the name of a kind
+        else:  # an index in a list, or the name of a type
             break
     return ".".join(parts), hint

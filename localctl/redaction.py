@@ -1,8 +1,8 @@
-"""Settings as they may be written down: plain values, flat or nested, without secrets.
+"""Settings for logs and files: plain values, flat or nested, with secrets masked.
 
-Two kinds of values are masked wherever settings are logged, saved or pushed: texts that a configuration file took from
-the environment (``${oc.env:NAME}``), and whatever stands under a name with token, key, secret or password in it
-(``key_column`` names a column).
+Two kinds of values are masked wherever settings are logged, saved or uploaded: texts that a configuration file takes
+from the environment (``${oc.env:NAME}``), and values whose name ends in token, key or credentials, or contains secret
+or password. (``key_column``, which names a column, is not masked.)
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\b")
 
 
 class FromEnvironment(str):
-    """A text that came from the environment: used as any other, never written down."""
+    """A text from the environment: used like any other text, but never logged or saved."""
 
 
 def mark_environment(raw: Any, resolved: Any) -> Any:
-    """Return ``resolved`` with the texts that interpolation took from the environment, directly or by way of another
-    setting, as :class:`FromEnvironment`. ``raw``: the same before interpolation."""
+    """Return ``resolved`` with every text that interpolation took from the environment, directly or through another
+    setting, as :class:`FromEnvironment`. ``raw``: the settings before interpolation."""
     taken: list[str] = []
 
     def note(before: Any, after: Any) -> None:
@@ -42,7 +42,7 @@ def mark_environment(raw: Any, resolved: Any) -> Any:
 
 
 def _map(change: Callable[[Any, Any], Any], raw: Any, resolved: Any) -> Any:
-    """Return ``resolved`` with every leaf changed, which ``change`` sees beside its text before interpolation."""
+    """Return ``resolved`` with each leaf replaced by ``change(raw leaf, leaf)``."""
     if isinstance(resolved, Mapping):
         return {k: _map(change, raw[k] if isinstance(raw, Mapping) else raw, v) for k, v in resolved.items()}
     if isinstance(resolved, list):
@@ -52,12 +52,12 @@ def _map(change: Callable[[Any, Any], Any], raw: Any, resolved: Any) -> Any:
 
 
 def recorded(settings: Any) -> dict[str, Any]:
-    """Return a dataclass of settings as nested dicts of plain values (tuples as lists), secrets masked."""
+    """Return a dataclass of settings as nested dicts of plain values (tuples as lists), with secrets masked."""
     return _plain(asdict(settings))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one level with dotted names."""
+    """Flatten nested dicts to one dict with dotted names."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:

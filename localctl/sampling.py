@@ -25,9 +25,10 @@ from localctl.sizes import shown
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
 
-# These schedulers sample one noise for the whole batch from a seed of their own, out of reach of the images' seeds.
+# These schedulers sample one noise for the whole batch from their own seed, which the images' seeds cannot set.
 _OWN_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
-_OURS = ("prompt", "prompt_embeds", "latents", "generator", "num_images_per_prompt", "return_dict")
+# Arguments of the pipeline that generate sets itself.
+_RESERVED = ("prompt", "prompt_embeds", "latents", "generator", "num_images_per_prompt", "return_dict")
 _WAY_OUT = "; call the pipeline inside attach."
 _WAYS_OUT = {
     "generator": "; give seeds=, one number for each image.",
@@ -38,7 +39,7 @@ _PER_LAYOUT = ("negative_prompt", "prompt_2", "negative_prompt_2")
 
 @dataclass(frozen=True)
 class GenerateOutput:
-    """Images, one per layout and seed, layout by layout; ``seeds`` and ``layouts`` name each image's."""
+    """The images, one per layout and seed, layout by layout, with the seed and the layout of each."""
 
     images: list[Any]
     seeds: tuple[int, ...]
@@ -56,45 +57,45 @@ def generate(
     paired: bool = False,
     **pipeline_arguments: Any,
 ) -> GenerateOutput:
-    """Generate an image of every layout with every seed, or, ``paired``, of each layout with its own seed.
+    """Generate an image of every layout with every seed, or, if ``paired``, of each layout with its own seed.
 
-    All noise of an image, the first and that of stochastic schedulers, comes from its own seed alone: it is the same
-    whatever the batch size, the other images, the device or the dtype (up to rounding to that dtype).
+    All noise of an image, the initial noise and that of stochastic schedulers, depends only on the image's seed: it is
+    the same for any batch size, other images, device and dtype (up to rounding to that dtype).
 
     Args:
         pipe: a stock text-to-image pipeline, Stable Diffusion 1.x, 2.x or XL.
         layout: a layout, a prompt, or a list of either; all of one size.
         controls: as for :func:`attach`.
-        seeds: one seed or several; 0 if neither this nor ``sampling`` says any.
-        sampling: how to sample, such as :func:`localctl.sampling_of` gives it; its scheduler is the pipeline's for the
-            time of this call. What is said beside it counts before it, and where neither says a guidance scale, a base
-            known by name is sampled with its own.
-        batch_size: at most this many images at once, 4 if neither this nor ``sampling`` says it.
-        paired: as many seeds as layouts, and image i is of layout i with seed i.
-        pipeline_arguments: settings of :class:`Sampling` by name, and anything else that ``pipe`` takes.
+        seeds: one seed or several; default 0.
+        sampling: a record of settings, for example from :func:`localctl.sampling_of`; its scheduler replaces the
+            pipeline's during this call. The other arguments take precedence over it. If neither sets a guidance scale,
+            a base known by name uses its own default.
+        batch_size: at most this many images at once; default 4.
+        paired: image i has layout i and seed i; there must be as many seeds as layouts.
+        pipeline_arguments: settings of :class:`Sampling` by name, and any other argument of ``pipe``.
             ``negative_prompt``, ``prompt_2`` and ``negative_prompt_2`` may be one text for all layouts or a list with
             one per layout.
 
     Raises:
-        ValueError: an argument that this function sets itself, sizes that differ, an image that is not a number (NaN),
-            or as for :class:`Sampling` and :func:`attach`.
+        ValueError: an argument that this function sets itself, layouts of different sizes, an image with NaN, or as for
+            :class:`Sampling` and :func:`attach`.
     """
     layouts = as_layouts(layout)
-    for name in _OURS:
+    for name in _RESERVED:
         if name in pipeline_arguments:
             raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
     named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
-    said = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
-    how = resolve_sampling(pipe, said, sampling)
-    images = _pairs(len(layouts), how.seeds, paired)
+    given = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
+    resolved = resolve_sampling(pipe, given, sampling)
+    images = _pairs(len(layouts), resolved.seeds, paired)
     height, width = image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
-    dtype = denoiser_of(pipe).module.dtype  # found once: it goes through all layers
-    arguments, as_asked = _as_numbers(pipe, {**how.arguments(), **pipeline_arguments})
-    with scheduled(pipe, how), attach(pipe, layouts, controls) as attached:
-        for first in range(0, len(images), how.batch_size):
-            batch = images[first : first + how.batch_size]
+    dtype = denoiser_of(pipe).module.dtype  # read once: the property looks at all layers
+    arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
+    with scheduled(pipe, resolved), attach(pipe, layouts, controls) as attached:
+        for first in range(0, len(images), resolved.batch_size):
+            batch = images[first : first + resolved.batch_size]
             attached.select([index for index, _ in batch])
             output = pipe(
                 prompt=[layouts[index].prompt for index, _ in batch],
@@ -106,30 +107,31 @@ def generate(
                 **arguments,
             )
             _check_finite(output.images, batch, layouts)
-            generated.extend(as_asked(output.images))
+            generated.extend(convert(output.images))
     return GenerateOutput(generated, tuple(seed for _, seed in images), tuple(layouts[index] for index, _ in images))
 
 
-def resolve_sampling(pipe: DiffusionPipeline, said: Sampling, sampling: Sampling | None = None) -> Any:
-    """Return a :class:`Sampling` with seeds and batch size: what is ``said``, else as ``sampling`` says it, else as the
-    base has it, if it is known by name."""
+def resolve_sampling(pipe: DiffusionPipeline, given: Sampling, sampling: Sampling | None = None) -> Any:
+    """Return a :class:`Sampling` with seeds and batch size set.
+
+    Each setting is that of ``given``, else of ``sampling``, else the default of a base known by name.
+    """
     own = own_sampling(str(pipe.config.get("_name_or_path") or ""))
-    return said.over(sampling or FREE).over(own).over(Sampling(seeds=0, batch_size=4))
+    return given.over(sampling or FREE).over(own).over(Sampling(seeds=0, batch_size=4))
 
 
 def _pairs(layouts: int, seeds: Sequence[int], paired: bool) -> list[tuple[int, int]]:
-    """(layout, seed) of each image."""
+    """Return (layout, seed) of each image."""
     if not paired:
         return [(index, seed) for index in range(layouts) for seed in seeds]
     if len(seeds) != layouts:
-        raise ValueError(f"There are {len(seeds)} seeds for {layouts} layouts; paired needs one each.")
+        raise ValueError(f"There are {len(seeds)} seeds for {layouts} layouts; with paired, give one seed per layout.")
     return list(enumerate(seeds))
 
 
 @contextmanager
 def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
-    """``pipe`` with the scheduler that ``sampling`` asks for, for a while. ValueError for one whose noise cannot be set
-    image by image."""
+    """Give ``pipe`` the scheduler of ``sampling`` for a while. ValueError if its noise cannot be set image by image."""
     with with_scheduler(pipe, sampling.scheduler):
         if sampling.use_karras_sigmas:
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_karras_sigmas=True)
@@ -144,8 +146,10 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
 def _as_numbers(
     pipe: DiffusionPipeline, arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[Any], Sequence[Any]]]:
-    """Return the arguments with images asked for as numbers, which show NaN where bytes would be black, and what makes
-    of these the same images as the pipeline does."""
+    """Return the arguments with arrays as output type, and a function that converts these to the pipeline's images.
+
+    In arrays NaN can be detected, which 8-bit images would show as black.
+    """
     processor = getattr(pipe, "image_processor", None)
     if processor is None or arguments.get("output_type", "pil") != "pil" or arguments.get("padding_mask_crop"):
         return arguments, list
@@ -153,30 +157,33 @@ def _as_numbers(
 
 
 def _check_finite(images: Any, batch: Sequence[tuple[int, int]], layouts: Sequence[Layout]) -> None:
-    """ValueError naming the seed when an image, given as numbers, holds NaN. ``batch``: (layout, seed) of each."""
+    """Raise a ValueError naming the seed of an image that holds NaN. ``batch``: (layout, seed) of each."""
     for image, (index, seed) in zip(images, batch, strict=False):
         if isinstance(image, (np.ndarray, Tensor)) and not bool(torch.as_tensor(image).isfinite().all()):
             raise ValueError(
-                f"The image of seed {seed} of the prompt {shown(layouts[index].prompt)} is not a number (NaN); lower "
-                "strengths and guidance scale, or use float32 (in float16, values over 65,504 overflow)."
+                f"The image with seed {seed} of the prompt {shown(layouts[index].prompt)} holds NaN; lower strengths "
+                "and guidance scale, or use float32 (in float16, values over 65,504 overflow)."
             )
 
 
 def initial_noise(
     pipe: DiffusionPipeline, seed: int, height: int, width: int, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the noise an image starts from: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
+    """Sample the initial noise of an image: standard normal (1, C, h, w); the pipeline scales it for its scheduler.
 
-    ``dtype``: default that of the denoiser.
+    ``dtype``: by default the denoiser's.
     """
     denoiser = denoiser_of(pipe)
     return noise(denoiser.noise_shape(height, width), seed, "latents", dtype=dtype or denoiser.module.dtype)
 
 
 def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels: the layouts', or those in ``arguments`` (taken out), or the base's own."""
-    asked = Layout("", arguments.pop("height", None), arguments.pop("width", None))  # checks the two
-    sizes = {item.size for item in (*layouts, asked) if item.size is not None}
+    """Return (height, width) in pixels: the layouts', or those popped from ``arguments``, or the base's default.
+
+    ValueError when they differ.
+    """
+    given = Layout("", arguments.pop("height", None), arguments.pop("width", None))  # a layout checks them
+    sizes = {item.size for item in (*layouts, given) if item.size is not None}
     if len(sizes) > 1:
         raise ValueError(
             f"Sizes (height, width) differ: {', '.join(map(str, sorted(sizes)))}; generate one size per call."
@@ -190,5 +197,7 @@ def _per_layout(name: str, value: str | Sequence[str] | None, count: int) -> lis
     if value is None or isinstance(value, str):
         return None if value is None else [value] * count
     if len(value) != count:
-        raise ValueError(f"There are {len(value)} texts in {name} for {count} layouts; give one for all or one each.")
+        raise ValueError(
+            f"There are {len(value)} texts in {name} for {count} layouts; give one for all or one per layout."
+        )
     return list(value)

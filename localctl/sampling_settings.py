@@ -15,19 +15,19 @@ _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample; None leaves a setting to whoever is asked next (:meth:`over`), at last to the pipeline.
+    """How to sample; None leaves a setting open, for another record (:meth:`over`) or finally the pipeline to set.
 
     Args:
-        scheduler: by its name in ``SCHEDULERS``, such as ddim, with the noise schedule of the pipeline's own.
+        scheduler: a name in ``SCHEDULERS``, such as ddim; it uses the noise schedule of the pipeline's own scheduler.
         guidance_scale: of classifier-free guidance.
-        num_inference_steps: denoising steps.
+        num_inference_steps: number of denoising steps.
         guidance_rescale, clip_skip, eta: as diffusers' pipelines define them.
-        use_karras_sigmas: of the scheduler.
-        seeds: each image starts from the noise of its seed; one or several.
+        use_karras_sigmas: whether the scheduler uses Karras' noise levels.
+        seeds: one seed or several; each image starts from the noise of its seed.
         batch_size: at most this many images at once; changes no image beyond rounding.
 
     Raises:
-        ValueError: an unknown scheduler, no seed, a count below 1 or a scale that is no finite number.
+        ValueError: an unknown scheduler, an empty list of seeds, a count below 1 or a scale that is not finite.
     """
 
     scheduler: str | None = None
@@ -58,24 +58,23 @@ class Sampling:
 
     @classmethod
     def of(cls, settings: object) -> Sampling:
-        """Return what any settings record says of sampling, by the names of its fields."""
+        """Return the settings of sampling in any object, by the names of its attributes."""
         return cls(**{field.name: getattr(settings, field.name, None) for field in fields(cls)})
 
     def over(self, other: Sampling) -> Sampling:
-        """Return this record, with what it leaves open as ``other`` says it."""
-        said = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Sampling(**{name: getattr(other, name) if value is None else value for name, value in said.items()})
+        """Return this record with the settings that it leaves open taken from ``other``."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Sampling(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
 
     def arguments(self) -> dict[str, Any]:
-        """Return what is passed on to a call of the pipeline: the settings that are said."""
+        """Return the arguments for a call of the pipeline: those of its settings that are not None."""
         return {name: getattr(self, name) for name in _OF_THE_CALL if getattr(self, name) is not None}
 
 
-FREE = Sampling()  # says nothing
+FREE = Sampling()  # leaves every setting open
 
 
 def own_sampling(base: str) -> Sampling:
-    """Return what a base of this name or folder is sampled with unless told otherwise; :data:`FREE` for one not
-    known."""
+    """Return the default sampling settings of a base, by name or folder; :data:`FREE` for an unknown one."""
     known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
     return FREE if known is None else Sampling(guidance_scale=known.guidance_scale)

@@ -1,7 +1,7 @@
-"""Random numbers that depend on names, not on history.
+"""Random numbers that depend on a key, not on the program's history.
 
-Each is keyed by (seed, what it is for, which sample): the same key gives the same numbers whatever ran before,
-on any number of processes or workers, and after a resume. Nothing here touches the global generators.
+The key is (seed, purpose, sample): the same key gives the same numbers after any other calls, with any number of
+processes or workers, and after a resume. The global generators are not used.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ Key = int | str
 
 
 def key_seed(seed: int, *keys: Key) -> int:
-    """63-bit hash of ``seed`` and ``keys``, stable over machines, processes and Python versions.
+    """Return a 63-bit hash of ``seed`` and ``keys``, the same on all machines, processes and Python versions.
 
     Type and length of each key go into the hash: ``("1",)``, ``(1,)`` and ``(1, 1)``, ``(11,)`` are all different.
     """
@@ -29,9 +29,9 @@ def key_seed(seed: int, *keys: Key) -> int:
 def generator(seed: int, *keys: Key, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh torch generator for this key.
 
-    Keep the default device for everything a result depends on: another kind of device yields other numbers for the
-    same seed. torch's CPU generator uses the low 32 bits of its seed, so among n keys about n**2 / 2**33 pairs share
-    a stream: harmless for noise, not a source of unique identifiers.
+    Keep the default device for everything that affects a result: other kinds of devices give other numbers for the same
+    seed. torch's CPU generator uses the low 32 bits of its seed, so among n keys about n**2 / 2**33 pairs share a
+    stream: harmless for noise, but do not use it for unique identifiers.
     """
     return torch.Generator(device=device).manual_seed(key_seed(seed, *keys))
 
@@ -45,5 +45,5 @@ def noise(
     shape: tuple[int, ...] | torch.Size, seed: int, *keys: Key, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Return standard normal noise of ``shape`` for this key, on the CPU; sampled in float32, then cast to ``dtype``,
-    so that a half precision run sees the same noise up to rounding."""
+    so that noise in half precision is the same up to rounding."""
     return torch.randn(shape, generator=generator(seed, *keys), dtype=torch.float32).to(dtype)

@@ -1,5 +1,5 @@
-"""What conditions, masks and the loss can be told, typed and checked; without torch, so that a program can answer at
-once. ``conditions``, ``masks``, ``losses`` and ``diffusion`` do what is said here."""
+"""Settings of conditions, masks and the loss, typed and validated. This module does not load torch, so that programs
+start quickly; ``conditions``, ``masks``, ``losses`` and ``diffusion`` implement the settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
 CHANNELS: dict[str, int] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
-FROM_PICTURE = ("canny", "sobel", "palette")
+FROM_IMAGE = ("canny", "sobel", "palette")
 MASK_RESIZE: tuple[str, ...] = get_args(MaskResize)
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 LOSS_FILTERS: tuple[str, ...] = get_args(LossFilter)
@@ -40,19 +40,19 @@ REPORT_TO: tuple[str, ...] = get_args(ReportTo)
 @record("condition")
 @dataclass(kw_only=True)
 class ConditionConfig:
-    """Which condition; ValueError for settings that make no sense.
+    """Settings of a condition; ValueError for settings that contradict each other.
 
     kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
-        ``segmentation`` come with the data; ``column`` is whatever the data's column of condition images holds.
-    low: canny's lower threshold of hysteresis, on 8-bit values.
-    high: canny's upper threshold.
-    channels_used: what canny sees: ``gray`` the brightness; ``rgb`` all three colours, each pixel by the one with the
-        strongest gradient, as published. Colour finds edges between colours of equal brightness, and more noise.
+        ``segmentation`` come with the data; ``column`` takes the data's column of condition images, whatever it holds.
+    low: lower hysteresis threshold of canny, on 8-bit values.
+    high: upper hysteresis threshold of canny.
+    channels_used: input of canny: ``gray`` the brightness; ``rgb`` all three channels, at each pixel the one with the
+        strongest gradient, as published. ``rgb`` also finds edges between colours of equal brightness, and more noise.
     cells: the palette has cells x cells colours.
-    palette_filter: how a cell gets its colour: ``mean`` of its own pixels; ``bicubic`` as Pillow resizes the image to
-        cells x cells, as published, which looks beyond the cell and overshoots at strong edges.
-    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; every other kind has its own number,
-        whatever is given here.
+    palette_filter: how the colour of a cell is computed: ``mean`` over its pixels; ``bicubic`` by Pillow's resize to
+        cells x cells, as published, which mixes in pixels outside the cell and overshoots at strong edges.
+    channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; ignored for the other kinds, which
+        have a fixed number.
     """
 
     kind: ConditionKind = "canny"
@@ -75,19 +75,19 @@ class ConditionConfig:
 @record("mask")
 @dataclass(kw_only=True)
 class MaskConfig:
-    """Which masks to draw; ValueError for settings that make no sense.
+    """Settings of sampled masks; ValueError for settings that contradict each other.
 
     kind: ``box`` a random rectangle; ``fixed`` the rectangle ``box``; ``circle`` / ``square`` of radius 10-25 % of the
         short side, clipped by the border; ``strokes`` thick random polylines; ``objects`` some of the sample's objects;
-        ``full``; ``mixture`` draws one of the kinds named in ``mixture`` with those weights.
-    min_area: the least share of pixels that are 1, before the soft edge; ``objects`` grow evenly until it is met,
-        ``fixed`` and ``full`` are as asked.
-    max_area: the largest such share; binds the random shapes, but not ``objects``.
-    count: how many circles, squares, strokes or objects: a number, or a pair (fewest, most).
+        ``full``; ``mixture`` samples a kind with the weights of ``mixture``.
+    min_area: smallest share of pixels that are 1, before the soft edge is added; ``objects`` are dilated until they
+        reach it; ``fixed`` and ``full`` ignore it.
+    max_area: largest share of pixels that are 1; applies to the random shapes, not to ``objects``.
+    count: number of circles, squares, strokes or objects, or a pair (fewest, most).
     soft_edge: width in pixels of a linear ramp added outside the mask.
-    box_law: how a random rectangle is sampled: ``sides`` its height uniform over all that allow the area, then its
-        width; ``corners`` as published, one corner uniform, then the other one uniform beyond it, which makes smaller
-        boxes (with the published minimum they cover 0.135 of the area on average, not 0.28).
+    box_law: distribution of the random rectangle: ``sides`` samples its height uniformly among those that allow the
+        area, then its width; ``corners``, as published, samples one corner uniformly, then the other one uniformly
+        beyond it, which makes smaller boxes (mean area 0.135 with the published minimum, not 0.28).
     box: x0, y0, x1, y1 in [0, 1], for ``fixed``.
     mixture: kind -> weight, for ``mixture``, such as {box: 2, full: 1}.
     """
@@ -137,26 +137,26 @@ def _check_mixture(mixture: Mapping[MixedKind, float] | None, needed: bool) -> N
 @record("loss")
 @dataclass(kw_only=True)
 class LossConfig:
-    """Settings of both terms; ValueError for a value that makes no sense.
+    """Settings of both loss terms; ValueError for settings that contradict each other.
 
-    filter: what is compared inside the mask: ``sobel`` or ``laplacian`` edges, ``mse`` the latents themselves; ``none``
-        switches the local term off.
-    schedule: w(t). ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit`` 1 - abar;
-        ``snr`` min(abar / (1 - abar), snr_cap), which takes back the growth of the z0' error with t.
-    normalise: ``mask`` divides by the mask's own area, so that a small mask counts like a large one; ``map`` by the
-        whole map, as published.
-    weight: factor of the local term; published 1e-3.
+    filter: compared inside the mask: ``sobel`` or ``laplacian`` edges of the latents, ``mse`` the latents themselves;
+        ``none`` switches the local term off.
+    schedule: the weight w(t): ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit``
+        1 - abar; ``snr`` min(abar / (1 - abar), snr_cap), which cancels the growth of the z0' error with t.
+    normalise: ``mask`` divides the local term by the mask's area, so that small and large masks count equally; ``map``
+        by the area of the whole image, as published.
+    weight: factor of the local term; published value 1e-3.
     t_min: first timestep of ``step_unit``.
     t_max: last timestep of ``step_unit``.
     snr_cap: the largest weight of ``snr``.
-    mask_resize: how the mask comes to the latents' grid: ``area`` the covered share of a cell, ``nearest`` one pixel of
-        it, ``inside`` the minimum, ``cover`` the maximum.
-    squared_mask: weigh by m^2 where m is neither 0 nor 1, as published, (m F(z0') - m F(z0))^2. It matters for soft
-        masks, and for every mask with mask_resize=area, whose border cells are soft. False weighs by m, so that half a
-        cell counts half.
+    mask_resize: how the mask is resized to the latents: ``area`` the mean over a latent pixel, ``nearest`` one pixel
+        of it, ``inside`` the minimum, ``cover`` the maximum.
+    squared_mask: weight by m^2, as published: (m F(z0') - m F(z0))^2. This matters where m is neither 0 nor 1: for soft
+        masks, and at the border of every mask with mask_resize=area. False weights by m, so that a half covered latent
+        pixel counts half.
     denoising_weight: factor of the denoising term.
-    mask_denoising: take the denoising term inside the mask alone, too, as the local one. Then nothing is learned of
-        what an image looks like outside; all-zero masks teach nothing.
+    mask_denoising: restrict the denoising term to the mask, too. Then nothing is learned about the image outside, and
+        nothing at all from all-zero masks.
     """
 
     filter: LossFilter = "sobel"
@@ -173,6 +173,6 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if not self.denoising_weight and (self.filter == "none" or not self.weight):
-            raise ValueError("The loss is 0 whatever the adapter does; give it a denoising_weight, or a local term.")
+            raise ValueError("The loss is always 0; set loss.denoising_weight, or loss.filter and loss.weight.")
         if self.t_min > self.t_max:
             raise ValueError(f"The loss needs t_min <= t_max, not t_min={self.t_min} and t_max={self.t_max}.")

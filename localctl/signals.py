@@ -1,5 +1,5 @@
-"""Being told to stop without losing work: the first SIGINT, SIGTERM or SIGHUP asks to stop at the next good moment, the
-second acts at once."""
+"""Stop on a signal without losing work: the first SIGINT, SIGTERM or SIGHUP asks to stop at the next safe point, the
+second one has its usual effect at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # what the launchers set
+_TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
 
 
 class Signalled(BaseException):
-    """A signal came where there is nothing to save."""
+    """A signal arrived while there was nothing to save."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,11 +25,10 @@ class Signalled(BaseException):
 
 
 class Interrupt:
-    """Context in which the first signal is only noted, in ``signal`` (its number, 0 before), and gives all of them back
-    to their former handlers.
+    """Context in which the first signal is only recorded, in ``signal``; then the former handlers are restored.
 
-    launcher: the process that started this one and passes signals on; when it is gone, nobody would, so that counts
-    as SIGTERM. None: there is no such process.
+    launcher: id of the process that started this one and forwards signals; if it has ended, nobody forwards them, so
+    this counts as SIGTERM. None: there is no such process.
     """
 
     def __init__(self, launcher: int | None = None) -> None:
@@ -39,16 +38,16 @@ class Interrupt:
 
     @property
     def signal(self) -> int:
-        """The number of the signal that asked to stop; 0: none did."""
+        """Number of the signal that asked to stop; 0 if there was none."""
         return self._noted or (signal.SIGTERM if self.orphaned else 0)
 
     @property
     def orphaned(self) -> bool:
-        """Whether the launcher is gone."""
+        """Whether the launcher has ended."""
         return self.launcher is not None and os.getppid() != self.launcher
 
     def ask_to_stop(self) -> None:
-        """As a SIGTERM does."""
+        """Ask to stop as SIGTERM does."""
         self._noted = self._noted or signal.SIGTERM
 
     def __enter__(self) -> Interrupt:
@@ -57,21 +56,21 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
-        self._give_back()
+        self._restore()
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         while self._former:
-            _set_back(*self._former.popitem())
+            _restore_handler(*self._former.popitem())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._give_back()
+        self._restore()
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Context in which there is nothing to save yet: a signal raises :class:`Signalled` at once."""
+    """Context with nothing to save yet: a signal raises :class:`Signalled` at once."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Signalled(number)
@@ -81,18 +80,18 @@ def ending_at_once() -> Iterator[None]:
         yield
     finally:
         for number, handler in former.items():
-            _set_back(number, handler)
+            _restore_handler(number, handler)
 
 
 def launcher() -> int | None:
-    """Return the process id of torchrun or `accelerate launch`, where one of them started this process."""
+    """Return the process id of torchrun or `accelerate launch` if one of them started this process, else None."""
     parent = os.getppid()
     started = _TORCHRUN in os.environ or (_ACCELERATE in os.environ and _is_accelerate(parent))
     return parent if started else None
 
 
 def _is_accelerate(pid: int) -> bool:
-    """Whether a process is `accelerate launch`, as users set its variables, too; yes where the system does not say."""
+    """Return whether a process is `accelerate launch`, as users set its variables, too; True without /proc."""
     try:
         return b"accelerate" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -100,27 +99,26 @@ def _is_accelerate(pid: int) -> bool:
 
 
 def exit_code(number: int) -> int:
-    """Return what a process ends with that was stopped by signal ``number``: 129 for SIGHUP, 130 for SIGINT, 143 for
-    SIGTERM."""
+    """Return the exit code after signal ``number``: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
     return 128 + number
 
 
 def ignore_signals(worker: int) -> None:
-    """For data workers: signals reach the whole group of processes, and only the first may decide when to stop. A
-    worker ends when its parent ends it or is gone."""
+    """Ignore signals in a data worker: they reach the whole process group, and only the parent decides when to stop. A
+    worker ends when its parent kills it or has ended."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _set_handlers(handler: Any) -> dict[int, Any]:
-    """Set ``handler`` for all signals; number -> former handler. ``nohup`` has SIGHUP ignored, and so it stays."""
-    if threading.current_thread() is not threading.main_thread():  # nobody else may set handlers
+    """Set ``handler`` for all signals; return number -> former handler. SIGHUP stays ignored under ``nohup``."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         return {}
     hangup = getattr(signal, "SIGHUP", None)
     wanted = [n for n in SIGNALS if n != hangup or signal.getsignal(n) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in wanted}
 
 
-def _set_back(number: int, handler: Any) -> None:
-    # None: set by somebody else than Python, who alone could set it again
+def _restore_handler(number: int, handler: Any) -> None:
+    # None: a handler that was not set from Python, and cannot be restored from it
     signal.signal(number, signal.SIG_DFL if handler is None else handler)

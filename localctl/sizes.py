@@ -1,4 +1,4 @@
-"""Sizes of images in pixels: which sides are possible, and how a size is typed."""
+"""Sizes of images in pixels: allowed sides, and the format WIDTHxHEIGHT; and values as shown in error sentences."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 SIZE_MULTIPLE = 8  # the autoencoders of all supported bases shrink by 8
 MAX_SIDE = 8192
-PHOTO_PIXELS = 120_000_000  # of a photo that is scaled down anyway; cameras have up to 102 million
+PHOTO_PIXELS = 120_000_000  # default limit for photos, which are scaled down; cameras have up to 102 million pixels
 _TYPED = re.compile(r"(\d+)\s*[x×*]\s*(\d+)", re.IGNORECASE)
 
 
 def near_side(side: float, multiple: int = SIZE_MULTIPLE) -> int:
-    """Return the multiple nearest to ``side``, at least one."""
+    """Return the positive multiple of ``multiple`` that is nearest to ``side``."""
     return max(multiple, round(side / multiple) * multiple)
 
 
 def check_side(name: str, value: int | None) -> None:
-    """Raise a ValueError unless ``value`` is None or a positive multiple of 8, not over 8192."""
+    """Raise a ValueError unless ``value`` is None or a positive multiple of 8 up to 8192."""
     if value is None or (0 < value <= MAX_SIDE and value % SIZE_MULTIPLE == 0):
         return
     if value > MAX_SIDE:
@@ -28,16 +28,16 @@ def check_side(name: str, value: int | None) -> None:
 
 
 def typed_size(text: str) -> tuple[int, int] | None:
-    """Read (height, width) of a size as people type it, WIDTHxHEIGHT like "512x768"; None for any other text."""
+    """Parse a size WIDTHxHEIGHT, such as "512x768", into (height, width); None for any other text."""
     found = _TYPED.fullmatch(text.strip())
     return (int(found[2]), int(found[1])) if found else None
 
 
 def shown(value: Any) -> str:
-    """Return ``value`` as a sentence may show it, however long it is or deeply nested."""
+    """Return the repr of ``value`` for an error sentence, shortened if it is long or deeply nested."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # ValueError: thousands of digits
         return f"a {type(value).__name__} that is too large to show"
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} letters)"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"

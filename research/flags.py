@@ -1,4 +1,4 @@
-"""What the studies' commands share before torch is loaded: how they measure, and where a page and its results lie."""
+"""Flags and paths that the studies' commands share, without loading torch: the protocol, pages and their results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any, ClassVar
 
 from localctl.metrics import EXTRACTORS
 
-RESULTS = Path(__file__).parent / "results"  # those of the committed pages
+RESULTS = Path(__file__).parent / "results"  # of the committed pages
 PAGES = RESULTS.parents[1] / "docs"
-REPORT_HELP = "page; its results go into the folder of its name, those of a page in docs/ into research/results/"
+REPORT_HELP = "page to write; its results go into a folder of the same name, or research/results/ for a page in docs/"
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every variant of a study is measured. references: scenes of the training split that distances go to.
+    """How every variant of a study is measured.
 
-    ValueError for values below those in ``LEAST``.
+    references: number of scenes of the training split that generated images are compared with.
+
+    Raises:
+        ValueError: a value is below its minimum in ``LEAST``.
     """
 
     LEAST: ClassVar[Mapping[str, int]] = {"num_inference_steps": 1, "references": 2}
@@ -35,34 +38,34 @@ class Protocol:
         check_least(self, self.LEAST)
 
     def plain(self) -> dict[str, Any]:
-        """Return the values as JSON reads them back, without those that are None."""
+        """Return the values as JSON would read them back (tuples as lists), leaving out None."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:
-    """Return the flags of what all protocols share."""
+    """Add the flags that all protocols share."""
     add = parser.add_argument
     add("--base", default=protocol.base, help="micro, or the folder of another micro base")
     add("--num_inference_steps", type=int, default=protocol.num_inference_steps, help="sampling steps of each image")
-    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="of the distances")
-    add("--references", type=int, default=protocol.references, help="scenes that the distances go to")
+    add("--extractor", nargs="+", default=list(protocol.extractors), choices=EXTRACTORS, help="for the distances")
+    add("--references", type=int, default=protocol.references, help="training scenes to compare with")
 
 
 def results_of(page: Path) -> Path:
-    """Return the folder of a page's results: the committed ones for a page in docs/, else the folder of the page's
-    name.
+    """Return the folder of a page's results: in research/results/ for a page in docs/, else beside the page.
 
-    ValueError for a page without a suffix, which would be that folder itself.
+    Raises:
+        ValueError: the page has no suffix, so that it would be the folder itself.
     """
     folder = page.with_suffix("")
     if folder == page:
-        raise ValueError(f"--report is a page, and its results go into {folder}; call it {folder}.md.")
+        raise ValueError(f"--report {page} would be page and folder of results at once; call it {page}.md.")
     return RESULTS / page.stem if page.resolve().parent == PAGES.resolve() else folder
 
 
 def check_least(values: object, least: Mapping[str, int], prefix: str = "") -> None:
-    """ValueError for an attribute of ``values`` that is not None, and not finite or below what ``least`` says of it."""
+    """Raise ValueError for an attribute of ``values``, unless None, that is not finite or below its ``least`` value."""
     for name, bound in least.items():
         value = getattr(values, name)
         if value is not None and not (math.isfinite(value) and value >= bound):
@@ -70,8 +73,8 @@ def check_least(values: object, least: Mapping[str, int], prefix: str = "") -> N
 
 
 def make_folder(path: Path) -> None:
-    """ValueError when the output folder cannot be made."""
+    """Make the output folder and its parents; raise ValueError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"The output folder {path} cannot be made ({error.strerror}).") from error
+        raise ValueError(f"The output folder {path} cannot be made ({error.strerror}); choose another one.") from error

@@ -1,12 +1,13 @@
-"""The harness of the studies: variants x cases -> images -> figures per image -> a result that is made once.
+"""The harness of the studies: variants x cases -> images -> figures per image -> one stored result per variant.
 
-A :class:`Study` knows what was asked for each variant, refuses results and images that were made differently, and
-goes on where it was stopped. Pages are made of its results alone (``research.page``).
+A :class:`Study` records the settings of each variant, refuses results and images made with other settings, and
+resumes where it was stopped. Pages are written from its results alone (``research.page``).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from localctl.cli.sample_regions import named
+from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.evaluation.fid import collect
 from localctl.evaluation.generated_set import png_bytes
@@ -36,14 +37,14 @@ from localctl.pipelines import resolve_base
 from localctl.sampling import generate
 from research import flags
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
 DIGITS = 5  # of stored figures
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one image is generated from and measured against. id: of the scene; seed: of the noise."""
+    """What one image is generated from and measured against. id: names the scene; seed: that of the noise."""
 
     id: str
     item: Scene = field(compare=False)
@@ -52,7 +53,7 @@ class Case:
 
 
 def first_scenes(number: int, wanted: Callable[[Scene], bool], split: str = SPLIT) -> list[Scene]:
-    """Return the first scenes of a split that are ``wanted``."""
+    """Return the first ``number`` scenes of a split for which ``wanted`` is true."""
     return list(islice(filter(wanted, (scene(index, PROFILE, split) for index in count())), number))
 
 
@@ -63,23 +64,24 @@ def generate_cases(
     batch_size: int,
     name: str,
     files: Sequence[Path] = (),
-    say: Say | None = None,
+    progress_bar: bool = True,
     **options: Any,
 ) -> list[np.ndarray]:
-    """Return an image uint8 (H,W,3) for each case, from the noise of its own seed.
+    """Return an image uint8 (H,W,3) for each case, generated from the noise of its own seed.
 
-    Batches are always the same, so that a run that was stopped anywhere ends with the same bytes as one that was not.
+    The batches do not depend on which images exist already, so a resumed run gives the same bytes as an uninterrupted
+    one.
 
     Args:
-        controls: what steers a batch.
-        name: of the variant, for the progress.
+        controls: returns the controls of a batch.
+        name: name of the variant, for the progress bar.
         files: one per case, where images are kept; those that are there are read and not generated again.
-        say: told after each batch, in place of a progress bar.
+        progress_bar: show one; False logs a line after each batch instead.
         options: of :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
-    hidden = {} if say is None else {"disable": True}  # where shown, TQDM_DISABLE decides
+    hidden = {} if progress_bar else {"disable": True}  # where shown, TQDM_DISABLE decides
     with tqdm(total=len(cases), desc=f"generating {name}", unit="image", **hidden) as bar:
         for first in range(0, len(cases), batch_size):
             batch = range(first, min(first + batch_size, len(cases)))
@@ -93,16 +95,19 @@ def generate_cases(
                     images[index] = np.asarray(image)
                     if files:
                         write_bytes(files[index], png_bytes(image))
-                if say is not None:
-                    say(f"{name}: {len(images)} of {len(missing)} images")
+                if not progress_bar:
+                    logger.info(f"{name}: {len(images)} of {len(missing)} images")
             bar.update(len(batch))
     return [images[index] if index in images else np.asarray(load_image(files[index])) for index in range(len(cases))]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A measured variant. samples (n, k) over columns, NaN = undefined; about: whatever else its file says, as
-    ``result["asked"]``, None where it does not."""
+    """A measured variant.
+
+    samples: (n, k), one row per image and one column per figure, NaN = undefined. about: the other fields of its file;
+    ``result["asked"]`` is None if the file has no such field.
+    """
 
     name: str
     ids: tuple[str, ...]
@@ -114,16 +119,22 @@ class Result:
         return self.about.get(key)
 
     def column(self, name: str) -> np.ndarray:
-        """(n,), NaN where undefined."""
+        """Return the values of one figure, (n,), NaN where undefined."""
         return self.samples[:, self.columns.index(name)]
 
 
 def read_results(
     folder: Path, what: str, needed: Sequence[str], way: Callable[[Mapping[str, Any]], Any]
 ) -> dict[str, Result]:
-    """Return the results in ``folder``, by name. ``way``: from what was asked to how it was measured.
+    """Return the results in ``folder`` by name.
 
-    ValueError for a damaged or foreign one, or when they were measured in different ways.
+    Args:
+        what: the study, for error messages.
+        needed: fields that every result must have.
+        way: returns, from a result's settings, those that must agree between all results.
+
+    Raises:
+        ValueError: a result is damaged or from another study, or results were measured in different ways.
     """
     results: dict[str, Result] = {}
     ways = set()
@@ -131,30 +142,30 @@ def read_results(
         content = read_json(path, "result")
         missing = [key for key in ("asked", "name", *needed) if key not in content]
         if missing:
-            raise ValueError(f"{path} is no result of {what} (no {missing[0]}); remove it.")
+            raise ValueError(f"{path} is not a result of {what} (it has no {missing[0]}); remove it.")
         if not content.get("failed"):
             check_provenance(content["name"], content, REQUIRED)
         ids, columns = tuple(content.get("ids", ())), tuple(content.get("columns", ()))
         results[content["name"]] = Result(content["name"], ids, columns, as_table(content.get("samples", [])), content)
         ways.add(repr((way(content["asked"]), reader_version(content["asked"]))))
     if len(ways) > 1:
-        raise ValueError(f"The results in {folder} were measured in different ways; measure them again, in one.")
+        raise ValueError(f"The results in {folder} were measured in different ways; measure them again in one way.")
     return results
 
 
 def as_table(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """(n, k) float64 of rows as JSON has them, NaN for null."""
+    """Return rows as read from JSON as a float64 array (n, k), with NaN for null."""
     return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
 
 
 def as_rows(table: np.ndarray, digits: int | None = DIGITS) -> list[list[float | None]]:
-    """:func:`as_table` backwards, rounded to ``digits``; None: not."""
+    """Return the inverse of :func:`as_table`, rounded to ``digits`` (None: not rounded)."""
     whole = (lambda value: value) if digits is None else (lambda value: round(value, digits))
     return [[None if value != value else whole(value) for value in row] for row in table.tolist()]
 
 
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON with a line for each field, and in its tables for each image."""
+    """Write ``content`` as JSON with one line per field, and one line per row of its tables."""
     write_text(path, _lines(content) + "\n")
 
 
@@ -176,30 +187,29 @@ def _has_rows(value: Any) -> bool:
 
 
 def reader_version(asked: Mapping[str, Any]) -> int:
-    """Of the reader of micro scenes that a result was read by; the first results do not say."""
+    """Return the version of the micro scene reader behind a result; results without one are of version 1."""
     return int(asked.get("reader", 1))
 
 
 def check_reader(folder: Path, waiting: Sequence[str]) -> None:
-    """ValueError when results that are ``waiting`` to be made would stand in ``folder`` beside others of another
-    version of the reader."""
+    """Raise ValueError if ``folder`` has results of another version of the reader than those in ``waiting`` will be."""
     there = {reader_version(read_json(path, "result").get("asked", {})) for path in folder.glob("*.json")}
     if waiting and there - {VERSION}:
         raise ValueError(
-            f"The results in {folder} were read by version {min(there)} of the reader, now {VERSION}; "
-            f"choose another --report for {', '.join(waiting)}, or remove them."
+            f"The results in {folder} were measured with version {min(there)} of the reader of micro scenes, which is "
+            f"now at version {VERSION}; choose another --report for {', '.join(waiting)}, or remove them."
         )
 
 
 def check_same(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any], instead: str) -> None:
-    """ValueError, naming what differs, when ``path`` was made as ``there`` says, and not as it is ``asked`` now."""
+    """Raise ValueError, naming what differs, if ``path`` was made with settings ``there``, not with those ``asked``."""
     changed = sorted(key for key in {*there, *asked} if there.get(key) != asked.get(key))
     if changed:
         raise ValueError(f"{path} was made with another {', '.join(changed)}; choose {instead}, or remove it.")
 
 
 class Variant(Protocol):
-    """What is compared; ``name`` is that of its files and rows."""
+    """What a study compares; ``name`` names its files and its rows in tables."""
 
     @property
     def name(self) -> str: ...
@@ -209,13 +219,14 @@ V = TypeVar("V", bound=Variant)
 
 
 class Study(Generic[V]):
-    """Measures variants by one protocol. ``folder`` keeps the results, ``work`` what they were made from.
+    """Measures variants by one protocol.
 
-    A study says what is :meth:`asked` of a variant and how it is :meth:`measured`.
+    ``folder`` holds the results, ``work`` the images and trainings behind them. A subclass defines the settings of a
+    variant (:meth:`asked`) and how it is :meth:`measured`.
     """
 
-    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path, say: Say = print) -> None:
-        self.protocol, self.folder, self.work, self.say = protocol, folder, work, say
+    def __init__(self, protocol: flags.Protocol, folder: Path, work: Path) -> None:
+        self.protocol, self.folder, self.work = protocol, folder, work
         self.base = Path(resolve_base(protocol.base).id_or_path)
 
     @cached_property
@@ -227,27 +238,27 @@ class Study(Generic[V]):
         return [load_extractor(name) for name in self.protocol.extractors]
 
     def asked(self, variant: V) -> dict[str, Any]:
-        """All that a result depends on, as JSON reads it back."""
+        """Return all that a result depends on, as JSON would read it back."""
         return {"protocol": self.protocol.plain(), "reader": VERSION}
 
     def earlier(self, variant: V, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what was asked of a result that is there; a setting that came up after it had its default then."""
+        """Return the settings of an existing result; subclasses add the defaults of settings newer than the result."""
         return dict(content.get("asked", {}))
 
     def measured(self, variant: V) -> dict[str, Any]:
-        """Generate and measure: what the result says beside its name and what was asked."""
+        """Generate and measure; return the fields of the result besides its name and settings."""
         raise NotImplementedError
 
     def file(self, name: str) -> Path:
         """Return the result of this name."""
-        return self.folder / f"{named(name)}.json"
+        return self.folder / f"{file_label(name)}.json"
 
     def strip(self, name: str) -> Path:
         """Return the images of it that pages show, one below the other."""
-        return self.folder / f"{named(name)}.png"
+        return self.folder / f"{file_label(name)}.png"
 
     def done(self, variant: V) -> bool:
-        """Whether there is a result; ValueError for one of other settings, or settings that make no sense."""
+        """Return whether the variant has a result. Raises ValueError if it has other settings, or these are invalid."""
         path, asked = self.file(variant.name), self.asked(variant)
         if not path.is_file():
             return False
@@ -256,25 +267,29 @@ class Study(Generic[V]):
         return True
 
     def check(self, variants: Sequence[V]) -> None:
-        """ValueError when there is a result of other settings under one of these names, or when what is to be measured
-        would stand beside results of another version of the reader."""
+        """Check the results in the folder before measuring.
+
+        Raises:
+            ValueError: a variant has a result of other settings, or results of another version of the reader are in
+                the folder.
+        """
         check_reader(self.folder, [variant.name for variant in variants if not self.done(variant)])
 
     def measure(self, variant: V) -> bool:
-        """Whether there was anything to do. ValueError as for :meth:`check`."""
+        """Measure a variant unless it has a result; return whether it had none. Raises ValueError as :meth:`check`."""
         if self.done(variant):
-            self.say(f"{variant.name}: done before")
+            logger.info(f"{variant.name}: done before")
             return False
         asked = self.asked(variant)
         content = {"asked": asked, "name": variant.name, **self.measured(variant)}
         if not content.get("failed"):
             check_provenance(variant.name, content, REQUIRED)
         write_result(self.file(variant.name), content)
-        self.say(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
+        logger.info(f"{variant.name}: {content.get('failed') or self.file(variant.name)}")
         return True
 
     def run(self, variants: Sequence[V], write_page: Callable[[], Any]) -> None:
-        """Measure what is not measured yet; the page is written anew after each variant."""
+        """Measure the variants that have no result, and write the page after each."""
         self.check(variants)
         for variant in variants:
             if self.measure(variant):
@@ -289,7 +304,10 @@ def statistics_of(
     batch_size: int,
     about: Mapping[str, Any],
 ) -> Statistics:
-    """Of the features of images uint8 (H,W,3), given by number. about: what they are, beside the extractor."""
+    """Return the feature statistics of a set of images.
+
+    keys: one per image. image: returns an image uint8 (H,W,3) by its number. about: provenance of the images.
+    """
 
     def keyed(numbers: range) -> Iterable[tuple[str, np.ndarray]]:
         return ((keys[number], image(number)) for number in numbers)
@@ -300,7 +318,7 @@ def statistics_of(
 def provenance(
     metrics: Sequence[str], real: int, fake: Any, mask_protocol: Any, seeds: Any, **more: Any
 ) -> dict[str, Any]:
-    """Return what every result of a study says about itself, and ``more``."""
+    """Return the provenance that every result of a study records, and ``more``."""
     return {
         "metrics": list(metrics),
         "n_real": real,
@@ -315,6 +333,6 @@ def provenance(
 
 
 def sha256_of_base(base: Path) -> str:
-    """Of the weights that images depend on."""
+    """Return the hash of the weights that images depend on: U-Net, text encoder and VAE."""
     parts = (sha256_of_folder(base / part) for part in ("unet", "text_encoder", "vae"))
     return sha256("".join(parts))

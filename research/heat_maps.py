@@ -2,8 +2,8 @@
 
   python -m research.heat_maps --layout scene.json
 
-The first column is the image with the outlines of its regions; then follows, for each phrase, its heat over the
-cross-attention layers and steps (see ``AttentionMaps``) with the share of it that lies inside the region.
+The first column is the image with the outlines of its regions; the next ones are, for each phrase, the map of its
+attention over the cross-attention layers and steps (see ``AttentionMaps``), with the share that lies in its region.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from localctl.messages import loading
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from PIL import Image
 
-    from localctl.cli.sample_regions import Variant
+    from localctl.cli.sample_variants import Variant
 
 PROGRAM = "research.heat_maps"
-_SMALLEST = 192  # px; smaller images are enlarged, so that words fit under them
+_SMALLEST = 192  # px; smaller images are enlarged, so that their labels fit
 
 
 def new_parser() -> Arguments:
@@ -35,15 +35,15 @@ def new_parser() -> Arguments:
     add("--controls", nargs="+", default=["none", "bias", "dense", "guidance"], help="as sample.py --compare")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls")
     add("--base", default="micro", help="micro, sd15, sd21, sdxl, a folder or a hub id")
-    add("--seed", type=int, default=0, help="of the noise")
+    add("--seed", type=int, default=0, help="seed of the noise")
     add("--num_inference_steps", type=int, default=30, help="sampling steps")
-    add("--end", type=float, default=1.0, help="look up to this fraction of the steps")
-    add("--output", default="outputs/heat_maps.png", metavar="FILE", help="the sheet")
+    add("--end", type=float, default=1.0, help="average the maps up to this fraction of the steps")
+    add("--output", default="outputs/heat_maps.png", metavar="FILE", help="image file to write")
     return parser
 
 
 def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[list[Image.Image]]:
-    """Return the sheet's rows: the image and its heat maps, for each variant."""
+    """Return one row per variant: the image and a heat map per phrase."""
     from localctl.control.attention_maps import AttentionMaps
     from localctl.drawing import captioned, render_layout
     from localctl.layout_io import load_layout
@@ -67,17 +67,17 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
             ).images[0]
         factor = -(-_SMALLEST // image.width)
         image = image.resize((factor * image.width, factor * image.height))
-        shown = [(variant.label, render_layout(layout, image)), *maps.overlays(0, image)]
-        rows.append([captioned(image, [label]) for label, image in shown])
+        labeled = [(variant.label, render_layout(layout, image)), *maps.overlays(0, image)]
+        rows.append([captioned(image, [label]) for label, image in labeled])
     return rows
 
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """Write the sheet; return 0, or 2 after a user's error, with one sentence on stderr."""
     options = new_parser().read(argv)
     with loading():
-        from localctl.cli.sample_regions import read_variants
+        from localctl.cli.sample_variants import read_variants
         from localctl.drawing import grid
 
     variants = read_variants(options.controls, options.set, options.base)

@@ -1,4 +1,4 @@
-"""Mask and local control loss in figures: features, z_t, z0', the maps of filters, what counts in the mask, over t."""
+"""Plot the mask and the local control loss: features, z_t, z0', filter maps, and the local term over t."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS = ("z_t", "z0'", "filter of z0", "filter of z0'", "difference in mask")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One example at T timesteps, with the same noise. sample: T rows. output (T,c,h,w): of the U-Net."""
+    """One example at T timesteps, with the same noise. sample: T rows. output: of the U-Net, (T,c,h,w)."""
 
     example: Example
     sample: DiffusionSample
@@ -42,12 +42,12 @@ class Prediction:
 
     @property
     def predicted_x0(self) -> Tensor:
-        """z0' (T,c,h,w), float32."""
+        """The predicted z0', (T,c,h,w) float32."""
         schedule = (self.sample.timesteps, self.alphas_cumprod, self.prediction_type)
         return predict_x0(self.sample.noisy.float(), self.output.float(), *schedule)
 
     def terms(self, config: LossConfig) -> LossTerms:
-        """Return what the loss makes of it, one row per timestep."""
+        """Return the terms of the loss, one row per timestep."""
         assert self.example.mask is not None
         masks = self.example.mask[None].expand(len(self.output), -1, -1, -1)  # (T,1,H,W)
         return local_control_loss(self.sample, self.output, masks, self.alphas_cumprod, self.prediction_type, config)
@@ -61,9 +61,10 @@ def predict(
     adapter: LocalAdapter | None = None,
     seed: int = 0,
 ) -> Prediction:
-    """Return what the frozen base, with an adapter or alone, predicts of ``example`` noised to each of ``timesteps``.
+    """Return the prediction of the frozen base, with an adapter or alone, for ``example`` noised to each timestep.
 
-    ValueError when a timestep is not one of the base's, or the example has no mask yet.
+    Raises:
+        ValueError: a timestep is not one of the base's, or the example has no mask.
     """
     alphas = pipe.scheduler.alphas_cumprod.float()
     if not timesteps or not all(0 <= t < len(alphas) for t in timesteps):
@@ -90,35 +91,38 @@ def _ids(pipe: DiffusionPipeline, example: Example) -> Tensor | None:
 
 
 def _repeated(value: Any, count: int) -> Any:
-    """Tensors of one row as ``count`` rows; lists (of features) are there already."""
+    """Return tensors of one row as ``count`` rows; lists (of features) have them already."""
     if isinstance(value, Tensor):
         return value.expand(count, *value.shape[1:])
     return {name: _repeated(item, count) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConfig, side: int = 128) -> Image.Image:
-    """One row per timestep: z_t and z0' through the decoder, the filter's maps of z0 and z0', and their squared
-    difference times the mask, with w(t) and the local term in words; under it the example with the mask's outline.
+    """Return a sheet with a row per timestep, and the example with the mask's outline in the last row.
 
-    Maps are means over the channels of the latents; the two filtered ones share one scale over all rows, so that they
-    can be compared, and each difference has its own. ValueError for a loss without a filter.
+    The columns are z_t and z0' decoded, the filter's maps of z0 and z0', and their squared difference times the mask.
+    Each row is labeled with w(t) and the local term. Maps are means over the channels of the latents; the filter's maps
+    share one scale over all rows, each difference has its own.
+
+    Raises:
+        ValueError: the loss has no filter.
     """
     edges = FILTERS[config.filter]
     if edges is None:
-        raise ValueError("The loss has no filter, so there is nothing to show; choose sobel, laplacian or mse.")
+        raise ValueError("The loss has no filter, so there is no map to plot; choose sobel, laplacian or mse.")
     example, sample, predicted = prediction.example, prediction.sample, prediction.predicted_x0
     assert example.mask is not None
     maps = [edges(latents.float()).abs() for latents in (sample.latents, predicted)]  # (T,c,h,w)
     small = resize_mask(example.mask[None], (maps[0].shape[-2], maps[0].shape[-1]), config.mask_resize).to(maps[0])
     errors = (maps[1] - maps[0]).square() * small
-    top = float(maps[0].mean(1).max())  # of the true latents: z0' of pure noise would darken all others
+    top = float(maps[0].mean(1).max())  # of the true latents: z0' at the largest t would darken all others
     weights = schedule_weight(config, sample.timesteps, prediction.alphas_cumprod)
     local = prediction.terms(config).local
     rows, labels = [], []
     for i, t in enumerate(sample.timesteps.tolist()):
         decoded = [decode(pipe, latents[i : i + 1]).resize((side, side)) for latents in (sample.noisy, predicted)]
-        shown = [map_to_pil(m[i].mean(0), side, top) for m in maps]
-        rows.append([*decoded, *shown, map_to_pil(errors[i].mean(0), side)])
+        filtered = [map_to_pil(m[i].mean(0), side, top) for m in maps]
+        rows.append([*decoded, *filtered, map_to_pil(errors[i].mean(0), side)])
         labels.append(f"t = {t}   w(t) = {weights[i]:.3g}   local term = {local[i]:.3g}")
     whole = to_pil(example.pixels)
     last = [p.resize((side, side)) for p in (whole, outline(whole, example.mask))]
@@ -126,8 +130,10 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
 
 
 def predicted_sheet(pipe: DiffusionPipeline, predictions: Mapping[str, Prediction], side: int = 128) -> Image.Image:
-    """z0' of one example through the decoder, with the mask's outline: one row per way to predict it, one column per
-    timestep, after the example itself."""
+    """Return a sheet of decoded z0' of one example, with the mask's outline.
+
+    It has a row per way to predict z0', and a column per timestep after the example itself.
+    """
     first = next(iter(predictions.values()))
     assert first.example.mask is not None
     truth = outline(to_pil(first.example.pixels), first.example.mask).resize((side, side))
@@ -141,11 +147,13 @@ def predicted_sheet(pipe: DiffusionPipeline, predictions: Mapping[str, Predictio
 
 @torch.no_grad()
 def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> Image.Image:
-    """Return the adapter's features (c_i,h_i,w_i) of one example, one column per level, after the condition: in the
-    first row without a mask (all ones), in the second with the example's.
+    """Return a sheet of the adapter's features (c_i,h_i,w_i) of one example, a column per level after the condition.
 
-    Shown is the root of the mean square over the channels; both rows of a level share one scale. ValueError when the
-    example has no mask yet.
+    The first row is without a mask (all ones), the second with the example's. Plotted is the root mean square over the
+    channels; both rows of a level share one scale.
+
+    Raises:
+        ValueError: the example has no mask.
     """
     if example.mask is None:
         raise ValueError(f"The example {example.key} has no mask; take it from MaskedSamples.")
@@ -153,9 +161,9 @@ def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> I
     x = torch.cat([example.condition.expand(2, -1, -1, -1), masks], dim=1)  # (2,C+1,H,W)
     levels = [f.float().square().mean(1).sqrt() for f in adapter(x.to(adapter.device, adapter.dtype))]  # (2,h,w)
     condition = condition_to_pil(example.condition[:1])
-    shown = [condition, outline(condition, example.mask)]
+    conditions = [condition, outline(condition, example.mask)]
     rows = [
-        [shown[i].resize((side, side)), *(map_to_pil(level[i], side, float(level.max())) for level in levels)]
+        [conditions[i].resize((side, side)), *(map_to_pil(level[i], side, float(level.max())) for level in levels)]
         for i in range(2)
     ]
     return grid(rows, ["condition", *(f"{f.shape[-1]} x {f.shape[-2]} cells" for f in levels)], ["no mask", "mask"])
@@ -163,12 +171,12 @@ def feature_sheet(adapter: LocalAdapter, example: Example, side: int = 128) -> I
 
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Image.Image:
-    """One scaled latent (1,c,h,w) through the decoder."""
+    """Decode one scaled latent (1,c,h,w)."""
     return to_pil(diffusion.decode(pipe.vae, latents)[0])
 
 
 def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Image:
-    """Return a map (h,w) of values from 0 as a heat map; ``top`` is the brightest, null: the map's own maximum."""
+    """Return a map (h,w) of values >= 0 as a heat map; ``top``: the brightest value, None = the map's maximum."""
     top = float(values.max()) if top is None else top
     scaled = (values.float().cpu() / max(top, 1e-12) * 255).clamp(0, 255).to(torch.uint8).numpy()
     colored = heat_colors(np.ascontiguousarray(scaled))
@@ -178,7 +186,7 @@ def map_to_pil(values: Tensor, side: int, top: float | None = None) -> Image.Ima
 def schedule_plot(
     alphas_cumprod: Tensor, timesteps: Sequence[int], schedules: Sequence[Schedule], config: LossConfig
 ) -> Image.Image:
-    """w(t) of each schedule, with the other settings of ``config``, over ``timesteps``."""
+    """Plot w(t) of each schedule over ``timesteps``, with the other settings of ``config``."""
     t = torch.tensor(timesteps)
     series: dict[str, dict[float, Interval]] = {}
     for name in schedules:
@@ -188,9 +196,9 @@ def schedule_plot(
 
 
 def local_plot(predictions: Sequence[Prediction], configs: Mapping[str, LossConfig]) -> Image.Image:
-    """Return the local term of each loss over t: means over examples with 95 % bootstrap intervals.
+    """Plot the local term of each loss over t: means over examples with 95 % bootstrap intervals.
 
-    Every loss is divided by its own largest mean: losses differ in scale, and what matters is where they look.
+    Every loss is divided by its own largest mean, because losses differ in scale.
     """
     series = {}
     for name, config in configs.items():
@@ -200,13 +208,13 @@ def local_plot(predictions: Sequence[Prediction], configs: Mapping[str, LossConf
 
 
 def compared_plot(predictions: Mapping[str, Sequence[Prediction]], config: LossConfig) -> Image.Image:
-    """Return the local term over t of each way to predict the same examples: means with 95 % bootstrap intervals."""
+    """Plot the local term over t of each way to predict the same examples: means with 95 % bootstrap intervals."""
     series = {name: _over_t(made[0], _local(made, config)) for name, made in predictions.items()}
     return curves(series, "t", f"local term, {config.filter}, {config.schedule}", logarithmic=False)
 
 
 def _local(predictions: Sequence[Prediction], config: LossConfig) -> np.ndarray:
-    """(n,T), float64."""
+    """Return the local terms (n,T), float64."""
     return torch.stack([p.terms(config).local for p in predictions]).double().cpu().numpy()
 
 

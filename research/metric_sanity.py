@@ -1,4 +1,4 @@
-"""Does a distance see damage? Scenes against others: as they are, blurred more and more, under noise, and noise alone.
+"""Do the distances grow with damage? Compares scenes with others: untouched, blurred, with noise, and noise alone.
 
 python -m research.metric_sanity --extractor micro_clip efficientnet_lite0 --count 80
 """
@@ -23,11 +23,11 @@ if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from localctl.metrics.statistics import Statistics
 
 PROGRAM = "research.metric_sanity"
-BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma in pixels, and in levels of 255
+BLURS, NOISES = (2, 4, 8), (60, 100)  # sigma of the blur in pixels, of the noise in levels of 255
 
 
 def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """uint8 (n,H,W,3) -> the same images with more and more damage, each uint8 (n,H,W,3)."""
+    """Return the images uint8 (n,H,W,3) by kind of damage, each uint8 (n,H,W,3), untouched first."""
     from localctl.seeding import numpy_rng
 
     rng = numpy_rng(seed, "ladder")
@@ -41,7 +41,7 @@ def rungs(images: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
-    """Distances by rung: of ``count`` damaged test scenes from ``count`` others, untouched."""
+    """Return the distances of ``count`` damaged test scenes from ``count`` other, untouched ones, by kind of damage."""
     from localctl.metrics.statistics import distances
     from research.harness import PROFILE, SPLIT, statistics_of
 
@@ -54,7 +54,7 @@ def climb(extractor: Extractor, count: int) -> dict[str, dict[str, float]]:
 
 
 def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Return what :func:`climb` found, as Markdown."""
+    """Return the distances of :func:`climb` as a Markdown table."""
     from research.page import table
 
     columns = list(next(iter(rows.values())))
@@ -63,10 +63,10 @@ def ladder_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a mistake of the user's."""
+    """Print the tables; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, __doc__)
-    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="whose features")
-    parser.add_argument("--weights", help="where the extractor's weights are, if it needs to be told")
+    parser.add_argument("--extractor", nargs="+", default=["micro_clip"], choices=EXTRACTORS, help="to be tested")
+    parser.add_argument("--weights", help="path of the extractor's weights, where it has no default")
     parser.add_argument("--count", type=int, default=80, help="scenes on each side")
     args = parser.read(argv)
     with loading():

@@ -1,4 +1,4 @@
-"""What the pages of the studies are made of: tables, cells, sheets of images, and where the figures come from."""
+"""Parts of the studies' pages: tables, cells, image sheets, and the provenance of the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from research.harness import reader_version
 
 
 def interval(values: np.ndarray) -> Interval | None:
-    """Of the means of values (n,), or (n, seeds) whose seeds belong together, NaN left out; None where all are."""
+    """Return the bootstrap interval of the mean of ``values``, leaving out NaN; None if all are NaN.
+
+    ``values``: (n,), or (n, seeds), whose rows are resampled as a whole.
+    """
     values = values[:, None] if values.ndim == 1 else values
     known = ~np.isnan(values)
     rows = known.any(axis=1)
@@ -29,6 +32,7 @@ def interval(values: np.ndarray) -> Interval | None:
 
 
 def cell(found: Interval | None) -> str:
+    """Return an interval as a table shows it."""
     return "undefined" if found is None else str(found)
 
 
@@ -43,7 +47,7 @@ def table(columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]], cor
 
 
 def write_page(page: Path, *sections: Sequence[str]) -> str:
-    """Write the lines of the sections; returns the text."""
+    """Write the lines of the sections to ``page`` and return the text."""
     text = "\n".join(text for section in sections for text in section)
     write_text(page, text)
     return text
@@ -55,7 +59,10 @@ def written_by(command: str, page: Path) -> str:
 
 
 def reader_note(asked: Mapping[str, Any], begin: str = "Read") -> list[str]:
-    """Return what a page says of results of an earlier version; ``begin`` names the figures that the reader read."""
+    """Return a note for results that an earlier version of the reader measured, else no lines.
+
+    ``begin``: start of the note, naming the figures concerned.
+    """
     version = reader_version(asked)
     if version == VERSION:
         return []
@@ -68,26 +75,26 @@ def reader_note(asked: Mapping[str, Any], begin: str = "Read") -> list[str]:
 
 
 def figure(image: Image.Image, page: Path, name: str, alt: str) -> str:
-    """Save ``image`` in the folder of the page's name; the Markdown that shows it."""
+    """Save ``image`` in the folder named like the page, and return the Markdown that shows it."""
     path = page.with_suffix("") / f"{name}.png"
     save_image(image, path)
     return f"![{alt}]({path.parent.name}/{path.name})"
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Save, and make its folder if there is none."""
+    """Save ``image``, making its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 def save_strip(images: Sequence[Image.Image], path: Path) -> None:
-    """One below the other; nothing where there is none."""
+    """Save the images one below the other; save nothing if there are none."""
     if images:
         save_image(Image.fromarray(np.concatenate([np.asarray(image) for image in images])), path)
 
 
 def sheet(strips: Mapping[str, Path]) -> tuple[Image.Image, int]:
-    """Return a column of images for each of the ``strips``, by title, and how many rows there are."""
+    """Return a sheet with one column per strip, headed by its title, and the number of rows."""
     columns = []
     for path in strips.values():
         with Image.open(path) as strip:
@@ -98,12 +105,12 @@ def sheet(strips: Mapping[str, Path]) -> tuple[Image.Image, int]:
 
 
 def warnings_of(provenance: Mapping[str, Any]) -> list[str]:
-    """Return what the distances' extractors warn of, as a list."""
+    """Return the warnings of the distances' extractors as a Markdown list."""
     return [f"- {text}" for features in provenance.get("distances", {}).values() for text in features["warnings"]]
 
 
 def sources(provenance: Mapping[str, Any], results: Path, page: Path, more: str = "") -> list[str]:
-    """Where the figures of a page come from; ``more`` ends its first sentence."""
+    """Return the section on where a page's figures come from; ``more`` follows its first sentence."""
     place = Path(os.path.relpath(results, page.parent)).as_posix()
     lines = [
         "## Where it comes from",

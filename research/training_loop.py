@@ -1,5 +1,7 @@
-"""The training loop of the small trainers, of the embedded base's parts and of the layout predictor: one schedule, one
-update. What is logged, checked and saved between updates is the trainers' own."""
+"""The training loop of the embedded base's parts and of the layout predictor: learning rate schedule and update.
+
+Each trainer logs, validates and saves between updates in its own way.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,11 @@ T = TypeVar("T")
 
 
 def learning_rate_at(step: int, peak: float, steps: int, warmup: int, floor: float = 0.0) -> float:
-    """Return the learning rate of step ``step`` (0 = the first): linear warm-up, which unlike diffusers' begins above
-    0, then a cosine down to ``floor`` * ``peak``. A function of the step alone, so that there is nothing to save."""
+    """Return the learning rate of step ``step`` (0 = the first).
+
+    A linear warm-up, which unlike diffusers' starts above 0, then a cosine down to ``floor`` * ``peak``. It depends on
+    the step alone, so a checkpoint needs no scheduler state.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -33,15 +38,18 @@ def updates(
     max_norm: float = 1.0,
     advice: str = "lower the learning rate and resume",
 ) -> Iterator[tuple[int, T]]:
-    """Update ``steps`` times; after each, yields how many updates were made in all, and what ``loss`` said beside the
-    loss of that step.
+    """Make the updates ``steps``; after each, yield the number of updates so far and the details of its loss.
+
+    Args:
+        loss: returns the loss of a step and its details, whatever the trainer logs.
+        advice: end of the message of NotFiniteError.
 
     Raises:
-        NotFiniteError: the gradient is not finite; the weights are still those of before. It ends with the advice.
+        NotFiniteError: the gradient is not finite; the weights are those of the step before.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in steps:
-        value, said = loss(step)
+        value, details = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         if not torch.isfinite(clip_grad_norm_(parameters, max_norm)):
@@ -49,4 +57,4 @@ def updates(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
-        yield step + 1, said
+        yield step + 1, details

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from log_helpers import forget_handlers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
@@ -35,6 +36,13 @@ def pytest_configure() -> None:
 def one_thread() -> None:
     """Again, after tests that chose otherwise."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+    """Remove what :func:`logged` added, after each test."""
+    yield
+    forget_handlers()
 
 
 def tiny_tokenizer() -> CLIPTokenizer:

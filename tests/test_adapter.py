@@ -130,7 +130,7 @@ def test_any_t2iadapter_can_be_wrapped(kind: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 1, 64, 64), "2, H, W.*1 condition channels and the mask"),
+        ((1, 1, 64, 64), "2, H, W.*1 channels of the condition and the mask"),
         ((1, 4, 64, 64), "2, H, W"),
         ((2, 64, 64), "2, H, W"),
         ((1, 2, 64, 60), "60x64.*multiples of 8"),
@@ -201,5 +201,5 @@ def test_adapters_saved_before_these_options_are_as_they_were(make_adapter: Make
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (float("nan"),) * 4, ("1",) * 4, (True,) * 4])
 def test_level_weights_that_are_none_are_said(make_adapter: MakeAdapter, weights: tuple) -> None:
-    with pytest.raises(ValueError, match="level_weights are finite numbers from 0, one for each level, not"):
+    with pytest.raises(ValueError, match="level_weights must be finite numbers of at least 0, one per level"):
         make_adapter(level_weights=weights)

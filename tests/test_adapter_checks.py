@@ -18,18 +18,18 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import check_config, find_adapter, load_adapter
 from localctl.evaluation.generated_set import generate_set
 from localctl.evaluation.settings import FidSettings
-from research.control_share import find as load_for_scores
+from research.control_share.study import find as load_for_scores
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"num_res_blocks": 10**8}, "num_res_blocks of an adapter is a whole number from 1 to 64, not 100000000"),
+    ({"num_res_blocks": 10**8}, "num_res_blocks of an adapter must be a whole number from 1 to 64, not 100000000"),
     ({"num_res_blocks": 0}, "num_res_blocks .* not 0"),
     ({"num_res_blocks": "2"}, "num_res_blocks .* not '2'"),
     ({"num_res_blocks": [2]}, "num_res_blocks .* not .2."),
     ({"num_res_blocks": 2.0}, "num_res_blocks .* not 2.0"),
     ({"num_res_blocks": True}, "num_res_blocks .* not True"),
     ({"num_res_blocks": None}, "num_res_blocks .* not None"),
-    ({"channels": [8] * 10**6}, "channels of an adapter are 1 to 8 whole numbers, not .8, 8"),
-    ({"channels": []}, "channels of an adapter are 1 to 8 whole numbers"),
+    ({"channels": [8] * 10**6}, "channels of an adapter must be 1 to 8 whole numbers, not .8, 8"),
+    ({"channels": []}, "channels of an adapter must be 1 to 8 whole numbers"),
     ({"channels": 320}, "channels .* not 320"),
     ({"channels": "320"}, "channels .* not '320'"),
     ({"channels": [8, 0, 16, 24]}, "positive whole numbers, not 0"),
@@ -45,18 +45,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"downscale_factor": -8}, "downscale_factor .* not -8"),
     ({"downscale_factor": 10**9}, "downscale_factor .* not 1000000000"),
     ({"downscale_factor": "8"}, "downscale_factor .* not '8'"),
-    ({"adapter_type": ["full_adapter"]}, "adapter_type is one of"),
-    ({"adapter_type": "os.system"}, "adapter_type is one of .*, not 'os.system'"),
-    ({"condition": ["canny"]}, "condition is an object with named fields, not .'canny'."),
-    ({"condition": "canny"}, "condition is an object"),
+    ({"adapter_type": ["full_adapter"]}, "adapter_type must be one of"),
+    ({"adapter_type": "os.system"}, "adapter_type must be one of .*, not 'os.system'"),
+    ({"condition": ["canny"]}, "condition must be an object with named fields, not .'canny'."),
+    ({"condition": "canny"}, "condition must be an object"),
     ({"condition": {"kind": ["canny"]}}, "Unknown condition.kind \\['canny'\\]"),
     ({"condition": {"kind": "cany"}}, "Unknown condition.kind 'cany'"),
     ({"condition": {"kid": "canny"}}, "There is no setting 'condition.kid'; did you mean condition.kind"),
-    ({"base": ["micro"]}, "base is the name, id or folder of a base, not .'micro'."),
-    ({"base": {"a": 1}}, "base is the name"),
-    ({"base": 15}, "base is the name"),
-    ({"mask_resize": ["area"]}, "mask_resize is one of area"),
-    ({"mask_features": "yes"}, "mask_features is true or false"),
+    ({"base": ["micro"]}, "base must be the name, id or folder of a base, not .'micro'."),
+    ({"base": {"a": 1}}, "base must be the name"),
+    ({"base": 15}, "base must be the name"),
+    ({"mask_resize": ["area"]}, "mask_resize must be one of area"),
+    ({"mask_features": "yes"}, "mask_features must be true or false"),
 ]
 
 
@@ -167,7 +167,9 @@ def test_pickled_weights_are_not_read_and_how_to_convert_them_is_said(
     adapter = make_adapter().adapter
     adapter.save_pretrained(tmp_path / "plain", safe_serialization=False)
     assert [path.name for path in (tmp_path / "plain").glob("*.bin")]
-    with pytest.raises(ValueError, match="only .bin weights, which are pickles and not read; convert them: ") as error:
+    with pytest.raises(
+        ValueError, match="only .bin weights, which are pickles and are not loaded; convert them: "
+    ) as error:
         load_adapter(tmp_path / "plain")
     eval(str(error.value).partition("convert them: ")[2].rstrip("."), {"diffusers": diffusers})  # as it says
     loaded = load_adapter(tmp_path / "plain")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localctl.conditions import CHANNELS, FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import CHANNELS, FROM_IMAGE, ConditionConfig, extract
 
 
 def scene(size: tuple[int, int] = (48, 80)) -> np.ndarray:
@@ -15,7 +15,7 @@ def scene(size: tuple[int, int] = (48, 80)) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("kind", FROM_PICTURE)
+@pytest.mark.parametrize("kind", FROM_IMAGE)
 @pytest.mark.parametrize("size", [(48, 80), (97, 61), (5, 3), (1, 1)])
 def test_shape_range_and_dtype(kind: str, size: tuple[int, int]) -> None:
     config = ConditionConfig(kind=kind)
@@ -128,7 +128,7 @@ def test_settings_without_sense_are_refused(settings: dict, message: str) -> Non
 def test_the_picture_is_not_changed_and_views_work() -> None:
     image = scene()
     before = image.copy()
-    for kind in FROM_PICTURE:
+    for kind in FROM_IMAGE:
         flipped = extract(ConditionConfig(kind=kind), image[:, ::-1])  # negative strides
         assert flipped.shape[1:] == image.shape[:2]
     assert np.array_equal(image, before)

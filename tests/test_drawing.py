@@ -7,7 +7,7 @@ from PIL import Image, ImageFont
 
 from localctl import drawing, images
 from localctl.drawing import LINE, captioned, fitted, grid, outline, overlay_heat, render_layout, write_beside
-from localctl.labels import brief, one_line
+from localctl.labels import one_line, shorten
 from localctl.layout import Layout, Region
 
 LEFT = (0.0, 0.0, 0.5, 1.0)
@@ -67,7 +67,7 @@ def test_no_caption_stops_a_sheet(caption: str) -> None:
     cell = Image.new("RGB", (60, 20), "white")
     grid([[cell]], [caption], [caption])
     assert captioned(cell, [caption, "b"]).size == (60, 20 + 2 * LINE)
-    assert brief(caption).isprintable() and len(brief(caption)) <= 120
+    assert shorten(caption).isprintable() and len(shorten(caption)) <= 120
 
 
 def test_labels_end_where_they_did() -> None:
@@ -102,7 +102,7 @@ def test_long_captions_are_not_measured_letter_by_letter(monkeypatch: pytest.Mon
 def test_grid_refuses_nonsense() -> None:
     with pytest.raises(ValueError, match="at least one image"):
         grid([[]])
-    with pytest.raises(ValueError, match="labels for 1 columns"):
+    with pytest.raises(ValueError, match="column labels for 1 columns"):
         grid([[Image.new("RGB", (12, 8))]], ["a", "b"])
 
 

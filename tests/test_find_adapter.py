@@ -119,13 +119,13 @@ def test_what_is_no_adapter_is_one_sentence(
     for name in ("a.safetensors", "b.pth"):
         Path("several", name).write_bytes(b"")
     cases: dict[str, str] = {
-        "evil.pth": "cannot be read: the file is damaged, or holds more than tensors",
-        "several": "2 files of weights, of which one is to be given: a.safetensors, b.pth",
-        "lora.safetensors.pth": "is no T2I-Adapter .its first weight is called 'down.weight'",
+        "evil.pth": "cannot be read: the file is damaged, or holds objects other than tensors",
+        "several": "2 files of weights, of which one must be given: a.safetensors, b.pth",
+        "lora.safetensors.pth": "is not a T2I-Adapter .its first weight is called 'down.weight'",
         "empty.safetensors": "it holds no weights",
         "cut.safetensors": "cannot be read",
-        "local.safetensors": "config.json says how it uses masks; give its folder",
-        "photo.png": "is a file but no weights",
+        "local.safetensors": "config.json defines how it uses masks; give its folder",
+        "photo.png": "is not a file of weights",
         "early": "no config.json in it; its newest checkpoint is early/checkpoint-8",
         "nowhere": "no such folder or file",
         "~nobody-of-that-name/x": "no adapter '~nobody",
@@ -135,7 +135,7 @@ def test_what_is_no_adapter_is_one_sentence(
     Path("odd/config.json").write_text("[]")
     for value in ('{"_class_name": "T2IAdapter", "base": ["x"]}', '{"_class_name": "T2IAdapter", "condition": [1]}'):
         Path("odd/config.json").write_text(value)
-        with pytest.raises(ValueError, match="of the adapter odd cannot be used: (base|condition) is "):
+        with pytest.raises(ValueError, match="of the adapter odd cannot be used: (base|condition) must be "):
             find_adapter("odd")
     Path("odd/config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="odd/config.json is not valid JSON .nested too deep"):
@@ -192,4 +192,7 @@ def test_only_half_precision_on_the_hub(saved: LocalAdapter, monkeypatch: pytest
 def test_another_base_is_said() -> None:
     found = adapter_files.SavedAdapter("x", "x", {"_class_name": "T2IAdapter", "base": "sd15"})
     assert found.used_on("stable-diffusion-v1-5/stable-diffusion-v1-5") is None
-    assert found.used_on("own/model") == "The adapter x was trained on sd15, used on own/model of the same shape."
+    assert (
+        found.used_on("own/model")
+        == "The adapter x was trained on sd15 and is used on own/model, which has the same shape."
+    )

@@ -74,7 +74,7 @@ def test_a_shifted_row_is_found(
 ) -> None:
     select = Attachment.select
     monkeypatch.setattr(Attachment, "select", lambda self, rows: select(self, [rows[-1], *rows[:-1]]))
-    with pytest.raises(ValueError, match="while the attached layout says"):
+    with pytest.raises(ValueError, match="but the attached layout has"):
         check_seeds(sd_pipe, adapter_control(make_adapter(), 2))
     monkeypatch.undo()
     noise_of, calls = initial_noise, iter(range(100))
@@ -151,7 +151,7 @@ def test_an_image_of_nan_is_refused_by_its_seed(sd_pipe: StableDiffusionPipeline
             pipe.set_progress_bar_config(disable=True)
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
             hook = pipe.unet.register_forward_hook(spoil)
-            with pytest.raises(ValueError, match=r"image of seed 7 of the prompt 'a cat' is not a number .NaN."):
+            with pytest.raises(ValueError, match="image with seed 7 of the prompt 'a cat' holds NaN"):
                 generate(pipe, "a cat", seeds=[5, 7], num_inference_steps=1, output_type=asked)
             good = generate(pipe, "a cat", seeds=[5, 6], num_inference_steps=1, output_type=asked)
             hook.remove()

@@ -24,8 +24,8 @@ def disc() -> torch.Tensor:
     [
         ({}, "needs either a box or a mask"),
         ({"box": LEFT, "mask": disc()}, "needs either a box or a mask"),
-        ({"box": (0, 0, 1.2, 1)}, r"leaves \[0, 1\]"),
-        ({"box": (0, 0, float("nan"), 1)}, r"leaves \[0, 1\]"),
+        ({"box": (0, 0, 1.2, 1)}, r"is not within \[0, 1\]"),
+        ({"box": (0, 0, float("nan"), 1)}, r"is not within \[0, 1\]"),
         ({"box": (0.5, 0, 0.2, 1)}, "reversed or empty"),
         ({"box": (0.5, 0.3, 0.7, 0.3)}, "reversed or empty"),
         ({"box": (0, 0, 1)}, "four numbers"),
@@ -35,13 +35,13 @@ def disc() -> torch.Tensor:
         ({"mask": torch.zeros(8, 8)}, "'cat' is empty"),
         ({"mask": torch.full((8, 8), 2.0)}, r"outside \[0, 1\]"),
         ({"mask": torch.full((8, 8), float("nan"))}, r"outside \[0, 1\]"),
-        ({"mask": torch.ones(3, 8, 8)}, r"a tensor \(H, W\) or \(1, H, W\), not \(3, 8, 8\)"),
+        ({"mask": torch.ones(3, 8, 8)}, r"the shape \(H, W\) or \(1, H, W\), not \(3, 8, 8\)"),
         ({"mask": "disc.png"}, "'cat' is a str; give a PIL image"),
-        ({"box": LEFT, "occurrence": -1}, "counts from 0, not -1"),
-        ({"box": LEFT, "strength": float("inf")}, "strength of the region 'cat' is a number"),
+        ({"box": LEFT, "occurrence": -1}, "must be a whole number from 0, not -1"),
+        ({"box": LEFT, "strength": float("inf")}, "strength of the region 'cat' must be a finite number"),
         ({"box": LEFT, "start": 0.5, "end": 0.5}, "0 <= start < end <= 1"),
         ({"box": LEFT, "end": 2}, "0 <= start < end <= 1"),
-        ({"box": LEFT, "phrase": 3}, "phrase of a region is a text, not 3"),
+        ({"box": LEFT, "phrase": 3}, "phrase of a region must be a text, not 3"),
     ],
 )
 def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
@@ -54,18 +54,18 @@ def test_bad_regions_are_named(options: dict[str, Any], message: str) -> None:
     [
         ({"regions": [Region("dog", LEFT)]}, r"'dog' is not in the prompt \(a \| cat \| on \| a \| carpet\)"),
         ({"regions": [Region("car", LEFT)]}, "'car' is not in the prompt"),  # whole words
-        ({"regions": [Region("a", LEFT, occurrence=2)]}, "stands 2 times in the prompt .* no occurrence 2"),
+        ({"regions": [Region("a", LEFT, occurrence=2)]}, "occurs 2 times in the prompt .* no occurrence 2"),
         ({"regions": [Region("a cat", LEFT), Region("cat", RIGHT)]}, "'a cat' and 'cat' overlap in the prompt"),
         ({"regions": [Region("cat", LEFT), Region("Cat", RIGHT)]}, "overlap in the prompt"),
-        ({"regions": ["cat"]}, "are Region objects, not str"),
+        ({"regions": ["cat"]}, "must be Region objects, not str"),
         ({"overlap": "mix"}, "Unknown overlap policy 'mix'"),
         ({"regions": [Region("cat", LEFT), Region("carpet", LEFT)], "overlap": "error"}, "'cat' and 'carpet' overlap"),
         (
             {"regions": [Region("cat", LEFT), Region("carpet", (0, 0, 1, 1))], "overlap": "last"},
-            "'cat' lies wholly under",
+            "'cat' is completely hidden",
         ),
         ({"height": 60, "width": 64}, "height 60 is not a positive multiple of 8"),
-        ({"prompt": ["a"]}, "one prompt"),
+        ({"prompt": ["a"]}, "one text"),
     ],
 )
 def test_bad_layouts_are_named(options: dict[str, Any], message: str) -> None:
@@ -91,7 +91,7 @@ def test_tokens_of_a_phrase_by_character_offsets() -> None:
 def test_what_the_text_encoder_cannot_see_is_said() -> None:
     prompt = "x" * 70 + " cat dog"
     token_positions(tiny_tokenizer(), Layout(prompt, regions=(Region("cat", LEFT),)))
-    with pytest.raises(ValueError, match=r"'dog' stands behind the first 77 tokens, .* the 78 of the prompt \(x \| x"):
+    with pytest.raises(ValueError, match=r"'dog' comes after the first 77 tokens, .* the prompt's 78 \(x \| x"):
         token_positions(tiny_tokenizer(), Layout(prompt, regions=(Region("dog", LEFT),)))
 
 
@@ -109,7 +109,7 @@ def test_words_that_share_a_token_are_named() -> None:
     with pytest.raises(ValueError, match=r"'cat' and 'dog' share a token of the prompt \(one \| cat/dog\)"):
         token_positions(Joined(), layout)
     several = Layout("one cat/dog", regions=(Region("one", LEFT), Region("cat", LEFT), Region("dog", RIGHT)))
-    with pytest.raises(ValueError, match="3 regions for 2 tokens"):
+    with pytest.raises(ValueError, match="3 regions with phrases for 2 tokens"):
         token_positions(Joined(), several)
     Joined.is_fast = False
     with pytest.raises(ValueError, match="no character offsets"):
@@ -165,7 +165,7 @@ def test_from_segments_joins_the_parts() -> None:
     starts = [layout.characters(region) for region in layout.regions]
     assert starts == [(0, 3), (5, 25), (27, 30), None]
     assert Layout.from_segments(parts[:1], "my cat").prompt == "my cat"
-    with pytest.raises(ValueError, match="neither a prompt nor a segment with words"):
+    with pytest.raises(ValueError, match="neither a prompt nor a segment with a phrase"):
         Layout.from_segments([Region(None, LEFT)])
 
 

@@ -116,7 +116,7 @@ def test_fixed_and_full() -> None:
     expected[:, :4, 4:] = 1
     assert torch.equal(mask, expected)
     assert draw(MaskConfig(kind="full", soft_edge=4), (5, 9)).min() == 1
-    with pytest.raises(ValueError, match="holds no pixel of a 8x8"):
+    with pytest.raises(ValueError, match="contains no pixel of a 8x8"):
         draw(MaskConfig(kind="fixed", box=(0.51, 0.51, 0.55, 0.55)), (8, 8))
 
 

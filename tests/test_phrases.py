@@ -66,13 +66,15 @@ def test_every_vector_is_steered(sd_pipe: StableDiffusionPipeline) -> None:
 def test_learned_words_in_the_sentences_of_refusals(sd_pipe: StableDiffusionPipeline) -> None:
     pipe = learned(sd_pipe)
     part = Layout("a <cat-toy> on a mat", regions=(Region("cat", LEFT),))
-    with pytest.raises(ValueError, match=r"reads the prompt as 'a <cat-toy> <cat-toy>_1 <cat-toy>_2 on a mat'.*'cat'"):
+    with pytest.raises(
+        ValueError, match=r"converts the prompt to 'a <cat-toy> <cat-toy>_1 <cat-toy>_2 on a mat'.*'cat'"
+    ):
         positions_of(pipe, part)
     # Written out, the learned word is what pushes the phrase out of what is read.
     long = "<cat-toy> " * 20 + "x" * 20 + " mat"
     layout = Layout(long, regions=(Region("mat", LEFT),))
     assert token_positions(pipe.tokenizer, layout) == [(41, 42, 43)]
-    with pytest.raises(ValueError, match=r"'mat' stands behind the first 77 tokens.*\(<cat-toy> \| <cat-toy>_1 \| "):
+    with pytest.raises(ValueError, match=r"'mat' comes after the first 77 tokens.*\(<cat-toy> \| <cat-toy>_1 \| "):
         positions_of(pipe, layout)
 
 
@@ -81,7 +83,9 @@ def test_other_conversions_are_followed_or_refused() -> None:
     layout = Layout("cat and dog", regions=(Region("dog", LEFT), Region("cat", RIGHT)))
     # One token per letter; 0 is the start.
     assert token_positions(tokenizer, layout, lambda text: text.replace("and", "with")) == [(8, 9, 10), (1, 2, 3)]
-    with pytest.raises(ValueError, match=r"reads the prompt as 'god dna tac', where the phrases 'dog', 'cat' can't"):
+    with pytest.raises(
+        ValueError, match=r"converts the prompt to 'god dna tac', in which the phrases 'dog', 'cat' cannot"
+    ):
         token_positions(tokenizer, layout, lambda text: text[::-1])
 
 

@@ -1,4 +1,4 @@
-"""Marks of other tools in prompts: said once, and no objects."""
+"""Marks of other tools in prompts: one warning, and no objects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from localctl.prompt_syntax import foreign_syntax, warn_of_syntax, without_synta
 )
 def test_marks_of_other_tools_are_found(prompt: str, kinds: list[str]) -> None:
     assert foreign_syntax(prompt) == kinds
-    with pytest.warns(UserWarning, match="has marks of other tools .such as") as caught:
+    with pytest.warns(UserWarning, match="has syntax of other tools .such as") as caught:
         warn_of_syntax([prompt, prompt, "a cat"])
     assert len(caught) == 1 and len(without_syntax(prompt)) == len(prompt)
 

@@ -269,7 +269,7 @@ def test_a_call_that_failed_does_not_spoil_the_next(
 ) -> None:
     with attach(sd_pipe, "a b", control(make_adapter())):
         first = draw(sd_pipe)
-        with pytest.raises(ValueError, match="prompt 'x' while"):
+        with pytest.raises(ValueError, match="prompt 'x' but"):
             draw(sd_pipe, "x")
         assert torch.equal(draw(sd_pipe), first)
 
@@ -280,13 +280,13 @@ def test_a_prompt_that_is_not_the_layouts_is_an_error(kind: str, request: pytest
     with attach(pipe, [Layout("a"), Layout("b")], []):
         draw(pipe, ["a", "b"], count=2)
         for wrong in (["b", "a"], ["a", "c"]):
-            with pytest.raises(ValueError, match="while the attached layout says"):
+            with pytest.raises(ValueError, match="but the attached layout has"):
                 draw(pipe, wrong, count=2)
         with pytest.raises(ValueError, match="1 prompts for 2 layouts"):
             draw(pipe, "a")
     with attach(pipe, "a", []):
         draw(pipe, ["a", "a"], count=2)  # one layout, as often as wanted
-        with pytest.raises(ValueError, match="prompt 'b' while"):
+        with pytest.raises(ValueError, match="prompt 'b' but"):
             draw(pipe, ["a", "b"], count=2)
 
 

@@ -1,6 +1,7 @@
-"""Flags as all programs take them: ``--key value``, ``--key=value`` or ``key=value``, with dashes or underscores.
+"""Parse flags in the spellings of all programs: ``--key value``, ``--key=value`` or ``key=value``, with dashes or
+underscores.
 
-Programs whose settings are dataclasses read them by ``localctl.cli.config``; this is for those with a few flags.
+This parser is for programs with a few flags; programs with dataclasses of settings use ``localctl.cli.config``.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ BOOLS = {**dict.fromkeys(("true", "yes", "on", "1"), True), **dict.fromkeys(("fa
 
 
 class Arguments(argparse.ArgumentParser):
-    """A parser whose ``read`` takes all spellings; every mistake is a ValueError in one sentence."""
+    """A parser whose ``read`` accepts all spellings; every user's error is a ValueError in one sentence."""
 
     def __init__(self, program: str, description: str | None = None, **options: Any) -> None:
-        """``options``: more of ``argparse.ArgumentParser``."""
+        """Create the parser. ``options``: further arguments of ``argparse.ArgumentParser``."""
         super().__init__(prog=program, description=description, formatter_class=_Format, allow_abbrev=False, **options)
-        said = "print the version and end"
-        self.add_argument("--version", action="version", version=VERSION, dest=argparse.SUPPRESS, help=said)
+        text = "print the version and exit"
+        self.add_argument("--version", action="version", version=VERSION, dest=argparse.SUPPRESS, help=text)
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls when flags do not fit."""
+        """Raise a ValueError; argparse calls this for invalid flags."""
         raise ValueError(f"{message[:1].upper()}{message[1:]}; see --help.")
 
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """The flags in ``argv`` (None: of the command line). ValueError for unknown ones, naming one that is near."""
+        """Parse ``argv`` (None: the command line). ValueError for an unknown flag, naming a similar one."""
         tokens = self.spelled(sys.argv[1:] if argv is None else argv)
         for token in tokens[: tokens.index("--") if "--" in tokens else None]:
             name = token.partition("=")[0]
@@ -44,13 +45,13 @@ class Arguments(argparse.ArgumentParser):
         return options
 
     def spelled(self, argv: Sequence[str]) -> list[str]:
-        """``argv`` as argparse wants it; what is no flag here stays as it is.
+        """Return ``argv`` in the spelling of argparse; tokens that are no known flag are unchanged.
 
-        Bare ``key=value`` is a flag where ``key`` is one, except right behind a flag that wants a value, and in the
-        list of a flag whose values look like that themselves (``--set strength=0.6``).
+        ``key=value`` without dashes is a flag if ``key`` is one, except directly after a flag that needs a value, and
+        among the values of a flag that takes NAME=VALUE itself (``--set strength=0.6``).
         """
         tokens: list[str] = []
-        wants, pairs = False, False  # the flag before still wants its value; its values are NAME=VALUE
+        wants, pairs = False, False  # whether the last flag still needs its value; whether its values are NAME=VALUE
         for position, token in enumerate(argv):
             if token == "--":
                 return [*tokens, *argv[position:]]
@@ -72,18 +73,18 @@ class Arguments(argparse.ArgumentParser):
 
 
 class _Format(argparse.RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and every default shown."""
+    """Keep line breaks of descriptions, and append defaults to help texts."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
         if default in (None, False, argparse.SUPPRESS) or default == [] or "default" in text:
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
-        return f"{text} (default: {shown.replace('%', '%%')})".strip()
+        value = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{text} (default: {value.replace('%', '%%')})".strip()
 
 
 def _flag(action: argparse.Action, equals: str, value: str) -> list[str]:
-    """A flag with what stands behind its "=", as argparse reads it."""
+    """Return the tokens for argparse of a flag and the value after its "="."""
     flag = action.option_strings[-1]
     if action.nargs == 0:
         return [flag] if not equals or _truth(flag, value) else []

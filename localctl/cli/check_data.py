@@ -1,8 +1,8 @@
-"""`python -m localctl.data check ARGUMENTS`, with the arguments of `train_adapter.py`: reads every row as the training
-would, prints counts, bad rows and what looks like a mistake, and writes a sheet of examples.
+"""`python -m localctl.data check ARGUMENTS`, with the arguments of `train_adapter.py`: check a dataset before training.
 
-More arguments: `--preview FILE.png`, `--preview_rows 8`, `--adapter_model_name_or_path FOLDER` to compare channels with
-an adapter. Ends with 0; 2 after a mistake in the arguments.
+Reads every row as training would, prints counts, bad rows and likely mistakes, and writes a sheet of examples. Further
+arguments: `--preview FILE.png`, `--preview_rows 8`, and `--adapter_model_name_or_path FOLDER` to check that an adapter
+takes these conditions. Exit code 0; 2 after a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PROGRAM = "python -m localctl.data check"
 
 @one_sentence("python -m localctl.data")
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """0 when the check ran, whatever it found; 2 after a mistake of the user's, named in one sentence."""
+    """Run the check. Returns 0 whatever it found; 2 after a user's error, printed in one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    asked = {"-h", "--help", "--version"} & set(argv)
-    if program == PROGRAM and argv[:1] != ["check"] and not asked:
-        raise ValueError("Say what to do: check, as in `python -m localctl.data check data.path=FOLDER`; see --help.")
+    wants_help = {"-h", "--help", "--version"} & set(argv)
+    if program == PROGRAM and argv[:1] != ["check"] and not wants_help:
+        raise ValueError("The command is missing; write `python -m localctl.data check data.path=FOLDER`.")
     rest = argv[1:] if program == PROGRAM and argv[:1] == ["check"] else argv
     settings = training_settings(program, rest, CheckSettings, explained(__doc__, program))
     if settings is None:

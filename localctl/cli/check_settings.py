@@ -1,4 +1,4 @@
-"""What `python -m localctl.data check` can be told."""
+"""Settings of `python -m localctl.data check`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from localctl.training.settings import TrainSettings
 @record()
 @dataclass(kw_only=True)
 class CheckSettings(TrainSettings):
-    """A training's settings and what only the check needs.
+    """The settings of training, and those of the check itself.
 
-    preview: where the sheet of examples goes, an image file.
-    preview_rows: examples on it.
-    adapter_model_name_or_path: an adapter that must fit.
+    preview: image file to write the sheet of examples to.
+    preview_rows: number of examples on the sheet.
+    adapter_model_name_or_path: an adapter that must take these conditions.
     """
 
     preview: str = "outputs/data_check.png"

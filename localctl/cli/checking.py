@@ -1,4 +1,4 @@
-"""What ``localctl check-data`` does: read every row as the training would, and say what was found."""
+"""``localctl check-data``: read every row as training would, and report statistics and likely mistakes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_r
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
-from localctl.labels import brief
+from localctl.labels import shorten
 from localctl.messages import warning
 from localctl.metrics.edges import MIN_EDGES
 from localctl.prompt_syntax import foreign_syntax
@@ -26,29 +26,29 @@ from localctl.seeding import numpy_rng
 from localctl.training.summary import remarks
 from localctl.training.validation import choose_cases
 
-_NAMED = 3  # so few held-out examples are said by name
-_EMPTY, _FULL = 0.001, 0.999  # shares of the image
-_MOSTLY = 0.5  # of the rows must look wrong before it is said to be a mistake
+_NAMED = 3  # held-out examples are listed by name if there are no more than this
+_EMPTY, _FULL = 0.001, 0.999  # areas of a mask, as shares of the image
+_MOSTLY = 0.5  # masks are reported as inverted if more than this share looks so
 
 
 def check(settings: CheckSettings) -> str:
     """Check the data, and return the report.
 
     Raises:
-        ValueError: the data cannot be opened, or the adapter takes another condition.
+        ValueError: the data cannot be opened, the adapter takes another condition, or the preview is no image file.
     """
     data = settings.data
     if data.is_micro:
-        raise ValueError("The embedded scenes need no check; name your own data, as data=imagefolder data.path=FOLDER.")
+        raise ValueError("The embedded scenes need no check; give your own data: data=imagefolder data.path=FOLDER.")
     fit = _adapter_fit(settings)
     target = Path(settings.preview).expanduser()
     if target.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"The preview {target} is not the name of an image; end it in .png.")
+        raise ValueError(f"The preview {target} is not the name of an image file; let it end in .png.")
     rows = open_rows(data, settings.condition, data.split)
     held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
     source = FileSource(rows, range(len(rows)), data, settings.condition)
     report = _Report(settings, source, look_at_all(source, settings.dataloader_num_workers))
-    later = report.parts(rows, held or rows)
+    failures = report.parts(rows, held or rows)
     report.add_rows()
     report.lines.append(fit)
     if held is not None:
@@ -56,7 +56,7 @@ def check(settings: CheckSettings) -> str:
         first, *more = _bad_rows(look_at_all(every, settings.dataloader_num_workers))
         report.lines += [f"validation  {first}, in the split {data.validation_split!r}", *more]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
-    report.lines += map(warning, later)
+    report.lines += map(warning, failures)
     if examples:
         target.parent.mkdir(parents=True, exist_ok=True)
         preview(examples).save(target)
@@ -65,7 +65,7 @@ def check(settings: CheckSettings) -> str:
 
 
 class _Report:
-    """The lines on the rows to train on; what looks like a mistake is collected in ``warnings``."""
+    """The lines of the report on the rows to train on; likely mistakes are collected in ``warnings``."""
 
     def __init__(self, settings: CheckSettings, source: FileSource, rows: Sequence[RowReport]) -> None:
         self.settings, self.source, self.rows = settings, source, rows
@@ -74,10 +74,9 @@ class _Report:
         self.warnings: list[str] = []
 
     def parts(self, rows: Rows, held: Rows) -> list[str]:
-        """Say what a training makes of the rows: how many it trains on and holds out, and its remarks on them. Returns
-        what it would stop with."""
+        """Add how many rows are trained on and held out, and remarks. Return the errors that would stop training."""
         settings, data = self.settings, self.settings.data
-        notes, stops = [], []
+        notes, failures = [], []
         parts: dict[str, FileSource] = {}
         names = ("train", "val") if settings.validation_steps else ("train",)
         for name in names:
@@ -85,43 +84,41 @@ class _Report:
                 of_name = held if name == "val" else rows
                 parts[name] = part_of(of_name, data, settings.condition, name, WITHOUT_VALIDATION)
             except ValueError as error:
-                stops.append(f"a training would stop: {error}")
+                failures.append(f"training would stop: {error}")
         if "val" in parts:
             try:
                 if not choose_cases(parts["val"], settings)[0].scored:
-                    notes.append(
-                        f"no held-out mask has {MIN_EDGES} edge pixels in it, so validation will have no score"
-                    )
+                    notes.append(f"no held-out mask contains {MIN_EDGES} edge pixels, so validation will have no score")
             except ValueError as error:
-                stops.append(f"a training would stop: {error}")
+                failures.append(f"training would stop: {error}")
         count = {name: len(part) for name, part in parts.items()}
         if len(names) == 1:
             count["val"] = 0 if data.validation_split else sum(held_out(rows.keys, data.validation_share)[0])
         if "val" in parts and 0 < count["val"] <= _NAMED and not (parts["val"].note or data.validation_split):
-            keys = [brief(parts["val"].rows.keys[index]) for index in parts["val"].indices]
+            keys = [shorten(parts["val"].rows.keys[index]) for index in parts["val"].indices]
             notes.append(f"held out for validation: {', '.join(keys)}")
         notes = [*remarks(settings, next(iter(parts.values()), None)), *notes]
-        said = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
-        self.lines += [f"rows        {len(self.rows)}: {said}", *(f"note        {note}" for note in notes)]
-        return stops
+        numbers = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
+        self.lines += [f"rows        {len(self.rows)}: {numbers}", *(f"note        {note}" for note in notes)]
+        return failures
 
     def add_rows(self) -> None:
-        """Add what was found in the rows, with the warnings at the end."""
+        """Add the statistics of the rows, with the warnings at the end."""
         data, bad = self.settings.data, len(self.rows) - len(self.good)
         height, width = data.size
         small = sum(row.upscaled for row in self.good)
         self.lines += [*_bad_rows(self.rows), f"size        {width}x{height}; {small} images are smaller and scaled up"]
         if too_many(bad, len(self.rows), data.max_bad_fraction):
             self.warnings.append(
-                f"a training would stop: {bad / len(self.rows):.1%} of the rows are bad, over data.max_bad_fraction="
-                f"{data.max_bad_fraction:g}; repair them, take them out, or raise it"
+                f"training would stop: {bad / len(self.rows):.1%} of the rows are bad, more than data.max_bad_fraction="
+                f"{data.max_bad_fraction:g}; repair them, remove them, or raise it"
             )
-        unread = ""
+        not_counted = ""
         if self.good:
             self._conditions()
             self._masks()
-            unread = self._captions()
-        self.lines += [*map(warning, self.warnings), *filter(None, [unread])]
+            not_counted = self._captions()
+        self.lines += [*map(warning, self.warnings), *filter(None, [not_counted])]
 
     def _conditions(self) -> None:
         config, column = self.settings.condition, self.source.rows.columns.get("condition")
@@ -133,24 +130,24 @@ class _Report:
         )
         flat = np.mean(high - low < 0.02)
         if flat > 0.05:
-            self.warnings.append(f"{flat:.0%} of the conditions are of one value and control nothing")
+            self.warnings.append(f"{flat:.0%} of the conditions are images of one value and control nothing")
         if column and high.max() < 0.1:
-            self.warnings.append("all conditions are nearly black; are their values 0 ... 1 or 0 ... 10 of 255?")
+            self.warnings.append("all conditions are nearly black; check whether their white is 1 and not 255")
         if config.kind == "column" and config.channels == 3 and not any(row.coloured for row in self.good):
-            self.warnings.append("no condition has colours; condition.channels=1 would do")
+            self.warnings.append("no condition has colours; condition.channels=1 is enough")
 
     def _masks(self) -> None:
         if not self.source.rows.has_masks:
-            self.lines.append("masks       none in the data; sampled by the settings of mask")
+            self.lines.append("masks       none in the data; they are sampled by the settings of mask")
             return
         area, border = np.array([row.mask for row in self.good]).T
         quartiles = ", ".join(f"{share:.0%}" for share in np.percentile(area, (5, 50, 95)))
         column = self.source.rows.columns["mask"]
         self.lines.append(f"masks       from column {column!r}, white = controlled; area 5th/50th/95th {quartiles}")
-        for said in zip(*(row.said for row in self.good), strict=True):
-            if any(said):
-                odd, first = sum(map(bool, said)), next(filter(None, said))
-                self.warnings.append(f"{odd} of {len(said)} masks: the first of them {first}")
+        for oddities in zip(*(row.mask_oddities for row in self.good), strict=True):
+            if any(oddities):
+                odd, first = sum(map(bool, oddities)), next(filter(None, oddities))
+                self.warnings.append(f"{odd} of {len(oddities)} masks: the first of them {first}")
         empty, full = area < _EMPTY, area > _FULL
         inverted = np.mean((area > 0.5) & (border > 0.9) & ~full)
         if empty.any():
@@ -159,70 +156,71 @@ class _Report:
             self.warnings.append(f"{full.sum()} masks are full: those examples are controlled everywhere")
         if inverted > _MOSTLY:
             self.warnings.append(
-                f"{inverted:.0%} of the masks cover the border and most of the image: are they inverted? White is "
-                "what shall be controlled"
+                f"{inverted:.0%} of the masks cover the border and most of the image; if they are inverted, make the "
+                "controlled part white"
             )
 
     def _captions(self) -> str:
-        """Add what the captions are like; returns a line where their tokens cannot be counted."""
+        """Add statistics of the captions. Return a line if their tokens cannot be counted, else ""."""
         captions = [caption for row in self.good for caption in row.captions]
-        tokenizer, unread = _tokenizer(self.settings)
+        tokenizer, not_counted = _tokenizer(self.settings)
         if self.settings.data.caption_column is None:
-            self.lines.append("captions    none wanted (data.caption_column=null)")
-            return unread
+            self.lines.append("captions    not used (data.caption_column=null)")
+            return not_counted
         words = np.array([len(caption.split()) for caption in captions])
         line = (
             f"captions    {len(set(captions))} different, {np.median(words):.0f} words (median), {words.max()} at most"
         )
         common, number = Counter(captions).most_common(1)[0]
         if number > 1 and number > 0.1 * len(captions):
-            self.warnings.append(f"{number} captions are the same: {brief(common, 60)!r}")
+            self.warnings.append(f"{number} captions are the same: {shorten(common, 60)!r}")
         if foreign := [found for caption in captions if (found := foreign_syntax(caption))]:
-            marks = f"marks of other tools ({', '.join(foreign[0])}), which are read as plain letters"
-            self.warnings.append(f"{len(foreign)} captions have {marks}")
+            syntax = f"syntax of other tools ({', '.join(foreign[0])}), which is read as text"
+            self.warnings.append(f"{len(foreign)} captions have {syntax}")
         if tokenizer is not None:
             limit = tokenizer.model_max_length
             lengths = np.array([len(tokenizer(caption, verbose=False).input_ids) for caption in captions])
             line += f"; {lengths.max()} tokens at most"
             if (lengths > limit).any():
                 longer = f"{(lengths > limit).sum()} captions are longer than {limit} tokens"
-                self.warnings.append(f"{longer}; the rest is not read")
+                self.warnings.append(f"{longer}; the base ignores the rest")
         self.lines.append(line)
-        return unread
+        return not_counted
 
 
 def _bad_rows(rows: Sequence[RowReport]) -> list[str]:
-    """Say how many cannot be used and why, the first of them, and what to do about each kind."""
+    """Return lines on bad rows: their number and reasons, the first of them, and what to do about each reason."""
     bad = [row.problem for row in rows if row.problem is not None]
     kinds = dict.fromkeys(problem.reason for problem in bad)
     return [
         f"bad rows    {len(bad)}" + (f" ({count_reasons(bad)})" if bad else ""),
-        *(f"            {brief(problem.key)}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
+        *(f"            {shorten(problem.key)}: {problem.reason}: {problem.detail}" for problem in bad[:SHOWN]),
         *([f"            and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []),
         *(f"            to do: {kind}: {way_out(kind)}" for kind in kinds),
     ]
 
 
 def _examples(samples: MaskedSamples, settings: CheckSettings) -> list[Example]:
-    """Choose some usable examples from all over the data, as the first epoch shows them."""
+    """Sample usable examples of the whole dataset, as they are in the first epoch."""
     order = numpy_rng(settings.seed, "preview").permutation(len(samples))[: settings.preview_rows]
     found = [samples[SampleRef(int(index), 0)] for index in sorted(order)]
     return [example for example in found if isinstance(example, Example) and not example.problems]
 
 
 def _adapter_fit(settings: CheckSettings) -> str:
-    """Say which adapter there is to continue from. ValueError when it takes conditions of other channels."""
+    """Return a line on the adapter to train. ValueError when it takes conditions with another number of channels."""
     condition, name = settings.condition, settings.adapter_model_name_or_path
     if name is None:
-        return f"adapter     a new one, of {condition.channels} input channels"
+        return f"adapter     a new one with {condition.channels} input channels"
     found = find_adapter(name, settings.base.local_files_only)
     found.check_channels(condition)
     known = f", trained on {found.condition.kind}" if found.condition else ""
-    return f"adapter     {found.place}, of {condition.channels} input channels{known}: fits"
+    return f"adapter     {found.place} with {condition.channels} input channels{known}: fits"
 
 
 def _tokenizer(settings: CheckSettings) -> tuple[CLIPTokenizer | None, str]:
-    """Load the base's tokenizer; or say why not: everything else can be checked where the hub cannot be reached."""
+    """Load the base's tokenizer. Return None and a line for the report where it cannot be loaded: without a network
+    everything else can still be checked."""
     place = settings.base.name
     try:
         place = str(resolve_base(settings.base.name).id_or_path)

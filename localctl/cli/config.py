@@ -1,9 +1,9 @@
-"""Configuration: YAML groups composed by Hydra, changed from the command line, checked against typed dataclasses.
+"""Configuration: YAML groups composed by Hydra, overridden on the command line, validated by typed dataclasses.
 
 The command line mixes Hydra's spelling (``base=sd15 loss.weight=1e-3 experiment=NAME``) with the ecosystem's
-(``--max_train_steps 100``, ``--max-train-steps=100``); names and aliases are the same in both. Hydra only joins the
-groups: values reach the records as they were typed, so commas, parentheses and ``$`` in a prompt or a path mean nothing
-special; the records (``localctl.records``) convert and check them.
+(``--max_train_steps 100``, ``--max-train-steps=100``); names and aliases are the same in both. Hydra only composes the
+groups: values are passed on literally, so commas, parentheses and ``$`` in a prompt or path have no special meaning.
+The records (``localctl.records``) convert and validate them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from localctl.messages import nearest
 from localctl.redaction import mark_environment
 
 _PLACES = (Path(__file__).resolve().parents[1] / "config", Path(__file__).resolve().parents[2] / "config")
-CONFIG_DIR = _PLACES[0] if _PLACES[0].is_dir() else _PLACES[1]  # installed, or in a checkout
+CONFIG_DIR = _PLACES[0] if _PLACES[0].is_dir() else _PLACES[1]  # of the installed package, or of a checkout
 NO_ALIASES: Mapping[str, str] = types.MappingProxyType({})
 
 Settings = TypeVar("Settings")
@@ -44,17 +44,17 @@ def load_config(
     name: str = "train",
     config_dir: Path = CONFIG_DIR,
 ) -> Settings:
-    """Compose ``config_dir/name.yaml`` with the choices in ``argv`` and return a checked ``schema`` instance.
+    """Compose ``config_dir/name.yaml`` with the choices in ``argv`` and return a validated instance of ``schema``.
 
     Args:
         argv: ``key=value``, ``group=option``, ``--key value``, ``--key=value``, and ``--key`` alone for a bool.
-        schema: a record (``localctl.records``); records in it are groups or sections.
+        schema: a record (``localctl.records``); nested records are groups or sections.
         aliases: flag -> key or group, where the ecosystem's name differs from ours.
-        free_groups: group -> key that takes a path or hub id given in place of an option (``base=./folder``).
-        elsewhere: flag of other programs -> a sentence that says what takes its place here.
+        free_groups: group -> key to set if a path or hub id is given instead of an option (``base=./folder``).
+        elsewhere: flag of other programs -> a sentence on what replaces it here.
 
     Raises:
-        ValueError: one sentence naming the nearest known key, flag or option; or what the dataclasses object to.
+        ValueError: an unknown key, flag or option, with the nearest known one; or an invalid value.
     """
     groups = config_groups(name, config_dir)
     keys = schema_keys(schema)
@@ -83,13 +83,13 @@ def load_config(
 
 
 def _on_one_line(error: Exception) -> str:
-    """What an exception says: of YAML the place comes on a line of its own."""
+    """Return an exception's message on one line: those of YAML have several."""
     return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
-    """Group -> its options, for the groups that ``config_dir/name.yaml`` is made of: another program's word of the same
-    name, like the folder of an adapter, is no group there."""
+    """Return group -> its options, for the groups in the defaults of ``config_dir/name.yaml``. Other folders there are
+    groups of other programs: a setting may have the same name, such as adapter."""
     if not config_dir.is_dir():
         raise ValueError(f"The configuration folder {config_dir} is missing; install the package again.")
     path = config_dir / f"{name}.yaml"
@@ -103,7 +103,7 @@ def config_groups(name: str = "train", config_dir: Path = CONFIG_DIR) -> dict[st
 
 
 def schema_keys(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type of every value in a dataclass and those nested in it."""
+    """Return dotted key -> type of every value in a dataclass and its nested dataclasses."""
     keys: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -124,9 +124,9 @@ def settings_or_help(
     elsewhere: Mapping[str, str] = NO_ALIASES,
     name: str = "train",
 ) -> Settings | None:
-    """As :func:`load_config`; None when ``argv`` asks for ``--help`` or ``--version``, which is then printed.
+    """Load settings as :func:`load_config` does; for ``--help`` or ``--version``, print it and return None.
 
-    ``about``: what the help begins with, the docstring of ``program``.
+    ``about``: the beginning of the help, usually the docstring of ``program``.
     """
     if "--version" in argv:
         print(VERSION)
@@ -147,7 +147,7 @@ def _read_arguments(
     aliases: Mapping[str, str],
     elsewhere: Mapping[str, str],
 ) -> list[tuple[str, str]]:
-    """``argv`` as (key or group, text) pairs, every name known; later ones win."""
+    """Parse ``argv`` into (key or group, text) pairs with known names; later pairs take precedence."""
     known = [*keys, *groups, *aliases]
     pairs: list[tuple[str, str]] = []
     rest = list(argv)
@@ -170,7 +170,7 @@ def _read_arguments(
 
 
 def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
-    """The value that follows a flag, taken off ``rest``; a bool may stand alone and then means true."""
+    """Pop the value of a flag from ``rest``; a bool without a value is true."""
     if hint is bool:
         return rest.pop(0) if rest and rest[0].lower() in BOOLS else "true"
     if not rest or rest[0].startswith("--"):
@@ -179,7 +179,7 @@ def _flag_value(name: str, hint: Any, rest: list[str]) -> str:
 
 
 def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> None:
-    """ValueError unless ``name`` is in ``known``, with what is near; a key may be asked for by its last part."""
+    """Raise a ValueError that suggests similar names unless ``name`` is in ``known``."""
     if name not in known:
         few = f"known are {', '.join(known)}." if kind.startswith("option") and known else "see --help."
         hint = nearest(show + name, [show + item for item in known], few)
@@ -187,7 +187,7 @@ def _check_known(kind: str, name: str, known: Sequence[str], show: str = "") -> 
 
 
 def _is_place(value: str) -> bool:
-    """Whether a value looks like a folder or a hub id and not like a mistyped option."""
+    """Return whether a value looks like a folder or hub id, not like a mistyped option."""
     return "/" in value or value.startswith((".", "~")) or Path(value).exists()
 
 
@@ -201,8 +201,8 @@ _NULLS = ("null", "none")
 
 
 def _for_pydantic(schema: type, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``values`` of YAML and of the command line, where text stands for other things, as pydantic takes them: null for
-    what may be null, lists and mappings read as YAML, and no true or false for a number."""
+    """Convert ``values`` of YAML and of the command line for pydantic: the texts null and none become None where
+    that is allowed, lists and mappings are parsed as YAML, and true or false for a number is refused."""
     read: dict[str, Any] = {}
     hints = typing.get_type_hints(schema)
     for name, value in values.items():
@@ -221,8 +221,8 @@ def _for_pydantic(schema: type, values: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _number_or_list(text: str, kinds: Sequence[Any], key: str) -> Any:
-    """What ``text`` is meant to be: 1e3 is a whole number; a list or a mapping is YAML. The rest is pydantic's."""
-    if int in kinds and not text.strip().lstrip("+-").isdigit():  # those not by way of a float, which rounds
+    """Parse 1e3 for a whole number, and a list or mapping as YAML; return other texts for pydantic to parse."""
+    if int in kinds and not text.strip().lstrip("+-").isdigit():  # a float would round large whole numbers
         with suppress(ValueError):
             return float(text)
     structured = {typing.get_origin(kind) for kind in kinds} & {tuple, collections.abc.Mapping}

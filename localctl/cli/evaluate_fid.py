@@ -1,9 +1,9 @@
-"""How far generated images are from photos: Fréchet distance (FID with Inception), KID, CMMD, CLIP score.
+"""Compare generated images with photos: Fréchet distance (FID with Inception), KID, CMMD, CLIP score.
 
   python evaluate_fid.py ref   data=imagefolder data.path=PHOTOS extractor=fid     statistics of the photos, once
-  python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                generates; repeat it to resume
-  torchrun --nproc_per_node 2 evaluate_fid.py gen ...                              with several processes
-  python evaluate_fid.py score                                                     compares the two
+  python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                generate images; repeat to resume
+  torchrun --nproc_per_node 2 evaluate_fid.py gen ...                              the same in several processes
+  python evaluate_fid.py score                                                     compare the two
 
 All three take the same arguments. `sample=KEY` generates one example num_images times.
 """
@@ -32,11 +32,11 @@ FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """0 when done; 2 after a mistake of the user's, named in one sentence; 1 when the disk is full."""
+    """Run one of ``COMMANDS``. Returns 0; 2 after a user's error and 1 on a full disk, each printed in one sentence."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     if command is None and not {"-h", "--help", "--version"} & set(argv):
-        raise ValueError(f"Say what to do, one of {', '.join(COMMANDS)}, as in `{program} ref`; see --help.")
+        raise ValueError(f"The command is missing; write one of {', '.join(COMMANDS)}, as in `{program} ref`.")
     settings = settings_or_help(
         f"{program} {'|'.join(COMMANDS)}",
         argv,

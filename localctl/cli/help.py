@@ -1,6 +1,6 @@
-"""What ``--help`` prints for a program whose settings are dataclasses: groups, options, and a line for every setting.
+"""The text of ``--help`` for programs with dataclasses of settings: groups, options, and a line for every setting.
 
-The words come from the docstrings of the dataclasses, ``name: text``, and from the first comment of each YAML file.
+Descriptions come from the docstrings of the dataclasses (``name: text``) and from the first comment of each YAML file.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ _NAME_WIDTH = 34  # columns of "key=default"
 def help_text(
     usage: str, defaults: object, groups: Mapping[str, list[str]], config_dir: Path, aliases: Mapping[str, str]
 ) -> str:
-    """Everything: ``groups`` with their options, settings by section with the values of ``defaults``, other names."""
+    """Return the whole text: ``groups`` with their options, settings by section with ``defaults``, and other names."""
     lines = [f"usage: {usage} [group=option ...] [key=value ...] [--key value ...]"]
     if groups:
-        lines += ["", "Groups of values, chosen as group=option or --group option:"]
+        lines += ["", "Groups of settings, chosen by group=option or --group option:"]
     for group, options in groups.items():
-        said = {option: summary(config_dir / group / f"{option}.yaml") for option in options}
-        lines.append(f"  {group}={'NAME' if all(said.values()) else '|'.join(options)}")
-        lines += [line for option, text in said.items() if text for line in _entry(f"  {option}", text)]
+        summaries = {option: summary(config_dir / group / f"{option}.yaml") for option in options}
+        lines.append(f"  {group}={'NAME' if all(summaries.values()) else '|'.join(options)}")
+        lines += [line for option, text in summaries.items() if text for line in _entry(f"  {option}", text)]
     for title, prefix, section in sections(defaults):
         texts = descriptions(type(section))
         lines += ["", f"{title}, as key=value or --key value:"]
         for field in fields(section):  # type: ignore[arg-type]
             value = getattr(section, field.name)
             if not is_dataclass(value):
-                lines += _entry(f"{prefix}{field.name}={_shown(value)}", texts.get(field.name, ""))
+                lines += _entry(f"{prefix}{field.name}={_format(value)}", texts.get(field.name, ""))
     lines += ["", "Other names:"] if aliases else []
     lines += [line for flag, key in aliases.items() for line in _entry(f"--{flag}", f"for {key}")]
-    lines += ["", "--version prints the version; --help this."]
+    lines += ["", "--version prints the version; --help prints this text."]
     return "\n".join(lines)
 
 
 def sections(defaults: Any) -> list[tuple[str, str, Any]]:
-    """(title, prefix of its keys, the dataclass itself), the outermost first."""
+    """Return (title, prefix of its keys, dataclass) of each section, the outermost first."""
     inner = [(field.name, getattr(defaults, field.name)) for field in fields(defaults)]
     return [("Settings", "", defaults)] + [
         (f"Settings of {name}", f"{name}.", value) for name, value in inner if is_dataclass(value)
@@ -49,8 +49,8 @@ def sections(defaults: Any) -> list[tuple[str, str, Any]]:
 
 
 def descriptions(schema: type) -> dict[str, str]:
-    """Field -> what the docstring of the dataclass (or of the one it extends) says about it, behind ``field: `` or
-    ``field, other: ``."""
+    """Return field -> its description: the text after ``field: `` or ``field, other: `` in the docstring of the
+    dataclass or of its bases."""
     names = "|".join(sorted((field.name for field in fields(schema)), key=len, reverse=True))  # type: ignore[arg-type]
     texts: dict[str, str] = {}
     for part in reversed([part for part in schema.__mro__ if is_dataclass(part)]):
@@ -63,22 +63,22 @@ def descriptions(schema: type) -> dict[str, str]:
 
 
 def summary(path: Path) -> str:
-    """The first comment of a YAML file, in one line; "" where it has none."""
-    said = []
+    """Return the first comment of a YAML file in one line, "" if it has none."""
+    comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#") or line.startswith("#  "):
             break
         if not line.startswith("# @"):
-            said.append(line.lstrip("# "))
-    return " ".join(said)
+            comment.append(line.lstrip("# "))
+    return " ".join(comment)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _entry(name: str, text: str) -> list[str]:
-    """``name`` and the text beside it, or below it where the name is long."""
+    """Return lines with ``name`` and the text beside it, or below a long name."""
     width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns))
     lines = textwrap.wrap(text, width - _NAME_WIDTH - 3) or [""]
     head = f"  {name:<{_NAME_WIDTH}} {lines[0]}" if len(name) <= _NAME_WIDTH else f"  {name}"

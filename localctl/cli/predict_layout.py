@@ -1,10 +1,10 @@
-"""Predict where the objects of a prompt belong, and draw the layout.
+"""Predict a layout for the objects of a prompt, and render it.
 
   python -m localctl.layout_predictor "The silver bed was situated to the right of the white couch."
   python -m localctl.layout_predictor "two cats above a dog" --seed 3 --save scene.json
 
 Prints each object with its position (the centre of its box: x from the left, y from the top, both in [0, 1]) and its
-box (x0, y0, x1, y1). Several prompts are drawn on one sheet.
+box (x0, y0, x1, y1). The layouts of several prompts are rendered on one sheet.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from localctl.messages import loading
 from localctl.prompt_syntax import warn_of_syntax
 from localctl.sizes import near_side
 
-if TYPE_CHECKING:  # what loads torch is imported after the flags are read
+if TYPE_CHECKING:  # modules that load torch are imported after the flags are read
     from localctl.layout import Layout, Region
 
 PROGRAM = "python -m localctl.layout_predictor"
 OUTPUT = "outputs/layout_predictor/layout.png"
 _COLUMNS = 3
-_SHORT_SIDE = 320  # px, of the drawn picture
+_SHORT_SIDE = 320  # of a rendered layout, in pixels
 
 
 def new_parser(program: str = PROGRAM) -> Arguments:
-    """Make the parser of the flags."""
+    """Return the parser of the flags."""
     parser = Arguments(program, explained(__doc__, program))
     add = parser.add_argument
-    add("prompt", nargs="+", help="a sentence, or several")
-    add("--seed", type=int, help="draw a layout; default: the most likely one")
-    add("--predictor", metavar="DIR", help="a folder that its training saved; default: the shipped one")
-    add("--chunker", choices=CHUNKERS, default="auto", help="what finds the objects; auto: spaCy where it is installed")
-    add("--height", type=int, help="of the layout in pixels, with --width")
-    add("--width", type=int, help="as --height")
-    add("--output", default=OUTPUT, metavar="FILE", help="the sheet of layouts")
-    add("--save", metavar="FILE", help="also write the layout as JSON, for sample.py --layout; of one prompt")
+    add("prompt", nargs="+", help="one sentence or several")
+    add("--seed", type=int, help="sample a layout with this seed; default: the most likely layout")
+    add("--predictor", metavar="DIR", help="folder of a trained predictor; default: the one in the package")
+    add("--chunker", choices=CHUNKERS, default="auto", help="how to find the objects; auto: spaCy if it is installed")
+    add("--height", type=int, help="height of the layout in pixels, with --width")
+    add("--width", type=int, help="width of the layout in pixels, with --height")
+    add("--output", default=OUTPUT, metavar="FILE", help="image file of the rendered layouts")
+    add("--save", metavar="FILE", help="also write the layout as JSON, for sample.py --layout; for one prompt only")
     return parser
 
 
-def described(region: Region) -> list[str]:
-    """One line per box: ``the white couch position: (0.163, 0.377) box: (0.012, 0.212, 0.314, 0.542)``."""
+def describe(region: Region) -> list[str]:
+    """Return a line per box: ``the white couch position: (0.163, 0.377) box: (0.012, 0.212, 0.314, 0.542)``."""
     lines = []
     for x0, y0, x1, y1 in region.boxes:
         centre = f"({(x0 + x1) / 2:.3f}, {(y0 + y1) / 2:.3f})"
@@ -53,31 +53,30 @@ def described(region: Region) -> list[str]:
     return lines
 
 
-def draw(layouts: Sequence[Layout], output: Path) -> None:
-    """The layouts on one sheet, each over its prompt. ValueError when the file cannot be written."""
+def write_sheet(layouts: Sequence[Layout], output: Path) -> None:
+    """Render the layouts on one sheet, each above its prompt. ValueError when ``output`` cannot be written."""
     from localctl.drawing import captioned, grid, render_layout
     from localctl.layout import Layout
 
-    pictures = []
+    images = []
     for layout in layouts:
         height, width = layout.size or (_SHORT_SIDE, _SHORT_SIDE)
         factor = _SHORT_SIDE / min(height, width)
         sized = Layout(layout.prompt, near_side(height * factor), near_side(width * factor), layout.regions)
-        picture = captioned(render_layout(sized), _wrapped(layout.prompt, sized.width or _SHORT_SIDE))
-        pictures.append(picture)
-    rows = [pictures[i : i + _COLUMNS] for i in range(0, len(pictures), _COLUMNS)]
+        images.append(captioned(render_layout(sized), _wrap(layout.prompt, sized.width or _SHORT_SIDE)))
+    rows = [images[i : i + _COLUMNS] for i in range(0, len(images), _COLUMNS)]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         grid(rows).save(output)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"The drawing {output} cannot be written ({reason}); choose another --output.") from error
+        raise ValueError(f"The sheet {output} cannot be written ({reason}); choose another --output.") from error
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """Two lines at most, of about as many letters as fit."""
+def _wrap(text: str, width: int) -> list[str]:
+    """Wrap ``text`` to two lines of about ``width`` pixels."""
     letters, lines = width // 6, [""]
-    for word in text[: 4 * letters].split():  # no more than two lines show
+    for word in text[: 4 * letters].split():  # only two lines are rendered
         if lines[-1] and len(lines[-1]) + len(word) >= letters and len(lines) < 2:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()
@@ -86,7 +85,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """Predict layouts as ``argv`` says. Returns 0; 2 after a user's error, printed in one sentence."""
     options = new_parser(program).read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
@@ -99,8 +98,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     size = {"height": options.height, "width": options.width}
     layouts = [predictor.predict(prompt, options.seed, chunker=options.chunker, **size) for prompt in options.prompt]
     for layout in layouts:
-        print(*(line for region in layout.regions for line in described(region)), sep="\n")
-    draw(layouts, Path(options.output))
+        print(*(line for region in layout.regions for line in describe(region)), sep="\n")
+    write_sheet(layouts, Path(options.output))
     print(options.output)
     if options.save:
         print(save_layout(layouts[0], options.save))

@@ -1,4 +1,4 @@
-"""How programs tell their user what went wrong."""
+"""Exit codes and error messages of programs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec
 
-from localctl.messages import fail, plain_warnings
+from localctl.messages import fail, log_to_screen, plain_warnings
 
 Arguments = ParamSpec("Arguments")
 CONSOLE = "localctl"
-# The scripts of a checkout, and what the console script calls the same thing.
+# Scripts of a checkout -> the same commands of the console script.
 SCRIPTS = {
     "python train_adapter.py": "localctl train",
     "python sample.py": "localctl sample",
@@ -25,7 +25,7 @@ SCRIPTS = {
 
 
 def explained(doc: str | None, program: str) -> str:
-    """What ``--help`` begins with, the docstring of a program, with the commands as its user types them."""
+    """Return the docstring ``doc`` for ``--help``, with the commands of the console script if ``program`` is one."""
     text = doc or ""
     if program.startswith(f"{CONSOLE} "):
         for script, command in SCRIPTS.items():
@@ -33,41 +33,43 @@ def explained(doc: str | None, program: str) -> str:
     return text
 
 
-def ended(program: str, error: ValueError | OSError) -> int:
-    """The exit code of an ``error``, which becomes one sentence on stderr: 2 for a ValueError, a mistake of the user's,
-    and 1 for an OSError, such as a full disk. Nothing is said, with 1 as well, where the reader of stdout has gone, as
-    ``--help | head`` does."""
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+def report_error(program: str, error: ValueError | OSError) -> int:
+    """Print ``error`` as one sentence on stderr and return the exit code: 2 for a ValueError, which is a user's error,
+    1 for an OSError, such as a full disk. If the reader of stdout has ended, as in ``--help | head``, print nothing and
+    return 1."""
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
         return 1
-    with suppress(OSError):  # nor may anybody read stderr
+    with suppress(OSError):  # stderr may be closed, too
         fail(program, error)
     return 2 if isinstance(error, ValueError) else 1
 
 
-def _nobody_reads() -> bool:
+def _stdout_is_closed() -> bool:
     try:
         print(flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the error again at exit
         return True
     return False
 
 
 def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorate a ``main``: what goes wrong in it becomes one sentence on stderr, behind the name of the ``program`` (or
-    of its argument of that name), and an exit code (:func:`ended`). Any other exception is a mistake of ours and goes
-    its way."""
+    """Decorate a ``main``: turn a ValueError or OSError into one sentence on stderr, see :func:`report_error`.
+
+    The sentence starts with ``program``, or with the argument of that name. Other exceptions are bugs and are not
+    caught.
+    """
 
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         @functools.wraps(main)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
             try:
-                with plain_warnings():
+                with plain_warnings(), log_to_screen():
                     code = main(*args, **kwargs)
-                    print(end="", flush=True)  # what is not read is found out here, not when Python ends
+                    print(end="", flush=True)  # raises here, not at exit, if stdout is closed
                     return code
             except (ValueError, OSError) as error:
-                return ended(str(kwargs.get("program", program)), error)
+                return report_error(str(kwargs.get("program", program)), error)
 
         return guarded
 

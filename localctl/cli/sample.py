@@ -10,30 +10,271 @@
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
-Writes one PNG per prompt and seed (and variant), sheet.png, compare.png or a sweep's grids with all of them, and
-sample.json, which repeats the run. Images and masks of any size are brought to the size of the run (see "size"). With
-several adapters, every adapter flag takes one value for all or one for each.
+Writes one PNG per prompt and seed (and variant), all of them on sheet.png, compare.png or a grid per
+image of a sweep, and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the
+size of the run (see "size"). With several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
+from localctl.bases import DTYPE_NAMES, SCHEDULERS
+from localctl.cli.arguments import BOOLS, Arguments
 from localctl.cli.program import explained, one_sentence
-from localctl.cli.sample_flags import parse
-from localctl.messages import loading
+from localctl.cli.sample_settings import RECORD, SampleSettings, read_record, seed_in_bounds
+from localctl.messages import loading, log_to_screen, nearest
+from localctl.settings import CHANNELS
+from localctl.sizes import typed_size
 
 PROGRAM = "sample.py"
+# A flag on the command line replaces these settings of a record.
+_REPLACED = {
+    "image": ("condition_image",),
+    "condition_image": ("image",),
+    "resolution": ("height", "width"),
+    "compare": ("control", "sweep"),
+    "control": ("compare",),
+    "sweep": ("compare",),
+}
+_FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split
+# Flags of other programs, and ours.
+_OTHER_FLAGS = {
+    "--steps": "--num_inference_steps",
+    "--cfg": "--guidance_scale",
+    "--cfg_scale": "--guidance_scale",
+    "--scale": "--guidance_scale",
+    "--model": "--base",
+    "--pretrained_model_name_or_path": "--base",
+    "--pretrained_vae_model_name_or_path": "--vae",
+    "--output": "--output_dir",
+    "--sampler": "--scheduler",
+    "--adapter_conditioning_scale": "--weight",
+    "--num_images_per_prompt": "--seeds, one for each image",
+    "--mixed_precision": "--dtype",
+}
 
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """Run with these flags (None: those of the command line) and print the path of each image.
+
+    Returns 0; 2 after a mistake of the user, 1 after an OSError such as a full disk, with one sentence on stderr.
+    """
     options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
     with loading():
         from localctl.cli.sample_run import run
 
-    for path in run(options, program):
-        print(path, flush=True)
+    with log_to_screen(partial(_print_message, program)):
+        for path in run(options):
+            print(path, flush=True)
     return 0
+
+
+def _print_message(program: str, text: str) -> None:
+    """Print a message on stderr; standard output is for the paths alone."""
+    print(f"{program}: {text}", file=sys.stderr, flush=True)
+
+
+def new_parser(description: str | None = None, program: str = PROGRAM) -> Arguments:
+    """Return the parser of all flags; dashes and underscores are equivalent. The namespace has only flags that were
+    given."""
+    parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
+    )
+    _add_adapter_flags(parser)
+    _add_region_flags(parser)
+    _add_size_flags(parser)
+    _add_sampling_flags(parser)
+    _add_base_flags(parser)
+    add = parser.add_argument_group("files").add_argument
+    add("--output_dir", help="default: outputs/sample")
+    add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; other flags replace its settings")
+    return parser
+
+
+def _several(group: Any) -> Callable[..., None]:
+    """Return a function that adds a flag of one or more values to ``group``."""
+
+    def add(*names: str, **options: Any) -> None:
+        group.add_argument(*names, nargs="+", **options)
+
+    return add
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
+    add = _several(parser.add_argument_group("adapters", "one value for all adapters, or one for each"))
+    add("--adapter", metavar="PLACE", help="trained (or plain T2I-) adapters: folder, run, hub id or file of weights")
+    add("--image", metavar="FILE", help="photos of any size, from which the conditions are computed")
+    add("--condition_image", metavar="FILE", help="conditions that are already computed, instead of --image")
+    add(
+        "--mask", metavar="FILE", help="white = controlled; any size with the image's aspect ratio; default: everywhere"
+    )
+    add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
+    add("--weight", type=float, help="strength (default 1)")
+    add("--start", type=float, help="active from this fraction of the steps (default 0)")
+    add("--end", type=float, help="active up to this fraction of the steps (default 1)")
+
+
+def _add_region_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("regions", "what goes where; a layout contains its own prompt")
+    add = _several(group)
+    names = "bias, dense, guidance, forward, spacetime, spacetime_optimized, none"
+    add("--layout", metavar="FILE", help="layouts (JSON), instead of --prompt; auto: predicted from --prompt")
+    group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
+    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: another layout predictor")
+    add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
+    add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
+    add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")
+    add("--compare", metavar="NAME", help="all, or names, with + for several together: side by side")
+
+
+def _add_size_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "size",
+        "image, condition and mask are scaled and cropped together, as in training. Default: the layout's size;\n"
+        "else the image's if it suits the base, or the base's area in the image's aspect ratio; without either, the\n"
+        "base's.",
+    ).add_argument
+    add("--resolution", type=_size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
+    add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's aspect ratio")
+    add("--width", type=int, help="as --height")
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    add = group.add_argument
+    _several(group)(
+        "--seeds",
+        type=_seed,
+        help="one image per prompt and seed (default 0). A seed gives the same noise whatever the other images, the "
+        "batch size and the device; -1 is a seed like any other, not a random one",
+    )
+    add("--num_inference_steps", type=int, help="default: 30")
+    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
+    add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
+    add("--negative_prompt", metavar="TEXT", help="what to guide away from")
+    add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
+    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
+    add(
+        "--use_karras_sigmas",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="space the steps as Karras et al. do",
+    )
+    add("--batch_size", type=int, help="images at once (default 4); does not change them")
+
+
+def _add_base_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("base").add_argument
+    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
+    add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
+    add("--variant", help="variant of the base's files, such as fp16")
+    add("--revision", help="revision of the base on the hub")
+    add("--local_files_only", type=_boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float32")
+    add("--device", help="auto (default), cpu, cuda, ...")
+
+
+def parse(argv: Sequence[str], description: str | None = None, program: str = PROGRAM) -> SampleSettings:
+    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any.
+
+    ValueError for bad flags, or a file that is not a record.
+    """
+    parser = new_parser(description, program)
+    argv = parser.spelled(argv)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(argv, unknown, parser)
+    typed = vars(known)
+    if "prompt" in typed:
+        typed["prompt"] = _prompts(typed["prompt"])
+    recorded: dict[str, Any] = {}
+    if "from_json" in typed:
+        recorded = read_record(Path(typed["from_json"]))
+        for name in typed:
+            for other in _REPLACED.get(name, ()):
+                recorded.pop(other, None)
+    options = SampleSettings(**{**recorded, **typed})
+    if not options.prompt and not options.layout:
+        raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
+    return options
+
+
+def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """Raise a ValueError for arguments that are no flags, nor values of one."""
+    first = unknown[0]
+    if not first.startswith("-"):
+        parser.error(f"{_short(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
+    name = first.partition("=")[0]
+    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    meant = f"did you mean {_OTHER_FLAGS[name]}?" if name in _OTHER_FLAGS else nearest(name, flags, otherwise="")
+    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{meant and f' ({meant})'}")
+
+
+def _quoted(argv: Sequence[str], word: str) -> str:
+    """Return the flag with its text in quotes, where the shell split the text at ``word``."""
+    at = argv.index(word)
+    end = next((i for i in range(at, len(argv)) if argv[i].startswith("--")), len(argv))
+    flag = max((i for i in range(at) if argv[i].startswith("--")), default=-1)
+    name, _, value = argv[flag].partition("=") if flag >= 0 else ("", "", "")
+    if name in ("--prompt", "--negative_prompt"):
+        words = [*([value] if value else []), *argv[flag + 1 : end]]
+    else:
+        name, words = "--prompt", list(argv[at:end])
+    return f'{name} "{_short(" ".join(words))}"'
+
+
+def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return all prompts, one or several of each ``--prompt``. ValueError for words that look like one prompt without
+    quotes, which the shell split."""
+    for group in groups:
+        words_only = all(len(prompt.split()) <= 1 for prompt in group)
+        if len(group) > 1 and (words_only or any(prompt.lower() in _FUNCTION_WORDS for prompt in group)):
+            words = _short(" ".join(group))
+            apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
+            raise ValueError(
+                f"--prompt has {len(group)} {'single words' if words_only else 'parts'}; put one prompt in quotes, "
+                f'--prompt "{words}", or repeat the flag for each of several: {_short(apart)} ...'
+            )
+    return [prompt for group in groups for prompt in group]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _seed(text: str) -> int:
+    """Read a seed. ArgumentTypeError for text that is not a whole number, or has more than 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {_short(text)!r}") from None
+    try:
+        return seed_in_bounds(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one") from None
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
+    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768")
+    return found
+
+
+def _boolean(text: str) -> bool:
+    """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
+    if text.lower() not in BOOLS:
+        raise argparse.ArgumentTypeError(f"expected true or false, not {_short(text)!r}")
+    return BOOLS[text.lower()]

@@ -1,5 +1,5 @@
-"""What adapters follow in a run of ``sample.py``: photos or ready conditions and masks, of any size, brought to the
-size of the run together, by the geometry that training uses."""
+"""The inputs of adapters in a run of ``sample.py``: photos or conditions, and masks, of any size, scaled and cropped
+together to the size of the run, by the geometry that training uses."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter_files import SavedAdapter
-from localctl.cli.sample_record import SampleSettings
+from localctl.cli.sample_settings import SampleSettings
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
+from localctl.inputs import is_coloured
 from localctl.masks import load_mask
 from localctl.sizes import SIZE_MULTIPLE, near_side
 
-_COLOUR_TOLERANCE = 32  # of 255; JPEG tints gray images a little
-_SUITS = 4  # an image of up to so many times the base's own area, or of a part that small, is generated at its own size
+_AREA_FACTOR = 4  # an image of up to 4 times the base's area, or down to a quarter of it, keeps its size
 
 Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
 class AdapterJob:
-    """One adapter with what it shall follow, checked but not loaded."""
+    """One adapter with its condition and mask, checked; its weights are not loaded."""
 
     saved: SavedAdapter
     condition: Tensor  # (C, H, W) in [0, 1]
-    mask: Tensor  # (1, H, W)
+    mask: Tensor  # (1, H, W) in [0, 1]
     weight: float
     start: float
     end: float
@@ -42,9 +42,10 @@ class AdapterJob:
 
 @dataclass(frozen=True)
 class Source:
-    """An image as it is in its file: a photo, whose condition is computed as ``condition`` says, or a ready condition.
+    """An image as it is in its file: a photo, or a condition that is already computed.
 
-    mask: (1, h, w) in [0, 1], of any size.
+    computed: whether the condition is computed from the image, as ``condition`` says. mask: (1, h, w) in [0, 1], of
+    any size.
     """
 
     path: str
@@ -56,27 +57,31 @@ class Source:
 
     @property
     def size(self) -> Size:
+        """(height, width) of the image in pixels."""
         return self.image.height, self.image.width
 
 
 def read_sources(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> list[Source]:
-    """What each adapter follows. ValueError for a file that cannot be read, or a condition it does not take."""
-    return [_read(options, index, adapter) for index, adapter in enumerate(adapters)]
+    """Read the image and mask of each adapter. ValueError for a file that cannot be read, or a condition that the
+    adapter does not take."""
+    return [_read_source(options, index, adapter) for index, adapter in enumerate(adapters)]
 
 
-def _nth(options: SampleSettings, name: str, index: int) -> Any:
+def _value_for(options: SampleSettings, name: str, index: int) -> Any:
+    """Return the value of a setting for the adapter with this index; a single value is for all."""
     values = getattr(options, name)
     return None if not values else values[0] if len(values) == 1 else values[index]
 
 
-def _read(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
+def _read_source(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
+    """Read the image and mask of the adapter with this index."""
     computed = bool(options.image)
-    condition = _condition(_nth(options, "condition", index), adapter, computed)
-    path = _nth(options, "image" if computed else "condition_image", index)
+    condition = _condition(_value_for(options, "condition", index), adapter, computed)
+    path = _value_for(options, "image" if computed else "condition_image", index)
     image = load_image(path)
     if not computed:
-        image = _ready(image, path, _channels(adapter))
-    mask_path = _nth(options, "mask", index)
+        image = _with_channels(image, path, _channels(adapter))
+    mask_path = _value_for(options, "mask", index)
     return Source(path, image, computed, condition, mask_path, load_mask(mask_path) if mask_path else None)
 
 
@@ -85,7 +90,8 @@ def _channels(adapter: SavedAdapter) -> int:
 
 
 def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionConfig | None:
-    """How to compute the condition; as trained, unless another kind is asked. None: nobody knows, nor needs to."""
+    """Return how to compute the condition: as in training, unless ``kind`` is another. None for an image that is a
+    condition already, if the adapter names none."""
     trained = adapter.condition
     kind = kind or (trained.kind if trained else None)
     if kind is None:
@@ -95,49 +101,58 @@ def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionCon
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
-    if settings.channels != _channels(adapter) and not _repeated(settings, adapter):
+    if settings.channels != _channels(adapter) and not _is_repeated(settings, adapter):
         raise ValueError(
             f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
             f"{_channels(adapter)}; give the --condition it was trained on."
         )
     if computed:
-        extract(settings, np.zeros((8, 8, 3), np.uint8))  # ValueError for one that no photo yields
+        extract(settings, np.zeros((8, 8, 3), np.uint8))  # ValueError for one that cannot be computed
     return settings
 
 
-def _repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
-    """Whether a gray condition goes into all three channels, as published adapters that take an RGB image expect."""
+def _is_repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
+    """Tell whether to repeat a gray condition in three channels, as published adapters that take RGB images expect."""
     return (condition.channels, _channels(adapter)) == (1, 3) and adapter.condition is None
 
 
-def _ready(image: Image.Image, path: str, channels: int) -> Image.Image:
-    """A ready condition in as many channels as the adapter takes."""
+def _with_channels(image: Image.Image, path: str, channels: int) -> Image.Image:
+    """Return a condition, an RGB image, with as many channels as the adapter takes. ValueError for colours where that
+    is one."""
     if channels not in (1, 3):
-        raise ValueError(f"The adapter takes {channels} channels, which no image has; use it from Python.")
+        raise ValueError(f"The adapter takes {channels} channels, which no image has; pass a tensor from Python.")
     if channels == 3:
         return image
-    if int(np.ptp(np.asarray(image).astype(np.int16), axis=2).max()) > _COLOUR_TOLERANCE:
-        raise ValueError(f"{path} is in colour but the adapter takes 1 channel; give a gray one, or --image.")
+    if is_coloured(image):
+        raise ValueError(f"{path} is in colour but the adapter takes 1 channel; give a gray image, or use --image.")
     return image.convert("L")
 
 
 def size_multiple(adapters: Sequence[SavedAdapter]) -> int:
-    """Of how many pixels height and width must be multiples, for the base and all adapters."""
+    """Return the number of pixels that height and width must be multiples of, for the base and all adapters."""
     return math.lcm(SIZE_MULTIPLE, *(adapter.config.get("downscale_factor", 8) for adapter in adapters))
 
 
 def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: Size, multiple: int) -> Size:
-    """The size of the run. asked: what the flags or the layout say of it; source: of the image to follow, if any; own:
-    of the base.
+    """Choose the (height, width) of the run in pixels.
 
-    An image that suits the base (a multiple on both sides, a quarter to four times the base's area) keeps its size; any
-    other comes to the base's area and keeps its shape. ValueError for an asked side that is no multiple.
+    An image that suits the base (multiples on both sides, a quarter to four times the base's area) keeps its size; any
+    other is scaled to about the base's area and keeps its aspect ratio.
+
+    Args:
+        asked: by flags or layout; None for a side left open.
+        source: size of the image to follow, if any.
+        own: size of the base.
+        multiple: both sides are multiples of it.
+
+    Raises:
+        ValueError: a side that was asked for is not a multiple.
     """
     height, width = asked
     for name, side in (("height", height), ("width", width)):
         if side is not None and side % multiple:
             raise ValueError(
-                f"The {name} {side} is no multiple of {multiple}, which the adapter needs; use "
+                f"The {name} {side} is not a multiple of {multiple}, which the adapter needs; use "
                 f"{near_side(side, multiple)}, for example."
             )
     if height is not None and width is not None:
@@ -149,76 +164,79 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
         scale = height / tall if height is not None else (width or 0) / wide
         return height or near_side(tall * scale, multiple), width or near_side(wide * scale, multiple)
     area = own[0] * own[1]
-    if not (tall % multiple or wide % multiple) and area / _SUITS <= tall * wide <= area * _SUITS:
+    if not (tall % multiple or wide % multiple) and area / _AREA_FACTOR <= tall * wide <= area * _AREA_FACTOR:
         return tall, wide
     scale = math.sqrt(area / (tall * wide))
     return near_side(tall * scale, multiple), near_side(wide * scale, multiple)
 
 
-def check_one_shape(sources: Sequence[Source]) -> None:
-    """ValueError for images that a common crop would cut at different places."""
+def check_same_aspect_ratio(sources: Sequence[Source]) -> None:
+    """Raise a ValueError for images of different aspect ratios, which one crop would cut at different places."""
     for source in sources[1:]:
         if not same_shape(source.size, sources[0].size):
             raise ValueError(
-                f"The conditions are {_text(sources[0].size)} and {_text(source.size)} pixels, two shapes; crop them "
-                "to one, or give --height and --width."
+                f"The conditions are {_size_text(sources[0].size)} and {_size_text(source.size)} pixels, two aspect "
+                "ratios; crop them to one, or give --height and --width."
             )
 
 
-def follow(
+def prepare_inputs(
     options: SampleSettings, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size, why: str = ""
 ) -> tuple[list[AdapterJob], list[str]]:
-    """Conditions and masks of ``size``, and a sentence, which ends in ``why``, on each image that had another.
+    """Return each adapter with its condition and mask of ``size``, and a note on each image that had another size,
+    which ends in ``why``.
 
-    ValueError for a mask of another shape than its image, or of which nothing is left.
+    ValueError for a mask of another aspect ratio than its image, or one that is empty after cropping.
     """
     jobs, notes = [], []
     for index, (adapter, source) in enumerate(zip(adapters, sources, strict=True)):
-        seen = geometry(source.size, size)
-        window = _nth(options, "start", index), _nth(options, "end", index)
+        crop = geometry(source.size, size)
+        window = _value_for(options, "start", index), _value_for(options, "end", index)
         check_window(*window)
-        condition, mask = _condition_of(source, seen), _mask_of(source, seen)
+        condition, mask = _condition_of(source, crop), _mask_of(source, crop)
         condition = condition.expand(_channels(adapter), -1, -1)
-        jobs.append(AdapterJob(adapter, condition, mask, _nth(options, "weight", index), *window))
+        jobs.append(AdapterJob(adapter, condition, mask, _value_for(options, "weight", index), *window))
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
-            notes.append(f"{source.path} is {_text(source.size)} pixels, scaled{cropped} to {_text(size)}{why}.")
+            notes.append(
+                f"{source.path} is {_size_text(source.size)} pixels, scaled{cropped} to {_size_text(size)}{why}."
+            )
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
-                notes.append(f"The mask {source.mask_path} has the size of the result and is taken as it is.")
+                notes.append(f"The mask {source.mask_path} has the size of the result and is used as it is.")
     return jobs, list(dict.fromkeys(notes))
 
 
-def _condition_of(source: Source, seen: Geometry) -> Tensor:
-    """(C,H,W) float32 in [0,1]; an image that has the size stays as it is to the bit."""
+def _condition_of(source: Source, crop: Geometry) -> Tensor:
+    """Return the condition (C,H,W), float32 in [0,1]; an image of the run's size is not resampled."""
     if source.computed:
         assert source.condition is not None
-        image = source.image if source.size == seen.size else seen.apply(source.image, IMAGE)
+        image = source.image if source.size == crop.size else crop.apply(source.image, IMAGE)
         return extract(source.condition, np.asarray(image))
     nearest = source.condition is not None and source.condition.kind == "segmentation"  # as in training
-    image = source.image if source.size == seen.size else seen.apply(source.image, NEAREST if nearest else SMOOTH)
+    image = source.image if source.size == crop.size else crop.apply(source.image, NEAREST if nearest else SMOOTH)
     return torch.from_numpy(to_array(image).transpose(2, 0, 1).copy()).float() / 255
 
 
-def _mask_of(source: Source, seen: Geometry) -> Tensor:
-    """(1,H,W) in [0,1]: the part of the mask that is seen; one of the run's own size stays as it is."""
+def _mask_of(source: Source, crop: Geometry) -> Tensor:
+    """Return the mask (1,H,W) in [0,1], cropped as its image; one of the run's size is not changed."""
     if source.mask is None:
-        return torch.ones(1, *seen.size)
-    there: Size = (source.mask.shape[-2], source.mask.shape[-1])
-    if there == seen.size:
+        return torch.ones(1, *crop.size)
+    size: Size = (source.mask.shape[-2], source.mask.shape[-1])
+    if size == crop.size:
         return source.mask
-    if not same_shape(there, source.size):
+    if not same_shape(size, source.size):
         raise ValueError(
-            f"The mask {source.mask_path} is {_text(there)} pixels but the image {source.path} is "
-            f"{_text(source.size)}, another shape; save the mask in the image's shape."
+            f"The mask {source.mask_path} is {_size_text(size)} pixels but the image {source.path} is "
+            f"{_size_text(source.size)}, another aspect ratio; save the mask with the image's."
         )
-    mask = torch.from_numpy(seen.apply_to_mask(source.mask[0].numpy()).clip(0, 1))[None]
+    mask = torch.from_numpy(crop.apply_to_mask(source.mask[0].numpy()).clip(0, 1))[None]
     if not mask.any():
         raise ValueError(
-            f"Nothing of the mask {source.mask_path} is left in the part of {source.path} that is seen, "
-            f"{_text(seen.size)}; choose another --height and --width."
+            f"The mask {source.mask_path} is black everywhere in the part of {source.path} that remains, "
+            f"{_size_text(crop.size)}; choose another --height and --width."
         )
     return mask
 
 
-def _text(size: Size) -> str:
+def _size_text(size: Size) -> str:
     return f"{size[1]}x{size[0]}"

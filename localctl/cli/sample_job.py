@@ -1,10 +1,11 @@
-"""What a run of ``sample.py`` will do: everything looked up and checked, no model loaded."""
+"""From the settings of ``sample.py`` to a job: everything looked up and checked, no model loaded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,29 +16,29 @@ from localctl.bases import SchedulerName, check_vae
 from localctl.cli.sample_inputs import (
     AdapterJob,
     Size,
-    check_one_shape,
+    check_same_aspect_ratio,
     choose_size,
-    follow,
+    prepare_inputs,
     read_sources,
     size_multiple,
 )
-from localctl.cli.sample_record import SampleSettings
-from localctl.cli.sample_regions import Variant, layout_paths, load_layouts, plan
+from localctl.cli.sample_settings import AUTO, SampleSettings
+from localctl.cli.sample_variants import Variant, load_layouts, optimized_controls, plan
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
 from localctl.layout import Layout, check_side
 from localctl.pipelines import BaseConfig, check_karras, lasting_name, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
-from localctl.weight_search.weights import OptimizedSpaceTime
 
 _OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run needs; ``options`` are the flags that reproduce it, ``variants`` the ways to generate.
+    """Everything a run needs.
 
-    size: (height, width) of the images. notes: sentences for the user, on what is not as one would guess.
+    options: the settings that reproduce it. variants: the controls to generate all images with, in turn. size:
+    (height, width) of the images in pixels. notes: sentences for the user, on what may be unexpected.
     """
 
     layouts: list[Layout]
@@ -51,38 +52,38 @@ class Job:
 
 
 def prepare(options: SampleSettings) -> Job:
-    """Check everything that can be checked without loading a model. ValueError in one sentence."""
-    notes = _readable(options)
-    scenes = load_layouts(options)
+    """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
+    notes = _clean_texts(options)
+    layouts = load_layouts(options)
     _check_numbers(options)
     _check_counts(options)
     device = process_device(options.device)
-    found = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
-    base = _base(options, found)
+    saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
+    base = _base_config(options, saved)
     variants = plan(options, base.name)
-    _say_sampling(options, variants, resolve_base(base.name).guidance_scale)
+    _fill_sampling(options, variants, resolve_base(base.name).guidance_scale)
     shape = read_shape(base)
-    sources = read_sources(options, found)
-    notes += [note for adapter in found if (note := check_base(adapter, base.name, shape))]
+    sources = read_sources(options, saved)
+    notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
-    own = _own_size(shape)
-    asked = _asked(options, scenes)
-    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(found))
+    own = _base_size(shape)
+    asked = _requested_size(options, layouts)
+    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(saved))
     if None in asked:
-        check_one_shape(sources)
-    chosen = asked == (None, None) and bool(sources) and sources[0].size != size
-    why = ", the base's own area (--resolution, or --height and --width, choose another)" if chosen else ""
-    adapters, said = follow(options, found, sources, size, why)
+        check_same_aspect_ratio(sources)
+    size_chosen = asked == (None, None) and bool(sources) and sources[0].size != size
+    why = ", the base's own area (--resolution, or --height and --width, choose another)" if size_chosen else ""
+    adapters, scaled = prepare_inputs(options, saved, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
-    scenes = scenes or [Layout(prompt) for prompt in options.prompt or ()]
-    layouts = [replace(scene, height=size[0], width=size[1]) for scene in scenes]
+    layouts = layouts or [Layout(prompt) for prompt in options.prompt or ()]
+    layouts = [replace(layout, height=size[0], width=size[1]) for layout in layouts]
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
-    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *said])
+    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *scaled])
 
 
-def _readable(options: SampleSettings) -> list[str]:
-    """Put a question mark where a text is no Unicode, as of a terminal in another encoding; a note on each, and on what
-    is easily taken for something else."""
+def _clean_texts(options: SampleSettings) -> list[str]:
+    """Replace characters that are not valid Unicode, as of a terminal in another encoding, by question marks. Return
+    notes on them, and on the seed -1, which other programs take for a random one."""
     notes = []
     for name in ("prompt", "negative_prompt"):
         value = getattr(options, name)
@@ -90,14 +91,14 @@ def _readable(options: SampleSettings) -> list[str]:
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
         if clean != texts:
             setattr(options, name, clean if isinstance(value, list) else clean[0])
-            notes.append(f"--{name} has characters that are no Unicode; they are read as question marks.")
+            notes.append(f"--{name} has characters that are not valid Unicode; they are read as question marks.")
     if -1 in options.seeds:
         notes.append("The seed -1 is a seed like any other, not a random one.")
     return notes
 
 
-def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
-    """The base asked for, else that of the first adapter that says one. ValueError when that is not there."""
+def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
+    """Return the base of ``--base``, else that of the first adapter that names one. ValueError when it is not there."""
     name = options.base
     if name is None and adapters:
         adapter = next((adapter for adapter in adapters if adapter.base), None)
@@ -108,7 +109,7 @@ def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConf
             resolve_base(name)
         except ValueError as error:
             raise ValueError(
-                f"There is no base {name!r} here, which the adapter {adapter.name} was trained on; give --base."
+                f"There is no base {name!r} here, on which the adapter {adapter.name} was trained; give --base."
             ) from error
     return BaseConfig(
         name=name or "micro",
@@ -120,9 +121,9 @@ def _base(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConf
     )
 
 
-def _say_sampling(options: SampleSettings, variants: Sequence[Variant], guidance_scale: float) -> None:
-    """Guidance scale and scheduler are recorded where they are one for all variants, so that a later default changes no
-    image."""
+def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], guidance_scale: float) -> None:
+    """Write guidance scale and scheduler into the options where all variants share them, so that the record repeats
+    the run even if a default changes."""
     scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
     schedulers = {variant.sampling.scheduler for variant in variants}
     if options.guidance_scale is None and len(scales) == 1:
@@ -134,17 +135,19 @@ def _say_sampling(options: SampleSettings, variants: Sequence[Variant], guidance
 def _check_sampling(
     options: SampleSettings, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
 ) -> list[str]:
-    """ValueError for a setting of the sampling that cannot be done; a note on one that does nothing."""
-    if any(isinstance(control, OptimizedSpaceTime) for variant in variants for control in variant.controls):
+    """Raise a ValueError for a sampling setting that this run cannot use; return a note on one without effect."""
+    if any(map(optimized_controls, variants)):
         for name in ("clip_skip", "guidance_rescale"):
             if getattr(options, name):
                 raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
-    most = layers - shape.xl  # SDXL reads the last layer but one without any skip
+    most = layers - shape.xl  # SDXL reads the last but one layer without a skip
     if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
-        raise ValueError(f"--clip_skip is a whole number from 0 to {most} with this base, not {options.clip_skip}.")
+        raise ValueError(
+            f"--clip_skip must be a whole number from 0 to {most} with this base, not {options.clip_skip}."
+        )
     if options.use_karras_sigmas:
         for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
             check_karras(base, scheduler)
@@ -154,42 +157,44 @@ def _check_sampling(
     return []
 
 
-def _asked(options: SampleSettings, scenes: Sequence[Layout]) -> tuple[int | None, int | None]:
-    """The size that flags or layouts ask for. ValueError for layouts of several sizes, or another than the flags'."""
+def _requested_size(options: SampleSettings, layouts: Sequence[Layout]) -> tuple[int | None, int | None]:
+    """Return the (height, width) that flags or layouts ask for, None for a side left open. ValueError for layouts of
+    different sizes, or of another size than the flags'."""
     if options.resolution is not None and (options.height, options.width) != (None, None):
         raise ValueError("Give either --resolution or --height and --width, not both.")
     height, width = options.resolution or (options.height, options.width)
     for name, side in (("height", height), ("width", width)):
         check_side(name, side)
-    sizes = {scene.size for scene in scenes if scene.size is not None}
+    sizes = {layout.size for layout in layouts if layout.size is not None}
     if len(sizes) > 1:
         raise ValueError(f"The layouts have several sizes, {' and '.join(f'{w}x{h}' for h, w in sorted(sizes))}.")
     if not sizes:
         return height, width
-    there = sizes.pop()
-    asked = (height or there[0], width or there[1])
-    if asked != there:
+    of_layout = sizes.pop()
+    asked = (height or of_layout[0], width or of_layout[1])
+    if asked != of_layout:
         raise ValueError(
-            f"The layout is {there[1]}x{there[0]} pixels but the image is to be {asked[1]}x{asked[0]}; "
-            "change the layout, or leave its size out."
+            f"The layout is {of_layout[1]}x{of_layout[0]} pixels but the flags ask for {asked[1]}x{asked[0]}; "
+            "change the flags, or leave the size out of the layout."
         )
-    return there
+    return of_layout
 
 
 def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[int | None, int | None]:
-    """What the record says of the size: nothing where it is that of the layout or of the base."""
+    """Return the size for the record: (None, None) where layout or base determine it."""
     free = options.resolution is None and options.height is None and options.width is None
     return (None, None) if free and not follows else size
 
 
-def _own_size(shape: BaseShape) -> Size:
-    """(height, width) of the base in pixels."""
-    sample = shape.parts["unet"].get("sample_size") or 64  # as the class has it
+def _base_size(shape: BaseShape) -> Size:
+    """Return the (height, width) in pixels that the base was trained at."""
+    sample = shape.parts["unet"].get("sample_size") or 64  # the default of its class
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return height * shape.vae_scale_factor, width * shape.vae_scale_factor
 
 
 def _check_numbers(options: SampleSettings) -> None:
+    """Raise a ValueError for numbers out of range, or a seed that is given twice."""
     for name in ("num_inference_steps", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
@@ -198,20 +203,21 @@ def _check_numbers(options: SampleSettings) -> None:
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
-        raise ValueError(f"--guidance_rescale lies between 0 and 1, not at {options.guidance_rescale}.")
+        raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
 
 
 def _check_counts(options: SampleSettings) -> None:
-    """ValueError for flags of adapters without one, none of those that an adapter needs, or too many of one."""
+    """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
+    number of values than adapters."""
     if not options.adapter:
         for name in _OF_ADAPTERS[:4]:
             if getattr(options, name):
-                raise ValueError(f"--{name} is for an adapter, and there is none; give --adapter.")
+                raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         return
     if options.image and options.condition_image:
         raise ValueError("Give either --image or --condition_image, not both.")
     if not options.image and not options.condition_image:
-        raise ValueError("There is nothing to follow; give --image or --condition_image.")
+        raise ValueError("The adapter has no image to follow; give --image or --condition_image.")
     for name in _OF_ADAPTERS:
         count = len(getattr(options, name) or [None])
         if count not in (1, len(options.adapter)):
@@ -219,12 +225,12 @@ def _check_counts(options: SampleSettings) -> None:
 
 
 def reproducing_options(job: Job) -> dict[str, Any]:
-    """The flags that repeat this run from anywhere: defaults that came from the adapter spelled out, paths absolute."""
+    """Return the settings that repeat this run from any folder: with the adapter's defaults and absolute paths."""
     return {
         **vars(job.options),
         "from_json": None,
         "base": lasting_name(job.base.name),
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
-        "layout": layout_paths(job.options) or None,
+        "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

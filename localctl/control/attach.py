@@ -1,4 +1,4 @@
-"""``attach``: controls on a stock diffusers pipeline, without a copy or a subclass of it and without a trace after."""
+"""``attach``: put controls on a stock diffusers pipeline for a while, without copying or subclassing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control
-from localctl.control.compatible import MaskCheck, check_gradients, check_unskipped
+from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
 from localctl.control.latents import SchedulerShift, Visits, check_shiftable, outer_step, sigma_at, steps_of_call
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
 from localctl.control.processor import InnerForward, Installation
@@ -28,28 +28,31 @@ Layouts = Layout | str | Sequence[Layout | str]
 
 @contextmanager
 def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequence[Control]) -> Iterator[Attachment]:
-    """Steer the calls of ``pipe`` with ``controls``; everything is put back at the end, also after an exception.
+    """Steer the calls of ``pipe`` with ``controls``; the pipeline is restored at the end, also after an exception.
 
     Only calls of ``pipe`` itself are steered: another pipeline, or a loop of your own, that uses the same denoiser runs
-    as if nothing were attached. Attaching twice to one pipeline adds up.
+    as if nothing were attached. Nested ``attach`` on one pipeline adds up.
 
     Args:
         pipe: a Stable Diffusion 1.x, 2.x or XL pipeline (anything with ``unet``, ``scheduler`` and ``encode_prompt``).
-        layout: a layout, a prompt, or a list of either. ``pipe`` must then be called with the very prompts of the
-            layouts, in their order (or, for one layout, any number of times its prompt); embeddings given in place of
-            prompts are taken at their word.
-        controls: one control or several; what they add to the denoiser is summed.
+        layout: a layout, a prompt, or a list of either. ``pipe`` must then be called with exactly the prompts of the
+            layouts, in their order (or, for one layout, its prompt any number of times). Prompt embeddings passed in
+            place of prompts are not checked.
+        controls: one control or several; their contributions to the denoiser are summed.
 
     Raises:
-        ValueError: at once if the controls do not fit the layouts, something is no control, or another thread has
-            attached to the denoiser, the scheduler would lose what a control does to the latents, or something in the
-            denoiser would (a cache, weights without gradients); when ``pipe`` is called, if prompt or size are not the
-            layout's, a condition does not fit the image or the denoiser, or the call comes from another thread.
+        ValueError: at once, if the controls do not fit the layouts, an object is not a control, another thread has
+            attached to the denoiser, the scheduler would lose a control's shift of the latents, or something in the
+            denoiser would keep a control from acting (a cache, weights without gradients). When ``pipe`` is called, if
+            prompt or size differ from the layout's, a condition does not fit the image or the denoiser, or the call
+            comes from another thread.
     """
     denoiser_of(pipe)
     missing = [name for name in ("scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
-        raise ValueError(f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL one.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL pipeline."
+        )
     controls = list(controls) if isinstance(controls, Iterable) else [controls]
     for control in controls:
         if not isinstance(control, Control):
@@ -62,9 +65,8 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
         module.register_forward_hook(attachment.after_denoiser, always_call=True),
     ]
     try:
-        _check_thread(
-            attachment.denoiser
-        )  # after the hook: of two threads at the same moment at least one sees the other
+        # After registering the hook, so that of two threads attaching at the same moment at least one sees the other.
+        _check_thread(attachment.denoiser)
         with (
             wrapped(
                 pipe,
@@ -72,25 +74,25 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
                 before=attachment.begin_call,
                 within=lambda arguments: skipping_layers(pipe, arguments.get("clip_skip")),
             ),
-            wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # the last thing before the first step
-            # The last thing every pipeline does, on success; after an error the next call begins anew.
+            wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # called right before the first step
+            # Every pipeline calls this last, on success; after an error the next call starts afresh.
             wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
             uncompiled(module),
         ):
             yield attachment
     finally:
-        attachment.put_back()
+        attachment.restore()
         for hook in hooks:
             hook.remove()
 
 
 def _check_thread(denoiser: Denoiser) -> None:
-    """ValueError if another thread has attached to this denoiser."""
+    """Raise a ValueError if another thread has attached to this denoiser."""
     owners = [getattr(hook, "__self__", None) for hook in denoiser.module._forward_pre_hooks.values()]
     if any(isinstance(owner, Attachment) and owner.thread != threading.get_ident() for owner in owners):
         raise ValueError(
-            f"Another thread has attached controls to this {denoiser.name}; let it finish, or load a pipeline per "
-            "thread."
+            f"Another thread has attached controls to this {denoiser.name}; wait until it has finished, or load a "
+            "pipeline per thread."
         )
 
 
@@ -109,26 +111,28 @@ class Attachment:
         self._scheduler_shift = SchedulerShift()
         self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Attention]]] = {}
         self._visits: Visits = (None, None)  # of the running call
-        self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and how many it makes
-        self._dtype: torch.dtype | None = None  # of the running call; the denoiser goes through all its layers to tell
+        self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and their number
+        self._dtype: torch.dtype | None = None  # of the running call; slow to find, the denoiser looks at all layers
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
     def select(self, indices: Sequence[int] | None) -> None:
-        """Say which layouts the next calls generate, one index per prompt; None = all of them, in order."""
+        """Set which layouts the next calls generate, one index per prompt; None = all of them, in order."""
         assert indices is None or all(0 <= index < len(self.layouts) for index in indices)
         self._selected = None if indices is None else tuple(indices)
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """Take the layout of each image from what ``encode_prompt`` is given, the first thing a pipeline calls."""
+        """Find the layout of each image from the arguments of ``encode_prompt``, which a pipeline calls first."""
         self._layout_of_image = self._steps = self._dtype = None
         self._visits = (None, None)
         if threading.get_ident() != self.thread:
-            raise ValueError("The pipeline was called from another thread than the one that attached to it; use one.")
-        self.put_back()  # what an error in the call before may have left
+            raise ValueError(
+                "The pipeline was called from another thread than the one that attached to it; use one thread for both."
+            )
+        self.restore()  # an error in the previous call may have left wrappers behind
         self._check_pipe()
         prompt = arguments["prompt"]
-        if prompt is None:  # then there are embeddings; the pipeline has checked that
+        if prompt is None:  # then there are prompt embeddings; the pipeline has checked that
             chosen = self._chosen(len(arguments["prompt_embeds"]))
             prompts = [self.layouts[index].prompt for index in chosen]
         else:
@@ -137,7 +141,7 @@ class Attachment:
         for given, index in zip(prompts, chosen, strict=True):
             if given != self.layouts[index].prompt:
                 raise ValueError(
-                    f"The pipeline was called with the prompt {given!r} while the attached layout says "
+                    f"The pipeline was called with the prompt {given!r} but the attached layout has the prompt "
                     f"{self.layouts[index].prompt!r}; call it with layout.prompt."
                 )
         other = arguments.get("prompt_2")  # of SDXL, for its second text encoder
@@ -152,24 +156,27 @@ class Attachment:
         self._layout_of_image = tuple(index for index in chosen for _ in range(copies))  # as repeat_interleave
 
     def begin_steps(self, arguments: Mapping[str, Any]) -> None:
-        """Take how many timesteps this call visits: image-to-image leaves out the first, ``denoising_end`` the last."""
+        """Note how many timesteps this call visits: image-to-image skips the first ones, ``denoising_end`` the last."""
         self._visits = getattr(self.pipe, "_num_timesteps", None), arguments.get("total")
 
     def end_call(self, arguments: Mapping[str, Any]) -> None:
-        """From here on, calls of the denoiser are none of ours."""
+        """End a call of the pipeline: calls of the denoiser are not steered until the next one begins."""
         self._layout_of_image = None
 
-    def put_back(self) -> None:
-        """Undo what a call of the denoiser and of the scheduler may have left behind when they were interrupted."""
+    def restore(self) -> None:
+        """Remove the wrappers that an interrupted call of the denoiser or the scheduler may have left behind."""
         self._scheduler_shift.undo()
         self._installation.undo()
 
     def _check_pipe(self) -> None:
-        """ValueError if something in the pipeline, put there now or since, would keep the controls from acting."""
+        """Raise a ValueError if something in the pipeline would keep the controls from acting.
+
+        Checked at each call, because it may have been added after ``attach``.
+        """
         if self._movers:
             check_shiftable(self.pipe.scheduler)
         if self.bound:
-            check_unskipped(self.denoiser)
+            check_no_skipping(self.denoiser)
         for name, control in zip(self._names, self.bound, strict=True):
             if control.takes_gradients:
                 check_gradients(self.denoiser, name)
@@ -183,10 +190,12 @@ class Attachment:
         if self._selected is None and len(self.layouts) == 1:
             return (0,) * prompts
         expected = len(self.layouts if self._selected is None else self._selected)
-        raise ValueError(f"The pipeline was called with {prompts} prompts for {expected} layouts; give each one.")
+        raise ValueError(
+            f"The pipeline was called with {prompts} prompts for {expected} layouts; give one prompt per layout."
+        )
 
     def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Forward pre-hook: adds what the controls want to the arguments of this call and steers its attention."""
+        """Apply the controls to the arguments of this call and steer its attention; a forward pre-hook."""
         if self._layout_of_image is None:
             return None
         if threading.get_ident() != self.thread:
@@ -202,11 +211,11 @@ class Attachment:
         return arguments
 
     def after_denoiser(self, *_: Any) -> None:
-        """Forward hook, called after errors as well: the processors of this call are put back."""
+        """Restore the processors of this call; a forward hook, called after errors as well."""
         self._installation.undo()
 
     def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
-        """Add the controls' residuals to those that are there already."""
+        """Add the controls' residuals to those already among the arguments."""
         added: list[Tensor] | None = None
         for control in self.bound:
             added = add_residuals(added, control.down_residuals(context))
@@ -222,7 +231,7 @@ class Attachment:
         return self.denoiser.write(arguments, text=text)
 
     def _shift_latents(self, context: CallContext, given: Tensor, arguments: Arguments) -> Arguments:
-        """Move the ``given`` latents (R, c, h, w), here for the denoiser and in the step to come for the scheduler."""
+        """Shift the ``given`` latents (R, c, h, w): here for the denoiser, and in the scheduler's next step."""
         if not self._movers:
             return arguments
         latents = given[context.guided_rows].float()

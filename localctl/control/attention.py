@@ -1,6 +1,6 @@
-"""The scores of an attention layer, computed as far as controls ask for them.
+"""The scores of an attention layer, computed only as far as controls need them.
 
-Letters of shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
+Symbols in shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
 (tokens or cells), d width of a head.
 """
 
@@ -18,8 +18,11 @@ __getattr__ = moved_names(__name__, {"Site": "localctl.denoisers.base:AttentionL
 
 
 class Moments(NamedTuple):
-    """Of the vectors of each row and head: their mean (r,H,1,d), the sum of the products of their deviations from it
-    (r,H,d,d), and how many they are."""
+    """Moments of the vectors of each row and head.
+
+    mean: (r,H,1,d). spread: the sum of the outer products of the deviations from the mean, (r,H,d,d). number: the count
+    of vectors.
+    """
 
     mean: Tensor
     spread: Tensor
@@ -27,10 +30,10 @@ class Moments(NamedTuple):
 
 
 class Scores:
-    """The scores of one layer in one call, computed when asked for and no more of them than asked for.
+    """The scores of one layer in one call, computed lazily.
 
-    scores = scale * q k^T, in float32, from the global prompt as the denoiser was given it, before any bias. ``mask``
-    is the attention mask that the denoiser itself set, which is rare: (R, 1 or Q, K), or None.
+    scores = scale * q k^T, in float32, from the global prompt embeddings passed to the denoiser, before any bias.
+    ``mask`` is the attention mask that the denoiser itself set, which is rare: (R, 1 or Q, K), or None.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Scores:
 
     @property
     def rows(self) -> int:
-        """n, the number of rows that carry the prompt."""
+        """The number n of rows that carry the prompt."""
         return self.guided.stop - self.guided.start
 
     @property
@@ -53,12 +56,12 @@ class Scores:
 
     @cached_property
     def query(self) -> Tensor:
-        """(n, H, Q, d), as projected, for the rows that carry the prompt."""
+        """The projected queries (n, H, Q, d) of the rows that carry the prompt."""
         return self._query(self.guided)
 
     @cached_property
     def key(self) -> Tensor:
-        """(n, H, K, d), as projected, for the rows that carry the prompt."""
+        """The projected keys (n, H, K, d) of the rows that carry the prompt."""
         return self._key(self.guided)
 
     def _query(self, rows: slice) -> Tensor:
@@ -80,16 +83,19 @@ class Scores:
         return self.query, self.key.float().transpose(-1, -2) * self.attn.scale
 
     def block(self, queries: slice) -> Tensor:
-        """(n, H, q, K) float32: the scores of these queries, for the rows that carry the prompt; yours to change."""
+        """Return the scores (n, H, q, K) float32 of these queries in the rows that carry the prompt.
+
+        The tensor is a new one, so the caller may modify it.
+        """
         query, key = self._guided
         return query[:, :, queries].float() @ key
 
     @cached_property
     def std(self) -> Tensor:
-        """(n,): the unbiased standard deviation of each prompt row's scores, over heads and entries, without a mask.
+        """The unbiased standard deviation (n,) of each prompt row's unmasked scores, over heads and entries.
 
         With q = mean(q) + q', k = mean(k) + k', each head's scores are the sum of four parts that are orthogonal over
-        the entries, so that the sum of their squares needs the moments of q and k alone, and nothing cancels.
+        the entries. The sum of their squares therefore needs only the moments of q and k, and nothing cancels.
         """
         squares, means, count = self._moments(_moments(self.query), self.key_moments)
         spread = count * (means - means.mean(dim=1, keepdim=True)) ** 2  # (n,H)
@@ -97,7 +103,7 @@ class Scores:
 
     @cached_property
     def global_std(self) -> Tensor:
-        """(): one standard deviation over all rows, heads and entries, as published; of the masked scores if masked."""
+        """One standard deviation () over all rows, heads and entries, as published; of the masked scores if masked."""
         query, key = self._query(slice(None)), self._key(slice(None))
         if self.mask is not None:
             scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
@@ -108,11 +114,11 @@ class Scores:
 
     @cached_property
     def key_moments(self) -> Moments:
-        """The moments of :attr:`key`. They may be set by somebody who has them from another call with the same text."""
+        """The moments of :attr:`key`. May be set to those of another call with the same prompt embeddings."""
         return _moments(self.key)
 
     def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
-        """Per row and head: squared deviations from the head's mean, summed (r,H); the mean (r,H); entries per head."""
+        """Return, per row and head, the sum of squared deviations (r,H), the mean (r,H), and the entries per head."""
         q, k = query.mean, key.mean  # (r,H,1,d)
         of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.number
         of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.number
@@ -122,8 +128,8 @@ class Scores:
 
 
 def _moments(vectors: Tensor) -> Moments:
-    """Of vectors (r,H,count,d)."""
+    """Return the moments of vectors (r,H,count,d)."""
     vectors = vectors.float()
     mean = vectors.mean(dim=2, keepdim=True)
-    away = vectors - mean  # the sum of squares about zero would cancel
-    return Moments(mean, away.transpose(-1, -2) @ away, vectors.shape[2])
+    deviations = vectors - mean  # squares about zero would lose digits to cancellation
+    return Moments(mean, deviations.transpose(-1, -2) @ deviations, vectors.shape[2])

@@ -1,4 +1,4 @@
-"""Attention maps: where in the image each phrase is attended to, with whatever controls are attached beside."""
+"""Attention maps: where in the image each phrase is attended to, with or without other controls attached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from localctl.layout import Layout
 
 @dataclass
 class _Record:
-    """What one call of a pipeline has shown, by the (h, w) of the layers: summed maps and how many layers and steps."""
+    """The maps of one call of a pipeline, by the (h, w) of the layers.
+
+    sums: the summed maps (n,r,Q), by (h, w). counts: over how many layers and steps, by (h, w).
+    """
 
     layouts: tuple[int, ...]
     latent_size: tuple[int, int]
@@ -31,23 +34,28 @@ class _Record:
 
 
 class AttentionRecorder:
-    """What has been read: the heat of each region's phrase in each image, numbered in the order generated over all
-    calls."""
+    """The recorded heat of each region's phrase in each image.
+
+    Images are numbered in the order generated, over all calls.
+    """
 
     def __init__(self) -> None:
         self.records: list[_Record] = []
         self._layouts: tuple[Layout, ...] = ()
 
     def begin(self, layouts: Sequence[Layout]) -> None:
-        """Forget everything, and number the images of these layouts anew."""
+        """Delete all records and restart the numbering, for images of these layouts."""
         self.records, self._layouts = [], tuple(layouts)
 
     def heat(self, image: int, region: int) -> Tensor:
-        """(h, w) float32 on the latents' grid: the mean probability of one of the phrase's tokens, over heads, layers
-        and steps. ValueError for an image that was not generated or a region that has no words."""
+        """Return the phrase's heat map (h, w) float32 on the latents' grid.
+
+        That is the mean probability of the phrase's tokens, over tokens, heads, layers and steps. ValueError for an
+        image that was not generated or a region without a phrase.
+        """
         record, row = self._find(image)
         if not 0 <= region < len(self._layout(image).regions) or not self._layout(image).regions[region].phrase:
-            raise ValueError(f"The layout of image {image} has no region {region} with words.")
+            raise ValueError(f"The layout of image {image} has no region {region} with a phrase; regions count from 0.")
         layers = sum(record.counts.values())
         total = torch.zeros(record.latent_size)
         for size, summed in record.sums.items():
@@ -63,10 +71,10 @@ class AttentionRecorder:
         return float((heat * mask).sum() / heat.sum())
 
     def overlays(self, index: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
-        """Return the generated ``image``, number ``index``, under each phrase's heat (its own scale, from 0 to its
-        maximum) and outline, with its label: the phrase and the share of its heat inside its region.
+        """Return, for each phrase, a label and the generated ``image``, number ``index``, overlaid with its heat map.
 
-        ValueError when no region has words.
+        Each heat map has its own scale, from 0 to its maximum; the region is outlined. The label holds the phrase and
+        the share of its heat inside its region. ValueError when no region has a phrase.
         """
         layout = self._layout(index)
         masks = layout.masks((image.height, image.width))
@@ -79,13 +87,13 @@ class AttentionRecorder:
             if region.phrase
         ]
         if not cells:
-            raise ValueError("The layout has no region with words, so there is no map to render.")
+            raise ValueError("The layout has no region with a phrase, so there is no map to render; add a phrase.")
         return cells
 
     def render(self, index: int, image: Image.Image) -> Image.Image:
         """Return the images of :meth:`overlays` in a row, with their labels."""
         cells = self.overlays(index, image)
-        return grid([[shown for _, shown in cells]], [label for label, _ in cells])
+        return grid([[overlay for _, overlay in cells]], [label for label, _ in cells])
 
     def _find(self, image: int) -> tuple[_Record, int]:
         first = 0
@@ -93,7 +101,7 @@ class AttentionRecorder:
             if first <= image < first + len(record.layouts):
                 return record, image - first
             first += len(record.layouts)
-        raise ValueError(f"There are maps of {first} images, none of image {image}; they count from 0.")
+        raise ValueError(f"There are maps of {first} images but none of image {image}; images count from 0.")
 
     def _layout(self, image: int) -> Layout:
         record, row = self._find(image)
@@ -102,17 +110,17 @@ class AttentionRecorder:
 
 @dataclass(frozen=True, eq=False)
 class AttentionMaps(Control):
-    """Record the cross-attention of every region's phrase (as DAAM, arXiv 2210.04885); changes nothing.
+    """Record the cross-attention of every region's phrase (as DAAM, arXiv 2210.04885) without changing it.
 
-    Attach it beside other controls, generate, and ask it, or its ``recorder``, which holds what was read: images are
-    numbered in the order generated, over all calls. Attached again, it begins anew.
+    Attach it together with other controls, generate images, then read the maps from this object or its ``recorder``.
+    Images are numbered in the order generated, over all calls. Attaching it again deletes what was recorded.
 
     Args:
-        start, end: look from start up to, not including, end (fractions of the steps).
-        sites: the layers to look at, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
+        start, end: record in the outer steps from start up to, not including, end (fractions of the steps).
+        sites: the layers to record, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
 
     Raises:
-        ValueError: a window that is none; when attached, sites that the denoiser does not have.
+        ValueError: an invalid window; when attached, sites that the denoiser does not have.
     """
 
     start: float = 0.0
@@ -130,19 +138,19 @@ class AttentionMaps(Control):
         return _BoundMaps(self, regions, names)
 
     def heat(self, image: int, region: int) -> Tensor:
-        """As :meth:`AttentionRecorder.heat`."""
+        """Call :meth:`AttentionRecorder.heat`."""
         return self.recorder.heat(image, region)
 
     def mass(self, image: int, region: int) -> float:
-        """As :meth:`AttentionRecorder.mass`."""
+        """Call :meth:`AttentionRecorder.mass`."""
         return self.recorder.mass(image, region)
 
     def overlays(self, index: int, image: Image.Image) -> list[tuple[str, Image.Image]]:
-        """As :meth:`AttentionRecorder.overlays`."""
+        """Call :meth:`AttentionRecorder.overlays`."""
         return self.recorder.overlays(index, image)
 
     def render(self, index: int, image: Image.Image) -> Image.Image:
-        """As :meth:`AttentionRecorder.render`."""
+        """Call :meth:`AttentionRecorder.render`."""
         return self.recorder.render(index, image)
 
     def draw(self, picture: int, image: Image.Image) -> Image.Image:
@@ -184,10 +192,10 @@ class _BoundMaps(BoundControl):
             record.sums[layer.size] = maps.new_zeros(*maps.shape[:2], layer.cells)
             record.counts[layer.size] = 0
         record.sums[layer.size][:, :, queries] += maps
-        record.counts[layer.size] += int(not queries.start)  # the first part stands for the layer
+        record.counts[layer.size] += int(not queries.start)  # count a layer once, at the first part of its queries
 
     def _words(self, layout: int, keys: int) -> Tensor:
-        """(r,K): the mean over each phrase's tokens as weights; r is the largest number of regions of a layout."""
+        """Return weights (r,K) that average over each phrase's tokens; r: the largest number of regions of a layout."""
         words = torch.zeros(max(1, self.regions.most), keys)
         for region in range(len(self.regions.layouts[layout].regions)):
             tokens = self.regions.tokens(layout, region, keys)

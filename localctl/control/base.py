@@ -1,4 +1,4 @@
-"""What a control is, and what it is told at each call of the denoiser.
+"""The base classes of controls, and the context that a control receives at each call of the denoiser.
 
 A :class:`Control` describes what the user wants and keeps no state. ``attach`` binds it to one pipeline and its
 layouts; the resulting :class:`BoundControl` holds what is computed once per attach and implements the hooks.
@@ -24,8 +24,8 @@ from localctl.layout import Layout
 from localctl.lazy import moved_names
 
 
-class _WhenAsked:
-    """A field that is a number, or a function which is asked for the number once, when somebody reads it."""
+class _LazyNumber:
+    """A field set to a number, or to a function that is called once, on first access, to compute the number."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -44,17 +44,17 @@ class _WhenAsked:
 
 @dataclass(frozen=True)
 class CallContext:
-    """Where one call of the denoiser stands.
+    """One call of the denoiser: its place on the schedule, its batch and its sizes.
 
-    step, num_steps: the outer sampling step, 0 <= step < num_steps, of those this call of the pipeline makes (with
-        image-to-image or ``denoising_end`` not all of the schedule's). Schedulers of second order call the denoiser
-        twice in one step.
-    timestep: what the denoiser was given. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0; may be
-        given as a function, which is called when a control reads it.
+    step, num_steps: the outer sampling step, 0 <= step < num_steps, counted over the steps of this call of the pipeline
+        (fewer than the schedule has with image-to-image or ``denoising_end``). Second-order schedulers call the
+        denoiser twice in one step.
+    timestep: the timestep passed to the denoiser. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0;
+        may be set to a function, which is called when a control first reads it.
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
-    device, dtype: what tensors for the denoiser must have.
+    device, dtype: required of tensors that are passed to the denoiser.
     """
 
     step: int
@@ -66,11 +66,11 @@ class CallContext:
     image_size: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
-    sigma: _WhenAsked = _WhenAsked()
+    sigma: _LazyNumber = _LazyNumber()
 
     @property
     def guided_rows(self) -> slice:
-        """The rows that carry the prompt: pipelines put them last."""
+        """The rows of the batch that carry the prompt; pipelines put them last."""
         first = self.conditional.index(True)
         assert all(self.conditional[first:])
         return slice(first, len(self.conditional))
@@ -81,11 +81,14 @@ class CallContext:
         return self.layout_of_row[self.guided_rows]
 
     def within(self, start: float, end: float) -> bool:
-        """Whether this step lies in [start, end), as fractions of all outer steps. Windows that meet share no step."""
+        """Return whether this step lies in [start, end), fractions of all outer steps.
+
+        Adjacent windows share no step.
+        """
         return start <= self.step / self.num_steps < end
 
     def only(self, images: Sequence[int]) -> CallContext:
-        """Return the same place for a call with nothing but the prompt rows of these images."""
+        """Return the context of the same call restricted to the prompt rows of these images."""
         layouts = self.guided_layouts
         chosen = tuple(layouts[image] for image in images)
         return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
@@ -95,12 +98,15 @@ Attend = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 class RunDenoiser(Protocol):
-    """Runs the denoiser of the present call once more, on the prompt rows of some of its images."""
+    """Runs the denoiser of the current call once more, on the prompt rows of some of its images."""
 
     def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> AbstractContextManager[None]:
-        """``latents`` (m, c, h, w), with gradients if they want them, for images number ``images``. All that steers
-        the call steers this run, too; ``reader`` sees its attention and may raise :class:`EndOfRun` when it has seen
-        enough. Take gradients within the context: layers under gradient checkpointing are run again for them."""
+        """Run the denoiser on ``latents`` (m, c, h, w), which may require gradients, for the images ``images``.
+
+        All controls of the call steer this run as well. ``reader`` reads its attention and may raise
+        :class:`EndOfRun` to end it early. Compute gradients inside the context: gradient checkpointing runs layers
+        again in the backward pass.
+        """
 
 
 class EndOfRun(Exception):
@@ -111,13 +117,13 @@ class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
     At each call of the denoiser, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
-    inputs; at each attention layer for which ``attends`` says so, ``attention_bias``, ``read_attention`` and
+    inputs. At each attention layer for which ``attends`` returns True, ``attention_bias``, ``read_attention`` and
     ``mix_attention`` are called, in this order.
 
-    moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler takes.
-    takes_gradients: whether it asks for gradients through the denoiser, which not all weights let pass.
-    is_reader: only reads attention and changes nothing; it is left out when another control runs the denoiser for
-        itself.
+    moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler supports.
+    takes_gradients: whether it needs gradients through the denoiser, which not all kinds of weights support.
+    is_reader: whether it only reads attention and changes nothing; such a control is left out when another control
+        runs the denoiser for itself.
     """
 
     moves_latents = False
@@ -125,85 +131,99 @@ class BoundControl:
     is_reader = False
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """Begin a call of the pipeline; ``arguments`` are those of its ``encode_prompt``."""
+        """Begin a call of the pipeline. ``arguments``: the arguments of its ``encode_prompt``, by name."""
 
     def shift_latents(self, context: CallContext, latents: Tensor, run: RunDenoiser) -> Tensor | None:
-        """Return what to add to the noisy latents (n, c, h, w) before this step, one row per image, float32; or None.
-        A hook on the latents, for controls whose ``moves_latents`` is set.
+        """Return a shift (n, c, h, w) float32 of the noisy latents before this step, one row per image; or None.
 
-        ``latents`` are what the denoiser is given (c channels of latents only), z = sqrt(abar) z0 + sqrt(1 - abar) eps,
-        whatever the scheduler's own scale; the shift is of the same scale."""
+        A hook on the latents, for controls with ``moves_latents`` set. ``latents`` are the denoiser's input (the c
+        latent channels only), z = sqrt(abar) z0 + sqrt(1 - abar) eps, whatever the scheduler's own scale; the shift
+        has the same scale.
+        """
         return None
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
-        """Return what to add within the down blocks: tensors (R, c, h, w), one per block, finest first; or None to
-        leave this call alone. A hook on the inputs of the denoiser, which may write to them: make new ones."""
+        """Return residuals to add within the down blocks: tensors (R, c, h, w), one per block, finest first; or None.
+
+        A hook on the denoiser's inputs. The denoiser may write to these tensors: return new ones at each call.
+        """
         return None
 
     def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
-        """Return what to add to the skip connections and the middle block, or None. A hook on the inputs of the
-        denoiser; ``inputs`` are the call's own, before any control changes text or latents."""
+        """Return residuals to add to the skip connections and the middle block, or None.
+
+        A hook on the denoiser's inputs; ``inputs`` are those of the call before any control changes text or latents.
+        """
         return None
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        """Return another text context (R, K, C) in place of ``text``, which must not be written to; or None. A hook on
-        the inputs of the denoiser: biases are then computed from the new text."""
+        """Return prompt embeddings (R, K, C) that replace ``text``, which must not be modified; or None.
+
+        A hook on the denoiser's inputs: biases are then computed from the new embeddings.
+        """
         return None
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        """Whether this control wants the hooks below to be called at ``layer`` in this call of the denoiser."""
+        """Return whether the hooks below are to be called at ``layer`` in this call of the denoiser."""
         return False
 
     def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
-        """How many queries of this layer the next two hooks can be given at once; a limit of memory."""
+        """Return how many queries of this layer the next two hooks may process at once, which bounds memory."""
         return layer.cells
 
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
     ) -> Tensor | None:
-        """Return what to add to the scores of these queries, for the n rows that carry the prompt: (n, 1 or H, q, K);
-        or None, for all queries of the layer, to leave the layer exactly as it is. It sees the scores before any
-        bias."""
+        """Return a bias (n, 1 or H, q, K) on the scores of these queries, for the n rows that carry the prompt.
+
+        None leaves the layer exactly as it is; it must then be returned for all queries of the layer. ``scores`` are
+        those before any bias.
+        """
         return None
 
     def read_attention(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
-        """Look at the scores of these queries and the sum of all controls' biases; change neither."""
+        """Read the scores of these queries and the sum of all controls' biases; change neither."""
 
     def mix_attention(
         self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend
     ) -> Tensor | None:
-        """At cross-attention: another output (R, Q, C) in place of ``output``, or None. ``attend(text, rows)`` runs the
-        layer again for these rows of the batch with other texts (r, K, C), without any bias: (r, Q, C)."""
+        """Return an output (R, Q, C) that replaces ``output``, or None. Called at cross-attention only.
+
+        ``attend(text, rows)`` runs the layer again for these rows of the batch with other prompt embeddings (r, K, C)
+        and without any bias, and returns (r, Q, C).
+        """
         return None
 
 
 class Control(Serializable, ABC):
-    """Anything that steers or reads the frozen denoiser while sampling: a dataclass of settings, without the state of a
-    call, to be saved and loaded as JSON."""
+    """Anything that steers or reads the frozen denoiser while sampling.
+
+    A dataclass of settings that can be saved and loaded as JSON; it holds no state of a call.
+    """
 
     @abstractmethod
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
-        """Prepare for this pipeline and these layouts. ValueError when they do not fit together."""
+        """Return the control bound to this pipeline and these layouts. ValueError when they do not fit together."""
 
 
 def check_window(start: float, end: float) -> None:
-    """ValueError unless 0 <= start < end <= 1."""
+    """Raise a ValueError unless 0 <= start < end <= 1."""
     if not 0 <= start < end <= 1:
         raise ValueError(f"A control needs 0 <= start < end <= 1 (fractions of the steps), not {start} and {end}.")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    """ValueError unless ``value`` is one of those known."""
+    """Raise a ValueError unless ``value`` is one of ``known``."""
     if value not in known:
         raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(known)}.")
 
 
 def check_strength(name: str, value: float) -> None:
-    """ValueError unless ``value`` is a number that is finite in float32, too."""
+    """Raise a ValueError unless ``value`` is a number that is finite in float32."""
     if not isinstance(value, (int, float)) or not torch.isfinite(torch.tensor(float(value))):
-        raise ValueError(f"The {name} of a control is a finite number, not {value!r} (of float32, up to 3.4e38).")
+        raise ValueError(f"The {name} of a control must be a finite number, not {value!r} (float32 ends at 3.4e38).")
 
 
 __getattr__ = moved_names(

@@ -1,4 +1,4 @@
-"""What keeps a control from acting, found and said before it does: caches, lost gradients, processors that ignore a
+"""Checks that find what would keep a control from acting: caches, lost gradients, processors that ignore an attention
 mask, adapters of another base."""
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from localctl.diffusion import latent_size
 from localctl.files import first_line
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of all that diffusers hooks on to a model, what leaves the values of its layers as they are.
+# The hooks of diffusers that leave the outputs of layers unchanged.
 _HARMLESS = ("diffusers.hooks.layerwise_casting", "diffusers.hooks.group_offloading", "diffusers.hooks.hooks")
 
 
-def check_unskipped(denoiser: Denoiser) -> None:
-    """ValueError if something on the denoiser leaves out layers or reuses what they gave in another step.
+def check_no_skipping(denoiser: Denoiser) -> None:
+    """Raise a ValueError if something skips layers of the denoiser or reuses their outputs of another step.
 
-    Found are diffusers' hooks (FirstBlockCache, FasterCache, PyramidAttentionBroadcast and their kind) and what puts a
-    ``forward`` of its own before the denoiser's blocks (DeepCache, T-GATE).
+    Detected are diffusers' hooks (FirstBlockCache, FasterCache, PyramidAttentionBroadcast and the like) and libraries
+    that replace the ``forward`` of the denoiser's blocks (DeepCache, T-GATE).
     """
     for name, module in denoiser.module.named_modules():
         registry = vars(module).get("_diffusers_hook")
@@ -38,14 +38,14 @@ def check_unskipped(denoiser: Denoiser) -> None:
             kind = type(hook)
             if kind.__module__.startswith("diffusers.") and kind.__module__ not in _HARMLESS:
                 raise ValueError(
-                    f"The {denoiser.name} has a {kind.__name__} ({name or 'on the whole'}), which skips layers or "
-                    "repeats what they gave in another step, so controls would not act there; load the pipeline "
-                    "without it."
+                    f"The {denoiser.name} has a {kind.__name__} (on {name or 'the whole'}), which skips layers or "
+                    "reuses their outputs of another step, so controls would not act there; load the pipeline without "
+                    "it."
                 )
         if (denoiser.is_block(module, name) or _is_transformer(module)) and _has_foreign_forward(module):
             raise ValueError(
-                f"The {denoiser.name}'s {name or 'whole'} has a forward of its own (of DeepCache or ToMe, for "
-                "example), which may skip what controls act on; take it off first."
+                f"The forward of {name or 'the whole'} in the {denoiser.name} was replaced (by DeepCache or ToMe, for "
+                "example), which may skip what controls act on; remove that first."
             )
 
 
@@ -66,9 +66,12 @@ def _has_foreign_forward(module: nn.Module) -> bool:
     )
 
 
-def check_gradients(denoiser: Denoiser, who: str) -> None:
-    """ValueError if gradients do not pass through the denoiser's layers: their weights are kept in 8 bits, converted
-    for each call, made in inference mode, or quantised. Of all that is not plain, one layer of each kind is tried."""
+def check_gradients(denoiser: Denoiser, what: str) -> None:
+    """Raise a ValueError if gradients do not pass through the denoiser's layers.
+
+    Their weights may be stored in 8 bits, cast for each call, made in inference mode, or quantised. One layer of each
+    unusual kind is tried. ``what``: the control that needs gradients, the subject of the sentence.
+    """
     tried = set()
     with torch.inference_mode(False), torch.enable_grad(), without_gradients(denoiser.module):
         for module, point in _layers(denoiser.module):
@@ -83,7 +86,7 @@ def check_gradients(denoiser: Denoiser, who: str) -> None:
             reason = "made within torch.inference_mode" if inference else _failure(module, point)
             if reason is not None:
                 raise ValueError(
-                    f"{who} needs gradients through the {denoiser.name}, which its weights do not let pass "
+                    f"{what} needs gradients through the {denoiser.name}, which its weights do not let pass "
                     f"({type(module).__name__}: {reason}); load it in float32, float16 or bfloat16 and without "
                     "casting or inference mode, or use a control without gradients, such as RegionBias."
                 )
@@ -91,7 +94,7 @@ def check_gradients(denoiser: Denoiser, who: str) -> None:
 
 @contextmanager
 def without_gradients(module: nn.Module) -> Iterator[None]:
-    """No gradients for the module's own weights, which would keep more of the forward pass in memory."""
+    """Turn off gradients of the module's own weights, which would keep more of the forward pass in memory."""
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -103,7 +106,7 @@ def without_gradients(module: nn.Module) -> Iterator[None]:
 
 
 def _layers(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Each layer that has weights of its own, with the smallest input it takes."""
+    """Yield each layer that has weights of its own, with the smallest input it takes."""
     dtype = network.dtype
     for module in network.modules():
         weight = vars(module).get("_parameters", {}).get("weight")
@@ -121,19 +124,19 @@ def _layers(network: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def _failure(module: nn.Module, point: Tensor) -> str | None:
-    """Why no gradient comes back through this layer; None if it does."""
+    """Return why no gradient passes through this layer; None if one does."""
     try:
         output = module(point.requires_grad_())
         (gradient,) = torch.autograd.grad(output.float().sum(), point)
-    # RuntimeError: PyTorch's own, of an output without a graph or of a dtype that it cannot compute with (and so
-    # NotImplementedError, which is one). TypeError, ValueError: of a quantiser's layer that does not take this input.
+    # RuntimeError (and its subclass NotImplementedError): from PyTorch, for an output without a graph or a dtype that
+    # it cannot compute with. TypeError, ValueError: from a quantiser's layer that does not take this input.
     except (RuntimeError, TypeError, ValueError) as error:
         return first_line(error)
     return None if gradient.isfinite().all() else "the gradient is not finite"
 
 
 class MaskCheck:
-    """Looks at the first output of each kind of processor that can tell. ValueError for one that ignores its mask."""
+    """Checks the first conclusive output of each kind of processor; ValueError for one that ignores its mask."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
@@ -145,9 +148,9 @@ class MaskCheck:
         used = uses_mask(attn, scores, mask, output)
         if used is False:
             raise ValueError(
-                f"The attention processor {type(processor).__name__} ignores the attention mask, which is how controls "
-                "act, or what computes its attention does (SageAttention, for example); call "
-                f"pipe.{self._denoiser.attribute}.set_default_attn_processor() or take that off first."
+                f"The attention processor {type(processor).__name__}, or the attention backend it uses (SageAttention, "
+                "for example), ignores the attention mask through which controls act; call "
+                f"pipe.{self._denoiser.attribute}.set_default_attn_processor() or remove that backend first."
             )
         if used:
             self._known.add(type(processor))
@@ -155,10 +158,10 @@ class MaskCheck:
 
 @torch.no_grad()
 def uses_mask(attn: Attention, scores: Scores, mask: Tensor, output: Tensor) -> bool | None:
-    """Whether ``output`` (R, Q, C) of a layer shows the effect of ``mask`` (R or R*H, Q, K); None where it is too small
-    to be told.
+    """Return whether ``output`` (R, Q, C) of a layer shows the effect of ``mask`` (R or R*H, Q, K).
 
-    A few queries of one row are attended to again, with and without the mask, as plainly as diffusers can.
+    None if the effect is too small to tell. Attention is computed again for a few queries of one row, with and without
+    the mask, by diffusers' plainest processor.
     """
     if scores.mask is not None:
         return None
@@ -177,14 +180,17 @@ def uses_mask(attn: Attention, scores: Scores, mask: Tensor, output: Tensor) -> 
 
 
 def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> None:
-    """ValueError, which ends in ``way_out``, unless an adapter of these options makes what the denoiser takes; nothing
-    is computed. options: ``SHAPE`` and ``level_weights`` are looked at, with their defaults."""
+    """Raise a ValueError unless an adapter of these options makes the features that the base's denoiser takes.
+
+    Only shapes are computed. ``options``: by name, of which ``SHAPE`` and ``level_weights`` are read; a missing one has
+    its default. ``way_out``: the end of the error sentence.
+    """
     factor = shape.vae_scale_factor
     side = 64 * factor
     known = {name: options[name] for name in SHAPE if name in options}
     made: list[tuple[int, ...]] | None = None
-    # A RuntimeError where levels do not fit each other: full_adapter_xl widens on its second and third only. The others
-    # are of configs that were written by hand.
+    # RuntimeError: levels that do not fit each other, as full_adapter_xl widens on its second and third only. The other
+    # errors: configs written by hand.
     with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
         features = T2IAdapter(**known)(torch.zeros(1, known.get("in_channels", 3), side, side))
         made = [tuple(feature.shape[1:]) for feature in features]
@@ -192,15 +198,17 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     taken = denoiser.residual_shapes(latent_size(side, side, factor))
     if made is None or made != taken[: len(made)]:
         raise ValueError(
-            f"For {side}x{side} pixels the adapter would make features {made or 'that do not fit each other'} but the "
-            f"base's {denoiser.name} takes {taken}; {way_out}."
+            f"For {side}x{side} pixels the adapter would make features of shapes "
+            f"{made or 'that do not fit each other'} but the base's {denoiser.name} takes {taken}; {way_out}."
         )
     check_level_weights(options.get("level_weights"), len(made))
 
 
 def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:
-    """ValueError for an adapter that does not fit the base of this name and shape; a sentence on one that was trained
-    on another base."""
+    """Return a warning if the adapter was trained on another base than ``base``, else None.
+
+    ValueError for an adapter that does not fit the ``shape`` of the base.
+    """
     trained = f", which was trained on the base {adapter.base}," if adapter.base else ""
     check_fit(adapter.config, shape, f"the adapter {adapter.name}{trained} does not fit {base}")
     return adapter.used_on(base)

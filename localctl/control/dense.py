@@ -1,4 +1,4 @@
-"""Dense modulation: attention scores are pulled towards a layout of segments, without leaving their range of values.
+"""Dense modulation: pull attention scores towards a layout of segments, within their own range of values.
 
 The method of DenseDiffusion (arXiv 2308.12964, eq. 3-5). For each query i and key j with score s_ij,
 
@@ -36,23 +36,24 @@ class DenseModulation(RegionControl):
     Args:
         w_cross, w_self: weights of the modulation of cross- and self-attention, w_c and w_s of the paper; a region's
             strength multiplies them. 0 = no effect. In [0, 1], so that scores stay in their range.
-        size_regularisation: 1 = large segments are modulated less, by their area; 0 = all alike.
+        size_regularisation: 1 = large segments are modulated less, by their area; 0 = all are modulated equally.
         decay: exponent of t / 1000, at least 0; the larger, the sooner the modulation fades as t falls, 0 = not at all.
-            Small latents take their layout at a lower t than those the published 5 was chosen on.
-        start, end: active in the outer steps from start up to, not including, end; by default the first 30 %.
+            Small latents settle their layout at a lower t than the latents for which the published 5 was chosen.
+        start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
+            the first 30 %.
         hide_phrases: while active, encode all tokens but the phrases' own from the prompt without the phrases, as for
             :class:`~localctl.control.RegionBias`.
         separate_texts: give each phrase's tokens the embedding of the phrase alone, as published, in all steps.
-        rest: cells that no region covers: ``published`` flattens all that they look at; ``segment`` makes them one
-            more segment, with the words that are left over; ``free`` only keeps them off the phrases and the segments
-            of others. The latter two are fit for layouts of few boxes.
-        mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`.
-        memory_limit: MiB that the scores of one layer may take; queries are taken in parts that keep to it. May be
+        rest: treatment of the cells that no region covers. ``published`` lowers all their scores, which flattens their
+            attention; ``segment`` makes them one more segment, with the remaining words; ``free`` only lowers their
+            scores for the phrases and for the segments of others. The latter two suit layouts of a few boxes.
+        mask_resize: how regions are resized to each layer's grid, as for :class:`~localctl.control.RegionBias`.
+        memory_limit: MiB that the scores of one layer may take; queries are processed in parts to stay below it. May be
             infinite.
 
     Raises:
-        ValueError: a weight or limit out of range, or a window that is none; when attached, as for
-            :func:`localctl.phrases.token_positions`.
+        ValueError: a weight or limit out of range, or an invalid window; when attached, as for
+            :func:`localctl.tokens.token_positions`.
     """
 
     w_cross: float = 1.0
@@ -72,13 +73,16 @@ class DenseModulation(RegionControl):
         for name in ("w_cross", "w_self", "size_regularisation"):
             check_strength(name, getattr(self, name))
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} lies in [0, 1], not {getattr(self, name)}; scores would leave their range.")
+                raise ValueError(
+                    f"{name} of DenseModulation must lie in [0, 1], not {getattr(self, name)}; beyond, scores would "
+                    "leave their range."
+                )
         check_strength("decay", self.decay)
         if self.decay < 0:
-            raise ValueError(f"The decay of DenseModulation is at least 0, not {self.decay}.")
+            raise ValueError(f"The decay of DenseModulation must be at least 0, not {self.decay}.")
         check_choice("rest", self.rest, RESTS)
         if not self.memory_limit > 0:
-            raise ValueError(f"The memory limit is a positive number of MiB, not {self.memory_limit}.")
+            raise ValueError(f"The memory_limit must be a positive number of MiB, not {self.memory_limit}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         self.check_strengths(layouts)
@@ -87,18 +91,18 @@ class DenseModulation(RegionControl):
 
 @dataclass(frozen=True)
 class _Segments:
-    """The segments of all rows with the prompt on a layer's grid; s is the number of segments, the rest among them."""
+    """The segments of all rows with the prompt on a layer's grid; s: the number of segments, including the rest."""
 
     member: Tensor  # (n,s,Q) 0 or 1
     strength: Tensor  # (n,s,1)
     size: Tensor  # (n,Q,1): 1 - size_regularisation * area_i
     own: Tensor  # (n,Q,1): the strength of each cell's own segments
-    free: Tensor  # (n,Q,1): what each cell's attention to tokens of no phrase gets, -own, own or 0
+    free: Tensor  # (n,Q,1): the amount for tokens of no phrase, -own, own or 0
 
     def cross(self, words: Tensor, queries: slice) -> Tensor:
-        """(n,q,K): lambda_i / (w (t/1000)^decay), negative where a cell and a token do not belong together.
+        """Return lambda_i / (w (t/1000)^decay), (n,q,K), negative where a cell and a token do not belong together.
 
-        ``words`` (n,s,K): 1 where a token is of a segment's phrase.
+        ``words`` (n,s,K): 1 where a token belongs to a segment's phrase.
         """
         member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
         inside = member @ (words * self.strength)
@@ -107,7 +111,7 @@ class _Segments:
         return (inside - outside + others * self.free[:, queries]) * self.size[:, queries]
 
     def self_(self, queries: slice) -> Tensor:
-        """(n,q,Q): the same for cells and cells."""
+        """Return the same for pairs of cells, (n,q,Q)."""
         member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
         together = (member @ self.member) > 0
         inside = torch.zeros_like(together, dtype=member.dtype)
@@ -153,7 +157,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return bool(weight) and bool(self.active(context))
 
     def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
-        # Four tensors of this size at once: scores, their target, the mask of all rows and one of the processor's.
+        # Four float32 tensors of this size at once: scores, their target, the mask of all rows, the processor's own.
         per_query = 4 * 4 * scores.hidden_states.shape[0] * scores.attn.heads * scores.keys
         return max(1, int(min(self.control.memory_limit * 2**20 / per_query, layer.cells)))
 
@@ -173,8 +177,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return target.sub_(block).mul_(signed.abs_().mul_(amount)[:, None])
 
     def _segments_at(self, context: CallContext, layer: AttentionLayer) -> _Segments:
-        """Return the segments on the layer's grid; those of the last layer are kept, the parts of its queries ask
-        again."""
+        """Return the segments on the layer's grid; the last result is cached for the parts of a layer's queries."""
         strengths = tuple(self.regions.strengths(layout, context) for layout in context.guided_layouts)
         key = (layer.size, context.guided_layouts, strengths, context.device)
         if self._segments[0] != key or self._segments[1] is None:
@@ -202,7 +205,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
             member[:, -1] = 1 - covered
         area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
         if self.control.rest == "free":
-            # One more without strength, so that scores among its cells stay; its size counts nowhere.
+            # One more segment with strength 0, which leaves the scores among its cells unchanged.
             member[:, -1], strength[:, -1] = 1 - covered, 0
         size = (1 - self.control.size_regularisation * area).clamp(min=0)
         free = torch.where(covered > 0, -own, rest * own)
@@ -211,7 +214,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return _Segments(*tensors)
 
     def _words(self, context: CallContext, segments: _Segments, keys: int) -> Tensor:
-        """(n,s,K): 1 where a token is of a segment's phrase."""
+        """Return (n,s,K): 1 where a token belongs to a segment's phrase."""
 
         def make(layout: int) -> Tensor:
             words = torch.zeros(segments.member.shape[1], keys)

@@ -1,12 +1,12 @@
-"""Forward guidance: the cross-attention of a phrase is mixed with a smooth window over its region, without gradients.
+"""Forward guidance: mix the cross-attention of a phrase with a smooth window over its region, without gradients.
 
-The forward form of arXiv 2304.03373. With A_uk the probability that cell u looks at token k of region r, and g_r a
+The forward form of arXiv 2304.03373. With A_uk the attention probability of cell u for token k of region r, and g_r a
 window over the region that sums to 1,
 
     A_uk <- (1 - strength) A_uk + strength g_r(u) sum_v A_vk,
 
-so each token keeps its share of attention and the part ``strength`` of it moves into the region. Each cell's
-probabilities are then brought back to a sum of 1.
+so that each token keeps its share of attention and the fraction ``strength`` of it moves into the region. Each cell's
+probabilities are then normalised to a sum of 1 again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from localctl.control.regions import BoundRegionControl, BoundRegions, RegionCon
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
-_FLOOR = 1e-6  # of a mixed probability; its logarithm stays finite where strength is 1
+_FLOOR = 1e-6  # the smallest mixed probability, so that its logarithm is finite where strength is 1
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class ForwardGuidance(RegionControl):
     """Mix each phrase's attention map with a window over its region.
 
     Args:
-        strength: in [0, 1]; a region's own multiplies it. 0 = no effect.
+        strength: in [0, 1]; a region's own strength multiplies it. 0 = no effect.
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
             region's own window applies within it.
         sites: the layers to steer, as for :class:`~localctl.control.layout_guidance.LayoutGuidance`; None = all.
-        mask_resize: how regions are brought to each layer's grid.
+        mask_resize: how regions are resized to each layer's grid.
 
     Raises:
-        ValueError: a strength out of range, also of a region; a window that is none; when attached, sites that the
-            denoiser does not have, or as for :func:`localctl.phrases.token_positions`.
+        ValueError: a strength out of range, also of a region; an invalid window; when attached, sites that the denoiser
+            does not have, or as for :func:`localctl.tokens.token_positions`.
     """
 
     strength: float = 0.8
@@ -54,7 +54,7 @@ class ForwardGuidance(RegionControl):
         super().__post_init__()
         check_strength("strength", self.strength)
         if not 0 <= self.strength <= 1:
-            raise ValueError(f"The strength of ForwardGuidance lies in [0, 1], not {self.strength}.")
+            raise ValueError(f"The strength of ForwardGuidance must lie in [0, 1], not {self.strength}.")
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         self.check_strengths(layouts, self.strength)
@@ -79,7 +79,7 @@ class _BoundForward(BoundRegionControl[ForwardGuidance]):
     ) -> Tensor | None:
         active = tuple(self._strengths(layout, context) for layout in context.guided_layouts)
         key = (layer.size, scores.keys, active)
-        # (n,2,Q,K): of each cell and token, the part that is moved and the window; another shape than other controls'
+        # (n,2,Q,K): for each cell and token, the fraction of attention that is moved, and the window
         maps = self.regions.per_row(context, key, lambda layout: self._maps(layout, context, layer, scores.keys))
         if maps is None:
             return None
@@ -106,13 +106,13 @@ class _BoundForward(BoundRegionControl[ForwardGuidance]):
 
 
 def _window(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(Q,): a region's mask times a Gaussian round its middle, twice as wide as the region's spread; sums to 1."""
+    """Return a window (Q,) that sums to 1: the mask times a Gaussian at its centre, twice as wide as its spread."""
     rows, columns = (torch.arange(count, dtype=torch.float32) for count in size)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)  # (2,Q)
     weight = mask / mask.sum()
-    middle = (grid * weight).sum(dim=1, keepdim=True)
-    # Within a single cell the spread is that of the cell.
-    spread = ((grid - middle).square() * weight).sum(dim=1, keepdim=True) + 1 / 12
-    window = mask * torch.exp(-((grid - middle).square() / (2 * 4 * spread)).sum(dim=0))
+    centre = (grid * weight).sum(dim=1, keepdim=True)
+    # 1 / 12 is the variance within one cell, so that a region of a single cell has a spread, too.
+    spread = ((grid - centre).square() * weight).sum(dim=1, keepdim=True) + 1 / 12
+    window = mask * torch.exp(-((grid - centre).square() / (2 * 4 * spread)).sum(dim=0))
     assert math.isfinite(float(window.sum()))
     return window / window.sum()

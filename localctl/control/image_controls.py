@@ -1,5 +1,5 @@
-"""Controls that follow a condition inside a mask: the trained LocalAdapter, and a ControlNet (arXiv 2302.05543) as the
-baseline beside it."""
+"""Controls that follow a condition inside a mask: the trained LocalAdapter, and a ControlNet (arXiv 2302.05543) as
+baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 from localctl.masks import MASK_RESIZE, mask_feature
 
-_ADDED = ("text_embeds", "time_ids")  # of SDXL; an IP-Adapter's images are not for ControlNets
+_ADDED = ("text_embeds", "time_ids")  # SDXL's inputs; ControlNets do not take an IP-Adapter's images
 
 
 @dataclass(eq=False)
@@ -27,16 +27,16 @@ class LocalAdapterControl(Control):
 
     Args:
         adapter: the trained adapter; it stays on its own device and in its own dtype.
-        condition: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W) for all layouts, or one per layout:
-            a list, or a tensor (n, C, H, W). Numbers in [0, 1]; read as float32 (n, C, H, W).
-        mask: the same with one channel, 1 or white = controlled; read as float32 (n, 1, H, W). n may be 1 or the number
+        condition: for all layouts, a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W); or one per layout,
+            as a list or a tensor (n, C, H, W). Values in [0, 1]; stored as float32 (n, C, H, W).
+        mask: the same with one channel, 1 or white = controlled; stored as float32 (n, 1, H, W). n is 1 or the number
             of layouts.
-        weight: factor of the features, or one for each level of them, finest first. Several controls on one base add
-            up.
+        weight: factor of the features, or one factor per level, finest first. The features of several controls on one
+            base are summed.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
 
     Raises:
-        ValueError: shapes, sizes, channels, ranges or the window do not fit.
+        ValueError: an invalid window, or shapes, sizes, channels or ranges that do not fit.
     """
 
     adapter: LocalAdapter
@@ -58,7 +58,7 @@ class LocalAdapterControl(Control):
         self.condition, self.mask = as_condition(self.condition, channels), as_mask(self.mask)
         if self.condition.shape[1] != channels:
             raise ValueError(
-                f"The condition has {self.condition.shape[1]} channels but the adapter was made for {channels}; "
+                f"The condition has {self.condition.shape[1]} channels but the adapter takes {channels}; "
                 "use the kind of condition it was trained with."
             )
         _check_mask(self.mask, self.condition)
@@ -69,15 +69,15 @@ class LocalAdapterControl(Control):
 
 
 def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
-    """Return the weight, or those of the levels as a tuple. ValueError unless they are finite numbers, one per
-    level."""
+    """Return the weight, or the tuple of one weight per level. ValueError unless all are finite, one per level."""
     if not isinstance(weight, Sequence):
         check_strength("weight", weight)
         return weight
     weights = tuple(weight)
     if len(weights) != levels:
         raise ValueError(
-            f"There are {len(weights)} weights for {levels} levels of features; give one weight for all or one each."
+            f"There are {len(weights)} weights for {levels} levels of features; give one weight for all levels or one "
+            "per level."
         )
     for one in weights:
         check_strength("weight", one)
@@ -85,7 +85,7 @@ def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tup
 
 
 class _BoundLocalAdapter(BoundControl):
-    """Runs the adapter once and keeps the features while the layouts are the same."""
+    """Runs the adapter once and caches the features as long as the layouts stay the same."""
 
     def __init__(self, control: LocalAdapterControl, denoiser: Denoiser) -> None:
         self.control = control
@@ -129,30 +129,31 @@ class _BoundLocalAdapter(BoundControl):
         if features != wanted[: len(features)]:
             raise ValueError(
                 f"The adapter makes features of shapes {features} but the {self.denoiser.name} takes {wanted}; "
-                "this adapter belongs to another kind of base."
+                "use an adapter that was trained for this kind of base."
             )
 
 
 @dataclass(eq=False)
 class MaskedControlNet(Control):
-    """Follow ``condition`` inside ``mask``: each of the ControlNet's residuals is multiplied by the mask resized to its
-    own (h, w). A full mask is diffusers' ``StableDiffusionControlNetPipeline``, an all-zero one the base alone.
+    """Follow ``condition`` inside ``mask`` with a ControlNet.
+
+    Each of the ControlNet's residuals is multiplied by the mask resized to the residual's (h, w). A full mask gives the
+    result of diffusers' ``StableDiffusionControlNetPipeline``, an all-zero mask that of the base alone.
 
     Args:
         controlnet: a diffusers ``ControlNetModel`` for the pipeline's base; it stays on its own device.
-        condition: a PIL image, an array or a tensor, or one per layout, as for
-            :class:`LocalAdapterControl`. One channel stands for as many as the
-            ControlNet takes.
+        condition: a PIL image, an array or a tensor, or one per layout, as for :class:`LocalAdapterControl`. A single
+            channel is repeated for all channels that the ControlNet takes.
         mask: the same with one channel, 1 or white = controlled.
         weight: factor of the residuals.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
-        mask_resize: how the mask comes to each residual's size (``masks.MASK_RESIZE``).
-        guess_mode: as diffusers' ControlNet pipelines define it, for conditions that need no words: only the rows of
+        mask_resize: how the mask is resized to each residual's (h, w), one of ``masks.MASK_RESIZE``.
+        guess_mode: as diffusers' ControlNet pipelines define it, for conditions that need no prompt: only the rows of
             the prompt are controlled, and the residuals are scaled by 0.1 at the finest level up to 1 in the middle.
 
     Raises:
-        ValueError: shapes, sizes, channels, ranges, the window or the base do not fit, or the ControlNet pools its
-            residuals over the image, which leaves them no place to be masked.
+        ValueError: an invalid window; shapes, sizes, channels, ranges or a base that do not fit; a ControlNet that
+            pools its residuals over the image, so that they cannot be masked.
     """
 
     controlnet: ControlNetModel
@@ -166,15 +167,23 @@ class MaskedControlNet(Control):
 
     def __post_init__(self) -> None:
         if not isinstance(self.controlnet, ControlNetModel):
-            raise ValueError(f"The ControlNet is a {type(self.controlnet).__name__}, not diffusers' ControlNetModel.")
+            raise ValueError(
+                f"The controlnet is a {type(self.controlnet).__name__}, not a diffusers ControlNetModel; load it with "
+                "ControlNetModel.from_pretrained."
+            )
         if self.controlnet.config.global_pool_conditions:
-            raise ValueError("This ControlNet pools its residuals over the image, so no mask applies; use another.")
+            raise ValueError(
+                "This ControlNet pools its residuals over the image, so they cannot be masked; use another one."
+            )
         check_choice("mask_resize", self.mask_resize, MASK_RESIZE)
         check_window(self.start, self.end)
         self.condition, self.mask = as_condition(self.condition), as_mask(self.mask)
         wanted, channels = self.controlnet.config.conditioning_channels, self.condition.shape[1]
         if channels not in (1, wanted):
-            raise ValueError(f"The condition has {channels} channels but this ControlNet was made for {wanted}.")
+            raise ValueError(
+                f"The condition has {channels} channels but this ControlNet takes {wanted}; use the kind of condition "
+                "it was trained with."
+            )
         self.condition = self.condition.expand(-1, wanted, -1, -1)  # (n,C,H,W)
         _check_mask(self.mask, self.condition)
 
@@ -200,7 +209,7 @@ class _BoundControlNet(BoundControl):
         condition = _rows_of(control.condition, layouts).to(**place)  # (r,C,H,W)
         timestep = inputs.timestep
         down, middle = net(
-            inputs.sample[rows, : net.config.in_channels].to(**place),  # inpainting has more
+            inputs.sample[rows, : net.config.in_channels].to(**place),  # an inpainting U-Net has more channels
             timestep[rows] if isinstance(timestep, Tensor) and timestep.ndim else timestep,
             inputs.text[rows].to(**place),
             condition,
@@ -216,32 +225,32 @@ class _BoundControlNet(BoundControl):
             mask_feature(residual, mask, control.mask_resize).to(context.device, context.dtype)
             for residual in (*down, middle)
         ]
-        left_out = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
-        if left_out:
-            masked = [torch.cat([residual.new_zeros(left_out, *residual.shape[1:]), residual]) for residual in masked]
+        skipped = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
+        if skipped:
+            masked = [torch.cat([residual.new_zeros(skipped, *residual.shape[1:]), residual]) for residual in masked]
         return BlockResiduals(masked[:-1], masked[-1])
 
 
 def _check_mask(mask: Tensor, condition: Tensor) -> None:
-    """ValueError unless ``mask`` (n,1,H,W) is of the size of ``condition`` (n,C,H,W)."""
+    """Raise a ValueError unless ``mask`` (n,1,H,W) has the size of ``condition`` (n,C,H,W)."""
     if mask.shape[-2:] != condition.shape[-2:]:
         raise ValueError(
             f"The mask is {mask.shape[-1]}x{mask.shape[-2]} pixels but the condition is "
-            f"{condition.shape[-1]}x{condition.shape[-2]}; they must be of one size."
+            f"{condition.shape[-1]}x{condition.shape[-2]}; resize one to the size of the other."
         )
 
 
 def _check_counts(condition: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> None:
-    """ValueError unless there is one condition and one mask for all layouts, or one each."""
+    """Raise a ValueError unless there is one condition and one mask for all layouts, or one per layout."""
     for name, tensor in (("condition", condition), ("mask", mask)):
         if tensor.shape[0] not in (1, len(layouts)):
             raise ValueError(
-                f"There are {tensor.shape[0]} {name}s for {len(layouts)} layouts; give one for all or one each."
+                f"There are {tensor.shape[0]} {name}s for {len(layouts)} layouts; give one for all or one per layout."
             )
 
 
 def _check_size(condition: Tensor, image_size: tuple[int, int]) -> None:
-    """ValueError unless the image, (H, W) in pixels, is of the condition's size."""
+    """Raise a ValueError unless the image, (H, W) in pixels, has the condition's size."""
     if tuple(condition.shape[-2:]) != image_size:
         raise ValueError(
             f"The condition is {condition.shape[-1]}x{condition.shape[-2]} pixels but the image is "
@@ -250,5 +259,5 @@ def _check_size(condition: Tensor, image_size: tuple[int, int]) -> None:
 
 
 def _rows_of(tensor: Tensor, layouts: Sequence[int]) -> Tensor:
-    """Return the rows of these layouts; a single row stands for every layout."""
+    """Return the rows of these layouts; a single row is used for every layout."""
     return tensor.expand(len(layouts), -1, -1, -1) if tensor.shape[0] == 1 else tensor[list(layouts)]

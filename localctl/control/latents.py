@@ -1,6 +1,6 @@
-"""The latents of a diffusers scheduler: where on its schedule a call of the denoiser stands, and shifts between steps.
+"""A diffusers scheduler: the place of a denoiser call on its schedule, and shifts of its latents between steps.
 
-A shift is made at the denoiser's input and in the scheduler's step alike.
+A shift is added both to the denoiser's input and in the scheduler's own step.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The signal that is left where a schedule says none is (rescale_betas_zero_snr): diffusers' own, in the schedulers that
-# need a finite noise level. sigma is then 4096.
+# Used in place of abar = 0 (rescale_betas_zero_snr), as diffusers' schedulers with finite noise levels do; sigma is
+# then 4096.
 SIGNAL_FLOOR = 2**-24
 
-# What the scheduler's latents are: variance preserving, as the denoiser sees them, or exploding, x = z / sqrt(abar).
+# The scale of the scheduler's latents: variance preserving, as for the denoiser, or exploding, x = z / sqrt(abar).
 _PRESERVING = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler")
 _EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 
@@ -26,33 +26,32 @@ Visits = tuple[int | None, int | None]  # see steps_of_call
 
 
 def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
-    """Which of the outer sampling steps ``timestep`` belongs to, and how many there are.
+    """Return the outer sampling step that ``timestep`` belongs to, and the number of outer steps.
 
-    Second-order schedulers visit two timesteps in one step, and Heun visits each twice: then ``step_index``, where the
-    scheduler keeps one, tells the visits apart. ValueError for a timestep that is not on the schedule.
+    Second-order schedulers visit two timesteps in one step, and Heun visits each twice: then the scheduler's
+    ``step_index``, if it has one, tells the visits apart. ValueError for a timestep that is not on the schedule.
     """
     times = _times(scheduler)
     return _outer_step(scheduler, times, _position(scheduler, times, timestep))
 
 
 def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)) -> tuple[int, int]:
-    """Return the first outer step of a call of the pipeline that begins at ``timestep``, and how many outer steps it
-    makes.
+    """Return the first outer step of a pipeline call that begins at ``timestep``, and its number of outer steps.
 
-    ``visits``: what a pipeline says of it, as far as it does: how many of the schedule's timesteps it visits, which
-    several count before ``denoising_end`` cuts them; and the total of its progress bar, which are outer steps, or
-    timesteps where the call ends early. ValueError as for :func:`outer_step`.
+    ``visits``: two counts that the pipeline may give, each or None. The number of the schedule's timesteps that the
+    call visits, which several pipelines count before ``denoising_end`` shortens them; and the total of the progress
+    bar, which counts outer steps, or timesteps where the call ends early. ValueError as for :func:`outer_step`.
     """
     times = _times(scheduler)
     position = _position(scheduler, times, timestep)
     first, num_steps = _outer_step(scheduler, times, position)
     visited, total = visits
     visited = len(times) - position if visited is None else visited
-    # Of a whole call, the total is that of its outer steps; PNDM visits one timestep more than it was asked for.
+    # For a complete call, the total counts outer steps; PNDM visits one timestep more than num_inference_steps.
     extra = len(times) - (scheduler.num_inference_steps or len(times)) if getattr(scheduler, "order", 1) == 1 else 0
     if total is not None and total != num_steps - first and total + extra < visited:
         visited = total
-    # Of several visits it may be the last that this call begins at.
+    # If the schedule visits this timestep several times, the call may begin at the last visit.
     latest = len(times) - 1 - times[::-1].index(timestep)
     if latest + visited >= len(times):
         return first, num_steps - first
@@ -65,7 +64,7 @@ def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int,
     if order > 1:
         return position // order, -(-len(times) // order)
     # PNDM repeats a timestep while it warms up. If it starts with Runge-Kutta, it has half steps as well, and the
-    # count below is out by one at most.
+    # count below is off by at most one.
     distinct = [time for time, _ in itertools.groupby(times)]
     position = distinct.index(times[position])
     num_steps = min(scheduler.num_inference_steps or len(distinct), len(distinct))
@@ -75,20 +74,20 @@ def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int,
 def sigma_at(scheduler: Any, timestep: float) -> float:
     """Return the noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
 
-    Schedulers that choose their noise levels themselves (``sigmas``: Euler, DPM++, LMS, with Karras' spacing too) are
-    taken at their word, the others by ``alphas_cumprod`` at the timestep. Where no signal is left, sigma is what
-    ``SIGNAL_FLOOR`` makes it. ValueError for a timestep off the schedule.
+    For schedulers that have their own noise levels (``sigmas``: Euler, DPM++, LMS, also with Karras' spacing) these are
+    used; for others, ``alphas_cumprod`` at the timestep. Where no signal is left, abar is ``SIGNAL_FLOOR``. ValueError
+    for a timestep that is not on the schedule.
     """
     times = _times(scheduler)
     position = _position(scheduler, times, timestep)
     sigmas = getattr(scheduler, "sigmas", None)
-    # DPM2 keeps the levels of the steps in between elsewhere; the timestep says them, too.
+    # DPM2 stores the levels of its intermediate steps elsewhere; for it, alphas_cumprod at the timestep is used.
     if sigmas is not None and len(sigmas) > position and not hasattr(scheduler, "sigmas_interpol"):
         sigma = float(sigmas[position])
         return sigma if math.isfinite(sigma) else math.exp(_log_level(0.0))
     last = len(scheduler.alphas_cumprod) - 1
     timestep = min(max(timestep, 0.0), float(last))
-    below = int(timestep)  # this runs at every call of the denoiser, so only the two neighbours are looked at
+    below = int(timestep)  # this runs at every call of the denoiser, so only the two neighbours are read
     low, high = (_log_level(float(scheduler.alphas_cumprod[index])) for index in (below, min(below + 1, last)))
     return math.exp(low + (timestep - below) * (high - low))
 
@@ -106,8 +105,11 @@ def _position(scheduler: Any, times: list[float], timestep: float) -> int:
     """Return the index of ``timestep`` in the schedule's ``times``."""
     found = [position for position, time in enumerate(times) if time == timestep]
     if not found:
-        raise ValueError(f"The U-Net was called at timestep {timestep}, which is not on the pipeline's schedule.")
-    # Before the first step only the index to begin at is known, and that only where a call does not begin at 0.
+        raise ValueError(
+            f"The denoiser was called at timestep {timestep}, which is not on the pipeline's schedule; call it at the "
+            "scheduler's timesteps."
+        )
+    # Before the first step only begin_index is known, and only where a call does not begin at 0.
     for name in ("step_index", "begin_index"):
         index: Any = getattr(scheduler, name, None)
         if index is not None:
@@ -116,28 +118,29 @@ def _position(scheduler: Any, times: list[float], timestep: float) -> int:
 
 
 def check_shiftable(scheduler: Any) -> None:
-    """ValueError for a scheduler that would lose a shift of the latents, or whose steps are not known to keep it."""
+    """Raise a ValueError for a scheduler that would lose a shift of the latents, or is not known to keep it."""
     name = type(scheduler).__name__
     check_shiftable_kind(name)
     if name == "PNDMScheduler" and not scheduler.config.skip_prk_steps:
         raise ValueError(
-            "PNDMScheduler starts with Runge-Kutta steps, which lose what a control moves; set skip_prk_steps=True."
+            "PNDMScheduler starts with Runge-Kutta steps, which would lose a control's shift of the latents; set "
+            "skip_prk_steps=True."
         )
 
 
 def check_shiftable_kind(name: str) -> None:
-    """As :func:`check_shiftable`, as far as the name of the scheduler's class says it."""
+    """Do the part of :func:`check_shiftable` that needs only the name of the scheduler's class."""
     if name not in (*_PRESERVING, *_EXPLODING):
         raise ValueError(
-            f"{name} does not carry latents that a control moves from step to step; use DDIM, DDPM, PNDM, Euler, "
-            "Euler ancestral, DPM++ 2M (DPMSolverMultistepScheduler) or LMS."
+            f"{name} would lose a control's shift of the latents between steps; use DDIM, DDPM, PNDM, Euler, Euler "
+            "ancestral, DPM++ 2M (DPMSolverMultistepScheduler) or LMS."
         )
 
 
 class SchedulerShift:
-    """Adds a shift to the ``sample`` of the next ``scheduler.step``, once, on this one scheduler.
+    """Adds a shift to the ``sample`` of the next ``scheduler.step`` of one scheduler, once.
 
-    The wrapper stands on the instance from :meth:`add` until that step, or until :meth:`undo`.
+    The method is wrapped on the instance from :meth:`add` until that step, or until :meth:`undo`.
     """
 
     def __init__(self) -> None:
@@ -145,7 +148,7 @@ class SchedulerShift:
         self._own: Any = None
 
     def add(self, scheduler: Any, shift: Tensor, sigma: float) -> None:
-        """``shift`` (n, c, h, w) in the denoiser's scale, z; ``sigma``: the noise level of the step."""
+        """Wrap ``scheduler.step``. ``shift``: (n, c, h, w) in the denoiser's scale, z; ``sigma``: the noise level."""
         self.undo()
         exploding = type(scheduler).__name__ in _EXPLODING
         if exploding:
@@ -167,7 +170,7 @@ class SchedulerShift:
         scheduler.step = shifted
 
     def undo(self) -> None:
-        """Take the wrapper away; without one, nothing happens."""
+        """Remove the wrapper; does nothing without one."""
         if self._scheduler is None:
             return
         if self._own is None:
@@ -178,14 +181,14 @@ class SchedulerShift:
 
 
 def _shift_first_sample(scheduler: Any, timestep: Any, shift: Tensor) -> None:
-    """PNDM's second call repeats its first step from the latents kept then, so the shift has to be made there.
+    """Shift the latents that PNDM stored in its first step, from which its second call repeats that step.
 
     They are one step noisier; a step scales its sample by the ratio of sqrt(abar), so the result moves by ``shift``.
     """
-    kept = scheduler.cur_sample
-    if scheduler.counter != 1 or kept is None:
+    first_sample = scheduler.cur_sample
+    if scheduler.counter != 1 or first_sample is None:
         return
     abars = scheduler.alphas_cumprod
     before = int(timestep) + scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     ratio = float((abars[before] / abars[int(timestep)]).sqrt())
-    scheduler.cur_sample = kept + shift.to(kept) * ratio
+    scheduler.cur_sample = first_sample + shift.to(first_sample) * ratio

@@ -1,10 +1,10 @@
-"""Layout guidance: the gradient of an energy of the attention maps moves the latents, so that objects find their place.
+"""Layout guidance: move the latents along the gradient of an energy of the attention maps.
 
 The method of arXiv 2304.03373. With A_uk the cross-attention of cell u to token k, for each head of each layer,
 
     E = mean over sites, heads, regions r and their tokens k of (1 - sum_{u in r} A_uk / sum_u A_uk)^2,
 
-and in variance-exploding coordinates x = z / sqrt(abar), before the first steps, up to five times,
+and up to five times before each of the first steps, in variance-exploding coordinates x = z / sqrt(abar),
 
     x <- x - scale * sigma^2 * grad_x E,   which is   z <- z - scale * (1 - abar) * grad_z E.
 """
@@ -34,22 +34,22 @@ class LayoutGuidance(RegionControl):
     Args:
         scale: factor of the energy's gradient.
         iterations: at most this many moves before each step.
-        threshold: an image is not moved (again) once its energy is at most this.
-        recheck: look anew in every step. False, as published: the energy is looked at after each move, the last one
-            included, and an image that has once come to the threshold is left alone for the rest of the call.
+        threshold: the latents of an image are not moved (again) once its energy is at most this.
+        recheck: compare the energy with the threshold anew in every step. False, as published: an image whose energy
+            once reaches the threshold, also after the last move of a step, is not moved for the rest of the call.
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
-            the first 10 of 50. Each region's own window applies within it; its strength weighs its part of the energy.
-        sites: where the energy is read, each by the part of the denoiser and how much coarser than the latents it is:
-            ``mid``, ``up/4``, ``down/2`` ...; None, the middle block and the first up block with cross-attention.
-            :mod:`localctl.control.presets` has those of the known bases.
-        mask_resize: how regions are brought to each layer's grid; ``floor`` is the published form for boxes, which
+            the first 10 of 50. Each region's own window applies within it; its strength weights its part of the energy.
+        sites: the layers whose attention gives the energy, by the part of the denoiser and how much coarser than the
+            latents they are: ``mid``, ``up/4``, ``down/2`` ...; None: the middle block and the first up block with
+            cross-attention. :mod:`localctl.control.presets` has the sites of the known bases.
+        mask_resize: how regions are resized to each layer's grid; ``floor`` is the published form for boxes, which
             moves them by up to a cell.
-        early_exit: end each run of the denoiser behind the last layer that is needed.
+        early_exit: end each run of the denoiser after the last layer that is needed.
 
     Raises:
-        ValueError: a number out of range, a window that is none; when attached, sites that the denoiser does not have,
+        ValueError: a number out of range or an invalid window; when attached, sites that the denoiser does not have,
             weights that let no gradients pass, a scheduler that cannot be guided, or as for
-            :func:`localctl.phrases.token_positions`.
+            :func:`localctl.tokens.token_positions`.
     """
 
     scale: float = 30.0
@@ -67,9 +67,11 @@ class LayoutGuidance(RegionControl):
         for name in ("scale", "threshold"):
             check_strength(name, getattr(self, name))
             if getattr(self, name) < 0:
-                raise ValueError(f"The {name} of LayoutGuidance is at least 0, not {getattr(self, name)}.")
+                raise ValueError(f"The {name} of LayoutGuidance must be at least 0, not {getattr(self, name)}.")
         if not isinstance(self.iterations, int) or self.iterations < 0:
-            raise ValueError(f"The iterations of LayoutGuidance are a count from 0, not {self.iterations!r}.")
+            raise ValueError(
+                f"The iterations of LayoutGuidance must be a whole number from 0, not {self.iterations!r}."
+            )
 
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         regions = BoundRegions(pipe, layouts, self.mask_resize)
@@ -83,7 +85,7 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
     def __init__(self, control: LayoutGuidance, regions: BoundRegions, layers: Sequence[str]) -> None:
         super().__init__(control, regions)
         self.layers = tuple(layers)
-        self._done: set[int] = set()  # images of this call that are left alone from here on
+        self._done: set[int] = set()  # images that are not moved for the rest of this call
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
@@ -109,8 +111,10 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
         return moved - latents if any_move else None
 
     def _gradient(self, latents: Tensor, images: Sequence[int], run: RunDenoiser) -> tuple[Tensor, list[int]]:
-        """Return the energy's gradient for those of the images that are to be moved, and which these are: those above
-        the threshold; without ``recheck`` also those that have come to it, for the last time."""
+        """Return the energy's gradient (m, c, h, w) for the images to move, and their numbers.
+
+        These are the images above the threshold; without ``recheck`` also, once more, those that have just reached it.
+        """
         with torch.inference_mode(False):
             point = latents[list(images)].detach().requires_grad_()
         reader = EnergyReader(self)
@@ -118,15 +122,15 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
             energy = reader.energy()  # (m,)
             if self.control.recheck and not bool(((energy > self.control.threshold) | energy.isnan()).any()):
                 return point.detach()[:0], []
-            # In half precision, a gradient times 30 keeps more digits.
+            # Scaling the energy keeps more digits of the gradient in half precision.
             scale = max(self.control.scale, 1.0)
             gradient = torch.autograd.grad(energy.sum() * scale, point)[0].float() / scale
         finite = energy.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             lost = [images[row] for row in (~finite).nonzero().flatten().tolist()]
             warnings.warn(
-                f"Layout guidance left out a step of image {', '.join(map(str, lost))} of this batch: its gradient "
-                "is not finite; try float32 or a smaller scale.",
+                f"Layout guidance skipped a move of image {', '.join(map(str, lost))} of this batch because the "
+                "gradient is not finite; try float32 or a smaller scale.",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -138,19 +142,19 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
         return gradient[chosen], [images[row] for row in chosen.tolist()]
 
     def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        """Return the weight of each region's energy in this step; 1 / (regions that count), times the region's
-        strength."""
+        """Return the weight of each region's energy in this step: its strength / (number of active regions)."""
         active = self.regions.phrase_strengths(layout, context)
         count = sum(bool(strength) for strength in active)
         return tuple(strength / max(1, count) for strength in active)
 
 
 class EnergyReader(BoundControl):
-    """Adds up the energy over the layers of one run of the denoiser, and ends the run behind the last."""
+    """Computes the energy over the layers of one run of the denoiser, and ends the run after the last one."""
 
     def __init__(self, guidance: BoundGuidance) -> None:
         self.guidance = guidance
-        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}  # of the queries, by layer: inside and everywhere
+        # By layer, for each part of its queries: the attention inside the regions and everywhere.
+        self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._energies: dict[str, Tensor] = {}
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
@@ -159,7 +163,7 @@ class EnergyReader(BoundControl):
     def read_attention(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
-        # Under gradient checkpointing, layers run twice. The same must then be computed, but not counted, again.
+        # Under gradient checkpointing, layers run twice. The second run must compute the same but must not be counted.
         again = layer.name in self._energies
         regions, keys = self.guidance.regions, scores.keys
         masks = regions.per_row(context, ("masks", layer.size), lambda layout: self._masks(layout, layer))  # (n,r,Q)
@@ -175,7 +179,7 @@ class EnergyReader(BoundControl):
         del self._parts[layer.name]
         inside, everywhere = (torch.stack(column).sum(dim=0) for column in zip(*parts, strict=True))
         weights = self._weights(context, keys)
-        # Where attention is sharp, some tokens' is 0 everywhere, and 0 / 0 spoils the sum even at weight 0.
+        # Where attention is sharp, that to some tokens is 0 everywhere, and 0 / 0 would spoil the sum even at weight 0.
         everywhere = everywhere.clamp_min(torch.finfo(everywhere.dtype).tiny)
         energy = ((1 - inside / everywhere).square().mean(dim=1) * weights).sum(dim=(1, 2))  # (n,)
         if not again:
@@ -184,12 +188,12 @@ class EnergyReader(BoundControl):
                 raise EndOfRun
 
     def energy(self) -> Tensor:
-        """(n,): the mean over the layers."""
+        """Return the energy (n,) of each image, the mean over the layers."""
         assert len(self._energies) == len(self.guidance.layers)
         return torch.stack(list(self._energies.values())).mean(dim=0)
 
     def _masks(self, layout: int, layer: AttentionLayer) -> Tensor:
-        """(r,Q), r the largest number of regions of a layout."""
+        """Return the regions' masks (r,Q); r: the largest number of regions of a layout."""
         regions = self.guidance.regions
         masks = torch.zeros(regions.most, layer.cells)
         own = regions.masks(layout, layer)
@@ -197,7 +201,7 @@ class EnergyReader(BoundControl):
         return masks
 
     def _weights(self, context: CallContext, keys: int) -> Tensor:
-        """(n,r,K): what each region's and token's part counts; a region's tokens share its weight."""
+        """Return the weight (n,r,K) of each region's and token's part of the energy; tokens share a region's weight."""
         regions = self.guidance.regions
         active = tuple(self.guidance.weights(layout, context) for layout in context.guided_layouts)
 

@@ -1,4 +1,4 @@
-"""Methods of a pipeline, watched or mended on one instance for a while."""
+"""Context managers that wrap or patch methods of one pipeline for a while."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def wrapped(
     before: Callable[[Arguments], None],
     within: Callable[[Arguments], AbstractContextManager[None]] = lambda arguments: nullcontext(),
 ) -> Iterator[None]:
-    """Call ``before`` with the bound arguments ahead of each call of a method, on this instance only; both calls run
-    ``within`` what that returns for the arguments."""
+    """Call ``before`` with the bound arguments ahead of each call of the method ``name``, on this instance only.
+
+    Both calls run inside the context manager that ``within`` returns for the arguments.
+    """
     method, own = getattr(instance, name), vars(instance).get(name)
     signature = inspect.signature(method)
 
@@ -45,7 +47,8 @@ def wrapped(
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Run ``module`` without the graph that ``module.compile()`` runs it by, hooks included; its parts keep theirs."""
+    """Run ``module`` itself, with its hooks, in place of the graph that ``module.compile()`` made; submodules keep
+    theirs."""
     own = vars(module).get("_compiled_call_impl")
     if own is None:
         yield
@@ -59,23 +62,24 @@ def uncompiled(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def skipping_layers(pipe: Any, clip_skip: int | None) -> Iterator[None]:
-    """Text encoders as ``encode_prompt`` expects them with a ``clip_skip``.
+    """Make the text encoders work with ``clip_skip`` in ``encode_prompt``.
 
-    diffusers looks for a CLIP's last norm in ``text_encoder.text_model``, which transformers 5 has no more: the text
-    encoder answers to that name for a while. ValueError for a number of layers that an encoder does not have.
+    diffusers reads a CLIP's last norm from ``text_encoder.text_model``, an attribute that transformers 5 no longer has:
+    inside this context it refers to the text encoder itself. ValueError for a number of layers that an encoder does not
+    have.
     """
     if clip_skip is None:
         yield
         return
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
     found = [encoder for encoder in encoders if encoder is not None]
-    xl = getattr(pipe, "text_encoder_2", None) is not None  # takes the last layer but one without any skip
+    xl = getattr(pipe, "text_encoder_2", None) is not None  # uses the last layer but one even without a skip
     most = min((encoder.config.num_hidden_layers for encoder in found), default=0) - xl
     if not isinstance(clip_skip, int) or not 0 <= clip_skip <= most:
         raise ValueError(f"clip_skip is a whole number from 0 to {most} with this base, not {clip_skip!r}.")
     bare = [encoder for encoder in found if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model")]
     for encoder in bare:
-        vars(encoder)["text_model"] = encoder  # not as a submodule, which would make it a part of itself
+        vars(encoder)["text_model"] = encoder  # not as a submodule, which would contain itself
     try:
         yield
     finally:

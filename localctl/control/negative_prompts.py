@@ -1,4 +1,4 @@
-"""Negative prompts of regions: what to avoid at one place only."""
+"""Negative prompts of regions: what to avoid inside one region only."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from localctl.layout import Layout
 
 @dataclass(frozen=True)
 class NegativePrompts(RegionControl):
-    """Inside its region, each region's ``negative_prompt`` takes the place of the call's.
+    """Replace the call's negative prompt by each region's ``negative_prompt`` inside the region.
 
     The cross-attention of the rows of the negative prompt becomes (1 - sum_r m_r) a + sum_r m_r a_r, with a_r the
-    layer's output for the text of region r and m_r its mask (over their sum, where that passes 1). The pooled text
-    embedding of SDXL stays that of the call. Without classifier-free guidance there is nothing to do.
+    layer's output for the text of region r and m_r its mask (divided by their sum where that exceeds 1). The pooled
+    text embedding of SDXL stays that of the call. Without classifier-free guidance this has no effect.
 
     Args:
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps).
-        mask_resize: how regions are brought to each layer's grid, as :func:`localctl.masks.resize_mask`.
+        mask_resize: how regions are resized to each layer's grid, as for :func:`localctl.masks.resize_mask`.
 
     Raises:
-        ValueError: an unknown ``mask_resize`` or a window that is none.
+        ValueError: an unknown ``mask_resize`` or an invalid window.
     """
 
     start: float = 0.0
@@ -64,7 +64,7 @@ class _BoundNegatives(BoundRegionControl[NegativePrompts]):
         return mix_texts(output, local, masks[..., None], rows)
 
     def _pairs(self, context: CallContext) -> list[tuple[int, int]]:
-        """(row, region) of all texts to mix in: rows of the negative prompt, regions in their window."""
+        """Return (row, region) of each text to mix in: rows of the negative prompt, regions active in this step."""
         rows = [row for row, conditional in enumerate(context.conditional) if not conditional]
         return [
             (row, index)

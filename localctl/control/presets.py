@@ -1,8 +1,8 @@
 """Controls by name, with the settings that suit a base: ``controls("bias+guidance", base="micro")``.
 
-Stable Diffusion's are the published ones; what is not named here has the control's own default. The embedded base has
-coarser grids and a text encoder of its own, so its settings come from ``python -m research.layout_benchmark
---tune`` and docs/log.md, on layouts that the benchmark does not use.
+For Stable Diffusion the settings are the published ones; a setting that is missing here has the control's own default.
+The embedded base has coarser grids and another text encoder, so its settings were tuned with
+``python -m research.layout_benchmark --tune`` (see docs/log.md), on layouts that the benchmark does not use.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from localctl.bases import BASES, same_base
 from localctl.sampling_settings import FREE, Sampling
 
-NONE = "none"  # in place of a control
+NONE = "none"  # the name for no control
 
 
 class _Controls(Mapping[str, type[Any]]):
-    """The classes of the controls, by name; each is imported when it is asked for."""
+    """The classes of the controls, by name; each is imported on first access."""
 
     _classes = MappingProxyType(
         {
@@ -43,19 +43,20 @@ class _Controls(Mapping[str, type[Any]]):
         return len(self._classes)
 
     def name_of(self, control: type[Any]) -> str | None:
-        """Return the name of a class, None for one that has no presets."""
-        return next((name for name, called in self._classes.items() if called == control.__name__), None)
+        """Return the name of a class, or None for a class without presets."""
+        return next((name for name, kind in self._classes.items() if kind == control.__name__), None)
 
 
 CONTROLS = _Controls()
 
-# sites None would be the middle block and the first up block with cross-attention, as published for Stable Diffusion.
+# With sites None, guidance reads the middle block and the first up block with cross-attention, as published for SD.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "sd15": {"guidance": {"sites": ("mid/8", "up/4")}},
         "sd21": {"guidance": {"sites": ("mid/8", "up/4")}},
         "sdxl": {"guidance": {"sites": ("mid/4", "up/4")}},
-        # The first third of its steps is noise (abar 0.01 at t = 670); the layout is settled in the second.
+        # In the first third of its steps there is almost only noise (abar 0.01 at t = 670); the second settles the
+        # layout.
         "micro": {
             "bias": {"strength": 2.0, "outside_strength": 2.0, "hide_phrases": True},
             "dense": {
@@ -67,7 +68,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "w_self": 1.0,
             },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
-            # Its text encoder has read no "photo", only the names of the scenes' objects.
+            # Its text encoder was trained on the names of the scenes' objects, not on "a photo of".
             "spacetime": {"weight": 1.0, "hide_phrases": True, "end": 0.7, "template": "{}"},
             "spacetime_optimized": {
                 "weight": 1.0,
@@ -80,16 +81,16 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 
-# What a control's preset changes beside another control: where attention lies in the regions already, the energy of the
-# guidance is low, and it does nothing. So they come one after the other.
+# Changes to a control's preset when another control is used too: (control, other) -> settings. While the bias holds
+# attention in the regions, the energy of the guidance is low and it does nothing, so the bias starts after it.
 BESIDE: Mapping[str, Mapping[tuple[str, str], Mapping[str, Any]]] = MappingProxyType(
     {"micro": {("bias", "guidance"): {"start": 0.6}}}
 )
 
-# What images are sampled with under a control or a composition, where nothing else is said: ``scheduler``,
-# ``guidance_scale``. Controls of attention act through the prompt's rows alone, and against a place that the first
-# noise suggests: a higher scale and fresh noise in each step let them through. Guidance moves the latents itself, and
-# fresh noise undoes some of it, unless another control holds the objects.
+# Default ``scheduler`` and ``guidance_scale`` for a control or a combination of them. Controls of attention act only
+# through the prompt's rows, and against the places that the initial noise suggests: a higher scale and fresh noise in
+# each step make them stronger. Layout guidance moves the latents themselves, and fresh noise undoes some of that,
+# unless another control holds the objects in place.
 SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "micro": {
@@ -104,17 +105,18 @@ SAMPLING: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def controls(names: str | Sequence[str], base: str = "micro", **settings: Any) -> list[Any]:
-    """Return the controls of these names, with the presets of the base and of their company.
+    """Return the controls of these names, with the presets for the base and for their combination.
 
     Args:
         names: ``bias``, ``dense``, ``guidance``, ``forward``, ``spacetime`` or ``spacetime_optimized``; several as a
             list, or joined by +. ``none`` alone for no control.
-        base: micro, sd15, sd21, sdxl, or a folder or id of one of them; for any other, each control's own defaults.
-        settings: instead of the presets', for each of the controls that has such a setting; with the control's name and
-            a dot before it, for that control alone: ``**{"bias.start": 0.5}``.
+        base: micro, sd15, sd21, sdxl, or a folder or id of one of them; for any other base, each control has its own
+            defaults.
+        settings: override the presets, in each control that has such a setting; with the control's name and a dot in
+            front, in that control alone: ``**{"bias.start": 0.5}``.
 
     Raises:
-        ValueError: an unknown name or setting, a value out of range, or controls that do not go together.
+        ValueError: an unknown name or setting, a value out of range, or controls that cannot be combined.
     """
     names = control_names(names)
     check_settings(settings, names)
@@ -122,7 +124,7 @@ def controls(names: str | Sequence[str], base: str = "micro", **settings: Any) -
 
 
 def build_controls(names: Sequence[str], base: str, settings: Mapping[str, Any]) -> list[Any]:
-    """As :func:`controls`, of separate names; a setting that none of them has is left out."""
+    """Build the controls of a list of single names, as :func:`controls`; a setting that none of them has is ignored."""
     built = []
     for name in names:
         values = dict(preset(name, base, names))
@@ -135,28 +137,29 @@ def build_controls(names: Sequence[str], base: str, settings: Mapping[str, Any])
 
 
 def control_names(words: str | Sequence[str]) -> list[str]:
-    """Return the names meant by words that may be joined by +, without ``none``. ValueError for an unknown one, or
-    names that do not go together."""
+    """Split words joined by + into names of controls, without ``none``.
+
+    ValueError for an unknown name, or names that cannot be combined.
+    """
     names = [name for word in ([words] if isinstance(words, str) else words) for name in word.split("+")]
     for name in names:
         if name not in CONTROLS and name != NONE:
             raise ValueError(f"Unknown control {name!r}; choose among {', '.join(CONTROLS)} and {NONE}.")
     if len(set(names)) < len(names) or (NONE in names and len(names) > 1):
-        raise ValueError(f"The controls {' '.join(names)} do not go together; name each once, or {NONE} alone.")
+        raise ValueError(f"The controls {' '.join(names)} cannot be combined; name each once, or {NONE} alone.")
     if {"spacetime_optimized", "guidance"} <= set(names):
-        raise ValueError("spacetime_optimized and guidance do not go together; use spacetime with guidance.")
+        raise ValueError("spacetime_optimized and guidance cannot be combined; use spacetime with guidance.")
     return [name for name in names if name != NONE]
 
 
 def setting_of(control: str, setting: str) -> str | None:
-    """Return the field of a control that ``setting`` means: its name, or control.name for one control alone; else
-    None."""
+    """Return the field of ``control`` that ``setting`` names, as "field" or "control.field"; None if it has none."""
     owner, dot, name = setting.rpartition(".")
     return name if name in _fields(control) and (not dot or owner == control) else None
 
 
 def check_settings(settings: Iterable[str], names: Sequence[str]) -> None:
-    """ValueError for a setting that none of the controls of these names has."""
+    """Raise a ValueError for a setting that none of the controls of these names has."""
     for setting in settings:
         if not any(setting_of(name, setting) for name in names):
             known = sorted({field for name in names for field in _fields(name)})
@@ -169,8 +172,10 @@ def _fields(control: str) -> list[str]:
 
 
 def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, Any]:
-    """Return the settings of a control, by its name in :data:`CONTROLS`, that suit the base, also beside the others of
-    these names; empty for one that is not known."""
+    """Return the preset settings of a control, by its name in :data:`CONTROLS`, for a base.
+
+    ``beside``: the names of all controls in use, some of which change the preset. Empty for an unknown control or base.
+    """
     values = dict(_of_base(PRESETS, base).get(control, {}))
     for (own, other), changed in _of_base(BESIDE, base).items():
         if own == control and other in beside:
@@ -179,8 +184,10 @@ def preset(control: str, base: str, beside: Sequence[str] = ()) -> Mapping[str, 
 
 
 def sampling_of(names: str | Sequence[str], base: str = "micro") -> Sampling:
-    """How to sample with the controls of these names, given as for :func:`controls`: what suits them together; where
-    nothing is known of them together, what all ask for."""
+    """Return the sampling settings that suit the controls of these names, given as for :func:`controls`.
+
+    Without settings for their combination, only those that are the same for all of them.
+    """
     names = control_names(names)
     known = _of_base(SAMPLING, base)
     together = known.get("+".join(sorted(names)))

@@ -1,4 +1,4 @@
-"""What stands in front of attention processors during a call of the denoiser, and runs of it beside that call."""
+"""Wrappers of attention processors during a call of the denoiser, and further runs of the denoiser within a call."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _VIEWING = tuple(
 
 
 class SteeredProcessor(nn.Module):
-    """Stands in front of an attention processor for one call of the denoiser and adds what the controls ask for.
+    """Wraps an attention processor for one call of the denoiser and applies the controls.
 
-    It calls the processor it wraps, whatever that is, with the sum of the controls' biases as attention mask. Without a
-    bias it passes the call on untouched. A Module, so that weights in the wrapped processor still move with the
+    It calls the wrapped processor, whatever its class, with the sum of the controls' biases as attention mask. Without
+    a bias the call is passed on unchanged. A Module, so that weights in the wrapped processor still move with the
     denoiser.
     """
 
@@ -43,8 +43,8 @@ class SteeredProcessor(nn.Module):
         self.inner = inner
         self.layer = layer
         self.users: list[User] = []
-        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # of the output under a mask
-        # diffusers hands on only those keyword arguments (such as ip_adapter_masks) that this signature names.
+        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # called after a masked call
+        # diffusers passes only the keyword arguments (such as ip_adapter_masks) that this signature names.
         self.__dict__["__call__"] = inner.__call__
 
     def __call__(
@@ -59,8 +59,8 @@ class SteeredProcessor(nn.Module):
         text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
         if hidden_states.shape[1] != self.layer.cells:
             raise ValueError(
-                f"The attention layer {self.layer.name} was given {hidden_states.shape[1]} cells in place of "
-                f"{self.layer.cells}, so controls cannot tell places; take off what merges or splits them (ToMe or "
+                f"The attention layer {self.layer.name} received {hidden_states.shape[1]} cells in place of "
+                f"{self.layer.cells}, so controls cannot locate regions; remove what merges or splits cells (ToMe or "
                 "HyperTile, for example)."
             )
         context = self.users[0][1]
@@ -68,7 +68,7 @@ class SteeredProcessor(nn.Module):
         chunk = min(user.max_queries(self.layer, scores) for user, _ in self.users)
         parts = [slice(first, first + chunk) for first in range(0, hidden_states.shape[1], chunk)]
         if self.layer.cross or len(parts) == 1:
-            # Masks of an IP-Adapter belong to all queries, so those stay together; the scores need not.
+            # An IP-Adapter's masks cover all queries, so the processor gets all at once; the bias is computed in parts.
             bias = _joined([self._bias(scores, part) for part in parts])
             mask = self._mask(attn, scores, bias, slice(None))
             with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
@@ -79,15 +79,15 @@ class SteeredProcessor(nn.Module):
         return self._in_parts(attn, scores, parts, **kwargs)
 
     def _in_parts(self, attn: Attention, scores: Scores, parts: Sequence[slice], **kwargs: Any) -> Tensor:
-        """Self-attention with one call per part of the queries, so that no mask for all of them is ever held."""
+        """Run self-attention one part of the queries at a time, so that no mask for all of them is held in memory."""
         hidden_states = scores.hidden_states
         if getattr(attn, "fused_projections", False):
             raise ValueError(
-                "Projections are fused, which keeps large self-attention from being cut; "
+                "Projections are fused, so large self-attention cannot be run in parts; "
                 "call pipe.unfuse_qkv_projections() first."
             )
         first = self._bias(scores, parts[0])
-        if first is None:  # the controls agree: nothing here
+        if first is None:  # no bias in any part of this layer
             return self.inner(attn, hidden_states, None, scores.mask, **kwargs)
         outputs = []
         for index, part in enumerate(parts):
@@ -110,7 +110,7 @@ class SteeredProcessor(nn.Module):
         return output
 
     def _bias(self, scores: Scores, queries: slice) -> Tensor | None:
-        """(n, 1 or H, q, K): the sum over the controls; None for nothing. Those that read see the sum."""
+        """Return the sum of the controls' biases (n, 1 or H, q, K), or None; then let controls read the attention."""
         total: Tensor | None = None
         for user, context in self.users:
             bias = user.attention_bias(context, self.layer, scores, queries)
@@ -121,20 +121,19 @@ class SteeredProcessor(nn.Module):
         return total
 
     def _mask(self, attn: Attention, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
-        """Return the attention mask (R*H, q, K) or (R, q, K) for the wrapped processor, which repeats the latter per
-        head."""
+        """Return the attention mask for the wrapped processor: (R*H, q, K), or (R, q, K), which it repeats per head."""
         mask = scores.mask
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, queries]
         if bias is None:
             return mask
         rows, heads = scores.hidden_states.shape[0], bias.shape[1]
-        # Processors that attend by hand do so in float32 on some bases, and want the mask alike.
+        # Processors that compute attention by hand do so in float32 on some bases, and need a mask of that dtype.
         upcast = attn.upcast_attention and "2_0" not in type(self.inner).__name__
         full = torch.zeros(
             rows, *bias.shape[1:], device=bias.device, dtype=torch.float32 if upcast else scores.query.dtype
         )
-        if full.dtype != torch.float32:  # a large noise level can leave half precision, and inf - inf is not a number
+        if full.dtype != torch.float32:  # at a large noise level half precision would overflow, and inf - inf is NaN
             most = torch.finfo(full.dtype).max / 2
             bias = bias.clamp(-most, most)
         full[scores.guided] = bias.to(full.dtype)
@@ -146,7 +145,7 @@ class SteeredProcessor(nn.Module):
 
 @contextmanager
 def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None, rows: int) -> Iterator[None]:
-    """Keep diffusers from copying a mask (R,q,K) for every head where the processor can do with a view.
+    """Keep diffusers from copying a mask (R,q,K) for every head if the processor works with a view.
 
     ``Attention.prepare_attention_mask`` repeats it to (R*H,q,K), which these processors then view as (R,H,q,K).
     """
@@ -165,22 +164,25 @@ def _one_mask_for_all_heads(attn: Attention, processor: Any, mask: Tensor | None
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the biases of all parts of the queries as one."""
+    """Return the biases of all parts of the queries as one tensor, or None."""
     given = [part for part in parts if part is not None]
-    assert len(given) in (0, len(parts)), "a control has a bias for all queries of a layer or for none"
+    assert len(given) in (0, len(parts)), "a control returns a bias for all queries of a layer or for none"
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
 
 
-class _Uncompiled:
-    """What is compiled runs as it is written while anybody wants it. torch has one stance for the whole process, so it
-    is counted who wants it, in whatever order and thread they come and go; the last one puts the stance back."""
+class _EagerMode:
+    """Makes compiled code run eagerly while it has users.
+
+    torch has one compiler stance per process, so users are counted, over all threads and in any order; the last one to
+    leave restores the stance.
+    """
 
     def __init__(self) -> None:
         self._lock, self._users = threading.Lock(), 0
         self._stance: Any = None
 
     def enter(self) -> None:
-        """One more."""
+        """Count one more user; the first one switches to eager mode."""
         with self._lock:
             if not self._users:
                 self._stance = torch.compiler.set_stance("force_eager")
@@ -188,52 +190,52 @@ class _Uncompiled:
             self._users += 1
 
     def leave(self) -> None:
-        """One less."""
+        """Count one user less; the last one restores the stance."""
         with self._lock:
             self._users -= 1
             if not self._users:
                 self._stance.__exit__(None, None, None)
 
 
-_UNCOMPILED = _Uncompiled()
+_EAGER_MODE = _EagerMode()
 
 
 def users_of(attn: Attention) -> list[User]:
-    """Who steers this layer at the moment."""
+    """Return the controls that steer this layer at the moment, with their contexts."""
     current = _holder(attn)["processor"]
     return list(current.users) if isinstance(current, SteeredProcessor) else []
 
 
 def _holder(attn: Attention) -> Any:
-    """Where the layer keeps its processor: one with weights is a submodule, any other a plain attribute. Writing there
-    in place keeps the order."""
+    """Return the dict that holds the layer's processor: a processor with weights is a submodule, any other a plain
+    attribute. Assigning in place keeps the order of submodules."""
     return attn._modules if "processor" in attn._modules else vars(attn)
 
 
 class Installation:
-    """The processors that are wrapped for one call of the denoiser, to be put back after it.
+    """The processors that are wrapped for one call of the denoiser, and restored after it.
 
-    While any is, what ``torch.compile`` has compiled runs as it is written: a graph would be made for these very
-    wrappers, and again for those of each step. ``check`` looks at their outputs.
+    While any is wrapped, code compiled by ``torch.compile`` runs eagerly: else a graph would be compiled for these
+    wrappers, and again for those of each step. ``check`` is called with their outputs.
     """
 
     def __init__(self, check: MaskCheck | None = None) -> None:
         self.check = check
         self._originals: list[tuple[dict[str, Any], Any]] = []
-        self._uncompiled = False
+        self._eager = False
 
     def add(self, attn: Attention, layer: AttentionLayer, user: BoundControl, context: CallContext) -> None:
-        """Let ``user`` steer this layer; users of one layer share one wrapper, the outer ``attach`` first."""
+        """Let ``user`` steer this layer; the controls of a layer share one wrapper, the outer ``attach`` first."""
         holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
-            self._keep(holder, current)
+            self._remember(holder, current)
             current = holder["processor"] = SteeredProcessor(current, layer)
             current.check = self.check
         current.users.append((user, context))
 
     def replace(self, attn: Attention, layer: AttentionLayer, users: Sequence[User]) -> None:
-        """Let ``users`` alone steer this layer, in place of those that do now."""
+        """Let only ``users`` steer this layer, in place of its present controls."""
         holder = _holder(attn)
         current = holder["processor"]
         inner = current.inner if isinstance(current, SteeredProcessor) else current
@@ -241,31 +243,31 @@ class Installation:
             wrapper = SteeredProcessor(inner, layer)
             wrapper.users.extend(users)
         if users or inner is not current:
-            self._keep(holder, current)
+            self._remember(holder, current)
             holder["processor"] = wrapper if users else inner
 
-    def _keep(self, holder: dict[str, Any], processor: Any) -> None:
+    def _remember(self, holder: dict[str, Any], processor: Any) -> None:
         if not self._originals and "torch._dynamo" in sys.modules:  # else nothing is compiled
-            _UNCOMPILED.enter()
-            self._uncompiled = True
+            _EAGER_MODE.enter()
+            self._eager = True
         self._originals.append((holder, processor))
 
     def undo(self) -> None:
-        """Put the very same processors back; a second time does nothing."""
+        """Restore the original processors; a second call does nothing."""
         while self._originals:
             holder, original = self._originals.pop()
             holder["processor"] = original
-        if self._uncompiled:
-            self._uncompiled = False
-            _UNCOMPILED.leave()
+        if self._eager:
+            self._eager = False
+            _EAGER_MODE.leave()
 
 
 @dataclass
 class InnerForward:
     """One call of the denoiser, ready to be run again on the prompt rows of some of its images (see ``RunDenoiser``).
 
-    ``arguments`` are the call's, after all changes but the latents'; ``controls`` steer it, beside those that
-    an outer ``attach`` has already put on its layers.
+    ``arguments`` are the call's, after all changes except those of the latents. ``controls`` steer it, together with
+    those that an outer ``attach`` has already put on its layers.
     """
 
     denoiser: Denoiser
@@ -279,7 +281,7 @@ class InnerForward:
         first, count = self.context.guided_rows.start, len(self.context.conditional)
         rows = [first + image for image in images]
         installation = Installation()
-        # Inside inference mode nothing could be differentiated; what was made there is copied below.
+        # Nothing can be differentiated in inference mode; tensors made in it are copied by _select.
         with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.denoiser.module):
             args = _select(self.arguments[0], rows, count)
             kwargs = {
@@ -290,7 +292,7 @@ class InnerForward:
             try:
                 self._steer(installation, images, reader)
                 with suppress(EndOfRun):
-                    self.denoiser.module.forward(*args, **kwargs)  # past the hooks, which are for the pipeline's calls
+                    self.denoiser.module.forward(*args, **kwargs)  # without the hooks, which serve the pipeline's calls
                 yield
             finally:
                 installation.undo()
@@ -299,8 +301,8 @@ class InnerForward:
         context = self.context.only(images)
         own = [(control, context) for control in self.controls]
         for layer, attn in self.layers:
-            users = [(user, where.only(images)) for user, where in users_of(attn)] + own
-            users = [(user, where) for user, where in users if not user.is_reader and user.attends(where, layer)]
+            users = [(user, at.only(images)) for user, at in users_of(attn)] + own
+            users = [(user, at) for user, at in users if not user.is_reader and user.attends(at, layer)]
             if reader.attends(context, layer):
                 users.append((reader, context))
             installation.replace(attn, layer, users)

@@ -1,10 +1,11 @@
-"""Region bias: a phrase's cross-attention scores are raised inside its region and lowered outside.
+"""Region bias: raise a phrase's cross-attention scores inside its region and lower them outside.
 
-The method of DiffusionSpatialControl ("paint with words" with a scale that follows the scores): the attention is
+The method of DiffusionSpatialControl ("paint with words", scaled by the spread of the scores). The attention is
 
-    softmax(scores + S * sigma * std(scores)),   S = strength inside the region, -outside_strength outside,
+    softmax(scores + S * sigma * std(scores)),
 
-for the tokens of the region's phrase, 0 for all others; sigma is the noise level of the step.
+where, for the tokens of the region's phrase, S = strength inside the region and -outside_strength outside; S = 0 for
+all other tokens. sigma is the noise level of the step.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ class RegionBias(RegionControl):
     """Raise each phrase's attention inside its region.
 
     Args:
-        strength, outside_strength: multiply those of the regions; 0 = no effect. Both may be negative.
+        strength, outside_strength: multiplied by those of the regions; 0 = no effect. Both may be negative.
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
-            region's own window applies within it. The noise level sigma fades the effect out by itself.
-        std: ``sample``, of each image's own scores, over heads and entries, so that an image does not depend on its
-            batch; ``global``, as published, over the whole batch with both halves of guidance.
-        mask_resize: how regions are brought to each layer's grid: ``area`` gives border cells their share; ``centre``
-            is the published form; or as :func:`localctl.masks.resize_mask`.
+            region's own window applies within it. The effect also fades with the noise level sigma.
+        std: ``sample``: of each image's own scores, over heads and entries, so that an image does not depend on its
+            batch; ``global``, as published: over the whole batch with both halves of guidance.
+        mask_resize: how regions are resized to each layer's grid: ``area`` weights border cells by their covered share;
+            ``centre`` is the published form; others as for :func:`localctl.masks.resize_mask`.
         hide_phrases: while active, encode all tokens but the phrases' own from the prompt without the phrases, so that
-            cells outside a region read nothing of its object in the other words, the end and the padding.
+            cells outside a region do not read its object from the other words, the end token or the padding.
 
     Raises:
-        ValueError: an unknown form, a strength that is no finite number, or a window that is none; when attached, as
-            for :func:`localctl.phrases.token_positions`.
+        ValueError: an unknown ``std`` or ``mask_resize``, a strength that is not finite, or an invalid window; when
+            attached, as for :func:`localctl.tokens.token_positions`.
     """
 
     strength: float = 0.5
@@ -67,7 +68,7 @@ class RegionBias(RegionControl):
 class _BoundRegionBias(BoundRegionControl[RegionBias]):
     def __init__(self, control: RegionBias, regions: BoundRegions) -> None:
         super().__init__(control, regions)
-        self._keys: dict[str, tuple[Tensor, slice, Moments]] = {}  # by layer: of which text and rows, the keys' moments
+        self._keys: dict[str, tuple[Tensor, slice, Moments]] = {}  # by layer: text, rows, and the moments of their keys
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
@@ -83,7 +84,7 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
         keys = scores.keys
         region_map = self.regions.per_row(
             context, (layer.size, keys, active), lambda layout: self._map(layout, context, layer, keys)
-        )  # (n,Q,K): S of every cell and token
+        )  # (n,Q,K): S for each cell and token
         if region_map is None:
             return None
         if self.control.std == "global":
@@ -94,7 +95,7 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
         return region_map[:, None, queries] * (context.sigma * std)  # (n,1,q,K)
 
     def _share_key_moments(self, layer: AttentionLayer, scores: Scores) -> None:
-        """Keep the moments of the keys: the text is one tensor for all steps of a call, and so are they."""
+        """Cache the moments of the keys, which stay the same as long as the text is the same tensor."""
         text, rows, moments = self._keys.get(layer.name, (None, None, None))
         if text is scores.source and rows == scores.guided and moments is not None:
             scores.key_moments = moments
@@ -102,7 +103,7 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
             self._keys[layer.name] = scores.source, scores.guided, scores.key_moments
 
     def _weights(self, layout: int, context: CallContext) -> tuple[tuple[float, float], ...]:
-        """(S inside, S outside) of each region in this step."""
+        """Return (S inside, S outside) of each region in this step."""
         control, weights = self.control, []
         for region in self.regions.layouts[layout].regions:
             active = bool(region.phrase) and region.within(context.step, context.num_steps)

@@ -1,4 +1,4 @@
-"""What the region methods share: their settings, the regions of each row as masks and tokens, texts of regions."""
+"""Shared code of the region methods: settings, the masks and tokens of each row's regions, texts of regions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class RegionControl(Control):
-    """A control that steers the regions of a layout: a frozen dataclass with these settings and its own.
+    """A control that steers the regions of a layout: a frozen dataclass with these settings and further ones.
 
     start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each region's
         own window applies within it.
-    mask_resize: how regions are brought to each layer's grid, one of ``CELL_MODES``.
+    mask_resize: how regions are resized to each layer's grid, one of ``CELL_MODES``.
     hide_phrases: see :class:`HiddenPhrases`.
     """
 
@@ -36,7 +36,7 @@ class RegionControl(Control):
         check_choice("mask_resize", self.mask_resize, CELL_MODES)
 
     def check_strengths(self, layouts: Sequence[Layout], factor: float = 1.0) -> None:
-        """ValueError unless ``factor`` times the strength of each region lies in [0, 1]."""
+        """Raise a ValueError unless ``factor`` times the strength of each region lies in [0, 1]."""
         for region in (region for layout in layouts for region in layout.regions):
             if not 0 <= factor * region.strength <= 1:
                 raise ValueError(
@@ -46,9 +46,9 @@ class RegionControl(Control):
 
 
 class BoundRegions:
-    """The regions of the layouts of one ``attach``; what depends on the grid alone is computed once and kept.
+    """The regions of the layouts of one ``attach``; masks and maps are cached.
 
-    ValueError when phrases and tokens do not fit together.
+    ValueError as for :func:`localctl.tokens.token_positions`.
     """
 
     def __init__(self, pipe: Any, layouts: Sequence[Layout], mask_resize: str) -> None:
@@ -60,7 +60,7 @@ class BoundRegions:
         self._rows: dict[Any, Tensor | None] = {}
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Region]]:
-        """((layout, index), region) of all regions of all layouts."""
+        """Yield ((layout, index), region) for all regions of all layouts."""
         for layout, scene in enumerate(self.layouts):
             for index, region in enumerate(scene.regions):
                 yield (layout, index), region
@@ -71,14 +71,14 @@ class BoundRegions:
         return max(len(layout.regions) for layout in self.layouts)
 
     def masks(self, layout: int, layer: AttentionLayer) -> Tensor:
-        """(n, Q) float32 on the CPU: each region of a layout on the layer's grid."""
+        """Return each region of a layout on the layer's grid: (n, Q) float32 on the CPU."""
         key = (layout, layer.size)
         if key not in self._masks:
             self._masks[key] = self.layouts[layout].masks(layer.size, self.mask_resize).flatten(1)
         return self._masks[key]
 
     def masks_of(self, regions: Sequence[tuple[int, int]], layer: AttentionLayer) -> Tensor:
-        """(pairs, Q) float32 on the CPU: the mask of each (layout, index)."""
+        """Return the mask of each (layout, index): (pairs, Q) float32 on the CPU."""
         return torch.stack([self.masks(layout, layer)[index] for layout, index in regions])
 
     def strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
@@ -87,7 +87,7 @@ class BoundRegions:
         return tuple(region.strength if region.within(context.step, context.num_steps) else 0.0 for region in regions)
 
     def phrase_strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
-        """As :meth:`strengths`, and 0 for regions without a phrase."""
+        """Return the strengths as :meth:`strengths` does, but 0 for regions without a phrase."""
         pairs = zip(self.layouts[layout].regions, self.strengths(layout, context), strict=True)
         return tuple(strength if region.phrase else 0.0 for region, strength in pairs)
 
@@ -96,16 +96,20 @@ class BoundRegions:
         return [position for position in self.positions[layout][region] if position < keys]
 
     def encode(self, texts: Mapping[Key, str], arguments: Mapping[str, Any]) -> dict[Key, Tensor]:
-        """(K, C) of each text, in a call of the pipeline whose ``encode_prompt`` was given ``arguments``."""
+        """Return the embeddings (K, C) of each text.
+
+        ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
+        """
         encoded = self.denoiser.encode_texts(list(texts.values()), arguments) if texts else ()
         return dict(zip(texts, encoded, strict=True))
 
     def per_row(
         self, context: CallContext, key: tuple[Any, ...], make: Callable[[int], Tensor | None]
     ) -> Tensor | None:
-        """``make(layout)`` for each row with the prompt, stacked (n, ...) on the call's device; None if all are None.
+        """Stack ``make(layout)`` of each row with the prompt: (n, ...) on the call's device; None if all are None.
 
-        Rows without one are zero. ``key`` says what the result depends on apart from rows and device; a few are kept.
+        Rows for which ``make`` returns None are zero. Up to 64 results are cached by ``key``, which must hold all that
+        a result depends on apart from rows and device.
         """
         full = (key, context.guided_layouts, context.device)
         if full not in self._rows:
@@ -116,34 +120,34 @@ class BoundRegions:
                 empty = torch.zeros_like(some)
                 rows = [made[layout] for layout in context.guided_layouts]
                 stacked = torch.stack([empty if row is None else row for row in rows]).to(context.device)
-            while len(self._rows) >= 64:  # layers x windows of one run; other sizes may follow
+            while len(self._rows) >= 64:  # enough for the layers and windows of one run; runs of other sizes may follow
                 self._rows.pop(next(iter(self._rows)))
             self._rows[full] = stacked
         return self._rows[full]
 
 
 def without_phrases(layout: Layout) -> str:
-    """Return the prompt with the phrases of all regions left out."""
+    """Return the prompt with the phrases of all regions removed."""
     spans = sorted(span for region in layout.regions if (span := layout.characters(region)) is not None)
-    kept, end = [], 0
+    parts, end = [], 0
     for first, last in spans:
-        kept.append(layout.prompt[end:first])
+        parts.append(layout.prompt[end:first])
         end = max(end, last)
-    return " ".join("".join([*kept, layout.prompt[end:]]).split())
+    return " ".join("".join([*parts, layout.prompt[end:]]).split())
 
 
 class HiddenPhrases:
-    """Keeps the objects out of all tokens but their own.
+    """Hides the objects from all tokens except those of their phrases.
 
-    In a text encoder, each token knows those before it, and the end and padding know them all: cells that look at no
-    phrase still read of every object. Here all tokens but the phrases' are those of the prompt without the phrases;
-    with ``keep=False``, all tokens.
+    In a text encoder, each token's embedding depends on all tokens before it, and those of the end token and the
+    padding on the whole prompt, so that cells which attend to no phrase still read of every object. Here all
+    embeddings except the phrases' come from the prompt without the phrases; with ``keep=False``, all of them.
     """
 
     def __init__(self, regions: BoundRegions, keep: bool = True) -> None:
         self.regions, self.keep = regions, keep
         self._texts: dict[int, Tensor] = {}  # by layout: (K, C) of its prompt without phrases
-        self._last: tuple[Any, Tensor, Tensor] | None = None  # rows and text of the last call, and what it became
+        self._last: tuple[Any, Tensor, Tensor] | None = None  # of the last call: rows, text before and after hiding
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Encode the prompts of this call's layouts without their phrases."""
@@ -153,8 +157,10 @@ class HiddenPhrases:
         self._last = None
 
     def replace(self, context: CallContext, text: Tensor, active: Collection[int]) -> Tensor | None:
-        """``text`` (R, K, C) with the phrases hidden in the rows with the prompt of a layout in ``active``; None if
-        there is none. The same tensor as long as all of these are the same."""
+        """Return ``text`` (R, K, C) with the phrases hidden in the prompt rows of the ``active`` layouts, or None.
+
+        None if there is no such row. While the arguments stay the same, so does the returned tensor.
+        """
         hiding = tuple(layout in active and layout in self._texts for layout in context.guided_layouts)
         if not any(hiding):
             return None
@@ -180,9 +186,9 @@ Settings = TypeVar("Settings", bound=RegionControl)
 
 
 class BoundRegionControl(BoundControl, Generic[Settings]):
-    """A region method on one pipeline: its settings, its regions, and the phrases hidden while it is active.
+    """A region method on one pipeline: its settings and regions; hides the phrases while it is active, if set so.
 
-    keep_phrases: whether hiding keeps the phrases' own tokens.
+    keep_phrases: whether hiding leaves the phrases' own tokens as they are.
     """
 
     keep_phrases = True
@@ -199,7 +205,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         return None if self.hidden is None else self.hidden.replace(context, text, self.active(context))
 
     def within(self, context: CallContext) -> bool:
-        """Whether this step is in the control's window."""
+        """Return whether this step is in the control's window."""
         return context.within(self.control.start, self.control.end)
 
     def active(self, context: CallContext) -> set[int]:
@@ -209,19 +215,21 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         return {layout for layout in set(context.guided_layouts) if self.steers(layout, context)}
 
     def steers(self, layout: int, context: CallContext) -> bool:
-        """Whether a layout is steered in this step, which is in the control's window."""
+        """Return whether a layout is steered in this step, which is in the control's window."""
         return any(self.regions.strengths(layout, context))
 
 
 def mix_texts(output: Tensor, local: Tensor, share: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return the convex mix (1 - sum_r share_r) output + sum_r share_r local_r, in place of the rows that have texts.
+    """Return ``output`` with the convex mix (1 - sum_r share_r) output + sum_r share_r local_r in the given rows.
 
     Args:
-        output: (R, Q, C) of the layer. local: (pairs, Q, C), of each text. rows: (pairs,), the row of each.
-        share: (pairs, Q, 1) in [0, 1]; those that add up to more than 1 at a cell are scaled down to a sum of 1.
+        output: (R, Q, C), of the layer.
+        local: (pairs, Q, C), the layer's output for each text to mix in.
+        share: (pairs, Q, 1) in [0, 1]; shares that sum to more than 1 at a cell are scaled down to a sum of 1.
+        rows: (pairs,), the row of each text.
     """
     index = torch.tensor(rows, device=output.device)
     total = output.new_zeros(*output.shape[:2], 1).index_add(0, index, share)
-    # Not clamp: its gradient at exactly 1 would hold a weight there for good.
+    # Not clamp, whose gradient at exactly 1 would keep an optimised weight there.
     whole = torch.where(total > 1, total, torch.ones_like(total))
     return (output * (1 - total / whole)).index_add(0, index, local * (share / whole[index]))

@@ -1,16 +1,16 @@
-"""Space-time attention: inside each object's region, cross-attention to the object's own description is mixed in.
+"""Space-time attention: mix in cross-attention to each object's own description inside the object's region.
 
 The method of arXiv 2304.03869. With x the cells of a cross-attention layer, m_i the region of object i and w_i its
-weight in this step, the rows of the prompt become
+weight in this step, the output in the rows of the prompt becomes
 
     (1 - sum_i w_i m_i) * attn(x, global) + sum_i w_i m_i * attn(x, local_i),   w_i in [0, 1],
 
-where regions that cover a cell together share it: their weights are scaled down to a sum of 1. ``mix="released"`` is
-what the published code does instead, with coefficients that nothing bounds, and the row of the negative prompt:
+where the weights of regions that cover the same cell are scaled down to a sum of 1 if they exceed it.
+``mix="released"`` is the form of the published code, with unbounded coefficients c_i and the negative prompt's row:
 
     attn(x, global) + sum_i c_i m_i * (attn(x, local_i) - attn(x_negative, negative)).
 
-How strong which object is at which step may be constant, fade out, or be given, as ``optimize_weights`` returns it.
+The weight of each object in each step may be constant, fade out, or be given, as by ``optimize_weights``.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ _RELEASED_SUM = 5.0  # the published coefficients start at 5 / number of objects
 
 @dataclass(frozen=True)
 class SpaceTimeSettings:
-    """How strong which region's description is at which step, and what it is.
+    """The settings of space-time attention: the regions' descriptions and their weights over the steps.
 
     Args:
-        weight: of every object, times its region's strength; in [0, 1] with the convex mix, 0 = no effect. None: 0.5
-            for ``convex``, 5 / number of objects for ``released``.
+        weight: of every object, multiplied by its region's strength; in [0, 1] with the convex mix, 0 = no effect.
+            None: 0.5 for ``convex``, 5 / number of objects for ``released``.
         schedule: ``constant``; ``linear`` or ``cosine`` fade from ``weight`` at ``start`` to 0 at ``end``.
-        template: what makes a description of an object's name, which takes the place of ``{}``; the name is a region's
-            phrase, or a prompt that is no more than its phrase with an article. Every other prompt stands as it is.
-            The published "a photo of {}"; "{}" takes the bare name.
-        mix: ``convex`` (the paper's equation) or ``released`` (the published code's; needs guidance).
+        template: makes a description from an object's name, which replaces ``{}``. The name is the region's phrase, or
+            its prompt where that is only the phrase with an article; any other prompt is used unchanged. As published,
+            "a photo of {}"; "{}" gives the bare name.
+        mix: ``convex`` (the paper's equation) or ``released`` (the published code's form; needs guidance).
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); each
             region's own window applies within it.
-        mask_resize: how regions are brought to each layer's grid, as for :class:`~localctl.control.RegionBias`;
+        mask_resize: how regions are resized to each layer's grid, as for :class:`~localctl.control.RegionBias`;
             ``nearest`` is the published form for discs (:meth:`localctl.layout.Region.disc`).
-        hide_phrases: where anything is mixed in, the global prompt is encoded without the phrases, so that objects
-            come from their descriptions, inside their regions, alone.
+        hide_phrases: in steps with a mixed-in description, encode the global prompt without the phrases, so that the
+            objects come only from their descriptions, inside their regions.
 
     Raises:
-        ValueError: an unknown mix or schedule, a window that is none, a weight out of range.
+        ValueError: an unknown mix, schedule or mask_resize, an invalid window or template, a weight out of range.
     """
 
     weight: float | None = None
@@ -75,13 +75,17 @@ class SpaceTimeSettings:
         if self.weight is not None:
             check_strength("weight", self.weight)
             if self.mix == "convex" and not 0 <= self.weight <= 1:
-                raise ValueError(f"The weight of a convex mix lies in [0, 1], not {self.weight}; 1 is the local text.")
+                raise ValueError(
+                    f"The weight of a convex mix must lie in [0, 1], not {self.weight}; 1 uses the description alone."
+                )
         if not isinstance(self.template, str) or self.template.count("{}") != 1:
-            raise ValueError(f"The template holds {{}} once, where the name comes, not {self.template!r}.")
+            raise ValueError(f"The template must hold {{}} once, in place of the name, not {self.template!r}.")
 
     def step_weights(self, layout: Layout, num_steps: int) -> Tensor:
-        """(num_steps, regions) float32: the weight of every region in every step by ``weight``, ``schedule``, the
-        strengths and the windows; what an optimisation starts from. 0 for regions without a description."""
+        """Return the weight of every region in every step, (num_steps, regions) float32; an optimisation starts here.
+
+        It follows from ``weight``, ``schedule``, the strengths and the windows; 0 for regions without a description.
+        """
         count = sum(description(region) is not None for region in layout.regions)
         weight = self.weight
         if weight is None:
@@ -91,7 +95,7 @@ class SpaceTimeSettings:
         return weight * fade[:, None] * strengths[None] * self.active(layout, num_steps)
 
     def active(self, layout: Layout, num_steps: int) -> Tensor:
-        """(num_steps, regions) float32: 1 where the windows of the control and of the region allow a weight, else 0."""
+        """Return (num_steps, regions) float32: 1 in the steps within the control's and the region's window, else 0."""
         return torch.tensor(
             [
                 [
@@ -104,24 +108,24 @@ class SpaceTimeSettings:
 
     def _fade(self, fraction: float) -> float:
         """Return the schedule's factor in [0, 1] at this fraction of the steps."""
-        done = min(max((fraction - self.start) / (self.end - self.start), 0.0), 1.0)
+        progress = min(max((fraction - self.start) / (self.end - self.start), 0.0), 1.0)
         if self.schedule == "linear":
-            return 1 - done
-        return (1 + math.cos(math.pi * done)) / 2 if self.schedule == "cosine" else 1.0
+            return 1 - progress
+        return (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1.0
 
 
 @dataclass(frozen=True)
 class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
-    """Mix each region's local description into its place: its own ``prompt``, else its ``phrase`` in the template.
+    """Mix each region's local description into the region: its own ``prompt``, else its ``phrase`` in the template.
 
     Args:
         weight, schedule, mix, start, end, mask_resize, hide_phrases, template: as for :class:`SpaceTimeSettings`.
-        weights: (steps, regions) in place of weight, schedule and strengths, for one layout; or a sequence of such
-            tensors, one per layout. The call must make that many steps. Windows still apply.
+        weights: a tensor (steps, regions) that replaces weight, schedule and strengths, for one layout; or a sequence
+            of such tensors, one per layout. The call must make that many steps. Windows still apply.
 
     Raises:
         ValueError: as for :class:`SpaceTimeSettings`; weights out of range; when attached, weights that do not fit the
-            layouts; when sampled, another number of steps, or ``released`` without guidance.
+            layouts; when sampling, another number of steps, or ``released`` without guidance.
     """
 
     weights: Tensor | Sequence[Tensor] | None = field(default=None, compare=False)
@@ -143,7 +147,7 @@ class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
             self.check_strengths(layouts)
         if given is not None and len(given) != len(layouts):
             raise ValueError(
-                f"There are weights for {len(given)} layouts and {len(layouts)} to generate; give each layout its own."
+                f"There are weights for {len(given)} layouts but {len(layouts)} layouts; give one tensor per layout."
             )
         for tensor, layout in zip(given or (), layouts, strict=False):
             if tensor.shape[1] != len(layout.regions):
@@ -155,21 +159,21 @@ class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
 
 
 def description(region: Region) -> str | None:
-    """Return what a region is described by, before any template; None for one without words."""
+    """Return the description of a region before any template: its prompt, else its phrase, else None."""
     return region.prompt or region.phrase
 
 
 def local_text(region: Region, template: str) -> str | None:
-    """Return the local description of a region, a name in its ``template``; None for one without words."""
+    """Return the local description of a region, with a bare name put in ``template``; None for one without words."""
     own, phrase = region.prompt, region.phrase
-    if own is None or (phrase is not None and _bare(own) == _bare(phrase)):
+    if own is None or (phrase is not None and _bare_words(own) == _bare_words(phrase)):
         name = own or phrase
         return None if name is None else template.replace("{}", name)
     return own
 
 
-def _bare(text: str) -> list[str]:
-    """Its words in lower case, without articles, numbers and the like before them."""
+def _bare_words(text: str) -> list[str]:
+    """Return the words of ``text`` in lower case, without leading articles, numbers and the like."""
     words = text.lower().split()
     while len(words) > 1 and (words[0] in DETERMINERS or words[0].isdigit()):
         words = words[1:]
@@ -178,18 +182,19 @@ def _bare(text: str) -> list[str]:
 
 def _check_weights(weights: Any, mix: str) -> None:
     if not isinstance(weights, Tensor) or weights.ndim != 2 or not weights.is_floating_point():
-        what = tuple(weights.shape) if isinstance(weights, Tensor) else repr(weights)
-        raise ValueError(f"The weights of SpaceTimeAttention are a float tensor (steps, regions), not {what}.")
+        given = tuple(weights.shape) if isinstance(weights, Tensor) else repr(weights)
+        raise ValueError(f"The weights of SpaceTimeAttention must be a float tensor (steps, regions), not {given}.")
     values = weights.detach()
     if not bool(values.isfinite().all()):
         raise ValueError("The weights of SpaceTimeAttention hold values that are not finite; give finite ones.")
     if mix == "convex" and not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError('The weights of SpaceTimeAttention lie in [0, 1]; for coefficients, say mix="released".')
+        raise ValueError(
+            'The weights of SpaceTimeAttention must lie in [0, 1]; for unbounded coefficients, use mix="released".'
+        )
 
 
 class _Mixture(NamedTuple):
-    """For each pair of a row and a region to mix into it: the row, (layout, region), text (pairs,K,C) and weight
-    (pairs,)."""
+    """The pairs of a row and a region to mix into it: rows, (layout, region), texts (pairs,K,C), weights (pairs,)."""
 
     rows: list[int]
     regions: list[tuple[int, int]]
@@ -239,8 +244,10 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         return mix_texts(output, local, share, mixture.rows)
 
     def _mixture(self, context: CallContext) -> _Mixture:
-        """Return what to mix in in this call of the denoiser: rows of the prompt, regions with a weight in this step.
-        That of the last call is kept, for all its layers ask."""
+        """Return the mixture of this call of the denoiser: rows of the prompt, regions with a weight in this step.
+
+        It is cached for the layers of one call.
+        """
         if self._last is not None and self._last[0] is context:
             return self._last[1]
         pairs = [
@@ -259,26 +266,27 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         return mixture
 
     def _wanted(self, layout: int, context: CallContext) -> list[int]:
-        """Return the regions of a layout that are mixed in in this step."""
+        """Return the regions of a layout to mix in during this step."""
         weights = self._weights(layout, context)
+        # Weights that are optimised stay in the mixture even at 0, so that they receive gradients.
         used = self._table(layout, context.num_steps)[context.step] if weights.requires_grad else weights
         return [index for index, value in enumerate(used.tolist()) if value and (layout, index) in self._texts]
 
     def _weights(self, layout: int, context: CallContext) -> Tensor:
-        """(regions,) in this step; with gradients if the given weights want them."""
+        """Return the weights (regions,) in this step; they require gradients if the given weights do."""
         row = self._table(layout, context.num_steps)[context.step]
         if self.given is None:
             return row
         weights = self.given[layout]
         if len(weights) != context.num_steps:
             raise ValueError(
-                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; generate with as "
-                "many steps as they were made for."
+                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; generate with "
+                f"{len(weights)} steps."
             )
         return weights[context.step] * row.to(weights)
 
     def _table(self, layout: int, num_steps: int) -> Tensor:
-        """(num_steps, regions): the weights of the settings; with given ones, where the windows allow them."""
+        """Return (num_steps, regions): the weights by the settings; with given ones, 1 inside the windows, else 0."""
         key = (layout, num_steps)
         if key not in self._tables:
             make = self.control.step_weights if self.given is None else self.control.active

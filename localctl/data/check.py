@@ -1,4 +1,4 @@
-"""Look at a data set before hours are spent on it: every row is read as the training would read it."""
+"""Check a dataset before training on it: every row is read exactly as training would read it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PREVIEW_SIDE = 256
 
 @dataclass(frozen=True)
 class RowReport:
-    """What was seen in a row, all zeros where there is a ``problem``.
+    """Statistics of a row, all zero if it has a ``problem``.
 
-    upscaled: the image is smaller than the size to train at. darkest, mean, brightest, coloured: of the condition.
-    mask: (area, share of the image's border inside it). said: what is odd about the mask, as
-    :func:`localctl.masks.stretch_mask` and :func:`localctl.masks.mask_doubt` say it, "" each if nothing is.
+    upscaled: the image is smaller than the training size. darkest, mean, brightest, coloured: of the condition.
+    mask: (area, share of the image's border inside it). mask_oddities: clauses on the mask by
+    :func:`localctl.masks.stretch_mask` and :func:`localctl.masks.mask_doubt`, each "" if nothing is odd.
     """
 
     problem: Problem | None
@@ -38,12 +38,12 @@ class RowReport:
     brightest: float = 0.0
     coloured: bool = False
     mask: tuple[float, float] | None = None
-    said: tuple[str, str] = ("", "")
+    mask_oddities: tuple[str, str] = ("", "")
     captions: tuple[str, ...] = ()
 
 
 def look(source: FileSource, index: int) -> RowReport:
-    """Read row ``index`` and take its measure."""
+    """Read row ``index`` and compute its statistics."""
     try:
         parts = source.read(index)
     except BadRow as bad:
@@ -52,9 +52,9 @@ def look(source: FileSource, index: int) -> RowReport:
     example = source.example(parts, geometry(parts.size, size), parts.captions[0])
     condition, mask = example.condition, None
     if example.mask is not None:
-        seen = example.mask[0].numpy()
-        border = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
-        mask = (float(seen.mean()), float(border.mean()))
+        values = example.mask[0].numpy()
+        border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+        mask = (float(values.mean()), float(border.mean()))
     return RowReport(
         problem=None,
         upscaled=parts.size[0] < size[0] or parts.size[1] < size[1],
@@ -63,7 +63,7 @@ def look(source: FileSource, index: int) -> RowReport:
         brightest=float(condition.max()),
         coloured=bool((condition.amax(0) - condition.amin(0)).max() > 0.02),
         mask=mask,
-        said=(parts.stretched, "" if parts.mask is None else mask_doubt(parts.mask)),
+        mask_oddities=(parts.stretched, "" if parts.mask is None else mask_doubt(parts.mask)),
         captions=parts.captions,
     )
 
@@ -80,13 +80,13 @@ class _Rows(Dataset):
 
 
 def look_at_all(source: FileSource, workers: int = 0) -> list[RowReport]:
-    """Look at every row, in order, with a progress bar on stderr."""
+    """Read every row, in order, with a progress bar on stderr."""
     with loading(_Rows(source), workers, batch_size=None) as rows:
         return list(tqdm(rows, total=len(source), desc="checking", unit="row", mininterval=1))
 
 
 def preview(examples: Sequence[Example]) -> Image.Image:
-    """Render a sheet of the images and their conditions, both with the mask's outline, and the masks."""
+    """Render a sheet with a row per example: image, image and condition with the mask's outline, and the mask."""
     rows = []
     for example in examples:
         assert example.mask is not None
@@ -95,7 +95,7 @@ def preview(examples: Sequence[Example]) -> Image.Image:
         size = (round(width / shrink), round(height / shrink))
         image, condition = to_pil(example.pixels), condition_to_pil(example.condition)
         outlined = (outline(one, example.mask) for one in (image, condition))
-        shown = (image, *outlined, condition_to_pil(example.mask))
-        rows.append([one.resize(size, Image.Resampling.LANCZOS) for one in shown])
+        cells = (image, *outlined, condition_to_pil(example.mask))
+        rows.append([one.resize(size, Image.Resampling.LANCZOS) for one in cells])
     labels = [f"{example.key}: {example.caption}" for example in examples]
     return grid(rows, ("image", "with mask", "condition with mask", "mask, white = controlled"), labels)

@@ -1,4 +1,4 @@
-"""Which data to train on, and how a picture of any size becomes one of the size to train at."""
+"""Settings of the data: which examples to train on, and how their images are brought to the training size."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Interpolation = Literal["bilinear", "nearest"]
 Profile = Literal["basic", "rich"]  # of the embedded scenes
 PROFILES: tuple[str, ...] = get_args(Profile)
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
-MOST_PIXELS = 178_956_970  # beyond which Pillow opens nothing
+MOST_PIXELS = 178_956_970  # Pillow opens no larger image
 
 
 def _size(value: Any) -> Any:
-    """[height, width] of a size as people type it, WIDTHxHEIGHT."""
+    """Read a size typed as WIDTHxHEIGHT into (height, width); return any other value unchanged."""
     if not isinstance(value, str) or value.strip().isdecimal():
         return value
     if (size := typed_size(value)) is None:
@@ -34,40 +34,43 @@ def _size(value: Any) -> Any:
 @record("data")
 @dataclass(kw_only=True)
 class DataConfig:
-    """Which examples; ValueError for settings that make no sense. ``docs/data.md`` describes the formats.
+    """Which examples to train on; ValueError for settings that contradict each other. ``docs/data.md`` describes the
+    formats.
 
-    name: ``micro`` the embedded scenes; ``imagefolder`` pictures with a metadata.jsonl (or .csv, .parquet);
-        ``parquet``; ``folder`` a folder per example (original.jpg, <condition>.png, caption.txt); or a data set of the
+    name: ``micro`` the embedded scenes; ``imagefolder`` images with a metadata.jsonl (or .csv, .parquet); ``parquet``;
+        ``folder`` a folder per example (original.jpg, <condition>.png, caption.txt); or the id of a dataset on the
         Hugging Face hub.
-    path: of imagefolder, parquet, folder. A path alone means ``imagefolder``, as in diffusers.
-    split: which split to train on. Folders and files named ``train``, ``val2017``, ``Testing`` ... are splits as
-        `datasets` knows them.
-    validation_split: which split is held out; null sets ``validation_share`` of the examples apart, chosen by a hash of
-        each example's key, so that none changes sides when the data grows; at least one example.
-    dataset_config_name: of a hub data set with several configurations, as for ``datasets.load_dataset``.
-    revision: of a hub data set: a branch, tag or commit.
-    cache_dir: where a hub data set is kept; null = the usual cache.
+    path: where an imagefolder, parquet or folder dataset lies. A path alone means ``imagefolder``, as in diffusers.
+    split: which split to train on. Names of folders and files such as ``train``, ``val2017`` or ``Testing`` denote
+        splits by the rules of `datasets`.
+    validation_split: which split is held out; null holds out ``validation_share`` of the examples, at least one, chosen
+        by a hash of each example's key, so that no example changes sides when the dataset grows.
+    dataset_config_name: configuration of a hub dataset that has several, as for ``datasets.load_dataset``.
+    revision: branch, tag or commit of a hub dataset.
+    cache_dir: where a hub dataset is cached; null = the default cache.
     image_column: name of the column of images.
     conditioning_image_column: name of the column of condition images; null = ``conditioning_image``, or in a ``folder``
         the file named like the condition.
-    mask_column: name of the column of masks; it may be missing in the data, then masks are drawn.
+    mask_column: name of the column of masks; if the data has no such column, masks are sampled.
     caption_column: name of the column of captions; null = no captions, every prompt is empty.
-    key_column: names each example for ever; null: the path of its picture, or else its row number.
-    resolution: pixels to train at: a number, WIDTHxHEIGHT, or [height, width]; multiples of 8; null: 512, or the
-        scenes' own 128. A picture is scaled to cover it, then cropped.
-    center_crop: false crops at a place drawn for every visit.
-    random_flip: mirrors half of the visits; off because it makes captions with "left" and "right" wrong.
-    conditioning_interpolation: how condition images are resized, ``bilinear`` or ``nearest``; null: nearest for
-        segmentation.
-    validation_share: share of the examples that is held out where the data has no split for it.
-    max_pixels: larger images are bad rows, judged before they are decoded. Those over 16 million are read smaller, down
-        to twice the resolution, JPEGs without ever being decoded whole.
-    max_bad_fraction: a run stops when more than this share of the examples, and more than one, turned out unusable;
-        0: at the first.
-    profile: which of the embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
-    count: at most so many examples; null = all, of the embedded scenes 3000.
-    keep_latents: keep what the VAE's encoder says of each picture in memory, so that it runs once per picture; for
-        few small pictures (8 kB each at 128 px, 131 kB at 512 px). Never with random crops.
+    key_column: name of a column of permanent names of the examples; null = the path of each image, or else its row
+        number.
+    resolution: size to train at in pixels: a number, WIDTHxHEIGHT, or [height, width]; multiples of 8; null = 512, or
+        128 for the embedded scenes. An image is scaled to cover this size, then cropped.
+    center_crop: crop the centre; false crops at a position sampled for each epoch.
+    random_flip: mirror each image with probability 1/2 in each epoch; off by default, as captions with "left" and
+        "right" become wrong.
+    conditioning_interpolation: how condition images are resized, ``bilinear`` or ``nearest``; null = nearest for
+        segmentation, bilinear for the rest.
+    validation_share: share of the examples to hold out when ``validation_split`` is null.
+    max_pixels: images with more pixels are bad rows; this is checked before they are decoded. Images over 16 million
+        pixels are read at reduced size, not below twice the resolution; such JPEGs are never decoded in full.
+    max_bad_fraction: the run stops when more than this share of the examples, and more than one, is unusable; 0 = at
+        the first one.
+    profile: kind of embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
+    count: largest number of examples; null = all, or 3000 embedded scenes.
+    keep_latents: cache the VAE's encoding of each image in memory, so that each image is encoded once; for few small
+        images (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
     """
 
     name: str = "micro"
@@ -102,41 +105,41 @@ class DataConfig:
 
     @property
     def is_micro(self) -> bool:
-        """Whether these are the embedded scenes."""
+        """Whether the data are the embedded scenes."""
         return self.name == "micro"
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels to train at."""
+        """Training size (height, width) in pixels."""
         side = self.resolution or (MICRO_SIDE if self.is_micro else FILE_SIDE)
         return (side, side) if isinstance(side, int) else side
 
     @property
     def latents_may_be_kept(self) -> bool:
-        """Whether a picture looks the same at most visits, so that keeping its latents is worth memory."""
+        """Whether an image looks the same in most epochs, so that caching its latents pays."""
         return self.keep_latents and self.center_crop
 
     def _check_micro(self) -> None:
         self.count = self.count or MICRO_COUNT
         if self.size != (MICRO_SIDE, MICRO_SIDE) or self.random_flip or not self.center_crop:
             raise ValueError(
-                f"The embedded scenes are {MICRO_SIDE}x{MICRO_SIDE} pixels and never cropped or flipped; leave "
-                "data.resolution, center_crop and random_flip alone or choose other data."
+                f"The embedded scenes are {MICRO_SIDE}x{MICRO_SIDE} pixels and never cropped or flipped; do not set "
+                "data.resolution, center_crop and random_flip, or choose other data."
             )
 
     def _check_name(self) -> None:
         if self.path is not None and self.name not in LOCAL_FORMATS:
             known = ", ".join(LOCAL_FORMATS)
-            raise ValueError(f"data.path belongs to {known}; {self.name!r} is found by its name alone, drop one.")
+            raise ValueError(f"data.path is for {known}; {self.name!r} takes no path, leave one of them out.")
         if self.name not in LOCAL_FORMATS and "/" not in self.name and not Path(self.name).exists():
             known = ", ".join(("micro", *LOCAL_FORMATS))
-            raise ValueError(f"Unknown data set {self.name!r}; choose {known}, or one of the hub like USER/NAME.")
+            raise ValueError(f"Unknown dataset {self.name!r}; choose {known}, or a hub id like USER/NAME.")
 
     def check_place(self) -> None:
-        """ValueError unless there is something where the data should lie. Not part of making the settings, which may be
-        read where the data is not."""
+        """Raise a ValueError unless ``path`` can be read. Separate from validation, as settings are also read on
+        machines without the data."""
         if self.name in LOCAL_FORMATS and self.path is None:
-            raise ValueError(f"data={self.name} needs data.path, where it lies (--train_data_dir).")
+            raise ValueError(f"data={self.name} needs data.path (--train_data_dir), the place of the data.")
         if self.path is None:
             return
         place = Path(self.path).expanduser()
@@ -146,6 +149,6 @@ class DataConfig:
             if place.is_dir():
                 os.listdir(place)
             elif self.name != "parquet":
-                raise ValueError(f"{self.path} is a file; data={self.name} needs the folder that it lies in.")
+                raise ValueError(f"{self.path} is a file; data={self.name} needs a folder, give its parent.")
         except OSError as error:
             raise ValueError(f"The data at {self.path} cannot be read ({error.strerror}); check data.path.") from None

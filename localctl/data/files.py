@@ -1,4 +1,4 @@
-"""Examples from files: read through our own gate, checked, split, and brought to one size together."""
+"""Examples from files: decoded within limits, checked, split, and brought to the training size together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.fingerprint import fingerprints
@@ -27,20 +27,22 @@ from localctl.data.sample import Example, Source
 from localctl.data.tables import open_table
 from localctl.files import first_line
 from localctl.images import ImageError, Limits, read_photo
-from localctl.labels import brief
+from localctl.labels import shorten
 from localctl.masks import mask_doubt, stretch_mask
 from localctl.seeding import key_seed, numpy_rng
 
 SPLITS = ("train", "val")
-WITHOUT_VALIDATION = " or pass --validation_steps 0"  # the way out of a training without held-out examples
-_LOOKED_AT = 4  # masks, when data is opened
+WITHOUT_VALIDATION = " or pass --validation_steps 0"  # advice of training when there are no held-out examples
+_CHECKED_MASKS = 4  # when data is opened
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A row as read, each image at its own size, or smaller where that is over 16 million pixels. image: RGB.
-    condition: RGB, or F in [0,1]. mask: (h,w) float32 in [0,1], 1 = controlled. size: (height, width) of the image's
-    file. stretched: how, for a mask of 0 and 1 in place of black and white; else ""."""
+    """A decoded row, each image at its own size, or reduced if it has over 16 million pixels.
+
+    image: RGB. condition: RGB, or mode F in [0,1]. mask: (h,w) float32 in [0,1], 1 = controlled. size: (height, width)
+    of the image's file. stretched: a clause on how the mask was stretched, if its white is 1 and not 255; else "".
+    """
 
     key: str
     image: Image.Image
@@ -54,8 +56,8 @@ class Parts:
 class FileSource:
     """The rows ``indices`` of ``rows`` as examples of ``data.size``.
 
-    ``source[i]`` shows the middle of image i, the same whenever asked; ``visit`` crops and mirrors as settings say.
-    Both raise BadRow, with the reason, for a row that cannot be used. note: a clause on how the part was chosen.
+    ``source[i]`` is always the central crop of image i; ``visit`` crops and mirrors as the settings say. Both raise
+    BadRow, with the reason, for a row that cannot be used. note: a clause on how the rows were chosen, or "".
     """
 
     def __init__(
@@ -76,24 +78,24 @@ class FileSource:
         return self.example(parts, geometry(parts.size, self.data.size), parts.captions[0])
 
     def key(self, index: int) -> str:
-        """Return what example ``index`` is called for ever."""
+        """Return the permanent name of example ``index``."""
         return self.rows.keys[self.indices[index]]
 
     @property
     def fingerprints(self) -> dict[str, Any]:
-        """Of names, captions and files, as :func:`localctl.data.fingerprint.fingerprints` has them."""
+        """Hashes of names, captions and files, see :func:`localctl.data.fingerprint.fingerprints`."""
         return fingerprints(self.rows, self.indices)
 
     def visit(self, ref: SampleRef, seed: int) -> Example:
-        """Show example ``ref.sample`` as in epoch ``ref.epoch``: crop, flip and choice among several captions are
-        sampled by (seed, epoch, key)."""
+        """Return example ``ref.sample`` of epoch ``ref.epoch``: crop, flip and the choice among several captions are
+        sampled from (seed, epoch, key)."""
         parts = self.read(ref.sample)
         rng = numpy_rng(seed, "geometry", ref.epoch, parts.key)
-        seen = sample_geometry(parts.size, self.data.size, rng, self.data.center_crop, self.data.random_flip)
+        crop = sample_geometry(parts.size, self.data.size, rng, self.data.center_crop, self.data.random_flip)
         caption = parts.captions[0]
         if len(parts.captions) > 1:
             caption = parts.captions[numpy_rng(seed, "caption", ref.epoch, parts.key).integers(len(parts.captions))]
-        return self.example(parts, seen, caption)
+        return self.example(parts, crop, caption)
 
     def read(self, index: int) -> Parts:
         """Read and decode row ``index``. BadRow when a part is missing, damaged, or of another shape than the image."""
@@ -102,7 +104,7 @@ class FileSource:
             return self._read(key, self.rows[self.indices[index]])
         except BadRow as bad:
             raise BadRow(bad.reason, str(bad), key) from None
-        except OSError as error:  # of a disk, wherever it shows
+        except OSError as error:  # the disk fails, at any point
             raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})", key) from None
 
     def _read(self, key: str, row: Row) -> Parts:
@@ -119,8 +121,8 @@ class FileSource:
             _check_shape("mask", own, size)
         return Parts(key, image, condition, mask, row.captions, size, stretched)
 
-    def mask_said(self, index: int) -> str:
-        """Say what is odd about the mask of row ``index``, as a clause; of the row, nothing else is decoded."""
+    def mask_oddity(self, index: int) -> str:
+        """Return a clause on what is odd about the mask of row ``index``, or ""; decodes nothing but the mask."""
         row = self.rows[self.indices[index]]
         if row.mask is None:
             return ""
@@ -128,35 +130,35 @@ class FileSource:
         return stretched or mask_doubt(mask)
 
     def _mask(self, key: str, source: Path | bytes) -> tuple[np.ndarray, str, tuple[int, int]]:
-        """Return the mask and how it was stretched, as in :class:`Parts`, and the file's own (height, width)."""
+        """Return ``mask`` and ``stretched`` of :class:`Parts`, and the file's own (height, width)."""
         values, own = self._decoded("mask", key, source, gray=True)
         return *stretch_mask(np.asarray(values)), own
 
     def _decoded(
         self, what: str, key: str, source: Path | bytes, gray: bool = False, whole: bool = False
     ) -> tuple[Image.Image, tuple[int, int]]:
-        """Decode to RGB, or F in [0,1] where ``gray``; with the file's own (height, width)."""
+        """Decode to RGB, or to mode F in [0,1] if ``gray``; return also the file's own (height, width)."""
         limits = Limits(self.data.max_pixels, None if whole else self.data.size)
         try:
-            return read_photo(source, f"the {what} of {brief(key)}", limits, gray)
+            return read_photo(source, f"the {what} of {shorten(key)}", limits, gray)
         except ImageError as error:
             raise BadRow(f"{what} {error.reason}", str(error).rstrip(".")) from None
 
-    def example(self, parts: Parts, seen: Geometry, caption: str) -> Example:
-        """Pass ``parts`` through the geometry ``seen``; edges and palette are taken from what is left of the image."""
-        image = np.array(seen.apply(parts.image, IMAGE))  # (H,W,3) uint8
+    def example(self, parts: Parts, crop: Geometry, caption: str) -> Example:
+        """Apply the geometry ``crop`` to ``parts``; edges and palette are computed from the cropped image."""
+        image = np.array(crop.apply(parts.image, IMAGE))  # (H,W,3) uint8
         if parts.condition is None:
             condition = extract(self.condition, image)
         else:
-            condition = _unit(seen.apply(parts.condition, self._condition_filter))
+            condition = _unit(crop.apply(parts.condition, self._condition_filter))
         return Example(
             key=parts.key,
             pixels=torch.from_numpy(image).permute(2, 0, 1).contiguous() / 127.5 - 1,
             condition=condition,
             caption=caption,
-            mask=None if parts.mask is None else torch.from_numpy(seen.apply_to_mask(parts.mask).clip(0, 1))[None],
-            view=seen.view,
-            original=(*parts.size, *seen.origin(parts.size)),
+            mask=None if parts.mask is None else torch.from_numpy(crop.apply_to_mask(parts.mask).clip(0, 1))[None],
+            view=crop.view,
+            original=(*parts.size, *crop.origin(parts.size)),
         )
 
 
@@ -169,32 +171,34 @@ def open_data(
     keep: bool = True,
     or_else: str = "",
 ) -> Source:
-    """Open a part of the data that ``data`` names, the embedded scenes or files.
+    """Open the training or validation part of ``data``, the embedded scenes or files.
 
     Args:
-        split: ``train`` or ``val``; of the embedded scenes also ``test``.
-        count, keep: of the embedded scenes, see :class:`localctl.data.micro.MicroScenes`; count None: ``data.count``.
+        split: ``train`` or ``val``; for the embedded scenes also ``test``.
+        count, keep: for the embedded scenes, see :class:`localctl.data.micro.MicroScenes`; count None: ``data.count``.
         or_else: see :func:`open_files`.
 
     Raises:
-        ValueError: the data cannot be opened, or nothing belongs to the part.
+        ValueError: the data cannot be opened, or the part is empty.
     """
     if not data.is_micro:
         return open_files(data, condition, split, or_else)
-    from localctl.data.micro import MicroScenes  # the toy base is of no use to those who bring their own data
+    from localctl.data.micro import MicroScenes  # only if asked for: it loads the toy base
 
     return MicroScenes(split, data.profile, count or data.count or 1, condition, keep)
 
 
 def open_files(data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
-    """Open the ``train`` or ``val`` part of the files that ``data`` names. ValueError when it cannot be opened, or when
-    nothing belongs to the part; ``or_else``: what the caller can do without a ``val`` part."""
+    """Open the ``train`` or ``val`` part of files. ValueError when it cannot be opened or is empty.
+
+    or_else: the end of that error's advice, if the caller can do without a ``val`` part.
+    """
     own_split = data.validation_split if split == "val" else None
     return part_of(open_rows(data, condition, own_split or data.split), data, condition, split, or_else)
 
 
 def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
-    """Open a part as :func:`open_files` does, of the ``rows`` of its split."""
+    """Open a part as :func:`open_files` does, from the ``rows`` of its split, already read."""
     assert split in SPLITS
     indices, note = list(range(len(rows))), ""
     if data.validation_split is None:
@@ -213,36 +217,38 @@ def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str
             f"data.validation_share={data.validation_share:g}; {way_out}."
         )
     source = FileSource(rows, indices, data, condition, note)
-    _say_of_masks(source)
+    _warn_of_odd_masks(source)
     return source
 
 
-def _say_of_masks(source: FileSource) -> None:
-    """Warn once if masks of the data are stretched or look like labels; a few are looked at."""
+def _warn_of_odd_masks(source: FileSource) -> None:
+    """Warn once if one of a few masks of the data was stretched or looks like a map of labels."""
     if not source.rows.has_masks:
         return
-    for index in dict.fromkeys(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int).tolist()):
-        with suppress(BadRow, OSError):  # named when it is used
-            if said := source.mask_said(index):
-                said = f"The mask of {source.key(index)} in the data {said}; others may do so, too."
-                return warnings.warn(said, stacklevel=3)
+    for index in dict.fromkeys(np.linspace(0, len(source) - 1, _CHECKED_MASKS).astype(int).tolist()):
+        with suppress(BadRow, OSError):  # reported when the row is used
+            if oddity := source.mask_oddity(index):
+                text = f"The mask of {source.key(index)} in the data {oddity}; others may do so, too."
+                return warnings.warn(text, stacklevel=3)
 
 
 def is_held_out(key: str, share: float) -> bool:
-    """Tell whether an example belongs to the validation part: decided by a hash of its key alone, so it stays where it
-    is when others come or go. Repeated rows of one image (key#2) stay together."""
+    """Return whether an example belongs to the validation part. A hash of its key alone decides, so it stays there when
+    other rows are added or removed. Repeated rows of one image (key#2) stay together."""
     return _place(key) < share
 
 
 def _place(key: str) -> float:
-    """Place a key from 0 to 1, by a hash."""
+    """Map a key to [0, 1] by a hash."""
     return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63
 
 
 def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
-    """Tell for each key whether it belongs to the validation part, as :func:`is_held_out` says; but of a small set,
-    where a share above 0 is none, the one nearest to it does. With a clause that says so. A single one is not held out,
-    unless all are (a share of 1)."""
+    """Return for each key whether it is held out for validation, and a note.
+
+    :func:`is_held_out` decides; but if a share above 0 selects none of a small dataset, the key nearest to it is held
+    out, and the note says so. A single key is not held out, unless the share is 1.
+    """
     places = [_place(key) for key in keys]
     first = min(places, default=1.0)
     if share < 1 and first == max(places, default=1.0):
@@ -251,8 +257,8 @@ def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
         return [place < share for place in places], ""
     chosen = keys[places.index(first)]
     return [place == first for place in places], (
-        f"data.validation_share={share:g} of {len(keys)} rows is none, so one is held out for validation: "
-        f"{brief(chosen)}; raise data.validation_share for more"
+        f"data.validation_share={share:g} selects none of {len(keys)} rows, so one is held out for validation: "
+        f"{shorten(chosen)}; raise data.validation_share for more"
     )
 
 
@@ -264,7 +270,7 @@ def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
     column = data.conditioning_image_column or (condition.kind if in_folders else "conditioning_image")
     wanted = {
         "image": "original" if in_folders and data.image_column == "image" else data.image_column,
-        "condition": None if condition.kind in FROM_PICTURE else column,
+        "condition": None if condition.kind in FROM_IMAGE else column,
         "mask": data.mask_column,
         "caption": "caption" if in_folders and data.caption_column == "text" else data.caption_column,
         "key": data.key_column,
@@ -278,14 +284,14 @@ def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
 
 
 def _check_shape(what: str, found: tuple[int, int], image: tuple[int, int]) -> None:
-    """Raise a BadRow unless two (h, w) are one shape."""
+    """Raise a BadRow unless the two (h, w) have the same aspect ratio."""
     if not same_shape(found, image):
         detail = f"the {what} is {found[1]}x{found[0]}, another shape than the image's {image[1]}x{image[0]}"
         raise BadRow(f"{what} of another shape", detail)
 
 
 def _unit(image: Image.Image) -> Tensor:
-    """Bring an image to (C,H,W) float32 in [0,1]."""
+    """Convert an image to (C,H,W) float32 in [0,1]."""
     array = to_array(image)
     values = torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
     return values / 255 if values.dtype == torch.uint8 else values.clamp(0, 1)

@@ -1,7 +1,7 @@
-"""What a data set holds, in a few short texts, so that another one under the same names is noticed.
+"""Fingerprints of a dataset: a few hashes by which a resumed run notices that its data has changed.
 
-All names and captions, which are in memory, and the files of a keyed sample of the rows, which may lie on a slow disk.
-Times of files, folders and formats do not count.
+They cover all names and captions, which are in memory, and the files of a seeded sample of the rows, as these may lie
+on a slow disk. They do not depend on modification times, folders and formats.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from localctl.data.rows import Rows
 from localctl.seeding import key_seed
 
 COUNT, NAMES, CAPTIONS = "number of examples", "names of the examples", "captions"
-LOOKED_AT = 256  # rows whose files are opened: if one in a hundred is another, this is seen 92 times of 100
+LOOKED_AT = 256  # rows whose files are read: if 1 % of a large dataset differ, this is noticed with probability 0.92
 _PIECE = 16 * 1024  # bytes read at the beginning, in the middle and at the end of a file
 _UNUSABLE = b"unusable"
 
 
 def fingerprints(rows: Rows, indices: Sequence[int]) -> dict[str, Any]:
-    """Take name -> number or sha256 of the rows ``indices`` (ascending) of ``rows``; the same for the same content in
-    another folder or format. The captions are all of them, but a sample where each is a file of its own."""
+    """Return name -> number or sha256 of the rows ``indices`` (ascending) of ``rows``.
+
+    The same content in another folder or format has the same fingerprints. Captions in files of their own are sampled
+    like images; otherwise all of them are hashed.
+    """
     names = hashlib.sha256()
     for index in indices:
         names.update(rows.keys[index].encode(errors="replace") + b"\0")
@@ -48,7 +51,7 @@ def fingerprints(rows: Rows, indices: Sequence[int]) -> dict[str, Any]:
 
 
 def sample(count: int) -> Iterator[int]:
-    """Choose at most ``LOOKED_AT`` places below ``count``, ascending: one out of each equal part, chosen by a hash."""
+    """Yield at most ``LOOKED_AT`` ascending indices below ``count``: one of each equal part, chosen by a hash."""
     parts = min(count, LOOKED_AT)
     for part in range(parts):
         first, last = part * count // parts, (part + 1) * count // parts
@@ -58,14 +61,14 @@ def sample(count: int) -> Iterator[int]:
 def _digest_of_captions(cells: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for cell in cells:
-        # Half a surrogate pair has no bytes of its own. What is no text at all is told apart, too.
+        # Cells that are no text are hashed as JSON; surrogatepass encodes half surrogate pairs.
         text = cell.strip() if isinstance(cell, str) else json.dumps(cell, default=str)
         digest.update(text.encode(errors="surrogatepass") + b"\0")
     return digest.hexdigest()
 
 
 def _contents(rows: Rows, index: int) -> tuple[bytes, bytes, bytes, bytes]:
-    """Read captions, and pieces of image, condition and mask, of a row."""
+    """Read captions, and pieces of image, condition and mask of a row."""
     try:
         row = rows[index]
     except BadRow:
@@ -74,11 +77,11 @@ def _contents(rows: Rows, index: int) -> tuple[bytes, bytes, bytes, bytes]:
 
 
 def _pieces(source: Path | bytes | None) -> bytes:
-    """Read size, beginning, middle and end of a file, or of the bytes of one."""
+    """Return size, beginning, middle and end of a file or of its content."""
     if source is None:
         return b"none"
     try:
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # reading a pipe would block
             return _UNUSABLE
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

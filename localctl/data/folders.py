@@ -1,4 +1,4 @@
-"""What lies in a folder of data: hidden names are passed over, and splits told by their names as `datasets` does."""
+"""The files in a folder of data: hidden ones are skipped, and names denote splits by the rules of `datasets`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from localctl.images import EXTENSIONS
 
-# The words and the characters around them by which `datasets` knows a split (datasets.data_files), here in any case.
+# `datasets` recognises a split by these words and the characters around them (datasets.data_files); here in any case.
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -25,7 +25,7 @@ _SPLIT_NAMES = {
 _HIDDEN = (".", "@", "__")  # .ipynb_checkpoints, ._1.jpg, @eaDir, __MACOSX
 _MADE = ".made_by_localctl"
 _BINS = ("$recycle.bin", "#recycle", "#snapshot", "lost+found", "system volume information")
-# Photos of cameras and programs that Pillow cannot read, or that we do not let it read.
+# Formats of images and videos that Pillow cannot read, or that it is not allowed to read here.
 NOT_READ = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".psd") + (
     *(".svg", ".eps", ".ps", ".pdf", ".wmf", ".emf", ".tga", ".exr", ".hdr", ".ico", ".icns", ".cur", ".pcx", ".dcx"),
     *(".qoi", ".dds", ".blp", ".xbm", ".xpm", ".sgi", ".ras", ".pfm", ".fits", ".fit", ".avifs", ".mpg", ".mp4"),
@@ -34,20 +34,20 @@ NOT_READ = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is none of the user's own: hidden, or put there by a program."""
+    """Return whether a file or folder is hidden, or was put there by a system or program."""
     return name.startswith(_HIDDEN) or name.lower() in _BINS
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a file is an image, by its extension in any case."""
+    """Return whether a file is an image, by its extension in any case."""
     return name.lower().endswith(EXTENSIONS)
 
 
 class Walk:
-    """Goes through a folder and all below it, in order, without hidden ones and links to folders.
+    """An iterable over a folder and all folders below it, sorted, without hidden ones and links to folders.
 
-    left_out: what images, or folders that may hold some, were passed over on the way, with ``count``: by a few words on
-    why. locked: folders that cannot be read.
+    left_out: with ``count``, the number of images and folders that were skipped, by a few words on why. locked: folders
+    that cannot be read. Both are complete after the iteration.
     """
 
     def __init__(self, root: Path, count: bool = False) -> None:
@@ -56,8 +56,7 @@ class Walk:
         self.locked: list[Path] = []
 
     def __iter__(self) -> Iterator[tuple[Path, list[str], list[str]]]:
-        """Yield (folder, names of folders, names of files); taking names out of the first list passes those folders
-        over."""
+        """Yield (folder, names of folders, names of files); folders removed from the list of names are skipped."""
         for folder, below, files in os.walk(self.root, onerror=self._note_locked):
             linked = {name for name in below if os.path.islink(os.path.join(folder, name))}
             if self.count:
@@ -84,39 +83,39 @@ def _images_below(folder: str) -> int:
 
 
 def mark_made(folder: Path) -> None:
-    """Note that a script wrote what lies in ``folder``, so that it is not taken for photos when one is called again."""
-    (folder / _MADE).write_text("Written by a script in data/; passed over where photos are looked for.\n")
+    """Mark ``folder`` as written by a script, so that a later call does not take its files for photos."""
+    (folder / _MADE).write_text("Written by a script in data/, which skips this folder when it searches for photos.\n")
 
 
 def is_made(folder: Path) -> bool:
-    """Tell whether :func:`mark_made` was called for it."""
+    """Return whether :func:`mark_made` was called for ``folder``."""
     return os.path.lexists(folder / _MADE)
 
 
 def count_words(counts: Counter[str]) -> str:
-    """Put counts into words: ``3 .heic, 1 linked folder``, the most frequent first; empty when there is nothing."""
+    """Format counts: ``3 .heic, 1 linked folder``, the most frequent first; empty if all are 0."""
     return ", ".join(f"{number} {what}" for what, number in counts.most_common() if number)
 
 
 @lru_cache(maxsize=4096)
 def split_named(name: str) -> str | None:
-    """Return ``train``, ``validation`` or ``test`` where a file or folder is called so, as `datasets` sees it:
-    ``val2017``, ``Training``, ``train-00000-of-00002.parquet``."""
+    """Return the split that the name of a file or folder denotes by the rules of `datasets`, None if it denotes none.
+
+    That is ``train``, ``validation`` or ``test``, from ``val2017``, ``Training``, ``train-00000-of-00002.parquet`` ...
+    """
     return next((split for split, pattern in _SPLIT_NAMES.items() if pattern.search(name)), None)
 
 
 @lru_cache(maxsize=64)
 def canonical(split: str) -> str:
-    """Return the usual name of a split: ``validation`` for ``val``, ``valid`` or ``dev``. Other names stay as they
-    are."""
+    """Return the usual name of a split: ``validation`` for ``val``, ``valid`` or ``dev``; other names unchanged."""
     return next((name for name, words in SPLIT_WORDS.items() if split.lower() in words), split)
 
 
 def split_of(parts: Sequence[str], wanted: str) -> str | None:
-    """Return the split that a path with these ``parts`` belongs to, by the outermost part that names one; None =
-    unnamed.
+    """Return the split that the outermost of the ``parts`` of a path denotes; None if none does.
 
-    wanted: a split with a name of its own is known by a part of just this name.
+    wanted: a split with another name than the usual ones is recognised by a part that equals it.
     """
     if canonical(wanted) not in SPLIT_WORDS and wanted in parts:
         return wanted
@@ -124,13 +123,13 @@ def split_of(parts: Sequence[str], wanted: str) -> str | None:
 
 
 def select(splits: Sequence[str | None], wanted: str, place: str) -> tuple[list[int], Counter[str]]:
-    """Choose what belongs to the split ``wanted``: what is named so; of ``train``, where nothing is, what has no name.
+    """Select the members of the split ``wanted``. If none is named ``train``, unnamed ones belong to ``train``.
 
     Returns:
-        The indices, and how many of each other split are left.
+        Their indices, and the number of members of each other split.
 
     Raises:
-        ValueError: nothing belongs to it; lists the splits that there are.
+        ValueError: the split has no members; the message lists the splits that exist.
     """
     named = [index for index, split in enumerate(splits) if split == canonical(wanted)]
     if not named and canonical(wanted) == "train":

@@ -1,4 +1,4 @@
-"""Rows of data in folders. One class per format."""
+"""Datasets in folders, one class per format."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ from localctl.images import EXTENSIONS
 
 
 class ImageFolderRows(Rows):
-    """Images and ``metadata.jsonl`` (or .csv, .parquet; also one per subfolder): a row per example with ``file_name``,
-    as wanted ``conditioning_image_file_name`` and ``mask_file_name``, relative to the list's folder, and the caption.
+    """Images and a ``metadata.jsonl`` (or .csv, .parquet; also one per subfolder) with a row per example.
 
-    Of ``split`` are the lists below the folder named so; or, where there is none, the rows whose file lies in one.
-    ValueError when there is no list, it is empty, none of its rows is of the split or has what ``columns`` asks for.
+    A row has ``file_name``, relative to the metadata file's folder, the caption and, where ``columns`` asks for them,
+    ``conditioning_image_file_name`` and ``mask_file_name``. The metadata files below a folder named after ``split``
+    belong to the split; if there is no such folder, the rows whose image lies in one.
+
+    Raises:
+        ValueError: no metadata file, an empty one, no row in the split, or a column that no row has.
     """
 
     def __init__(self, root: Path, columns: Mapping[str, str], split: str) -> None:
@@ -57,7 +60,7 @@ class ImageFolderRows(Rows):
                 seen.update(_column(name) for name, value in values.items() if value is not None)
                 self._lines.append((file.parent, line))
         if not self._lines:
-            raise ValueError(f"No row stands in {', '.join(map(str, lists[:3]))}; a line per image is needed.")
+            raise ValueError(f"{', '.join(map(str, lists[:3]))} is empty; it needs a line per image.")
         self._all_lines = self._lines
         if others is None:
             chosen, others = select(splits, split, str(root))
@@ -68,17 +71,17 @@ class ImageFolderRows(Rows):
         self.keys = unique(keys)
 
     def _lists(self) -> list[Path]:
-        """Find all lists. ValueError when there is none, or two in one folder."""
+        """Find all metadata files. ValueError when there is none, or two in one folder."""
         found, images = [], 0
         for folder, below, files in Walk(self.root):
             here = [name for name in (*below, *files) if name.lower() in METADATA_NAMES]
             if len(here) > 1:
-                raise ValueError(f"{folder} has both {' and '.join(here)}; keep the one that is meant.")
+                raise ValueError(f"{folder} has both {' and '.join(here)}; remove one of them.")
             found += [folder / name for name in here]
             images += sum(map(is_image, files))
         if not found:
             raise ValueError(
-                f"There is no {METADATA} with a line per image in {self.root}, but {images} images; make a data set of "
+                f"There is no {METADATA} with a line per image in {self.root}, but {images} images; make a dataset of "
                 f"them: python data/make_dataset.py --images {self.root} --output DATASET (docs/data.md)."
             )
         return sorted(found)
@@ -97,12 +100,12 @@ class ImageFolderRows(Rows):
         return make_row(partial(_file_name, values), folder, (self.root,), self.columns, caption)
 
     def captions(self) -> Iterator[Any] | None:
-        """Return those of the lists, from memory."""
+        """Yield the captions of the metadata, from memory."""
         name = self.columns.get("caption")
         return (_parse(line).get(name) for _, line in self._lines) if name else None
 
     def remarks(self) -> list[str]:
-        """Say what of the folder is not used. Goes through all of it."""
+        """Return clauses on files that are not used. Walks through the whole folder."""
         named = {
             os.path.normpath(os.path.join(folder, value))
             for folder, line in self._all_lines
@@ -122,10 +125,10 @@ class ImageFolderRows(Rows):
 
 
 class FolderRows(Rows):
-    """A folder per example below ``root`` with an image, a condition, perhaps a mask, named by ``columns`` without
-    extension, and a caption in a text file: a folder with such an image, or with no folder in it.
+    """A folder per example with an image, a condition, an optional mask, and a caption in a text file.
 
-    Of ``split`` are the examples below a folder named so. ValueError when there is none.
+    ``columns`` names these files without extension. Every folder below ``root`` that holds such an image, or no other
+    folder, is an example. ``split`` selects the examples below a folder of this name. ValueError when there are none.
     """
 
     def __init__(self, root: Path, columns: Mapping[str, str], split: str) -> None:
@@ -139,7 +142,7 @@ class FolderRows(Rows):
                 continue
             stems = [os.path.splitext(name)[0].lower() for name in files if is_image(name)]
             if columns["image"].lower() in stems:
-                below.clear()  # what lies below belongs to the example
+                below.clear()  # these folders belong to the example
             if not below:
                 found.append(folder)
                 with_masks |= columns.get("mask", "").lower() in stems
@@ -148,7 +151,7 @@ class FolderRows(Rows):
         names = [folder.relative_to(self.root) for folder in found]
         if not names:
             raise ValueError(
-                f"There is no folder per example in {root}; data/make_dataset.py makes them, or see docs/data.md."
+                f"There are no folders of examples in {root}; make them with data/make_dataset.py, or see docs/data.md."
             )
         if others is None:
             chosen, others = select([split_of(name.parts[:-1], split) for name in names], split, str(root))
@@ -174,20 +177,20 @@ class FolderRows(Rows):
         return read_caption(file) if isinstance(file, Path) else None
 
     def remarks(self) -> list[str]:
-        """Say what of the folder is not used. Goes through all of it."""
+        """Return clauses on files that are not used. Walks through the whole folder."""
         walk = Walk(self.root, count=True)
         deque(walk, maxlen=0)
-        walk.left_out["locked folder"] = 0  # a bad row
-        lines = [f"{self.loose} images lie in {self.root} itself, in no example's folder"] if self.loose else []
+        walk.left_out["locked folder"] = 0  # reported as a bad row
+        lines = [f"{self.loose} images lie in {self.root} itself, not in a folder per example"] if self.loose else []
         return [*lines, *left_out(walk, self.other_splits)]
 
 
 def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, list[Path], Counter[str] | None]:
-    """Find the one folder right below ``root`` that is named after ``split`` and holds some of ``places``.
+    """Find the folder directly below ``root`` that is named after ``split`` and holds some of ``places``.
 
     Returns:
-        It, the places in it, and how many of each other split, or of none, lie beside it; or where there is no such
-        folder, or several: ``root``, all places, and None.
+        The folder, the places in it, and the number of folders beside it by split; if there is no such folder, or
+        several: ``root``, all places, and None.
     """
     parts = [place.relative_to(root).parts for place in places]
     named = sorted({first for first, *rest in parts if rest and split_of((first,), split) == canonical(split)})
@@ -204,7 +207,7 @@ def own_folder(root: Path, places: Sequence[Path], split: str) -> tuple[Path, li
 
 
 def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
-    """Say what a finished ``walk`` passed over, and on what belongs to other ``splits``."""
+    """Return clauses on what a finished ``walk`` skipped, and on other ``splits``."""
     lines = [f"left out in {walk.root}: {words}"] if (words := count_words(walk.left_out)) else []
     if splits:
         lines.append(f"not used here, other splits: {', '.join(sorted(splits))} (data.split, data.validation_split)")
@@ -212,13 +215,13 @@ def left_out(walk: Walk, splits: Counter[str]) -> list[str]:
 
 
 def _called(names: Sequence[str], extensions: Sequence[str], stem: str) -> str | None:
-    """Find the one of ``names`` that is ``stem`` with one of ``extensions``, the first of these that is there."""
+    """Return the name that is ``stem`` with one of ``extensions`` (the first that exists), in any case."""
     low = {name.lower(): name for name in reversed(names)}
     return next((low[name] for end in extensions if (name := f"{stem.lower()}{end}") in low), None)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """Read the values of a line as far as they can be read, for its key and the list of columns."""
+    """Read a line of metadata for its key and columns; empty if damaged, which is reported when the row is read."""
     try:
         values = parse_json(line.decode(errors="replace"))
     except ValueError:
@@ -227,8 +230,8 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _file_name(values: dict[str, Any], column: str) -> Any:
-    """Find the cell of a column of images: ``<column>_file_name`` as `datasets` has it, ``file_name`` for ``image``, or
-    the plain name of the column."""
+    """Return the cell of a column of images: ``<column>_file_name`` as in `datasets`, ``file_name`` for ``image``, or
+    the plain name of the column; None if the row has none of them."""
     names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
     return next((values[name] for name in names if values.get(name) is not None), None)
 

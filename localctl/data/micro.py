@@ -1,4 +1,4 @@
-"""The embedded scenes as a data set: rendered when first asked for, then kept in memory."""
+"""The embedded scenes as a dataset: each is rendered on first use, then cached in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localctl.micro.scenes import PROFILES, SPLITS, scene
 
 @dataclass(frozen=True)
 class _Rendered:
-    """What is kept of a scene, in bytes; a condition only where the image does not yield it."""
+    """A cached scene, in bytes; with a condition only if it cannot be computed from the image."""
 
     image: np.ndarray  # (128, 128, 3)
     object_masks: np.ndarray  # (n, 128, 128)
@@ -29,8 +29,8 @@ class _Rendered:
 class MicroScenes:
     """Scenes 0 .. count-1 of a split and profile, with any kind of condition.
 
-    Rendering a scene takes about 5 ms, a kept one about 0.1 MB; with ``keep`` every scene is rendered once (per
-    worker). ValueError for an unknown split or profile, or no scene at all.
+    With ``keep`` every scene is rendered once per worker and cached: rendering takes about 5 ms, a cached scene about
+    0.1 MB. ValueError for an unknown split or profile, a count below 1, or ``condition.kind=column``.
     """
 
     def __init__(
@@ -52,26 +52,27 @@ class MicroScenes:
         self.profile = profile
         self.count = count
         self.condition = condition or ConditionConfig()
-        self._kept: dict[int, _Rendered] | None = {} if keep else None
+        self._cache: dict[int, _Rendered] | None = {} if keep else None
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self.count:
-            raise IndexError(f"There is no scene {index} among {self.count}.")
-        kept = None if self._kept is None else self._kept.get(index)
-        if kept is None:
-            kept = self._render(index)
-            if self._kept is not None:
-                self._kept[index] = kept
+            raise IndexError(f"There is no scene {index}; there are {self.count}.")
+        rendered = None if self._cache is None else self._cache.get(index)
+        if rendered is None:
+            rendered = self._render(index)
+            if self._cache is not None:
+                self._cache[index] = rendered
+        condition = rendered.condition
         return Example(
             key=f"{self.profile}-{self.split}-{index}",
-            pixels=torch.from_numpy(kept.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
-            condition=extract(self.condition, kept.image) if kept.condition is None else _unit(kept.condition),
-            caption=kept.caption,
-            object_masks=torch.from_numpy(kept.object_masks) / 255,
-            truth=kept.truth,
+            pixels=torch.from_numpy(rendered.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
+            condition=extract(self.condition, rendered.image) if condition is None else _unit(condition),
+            caption=rendered.caption,
+            object_masks=torch.from_numpy(rendered.object_masks) / 255,
+            truth=rendered.truth,
         )
 
     def _render(self, index: int) -> _Rendered:
@@ -86,5 +87,5 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 
 
 def _unit(values: np.ndarray) -> Tensor:
-    """Bring uint8 (H,W,C) to float (C,H,W) in [0,1]."""
+    """Convert uint8 (H,W,C) to float (C,H,W) in [0,1]."""
     return torch.from_numpy(values).permute(2, 0, 1).contiguous() / 255

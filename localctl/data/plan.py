@@ -1,7 +1,7 @@
-"""The order of samples as a pure function of (seed, step): nothing to save, nothing to skip after a resume.
+"""The order of samples as a pure function of (seed, step): a resumed run has nothing to restore and nothing to skip.
 
-The epochs' permutations, laid end to end, are one endless stream. A batch is a slice of it and may reach over the end
-of an epoch, so there is no short last batch. With several processes every one takes its part of the same global batch.
+The permutations of all epochs are concatenated to one endless stream. A batch is a slice of it and may cross the end of
+an epoch, so there is no short last batch. With several processes, each takes its part of the same global batch.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from localctl.seeding import numpy_rng
 
 
 class SampleRef(NamedTuple):
-    """One visit of one sample."""
+    """A sample in an epoch."""
 
     sample: int
     epoch: int
 
 
 class SamplePlan:
-    """The stream of samples of a data set of ``count``."""
+    """The endless stream of samples of a dataset of ``count``; ValueError if that is below 1."""
 
     def __init__(self, count: int, seed: int) -> None:
         if count < 1:
-            raise ValueError("There is no sample to train on; the data set is empty.")
+            raise ValueError("The dataset is empty; training needs at least one sample.")
         self.count = count
         self.seed = seed
-        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch touches two epochs at most, mostly
+        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch rarely spans more than two epochs
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return numpy_rng(self.seed, "order", epoch).permutation(self.count)

@@ -1,7 +1,7 @@
-"""Rows of data in files: what belongs to an example, found but not yet read.
+"""Rows of datasets in files: the files of each example are located, but not read yet.
 
-A row that is broken shows when it is asked for (BadRow), never when the data is opened; only what is wrong with the
-data as a whole (no such column, no metadata) is a ValueError at the start.
+A broken row raises BadRow when it is read, never when the dataset is opened. Only a problem of the dataset as a whole
+(a missing column, no metadata) is a ValueError on opening.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 from localctl.data.bad_rows import BadRow
 from localctl.files import first_line
-from localctl.labels import brief
+from localctl.labels import shorten
 
 MOST_CAPTION = 1_000_000  # bytes
 METADATA = "metadata.jsonl"
 METADATA_NAMES = (METADATA, "metadata.csv", "metadata.parquet")
-# as bytes of the first letters; UTF-32's little-endian mark begins with UTF-16's
+# Byte order marks. UTF-32 comes first, as its little-endian mark begins with that of UTF-16.
 _OTHER_ENCODINGS = (
     *(("UTF-32", codecs.BOM_UTF32_LE), ("UTF-32", codecs.BOM_UTF32_BE)),
     *(("UTF-16", codecs.BOM_UTF16_LE), ("UTF-16", codecs.BOM_UTF16_BE)),
 )
-_OPTIONS = {  # part of a row -> the setting that names its column
+_OPTIONS = {  # part of a row -> setting that names its column
     "image": "image_column",
     "condition": "conditioning_image_column",
     "caption": "caption_column",
@@ -42,7 +42,7 @@ _OPTIONS = {  # part of a row -> the setting that names its column
 
 @dataclass(frozen=True)
 class Row:
-    """Where the parts of an example are: files, or the bytes of files. captions: at least one, and any will do."""
+    """The parts of an example as files, or as the bytes of files. captions: one or more alternatives."""
 
     image: Path | bytes
     captions: tuple[str, ...]
@@ -51,10 +51,10 @@ class Row:
 
 
 class Rows:
-    """A data set of files. A row is found by its index; BadRow when it cannot be used.
+    """A dataset of files. ``rows[i]`` returns a :class:`Row`; BadRow when it cannot be used.
 
-    columns: part of a row (image, condition, mask, caption, key) -> its column, for those parts that are read.
-    keys: what each row is called for ever, all different.
+    columns: part of a row (image, condition, mask, caption, key) -> its column, for the parts that are read.
+    keys: the permanent name of each row, all different.
     """
 
     columns: Mapping[str, str]
@@ -68,43 +68,54 @@ class Rows:
 
     @property
     def has_masks(self) -> bool:
-        """Whether masks belong to the data."""
+        """Whether the dataset has masks."""
         return "mask" in self.columns
 
     def remarks(self) -> list[str]:
-        """Say what of the data is not used, a clause each; may take as long as looking through all of it."""
+        """Return clauses on data that is not used; may walk through the whole dataset."""
         raise NotImplementedError
 
     def captions(self) -> Iterator[Any] | None:
-        """Return every row's caption as it was found; None where each is a file of its own, or there are none."""
+        """Return the raw caption of every row; None if captions are separate files, or there are none."""
         return None
 
 
 def find_file(what: str, value: Any, folder: Path, roots: Sequence[Path]) -> Path | bytes | None:
-    """Find what a cell of a column of images points at: bytes as they are, a path (from ``folder``) as a file that lies
-    in one of ``roots``, also after following links. None for an empty cell. BadRow for anything else."""
+    """Resolve a cell of a column of images.
+
+    Args:
+        what: the part of the row, for error messages.
+        value: a path from ``folder``, the bytes of an image, an image of `datasets`, or None.
+        roots: folders; the file must lie in one of them after all links are resolved.
+
+    Returns:
+        The file or the bytes; None for an empty cell.
+
+    Raises:
+        BadRow: the cell is anything else, or points outside ``roots``.
+    """
     if isinstance(value, dict):  # an image of `datasets`
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None or isinstance(value, bytes):
         return value
     if not isinstance(value, str) or "\0" in value:
-        found = brief(str(value), 80)
+        found = shorten(str(value), 80)
         raise BadRow(f"{what} unreadable", f"the {what} is neither a file name nor an image but {found!r}")
     try:
-        path = Path(os.path.realpath(folder / value))  # which, unlike Path.resolve, takes links that go in circles
+        path = Path(os.path.realpath(folder / value))  # unlike Path.resolve, it accepts circular links
     except (OSError, ValueError) as error:  # half a surrogate pair
-        raise BadRow(f"{what} unreadable", f"no file can be called {brief(value)!r} ({first_line(error)})") from None
+        raise BadRow(f"{what} unreadable", f"no file can be called {shorten(value)!r} ({first_line(error)})") from None
     if not any(path.is_relative_to(root) for root in roots):
-        raise BadRow(f"{what} outside the data", f"the {what} {brief(value)!r} lies outside {roots[0]}")
+        raise BadRow(f"{what} outside the data", f"the {what} {shorten(value)!r} lies outside {roots[0]}")
     return path
 
 
 def read_caption(file: Path) -> bytes | None:
-    """Read the bytes of a caption file, None when there is none. BadRow for one that cannot be read or is no
-    caption."""
+    """Read the bytes of a caption file; None if it does not exist. BadRow if it cannot be read, is too long or is no
+    regular file."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
-            raise BadRow("caption missing", f"{file.name} is no file")
+        if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would block
+            raise BadRow("caption missing", f"{file.name} is not a regular file")
         with file.open("rb") as opened:
             content = opened.read(MOST_CAPTION + 1)
     except FileNotFoundError:
@@ -113,18 +124,18 @@ def read_caption(file: Path) -> bytes | None:
         raise
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise BadRow("caption unreadable", f"{brief(file.name)} cannot be read ({why})") from None
+        raise BadRow("caption unreadable", f"{shorten(file.name)} cannot be read ({why})") from None
     if len(content) > MOST_CAPTION:
         raise BadRow("caption too long", f"{file.name} has more than {MOST_CAPTION:,} bytes")
     return content
 
 
 def unique(keys: Sequence[str]) -> list[str]:
-    """Return ``keys`` with #2, #3 ... at second and later occurrences."""
+    """Return ``keys`` with #2, #3 ... appended to the second and later occurrences."""
     seen: Counter[str] = Counter()
     result = []
     for key in keys:
-        key = key.encode(errors="replace").decode()  # half a surrogate pair has no bytes to be hashed
+        key = key.encode(errors="replace").decode()  # half a surrogate pair cannot be encoded for hashing
         seen[key] += 1
         result.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
     return result
@@ -133,8 +144,7 @@ def unique(keys: Sequence[str]) -> list[str]:
 def make_row(
     cell: Callable[[str], Any], folder: Path, roots: Sequence[Path], columns: Mapping[str, str], caption: Any
 ) -> Row:
-    """Make the row whose ``cell`` of a column points at each part, as :func:`find_file` reads it. BadRow where one is
-    missing."""
+    """Make a row; ``cell`` returns the cell of a column, see :func:`find_file`. BadRow when a part is missing."""
     wanted = [what for what in ("image", "condition", "mask") if what in columns]
     found: dict[str, Any] = {what: find_file(what, cell(columns[what]), folder, roots) for what in wanted}
     for what, value in found.items():
@@ -145,7 +155,7 @@ def make_row(
 
 
 def captions_of(caption: Any) -> tuple[str, ...]:
-    """Return one caption or a list of them, without the space around. BadRow when there is none, or a blank one."""
+    """Return one or several captions, stripped. BadRow when one is missing, blank, or no valid text."""
     if isinstance(caption, bytes):
         try:
             check_utf8(caption, "the caption")
@@ -158,7 +168,7 @@ def captions_of(caption: Any) -> tuple[str, ...]:
     if caption is None or not captions or any(text is None for text in captions):
         raise BadRow("caption missing", "the row has no caption")
     if not all(isinstance(text, str) for text in captions):
-        raise BadRow("caption not text", f"the caption is {brief(str(caption), 80)!r}")
+        raise BadRow("caption not text", f"the caption is {shorten(str(caption), 80)!r}")
     stripped = tuple(text.strip().removeprefix("\ufeff").strip() for text in captions)
     if not all(stripped):
         raise BadRow("caption missing", "the caption is blank")
@@ -168,24 +178,26 @@ def captions_of(caption: Any) -> tuple[str, ...]:
 
 
 def used_columns(columns: Mapping[str, str], seen: Counter[str], place: str) -> dict[str, str]:
-    """Return ``columns`` without that of masks if no row has it, as long as it was not asked for by name. ValueError
-    naming any other column that no row has."""
+    """Return the ``columns`` to read. A column "mask", the default, may be missing from all rows and is then left out.
+
+    seen: column -> number of rows that have it. ValueError naming any other column that no row has.
+    """
     used = {what: name for what, name in columns.items() if seen[name] or (what, name) != ("mask", "mask")}
     for what, option in _OPTIONS.items():
         if what in used and not seen[used[what]]:
-            known = ", ".join(sorted(brief(name, 60) for name in seen if seen[name] and name != "file")) or "none"
-            raise ValueError(f"No row of {place} has a column {used[what]!r} (data.{option}); there are {known}.")
+            known = ", ".join(sorted(shorten(name, 60) for name in seen if seen[name] and name != "file")) or "none"
+            raise ValueError(f"No row of {place} has a column {used[what]!r} (data.{option}); the columns are {known}.")
     return used
 
 
 def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, JSON) of each row of ``file``. A row of a .jsonl is passed on as it is, however broken.
+    """Yield (number from 1, JSON) of each row of a metadata file. Rows of .jsonl files are not parsed here.
 
-    ValueError when the file as a whole cannot be read: a folder or pipe, another encoding, no such table.
+    ValueError when the file as a whole cannot be read: a folder or pipe, another encoding, a damaged table.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError(f"{file} is no file; a list with a line per image is needed there.")
+            raise ValueError(f"{file} is not a regular file; it must be a list with a line per image.")
         content = file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error.strerror}).") from None
@@ -198,36 +210,36 @@ def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(_csv_rows(content.decode(errors="surrogateescape"), file), start=1)
         return
     for number, line in enumerate(split_lines(content), start=1):
-        line = line.removeprefix(codecs.BOM_UTF8)  # of files that were joined
+        line = line.removeprefix(codecs.BOM_UTF8)  # in concatenated files
         if line.strip():
             yield number, line
 
 
 def split_lines(content: bytes) -> list[bytes]:
-    """Split lines of JSON. Only these three end one: `splitlines` would also cut at U+2028, which may stand in a
-    text."""
+    """Split lines of JSON at the usual three line ends. `splitlines` would also split at U+2028, which is allowed in
+    JSON texts."""
     return re.split(rb"\r\n|\n|\r", content)
 
 
 def check_utf8(content: bytes, name: str) -> None:
-    """Raise a ValueError for text in UTF-16 or UTF-32, as some editors and spreadsheets save it."""
+    """Raise a ValueError for text in UTF-16 or UTF-32, which some editors and spreadsheets save."""
     encoding = next((name for name, mark in _OTHER_ENCODINGS if content.startswith(mark)), None)
     if encoding is None and b"\0" in content[:4]:
-        encoding = "UTF-16"  # without a mark: every other byte of plain letters is 0
+        encoding = "UTF-16"  # without a mark; every other byte of ASCII is 0
     if encoding is not None:
         raise ValueError(f"{name} is {encoding}; save it as UTF-8.")
 
 
 def _csv_rows(text: str, file: Path) -> Iterator[bytes]:
     header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)  # spreadsheets of half of Europe write semicolons
-    before = csv.field_size_limit(2**31 - 1)  # a long caption is no reason to give up
+    delimiter = max(",;\t", key=header.count)  # many European locales use semicolons
+    before = csv.field_size_limit(2**31 - 1)  # captions may be longer than the default limit
     try:
         for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
             values = {name.strip(): value for name, value in row.items() if isinstance(name, str) and value}
             yield json.dumps(values).encode()
     except csv.Error as error:
-        raise ValueError(f"{file} is no table of comma-separated values ({error}).") from None
+        raise ValueError(f"{file} is not a CSV table ({error}); save it again as CSV.") from None
     finally:
         csv.field_size_limit(before)
 
@@ -240,4 +252,4 @@ def _parquet_rows(file: Path) -> Iterator[bytes]:
         for row in pq.read_table(file).to_pylist():
             yield json.dumps(row, default=str).encode()
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no parquet table ({first_line(error)}).") from None
+        raise ValueError(f"{file} is not a parquet table ({first_line(error)}); save it again.") from None

@@ -1,4 +1,4 @@
-"""From examples to batches: what every data set delivers, the mask sampled for it, and collation."""
+"""From examples to batches: the example that every dataset returns, sampling of its mask, and collation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from localctl.data.plan import SampleRef
 from localctl.masks import MaskConfig, sample_mask
 from localctl.seeding import numpy_rng
 
-ATTEMPTS = 16  # with half of the rows bad, one visit in 65,000 finds none
+ATTEMPTS = 16  # if half of the rows are bad, all attempts fail with probability 1/65,536
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with what belongs to it.
+    """An image with its condition, caption and mask.
 
-    key: identifies it for ever, whatever else is in the data; what is sampled for it is keyed by it.
-    pixels (3,H,W) in [-1,1]; condition (C,H,W) in [0,1]; mask (1,H,W) in [0,1], if there is one yet;
-    object_masks (n,H,W) in [0,1], if objects are known. epoch: of the visit this is. view: names what part of the
-    image the pixels show, where that can vary. problems: bad rows that this one stands in for.
-    original: height and width of the image as it was found, and where its crop begins (top, left, on the scale of
-        ``pixels``), if known; SDXL is told.
-    truth: what the image shows, where that is known exactly.
+    key: permanent name, independent of the rest of the dataset; everything sampled for the example is keyed by it.
+    pixels: (3,H,W) in [-1,1]. condition: (C,H,W) in [0,1]. mask: (1,H,W) in [0,1], None before it is sampled.
+    object_masks: (n,H,W) in [0,1], if the objects are known. epoch: for which the example was read.
+    view: name of the crop that the pixels show, if it can vary. problems: bad rows that this example replaces.
+    original: (height, width, top, left), if known: the size of the image's file, and its crop's corner on the scale of
+        ``pixels``; SDXL is conditioned on them.
+    truth: the objects in the image, if they are known exactly.
     """
 
     key: str
@@ -47,16 +47,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Unusable:
-    """What a visit ends with when row after row was bad."""
+    """The result when all attempts to read an example met bad rows."""
 
     problems: tuple[Problem, ...]
 
 
 class Source(Protocol):
-    """A data set: examples by index, each a pure function of it. BadRow for one that cannot be used.
+    """A dataset: ``source[i]`` is a pure function of i. BadRow for an example that cannot be used.
 
-    One whose examples look different from epoch to epoch has a method ``visit(ref, seed)``, too: an example as a pure
-    function of these.
+    A dataset with augmentation also has a method ``visit(ref, seed)``, which returns the example for an epoch as a pure
+    function of its arguments.
     """
 
     def __len__(self) -> int: ...
@@ -65,11 +65,11 @@ class Source(Protocol):
 
 
 class MaskedSamples(Dataset):
-    """``source`` with a mask for each visit, keyed by (seed, epoch, key): fresh in every epoch, the same in any worker.
-    A mask that the data brings along stays.
+    """Examples of ``source``, each with a mask. Masks of the dataset itself are used as they are.
 
-    For a bad row another one is sampled by (seed, epoch, index), again and again up to ``ATTEMPTS`` times; what was met
-    on the way travels with the example, so that whoever uses it knows.
+    Other masks are sampled from (seed, epoch, key): a new one in every epoch, the same one in any worker. A bad row is
+    replaced by another one sampled from (seed, epoch, index), in up to ``ATTEMPTS`` attempts; the problems met are
+    returned with the example.
     """
 
     def __init__(self, source: Source, config: MaskConfig, seed: int) -> None:
@@ -104,10 +104,10 @@ class MaskedSamples(Dataset):
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples, stacked: pixels (B,3,H,W), condition (B,C,H,W), mask (B,1,H,W); keys, epochs, captions: B each.
+    """Stacked examples: pixels (B,3,H,W), condition (B,C,H,W), mask (B,1,H,W); B keys, epochs and captions.
 
-    sizes: ``Example.original`` of each; empty = none is known. views: B, of the examples; key and view together name
-    the pixels. problems: bad rows met on the way. A batch that could not be filled has no row at all, only problems.
+    sizes: ``Example.original`` of each; empty = unknown. views: ``Example.view`` of each; key and view together
+    identify the pixels. problems: bad rows that were met. A batch that could not be filled has problems and no rows.
     """
 
     keys: tuple[str, ...]
@@ -124,13 +124,13 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the same batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``."""
         pixels, condition, mask = (t.to(device, non_blocking=True) for t in (self.pixels, self.condition, self.mask))
         return replace(self, pixels=pixels, condition=condition, mask=mask)
 
 
 def collate(examples: Sequence[Example | Unusable]) -> Batch:
-    """Stack examples of one size, each with its mask."""
+    """Stack examples of equal size, each with its mask; if one is unusable, return a batch without rows."""
     problems = tuple(problem for example in examples for problem in example.problems)
     found = [example for example in examples if isinstance(example, Example)]
     if len(found) < len(examples):

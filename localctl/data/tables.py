@@ -1,4 +1,4 @@
-"""Rows of parquet files and of data sets of the hub, through `datasets`; images stay undecoded until our own gate."""
+"""Rows of parquet files and hub datasets, read by `datasets`; their images are decoded later, as those of files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from localctl.data.config import DataConfig
 from localctl.data.folders import Walk, count_words, select, split_of
 from localctl.data.rows import Row, Rows, make_row, unique, used_columns
 from localctl.files import first_line
-from localctl.labels import brief
+from localctl.labels import shorten
 
-_AT_ONCE = 10_000  # cells of a column
+_AT_ONCE = 10_000  # cells of a column that are read at once
 
 
 class TableRows(Rows):
-    """A `datasets.Dataset`. ``roots``: folders in which images may lie that the table only names, the first being
-    where relative names start. ValueError when a column is missing."""
+    """The rows of a `datasets.Dataset`.
+
+    roots: folders in which images named by the table may lie; relative names start from the first. ValueError when a
+    column is missing, or holds lists of images.
+    """
 
     def __init__(
         self, table: Any, columns: Mapping[str, str], roots: Sequence[Path], place: str, remarks: Sequence[str] = ()
@@ -35,7 +38,7 @@ class TableRows(Rows):
             if isinstance(feature, Image):
                 table = table.cast_column(name, Image(decode=False))
             elif isinstance(feature, List):
-                raise ValueError(f"The column {name!r} of {place} holds lists of images; one per row is needed.")
+                raise ValueError(f"The column {name!r} of {place} holds lists of images; give one image per row.")
         read = dict.fromkeys(name for what, name in self.columns.items() if what != "key")
         self._table = table.select_columns(list(read))
 
@@ -50,21 +53,21 @@ class TableRows(Rows):
         return make_row(values.__getitem__, self._roots[0], self._roots, self.columns, caption)
 
     def remarks(self) -> list[str]:
-        """Say what of the data is not used."""
+        """Return clauses on data that is not used."""
         return self._remarks
 
     def captions(self) -> Iterator[Any] | None:
-        """Return those of the Arrow table."""
+        """Return the column of captions."""
         return self._cells(self.columns["caption"]) if "caption" in self.columns else None
 
     def _cells(self, name: str) -> Iterator[Any]:
-        """Read a column; None for a cell that cannot be read."""
+        """Yield the cells of a column; None for a cell that cannot be read."""
         column = self._table.select_columns([name])
         for first in range(0, len(self), _AT_ONCE):
             last = min(first + _AT_ONCE, len(self))
             try:
                 yield from column[first:last][name]
-            except (OSError, ValueError):  # of one of them
+            except (OSError, ValueError):  # one of the cells is damaged
                 yield from (_cell(column, name, index) for index in range(first, last))
 
 
@@ -76,9 +79,9 @@ def _cell(column: Any, name: str, index: int) -> Any:
 
 
 def open_table(data: DataConfig, split: str, columns: Mapping[str, str]) -> TableRows:
-    """Open ``data.path`` (a parquet file or a folder of them) or the hub's data set ``data.name``. ValueError when it
-    cannot be loaded, in one sentence."""
-    import datasets  # slow to import, and of no use to the embedded scenes
+    """Open ``data.path`` (a parquet file or a folder of them) or the hub dataset ``data.name``. ValueError when it
+    cannot be loaded."""
+    import datasets  # slow to import, and not needed for other formats
 
     options: dict[str, Any] = {"split": split, "cache_dir": data.cache_dir}
     remarks: list[str] = []
@@ -97,21 +100,23 @@ def open_table(data: DataConfig, split: str, columns: Mapping[str, str]) -> Tabl
         roots = [place, cache] if place.is_dir() else [cache, Path(datasets.config.HF_DATASETS_CACHE)]
     try:
         table = datasets.load_dataset(table_name, **options)
-    except Exception as error:  # the network, the hub, builders and parsers: whatever goes wrong is the data's
+    except Exception as error:  # network, hub and parsers each raise their own kinds
         raise _not_loaded(data.path or data.name, split, error) from error
     return TableRows(table, columns, roots, data.path or data.name, remarks)
 
 
 def _not_loaded(place: str, split: str, error: BaseException) -> ValueError:
-    """Say what went wrong at first: builders wrap it into "an error occurred"."""
+    """Make the error for data that cannot be loaded, from the root cause: builders wrap it in "an error occurred"."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return ValueError(f"The data {place!r}, split {split!r}, cannot be loaded: {brief(str(error) or repr(error), 300)}")
+    return ValueError(
+        f"The data {place!r}, split {split!r}, cannot be loaded: {shorten(str(error) or repr(error), 300)}"
+    )
 
 
 def _common_columns(files: Sequence[Path], columns: Mapping[str, str]) -> list[str] | None:
-    """Return the columns to read of parquet files, None = all. ValueError naming a file that lacks one that others
-    have."""
+    """Return the columns to read from parquet files, None = all. ValueError naming a file that lacks a column of the
+    others."""
     import pyarrow.parquet as pq
 
     wanted = set(columns.values())
@@ -127,15 +132,18 @@ def _common_columns(files: Sequence[Path], columns: Mapping[str, str]) -> list[s
             other = next(f for f, has in zip(files, names, strict=True) if lacking[0] in has)
             raise ValueError(
                 f"{file} has no column {', '.join(map(repr, lacking))}, but {other.name} has; give all files the same "
-                f"columns (there are {', '.join(sorted(own))})."
+                f"columns (it has {', '.join(sorted(own))})."
             )
     same = all(own == names[0] for own in names)
     return None if same else sorted(name for name in set.intersection(*names) & wanted)
 
 
 def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
-    """Find those of ``split`` in ``folder``, by the names of subfolders, or where none names a split, of the files
-    (train-00000-of-00009.parquet); and what is said of the others."""
+    """Find the parquet files of ``split`` in ``folder``; return them and remarks on the other files.
+
+    The names of subfolders decide; if none of them denotes a split, the names of the files
+    (train-00000-of-00009.parquet).
+    """
     walk = Walk(folder)
     files = [path / name for path, _, names in walk for name in names if name.lower().endswith(".parquet")]
     if not files:
@@ -153,7 +161,7 @@ def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
 
 
 def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> list[str]:
-    """Return the key column, or the names of the images where there are any, or the row numbers."""
+    """Return the key column; without one the names of the images, or row numbers if images have no names."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -170,8 +178,8 @@ def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> list
 
 
 def _lasting(path: Path, root: Path) -> str:
-    """Return a name that stays when the data is moved, or downloaded again in another revision."""
-    if "snapshots" in path.parts:  # of the hub's cache: snapshots/REVISION/...
+    """Return a name that does not change when the data is moved, or downloaded in another revision."""
+    if "snapshots" in path.parts:  # in the hub's cache: snapshots/REVISION/...
         return "/".join(path.parts[path.parts.index("snapshots") + 2 :])
     if path.is_absolute():
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name

@@ -1,4 +1,4 @@
-"""Data workers: processes that read ahead. They end with the loop that reads from them, however it ends."""
+"""Data workers: processes that read batches ahead, and end when the loop over the batches ends for any reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from localctl.signals import ignore_signals
 
-_GONE = 5  # seconds that a killed worker may take to be gone
+_JOIN_TIMEOUT = 5  # seconds to wait for the end of a killed worker
 
 
 class WorkerError(OSError):
@@ -23,10 +23,14 @@ class WorkerError(OSError):
 
 @contextmanager
 def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator[Any]]:
-    """Read the batches of a ``DataLoader`` by ``workers`` processes that are gone when the context is left.
+    """Iterate over the batches of a ``DataLoader``; its ``workers`` processes end with the context.
 
-    ``options`` are the loader's. A killed worker is a :class:`WorkerError` of whoever asks for the next batch, never
-    of what is done in between, such as saving. An OSError or ValueError of a worker is raised again as one sentence.
+    Args:
+        options: further arguments of ``DataLoader``.
+
+    Raises:
+        WorkerError: from ``next``, if a worker was killed; never while the caller does something else, such as saving.
+        OSError, ValueError: the error of a worker, without its traceback in the text.
     """
     loader = DataLoader(dataset, num_workers=workers, worker_init_fn=start_worker, **options)
     before, main = multiprocessing.active_children(), threading.current_thread() is threading.main_thread()
@@ -37,31 +41,30 @@ def loading(dataset: Dataset, workers: int, **options: Any) -> Iterator[Iterator
         _kill([child for child in multiprocessing.active_children() if child not in before])
         raise
     processes: Sequence[Any] = getattr(batches, "_workers", ())
-    if main:  # torch's handler would raise in the middle of anything
+    if main:  # torch's handler would raise at any point of the program
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield _read(batches, processes)
     finally:
         _kill(processes)
         if processes:
-            batches._shutdown_workers()  # its queues and threads
+            batches._shutdown_workers()  # ends its queues and threads
         if main:
             signal.signal(signal.SIGCHLD, former or signal.SIG_DFL)
 
 
 def start_worker(worker: int) -> None:
-    """Begin a data worker: it leaves signals to its parent, and has none of the threads that OpenCV had started
-    there."""
+    """Set up a data worker: it ignores signals, which its parent handles, and OpenCV runs in a single thread."""
     ignore_signals(worker)
     cv2.setNumThreads(0)
 
 
 def _kill(processes: Sequence[Any]) -> None:
-    """End workers that may be busy and ignore everything milder; what they hold is only what was read ahead."""
+    """Kill workers, which ignore milder signals; nothing is lost but batches that were read ahead."""
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(_GONE)
+        process.join(_JOIN_TIMEOUT)
 
 
 def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
@@ -71,7 +74,7 @@ def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError:  # how torch tells of a worker that is gone
+        except RuntimeError:  # torch raises this for a dead worker
             _check(processes)
             raise
         except (OSError, ValueError) as error:
@@ -82,20 +85,20 @@ def _read(batches: Iterator[Any], processes: Sequence[Any]) -> Iterator[Any]:
 def _check(processes: Sequence[Any]) -> None:
     for process in processes:
         if process.exitcode not in (None, 0):
-            raise WorkerError(_why(process.exitcode))
+            raise WorkerError(_worker_error(process.exitcode))
 
 
-def _why(code: int) -> str:
-    """Say what became of a worker that ended with ``code``."""
+def _worker_error(code: int) -> str:
+    """Return the sentence for a worker that ended with exit code ``code``."""
     if code == -signal.SIGBUS:
-        return "A data worker was killed (SIGBUS: the shared memory in /dev/shm is full?); use fewer data workers."
+        return "A data worker was killed (SIGBUS; is the shared memory in /dev/shm full?); use fewer data workers."
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     reason = "; out of memory?" if code == -signal.SIGKILL else ""
     return f"A data worker was killed ({how}{reason}); use fewer data workers if it happens again."
 
 
 def _one_sentence(error: OSError | ValueError) -> OSError | ValueError:
-    """Shorten an error of a worker, which comes with the traceback in its text, to its last line, the error itself."""
+    """Reduce a worker's error, whose text holds its traceback, to the last line, which is the message itself."""
     text = str(error)
     if not text.startswith("Caught "):
         return error

@@ -1,4 +1,4 @@
-"""Families of denoisers: all that localctl knows of a denoiser's inside, one module per family, behind one protocol.
+"""Families of denoisers: all knowledge of a denoiser's internals, one module per family, behind one protocol.
 
 A new family is one module with a subclass of :class:`~localctl.denoisers.base.Denoiser`, named in ``FAMILIES``.
 """
@@ -22,10 +22,13 @@ def denoiser_of(pipe: Any) -> Denoiser:
         if module is not None:
             return family(module, pipe)
     raise ValueError(
-        f"{type(pipe).__name__} has no {FAMILIES[0].attribute}; attach to a Stable Diffusion 1.x, 2.x or XL one."
+        f"{type(pipe).__name__} has no {FAMILIES[0].attribute}; attach to a Stable Diffusion 1.x, 2.x or XL pipeline."
     )
 
 
 def bare_denoiser(module: nn.Module) -> Denoiser:
-    """Return a denoiser without a pipeline, for what its weights and config alone can tell; meta tensors will do."""
+    """Return a denoiser without a pipeline, for questions that need only its config and shapes.
+
+    ``module`` may be on the meta device.
+    """
     return UNet(module)

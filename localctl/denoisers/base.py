@@ -1,6 +1,6 @@
-"""The protocol of a denoiser: what controls, sampling and weight search may ask of a family's inside.
+"""The protocol of a denoiser: how controls, sampling and weight search access the internals of a family.
 
-Letters of shapes: R rows of a batch, K tokens, c latent channels, (h, w) the latents' grid, (H, W) pixels.
+Symbols in shapes: R rows of a batch, K tokens, c latent channels, (h, w) the latents' grid, (H, W) pixels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one call of the module,
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer: its ``name`` in the denoiser, whether it looks at the text (``cross``) or at the image
-    itself, and the (h, w) of its cells."""
+    """One attention layer of a denoiser.
+
+    name: of the module in the denoiser. cross: True for cross-attention (to the text), False for self-attention. size:
+    (h, w) of its cells.
+    """
 
     name: str
     cross: bool
@@ -30,16 +33,17 @@ class AttentionLayer:
 
     @property
     def cells(self) -> int:
-        """h * w."""
+        """The number of cells, h * w."""
         return self.size[0] * self.size[1]
 
 
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """What the denoiser is given in one call; not to be written to.
+    """The inputs of one call of the denoiser; must not be modified.
 
-    sample: as it is given. latents: the noisy latents in it (R, c, h, w), without a mask and an image to be inpainted,
-        and not packed. text: (R, K, C), of the prompts. added: for SDXL, the pooled texts and sizes by name.
+    sample: the first input, as passed. latents: the noisy latents in it (R, c, h, w), unpacked and without the mask and
+        image channels of inpainting. timestep: as passed. text: the prompt embeddings (R, K, C). added: for SDXL, the
+        pooled embeddings and the sizes, by name.
     """
 
     sample: Tensor
@@ -51,8 +55,10 @@ class DenoiserInputs:
 
 @dataclass(frozen=True)
 class BlockResiduals:
-    """What a ControlNet adds: to each skip connection, finest first, ``down`` (R, c, h, w) each, and to what comes out
-    of the middle block, ``middle``."""
+    """Residuals as a ControlNet adds them.
+
+    down: one (R, c, h, w) per skip connection, finest first. middle: (R, c, h, w), for the output of the middle block.
+    """
 
     down: list[Tensor]
     middle: Tensor
@@ -60,8 +66,11 @@ class BlockResiduals:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is given beside latents and timestep. text: (R, K, C), the negative prompt's row first if there
-    is guidance; added: what SDXL wants besides, or None."""
+    """The inputs of the denoiser other than latents and timestep.
+
+    text: prompt embeddings (R, K, C), with guidance the negative prompt's row first. added: SDXL's further inputs by
+    name, or None. guidance_scale: of classifier-free guidance; there is guidance above 1.
+    """
 
     text: Tensor
     added: dict[str, Tensor] | None
@@ -69,7 +78,7 @@ class Conditioning:
 
     @property
     def guided(self) -> bool:
-        """Whether there is a row of the negative prompt."""
+        """Return whether there is a row of the negative prompt."""
         return self.guidance_scale > 1
 
 
@@ -77,13 +86,13 @@ class Denoiser(ABC):
     """The denoiser of one pipeline.
 
     Args:
-        module: the network; what is hooked, checked and run.
-        pipe: its pipeline; None where only the network's shape is asked for.
+        module: the network, to hook, check and run.
+        pipe: its pipeline; may be None where only the network's shapes are needed.
     """
 
-    name: ClassVar[str]  # what messages call it
-    attribute: ClassVar[str]  # where a pipeline holds it
-    not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose tensors do not belong to the batch's rows
+    name: ClassVar[str]  # used in messages
+    attribute: ClassVar[str]  # of the pipeline, which holds the module
+    not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
 
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:
         self.module = module
@@ -93,24 +102,27 @@ class Denoiser(ABC):
 
     @abstractmethod
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Attention]]:
-        """All attention layers that controls may steer, in the order they run, for latents of this (h, w)."""
+        """Return all attention layers that controls may steer, in the order they run, for latents of this (h, w)."""
 
     @abstractmethod
     def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
-        """Return the names of the cross-attention layers meant, in the order they run; ``wanted``: names of groups of
-        layers, None: those that layout guidance reads by default. ValueError for a group that is not there."""
+        """Return the names of the chosen cross-attention layers, in the order they run.
+
+        ``wanted``: names of groups of layers; None: the layers that layout guidance reads by default. ValueError for an
+        unknown group.
+        """
 
     @abstractmethod
     def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """(c, h, w) of each residual that the denoiser takes between its blocks, finest first."""
+        """Return (c, h, w) of each residual that the denoiser takes between its blocks, finest first."""
 
     @abstractmethod
     def is_block(self, module: nn.Module, name: str) -> bool:
-        """Whether another ``forward`` on this module of the denoiser, of this name, could skip what controls do."""
+        """Return whether replacing the ``forward`` of this module, of this name, could skip what controls do."""
 
     @abstractmethod
     def check_controlnet(self, config: Mapping[str, Any]) -> None:
-        """ValueError if a ControlNet of this config belongs to another base."""
+        """Raise a ValueError if a ControlNet of this config was made for another base."""
 
     # One call
 
@@ -128,17 +140,19 @@ class Denoiser(ABC):
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
     ) -> Arguments:
-        """Return the arguments with other latents (R, c, h, w) and text, and with residuals added to those already
-        there."""
+        """Return the arguments with these latents (R, c, h, w) and this text (R, K, C) in place of their own, and with
+        the residuals added to their own."""
 
     @abstractmethod
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
-        """For each row of a call for so many images, whether it carries the prompt; such rows come last, one per image.
-        ValueError for a number of rows that is not known."""
+        """Return for each row of a call whether it carries the prompt; such rows come last, one per image.
+
+        ``rows``: of the call; ``images``: how many it generates. ValueError for an unsupported number of rows.
+        """
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the model output for latents (1, c, h, w) of the scheduler, after guidance."""
+        """Return the model output (1, c, h, w), after guidance, for latents (1, c, h, w) of the scheduler."""
 
     # Latents and parameterisation
 
@@ -149,35 +163,41 @@ class Denoiser(ABC):
     @property
     @abstractmethod
     def own_size(self) -> tuple[int, int]:
-        """(H, W) of the images that the base was made for."""
+        """The (H, W) of the images that the base was trained for."""
 
     @property
     def prediction_type(self) -> str:
-        """What the model output is: ``epsilon``, ``v_prediction`` or ``sample``."""
+        """The kind of the model output: ``epsilon``, ``v_prediction`` or ``sample``."""
         return self.pipe.scheduler.config.prediction_type
 
     # Text
 
     @abstractmethod
     def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """For each region, which of the K tokens are its phrase's. ValueError as for
-        :func:`localctl.tokens.token_positions`."""
+        """Return for each region the positions of its phrase among the K tokens.
+
+        ValueError as for :func:`localctl.tokens.token_positions`.
+        """
 
     @abstractmethod
     def encode_texts(self, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
-        """(n, K, C): texts as the pipeline encodes prompts, with the device and settings of a running call, whose
-        ``encode_prompt`` was given ``arguments``."""
+        """Encode n texts as the pipeline encodes prompts; return (n, K, C).
+
+        ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
+        """
 
     @abstractmethod
     def condition(
         self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
     ) -> Conditioning:
-        """Return the conditioning of one image of ``size`` = (H, W), as the stock pipelines make it. Inside ``attach``,
-        this begins a call."""
+        """Return the conditioning of one image of ``size`` = (H, W), as the stock pipelines compute it.
+
+        Inside ``attach``, this begins a call.
+        """
 
 
 def add_residuals(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> list[Tensor] | None:
-    """Return the sum of two lists of residuals, level by level; None counts as nothing. The list is a new one."""
+    """Return the sum of two lists of residuals, level by level, as a new list; None means no residuals."""
     if first is None or second is None:
         return list(first or second or ()) or None
     return [b if a is None else a if b is None else a + b for a, b in zip_longest(first, second)]

@@ -23,22 +23,22 @@ from localctl.layout import Layout
 from localctl.pipelines import PromptEmbeds, encode_prompts
 from localctl.tokens import positions_of
 
-_NAMES = ("sample", "timestep", "encoder_hidden_states")  # of the arguments that may be given by position
+_NAMES = ("sample", "timestep", "encoder_hidden_states")  # the arguments that may be passed by position
 _WITHIN = "down_intrablock_additional_residuals"
 _SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 _GROUP = re.compile(r"(down|mid|up)(?:/(\d+))?")
-_LARGE = 1 << 12  # cells on a side of latents that halve evenly on every level
+_LARGE = 1 << 12  # a side of latents that halves evenly at every level
 
 
 class UNet(Denoiser):
-    """Down blocks, a middle block and up blocks; text by cross-attention; [negative; positive] rows of guidance."""
+    """A U-Net: down, middle and up blocks, text by cross-attention, [negative; positive] rows with guidance."""
 
     name = "U-Net"
     attribute = "unet"
     not_per_row = ("cross_attention_kwargs",)  # masks of an IP-Adapter belong to its images
 
     def _level_sizes(self, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
-        """(h, w) within each down block and, last, the middle block: ceil halving."""
+        """Return (h, w) within each down block and, last, the middle block; halving rounds up."""
         sizes = [latent_size]
         for block in self.module.down_blocks:
             height, width = sizes[-1]
@@ -47,7 +47,7 @@ class UNet(Denoiser):
         return sizes
 
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Attention]]:
-        """Return the self- and cross-attention of the transformers."""
+        """Return the self- and cross-attention layers of the transformer blocks."""
         unet, (*down, middle) = self.module, self._level_sizes(latent_size)
         parts = [(f"down_blocks.{i}", *part) for i, part in enumerate(zip(unet.down_blocks, down, strict=True))]
         parts.append(("mid_block", unet.mid_block, middle))
@@ -63,11 +63,11 @@ class UNet(Denoiser):
     def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
         """Choose by the part of the U-Net and how much coarser than the latents the layers are.
 
-        ``wanted``: ``mid``, ``up/4``, ``down/2`` ...: the part and, unless all of it is meant, how often a latent's
-        side is its cells'; None: the middle block and the first up block with cross-attention.
+        ``wanted``: ``mid``, ``up/4``, ``down/2`` ...: the part and, unless the whole part is meant, the side of the
+        latents divided by that of the layer's grid; None: the middle block and the first up block with cross-attention.
 
         Raises:
-            ValueError: a name that is none or that the U-Net does not have; no layer at all.
+            ValueError: an invalid name, a group that the U-Net does not have, or no layer at all.
         """
         layers = [layer for layer, _ in self.attention_layers((_LARGE, _LARGE)) if layer.cross]
         if wanted is None:
@@ -75,18 +75,18 @@ class UNet(Denoiser):
             chosen = [layer for layer in layers if layer.name.startswith("mid_") or _block(layer) == first_up]
         else:
             for name in wanted:
-                if not any(_means(name, layer) for layer in layers):
-                    there = ", ".join(dict.fromkeys(_group(layer) for layer in layers))
-                    raise ValueError(f"The U-Net has no cross-attention at {name!r}; choose among {there}.")
-            chosen = [layer for layer in layers if any(_means(name, layer) for name in wanted)]
+                if not any(_matches(name, layer) for layer in layers):
+                    groups = ", ".join(dict.fromkeys(_group(layer) for layer in layers))
+                    raise ValueError(f"The U-Net has no cross-attention at {name!r}; choose among {groups}.")
+            chosen = [layer for layer in layers if any(_matches(name, layer) for name in wanted)]
         if not chosen:
             raise ValueError("Layout guidance needs at least one attention layer to read; name some in sites.")
         return tuple(layer.name for layer in chosen)
 
     def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """(c, h, w) that each down block and, last, the middle block takes as a residual.
+        """Return (c, h, w) of the residual that each down block and, last, the middle block takes.
 
-        Blocks with cross-attention take it before they shrink, blocks without after.
+        Blocks with cross-attention take it before they downsample, other blocks after.
         """
         unet, sizes = self.module, self._level_sizes(latent_size)
         shapes: list[tuple[int, ...]] = []
@@ -96,22 +96,24 @@ class UNet(Denoiser):
         return [*shapes, (unet.config.block_out_channels[-1], *sizes[-1])]
 
     def is_block(self, module: nn.Module, name: str) -> bool:
-        """Return the U-Net, its blocks and their attention layers."""
+        """Return True for the U-Net, its blocks and their attention layers."""
         return isinstance(module, Attention) or bool(re.fullmatch(r"((down|up)_blocks\.\d+|mid_block)?", name))
 
     def check_controlnet(self, config: Mapping[str, Any]) -> None:
-        """ValueError unless text width and channels are this U-Net's."""
+        """Raise a ValueError unless the width of the text and the channels are this U-Net's."""
         for name in ("cross_attention_dim", "block_out_channels"):
             own, base = config[name], self.module.config[name]
-            if own != base and list(_listed(own)) != list(_listed(base)):
-                raise ValueError(f"The ControlNet has {name} {own} but the base {base}; it belongs to another base.")
+            if own != base and list(_as_sequence(own)) != list(_as_sequence(base)):
+                raise ValueError(
+                    f"The ControlNet has {name} {own} but the base has {base}; use a ControlNet made for this base."
+                )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
-        """Sample, timestep and text may be given by position."""
+        """Return the inputs; sample, timestep and text may be passed by position."""
         sample, timestep, text = (
             args[place] if len(args) > place else kwargs[name] for place, name in enumerate(_NAMES)
         )
-        latents = sample[:, : self.pipe.vae.config.latent_channels]  # for inpainting more channels follow
+        latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, mask and image channels follow
         return DenoiserInputs(sample, latents, timestep, text, kwargs.get("added_cond_kwargs") or {})
 
     def write(
@@ -123,7 +125,8 @@ class UNet(Denoiser):
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
     ) -> Arguments:
-        """``residuals`` are added within the down blocks, ``skips`` to skip connections and middle block."""
+        """Return the changed arguments; ``residuals`` go into the down blocks, ``skips`` to the skip connections and
+        the middle block."""
         sample = None
         if latents is not None:
             own = self.read(*arguments).sample
@@ -144,7 +147,7 @@ class UNet(Denoiser):
         return tuple(args), kwargs
 
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
-        """One row per image, or two: first all negative prompts, then all prompts."""
+        """Return the kind of each row: one per image, or two, first all negative prompts, then all prompts."""
         if rows not in (images, 2 * images):
             raise ValueError(
                 f"The U-Net was called with {rows} rows for {images} images; controls work with plain sampling or "
@@ -153,7 +156,7 @@ class UNet(Denoiser):
         return (False,) * (rows - images) + (True,) * images
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Scaled for the U-Net as the scheduler says."""
+        """Return the model output; the scheduler scales the latents for the U-Net."""
         rows = torch.cat([latents] * len(conditioning.text))
         output = self.module(
             self.pipe.scheduler.scale_model_input(rows, timestep),
@@ -168,30 +171,30 @@ class UNet(Denoiser):
         return negative + conditioning.guidance_scale * (positive - negative)
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(1, c, h, w)."""
+        """Return (1, c, h, w)."""
         factor = self.pipe.vae_scale_factor
         return 1, self.module.config.in_channels, height // factor, width // factor
 
     @property
     def own_size(self) -> tuple[int, int]:
-        """(H, W), of its config's latents."""
+        """The (H, W) of the config's ``sample_size`` in pixels."""
         sample, factor = self.module.config.sample_size, self.pipe.vae_scale_factor
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return height * factor, width * factor
 
     def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Those of CLIP's tokenizers; of both where there are two."""
+        """Return the positions of each phrase; with two CLIP tokenizers (SDXL), those of both."""
         return positions_of(self.pipe, layout)
 
     def encode_texts(self, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
-        """(n, K, C), without guidance."""
+        """Return the embeddings (n, K, C) of the texts, without rows of guidance."""
         return encode_prompts(self.pipe, list(texts), call=arguments)[0].states
 
     @torch.no_grad()
     def condition(
         self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
     ) -> Conditioning:
-        """With SDXL's pooled texts and sizes."""
+        """Return the conditioning; for SDXL with pooled embeddings and sizes."""
         pipe = self.pipe
         embeds, negative = encode_prompts(pipe, prompt, negative_prompt, guided=guidance_scale > 1)
         rows = embeds if negative is None else PromptEmbeds.join([negative, embeds])
@@ -211,10 +214,10 @@ def _group(layer: AttentionLayer) -> str:
     return f"{layer.name.partition('_')[0]}/{_LARGE // layer.size[0]}"
 
 
-def _means(name: str, layer: AttentionLayer) -> bool:
+def _matches(name: str, layer: AttentionLayer) -> bool:
     match = _GROUP.fullmatch(name)
     return bool(match) and (name == _group(layer) or name == _group(layer).partition("/")[0])
 
 
-def _listed(value: int | Sequence[int]) -> Sequence[int]:
+def _as_sequence(value: int | Sequence[int]) -> Sequence[int]:
     return [value] if isinstance(value, int) else value

@@ -1,4 +1,4 @@
-"""Measured tables kept in files, each under the hash of all that it depends on."""
+"""Cache measured tables in files, each named by the hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from typing import Any
 import localctl
 from localctl.evaluation.provenance import read_json, versions, write_json
 from localctl.files import sha256_of_json
+from localctl.lazy import moved_names
 
 Rows = list[dict[str, float]]
+__getattr__ = moved_names(__name__, {"Kept": f"{__name__}:TableCache"})
 
 
-class Kept:
-    """Tables of figures in ``folder``. What they depend on beside what :meth:`tables` is told, the libraries and the
-    code of this package, is looked up here, so make this when the program starts: code may change while it runs."""
+class TableCache:
+    """A cache of tables in ``folder``.
+
+    The versions of the libraries and the hash of this package's code belong to every key. The constructor reads them:
+    create the cache when the program starts, because code may change while it runs.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,27 +30,35 @@ class Kept:
         self.always = {"versions": versions(), "code_sha256": sha256_of_files(sorted(root.rglob("*.py")), root)}
 
     def tables(self, depends_on: Mapping[str, Any], make: Callable[[], dict[str, Rows]]) -> dict[str, Rows]:
-        """Return what ``make`` returns: rows of figures by name, NaN = undefined. Made once for the same ``depends_on``
-        (plain values), and read from the folder ever after. ValueError for a damaged file."""
+        """Return the tables that ``make`` measures, and measure them only once per ``depends_on``.
+
+        Args:
+            depends_on: everything that the values depend on besides code and libraries, as plain JSON values.
+            make: returns rows of values by table name, NaN = undefined.
+
+        Raises:
+            ValueError: the cached file is damaged.
+        """
         described = {"depends_on": dict(depends_on), **self.always}
         name = sha256_of_json(described)
         path = self.folder / f"{name}.json"
         if not path.is_file():
-            made = make()
-            write_json(path, {"described": described, "tables": {name: _plain(rows) for name, rows in made.items()}})
-            return made
-        kept = read_json(path, "kept measurement")
+            measured = make()
+            plain = {name: _plain(rows) for name, rows in measured.items()}
+            write_json(path, {"described": described, "tables": plain})
+            return measured
+        cached = read_json(path, "cached measurement")
         try:
             return {
                 name: [dict(zip(table["columns"], map(_number, row), strict=True)) for row in table["rows"]]
-                for name, table in kept["tables"].items()
+                for name, table in cached["tables"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"The kept measurement {path} is damaged; remove it to measure again.") from None
+            raise ValueError(f"The cached measurement {path} is damaged; remove it to measure again.") from None
 
 
 def _plain(rows: Rows) -> dict[str, Any]:
-    """With the order of the columns, which JSON objects do not keep here, and NaN as null."""
+    """Convert rows to plain JSON: columns in order (keys of JSON objects are sorted here), NaN as null."""
     columns = list(rows[0]) if rows else []
     return {"columns": columns, "rows": [[None if math.isnan(row[c]) else row[c] for c in columns] for row in rows]}
 
@@ -55,7 +68,7 @@ def _number(value: float | None) -> float:
 
 
 def sha256_of_files(paths: Sequence[Path], root: Path) -> str:
-    """Hash the names below ``root`` and the contents of files."""
+    """Hash the paths (relative to ``root``) and contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         content = path.read_bytes()

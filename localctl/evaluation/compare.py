@@ -1,6 +1,7 @@
-"""Compare generated sets of the same examples, masks and noise, against the images of their conditions.
+"""Compare sets of images that were generated from the same examples, masks and noise.
 
-The base alone is the floor of every control figure, the round trip of the true images through the VAE its ceiling.
+Every generated image is measured against the image that its condition was extracted from. The base without an adapter
+is the floor of every control metric, the true images after a round trip through the VAE are its ceiling.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from localctl.boxes import Box, Truth
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, MaskedSamples
 from localctl.diffusion import round_trip
-from localctl.evaluation.cache import Kept, sha256_of_files
+from localctl.evaluation.cache import TableCache, sha256_of_files
 from localctl.evaluation.generated_set import (
     Speed,
     example_of,
@@ -55,7 +56,10 @@ _SAME = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sam
 
 @dataclass(frozen=True)
 class Target:
-    """What one image is measured against. image uint8 (H,W,3), mask bool (H,W); truth: what it shows, if known."""
+    """The reference of one generated image.
+
+    image: the true image, uint8 (H,W,3). mask: bool (H,W). truth: the objects and the relation in it, where known.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -65,9 +69,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Comparison:
-    """tables: (n, k) per row, NaN = undefined, over ``columns``; ids: n. floor: the row without an adapter.
+    """The values of every image of every set.
 
-    speeds: of generating, by set, as far as noted. seconds: that measuring took.
+    tables: by row (the name of a set, or ``CEILING``), values (n, k) over the k ``columns``, NaN = undefined.
+    ids: of the n images. floor: the row that was generated without an adapter. speeds: how fast each set was generated,
+    where recorded. seconds: how long the measurement took.
     """
 
     columns: tuple[str, ...]
@@ -80,10 +86,11 @@ class Comparison:
     _intervals: dict[tuple[str, str, str], Interval | None] = field(default_factory=dict, repr=False, compare=False)
 
     def interval(self, row: str, column: str) -> Interval | None:
-        """Estimate the mean over the samples where it is defined; None where it never is."""
+        """Estimate the mean over the samples where the column is defined; None where it is defined for none."""
         return self._interval(row, "", column)
 
     def undefined(self, row: str, column: str) -> int:
+        """Count the samples where the column is undefined."""
         return int(np.isnan(self._column(row, column)).sum())
 
     def difference(self, row: str, other: str, column: str) -> Interval | None:
@@ -93,7 +100,7 @@ class Comparison:
 
     def _interval(self, row: str, other: str, column: str) -> Interval | None:
         key = (row, other, column)
-        if key not in self._intervals:  # every table asks again
+        if key not in self._intervals:  # several tables need the same interval
             values = self._column(row, column) - (self._column(other, column) if other else 0)
             values = values[~np.isnan(values)]
             self._intervals[key] = bootstrap(values) if len(values) else None
@@ -104,23 +111,27 @@ class Comparison:
 
 
 def verdict(difference: Interval) -> str:
-    """Say ``more``, ``less``, or ``no difference`` where the interval covers 0."""
+    """Return ``more`` or ``less``, or ``no difference`` where the interval contains 0."""
     if difference.low <= 0 <= difference.high:
         return "no difference"
     return "more" if difference.value > 0 else "less"
 
 
-def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | None = None) -> Comparison:
-    """Measure the sets in ``folders``, by name. keep: where the figures of floor and ceiling are kept, and read again
-    when nothing has changed.
+def compare(folders: Mapping[str, Path], clip: Clip | None = None, cache: TableCache | None = None) -> Comparison:
+    """Measure sets of generated images.
+
+    Args:
+        folders: the folder of each set, by name.
+        clip: the CLIP that computes the CLIP score; None: no CLIP score.
+        cache: where the values of floor and ceiling are cached; None: they are measured anew.
 
     Raises:
-        ValueError: images are missing or not known; ids, captions, masks, seeds or settings other than the adapter's
-            differ; no set was generated without an adapter; two have one name.
+        ValueError: images are missing or unknown; the sets differ in ids, captions, masks, seeds or settings other than
+            the adapter; no set was generated without an adapter; a set has the name of the ceiling.
     """
     began = time.perf_counter()
     if CEILING in folders or not folders:
-        raise ValueError(f"Give at least one set, and none the name {CEILING!r}.")
+        raise ValueError(f"Give at least one set, and no set the name {CEILING!r}, which is the ceiling's.")
     sets = {name: read_set(folder) for name, folder in folders.items()}
     ids = _check_same(folders, sets)
     steered = ("adapter", "controlnet")
@@ -134,17 +145,17 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, keep: Kept | 
     targets = read_targets(settings, folders[floor], ids)
     base = _images(folders[floor], ids)
 
-    def measured(images: np.ndarray) -> list[dict[str, float]]:
-        return [measure(image, own, target, clip) for image, own, target in zip(images, base, targets, strict=True)]
+    def measure_all(images: np.ndarray) -> list[dict[str, float]]:
+        return [measure(image, plain, target, clip) for image, plain, target in zip(images, base, targets, strict=True)]
 
-    def frame() -> dict[str, list[dict[str, float]]]:
+    def measure_bounds() -> dict[str, list[dict[str, float]]]:
         vae = load_pipeline(settings.base).vae
-        return {floor: measured(base), CEILING: measured(round_trip(vae, np.stack([t.image for t in targets])))}
+        return {floor: measure_all(base), CEILING: measure_all(round_trip(vae, np.stack([t.image for t in targets])))}
 
     depends_on = _depends_on(folders[floor], floor, ids, targets, clip)
-    framing = frame() if keep is None else keep.tables(depends_on, frame)
-    rows = {name: framing[name] if name == floor else measured(_images(folders[name], ids)) for name in folders}
-    rows[CEILING] = framing[CEILING]
+    bounds = measure_bounds() if cache is None else cache.tables(depends_on, measure_bounds)
+    rows = {name: bounds[name] if name == floor else measure_all(_images(folders[name], ids)) for name in folders}
+    rows[CEILING] = bounds[CEILING]
     columns = tuple(rows[CEILING][0])
     tables = {name: np.array([[row[c] for c in columns] for row in made]) for name, made in rows.items()}
     speeds = {name: speed for name, folder in folders.items() if (speed := read_speed(folder)) is not None}
@@ -159,8 +170,8 @@ def _images(folder: Path, ids: Sequence[str]) -> np.ndarray:
 def _depends_on(
     folder: Path, name: str, ids: Sequence[str], targets: Sequence[Target], clip: Clip | None
 ) -> dict[str, Any]:
-    """What the figures of floor and ceiling depend on beside the code: settings, images, masks and captions of the
-    floor, the true images, and the networks that look at them."""
+    """Return what the values of floor and ceiling depend on besides the code: settings, images, masks and captions of
+    the floor, the true images, and the weights of the VAE and the CLIP."""
     settings = read_json(folder / "settings.json", "settings of the generated images")
     parts = (("images", "png"), ("masks", "png"), ("ids", "json"))
     files = [folder / part / f"{number}.{kind}" for number in ids for part, kind in parts]
@@ -176,7 +187,7 @@ def _depends_on(
 
 
 def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, Any], list[str]]]) -> list[str]:
-    """The ids that all sets share. ValueError when they differ in more than the adapter."""
+    """Return the ids that all sets share. ValueError when the sets differ in more than the adapter."""
     names = list(folders)
     first = names[0]
     settings, ids = sets[first]
@@ -186,18 +197,21 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
         if changed or other_ids != ids:
             raise ValueError(
                 f"The sets {first!r} and {name!r} were generated with another {', '.join(changed) or 'id'}; "
-                "generate them with the same settings but the adapter."
+                "generate them with the same settings, except for the adapter."
             )
         for number in ids:
-            about = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
+            records = [read_json(folders[n] / "ids" / f"{number}.json", "record") for n in (first, name)]
             masks = [(folders[n] / "masks" / f"{number}.png").read_bytes() for n in (first, name)]
-            if about[0] != about[1] or masks[0] != masks[1]:
-                raise ValueError(f"The image {number} of {first!r} and {name!r} has another key, seed or mask.")
+            if records[0] != records[1] or masks[0] != masks[1]:
+                raise ValueError(
+                    f"The image {number} has another key, seed or mask in {name!r} than in {first!r}; generate both "
+                    "sets from the same data."
+                )
     return ids
 
 
 def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
-    """Restore the settings that a set was generated with from its settings.json."""
+    """Rebuild the settings of a set from the contents of its settings.json."""
     known = {item.name for item in fields(FidSettings)}
     plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
     sections: dict[str, Any] = {}
@@ -211,20 +225,26 @@ def _tuples(value: Any) -> Any:
 
 
 def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> list[Target]:
-    """Read what the images of the set in ``folder`` are measured against: found by position, and checked by key."""
+    """Read the references of the images in ``folder``: found by position, checked by key. ValueError for other keys."""
     samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
     single = None if settings.sample is None else index_of(samples.source, settings.sample)
     targets = []
     for item in read_images(folder, ids):
         example = example_of(samples, int(item.id), single)
         if example.key != item.key:
-            raise ValueError(f"The image {item.id} was generated of {item.key!r}, which is no longer in its place.")
+            raise ValueError(
+                f"The image {item.id} was generated from {item.key!r}, but the data now has {example.key!r} there; "
+                "restore the data, or generate the set again."
+            )
         targets.append(Target(np.asarray(to_pil(example.pixels)), item.mask > 0.5, item.caption, example.truth))
     return targets
 
 
 def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | None) -> dict[str, float]:
-    """Measure all figures of one image, NaN where undefined. ``base``: what the base generates of the same."""
+    """Measure one image: the value of each metric by name, NaN where undefined.
+
+    image, base: uint8 (H,W,3), from the same caption and noise; ``base`` was generated without the adapter.
+    """
     edges, wanted = canny(image), canny(target.image)
     values: dict[str, float] = {}
     pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (
@@ -241,12 +261,13 @@ def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | No
         score.update(image, target.caption)
         values["clip_score"] = float(score.per_sample()[0, 0])
     if target.truth is not None:
-        values |= _of_truth(image, base, target.mask, target.truth)
+        values |= _measure_objects(image, base, target.mask, target.truth)
     return values
 
 
-def _of_truth(image: np.ndarray, base: np.ndarray, mask: np.ndarray, truth: Truth) -> dict[str, float]:
-    """Region accuracy of objects wholly inside the mask, leak of those wholly outside, and the caption's relation."""
+def _measure_objects(image: np.ndarray, base: np.ndarray, mask: np.ndarray, truth: Truth) -> dict[str, float]:
+    """Measure region accuracy of the objects wholly inside the mask, leak of the objects wholly outside, and the
+    relation that the caption states."""
     regions, relation = RegionAccuracy(truth.find), RelationAccuracy(truth.find)
     leak = Leak(truth.find_shapes)
     regions.update(image, [item for item in truth.objects if mask[_pixels(item.box)].all()])

@@ -1,7 +1,8 @@
-"""The sub-commands of `evaluate_fid.py`: statistics of photos, generated sets, and the distances between the two."""
+"""The sub-commands of `evaluate_fid.py`: statistics of photos, generated sets, and the distances between both."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,31 +25,33 @@ from localctl.evaluation.provenance import check_provenance, versions, write_jso
 from localctl.evaluation.settings import FidSettings
 from localctl.images import to_pil
 from localctl.lazy import moved_names
-from localctl.messages import warning
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 from localctl.redaction import recorded
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 __getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
-def make_reference(settings: FidSettings, say: Say = print) -> Path:
-    """Run ``ref``: take statistics of the photos themselves (never of their conditions), with what they are. Made once:
-    a file of the same photos and extractor is left as it is.
+def make_reference(settings: FidSettings) -> Path:
+    """Run ``ref``: compute the feature statistics of the photos (not of their conditions) and return their file.
 
-    ValueError for data or an extractor that is not there, fewer than 2 usable photos, and a file of other photos.
+    An existing file with the same data and extractor is left unchanged.
+
+    Raises:
+        ValueError: the data or the extractor is missing; fewer than 2 photos are usable; the file exists and holds
+            statistics of other photos or of another extractor.
     """
     source = open_source(settings)
     if len(source) < 2:
         raise ValueError(
-            f"The part {settings.part} of the data has {len(source)} example, but a distance needs at least 2 images "
-            "on each side; raise data.validation_share, or take part=train."
+            f"The part {settings.part!r} of the data has {len(source)} example, but a distance needs at least 2 images "
+            "on each side; raise data.validation_share, or set part=train."
         )
     extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
     path, count = settings.reference_file, min(len(source), settings.num_images)
-    about = {
+    provenance = {
         "data": recorded(settings.data),
         "part": settings.part,
         "image_size": list(settings.data.size),
@@ -58,20 +61,20 @@ def make_reference(settings: FidSettings, say: Say = print) -> Path:
     }
     if path.is_file():
         found = Statistics.load(path).provenance
-        changed = sorted(name for name, value in about.items() if found.get(name) != value)
+        changed = sorted(name for name, value in provenance.items() if found.get(name) != value)
         if changed:
             raise ValueError(f"{path} holds statistics with another {', '.join(changed)}; choose another reference.")
-        say(f"{path} is up to date")
+        logger.info(f"{path} is up to date")
         return path
     mine: set[str] = set()
     with joined() as share:
         metric = collect(extractor, count, partial(_photos, source, mine), settings.batch_size, share)
-        made, bad = metric.statistics(**about), sorted(union(mine))
+        made, bad = metric.statistics(**provenance), sorted(union(mine))
     made = replace(made, provenance={**made.provenance, "bad_rows": len(bad), "versions": versions()})
     made.gaussian()  # raises for fewer than 2
     if share[0] == 0:
         made.save(path)
-        say(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
+        logger.info(f"{path}: {made.n} photos, {len(bad)} unusable" + (f" ({bad[0]})" if bad else ""))
     return path
 
 
@@ -92,10 +95,13 @@ def collect(
     batch_size: int,
     share: tuple[int, int] = (0, 1),
 ) -> FeatureStatistics:
-    """Take statistics of what ``images`` makes of the numbers below ``count``: (key, uint8 (H,W,3)) pairs, perhaps
-    fewer.
+    """Collect the feature statistics of images.
 
-    share: (rank, number of processes); the batches are dealt out, and are the same for any number of processes.
+    Args:
+        count: how many numbers, from 0, are given to ``images``.
+        images: returns the images of a range of numbers as (key, uint8 (H,W,3)) pairs; may return fewer than asked for.
+        share: (rank, number of processes). Processes take the batches in turn; the batches are the same for any number
+            of processes.
     """
     metric = FeatureStatistics(extractor.dim)
     rank, processes = share
@@ -106,18 +112,21 @@ def collect(
     return metric
 
 
-def generate(settings: FidSettings, say: Say = print) -> None:
-    """Run ``gen``: generate every set that is asked for, as far as it is not there yet."""
+def generate(settings: FidSettings) -> None:
+    """Run ``gen``: generate the missing images of every set that ``settings.prompts`` asks for."""
     for name in settings.set_names:
-        count = generate_set(settings, name, say)
+        count = generate_set(settings, name)
         speed = read_speed(settings.folder / name)
-        say(f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else ""))
+        logger.info(
+            f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else "")
+        )
 
 
-def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
-    """Run ``score``: write distances of every set to the reference to ``score_{extractor}.json`` in each set's folder.
+def score(settings: FidSettings) -> dict[str, Any]:
+    """Run ``score``: compute the distances of every set to the reference.
 
-    ValueError for missing images or statistics, another size, or another extractor.
+    They are returned by the name of the set, and written to ``score_{extractor}.json`` in the set's folder. ValueError
+    when images or statistics are missing, or when their sizes or extractors differ.
     """
     reference = Statistics.load(settings.reference_file)
     sets = {name: read_set(settings.folder / name) for name in settings.set_names}
@@ -128,16 +137,16 @@ def score(settings: FidSettings, say: Say = print) -> dict[str, Any]:
             folder = settings.folder / name
             results[name] = score_set(folder, ids, made_with, reference, extractor, settings.batch_size)
             if rank == 0:
-                _tell(name, results[name], folder / f"score_{extractor.name}.json", say)
+                _tell(name, results[name], folder / f"score_{extractor.name}.json")
     return results
 
 
-def _tell(name: str, result: dict[str, Any], path: Path, say: Say) -> None:
+def _tell(name: str, result: dict[str, Any], path: Path) -> None:
     write_json(path, result)
     for key, value in result["values"].items():
-        say(f"{name}  {key} {value:.6g}")
+        logger.info(f"{name}  {key} {value:.6g}")
     for text in result["warnings"]:
-        say(warning(f"{name}  {text}"))
+        logger.warning(f"{name}  {text}")
 
 
 def score_set(
@@ -148,8 +157,10 @@ def score_set(
     extractor: Extractor,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Give values, warnings and provenance of one set; with several processes each looks at a part, and all get the
-    same. ValueError for images of another size than the photos, or of several."""
+    """Compute values, warnings and provenance of one set. Each process reads a part of the images; all return the same.
+
+    ValueError when the images have another size than the photos, or several sizes.
+    """
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
 

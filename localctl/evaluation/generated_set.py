@@ -1,21 +1,22 @@
-"""Generate a set of images in a folder, resumed any number of times, by any number of processes; and read it.
+"""Generate a set of images in a folder, and read it. Runs may be interrupted, and shared by several processes.
 
-    settings.json      what it was generated with; a folder takes no images of other settings
-    ids/ID.json        key, caption, prompt and seed of each image
-    masks/ID.png       the mask it was generated with; scores read this one
-    timing/ID.json     seconds of the batch that begins with this image
-    images/ID.png      written last: an image that is there is finished
+    settings.json      what the images were generated with; images of other settings are refused
+    ids/ID.json        key, caption, prompt and seed of the image
+    masks/ID.png       the mask that the image was generated with; scores use this file
+    timing/ID.json     seconds that the batch took which starts with this image
+    images/ID.png      written last: an image that exists is complete
 
-Batches are fixed by the settings: one that lacks an image is generated again as a whole, so that a run that was killed
-any number of times ends with the same bytes as one that was not.
+The settings determine the batches, and a batch with a missing image is generated again as a whole: an interrupted run
+ends with the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ from localctl.redaction import recorded
 from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed
 
-_FREE = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # change no image
+logger = logging.getLogger(__name__)
+_NOT_RECORDED = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # do not change the images
 __getattr__ = moved_names(
     __name__,
     {
@@ -57,7 +59,7 @@ __getattr__ = moved_names(
         "read_pictures": f"{__name__}:read_images",
     },
 )
-SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
+REQUIRED_SETTINGS = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "adapter", "set") + (
     "num_inference_steps",
     "guidance_scale",
     "weights_sha256",
@@ -65,12 +67,13 @@ SAID = ("base", "data", "condition", "mask", "part", "num_images", "seed", "samp
 
 
 def open_source(settings: FidSettings) -> Source:
-    """Open the examples of the part that ``settings`` name. ValueError when they cannot be opened."""
+    """Open the examples of ``settings.part``. ValueError when the data cannot be opened."""
     assert settings.part is not None
     return open_data(settings.data, settings.condition, settings.part, settings.num_images, keep=False)
 
 
 def image_id(index: int) -> str:
+    """Return the id of image ``index``, six digits, which names its files."""
     return f"{index:06d}"
 
 
@@ -85,9 +88,11 @@ class GeneratedImage:
     mask: np.ndarray
 
 
-def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = print) -> int:
-    """Generate what is missing of the set ``name``; returns how many images this process made. ValueError in one
-    sentence before anything slow."""
+def generate_set(settings: FidSettings, name: str) -> int:
+    """Generate the missing images of the set ``name``, and return how many this process generated.
+
+    Settings, data, adapter and the folder are checked before the base is loaded: ValueError in one sentence.
+    """
     folder = settings.folder / name
     rank, count = processes()
     resolve_base(settings.base.name)
@@ -98,23 +103,23 @@ def generate_set(settings: FidSettings, name: str, say: Callable[[str], None] = 
     claim(folder, settings, name, adapter)
     size = settings.batch_size
     starts = range(0, settings.num_images, size)
-    todo = [b for b in starts if any(not image_file(folder, i).is_file() for i in _batch(b, settings))]
-    mine = [b for b in todo if b // size % count == rank]
+    incomplete = [b for b in starts if any(not image_file(folder, i).is_file() for i in _batch(b, settings))]
+    mine = [b for b in incomplete if b // size % count == rank]
     if not mine:
         return 0
     pipe = load_pipeline(settings.base, device=process_device(settings.device))
     pipe.set_progress_bar_config(disable=True)
-    made = 0
+    generated = 0
     for number, first in enumerate(mine, start=1):
         indices = list(_batch(first, settings))
         began = time.perf_counter()
         examples = [example_of(samples, index, single) for index in indices]
         _generate_batch(pipe, steering, examples, indices, folder, settings)
-        spent = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
-        write_json(folder / "timing" / f"{image_id(first)}.json", {**spent, "device": str(pipe.device)})
-        made += len(indices)
-        say(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
-    return made
+        timing = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
+        write_json(folder / "timing" / f"{image_id(first)}.json", {**timing, "device": str(pipe.device)})
+        generated += len(indices)
+        logger.info(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
+    return generated
 
 
 def _batch(first: int, settings: FidSettings) -> range:
@@ -138,8 +143,8 @@ def _generate_batch(
     images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings))
     for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):
         name = image_id(index)
-        about = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
-        write_json(folder / "ids" / f"{name}.json", about)
+        record = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
+        write_json(folder / "ids" / f"{name}.json", record)
         assert example.mask is not None
         write_bytes(folder / "masks" / f"{name}.png", png_bytes(mask_to_pil(example.mask)))
         write_bytes(image_file(folder, index), png_bytes(image))
@@ -154,7 +159,13 @@ def generate_like(
     weight: float = 1.0,
     sampling: Sampling | None = None,
 ) -> list[Image.Image]:
-    """Generate one image per example, by its condition inside its mask, from a prompt and a seed of its own."""
+    """Generate one image per example: its condition applies inside its mask.
+
+    Args:
+        prompts, seeds: one of each per example.
+        steering: an adapter or a ControlNet; None: the base alone, without conditions and masks.
+        weight: strength of ``steering``.
+    """
     masks = torch.stack([example.mask for example in examples if example.mask is not None])
     condition = torch.stack([example.condition for example in examples])
     controls: list[Control] = []
@@ -179,8 +190,11 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:
-    """Return what image ``index`` follows: the examples in order, again with other masks when they are used up, or
-    always the same one. ValueError when example after example cannot be used."""
+    """Return the example that image ``index`` is generated from.
+
+    Examples follow in order, and from the start with other masks when all are used. single: index of one example that
+    all images are generated from. ValueError when no usable example is found.
+    """
     ref = SampleRef(index % len(samples), index // len(samples)) if single is None else SampleRef(single, 0)
     example = samples[ref]
     if not isinstance(example, Example) or (single is not None and example.problems):
@@ -190,20 +204,23 @@ def example_of(samples: MaskedSamples, index: int, single: int | None = None) ->
 
 
 def index_of(source: Source, key: str) -> int:
-    """Find the number of the example called ``key``. ValueError when there is none."""
+    """Return the index of the example with this key. ValueError when there is none."""
     known = getattr(source, "key", None)
     for index in range(len(source)):
         if (known(index) if known is not None else source[index].key) == key:
             return index
-    raise ValueError(f"There is no example {key!r} among these {len(source)}; check sample and part.")
+    raise ValueError(f"There is no example {key!r} among the {len(source)} examples; check sample and part.")
 
 
 def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
-    """ValueError when the adapter does not fit the base, or was trained on another condition; a warning when it was
-    trained on another base of the same shape."""
+    """Load the adapter, and warn when it was trained on another base of the same shape.
+
+    ValueError when the adapter does not fit the base, or was trained on another condition.
+    """
     if adapter.condition not in (None, settings.condition):
         raise ValueError(
-            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; pass condition=."
+            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; set "
+            "condition to the former."
         )
     if sentence := check_base(adapter, settings.base.name, read_shape(settings.base)):
         warnings.warn(sentence, stacklevel=2)
@@ -211,7 +228,7 @@ def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
-    """Load the ControlNet that ``settings`` name, frozen. ValueError when there is none in the folder."""
+    """Load ``settings.controlnet``, frozen; None where it is not set. ValueError when it cannot be loaded."""
     if settings.controlnet is None:
         return None
     folder = Path(settings.controlnet).expanduser()
@@ -221,7 +238,7 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
         with no_progress_bars():
             options = {"local_files_only": True, "use_safetensors": True, "dtype": DTYPES[settings.base.dtype]}
             net = ControlNetModel.from_pretrained(str(folder), **options)
-    except Exception as error:  # missing or cut files and foreign shapes each raise their own kind
+    except Exception as error:  # missing or truncated files and other shapes raise various types
         raise ValueError(
             f"The ControlNet in {folder} cannot be loaded ({first_line(error)}); save it again."
         ) from error
@@ -229,9 +246,9 @@ def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
 
 
 def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter | None) -> None:
-    """Write down what the images in ``folder`` are generated with. ValueError when it holds images of other
-    settings."""
-    content = {k: v for k, v in recorded(settings).items() if k not in _FREE} | {"set": name}
+    """Record in settings.json what the images in ``folder`` are generated with. ValueError when the folder holds images
+    of other settings."""
+    content = {k: v for k, v in recorded(settings).items() if k not in _NOT_RECORDED} | {"set": name}
     content["weights_sha256"] = {
         "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
         "adapter": None if adapter is None else sha256_of_folder(adapter.place),
@@ -241,7 +258,8 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
     content["versions"] = versions()
     path = folder / "settings.json"
     if not write_json_once(path, content):
-        earlier = {"versions": content["versions"]} | _filled(read_json(path, "settings"))  # not said by the first sets
+        # the first sets did not record versions
+        earlier = {"versions": content["versions"]} | _with_defaults(read_json(path, "settings"))
         changed = sorted(k for k in {*earlier, *content} if earlier.get(k) != content.get(k))
         if changed:
             raise ValueError(
@@ -249,25 +267,27 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
             )
 
 
-def _filled(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a set with what came up after it: an option that it does not name had its default."""
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Add the defaults of options that were introduced after the set was generated."""
     defaults = recorded(FidSettings())
     known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
     return settings | {name: defaults[name] | settings[name] for name in known}
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read the settings of a set and the ids of its images. ValueError when one is missing, or is not known."""
-    settings = _filled(read_json(folder / "settings.json", "settings of the generated images"))
-    silent = [name for name in SAID if name not in settings]
-    if silent:
-        raise ValueError(f"The images in {folder} do not say their {', '.join(silent)}; generate them again.")
+    """Read the settings of a set and the ids of its images. ValueError when either is incomplete or unknown."""
+    settings = _with_defaults(read_json(folder / "settings.json", "settings of the generated images"))
+    missing = [name for name in REQUIRED_SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"{folder / 'settings.json'} does not record {', '.join(missing)}; generate the set again.")
     count = settings["num_images"]
     if not isinstance(count, int):
-        raise ValueError(f"The images in {folder} say num_images {str(count)[:60]!r}; generate them again.")
+        raise ValueError(
+            f"{folder / 'settings.json'} has num_images {str(count)[:60]!r}, not a number; generate the set again."
+        )
     wanted = {image_id(index) for index in range(count)}
     found = {p.stem for p in (folder / "images").glob("*") if not p.name.startswith(".")}
-    for what, ids in (("missing", wanted - found), ("not known", found - wanted)):
+    for what, ids in (("missing", wanted - found), ("unknown", found - wanted)):
         if ids:
             raise ValueError(
                 f"{len(ids)} of {len(wanted)} images in {folder} are {what} (such as {min(ids)}); "
@@ -278,7 +298,7 @@ def read_set(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a set was generated: images per second of one process, of how many; batch_size images at once."""
+    """How fast a set was generated: images per second of each process, number of processes, images per batch."""
 
     images_per_second: float
     processes: int
@@ -291,30 +311,35 @@ class Speed:
 
 
 def read_speed(folder: Path) -> Speed | None:
-    """Read how fast the set in ``folder`` was generated, loading the base left out; None where nothing was noted."""
-    noted = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
-    if not noted:
+    """Read how fast the set in ``folder`` was generated, not counting the time to load the base.
+
+    None where no timing was recorded. ValueError for damaged timing files.
+    """
+    timings = [read_json(path, "timing") for path in sorted((folder / "timing").glob("[0-9]*.json"))]
+    if not timings:
         return None
     try:
-        images, seconds = (sum(item[key] for item in noted) for key in ("pictures", "seconds"))
+        images, seconds = (sum(item[key] for item in timings) for key in ("pictures", "seconds"))
         return Speed(
             images_per_second=images / seconds,
-            processes=max(item["processes"] for item in noted),
-            batch_size=max(item["pictures"] for item in noted),
-            device=noted[0]["device"],
+            processes=max(item["processes"] for item in timings),
+            batch_size=max(item["pictures"] for item in timings),
+            device=timings[0]["device"],
         )
     except (KeyError, TypeError, ArithmeticError):
-        raise ValueError(f"The notes in {folder / 'timing'} are damaged; remove that folder.") from None
+        raise ValueError(f"The timings in {folder / 'timing'} are damaged; remove that folder.") from None
 
 
 def read_images(folder: Path, ids: Sequence[str]) -> Iterator[GeneratedImage]:
-    """Read the images of a set with the masks they were generated with. ValueError for a damaged one, or another
-    size."""
+    """Read the images of a set with the masks that they were generated with.
+
+    ValueError when a record or an image is damaged, or when an image has another size than the first.
+    """
     size: tuple[int, ...] | None = None
     for name in ids:
-        about = read_json(folder / "ids" / f"{name}.json", "record")
-        if not {"key", "caption", "seed"} <= set(about):
-            raise ValueError(f"The image {name} in {folder} does not say its key, caption and seed; generate it again.")
+        record = read_json(folder / "ids" / f"{name}.json", "record")
+        if not {"key", "caption", "seed"} <= set(record):
+            raise ValueError(f"The record of image {name} in {folder} has no key, caption or seed; generate it again.")
         path = folder / "images" / f"{name}.png"
         try:
             image = np.asarray(load_image(path))
@@ -324,6 +349,6 @@ def read_images(folder: Path, ids: Sequence[str]) -> Iterator[GeneratedImage]:
         if image.shape != size:
             raise ValueError(f"The image {name} in {folder} is {image.shape[1]}x{image.shape[0]}, unlike the others.")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is odd about a mask was said when the data was opened
+            warnings.simplefilter("ignore")  # opening the data has already warned of unusual masks
             mask = load_mask(folder / "masks" / f"{name}.png", image.shape[:2])[0].numpy()
-        yield GeneratedImage(name, about["key"], about["caption"], image, mask)
+        yield GeneratedImage(name, record["key"], record["caption"], image, mask)

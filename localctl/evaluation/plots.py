@@ -1,4 +1,4 @@
-"""Bars and curves with intervals, plotted by matplotlib as images."""
+"""Plot bars and curves with intervals as images, with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#7f7f7f")
 DPI = 100
-ROW, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 230, 300, 24, 24, 14  # px of a panel of bars
-LONGEST = 38  # letters of a name
+ROW, LEFT, WIDTH, HEAD, FOOT, PAD = 18, 230, 300, 24, 24, 14  # pixels of a panel of bars
+LONGEST = 38  # characters of a label
 STYLE = {"font.size": 7.5, "text.parse_math": False, "axes.spines.right": False, "axes.spines.top": False}
 
 
@@ -29,7 +29,7 @@ class NoMatplotlibError(ValueError):
 
 
 def _rendered(plot: Callable[..., Figure]) -> Callable[..., Image.Image]:
-    """Make ``plot`` return its figure as an image, which looks the same whatever the user's own style is."""
+    """Make ``plot`` return its figure as an image, independent of the user's matplotlib style."""
 
     @wraps(plot)
     def image(*arguments: Any, **options: Any) -> Image.Image:
@@ -39,7 +39,7 @@ def _rendered(plot: Callable[..., Figure]) -> Callable[..., Image.Image]:
         except ImportError:
             raise NoMatplotlibError('Plots need matplotlib; run `pip install "localctl[report]"`.') from None
         with style.context(["default", STYLE]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # names are anybody's
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a label may hold any character
             canvas = FigureCanvasAgg(plot(*arguments, **options))
             canvas.draw()
             return Image.fromarray(np.array(canvas.buffer_rgba())[..., :3])
@@ -49,18 +49,18 @@ def _rendered(plot: Callable[..., Figure]) -> Callable[..., Image.Image]:
 
 @_rendered
 def bars(panels: Mapping[str, Mapping[str, Interval | None]], columns: int = 2) -> Figure:
-    """Plot one panel per figure, one bar with its interval per row; rows that are undefined stay empty.
+    """Plot one panel of bars per metric: one bar with its interval per row, none for an undefined row.
 
-    ValueError where there is nothing to plot, or no matplotlib.
+    ValueError when no row of any panel is defined, or matplotlib is not installed.
     """
-    shown = {title: rows for title, rows in panels.items() if any(i is not None for i in rows.values())}
-    if not shown:
-        raise ValueError("There is no figure to plot.")
-    columns = min(columns, len(shown))
+    defined = {title: rows for title, rows in panels.items() if any(i is not None for i in rows.values())}
+    if not defined:
+        raise ValueError("No metric is defined, so there is nothing to plot.")
+    columns = min(columns, len(defined))
     width = LEFT + WIDTH + 2 * PAD
-    height = HEAD + max(map(len, shown.values())) * ROW + FOOT + PAD
-    figure = _figure(columns * width, -(-len(shown) // columns) * height)
-    for number, (title, panel) in enumerate(shown.items()):
+    height = HEAD + max(map(len, defined.values())) * ROW + FOOT + PAD
+    figure = _figure(columns * width, -(-len(defined) // columns) * height)
+    for number, (title, panel) in enumerate(defined.items()):
         left, top = number % columns * width + PAD + LEFT, number // columns * height + HEAD
         _panel(_axes(figure, left, top, WIDTH, len(panel) * ROW), title, panel)
     return figure
@@ -92,10 +92,16 @@ def curves(
     size: tuple[int, int] = (560, 320),
     logarithmic: bool = True,
 ) -> Figure:
-    """Plot one curve with intervals per name over x, on a ``logarithmic`` axis or a plain one; ``levels``: named
-    horizontal lines.
+    """Plot one curve with intervals per name over x.
 
-    ValueError where there is no point, an x that is not positive on a logarithmic axis, or no matplotlib.
+    Args:
+        series: interval by x, by the name of the curve.
+        levels: heights of horizontal lines, by their names.
+        size: (width, height) of the axes and their labels, in pixels.
+        logarithmic: whether the x axis is logarithmic.
+
+    Raises:
+        ValueError: there is no point, an x is not positive on a logarithmic axis, or matplotlib is not installed.
     """
     from matplotlib.transforms import ScaledTranslation
 
@@ -109,8 +115,8 @@ def curves(
     for name, y in (levels or {}).items():
         axes.axhline(y, color="#999999", linewidth=1, label=_short(name))
     for number, (name, curve) in enumerate(series.items()):
-        color, apart = COLORS[number % len(COLORS)], 3 * (number - len(series) // 2)  # or whiskers would coincide
-        moved = axes.transData + ScaledTranslation(apart / DPI, 0, figure.dpi_scale_trans)
+        color, offset = COLORS[number % len(COLORS)], 3 * (number - len(series) // 2)  # keeps intervals apart
+        moved = axes.transData + ScaledTranslation(offset / DPI, 0, figure.dpi_scale_trans)
         axes.update_datalim([(x, y) for x, i in curve.items() for y in (i.low, i.value, i.high)])
         along = sorted(curve)
         axes.plot(along, [curve[x].value for x in along], "o-", color=color, ms=5, label=_short(name), transform=moved)
@@ -135,7 +141,7 @@ def _figure(width: int, height: int) -> Figure:
 
 
 def _axes(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
-    """Axes at this place, in pixels."""
+    """Add axes at this place, in pixels."""
     across, down = figure.get_size_inches() * DPI
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 

@@ -1,4 +1,4 @@
-"""The score that training's early stopping goes by: how far what the adapter generates is from held-out images."""
+"""The score for early stopping: the distance of images generated with the adapter from held-out images."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ METRICS = {frechet_name(extractor): extractor for extractor in EXTRACTORS}
 
 
 def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
-    """Make what ``early_stopping.metric`` asks for; None where nothing is to be scored.
+    """Make the scorer of ``early_stopping.metric``; None where no metric or no interval of steps is set.
 
-    ValueError in one sentence for an unknown metric, weights, a reference or held-out images that are not there.
+    ValueError in one sentence when the metric is unknown, or weights, reference or held-out images are missing.
     """
     config = settings.early_stopping
     if config.metric is None:
@@ -49,7 +49,7 @@ def make_scorer(settings: TrainSettings) -> FrechetScorer | None:
             _check_reference(reference, extractor, settings)
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"{reason}; or train without this score, --early_stopping.every 0.") from error
+        raise ValueError(f"{reason}; or turn this score off with --early_stopping.every 0.") from error
     return FrechetScorer(settings, held_out, extractor, reference)
 
 
@@ -63,10 +63,10 @@ def _held_out(settings: TrainSettings) -> Source:
 
 def _check_reference(reference: Statistics, extractor: Extractor, settings: TrainSettings) -> None:
     """ValueError for statistics of another extractor or size, or of fewer than 2 images."""
-    place, about = settings.early_stopping.reference, reference.provenance
+    place, provenance = settings.early_stopping.reference, reference.provenance
     own = describe(extractor)
-    changed = [name for name in ("extractor", "weights_sha256") if about.get(name) != own[name]]
-    if list(about.get("image_size", settings.data.size)) != list(settings.data.size):
+    changed = [name for name in ("extractor", "weights_sha256") if provenance.get(name) != own[name]]
+    if list(provenance.get("image_size", settings.data.size)) != list(settings.data.size):
         changed.append("image_size")
     if changed:
         raise ValueError(f"The reference {place} was made with another {', '.join(changed)}; make it again.")
@@ -74,11 +74,11 @@ def _check_reference(reference: Statistics, extractor: Extractor, settings: Trai
 
 
 class FrechetScorer:
-    """The Fréchet distance of images generated with the adapter as it is to held-out ones, over an extractor.
+    """The Fréchet distance between images generated with the current adapter and held-out images.
 
-    Always the same captions, conditions, masks and noise, so that scores differ by the adapter alone. The batches are
-    shared out over the processes, and every one of them returns the first one's number. Weights, the pipeline's
-    scheduler and the global random state are left as they were.
+    Captions, conditions, masks and noise are always the same, so that scores differ by the adapter alone. The processes
+    share the batches, and all return the score of the first process. The weights, the pipeline's scheduler and the
+    global random state do not change.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FrechetScorer:
             self.reference = self._of_held_out()
         made = self._statistics(range(self.config.num_images), lambda indices: self._generate(models, indices))
         distance = [frechet_distance(*self.reference.gaussian(), *made.gaussian())]
-        if torch.distributed.is_initialized():  # other machines may round differently, and must not disagree
+        if torch.distributed.is_initialized():  # machines may round differently, but must agree
             torch.distributed.broadcast_object_list(distance, src=0)
         return distance[0]
 
@@ -103,8 +103,10 @@ class FrechetScorer:
         return self._statistics(range(count), self._photos)
 
     def _statistics(self, indices: range, make: Any) -> Statistics:
-        """Take statistics of images, batch by batch, over all processes. make: indices -> (ids,
-        uint8 (n,H,W,3)), perhaps fewer."""
+        """Collect the statistics of images, batch by batch, over all processes.
+
+        make: indices -> (ids, uint8 (n,H,W,3)); n may be smaller than the number of indices.
+        """
         together = torch.distributed.is_initialized()
         rank, count = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
         size = self.config.batch_size
@@ -116,22 +118,22 @@ class FrechetScorer:
                 ids, images = make(batch) if len(batch) else ((), ())
                 if len(ids):
                     found |= zip(ids, self.extractor(images), strict=True)
-        except Exception as error:  # told to the others first, who wait for this share
+        except Exception as error:  # raised below: the other processes wait for this share first
             failure = error
         shares: list[dict[str, Tensor]] = [found]
         if together:
-            told: list[Any] = [None for _ in range(count)]
-            torch.distributed.all_gather_object(told, (found, failure is not None))
-            shares = [share for share, _ in told]
-            if failure is None and any(failed for _, failed in told):
-                failure = RuntimeError("another process could not generate or look at its share")
+            gathered: list[Any] = [None for _ in range(count)]
+            torch.distributed.all_gather_object(gathered, (found, failure is not None))
+            shares = [share for share, _ in gathered]
+            if failure is None and any(failed for _, failed in gathered):
+                failure = RuntimeError("another process could not generate or measure its share of the images")
         if failure is not None:
             raise failure
         features = {name: row for share in shares for name, row in share.items()}
         if len(features) < 2:
             raise ValueError(f"A distance needs at least 2 images on each side, not {len(features)}.")
-        metric = FeatureStatistics(self.extractor.dim, sync_on_compute=False)  # every process has them all
-        names = sorted(features)  # the same sums, whoever computed them
+        metric = FeatureStatistics(self.extractor.dim, sync_on_compute=False)  # every process has all features
+        names = sorted(features)  # sorted, so that the sums are the same in every process
         metric.update(torch.stack([features[name] for name in names]), names)
         return metric.statistics(**describe(self.extractor))
 
@@ -141,7 +143,7 @@ class FrechetScorer:
             try:
                 example = self.samples.source[index]
             except BadRow:
-                continue  # as many as are usable
+                continue  # the distance uses the readable photos
             ids.append(image_id(index))
             images.append(np.asarray(to_pil(example.pixels)))
         return ids, np.stack(images) if images else np.empty((0, *self.size, 3), np.uint8)

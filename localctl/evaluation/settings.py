@@ -1,4 +1,4 @@
-"""What `evaluate_fid.py` can be told, typed and checked."""
+"""The settings of `evaluate_fid.py`, typed and validated."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ PROMPTS: tuple[str, ...] = get_args(Prompts)
 @record()
 @dataclass(kw_only=True)
 class FidSettings:
-    """One comparison of generated images with photos; ValueError for settings that make no sense.
+    """Settings for comparing generated images with photos. ValueError for settings that contradict each other.
 
-    output_dir: where images, statistics and figures go.
-    part: which examples: ``val`` (held out), ``train``; of the embedded scenes also ``test``; null: test of the
-        embedded scenes, else val.
-    adapter: folder, run, hub id or file of weights of a trained adapter, as for ``sample.py``; with neither this
-        nor controlnet, the base alone.
-    controlnet: folder of a diffusers ControlNetModel in place of an adapter, its residuals masked; it must have been
-        trained on this kind of condition.
+    output_dir: folder of images, statistics and scores.
+    part: which examples to use: ``val`` (held out) or ``train``, of the embedded scenes also ``test``; null: ``test``
+        of the embedded scenes, ``val`` of other data.
+    adapter: folder, run, hub id or weights file of a trained adapter, as for ``sample.py``; without this and without
+        controlnet, the base alone is evaluated.
+    controlnet: folder of a diffusers ControlNetModel to use instead of an adapter, with its residuals masked; it must
+        have been trained on this kind of condition.
     weight: strength of the adapter or ControlNet.
-    extractor: whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
-    weights: where the extractor's weights are, if it needs to be told.
+    extractor: network whose features are compared: micro_clip, efficientnet_lite0, fid or clip.
+    weights: path of the extractor's weights, where it has no default; for clip, a folder or hub id.
     reference: file with the statistics of the photos; null: ref_{extractor}.npz in output_dir.
-    num_images: how many are generated, and for ``ref`` how many photos are read at most.
-    prompts: generate ``with`` the captions, ``without`` any, or ``both``.
-    sample: key of one example, which alone is generated num_images times.
-    seed: of masks and noise.
-    batch_size: images generated at once; does not change them.
-    num_inference_steps: sampling steps of each.
-    guidance_scale: of classifier-free guidance; null = the base's own.
+    num_images: how many images to generate; for ``ref``, how many photos to read at most.
+    prompts: generate ``with`` the captions, ``without`` prompts, or ``both``.
+    sample: key of one example, from which all images are generated.
+    seed: seed of masks and noise.
+    batch_size: images generated at once; does not change them beyond rounding.
+    num_inference_steps: sampling steps per image.
+    guidance_scale: scale of classifier-free guidance; null = the default of the base.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
     device: auto, cpu, cuda, ...
     """
@@ -73,7 +73,7 @@ class FidSettings:
         if self.part not in parts:
             raise ValueError(f"Unknown part {self.part!r}; choose one of {', '.join(parts)}.")
         if self.adapter is not None and self.controlnet is not None:
-            raise ValueError("Give either an adapter or a controlnet, not both; each is a set of its own.")
+            raise ValueError("Give either an adapter or a controlnet, not both; generate a set with each.")
         if self.guidance_scale is None:
             self.guidance_scale = BASES[self.base.name].guidance_scale if self.base.name in BASES else 7.5
 
@@ -87,6 +87,6 @@ class FidSettings:
 
     @property
     def set_names(self) -> tuple[str, ...]:
-        """Which sets are generated; folders in output_dir."""
+        """The names of the sets to generate, which are folders in output_dir."""
         names = {"with": ("with_prompts",), "without": ("without_prompts",)}
         return names.get(self.prompts, ("with_prompts", "without_prompts"))

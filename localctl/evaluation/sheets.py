@@ -1,4 +1,4 @@
-"""Contact sheets of a comparison: for each generated set its best, median and worst images beside the base's."""
+"""Contact sheets of a comparison: the best, median and worst images of a set beside those of the base."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from localctl.evaluation.compare import Comparison
 from localctl.evaluation.generated_set import GeneratedImage, read_images
 from localctl.metrics.edges import canny
 
-EACH = 3
+PER_GROUP = 3
 
 
 def ranked(comparison: Comparison, name: str, column: str) -> list[tuple[str, int]]:
-    """Choose up to three best, median and worst samples of a set by ``column``, as (what, index), highest first, each
-    once; samples where it is undefined are left out."""
+    """Choose up to three best, three median and three worst samples of a set by ``column``.
+
+    Returns ("best", "median" or "worst", index of the sample), highest value first, each sample once. Samples where
+    ``column`` is undefined are left out.
+    """
     values = comparison.tables[name][:, comparison.columns.index(column)]
     order = [int(i) for i in np.argsort(-values, kind="stable") if not np.isnan(values[i])]
-    middle = max(0, (len(order) - EACH) // 2)
-    groups = {"best": order[:EACH], "median": order[middle : middle + EACH], "worst": order[-EACH:]}
+    middle = max(0, (len(order) - PER_GROUP) // 2)
+    groups = {"best": order[:PER_GROUP], "median": order[middle : middle + PER_GROUP], "worst": order[-PER_GROUP:]}
     chosen: dict[int, str] = {}
     for what, indices in groups.items():
         for index in indices:
@@ -32,8 +35,8 @@ def ranked(comparison: Comparison, name: str, column: str) -> list[tuple[str, in
 
 
 def contact_sheet(comparison: Comparison, folders: Mapping[str, Path], name: str, column: str = "f1") -> Image.Image:
-    """Show images of the base, those of the set ``name``, and their edges, with the masks' outlines. ValueError when no
-    sample has a value in ``column``."""
+    """Compose a sheet of the chosen samples: image of the base, image of the set ``name`` and its edges, with the mask
+    outlined. ValueError when no sample has a value in ``column``."""
     chosen = ranked(comparison, name, column)
     ids = [comparison.ids[index] for _, index in chosen]
     values = comparison.tables[name][:, comparison.columns.index(column)]

@@ -1,4 +1,4 @@
-"""A comparison as JSON, Markdown, LaTeX and bars."""
+"""Format a comparison as JSON, Markdown, LaTeX and a plot of bars."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from localctl.metrics.bootstrap import Interval
 
 
 def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
-    """Give means with intervals, undefined counts, the paired differences to ``against``, every sample's values (NaN as
-    null), and the provenance."""
+    """Format means with intervals, counts of undefined samples, paired differences to the set ``against``, the values
+    of every sample (NaN as null), timing and provenance as plain JSON."""
     rows = {}
     for name, table in comparison.tables.items():
         figures = {}
@@ -45,7 +45,7 @@ def as_json(comparison: Comparison, against: str) -> dict[str, Any]:
 
 
 def markdown(comparison: Comparison, against: str, columns: Sequence[str] = ()) -> str:
-    """Format two tables: means with 95 % intervals over samples, and paired differences to ``against``."""
+    """Format two tables: means with 95 % intervals over samples, and paired differences to the set ``against``."""
     columns = columns or comparison.columns
     lines = head(["", *(_headed(column) for column in columns)])
     for name in comparison.tables:
@@ -70,8 +70,8 @@ def _timing(comparison: Comparison) -> list[str]:
 
 
 def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
-    """Format a tabular with booktabs rules: means and half widths of their intervals, the best generated row in
-    bold."""
+    """Format a tabular with booktabs rules: means with the half widths of their intervals, the best generated set of
+    each column in bold."""
     columns = columns or comparison.columns
     made = [name for name in comparison.tables if name != CEILING]
     best = {}
@@ -88,7 +88,7 @@ def latex(comparison: Comparison, columns: Sequence[str] = ()) -> str:
 
 
 def plot(comparison: Comparison) -> Image.Image:
-    """Plot one panel of bars with their intervals per figure. ValueError where no figure is defined."""
+    """Plot one panel per metric: the mean of every row with its interval. ValueError where no metric is defined."""
     panels = {
         _headed(column): {_labelled(comparison, name): comparison.interval(name, column) for name in comparison.tables}
         for column in comparison.columns
@@ -103,7 +103,7 @@ _LATEX = str.maketrans(
 
 
 def line(cells: Sequence[str]) -> str:
-    """Format a row of a Markdown table; of what is in the cells, nothing is markup of the table or HTML."""
+    """Format a row of a Markdown table; table markup and HTML in the cells are escaped."""
     plain = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
     return "| " + " | ".join(plain) + " |"
 
@@ -130,8 +130,8 @@ def _difference(comparison: Comparison, name: str, against: str, column: str) ->
     difference = comparison.difference(name, against, column)
     if difference is None:
         return "undefined"
-    said = " no difference" if verdict(difference) == "no difference" else ""
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{said}"
+    remark = " no difference" if verdict(difference) == "no difference" else ""
+    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{remark}"
 
 
 def _latex_cell(interval: Interval | None, bold: bool) -> str:

@@ -1,16 +1,17 @@
-"""Noun phrases by rules, for prompts: no grammar model and no list of objects.
+"""Find the noun phrases of a prompt by rules, without a grammar model or a list of objects.
 
 1. Words are read in order. Function words (prepositions, conjunctions, pronouns, auxiliaries) and punctuation end a
-   phrase, a determiner begins one; whatever lies between is a phrase.
-2. Verbs are told by what stands around them: behind a form of "be" up to the next function word; right behind a pronoun
-   or a modal verb; at the end of a phrase, -ing and -ed (unless too short, or one of a few exceptions) and -s after a
-   singular article, where a preposition or determiner follows; and a few frequent irregular verbs.
-3. "X of Y" without an article for Y is one phrase ("cup of coffee"); a phrase that ends in adjectives goes on behind
-   "and" or a comma ("a red and white ball"); 's joins the owner to its thing.
-4. Phrases that name a place in the image ("the left", "a white background") or the image ("a photo of") are none.
+   phrase, and a determiner starts one; the words between them are a phrase.
+2. Verbs are recognised by their neighbours: all words after a form of "be" up to the next function word; the word after
+   a pronoun or modal verb; at the end of a phrase, if a preposition or determiner follows, words in -ing and -ed
+   (except short words and a list of exceptions), and words in -s after a singular article; and a list of frequent
+   irregular verbs.
+3. "X of Y" without an article before Y is one phrase ("cup of coffee"); a phrase that ends with an adjective continues
+   after "and" or a comma ("a red and white ball"); 's connects the owner and its thing.
+4. Phrases for a place in the image ("the left", "a white background") or the image itself ("a photo of") are left out.
 
-Known limits: bare verbs that are not on the list ("two cats admire a dog") and -s after "the" count as words of the
-phrase before them.
+Known limits: verbs without an ending that are not on the list ("two cats admire a dog"), and verbs in -s after "the",
+become part of the phrase before them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _VOWEL = re.compile(r"[aeiouy]")
 
 @dataclass(frozen=True)
 class Word:
-    """A word or punctuation mark of the prompt; ``text`` in lower case with straight apostrophes."""
+    """A word or punctuation mark, characters [start, end); ``text``: in lower case with straight apostrophes."""
 
     text: str
     start: int
@@ -34,16 +35,18 @@ class Word:
 
     @property
     def is_word(self) -> bool:
+        """Whether this is no punctuation mark."""
         return self.text[:1].isalnum()
 
     @property
     def is_break(self) -> bool:
+        """Whether this ends a phrase: a punctuation mark or function word."""
         return not self.is_word or self.text in w.BREAKS
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A noun phrase: [start, end) characters with its determiner, ``first`` without; ``count`` things (1 or more)."""
+    """A noun phrase: characters [start, end) with its determiner, [first, end) without it; ``count``: 1 or more."""
 
     start: int
     first: int
@@ -53,7 +56,7 @@ class Chunk:
 
 
 def split_words(prompt: str) -> list[Word]:
-    """Words, numbers and punctuation marks with their characters."""
+    """Split a prompt into words, numbers and punctuation marks."""
     found = []
     for match in _TOKEN.finditer(prompt):
         text, end = match[0].lower().replace("’", "'"), match.end()
@@ -64,7 +67,7 @@ def split_words(prompt: str) -> list[Word]:
 
 
 def rule_chunks(prompt: str) -> list[Chunk]:
-    """Return the noun phrases of a prompt in reading order, places and words for the image left out."""
+    """Return the noun phrases of a prompt in reading order, without places and words for the image."""
     words = split_words(prompt)
     chunks: list[Chunk] = []
     position = 0
@@ -82,7 +85,7 @@ def rule_chunks(prompt: str) -> list[Chunk]:
 
 
 def _after_break(words: list[Word], position: int) -> int:
-    """Where reading goes on behind a function word: behind the verb that it announces."""
+    """Return the position after a function word and the verb that belongs to it, if any."""
     text, after = words[position].text, position + 1
 
     def content(index: int) -> bool:
@@ -107,7 +110,7 @@ def _in(words: list[Word], index: int) -> bool:
 
 
 def _phrase_end(words: list[Word], start: int) -> int:
-    """One past the last word of the phrase that begins at ``start``, verbs at its end included."""
+    """Return the position after the phrase that starts at ``start``, including verbs at its end."""
     end = start
     while end < len(words):
         word = words[end]
@@ -117,7 +120,7 @@ def _phrase_end(words: list[Word], start: int) -> int:
             if word.text == "of" and _joins(words, start, end):
                 end += 1
                 continue
-            if word.text in ("and", ",") and _goes_on(words, start, end):
+            if word.text in ("and", ",") and _continues(words, start, end):
                 end += 1
                 continue
             break
@@ -126,7 +129,7 @@ def _phrase_end(words: list[Word], start: int) -> int:
 
 
 def _joins(words: list[Word], start: int, of: int) -> bool:
-    """Return whether "X of Y" is one phrase: Y is a plain word, and X neither a place nor a word for the image."""
+    """Return whether "X of Y" is one phrase: Y has no determiner, and X is neither a place nor a word for the image."""
     if of == start or words[of - 1].text in w.PLACES | w.PICTURES or of + 1 >= len(words):
         return False
     follower = words[of + 1]
@@ -135,8 +138,8 @@ def _joins(words: list[Word], start: int, of: int) -> bool:
     return not follower.is_break and follower.text not in w.DETERMINERS
 
 
-def _goes_on(words: list[Word], start: int, comma: int) -> bool:
-    """Whether a phrase that ends in an adjective goes on behind "and" or a comma."""
+def _continues(words: list[Word], start: int, comma: int) -> bool:
+    """Return whether a phrase that ends with an adjective continues after "and" or a comma."""
     if comma == start or words[comma - 1].text not in w.ADJECTIVES or comma + 1 >= len(words):
         return False
     if words[comma].text == "," and words[comma + 1].text == "and":
@@ -161,7 +164,7 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     follower = words[end] if end < len(words) else None
     last = _without_verbs(words, first, end, follower, singular)
     while first < last and words[first].text in w.VERBS and last - first > 1 and start == first:
-        first = start = first + 1  # a bare phrase behind a verb: "sits"
+        first = start = first + 1  # a phrase without determiner after a verb such as "sits"
     if first >= last or (all(words[i].text in w.VERBS for i in range(first, last)) and start == first):
         return None
     head = words[last - 1].text
@@ -172,22 +175,23 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
         return None
     if before in ("of", "in", "on") and words[start].text == "the" and last - first == 1 and head in w.PICTURES:
         return None  # "at the top of the picture"
-    if head in w.PICTURES and last - first <= 3 and _is_picture(words, end):
+    if head in w.PICTURES and last - first <= 3 and _introduces_content(words, end):
         return None
     if "couple" in (words[i].text for i in range(first, last)):
         count = 2
     stop = words[last - 1].end
-    if head.endswith("'s"):  # "the cat's on the mat": a verb, as no thing follows
+    if head.endswith("'s"):  # "the cat's on the mat": no thing follows, so this is the verb
         head, stop = head[:-2], stop - 2
     return Chunk(words[start].start, words[first].start, stop, head, count)
 
 
-def _is_picture(words: list[Word], end: int) -> bool:
+def _introduces_content(words: list[Word], end: int) -> bool:
+    """Return whether the content of an image follows: "a photo of", "a scene with"."""
     return end < len(words) and words[end].text in ("of", "with", "where", "in", *w.HAVE)
 
 
 def _without_verbs(words: list[Word], first: int, end: int, follower: Word | None, singular: bool) -> int:
-    """One past the last word that is no verb, adverb or place word ("a star left of")."""
+    """Return the position after the last word that is no verb, adverb or direction ("a star left of")."""
     transitive = follower is not None and follower.text in w.DETERMINERS
     verb_place = follower is not None and (
         transitive or not follower.is_word or follower.text in w.PREPOSITIONS | w.ADVERBS | w.CONJUNCTIONS
@@ -207,13 +211,14 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
 
 
 def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
-    """Tell directions ("a star left of", "a star right below") from places ("the top left")."""
+    """Return whether the last word is a direction ("a star left of") and not a place ("the top left")."""
     if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
         return False
     return follower is not None and follower.text in w.PREPOSITIONS
 
 
 def _is_participle(text: str) -> bool:
+    """Return whether a word is a verb of ``VERBS``, or looks like a participle in -ing or -ed."""
     if text in w.NO_PARTICIPLES or text in w.ADJECTIVES:
         return False
     if text in w.VERBS:
@@ -223,6 +228,6 @@ def _is_participle(text: str) -> bool:
 
 
 def _is_third_person(text: str, singular: bool) -> bool:
-    """Find the verb of "a dog barks at": after a singular article, a last word in -s is one."""
+    """Return whether a last word in -s is a verb, as after a singular article: "a dog barks at"."""
     plain = text.endswith(("ss", "us", "is", "as", "os", "'s", "s'")) or text in w.NO_PARTICIPLES
     return singular and text.endswith("s") and len(text) > 3 and not plain

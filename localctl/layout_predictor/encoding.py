@@ -1,7 +1,7 @@
-"""Prompts as numbers: words as hashed pieces, so that every word, known or not, has some.
+"""Encode prompts as numbers: each word as a set of hashed pieces.
 
-A word is the bag of itself and its character trigrams, each hashed into one of a fixed number of buckets. There is no
-vocabulary to be outside of: a new noun has pieces like any other, and shares some with words that look like it.
+The pieces are the word itself and its character trigrams, each hashed into one of a fixed number of buckets. There is
+no vocabulary: an unknown noun has pieces like any other word, and shares some with words of similar spelling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from localctl.layout_predictor.chunker import split_words
 from localctl.seeding import key_seed
 
-PIECES = 12  # per word; longer words are cut
+PIECES = 12  # per word; further pieces of long words are left out
 OUTSIDE = -1
 
 
@@ -25,8 +25,8 @@ OUTSIDE = -1
 class Encoded:
     """B prompts of up to L words with up to N objects each.
 
-    pieces: (B, L, P) int64, 0 = none. owner: (B, L) int64, the object whose phrase the word is part of, or -1.
-    words: (B, L) bool, which places hold a word. objects: (B, N) bool, which objects there are.
+    pieces: (B, L, P) int64 buckets, 0 = none. owner: (B, L) int64, index of the object whose phrase contains the word,
+    or -1. words: (B, L) bool, whether there is a word. objects: (B, N) bool, whether there is an object.
     """
 
     pieces: Tensor
@@ -35,25 +35,26 @@ class Encoded:
     objects: Tensor
 
     def to(self, device: torch.device | str) -> Encoded:
+        """Return the same prompts on ``device``."""
         return Encoded(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def without(self, hidden: Tensor, nameless: Tensor) -> Encoded:
-        """Make some words unreadable: outside objects those that are ``hidden`` (B, L or more) bool; the names of all
-        objects in the sentences that are ``nameless`` (B,) bool."""
+        """Remove the pieces of some words: ``hidden`` ones (B, L or more) bool outside objects, and the names of all
+        objects of the ``nameless`` prompts (B,) bool."""
         outside = self.owner < 0
-        gone = (hidden[:, : self.owner.shape[1]] & outside) | (nameless[:, None] & ~outside)
-        return replace(self, pieces=self.pieces.masked_fill(gone[..., None], 0))
+        removed = (hidden[:, : self.owner.shape[1]] & outside) | (nameless[:, None] & ~outside)
+        return replace(self, pieces=self.pieces.masked_fill(removed[..., None], 0))
 
 
 def pieces_of(word: str, buckets: int) -> list[int]:
-    """Up to 12 buckets from 1 to ``buckets`` - 1: of the word, then of its trigrams; the same on every machine."""
+    """Return up to 12 buckets in 1 ... ``buckets`` - 1: of the word, then of its trigrams; equal on all machines."""
     framed = f"<{word}>"
     grams = [framed[i : i + 3] for i in range(len(framed) - 2)] if len(word) > 1 else []
     return [1 + zlib.crc32(piece.encode()) % (buckets - 1) for piece in [framed, *grams]][:PIECES]
 
 
 def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], buckets: int, max_words: int) -> Encoded:
-    """Prompts with the [first, last) characters of their objects as numbers.
+    """Encode prompts; ``spans``: the [first, last) characters of the objects of each.
 
     Raises:
         ValueError: more than ``max_words`` words.
@@ -61,7 +62,7 @@ def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], b
     rows = [split_words(prompt) for prompt in prompts]
     length = max(1, *(len(row) for row in rows))
     if length > max_words:
-        raise ValueError(f"The prompt has {length} words, more than the {max_words} that are read; shorten it.")
+        raise ValueError(f"The prompt has {length} words, more than {max_words}; shorten it.")
     pieces = np.zeros((len(rows), length, PIECES), np.int64)
     owner = np.full((len(rows), length), OUTSIDE, np.int64)
     words = np.zeros((len(rows), length), bool)
@@ -79,7 +80,7 @@ def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], b
 
 
 def made_up_word(seed: int, *keys: int | str) -> str:
-    """Return a pronounceable word that means nothing, from its key: 2 or 3 syllables."""
+    """Return a pronounceable nonsense word of 2 or 3 syllables, determined by its key."""
     number = key_seed(seed, "word", *keys)
     syllables = []
     for _ in range(2 + number % 2):

@@ -1,8 +1,8 @@
 """The layout predictor: a small transformer from the words of a prompt to a density over each object's place and size.
 
-As in arXiv 2304.03869, each object's centre has a Gaussian mixture, here over (x, y) in [0, 1], and each object a box
-size, here log-normal. Objects are placed one after the other: the boxes of those already placed are part of the input
-(p(layout) = prod_i p(object i | prompt, objects before i)), so that a layout is sampled as a whole.
+As in arXiv 2304.03869, the centre of each object has a Gaussian mixture, here over (x, y) in [0, 1]; the box size is
+log-normal. Objects are placed one after the other, and the boxes already placed are part of the input, so that a
+layout is sampled from the joint density p(layout) = prod_i p(object i | prompt, objects before i).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from localctl.sizes import shown
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the image's side
 _MOST_OBJECTS = 32
-_LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the shipped one has 4 layers and 7e5 weights
+_LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the packaged one has 4 layers and 7e5 weights
 
 
 class _Block(nn.Module):
-    """Pre-norm self-attention with a learned bias per head and distance, then an MLP."""
+    """Pre-norm self-attention with a learned bias per head and distance between words, then an MLP."""
 
     def __init__(self, width: int, heads: int, hidden: int, reach: int) -> None:
         super().__init__()
         self.heads, self.reach = heads, reach
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.distance = nn.Parameter(_looking_around(heads, reach))
+        self.distance = nn.Parameter(_initial_bias(heads, reach))
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:
-        """x (B, L, width), words (B, L) -> (B, L, width)."""
+        """Apply the block: x (B, L, width), words (B, L) bool -> (B, L, width)."""
         batch, length, width = x.shape
         shape = (batch, length, 3, self.heads, width // self.heads)
         q, k, v = self.qkv(self.norm_1(x)).reshape(shape).permute(2, 0, 3, 1, 4)  # (B,heads,L,width/heads)
@@ -55,9 +55,9 @@ class _Block(nn.Module):
         return x + self.mlp(self.norm_2(x))
 
 
-def _looking_around(heads: int, reach: int) -> Tensor:
-    """(heads, 2 reach + 1): half of the heads begin by looking back, half ahead, some farther than others. On which
-    side of a word its neighbours stand would otherwise have to be found out, which takes thousands of steps."""
+def _initial_bias(heads: int, reach: int) -> Tensor:
+    """Return the initial bias (heads, 2 reach + 1): half of the heads attend to earlier words, half to later ones, at
+    different ranges. Without it, training needs thousands of steps to learn on which side of a word another one is."""
     distance = torch.arange(-reach, reach + 1).float()
     bias = torch.empty(heads, 2 * reach + 1)
     for head in range(heads):
@@ -68,15 +68,15 @@ def _looking_around(heads: int, reach: int) -> Tensor:
 
 
 class LayoutPredictor(ModelMixin, ConfigMixin):
-    """Words and object spans -> :class:`PlaceDensity`.
+    """Predicts a :class:`PlaceDensity` from the words of prompts and the spans of their objects.
 
     Args:
-        width, layers, heads, hidden: of the transformer.
-        buckets: for the hashed pieces of words (see ``encoding``).
-        components: K, Gaussians in each centre's mixture.
-        max_words: longest prompt, punctuation marks included.
-        reach: the farthest distance between two words that is told apart from farther ones.
-        trained_on: name of the data, for the record.
+        width, layers, heads, hidden: sizes of the transformer.
+        buckets: number of buckets for the pieces of words (see ``encoding``).
+        components: number K of Gaussians in the mixture of each centre.
+        max_words: length of the longest prompt, including punctuation marks.
+        reach: largest distance between two words with a bias of its own; longer distances share it.
+        trained_on: name of the training data, for the record.
     """
 
     config_name = "config.json"
@@ -108,17 +108,17 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         if width % heads:
             raise ValueError(f"The width {width} is not a multiple of the {heads} heads; choose another.")
         self.pieces = nn.Embedding(buckets, width, padding_idx=0)
-        self.role = nn.Embedding(2, width)  # outside and inside an object's phrase
+        self.role = nn.Embedding(2, width)  # whether a word is outside or inside the phrase of an object
         self.known = nn.Linear(5, width)  # centre, size, and whether they are known
         self.blocks = nn.ModuleList(_Block(width, heads, hidden, reach) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, components * 5 + 4)
-        self._start(components)
+        self._initialise(components)
 
     @torch.no_grad()
-    def _start(self, components: int) -> None:
-        """Begin with words that are told apart and heard: with torch's own, smaller weights it takes thousands of steps
-        until a preposition changes anything."""
+    def _initialise(self, components: int) -> None:
+        """Initialise with larger weights than torch's defaults, with which training needs thousands of steps until
+        prepositions have an effect."""
         for name, parameter in self.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -126,23 +126,23 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         nn.init.normal_(self.role.weight, std=0.1)
         self.pieces.weight[0] = 0
         self.head.weight.mul_(0.3)
-        self.head.bias.copy_(self._first_guess(components))
+        self.head.bias.copy_(self._initial_density(components))
 
     @staticmethod
-    def _first_guess(components: int) -> Tensor:
-        """Start from an even mixture spread over the image, and boxes of a third of it."""
+    def _initial_density(components: int) -> Tensor:
+        """Return a bias of the head for a uniform mixture spread over the image, and boxes of a third of its side."""
         angle = torch.arange(components) * (2 * math.pi / components)
         means = torch.stack([angle.cos(), angle.sin()], dim=-1)
         parts = [torch.zeros(components), means.flatten(), torch.full((2 * components,), -1.5)]
         return torch.cat([*parts, torch.full((2,), math.log(0.3)), torch.full((2,), -1.0)])
 
     def forward(self, text: Encoded, boxes: Tensor, known: Tensor) -> PlaceDensity:
-        """Densities of all objects given those boxes that are known.
+        """Predict the densities of all objects, given the boxes that are known.
 
         Args:
             text: B prompts with up to N objects, see ``encoding``.
-            boxes: (B, N, 4) centre x, y, width, height in [0, 1]; anything where not known.
-            known: (B, N) bool, which objects are placed already.
+            boxes: (B, N, 4) centre x, y, width, height in [0, 1]; arbitrary where not known.
+            known: (B, N) bool, whether an object is placed already.
         """
         inside = text.owner >= 0
         owner = text.owner.clamp(min=0)
@@ -171,14 +171,14 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         )
 
     def encode(self, prompts: list[str], spans: list[list[tuple[int, int]]]) -> Encoded:
-        """Prompts and the characters of their objects for :meth:`forward`."""
+        """Encode prompts for :meth:`forward`; ``spans``: the [first, last) characters of the objects of each."""
         return encode(prompts, spans, self.config["buckets"], self.config["max_words"])
 
     @torch.no_grad()
     def place_objects(
         self, prompt: str, objects: tuple[PromptObject, ...], seed: int | None = None
     ) -> list[list[Placement]]:
-        """For each object its boxes, as many as its ``count``; see :meth:`predict`."""
+        """Return the boxes of each object, ``count`` of them; see :meth:`predict`. ValueError for too many objects."""
         total = sum(item.count for item in objects)
         if total > _MOST_OBJECTS:
             raise ValueError(f"The prompt has {total} objects, more than {_MOST_OBJECTS}; name fewer.")
@@ -193,7 +193,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
                 box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy))
                 placed.append(box)
                 owners.append(index)
-            # What the next objects are told of is as learned from: the box as it was meant, one for several copies.
+            # Condition the next objects as in training: on one box per object, before it was shrunk.
             first = placed[owners.index(index)]
             boxes[0, index] = torch.tensor([first.x, first.y, *density.log_size.exp().clamp(max=1).tolist()])
             known[0, index] = True
@@ -211,12 +211,15 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
     ) -> Layout:
         """Predict the layout of ``prompt``: a region for each object, with as many boxes as it has copies ("two dogs").
 
-        Boxes lie inside the image and do not overlap. ``seed`` None: the most likely place of each object in turn;
-        else a layout sampled with that seed, always the same. height, width: of the layout, pixels. ``chunker``: as for
-        :func:`localctl.layout_predictor.parse`.
+        Boxes lie inside the image and do not overlap.
+
+        Args:
+            seed: None = the most likely box of each object in turn; else a layout sampled with this seed.
+            height, width: of the layout in pixels, multiples of 8.
+            chunker: as for :func:`localctl.layout_predictor.parse`.
 
         Raises:
-            ValueError: a prompt without an object, or one that is too long; sizes that are no multiples of 8.
+            ValueError: a prompt without objects, with too many of them, or too long; an invalid height or width.
         """
         for name, side in (("height", height), ("width", width)):
             check_side(name, side)
@@ -230,11 +233,11 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
 
 
 def _check_sizes(**sizes: Any) -> None:
-    """ValueError for sizes that no predictor has; a config may be anybody's, and nothing is built by then."""
+    """Raise a ValueError for invalid or huge sizes, before memory is allocated: a config may come from anywhere."""
     for name, value in sizes.items():
         if type(value) is not int or not 1 <= value <= _LARGEST:
             raise ValueError(
-                f"{name} of a layout predictor is a whole number from 1 to {_LARGEST}, not {shown(value)}."
+                f"{name} of a layout predictor must be a whole number from 1 to {_LARGEST}, not {shown(value)}."
             )
     blocks = sizes["layers"] * (4 * sizes["width"] + 2 * sizes["hidden"] + sizes["heads"] * 2 * sizes["reach"])
     weights = sizes["width"] * (sizes["buckets"] + blocks + 5 * sizes["components"])
@@ -245,9 +248,9 @@ def _check_sizes(**sizes: Any) -> None:
 
 
 def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
-    """Load a trained predictor in float32, ready to predict: the shipped one, or that of a folder or hub id.
+    """Load a trained predictor in float32 and eval mode: the packaged one, or that of a folder or hub id.
 
-    ValueError when there is none, or it is damaged.
+    ValueError when it does not exist or is damaged.
     """
     source = WEIGHTS if place_of_weights is None else Path(place_of_weights)
     if (source / "predictor").is_dir():  # the folder of a training run

@@ -1,4 +1,4 @@
-"""The objects of a prompt: which noun phrases it has, where they stand, and how each is described."""
+"""Find the objects of a prompt: noun phrases, their positions in the text, their descriptions and numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CHUNKERS = ("auto", "spacy", "rules")
 class PromptObject:
     """One object of a prompt.
 
-    phrase: its words in the prompt, without the article; span: their [first, last) characters.
-    description: the local description, article included ("the white couch").
-    head: its last word, in lower case. count: how many of it (2 for "two dogs").
-    occurrence: which appearance of the phrase in the prompt this is, as ``Region`` counts.
+    phrase: its words in the prompt, without the article. span: [first, last) characters of the phrase.
+    description: the local description, with the article ("the white couch").
+    head: last word of the phrase, in lower case. count: number of copies (2 for "two dogs").
+    occurrence: which occurrence of the phrase in the prompt this is, counted as in ``Region``.
     """
 
     phrase: str
@@ -36,19 +36,19 @@ class PromptObject:
 
 def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[PromptObject, ...]:
     """Find the objects of ``prompt`` in reading order. "a cat and a cat" are two; "a cat ... the cat" is one; "no
-    cat" is none, nor are the marks of other tools (:mod:`localctl.prompt_syntax`).
+    cat" is none, nor is syntax of other tools (:mod:`localctl.prompt_syntax`).
 
     Args:
-        prompt: one text.
-        chunker: ``spacy`` takes spaCy's noun chunks; ``rules`` those of :mod:`localctl.layout_predictor.chunker`;
-            ``auto`` spaCy where it and an English model are installed, else the rules.
-        model: a loaded spaCy pipeline in place of the installed one.
+        prompt: the text of one prompt.
+        chunker: ``spacy`` uses spaCy's noun chunks; ``rules`` those of :mod:`localctl.layout_predictor.chunker`;
+            ``auto`` uses spaCy if it and an English model are installed, else the rules.
+        model: a loaded spaCy pipeline to use instead of the installed one.
 
     Raises:
-        ValueError: an unknown chunker; spaCy asked for but not there; a prompt that is no text or has no object.
+        ValueError: an unknown chunker; spaCy is required but not installed; a prompt that is no text or has no object.
     """
     if not isinstance(prompt, str):
-        raise ValueError(f"A prompt is a text, not {shown(prompt)}.")
+        raise ValueError(f"A prompt must be a text, not {shown(prompt)}.")
     if chunker not in CHUNKERS:
         raise ValueError(f"Unknown chunker {chunker!r}; choose one of {', '.join(CHUNKERS)}.")
     if chunker != "rules" and model is None:
@@ -67,8 +67,8 @@ def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[Prompt
 
 
 def _without_denials(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
-    """Without numbers and marks, and without what is said not to be there: "no people", "without a hat or gloves"."""
-    kept: list[Chunk] = []
+    """Remove chunks without letters, and objects that the prompt denies: "no people", "without a hat or gloves"."""
+    result: list[Chunk] = []
     denied, last = False, 0
     for chunk in chunks:
         between = [word.text for word in split_words(prompt[last : chunk.start])]
@@ -76,27 +76,27 @@ def _without_denials(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
         denied = bool(DENIALS & {*between[-1:], *own}) or (denied and between in (["or"], ["nor"], [",", "or"]))
         last = chunk.end
         if not denied and any(character.isalpha() for character in prompt[chunk.first : chunk.end]):
-            kept.append(chunk)
-    return kept
+            result.append(chunk)
+    return result
 
 
 def _without_mentions(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
-    """Without what only mentions an object again: "the X" where X has been before."""
-    kept: list[Chunk] = []
+    """Remove repeated mentions of an object: "the X" after an earlier X."""
+    result: list[Chunk] = []
     seen: set[str] = set()
     for chunk in chunks:
         phrase = " ".join(prompt[chunk.first : chunk.end].lower().split())
         again = prompt[chunk.start : chunk.first].strip().lower() == "the"
         if not (again and phrase in seen):
-            kept.append(chunk)
+            result.append(chunk)
         seen.add(phrase)
-    return kept
+    return result
 
 
 def _object(prompt: str, chunk: Chunk) -> PromptObject:
     phrase = prompt[chunk.first : chunk.end]
     starts = [first for first, _ in find_phrase(prompt, phrase)]
-    assert chunk.first in starts, "a phrase is found where it was taken from"
+    assert chunk.first in starts, "the phrase must be found at its own position"
     description = prompt[chunk.start : chunk.end]
     return PromptObject(
         phrase, (chunk.first, chunk.end), description, chunk.head, chunk.count, starts.index(chunk.first)
@@ -104,8 +104,7 @@ def _object(prompt: str, chunk: Chunk) -> PromptObject:
 
 
 def spacy_model(required: bool = False) -> Any:
-    """Return the first installed English spaCy pipeline, loaded; where there is none None, or ValueError if
-    ``required``."""
+    """Load the first installed English spaCy pipeline; None if there is none, or ValueError if ``required``."""
     if importlib.util.find_spec("spacy") is not None:
         import spacy  # slow to import, and optional
 
@@ -113,12 +112,12 @@ def spacy_model(required: bool = False) -> Any:
         if names:
             return spacy.load(names[0], disable=["ner"])
     if required:
-        raise ValueError("spaCy with an English model is not installed; `python -m spacy download en_core_web_sm`.")
+        raise ValueError("spaCy with an English model is not installed; run `python -m spacy download en_core_web_sm`.")
     return None
 
 
 def spacy_chunks(prompt: str, model: Any) -> list[Chunk]:
-    """spaCy's noun chunks as ours: pronouns, places and words for the image left out, articles told apart."""
+    """Return the noun chunks of a spaCy pipeline, without pronouns, places and words for the image."""
     chunks = []
     for found in model(prompt).noun_chunks:
         words = [word for word in split_words(found.text) if word.is_word]

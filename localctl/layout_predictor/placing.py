@@ -1,8 +1,8 @@
-"""Where to put one object, given its density and the boxes that are there: the most likely place, or a sampled one.
+"""Place one object, given its density and the boxes placed before: at the most likely place, or a sampled one.
 
-Boxes never overlap. Where the best place is taken in part, both boxes give way: they shrink about their centres, along
-the axis that asks for the least. How much a place is worth is its log-likelihood (to within 8 % of the image's side)
-plus 3 log(the factor they shrink by), so that a wide density moves to a free place and a narrow one stays.
+Boxes never overlap. Two boxes that would overlap are shrunk about their centres, along the axis that needs the smaller
+change. The score of a place is its log-likelihood, blurred by 8 % of the image's side, plus 3 log(factor by which boxes
+shrink): an object with a wide density moves to a free place, one with a narrow density stays.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from localctl.seeding import generator
 _GRID = 48  # candidate centres per side
 _SAMPLES = 64
 _SMALLEST, _LARGEST = 0.04, 0.96  # sides of a box
-_BLUR = 0.08  # of the image's side: likely is where much of the mass is near, not where the density has a spike
-_WORTH = 3.0  # nats for a box shrunk to 1/e
-_LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # no place that asks for more than this, unless there is no other
-_APART = 1 - 1e-5  # boxes that touch share no rounded pixel either
+_BLUR = 0.08  # of the image's side: prefers places with much probability mass around them to narrow peaks
+_WORTH = 3.0  # cost in nats of a box that is shrunk to 1/e
+_LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # places that need more shrinking are the last choice
+_APART = 1 - 1e-5  # so that adjacent boxes do not share a pixel after rounding
 
 
 @dataclass(frozen=True)
 class PlaceDensity:
-    """The density of each object's centre and size; leading dimensions are (B, N).
+    """Densities of the centre and size of each object; leading dimensions are (B, N).
 
     log_weights: (..., K). means: (..., K, 2), xy in units of the image's sides. sigmas: (..., K, 2).
     log_size, log_size_sigma: (..., 2), natural logarithm of width and height, in units of the image's sides.
@@ -40,12 +40,12 @@ class PlaceDensity:
     log_size_sigma: Tensor
 
     def centre_log_prob(self, centres: Tensor) -> Tensor:
-        """log p of centres (..., 2) -> (...)."""
+        """Return log p of centres (..., 2): shape (...)."""
         parts = _normal_log_prob(centres[..., None, :], self.means, self.sigmas).sum(dim=-1)  # (...,K)
         return torch.logsumexp(self.log_weights + parts, dim=-1)
 
     def size_log_prob(self, sizes: Tensor) -> Tensor:
-        """log p of the logarithms of sizes (..., 2), width and height -> (...)."""
+        """Return log p of the logarithm of sizes (..., 2), width and height: shape (...)."""
         return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
 
     def of(self, row: int, index: int) -> PlaceDensity:
@@ -59,7 +59,7 @@ def _normal_log_prob(value: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """A box inside the image: centre and size in [0, 1]."""
+    """A box inside the image: centre and size in [0, 1], as fractions of the image's sides."""
 
     x: float
     y: float
@@ -68,11 +68,12 @@ class Placement:
 
     @property
     def numbers(self) -> tuple[float, float, float, float]:
+        """(x, y, width, height)."""
         return self.x, self.y, self.width, self.height
 
     @property
     def corners(self) -> tuple[float, float, float, float]:
-        """xyxy in [0, 1]."""
+        """The box as xyxy in [0, 1]."""
         half = self.width / 2, self.height / 2
         left, top = max(0.0, self.x - half[0]), max(0.0, self.y - half[1])
         return left, top, min(1.0, self.x + half[0]), min(1.0, self.y + half[1])
@@ -81,12 +82,13 @@ class Placement:
 def place(
     density: PlaceDensity, taken: Sequence[Placement], keys: tuple[int, str, int, int] | None
 ) -> tuple[Placement, list[Placement]]:
-    """Find a box for one object inside the image, and those of ``taken`` as they give way to it.
+    """Return a box for one object inside the image, and the boxes of ``taken``, some of them shrunk to avoid overlap.
 
     Args:
         density: of one object, without leading dimensions.
-        keys: None for the most likely place, among the means of the mixture and a grid; else (seed, prompt, object,
-            copy) of samples: the first of 64 that is free and inside, or the one worth most where none is.
+        taken: boxes placed before.
+        keys: None = the most likely place among the means of the mixture and a grid. (seed, prompt, object, copy) = the
+            first of 64 samples that is free and inside the image; if there is none, the sample of the highest score.
     """
     size, free_only = density.log_size, False
     if keys is None:
@@ -97,7 +99,7 @@ def place(
         size = size + density.log_size_sigma * torch.randn(2, generator=random)
         centres, free_only = _sample(density, random), True
     sides = size.exp().clamp(_SMALLEST, _LARGEST)
-    # Inside the image: what would stick out stands at its edge.
+    # Move boxes that would extend over the edge of the image inside.
     inside = torch.maximum(torch.minimum(centres, 1 - sides / 2), sides / 2)
     room = _room(inside, sides, taken)
     free = (room >= 1) & (inside == centres).all(dim=-1)
@@ -108,11 +110,11 @@ def place(
         tight = room < max(_LEAST_ROOM, _THINNEST / thinnest)
         index = int((density_at(density, inside, _BLUR) + _WORTH * room.log() - _NEVER * tight).argmax())
     box = Placement(*inside[index].tolist(), *sides.tolist())
-    return _give_way(box, taken)
+    return _shrink_apart(box, taken)
 
 
 def _room(centres: Tensor, sides: Tensor, taken: Sequence[Placement]) -> Tensor:
-    """(n,) in [0, 1]: the factor by which a box at each centre (n, 2) has to shrink, with those it overlaps."""
+    """Return factors (n,) in [0, 1] by which a box at each of ``centres`` (n, 2) and those it overlaps must shrink."""
     room = torch.ones(len(centres))
     for other in taken:
         reach = (sides + torch.tensor([other.width, other.height])) / 2
@@ -121,8 +123,8 @@ def _room(centres: Tensor, sides: Tensor, taken: Sequence[Placement]) -> Tensor:
     return room
 
 
-def _give_way(box: Placement, taken: Sequence[Placement]) -> tuple[Placement, list[Placement]]:
-    """Shrink ``box`` and those it overlaps, each pair along the axis on which they are farther apart for their size."""
+def _shrink_apart(box: Placement, taken: Sequence[Placement]) -> tuple[Placement, list[Placement]]:
+    """Shrink ``box`` and those it overlaps, each pair along the axis on which their relative distance is larger."""
     others = list(taken)
     for index, other in enumerate(others):
         wide = abs(box.x - other.x) / ((box.width + other.width) / 2)
@@ -140,14 +142,14 @@ def _give_way(box: Placement, taken: Sequence[Placement]) -> tuple[Placement, li
 
 
 def density_at(density: PlaceDensity, centres: Tensor, blur: float = 0.0) -> Tensor:
-    """log p of many centres (n, 2) of one object -> (n,), up to a constant; of centres with noise of sigma ``blur``."""
+    """Return log p (n,) up to a constant of centres (n, 2) of one object, the density blurred with sigma ``blur``."""
     sigmas = (density.sigmas**2 + blur**2).sqrt()
     parts = -0.5 * ((centres[:, None] - density.means) / sigmas) ** 2 - sigmas.log()  # (n,K,2)
     return torch.logsumexp(density.log_weights + parts.sum(dim=-1), dim=-1)
 
 
 def _sample(density: PlaceDensity, random: torch.Generator) -> Tensor:
-    """(64, 2) centres from the mixture."""
+    """Sample centres (64, 2) from the mixture."""
     component = torch.multinomial(density.log_weights.exp(), _SAMPLES, replacement=True, generator=random)
     noise = torch.randn(_SAMPLES, 2, generator=random)
     return density.means[component] + density.sigmas[component] * noise

@@ -1,6 +1,6 @@
-"""English words that are no objects, for the rule-based chunker: closed classes, and exceptions to its guesses.
+"""English words that are no objects, for the rule-based chunker: closed word classes, and exceptions to its rules.
 
-None of these lists names objects: whatever is not listed may be one.
+Any word that is not listed may be an object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREPOSITIONS = word_set(
 )
 CONJUNCTIONS = word_set("and or but nor so yet while whereas when where which if because although though then not both")
 BE = word_set("is are was were be been being am isn't aren't wasn't weren't it's there's that's")
-VERBS_AHEAD = word_set(  # a verb follows them
+VERBS_AHEAD = word_set(  # words before a verb
     "can could will would shall should may might must do does did don't doesn't didn't cannot can't won't let"
 )
 HAVE = word_set("has have had having shows showing depicts depicting contains containing features featuring")
@@ -32,22 +32,22 @@ ADVERBS = word_set(
 )
 DENIALS = word_set(
     "no not without neither nor never minus except excluding isn't aren't wasn't weren't"
-)  # of what follows
+)  # the next object is denied
 BREAKS = PRONOUNS | PREPOSITIONS | CONJUNCTIONS | BE | VERBS_AHEAD | HAVE | ADVERBS
 
-# Places within the image, not things in it, when they end a phrase: "on the left", "in the top right corner".
+# Words for places in the image, if they end a phrase: "on the left", "in the top right corner".
 PLACES = word_set(
     "left right top bottom side sides front back rear middle center centre corner corners edge background backdrop "
     "foreground distance hand half third part area left-hand right-hand upper lower higher lowest highest topmost "
     "bottommost leftmost rightmost end way other same west east north south "
     "low high first second former latter"
 )
-# Not objects, but what the objects are shown in, before "of", "with" or a verb.
+# Words for the image itself, if "of", "with" or a verb follows.
 PICTURES = word_set(
     "photo photograph picture image drawing painting illustration render rendering sketch scene view shot closeup "
     "close-up portrait snapshot depiction artwork frame canvas"
 )
-# Words that describe and name no thing, for "a red and white ball", "the big, fluffy dog".
+# Adjectives, to continue phrases such as "a red and white ball", "the big, fluffy dog".
 ADJECTIVES = word_set(
     "red green blue yellow purple orange cyan pink white black gray grey brown beige silver gold golden violet magenta "
     "turquoise teal maroon navy tan dark light bright pale colorful colourful big small large little tiny huge giant "
@@ -55,7 +55,7 @@ ADJECTIVES = word_set(
     "ugly shiny dull clean dirty wet dry hot cold warm soft hard smooth rough heavy empty full open closed striped "
     "dotted spotted wooden metal metallic plastic leather happy sad angry nice lovely cozy cosy"
 )
-# Verbs in forms that neither -ed nor -ing gives away.
+# Forms of verbs without -ed or -ing.
 VERBS = word_set(
     "sit sits sat stand stands stood lie lies lay lain rest rests hang hangs hung float floats fly flies flew lean "
     "leans look looks appear appears seem seems remain remains stay stays wait waits sleep sleeps slept run runs ran "
@@ -64,7 +64,7 @@ VERBS = word_set(
     "hover hovers grazes graze chases chase follows follow watches sees see surrounds faces touches meets holds pulls "
     "bring brings brought takes took goes went gone come comes came keeps keep stuck laid spread goes belongs"
 )
-NO_PARTICIPLES = word_set(  # end like participles or verbs, but are things
+NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a few adjectives
     "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving "
     "dwelling bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning "
     "living dining moped biped hundred naked wicked lens gas canvas atlas chess christmas series species glasses "

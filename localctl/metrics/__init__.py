@@ -1,3 +1,3 @@
-"""Measurements: everything a reported figure is computed with."""
+"""Metrics: what every reported value is computed with."""
 
-EXTRACTORS = ("micro_clip", "efficientnet_lite0", "fid", "clip")  # networks whose features are compared
+EXTRACTORS = ("micro_clip", "efficientnet_lite0", "fid", "clip")  # networks whose features the distances compare

@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals over samples (scenes), with a generator of their own."""
+"""Percentile bootstrap intervals over samples, with a random generator of their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-_AT_ONCE = 1_000_000  # numbers
+_AT_ONCE = 1_000_000  # values resampled at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A statistic and its percentile interval; `n` samples were resampled."""
+    """A statistic of `n` samples and its percentile interval."""
 
     value: float
     low: float
@@ -31,23 +31,25 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Estimate the interval of `statistic(samples[rows])` (default: the mean) over resampled rows.
+    """Estimate the percentile interval of a statistic over resampled rows.
 
     Args:
-        samples: (n,) or (n, k). Columns of one row belong together, so a statistic of several columns is paired.
+        samples: (n,) or (n, k). Rows are resampled as a whole, so a statistic of several columns is paired.
+        statistic: a function of resampled rows; None: their mean.
+        level: coverage of the interval.
 
     Raises:
-        ValueError: no samples, or NaN among them (decide what undefined means before).
+        ValueError: there are no samples, or some are NaN (drop undefined samples first).
     """
     samples = np.asarray(samples, np.float64)
     count = len(samples)
     if not count:
-        raise ValueError("There are no samples to take an interval of; evaluate at least one.")
+        raise ValueError("There are no samples to compute an interval of; evaluate at least one.")
     if np.isnan(samples).any():
         raise ValueError(f"{int(np.isnan(samples).any(axis=-1).sum())} samples are NaN; count and drop them first.")
     measure = statistic or (lambda rows: float(rows.mean()))
     value = measure(samples)
-    if count == 1:  # the only resample there is
+    if count == 1:  # every resample is the same
         return Interval(value, value, value, 1)
     plain = statistic is None and samples.ndim == 1
     result = stats.bootstrap(
@@ -59,6 +61,6 @@ def bootstrap(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    # scipy's own limits differ from these in the last bit, and figures are compared with stored ones
+    # scipy's limits differ from these in the last bit, and stored results have these
     low, high = np.quantile(result.bootstrap_distribution, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), count)

@@ -1,4 +1,4 @@
-"""A CLIP as a measuring instrument: embeddings of images and texts, and the CLIP score."""
+"""Measure with a CLIP: embeddings of images and texts, and the CLIP score."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class Clip:
-    """A ``CLIPModel`` folder or hub id with its tokenizer, in float32 and eval mode.
+    """A ``CLIPModel`` with its tokenizer, from a folder or hub id, in float32 and eval mode.
 
     ValueError when it cannot be loaded.
     """
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu") -> None:
         place = Path(folder)
-        if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):  # nor a hub id to be looked up
+        if not place.is_dir() and (place.is_absolute() or len(place.parts) != 2):  # not a hub id either
             raise ValueError(f"There is no CLIP at {folder}; give a folder with a CLIPModel, or a hub id.")
         try:
             # Not dtype="auto": half precision features make distances useless.
             options = {"dtype": torch.float32, "use_safetensors": True}
-            with no_progress_bars() if place.is_dir() else nullcontext():  # a download shows how far it is
+            with no_progress_bars() if place.is_dir() else nullcontext():  # downloads keep their progress bar
                 model = CLIPModel.from_pretrained(folder, **options)
                 self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        except Exception as error:  # missing, pickled, damaged and foreign files each raise their own kind
+        except Exception as error:  # missing, pickled, damaged and foreign files raise various types
             reason = first_line(error)
             if place.is_dir() and pickled_only(place):
                 reason = "its .bin weights are pickles, which are not read; load it with transformers and save it again"
             raise ValueError(f"There is no CLIP at {folder} ({reason}); give a folder with a CLIPModel.") from error
-        if len(self.tokenizer) < _FEWEST_TOKENS:  # transformers makes an empty one where nothing is found
+        if len(self.tokenizer) < _FEWEST_TOKENS:  # transformers makes an empty tokenizer where it finds no file
             raise ValueError(f"The CLIP at {folder} has no tokenizer; copy tokenizer.json beside its config.json.")
         self.model = model.eval().requires_grad_(False).to(device)
         self.folder, self.device = folder, torch.device(device)
@@ -54,18 +54,24 @@ class Clip:
 
     @property
     def weights_sha256(self) -> str:
-        """Hash of the weights in the folder; the id where they are not in one."""
+        """Hash of the weights in the folder; for a hub id, the id itself."""
         return sha256_of_folder(self.folder)
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Tensor) -> Tensor:
-        """Embed images as for :func:`rgb_batch` -> embeddings (B, d) float32, not normalised, on the CPU."""
+        """Embed images (see :func:`rgb_batch`): embeddings (B, d) float32, not normalised, on the CPU."""
         return self._embed(resize(rgb_batch(images), self.side, self.device) / 255).cpu()
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
-        """Embed (B, 3, H, W) in [0, 1] -> embeddings (B, d) float32, not normalised, where the CLIP is: the same as
-        :meth:`embed_images`, with gradients to ``pixels``. What is not square is squeezed. normalise: take mean and
-        deviation off, as CLIP was trained."""
+        """Embed images with gradients to ``pixels``; otherwise the same as :meth:`embed_images`.
+
+        Args:
+            pixels: (B, 3, H, W) in [0, 1]; images that are not square are squeezed.
+            normalise: subtract CLIP's pixel mean and divide by its standard deviation.
+
+        Returns:
+            Embeddings (B, d) float32, not normalised, on the CLIP's device.
+        """
         pixels = pixels.to(self.device, torch.float32)
         size = (self.side, self.side)
         if tuple(pixels.shape[-2:]) != size:
@@ -73,7 +79,7 @@ class Clip:
         return self._embed(pixels, normalise)
 
     def _embed(self, pixels: Tensor, normalise: bool = True) -> Tensor:
-        """(B, 3, s, s) in [0, 1] -> (B, d)."""
+        """Embed (B, 3, s, s) in [0, 1]: (B, d)."""
         if normalise:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
             pixels = (pixels - mean) / std
@@ -81,8 +87,10 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts -> embeddings (B, d) float32, not normalised. What exceeds the text encoder's length is cut
-        before the end token, which stays: CLIP reads its embedding there."""
+        """Embed texts: embeddings (B, d) float32, not normalised, on the CPU.
+
+        Longer texts are truncated to :attr:`length`. The end token stays, as the embedding is read at its position.
+        """
         inputs = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
@@ -90,29 +98,31 @@ class Clip:
 
     @property
     def length(self) -> int:
-        """How many tokens a text may have, with its start and end."""
+        """The number of tokens that a text may have, including the start and end tokens."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     def is_cut(self, text: str) -> bool:
-        """Tell whether ``text`` is longer than the text encoder reads."""
+        """Tell whether ``text`` is longer than the text encoder reads and will be truncated."""
         return len(self.tokenizer(text, verbose=False).input_ids) > self.length
 
 
 def pixel_statistics(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Read mean and standard deviation that a CLIP's image processor takes off; CLIP's own where it has none. The
-    folder or hub id is only read: no processor, which may need torchvision, is made."""
+    """Read the pixel mean and standard deviation of a CLIP's image processor; the published CLIP's where it has none.
+
+    Only the configuration is read, because creating the processor may need torchvision.
+    """
     try:
         found = ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    except OSError:  # no processor is kept beside the model
+    except OSError:  # the model has no processor
         found = {}
     return tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD))
 
 
 class CLIPScore(PerSample):
-    """100 * cosine of an image's and its caption's embeddings, with no clamp.
+    """100 * cosine similarity of the embeddings of an image and its caption, not clamped.
 
-    Other tools print other scales: 2.5 * max(cos, 0) with the prefix "A photo depicts" (Hessel et al. 2021), or the
-    mean clamped at 0 (torchmetrics). ``cut``: 1 where the caption was longer than the text encoder reads, as a share.
+    Other tools use other scales: 2.5 * max(cos, 0) with the prefix "A photo depicts" (Hessel et al. 2021), or the mean
+    clamped at 0 (torchmetrics). ``cut``: 1 where the caption was truncated for the text encoder, else 0.
     """
 
     columns = ("clip_score", "cut")
@@ -123,8 +133,10 @@ class CLIPScore(PerSample):
         self.clip = clip
 
     def update(self, images: np.ndarray | Tensor, captions: str | Sequence[str]) -> None:
-        """Add images as for :func:`rgb_batch`, and a caption for each. ValueError when they do not match, for captions
-        that are no texts, and for none."""
+        """Add images (see :func:`rgb_batch`) and one caption for each.
+
+        ValueError when their numbers differ, when there are none, or when a caption is no text.
+        """
         captions = [captions] if isinstance(captions, str) else list(captions or ())
         images = rgb_batch(images)
         if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):

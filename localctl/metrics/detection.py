@@ -1,4 +1,4 @@
-"""Detections: any detection pipeline of transformers as a detector, and which detection serves which wanted object."""
+"""Make a detector of a transformers pipeline, and match detections with wanted objects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ __getattr__ = moved_names(__name__, _MICRO)
 def transformers_detector(pipeline: Callable[..., Any], threshold: float = 0.1) -> Detector:
     """Make a detector of a ``transformers`` pipeline for ``object-detection`` or ``zero-shot-object-detection``.
 
-    ``pipeline``: called with an image, and with ``candidate_labels`` if its ``task`` is zero-shot.
+    Args:
+        pipeline: called with an image, and with ``candidate_labels`` if its ``task`` is zero-shot.
+        threshold: lowest score of a detection, in [0, 1].
     """
     zero_shot = "zero-shot" in str(getattr(pipeline, "task", ""))
 
@@ -40,23 +42,22 @@ def transformers_detector(pipeline: Callable[..., Any], threshold: float = 0.1) 
 
 
 def same_label(a: str, b: str) -> bool:
-    """Tell whether two labels name one thing, whatever their case and spacing."""
+    """Tell whether two labels are equal apart from case and spacing."""
     return a.casefold().split() == b.casefold().split()
 
 
 def best_matches(wanted: Sequence[Found], found: Sequence[Found]) -> list[float | None]:
-    """Give the IoU of each wanted object with the detection of its label that is assigned to it; None where none is
-    left.
+    """Return, for each wanted object, its IoU with the detection assigned to it; None where none is assigned.
 
-    Every detection serves one wanted object, such that the sum of IoU is largest: the order of detections is
-    irrelevant.
+    Labels must be equal, and each detection is assigned to at most one object. The assignment maximises the sum of IoU,
+    so the order of the detections does not matter.
     """
     result: list[float | None] = [None] * len(wanted)
     if not wanted or not found:
         return result
     fits = np.array([[same_label(w.label, f.label) for f in found] for w in wanted])
     overlap = np.array([[box_iou(w.box, f.box) for f in found] for w in wanted])
-    # A detection of another label costs more than all overlaps together could gain.
+    # A pair with different labels costs more than all overlaps together could gain.
     rows, columns = linear_sum_assignment(np.where(fits, 1 + overlap, -len(wanted) * 2.0), maximize=True)
     for row, column in zip(rows, columns, strict=True):
         if fits[row, column]:

@@ -8,44 +8,44 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import eigh
 
-_ROWS = 1000  # of a kernel matrix at once
+_ROWS = 1000  # rows of a kernel matrix computed at once
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
-    """Compute the squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6).
+    """Compute the squared Fréchet distance between two Gaussians (Heusel et al. 2017, eq. 6).
 
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). The trace of the root is the sum of the singular
-    values of cov_a^(1/2) cov_b^(1/2), which keeps its precision where a covariance is singular (fewer samples than
-    dimensions), as the eigenvalues of the product do not.
+    d^2 = |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). The trace of the root is computed as the sum
+    of the singular values of cov_a^(1/2) cov_b^(1/2). Unlike the eigenvalues of the product, they stay precise where a
+    covariance is singular (fewer samples than dimensions).
 
     Args:
         mean_a, mean_b: (d,). cov_a, cov_b: (d, d), symmetric.
 
     Raises:
-        ValueError: numbers that are not finite, or dimensions that differ.
+        ValueError: a value is not finite, or the shapes differ.
     """
     arrays = [np.asarray(array, np.float64) for array in (mean_a, cov_a, mean_b, cov_b)]
     d = arrays[0].size
     if [array.shape for array in arrays] != [(d,), (d, d)] * 2:
-        raise ValueError(f"Means (d,) and covariances (d, d) must agree, not {[array.shape for array in arrays]}.")
+        raise ValueError(f"Means must be (d,), covariances (d, d), not {[array.shape for array in arrays]}.")
     if not all(np.isfinite(array).all() for array in arrays):
-        raise ValueError("A feature is not finite, so there is no distance; extract features in float32.")
+        raise ValueError("A feature is not finite, so there is no distance; extract the features in float32.")
     mean_a, cov_a, mean_b, cov_b = arrays
     root = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Return the symmetric root; eigenvalues that rounding made negative count as zero."""
+    """Return the symmetric square root; eigenvalues that rounding made negative are set to zero."""
     values, vectors = eigh((covariance + covariance.T) / 2)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 @dataclass(frozen=True)
 class KID:
-    """Kernel Inception distance and its standard error; may be negative where two sets are alike."""
+    """The kernel Inception distance, which may be negative for similar sets, and its standard error."""
 
     value: float
     error: float
@@ -55,14 +55,19 @@ class KID:
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> KID:
-    """Estimate the squared maximum mean discrepancy under the kernel (x.y / d + 1)^3 (Binkowski et al. 2018), unbiased,
-    from all pairs: what the published mean over random subsets estimates, without its chance.
+    """Estimate the kernel Inception distance, KID (Binkowski et al. 2018).
 
-    error: from the first-order projections of the U-statistic, sqrt(4 var(g_a) / n_a + 4 var(g_b) / n_b) with g_a(x) =
-    mean_a' k(x, a') - mean_b k(x, b).
+    The value is the unbiased squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, from all pairs. The
+    published mean over random subsets estimates the same quantity, but depends on which subsets are sampled.
+
+    The error comes from the first-order projections of the U-statistic: sqrt(4 var(g_a) / n_a + 4 var(g_b) / n_b) with
+    g_a(x) = mean_a' k(x, a') - mean_b k(x, b).
 
     Args:
-        a, b: (n, d) features. ValueError with fewer than 2 rows, or another d.
+        a, b: (n_a, d) and (n_b, d) features.
+
+    Raises:
+        ValueError: a set has fewer than 2 rows, or the shapes do not match.
     """
     a, b = _pair(a, b)
     d = a.shape[1]
@@ -80,11 +85,16 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> KID:
 
 
 def clip_mmd(a: np.ndarray, b: np.ndarray, sigma: float = CMMD_SIGMA, scale: float = CMMD_SCALE) -> float:
-    """Compute CMMD (Jayasumana et al. 2024): squared MMD under exp(-|x - y|^2 / (2 sigma^2)) of features of unit
-    length, times 1000; the published, biased form, in which each vector is also compared with itself.
+    """Compute CMMD (Jayasumana et al. 2024), the squared maximum mean discrepancy between CLIP embeddings.
+
+    The kernel is exp(-|x - y|^2 / (2 sigma^2)) on features of unit length, and the result is multiplied by ``scale``.
+    As published, the estimate is biased: it also compares each vector with itself.
 
     Args:
-        a, b: (n, d) features, brought to unit length here. ValueError as for :func:`kernel_distance`.
+        a, b: (n_a, d) and (n_b, d) features, which this function normalises.
+
+    Raises:
+        ValueError: as for :func:`kernel_distance`.
     """
     a, b = _pair(a, b)
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
@@ -106,7 +116,7 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _row_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel, skip_self: bool = False) -> np.ndarray:
-    """Sum over y of kernel(x_i, y), (n,), without the whole matrix at once. ``skip_self``: without i = j."""
+    """Sum kernel(x_i, y_j) over j, (n,), block by block to save memory. skip_self: leave out i = j."""
     sums = np.empty(len(x))
     for first in range(0, len(x), _ROWS):
         block = kernel(x[first : first + _ROWS], y)

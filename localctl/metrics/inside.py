@@ -1,4 +1,4 @@
-"""How well an image follows its condition inside the mask: edges with a tolerance, and structural similarity."""
+"""Measure how well an image follows its condition inside the mask: edges with a tolerance, structural similarity."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SSIM_K1, SSIM_K2 = 0.01, 0.03
 
 
 class EdgeScore(PerMaskedImage):
-    """Measure precision, recall and F1 of edges inside the mask, as :func:`localctl.metrics.edges.edge_scores`.
+    """Precision, recall and F1 of edges inside the mask (:func:`localctl.metrics.edges.edge_scores`).
 
     Samples with fewer than ``min_target`` target edge pixels inside the mask are undefined.
     """
@@ -28,17 +28,23 @@ class EdgeScore(PerMaskedImage):
         self.tolerance_px, self.min_target = tolerance_px, min_target
 
     def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
-        """Score edge maps inside a mask, each cut at one half."""
+        """Score two edge maps inside a mask, uint8 (H,W) each; values above 127 count as edge or inside."""
         scores = edge_scores(prediction > 127, target > 127, mask > 127, self.tolerance_px, self.min_target)
         return scores.precision, scores.recall, scores.f1
 
 
 def ssim_inside(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> float:
-    """Compute the mean structural similarity (Wang et al. 2004, eq. 13) over the pixels of ``mask`` (bool (H,W)), or
-    NaN if empty.
+    """Compute the mean structural similarity (Wang et al. 2004, eq. 13) over the pixels inside a mask.
 
-    prediction, target: (H,W) in [0,1]. Means, variances and the covariance under the window (Gaussian, sigma 1.5,
-    11x11) are taken over its pixels inside the mask alone, so what lies outside cannot change the result.
+    Means, variances and covariance under the window (Gaussian, sigma 1.5, 11x11) use only its pixels inside the mask,
+    so pixels outside cannot change the result.
+
+    Args:
+        prediction, target: (H,W) in [0,1].
+        mask: bool (H,W).
+
+    Returns:
+        The mean, at most 1; NaN for an empty mask.
     """
     if not mask.any():
         return float("nan")
@@ -58,10 +64,11 @@ def _window(values: np.ndarray) -> np.ndarray:
 
 
 class SSIMInside(PerMaskedImage):
-    """Measure structural similarity of two conditions inside the mask (:func:`ssim_inside`)."""
+    """Structural similarity of two conditions inside the mask (:func:`ssim_inside`)."""
 
     columns = ("ssim",)
     higher_is_better = True
 
     def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
+        """Score two conditions inside a mask, uint8 (H,W) each."""
         return (ssim_inside(prediction / 255, target / 255, mask > 127),)

@@ -1,7 +1,7 @@
-"""LFMSE and DiffCC, the scores of arXiv 2602.01991, by their published formulas but as numbers.
+"""Compute LFMSE and DiffCC, the scores of arXiv 2602.01991, by their published formulas.
 
-Neither ranks methods by itself. "out" is the error against white everywhere outside the mask, so a white image has
-none; an all-white prediction has a perfect coincidence. Read ``in`` and the coincidence beside both hallucinations.
+Neither ranks methods alone. ``out`` is the error against white outside the mask, so it is 0 for a white image, and an
+all-white prediction has a perfect coincidence. Read ``in`` and the coincidence together with both hallucinations.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ KERNEL, SIGMA, SHRINK = 11, 5.0, 8
 
 
 def low_frequencies(image: np.ndarray) -> np.ndarray:
-    """Blur uint8 (H,W) by 11x11 of sigma 5 and shrink it by 8: float64 (H//8, W//8) in [0,1]."""
+    """Blur uint8 (H,W) with an 11x11 Gaussian of sigma 5 and shrink it by 8: float64 (H//8, W//8) in [0,1]."""
     blurred = cv2.GaussianBlur(image, (KERNEL, KERNEL), SIGMA)
     return cv2.resize(blurred, _shrunk(image)) / 255.0
 
 
 def shrunk_mask(mask: np.ndarray) -> np.ndarray:
-    """Shrink uint8 (H,W) -> bool (H//8, W//8), nearest pixel, true where anything is controlled."""
+    """Shrink a mask uint8 (H,W) by 8, nearest pixel: bool (H//8, W//8), true where it is not 0."""
     return cv2.resize(mask, _shrunk(mask), interpolation=cv2.INTER_NEAREST) > 0
 
 
@@ -36,12 +36,17 @@ def _shrunk(image: np.ndarray) -> tuple[int, int]:
 def lfmse(
     prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, method: str = "canny", wrapped: bool = False
 ) -> tuple[float, float]:
-    """Compute (in, out) of uint8 (H,W) each; NaN where undefined.
+    """Compute the low-frequency mean squared error (in, out).
 
-    in: mean squared difference to the target inside the mask. out: to 1 outside it. canny compares low frequencies;
-    sobel the full images, each over its own maximum (the target's within the mask), undefined where that is 0.
-    wrapped: of sobel's ``out``, as in the published code, whose 1 - mask wraps round in uint8 and is nowhere 0: over
-    the whole image, to 1 plus what the target has inside.
+    ``in`` is the mean squared difference from the target inside the mask, ``out`` the mean squared difference from 1
+    outside it. NaN where undefined.
+
+    Args:
+        prediction, target, mask: uint8 (H,W).
+        method: ``canny`` compares low frequencies. ``sobel`` compares full images, each divided by its maximum (the
+            target's within the mask), and is undefined where a maximum is 0.
+        wrapped: compute sobel's ``out`` as the published code does. There, 1 - mask wraps around in uint8 and is
+            nowhere 0, so ``out`` is measured over the whole image, from 1 plus the target inside the mask.
     """
     if method == "canny":
         inside = shrunk_mask(mask)
@@ -49,7 +54,7 @@ def lfmse(
     else:
         inside = mask > 0
         visible = np.where(inside, target, 0)
-        if not visible.any() or not prediction.any():  # the published form divides by zero
+        if not visible.any() or not prediction.any():  # the published code divides by zero
             return float("nan"), float("nan")
         wanted, found = visible / visible.max(), prediction / prediction.max()
         if wrapped:
@@ -62,11 +67,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def diff_cc(prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
-    """Compute (coincidence, hallucination inside, hallucination outside) of uint8 (H,W) each; NaN where undefined.
+    """Compute (coincidence, hallucination inside, hallucination outside) on low frequencies; NaN where undefined.
 
-    All on the low frequencies: 1 - cells inside where the target is brighter / cells inside where the target is not
-    black; cells inside where the prediction is brighter / cells inside; cells outside where it is not black / cells
-    outside.
+    - coincidence: 1 - (cells inside where the target is brighter) / (cells inside where the target is not black)
+    - hallucination inside: (cells inside where the prediction is brighter) / (cells inside)
+    - hallucination outside: (cells outside where the prediction is not black) / (cells outside)
+
+    Args:
+        prediction, target, mask: uint8 (H,W).
     """
     inside = shrunk_mask(mask)
     low_target, low_prediction = low_frequencies(target), low_frequencies(prediction)
@@ -83,7 +91,7 @@ def _share(cells: np.ndarray, of: np.ndarray) -> float:
 
 
 class LFMSE(PerMaskedImage):
-    """Measure the low-frequency mean squared error, ``in``, ``out`` and ``tot`` = in + out, as :func:`lfmse`.
+    """The low-frequency mean squared errors ``in``, ``out`` and ``tot`` = in + out (:func:`lfmse`).
 
     ValueError for an unknown method (``canny`` or ``sobel``), and for ``wrapped`` without sobel.
     """
@@ -96,7 +104,7 @@ class LFMSE(PerMaskedImage):
         if method not in METHODS:
             raise ValueError(f"Unknown LFMSE method {method!r}; choose one of {', '.join(METHODS)}.")
         if wrapped and method != "sobel":
-            raise ValueError(f"wrapped is of LFMSE's sobel alone, not of {method}; leave it out.")
+            raise ValueError(f"wrapped applies to the LFMSE method 'sobel' only, not to {method!r}; leave it out.")
         self.method, self.wrapped = method, wrapped
 
     def score(self, prediction: np.ndarray, target: np.ndarray, mask: np.ndarray) -> tuple[float, ...]:
@@ -105,7 +113,7 @@ class LFMSE(PerMaskedImage):
 
 
 class DiffCC(PerMaskedImage):
-    """Measure coincidence and hallucination of low-frequency edges, as :func:`diff_cc`."""
+    """Coincidence and hallucination of low-frequency edges (:func:`diff_cc`)."""
 
     columns = ("coincidence", "hallucination_in", "hallucination_out")
 

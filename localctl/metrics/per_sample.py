@@ -1,4 +1,4 @@
-"""Metrics that give every sample its own values."""
+"""Metrics that keep the values of every sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class PerSample(Metric):
-    """A metric of ``columns``, one value each per sample; NaN = undefined for this sample.
+    """A metric with one value per sample in each of ``columns``; NaN = undefined for this sample.
 
-    ``compute`` gives every column's mean over the samples where it is defined, and ``undefined_{column}``, how many are
-    not: they are left out of the mean, never out of the count. ``per_sample`` gives the values themselves, for
-    intervals and paired comparisons.
+    ``compute`` returns the mean of every column over the samples where it is defined, and as ``undefined_{column}`` the
+    number of samples where it is not. ``per_sample`` returns the values, for intervals and paired comparisons.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -26,7 +25,7 @@ class PerSample(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # Flat and of one dtype, so that a process without samples can be synchronised with the others.
+        # Flat and of one dtype, so that processes without samples can be synchronised.
         self.set_dtype(torch.float64)
         self.add_state("values", default=[], dist_reduce_fx="cat")
 
@@ -37,16 +36,16 @@ class PerSample(Metric):
         self.values.append(torch.tensor(rows, dtype=torch.float64).flatten())  # (n * k,)
 
     def per_sample(self) -> np.ndarray:
-        """Give all values, (n, k) float64, NaN where undefined; of this process alone unless synchronised."""
+        """Return all values, (n, k) float64, NaN where undefined; only those of this process unless synchronised."""
         empty = isinstance(self.values, list) and not self.values
         flat = torch.empty(0) if empty else dim_zero_cat(self.values)
         return flat.cpu().double().numpy().reshape(-1, len(self.columns))
 
     def compute(self) -> dict[str, float]:
-        """Compute means, undefined counts and ``n``. ValueError when there was no sample at all."""
+        """Compute means, numbers of undefined samples, and the number ``n`` of samples. ValueError for no sample."""
         table = self.per_sample()
         if not len(table):
-            raise ValueError(f"{type(self).__name__} has seen no sample; call update first.")
+            raise ValueError(f"{type(self).__name__} has no samples; call update first.")
         result: dict[str, float] = {}
         for name, column in zip(self.columns, table.T, strict=True):
             defined = column[~np.isnan(column)]
@@ -63,9 +62,10 @@ class PerMaskedImage(PerSample):
         raise NotImplementedError
 
     def update(self, prediction: np.ndarray | Tensor, target: np.ndarray | Tensor, mask: np.ndarray | Tensor) -> None:
-        """Add samples: edge maps or other conditions of one channel, and their masks.
+        """Add samples: edge maps or other one-channel conditions, and their masks.
 
-        All (H,W), (B,H,W) or (B,1,H,W) and of one shape; uint8, bool, or float in [0,1]. ValueError otherwise.
+        prediction, target, mask: (H,W), (B,H,W) or (B,1,H,W), all of one shape; uint8, bool, or float in [0,1].
+        ValueError for other shapes and values.
         """
         for images in zip(*gray_batches(prediction=prediction, target=target, mask=mask), strict=True):
             self.add(self.score(*images))
@@ -88,19 +88,19 @@ def gray_batch(what: str, image: np.ndarray | Tensor) -> np.ndarray:
 
 
 def gray_batches(**images: np.ndarray | Tensor) -> list[np.ndarray]:
-    """Convert several, as :func:`gray_batch`, all of one shape; ValueError when the shapes differ."""
+    """Convert several batches as :func:`gray_batch` does. ValueError when their shapes differ."""
     arrays = {name: gray_batch(name, image) for name, image in images.items()}
     if len({array.shape for array in arrays.values()}) > 1:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise ValueError(f"All must have one shape (B, H, W), not {shapes}.")
+        raise ValueError(f"All images must have one shape (B, H, W), not {shapes}.")
     return list(arrays.values())
 
 
 def rgb_batch(images: np.ndarray | Tensor) -> np.ndarray:
     """Convert RGB images to uint8 (B,H,W,3).
 
-    ``images``: uint8 or float in [0,1]; (B,H,W,3) or (B,3,H,W), or one of them without B. ValueError for anything
-    else, also for floats in [-1,1], which could not be told from dark images in [0,1].
+    ``images``: uint8 or float in [0,1]; (B,H,W,3) or (B,3,H,W), or either without B. ValueError for anything else:
+    scale pixels in [-1,1] to [0,1] first.
     """
     array = images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     array = array[None] if array.ndim == 3 else array
@@ -115,5 +115,5 @@ def _to_bytes(must: str, array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
-        raise ValueError(f"{must}, or float from 0 to 1, not {array.dtype} beyond it.")
+        raise ValueError(f"{must}, or float with all values in [0, 1]; the given {array.dtype} array is not.")
     return np.round(array * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Whether objects stand where they were asked for, in the relation that was asked for, and nowhere they were hidden."""
+"""Measure whether objects are in their regions and relations, and whether hidden objects leak into the image."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Placed = TypeVar("Placed", bound="HasBox")
 
 
 class HasBox(Protocol):
+    """Anything with a box, xyxy."""
+
     @property
     def box(self) -> Box: ...
 
 
 class _Detected(PerSample):
-    """A metric of what a detector finds. detector: None is deprecated, and means the reader of micro scenes."""
+    """A metric of detected objects. detector: None is deprecated, and means the reader of micro scenes."""
 
     _reader = "micro_detector"
 
@@ -36,11 +38,11 @@ class _Detected(PerSample):
 
 
 class RegionAccuracy(_Detected):
-    """Phrases found in their regions, one row per region.
+    """The accuracy of regions: whether each phrase is detected in its box. One row per region.
 
-    ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: that of the
-    best match, 0 where there is none. ``iou_found``: the same, undefined where there is none. ``coverage``: 1 where
-    there is one anywhere. Read the last two together: a detector that rarely finds anything flatters ``iou_found``.
+    ``accuracy``: 1 where a detection of the phrase overlaps the box with IoU >= ``threshold``. ``iou``: IoU of the best
+    match, 0 where there is none. ``iou_found``: the same, but undefined where there is none. ``coverage``: 1 where the
+    phrase is detected anywhere. Read the last two together: a detector that finds few objects has a high ``iou_found``.
     """
 
     columns = ("accuracy", "iou", "iou_found", "coverage")
@@ -50,7 +52,7 @@ class RegionAccuracy(_Detected):
         super().__init__(detector, threshold, "a hit")
 
     def update(self, image: np.ndarray, regions: Sequence[Found]) -> None:
-        """``image``: uint8 (H,W,3). ``regions``: phrases with their boxes in pixels of it."""
+        """Add the regions of one image, uint8 (H,W,3): phrases with their boxes xyxy in pixels."""
         check_image(image)
         found = self.detector(image, [region.label for region in regions])
         for match in best_matches(regions, found):
@@ -59,10 +61,10 @@ class RegionAccuracy(_Detected):
 
 
 class RelationAccuracy(_Detected):
-    """Whether an image shows the relation that its caption states (as VISOR, arXiv 2212.10015), one row per relation.
+    """Whether an image shows the relation that its caption states (VISOR, arXiv 2212.10015). One row per relation.
 
-    ``both``: both objects are there. ``accuracy``: and some pair of them stands in the relation. ``accuracy_of_both``:
-    the same, undefined where one is missing.
+    ``both``: 1 where both objects are detected. ``accuracy``: 1 where moreover some pair of them has the relation.
+    ``accuracy_of_both``: the same, but undefined where an object is missing.
     """
 
     columns = ("both", "accuracy", "accuracy_of_both")
@@ -73,8 +75,13 @@ class RelationAccuracy(_Detected):
         self.relation = relation
 
     def update(self, image: np.ndarray, first: str, relation: str, second: str) -> None:
-        """``image``: uint8 (H,W,3); ``first`` stands in ``relation`` ("to the left of", "above" ...) to ``second``.
-        A pair is two detections: one alone stands in no relation to itself."""
+        """Add the relation of one image.
+
+        Args:
+            image: uint8 (H,W,3).
+            first, relation, second: as in "a red circle", "to the left of", "a blue star". Two labels that are equal
+                need two detections.
+        """
         check_image(image)
         found = self.detector(image, [first, second])
         pairs = [
@@ -88,11 +95,11 @@ class RelationAccuracy(_Detected):
 
 
 class Leak(_Detected):
-    """Objects of the condition that were hidden by the mask and are reproduced all the same, against the base.
+    """The share of the condition's objects that are reproduced although the mask hides them.
 
-    ``leak``: share of the hidden objects found in the image at their place (IoU >= ``threshold``), less the same in
-    the image that the base generates from the same noise without any adapter. ``reproduced``: without that difference.
-    A sample without hidden objects is undefined.
+    ``reproduced``: share of the hidden objects that are detected at their place in the image (IoU >= ``threshold``).
+    ``leak``: this share minus the same share in the image that the base generates from the same noise without an
+    adapter. Both are undefined for a sample without hidden objects.
     """
 
     columns = ("leak", "reproduced")
@@ -104,7 +111,12 @@ class Leak(_Detected):
         super().__init__(detector, threshold, "reproduced")
 
     def update(self, image: np.ndarray, base: np.ndarray, hidden: Sequence[Found]) -> None:
-        """``image``, ``base``: uint8 (H,W,3), with and without the adapter. ``hidden``: labels and boxes in pixels."""
+        """Add one sample.
+
+        Args:
+            image, base: uint8 (H,W,3), generated with and without the adapter.
+            hidden: labels and boxes xyxy in pixels of the objects that the mask hides.
+        """
         check_image(image)
         check_image(base)
         if not hidden:
@@ -119,8 +131,8 @@ class Leak(_Detected):
 
 
 def hidden_objects(objects: Sequence[Placed], inside: np.ndarray, margin: int = 8) -> list[Placed]:
-    """Choose those of ``objects``, with boxes in pixels, that lie wholly at least ``margin`` pixels outside the mask
-    ``inside``, bool (H,W)."""
+    """Return the objects whose whole box, xyxy in pixels, is at least ``margin`` pixels away from the mask ``inside``,
+    bool (H,W)."""
     found = []
     for item in objects:
         x0, y0, x1, y1 = item.box

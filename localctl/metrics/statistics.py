@@ -1,6 +1,6 @@
-"""What is kept of a set of images for distances: float64 sums, and the features of a bounded part of it.
+"""Statistics of a set of images for distances: float64 sums, and the features of a limited number of images.
 
-All of it depends on the set alone: not on the order, the batch size, or how many processes share the work.
+They depend on the set only, not on the order, the batch size or the number of processes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from localctl.files import write_bytes
 from localctl.metrics.distances import clip_mmd, frechet_distance, kernel_distance
 from localctl.seeding import key_seed
 
-KEEP = 10_000  # features kept for the kernel distances
-SMALL = 2048
+KEEP = 10_000  # features stored for the kernel distances
+SMALL = 2048  # images; Fréchet distances of fewer come with a warning
 _FIELDS = ("counts", "sums", "products", "kept")
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over two halves of a set, and some of its features.
+    """Sums over two random halves of a set, and the features of some of its images.
 
-    counts (2,); sums (2, d); products (2, d, d) of x x^T; kept (k, d) features. provenance: what the images are and
-    what extracted the features (``extractor`` and ``weights_sha256`` at least).
+    counts: images, (2,). sums: of the features x, (2, d). products: sums of x x^T, (2, d, d). kept: features, (k, d).
+    provenance: the images and the extractor (at least ``extractor`` and ``weights_sha256``).
     """
 
     counts: np.ndarray
@@ -44,15 +44,17 @@ class Statistics:
 
     @property
     def n(self) -> int:
+        """The number of images."""
         return int(self.counts.sum())
 
     @property
     def dim(self) -> int:
+        """The length of a feature vector."""
         return self.sums.shape[1]
 
     def gaussian(self, half: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Compute mean (d,) and unbiased covariance (d, d) of all, or of one half. ValueError for fewer than 2
-        samples."""
+        """Compute mean (d,) and unbiased covariance (d, d) of the whole set, or of one half (0 or 1). ValueError for
+        fewer than 2 images."""
         parts = slice(None) if half is None else slice(half, half + 1)
         n = self.counts[parts].sum()
         if n < 2:
@@ -61,14 +63,16 @@ class Statistics:
         return mean, (self.products[parts].sum(0) - n * np.outer(mean, mean)) / (n - 1)
 
     def split_half(self) -> float:
-        """Compute the Fréchet distance of one half from the other: what this many images cannot resolve. NaN when a
-        half has fewer than 2 samples."""
+        """Compute the Fréchet distance between the halves: the scale below which distances of this set mean nothing.
+
+        NaN when a half has fewer than 2 images.
+        """
         if self.counts.min() < 2:
             return math.nan
         return frechet_distance(*self.gaussian(0), *self.gaussian(1))
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (.npz) at once or not at all."""
+        """Write ``path`` (.npz) whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         arrays = {name: getattr(self, name) for name in _FIELDS}
@@ -77,22 +81,23 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
-        """Read what :meth:`save` wrote. ValueError when there is no such file, or it is another kind or damaged."""
+        """Read a file that :meth:`save` wrote. ValueError when it does not exist, is damaged or of another format."""
         if not path.is_file():
-            raise ValueError(f"There are no statistics {path}; make them with `python evaluate_fid.py ref`.")
+            raise ValueError(f"There are no statistics at {path}; make them with `python evaluate_fid.py ref`.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 content = {name: arrays[name] for name in _FIELDS}
                 provenance = json.loads(str(arrays["provenance"]))
-        except Exception as error:  # zip, numpy and JSON each raise their own kind on damaged bytes
+        except Exception as error:  # zip, numpy and JSON raise various types for damaged files
             raise ValueError(f"{path} holds no statistics or is damaged ({error}); make it again.") from error
         return cls(**content, provenance=provenance)
 
 
 class FeatureStatistics(Metric):
-    """Collects :class:`Statistics` of feature vectors, over batches and processes.
+    """Collect the :class:`Statistics` of feature vectors over batches and processes.
 
-    Every sample goes to one of two halves, and is kept or not, by a hash of its key. options: of ``Metric``.
+    A hash of its key decides which half an image belongs to, and whether its features are stored. dim: length of a
+    feature vector. keep: number of stored features. options: passed to ``Metric``.
     """
 
     is_differentiable = False
@@ -106,7 +111,7 @@ class FeatureStatistics(Metric):
     def __init__(self, dim: int, keep: int = KEEP, **options: Any) -> None:
         super().__init__(**options)
         self.dim, self.keep = dim, keep
-        self.set_dtype(torch.float64)  # of the placeholders of a process without samples, too
+        self.set_dtype(torch.float64)  # also for the empty states of a process without samples
         shapes = {"counts": (2,), "sums": (2, dim), "products": (2, dim, dim)}
         for name, shape in shapes.items():
             self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
@@ -114,7 +119,10 @@ class FeatureStatistics(Metric):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, features: np.ndarray | Tensor, keys: Sequence[str]) -> None:
-        """``features``: (B, d), of any float type. ``keys``: B, what each image is called; all different."""
+        """Add features (B, d) of any float type, and the keys of their B images, all different.
+
+        ValueError for another shape, and for features that are not finite.
+        """
         rows = torch.as_tensor(features).detach().to(self.counts.device, torch.float64)
         if rows.shape != (len(keys), self.dim):
             raise ValueError(f"Features must be ({len(keys)}, {self.dim}) for {len(keys)} keys, not {rows.shape}.")
@@ -134,7 +142,7 @@ class FeatureStatistics(Metric):
             self.ranks, self.features = [kept_ranks], [kept.flatten()]
 
     def _kept(self) -> tuple[Tensor, Tensor]:
-        """Return the lowest ranks, sorted, and their features (k, d)."""
+        """Return the ``keep`` lowest ranks, sorted, and their features (k, d)."""
         if isinstance(self.ranks, list) and not self.ranks:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, self.dim, dtype=torch.float64)
         ranks, features = dim_zero_cat(self.ranks).cpu(), dim_zero_cat(self.features).cpu().reshape(-1, self.dim)
@@ -142,13 +150,13 @@ class FeatureStatistics(Metric):
         return ranks[order], features[order]
 
     def compute(self) -> dict[str, Tensor]:
-        """Give what :class:`Statistics` consists of, over all processes. ValueError when there is no image."""
+        """Return the arrays of :class:`Statistics`, over all processes. ValueError when there is no image."""
         if self.counts.sum() == 0:
-            raise ValueError("There is no image to take statistics of.")
+            raise ValueError("There are no images to compute statistics of.")
         return {"counts": self.counts, "sums": self.sums, "products": self.products, "kept": self._kept()[1]}
 
     def statistics(self, **provenance: Any) -> Statistics:
-        """Give the statistics so far, with what the images are. ValueError when there is no image."""
+        """Return the statistics of all images so far, with their provenance. ValueError when there is no image."""
         arrays = {name: state.cpu().numpy().copy() for name, state in self.compute().items()}
         arrays["kept"] = arrays["kept"].reshape(-1, self.dim)
         return Statistics(**arrays, provenance=provenance)
@@ -156,7 +164,7 @@ class FeatureStatistics(Metric):
 
 @dataclass(frozen=True)
 class DistanceReport:
-    """Distances by name, and what must be said beside them. sizes: images in the reference and in the other set."""
+    """Distances by name, with warnings to report. sizes: numbers of images in the reference and in the other set."""
 
     values: dict[str, float]
     sizes: tuple[int, int]
@@ -164,20 +172,20 @@ class DistanceReport:
 
 
 def distances(reference: Statistics, other: Statistics) -> DistanceReport:
-    """Compute all distances of two sets whose features come from one extractor.
+    """Compute all distances between two sets whose features come from the same extractor.
 
-    Names: ``fid`` for the Fréchet distance only under the extractor of that name, else ``frechet_{extractor}``;
-    ``kid_{extractor}`` and ``kid_error_{extractor}``; ``cmmd_{extractor}`` under a CLIP; ``split_half_{extractor}``,
-    the Fréchet distance between two halves of the reference.
+    The names are ``frechet_{extractor}``, or ``fid`` for the extractor "fid"; ``kid_{extractor}`` with its standard
+    error ``kid_error_{extractor}``; ``cmmd_{extractor}`` for a CLIP; and ``split_half_{extractor}``, the Fréchet
+    distance between two halves of the reference.
 
-    ValueError for fewer than 2 images, and when the extractors or their weights differ.
+    ValueError when a set has fewer than 2 images, or when the extractors or their weights differ.
     """
     names = [s.provenance.get("extractor") for s in (reference, other)]
     hashes = [s.provenance.get("weights_sha256") for s in (reference, other)]
     if names[0] is None or names[0] != names[1] or hashes[0] != hashes[1]:
         raise ValueError(
             f"The features come from {names[0]} ({str(hashes[0])[:8]}) and {names[1]} ({str(hashes[1])[:8]}); extract "
-            "both with the same."
+            "both with the same extractor."
         )
     name = str(names[0])
     baseline = reference.split_half()
@@ -195,7 +203,7 @@ def distances(reference: Statistics, other: Statistics) -> DistanceReport:
 
 
 def frechet_name(extractor: str) -> str:
-    """``fid`` is what the published Inception weights measure, and nothing else."""
+    """Name the Fréchet distance of an extractor: ``fid`` only for the published Inception weights."""
     return "fid" if extractor == "fid" else f"frechet_{extractor}"
 
 
@@ -205,6 +213,6 @@ def _small_warnings(name: str, sizes: tuple[int, int], dim: int, baseline: float
         return ()
     reason = f"fewer than {SMALL}" if small < SMALL else f"not more than its {dim} dimensions"
     return (
-        f"{frechet_name(name)} of {sizes[0]} against {sizes[1]} images ({reason}) is biased upwards: the reference's "
-        f"own two halves of {sizes[0] // 2} are {baseline:.4g} apart.",
+        f"{frechet_name(name)} of {sizes[0]} against {sizes[1]} images ({reason}) is biased upwards: two halves "
+        f"of the reference, of {sizes[0] // 2} images each, already have the distance {baseline:.4g}.",
     )

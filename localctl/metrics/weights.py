@@ -1,4 +1,4 @@
-"""Weights by their content, and the one way images are brought to a network's size."""
+"""Hash weights, and resize images to the size of a network."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ RESIZE = "torch interpolate, bicubic, antialias, clipped to 0..255, not rounded"
 
 
 def resize(images: np.ndarray, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Resize uint8 (B,H,W,3) -> float32 (B,3,side,side) in [0,255], antialiased bicubic; images of that size stay as
-    they are. What is not square is squeezed."""
+    """Resize images uint8 (B,H,W,3) to float32 (B,3,side,side) in [0,255], antialiased bicubic.
+
+    Images of that size are not changed; images that are not square are squeezed.
+    """
     pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
     if tuple(pixels.shape[-2:]) == (side, side):
         return pixels

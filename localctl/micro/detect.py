@@ -1,8 +1,8 @@
-"""A classical reader of micro scenes: colour, shape and box of every object, and the background's name.
+"""Detect colour, shape and box of every object in a micro scene, and its background.
 
-No learning: pixels are assigned to the nearest palette colour, connected blobs are matched against rotated templates
-of the eight shapes. Thresholds were set on `val` scenes and on generated images that were labelled by eye; figures are
-measured on `test` scenes and on other such images (docs/evaluation.md).
+The reader is classical, not learned: each pixel is assigned to the nearest colour of the palette, and connected blobs
+are matched with rotated templates of the eight shapes. Thresholds were chosen on `val` scenes and on generated images
+that were labelled by hand; accuracy is measured on `test` scenes and on other labelled images (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 
 from localctl.boxes import Box, Found, Truth, box_around, holds
 from localctl.micro.scenes import Scene
-from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
+from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, shape_mask
 
-VERSION = 2  # another one reads other objects in the same images: results of two do not go together
-MIN_AREA = 50  # px; the smallest object (a ring or diamond of radius 13) covers over 200
-MIN_MATCH = 0.68  # below it a blob is no object
-MIN_WHOLE = 0.75  # below it, blobs of several colours that touch are taken one by one
+VERSION = 2  # versions detect different objects in the same image: do not compare their results
+MIN_AREA = 50  # pixels; the smallest object (a ring or diamond of radius 13) covers over 200
+MIN_MATCH = 0.68  # a blob that matches less is no object
+MIN_WHOLE = 0.75  # touching blobs of several colours that match less as a whole are separate objects
 _TEMPLATE = 48
 _SPREAD = 12.0  # radius of gyration of a template, in template pixels
-_ROUNDING = 4.0  # sigma, for a radius of 40
-_THICK = {"star": 0.6, "ring": 0.4}  # inner radius of one with thick arms, or a thick band
-_DENTS = 0.4  # what a difference of solidity counts, against one of overlap
+_ROUNDING = 4.0  # sigma of the blur, in pixels, for a shape of radius 40
+_THICK = {"star": 0.6, "ring": 0.4}  # inner radius of a thick variant
+_DENTS = 0.4  # weight of a difference in solidity, relative to one in overlap
 
 
 @dataclass(frozen=True)
 class Detection:
-    """box: xyxy in pixels; match: with the best template, in [0, 1] (:func:`classify_shape`)."""
+    """A detected object. box: xyxy in pixels. match: with the best template, in [0, 1] (:func:`classify_shape`)."""
 
     shape: str
     color: str
@@ -40,30 +40,35 @@ class Detection:
 
     @property
     def phrase(self) -> str:
+        """Colour and shape, such as "red circle"."""
         return f"{self.color} {self.shape}"
 
     @property
     def center(self) -> tuple[float, float]:
+        """(x, y) of the box's centre, in pixels."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
 @dataclass(frozen=True)
 class Reading:
+    """What the reader detects in an image: the name of the background, and objects, largest first."""
+
     background: str
     objects: tuple[Detection, ...]
 
     def has(self, phrase: str) -> bool:
+        """Tell whether an object with this phrase was detected."""
         return any(o.phrase == phrase for o in self.objects)
 
     def relation(self, first: str, relation: str, second: str) -> bool:
-        """Whether some pair of detected objects with these phrases stands in `relation`."""
+        """Tell whether some pair of detected objects with these phrases has this relation."""
         firsts = [o.center for o in self.objects if o.phrase == first]
         seconds = [o.center for o in self.objects if o.phrase == second]
         return any(holds(relation, a, b) for a in firsts for b in seconds)
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """Move a blob to the centre and scale it to a fixed radius of gyration: float32 (48, 48)."""
+    """Centre a blob and scale it to a fixed radius of gyration: float32 (48, 48)."""
     ys, xs = np.nonzero(mask > 0.5)
     cx, cy = xs.mean(), ys.mean()
     scale = _SPREAD / max(1e-3, float(np.sqrt(((xs - cx) ** 2 + (ys - cy) ** 2).mean())))
@@ -74,7 +79,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Templates:
-    """names (n,); masks float32 (n, 48 * 48); solidities (n,)."""
+    """The templates of all shapes. names: (n,). masks: float32 (n, 48 * 48). solidities: (n,)."""
 
     names: tuple[str, ...]
     masks: np.ndarray
@@ -83,13 +88,13 @@ class _Templates:
 
 @lru_cache(maxsize=1)
 def _templates() -> _Templates:
-    """Every shape at every angle, sharp as in a scene and with corners rounded as generated ones are; stars and
-    rings thicker, too."""
+    """Render every shape at every angle, sharp as in a scene and with rounded corners as in generated images; stars
+    and rings also in a thick variant."""
     names, stack = [], []
     for shape in SHAPES:
         for angle in np.arange(-MAX_ANGLE - 3, MAX_ANGLE + 4, 3.0):
             for inner in (None, _THICK[shape]) if shape in _THICK else (None,):
-                sharp = draw_mask(shape, (64.0, 64.0), 40.0, float(angle), 128, inner)
+                sharp = shape_mask(shape, (64.0, 64.0), 40.0, float(angle), 128, inner)
                 rounded = ((cv2.GaussianBlur(sharp, (0, 0), _ROUNDING) - 0.5) * 6 + 0.5).clip(0, 1)
                 names += [shape, shape]
                 stack += [_normalised(sharp), _normalised(rounded)]
@@ -99,7 +104,7 @@ def _templates() -> _Templates:
 
 
 def _solidity(mask: np.ndarray) -> float:
-    """Area within the outline over that of its convex hull: a star's is 0.6, a circle's 1. ``mask``: normalised."""
+    """Compute the area of a normalised blob over that of its convex hull: 0.6 for a star, 1 for a circle."""
     fine = cv2.resize(mask, None, fx=4, fy=4, interpolation=cv2.INTER_LINEAR) > 0.5
     outlines, _ = cv2.findContours(fine.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if not outlines:
@@ -109,8 +114,11 @@ def _solidity(mask: np.ndarray) -> float:
 
 
 def classify_shape(mask: np.ndarray) -> tuple[str, float]:
-    """Best shape of a blob (h, w) in [0, 1], and how well it matches: the soft intersection over union with a template,
-    less for another solidity. A star with unequal arms overlaps a square as well as a star, but has dents."""
+    """Classify the shape of a blob, (h, w) in [0, 1], and return the shape and its match in [0, 1].
+
+    The match is the soft intersection over union with the best template, minus a penalty for another solidity: a star
+    with unequal arms overlaps a square as well as a star, but is less solid.
+    """
     blob = _normalised(mask)
     templates = _templates()
     dents = np.abs(templates.solidities - _solidity(blob))
@@ -122,7 +130,7 @@ def classify_shape(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
-    """Name of the background and its level at every pixel, a plane fitted to the border: float32 (h, w, 3)."""
+    """Return the name of the background and its colour, a plane fitted to the border: float32 (h, w, 3)."""
     h, w = image.shape[:2]
     yy, xx = np.mgrid[0:h, 0:w].astype(np.float32)
     edge = np.zeros((h, w), bool)
@@ -130,17 +138,19 @@ def _background(image: np.ndarray) -> tuple[str, np.ndarray]:
     samples = image[edge]
     middle = np.median(samples, axis=0)
     name = min(BACKGROUNDS, key=lambda n: float(np.abs(middle - np.asarray(BACKGROUNDS[n])).sum()))
-    close = np.abs(samples - middle).max(1) < 40  # objects that touch the border stay out of the fit
+    close = np.abs(samples - middle).max(1) < 40  # leave objects that touch the border out of the fit
     basis = np.stack([np.ones_like(xx), xx / w, yy / h], axis=-1)
     weights, *_ = np.linalg.lstsq(basis[edge][close], samples[close], rcond=None)
     return name, basis @ weights
 
 
 def detect(image: np.ndarray, min_match: float = MIN_MATCH) -> Reading:
-    """Read a scene: uint8 (h, w, 3) RGB -> background name and objects, largest first.
+    """Detect the background and the objects of a scene.
 
-    ``min_match``: blobs that match no shape as well as this are left out; 0 keeps every blob, for questions of colour
-    and place alone.
+    Args:
+        image: uint8 (h, w, 3), RGB.
+        min_match: leave out blobs that match every shape less well than this; 0 keeps every blob, where only colour and
+            position matter.
     """
     smooth = cv2.medianBlur(image, 3).astype(np.float32)
     background, level = _background(smooth)
@@ -160,23 +170,23 @@ def detect(image: np.ndarray, min_match: float = MIN_MATCH) -> Reading:
     return Reading(background, tuple(objects))
 
 
-@lru_cache(maxsize=2)  # several metrics look at one image, or at it and that of the base, in turn
+@lru_cache(maxsize=2)  # several metrics read one image, or alternate between it and the base's
 def _objects(pixels: bytes, shape: tuple[int, ...]) -> tuple[Detection, ...]:
     return detect(np.frombuffer(pixels, np.uint8).reshape(shape)).objects
 
 
 def find_objects(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
-    """Find the objects of a scene, as a :class:`localctl.boxes.Detector`; labels are phrases such as "red circle"."""
+    """Detect the objects of a scene (a :class:`localctl.boxes.Detector`); labels are phrases such as "red circle"."""
     return [Found(item.phrase, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
 
 
 def find_shapes(image: np.ndarray, labels: Sequence[str] = ()) -> list[Found]:
-    """As :func:`find_objects`; labels are shapes alone, such as "circle", for conditions that have no colour."""
+    """Detect objects as :func:`find_objects`, labelled "circle" etc. by shape only, for conditions without colour."""
     return [Found(item.shape, item.box, item.match) for item in _objects(image.tobytes(), image.shape)]
 
 
 def truth_of(item: Scene) -> Truth:
-    """Return what ``item`` shows, with this reader as the detector."""
+    """Return the objects and the relation of the scene ``item``, with this reader as the detector."""
     relation = None
     if item.relation is not None:
         first, name, second = item.relation
@@ -187,9 +197,10 @@ def truth_of(item: Scene) -> Truth:
 
 
 def _blobs(foreground: np.ndarray, nearest: np.ndarray, certain: np.ndarray) -> list[np.ndarray]:
-    """Masks uint8 (h, w): cores of one colour, grown back over the blended rim they own.
+    """Segment blobs of one colour, uint8 (h, w) each: cores, grown by their blended rim.
 
-    A rim between white and red is pink: cores are opened first, so that a rim never makes an object."""
+    The rim between white and red is pink. Morphological opening removes such rims, so that none becomes an object.
+    """
     cores = np.zeros(foreground.shape, np.int32)
     count = 0
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
@@ -213,8 +224,10 @@ def _blobs(foreground: np.ndarray, nearest: np.ndarray, certain: np.ndarray) -> 
 
 
 def _whole(blobs: list[np.ndarray], foreground: np.ndarray) -> list[tuple[np.ndarray, str, float]]:
-    """Return the blobs with shape and match; in place of blobs that touch, the whole of them where it is more of a
-    shape than any of its parts, as a ring that goes from green to blue is."""
+    """Return the blobs with shape and match.
+
+    Touching blobs are merged where their union matches a shape better than each of them, as in a ring of two colours.
+    """
     found = [(blob, *classify_shape(blob)) for blob in blobs]
     _, labels = cv2.connectedComponents(foreground.astype(np.uint8), connectivity=4)
     together: dict[int, list[int]] = {}

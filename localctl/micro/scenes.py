@@ -1,7 +1,7 @@
-"""Procedural scenes with exact captions, masks, boxes and depth: scene i is always the same image.
+"""Procedural scenes with exact captions, masks, boxes and depth. Scene i is always the same image.
 
-Profile `basic` is frozen: every figure of the project is measured on it. Profile `rich` adds textures, overlap,
-counts and more objects for variety in training.
+The profile `basic` must not change, because the project's results are measured on it. The profile `rich` adds
+textures, overlap, counts and more objects, for variety in training.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from localctl.boxes import RELATIONS as RELATIONS
 from localctl.boxes import holds as holds
 from localctl.micro import PROFILES as PROFILES
 from localctl.micro import SPLITS as SPLITS
-from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, draw_mask
+from localctl.micro.shapes import BACKGROUNDS, COLORS, MAX_ANGLE, SHAPES, shape_mask
 
 SIZE = 128
 _MIN_RADIUS, _MAX_RADIUS, _GAP = 13.0, 30.0, 4.0
-_RELATION_MARGIN = 14.0  # px between centres along the axis that a relation names
+_RELATION_MARGIN = 14.0  # smallest distance of centres, in pixels, along the axis of a relation
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: `box` is xyxy in pixels; `depth` in (0, 1], 1 = nearest; `phrase` stands in the caption."""
+    """An object of a scene. center, radius, box (xyxy): in pixels. angle: in degrees. depth: in (0, 1], 1 = nearest."""
 
     shape: str
     color: str
@@ -37,15 +37,18 @@ class SceneObject:
 
     @property
     def phrase(self) -> str:
+        """Colour and shape, as in the caption."""
         return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image uint8 (128, 128, 3) RGB; masks float32 (n, 128, 128) in [0, 1], visible part; depth float32 (128, 128)
-    in [0, 1], 0 = background; segmentation uint8 (128, 128, 3), each object in its colour on black.
+    """A scene with everything that is known about it.
 
-    `relation` is (subject index, relation, object index) where the caption states one."""
+    relation: (index of the subject, relation, index of the object), where the caption states one. image: uint8
+    (128, 128, 3), RGB. masks: visible part of each object, float32 (n, 128, 128) in [0, 1]. depth: float32 (128, 128)
+    in [0, 1], 0 = background. segmentation: each object in its colour on black, uint8 (128, 128, 3).
+    """
 
     index: int
     caption: str
@@ -59,12 +62,13 @@ class Scene:
 
 
 def article(phrase: str) -> str:
+    """Put "a" or "an" before ``phrase``."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """A scene before it is painted: what its caption says and where its objects are, as in :class:`Scene`."""
+    """A scene without its image: caption, background, objects and relation, as in :class:`Scene`."""
 
     caption: str
     background: str
@@ -73,15 +77,18 @@ class ScenePlan:
 
 
 def scene_plan(index: int, profile: str = "basic", split: str = "train") -> ScenePlan:
-    """Caption and objects of scene number `index`, without the image; equal to those of :func:`scene`."""
+    """Return caption and objects of scene `index`, the same as in :func:`scene`, without rendering the image."""
     return _plan(index, profile, split)[0]
 
 
 def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
-    """Scene number `index` of a profile and split; the splits share no scene."""
+    """Render scene `index` of a profile and split; splits have no scene in common.
+
+    ValueError for an unknown profile or split.
+    """
     plan, rng = _plan(index, profile, split)
     caption, background, objects, relation = plan.caption, plan.background, plan.objects, plan.relation
-    image, masks = _paint(rng, objects, background)
+    image, masks = _render(rng, objects, background)
     depth = np.zeros((SIZE, SIZE), np.float32)
     segmentation = np.zeros((SIZE, SIZE, 3), np.float32)
     for item, mask in zip(objects, masks, strict=True):
@@ -101,11 +108,11 @@ def scene(index: int, profile: str = "basic", split: str = "train") -> Scene:
 
 
 def _plan(index: int, profile: str, split: str) -> tuple[ScenePlan, np.random.Generator]:
-    """Return the plan, and the generator as it stands before painting."""
+    """Return the plan, and the random generator in the state from which the scene is rendered."""
     if profile not in PROFILES:
-        raise ValueError(f"unknown scene profile {profile!r}: choose one of {', '.join(PROFILES)}")
+        raise ValueError(f"Unknown scene profile {profile!r}; choose one of {', '.join(PROFILES)}.")
     if split not in SPLITS:
-        raise ValueError(f"unknown scene split {split!r}: choose one of {', '.join(SPLITS)}")
+        raise ValueError(f"Unknown scene split {split!r}; choose one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng([PROFILES.index(profile), SPLITS.index(split), index])
     background = str(rng.choice(list(BACKGROUNDS)))
     relation: tuple[int, str, int] | None
@@ -124,7 +131,10 @@ def _plan(index: int, profile: str, split: str) -> tuple[ScenePlan, np.random.Ge
 def _place(
     rng: np.random.Generator, count: int, gap: float, max_radius: float = _MAX_RADIUS, textured: bool = False
 ) -> tuple[SceneObject, ...]:
-    """Up to `count` objects by rejection, no two alike in both colour and shape unless textured; far ones first."""
+    """Place up to `count` objects by rejection sampling, farthest first.
+
+    No two objects have the same colour and shape, unless they are textured.
+    """
     objects: list[SceneObject] = []
     for _ in range(60 * count):
         if len(objects) == count:
@@ -134,10 +144,10 @@ def _place(
         x, y = (float(v) for v in rng.uniform(radius + 1, SIZE - radius - 1, 2))
         angle = float(rng.uniform(-MAX_ANGLE, MAX_ANGLE))
         free = all(np.hypot(x - o.center[0], y - o.center[1]) >= radius + o.radius + gap for o in objects)
-        fresh = textured or all((shape, color) != (o.shape, o.color) for o in objects)
-        if free and fresh:
+        unlike = textured or all((shape, color) != (o.shape, o.color) for o in objects)
+        if free and unlike:
             texture = str(rng.choice(("flat", "stripes", "dots"))) if textured else "flat"
-            points = draw_mask(shape, (x, y), radius, angle, SIZE) > 0.5
+            points = shape_mask(shape, (x, y), radius, angle, SIZE) > 0.5
             ys, xs = np.nonzero(points)
             box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
             objects.append(SceneObject(shape, color, (x, y), radius, angle, box, 0.0, texture))
@@ -152,6 +162,7 @@ def _place(
 def _caption(
     rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
 ) -> tuple[str, tuple[int, str, int] | None]:
+    """Write "a red circle above a blue star on a white background"; return the caption and its relation, if any."""
     phrases = [article(o.phrase) for o in objects]
     relation = None
     text = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
@@ -190,7 +201,7 @@ def _count_caption(rng: np.random.Generator, objects: tuple[SceneObject, ...], b
 
 
 def _texture(kind: str, color: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fill of an object, float32 (128, 128, 3)."""
+    """Render the fill of an object, float32 (128, 128, 3)."""
     fill = np.broadcast_to(color, (SIZE, SIZE, 3)).astype(np.float32)
     if kind == "flat":
         return fill
@@ -204,17 +215,17 @@ def _texture(kind: str, color: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return fill * (1 - 0.45 * dark)
 
 
-def _paint(
+def _render(
     rng: np.random.Generator, objects: tuple[SceneObject, ...], background: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image, uint8 (128, 128, 3), and the visible part of each object, float32 (n, 128, 128)."""
+    """Render the image, uint8 (128, 128, 3), and the visible part of each object, float32 (n, 128, 128)."""
     yy, xx = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1) - 0.5
     turn, slope = rng.uniform(0, 2 * np.pi), rng.uniform(4, 14)
     canvas = np.asarray(BACKGROUNDS[background], np.float32) + rng.uniform(-6, 6)
     canvas = canvas + (slope * (np.cos(turn) * xx + np.sin(turn) * yy))[..., None]  # (128, 128, 3)
     masks = np.zeros((len(objects), SIZE, SIZE), np.float32)
     for i, item in enumerate(objects):
-        mask = draw_mask(item.shape, item.center, item.radius, item.angle, SIZE)
+        mask = shape_mask(item.shape, item.center, item.radius, item.angle, SIZE)
         color = np.asarray(COLORS[item.color], np.float32) + rng.uniform(-6, 6, 3)
         canvas = canvas * (1 - mask[..., None]) + _texture(item.texture, color, rng) * mask[..., None]
         masks[:i] *= 1 - mask  # later objects are nearer
@@ -224,7 +235,7 @@ def _paint(
 
 
 def sheet(scenes: list[Scene], columns: int = 8) -> np.ndarray:
-    """Put images side by side, uint8 (rows*128, columns*128, 3), for looking at."""
+    """Compose a sheet of the scenes' images for inspection, uint8 (rows*128, columns*128, 3)."""
     rows = -(-len(scenes) // columns)
     canvas = np.full((rows * SIZE, columns * SIZE, 3), 255, np.uint8)
     for i, item in enumerate(scenes):

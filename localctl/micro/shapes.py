@@ -1,4 +1,4 @@
-"""The alphabet of the micro scenes: eight shapes, eight colours, four backgrounds, and how a shape is painted."""
+"""Render the shapes of the micro scenes; their eight shapes, eight colours and four backgrounds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 
 import cv2
 import numpy as np
+
+from localctl.lazy import moved_names
+
+__getattr__ = moved_names(__name__, {"draw_mask": f"{__name__}:shape_mask"})
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "hexagon")
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -24,21 +28,21 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (16, 16, 16),
     "brown": (105, 65, 35),
 }
-MAX_ANGLE = 15.0  # degrees: "slight rotation", so that a square never turns into a diamond
+MAX_ANGLE = 15.0  # degrees; slight, so that a rotated square is never a diamond
 _SUPERSAMPLE = 4
 _INNER = {"star": 0.45, "ring": 0.55}
 
 
 def _polar(angles_deg: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Points (n, 2) on the unit disc; 0 degrees points up."""
+    """Convert polar coordinates to points (n, 2); 0 degrees points up."""
     angles = np.deg2rad(angles_deg)
     return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
 
 
 def outline(shape: str, inner: float | None = None) -> np.ndarray:
-    """Corner points (n, 2) of `shape`, circumscribed radius 1, unrotated. Circles and rings are 64-gons.
+    """Return the corners (n, 2) of `shape` with circumscribed radius 1, not rotated. Circles and rings are 64-gons.
 
-    ``inner``: of a star, the radius of its dents, if not the usual one.
+    inner: radius of the inner corners of a star; None: the default. ValueError for an unknown shape.
     """
     if shape in ("circle", "ring"):
         return _polar(np.arange(64) * 360 / 64, np.ones(64))
@@ -57,17 +61,19 @@ def outline(shape: str, inner: float | None = None) -> np.ndarray:
         r = math.sqrt(1 - w * w)
         quarter = [(-w, -r), (w, -r), (w, -w), (r, -w), (r, w), (w, w), (w, r), (-w, r), (-w, w), (-r, w), (-r, -w)]
         return np.array([*quarter, (-w, -w)])
-    raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    raise ValueError(f"Unknown shape {shape!r}; choose one of {', '.join(SHAPES)}.")
 
 
-def draw_mask(
+def shape_mask(
     shape: str, center: tuple[float, float], radius: float, angle: float, size: int, inner: float | None = None
 ) -> np.ndarray:
-    """Anti-aliased coverage of a shape: float32 (size, size) in [0, 1].
+    """Render the anti-aliased mask of a shape: float32 (size, size) in [0, 1].
 
     Args:
-        center: (x, y) in pixels. radius: circumscribed radius in pixels. angle: degrees, clockwise. inner: of
-            a star the radius of its dents, of a ring that of its hole, in units of ``radius``, if not the usual one.
+        center: (x, y) in pixels.
+        radius: circumscribed radius in pixels.
+        angle: clockwise rotation in degrees.
+        inner: radius of a star's inner corners or of a ring's hole, in units of ``radius``; None: the default.
     """
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     rotation = np.array([[cos, sin], [-sin, cos]])

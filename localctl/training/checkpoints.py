@@ -1,13 +1,14 @@
 """Checkpoints: folders ``checkpoint-{step}`` that are either whole or absent.
 
-A checkpoint is written under another name, its files reach the disk, the manifest with their hashes comes last, then
-the folder is renamed into place; only after that are older ones removed. What a killed process left half done is
-cleared away by the next one (``sweep``).
+A checkpoint is written under a temporary name, its files are flushed to the disk, the manifest with their hashes is
+written last, and the folder is renamed into place; older checkpoints are removed only after that. The next process
+removes the half-written folders of a process that was killed (``sweep``).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -20,19 +21,20 @@ from localctl.files import first_line, read_json, remove, replace_folder, sha256
 
 try:
     import resource
-except ImportError:  # of Unix
+except ImportError:  # it exists on Unix only
     resource = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; the earlier ones are unchanged."""
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step -> folder of every committed checkpoint in ``folder``, oldest first; none where there is no folder."""
+    """Return the committed checkpoints in ``folder`` by step, oldest first; empty if the folder does not exist."""
     found = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
@@ -48,17 +50,18 @@ def save_checkpoint(
     *,
     keep: int | None = None,
     info: Mapping[str, Any],
-    say: Callable[[str], None] = print,
 ) -> Path:
-    """Commit ``checkpoint-{step}``: ``write`` puts the files into the folder it is given.
+    """Write ``checkpoint-{step}`` as a whole or not at all.
 
-    ``info`` goes into the manifest as it is. ``keep``: how many checkpoints may stay, at least 2 (None = all); the
-    oldest go first and only after the new one is in place. Of one that is a link, the link goes; what cannot be removed
-    is said.
+    Args:
+        write: writes the files into the folder that it is given.
+        keep: how many checkpoints may stay, at least 2 (None = all). The oldest are removed first, once the new one is
+            in place; of a symbolic link, the link alone. One that cannot be removed is logged.
+        info: is stored in the manifest unchanged.
 
     Raises:
-        ValueError: ``keep`` below 2; one checkpoint alone is lost when its successor turns out damaged.
-        CheckpointError: it could not be written. The earlier ones are as they were, and nothing else is left.
+        ValueError: ``keep`` is below 2; a single checkpoint may turn out damaged.
+        CheckpointError: the checkpoint could not be written. Earlier ones are unchanged, and no partial files remain.
     """
     if keep is not None and keep < 2:
         raise ValueError(f"At least 2 checkpoints must be kept, not {keep}: the newest may turn out damaged.")
@@ -70,11 +73,11 @@ def save_checkpoint(
         _seal(temporary, step, info)
         replace_folder(temporary, final)
         _flush(folder)
-    except Exception as error:  # of a full disk, torch and safetensors each tell in an exception of their own
-        reason = f"{why_not_written(error)}{room_left(folder)}"
-        earlier = "the checkpoints before it are as they were" if list_checkpoints(folder) else "there is none before"
+    except Exception as error:  # torch and safetensors each raise their own exception for a full disk
+        reason = f"{why_not_written(error)}{free_space_clause(folder)}"
+        earlier = "earlier checkpoints are unchanged" if list_checkpoints(folder) else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"{final.name} could not be saved in {folder} ({reason}); {earlier}: make room and go on with "
+            f"{final.name} could not be saved in {folder} ({reason}); {earlier}: free some space and continue with "
             "--resume_from_checkpoint latest."
         ) from error
     finally:
@@ -85,15 +88,15 @@ def save_checkpoint(
             try:
                 remove(path)
             except OSError as error:
-                say(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
+                logger.info(f"The old {path} could not be removed ({error.strerror or first_line(error)}).")
     return final
 
 
 def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Write ``place/NAME`` for every name, by its writer: all of them whole, or none and those before stay.
+    """Write the folder ``place/NAME`` for every name, with its writer: all of them, or none and the old ones stay.
 
     Raises:
-        OSError: the disk took no more; the message names the folder and what room there is.
+        OSError: a folder could not be written; the message names the place and the free space there.
     """
     temporary = place / f".{next(iter(writers))}.tmp"
     try:
@@ -104,10 +107,10 @@ def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> 
         share_weights(temporary)
         for name in writers:
             replace_folder(temporary / name, place / name)
-    except Exception as error:  # of a full disk, safetensors tells in an exception of its own
+    except Exception as error:  # safetensors raises its own exception for a full disk
         names = " and ".join(writers)
         raise OSError(
-            f"{names} could not be written to {place} ({why_not_written(error)}{room_left(place)})"
+            f"{names} could not be written to {place} ({why_not_written(error)}{free_space_clause(place)})"
         ) from error
     finally:
         if temporary.is_dir():
@@ -115,8 +118,8 @@ def write_folders(place: Path, writers: Mapping[str, Callable[[Path], Any]]) -> 
 
 
 def sweep_folders(place: Path, names: Iterable[str]) -> None:
-    """Clear away what a process that was killed while writing ``names`` left; an old folder that had no successor yet
-    comes back."""
+    """Remove what a process left that was killed while writing ``names``; restore an old folder that had not been
+    replaced yet."""
     for name in names:
         old, new = place / f".{name}.old", place / name
         if old.exists() and not new.exists():
@@ -126,8 +129,8 @@ def sweep_folders(place: Path, names: Iterable[str]) -> None:
 
 
 def why_not_written(error: BaseException) -> str:
-    """Why a file of weights could not be written, as the part of a sentence: of a full disk, torch and safetensors
-    each tell in words of their own, and torch's say nothing of it."""
+    """Return why a file of weights could not be written, as a clause; torch's own message does not mention a full
+    disk."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -138,19 +141,19 @@ def why_not_written(error: BaseException) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """ValueError when ``folder`` is not there and cannot be made, or cannot be written to."""
+    """Raise ValueError if ``folder`` cannot be created or written to."""
     nearest = _nearest(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"Nothing can be written to {folder}, because of {nearest}; choose another --output_dir.")
 
 
 def _nearest(folder: Path) -> Path:
-    """``folder``, or what is there of the way to it."""
+    """Return ``folder``, or its nearest parent that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def room(folder: Path) -> tuple[float, float]:
-    """Bytes that may be written to ``folder``, in all and to one file (``ulimit -f``), as far as the system says."""
+def free_space(folder: Path) -> tuple[float, float]:
+    """Return how many bytes may be written to ``folder``, in all and to one file (``ulimit -f``); inf where unknown."""
     try:
         usage = shutil.disk_usage(_nearest(folder))
         free = float(usage.free) if usage.total else math.inf
@@ -160,15 +163,15 @@ def room(folder: Path) -> tuple[float, float]:
     return free, math.inf if limit < 0 else float(limit)
 
 
-def room_left(folder: Path) -> str:
-    """:func:`room` as the part of a sentence: ``, 3.1 MB free there``."""
-    free, largest = room(folder)
+def free_space_clause(folder: Path) -> str:
+    """Return :func:`free_space` as a clause: ``, 3.1 MB free there``."""
+    free, largest = free_space(folder)
     text = "" if free == math.inf else f", {free / 1e6:.1f} MB free there"
     return text + ("" if largest == math.inf else f", files of at most {largest / 1e6:.1f} MB allowed (ulimit -f)")
 
 
 def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
-    """Bring the files to the disk and then write the manifest that names them all."""
+    """Flush the files to the disk, then write the manifest that lists them."""
     entries = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _flush(path)
@@ -183,30 +186,28 @@ def _seal(folder: Path, step: int, info: Mapping[str, Any]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Clear away what a process that was killed while saving left in ``folder``: half-written checkpoints go; one
-    that was being replaced by another of the same step comes back."""
+    """Remove the half-written checkpoints of a process that was killed while saving; restore one that was being
+    replaced by another of the same step."""
     left = (".checkpoint-*.old", ".checkpoint-*.tmp")
     sweep_folders(folder, {path.stem[1:] for pattern in left for path in folder.glob(pattern)})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint, ValueError where it is not as it was written; the files are not looked
-    at."""
+    """Return the manifest of a checkpoint without checking its files. ValueError if the manifest is damaged."""
     try:
         manifest = read_json(path / MANIFEST, "manifest")
         files = [(entry["sha256"], entry["size"]) for entry in manifest["files"].values()]
         if int(manifest["step"]) < 0 or not isinstance(manifest["info"], dict) or not files:
-            raise ValueError("not one of ours")
+            raise ValueError("not a manifest")
         if manifest.pop("sha256") != _body_sha256(manifest):
-            raise ValueError("not as it was written")
+            raise ValueError("changed since it was written")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"The checkpoint {path} has no readable {MANIFEST}; use another one.") from None
     return manifest
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint whose files are all what was written; ValueError naming the first that is
-    not."""
+    """Check all files of a checkpoint and return its manifest. ValueError naming the first file that is damaged."""
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
@@ -215,14 +216,14 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint to continue from, verified; None for a fresh start.
+def find_checkpoint(folder: Path, request: str | None) -> Path | None:
+    """Return the verified checkpoint to continue from; None for a fresh start.
 
-    ``request`` is None, a path, or ``latest``: the newest sound one in ``folder``. Damaged ones are named and passed
-    over; that there is none at all is said, too.
+    ``request`` is None, a path, or ``latest``: the newest undamaged one in ``folder``. Damaged ones are logged and
+    skipped; that there is none at all is logged, too.
 
     Raises:
-        ValueError: a path without a sound checkpoint, or ``latest`` where every checkpoint is damaged.
+        ValueError: the path holds no undamaged checkpoint, or ``latest`` finds damaged ones only.
     """
     if request is None:
         return None
@@ -237,35 +238,35 @@ def find_checkpoint(folder: Path, request: str | None, say: Callable[[str], None
         try:
             verify_checkpoint(path)
         except ValueError as damage:
-            if not path.exists():  # removed between two looks, as old ones are: there are newer ones
-                return find_checkpoint(folder, request, say)
-            say(str(damage))
+            if not path.exists():  # removed meanwhile, as old ones are: there are newer ones
+                return find_checkpoint(folder, request)
+            logger.info(str(damage))
         else:
             return path
     if candidates:
         raise ValueError(f"All {len(candidates)} checkpoints in {folder} are damaged; start afresh in another folder.")
-    say(f"No checkpoint in {folder} yet: starting from the beginning.")
+    logger.info(f"No checkpoint in {folder} yet: starting from the beginning.")
     return None
 
 
 def lies_in(checkpoint: Path, folder: Path) -> bool:
-    """Whether ``checkpoint`` is one of ``folder``: itself, or as a link there."""
+    """Return whether ``checkpoint`` lies in ``folder``, itself or as a symbolic link."""
     places = (checkpoint.resolve().parent, checkpoint.absolute().parent.resolve())
     return folder.resolve() in places
 
 
-def set_aside_later(folder: Path, step: int, say: Callable[[str], None]) -> None:
-    """Rename checkpoints beyond ``step`` to ``abandoned-...``: the run goes on from ``step`` and will differ."""
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename checkpoints after ``step`` to ``abandoned-...``: the run continues from ``step`` and will differ."""
     for later, path in list_checkpoints(folder).items():
         if later > step:
             aside = folder / f"abandoned-{path.name}"
             remove(aside)
             path.rename(aside)
-            say(f"{path.name} lies beyond step {step} and is now {aside.name}.")
+            logger.info(f"{path.name} is after step {step} and was renamed to {aside.name}.")
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""`train_adapter.py --dry_run`: what a run would cost in memory and FLOPs, and what to do about it. A step of the real
-shapes runs on the meta device, without weights.
+"""Estimate the memory and FLOPs of a run for `train_adapter.py --dry_run`, and suggest settings that need less. A step
+with the real shapes runs on the meta device, without weights.
 
-A multiplication with its addition is 2 FLOPs; matrix products and convolutions count, nothing else does. Backward is
-what the frozen U-Net needs: gradients of activations, from the first block that the adapter reaches, none of weights.
-Attention is the fused kind, which never keeps its scores.
+A multiplication with its addition counts as 2 FLOPs; only matrix products and convolutions are counted. Backward
+computes the gradients of activations in the frozen U-Net, from the first block that the adapter reaches, and none of
+its weights. Attention is fused and does not store its scores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from localctl.pipelines import DTYPES, BaseConfig
 from localctl.training.models import plan_adapter
 from localctl.training.settings import AdapterConfig, TrainSettings
 
-SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024}  # what these bases were trained at
+SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024}  # the image sides at which these bases were trained
 TOKENS = 77
 GIB = 2**30
 _HALF = ("fp16", "bf16")
@@ -42,8 +42,11 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one sample in float32. flops: of the training step without the VAE's encoder; vae_flops: of that.
-    activations, vae_bytes: the most bytes alive at once in either, beside weights and their gradients."""
+    """The cost of one sample in float32.
+
+    flops: of the training step without the VAE's encoder; vae_flops: of the encoder. activations, vae_bytes: the peak
+    of bytes in use in either, beside weights and their gradients.
+    """
 
     flops: float
     vae_flops: float
@@ -53,7 +56,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """trained, frozen: parameters. flops, vae_flops: per sample. The rest: bytes."""
+    """An estimate. trained, frozen: numbers of parameters. flops, vae_flops: per sample. The others: bytes."""
 
     trained: int
     frozen: int
@@ -66,12 +69,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """Bytes on the device."""
+        """Return the bytes needed on the device."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 class Estimator:
-    """Estimates settings for one shape of base and adapter; each size is counted once."""
+    """Estimates the cost of settings for one shape of base and adapter; the counts of each image size are cached."""
 
     def __init__(self, settings: TrainSettings, shape: BaseShape) -> None:
         self.shape, self.options = shape, plan_adapter(settings, shape).options
@@ -81,8 +84,8 @@ class Estimator:
         self.frozen = {part: sum(p.numel() for p in shape.build(part).parameters()) for part in shape.parts}
 
     def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
-        """Estimate training with ``settings`` at ``size`` (height, width); activations grow with the batch and with the
-        bytes of the dtype."""
+        """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
+        size and to the bytes of the dtype."""
         cost = self.cost(size, settings.gradient_checkpointing)
         width = 2 if precision_of(settings) in _HALF else DTYPES[settings.base.dtype].itemsize
         vae_width = 4 if self.shape.xl else width
@@ -101,15 +104,15 @@ class Estimator:
 
 
 def precision_of(settings: TrainSettings) -> str:
-    """Return the mixed precision of ``settings``; one that they leave open is what `accelerate launch` would say."""
+    """Return the mixed precision of ``settings``, or that of `accelerate launch` where they leave it open."""
     return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def report(settings: TrainSettings) -> str:
-    """Return the table, the present settings first, and what helps if they do not fit; no weights are read.
+    """Return a table of costs, the present settings first, and what reduces them; no weights are read.
 
     Raises:
-        ValueError: base, adapter and settings do not go together.
+        ValueError: base, adapter and settings do not fit.
     """
     base, size = settings.base.name, settings.data.size
     estimator = Estimator(settings, read_shape(settings.base))
@@ -137,7 +140,7 @@ def report(settings: TrainSettings) -> str:
 
 
 def _known_bases(settings: TrainSettings) -> Iterator[tuple[str, ...]]:
-    """Rows of the table: other bases at the size they were trained at."""
+    """Yield rows of the table: well-known bases at the size at which they were trained."""
     plain = {"adapter": AdapterConfig(), "adapter_model_name_or_path": None, "gradient_checkpointing": False}
     plain |= {"use_8bit_adam": False, "use_ema": False}
     for name, side in SIZES.items():
@@ -158,7 +161,7 @@ def _row(name: str, settings: TrainSettings, size: tuple[int, int], estimate: Es
 
 
 def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, int]) -> list[str]:
-    """Concrete flags with what each would leave, alone and all together."""
+    """Return flags with the memory that each would need, and all of them together."""
     steps = settings.gradient_accumulation_steps * settings.train_batch_size
     plain, more = (estimator.cost(size, checkpointing).flops for checkpointing in (False, True))
     half = precision_of(settings) in _HALF or DTYPES[settings.base.dtype] != torch.float32
@@ -192,12 +195,12 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
 
 
 def count_step(shape: BaseShape, options: dict[str, Any], size: tuple[int, int], checkpointing: bool = False) -> Cost:
-    """Count the cost of one sample of ``size`` (height, width) pixels; options: of ``LocalAdapter``."""
+    """Count the cost of one sample of ``size`` (height, width) in pixels; options: of ``LocalAdapter``."""
     unet: Any = shape.build("unet")
     unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
     with torch.device("meta"):
         adapter = LocalAdapter(**options)
-    for parameter in adapter.parameters():  # gradients of weights are counted by who asks, as they are kept
+    for parameter in adapter.parameters():  # the caller counts the gradients of weights
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     flops, activations = _count(lambda: _unet_step(unet, adapter, shape, size))
     vae: Any = shape.build("vae")
@@ -232,16 +235,16 @@ def _encode(vae: Any, size: tuple[int, int]) -> None:
 
 
 def _count(run: Callable[[], None]) -> tuple[float, int]:
-    """FLOPs of ``run`` and the most bytes that it had alive at once."""
+    """Return the FLOPs of ``run`` and its peak of bytes in use."""
     with OperationWatch() as watch, _fused_attention(watch):
         run()
     return float(watch.flops), watch.peak
 
 
 class OperationWatch(TorchDispatchMode):
-    """Counts the FLOPs of every operation by torch's own table, and the bytes of what it makes until that is freed.
+    """Counts the FLOPs of every operation with torch's table, and the bytes of its results until they are freed.
 
-    (torch's FlopCounterMode follows every module as well, which takes longer; its MemTracker is private.)
+    (torch's FlopCounterMode also tracks every module, which takes longer; its MemTracker is private.)
     """
 
     def __init__(self) -> None:
@@ -255,7 +258,7 @@ class OperationWatch(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        if not func.is_view:  # which are no new memory, and mostly of weights
+        if not func.is_view:  # a view uses no new memory
             for tensor in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(tensor, Tensor):
                     self._keep(tensor.untyped_storage())
@@ -279,8 +282,8 @@ class OperationWatch(TorchDispatchMode):
 
 @contextmanager
 def _fused_attention(watch: OperationWatch) -> Iterator[None]:
-    """Stand in for attention on the meta device by what keeps what a fused kernel keeps: the device's own would make
-    and keep the scores. No function mode does it: those are off in backward, where checkpoints compute again."""
+    """Within, attention on the meta device stores what a fused kernel stores; torch's own would store the scores. A
+    function mode cannot do this: it is off in backward, where gradient checkpointing recomputes attention."""
     real = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
@@ -296,8 +299,8 @@ def _fused_attention(watch: OperationWatch) -> Iterator[None]:
 
 
 class _Attention(torch.autograd.Function):
-    """Fused attention without its numbers. Backward: the products for the gradients that are wanted; those that a
-    kernel repeats to save memory do not count."""
+    """Fused attention without values. Backward counts the products for the required gradients, but not those that a
+    kernel recomputes to save memory."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, watch: OperationWatch) -> Tensor:

@@ -1,9 +1,9 @@
-"""The data of a run: its two datasets, its batches, and what is noted on the way: bad rows, empty masks, captions that
-are cut."""
+"""The data of a run: its two datasets, its batches, and counts of bad rows, empty masks and truncated captions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from localctl.sizes import check_side
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
 
-ENOUGH_MASKS = 8  # empty ones in a row are no chance
+logger = logging.getLogger(__name__)
+ENOUGH_MASKS = 8  # if as many in a row are empty, that is no coincidence
 MOSTLY = 0.5
 
 
 def open_sources(settings: TrainSettings) -> tuple[Source, Source | None, tuple[int, int]]:
-    """Open the training data, the held-out data (None without validation), and find the size (height, width) of the
-    first example: their mistakes before anything slow.
+    """Open the training data and the held-out data (None without validation), and return them with the size (height,
+    width) of the first example. Errors in the data are found here, before slow work.
 
     Raises:
-        ValueError: the data is not there, of a size that no base takes, or has no usable row (TooManyBadRows).
+        ValueError: the data does not exist, its size fits no base, or no row is usable (TooManyBadRows).
     """
     train = make_source(settings, "train")
     height, width = first_example(MaskedSamples(train, settings.mask, settings.seed)).pixels.shape[-2:]
@@ -42,20 +43,20 @@ def open_sources(settings: TrainSettings) -> tuple[Source, Source | None, tuple[
 
 
 def make_source(settings: TrainSettings, split: str) -> Source:
-    """Open the dataset of a split: ``train`` or ``val``."""
-    count = None if split == "train" else 20 * settings.validation.count  # of scenes, some of which are skipped
+    """Open the dataset of a split, ``train`` or ``val``."""
+    count = None if split == "train" else 20 * settings.validation.count  # scenes, some of which are skipped
     return open_data(settings.data, settings.condition, split, count, or_else=WITHOUT_VALIDATION)
 
 
 def held_out_source(settings: TrainSettings, train: Source) -> Source:
-    """Open the dataset of the split ``val``; of the rows that ``train`` has read, where both come from them."""
+    """Open the dataset of the split ``val``; where both splits share their rows, use those that ``train`` has read."""
     if isinstance(train, FileSource) and settings.data.validation_split is None:
         return part_of(train.rows, settings.data, settings.condition, "val", WITHOUT_VALIDATION)
     return make_source(settings, "val")
 
 
 def first_example(samples: MaskedSamples) -> Example:
-    """Load the first sample of a training, as a test before slow work. TooManyBadRows when nothing is usable."""
+    """Load the first sample of a training, as a check before slow work. TooManyBadRows if no row is usable."""
     found = samples[SamplePlan(len(samples), samples.seed).at(0)]
     if isinstance(found, Unusable):
         raise nothing_usable(found.problems)
@@ -63,7 +64,7 @@ def first_example(samples: MaskedSamples) -> Example:
 
 
 def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
-    """Why no example was found."""
+    """Return the error for ``problems`` in a row without a usable example."""
     listed = "; ".join(f"{problem.key}: {problem.detail}" for problem in dict.fromkeys(problems[:3]))
     return TooManyBadRows(
         f"No usable row was found in {len(problems)} tries ({listed}); run python -m localctl.data check with the same "
@@ -71,8 +72,8 @@ def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
     )
 
 
-def brings_masks(source: Source) -> bool:
-    """Whether examples come with their own masks; without, masks are sampled."""
+def has_own_masks(source: Source) -> bool:
+    """Return whether the dataset has masks; if not, masks are sampled."""
     return isinstance(source, FileSource) and source.rows.has_masks
 
 
@@ -93,7 +94,7 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
         settings.dataloader_num_workers,
         batch_sampler=sampler,
         collate_fn=collate,
-        generator=generator(settings.seed, "loader"),  # or the loader would use the global random state
+        generator=generator(settings.seed, "loader"),  # without it, the loader uses the global random state
     )
 
 
@@ -112,59 +113,58 @@ def next_batch(batches: Iterator[Batch], state: TrainState) -> Batch:
 
 
 class DataWatch:
-    """Looks at each batch before it is used. All processes must call it alike.
+    """Checks each batch before it is used. All processes must make the same calls.
 
-    Rows are counted when the training reaches them, not when a worker fetches them ahead: so the count, too, is the
-    same with any number of workers and after a resume. tokenizer: counts captions that are cut, beside empty masks;
-    None = neither is counted, as of the embedded scenes.
+    Rows are counted when the training reaches them, not when a worker fetches them ahead, so that the counts do not
+    depend on the number of workers or on a resume.
+
+    Args:
+        tokenizer: finds truncated captions. None = count neither these nor empty masks, as for the embedded scenes.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, quarantine: Quarantine, tokenizer: Any, say: Callable[[str], None]
-    ) -> None:
-        self.accelerator, self.quarantine, self.tokenizer, self.say = accelerator, quarantine, tokenizer, say
+    def __init__(self, accelerator: Accelerator, quarantine: Quarantine, tokenizer: Any) -> None:
+        self.accelerator, self.quarantine, self.tokenizer = accelerator, quarantine, tokenizer
         self._seen: set[int] = set()
         self.long_captions = self.masks = self.empty_masks = 0
 
-    def look_at(self, batch: Batch, step: int) -> None:
-        """Note the bad rows met for ``batch`` of step ``step``. TooManyBadRows when they are too many, or when no
-        usable row was found in their place."""
+    def check(self, batch: Batch, step: int) -> None:
+        """Record the bad rows found for ``batch`` of step ``step``. TooManyBadRows if there are too many of them, or no
+        usable row was found to replace one."""
         problems, usable = self._of_all_processes(batch.problems, len(batch) > 0)
         self.quarantine.add(problems, step)
-        if not usable:  # on whichever process: all stop alike
+        if not usable:  # on any process: all stop together
             raise nothing_usable(tuple(problems))
         if self.tokenizer is not None:
             self._count_empty(batch)
             self._count_long(batch)
 
     def lines(self) -> list[str]:
-        """Return what there is to say at the end of a run; nothing if all was well."""
+        """Return the lines to log at the end of a run; empty if nothing was wrong."""
         lines = [self.quarantine.summary()] if self.quarantine.problems else []
         if self.long_captions:
             limit = self.tokenizer.model_max_length
-            lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and cut")
+            lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and truncated")
         if self.empty_masks > MOSTLY * self.masks:
             lines.append(
-                warning(f"{self.empty_masks} of {self.masks} masks seen were empty: there nothing was learned")
+                warning(f"{self.empty_masks} of {self.masks} masks seen were empty: nothing was learned from them")
             )
         elif self.empty_masks:
-            lines.append(f"{self.empty_masks} of {self.masks} masks seen were empty, so controlled nothing")
+            lines.append(f"{self.empty_masks} of {self.masks} masks seen were empty and controlled nothing")
         return [f"data        {line}" for line in lines]
 
     def _count_empty(self, batch: Batch) -> None:
-        """Say it once, and early, when all masks so far are empty: the training would run to its end for nothing."""
+        """Warn once, and early, if all masks so far are empty: the training would learn nothing."""
         empty = int((batch.mask.flatten(1).amax(1) <= 0).sum())
         before = self.masks
         self.masks, self.empty_masks = self.masks + len(batch), self.empty_masks + empty
         if before < ENOUGH_MASKS <= self.masks and self.empty_masks == self.masks:
-            said = (
+            logger.warning(
                 f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can "
                 "be learned; white is controlled, look at the masks with python -m localctl.data check."
             )
-            self.say(warning(said))
 
     def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
-        """Return the problems of all, and whether each of them has something to train on."""
+        """Return the problems of all processes, and whether each process has something to train on."""
         if self.accelerator.num_processes == 1:
             return list(problems), usable
         numbers = torch.tensor([len(problems), int(not usable)], device=self.accelerator.device)
@@ -182,7 +182,7 @@ class DataWatch:
 
 
 def is_cut(tokenizer: Any, caption: str) -> bool:
-    """Whether the text encoder sees only the beginning of ``caption``."""
+    """Return whether the text encoder reads only the beginning of ``caption``."""
     limit = tokenizer.model_max_length
     return len(tokenizer(caption, truncation=True, max_length=limit + 1, verbose=False).input_ids) > limit
 
@@ -190,7 +190,8 @@ def is_cut(tokenizer: Any, caption: str) -> bool:
 def shared_quarantine(
     accelerator: Accelerator, folder: Path, rows: int, max_bad_fraction: float, start: int
 ) -> Quarantine:
-    """Return the bad rows of a run that begins at step ``start``; the first process keeps the list, all know it."""
+    """Return the bad rows of a run that begins at step ``start``; the first process writes their file, all know
+    them."""
     quarantine = Quarantine(folder if accelerator.is_main_process else None, rows, max_bad_fraction, start)
     if accelerator.num_processes > 1:
         [quarantine.problems] = broadcast_object_list([quarantine.problems])

@@ -1,7 +1,8 @@
-"""What happens between the steps and at the end: score, log, save, validate, export. None of it may cost a training."""
+"""What happens between the steps and at the end: score, log, save, validate, export. None of it may end a training."""
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import time
@@ -10,38 +11,39 @@ from typing import Any, Protocol
 
 from localctl.data.bad_rows import TooManyBadRows
 from localctl.files import first_line, remove
-from localctl.messages import warning, working
+from localctl.messages import working
 from localctl.signals import Interrupt
 from localctl.training.checkpoints import CheckpointError, list_checkpoints, write_folders
 from localctl.training.export import ADAPTER, BEST, Finished, export, published, push, sheet_name
 from localctl.training.models import Models
 from localctl.training.state import TrainState
 from localctl.training.trackers import STATS, Tracker, read_stats
-from localctl.training.validation import References, ValidationResult, Validator, in_words, validation_row
+from localctl.training.validation import References, ValidationResult, Validator, as_clause, validation_row
 
+logger = logging.getLogger(__name__)
 VALIDATED = "validation/f1"  # a row of the log with it is a validation
 
 
 class Stopped(Exception):
-    """Validation was given up because of a signal."""
+    """A signal ended the validation."""
 
 
 class Scorer(Protocol):
-    """Scores the adapter as it is now, for example by FID.
+    """Scores the adapter in its present state, for example by FID.
 
-    Called on every process at the same step, so it may share the work; it must return the same number on each. It may
-    use the models, but must leave weights and the global random state as they were.
+    It is called on every process at the same step, so it may divide the work; it must return the same number on each.
+    It may use the models, but must not change weights or the global random state.
     """
 
     def __call__(self, models: Models, step: int) -> float: ...
 
 
 class Events:
-    """Whatever is due after a step, of one run.
+    """Everything that is due after a step of a run.
 
-    Checkpoints come before what may fail or take long. What validation, a score or a tracker raises is said in one
-    sentence, and the training goes on; a signal, and data that cannot be used, keep their meaning. All processes must
-    call every method alike.
+    Checkpoints are saved before anything that may fail or take long. An exception of the validation, a score or a
+    tracker is logged in one sentence, and the training goes on; a signal or unusable data end it as always. All
+    processes must make the same calls.
     """
 
     def __init__(
@@ -53,26 +55,26 @@ class Events:
         validator: Validator | None,
     ) -> None:
         self.state, self.settings, self.output_dir = state, state.settings, output_dir
-        self.interrupt, self.say, self.scorer = interrupt, state.say, scorer
+        self.interrupt, self.scorer = interrupt, scorer
         self.main = state.accelerator.is_main_process
         self.tracker = Tracker()
-        self.signal = 0  # that any process was sent, as all of them know it
+        self.signal = 0  # sent to any of the processes; all of them know it
         self.validator = validator
         self.references: References | None = None
         self.last: ValidationResult | None = None
 
     @property
     def at_the_end(self) -> bool:
-        """Whether no step is left."""
+        """Return whether no step is left."""
         return self.state.step >= self.settings.steps or self.state.early_stopping.stopped
 
     def validation_is_due(self) -> bool:
-        """Whether the settings want one after the present step."""
+        """Return whether the settings ask for a validation after the present step."""
         step, every = self.state.step, self.settings.validation_steps
         return bool(every and step) and (step % every == 0 or self.at_the_end)
 
     def before_the_first_step(self, bar: Any) -> None:
-        """Make good what an interruption kept from being done, and the validation for the card of a finished run."""
+        """Catch up on what an interruption prevented, and on the validation for the card of a finished run."""
         state = self.state
         [state.validated] = state.agree(max(state.validated, self._last_logged_validation()))
         if self.validation_is_due() and (self.at_the_end or state.validated != state.step):
@@ -81,7 +83,7 @@ class Events:
             self.score(bar)
 
     def after_step(self, bar: Any, measured: dict[str, float], stopped: bool) -> bool:
-        """Score, log, save, validate: whatever is due. Returns whether to stop here. measured: numbers of the step."""
+        """Score, log, save and validate as due; return whether to stop. measured: numbers of the step for the log."""
         state, settings = self.state, self.settings
         if not stopped and not self.signal:
             self.score(bar)
@@ -95,12 +97,12 @@ class Events:
             state.save(self.output_dir)
         if self.validation_is_due() and not stopped and not self.signal:
             self.validate(bar)
-            if self.signal and not due:  # it came while validating
+            if self.signal and not due:  # sent while validating
                 state.save(self.output_dir)
         return stopped or bool(self.signal)
 
     def score(self, bar: Any) -> None:
-        """Return the score that early stopping goes by, if it is due."""
+        """Compute the score for early stopping, if it is due."""
         state, stopping = self.state, self.state.early_stopping
         if self.scorer is None or not stopping.due(state.step):
             return
@@ -111,30 +113,30 @@ class Events:
                 score = self.scorer(state.models, state.step)
             except TooManyBadRows:
                 raise
-            except Exception as error:  # of any scorer: said below, and no reason to lose the training
-                failure = _named(error)
+            except Exception as error:  # of any scorer: logged below; the training goes on
+                failure = _type_and_message(error)
             if any(state.agree(bool(failure))):
                 failure = failure or "another process failed"
-                self.say(warning(f"step {state.step}: no score ({failure}); the training goes on."))
+                logger.warning(f"step {state.step}: no score ({failure}); the training goes on.")
                 return
             if stopping.update(state.step, score) and self.main:
-                self._keep_best()
+                self._save_best()
         best = {"score/best": stopping.best, "score/best_step": stopping.best_step}
         self.tracker.log(state.step, {"score": score, **best})
         if stopping.stopped:
-            self.say(f"step {state.step}: stopping, no score since step {stopping.best_step} was better.")
+            logger.info(f"step {state.step}: stopping, no score since step {stopping.best_step} was better.")
 
-    def _keep_best(self) -> None:
-        """Write the adapter with the best score so far; a disk that takes no more is said."""
+    def _save_best(self) -> None:
+        """Write the adapter with the best score so far; log a warning if it cannot be written."""
         try:
             write_folders(self.output_dir, {BEST: self.state.models.plain_adapter.save_pretrained})
         except OSError as error:
-            said = f"step {self.state.step}: the best adapter so far is not kept, {error}; the training goes on."
-            self.say(warning(said))
+            step = self.state.step
+            logger.warning(f"step {step}: the best adapter so far was not saved, {error}; the training goes on.")
 
     def validate(self, bar: Any) -> None:
-        """Generate the validation images on the first process. The others keep step with it, so that a signal to any of
-        them is heard and none waits long enough to be given up."""
+        """Generate the validation images on the first process. The others exchange values with it after each denoising
+        step, so that all learn of a signal and none runs into a timeout."""
         state, done = self.state, 0
         while not self.main and not done:
             self.signal, done = state.agree(self.interrupt.signal, 0)
@@ -144,30 +146,30 @@ class Events:
             self._generate_validation(bar)
             state.validated = state.step
         except Stopped:
-            self.say(f"Validation at step {state.step} was given up; it is made good on resuming.")
+            logger.info(f"The validation at step {state.step} was interrupted; it is repeated on resuming.")
         except TooManyBadRows:
             raise
-        except Exception as error:  # whatever it is, it is said and no reason to lose the training
-            self.say(warning(f"step {state.step}: no validation ({_named(error)}); the training goes on."))
+        except Exception as error:  # of whatever kind: the training goes on
+            logger.warning(f"step {state.step}: no validation ({_type_and_message(error)}); the training goes on.")
         finally:
             self.signal, _ = state.agree(self.interrupt.signal, 1)
 
-    def keep(self) -> str:
-        """Save what there is, because the run must end here; where it is, as the part of a sentence."""
+    def save_before_ending(self) -> str:
+        """Save a checkpoint because the run must end here; return where it is, as a clause."""
         state = self.state
         if state.step == 0:
-            return "no step was made"
+            return "no step was finished"
         if not any(state.agree(state.step in list_checkpoints(self.output_dir))):
             state.save(self.output_dir)
-        return f"checkpoint-{state.step} holds all of the training: go on with --resume_from_checkpoint latest"
+        return f"checkpoint-{state.step} holds all of the training: continue with --resume_from_checkpoint latest"
 
     def finish(self, own_masks: bool) -> None:
-        """Write the adapter with its card, then upload it with ``push_to_hub``; a signal that comes meanwhile lets the
-        writing end, and keeps the upload from beginning.
+        """Write the adapter with its card, then upload it if ``push_to_hub``. A signal does not interrupt the writing,
+        but prevents the upload.
 
         Raises:
-            OSError: the adapter could not be written, and the message says how the training is kept; or not be
-                uploaded.
+            OSError: the adapter could not be written, and the message says where the training is saved instead; or it
+                could not be uploaded.
         """
         state, failure = self.state, ""
         run = Finished(self.settings, state.step, self.last, self.references, own_masks)
@@ -179,19 +181,22 @@ class Events:
                 failure = str(error)
         if any(state.agree(bool(failure))):
             failure = failure or "The first process could not write the adapter"
-            raise OSError(f"{failure}; {self._keep_anyhow()}.")
+            raise OSError(f"{failure}; {self._save_after_failed_export()}.")
         [self.signal] = state.agree(self.interrupt.signal)
         if not (self.main and self.settings.push_to_hub):
             return
         if self.signal:
-            self.say("Not pushed to the hub, because of the signal; the same command with latest makes up for it.")
+            logger.info(
+                "Not pushed to the hub, because of the signal; run the same command with --resume_from_checkpoint "
+                "latest to push it."
+            )
         else:
             push(self.output_dir, self.settings, published(run))
 
-    def _keep_anyhow(self) -> str:
-        """Where the training is kept when its export failed, as the part of a sentence."""
+    def _save_after_failed_export(self) -> str:
+        """Save the training after its export failed; return where it is, as a clause."""
         try:
-            return self.keep()
+            return self.save_before_ending()
         except CheckpointError:
             if not self.main:
                 return "no checkpoint either"
@@ -201,20 +206,20 @@ class Events:
                 write_folders(place, {ADAPTER: self.state.models.plain_adapter.save_pretrained})
         except OSError:
             remove(place)
-            return f"nor a checkpoint, nor the adapter alone in {place.parent}: this training could not be kept"
-        return f"nor a checkpoint, but the adapter alone is kept in {place / ADAPTER}"
+            return f"nor a checkpoint, nor the adapter alone in {place.parent}: this training could not be saved"
+        return f"nor a checkpoint, but the adapter alone is saved in {place / ADAPTER}"
 
     def _generate_validation(self, bar: Any) -> None:
         step, validator = self.state.step, self.validator
         assert validator is not None
-        made, shown, passes = 0, time.monotonic(), validator.steps * (1 if self.references else 2)
+        made, shown_at, passes = 0, time.monotonic(), validator.steps * (1 if self.references else 2)
         bar.set_postfix_str("validating")
 
         def beat() -> None:
-            nonlocal made, shown
+            nonlocal made, shown_at
             made += 1
-            if time.monotonic() - shown > 1:  # a sign of life
-                shown = time.monotonic()
+            if time.monotonic() - shown_at > 1:  # seconds
+                shown_at = time.monotonic()
                 bar.set_postfix_str(f"validating, {made / passes:.0%}")
             self.signal, _ = self.state.agree(self.interrupt.signal, 0)
             if self.signal:
@@ -232,15 +237,15 @@ class Events:
             self.tracker.image(step, "validation/grid", result.sheet)
         path = self.output_dir / sheet_name(step)
         result.save(path)
-        self.say(f"step {step}: {in_words(fidelity, references)}, {path}")
+        logger.info(f"step {step}: {as_clause(fidelity, references)}, {path}")
 
     def _last_logged_validation(self) -> int:
-        """Return the step of it, as this folder's log has it: a checkpoint is older than the validation after it."""
+        """Return the step of the last validation in the log: a checkpoint is older than the validation after it."""
         if not (self.main and self.state.step and (self.output_dir / STATS).is_file()):
             return 0
         rows = read_stats(self.output_dir)
         return max((row["step"] for row in rows if VALIDATED in row and row["step"] <= self.state.step), default=0)
 
 
-def _named(error: BaseException) -> str:
+def _type_and_message(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"

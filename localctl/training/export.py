@@ -1,5 +1,5 @@
-"""What a finished run leaves behind: the adapter in both forms, its settings, a model card; and publishing them on the
-Hugging Face hub."""
+"""The output of a finished run: the adapter as LocalAdapter and T2IAdapter, its settings, a model card; and the upload
+to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from localctl.training.settings import TrainSettings
 from localctl.training.validation import References, ValidationResult
 
 ADAPTER, T2IADAPTER, CONFIG, CARD = "adapter", "t2iadapter", "config.yaml", "README.md"
-BEST = "best"  # the adapter of the best score, where there is a scorer
-UPLOAD = "hub"  # folder with what is uploaded, as others may read it; it stays where the upload failed
+BEST = "best"  # the adapter with the best score, if there is a scorer
+UPLOAD = "hub"  # folder of the files to upload, without private paths; it remains if the upload fails
 
 
 def write_settings(settings: TrainSettings, folder: Path) -> None:
-    """Write the settings as they were understood, defaults included, secrets masked."""
+    """Write the settings in full, defaults included, secrets masked."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, yaml.safe_dump(recorded(settings), sort_keys=False, allow_unicode=True))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What is told of a finished run. result: of the last validation. own_masks: the data brought its masks."""
+    """What the model card describes. result: of the last validation. own_masks: the dataset has masks."""
 
     settings: TrainSettings
     step: int
@@ -47,33 +47,33 @@ def export(adapter: LocalAdapter, run: Finished, folder: Path) -> None:
     """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none.
 
     Raises:
-        OSError: the disk takes no more, named; what was there before stays.
+        OSError: a file could not be written; the message names it, and earlier files stay.
     """
     write_folders(folder, {ADAPTER: adapter.save_pretrained, T2IADAPTER: adapter.save_t2iadapter})
     write_text(folder / CARD, model_card(run))
 
 
 def published(run: Finished) -> list[str]:
-    """Return what of a finished run is for others: patterns of files in its folder."""
+    """Return the files of a finished run to upload, as patterns within its folder."""
     sheets = [] if run.result is None else [sheet_name(run.step)]
     return [f"{ADAPTER}/*", f"{T2IADAPTER}/*", CARD, CONFIG, *sheets]
 
 
 def sheet_name(step: int) -> str:
-    """Where the validation grid of ``step`` lies, relative to the run's folder."""
+    """Return the path of the validation grid of ``step``, relative to the run's folder."""
     return f"validation/step-{step:06d}.png"
 
 
 def model_card(run: Finished) -> str:
     """Write the model card: Markdown with the metadata block that the Hugging Face hub reads."""
-    settings, condition, base = run.settings, run.settings.condition, _shown(run.settings.base.name)
+    settings, condition, base = run.settings, run.settings.condition, _public_name(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
     title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
     metadata = ModelCardData(
         library_name="diffusers",
-        base_model=None if is_local(place) else place,  # the hub refuses what is not an id
+        base_model=None if is_local(place) else place,  # the hub accepts ids only
         tags=["t2iadapter", "localctl", "text-to-image", "diffusers-training", condition.kind],
-        model_name=title if evaluation else None,  # of the figures
+        model_name=title if evaluation else None,  # required beside eval_results
         eval_results=evaluation or None,
     )
     body = f"""# {title}
@@ -84,9 +84,9 @@ A T2I-Adapter that makes the base follow a {condition.kind} condition inside a m
 | trained with | |
 |---|---|
 | base | {base} (frozen) |
-| condition | {_named(asdict(condition))} |
-| masks | {"of the data" if run.own_masks else _named(asdict(settings.mask))} |
-| loss | denoising + {_named(asdict(settings.loss))} |
+| condition | {_joined(asdict(condition))} |
+| masks | {"of the data" if run.own_masks else _joined(asdict(settings.mask))} |
+| loss | denoising + {_joined(asdict(settings.loss))} |
 | optimizer | AdamW, {settings.lr_scheduler} from {settings.learning_rate:g}, batch {effective_batch(settings)} |
 | timesteps | {settings.timestep_sampling}; {settings.proportion_empty_prompts:.0%} empty prompts |
 | seed | {settings.seed} |
@@ -100,10 +100,10 @@ def effective_batch(settings: TrainSettings) -> int:
 
 
 def _evaluation(run: Finished) -> list[EvalResult]:
-    """Return the figures of the last validation as the hub reads them."""
+    """Return the scores of the last validation in the form of the hub."""
     if run.result is None or not run.result.fidelity.scored:
         return []
-    name, measured = _shown(run.settings.data.name), run.result.fidelity
+    name, measured = _public_name(run.settings.data.name), run.result.fidelity
     about: dict[str, Any] = {"task_type": "text-to-image", "dataset_type": name, "dataset_name": f"{name}, held out"}
     values = {"f1": measured.f1, "precision": measured.precision, "recall": measured.recall}
     return [
@@ -152,7 +152,7 @@ def _usage(settings: TrainSettings) -> str:
 ```python
 from localctl import LocalAdapter, LocalAdapterControl, generate, load_pipeline
 
-pipe = load_pipeline({_shown(settings.base.name)!r})
+pipe = load_pipeline({_public_name(settings.base.name)!r})
 adapter = LocalAdapter.from_pretrained("{ADAPTER}")
 control = LocalAdapterControl(adapter, condition, mask)  # (C, H, W) and (1, H, W), both in [0, 1]
 image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
@@ -162,32 +162,32 @@ image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 """
 
 
-def _shown(base: str) -> str:
-    """Return a base as others may read it: of a folder its name alone, on one line and without markup."""
+def _public_name(base: str) -> str:
+    """Return the name of a base for publication: of a folder its last part, on one line and without markup."""
     name = base
     if base not in BASES and is_local(base):
-        # UTF-8 as on the disk, whatever the locale made of it
+        # UTF-8 as on the disk, whatever the locale
         name = os.fsencode(Path(base).expanduser().resolve().name).decode(errors="replace")
     return re.sub(r"[\s`|<>\[\]]+", " ", name).strip()
 
 
-def _named(values: dict[str, Any]) -> str:
+def _joined(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
 def check_hub(settings: TrainSettings) -> None:
-    """Raise ValueError, before hours are spent, if ``push_to_hub`` is set without a token."""
+    """Raise ValueError if ``push_to_hub`` is set without a token, before hours of training."""
     if settings.push_to_hub and not (settings.hub_token or get_token()):
         raise ValueError("push_to_hub needs a token; run `hf auth login`, set HF_TOKEN or give --hub_token.")
 
 
 def push(folder: Path, settings: TrainSettings, files: list[str], api: Any = None) -> str:
-    """Upload what ``files`` (patterns) match in ``folder``, without this machine's paths; checkpoints and logs stay at
-    home. A new repository is private unless ``hub_private_repo`` is false. Returns the repository's name:
+    """Upload the ``files`` (patterns) of ``folder``, without paths of this machine. Checkpoints and logs are not
+    uploaded. A new repository is private unless ``hub_private_repo`` is false. Returns the repository's name:
     ``hub_model_id``, or that of the folder.
 
     Raises:
-        OSError: the hub cannot be reached or refuses; the run's folder is whole.
+        OSError: the hub cannot be reached or refuses; the run's folder is unchanged.
     """
     api = api or HfApi(token=settings.hub_token)
     name = settings.hub_model_id or folder.resolve().name
@@ -197,7 +197,7 @@ def push(folder: Path, settings: TrainSettings, files: list[str], api: Any = Non
         api.upload_folder(
             repo_id=name, folder_path=str(upload), allow_patterns=files, commit_message="Trained with localctl"
         )
-    except OSError as error:  # everything that goes wrong between here and there is one
+    except OSError as error:  # errors of the network and of the hub are OSErrors, too
         private = " --private" if settings.hub_private_repo else ""
         raise OSError(
             f"The adapter is safe in {folder}, but could not be pushed to {name} ({first_line(error)}); push it later "
@@ -208,7 +208,8 @@ def push(folder: Path, settings: TrainSettings, files: list[str], api: Any = Non
 
 
 def prepare_upload(folder: Path, files: list[str]) -> Path:
-    """``folder/hub``: copies of what ``files`` match, the settings in them without paths of this machine."""
+    """Copy the ``files`` (patterns) to ``folder/hub``, without paths of this machine in settings; return that
+    folder."""
     upload = folder / UPLOAD
     remove(upload)
     upload.mkdir(parents=True)
@@ -226,23 +227,23 @@ def prepare_upload(folder: Path, files: list[str]) -> Path:
 
 
 def without_paths(value: Any) -> Any:
-    """Plain values in which of every path into this machine only the last part is left."""
+    """Return plain values with every path of this machine shortened to its last part."""
     if isinstance(value, dict):
         return {name: without_paths(item) for name, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     if isinstance(value, str) and is_local(value) and ("/" in value or "\\" in value):
-        return PureWindowsPath(value).name or value  # which knows both kinds of slashes
+        return PureWindowsPath(value).name or value  # it accepts both kinds of slashes
     return value
 
 
 def is_local(place: str) -> bool:
-    """Whether ``place`` is a path of this machine: absolute, of the home folder, or there."""
+    """Return whether ``place`` is a path of this machine: absolute, in the home folder, or existing."""
     try:
         return (
             place.startswith(("/", "~", "./", "../"))
             or PureWindowsPath(place).is_absolute()
             or ("\n" not in place and Path(place).exists())
         )
-    except (OSError, ValueError):  # far too long, or with a NUL
+    except (OSError, ValueError):  # too long, or with a NUL
         return False

@@ -1,8 +1,9 @@
-"""A training run from settings to adapter. ``prepare`` finds every user error before slow work; ``Run.train`` orders
-the events: step, log, validate, checkpoint, export."""
+"""A training run from settings to adapter. ``prepare`` finds every user error before slow work; ``Run.train`` runs the
+steps and what is due between them: log, validate, checkpoint, export."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from localctl.data import Batch, Source
 from localctl.data.workers import WorkerError
 from localctl.distributed import LostProcess, lost_process
-from localctl.messages import tolerant, working
+from localctl.messages import working
 from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
@@ -26,7 +27,7 @@ from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import (
     DataWatch,
     batches_of,
-    brings_masks,
+    has_own_masks,
     next_batch,
     open_sources,
     shared_quarantine,
@@ -39,21 +40,25 @@ from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, sample_noise, training_step
-from localctl.training.summary import announcement, short_of_room
+from localctl.training.summary import announcement, disk_space_warning
 from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.validation import Fidelity, Validator
 
-_SIGNAL_ON_ITS_WAY = 0.5  # seconds: who stops a job may signal each of its processes, workers too
+logger = logging.getLogger(__name__)
+_SIGNAL_DELAY = 0.5  # seconds: a job may be stopped by a signal to each of its processes, workers too
 
 
 class NotFiniteError(RuntimeError):
-    """A loss or gradient is not finite, and the settings do not allow to leave out this update."""
+    """A loss or gradient is not finite, and the settings do not allow skipping the update."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """step: how far it got. interrupted: stopped early, with a checkpoint to continue from. fidelity: of the last
-    validation, if any. signal: the number of the one that stopped it, or 0."""
+    """The outcome of a run.
+
+    step: the last finished step. interrupted: it stopped early, with a checkpoint to continue from. fidelity: the
+    scores of the last validation, if any. signal: number of the signal that stopped it, or 0.
+    """
 
     step: int
     output_dir: Path
@@ -64,16 +69,20 @@ class TrainResult:
 
 def prepare(
     settings: TrainSettings,
-    say: Callable[[str], None] = tqdm.write,
     scorer: Scorer | None = None,
     parent: int | None = None,
 ) -> Run:
-    """Check output folder, checkpoint, base and data, then load everything. parent: the launcher, as
-    :func:`~localctl.signals.launcher` found it when the program began.
+    """Check output folder, checkpoint, base and data, then load everything.
+
+    Args:
+        settings: of the run.
+        scorer: computes the score for early stopping.
+        parent: process id of the launcher when the program began, from :func:`~localctl.signals.launcher`.
 
     Raises:
-        ValueError: in one sentence for the user; :class:`~localctl.lock.FolderInUse` for the output folder.
-        OSError: of the disk.
+        ValueError: the settings, the data or the checkpoint cannot be used; :class:`~localctl.lock.FolderInUse`:
+            another run writes to the output folder.
+        OSError: the disk cannot be read or written.
     """
     resolve_base(settings.base.name)
     check_hub(settings)
@@ -81,8 +90,7 @@ def prepare(
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
     accelerator = new_accelerator(settings)
-    say = tolerant(say) if accelerator.is_main_process else _silent
-    folder = RunFolder(output_dir, say)
+    folder = RunFolder(output_dir)
     try:
         state, train, val = _load(settings, accelerator, folder)
         run = Run(state, train, val, folder, scorer, Interrupt(launcher() if parent is None else parent))
@@ -96,13 +104,12 @@ def prepare(
 def _load(
     settings: TrainSettings, accelerator: Accelerator, folder: RunFolder
 ) -> tuple[TrainState, Source, Source | None]:
-    """Load state, data and held-out data of a run in its locked folder."""
+    """Load the state, the training data and the held-out data of a run."""
     checkpoint = folder.find_checkpoint(settings)
     train, val, size = open_sources(settings)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
-    state.say = folder.say
     state.models.check_size(*size)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
@@ -111,19 +118,15 @@ def _load(
     )
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
-        check_unchanged(manifest["info"], state.info, force=settings.force_resume, say=state.say)
+        check_unchanged(manifest["info"], state.info, force=settings.force_resume)
         state.load(checkpoint, manifest["step"])
     if state.agree(state.step, -state.step) != [state.step, -state.step]:
         raise ValueError("The processes found different checkpoints; give all of them the same --output_dir.")
     return state, train, val
 
 
-def _silent(text: str) -> None:
-    """Print nothing: only rank 0 prints."""
-
-
 class Run:
-    """A prepared training run."""
+    """A training run that is ready to start."""
 
     def __init__(
         self,
@@ -134,39 +137,39 @@ class Run:
         scorer: Scorer | None,
         interrupt: Interrupt,
     ) -> None:
-        self.state, self.settings, self.say = state, state.settings, state.say
+        self.state, self.settings = state, state.settings
         self.train_source, self.folder, self.output_dir = train, folder, folder.path
         self.main = state.accelerator.is_main_process
         data = self.settings.data
         bad = shared_quarantine(state.accelerator, folder.path, len(train), data.max_bad_fraction, state.step)
         tokenizer = None if data.is_micro else state.models.pipe.tokenizer
-        self.watch = DataWatch(state.accelerator, bad, tokenizer, self.say)
+        self.watch = DataWatch(state.accelerator, bad, tokenizer)
         self.interrupt = interrupt
         validator = None if val is None or not self.main else Validator(state.models, self.settings, val)
         self.events = Events(state, folder.path, interrupt, scorer, validator)
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> TrainResult:
-        """Train to the last step and export; or until a signal or ``stop(step)``, leaving a checkpoint.
+        """Train to the last step and export; or until a signal or ``stop(step)``, with a checkpoint.
 
-        ``stop`` must say the same on all processes; a signal to any of them stops all.
+        ``stop`` must return the same on all processes; a signal to any of them stops all.
 
         Raises:
-            NotFiniteError: a loss or gradient is not finite; nothing was changed by it.
-            OSError: what could not be written, a data worker that was killed, another process that is gone, or an
-                output folder that was removed; the message says what is left of the training.
+            NotFiniteError: a loss or gradient is not finite; the adapter was not changed by it.
+            OSError: a file could not be written, a data worker was killed, another process ended, or the output folder
+                was removed; the message says what is saved of the training.
         """
         try:
             with self.interrupt:
                 self._begin()
                 stopped = self._loop(stop)
                 if not stopped:
-                    self.events.finish(own_masks=brings_masks(self.train_source))
+                    self.events.finish(own_masks=has_own_masks(self.train_source))
         except RuntimeError as error:
             lost = lost_process(error)
             if lost is None:
                 raise
             raise LostProcess(
-                f"{lost}; go on from the last checkpoint with --resume_from_checkpoint latest."
+                f"{lost}; continue from the last checkpoint with --resume_from_checkpoint latest."
             ) from error
         finally:
             self.events.tracker.close()
@@ -175,29 +178,27 @@ class Run:
             raise OSError(self.folder.trouble)
         if self.main:
             for line in self.watch.lines():
-                self.say(line)
-            self.say(self._farewell(stopped))
+                logger.info(line)
+            logger.info(self._closing_message(stopped))
         self.state.accelerator.wait_for_everyone()
         fidelity = self.events.last.fidelity if self.events.last else None
         return TrainResult(self.state.step, self.output_dir, stopped, fidelity, self.events.signal)
 
     def _begin(self) -> None:
-        """Say what is going to be done, and open the log."""
+        """Log what the run will do, and open the trackers."""
         if not self.main:
             return
         state, settings = self.state, self.settings
-        self.say(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
-        if short := short_of_room(state, self.output_dir):
-            self.say(short)
+        logger.info(announcement(state, self.train_source, self.output_dir, scored=self.events.scorer is not None))
+        if note := disk_space_warning(state, self.output_dir):
+            logger.warning(note)
         values = flat(recorded(settings))
         named = asdict(settings.wandb)
-        self.events.tracker = make_tracker(
-            settings.report_to, self.output_dir, values, start=state.step, wandb=named, say=self.say
-        )
+        self.events.tracker = make_tracker(settings.report_to, self.output_dir, values, start=state.step, wandb=named)
         write_settings(settings, self.output_dir)
 
     def _loop(self, stop: Callable[[int], bool]) -> bool:
-        """All steps with what is due between them. Returns whether it was stopped before the end."""
+        """Run all steps and what is due between them. Return whether the run was stopped before its end."""
         state, events = self.state, self.events
         with self._bar() as bar, batches_of(self.train_source, self.state) as batches:
             events.before_the_first_step(bar)
@@ -207,41 +208,41 @@ class Run:
                 try:
                     measured = self._step(batches, bar)
                 except WorkerError as error:
-                    self._without_worker(error)
+                    self._save_without_worker(error)
                     return True
                 stopped = events.after_step(bar, measured, stop(state.step))
-                if self.folder.look():
+                if self.folder.check():
                     write_settings(self.settings, self.output_dir)
                     self.interrupt.ask_to_stop()
         return stopped
 
-    def _without_worker(self, error: WorkerError) -> None:
-        """Save, and end: with the signal that may have killed the worker, or else with the error."""
+    def _save_without_worker(self, error: WorkerError) -> None:
+        """Save a checkpoint; raise the error unless a signal, which may have killed the worker, explains it."""
         self.state.optimizer.zero_grad(set_to_none=True)
-        time.sleep(_SIGNAL_ON_ITS_WAY)
+        time.sleep(_SIGNAL_DELAY)
         [self.events.signal] = self.state.agree(self.interrupt.signal)
-        kept = self.events.keep()
+        saved = self.events.save_before_ending()
         if not self.events.signal:
-            raise WorkerError(f"{str(error).rstrip('.')}; {kept}.") from error
+            raise WorkerError(f"{str(error).rstrip('.')}; {saved}.") from error
 
     def _bar(self) -> Any:
         state, total = self.state, self.settings.steps
-        options = {} if self.main else {"disable": True}  # of the main process TQDM_DISABLE decides
+        options = {} if self.main else {"disable": True}  # on the main process, TQDM_DISABLE decides
         return tqdm(total=total, initial=state.step, desc="training", unit="step", mininterval=1, **options)
 
     def _step(self, batches: Iterator[Batch], bar: Any) -> dict[str, float]:
-        """One optimizer update, of ``gradient_accumulation_steps`` micro-batches; what is logged of it."""
+        """Make one optimizer update from ``gradient_accumulation_steps`` micro-batches; return numbers for the log."""
         state, settings = self.state, self.settings
         accelerator, models = state.accelerator, state.models
-        begun, waiting = time.perf_counter(), 0.0
+        started, waiting = time.perf_counter(), 0.0
         learning_rate = state.set_learning_rate()
         keys: list[str] = []
         outputs: list[StepOutput] = []
         for _ in range(settings.gradient_accumulation_steps):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next_batch(batches, state)
-            waiting += time.perf_counter() - asked
-            self.watch.look_at(batch, state.step + 1)
+            waiting += time.perf_counter() - requested
+            self.watch.check(batch, state.step + 1)
             keys += batch.keys
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]
@@ -254,42 +255,43 @@ class Run:
             state.stats.add(output)
         limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         grad_norm = float(accelerator.clip_grad_norm_(models.plain_adapter.parameters(), limit))
-        # A scaler leaves out steps whose gradient overflowed by its own factor; a loss it does not repair.
+        # A scaler skips steps whose gradient overflowed because of its own factor, but it cannot repair a loss.
         watched = grad_norm if accelerator.scaler is None else sum(float(output.loss) for output in outputs)
         self.events.signal, bad = state.agree(self.interrupt.signal, not math.isfinite(watched))
         if bad:
-            self._pass_over(keys, outputs)
+            self._skip_update(keys, outputs)
         else:
             state.optimizer.step()
             state.update_ema()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         samples = len(keys) * accelerator.num_processes
-        state.stats.add_time(samples, time.perf_counter() - begun, waiting)
+        state.stats.add_time(samples, time.perf_counter() - started, waiting)
         bar.update()
         return {"learning_rate": learning_rate, "grad_norm": grad_norm}
 
-    def _pass_over(self, keys: list[str], outputs: list[StepOutput]) -> None:
-        """Name the samples of a step that is not finite; NotFiniteError unless one more may be left out. All processes
-        come here together, as their gradients are the same."""
+    def _skip_update(self, keys: list[str], outputs: list[StepOutput]) -> None:
+        """Name the samples of a step that is not finite; NotFiniteError unless one more update may be skipped. All
+        processes call this together, as their gradients are the same."""
         finite = torch.cat([torch.isfinite(output.terms.total.detach()) for output in outputs]).tolist()
         culprits = gather_object([key for key, fine in zip(keys, finite, strict=True) if not fine])
         what, names = ("loss", culprits) if culprits else ("gradient", gather_object(keys))
         found = f"The {what} is not finite at step {self.state.step + 1} (samples {', '.join(names)})"
         if self.state.skipped >= self.settings.max_nonfinite_steps:
             raise NotFiniteError(
-                f"{found}; the adapter was not changed by it. Look at these samples, or lower the learning rate or the "
+                f"{found}; the adapter was not changed by it. Check these samples, or lower the learning rate or the "
                 "loss weight, and resume from the last checkpoint."
             )
         self.state.skipped += 1
-        self.say(f"{found}; this update is left out, {self.state.skipped} so far.")
+        logger.info(f"{found}; this update is skipped, {self.state.skipped} so far.")
 
-    def _farewell(self, stopped: bool) -> str:
-        why = " (the process that launched this one is gone)" if self.interrupt.orphaned else ""
+    def _closing_message(self, stopped: bool) -> str:
+        why = " (the process that launched this one has ended)" if self.interrupt.orphaned else ""
         if not stopped:
             return f"Done: {self.output_dir / ADAPTER} (README.md beside it shows what it does)."
         if not self.state.step:
             return f"Stopped before the first step{why}; nothing was trained."
         return (
-            f"Stopped after step {self.state.step} with a checkpoint{why}; go on with --resume_from_checkpoint latest."
+            f"Stopped after step {self.state.step} with a checkpoint{why}; continue with --resume_from_checkpoint "
+            "latest."
         )

@@ -1,5 +1,5 @@
-"""The parts of a training run: the frozen base with what is remembered of its answers, and the adapter to train, fresh
-or continued from a published T2I-Adapter or one of ours; what does not fit is found before slow work."""
+"""The models of a training run: the frozen base, with cached encodings, and the adapter to train, new or from a
+published T2IAdapter or LocalAdapter. A misfit is found before slow work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEMO_BYTES = 512 * 2**20
 
 
 class Sized(Protocol):
-    """Something that knows how much memory it takes."""
+    """An object that knows its size in memory."""
 
     @property
     def nbytes(self) -> int: ...
@@ -45,10 +45,10 @@ Kept = TypeVar("Kept", bound=Sized)
 
 
 class Memo(Generic[Kept]):
-    """Remembers results of a pure function of a text, the most recently used up to ``max_bytes``.
+    """A least-recently-used cache, of ``max_bytes``, for the results of a pure function of a text.
 
-    Each is computed alone, never in a batch: so it cannot depend on which others were missing at the time, and a run
-    that starts with nothing remembered, after a resume, gets the very same bits.
+    Each result is computed alone, never in a batch. So it cannot depend on what else was missing, and a resumed run,
+    which starts with an empty cache, gets bit-equal results.
     """
 
     def __init__(self, max_bytes: int = MEMO_BYTES) -> None:
@@ -72,8 +72,8 @@ class Models:
     """A frozen base with an adapter on it.
 
     adapter: what the training step calls; with several processes a wrapper around ``plain_adapter``.
-    alphas_cumprod (T,), prediction_type, num_train_timesteps: of the base's own scheduler, kept here because validation
-        gives the pipeline another one.
+    alphas_cumprod (T,), prediction_type, num_train_timesteps: of the base's own scheduler; stored here because
+        validation replaces the pipeline's.
     """
 
     def __init__(self, pipe: DiffusionPipeline, adapter: LocalAdapter, keep_latents: bool = True) -> None:
@@ -100,12 +100,12 @@ class Models:
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
-        """The parts that must not change, by name."""
+        """Return the frozen parts by name."""
         parts = self.pipe.components.items()
         return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of images of this size."""
+        """Return (c, h, w) of the latents for images of this size in pixels."""
         return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
 
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
@@ -123,22 +123,23 @@ class Models:
 
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
-        """Mean and standard deviation of the VAE's posterior as one tensor (B,2c,h,w)."""
+        """Return mean and standard deviation of the VAE's posterior as one tensor (B,2c,h,w)."""
         return torch.cat(posterior(self.vae, pixels), dim=1)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
-        """Return what the U-Net reads, as the pipeline itself encodes prompts."""
+        """Return the prompt embeddings of ``captions``, encoded as the pipeline itself does."""
         parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
         return PromptEmbeds.join(parts)
 
     def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
-        """Keyword arguments of the U-Net: the captions and, for SDXL, the sizes of the batch's images."""
+        """Return keyword arguments of the U-Net: the prompt embeddings and, for SDXL, the sizes of the batch's
+        images."""
         height, width = batch.pixels.shape[-2:]
         sizes = batch.sizes or (None,) * len(batch)
         return unet_arguments(self.text_states(captions), time_ids(sizes, (height, width)) if self.xl else None)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError for images of a size that the adapter cannot take."""
+        """Raise ValueError if the adapter cannot process images of this size in pixels."""
         multiple = self.plain_adapter.size_multiple
         if height % multiple or width % multiple:
             raise ValueError(
@@ -148,18 +149,17 @@ class Models:
 
 
 def encode_text(pipe: DiffusionPipeline, caption: str) -> PromptEmbeds:
-    """Encode one caption; an empty one becomes what the pipeline guides away from without a negative prompt."""
+    """Encode a caption; an empty one like the unconditional prompt of the pipeline (zeros for some SDXL bases)."""
     embeds, negative = encode_prompts(pipe, caption, guided=is_xl(pipe) and not caption)
     return negative or embeds
 
 
 def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> Tensor:
-    """Make SDXL's six numbers per image, (B,6) float32: original height and width, the crop's top and left, and the
-    height and width that are generated.
+    """Return SDXL's six numbers per image, (B,6) float32: original height and width, top and left of the crop, target
+    height and width.
 
     Args:
-        sizes: the first four for each image; None where unknown, which counts as uncropped at that size, like
-            the pipeline's own default.
+        sizes: the first four for each image; None where unknown: uncropped at ``size``, the pipeline's default.
         size: (height, width) of the batch in pixels.
     """
     known = [(*size, 0, 0) if four is None else four for four in sizes]
@@ -167,21 +167,21 @@ def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int,
 
 
 def unet_arguments(texts: PromptEmbeds, ids: Tensor | None) -> dict[str, Any]:
-    """Make the keyword arguments of the U-Net for ``texts`` and, for SDXL, ``ids`` (B,6) of :func:`time_ids`."""
+    """Return the keyword arguments of the U-Net for ``texts`` and, for SDXL, ``ids`` (B,6) of :func:`time_ids`."""
     arguments: dict[str, Any] = {"encoder_hidden_states": texts.states}
     if texts.pooled is not None:
         assert ids is not None
-        # Sizes stay float32 also in half precision, where not every number of pixels exists.
+        # Sizes stay float32: half precision cannot represent every number of pixels.
         arguments["added_cond_kwargs"] = {"text_embeds": texts.pooled, "time_ids": ids.to(texts.states.device)}
     return arguments
 
 
 def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtype | None) -> Models:
-    """Load the base, frozen, and the adapter for it, float32 and trainable; a new one's weights depend on the seed
+    """Load the frozen base, and load or create its adapter, float32 and trainable. New weights depend on the seed
     alone.
 
-    ``dtype`` of the frozen parts; None = as the base's config says. ValueError when base and adapter do not fit, before
-    any weights are read.
+    ``dtype``: of the frozen parts; None = of the base's config. ValueError if base and adapter do not fit, before any
+    weights are read.
     """
     with no_progress_bars():
         plan = plan_adapter(settings)
@@ -193,21 +193,21 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     if device.type == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)  # what CPU convolutions prefer
+        pipe.unet.to(memory_format=torch.channels_last)  # faster for convolutions on a CPU
         pipe.vae.to(memory_format=torch.channels_last)
     return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What the adapter will be, checked against the base. options: of ``LocalAdapter``. saved: where its weights are
-    taken from; None = from the seed."""
+    """The configuration of the adapter, checked against the base. options: of ``LocalAdapter``. saved: the source of
+    its weights; None = initialize them from the seed."""
 
     options: dict[str, Any]
     saved: SavedAdapter | None = None
 
     def make(self, seed: int) -> LocalAdapter:
-        """Return the adapter, float32 and trainable; the global random state is left alone."""
+        """Return the adapter, float32 and trainable, without using the global random state."""
         if self.saved is not None:
             kept = {name: value for name, value in self.options.items() if name not in SHAPE}
             return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
@@ -217,9 +217,9 @@ class AdapterPlan:
 
 
 def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> AdapterPlan:
-    """Decide the adapter of a run from configs alone. ValueError where settings, saved adapter and base do not fit.
+    """Plan the adapter of a run from configs alone. ValueError if settings, saved adapter and base do not fit.
 
-    shape: of the base; None = read it.
+    shape: of the base; None = read it from the base's configs.
     """
     wanted = asdict(settings.adapter)
     saved = None
@@ -246,20 +246,21 @@ def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
     channels = tuple(shape.parts["unet"]["block_out_channels"])
     if kind == "full_adapter_xl":
         channels = (*channels, channels[-1])
-    elif kind == "light_adapter":  # which repeats its last level by itself
+    elif kind == "light_adapter":  # it repeats its last level itself
         channels = channels[:-1]
     factor = shape.vae_scale_factor * (2 if shape.xl else 1)
     return {"adapter_type": kind, "channels": channels, "num_res_blocks": 2, "downscale_factor": factor}
 
 
 def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
-    """ValueError where the settings ask for another shape than the saved adapter has."""
+    """Raise ValueError if the settings ask for another shape than the saved adapter has."""
     saved.check_channels(settings.condition)
     name = saved.name
     for key in CHOSEN:
-        asked, there = getattr(settings.adapter, key), saved.config.get(key)
-        there = tuple(there) if isinstance(there, list) else there
-        if asked is not None and asked != there:
+        wanted, actual = getattr(settings.adapter, key), saved.config.get(key)
+        actual = tuple(actual) if isinstance(actual, list) else actual
+        if wanted is not None and wanted != actual:
             raise ValueError(
-                f"adapter.{key} is {asked} but the adapter {name} has {there}; set adapter.{key}=null to take its own."
+                f"adapter.{key} is {wanted} but the adapter {name} has {actual}; set adapter.{key}=null to use "
+                "its own value."
             )

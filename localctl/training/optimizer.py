@@ -1,4 +1,4 @@
-"""The optimizer, and the average of the weights over the steps."""
+"""The optimizer and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 def optimizer_class(settings: TrainSettings) -> Optimizer:
-    """AdamW of torch or, with ``use_8bit_adam``, of bitsandbytes. ValueError when that is not installed."""
+    """Return AdamW of torch or, with ``use_8bit_adam``, of bitsandbytes. ValueError if that is not installed."""
     if not settings.use_8bit_adam:
         return torch.optim.AdamW
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -32,7 +32,7 @@ def optimizer_class(settings: TrainSettings) -> Optimizer:
 def make_optimizer(
     kind: Optimizer, parameters: Sequence[nn.Parameter], settings: TrainSettings
 ) -> torch.optim.Optimizer:
-    """Return an optimizer of ``kind`` over ``parameters`` with the settings' rates."""
+    """Return an optimizer of ``kind`` for ``parameters`` with the options in ``settings``."""
     return kind(
         parameters,
         lr=settings.learning_rate,
@@ -45,14 +45,15 @@ def make_optimizer(
 def make_ema(adapter: nn.Module, settings: TrainSettings) -> EMAModel | None:
     """Return the running average of the adapter's weights; None without ``use_ema``.
 
-    Its decay grows with the steps, (1 + n) / (10 + n), up to ``ema_decay``: short runs are not held back by the start.
+    Its decay grows with the steps, (1 + n) / (10 + n), up to ``ema_decay``, so that the first weights do not dominate
+    short runs.
     """
     return EMAModel(adapter.parameters(), decay=settings.ema_decay) if settings.use_ema else None
 
 
 @contextmanager
 def averaged(adapter: nn.Module, ema: Any) -> Iterator[None]:
-    """``adapter`` with the averaged weights, if there are any; its own come back at the end, bit for bit."""
+    """Within, ``adapter`` has the averaged weights, if there are any; its own are restored at the end, bit for bit."""
     if ema is None:
         yield
         return

@@ -1,16 +1,17 @@
-"""What a checkpoint says about the run that wrote it, and whether another run may go on from it.
+"""What a checkpoint records of its run, and whether another run may continue from it.
 
-A base is told by everything that training reads of it, whoever stores it where: configs by name, and a digest of each
-part's weights. Keys that a library adds to a config, names that it gives to weights, and the number of threads do not
-count.
+A base is identified by all that training reads of it, wherever it is stored: config values by name, and a digest of the
+weights of each part. Keys that a library adds to a config, its names of weights and the number of threads do not
+matter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -24,18 +25,19 @@ from localctl.files import sha256, sha256_of_json
 from localctl.redaction import MASKED, flat, recorded
 from localctl.training.settings import TrainSettings
 
-# Setting, or section of settings -> why it may change when a run is continued. Whatever is not named here may not.
+logger = logging.getLogger(__name__)
+# Setting, or section of settings -> why it may change when a run is resumed. All others may not.
 FREE = {
     "output_dir": "where, not what",
     "overwrite_output_dir": "where, not what",
     "resume_from_checkpoint": "where, not what",
-    "force_resume": "says that other settings may change",
+    "force_resume": "allows other settings to change",
     "base.name": "the same weights may lie elsewhere; the weights themselves are compared",
     "base.revision": "as base.name",
     "base.variant": "as base.name",
     "base.local_files_only": "how the same weights are fetched",
     "base.vae": "as base.name",
-    "adapter_model_name_or_path": "where the first step began",
+    "adapter_model_name_or_path": "the weights before the first step",
     "max_train_steps": "to train longer; learning rates that fall to the end follow the new length from there on",
     "num_train_epochs": "as max_train_steps",
     "early_stopping": "when to stop",
@@ -47,24 +49,24 @@ FREE = {
     "checkpointing_steps": "when checkpoints are written",
     "checkpoints_total_limit": "how many of them stay",
     "max_nonfinite_steps": "when to give up",
-    "dataloader_num_workers": "samples and noise do not depend on who makes them",
+    "dataloader_num_workers": "samples and noise do not depend on the worker",
     "data.keep_latents": "the same latents, computed again",
     "data.cache_dir": "where copies of the same files lie",
     "data.path": "the same files may lie elsewhere; their fingerprint is compared",
     "data.max_bad_fraction": "when to give up",
     "gradient_checkpointing": "the same activations, computed again",
     "dry_run": "trains nothing",
-    "push_to_hub": "what becomes of the result",
-    "hub_model_id": "what becomes of the result",
-    "hub_token": "what becomes of the result",
-    "hub_private_repo": "what becomes of the result",
+    "push_to_hub": "where the result goes",
+    "hub_model_id": "where the result goes",
+    "hub_token": "where the result goes",
+    "hub_private_repo": "where the result goes",
     "cpu_threads": "changes no more than the last bits of a sum",
 }
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 CONSTANT = ("constant", "constant_with_warmup")
-_LOOKED_AT = 8  # samples of a data set
+_LOOKED_AT = 8  # samples of a dataset
 
-# Of these parts training reads no more than:
+# The only config values that training reads of these parts:
 _SCHEDULER = (
     "prediction_type num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
 )
@@ -78,14 +80,14 @@ _READ = {
     "text_encoder": tuple(_TEXT_ENCODER.split()),
     "text_encoder_2": tuple(_TEXT_ENCODER.split()),
 }
-_NOT_READ = ("sample_size", "force_upcast")  # of the others: the size that images have by default, and a hint on dtype
+_NOT_READ = ("sample_size", "force_upcast")  # of other parts: the default image size and a hint on the dtype
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 _ENDS, _SPREAD = 16, 64  # values
 _PROBE = "A photo of 2 red circles, the cat's blue-green hat; and (no. 17) somewhere else!"
 
 
 def is_free(key: str) -> bool:
-    """Whether the setting ``key`` (dotted) may change when a run is continued."""
+    """Return whether the setting ``key`` (dotted) may change when a run is resumed."""
     parts = key.split(".")
     return any(".".join(parts[:n]) in FREE for n in range(1, len(parts) + 1))
 
@@ -93,12 +95,12 @@ def is_free(key: str) -> bool:
 def describe(
     settings: TrainSettings, source: Source, base: Mapping[str, Any], *, world_size: int, precision: str
 ) -> dict[str, Any]:
-    """Return what a checkpoint's manifest records of its run, without secrets. ``base``: the pipeline's components by
-    name, and itself as ``pipeline``.
+    """Return what the manifest of a checkpoint records of its run, without secrets.
 
-    settings; config_sha256 of those that may not change; data and base: fingerprints, by what they are of;
-    base_first_values: as checkpoints were told apart before; world_size: processes; precision: of the frozen parts'
-    arithmetic; versions of the libraries.
+    ``base``: the pipeline's components by name, and the pipeline itself as ``pipeline``. The keys are: settings;
+    config_sha256, of the settings that may not change; data and base, fingerprints by name; base_first_values, the
+    fingerprint of earlier versions; world_size, the number of processes; precision, of the frozen parts; versions, of
+    the libraries.
     """
     return {
         "settings": recorded(settings),
@@ -113,13 +115,13 @@ def describe(
 
 
 def config_hash(settings: TrainSettings) -> str:
-    """Of the settings that may not change, masked ones included."""
+    """Return the sha256 of the settings that may not change, including those masked in records."""
     fixed = {key: value for key, value in flat(asdict(settings)).items() if not is_free(key)}
     return sha256_of_json(fixed)
 
 
 def data_fingerprint(source: Source) -> dict[str, Any]:
-    """Return a data set's own ``fingerprints``, if it has any; else of its size and of a few samples spread over it."""
+    """Return the dataset's ``fingerprints``; without any, one of its length and of a few samples spread over it."""
     own = getattr(source, "fingerprints", None)
     if own is not None:
         return dict(own)
@@ -127,7 +129,7 @@ def data_fingerprint(source: Source) -> dict[str, Any]:
     for index in sorted({i * (count - 1) // (_LOOKED_AT - 1) for i in range(_LOOKED_AT)}):
         try:
             example = source[index]
-        except ValueError:  # a bad row, which is the training's to report
+        except ValueError:  # a bad row; the training reports it
             digest.update(b"unusable")
             continue
         digest.update(json.dumps([example.key, example.caption]).encode())
@@ -137,7 +139,7 @@ def data_fingerprint(source: Source) -> dict[str, Any]:
 
 
 def weights_fingerprint(parts: Mapping[str, Any]) -> str:
-    """Of names, shapes and the first values of all parameters: all that checkpoints of before know of their base."""
+    """Return the sha256 of names, shapes and first values of all parameters, as earlier versions recorded it."""
     digest = hashlib.sha256()
     for part in sorted(name for name, module in parts.items() if isinstance(module, nn.Module)):
         for name, parameter in parts[part].named_parameters():
@@ -147,10 +149,10 @@ def weights_fingerprint(parts: Mapping[str, Any]) -> str:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line ``name: old -> new`` for everything that differs between two descriptions and may not.
+    """Return a line ``name: old -> new`` for everything that differs between two descriptions but must not.
 
-    Of settings as :func:`setting_changes`; a masked value is compared by the hash of all settings, as long as both know
-    the same ones.
+    Settings are compared by :func:`setting_changes`; masked values by the hash of all settings, if both descriptions
+    have the same ones.
     """
     old, new = flat(_part(before, "settings")), flat(now["settings"])
     lines = setting_changes(old, new)
@@ -162,9 +164,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if before.get(name) != now[name]:
             lines.append(f"{meaning}: {before.get(name)} -> {now[name]}")
     if is_old(before):
-        kept = before["data"] in now["data"].values(), before["base"] == now["base_first_values"]
+        unchanged = before["data"] in now["data"].values(), before["base"] == now["base_first_values"]
         names = ("samples in the data", "weights of the base")
-        return lines + [f"{name}: others than before" for name, right in zip(names, kept, strict=True) if not right]
+        return lines + [f"{name}: others than before" for name, same in zip(names, unchanged, strict=True) if not same]
     for name in ("data", "base"):
         known = before.get(name)
         lines += _content_changes(known, now[name]) if isinstance(known, Mapping) else [f"{name}: {known} -> known"]
@@ -172,8 +174,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line ``name: old -> new`` for every setting that differs between two records and may not. One that ``before``
-    does not know yet had its default; masked values are passed over."""
+    """Return a line ``name: old -> new`` for every setting that differs between two records but must not. A setting
+    that is missing in ``before`` had its default; masked values are skipped."""
     old, new = flat(before), flat(now)
     pairs = {key: pair for key, pair in _compared(old, new).items() if not is_free(key) and not _masked(*pair)}
     lines = [f"{key}: {was} -> {value}" for key, (was, value) in pairs.items() if was != value]
@@ -181,7 +183,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Map each setting to its value in ``old``, or its default, and in ``new``."""
+    """Map each setting of ``new`` to its value in ``old`` (or its default) and in ``new``."""
     defaults = flat(recorded(TrainSettings()))
     return {key: (old.get(key, defaults.get(key)), value) for key, value in new.items()}
 
@@ -191,69 +193,72 @@ def _masked(was: Any, value: Any) -> bool:
 
 
 def is_old(before: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint knows of its data no more than names, of its base no more than the first values."""
+    """Return whether a checkpoint has only the fingerprints of earlier versions: names of samples, first values of
+    weights."""
     return isinstance(before.get("data"), str) and isinstance(before.get("base"), str)
 
 
 def _content_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Of one kind of fingerprints. What ``before`` does not know yet, as a new version of a library or of ours may
-    look at more, is not compared."""
+    """Return the lines of one kind of fingerprints. Those missing in ``before`` are not compared: a newer version of a
+    library or of localctl may take more of them."""
     gone = [name for name in before if name not in now and "." not in name]
     lines = [f"{name}: {_short(before[name])} -> gone" for name in gone]
     changed = [name for name, value in now.items() if name in before and before[name] != value]
-    if {COUNT, NAMES}.intersection(changed):  # row by row nothing can be compared
+    if {COUNT, NAMES}.intersection(changed):  # then rows cannot be compared one by one
         changed = [name for name in changed if name in (COUNT, NAMES)]
     return lines + [f"{name}: {_short(before[name])} -> {_short(now[name])}" for name in changed]
 
 
 def _part(before: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of a manifest; empty where it is anybody's."""
+    """Return a section of a manifest; empty if it is missing or no mapping."""
     found = before.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
 def _short(value: Any) -> str:
-    """Return a digest's beginning, any other value whole, unless it is long."""
+    """Return the beginning of a digest or of a long value; other values whole."""
     text = str(value)
     if isinstance(value, str) and len(text) == 64:
         return text[:12]
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_unchanged(
-    before: Mapping[str, Any], now: Mapping[str, Any], *, force: bool, say: Callable[[str], None]
-) -> None:
-    """ValueError listing what changed since the checkpoint; with ``force`` it is only said.
+def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], *, force: bool) -> None:
+    """Raise ValueError listing what changed since the checkpoint; with ``force``, log the changes instead.
 
-    Other versions of libraries are said, too, and never an error; so is a length that moves the learning rate.
+    Other versions of libraries, and a new length that changes the learning rate, are logged and never an error.
     """
     versions = _part(before, "versions")
     pairs = [(name, versions.get(name), new) for name, new in now["versions"].items()]
-    moved = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
-    if moved:
-        say(f"Other versions than the checkpoint's, so numbers may differ in the last digits: {', '.join(moved)}.")
+    updated = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+    if updated:
+        logger.info(
+            "Library versions differ from the checkpoint's, so numbers may differ in the last digits: "
+            f"{', '.join(updated)}."
+        )
     length = [_part(before, "settings").get("max_train_steps"), now["settings"]["max_train_steps"]]
     if length[0] != length[1] and now["settings"]["lr_scheduler"] not in CONSTANT:
-        say(f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on.")
+        logger.info(
+            f"max_train_steps {length[0]} -> {length[1]}: the learning rate follows the new length from here on."
+        )
     lines = changes(before, now)
     if is_old(before):
-        say(
-            "The checkpoint was written before captions, files and the base's settings were remembered; only the names "
+        logger.info(
+            "The checkpoint is of a version that did not record captions, files and the base's config; only the names "
             "of the examples and the first values of the base's weights could be compared."
         )
     if lines and not force:
         raise ValueError(
-            "These changed since the checkpoint, so another run would begin in the middle of this one; take them back, "
-            "or pass --force_resume to go on all the same:\n  " + "\n  ".join(lines)
+            "These changed since the checkpoint, so the rest of the run would differ from its beginning; undo them, "
+            "or pass --force_resume to continue all the same:\n  " + "\n  ".join(lines)
         )
     for line in lines:
-        say(f"changed since the checkpoint, by --force_resume: {line}")
+        logger.info(f"changed since the checkpoint, accepted by --force_resume: {line}")
 
 
 def fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> value or sha256. ``parts``: the components of a pipeline by name, and itself as ``pipeline``.
-
-    A value of a config is called ``part.key``.
+    """Return the config values (as ``part.key``) and digests of a pipeline by name. ``parts``: its components by name,
+    and the pipeline itself as ``pipeline``.
     """
     result: dict[str, Any] = {}
     for name, part in sorted(parts.items()):
@@ -269,7 +274,7 @@ def fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(name: str, part: Any) -> dict[str, Any]:
-    """Return the values of ``part``'s config that training depends on, as JSON brings them back."""
+    """Return the values of ``part``'s config that training depends on, as JSON restores them."""
     config = getattr(part, "config", None)
     if config is None:
         return {}
@@ -281,15 +286,15 @@ def _config(name: str, part: Any) -> dict[str, Any]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of its vocabulary, the length of its texts, and how it takes a sentence apart."""
+    """Return the sha256 of its vocabulary, its maximal length, and its tokens of a sentence."""
     words = sorted(tokenizer.get_vocab().items())
     content = [words, tokenizer(_PROBE).input_ids, tokenizer.pad_token_id, str(tokenizer.model_max_length)]
     return sha256(json.dumps(content))
 
 
 def weights_digest(part: nn.Module) -> str:
-    """Of all parameters in their order: shape, the exact sum of all bits as whole numbers, which sees a change of any
-    one value, and values at both ends and between, which see exchanged places."""
+    """Return the sha256 over all parameters in order: the shape; the exact sum of all values' bits as integers, which
+    any changed value changes; and values from both ends and between, which exchanged values change."""
     digest = hashlib.sha256()
     for parameter in part.parameters():
         flat = parameter.detach().flatten()
@@ -300,11 +305,11 @@ def weights_digest(part: nn.Module) -> str:
 
 
 def _sum_of_bits(flat: Tensor) -> int:
-    """Of all bytes, eight at a time, modulo 2**64: the same in any order, so on any number of threads. Bytes that are
-    left over belong to the last values."""
+    """Return the sum of all bytes as 64-bit integers modulo 2**64: the same in any order, so on any number of threads.
+    Values beyond the last full integer are left out."""
     values = 8 // flat.element_size()
     whole = flat[: flat.numel() // values * values]
-    if whole.storage_offset() % values:  # not at a place where a number of eight bytes may be
+    if whole.storage_offset() % values:  # not aligned for 64-bit integers
         whole = whole.clone()
     return int(whole.view(torch.int64).sum())
 

@@ -1,4 +1,4 @@
-"""How long to train, and the learning rate of each step: functions of the settings and the step alone."""
+"""The number of steps and the learning rate of each: functions of the settings and the step alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from localctl.training.settings import LR_END, TrainSettings
 
 
 def learning_rate_at(settings: TrainSettings, step: int) -> float:
-    """Compute the learning rate of step ``step`` (0 = the first): linear warm-up, then as ``lr_scheduler`` says, equal
-    to diffusers' ``get_scheduler``.
+    """Compute the learning rate of step ``step`` (0 = the first): linear warm-up, then ``lr_scheduler``, with the
+    formulas of diffusers' ``get_scheduler``.
 
-    There is nothing to save, and nothing that several processes could advance several times. (``get_scheduler``'s own
-    factors round differently, so a run that goes on from an older checkpoint would not be bit-equal.)
+    A function of the step has no state to save, and several processes cannot advance it several times.
+    (``get_scheduler`` rounds differently, so that runs resumed from older checkpoints would not be bit-equal.)
     """
     name, peak = settings.lr_scheduler, settings.learning_rate
     if name == "constant":
@@ -23,7 +23,7 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
         return peak * step / settings.lr_warmup_steps
     if name == "constant_with_warmup":
         return peak
-    assert settings.max_train_steps is not None, "bound_steps comes first"
+    assert settings.max_train_steps is not None, "call bound_steps first"
     progress = (step - settings.lr_warmup_steps) / max(1, settings.max_train_steps - settings.lr_warmup_steps)
     if name == "linear":
         return peak * max(0.0, 1 - progress)
@@ -37,8 +37,8 @@ def learning_rate_at(settings: TrainSettings, step: int) -> float:
 
 
 def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> TrainSettings:
-    """Return the settings with ``max_train_steps`` as a number: at most as many steps as make ``num_train_epochs``
-    epochs of ``samples`` on ``processes``, never more than that, and at least one."""
+    """Return the settings with ``max_train_steps`` as a number: at least 1, and at most ``num_train_epochs`` epochs of
+    ``samples`` on ``processes``."""
     steps = epoch_steps(settings, samples, processes)
     if steps is None:
         return settings
@@ -46,7 +46,7 @@ def bound_steps(settings: TrainSettings, samples: int, processes: int = 1) -> Tr
 
 
 def epoch_steps(settings: TrainSettings, samples: int, processes: int = 1) -> int | None:
-    """How many steps ``num_train_epochs`` epochs of ``samples`` are; None without such a setting."""
+    """Return how many steps ``num_train_epochs`` epochs of ``samples`` make; None if the setting is None."""
     if settings.num_train_epochs is None:
         return None
     per_step = settings.train_batch_size * settings.gradient_accumulation_steps * processes
@@ -54,15 +54,15 @@ def epoch_steps(settings: TrainSettings, samples: int, processes: int = 1) -> in
 
 
 def schedule_notes(settings: TrainSettings, samples: int, processes: int = 1) -> list[str]:
-    """Return what of the bound ``settings`` of a run on ``samples`` may not be what was meant: which of steps and
-    epochs sets the end, and a warm-up that is not over by then."""
+    """Return notes on a run of ``samples`` with bounded ``settings``: which of steps and epochs ends it, and a warm-up
+    that does not finish."""
     notes, steps, by_epochs = [], settings.steps, epoch_steps(settings, samples, processes)
     if by_epochs is not None:
         epochs = f"num_train_epochs={settings.num_train_epochs} of {samples} examples"
         if steps < by_epochs:
             notes.append(
                 f"max_train_steps={steps} sets the end: {epochs} would be {by_epochs} steps (max_train_steps=null "
-                "makes them all)"
+                "trains all of them)"
             )
         else:
             notes.append(f"{epochs} set the end: {steps} steps")

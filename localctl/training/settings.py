@@ -1,4 +1,4 @@
-"""Everything a training run can be told, typed and checked. Top-level names are those of diffusers' scripts."""
+"""All settings of a training run, typed and validated. Top-level names are those of diffusers' scripts."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 @record("adapter")
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Shape of the T2I-Adapter inside, and how its features are masked (``LocalAdapter`` says what each option does).
+    """Shape of the inner T2I-Adapter, and how its features are masked (``LocalAdapter`` documents each option).
 
-    null: as the adapter to continue from has it, or else as the base's U-Net wants it: ``full_adapter`` for SD 1.x and
+    null: as in the adapter to continue from, or else what fits the base's U-Net: ``full_adapter`` for SD 1.x and
     2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
 
-    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what suits the base.
+    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what fits the base.
     channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's.
     num_res_blocks: residual blocks per level; null = 2.
     downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16).
-    mask_resize: how the mask comes to each feature map's grid: area, nearest, inside or cover.
+    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover.
     mask_condition: also blank the condition outside the mask.
     mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
-    dim_condition: with mask_condition, a soft mask dims the condition, as published, in place of blanking it outside.
-    level_weights: a factor of each level's features, finest first; null = every one 1.
+    dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
+    level_weights: a factor of each level's features, finest first; null = all 1.
     """
 
     adapter_type: AdapterType | None = None
@@ -82,40 +82,40 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.dim_condition and not self.mask_condition:
             raise ValueError(
-                "adapter.dim_condition does nothing while the condition is not masked; set mask_condition."
+                "adapter.dim_condition has no effect unless the condition is masked; set adapter.mask_condition."
             )
         if self.level_weights is not None and not any(self.level_weights):
-            raise ValueError("adapter.level_weights are all 0, so the adapter could do nothing; raise one.")
+            raise ValueError("adapter.level_weights are all 0, so the adapter would have no effect; set one above 0.")
 
 
 @record()
 @dataclass(kw_only=True)
 class TrainSettings:
-    """A training run; ValueError for settings that make no sense.
+    """The settings of a training run. ValueError for a value or a combination that cannot work.
 
     Steps are optimizer updates everywhere.
 
     adapter_model_name_or_path: continue from this T2IAdapter or LocalAdapter, a folder or hub id; null = a fresh one.
-    output_dir: where logs, pictures, checkpoints and the adapter go.
-    overwrite_output_dir: begin anew in a folder that holds another run.
-    dry_run: only print what the training would cost in memory and FLOPs.
-    seed: of everything drawn at random: weights, order, masks, noise, timesteps.
+    output_dir: folder for logs, images, checkpoints and the adapter.
+    overwrite_output_dir: replace an earlier run in the folder.
+    dry_run: only print an estimate of the training's memory and FLOPs.
+    seed: of everything random: weights, order, masks, noise, timesteps.
     report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
     push_to_hub: upload the finished adapter with its card.
     hub_model_id: the repository to upload to, OWNER/NAME; null = named like output_dir.
     hub_private_repo: a new repository is private.
-    hub_token: null = that of `hf auth login`; it is never written down.
-    max_train_steps: how long to train, in steps; null = as long as num_train_epochs says.
-    num_train_epochs: at most so many visits of each sample; with max_train_steps, whichever ends first. One of the two
+    hub_token: null = that of `hf auth login`; it is never written to a file.
+    max_train_steps: how long to train, in steps; null = num_train_epochs alone decides.
+    num_train_epochs: at most so many passes over the data; with max_train_steps, whichever ends first. One of the two
         may be null.
     train_batch_size: samples per process and micro-batch.
     gradient_accumulation_steps: micro-batches that make a step.
-    dataloader_num_workers: processes that prepare samples; 0 = the training's own.
+    dataloader_num_workers: processes that prepare samples; 0 = the training process itself.
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
-    gradient_checkpointing: the U-Net computes its activations twice instead of keeping them.
+    gradient_checkpointing: the U-Net recomputes its activations instead of storing them.
     allow_tf32: faster float32 on NVIDIA GPUs, less exact.
     use_8bit_adam: the optimizer's moments in 8 bits, by bitsandbytes.
-    use_ema: average the adapter's weights over the steps; validated and exported is the average.
+    use_ema: average the adapter's weights over the steps; the average is validated and exported.
     ema_decay: how much of the average a step keeps.
     cpu_threads: on a CPU; null = torch's own choice (all cores if `accelerate launch` left only one).
     learning_rate: the highest of the schedule.
@@ -128,16 +128,16 @@ class TrainSettings:
     adam_weight_decay: AdamW's pull towards zero.
     adam_epsilon: AdamW's guard against dividing by zero.
     max_grad_norm: gradients are scaled down to this norm; null = they are not.
-    proportion_empty_prompts: share of the captions that is replaced by an empty prompt.
-    timestep_sampling: which timesteps are trained: uniform, or cubic, which prefers noisy ones as published.
+    proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
+    timestep_sampling: distribution of the timesteps: uniform, or cubic, which prefers noisy ones as published.
     logging_steps: steps between rows of the log.
     validation_steps: steps between validations; 0 = none.
     checkpointing_steps: steps between checkpoints; 0 = none.
     checkpoints_total_limit: how many checkpoints are kept; null = all; at least 2, as a single one may turn out
         damaged.
     resume_from_checkpoint: `latest` or the path of a checkpoint.
-    force_resume: go on also when settings, data or the number of processes changed (docs/reliability.md).
-    max_nonfinite_steps: so many updates may be left out because they are not finite; one more stops the run.
+    force_resume: continue even if settings, data or the number of processes changed (docs/reliability.md).
+    max_nonfinite_steps: so many updates may be skipped because they are not finite; one more stops the run.
     """
 
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -208,7 +208,7 @@ class TrainSettings:
             raise ValueError("The training has no end; set max_train_steps or num_train_epochs.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
             raise ValueError(f"The polynomial lr_scheduler ends at {LR_END:g}; choose a learning_rate above it.")
-        # Written down as numbers, so that a later default changes nothing.
+        # Stored as numbers, so that a later default changes nothing.
         own = BASES.get(self.base.name, BaseSpec).guidance_scale
         if self.validation.guidance_scale is None:
             self.validation = replace(self.validation, guidance_scale=own)
@@ -217,6 +217,6 @@ class TrainSettings:
 
     @property
     def steps(self) -> int:
-        """``max_train_steps``, once the size of the data has settled it (``schedule.bound_steps``)."""
+        """Return ``max_train_steps``, which ``schedule.bound_steps`` computes from the size of the data."""
         assert self.max_train_steps is not None
         return self.max_train_steps

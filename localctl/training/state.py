@@ -1,11 +1,11 @@
-"""What changes during training, and how it is saved and found again."""
+"""The state of a training run, and how it is saved and loaded."""
 
 from __future__ import annotations
 
 import math
 import os
 import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +19,6 @@ from accelerate.utils import InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
@@ -29,7 +28,7 @@ from localctl.training.schedule import learning_rate_at
 from localctl.training.settings import EarlyStoppingConfig, TrainSettings
 from localctl.training.step import StepStats
 
-WAIT = timedelta(hours=2)  # of processes for one another: the first may be busy with a model card or a slow disk
+WAIT = timedelta(hours=2)  # timeout between processes: the first may be busy with a model card or a slow disk
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) + (
     pickle.UnpicklingError,
 )
@@ -37,12 +36,12 @@ _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Unfit(ValueError):
-    """A checkpoint that is whole, but not for these settings."""
+    """The checkpoint is undamaged, but does not fit the settings."""
 
 
 @dataclass
 class EarlyStopping:
-    """What has been seen of the score: ``best`` at ``best_step``, and how many scores since were ``worse``."""
+    """The best score so far, its step, and how many scores in a row since were not better (``worse``)."""
 
     config: EarlyStoppingConfig
     best: float | None = None
@@ -51,11 +50,12 @@ class EarlyStopping:
     last_step: int = 0
 
     def due(self, step: int) -> bool:
-        """Whether the score is to be taken after ``step`` steps; only once for each."""
+        """Return whether the score is due after ``step`` steps, once for each step."""
         return self.config.every > 0 and step % self.config.every == 0 and step > self.last_step
 
     def update(self, step: int, score: float) -> bool:
-        """Take in the score after ``step`` steps; True if it is the best so far. One that is not finite never is."""
+        """Add the score after ``step`` steps; return whether it is the best so far, which one that is not finite never
+        is."""
         assert step > self.last_step
         self.last_step = step
         better = math.isfinite(score) and (self.best is None or self._gain(score) > self.config.min_delta)
@@ -67,7 +67,7 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        """Whether ``patience`` scores in a row were no better than the best."""
+        """Return whether ``patience`` scores in a row were no better than the best."""
         return self.config.every > 0 and self.worse >= self.config.patience
 
     def _gain(self, score: float) -> float:
@@ -75,13 +75,12 @@ class EarlyStopping:
         return self.best - score if self.config.lower_is_better else score - self.best
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint; JSON."""
+        """Return the state for a checkpoint, as JSON."""
         seen = {name: getattr(self, name) for name in ("best", "best_step", "worse", "last_step")}
         return {**seen, "metric": self.config.metric}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; patience and the rest are those of the present settings. The best under
-        another metric says nothing of this one, and is forgotten."""
+        """Restore :meth:`state_dict`, under the present settings. The best score of another metric is discarded."""
         self.last_step = state["last_step"]
         if state.get("metric") == self.config.metric:
             self.best, self.best_step, self.worse = state["best"], state["best_step"], state["worse"]
@@ -91,12 +90,11 @@ class EarlyStopping:
 class TrainState:
     """Models, optimizer and the number of finished steps (optimizer updates).
 
-    There is no state of random generators: all noise is keyed by what it is for.
+    Random generators have no state to save: all noise is keyed by its purpose.
 
-    resumed: a checkpoint was loaded. stats: what has been measured since the last row of the log. validated: the step
-    of the last validation. skipped: updates left out so far because they were not finite. info: what a checkpoint's
-    manifest says of the run (``resume.describe``). ema: the averaged weights, None without ``use_ema``. say: where
-    sentences go.
+    resumed: a checkpoint was loaded. stats: measurements since the last row of the log. validated: the step of the last
+    validation. skipped: number of updates skipped because they were not finite. info: the description of the run in
+    manifests (``resume.describe``). ema: the averaged weights; None without ``use_ema``.
     """
 
     settings: TrainSettings
@@ -110,23 +108,22 @@ class TrainState:
     skipped: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     ema: Any = None
-    say: Callable[[str], None] = tqdm.write
     early_stopping: EarlyStopping = field(init=False)
 
     def __post_init__(self) -> None:
         self.early_stopping = EarlyStopping(self.settings.early_stopping)
 
     def update_ema(self) -> None:
-        """Take the weights of the step just made into the average; there are none where a scaler left it out."""
+        """Add the new weights to the average, unless a gradient scaler skipped the step."""
         if self.ema is not None and not self.optimizer.step_was_skipped:
             self.ema.step(self.models.plain_adapter.parameters())
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Return the adapter with its averaged weights, if there are any, as it is validated and exported."""
+        """Within, the adapter has its averaged weights, if there are any, as for validation and export."""
         return averaged(self.models.plain_adapter, self.ema)
 
     def agree(self, *values: int) -> list[int]:
-        """Return the largest of each value over all processes; all of them must ask."""
+        """Return the maximum of each value over all processes; all of them must call."""
         if self.accelerator.num_processes == 1:
             return list(values)
         largest = torch.tensor(values, device=self.accelerator.device)
@@ -141,15 +138,15 @@ class TrainState:
         return rate
 
     def save(self, folder: Path) -> None:
-        """Commit ``folder/checkpoint-{step}``; all processes must call, the first one writes, and all learn when that
-        failed (CheckpointError)."""
+        """Save ``folder/checkpoint-{step}``; all processes must call, the first one writes. CheckpointError on all of
+        them if that failed."""
         stats = self.stats.state_dict(self.accelerator.gather)
         failure: CheckpointError | None = None
         if self.accelerator.is_main_process:
             try:
                 limit = self.settings.checkpoints_total_limit
                 write = partial(self._write, stats=stats)
-                save_checkpoint(folder, self.step, write, keep=limit, info=self.info, say=self.say)
+                save_checkpoint(folder, self.step, write, keep=limit, info=self.info)
             except CheckpointError as error:
                 failure = error
         if any(self.agree(failure is not None)):
@@ -173,8 +170,8 @@ class TrainState:
         write_json(folder / "state.json", extra, end="")
 
     def load(self, checkpoint: Path, step: int) -> None:
-        """Continue from a verified checkpoint of ``step``. ValueError when it is of an adapter of another shape, or
-        does not hold what a checkpoint of ours holds."""
+        """Load a verified checkpoint of ``step``. ValueError if its adapter has another shape or its content cannot be
+        read."""
         try:
             self._load(checkpoint, step)
         except _UNREADABLE as error:
@@ -192,11 +189,11 @@ class TrainState:
             raise _Unfit(
                 f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
             ) from None
-        # The groups' decay, betas and so on would come along; the settings have the say, if changed by force.
+        # The optimizer's options come from the settings, not from the checkpoint: they may be changed by force.
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, own in zip(self.optimizer.param_groups, options, strict=True):
-            group.update(own)
+        for group, option in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(option)
         extra = read_json(checkpoint / "state.json", "the state")
         if extra["step"] != step:
             raise ValueError(f"its state is of step {extra['step']}, its manifest of {step}")
@@ -221,7 +218,7 @@ class TrainState:
 
 
 def new_accelerator(settings: TrainSettings) -> Accelerator:
-    """Where and how to compute, alone or with other processes. ValueError when the machine cannot."""
+    """Return the Accelerator for ``settings``. ValueError if the machine cannot do what they ask for."""
     accelerator = Accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         mixed_precision=settings.mixed_precision,
@@ -233,7 +230,7 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
 
 
 def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
-    """Frozen base, fresh adapter and optimizer. ValueError when settings and base do not fit."""
+    """Load the frozen base and create the adapter and the optimizer. ValueError if settings and base do not fit."""
     optimizer_kind = optimizer_class(settings)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -242,7 +239,7 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
     optimizer = make_optimizer(optimizer_kind, parameters, settings)
     check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
     deepspeed = accelerator.state.deepspeed_plugin
-    if deepspeed is not None:  # which would take it from a loader, if one were prepared
+    if deepspeed is not None:  # it reads the batch size from a prepared data loader, but there is none
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
     models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
     ema = make_ema(models.plain_adapter, settings)
@@ -250,7 +247,7 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
 
 
 def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> None:
-    """Assert that what the optimizer updates is exactly what wants a gradient, all of it float32."""
+    """Assert that the optimizer updates exactly the parameters that require gradients, all of them float32."""
     updated = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     wanting = {id(p): name for name, module in modules.items() for p in module.parameters() if p.requires_grad}
     assert updated.keys() == wanting.keys(), f"trainable parts and the optimizer differ: {set(wanting.values())}"
@@ -260,9 +257,9 @@ def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.M
 def set_cpu_threads(
     threads: int | None, processes: int, environment: Mapping[str, str], users: Collection[str] = ()
 ) -> None:
-    """Use ``threads`` cores, or all of them where `accelerate launch` left one: it sets OMP_NUM_THREADS to 1 unless
-    told otherwise, which would nearly double the time on the smallest machine. users: names of the variables that the
-    user gave the launcher; an OMP_NUM_THREADS among them is kept."""
+    """Use ``threads`` threads; None: all cores where `accelerate launch` has set OMP_NUM_THREADS to 1, which nearly
+    doubles the time on the smallest machine. users: names of the environment variables that the user gave the launcher;
+    an OMP_NUM_THREADS among them is respected."""
     if (
         threads is None
         and "ACCELERATE_MIXED_PRECISION" in environment
@@ -275,7 +272,7 @@ def set_cpu_threads(
 
 
 def launcher_environment() -> list[str]:
-    """Names of what the launcher of this process was given by its user, as far as the system tells."""
+    """Return the names of the launcher's environment variables; empty where the system does not show them."""
     try:
         content = Path(f"/proc/{os.getppid()}/environ").read_bytes()
     except OSError:

@@ -1,6 +1,5 @@
-"""One training step: noise keyed by sample, then pixels -> latents -> U-Net with the adapter's features -> loss.
-
-And what steps measure, gathered until the next row of the log."""
+"""One training step: noise keyed by sample, then pixels -> latents -> U-Net with the adapter's features -> loss; and
+the statistics of the steps since the last row of the log."""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ from localctl.training.settings import TrainSettings
 
 BUCKETS = 10
 _TERMS = ("denoising", "local", "local_raw")
-_GATHERED = ("timesteps", *_TERMS, "feature_mean", "feature_var")  # of each sample; the last two, and level
+_GATHERED = ("timesteps", *_TERMS, "feature_mean", "feature_var")  # (n,) each; the last two (n,levels)
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """What is random in a step, one row per sample.
+    """The random numbers of a step, one row per sample.
 
-    posterior (B,c,h,w): noise of the VAE's latents. noise (B,c,h,w): of the diffusion. uniform (B,) float64 in [0,1):
-    becomes the timestep. empty_prompt (B,) bool: the caption is dropped.
+    posterior (B,c,h,w): noise for sampling the VAE's posterior. noise (B,c,h,w): noise of the diffusion. uniform (B,)
+    float64 in [0,1): mapped to the timestep. empty_prompt (B,) bool: train without the caption.
     """
 
     posterior: Tensor
@@ -43,8 +42,8 @@ class StepNoise:
 
 
 def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> StepNoise:
-    """Sample what is random in a step of ``batch``, keyed by (seed, what for, epoch, key of the sample): the same
-    whatever else is in the batch, whoever computes it, and after any resume."""
+    """Sample the random numbers of a step, keyed by (seed, purpose, epoch, key of the sample): they do not depend on
+    the rest of the batch, on the process, or on a resume."""
     visits = list(zip(batch.epochs, batch.keys, strict=True))
     seed = settings.seed
 
@@ -65,8 +64,11 @@ def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: Tra
 
 @dataclass(frozen=True)
 class StepOutput:
-    """loss: what to differentiate, the mean of ``terms.total`` over the batch. timesteps (B,) int64. feature_mean,
-    feature_var (B,levels): of the adapter's features of each sample, before the mask."""
+    """The loss of a step and its parts.
+
+    loss: the mean of ``terms.total`` over the batch, to be differentiated. timesteps: (B,) int64. feature_mean,
+    feature_var: (B,levels), of the adapter's features before the mask.
+    """
 
     loss: Tensor
     terms: LossTerms
@@ -76,10 +78,10 @@ class StepOutput:
 
 
 def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled: StepNoise) -> StepOutput:
-    """Return the loss of ``batch`` under ``sampled``, a pure function of its arguments; all tensors on the models'
-    device.
+    """Compute the loss of ``batch`` with the random numbers ``sampled``, as a pure function of the arguments; all
+    tensors are on the models' device.
 
-    Only the adapter gets gradients, and they reach it through the frozen U-Net.
+    Only the adapter gets gradients, which flow through the frozen U-Net.
     """
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
     timesteps = timesteps_from_uniform(sampled.uniform, models.num_train_timesteps, settings.timestep_sampling)
@@ -89,7 +91,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
     feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
-    # As while sampling: wholly in its own dtype, where autocast would keep activations in float32.
+    # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
     with torch.autocast(latents.device.type, enabled=False):
         output = models.unet(
             sample.noisy.to(models.dtype),
@@ -103,8 +105,8 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
 
 @contextmanager
 def _statistics(adapter: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Gathers (variance, mean) (B,) each of every feature that ``adapter`` makes meanwhile, as published before the
-    mask: with it, they would tell of the masks' areas. The adapter may run inside a wrapper of several processes."""
+    """Within, collect (variance, mean), (B,) each, of every feature map of ``adapter``. As published, they are taken
+    before the mask; after it they would depend on its area. A hook also works in the wrapper of several processes."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def look(module: nn.Module, arguments: Any, features: list[Tensor]) -> None:
@@ -119,8 +121,8 @@ def _statistics(adapter: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 @dataclass
 class StepStats:
-    """Per-sample terms and times since the last row. Tensors stay where they are until a row is asked for, so that
-    logging does not make a GPU wait at every step."""
+    """Per-sample loss terms and times since the last row of the log. Tensors stay on their device until a row is
+    computed, so that logging does not synchronize the GPU at every step."""
 
     terms: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in _GATHERED})
     samples: int = 0
@@ -128,7 +130,7 @@ class StepStats:
     waiting: float = 0.0
 
     def add(self, output: StepOutput) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch."""
         terms = output.terms
         measured = (terms.denoising, terms.local, terms.local_raw)
         values = (output.timesteps, *measured, output.feature_mean, output.feature_var)
@@ -136,22 +138,22 @@ class StepStats:
             self.terms[name].append(value.detach())
 
     def add_time(self, samples: int, seconds: float, waiting: float) -> None:
-        """Note that ``samples`` of all processes took ``seconds``, of which ``waiting`` for data. Whole steps only:
-        images for validation and checkpoints are not counted."""
+        """Add the time of a step: ``samples`` of all processes took ``seconds``, ``waiting`` of them for data.
+        Validations and checkpoints are not counted."""
         self.samples += samples
         self.seconds += seconds
         self.waiting += waiting
 
     def row(self, num_train_timesteps: int, gather: Any) -> dict[str, Any]:
-        """Return the row for the log, over the samples of all processes, which ``gather`` brings together; then empty.
+        """Return the row for the log over the samples of all processes (``gather`` concatenates them), and start anew.
 
-        Means of the terms, the unweighted local term and the denoising term per tenth of the timesteps (None where no
-        sample fell), mean and standard deviation of the adapter's features per level, before the mask, samples per
-        second, and the share of time spent waiting for data.
+        Means of the terms, the unweighted local term and the denoising term per tenth of the timesteps (None for a
+        tenth without samples), mean and standard deviation of the adapter's features per level, before the mask,
+        samples per second, and the share of time spent waiting for data.
         """
         terms = {name: gather(torch.cat(parts)).cpu().double() for name, parts in self.terms.items()}
         mean, var = terms["feature_mean"], terms["feature_var"]  # (n,levels)
-        std = (var.mean(dim=0) + mean.var(dim=0, correction=0)).sqrt()  # within the samples, and between them
+        std = (var.mean(dim=0) + mean.var(dim=0, correction=0)).sqrt()  # variance within the samples and between them
         buckets = terms["timesteps"].long() * BUCKETS // num_train_timesteps
         row = {
             "loss": (terms["denoising"] + terms["local"]).mean().item(),
@@ -167,7 +169,7 @@ class StepStats:
         return row
 
     def state_dict(self, gather: Any = lambda tensor: tensor) -> dict[str, Any]:
-        """As plain numbers, exactly; of all processes, one after the other, which ``gather`` brings together."""
+        """Return exact plain numbers of all processes, one after the other, as ``gather`` concatenates them."""
         terms = {name: gather(torch.cat(parts)).tolist() if parts else [] for name, parts in self.terms.items()}
         return {"terms": terms, "samples": self.samples, "seconds": self.seconds, "waiting": self.waiting}
 
@@ -175,14 +177,14 @@ class StepStats:
     def from_state_dict(
         cls, state: dict[str, Any], device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1
     ) -> StepStats:
-        """Return the inverse of :meth:`state_dict`: the part of process ``rank`` of ``world_size``. Empty where there
-        is no such part: after a change of the number of processes, or with what an earlier version gathered.
+        """Restore the part of process ``rank`` of ``world_size`` from :meth:`state_dict`. It is empty if the number of
+        processes has changed or an earlier version recorded less.
 
-        ``device``: where the coming steps will leave theirs.
+        ``device``: where the tensors of the coming steps are.
         """
         count = len(state["terms"]["timesteps"])
         known = all(len(state["terms"].get(name, ())) == count for name in _GATHERED)
-        if count % world_size or not known:  # earlier versions did not gather all of it
+        if count % world_size or not known:  # earlier versions did not record all of it
             return cls()
         mine = slice(rank * count // world_size, (rank + 1) * count // world_size)
         terms: dict[str, list[Tensor]] = {name: [] for name in _GATHERED}
@@ -194,6 +196,6 @@ class StepStats:
 
 
 def bucket_means(values: Tensor, buckets: Tensor) -> Sequence[float | None]:
-    """Mean of ``values`` (n,) in each of the buckets (n,) int64; None for an empty one."""
+    """Return the mean of ``values`` (n,) in each bucket; ``buckets`` (n,) int64 assigns them. None for an empty one."""
     chosen = [values[buckets == bucket] for bucket in range(BUCKETS)]
     return [part.mean().item() if len(part) else None for part in chosen]

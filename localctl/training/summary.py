@@ -1,4 +1,4 @@
-"""The first lines of a run: what it is going to do."""
+"""The first lines of a run: what it will do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.sample import Source
-from localctl.messages import warning
 from localctl.pipelines import own_side
-from localctl.training.checkpoints import room, room_left
-from localctl.training.data import brings_masks
+from localctl.training.checkpoints import free_space, free_space_clause
+from localctl.training.data import has_own_masks
 from localctl.training.export import effective_batch
 from localctl.training.schedule import schedule_notes
 from localctl.training.settings import TrainSettings
@@ -20,8 +19,8 @@ from localctl.training.state import TrainState
 
 
 def announcement(state: TrainState, source: Source, output_dir: Path, *, scored: bool) -> str:
-    """Return what is about to be trained, on what, for how long. scored: whether early stopping has a score to go
-    by."""
+    """Describe the run in lines: base, adapter, condition, loss, data, steps and output. scored: there is a scorer for
+    early stopping."""
     settings, models, accelerator = state.settings, state.models, state.accelerator
     trained = sum(p.numel() for p in models.plain_adapter.parameters())
     frozen = sum(p.numel() for part in models.frozen.values() for p in part.parameters())
@@ -39,14 +38,14 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
         steps += "; no score was given, so early stopping is off"
     elif settings.early_stopping.every:
         steps += f"; or until {settings.early_stopping.metric or 'the score'} gets no better"
-    masks = "the data's masks" if brings_masks(source) else f"{settings.mask.kind} masks"
+    masks = "the data's masks" if has_own_masks(source) else f"{settings.mask.kind} masks"
     return "\n".join(
         (
             f"base        {settings.base.name}, frozen ({frozen:,} parameters)",
             f"adapter     {models.plain_adapter.config['adapter_type']} ({trained:,} parameters, trained)",
             f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
-            f"data        {announced(settings.data, source)}",
+            f"data        {describe_data(settings.data, source)}",
             *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
             *(f"steps       {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
@@ -55,18 +54,18 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
     )
 
 
-def announced(data: DataConfig, source: Source) -> str:
-    """Return what is trained on, in a few words."""
+def describe_data(data: DataConfig, source: Source) -> str:
+    """Describe the dataset in a few words."""
     if data.is_micro:
         return f"{len(source)} micro {data.profile} examples"
     place = f"{data.name} {data.path}" if data.path else data.name
-    masks = f", masks from {data.mask_column!r}" if brings_masks(source) else ""
+    masks = f", masks from {data.mask_column!r}" if has_own_masks(source) else ""
     height, width = data.size
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
 
 
 def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
-    """Return what of the data is not used as one might think, a clause each."""
+    """Return notes on data that is not used as one might expect, a clause each."""
     if not isinstance(source, FileSource):
         return []
     notes = [source.note, size_note(settings.data, settings.base.name)]
@@ -74,7 +73,7 @@ def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
 
 
 def size_note(data: DataConfig, base: str) -> str:
-    """Return a clause where the size to train at is nobody's choice and not the base's own; else empty."""
+    """Return a note if the image size is a mere default and not the base's own size; else an empty string."""
     own = own_side(base)
     if data.is_micro or data.resolution is not None or own is None or data.size == (own, own):
         return ""
@@ -82,18 +81,18 @@ def size_note(data: DataConfig, base: str) -> str:
     return f"{side}x{side} is only the default, and the base {base} makes images of {own}x{own}: --resolution {own}"
 
 
-def short_of_room(state: TrainState, folder: Path) -> str:
-    """Return a warning where the disk has too little room for what the run will write; empty where it has enough."""
+def disk_space_warning(state: TrainState, folder: Path) -> str:
+    """Return a warning if the disk has too little space for what the run will write; else an empty string."""
     settings = state.settings
     adapter = sum(p.numel() * p.element_size() for p in state.models.plain_adapter.parameters())
-    files = [adapter, adapter]  # both forms
+    files = [adapter, adapter]  # as LocalAdapter and as T2IAdapter
     if settings.checkpointing_steps:
         files += [adapter, adapter // 2 if settings.use_8bit_adam else 2 * adapter, adapter if settings.use_ema else 0]
-    free, largest = room(folder)
+    free, largest = free_space(folder)
     if free >= sum(files) and largest >= max(files):
         return ""
     what = "the adapter and a checkpoint" if settings.checkpointing_steps else "the adapter"
-    return warning(
-        f"{what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less room in "
-        f"{folder}{room_left(folder)}"
+    return (
+        f"{what} need {sum(files) / 1e6:.1f} MB, {max(files) / 1e6:.1f} MB in one file, but there is less space in "
+        f"{folder}{free_space_clause(folder)}"
     )

@@ -1,9 +1,10 @@
-"""Where a run's numbers go: ``stats.jsonl`` (one row of JSON per line) and, if wanted, TensorBoard and wandb."""
+"""Trackers of a run's numbers: ``stats.jsonl`` (one JSON object per line) and, on request, TensorBoard and wandb."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import threading
@@ -17,15 +18,15 @@ import numpy as np
 from PIL import Image
 
 from localctl.files import append, first_line, open_to_append, parse_json, write_bytes, write_text
-from localctl.messages import warning
 from localctl.settings import REPORT_TO as REPORT_TO
 
+logger = logging.getLogger(__name__)
 STATS = "stats.jsonl"
 BOARD, WANDB = "logs", "wandb"  # folders
 
 
 class Tracker:
-    """The null tracker: takes everything and keeps nothing (for all processes but the first)."""
+    """A tracker that records nothing, for all processes but the first; the base of the others."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Record numbers, lists of numbers (None = undefined) or text under their names, at ``step``."""
@@ -34,32 +35,32 @@ class Tracker:
         """Record an image."""
 
     def close(self) -> None:
-        """Bring everything to the disk."""
+        """Flush everything to the disk."""
 
 
 class FileTracker(Tracker):
     """Writes ``folder/stats.jsonl``.
 
-    ``start``: the step the run continues from. What an earlier, interrupted stretch logged beyond it is cut away, so
-    that the log of a continued run is that of an uninterrupted one.
+    ``start``: the step from which the run continues. Later rows of an interrupted run are removed, so that the log of a
+    resumed run equals that of an uninterrupted one.
     """
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / STATS
-        cut_back(self._path, start)
+        truncate_log(self._path, start)
         self._file = open_to_append(self._path)
-        self._waiting = b""
+        self._unwritten = b""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """OSError where the disk takes no more; the row then comes with the next one."""
-        self._find_again()
-        self._waiting += (json.dumps({"step": step, **_jsonable(values)}) + "\n").encode()
-        append(self._file, self._waiting, self._path)  # to the disk, or a checkpoint could outlive the rows before it
-        self._waiting = b""
+        """Append a row. OSError if it cannot be written; it is then written with the next one."""
+        self._reopen_if_removed()
+        self._unwritten += (json.dumps({"step": step, **_jsonable(values)}) + "\n").encode()
+        append(self._file, self._unwritten, self._path)  # flushed: no checkpoint may survive without its rows
+        self._unwritten = b""
 
-    def _find_again(self) -> None:
-        """Begin a new file where somebody has removed the one that is written to."""
+    def _reopen_if_removed(self) -> None:
+        """Start a new file if the present one was removed."""
         if self._path.exists() and os.path.samestat(os.fstat(self._file), os.stat(self._path)):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,24 +70,24 @@ class FileTracker(Tracker):
 
     def close(self) -> None:
         try:
-            if self._waiting:
-                append(self._file, self._waiting, self._path)
+            if self._unwritten:
+                append(self._file, self._unwritten, self._path)
         finally:
             os.close(self._file)
 
 
 class BoardTracker(Tracker):
-    """Writes TensorBoard files to ``folder/logs``; readers pass over what lies beyond ``start`` from before.
+    """Writes TensorBoard files to ``folder/logs``; TensorBoard ignores earlier entries after step ``start``.
 
-    ``settings``: flat, shown among the hyperparameters.
+    ``settings``: flat, shown as hyperparameters.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, start: int = 0) -> None:
-        self._give_back = _quiet_threads("tensorboard")
+        self._restore_hook = _quiet_threads("tensorboard")
         try:
             self._board = _writer(folder / BOARD, settings, start)
         except BaseException:
-            self._give_back()
+            self._restore_hook()
             raise
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -100,44 +101,44 @@ class BoardTracker(Tracker):
         try:
             self._board.close()
         finally:
-            self._give_back()
+            self._restore_hook()
 
 
 def _writer(folder: Path, settings: Mapping[str, Any], start: int) -> Any:
-    """TensorBoard's, with the hyperparameters written."""
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by everyone
+    """Return TensorBoard's writer after writing the hyperparameters."""
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
     from torch.utils.tensorboard.summary import hparams
 
     board = SummaryWriter(str(folder), purge_step=start + 1)
     shown = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in settings.items()}
-    for summary in hparams(shown, {}):  # into the run itself; the writer's own method would make a second run
+    for summary in hparams(shown, {}):  # into this run; SummaryWriter.add_hparams would create a second one
         board.file_writer.add_summary(summary)
     return board
 
 
 def _quiet_threads(package: str) -> Callable[[], None]:
-    """Print no more what threads of ``package`` raise, as it is raised again where it is asked for
-    more; returns what ends that."""
+    """Do not print exceptions in threads of ``package``, which its next call raises again; return a function that
+    undoes this."""
     before = threading.excepthook
 
     def hook(args: Any) -> None:
         if not type(args.thread).__module__.startswith(package):
             before(args)
 
-    def give_back() -> None:
+    def restore() -> None:
         if threading.excepthook is hook:
             threading.excepthook = before
 
     threading.excepthook = hook
-    return give_back
+    return restore
 
 
 class WandbTracker(Tracker):
     """Logs to Weights & Biases, project ``localctl`` unless ``options`` or WANDB_PROJECT say otherwise.
 
-    ``options``: of ``wandb.init``, such as project, name, group, tags and notes; None = as wandb's variables say.
-    A continued run goes on under the same id, plotted over its own ``step``. What was sent cannot be taken back: steps
-    that are run again show twice.
+    ``options``: of ``wandb.init``, such as project, name, group, tags and notes; None = from wandb's variables.
+    A resumed run keeps its id and is plotted over its own ``step``. Sent rows cannot be removed, so that steps that are
+    repeated appear twice.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -164,11 +165,11 @@ class WandbTracker(Tracker):
 
 
 class Trackers(Tracker):
-    """Several as one, by name. What one of them raises costs neither the training nor the others: it is said once for
-    each tracker."""
+    """Several trackers by name. An exception of one ends neither the training nor the others; the first of each tracker
+    is logged."""
 
-    def __init__(self, trackers: Mapping[str, Tracker], say: Callable[[str], None]) -> None:
-        self._trackers, self._say = dict(trackers), say
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
         self._failed: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -184,11 +185,10 @@ class Trackers(Tracker):
         for name, tracker in self._trackers.items():
             try:
                 work(tracker)
-            except Exception as error:  # anybody's library
+            except Exception as error:  # of any library
                 if name not in self._failed:
                     self._failed.add(name)
-                    said = f"{name} takes nothing at {when} ({first_line(error)}); the training goes on."
-                    self._say(warning(said))
+                    logger.warning(f"{name} recorded nothing at {when} ({first_line(error)}); the training goes on.")
 
 
 def make_tracker(
@@ -198,13 +198,12 @@ def make_tracker(
     *,
     start: int = 0,
     wandb: Mapping[str, Any] = MappingProxyType({}),
-    say: Callable[[str], None] = print,
 ) -> Tracker:
-    """``stats.jsonl`` always, and what ``report_to`` names; ``all`` is TensorBoard, and wandb where it is installed.
+    """Return a tracker for ``stats.jsonl`` and what ``report_to`` names; ``all``: TensorBoard, and wandb if installed.
 
-    ``settings``: flat, without secrets. ``start``: the step the run continues from. ``wandb``: project, name and the
-    like, as for :class:`WandbTracker`. A tracker that cannot begin is said and left out. OSError where ``stats.jsonl``
-    cannot be written.
+    ``settings``: flat, without secrets. ``start``: the step from which the run continues. ``wandb``: options of
+    :class:`WandbTracker`. A tracker that cannot start is logged and left out. OSError if ``stats.jsonl`` cannot be
+    written.
     """
     trackers: dict[str, Tracker] = {STATS: FileTracker(folder, start=start)}
     wanted: dict[str, Callable[[], Tracker]] = {}
@@ -215,13 +214,13 @@ def make_tracker(
     for name, make in wanted.items():
         try:
             trackers[name] = make()
-        except Exception as error:  # anybody's library
-            say(warning(f"{name} cannot begin ({first_line(error)}); the training goes on without it."))
-    return Trackers(trackers, say)
+        except Exception as error:  # of any library
+            logger.warning(f"{name} cannot start ({first_line(error)}); the training goes on without it.")
+    return Trackers(trackers)
 
 
 def check_report_to(report_to: str, wandb: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """ValueError when a tracker was asked for that is not installed, or ``wandb`` names a run that goes elsewhere."""
+    """Raise ValueError if a requested tracker is not installed, or ``wandb`` has options but nothing is sent there."""
     named = [f"wandb.{name}" for name, value in wandb.items() if value is not None]
     if named and not (report_to == "wandb" or (report_to == "all" and _has_wandb())):
         raise ValueError(
@@ -235,8 +234,8 @@ def _has_wandb() -> bool:
     return importlib.util.find_spec("wandb") is not None
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop the rows of ``path`` after ``step``, and a last line that was never finished."""
+def truncate_log(path: Path, step: int) -> None:
+    """Remove the rows of ``path`` after ``step``, and an incomplete last line."""
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().split(b"\n") if (row := _row(line)) and row["step"] <= step]
@@ -251,13 +250,13 @@ def read_stats(folder: Path) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = parse_json(line)
-    except ValueError:  # cut off by a crash
+    except ValueError:  # incomplete after a crash
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _jsonable(value: Any) -> Any:
-    """NaN and infinity are no JSON: null."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, Mapping):
         return {name: _jsonable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -266,7 +265,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _scalars(values: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """(tag, number) for TensorBoard; the items of a list get numbered tags."""
+    """Return (tag, number) pairs for TensorBoard; the items of a list get numbered tags."""
     pairs: list[tuple[str, float]] = []
     for name, value in values.items():
         items = [(f"{name}/{i}", item) for i, item in enumerate(value)] if isinstance(value, list) else [(name, value)]

@@ -1,4 +1,4 @@
-"""Images of held-out scenes while training: fixed prompts, masks and noise, scored by their edges in the mask."""
+"""Validation: images of held-out examples with fixed prompts, masks and noise, scored by their edges in the mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.conditions import FROM_PICTURE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
@@ -37,8 +37,8 @@ COLUMNS = ("condition, mask", "generated", "its condition", "real")
 
 @dataclass(frozen=True)
 class Case:
-    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its image, and the prompt it is generated
-    with: its caption, or nothing."""
+    """A held-out example with its mask (1,H,W), the edges (H,W) bool of its image, and the prompt: its caption, or an
+    empty one."""
 
     example: Example
     mask: Tensor
@@ -47,14 +47,14 @@ class Case:
 
     @property
     def scored(self) -> bool:
-        """Whether its mask holds enough edges for a score to say something."""
+        """Return whether the mask contains enough edges for a score."""
         return int((self.edges & (self.mask[0].numpy() > 0.5)).sum()) >= MIN_EDGES
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean over the cases: how well the images' edges inside the mask are those of the real ones. All NaN where no
-    mask holds enough edges to say so."""
+    """Means over the cases: how well the edges of generated images match those of real ones inside the mask. All NaN if
+    no mask contains enough edges."""
 
     f1: float
     precision: float
@@ -72,19 +72,20 @@ class Fidelity:
 
 
 def unscored(count: int) -> Fidelity:
-    """Of ``count`` cases without edges in their masks."""
+    """Return the NaN scores of ``count`` cases without enough edges in their masks."""
     return Fidelity(math.nan, math.nan, math.nan, (math.nan,) * count)
 
 
 @dataclass(frozen=True)
 class References:
-    """What the base alone reaches (chance) and what is left after the VAE's round trip (the ceiling)."""
+    """The scores of the base alone (chance) and of real images encoded and decoded by the VAE (the ceiling)."""
 
     base: Fidelity
     round_trip: Fidelity
 
     def control(self, f1: float) -> float:
-        """Return the share of the way from the base to the ceiling; NaN where there is no way to go."""
+        """Return where ``f1`` lies between the base (0) and the ceiling (1); NaN if the ceiling is not above the
+        base."""
         span = self.round_trip.f1 - self.base.f1
         return (f1 - self.base.f1) / span if span > 0 else math.nan
 
@@ -95,15 +96,15 @@ class ValidationResult:
     sheet: Image.Image
 
     def save(self, path: Path) -> None:
-        """Return the sheet as a PNG; OSError naming the file where it cannot be written."""
+        """Write the sheet as a PNG. OSError naming the file if it cannot be written."""
         buffer = io.BytesIO()
         self.sheet.save(buffer, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, buffer.getvalue())
 
 
-def in_words(fidelity: Fidelity, references: References) -> str:
-    """Return what is said of a validation."""
+def as_clause(fidelity: Fidelity, references: References) -> str:
+    """Return the scores as a clause for the log."""
     if not fidelity.scored:
         return f"no score, since no held-out mask has {MIN_EDGES} edge pixels in it (larger masks would)"
     return (
@@ -113,7 +114,7 @@ def in_words(fidelity: Fidelity, references: References) -> str:
 
 
 def validation_row(fidelity: Fidelity, references: References) -> dict[str, float]:
-    """Return what is logged of a validation."""
+    """Return the scores as a row for the trackers."""
     return {
         "validation/f1": fidelity.f1,
         "validation/precision": fidelity.precision,
@@ -125,8 +126,8 @@ def validation_row(fidelity: Fidelity, references: References) -> dict[str, floa
 
 
 class Validator:
-    """Generates the same cases whenever asked. Uses the models in place, loads nothing, touches no global random state
-    and none of the adapter's weights, so training goes on bit for bit as if it had not run."""
+    """Generates and scores the same cases each time. It uses the models in place and changes neither the adapter's
+    weights nor the global random state, so that training continues bit for bit as without it."""
 
     def __init__(self, models: Models, settings: TrainSettings, source: Source) -> None:
         self.models = models
@@ -138,18 +139,19 @@ class Validator:
 
     @property
     def steps(self) -> int:
-        """How many denoising steps a :meth:`run` makes."""
+        """Return the number of denoising steps in a :meth:`run`."""
         return math.ceil(len(self.cases) / self.config.batch_size) * self.config.num_inference_steps
 
     def run(self, beat: Beat = lambda: None) -> ValidationResult:
-        """Generate all cases with the adapter as it is now, and score them. ``beat`` is called after every denoising
-        step, and may raise to give up."""
+        """Generate all cases with the present adapter, and score them. ``beat`` is called after every denoising step,
+        and may raise an exception to abort."""
         images = self._generate(self.models.plain_adapter, beat)
         fidelity = self._score(images)
         return ValidationResult(fidelity, self._sheet(images, fidelity))
 
     def references(self, beat: Beat = lambda: None) -> References:
-        """Generate all cases without adapter, and pass the real ones through the VAE. ``beat`` as for :meth:`run`."""
+        """Score the images of the base alone, and real ones encoded and decoded by the VAE. ``beat``: as for
+        :meth:`run`."""
         if not self.scored:
             return References(unscored(len(self.cases)), unscored(len(self.cases)))
         base = self._score(self._generate(None, beat))
@@ -189,7 +191,7 @@ class Validator:
     def _sheet(self, images: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
         rows, labels = [], []
         for case, image, f1 in list(zip(self.cases, images, fidelity.per_case, strict=True))[: self.config.rows]:
-            seen = self.condition if self.condition.kind in FROM_PICTURE else self.edge_condition
+            seen = self.condition if self.condition.kind in FROM_IMAGE else self.edge_condition
             rows.append(
                 [
                     outline(condition_to_pil(case.example.condition), case.mask),
@@ -204,18 +206,18 @@ class Validator:
 
 
 def edge_condition(condition: ConditionConfig) -> ConditionConfig:
-    """How the edges are found by which ``condition`` is scored."""
+    """Return the canny condition with which images for ``condition`` are scored."""
     return condition if condition.kind == "canny" else ConditionConfig(kind="canny")
 
 
 def edges_of(config: ConditionConfig, image: Image.Image) -> np.ndarray:
-    """Edges (H,W) bool."""
+    """Return the edges of an image, (H,W) bool."""
     return extract(config, np.asarray(image))[0].numpy() > 0.5
 
 
 def choose_cases(source: Source, settings: TrainSettings) -> list[Case]:
-    """Choose the first ``validation.count`` usable examples whose mask, sampled with ``validation.seed``, holds enough
-    edges to be scored; where there is none such, the first usable ones. ValueError when none is usable."""
+    """Choose the first ``validation.count`` usable examples whose mask, sampled with ``validation.seed``, contains
+    enough edges for a score; if there are none, the first usable ones. ValueError if no example is usable."""
     config, edges = settings.validation, edge_condition(settings.condition)
     cases: list[Case] = []
     others: list[Case] = []

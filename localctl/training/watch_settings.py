@@ -1,4 +1,4 @@
-"""What the watching of a training can be told: validation, early stopping, and the name of the run for others."""
+"""Settings for observing a training: validation, early stopping and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from localctl.records import NotNegative, Positive, Rate, Share, record
 @record("validation")
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Pictures of held-out scenes with fixed prompts, masks and noise; the rest as for the pipeline.
+    """Images of held-out examples with fixed prompts, masks and noise; the other options are the pipeline's.
 
-    count: how many are drawn and scored.
+    count: images to generate and score.
     rows: how many of them the grid shows.
-    batch_size: pictures drawn at once; does not change them.
+    batch_size: images per batch; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
     seed: of the noise.
-    proportion_empty_prompts: this share of them, always the same ones, is generated without its caption: what the
-        adapter does alone.
+    proportion_empty_prompts: this share of them, always the same ones, is generated without its caption, which
+        shows the adapter's effect alone.
     """
 
     count: Positive = 16
@@ -40,18 +40,18 @@ class ValidationConfig:
 @record("early_stopping")
 @dataclass(kw_only=True)
 class EarlyStoppingConfig:
-    """When to stop for a score: one that the caller of the training gives (``events.Scorer``), or ``metric``.
+    """When to stop because of a score: that of an ``events.Scorer`` given from Python, or ``metric``.
 
     every: steps between scores, 0 = never.
     patience: stop after this many scores in a row that beat the best by no more than min_delta.
     min_delta: what counts as better than the best.
     lower_is_better: as with FID.
-    metric: ``fid`` or ``frechet_EXTRACTOR``, which `train_adapter.py` takes of num_images pictures that the adapter
-        draws from held-out examples, always with the same masks and noise; null = none.
-    weights: of the extractor, if it needs to be told.
-    reference: statistics made by `evaluate_fid.py ref`; null = of the held-out pictures.
-    num_images: pictures drawn for each score.
-    batch_size: of them drawn at once.
+    metric: ``fid`` or ``frechet_EXTRACTOR`` of num_images images that are generated for held-out examples, always with
+        the same masks and noise; null = none.
+    weights: of the extractor, if it has no default.
+    reference: statistics from `evaluate_fid.py ref`; null = of the held-out images.
+    num_images: images generated for each score.
+    batch_size: images per batch.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
@@ -80,14 +80,14 @@ class EarlyStoppingConfig:
 @record("wandb")
 @dataclass(kw_only=True)
 class WandbConfig:
-    """How the run is called at Weights & Biases, for report_to=wandb.
+    """The run at Weights & Biases, for report_to=wandb.
 
-    project: null = as the variable WANDB_PROJECT says, else ``localctl``.
-    name: null = as WANDB_NAME says.
-    group: null = as WANDB_RUN_GROUP says.
-    tags: like [canny, sd15]; null = as WANDB_TAGS says.
-    notes: null = as WANDB_NOTES says.
-    job_type: null = as WANDB_JOB_TYPE says.
+    project: null = the variable WANDB_PROJECT, else ``localctl``.
+    name: null = WANDB_NAME.
+    group: null = WANDB_RUN_GROUP.
+    tags: like [canny, sd15]; null = WANDB_TAGS.
+    notes: null = WANDB_NOTES.
+    job_type: null = WANDB_JOB_TYPE.
     """
 
     project: str | None = None

@@ -1,7 +1,7 @@
-"""The sampling of one image as plain code that can be differentiated, step by step like the stock pipeline's.
+"""Differentiable sampling of one image, step by step as in the stock pipeline.
 
-Call everything inside ``attach``: the controls see these calls of the denoiser as those of the pipeline. With per-step
-checkpointing, a step keeps nothing but its latents, and is run again when the gradient passes it.
+Call everything inside ``attach``: the controls treat these calls of the denoiser as the pipeline's. With per-step
+checkpointing, a step stores only its latents, and runs again in the backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIFFERENTIABLE = ("DDIMScheduler", "PNDMScheduler")
 
 
 def is_differentiable(scheduler: Any) -> bool:
-    """Whether :func:`sample_latents` can sample with it: DDIM, and PNDM without Runge-Kutta steps (that is, PLMS)."""
+    """Return whether :func:`sample_latents` supports the scheduler: DDIM, or PNDM without Runge-Kutta steps (PLMS)."""
     name = type(scheduler).__name__
     return name in DIFFERENTIABLE and (name != "PNDMScheduler" or scheduler.config.skip_prk_steps)
 
@@ -37,14 +37,14 @@ def sample_latents(
     checkpointing: bool = True,
     after_call: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Latents (1, c, h, w) after all steps; those of the stock pipeline.
+    """Return the latents (1, c, h, w) after all steps, the same as the stock pipeline's.
 
     Args:
-        conditioning: as the denoiser makes it, within the same ``attach``.
-        noise: standard normal (1, c, h, w), what the pipeline takes as ``latents``.
-        last_steps: gradients through so many of the last calls of the denoiser; None = through all.
-        checkpointing: keep the memory of one step instead of all; each step is then run twice.
-        after_call: called after each call of the denoiser in the forward direction.
+        conditioning: from ``Denoiser.condition``, computed within the same ``attach``.
+        noise: standard normal (1, c, h, w), as the pipeline takes it as ``latents``.
+        last_steps: backpropagate through this many of the last calls of the denoiser; None = through all.
+        checkpointing: use the memory of one step instead of all; each step then runs twice.
+        after_call: called after each call of the denoiser in the forward pass.
     """
     scheduler, denoiser = pipe.scheduler, denoiser_of(pipe)
     assert is_differentiable(scheduler)
@@ -66,6 +66,6 @@ def sample_latents(
 
 
 def decode(pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], as the pipeline would save them but for rounding to 8 bits."""
+    """Decode latents (B, c, h, w) to images (B, 3, H, W) in [0, 1], as the pipeline does but not rounded to 8 bits."""
     pixels = diffusion.decode(pipe.vae, latents.to(pipe.vae.dtype))
     return (pixels.float() / 2 + 0.5).clamp(0, 1)

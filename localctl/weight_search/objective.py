@@ -1,4 +1,4 @@
-"""What an image with a layout is worth to a CLIP: the whole against the prompt, each region against its phrase."""
+"""The CLIP objective of an image with a layout: the whole image against the prompt, each region against its phrase."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from localctl.metrics.clip import Clip
 class ClipObjective:
     """The objective of arXiv 2304.03869: L = d(image, prompt) + factor * sum_i d(crop_i, "A photo of <object i>").
 
-    d = 1 - cosine of CLIP's embeddings; crop_i is the smallest box round region i. What is not square is squeezed, as
-    for the CLIP score.
+    d = 1 - cosine similarity of CLIP's embeddings; crop_i is the smallest box around region i. Images and crops are
+    resized to CLIP's square input without keeping their aspect ratio, as for the CLIP score.
 
     Args:
         clip: any CLIP.
-        layout: its prompt and those of its regions that have a description count.
-        size: (height, width) of the images.
-        region_factor: 5 as published.
-        normalise_pixels: as CLIP was trained; False gives it pixels in [0, 1], as the published code does.
+        layout: gives the prompt and the objects, which are the regions with a description.
+        size: (height, width) of the images in pixels.
+        region_factor: weight of the regions' terms; 5 as published.
+        normalise_pixels: normalise pixels as in CLIP's training; False passes pixels in [0, 1], as the published code
+            does.
     """
 
     def __init__(
@@ -46,24 +47,24 @@ class ClipObjective:
         self.texts = torch.nn.functional.normalize(embedded, dim=-1).to(clip.device)  # (1 + objects, d)
 
     def parts(self, pixels: Tensor) -> Tensor:
-        """(1 + objects,): d of the whole image, then of each object. ``pixels``: (1, 3, H, W) in [0, 1]."""
+        """Return d of the whole image, then of each object, (1 + objects,). ``pixels``: (1, 3, H, W) in [0, 1]."""
         views = [pixels, *(pixels[:, :, rows, columns] for rows, columns in self.crops)]
         embedded = torch.cat([self.clip.embed_pixels(view, self.normalise_pixels) for view in views])
         return 1 - (torch.nn.functional.normalize(embedded, dim=-1) * self.texts).sum(dim=-1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(): the loss of one image, with gradients."""
+        """Return the loss () of one image ``pixels`` (1, 3, H, W) in [0, 1]; differentiable."""
         parts = self.parts(pixels)
         return parts[0] + self.region_factor * parts[1:].sum()
 
 
 def object_text(region: Region) -> str:
-    """Return "A photo of <object>", of the region's phrase without "the", else of its description."""
+    """Return "A photo of <object>", where the object is the region's phrase without "the", else its description."""
     words = region.phrase or description(region) or ""
     return f"A photo of {re.sub(r'^the ', '', words, flags=re.IGNORECASE)}"
 
 
 def _box(mask: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box round a mask (H, W)."""
+    """Return the rows and columns of the smallest box around a mask (H, W)."""
     rows, columns = (mask >= mask.max() / 2).nonzero().unbind(dim=1)
     return slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1)

@@ -1,6 +1,7 @@
 """Weights of space-time attention, optimised per object and step for one image (arXiv 2304.03869).
 
-``optimize_weights`` gives the weights, the image is an ordinary run with them; ``generate_optimized`` does both.
+``optimize_weights`` returns the weights, with which the image is then generated as usual; ``generate_optimized`` does
+both.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ DEFAULT_CLIP = "openai/clip-vit-base-patch32"  # the published one
 
 @dataclass(frozen=True)
 class OptimizedSpaceTime(SpaceTimeSettings, Serializable):
-    """The settings of space-time attention whose weights :func:`generate_optimized` finds for each image; those of
-    :class:`~localctl.control.spacetime.SpaceTimeSettings` are where it starts from. No control by itself.
+    """Settings of space-time attention whose weights :func:`generate_optimized` optimises for each image.
+
+    The weights start from the settings of :class:`~localctl.control.spacetime.SpaceTimeSettings`. This is not a control
+    and cannot be attached.
 
     Args:
         epochs, learning_rate: of Adam; 3 and 0.005 as published. A step of Adam moves a weight by about the rate.
-        region_factor: what the regions' CLIP losses count beside the image's.
-        normalise_pixels: show the CLIP pixels as it was trained on; False: in [0, 1], as the published code does.
-        last_steps: gradients through so many of the last steps only; 0 = through all.
+        region_factor: weight of the regions' CLIP losses relative to the image's.
+        normalise_pixels: normalise pixels as in CLIP's training; False: pixels in [0, 1], as the published code does.
+        last_steps: backpropagate through this many of the last steps only; 0 = through all.
         clip: folder or hub id of a CLIPModel; ``auto``: the one in the base's folder, if any, else the published one.
 
     Raises:
@@ -68,13 +71,13 @@ class OptimizedSpaceTime(SpaceTimeSettings, Serializable):
     last_steps: int = 0
     clip: str = "auto"
 
-    not_attached: ClassVar[str] = "it has no weights yet; use generate_optimized"  # what attach says of it
+    not_attached: ClassVar[str] = "it has no weights yet; use generate_optimized"  # for the error of attach
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.epochs < 1 or self.last_steps < 0:
             raise ValueError(
-                f"An optimisation needs at least 1 epoch and 0 last_steps or more, not {self.epochs} and "
+                f"An optimisation needs at least 1 epoch and at least 0 last_steps, not {self.epochs} and "
                 f"{self.last_steps}."
             )
         if not (0 < self.learning_rate < math.inf and 0 <= self.region_factor < math.inf):
@@ -91,8 +94,11 @@ class OptimizedSpaceTime(SpaceTimeSettings, Serializable):
 
 @dataclass(frozen=True)
 class OptimizedWeights:
-    """weights: (steps, regions) float32 on the CPU, for ``SpaceTimeAttention(weights=...)`` and as many steps; losses:
-    the objective before each epoch's step."""
+    """The result of :func:`optimize_weights`.
+
+    weights: (steps, regions) float32 on the CPU, for ``SpaceTimeAttention(weights=...)`` with as many steps. losses:
+    the objective before each epoch's step.
+    """
 
     weights: Tensor
     losses: tuple[float, ...]
@@ -112,27 +118,30 @@ def optimize_weights(
     checkpointing: bool = True,
     progress: bool = True,
 ) -> OptimizedWeights:
-    """Return the weights for the image that ``generate`` makes of ``layout`` with ``seed``, by gradients through
-    sampling.
+    """Optimise the weights for the image that ``generate`` makes from ``layout`` and ``seed``.
 
-    Samples with the pipeline's scheduler if it is DDIM or PNDM (PLMS), else with DDIM; the weights fit any scheduler.
+    Gradients pass through the whole sampling, with the pipeline's scheduler if it is DDIM or PNDM (PLMS), else with
+    DDIM. The weights can then be used with any scheduler and as many steps.
 
     Args:
-        clip: looks at the image and its regions (see :class:`~localctl.weight_search.objective.ClipObjective`).
-        control: where to start and how to go on; None = the defaults.
-        controls: others that act together with it; none that moves latents.
-        checkpointing: the memory of one step, at the price of a second run of each; without, that of all steps.
+        clip: compares the image and its regions with their texts (see
+            :class:`~localctl.weight_search.objective.ClipObjective`).
+        control: the settings of the start and of the optimisation; None = the defaults.
+        controls: further controls, none of which may move latents.
+        checkpointing: use the memory of one step instead of all; each step then runs twice.
 
     Raises:
-        ValueError: no region has a description; a control moves latents; weights let no gradients pass; a schedule or a
-            loss has no finite values; or as for ``attach``.
+        ValueError: no region has a description; a control moves latents; weights let no gradients pass; the schedule
+            leaves no signal for epsilon prediction; the loss is not finite; or as for ``attach``.
     """
     control = control or OptimizedSpaceTime()
     denoiser = denoiser_of(pipe)
     if num_inference_steps < 1:
-        raise ValueError(f"The number of steps must be at least 1, not {num_inference_steps}.")
+        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
-        raise ValueError("No region of the layout has a phrase or a prompt, so there are no weights; give it one.")
+        raise ValueError(
+            "No region of the layout has a phrase or a prompt, so there are no weights to optimise; give a region one."
+        )
     check_gradients(denoiser, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
@@ -142,7 +151,9 @@ def optimize_weights(
     losses = []
     with _sampling(pipe), attach(pipe, layout, [control.with_weights(weights), *controls]) as attached:
         if any(bound.moves_latents for bound in attached.bound):
-            raise ValueError("Weights cannot be optimised beside controls that move latents; leave LayoutGuidance out.")
+            raise ValueError(
+                "Weights cannot be optimised together with a control that moves latents; leave LayoutGuidance out."
+            )
         conditioning = denoiser.condition(layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]
@@ -160,12 +171,12 @@ def optimize_weights(
 
 
 def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bool) -> float:
-    """One step down the gradient of ``loss``, back into [0, 1] for a convex mix; the loss."""
+    """Take one step of Adam on ``loss``, clamp the weights to [0, 1] for a convex mix, and return the loss."""
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ValueError("The loss of the optimisation is not finite; use float32 or bfloat16.")
     adam.zero_grad()
-    # One thread, on a GPU too: steps that are run again must be seen by the controls as before.
+    # Also on a GPU in this thread: steps run again here, and controls refuse denoiser calls from another thread.
     with torch.autograd.set_multithreading_enabled(False):
         loss.backward()
     adam.step()
@@ -177,9 +188,10 @@ def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bo
 
 @contextmanager
 def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Yield a scheduler of our own on the pipeline, and gradients for nothing but what wants them; undone at the end.
+    """Give the pipeline a differentiable scheduler and turn off gradients of its parameters; undone at the end.
 
-    The denoiser's own gradient checkpointing would run its layers again when the controls have left them, so it is off.
+    The denoiser's own gradient checkpointing is turned off, since it would run layers again after the controls have
+    been removed from them.
     """
     module: Any = denoiser_of(pipe).module
     own, checkpointing = pipe.scheduler, module.is_gradient_checkpointing
@@ -200,13 +212,15 @@ def _sampling(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def find_clip(name: str, pipe: DiffusionPipeline) -> Clip:
-    """Return the CLIP meant by :class:`OptimizedSpaceTime`'s ``clip``, on the pipeline's device. ValueError when not
-    found."""
+    """Load the CLIP that :class:`OptimizedSpaceTime`'s ``clip`` names, on the pipeline's device.
+
+    ValueError when it is not found.
+    """
     return clip_beside(name, str(pipe.config.get("_name_or_path", "")), pipe.device)
 
 
 def clip_beside(name: str, base: str, device: torch.device | str = "cpu") -> Clip:
-    """As :func:`find_clip`, for a base, by its folder or hub id, that need not be loaded yet."""
+    """Load the CLIP as :func:`find_clip` does, for a base given by folder or hub id, which need not be loaded."""
     if name == "auto":
         own = Path(base, "clip")
         name = str(own) if (own / "config.json").is_file() else DEFAULT_CLIP
@@ -226,11 +240,16 @@ def generate_optimized(
     progress: bool = True,
     clip: Clip | None = None,
 ) -> GenerateOutput:
-    """As :func:`~localctl.sampling.generate`, with the weights of the one :class:`OptimizedSpaceTime` among
-    ``controls`` found anew for each layout and seed; ``sampling`` and what is said beside it as there.
+    """Generate images as :func:`~localctl.sampling.generate`, optimising weights for each layout and seed.
 
-    clip: the one that the control names, where it is loaded already. ValueError without exactly one such control, for
-    settings of sampling that an optimisation does not know, or as for :func:`optimize_weights`.
+    Args:
+        controls: exactly one :class:`OptimizedSpaceTime`, whose weights are optimised, and any others.
+        sampling, num_inference_steps, guidance_scale: as for :func:`~localctl.sampling.generate`.
+        clip: the CLIP that the control names, if it is loaded already.
+
+    Raises:
+        ValueError: not exactly one such control; a setting of sampling that an optimisation does not support; or as for
+            :func:`optimize_weights`.
     """
     found = [control for control in controls if isinstance(control, OptimizedSpaceTime)]
     if len(found) != 1:
@@ -238,19 +257,19 @@ def generate_optimized(
     optimized = found[0]
     others = [control for control in controls if not isinstance(control, OptimizedSpaceTime)]
     clip = clip or find_clip(optimized.clip, pipe)
-    said = Sampling(None, guidance_scale, num_inference_steps, seeds=seeds)
-    how = resolve_sampling(pipe, said, sampling).over(Sampling(None, 7.5, 50))  # the pipelines' own defaults
+    given = Sampling(None, guidance_scale, num_inference_steps, seeds=seeds)
+    resolved = resolve_sampling(pipe, given, sampling).over(Sampling(None, 7.5, 50))  # the pipelines' own defaults
     for name in ("guidance_rescale", "clip_skip", "eta"):
-        if getattr(how, name):
-            raise ValueError(f"{name} does not go together with OptimizedSpaceTime; use SpaceTimeAttention.")
+        if getattr(resolved, name):
+            raise ValueError(f"{name} cannot be combined with OptimizedSpaceTime; use SpaceTimeAttention.")
     options: dict[str, Any] = {
-        "num_inference_steps": how.num_inference_steps,
-        "guidance_scale": how.guidance_scale,
+        "num_inference_steps": resolved.num_inference_steps,
+        "guidance_scale": resolved.guidance_scale,
         "negative_prompt": negative_prompt,
     }
     outputs = []
-    with scheduled(pipe, how):
-        for item, seed in itertools.product(as_layouts(layout), how.seeds):
+    with scheduled(pipe, resolved):
+        for item, seed in itertools.product(as_layouts(layout), resolved.seeds):
             weights = optimize_weights(
                 pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, **options
             ).weights

@@ -1,1 +1,1 @@
-"""Does each part of the method help? Trains and measures every variant on the embedded base, with intervals."""
+"""Does each part of the method help? Every variant is trained and measured on the embedded base, with intervals."""

@@ -1,11 +1,11 @@
-"""Train and measure every variant of the method on the embedded base, and write what came out.
+"""Train and measure every variant of the method on the embedded base, and write the page of results.
 
-  python -m research.ablation --report docs/ablation.md            all rows; the same again goes on
-  python -m research.ablation --report docs/ablation.md --sweep    and the sweep of the local term
+  python -m research.ablation --report docs/ablation.md            all rows; run again to resume
+  python -m research.ablation --report docs/ablation.md --sweep    also sweep the local term
   python -m research.ablation --rows sobel feature_masked --max_train_steps 200
 
-Each training's result is written when it is done, and never made again; a training that was stopped
-goes on from its checkpoint. A GPU is used where there is one (ACCELERATE_USE_CPU=true keeps training off it).
+The result of each training is written as soon as it is measured, and kept; a training that was stopped
+resumes from its checkpoint. A GPU is used where there is one (ACCELERATE_USE_CPU=true keeps training off it).
 """
 
 from __future__ import annotations
@@ -26,44 +26,40 @@ PROGRAM = "research.ablation"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
     protocol = Protocol()
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
-    add("--rows", nargs="*", default=list(ROWS), help=f"which, of {', '.join(ROWS)}; none: only the page and the sweep")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; rows besides the headline take the first")
-    add("--max_train_steps", type=int, help="default: that of the experiments")
-    add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other configuration of every training")
+    add("--rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; no name: only the page and the sweep")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; only headline rows use all, others one")
+    add("--max_train_steps", type=int, help="default: as in the experiments")
+    add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every training's settings")
     add("--sweep", action="store_true", help="also sweep the local term")
-    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 3e-2, 0.3, 1.0], help="of the local term")
+    add("--sweep_weights", nargs="+", type=float, default=[1e-3, 3e-2, 0.3, 1.0], help="weights of the local term")
     add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"], help="w(t) of the local term")
-    add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"], help="its means")
-    add("--sweep_steps", type=int, default=250, help="of each training of the sweep")
+    add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"], help="loss.normalise")
+    add("--sweep_steps", type=int, default=250, help="steps of each training of the sweep")
     add("--count", type=int, default=protocol.count, help="held-out scenes")
     add_protocol(parser, protocol)
-    add(
-        "--report",
-        type=Path,
-        default=Path("outputs/ablation.md"),
-        help=REPORT_HELP,
-    )
+    add("--report", type=Path, default=Path("outputs/ablation.md"), help=REPORT_HELP)
     add("--work_dir", type=Path, default=Path("outputs/ablation_work"), help="trainings and images")
     return parser.read(argv)
 
 
 def planned(args: argparse.Namespace) -> list[Cell]:
-    """ValueError for rows, seeds or settings of the sweep that make no sense."""
+    """Return the trainings asked for. Raises ValueError for unknown rows, repeated seeds or weights out of range."""
     cells = row_cells(args.rows, args.seeds, args.max_train_steps, args.train)
     if args.sweep:
         sweep = Sweep(args.sweep_weights, args.sweep_schedules, args.sweep_normalise, args.sweep_steps)
         if min(sweep.weights) <= 0:
-            raise ValueError("The sweep's weights must be above 0; without the local term it trains once anyway.")
+            raise ValueError("--sweep_weights must be above 0; the sweep trains without the local term anyway.")
         cells += sweep_cells(sweep, args.seeds[0], args.train)
     return cells
 
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done; 2 after a user's error, 1 when the disk is full; 130 or 143 when training was stopped."""
+    """Run the study. Returns 0; 2 after a user's error, 1 if the disk is full, 130 or 143 if a signal stopped it."""
     args = parse(argv)
     folder, cells = results_of(args.report), planned(args)
     with loading():

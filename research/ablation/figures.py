@@ -1,4 +1,4 @@
-"""Figures of the ablation with their intervals, from the results of single trainings."""
+"""Compute the figures of the ablation and their intervals from the results of single trainings."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ RESAMPLES = 2000
 
 
 class Resampler:
-    """Resamples scenes, and seeds of training, the same scenes for every table: so figures of several tables can be
-    combined sample by sample.
+    """Bootstrap over scenes and training seeds.
 
-    With few seeds the interval is narrower than it should be (three have only ten different samples): print the values
-    of the seeds beside it.
+    Every table is resampled with the same scenes, so that figures of several tables can be combined sample by sample.
+    With few seeds the interval is too narrow (three have only ten different samples): print the value of each seed
+    beside it.
     """
 
     def __init__(self, scenes: int, resamples: int = RESAMPLES) -> None:
         self.resamples = resamples
         counts = numpy_rng(0, "scenes", scenes).multinomial(scenes, np.full(scenes, 1 / scenes), resamples)
-        self._scenes = np.vstack([np.ones(scenes), counts])  # (R+1, n); the first row is all scenes, once
+        self._scenes = np.vstack([np.ones(scenes), counts])  # (R+1, n); the first row has every scene once
 
     def means(self, table: np.ndarray) -> np.ndarray:
-        """Of ``table`` (S, n), seeds by scenes, NaN = undefined and left out: (R+1,), the first is the plain mean. NaN
-        where nothing is defined."""
+        """Return the means (R+1,) of ``table`` (S, n), seeds by scenes: first the plain one, then those resampled.
+
+        NaN in ``table`` is left out; a mean of nothing is NaN.
+        """
         seeds, scenes = table.shape
         assert scenes == self._scenes.shape[1]
         counts = numpy_rng(0, "seeds", seeds).multinomial(seeds, np.full(seeds, 1 / seeds), self.resamples)
@@ -47,7 +49,7 @@ class Resampler:
 
 
 def interval(samples: np.ndarray, n: int) -> Interval | None:
-    """95 % of what :meth:`Resampler.means`, or any function of it, gave; None where it is undefined."""
+    """Return the 95 % interval of ``samples`` (R+1,), from :meth:`Resampler.means`; None if the first is undefined."""
     if np.isnan(samples[0]):
         return None
     low, high = np.nanquantile(samples[1:], [0.025, 0.975])
@@ -55,7 +57,7 @@ def interval(samples: np.ndarray, n: int) -> Interval | None:
 
 
 def read_figures(folder: Path) -> Figures:
-    """Of the results in ``folder``. ValueError for a damaged one, or results that do not go together."""
+    """Return the figures of the results in ``folder``. Raises ValueError for damaged or incompatible results."""
 
     def way(asked: Mapping[str, Any]) -> Any:
         return sorted(asked.get("protocol", {}).items())
@@ -64,15 +66,19 @@ def read_figures(folder: Path) -> Figures:
 
 
 class Figures:
-    """What follows from ``results``, of which the base's must be one (ValueError otherwise)."""
+    """Means, differences and distances from ``results``.
+
+    Raises:
+        ValueError: the base has no result, or another result has other images or columns than the base's.
+    """
 
     def __init__(self, results: Mapping[str, Result]) -> None:
         if FLOOR not in results or results[FLOOR]["ceiling"] is None:
-            raise ValueError("There is no result of the base yet, against which all others are read; measure it first.")
+            raise ValueError("The base has no result yet, and all others are compared with it; measure the base first.")
         self.base = results[FLOOR]
         for result in results.values():
             if not result["failed"] and (result.ids, result.columns) != (self.base.ids, self.base.columns):
-                raise ValueError(f"The result {result.name} is not of the base's images and figures; remove it.")
+                raise ValueError(f"The result {result.name} has other images or columns than the base's; remove it.")
         found: dict[str, list[Result]] = {name: [] for name in ROWS}
         for result in sorted(results.values(), key=lambda r: r["seed"]):
             if result["row"] in found and not result["failed"]:
@@ -88,13 +94,13 @@ class Figures:
 
     @cached_property
     def _tables(self) -> dict[str, np.ndarray]:
-        """(S, n, k) by row: seeds, scenes, columns; the ceiling and every setting of the sweep among them."""
+        """The table (S, n, k) of each row: seeds, scenes, columns; also of the ceiling and of the sweep's settings."""
         tables = {FLOOR: self.base.samples[None], CEILING: as_table(self.base["ceiling"])[None]}
         tables |= {name: np.stack([r.samples for r in trained]) for name, trained in self.rows.items()}
         return tables | {r.name: r.samples[None] for r in self.sweep if not r["failed"]}
 
     def mean(self, row: str, column: str) -> Interval | None:
-        """Over seeds and scenes; ``control`` is a column, too."""
+        """Return the mean over seeds and scenes of a column, or of ``control``."""
         n = self._tables[row].shape[1]
         if column != CONTROL:
             return interval(self._means(row, column), n)
@@ -103,12 +109,14 @@ class Figures:
         return interval((reached - floor) / span, n)
 
     def undefined(self, row: str, column: str) -> int:
-        """Images, over all seeds, of which ``column`` says nothing."""
+        """Return the number of images, over all seeds, for which ``column`` is undefined."""
         return 0 if column == CONTROL else int(np.isnan(self._column(row, column)).sum())
 
     def difference(self, row: str, other: str, column: str) -> Interval | None:
-        """Mean of ``row`` less ``other``, paired by scene and, where both are rows, by seed. None where they share no
-        seed or no defined scene."""
+        """Return the mean of ``row`` - ``other``, paired by scene and, if both are rows of trainings, by seed.
+
+        None if they share no seed, or no scene for which both are defined.
+        """
         first, second = self._column(row, column), self._column(other, column)
         if row in self.rows and other in self.rows:
             seeds = self.common_seeds(row, other)
@@ -120,10 +128,11 @@ class Figures:
         return interval(self.resampler.means(first - second), first.shape[1])
 
     def common_seeds(self, row: str, other: str) -> list[int]:
+        """Return the seeds that both rows were trained with."""
         return sorted(set.intersection(*({r["seed"] for r in self.rows.get(name, ())} for name in (row, other))))
 
     def per_seed(self, row: str, column: str) -> list[tuple[int, float]]:
-        """(seed, mean over the scenes) of each training; ``column`` may be a distance."""
+        """Return (seed, mean over the scenes) of each training; ``column`` may be a distance."""
         values = []
         for result in self.rows[row]:
             if column in result["distances"]:
@@ -135,12 +144,12 @@ class Figures:
         return values
 
     def distance(self, row: str, name: str) -> float:
-        """Mean over the trainings, of whole sets: there is no interval over scenes."""
+        """Return the mean distance over the trainings; it is of whole sets, so it has no interval over scenes."""
         trained = [self.base] if row == FLOOR else self.rows.get(row) or [r for r in self.sweep if r.name == row]
         return float(np.mean([r["distances"][name] for r in trained]))
 
     def headline(self, column: str = "f1") -> Interval | None:
-        """Return the method less the same without its local term; None until both have a training of one seed."""
+        """Return the method's gain over the same without its local term; None if they share no training seed yet."""
         if METHOD not in self.rows or WITHOUT not in self.rows:
             return None
         return self.difference(METHOD, WITHOUT, column)

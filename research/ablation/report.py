@@ -1,4 +1,4 @@
-"""The page that says what the ablation found: tables, curves, images, and the sentence on the method."""
+"""Write the page of the ablation: the sentence on the method, tables, curves and images."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ COMPARED = ("f1", "ssim", "lfmse_in", "leak", "region_accuracy", "clip_score")
 
 
 def write_report(results: Path, page: Path) -> str:
-    """Write ``page``, and its figures into the folder of its name; returns the text. ValueError where results are
-    missing or do not go together."""
+    """Write ``page``, and its figures into the folder named like it; return the text.
+
+    Raises:
+        ValueError: the base has no result, or results do not belong together.
+    """
     figures = read_figures(results)
     return write_page(
         page,
@@ -71,8 +74,8 @@ def _sentence(figures: Figures) -> list[str]:
         return ["The two headline rows have not both been trained yet.", ""]
     seeds = figures.common_seeds(METHOD, WITHOUT)
     counted = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    said = {"more": "more, and the interval leaves out 0", "less": "less, and the interval leaves out 0"}
-    meaning = said.get(verdict(difference), "no difference, for the interval covers 0")
+    meanings = {"more": "more, and the interval leaves out 0", "less": "less, and the interval leaves out 0"}
+    meaning = meanings.get(verdict(difference), "no difference, for the interval covers 0")
     loss = figures.rows[METHOD][0]["training"]["settings"]["loss"]
     term = f"weight {loss['weight']:g}, {loss['schedule']}, {loss['normalise']}"
     return [
@@ -120,6 +123,7 @@ def _differences(figures: Figures) -> list[str]:
 
 
 def headed(column: str) -> str:
+    """Return a column's heading."""
     return f"{column} (lower is better)" if column in LOWER_IS_BETTER else column
 
 
@@ -151,8 +155,8 @@ def _images(figures: Figures, results: Path, page: Path) -> list[str]:
     """Return a sheet of the first scenes under every row's first seed."""
     strips = {"condition, mask": CONDITIONS, FLOOR: FLOOR}
     strips |= {name: trained[0].name for name, trained in figures.rows.items()}  # titles are too long
-    there = {title: path for title, name in strips.items() if (path := results / f"{name}.png").is_file()}
-    if not there:
+    paths = {title: path for title, name in strips.items() if (path := results / f"{name}.png").is_file()}
+    if not paths:
         return []
-    shown = figure(sheet(there)[0], page, "pictures", "the first scenes under every row")
-    return ["## Pictures", "", f"Columns: {', '.join(there)}.", "", shown, ""]
+    link = figure(sheet(paths)[0], page, "pictures", "the first scenes under every row")
+    return ["## Pictures", "", f"Columns: {', '.join(paths)}.", "", link, ""]

@@ -1,5 +1,7 @@
-"""What is compared, and how: rows, each an experiment in ``config/experiment``, and the settings of a sweep. Nothing
-here loads torch."""
+"""The variants and the protocol: rows, each an experiment in ``config/experiment``, and the settings of a sweep.
+
+Nothing here loads torch.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from research import flags
 FLOOR = "base"
 WITHOUT, METHOD = "feature_masked", "sobel"  # the two headline rows
 SWEEP = "sweep"
-CHECKPOINTS = 100  # steps
+CHECKPOINTS = 100  # steps between two
 
 
 @dataclass(frozen=True)
 class Protocol(flags.Protocol):
-    """Every cell on ``count`` test scenes with the same masks and noise."""
+    """Every cell is measured on ``count`` test scenes, with the same masks and noise."""
 
     LEAST: ClassVar[Mapping[str, int]] = {"count": 2, **flags.Protocol.LEAST}
 
@@ -32,18 +34,19 @@ class Protocol(flags.Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A variant of the training. title: as tables call it."""
+    """A variant of the training. title: its name in tables."""
 
     name: str
     title: str
 
     @property
     def experiment(self) -> str:
+        """The name of its experiment in ``config/experiment``."""
         return f"ablation_{self.name}"
 
     @property
     def headline(self) -> bool:
-        """Whether it is trained with every seed."""
+        """Whether it is trained with every seed, not with the first alone."""
         return self.name in (WITHOUT, METHOD)
 
 
@@ -65,8 +68,11 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One training to be measured. name: of its files; row: which one, or ``sweep``; title: as tables call it;
-    overrides: of the configuration, as on the command line."""
+    """One training to measure.
+
+    name: of its files. row: name of its row, or ``sweep``. title: its name in tables. overrides: of the training
+    settings, as on the command line.
+    """
 
     name: str
     row: str
@@ -75,7 +81,7 @@ class Cell:
     overrides: tuple[str, ...]
 
     def settings(self, base: str, output_dir: str) -> TrainSettings:
-        """How it is trained. ValueError for overrides that make no sense."""
+        """Return the settings of the training. Raises ValueError for overrides that are not valid."""
         more = (f"base={base}", f"seed={self.seed}", f"output_dir={output_dir}", f"checkpointing_steps={CHECKPOINTS}")
         argv = (*self.overrides, *more, "validation_steps=0", "report_to=none", "resume_from_checkpoint=latest")
         return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
@@ -83,7 +89,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every combination of these, trained for ``steps`` with the first seed; and once without the local term."""
+    """Every combination of these is trained for ``steps`` with the first seed, as is one run without the local term."""
 
     weights: Sequence[float]
     schedules: Sequence[str]
@@ -91,18 +97,22 @@ class Sweep:
     steps: int
 
 
-BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # nothing is trained: the floor, and with it the ceiling
+BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # not trained: the floor; its result has the ceiling, too
 
 
 def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of the rows in ``names``: headline rows with every seed, the others with the first; seeds
-    outermost, so that a table of one seed stands early. more: overrides of every cell. ValueError for an unknown row,
-    or no seed."""
+    """Return the cells of the rows in ``names``: headline rows with every seed, the others with the first alone.
+
+    All rows of the first seed are first, so that their table is complete early. more: overrides of every cell.
+
+    Raises:
+        ValueError: a row is unknown, or seeds are repeated or missing.
+    """
     for name in names:
         if name not in ROWS:
             raise ValueError(f"There is no row {name!r}; choose from {', '.join(ROWS)}.")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"The seeds must be different, and at least one, not {list(seeds)}.")
+        raise ValueError(f"The seeds must be different, and there must be at least one, not {list(seeds)}.")
     length = () if steps is None else (f"max_train_steps={steps}",)
     rows = [row for name, row in ROWS.items() if name in names]
     return [
@@ -114,7 +124,7 @@ def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, mor
 
 
 def sweep_cells(sweep: Sweep, seed: int, more: Sequence[str] = ()) -> list[Cell]:
-    """Return the cells of a sweep; the first is trained without the local term (weight 0 of every curve)."""
+    """Return the cells of a sweep; the first is trained without the local term, the weight 0 of every curve."""
     length = f"max_train_steps={sweep.steps}"
     zero = (f"experiment={ROWS[WITHOUT].experiment}", length, *more)
     cells = [Cell(f"{SWEEP}_none", SWEEP, "no local term", seed, zero)]

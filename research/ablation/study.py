@@ -1,7 +1,8 @@
-"""The ablation: train each cell, generate images with its adapter, and measure them."""
+"""The ablation: trains each cell, generates images with its adapter, and measures them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from PIL import Image
 
 from localctl.data import DataConfig
 from localctl.drawing import outline
-from localctl.evaluation.cache import Kept
+from localctl.evaluation.cache import TableCache
 from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.settings import FidSettings
+from localctl.messages import log_to_screen
 from localctl.metrics.edges import canny
 from localctl.metrics.statistics import Statistics
 from localctl.pipelines import BaseConfig
@@ -27,16 +29,17 @@ from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.resume import config_hash, setting_changes
 from localctl.training.settings import TrainSettings
 from research.ablation.rows import BASE, FLOOR, ROWS, WITHOUT, Cell, Protocol, row_cells
-from research.harness import Say, Study, as_rows
+from research.harness import Study, as_rows
 from research.page import save_strip
 
+logger = logging.getLogger(__name__)
 CONDITIONS = "conditions"  # the strip of conditions and masks
 SHOWN = 6  # scenes in the sheet
-_KEPT = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
+_RECORDED = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal, with a checkpoint; ``signal`` is its number."""
+    """Raised when the signal numbered ``signal`` has stopped a training, which has saved a checkpoint."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
@@ -46,14 +49,15 @@ class Interrupted(Exception):
 class Ablation(Study[Cell]):
     """Trains and measures cells, and the base alone.
 
-    ValueError for a base that cannot be used, and, before anything slow, for such an extractor.
+    Raises:
+        ValueError: the base cannot be used.
     """
 
     protocol: Protocol
 
-    def __init__(self, protocol: Protocol, folder: Path, work: Path, say: Say = print) -> None:
-        super().__init__(protocol, folder, work, say)
-        self.kept = Kept(work / "measured")
+    def __init__(self, protocol: Protocol, folder: Path, work: Path) -> None:
+        super().__init__(protocol, folder, work)
+        self.cache = TableCache(work / "measured")
         self.example = row_cells([WITHOUT], [0], None)[0].settings(protocol.base, "unused")
 
     def asked(self, variant: Cell) -> dict[str, Any]:
@@ -73,22 +77,22 @@ class Ablation(Study[Cell]):
         return asked
 
     def measured(self, variant: Cell) -> dict[str, Any]:
-        """Interrupted after a signal."""
-        assert self.extractors  # one that is not there must be told before the training
+        """Train, generate and measure. Raises Interrupted after a signal."""
+        assert self.extractors  # loaded now, so that a missing one is an error before the training
         about = {"row": variant.row, "title": variant.title, "seed": variant.seed}
         adapter, training = None, {}
         if variant != BASE:
             settings = self.training(variant)
-            self.say(f"{variant.name}: training {settings.max_train_steps} steps")
+            logger.info(f"{variant.name}: training {settings.max_train_steps} steps")
             try:
-                adapter = train(settings, self.say)
+                adapter = train(settings)
             except NotFiniteError as error:
                 return {"failed": str(error), **about, "provenance": {"versions": versions()}}
             training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
-        # The base's images may have been generated on another machine.
+        # The base may have been measured on another machine, which has its images.
         floor = self.generated(BASE, None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
-        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.kept)
+        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache)
         if variant == BASE or variant.row in ROWS:
             self._save_strips(variant, folder, comparison)
         distances, features = self._distances(folder)
@@ -104,13 +108,13 @@ class Ablation(Study[Cell]):
         }
 
     def training(self, cell: Cell) -> TrainSettings:
-        """How ``cell`` is trained."""
+        """Return the training settings of ``cell``."""
         return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
 
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
-        """Return the folder of the images, generated as far as they are not there."""
+        """Generate the images that are missing, and return their folder."""
         settings = self._settings(cell.name, adapter)
-        generate_set(settings, "with_prompts", self.say)
+        generate_set(settings, "with_prompts")
         return settings.folder / "with_prompts"
 
     def _settings(self, name: str, adapter: Path | None, **changes: Any) -> FidSettings:
@@ -132,21 +136,21 @@ class Ablation(Study[Cell]):
         return FidSettings(**(options | changes))
 
     def _distances(self, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
-        """Of the images in ``folder`` to the scenes of the training split; values, and provenance by extractor."""
+        """Return the distances of the images in ``folder`` to training scenes, and their provenance by extractor."""
         generated_with, ids = read_set(folder)
         values: dict[str, float] = {}
         provenance = {}
         for extractor in self.extractors:
             changes = {"part": "train", "num_images": self.protocol.references, "extractor": extractor.name}
-            path = make_reference(self._settings("reference", None, **changes), self.say)
+            path = make_reference(self._settings("reference", None, **changes))
             scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
             values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
-            provenance[extractor.name] = {key: scored["provenance"][key] for key in _KEPT}
+            provenance[extractor.name] = {key: scored["provenance"][key] for key in _RECORDED}
             provenance[extractor.name]["warnings"] = scored["warnings"]
         return values, provenance
 
     def _save_strips(self, cell: Cell, folder: Path, comparison: Comparison) -> None:
-        """Return the images of the first scenes; with the base's, the conditions and masks."""
+        """Save the strip of the first scenes' images; with that of the base, the strip of conditions and masks."""
         f1 = comparison.tables[FLOOR][:, comparison.columns.index("f1")]
         ids = [comparison.ids[i] for i in np.flatnonzero(~np.isnan(f1))[:SHOWN]]
         items = list(read_images(folder, ids))
@@ -159,9 +163,10 @@ class Ablation(Study[Cell]):
             save_strip([outline(*pair) for pair in zip(edges, masks, strict=True)], self.strip(CONDITIONS))
 
 
-def train(settings: TrainSettings, say: Say) -> Path:
+def train(settings: TrainSettings) -> Path:
     """Train, or go on from the newest checkpoint; the folder of the adapter."""
-    result = prepare(settings, say=say).train()
+    with log_to_screen(tolerant=True):
+        result = prepare(settings).train()
     if result.interrupted or result.signal:
         raise Interrupted(result.signal)
     return result.output_dir / ADAPTER

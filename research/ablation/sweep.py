@@ -1,4 +1,4 @@
-"""What the sweep over weight, schedule and normalisation of the local term found."""
+"""The page's section on the sweep over weight, schedule and normalisation of the local term."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from research.ablation.rows import WITHOUT
 from research.page import figure, signed, table
 
 NONE = "sweep_none"
-ERRORS = 2.0  # standard errors by which a KID may exceed that without the local term
+ERRORS = 2.0  # by how many standard errors a KID may exceed that without the local term
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the local term, trained and measured. name: of its result."""
+    """One setting of the local term. name: of its result. curve: schedule and normalisation, as plots name them."""
 
     name: str
     curve: str
@@ -26,7 +26,7 @@ class Point:
 
 
 def points_of(figures: Figures) -> list[Point]:
-    """Return the finished settings of the sweep, by curve and weight."""
+    """Return the measured settings of the sweep, sorted by curve and weight."""
     found = []
     for result in figures.sweep:
         if result.name != NONE and not result["failed"]:
@@ -36,8 +36,11 @@ def points_of(figures: Figures) -> list[Point]:
 
 
 def loses(figures: Figures, name: str) -> list[str]:
-    """Return the extractors under which the setting ``name`` does worse than no local term: a KID higher by more than
-    ``ERRORS`` standard errors of the difference. The Fréchet distance has no error of its own to judge by."""
+    """Return the extractors under which the setting ``name`` is worse than no local term.
+
+    Worse is a KID that is higher by more than ``ERRORS`` standard errors of the difference; the Fréchet distance has
+    no standard error.
+    """
     worse = []
     for key in figures.base["distances"]:
         if key.startswith("kid_") and not key.startswith("kid_error_"):
@@ -50,14 +53,16 @@ def loses(figures: Figures, name: str) -> list[str]:
 
 
 def best(figures: Figures) -> Point | None:
-    """Return the setting of the highest F1 among those that do no worse; None if there is none."""
+    """Return the setting with the highest F1 among those that are not worse under any extractor; None without one."""
     fair = [(f1.value, p) for p in points_of(figures) if not loses(figures, p.name) and (f1 := _f1(figures, p.name))]
     return max(fair, key=lambda pair: pair[0])[1] if fair else None
 
 
 def sweep_section(figures: Figures, page: Path) -> list[str]:
-    """Return the table, the curves and the sentence of the sweep; nothing without points or the training they are read
-    against."""
+    """Return the table, the verdict and the curves of the sweep.
+
+    The section is empty without a measured setting, or without the training that lacks the local term.
+    """
     points = points_of(figures)
     without = [r for r in figures.sweep if r.name == NONE and not r["failed"]]
     if not points or not without:
@@ -102,7 +107,7 @@ def _verdict(figures: Figures) -> str:
 
 
 def _seeds_apart(figures: Figures) -> str:
-    """Return what another seed alone changes, where that is known."""
+    """Return the sentence on how much another seed changes, if there are several."""
     values = [value for _, value in figures.per_seed(WITHOUT, "f1")] if WITHOUT in figures.rows else []
     if len(values) < 2:
         return ""

@@ -1,1 +1,1 @@
-"""What things cost: time and memory, as ratios within one run."""
+"""Benchmarks of time and memory, as ratios within one run."""

@@ -1,9 +1,9 @@
-"""Memory of DenseModulation at 256x448 px on the embedded base: its scores in parts, and all at once.
+"""Measure the memory of DenseModulation at 256x448 px on the embedded base: its scores in parts, and all at once.
 
   python -m research.benchmarks.dense_memory  # against a cap in MiB above plain sampling (--cap)
 
-The peak is that of the bytes of all live tensors that a run makes, beside the models' own. Exit status 1 when the run
-in parts passes the cap, or the one without parts does not.
+The peak is that of the bytes of all live tensors that a run makes, without the models' own. The exit status is 1 if
+the run in parts exceeds the cap, or if the run without parts does not.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from research.layout_benchmark.cost import MIB
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--width", type=int, default=448)
-    parser.add_argument("--memory_limit", type=float, default=32.0, help="MiB, of DenseModulation")
+    parser.add_argument("--memory_limit", type=float, default=32.0, help="MiB, memory_limit of DenseModulation")
     parser.add_argument("--cap", type=float, default=64.0, help="MiB above plain sampling")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the three peaks; 0 when they are as they should be."""
+    """Print the three peaks; return 0 if they are as expected, else 1."""
     options = parse(argv)
     pipe = load_pipeline("micro")
     pipe.set_progress_bar_config(disable=True)
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     good = parts - plain <= options.cap < whole - plain
     print(f"in parts of {options.memory_limit:g} MiB: {parts:.0f} MiB, {parts - plain:+.0f} (cap {options.cap:+g})")
     print(f"all at once: {whole:.0f} MiB, {whole - plain:+.0f}")
-    print("as it should be" if good else "NOT as it should be")
+    print("as expected" if good else "NOT as expected")
     return 0 if good else 1
 
 

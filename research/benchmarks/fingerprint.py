@@ -1,8 +1,8 @@
-"""What it costs to notice another data set or base on resuming: seconds and memory of the fingerprints.
+"""Measure the fingerprints that detect a changed dataset or base on resuming: seconds and memory.
 
   python -m research.benchmarks.fingerprint [--rows 500000] [--base sd15]
 
-Rows of metadata.jsonl and of parquet are written to a temporary folder first, with 1,000 images in turn.
+Rows of metadata.jsonl and of parquet are written to a temporary folder first; they share 1,000 images.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ def image(number: int) -> bytes:
 
 
 def caption(number: int) -> str:
+    """Return a caption of usual length."""
     return f"photo {number} of a street in the rain, with people, umbrellas and the lights of a shop behind them"
 
 
 def imagefolder(root: Path, rows: int) -> DataConfig:
+    """Write a folder with metadata.jsonl, and return its settings."""
     (root / "images").mkdir(parents=True)
     for number in range(IMAGES):
         (root / "images" / f"{number}.png").write_bytes(image(number))
@@ -56,6 +58,7 @@ def imagefolder(root: Path, rows: int) -> DataConfig:
 
 
 def parquet(root: Path, rows: int) -> DataConfig:
+    """Write a parquet file, and return its settings."""
     root.mkdir(parents=True)
     images = [{"bytes": image(number), "path": None} for number in range(IMAGES)]
     table = pa.table(
@@ -66,7 +69,7 @@ def parquet(root: Path, rows: int) -> DataConfig:
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:
-    """Run ``work`` and return its result; seconds and the growth of the peak memory are printed."""
+    """Run ``work`` and return its result; print its seconds and by how much it raised the peak memory."""
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     result = work()
     seconds = time.perf_counter() - begun
@@ -75,6 +78,7 @@ def timed(what: str, work: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
+    """Print the costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--base", default="sd15", choices=("sd15", "sd21", "sdxl"), help="shape of the U-Net")

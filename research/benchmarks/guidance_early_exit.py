@@ -1,11 +1,11 @@
-"""Early exit of a guidance pass against a full one, on SDXL's real architecture with random weights.
+"""Compare a guidance pass with early exit to a full one, on SDXL's architecture with random weights.
 
   python -m research.benchmarks.guidance_early_exit --size 256  # CPU, ~11 GB
   python -m research.benchmarks.guidance_early_exit --size 1024 --device cuda --dtype float16  # GPU
 
-A pass is one run of the U-Net on the prompt's row, up to the last site, and the gradient of the energy. Its peak is
-that of its activations: on a GPU of the allocator, on the CPU of the bytes of all live tensors that the pass makes.
-Passes take turns; medians of --repeats.
+A pass is one run of the U-Net on the prompt's row, up to the last guided layer, and the gradient of the energy. Its
+peak is that of its activations: allocated memory on a GPU, the bytes of all live tensors of the pass on the CPU. Passes
+alternate; times are medians of --repeats.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from research.layout_benchmark.cost import MIB, peak_memory, seconds
 
 
 class Passes(Control):
-    """Makes passes with early exit and without, in turns, and writes down seconds and peaks; moves nothing."""
+    """Runs passes with and without early exit alternately, and records seconds and peaks; does not move latents."""
 
     def __init__(self, settings: Mapping[str, Any], repeats: int) -> None:
         self.settings, self.repeats = settings, repeats
@@ -60,7 +60,7 @@ class Passes(Control):
 
 
 def peak_of(run: Any, latents: Tensor) -> float:
-    """MiB beside what was there before."""
+    """Return the peak memory of ``run`` in MiB, above that in use before."""
     if latents.device.type == "cuda":
         found = peak_memory(run, latents.device)
         assert found is not None
@@ -71,6 +71,7 @@ def peak_of(run: Any, latents: Tensor) -> float:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", choices=("sd15", "sd21", "sdxl"), default="sdxl")
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print times, peaks and their ratios; 0 when done."""
+    """Print times, peaks and their ratios; return 0."""
     options = parse(argv)
     device = torch.device(options.device)
     pipe = random_pipeline(options.base, device, getattr(torch, options.dtype))

@@ -1,8 +1,8 @@
-"""What another reader of micro scenes makes of the layout benchmark: images of it generated again and read again.
+"""Measure what a new version of the micro scene reader changes in the layout benchmark: images are generated anew.
 
   python -m research.benchmarks.reader_effect FOLDER [--layouts 50] [--methods bias guidance]
 
-Beside the figures of the same layouts and seeds that are committed in research/results. FOLDER keeps the images.
+The figures are printed beside the committed ones of the same layouts and seeds. FOLDER stores the images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from localctl.cli.sample_regions import named
+from localctl.cli.sample_variants import file_label
 from localctl.pipelines import load_pipeline, resolve_base, set_scheduler, with_scheduler
 from research.flags import RESULTS
 from research.harness import as_table, generate_cases
@@ -30,7 +30,7 @@ SHOWN = ("right", "accuracy", "iou", "present", "binding", "color_accuracy")
 
 
 def images(pipe: Any, method: Method, chosen: Sequence[Case], folder: Path) -> list[np.ndarray]:
-    """Those of the cases; the ones that are not there yet are generated."""
+    """Return the images of the cases; missing ones are generated."""
     files = [folder / f"{case.id}_seed{case.seed}.png" for case in chosen]
     scale = method.sampling.guidance_scale or resolve_base("micro").guidance_scale
     options: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": scale}
@@ -39,6 +39,7 @@ def images(pipe: Any, method: Method, chosen: Sequence[Case], folder: Path) -> l
 
 
 def main() -> None:
+    """Print the figures, as committed and now."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layouts", type=int, default=50)
@@ -48,11 +49,11 @@ def main() -> None:
     set_scheduler(pipe, "ddim")
     pipe.set_progress_bar_config(disable=True)
     chosen = [replace(case, seed=seed) for case in cases(args.layouts, "test") for seed in SEEDS]
-    print(f"| | read | {' | '.join(SHOWN)} |\n|---|---|{'---|' * len(SHOWN)}")
+    print(f"| | measured | {' | '.join(SHOWN)} |\n|---|---|{'---|' * len(SHOWN)}")
     for method in methods(args.methods, (), "micro"):
-        found = images(pipe, method, chosen, args.folder / named(method.name))
+        found = images(pipe, method, chosen, args.folder / file_label(method.name))
         now = np.array([read(image, case) for image, case in zip(found, chosen, strict=True)])
-        committed = json.loads((COMMITTED / f"{named(method.name)}.json").read_text())["samples"]
+        committed = json.loads((COMMITTED / f"{file_label(method.name)}.json").read_text())["samples"]
         before = as_table(committed[: len(now)])
         for name, values in (("as committed", before), ("now", now)):
             layouts = [values[:, COLUMNS.index(column)].reshape(-1, len(SEEDS)) for column in SHOWN]

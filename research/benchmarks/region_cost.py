@@ -1,11 +1,11 @@
-"""What region control costs over plain sampling: runs in turns, medians.
+"""Measure the time of region controls relative to plain sampling: runs alternate, and medians are printed.
 
   python -m research.benchmarks.region_cost  # the embedded base, default windows, whole runs
   python -m research.benchmarks.region_cost --base sd15 --steps 2 --batch 1  # SD1.5, 512 px, random weights
 
-RegionBias and DenseModulation: a whole run with their default windows over a plain one. LayoutGuidance: what a guided
-step takes more, in plain steps; its threshold is 0 here, so that every step makes all its moves. On the CPU, time is
-that of this process on all its cores, whatever else the machine does; images are not decoded.
+For RegionBias and DenseModulation: a whole run with their default windows, relative to a plain one. For
+LayoutGuidance: the time of a guided step in plain steps; its threshold is 0 here, so that every step makes all its
+moves. On the CPU, this is process time over all cores, which other programs hardly disturb. Images are not decoded.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ GOALS = {"micro": {"bias": 0.15, "dense": 0.40}, "sd15": {"bias": 0.08}}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", choices=("micro", "sd15", "sd21", "sdxl"), default="micro")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     add("--steps", type=int, default=10)
-    add("--batch", type=int, default=4, help="images at once")
+    add("--batch", type=int, default=4, help="images generated at once")
     add("--repeats", type=int, default=5)
-    add("--size", type=int, help="pixels on a side; default: the base's own")
+    add("--size", type=int, help="pixels on a side; default: that of the base")
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print one line per method; 0 when done."""
+    """Print one line per method; return 0."""
     options = parse(argv)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     if options.base == "micro":
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(name: str, times: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Print the line of a method."""
     ratios = sorted(took / plain for took, plain in zip(times[name], times["none"], strict=True))
     over = statistics.median(ratios) - 1
     line = f"{name}: {over:+.1%} over plain (from {ratios[0] - 1:+.1%} to {ratios[-1] - 1:+.1%})"

@@ -1,4 +1,4 @@
-"""Pipelines of real shapes with random weights, for research/benchmarks of cost alone: they generate noise."""
+"""Make pipelines of the published shapes with random weights, to benchmark cost alone: their images are noise."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _SCHEDULE: dict[str, Any] = {
 
 
 def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return the U-Net of a known base (sd15, sd21, sdxl) in full; text encoders of their widths with one layer, a VAE
-    of few channels, the tokenizer of the embedded base. Generate with ``output_type="latent"``."""
+    """Return a pipeline with the full U-Net of a known base (sd15, sd21, sdxl).
+
+    The text encoders have their usual width but one layer, the VAE has few channels, and the tokenizer is that of the
+    embedded base. Generate with ``output_type="latent"``.
+    """
     choose_pil_processors()  # before the pipelines are imported
     parts, wide = TABLE[base], base == "sdxl"
     torch.manual_seed(0)
@@ -39,7 +42,7 @@ def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
             second = CLIPTextModelWithProjection(_text_config(parts["text_encoder_2"], tokenizer))
             components |= {"text_encoder_2": second}
     for module in components.values():
-        nn.Module.to(module, dtype)  # diffusers' own warns of modules to keep in float32, even of none
+        nn.Module.to(module, dtype)  # diffusers' own .to() warns of modules to keep in float32, even without any
         freeze(module)
     if wide:
         components |= {"tokenizer_2": tokenizer}
@@ -55,7 +58,7 @@ def random_pipeline(base: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def random_unet(config: Any, device: torch.device) -> nn.Module:
-    """With one block of random numbers over and over for weights, which is much faster than to sample them all."""
+    """Return a U-Net whose weights repeat one block of random numbers, which is much faster than sampling them all."""
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(dict(config))
     unet.to_empty(device=device)

@@ -1,12 +1,12 @@
-"""Memory and time of optimising the weights of space-time attention.
+"""Measure memory and time of optimising the weights of space-time attention.
 
   python -m research.benchmarks.spacetime_optimization memory  # peak for 10 and for 50 steps, and their ratio
-  python -m research.benchmarks.spacetime_optimization time  # a step of two objects, a plain guided one
+  python -m research.benchmarks.spacetime_optimization time  # a step with two objects, and a plain guided one
 
-Memory: on a GPU, the peak of its allocator; on a CPU, the peak of the bytes of all live tensors beyond the models' own,
-which leaves out what libraries hold for themselves. Time: the median of --repeats, per step; on a CPU that of this
-process alone, whatever else the machine does. Its parts: the forward run with gradients and local descriptions, what
-looks at the image, and the backward pass, which runs every step once more.
+Memory: the peak of allocated memory on a GPU; on a CPU, the peak of the bytes of all live tensors besides the models',
+without the internal buffers of libraries. Time: the median of --repeats, per step; process time on a CPU. Its parts
+are the forward run with gradients and local descriptions, the objective (VAE and CLIP), and the backward pass, which
+runs every step once more.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ def new_parser() -> argparse.ArgumentParser:
     add("what", choices=("memory", "time"))
     add("--base", default="micro")
     add("--clip", default="auto", help="folder or hub id of a CLIPModel")
-    add("--steps", nargs="+", type=int, default=[10, 50], help="of the two memory runs; time takes the first")
-    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: the base's own")
+    add("--steps", nargs="+", type=int, default=[10, 50], help="steps of the memory runs; the time run uses the first")
+    add("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="default: that of the base")
     add("--repeats", type=int, default=5)
     add("--device", default="cpu")
-    add("--no_checkpointing", action="store_true", help="memory as it would be without")
+    add("--no_checkpointing", action="store_true", help="turn off gradient checkpointing")
     return parser
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is active and still alive; ``known`` ones are left out."""
+    """Counts the bytes of the live tensors made while it is active, except the ``known`` ones."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Bench:
-    """One image of SCENE on one base."""
+    """Generates an image of SCENE on one base, and optimises its weights."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)
@@ -100,17 +100,18 @@ class Bench:
         self.checkpointing = not options.no_checkpointing
 
     def sample(self, weights: Tensor | None, steps: int) -> Tensor:
-        """Latents of a plain run (None), or with these weights."""
+        """Return the latents of a run with these weights of space-time attention; None: of a plain run."""
         controls = [] if weights is None else [SpaceTimeAttention(weights=weights)]
         with attach(self.pipe, SCENE, controls):
             conditioning = denoiser_of(self.pipe).condition(SCENE.prompt, self.size, self.guidance_scale, None)
             return sample_latents(self.pipe, conditioning, self.noise, steps, checkpointing=self.checkpointing)
 
     def loss(self, weights: Tensor, steps: int) -> Tensor:
+        """Return the objective of a run with these weights."""
         return self.objective(decode(self.pipe, self.sample(weights, steps)))
 
     def epoch(self, steps: int) -> dict[str, float]:
-        """Seconds of the parts of one epoch: forward, looking (VAE and CLIP), backward."""
+        """Return the seconds of the parts of one epoch: forward, VAE and CLIP, backward."""
         weights = torch.full((steps, len(SCENE.regions)), 0.5, requires_grad=True)
         with attach(self.pipe, SCENE, SpaceTimeAttention(weights=weights)):
             conditioning = denoiser_of(self.pipe).condition(SCENE.prompt, self.size, self.guidance_scale, None)
@@ -124,14 +125,14 @@ class Bench:
         return {"forward": sampled - start, "VAE and CLIP": seen - sampled, "backward": self.now() - seen}
 
     def now(self) -> float:
-        """Seconds: of a clock on a GPU, of this process on a CPU."""
+        """Return the time in seconds: wall-clock time on a GPU, process time on a CPU."""
         if self.pipe.device.type != "cuda":
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 
     def peak(self, run: Callable[[], Any]) -> int:
-        """Bytes at the peak of ``run``, beyond what is there before it."""
+        """Return the peak memory of ``run`` in bytes, above that in use before."""
         if self.pipe.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -167,7 +168,7 @@ def timing(bench: Bench, steps: int, repeats: int) -> None:
         epoch = bench.epoch(steps)
         parts |= {f"optimising: {name}": seconds for name, seconds in epoch.items()}
         parts["optimising: all"] = sum(epoch.values())
-        for name, seconds in parts.items() if index else ():  # the first is for warming up
+        for name, seconds in parts.items() if index else ():  # the first is a warm-up
             rows.setdefault(name, []).append(seconds / steps)
     plain = statistics.median(rows["plain guided step"])
     for name, values in rows.items():
@@ -176,7 +177,7 @@ def timing(bench: Bench, steps: int, repeats: int) -> None:
 
 @one_sentence("spacetime_optimization")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with these flags; 0 when done, 2 with one sentence on stderr when something in them cannot work."""
+    """Run the benchmark; return 0, or 2 after a user's error, with one sentence on stderr."""
     options = new_parser().parse_args(argv)
     bench = Bench(options)
     if options.what == "memory":

@@ -1,1 +1,1 @@
-"""Do objects stand where a layout asks for them? Every region method on held-out layouts, measured with intervals."""
+"""Are objects where a layout asks for them? Every region method is measured on held-out layouts, with intervals."""

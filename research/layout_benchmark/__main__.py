@@ -1,12 +1,12 @@
-"""Measure every region method on held-out layouts, or tune their settings on others, and write what came out.
+"""Measure every region method on held-out layouts, or tune their settings on others, and write the page of results.
 
-  python -m research.layout_benchmark --report docs/layout_benchmark.md     every method; again: goes on
+  python -m research.layout_benchmark --report docs/layout_benchmark.md     every method; run again to resume
   python -m research.layout_benchmark --methods guidance bias+guidance --layouts 20 --seeds 0
   python -m research.layout_benchmark --tune guidance bias                  a grid of settings for each
   python -m research.layout_benchmark --tune guidance --grid guidance.scale=30,100 guidance.end=.2,.5
 
-Each method's result is written when it is done, and never made again; images that are there are not generated again.
-For a gate that is missed, the command says where the attention sits.
+The result of each method is written as soon as it is measured, and kept; existing images are not generated again.
+For each gate that is missed, the command prints where the attention of the method is.
 """
 
 from __future__ import annotations
@@ -32,37 +32,36 @@ PROGRAM = "research.layout_benchmark"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags."""
     protocol = Protocol()
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--methods", nargs="+", default=list(METHODS), help=f"as sample.py --compare; default: {' '.join(METHODS)}")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls, over the presets")
-    add("--tune", nargs="*", metavar="CONTROL", help=f"the settings of these; none named: {' '.join(SINGLE)}")
-    add(
-        "--grid",
-        nargs="+",
-        default=[],
-        metavar="CONTROL.NAME=V,V",
-        help="axes of the tuning, instead of the built-in ones",
-    )
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the controls, in place of the presets'")
+    add("--tune", nargs="*", metavar="CONTROL", help=f"tune these controls; without a name: {' '.join(SINGLE)}")
+    add("--grid", nargs="+", default=[], metavar="CONTROL.NAME=V,V", help="axes of the grid, over the built-in ones")
     add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
     add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
     add_protocol(parser, protocol)
-    add("--scheduler", choices=sorted(SCHEDULERS), help=f"of all; default: each method's own, or {protocol.scheduler}")
-    add("--guidance_scale", type=float, help="of all; default: each method's own, or the base's")
-    add("--batch_size", type=int, default=16, help="images at once; does not change them")
-    add("--device", default="auto", help="auto, cpu, cuda, ...")
     add(
-        "--report",
-        type=Path,
-        help=REPORT_HELP,
+        "--scheduler",
+        choices=sorted(SCHEDULERS),
+        help=f"of all methods; default: that of each method's preset, or {protocol.scheduler}",
     )
-    add("--output", "--work_dir", dest="work_dir", type=Path, help="images and what else can be made again")
+    add("--guidance_scale", type=float, help="of all methods; default: that of each method's preset, or the base")
+    add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
+    add("--device", default="auto", help="auto, cpu, cuda, ...")
+    add("--report", type=Path, help=REPORT_HELP)
+    add("--output", "--work_dir", dest="work_dir", type=Path, help="folder of the images and of reference statistics")
     return parser.read(argv)
 
 
 def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
-    """Tuning is on other layouts than the benchmark, all of two regions. ValueError for values out of range."""
+    """Return the protocol; tuning uses other layouts than the benchmark, all of two regions.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
     return Protocol(
         base=args.base,
         split="val" if tune else "test",
@@ -80,16 +79,16 @@ def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done; 2 after a user's error, 1 when the disk is full."""
+    """Run the benchmark or the tuning. Returns 0; 2 after a user's error, 1 if the disk is full."""
     args = parse(argv)
     tune = args.tune is not None
     if args.grid and not tune:
-        raise ValueError("--grid says what --tune goes over; give --tune.")
+        raise ValueError("--grid sets the axes of --tune; add --tune, or remove --grid.")
     name = "layout_tuning" if tune else "layout_benchmark"
     page = args.report or Path(f"outputs/{name}.md")
     folder = results_of(page)
     with loading():
-        from localctl.cli.sample_regions import Sampling
+        from localctl.sampling_settings import Sampling
         from research.layout_benchmark.figures import read_figures
         from research.layout_benchmark.methods import grids, methods
         from research.layout_benchmark.report import write_report, write_tuning
@@ -106,12 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     study.run(chosen, lambda: write(folder, page))
     print(page)
     figures = read_figures(folder)
-    say_best(figures, chosen, args.base) if tune else say_gates(figures)
+    print_best(figures, chosen, args.base) if tune else print_gates(figures)
     return 0
 
 
-def say_gates(figures: Figures) -> None:
-    """Every gate, and where the attention sits where it was missed."""
+def print_gates(figures: Figures) -> None:
+    """Print every gate, and for a missed one where the attention of the method is."""
     from research.layout_benchmark.figures import gates
     from research.layout_benchmark.report import explain
 
@@ -121,8 +120,8 @@ def say_gates(figures: Figures) -> None:
             print(explain(figures, gate))
 
 
-def say_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
-    """Return the best settings of each control, as they belong into the presets."""
+def print_best(figures: Figures, chosen: Sequence[Method], base: str) -> None:
+    """Print the best settings of each control, in the form that the presets have."""
     from research.layout_benchmark.figures import ranked
     from research.layout_benchmark.methods import preset_words
 

@@ -1,4 +1,4 @@
-"""Where the attention of a control's images sits: on which kind of tokens, and how much of a phrase's in its box."""
+"""Measure where the attention is under a control: on which kinds of tokens, and how much of a phrase's in its box."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ KINDS = ("phrases", "other words", "start", "end", "padding")
 
 @dataclass(eq=False)
 class TokenShares(Control):
-    """Records how cross-attention is shared out among kinds of tokens, over layers, heads, cells and steps, under
-    whatever other controls there are; changes nothing."""
+    """Records the shares of cross-attention by kind of token, over layers, heads, cells and steps.
+
+    Other controls may be attached with it; it changes nothing.
+    """
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(len(KINDS), dtype=torch.float64), init=False)
     calls: int = field(default=0, init=False)
@@ -34,9 +36,9 @@ class TokenShares(Control):
 
     @property
     def shares(self) -> dict[str, float]:
-        """By kind; they add up to 1. ValueError before anything was generated."""
+        """The shares by kind, which add up to 1. Raises ValueError before an image was generated."""
         if not self.calls:
-            raise ValueError("No image has been generated yet, so there is no attention to share out.")
+            raise ValueError("No attention was recorded yet; generate an image with this control attached.")
         return dict(zip(KINDS, (self.sums / self.calls).tolist(), strict=True))
 
 
@@ -56,13 +58,13 @@ class _BoundShares(BoundControl):
         block = scores.block(queries)  # (n,H,q,K)
         shares = (block if bias is None else block + bias).softmax(dim=-1).mean(dim=(1, 2)).double().cpu()  # (n,K)
         kinds = torch.stack([self.kinds[layout] for layout in context.guided_layouts])  # (n,K,kinds)
-        weight = block.shape[2] / layer.cells  # of a part of the queries
+        weight = block.shape[2] / layer.cells  # the scores may come in blocks of queries
         self.control.sums += weight * (shares[:, None] @ kinds)[:, 0].mean(dim=0)
         self.control.calls += int(not queries.start)
 
 
 def token_kinds(pipe: Any, layout: Layout) -> Tensor:
-    """(K, kinds) float64 0 or 1: what each token of the prompt is."""
+    """Return the kind of each token of the prompt, (K, kinds) float64, 0 or 1."""
     kinds = torch.zeros(pipe.tokenizer.model_max_length, len(KINDS), dtype=torch.float64)
     end = min(len(pipe.tokenizer(layout.prompt, verbose=False).input_ids), len(kinds)) - 1
     kinds[0, KINDS.index("start")] = kinds[end, KINDS.index("end")] = 1
@@ -77,8 +79,10 @@ def token_kinds(pipe: Any, layout: Layout) -> Tensor:
 def attention_of(
     pipe: DiffusionPipeline, layouts: Sequence[Layout], controls: Sequence[Control], seed: int, **options: Any
 ) -> dict[str, float]:
-    """Shares of the kinds of tokens, and ``inside``: of a phrase's attention the mean share in its region, which would
-    be ``area`` if it were spread evenly."""
+    """Generate the layouts and return the shares of attention by kind of token, with ``inside`` and ``area``.
+
+    inside: mean share of a phrase's attention in its region; evenly spread attention would give ``area``.
+    """
     shares, maps = TokenShares(), AttentionMaps()
     generate(pipe, layouts, [*controls, shares, maps], [seed] * len(layouts), paired=True, **options)
     pairs = [(index, region) for index, layout in enumerate(layouts) for region in range(len(layout.regions))]

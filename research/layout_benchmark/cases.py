@@ -1,4 +1,4 @@
-"""Held-out layouts with their objects, and what a generated image shows of them."""
+"""Held-out layouts with their objects, and the figures of a generated image."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from localctl.micro.scenes import SIZE, Scene, article, scene
 from research.harness import PROFILE
 from research.harness import Case as BaseCase
 
-REGIONS = (2, 1, 2, 3)  # of the layouts, in turn: the gates are about two
-THRESHOLD = 0.5  # IoU from which an object counts as in its box
+REGIONS = (2, 1, 2, 3)  # number of regions of the layouts, in turn; the gates are for two
+THRESHOLD = 0.5  # least IoU of an object that counts as in its box
 
 COLUMNS = (
-    "right",  # every object is there and in its box
+    "right",  # 1 if every object is there and in its box
     "accuracy",  # share of objects that are there and in their boxes
     "iou",  # mean over objects of the IoU with the box; 0 where there is none
-    "present",  # share of objects that are there, wherever
+    "present",  # share of objects that are there, at any place
     "binding",  # of the objects whose colour and shape are both in the image, the share that has them together
-    "color_right",  # every box is filled by a blob of the right colour, whatever its shape
+    "color_right",  # these three are for blobs of the right colour, of any shape
     "color_accuracy",
     "color_iou",
 )
@@ -33,22 +33,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Case(BaseCase):
-    """objects: the colour and shape of the object in each region of the layout."""
+    """A held-out layout. objects: the colour and shape of the object in each region."""
 
     objects: tuple[tuple[str, str], ...]
 
     @property
     def boxes(self) -> list[tuple[float, float, float, float]]:
-        """xyxy in pixels."""
+        """The boxes of the regions, xyxy in pixels."""
         return [tuple(side * SIZE for side in region.boxes[0]) for region in self.layout.regions]  # type: ignore[misc]
 
 
 def cases(count: int, split: str, regions: Sequence[int] = REGIONS) -> list[Case]:
-    """Return the first ``count`` layouts of a split (``test``, or ``val`` for tuning); their numbers of regions take
-    turns.
+    """Return the first ``count`` layouts of a split (``test``, or ``val`` for tuning).
 
-    Objects and boxes are those of micro scenes: no two alike, none over another, of sizes that the base has seen. The
-    prompt names them and the background, and never says where they are.
+    Their numbers of regions alternate as in ``regions``. Objects and boxes are those of micro scenes: all different,
+    without overlap, of sizes that the base was trained on. The prompt names them and the background, not their places.
     """
     found: list[Case] = []
     waiting: dict[int, list[Scene]] = {number: [] for number in regions}
@@ -79,7 +78,7 @@ def _case(item: Scene, split: str) -> Case:
 def read(image: np.ndarray, case: Case) -> tuple[float, ...]:
     """Return the ``COLUMNS`` of an image uint8 (128,128,3); NaN where undefined."""
     check_image(image)
-    everything = detect(image, min_match=0.0).objects  # what is of no shape still has a colour
+    everything = detect(image, min_match=0.0).objects  # a blob of no known shape still has a colour
     things = [thing for thing in everything if thing.match >= MIN_MATCH]
     phrases = [Found(f"{color} {shape}", box) for (color, shape), box in zip(case.objects, case.boxes, strict=True)]
     matches = best_matches(phrases, [Found(thing.phrase, thing.box) for thing in things])
@@ -104,6 +103,6 @@ def read(image: np.ndarray, case: Case) -> tuple[float, ...]:
 
 
 def _placed(ious: Sequence[float]) -> tuple[float, float]:
-    """Whether all, and the share of, IoUs that reach the threshold."""
+    """Return whether all IoUs reach the threshold, as 0 or 1, and the share that do."""
     hits = [iou >= THRESHOLD for iou in ious]
     return float(all(hits)), float(np.mean(hits))

@@ -1,4 +1,4 @@
-"""What a control costs: time over plain sampling, taken in turns, and the most memory that a run needs."""
+"""Measure the cost of a control: time relative to plain sampling, run alternately, and peak memory."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: median of a run. overhead: median over repetitions of (seconds / those of the plain run beside it) - 1.
-    peak: MiB above what was held before; None where the system does not say."""
+    """The cost of a run.
+
+    seconds: median. overhead: median over repetitions of (seconds / seconds of the plain run before it) - 1. peak:
+    MiB above the memory in use before; None where the system does not report it.
+    """
 
     seconds: float
     overhead: float
@@ -28,10 +31,9 @@ class Cost:
 
 
 def compare_cost(run: Callable[[], Any], plain: Callable[[], Any], device: torch.device, repeats: int = 3) -> Cost:
-    """Run ``plain`` and ``run`` in turns, after one run of each that does not count.
+    """Time ``plain`` and ``run`` alternately, after a warm-up run of each.
 
-    On the CPU, seconds are those of this process on all its cores, which other programs hardly disturb; on a GPU those
-    of the clock.
+    On the CPU, this is process time over all cores, which other programs hardly disturb; on a GPU, wall-clock time.
     """
     plain()
     peak = peak_memory(run, device)
@@ -40,7 +42,7 @@ def compare_cost(run: Callable[[], Any], plain: Callable[[], Any], device: torch
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of one run: of the process on the CPU, of the clock on a GPU."""
+    """Return the seconds of one run: process time on the CPU, wall-clock time on a GPU."""
     if device.type == "cpu":
         start = time.process_time()
         run()
@@ -53,16 +55,18 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB that ``run`` holds at most, above what was held before: allocated on a GPU, resident on the CPU (Linux
-    only, else None)."""
+    """Return the peak memory of ``run`` in MiB, above that in use before.
+
+    Allocated memory on a GPU; resident memory on the CPU (Linux only, else None).
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    _give_back_free_memory()
+    _release_free_memory()
     try:
-        _RESET.write_text("5")  # the high-water mark begins anew
+        _RESET.write_text("5")  # resets the high-water mark, VmHWM
         before = _resident("VmRSS")
     except OSError:
         run()
@@ -71,8 +75,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float | None:
     return _resident("VmHWM") - before
 
 
-def _give_back_free_memory() -> None:
-    """To the system, where the C library can; else a run that fits into it would seem to need none."""
+def _release_free_memory() -> None:
+    """Return free memory to the system, where the C library can; a run that reused it would seem to need none."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,4 +1,4 @@
-"""Figures of the benchmark with their intervals, from the results of single methods."""
+"""Compute the figures of the benchmark and their intervals from the results of single methods."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from localctl.cli.sample_regions import NONE
+from localctl.control.presets import NONE
 from localctl.metrics.bootstrap import Interval
 from research.harness import Result, read_results
 from research.page import interval, signed
 
-GATES = {"guidance": 0.40, "bias": 0.20, "dense": 0.20}  # more of "right" than plain, with two regions
-MOST_FRECHET = 1.5  # times plain's
+GATES = {"guidance": 0.40, "bias": 0.20, "dense": 0.20}  # least gain in "right" over plain, with two regions
+MOST_FRECHET = 1.5  # largest Fréchet distance, relative to plain
 
 
 def is_plain(name: str) -> bool:
-    """Whether this is plain sampling, in whatever way."""
+    """Return whether this names plain sampling, with any scheduler and guidance scale."""
     return name.partition(" ")[0] == NONE
 
 
 def read_figures(folder: Path) -> Figures:
-    """Of the results in ``folder``. ValueError for a damaged one, or results that do not go together."""
+    """Return the figures of the results in ``folder``. Raises ValueError for damaged or incompatible results."""
 
     def way(asked: Mapping[str, Any]) -> Any:
         return sorted(asked["protocol"].items()), asked["base_sha256"]
@@ -33,20 +33,23 @@ def read_figures(folder: Path) -> Figures:
 
 
 class Figures:
-    """What follows from ``results``, of which plain sampling must be one (ValueError otherwise).
+    """Means, differences and distances from ``results``.
 
-    Intervals are over layouts, whose seeds belong together; differences are paired.
+    Intervals are bootstrapped over layouts, each with all its seeds; differences are paired.
+
+    Raises:
+        ValueError: plain sampling was not measured, or not in each way that another method was generated.
     """
 
     def __init__(self, results: Mapping[str, Result]) -> None:
         if NONE not in results:
-            raise ValueError("There is no result of plain sampling, against which all others are read.")
+            raise ValueError("Plain sampling has no result, and all others are compared with it; measure it first.")
         self.results, self.plain = results, results[NONE]
         for name in results:
             self.plain_of(name)
 
     def plain_of(self, name: str) -> Result:
-        """Plain sampling with the scheduler and guidance scale of this method. ValueError if it was not measured."""
+        """Return plain sampling with this method's scheduler and guidance scale. Raises ValueError if there is none."""
         way = self.results[name]["asked"].get("sampling")
         for result in self.results.values():
             if is_plain(result.name) and result["asked"].get("sampling") == way:
@@ -54,39 +57,39 @@ class Figures:
         raise ValueError(f"{name} was generated with {way}, and plain sampling was not; measure that, too.")
 
     def column(self, name: str, column: str, regions: int | None = None) -> np.ndarray:
-        """(layouts, seeds) of those with so many regions; None: all."""
+        """Return the values (layouts, seeds) for layouts of so many regions; None: for all."""
         result = self.results[name]
         values = result.column(column).reshape(len(result.ids), -1)
         return values if regions is None else values[self.counts(name) == regions]
 
     def counts(self, name: str = NONE) -> np.ndarray:
-        """(layouts,): how many regions each has."""
+        """Return the number of regions of each layout, (layouts,)."""
         return np.array(self.results[name]["counts"])
 
     def mean(self, name: str, column: str, regions: int | None = None) -> Interval | None:
-        """Over the layouts where it is defined; None where it never is."""
+        """Return the mean over the layouts for which the column is defined; None without any."""
         return interval(self.column(name, column, regions))
 
     def difference(self, name: str, column: str, regions: int | None = None) -> Interval | None:
-        """Less that of plain sampling in the same way, layout by layout and seed by seed."""
+        """Return the difference to plain sampling in the same way, paired by layout and seed."""
         to = self.plain_of(name).name
         return interval(self.column(name, column, regions) - self.column(to, column, regions))
 
     def frechet(self, name: str) -> float:
-        """Of the first extractor, over that of plain sampling in the same way."""
+        """Return the Fréchet distance of the first extractor, relative to that of plain sampling in the same way."""
         key = next(key for key in self.plain["distances"] if key.startswith(("frechet_", "fid")))
         return self.results[name]["distances"][key] / self.plain_of(name)["distances"][key]
 
     @property
     def several(self) -> list[str]:
-        """Compositions, the best first."""
+        """Compositions of two methods, the best first."""
         names = [name for name in self.results if "+" in name]
         return sorted(names, key=lambda name: -_value(self.mean(name, "right", 2)))
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether a method reaches what is asked of it. gain: of the share of layouts that are right, with two regions."""
+    """The goal of a method. gain: in the share of layouts of two regions that are right. frechet: relative to plain."""
 
     name: str
     wanted: float
@@ -107,7 +110,7 @@ class Gate:
 
 
 def gates(figures: Figures) -> list[Gate]:
-    """Those of the methods that were measured."""
+    """Return the gates of the methods that were measured."""
     return [
         Gate(name, wanted, figures.difference(name, "right", 2), figures.frechet(name))
         for name, wanted in GATES.items()
@@ -119,8 +122,11 @@ RANKED = ("right", "accuracy", "color_right", "color_iou")
 
 
 def ranked(figures: Figures) -> list[str]:
-    """Methods of a tuning, the best first: those whose images are not much worse than plain's, by the sum of what is
-    right with two regions and its milder forms: of few layouts, one image that happens to be right decides nothing."""
+    """Return the methods of a tuning, the best first.
+
+    Methods whose Fréchet distance passes the gate are first, each group sorted by the sum of the means in ``RANKED``
+    for two regions: with few layouts, a single lucky image must not decide, as it might for ``right`` alone.
+    """
 
     def score(name: str) -> tuple[float, ...]:
         return (

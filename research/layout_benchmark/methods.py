@@ -1,4 +1,4 @@
-"""What is compared: plain sampling, each control, compositions of two, and for tuning grids over a control's settings.
+"""The methods: plain sampling, each control, compositions of two, and for tuning, grids of a control's settings.
 
 Labels are those of ``sample.py --compare``.
 """
@@ -10,21 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localctl.cli.sample_regions import (
-    CONTROLS,
-    FREE,
-    NONE,
-    Sampling,
-    make_controls,
-    preset,
-    read_variants,
-    sampling_of,
-)
+from localctl.cli.sample_variants import make_controls, read_variants
 from localctl.control.base import Control
+from localctl.control.presets import CONTROLS, NONE, preset, sampling_of
+from localctl.sampling_settings import FREE, Sampling
 from research.layout_benchmark.protocol import METHODS as METHODS
 from research.layout_benchmark.protocol import SINGLE as SINGLE
 
-# The settings that matter, a few values each; ``--grid`` replaces those of a control.
+# A few values for each setting that matters; ``--grid`` replaces the grid of a control.
 GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "bias": {"strength": ("1", "2", "4", "8"), "outside_strength": ("1", "2", "4"), "hide_phrases": ("false", "true")},
     "dense": {
@@ -40,8 +33,11 @@ GRIDS: Mapping[str, Mapping[str, Sequence[str]]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """name: of its files and rows. settings: of the tuned control, as (name, value) in words; () for the preset.
-    sampling: what it is generated with in place of the protocol's."""
+    """Controls to measure.
+
+    name: of its files and rows. settings: (name, value) pairs of a tuned control, as text; () for the preset.
+    sampling: scheduler and guidance scale, in place of the protocol's.
+    """
 
     name: str
     controls: tuple[Control, ...]
@@ -49,11 +45,11 @@ class Method:
     sampling: Sampling = FREE
 
     def described(self) -> list[dict[str, Any]]:
-        """Every setting of every control, so that results of others are told apart; as JSON reads them back."""
+        """Return every setting of every control, which a result must agree with, as JSON would read them back."""
         return [{"control": type(control).__name__, **_plain(asdict(control))} for control in self.controls]  # type: ignore[call-overload]
 
     def filled(self, described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Fill in what was ``described`` by an earlier result: a setting that came up after it had its default."""
+        """Return the settings ``described`` by an earlier result, with the defaults of settings that are newer."""
         defaults = {type(control).__name__: _plain(asdict(type(control)())) for control in self.controls}  # type: ignore[call-overload]
         return [{**defaults.get(item.get("control", ""), {}), **item} for item in described]
 
@@ -63,11 +59,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
-    """Return the methods of these labels, with plain sampling first whether it is named or not, once for each way to
-    sample.
+    """Return the methods of these labels, after plain sampling in each of their ways (scheduler and guidance scale).
 
     ``fixed``: for all methods, in place of what suits each. ValueError as for
-    :func:`localctl.cli.sample_regions.read_variants`.
+    :func:`localctl.cli.sample_variants.read_variants`.
     """
     wanted = [NONE, *(label for label in labels if label != NONE)]
     found = [
@@ -78,35 +73,39 @@ def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sa
 
 
 def _free(own: Sampling, fixed: Sampling) -> Sampling:
-    """Return what is left to the method; the rest is the protocol's."""
+    """Return the method's own scheduler and guidance scale, without those that are fixed for all methods."""
     return Sampling(
         own.scheduler if fixed.scheduler is None else None, own.guidance_scale if fixed.guidance_scale is None else None
     )
 
 
 def _with_plain(found: Sequence[Method]) -> list[Method]:
-    """Return the methods with plain sampling in each of their ways."""
+    """Return the methods after plain sampling in each of their ways."""
     ways = dict.fromkeys(method.sampling for method in found)
     plain = [Method(plain_name(way), (), sampling=way) for way in ways]
     return [*plain, *(method for method in found if method.controls)]
 
 
 def plain_name(way: Sampling) -> str:
-    """``none``, and where that is not the protocol's, what it is generated with."""
+    """Return ``none``, with the scheduler and guidance scale where they are not the protocol's."""
     scale = None if way.guidance_scale is None else f"{way.guidance_scale:g}"
     return " ".join([NONE, *(word for word in (way.scheduler, scale) if word is not None)])
 
 
 def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
-    """Plain sampling, each control with its preset, and all settings of its grid. ``changes``: CONTROL.NAME=V,V each; a
-    control named there has that grid alone. ``fixed``: as for :func:`methods`. ValueError for names or values that
-    make no sense."""
+    """Return plain sampling, each control with its preset, and each control with every setting of its grid.
+
+    changes: CONTROL.NAME=V,V each, in place of the built-in grid of that control. fixed: as for :func:`methods`.
+
+    Raises:
+        ValueError: a control, setting or value is unknown.
+    """
     asked: dict[str, dict[str, list[str]]] = {}
     for change in changes:
         place, equals, values = change.partition("=")
         control, dot, name = place.partition(".")
         if not (equals and dot and name and values) or control not in CONTROLS:
-            raise ValueError(f"{change!r} is no axis of a grid; write CONTROL.NAME=VALUE,VALUE, CONTROL of {_known()}.")
+            raise ValueError(f"{change!r} is not an axis of a grid; write CONTROL.NAME=V,V, CONTROL one of {_known()}.")
         asked.setdefault(control, {})[name] = values.split(",")
     found = [Method(NONE, ())]
     for control in controls:
@@ -125,7 +124,7 @@ def grids(controls: Sequence[str], changes: Sequence[str], base: str, fixed: Sam
 
 
 def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return ``settings``; ValueError for one that the control does not have."""
+    """Return ``settings`` as a list. Raises ValueError for one that the control does not have."""
     known = {field for field in asdict(CONTROLS[control]())}
     for name, _ in settings:
         if name not in known:
@@ -134,7 +133,7 @@ def check_names(control: str, settings: Sequence[tuple[str, str]]) -> list[tuple
 
 
 def preset_words(method: Method, base: str) -> dict[str, Any]:
-    """Return the tuned method's settings as they belong into ``localctl.control.presets``: over those of the base."""
+    """Return the tuned method's settings in the form of ``localctl.control.presets``: over the preset of the base."""
     control = method.controls[0]
     name = method.name.partition(" ")[0]
     return dict(preset(name, base)) | {key: getattr(control, key) for key, _ in method.settings}

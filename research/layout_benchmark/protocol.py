@@ -1,4 +1,4 @@
-"""What is measured, and how: nothing here loads torch."""
+"""The protocol and the names of the methods; nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from localctl.cli.sample_record import NONE
+from localctl.control.presets import NONE
 from research import flags
 
 SINGLE = ("bias", "dense", "guidance", "forward")
@@ -16,10 +16,13 @@ METHODS = (NONE, *SINGLE, *PAIRS)  # as ``sample.py --compare`` names them
 
 @dataclass(frozen=True)
 class Protocol(flags.Protocol):
-    """Every method with the same layouts and seeds.
+    """Every method is measured with the same layouts and seeds.
 
-    regions: how many the layouts have, in turn. cost: whether time, memory and attention are measured, too.
-    guidance_scale: None, the base's own. Methods may ask for another scheduler and scale (``Method.sampling``).
+    regions: number of regions of the layouts, in turn. cost: whether to measure time, memory and attention, too.
+    guidance_scale: None = that of the base. A method may have another scheduler and scale (``Method.sampling``).
+
+    Raises:
+        ValueError: a value is out of range, or seeds are repeated or missing.
     """
 
     LEAST: ClassVar[Mapping[str, int]] = {"layouts": 2, **flags.Protocol.LEAST}
@@ -34,4 +37,4 @@ class Protocol(flags.Protocol):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"The seeds must be different, and at least one, not {list(self.seeds)}.")
+            raise ValueError(f"The seeds must be different, and there must be at least one, not {list(self.seeds)}.")

@@ -1,11 +1,12 @@
-"""The pages that say what the benchmark and the tuning found: tables, gates, plots, images."""
+"""Write the pages of the benchmark and of the tuning: gates, tables, plots and images."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from localctl.cli.sample_regions import NONE, named
+from localctl.cli.sample_variants import file_label
+from localctl.control.presets import NONE
 from localctl.evaluation.plots import bars
 from research.layout_benchmark.attention import KINDS
 from research.layout_benchmark.figures import (
@@ -49,8 +50,11 @@ _MEANINGS = (
 
 
 def write_report(results: Path, page: Path) -> str:
-    """Write ``page``, and its figures into the folder of its name; returns the text. ValueError where results are
-    missing or do not go together."""
+    """Write ``page``, and its figures into the folder named like it; return the text.
+
+    Raises:
+        ValueError: plain sampling has no result, or results do not belong together.
+    """
     figures = read_figures(results)
     return write_page(
         page,
@@ -66,8 +70,11 @@ def write_report(results: Path, page: Path) -> str:
 
 
 def write_tuning(results: Path, page: Path) -> str:
-    """Write the table of a tuning, the best of each control first, and return the text. ValueError as for
-    :func:`write_report`."""
+    """Write the tables of a tuning, the best settings of each control first, and return the text.
+
+    Raises:
+        ValueError: as :func:`write_report`.
+    """
     figures = read_figures(results)
     introduction = [
         "# Settings of the controls on the embedded base",
@@ -98,7 +105,7 @@ def _tuned(figures: Figures) -> Iterator[list[str]]:
 
 
 def explain(figures: Figures, gate: Gate) -> str:
-    """Where the attention sits under a method whose gate was missed, beside plain sampling."""
+    """Return where the attention is under a method whose gate was missed, and under plain sampling."""
     return "\n".join(
         f"  {name}: {_attention_words(figures, name)}"
         for name in (figures.plain_of(gate.name).name, gate.name)
@@ -133,7 +140,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
 
 
 def _ways(figures: Figures) -> list[str]:
-    """Which methods are generated in another way, and what they are compared with."""
+    """Return which methods are generated in another way, and with what they are compared."""
     lines = []
     for plain in (name for name in figures.results if is_plain(name) and name != NONE):
         own = [name for name in _names(figures) if not is_plain(name) and figures.plain_of(name).name == plain]
@@ -244,7 +251,7 @@ def _plots(figures: Figures, page: Path) -> list[str]:
 
 def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
     """Return the first layouts of several regions under every method, with the first seed."""
-    image, rows = sheet({name: results / f"{named(name)}.png" for name in _names(figures)})
+    image, rows = sheet({name: results / f"{file_label(name)}.png" for name in _names(figures)})
     shown = figure(image, page, "pictures", "every method")
     return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
 
@@ -264,7 +271,7 @@ def _words(control: dict[str, object]) -> str:
 
 
 def _names(figures: Figures) -> list[str]:
-    """Plain sampling, single controls, compositions."""
+    """Return the names in the order of the tables: plain sampling, single controls, compositions."""
     plain = sorted(filter(is_plain, figures.results))
     singles = [name for name in figures.results if not is_plain(name) and "+" not in name]
     order = [*GATES, *(name for name in singles if name not in GATES)]

@@ -1,7 +1,8 @@
-"""The layout benchmark: generate every layout under each method, and measure what stands in the boxes."""
+"""The layout benchmark: generates every layout under each method, and measures what is in the boxes."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from localctl.cli.sample_regions import FREE, named
+from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.distributed import process_device
 from localctl.drawing import render_layout
@@ -24,10 +25,10 @@ from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler, with_scheduler
 from localctl.sampling import generate
+from localctl.sampling_settings import FREE
 from research.harness import (
     DIGITS,
     PROFILE,
-    Say,
     Study,
     as_rows,
     check_same,
@@ -43,31 +44,33 @@ from research.layout_benchmark.methods import Method
 from research.layout_benchmark.protocol import Protocol
 from research.page import save_strip
 
+logger = logging.getLogger(__name__)
 ALL_COLUMNS = (*COLUMNS, "clip_score")
 SHOWN = 6  # layouts on the sheet
-LOOKED_AT = 8  # images whose attention is taken apart, and at most so many in a run that is timed
-TIMED_STEPS = 10  # of a run that is timed
+FEW = 8  # images whose attention is measured, and the most images of a timed run
+TIMED_STEPS = 10  # most sampling steps of a timed run
 
 
 class LayoutBenchmark(Study[Method]):
     """Measures methods.
 
-    ValueError for a base, scheduler, device or extractor that cannot be used.
+    Raises:
+        ValueError: the base, scheduler, device or an extractor cannot be used, or the batch size is below 1.
     """
 
     protocol: Protocol
 
     def __init__(
-        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto", say: Say = print
+        self, protocol: Protocol, folder: Path, work: Path, batch_size: int = 16, device: str = "auto"
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
-        super().__init__(protocol, folder, work, say)
+        super().__init__(protocol, folder, work)
         self.batch_size, self.device = batch_size, process_device(device)
         self.base_sha256 = sha256_of_base(self.base)
-        assert self.extractors  # loaded now: one that is not there must be told before anything slow
+        assert self.extractors  # loaded now, so that a missing one is an error before any slow work
         self.cases = cases(protocol.layouts, protocol.split, protocol.regions)
-        # Layout by layout, each with every seed.
+        # Ordered by layout, then by seed.
         self.images = [replace(case, seed=seed) for case in self.cases for seed in protocol.seeds]
 
     @cached_property
@@ -87,7 +90,7 @@ class LayoutBenchmark(Study[Method]):
         return {**asked, "controls": variant.filled(asked.get("controls", []))}
 
     def check(self, variants: Sequence[Method]) -> None:
-        """As :meth:`Study.check`; ValueError for images of other settings, too."""
+        """Check the results as :meth:`Study.check` does, and the images. Raises ValueError if their settings differ."""
         super().check(variants)
         for variant in variants:
             self._check_images(variant)
@@ -114,10 +117,10 @@ class LayoutBenchmark(Study[Method]):
         }
 
     def _folder(self, method: Method) -> Path:
-        return self.work / named(method.name)
+        return self.work / file_label(method.name)
 
     def _images_asked(self, method: Method) -> dict[str, Any]:
-        """Return what an image depends on beside its own layout and seed."""
+        """Return all that an image depends on besides its layout and seed."""
         asked = self.asked(method)
         known = {**asked["protocol"], **asked}
         names = ("num_inference_steps", "scheduler", "guidance_scale", "sampling", "base_sha256", "controls")
@@ -148,12 +151,12 @@ class LayoutBenchmark(Study[Method]):
                 lambda _: method.controls,
                 name=method.name,
                 files=files,
-                say=self.say,
+                progress_bar=False,
                 **self._options(method),
             )
 
     def _distances(self, method: Method, images: Sequence[np.ndarray]) -> tuple[dict[str, float], dict[str, Any]]:
-        """To scenes of the training split; values, and where they come from by extractor."""
+        """Return the distances of the images to scenes of the training split, and their provenance by extractor."""
         values: dict[str, float] = {}
         about = {}
         keys = [f"{case.id}-{case.seed}" for case in self.images]
@@ -168,22 +171,22 @@ class LayoutBenchmark(Study[Method]):
         return values, about
 
     def _reference(self, extractor: Extractor) -> Statistics:
-        """Made once, and again when the scenes or the extractor's weights are others."""
+        """Return the statistics of the training scenes, computed anew only if the scenes or weights have changed."""
         path = self.work / f"reference_{extractor.name}.npz"
         about = {"scenes": f"{PROFILE}, train", "count": self.protocol.references, **describe(extractor)}
         if path.is_file():
             found = Statistics.load(path)
             if all(found.provenance.get(key) == value for key, value in about.items()):
                 return found
-        self.say(f"{path}: {self.protocol.references} scenes")
+        logger.info(f"{path}: {self.protocol.references} scenes")
         keys = [f"train-{index}" for index in range(self.protocol.references)]
         made = statistics_of(extractor, keys, lambda index: scene(index, PROFILE, "train").image, 64, about)
         made.save(path)
         return made
 
     def _cost(self, method: Method) -> dict[str, float | None]:
-        """Of runs in turns with plain sampling; ``seconds`` per image."""
-        few = self.cases[: min(LOOKED_AT, self.batch_size)]
+        """Measure time and memory of a method, run alternately with plain sampling; ``seconds`` is per image."""
+        few = self.cases[: min(FEW, self.batch_size)]
         layouts, seeds = [case.layout for case in few], [0] * len(few)
         options = self._options(method, min(TIMED_STEPS, self.protocol.num_inference_steps))
 
@@ -196,7 +199,7 @@ class LayoutBenchmark(Study[Method]):
         return {"seconds": cost.seconds / len(few), "overhead": cost.overhead, "peak_mib": peak}
 
     def _attention(self, method: Method) -> dict[str, float]:
-        layouts = [case.layout for case in self.cases if len(case.objects) == 2][:LOOKED_AT] or [self.cases[0].layout]
+        layouts = [case.layout for case in self.cases if len(case.objects) == 2][:FEW] or [self.cases[0].layout]
         with with_scheduler(self.pipe, method.sampling.scheduler):
             found = attention_of(self.pipe, layouts, method.controls, self.protocol.seeds[0], **self._options(method))
         return {name: round(value, DIGITS) for name, value in found.items()}
@@ -215,10 +218,10 @@ class LayoutBenchmark(Study[Method]):
         )
 
     def _save_strip(self, method: Method, images: Sequence[np.ndarray]) -> None:
-        """Return the first layouts of several regions with the first seed, with the outlines of their boxes."""
+        """Save the strip of the first layouts of several regions, with the first seed and the outlines of the boxes."""
         pairs = list(zip(self.images, images, strict=True))[:: len(self.protocol.seeds)]
         several = [pair for pair in pairs if len(pair[0].objects) > 1] or pairs
-        shown = [
+        outlined = [
             render_layout(case.layout, Image.fromarray(image).resize((256, 256))) for case, image in several[:SHOWN]
         ]
-        save_strip(shown, self.strip(method.name))
+        save_strip(outlined, self.strip(method.name))

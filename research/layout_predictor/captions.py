@@ -1,4 +1,4 @@
-"""Sentences about placed things, with what they say: which words are which thing, and which relations they state."""
+"""Sentences about placed things, annotated with the words that name each thing and the relations stated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from localctl.micro.scenes import article
 from localctl.phrases import find_phrase
 from research.layout_predictor import templates as t
 
-MARGIN = 0.11  # of the image's side: centres nearer than this along an axis are in no relation on it
+MARGIN = 0.11  # share of the image's side; centres closer than this along an axis have no relation on it
 KINDS = ("training", "held_out", "list")
 _FIELD = re.compile(r"\{(\w+)\}")
 _MODIFIERS = ("red", "blue", "old", "small", "large", "wooden", "shiny", "green", "striped", "silver", "tall")
@@ -23,9 +23,10 @@ Relation = tuple[int, str, int]
 
 @dataclass(frozen=True, eq=False)
 class PlacedScene:
-    """Things and where they are: ``names`` without article, ``boxes`` (n, 4) centre x, y, width, height in [0, 1].
+    """Things and their boxes.
 
-    caption: a sentence of the scene's own, if it has one, with each name in it once; relation: what it states.
+    names: without article. boxes: (n, 4), centre x, y, width and height in [0, 1]. caption: the scene's own sentence,
+    with each name once, or None. relation: the relation that it states.
     """
 
     key: str
@@ -37,11 +38,11 @@ class PlacedScene:
 
 @dataclass(frozen=True, eq=False)
 class Caption:
-    """A sentence.
+    """A sentence and its annotations.
 
-    spans: [first, last) characters of each thing's first mention, in reading order. boxes: (n, 4), theirs.
-    relations: (subject, left | right | above | below, object) that it states, indices into spans.
-    family: of sentences.
+    spans: characters [first, last) of each thing's first mention, in reading order. boxes: (n, 4), of the things in
+    the same order. relations: (subject, left | right | above | below, object) stated; subject and object are indices
+    into spans. family: the family of sentences it is from.
     """
 
     text: str
@@ -52,21 +53,21 @@ class Caption:
 
 
 def true_relations(boxes: np.ndarray, first: int, second: int, margin: float = MARGIN) -> list[str]:
-    """Which of left, right, above, below hold of two of the boxes (n, 4), their centres ``margin`` apart or more."""
+    """Return the relations that hold between two of the boxes (n, 4): centres at least ``margin`` apart on the axis."""
     dx, dy = boxes[first, :2] - boxes[second, :2]
     pairs = ((t.LEFT, -dx), (t.RIGHT, dx), (t.ABOVE, -dy), (t.BELOW, dy))
     return [side for side, distance in pairs if distance >= margin]
 
 
 def satisfied(relation: Relation, centres: Sequence[tuple[float, float]]) -> bool:
-    """Whether the named axis of two centres (x, y) has the right sign."""
+    """Return whether a relation holds between centres (x, y), however close they are."""
     first, side, second = relation
     axis, sign = {t.LEFT: (0, -1), t.RIGHT: (0, 1), t.ABOVE: (1, -1), t.BELOW: (1, 1)}[side]
     return (centres[first][axis] - centres[second][axis]) * sign > 0
 
 
 def own_caption(scene: PlacedScene) -> Caption:
-    """Return the scene's own sentence."""
+    """Return the scene's own sentence with its annotations."""
     assert scene.caption is not None
     found = [find_phrase(scene.caption, name)[0] for name in scene.names]
     order = sorted(range(len(found)), key=lambda i: found[i])
@@ -76,11 +77,11 @@ def own_caption(scene: PlacedScene) -> Caption:
 
 
 def describe(scene: PlacedScene, rng: np.random.Generator, kind: str = "training", margin: float = MARGIN) -> Caption:
-    """Return a sentence about the scene: of a family of ``training``, of one ``held_out``, or a ``list`` without
-    relation.
+    """Return a sentence about the scene, sampled with ``rng``.
 
-    Where no two things are far enough apart to be in a relation, or there is one thing alone, it is a list (held_out:
-    too), or it names a thing's place in the image.
+    kind: ``training`` or ``held_out`` for a sentence of these families, ``list`` for one without a relation. Where no
+    two things are far enough apart for a relation, the sentence is a list; for a single thing, it names its place in
+    the image.
     """
     assert kind in KINDS
     count = len(scene.names)
@@ -124,7 +125,7 @@ def _with_a_third(
     rng: np.random.Generator,
     margin: float,
 ) -> tuple[str, list[Relation]]:
-    """Return the template with a third thing at its end, and what is said of that one."""
+    """Return the template with a third thing appended, and the relations stated of it."""
     other = relation[int(rng.choice((0, 2)))]
     sides = true_relations(scene.boxes, third, int(other), margin)
     fields["C"] = third
@@ -170,7 +171,7 @@ def _write(
     family: str,
     rng: np.random.Generator,
 ) -> Caption:
-    """Return the template with its fields filled in; a number stands for a thing of the scene."""
+    """Return the sentence of a template; a field with a number as value is the thing of that index."""
     definite = rng.random() < 0.5 and len(set(scene.names)) == len(scene.names)
     spans: dict[int, tuple[int, int]] = {}
     text, read = "", 0
@@ -195,8 +196,7 @@ def _write(
 
 
 def renamed(scene: PlacedScene, seed: int, *keys: int | str, rng: np.random.Generator) -> PlacedScene:
-    """Return the scene with made-up names of one to three words, so that names tell nothing; now and then all the same
-    one."""
+    """Return the scene with made-up names of one to three words, so that names give no hint; rarely all the same."""
     names = []
     for index in range(len(scene.names)):
         name = made_up_word(seed, *keys, index)
@@ -214,7 +214,7 @@ def renamed(scene: PlacedScene, seed: int, *keys: int | str, rng: np.random.Gene
 
 
 def mirrored(scene: PlacedScene, flip_x: bool, flip_y: bool, turn: bool) -> PlacedScene:
-    """Return the scene mirrored, and with x and y swapped; its own sentence, which may no longer be true, is gone."""
+    """Return the scene mirrored, or with x and y swapped, and without its own sentence, which may no longer hold."""
     boxes = scene.boxes.copy()
     if flip_x:
         boxes[:, 0] = 1 - boxes[:, 0]

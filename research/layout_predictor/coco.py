@@ -13,23 +13,25 @@ from localctl.layout_checks import Box
 from localctl.seeding import numpy_rng
 from research.layout_predictor.captions import PlacedScene
 
-_LEFT_OUT = ("other", "things", "stuff")  # say nothing: "other" alone is stuff's class of all things
+_LEFT_OUT = ("other", "things", "stuff")  # words without meaning; "other" alone is stuff's class of all things
 
 
 class CocoLayouts:
-    """Pictures with at least two different things, each of whose classes stands once in it.
+    """Images with at least two things whose class occurs once in the image.
 
     Args:
-        instances: annotation file of things. stuff: that of stuff, or None.
-        count: images at most, in the order of their ids. min_area: things that cover less of the image are left
-            out, and so are crowds. max_objects: at most so many of an image, the largest ones.
+        instances: annotation file of things.
+        stuff: annotation file of stuff, or None.
+        count: most images to read, in the order of their ids.
+        min_area: things that cover a smaller share of the image are left out, as are crowds.
+        max_objects: most things per image; the largest are taken.
 
     Raises:
-        ValueError: a file that is not there or of another format, or annotations without any such image.
+        ValueError: a file is missing or has another format, or no image qualifies.
     """
 
     name = "coco"
-    symmetries = "x"  # things fall down
+    symmetries = "x"  # up and down differ in photos
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class CocoLayouts:
 
 
 def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple[int | str, str, np.ndarray]]:
-    """(image, name, box) of each annotation; box (4,): centre x, y, width, height as fractions of the image."""
+    """Return (image, name, box) of each annotation; box (4,): centre x, y, width, height as fractions of the image."""
     try:
         content = parse_json(path.expanduser().read_bytes())
         sizes |= {coco_id(item["id"]): (float(item["width"]), float(item["height"])) for item in content["images"]}
@@ -79,7 +81,7 @@ def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(
-            f"{path} is no annotation file in MSCOCO's format ({reason}); give instances_*.json."
+            f"{path} is not an annotation file in MSCOCO's format ({reason}); give instances_*.json."
         ) from error
     lost = sum(box is None for _, _, box in boxes)
     if lost:
@@ -88,8 +90,10 @@ def _read(path: Path, sizes: dict[int | str, tuple[float, float]]) -> list[tuple
 
 
 def plain_name(name: str) -> str:
-    """Return a class as one says it: "wall-brick" is a brick wall, "sky-other" the sky; "" for what is to be left
-    out."""
+    """Return the plain name of a class, as "brick wall" for "wall-brick" and "sky" for "sky-other".
+
+    It is empty for a class to leave out.
+    """
     words = [word for word in name.lower().replace("_", " ").split("-") if word not in _LEFT_OUT]
     return " ".join(reversed(words)).strip()
 
@@ -100,7 +104,7 @@ def _centred(box: Box) -> np.ndarray:
 
 
 def _scene(image: int | str, things: list[tuple[str, np.ndarray]], most: int) -> PlacedScene | None:
-    """Return the largest things whose class stands once in the image, in an order of the image's own."""
+    """Return the largest things whose class occurs once in the image, in an order fixed by the image's id."""
     names = [name for name, _ in things]
     single = sorted((item for item in things if names.count(item[0]) == 1), key=lambda item: -item[1][2] * item[1][3])
     if len(single) < 2:

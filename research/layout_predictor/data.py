@@ -1,4 +1,4 @@
-"""Placed scenes to learn from, and the examples made of them: micro scenes here, COCO's annotations in ``coco``."""
+"""Placed scenes to learn from, micro scenes here and COCO's annotations in ``coco``, and training examples of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDES = dict(zip(RELATIONS, ("left", "right", "above", "below"), strict=True))
 
 
 class Scenes(Protocol):
-    """Placed scenes by number. symmetries: how they may be mirrored: letters of x, y and t (x and y swapped)."""
+    """Placed scenes by number. symmetries: allowed flips, letters of x, y and t (x and y swapped)."""
 
     name: str
     symmetries: str
@@ -29,9 +29,9 @@ class Scenes(Protocol):
 
 
 class MicroLayouts:
-    """Geometry and captions of the micro scenes, without painting them; each is made once.
+    """Boxes and captions of the micro scenes, computed without rendering, and cached.
 
-    crowded: of scenes 2 i and 2 i + 1, number i is the one with more objects. Most of them then have relations.
+    crowded: item i is whichever of the scenes 2 i and 2 i + 1 has more objects, so that most items have relations.
     """
 
     name = "micro"
@@ -53,7 +53,7 @@ class MicroLayouts:
 
 
 def micro_layout(index: int, split: str) -> PlacedScene:
-    """Micro scene number ``index`` of a split: boxes of its objects as fractions of the image, caption, relation."""
+    """Return micro scene number ``index`` of a split as a placed scene."""
     plan = scene_plan(index, "basic", split)
     corners = np.array([item.box for item in plan.objects]) / SIZE  # (n,4) xyxy
     boxes = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], axis=1)
@@ -66,7 +66,7 @@ def micro_layout(index: int, split: str) -> PlacedScene:
 
 
 def example(scenes: Scenes, index: int, visit: int, settings: CaptionSettings, seed: int) -> Caption:
-    """Return the sentence that training reads at the ``visit``-th visit of scene ``index``."""
+    """Return the sentence that training uses at the ``visit``-th visit of scene ``index``."""
     scene = scenes[index]
     keys = (scene.key, visit if settings.variants is None else visit % settings.variants)
     rng = numpy_rng(seed, "caption", *keys)
@@ -82,7 +82,7 @@ def example(scenes: Scenes, index: int, visit: int, settings: CaptionSettings, s
 
 
 def targets(captions: Sequence[Caption]) -> Tensor:
-    """(B, N, 4) float32 boxes of the things of each sentence, zeros where it has fewer."""
+    """Return the boxes of the things of each sentence, (B, N, 4) float32, zeros where a sentence has fewer."""
     boxes = torch.zeros(len(captions), max(len(item.spans) for item in captions), 4)
     for row, item in zip(boxes, captions, strict=True):
         row[: len(item.spans)] = torch.from_numpy(item.boxes)

@@ -1,4 +1,4 @@
-"""What `python -m research.layout_predictor.train` can be told, typed and checked."""
+"""The settings of `python -m research.layout_predictor.train`, typed and validated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from research.flags import check_least
 
 SOURCES = ("micro", "coco")
 ALIASES = {"train_data": "data.name", "instances": "data.instances", "stuff": "data.stuff"}
-# Settings that may change when a run is continued; whatever is not named here may not.
+# Settings that may change when a run is resumed; no others may.
 FREE = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "validation_steps",
     "validation_count", "checkpointing_steps", "checkpoints_total_limit", "cpu_threads", "device", "data.instances",
@@ -23,11 +23,11 @@ FREE = (
 class PredictorConfig:
     """Shape of the transformer, as in :class:`localctl.layout_predictor.model.LayoutPredictor`.
 
-    width: numbers per word.
-    layers: blocks of attention.
-    heads: of the attention; width is a multiple of it.
-    hidden: width inside the blocks' feed-forward layers.
-    buckets: rows of the table for the hashed pieces of words.
+    width: channels per word; a multiple of heads.
+    layers: transformer blocks.
+    heads: attention heads.
+    hidden: channels inside the blocks' feed-forward layers.
+    buckets: rows of the embedding table for hashed pieces of words.
     components: Gaussians in the mixture of each centre.
     """
 
@@ -48,14 +48,14 @@ class PredictorConfig:
 @record("data")
 @dataclass(kw_only=True)
 class LayoutDataConfig:
-    """Where placed things come from.
+    """The source of the placed scenes.
 
     name: ``micro``, the embedded scenes; ``coco``, annotations in MSCOCO's format.
-    count: scenes at most; null = all there are, of micro 1500.
-    instances: of coco, the annotation file of things (instances_train2017.json).
-    stuff: of coco, that of stuff (stuff_train2017.json); null = things alone.
-    min_area: of coco, things that cover less of the image than this are left out.
-    max_objects: things of a sentence at most.
+    count: most scenes to use; null = all of coco, 1500 of micro.
+    instances: for coco, the annotation file of things (instances_train2017.json).
+    stuff: for coco, the annotation file of stuff (stuff_train2017.json); null = things alone.
+    min_area: for coco, things that cover a smaller share of the image are left out.
+    max_objects: for coco, most things per image.
     """
 
     name: str = "micro"
@@ -78,14 +78,14 @@ class LayoutDataConfig:
 @record("captions")
 @dataclass(frozen=True)
 class CaptionSettings:
-    """How sentences are made in training.
+    """How training makes sentences about the scenes.
 
-    own: share of the visits that read the scene's own caption.
-    lists: share of sentences without a relation.
-    rename: share of the rest whose things have made-up names.
+    own: share of the visits that use the scene's own caption.
+    lists: share of the other sentences that state no relation.
+    rename: share of the other sentences whose things have made-up names.
     mirror: also mirror the scenes.
-    margin: how far apart centres are for a relation to be named.
-    variants: different sentences per scene; null = another one at each visit.
+    margin: least distance of two centres for a relation to be stated, as a share of the image's side.
+    variants: different sentences per scene; null = a new one at each visit.
     """
 
     own: float = 0.2
@@ -107,32 +107,32 @@ class CaptionSettings:
 @record()
 @dataclass(kw_only=True)
 class LayoutTrainSettings:
-    """A training of the layout predictor; ValueError for settings that make no sense.
+    """A training of the layout predictor. Raises ValueError for values out of range.
 
     Steps are optimizer updates; the learning rate warms up, then falls to 0 as a cosine.
 
-    output_dir: where log, checkpoints and the predictor go.
-    overwrite_output_dir: begin anew in a folder that holds another run.
-    seed: of everything random.
+    output_dir: folder of log, checkpoints and the predictor.
+    overwrite_output_dir: start anew in a folder that holds another run.
+    seed: seed of all random numbers.
     report_to: tensorboard, wandb, all or none; stats.jsonl is always written.
     device: auto, cpu, cuda, ...
-    cpu_threads: on a CPU; null = torch's own choice.
-    max_train_steps: how long to train.
+    cpu_threads: CPU threads; null = torch's choice.
+    max_train_steps: steps to train in all.
     train_batch_size: sentences per step.
-    learning_rate: the highest of the schedule.
-    lr_warmup_steps: steps until the highest learning rate.
-    adam_weight_decay: AdamW's pull towards zero.
-    max_grad_norm: gradients are scaled down to this norm.
-    word_dropout: share of the words outside objects that training hides.
-    name_dropout: share of the sentences whose objects are hidden, so that relations alone place them.
-    relation_weight: of the loss of relations, added to the likelihood (``learning.Likelihood``); 0 = likelihood alone.
-    known: the chance that the boxes of some objects of a sentence are shown, to predict the others from.
+    learning_rate: peak of the schedule.
+    lr_warmup_steps: steps until the peak.
+    adam_weight_decay: weight decay of AdamW.
+    max_grad_norm: gradients are clipped to this norm.
+    word_dropout: share of the words outside objects that are hidden in training.
+    name_dropout: share of the sentences whose objects are hidden, so that only relations can place them.
+    relation_weight: weight of the loss of relations (``learning.Likelihood``); 0 = likelihood alone.
+    known: probability that some boxes of a sentence are given, to predict the others from.
     logging_steps: steps between rows of the log.
     validation_steps: steps between validations; 0 = none.
-    validation_count: held-out sentences with a relation per validation.
+    validation_count: held-out sentences per validation; each states a relation.
     checkpointing_steps: steps between checkpoints; 0 = none.
-    checkpoints_total_limit: how many checkpoints are kept; null = all; at least 2.
-    resume_from_checkpoint: `latest` or a checkpoint's path.
+    checkpoints_total_limit: checkpoints to keep, at least 2; null = all.
+    resume_from_checkpoint: `latest`, or the path of a checkpoint.
     """
 
     data: LayoutDataConfig = field(default_factory=LayoutDataConfig)

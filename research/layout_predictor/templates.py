@@ -1,8 +1,8 @@
-"""How a relation between two things is said: families of sentences, some of which training never sees.
+"""Families of sentences that state a relation between two things; some are held out from training.
 
-Fields: {A} and {B} the two things, A being left / right / above / below of B. {P} a preposition ("to the left of").
-{AT} and {AT_OTHER} the places of A and B in the picture ("on the left"). {ITS} A's place as seen from B ("to its
-left"). {IS}, {PLACED}, {STANDS} verbs. Each family is a tuple of sentences.
+Each family is a tuple of templates with these fields: {A} and {B} are the two things, A being left / right / above /
+below of B; {P} is a preposition ("to the left of"); {AT} and {AT_OTHER} are the places of A and B in the image ("on the
+left"); {ITS} is A's place relative to B ("to its left"); {IS}, {PLACED} and {STANDS} are verbs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ITS = _sideways("to its *", "to the * of it", "* of it", "on the * side of it") 
     ABOVE: ("above it", "over it", "on top of it", "higher up"),
     BELOW: ("below it", "under it", "beneath it", "underneath it", "lower down"),
 }
-ON_ITS: dict[str, tuple[str, ...]] = {  # held out: "on its left" stands in no sentence of training
+ON_ITS: dict[str, tuple[str, ...]] = {  # held out: no training sentence has "on its left"
     LEFT: ("on its left", "on its left side"),
     RIGHT: ("on its right", "on its right side"),
     ABOVE: ("above it", "over it"),
@@ -79,7 +79,7 @@ ENDINGS = (
     " against a {BACKGROUND} background",
 )
 BACKGROUNDS = ("white", "gray", "black", "brown", "green", "blue", "plain")
-SPOTS: dict[tuple[int, int], tuple[str, ...]] = {  # column and row, thirds of the picture
+SPOTS: dict[tuple[int, int], tuple[str, ...]] = {  # by column and row of a 3 x 3 grid over the image
     (0, 0): ("in the top left corner", "at the upper left"),
     (1, 0): ("at the top", "at the top of the picture"),
     (2, 0): ("in the top right corner", "at the upper right"),

@@ -22,8 +22,11 @@ PROGRAM = "research.layout_predictor.train"
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as ``argv`` says. Returns 0; 1 when training failed and 2 after a user's error, each named in one sentence;
-    130 after SIGINT and 143 after SIGTERM, with a checkpoint."""
+    """Train with the settings in ``argv``.
+
+    Returns 0; 1 if training failed and 2 after a user's error, each with one sentence on stderr; 130 after SIGINT and
+    143 after SIGTERM, with a checkpoint saved.
+    """
     argv = sys.argv[1:] if argv is None else argv
     settings = settings_or_help(PROGRAM, argv, LayoutTrainSettings, about=__doc__, aliases=ALIASES, name=CONFIG)
     return 0 if settings is None else _train(settings)

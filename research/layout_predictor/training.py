@@ -1,8 +1,11 @@
-"""A training run of the layout predictor. ``prepare`` finds every user error before slow work; ``Run.train`` orders the
-events: step, log, validate, checkpoint, export."""
+"""A training run of the layout predictor.
+
+``prepare`` raises every user error before slow work; ``Run.train`` takes the steps, logs, validates, saves and exports.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,12 +43,13 @@ from research.layout_predictor.measure import held_out_captions, relation_rate
 from research.layout_predictor.settings import FREE, LayoutTrainSettings
 from research.training_loop import learning_rate_at, updates
 
+logger = logging.getLogger(__name__)
 PREDICTOR, OPTIMIZER = "predictor", "optimizer.safetensors"
-_MICRO_SCENES = 1500  # each also mirrored and turned
+_MICRO_SCENES = 1500  # each also mirrored, and with x and y swapped
 
 
 def make_scenes(settings: LayoutTrainSettings) -> Scenes:
-    """Return the scenes to learn from. ValueError for annotations that cannot be read."""
+    """Return the scenes to learn from. Raises ValueError for annotations that cannot be read."""
     data = settings.data
     if data.name == "micro":
         return MicroLayouts("train", data.count or _MICRO_SCENES, crowded=True)
@@ -55,32 +59,30 @@ def make_scenes(settings: LayoutTrainSettings) -> Scenes:
     )
 
 
-def prepare(settings: LayoutTrainSettings, say: Callable[[str], None] = tqdm.write) -> Run:
+def prepare(settings: LayoutTrainSettings) -> Run:
     """Check folder, checkpoint and data, then make the model.
 
     Raises:
-        ValueError: in one sentence for the user; :class:`~localctl.lock.FolderInUse` for the output folder.
-        OSError: of the disk.
+        ValueError: a user's error, in one sentence; :class:`~localctl.lock.FolderInUse` if another run has the folder.
+        OSError: the disk is full or cannot be written.
     """
     check_report_to(settings.report_to)
     device = process_device(settings.device)
     folder = Path(settings.output_dir).expanduser()
     check_writable(folder)
-    lock = FolderLock(folder, say)
+    lock = FolderLock(folder)
     try:
-        return _prepare(settings, folder, device, say, lock)
+        return _prepare(settings, folder, device, lock)
     except BaseException:
         lock.release()
         raise
 
 
-def _prepare(
-    settings: LayoutTrainSettings, folder: Path, device: torch.device, say: Callable[[str], None], lock: FolderLock
-) -> Run:
+def _prepare(settings: LayoutTrainSettings, folder: Path, device: torch.device, lock: FolderLock) -> Run:
     """:func:`prepare`, with the output folder locked."""
     sweep(folder)
     sweep_folders(folder, (PREDICTOR,))
-    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint, say)
+    checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint)
     if checkpoint is None and settings.resume_from_checkpoint != LATEST and not settings.overwrite_output_dir:
         for name in (STATS, PREDICTOR):
             if (folder / name).exists():
@@ -91,10 +93,10 @@ def _prepare(
     scenes = make_scenes(settings)
     if settings.cpu_threads is not None:
         torch.set_num_threads(settings.cpu_threads)
-    run = Run(settings, scenes, folder, device, say, lock)
+    run = Run(settings, scenes, folder, device, lock)
     if checkpoint is not None:
         run.load(checkpoint)
-        set_aside_later(folder, run.step, say)
+        set_aside_later(folder, run.step)
     else:
         for step, path in list_checkpoints(folder).items():
             path.rename(folder / f"abandoned-checkpoint-{step}")
@@ -102,7 +104,7 @@ def _prepare(
 
 
 class Run:
-    """A prepared training run; its random numbers are keyed by seed and step, so that a continued run is the same."""
+    """A prepared training run; random numbers are keyed by seed and step, so a resumed run gives the same weights."""
 
     def __init__(
         self,
@@ -110,10 +112,9 @@ class Run:
         scenes: Scenes,
         folder: Path,
         device: torch.device,
-        say: Callable[[str], None],
         lock: FolderLock,
     ) -> None:
-        self.settings, self.scenes, self.folder, self.say, self.lock = settings, scenes, folder, say, lock
+        self.settings, self.scenes, self.folder, self.lock = settings, scenes, folder, lock
         self.step = 0
         state = torch.random.get_rng_state()
         torch.manual_seed(generator(settings.seed, "weights").initial_seed())
@@ -124,17 +125,17 @@ class Run:
         self.validation: list[Caption] | None = None
 
     def train(self, stop: Callable[[int], bool] = lambda step: False) -> int:
-        """Train to the last step and export, or until SIGINT, SIGTERM or ``stop(step)``, leaving a checkpoint.
+        """Train to the last step and export; or save a checkpoint and stop on SIGINT, SIGTERM or ``stop(step)``.
 
-        Returns the number of the signal that stopped it, or 0.
+        Returns the number of the signal that stopped the run, or 0.
 
         Raises:
             NotFiniteError: the loss is not finite.
-            OSError: checkpoint, log or predictor could not be written; the message says what is left.
+            OSError: checkpoint, log or predictor could not be written; the message names what was saved.
         """
         settings = self.settings
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        self.say(f"{len(self.scenes)} scenes of {self.scenes.name}; {count / 1e6:.2f} M parameters; {self.folder}")
+        logger.info(f"{len(self.scenes)} scenes of {self.scenes.name}; {count / 1e6:.2f} M parameters; {self.folder}")
         tracker = make_tracker(settings.report_to, self.folder, flat(recorded(settings)), start=self.step)
         try:
             with (
@@ -175,7 +176,7 @@ class Run:
         return learning_rate_at(step, settings.learning_rate, settings.max_train_steps, settings.lr_warmup_steps)
 
     def _batch(self, step: int) -> Iterator[Caption]:
-        """Yield the sentences of a step: the scenes come in a new order each epoch."""
+        """Yield the sentences of a step; the order of the scenes is shuffled anew each epoch."""
         settings, count = self.settings, len(self.scenes)
         first = step * settings.train_batch_size
         epoch, order = -1, torch.empty(0)
@@ -186,7 +187,7 @@ class Run:
             yield example(self.scenes, int(order[number % count]), epoch, settings.captions, settings.seed)
 
     def _loss(self, step: int) -> tuple[Tensor, Likelihood]:
-        """Return the loss of a step, and the likelihood in it."""
+        """Return the loss of a step, and its terms."""
         settings, model = self.settings, self.model
         captions = list(self._batch(step))
         known = sample_known(captions, settings.known, settings.seed, step)
@@ -197,7 +198,7 @@ class Run:
         return loss, Likelihood(found.centre.detach(), found.size.detach(), found.relation.detach(), found.count)
 
     def _validate(self) -> dict[str, float]:
-        """Relations that hold in the most likely layouts of sentences about scenes that training does not see."""
+        """Return the share of relations that hold in the most likely layouts for held-out sentences."""
         settings = self.settings
         if self.validation is None:
             micro = settings.data.name == "micro"
@@ -207,11 +208,11 @@ class Run:
         self.model.eval()
         rate = relation_rate(self.model, self.validation)
         self.model.train()
-        self.say(f"step {self.step}: {rate:.1%} of the relations of {len(self.validation)} sentences hold")
+        logger.info(f"step {self.step}: {rate:.1%} of the relations of {len(self.validation)} sentences hold")
         return {"validation/relations": rate}
 
     def save(self) -> Path:
-        """Commit a checkpoint."""
+        """Save a checkpoint and return its folder."""
         settings = self.settings
 
         def write(path: Path) -> None:
@@ -224,7 +225,7 @@ class Run:
         return save_checkpoint(self.folder, self.step, write, keep=settings.checkpoints_total_limit, info=info)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a verified checkpoint. ValueError where settings or data changed that make another run of it."""
+        """Resume from a verified checkpoint. Raises ValueError if fixed settings or the number of scenes changed."""
         manifest = read_manifest(checkpoint)
         try:
             now, before = flat(recorded(self.settings)), flat(manifest["info"]["settings"])
@@ -232,11 +233,11 @@ class Run:
             if manifest["info"]["scenes"] != len(self.scenes):
                 changed.append("number of scenes")
         except (KeyError, AttributeError):
-            raise ValueError(f"{checkpoint} is no checkpoint of a layout predictor; use another one.") from None
+            raise ValueError(f"{checkpoint} is not a checkpoint of a layout predictor; use another one.") from None
         if changed:
             lines = ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in changed)
             raise ValueError(
-                f"These changed since {checkpoint.name}: {lines}; take them back or choose another folder."
+                f"These changed since {checkpoint.name}: {lines}; change them back or choose another --output_dir."
             )
         weights = LayoutPredictor.from_pretrained(str(checkpoint / PREDICTOR)).state_dict()
         self.model.load_state_dict(weights)
@@ -249,8 +250,11 @@ class Run:
         self.step = int(manifest["step"])
 
     def _export(self) -> None:
-        """Return the finished predictor in half precision; it is loaded as float32 again. OSError when it cannot be
-        written; then there is a checkpoint to export it from."""
+        """Write the finished predictor in half precision; it loads as float32.
+
+        Raises:
+            OSError: the predictor cannot be written; a checkpoint is saved to export it from.
+        """
         small = LayoutPredictor(**{k: v for k, v in self.model.config.items() if not k.startswith("_")})
         small.load_state_dict(self.model.state_dict())
         try:
@@ -259,10 +263,10 @@ class Run:
             if self.step not in list_checkpoints(self.folder):
                 self.save()
             raise OSError(
-                f"{error}; checkpoint-{self.step} has all of the training: make room and go on with "
+                f"{error}; checkpoint-{self.step} holds the whole training: free disk space, then resume with "
                 "--resume_from_checkpoint latest."
             ) from error
-        self.say(f"Done: {self.folder / PREDICTOR}")
+        logger.info(f"Done: {self.folder / PREDICTOR}")
 
 
 def _means(several: list[Likelihood]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The small CLIP of the embedded base: its text tower conditions the U-Net, the pair scores text alignment."""
+"""The small CLIP of the embedded base: its text tower conditions the U-Net, both towers compute the CLIP score."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from research.micro_base.data import SceneCache
 from research.micro_base.loop import LoopConfig, train
 
 MAX_LENGTH = 77
-TRAIN_LENGTH = 48  # causal attention: a caption's states do not depend on the padding behind it
+TRAIN_LENGTH = 48  # with causal attention, a caption's states do not depend on the padding after it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _EXTRA_WORDS = (
@@ -30,15 +30,16 @@ _EXTRA_WORDS = (
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which every word of the caption grammar is one token and any other word falls to pieces.
+    """Return a byte-level BPE tokenizer: each word of the caption grammar is one token, any other is split.
 
-    The same ids in every process, as weights are made for them."""
+    The ids are the same in every process, because weights depend on them.
+    """
     plural = [s + ("es" if s == "cross" else "s") for s in SHAPES]
     words = [*SHAPES, *plural, *COLORS, *BACKGROUNDS, *" ".join(RELATIONS).split(), *_EXTRA_WORDS.split()]
     trainer = Tokenizer(BPE(end_of_word_suffix="</w>"))
     trainer.pre_tokenizer = Whitespace()
-    # Merges of equal frequency go by the ids of their parts, and last letters get theirs in the order of a hash map
-    # unless they are named.
+    # Merges of equal frequency are ordered by the ids of their parts; last letters would get their ids in the random
+    # order of a hash map, so they are special tokens.
     last_letters = sorted({word[-1] + "</w>" for word in words})
     trainer.train_from_iterator(
         [" ".join(words)],
@@ -64,6 +65,7 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Return an untrained CLIP."""
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH, "pad_token_id": ids["eos_token_id"]}
@@ -76,18 +78,18 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str], length: int = MAX_LENGTH) -> Tensor:
+    """Return the padded token ids (texts, length)."""
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def preprocess(images: np.ndarray) -> Tensor:
-    """uint8 (B, 128, 128, 3) -> normalised (B, 3, 128, 128)."""
+    """Return images uint8 (B, 128, 128, 3) as normalised float (B, 3, 128, 128)."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def corrupt(caption: str, rng: np.random.Generator) -> str:
-    """Return a hard negative: swap two colours, two shapes or a relation, or change one word; never the caption
-    itself."""
+    """Return a hard negative of a caption: two colours or shapes or a relation swapped, or one word changed."""
     words = caption.replace(",", " ,").split()
     places = {
         kind: [i for i, w in enumerate(words) if w in names and not (kind == "color" and words[-1] == w)]
@@ -116,9 +118,11 @@ def corrupt(caption: str, rng: np.random.Generator) -> str:
 
 
 def contrastive_loss(model: CLIPModel, images: Tensor, ids: Tensor, positives: Tensor) -> dict[str, Tensor]:
-    """Symmetric InfoNCE; the first B texts belong to the B images, the others are hard negatives.
+    """Return the symmetric InfoNCE loss and the top-1 accuracy.
 
-    positives: bool (B, texts), true where a text equals the image's own (duplicates are not pushed apart)."""
+    ids: the first B texts belong to the B images, the others are hard negatives. positives: bool (B, texts), true
+    where a text equals the image's own, which is then no negative.
+    """
     image = F.normalize(model.visual_projection(model.vision_model(images).pooler_output), dim=-1)  # (B, D)
     text = F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)  # (T, D)
     logits = image @ text.T * model.logit_scale.clamp(max=4.6052).exp()  # (B, T)
@@ -139,8 +143,11 @@ def train_clip(
     batch: int = 128,
     model: CLIPModel | None = None,
 ) -> tuple[CLIPModel, bool]:
-    """Contrastive training. A given `model` is tuned further with its text tower frozen (the U-Net was trained on its
-    states): the vision tower and both projections learn."""
+    """Train a new CLIP, or tune ``model``; return it, and whether all steps are done.
+
+    A given model keeps its text tower, as the U-Net was trained on its states: the vision tower and both projections
+    are tuned.
+    """
     torch.manual_seed(config.seed)
     name = "clip" if model is None else "clip_vision"
     if model is None:
@@ -165,7 +172,7 @@ def train_clip(
 
 @torch.no_grad()
 def retrieval_top1(model: CLIPModel, tokenizer: CLIPTokenizer, images: np.ndarray, captions: list[str]) -> float:
-    """Share of images whose best caption among all is their own (identical captions count as right)."""
+    """Return the share of images whose best caption is their own; an identical caption counts as their own."""
     model.eval()
     ids = token_ids(tokenizer, captions)
     image = F.normalize(model.visual_projection(model.vision_model(preprocess(images)).pooler_output), dim=-1)

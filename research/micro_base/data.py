@@ -1,4 +1,4 @@
-"""Disk caches of rendered scenes, so that a training loop never waits for rendering."""
+"""Cache rendered scenes on disk, so that training does not wait for rendering."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localctl.micro.scenes import SIZE, scene
 
 @dataclass(frozen=True)
 class SceneCache:
-    """images uint8 memmap (n, 128, 128, 3); captions n; centers: per scene the objects' (x, y) in pixels."""
+    """Rendered scenes. images: uint8 memmap (n, 128, 128, 3). centers: (x, y) of each scene's objects in pixels."""
 
     images: np.ndarray
     captions: list[str]
@@ -28,7 +28,7 @@ class SceneCache:
         return len(self.captions)
 
     def head(self, count: int) -> SceneCache:
-        """Return the first `count` scenes."""
+        """Return the first ``count`` scenes."""
         return SceneCache(self.images[:count], self.captions[:count], self.centers[:count])
 
 
@@ -40,9 +40,10 @@ def _render(job: tuple[str, str, int, int]) -> tuple[np.ndarray, list[str], list
 
 
 def scene_cache(folder: Path, profile: str, count: int, split: str = "train", workers: int | None = None) -> SceneCache:
-    """Render the first `count` scenes of a profile once; later calls read the files.
+    """Render the first ``count`` scenes of a profile into files, or read those of an earlier call.
 
-    The index (JSON) is written last and marks the cache as complete."""
+    The index (JSON) is written last and marks the cache as complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{profile}-{split}-{count}"
     array_path, index_path = folder / f"{stem}.npy", folder / f"{stem}.json"
@@ -51,7 +52,7 @@ def scene_cache(folder: Path, profile: str, count: int, split: str = "train", wo
         captions: list[str] = []
         centers: list[list[tuple[float, float]]] = []
         jobs = [(profile, split, i, min(i + 250, count)) for i in range(0, count, 250)]
-        # spawn: a fork would inherit the threads of whatever has computed before, and hang
+        # spawn: a forked process would inherit the locks of earlier compute threads, and hang
         with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             for job, (block, texts, points) in zip(
                 jobs, tqdm(pool.map(_render, jobs), total=len(jobs), desc=f"rendering {stem}"), strict=True

@@ -1,4 +1,4 @@
-"""Put the trained parts together as an ordinary diffusers folder (fp16 safetensors)."""
+"""Export the trained parts as an ordinary diffusers folder (fp16 safetensors)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from research.micro_base.unet import new_scheduler
 
 
 def text_tower(clip: CLIPModel) -> CLIPTextModel:
-    """Return the text half of the CLIP as the class that Stable Diffusion uses."""
+    """Return the text tower of the CLIP as the class that Stable Diffusion uses."""
     tower = CLIPTextModel(clip.config.text_config)
     state = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
     names = set(tower.state_dict())
@@ -31,9 +31,9 @@ def export(
     unet: UNet2DConditionModel,
     prediction_type: str = "v_prediction",
 ) -> int:
-    """Write the pipeline to `folder`, the whole CLIP to `folder/clip`; returns the size in bytes."""
+    """Write the pipeline to ``folder`` and the whole CLIP to ``folder/clip``; return the size in bytes."""
     choose_pil_processors()
-    from diffusers import StableDiffusionPipeline  # only now: it settles the processors on import
+    from diffusers import StableDiffusionPipeline  # only now: importing it chooses the processors
 
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Training of the U-Net with an eye on the objects: where they are, their error counts more, and attention from there
-goes to their own words.
+"""Losses that make the U-Net learn the objects: a larger weight of the error at objects, and attention to their words.
 
-The second is the idea of TokenCompose (arXiv 2312.03626): left to itself, a small U-Net reads the end of the caption,
-where everything is, and words that matter little for the error (shapes) go unread for very long."""
+The attention loss follows TokenCompose (arXiv 2312.03626). Without it, a small U-Net attends to the end tokens, whose
+states summarise the caption, and ignores for long the words that matter little for the error (shapes).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ from localctl.micro.scenes import Scene, scene
 from research.micro_base.loop import save_tensors
 
 MOST_OBJECTS = 3
-NEAR = 17  # pixels: around an object its error counts more, too
-NAMED = {1: 0.40, 2: 0.35}  # share of scenes of so many objects whose caption says everything; the rest are any
+NEAR = 17  # pixels; side of the kernel that dilates objects to the area with a larger weight
+NAMED = {1: 0.40, 2: 0.35}  # share of scenes with so many objects and a full caption; the rest are any scenes
 LEAST = 1e-4
 
 
 @dataclass(frozen=True)
 class Focus:
-    """Per scene, on the grid of latents: masks fp16 (n, 3, 16, 16) of the objects; near fp16 (n, 16, 16) around them;
-    tokens (n, 3): where in the caption each object's two words begin, or -1; odds (n,) of choosing it, summing to 1."""
+    """Objects of n scenes, on the grid of latents.
+
+    masks: fp16 (n, 3, 16, 16), of the objects. near: fp16 (n, 16, 16), the area around all objects. tokens: (n, 3),
+    position of each object's colour in the caption, which its shape follows, or -1. odds: (n,), probability of
+    sampling the scene, summing to 1.
+    """
 
     masks: Tensor
     near: Tensor
@@ -39,16 +43,16 @@ class Focus:
 
 
 def tokens_of(item: Scene) -> list[int]:
-    """Per object, the number of the token at which its colour and shape stand in the caption, or -1; 0 is the start."""
+    """Return where each object's colour and shape are in the caption: position of the first, or -1; 0 = start token."""
     words = item.caption.replace(",", " ,").split()
     pairs = list(itertools.pairwise(words))
     return [pairs.index((o.color, o.shape)) + 1 if (o.color, o.shape) in pairs else -1 for o in item.objects]
 
 
 def make_focus(count: int, path: Path, profile: str = "basic", side: int = 16) -> Focus:
-    """Of the first ``count`` training scenes; kept in one file."""
+    """Return the objects of the first ``count`` training scenes, cached in the file ``path``."""
     if path.exists():
-        # A cache that the build wrote itself; but a workdir may be anybody's, so nothing but tensors is unpickled.
+        # The file is a cache of this program, but the folder may be from anybody: unpickle nothing but tensors.
         return Focus(**torch.load(path, weights_only=True))
     masks, near = torch.zeros(count, MOST_OBJECTS, side, side), torch.zeros(count, side, side)
     tokens, odds = torch.full((count, MOST_OBJECTS), -1), torch.zeros(count, dtype=torch.float64)
@@ -71,11 +75,11 @@ def make_focus(count: int, path: Path, profile: str = "basic", side: int = 16) -
     return Focus(**content)
 
 
-class Watched:
-    """Attention written out, whose mean over heads (B, pixels, tokens) is added to ``kept``."""
+class RecordingProcessor:
+    """An attention processor that appends the mean attention over heads (B, pixels, tokens) to ``recorded``."""
 
-    def __init__(self, kept: list[Tensor]) -> None:
-        self.kept = kept
+    def __init__(self, recorded: list[Tensor]) -> None:
+        self.recorded = recorded
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         query, key, value = (
@@ -87,27 +91,31 @@ class Watched:
             )
         )
         weights = torch.softmax(query @ key.transpose(1, 2) * attn.scale, dim=-1)  # (B heads, pixels, tokens)
-        self.kept.append(weights.unflatten(0, (-1, attn.heads)).mean(1))
+        self.recorded.append(weights.unflatten(0, (-1, attn.heads)).mean(1))
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(weights @ value)))
 
 
-def watch(unet: nn.Module) -> list[Tensor]:
-    """Return a list that each cross-attention adds its weights to, in every pass; the reader clears it."""
-    kept: list[Tensor] = []
+def record_attention(unet: nn.Module) -> list[Tensor]:
+    """Return a list to which each cross-attention layer appends its weights in every pass; the caller clears it."""
+    recorded: list[Tensor] = []
     for name, module in unet.named_modules():
         if name.endswith("attn2"):
-            module.set_processor(Watched(kept))
-    return kept
+            module.set_processor(RecordingProcessor(recorded))
+    return recorded
 
 
-def focus_loss(kept: list[Tensor], masks: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, share): -log of the attention that goes from objects to their own words, and of what does not go to any
-    object's words from elsewhere; and the share that the former has now. Means over places, then samples, then layers.
+def focus_loss(recorded: list[Tensor], masks: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (loss, share), means over places, then samples, then layers.
 
-    masks (B, 3, H, W) in [0, 1]; tokens (B, 3) as in :class:`Focus`; weight (B,) of each sample."""
+    loss: -log of the attention from objects to their own words, plus -log of the attention from elsewhere to anything
+    but objects' words. share: the attention from objects to their own words.
+
+    recorded: of :func:`record_attention`. masks: (B, 3, H, W) in [0, 1]. tokens: (B, 3) as in :class:`Focus`. weight:
+    (B,) of each sample.
+    """
     there = (tokens >= 0)[..., None]  # (B, 3, 1)
     loss, share = torch.zeros(()), torch.zeros(())
-    for attention in kept:
+    for attention in recorded:
         side = int(attention.shape[1] ** 0.5)
         first = tokens.clamp(min=0)[:, None].expand(-1, attention.shape[1], -1)  # (B, P, 3)
         own = (attention.gather(2, first) + attention.gather(2, first + 1)).transpose(1, 2) * there  # (B, 3, P)
@@ -115,11 +123,11 @@ def focus_loss(kept: list[Tensor], masks: Tensor, tokens: Tensor, weight: Tensor
         outside = (1 - inside.sum(1)).clamp(min=0)  # (B, P)
         to_own = _mean(-own.clamp(min=LEAST).log(), inside)
         astray = _mean(-(1 - own.sum(1)).clamp(min=LEAST).log()[:, None], outside[:, None])
-        loss = loss + ((to_own + astray) * weight).mean() / len(kept)
-        share = share + (_mean(own, inside) * weight).sum() / weight.sum().clamp(min=LEAST) / len(kept)
+        loss = loss + ((to_own + astray) * weight).mean() / len(recorded)
+        share = share + (_mean(own, inside) * weight).sum() / weight.sum().clamp(min=LEAST) / len(recorded)
     return loss, share.detach()
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """(B,) of (B, N, P)."""
+    """Return the weighted means (B,) of ``values`` (B, N, P)."""
     return (values * weights).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-3)

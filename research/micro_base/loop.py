@@ -1,4 +1,4 @@
-"""How every part of the base is trained: keyed random numbers, EMA, atomic checkpoints."""
+"""The training loop of every part of the base: random numbers keyed by step, EMA, atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from research.training_loop import learning_rate_at, updates
 
 @dataclass(kw_only=True)
 class LoopConfig:
-    """steps: optimizer updates in all; minutes: stop this call after so long (0 = no limit), to be continued later."""
+    """Settings of a part's training. steps: updates in all. minutes: stop the call after so many; 0 = never."""
 
     steps: int
     learning_rate: float
@@ -29,17 +29,20 @@ class LoopConfig:
     seed: int = 0
     checkpoint_every: int = 200
     minutes: float = 0.0
-    final_fraction: float = 0.02  # of the learning rate, at the last step
+    final_fraction: float = 0.02  # of the peak learning rate, at the last step
 
 
 LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
 
 
 def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig, folder: Path) -> bool:
-    """Minimise `loss_fn(step, rng)["loss"]`; resumes from `folder/name.pt`. True when all steps are done.
+    """Minimise ``loss_fn(step, rng)["loss"]``, resuming from ``folder/name.pt``; return whether all steps are done.
 
-    The averaged (EMA) weights, where `config.ema` is set, are in the model when this returns True.
-    NotFiniteError, naming the last checkpoint, when the gradient is not finite."""
+    If ``config.ema`` is set, the model has the averaged weights afterwards.
+
+    Raises:
+        NotFiniteError: the gradient is not finite; the message names the last checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.pt"
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -88,7 +91,7 @@ def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
     if not path.exists():
         return 0
-    # A checkpoint of the build itself; safetensors could not hold the optimizer's state.
+    # A checkpoint of this program; safetensors cannot hold the optimizer's nested state.
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -98,7 +101,7 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, aver
 
 
 def save_tensors(path: Path, state: dict[str, object]) -> None:
-    """Whole or not at all."""
+    """Save ``state`` atomically: the file is complete, or not there."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)
@@ -108,7 +111,7 @@ def save_tensors(path: Path, state: dict[str, object]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the averaged weights of a checkpoint, or the plain ones where no average was kept."""
-    # As above, or what --unet_init names: nothing but tensors and numbers is unpickled.
+    """Return the averaged weights of a checkpoint, or the plain ones if it has no average."""
+    # --unet_init may name a file from anybody: unpickle nothing but tensors and numbers.
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state["ema"] or state["model"]

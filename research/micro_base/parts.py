@@ -1,4 +1,4 @@
-"""The parts of the embedded base, each trained from where it stopped, and their export."""
+"""Train the parts of the embedded base, each from its last checkpoint, and export them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from research.micro_base.words import train_words
 
 
 def caches(args: argparse.Namespace) -> list[SceneCache]:
+    """Return the caches of basic and of rich scenes."""
     folder = args.workdir / "cache"
     return [scene_cache(folder, "basic", args.scenes), scene_cache(folder, "rich", max(200, args.scenes * 2 // 15))]
 
 
 def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
-    """Workdir's, else that of the base to continue from, else a new one, which is kept: its ids belong to the weights.
+    """Return the tokenizer of workdir, else of the base to continue from, else a new one, and save it in workdir.
 
-    ValueError where weights exist without the tokenizer they were made for."""
+    Raises:
+        ValueError: there are weights without the tokenizer that they were trained with.
+    """
     folder = args.workdir / "tokenizer"
     if not folder.exists():
         if args.continue_from is not None:
@@ -44,7 +47,7 @@ def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
 
 
 def load_clip(args: argparse.Namespace, tokenizer: CLIPTokenizer, words: bool = True) -> CLIPModel:
-    """``words``: with the text tower that the part of this name has tuned, if it has."""
+    """Return the CLIP in its latest state. words: with the text tower that the part ``words`` tuned, if it did."""
     vision, whole = args.workdir / "clip_vision.pt", args.workdir / "clip.pt"
     if vision.exists() or whole.exists() or args.continue_from is None:
         clip = new_clip(tokenizer)
@@ -57,7 +60,7 @@ def load_clip(args: argparse.Namespace, tokenizer: CLIPTokenizer, words: bool = 
 
 
 def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
-    """Tokenizer, CLIP and VAE in their latest state: workdir's checkpoints, else the base to continue from."""
+    """Return tokenizer, CLIP and VAE in their latest state: from workdir, else from the base to continue from."""
     tokenizer = load_tokenizer(args)
     clip = load_clip(args, tokenizer)
     if (args.workdir / "vae.pt").exists() or args.continue_from is None:
@@ -72,7 +75,7 @@ def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLI
 
 
 def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, torch.Tensor] | None:
-    """From a checkpoint, else from the base to continue from; None where there is neither."""
+    """Return the weights of a checkpoint, else of the base to continue from; None without either."""
     if checkpoint is not None and checkpoint.exists():
         return read_weights(checkpoint)
     if args.continue_from is None:
@@ -81,7 +84,7 @@ def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str,
 
 
 def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
-    """Kept in a file named by what it was computed with, so that changed weights never meet old latents."""
+    """Return the cached latents; the file name has a hash of all they depend on, so changed weights get new ones."""
     tokenizer, clip, vae = load(args, data)
     digest = hashlib.sha256(str((args.scenes, args.unet_scenes)).encode())
     for part in (vae.encoder, vae.quant_conv, clip.text_model):
@@ -129,7 +132,7 @@ def build_export(args: argparse.Namespace, data: SceneCache) -> int:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Every part that is asked for."""
+    """Train and export the parts that were asked for."""
     if args.threads:
         torch.set_num_threads(args.threads)
     data = caches(args)

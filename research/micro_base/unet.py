@@ -1,4 +1,4 @@
-"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), a step, text states (B, 77, 128) -> v or epsilon."""
+"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), timesteps, text states (B, 77, 128) -> v or epsilon."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from localctl.diffusion import add_noise, training_target
 from research.micro_base.clip import token_ids
 from research.micro_base.data import SceneCache
-from research.micro_base.focus import Focus, focus_loss, watch
+from research.micro_base.focus import Focus, focus_loss, record_attention
 from research.micro_base.loop import LoopConfig, save_tensors, train
 
 FOCUS_WEIGHT = 0.04
-FAR, NEAR = 0.25, 2.25  # weights of the error away from objects and at them
+FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
 
 
 def new_unet(text_width: int = 128) -> UNet2DConditionModel:
+    """Return an untrained U-Net."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -39,9 +40,12 @@ def new_unet(text_width: int = 128) -> UNet2DConditionModel:
 
 
 def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
-    """Linear betas: SD1.5's scaled_linear leaves abar = 0.0047 at the last step, which leaks the mean of the
-    image into pure noise (white backgrounds come out gray); linear leaves 4e-5. With so little signal at the end,
-    epsilon says next to nothing about large flat areas, and v does (docs/log.md has the comparison)."""
+    """Return the scheduler of the base, with linear betas.
+
+    SD1.5's scaled_linear betas leave abar = 0.0047 at the last step, so the mean of the image leaks into the noisiest
+    latents (white backgrounds turn gray); linear betas leave 4e-5. With so little signal, epsilon carries hardly any
+    information on large flat areas, while v does (docs/log.md has the comparison).
+    """
     return DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -56,8 +60,11 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """latents fp16 (n, 4, 16, 16), scaled; states fp16 (captions, 77, width); lengths: tokens before the padding;
-    caption_of: row of `states` for each scene. Row 0 of `states` is the empty prompt."""
+    """Encoded images and captions.
+
+    latents: fp16 (n, 4, 16, 16), scaled. states: fp16 (captions, 77, width); row 0 is the empty prompt. lengths:
+    (captions,), tokens before the padding. caption_of: (n,), row of ``states`` for each scene.
+    """
 
     latents: Tensor
     states: Tensor
@@ -69,9 +76,9 @@ class LatentCache:
 def latent_cache(
     cache: SceneCache, vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, path: Path
 ) -> LatentCache:
-    """Encode every image and every distinct caption once; kept in one file."""
+    """Encode every image and every distinct caption, or read them from the file ``path``."""
     if path.exists():
-        # A cache that the build wrote itself; but a workdir may be anybody's, so nothing but tensors is unpickled.
+        # The file is a cache of this program, but the folder may be from anybody: unpickle nothing but tensors.
         return LatentCache(**torch.load(path, weights_only=True))
     vae.eval().to(memory_format=torch.channels_last)
     latents = []
@@ -89,6 +96,7 @@ def latent_cache(
 def encode_captions(
     captions: list[str], text: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``states``, ``lengths`` and ``caption_of`` of :class:`LatentCache`."""
     text.eval()
     unique = list(dict.fromkeys(["", *captions]))
     states, lengths = [], []
@@ -101,20 +109,23 @@ def encode_captions(
 
 
 def text_batch(cache: LatentCache, rows: Tensor, rng: np.random.Generator, padding_dropout: float) -> Tensor:
-    """States (B, 77, width); for a random share the padding carries the empty prompt's states, so that the U-Net
-    learns to read the words and not the summary behind them (region control steers words)."""
+    """Return text states (B, 77, width), in a random share of rows with the empty prompt's states as padding.
+
+    This makes the U-Net attend to the words, not to the summary in the padding: region control steers words.
+    """
     states = cache.states[rows].float()
     drop = torch.from_numpy(rng.random(len(rows)) < padding_dropout)
-    behind = torch.arange(states.shape[1])[None] >= cache.lengths[rows][:, None]  # (B, 77)
-    replace = (behind & drop[:, None])[..., None]
+    is_padding = torch.arange(states.shape[1])[None] >= cache.lengths[rows][:, None]  # (B, 77)
+    replace = (is_padding & drop[:, None])[..., None]
     return torch.where(replace, cache.states[0].float(), states)
 
 
-def draw_timesteps(batch: int, rng: np.random.Generator) -> np.ndarray:
-    """(B,) ints in [0, 1000), one stratum of the distribution per row, so that every batch has the same spread.
+def sample_timesteps(batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Sample timesteps (B,) in [0, 1000), one stratum of the distribution per row, so that all batches spread alike.
 
-    72 % lie in [190, 700), where shapes are decided, and 22 % above, where it is decided how many objects there are and
-    where; below, only texture is left (abar > 0.7)."""
+    72 % are in [190, 700), where shapes form; 22 % are above, where the number and the places of objects form; below,
+    only texture is left (abar > 0.7).
+    """
     u = (np.arange(batch) + rng.random(batch)) / batch
     return np.interp(u, [0.0, 0.06, 0.78, 1.0], [0.0, 190.0, 700.0, 999.999]).astype(np.int64)
 
@@ -130,9 +141,16 @@ def train_unet(
     prediction_type: str = "v_prediction",
     focus: Focus | None = None,
 ) -> tuple[UNet2DConditionModel, bool]:
-    """Predict epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) unweighted.
+    """Train the U-Net; return it, and whether all steps are done.
 
-    empty: share of empty captions. initial: weights to start from. focus: of the cached scenes, see there."""
+    It predicts epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) without a weight.
+
+    Args:
+        empty: share of empty captions.
+        padding_dropout: share of rows as in :func:`text_batch`.
+        initial: weights to start from.
+        focus: objects of the cached scenes, for the losses of ``research.micro_base.focus``.
+    """
     torch.manual_seed(config.seed)
     unet = new_unet(cache.states.shape[-1])
     if initial:
@@ -142,16 +160,16 @@ def train_unet(
     snr = alphas / (1 - alphas)
     weight = snr.clamp(max=5) / snr if prediction_type == "epsilon" else torch.ones_like(snr)
     odds = None if focus is None else focus.odds.cumsum(0)
-    kept = [] if focus is None else watch(unet)
+    attention_weights = [] if focus is None else record_attention(unet)
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        kept.clear()
-        chosen = _draw_scenes(len(cache.latents), odds, batch, rng)
+        attention_weights.clear()
+        chosen = _sample_scenes(len(cache.latents), odds, batch, rng)
         latents = cache.latents[chosen].float()
         is_empty = torch.from_numpy(rng.random(batch) < empty)
         rows = cache.caption_of[chosen].masked_fill(is_empty, 0)
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
-        t = torch.from_numpy(rng.permutation(draw_timesteps(batch, rng)))
+        t = torch.from_numpy(rng.permutation(sample_timesteps(batch, rng)))
         sample = add_noise(latents, noise, t, alphas)
         target = training_target(sample, alphas, prediction_type)
         output = unet(sample.noisy, t, text_batch(cache, rows, rng, padding_dropout)).sample
@@ -160,11 +178,11 @@ def train_unet(
         if focus is None:
             return {"loss": (mse * weight[t]).mean(), "mse": mse.mean()}
         near = focus.near[chosen].float()
-        # Where places are still open, a weight that goes by them would make objects likelier than they are.
+        # At large t, the places of objects are not determined yet: a larger weight there would favour objects.
         settled = ((450 - t.float()) / 150).clamp(0, 1)[:, None, None]
         weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
-        seen = ((800 - t.float()) / 200).clamp(0, 1) * ~is_empty  # in more noise nobody knows where objects are
-        attention, share = focus_loss(kept, focus.masks[chosen].float(), focus.tokens[chosen], seen)
+        seen = ((800 - t.float()) / 200).clamp(0, 1) * ~is_empty  # with more noise, places are not determined
+        attention, share = focus_loss(attention_weights, focus.masks[chosen].float(), focus.tokens[chosen], seen)
         loss = (weighted * weight[t]).mean() + FOCUS_WEIGHT * attention
         objects = (error * near).sum() / near.sum().clamp(min=1)
         return {"loss": loss, "mse": mse.mean(), "objects": objects, "attention": share}
@@ -174,8 +192,8 @@ def train_unet(
     return unet, done
 
 
-def _draw_scenes(count: int, odds: Tensor | None, batch: int, rng: np.random.Generator) -> Tensor:
-    """(B,) numbers of scenes: any, or by cumulated ``odds``, one stratum per row."""
+def _sample_scenes(count: int, odds: Tensor | None, batch: int, rng: np.random.Generator) -> Tensor:
+    """Sample numbers of scenes (B,): uniformly, or by cumulative ``odds``, one stratum per row."""
     if odds is None:
         return torch.from_numpy(rng.integers(count, size=batch))
     places = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch)

@@ -1,4 +1,4 @@
-"""The autoencoder of the embedded base: pixels (B, 3, 128, 128) <-> latents (B, 4, 16, 16)."""
+"""The VAE of the embedded base: pixels (B, 3, 128, 128) <-> latents (B, 4, 16, 16)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CROP = 64
 
 
 def new_vae() -> AutoencoderKL:
-    """One norm group: grouped norms lose the level of flat colour."""
+    """Return an untrained VAE. It has a single norm group, as more of them lose the level of flat colours."""
     channels = (16, 32, 64, 128)
     return AutoencoderKL(
         in_channels=3,
@@ -35,7 +35,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def _crop(cache: SceneCache, index: int, rng: np.random.Generator) -> np.ndarray:
-    """64x64 around an object, so that most pixels carry edges."""
+    """Return a crop of 64x64 px around an object, where edges are more frequent."""
     centers = cache.centers[index]
     x, y = centers[int(rng.integers(len(centers)))]
     jitter = rng.uniform(-16, 16, 2)
@@ -45,7 +45,7 @@ def _crop(cache: SceneCache, index: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _batch(caches: list[SceneCache], count: int, whole: bool, rng: np.random.Generator) -> Tensor:
-    """pixels (count, 3, h, w); three of four from the first cache."""
+    """Sample pixels (count, 3, h, w), three of four from the first cache."""
     images = []
     for _ in range(count):
         cache = caches[0] if rng.random() < 0.75 else caches[-1]
@@ -61,6 +61,7 @@ def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_terms(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the loss of the whole VAE and its terms; ``generator`` samples the latents."""
     posterior = vae.encode(pixels).latent_dist
     terms = pixel_terms(vae.decode(posterior.sample(generator)).sample, pixels)
     kl = posterior.kl().mean()
@@ -68,14 +69,17 @@ def reconstruction_terms(vae: AutoencoderKL, pixels: Tensor, generator: torch.Ge
 
 
 def pixel_terms(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
-    """L1 + squared error + L1 of the differences along x and y, which keep edges sharp."""
+    """Return L1 + squared error + L1 of the differences along x and y, which keeps edges sharp, and the terms."""
     l1, mse = F.l1_loss(output, pixels), F.mse_loss(output, pixels)
     edges = sum(F.l1_loss(a, b) for a, b in zip(_differences(output), _differences(pixels), strict=True))
     return {"loss": l1 + mse + edges, "l1": l1, "mse": mse}
 
 
 def train_vae(caches: list[SceneCache], config: LoopConfig, folder: Path) -> tuple[AutoencoderKL, bool]:
-    """Object crops for the first 80 % of the steps, whole images for the last 20 %."""
+    """Train a new VAE; return it, and whether all steps are done.
+
+    The first 80 % of the steps use crops around objects, the others whole images.
+    """
     torch.manual_seed(config.seed)
     vae = new_vae().to(memory_format=torch.channels_last)
 
@@ -91,11 +95,12 @@ def train_vae(caches: list[SceneCache], config: LoopConfig, folder: Path) -> tup
 def train_decoder(
     vae: AutoencoderKL, latents: Tensor, images: np.ndarray, config: LoopConfig, folder: Path, noise: float = 0.05
 ) -> bool:
-    """Sharpen the decoder while the encoder stays: latents and whatever was trained on them remain valid.
+    """Tune the decoder alone, so that latents and models trained on them stay valid; return whether all steps are done.
 
     Args:
-        latents: (n, 4, h, w), scaled as the U-Net sees them. images: uint8 (n, H, W, 3), the same images.
-        noise: standard deviation added to unscaled latents, about that of the posterior.
+        latents: (n, 4, h, w), scaled as for the U-Net.
+        images: uint8 (n, H, W, 3), of the latents.
+        noise: standard deviation of the noise added to unscaled latents, about that of the posterior.
     """
     assert len(latents) <= len(images)
     halves = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
@@ -112,13 +117,13 @@ def train_decoder(
 
 
 def load_decoder(vae: AutoencoderKL, weights: dict[str, Tensor]) -> None:
-    """Put what `train_decoder` has learned into a VAE."""
+    """Load the weights of :func:`train_decoder` into a VAE."""
     nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).load_state_dict(weights)
 
 
 @torch.no_grad()
 def set_scaling(vae: AutoencoderKL, cache: SceneCache, count: int = 256) -> None:
-    """scaling_factor = 1 / standard deviation of the latents, as the field defines it."""
+    """Set the VAE's scaling_factor to 1 / the standard deviation of the latents of ``count`` scenes."""
     vae.eval()
     pixels = torch.from_numpy(cache.images[:count].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
     latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pixels.split(32)])

@@ -1,116 +1,36 @@
-"""Does the base use the words of a caption? The error of what it predicts, with the right word and with each wrong one;
-and what of the text states is told by a word at its own place.
+"""Measure whether a base uses the words of a caption: the error of its prediction with the right and each wrong word.
+
+Also measured is how much of the text states at a word's position depends on this word.
 
 python -m research.micro_base.word_use                      # the embedded base
-python -m research.micro_base.word_use --base FOLDER        # another micro base, while it is being trained, say
+python -m research.micro_base.word_use --base FOLDER        # another micro base, as one in training
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-from diffusers import StableDiffusionPipeline
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.diffusion import add_noise, encode, training_target
-from localctl.images import to_pixels
-from localctl.metrics.bootstrap import Interval, bootstrap
-from localctl.micro.scenes import COLORS, SHAPES, Scene, article
-from localctl.pipelines import BaseConfig, load_pipeline
-from localctl.seeding import noise
-from research.harness import first_scenes
+from localctl.messages import loading
 
 PROGRAM = "research.micro_base.word_use"
-
-WORDS: dict[str, tuple[str, ...]] = {"shape": tuple(SHAPES), "color": tuple(COLORS)}
-
-
-@dataclass(frozen=True)
-class Use:
-    """told_apart: share of scenes whose own word gives the least error of all eight (chance 0.125); worse: what a wrong
-    word adds to the mean squared error, as a share of it."""
-
-    told_apart: Interval
-    worse: Interval
-
-
-def caption(item: Scene, **changes: str) -> str:
-    """Of one object and its background, with a word changed."""
-    words = {"shape": item.objects[0].shape, "color": item.objects[0].color, **changes}
-    return f"{article(words['color'] + ' ' + words['shape'])} on {article(item.background)} background"
-
-
-@torch.no_grad()
-def errors(pipe: StableDiffusionPipeline, item: Scene, captions: Sequence[str], timestep: int) -> Tensor:
-    """(captions,): mean squared error of the U-Net's output, from the same noise."""
-    pixels = to_pixels(Image.fromarray(item.image))[None]
-    latents = encode(pipe.vae, pixels)
-    sampled = noise(latents.shape, 0, "words", item.index, timestep)
-    alphas = pipe.scheduler.alphas_cumprod
-    sample = add_noise(latents, sampled, torch.tensor([timestep]), alphas)
-    target = training_target(sample, alphas, pipe.scheduler.config.prediction_type)
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    states = pipe.text_encoder(pipe.tokenizer(list(captions), **options).input_ids)[0]  # (captions, 77, width)
-    output = pipe.unet(sample.noisy.expand(len(captions), -1, -1, -1), timestep, states).sample
-    return (output - target).square().mean((1, 2, 3))
-
-
-def use_of_words(pipe: StableDiffusionPipeline, scenes: Sequence[Scene], timestep: int) -> dict[str, Use]:
-    """For shapes and for colours, with 95 % bootstrap intervals over the scenes."""
-    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in WORDS}
-    for item in tqdm(scenes, desc=f"t = {timestep}", unit="scene"):
-        for kind, words in WORDS.items():
-            error = errors(pipe, item, [caption(item, **{kind: word}) for word in words], timestep)
-            own = words.index(getattr(item.objects[0], kind))
-            wrong = (error.sum() - error[own]) / (len(words) - 1)
-            found[kind].append((float(error.argmin() == own), float(wrong / error[own] - 1)))
-    columns = {kind: np.array(rows).T for kind, rows in found.items()}
-    return {kind: Use(bootstrap(told), bootstrap(worse)) for kind, (told, worse) in columns.items()}
-
-
-@torch.no_grad()
-def shares_of_words(pipe: StableDiffusionPipeline) -> dict[str, float]:
-    """Of the variance of the text states at the shape's word, over all captions of one object, the shares that the
-    shape's and the colour's words make, each with a mean over the other."""
-    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    captions = [f"a {color} {shape} on a black background" for color in COLORS for shape in SHAPES]
-    states = pipe.text_encoder(pipe.tokenizer(captions, **options).input_ids)[0]  # (captions, 77, width)
-    grid = states[:, 3].unflatten(0, (len(COLORS), len(SHAPES)))  # behind the start of text, "a" and the colour
-    whole = float((grid - grid.mean((0, 1))).square().mean((0, 1)).sum())
-    parts = {"shape": grid.mean(0), "color": grid.mean(1)}
-    return {kind: float(part.var(0, correction=0).sum()) / whole for kind, part in parts.items()}
-
-
-def report(base: str, number: int, timesteps: Sequence[int]) -> str:
-    """Return the figures of ``number`` scenes in lines. ValueError for a base that cannot be loaded."""
-    pipe = load_pipeline(BaseConfig(name=base))
-    scenes = first_scenes(number, lambda item: len(item.objects) == 1)
-    shares = " and ".join(f"{value:.2f} by the {kind}'s" for kind, value in shares_of_words(pipe).items())
-    lines = [f"text states at the shape's word: {shares} word"]
-    for timestep in timesteps:
-        for kind, use in use_of_words(pipe, scenes, timestep).items():
-            lines.append(f"{timestep:5}  {kind:6}  told apart {use.told_apart}  a wrong word adds {use.worse}")
-    return "\n".join(lines)
 
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 with one sentence for a base that cannot be loaded or numbers that make no sense."""
+    """Print the figures; return 0, or 2 after a user's error."""
     parser = Arguments(PROGRAM, __doc__)
     parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
-    parser.add_argument("--count", type=int, default=100, help="scenes")
-    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="of 1000")
+    parser.add_argument("--count", type=int, default=100, help="scenes to measure")
+    parser.add_argument("--timesteps", type=int, nargs="+", default=[300, 400, 500], help="from 0 to 999")
     args = parser.read(argv)
     if args.count < 1 or not all(0 <= t < 1000 for t in args.timesteps):
         raise ValueError("--count must be at least 1, and --timesteps between 0 and 999.")
+    with loading():
+        from research.micro_base.word_errors import report
+
     print(report(args.base, args.count, args.timesteps))
     return 0
 

@@ -1,10 +1,11 @@
-"""The text tower says each word at the word's own place.
+"""Tune the text tower so that the state at each word's position encodes that word.
 
-A tower trained on whole captions carries to every place what tells captions apart, and there the word itself is nearly
-lost: of the states at a shape's word most is the colour before it (`python -m research.micro_base.word_use`). A
-U-Net that reads such states learns colours and hardly shapes, and region control, which steers single words, has little
-to steer by. Here each word gets a direction of its own, which is mixed into its state; the ends of captions, from which
-the contrastive features come, stay as they are."""
+The states of a tower trained on whole captions hold, at every position, what distinguishes captions, and hardly the
+word itself: the state at a shape's word mostly encodes the colour before it (`python -m research.micro_base.word_use`).
+A U-Net trained on such states learns colours and hardly shapes, and region control, which steers single words, has
+little effect. Here each word gets a direction of its own, which is mixed into its state; the end tokens' states, which
+give the contrastive features, do not change.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +21,13 @@ from transformers import CLIPModel, CLIPTokenizer
 from research.micro_base.clip import token_ids
 from research.micro_base.loop import LoopConfig, train
 
-SHARE = 0.5  # of a word's own direction in the energy of its state
-SHORT = 32  # tokens; causal attention: a state does not depend on what is behind it
-RANDOM_ROWS = 6  # of a batch: words in any order, every other row of pieces that no caption has
+SHARE = 0.5  # share of a word's own direction in the squared norm of its state
+SHORT = 32  # tokens; with causal attention, a state does not depend on later tokens
+RANDOM_ROWS = 6  # rows per batch with tokens in random order, every other one with any tokens of the vocabulary
 
 
 def word_directions(count: int, words: Tensor, width: int) -> Tensor:
-    """Return unit vectors (count, width) of ``count`` tokens; those of ``words`` (their ids) are orthogonal if they
-    can be."""
+    """Return unit vectors (count, width) of ``count`` tokens; those of ``words`` (ids) are orthogonal if possible."""
     random = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(count, width, generator=random), dim=-1)
     if len(words) <= width:
@@ -36,8 +36,11 @@ def word_directions(count: int, words: Tensor, width: int) -> Tensor:
 
 
 def with_words(states: Tensor, ids: Tensor, directions: Tensor, special: tuple[int, ...], share: float) -> Tensor:
-    """States (B, T, D) of tokens (B, T), of unchanged length: sqrt(1 - share) s/|s| + sqrt(share) d, normalised, with
-    the direction d of the token. Those of ``special`` tokens stay as they are."""
+    """Return ``states`` (B, T, D) of tokens ``ids`` (B, T), with the tokens' directions mixed in.
+
+    A state s becomes sqrt(1 - share) s/|s| + sqrt(share) d, scaled to the norm of s, where d is the direction of the
+    token. States of ``special`` tokens do not change.
+    """
     size = states.norm(dim=-1, keepdim=True)  # (B, T, 1)
     mixed = (1 - share) ** 0.5 * states / size + share**0.5 * directions[ids]
     is_word = ~torch.isin(ids, torch.tensor(special))
@@ -47,9 +50,10 @@ def with_words(states: Tensor, ids: Tensor, directions: Tensor, special: tuple[i
 def train_words(
     clip: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str], config: LoopConfig, folder: Path, batch: int = 48
 ) -> bool:
-    """Tune the text tower of ``clip`` towards :func:`with_words` of its present states; True when all steps are done.
+    """Tune the text tower of ``clip`` towards :func:`with_words` of its states; return whether all steps are done.
 
-    The squared error is the loss, that at the first end token, which becomes the contrastive feature, five times."""
+    The loss is the squared error, with weight 5 at the first end token, which gives the contrastive feature.
+    """
     torch.manual_seed(config.seed)
     before, tower = copy.deepcopy(clip.text_model).eval().requires_grad_(False), clip.text_model
     all_ids = token_ids(tokenizer, list(dict.fromkeys(captions)))

@@ -1,1 +1,1 @@
-"""What space-time attention gains, from text alone: `python -m research.spacetime`."""
+"""Measure what space-time attention gains, from text alone: `python -m research.spacetime`."""

@@ -1,16 +1,15 @@
-"""What space-time attention gains, from text alone: held-out captions of the embedded scenes that state a relation.
+"""Measure what space-time attention gains, from text alone, on held-out captions that state a relation.
 
   python -m research.spacetime --count 200 --optimised 40 --layout true
   python -m research.spacetime --set constant.weight=0.7 optimised.epochs=10
 
-Four ways to generate each caption's image from the same noise: plain, and with space-time attention whose weights are
-constant, scheduled (a linear fade), or optimised for the image (the first --optimised captions alone: it is slow). The
-reader of micro scenes says whether the objects are there, in their colours, and in the stated relation. The
-optimisation looks through the same CLIP that the CLIP score is of; the other figures are what it was not optimised
-for.
+Each caption's image is generated in four ways from the same noise: plain, and with space-time attention whose weights
+are constant, scheduled (a linear fade), or optimised for the image (the first --optimised captions alone: it is slow).
+The reader of micro scenes detects whether the objects are there, in their colours, and in the stated relation. The
+weights are optimised for the CLIP that also computes the CLIP score, not for the other figures.
 
-Layouts: ``true``, the boxes of the scene that the caption was taken from; ``auto``, predicted from the caption. Writes
-images, weights, results.json, report.md and sheet.png into --output_dir; a run that was broken off is continued.
+Layouts: ``true``, the boxes of the caption's scene; ``auto``, predicted from the caption. Writes images, weights,
+results.json, report.md and sheet.png into --output_dir; run the command again to resume.
 """
 
 from __future__ import annotations
@@ -33,23 +32,29 @@ def new_parser() -> Arguments:
     parser = Arguments(PROGRAM, __doc__)
     add = parser.add_argument
     add("--count", type=int, default=200, help="held-out captions")
-    add("--optimised", type=int, default=40, help="of them, how many are generated with optimised weights")
+    add("--optimised", type=int, default=40, help="number of captions to optimise weights for")
     add("--layout", choices=LAYOUTS, default="true", help="where the boxes come from")
-    add("--layout_predictor", help="folder of the predictor for --layout auto; default: the one that comes along")
-    add("--set", nargs="+", default=[], metavar="ROW.NAME=VALUE", help="settings of the rows; without ROW, of all")
+    add("--layout_predictor", help="folder of the predictor for --layout auto; default: the shipped one")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="ROW.NAME=VALUE",
+        help="settings of a row's control; without ROW, of all rows",
+    )
     add("--base", default="micro", help="micro, or the folder of another micro base")
     add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
-    add("--guidance_scale", type=float, help="default: what suits the controls on the base")
+    add("--guidance_scale", type=float, help="default: the one preset for the controls on the base")
     add("--scheduler", default="ddim", choices=sorted(SCHEDULERS), help="of all rows")
-    add("--batch_size", type=int, default=16, help="images at once; does not change them")
+    add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
     add("--device", default="cpu", help="auto, cpu, cuda, ...")
-    add("--output_dir", type=Path, default=Path("outputs/spacetime"), help="where everything goes")
+    add("--output_dir", type=Path, default=Path("outputs/spacetime"), help="folder of all output")
     return parser
 
 
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error, 1 when the disk is full."""
+    """Run the study and print its report. Returns 0; 2 after a user's error, 1 if the disk is full."""
     options = new_parser().read(argv)
     with loading():
         from research.spacetime.study import check, run

@@ -1,4 +1,4 @@
-"""Figures, tables and contact sheet of ``research.spacetime``."""
+"""Compute the figures of ``research.spacetime``, and write its tables and contact sheet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from localctl.cli.sample_sheets import verdict
+from localctl.cli.sample_run import verdict
 from localctl.drawing import captioned, grid, render_layout
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval
@@ -25,14 +25,14 @@ _SIDE = 256  # px of an image on the sheet
 
 
 def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
-    """One image's value for each of ``COLUMNS``, NaN where undefined. ``image``: uint8 (H, W, 3).
+    """Return the values of ``COLUMNS`` for an image uint8 (H, W, 3), NaN where undefined.
 
-    object recall: the share of the caption's objects that are found, by colour and shape. attribute binding: of those
-    whose shape is found, the share in the right colour. relation: whether both are found in the stated relation. CLIP
-    score: 100 * cosine with the caption.
+    object recall: share of the caption's objects that are found, by colour and shape. attribute binding: of the
+    objects whose shape is found, the share in the right colour. relation: 1 if both objects are found in the stated
+    relation, else 0. CLIP score: 100 * cosine with the caption.
     """
     assert item.relation is not None
-    phrases, shapes = ({found.label for found in look(image)} for look in (find_objects, find_shapes))
+    phrases, shapes = ({found.label for found in find(image)} for find in (find_objects, find_shapes))
     there = [wanted.phrase in phrases for wanted in item.objects]
     shaped = [wanted.shape in shapes for wanted in item.objects]
     first, kind, second = item.relation
@@ -44,9 +44,9 @@ def measure(image: np.ndarray, item: Scene, clip: Clip) -> list[float]:
 
 
 def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[str, dict[str, Any]]:
-    """Return the report in Markdown and the same figures as plain values.
+    """Return the report in Markdown, and the same figures as plain values.
 
-    ``tables``: (n, columns) per row, NaN where undefined or not generated; ``optimised``: how many were optimised.
+    tables: (n, columns) per row, NaN where undefined or not generated. optimised: number of optimised captions.
     """
     n = len(next(iter(tables.values())))
     shared = {row: values[:optimised] for row, values in tables.items()}
@@ -69,7 +69,7 @@ def relation_report(tables: Mapping[str, np.ndarray], optimised: int) -> tuple[s
 
 
 def _intervals(values: np.ndarray) -> list[Interval | None]:
-    """One per column."""
+    """Return one interval per column."""
     return [interval(column) for column in values.T]
 
 
@@ -88,21 +88,21 @@ def _plain(found: Sequence[Interval | None]) -> dict[str, Any]:
 def _gain(found: Interval | None) -> str:
     if found is None:
         return signed(found)
-    said = "" if found.low > 0 or found.high < 0 else ", no difference"
-    return f"{signed(found)} of {found.n}{said}"
+    note = "" if found.low > 0 or found.high < 0 else ", no difference"
+    return f"{signed(found)} of {found.n}{note}"
 
 
 def relation_sheet(
     layouts: Sequence[Layout], images: Mapping[str, Sequence[Image.Image]], rows: int = 8
 ) -> Image.Image:
-    """One line per caption: the layout, then each row's image with the layout's outlines and the reader's verdict."""
+    """Return a sheet, a line per caption: the layout, then each row's image with outlines and the reader's verdict."""
     lines, captions = [], []
     for index, layout in enumerate(layouts[:rows]):
         cells = [render_layout(layout, Image.new("RGB", (_SIDE, _SIDE), "white"))]
         for some in images.values():
             if index < len(some):
-                shown = render_layout(layout, some[index].resize((_SIDE, _SIDE)))
-                cells.append(captioned(shown, verdict(some[index], layout)))
+                outlined = render_layout(layout, some[index].resize((_SIDE, _SIDE)))
+                cells.append(captioned(outlined, verdict(some[index], layout)))
         lines.append(cells)
         captions.append(layout.prompt)
     return grid(lines, ["layout", *images][: max(map(len, lines))], captions)

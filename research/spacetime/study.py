@@ -1,4 +1,4 @@
-"""The study of ``python -m research.spacetime``: cases, the four ways, and what is written of them."""
+"""The study of ``python -m research.spacetime``: its cases, its four rows, and the files it writes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from localctl.cli.sample_regions import read_variants, sampling_of
+from localctl.cli.sample_variants import read_variants
 from localctl.control.base import Control
+from localctl.control.presets import sampling_of
 from localctl.evaluation import LAYOUTS
 from localctl.evaluation.provenance import read_json, write_json, write_text
 from localctl.layout import Layout, Region
@@ -28,15 +29,15 @@ from research.flags import check_least, make_folder
 from research.harness import Case, as_rows, check_same, first_scenes, generate_cases, provenance, write_result
 from research.spacetime.report import COLUMNS, measure, relation_report, relation_sheet
 
-# By row: the control of sample.py, and the settings that make it this row.
+# By row: the name of the control, as in sample.py, and its settings.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plain": ("none", ()),
     "constant": ("spacetime", ()),
-    # What fades out must leave the objects in the global prompt.
+    # Local descriptions that fade out must leave the objects in the global prompt.
     "scheduled": ("spacetime", ("schedule=linear", "hide_phrases=false", "end=1")),
     "optimised": ("spacetime_optimized", ()),
 }
-_FREE = ("output_dir", "count", "optimised", "device")  # change no image
+_FREE = ("output_dir", "count", "optimised", "device")  # options that change no image
 
 
 def true_layout(item: Scene) -> Layout:
@@ -49,13 +50,16 @@ def true_layout(item: Scene) -> Layout:
 
 
 def layout_source(name: str, folder: str | None = None) -> Callable[[Scene, int], Layout]:
-    """From a scene and a seed to its layout: ``true``, that of the scene itself, or ``auto``, predicted from the
-    caption alone.
+    """Return a function from a scene and a seed to a layout.
 
-    ``folder``: of the predictor for ``auto``; None = the weights that come along. ValueError when there is none.
+    name: ``true``, the layout of the scene itself, or ``auto``, predicted from the caption alone. folder: of the
+    predictor for ``auto``; None = the shipped one.
+
+    Raises:
+        ValueError: the name is unknown, or there is no predictor.
     """
     if name not in LAYOUTS:
-        raise ValueError(f"Unknown layouts {name!r}; choose one of {', '.join(LAYOUTS)}.")
+        raise ValueError(f"Unknown layout source {name!r}; choose one of {', '.join(LAYOUTS)}.")
     if name == "true":
         return lambda item, seed: true_layout(item)
     predictor = load_predictor(folder)
@@ -70,20 +74,20 @@ def relation_cases(count: int, layout_of: Callable[[Scene, int], Layout]) -> lis
 
 
 def controls_of_rows(settings: Sequence[str], base: str) -> dict[str, tuple[Control, ...]]:
-    """Return the controls of each row. ValueError for a setting that no row knows, or a value out of range."""
+    """Return the controls of each row. Raises ValueError for an unknown setting or a value out of range."""
     common = [text for text in settings if text.partition("=")[0].partition(".")[0] not in ROWS]
     rows = {}
     for row, (name, own) in ROWS.items():
         asked = [text.removeprefix(f"{row}.") for text in settings if text.startswith(f"{row}.")]
         if name == "none" and asked:
-            raise ValueError(f"The row {row!r} has no control to set; leave {asked[0]!r} out.")
+            raise ValueError(f"The row {row!r} has no control, so {asked[0]!r} sets nothing; remove it from --set.")
         rows[row] = () if name == "none" else read_variants([name], [*own, *common, *asked], base)[0].controls
     return rows
 
 
 @dataclass
 class Images:
-    """The images of all rows in a folder; those that are there are not generated again."""
+    """Generates the images of all rows into a folder; existing ones are not generated again."""
 
     pipe: Any
     clip: Clip
@@ -92,7 +96,7 @@ class Images:
     batch_size: int
 
     def of(self, row: str, controls: Sequence[Control], cases: Sequence[Case]) -> list[np.ndarray]:
-        """uint8 (H,W,3) each; one by one where weights are optimised."""
+        """Return the images of a row, uint8 (H,W,3) each; generated one by one where weights are optimised."""
         optimised = any(isinstance(control, OptimizedSpaceTime) for control in controls)
         numbers = {case.id: index for index, case in enumerate(cases)}
 
@@ -104,7 +108,7 @@ class Images:
         return generate_cases(self.pipe, cases, steering, size, row, files, **self.arguments)
 
     def optimise(self, case: Case, controls: Sequence[Control], index: int) -> list[Control]:
-        """Return the controls with the weights found for this case, which are kept beside the images."""
+        """Optimise the weights for this case, store them beside the images, and return the controls with them."""
         changed: list[Control] = []
         for control in controls:
             if isinstance(control, OptimizedSpaceTime):
@@ -119,8 +123,11 @@ class Images:
 
 
 def claim(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
-    """Return what the images depend on, written into the folder or compared with what is there; ValueError if it
-    differs."""
+    """Write what the images depend on into settings.json, and return it.
+
+    Raises:
+        ValueError: the folder has images made with other settings.
+    """
     base = Path(resolve_base(options.base).id_or_path)
     content = {name: value for name, value in vars(options).items() if name not in _FREE}
     content["weights_sha256"] = {part: sha256_of_folder(base / part) for part in ("unet", "vae", "text_encoder")}
@@ -129,7 +136,7 @@ def claim(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
     path = options.output_dir / "settings.json"
     if path.is_file():
         earlier = {name: value for name, value in read_json(path, "settings").items() if name in content}
-        # A longer run has more cases, and goes on with the images of those that both have.
+        # A run may have another number of cases than an earlier one; those of both must be the same.
         shared = {id: boxes for id, boxes in earlier["layouts"].items() if id in content["layouts"]}
         asked = {**content, "layouts": {id: content["layouts"][id] for id in shared}}
         check_same(path, {**earlier, "layouts": shared}, asked, "another --output_dir")
@@ -138,11 +145,11 @@ def claim(options: argparse.Namespace, cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def run(options: argparse.Namespace) -> str:
-    """Generate, measure, write everything; the report."""
+    """Generate, measure, write all files, and return the report."""
     rows = controls_of_rows(options.set, options.base)
     if options.guidance_scale is None:
-        suits = sampling_of(["spacetime_optimized"], options.base).guidance_scale
-        options.guidance_scale = suits or resolve_base(options.base).guidance_scale
+        preset = sampling_of(["spacetime_optimized"], options.base).guidance_scale
+        options.guidance_scale = preset or resolve_base(options.base).guidance_scale
     cases = relation_cases(options.count, layout_source(options.layout, options.layout_predictor))
     settings = claim(options, cases)
     pipe = load_pipeline(BaseConfig(name=options.base), device=options.device)
@@ -172,16 +179,16 @@ def run(options: argparse.Namespace) -> str:
     samples = {row: as_rows(values, digits=None) for row, values in tables.items()}
     write_result(options.output_dir / "results.json", {"figures": figures, "samples": samples, "provenance": about})
     write_text(options.output_dir / "report.md", report)
-    shown = {row: [Image.fromarray(image) for image in some] for row, some in generated.items()}
-    relation_sheet([case.layout for case in cases], shown).save(options.output_dir / "sheet.png")
+    pil_images = {row: [Image.fromarray(image) for image in some] for row, some in generated.items()}
+    relation_sheet([case.layout for case in cases], pil_images).save(options.output_dir / "sheet.png")
     return report
 
 
 def check(options: argparse.Namespace) -> None:
-    """ValueError for settings that make no sense."""
+    """Raise ValueError for options out of range, a device that cannot be used, or a folder that cannot be made."""
     check_least(options, {"count": 1, "optimised": 0, "num_inference_steps": 1, "batch_size": 1}, "--")
     if options.optimised > options.count:
-        raise ValueError(f"--optimised {options.optimised} is more than --count {options.count}; optimise fewer.")
+        raise ValueError(f"--optimised {options.optimised} is more than --count {options.count}; lower it.")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:

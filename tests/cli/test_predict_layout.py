@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
@@ -133,7 +133,7 @@ def test_sample_predicts_layouts_of_its_prompts(
     ("argv", "words"),
     [
         (["--layout", "auto"], "give --prompt"),
-        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "stands alone"),
+        (["--layout", "auto", "scene.json", "--prompt", "a cat"], "cannot be combined with other layouts"),
         (["--layout", "auto", "--prompt", "of the"], "no object"),
         (["--layout", "scene.json", "--layout_seed", "1"], "--layout auto"),
         (["--prompt", "a", "--adapter", "x", "--layout_seed", "0"], "--layout"),
@@ -151,7 +151,7 @@ def test_nothing_is_written_into_the_working_folder_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="marks of other tools"):
+    with pytest.warns(UserWarning, match="syntax of other tools"):
         assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [
@@ -163,7 +163,7 @@ def test_nothing_is_written_into_the_working_folder_unasked(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": 10**8}, "layers of a layout predictor is a whole number"),
+        ({"layers": 10**8}, "layers of a layout predictor must be a whole number"),
         ({"layers": 10**5}, "too many weights"),
         ({"width": 0}, "width of a layout predictor"),
         ({"buckets": 10**6, "width": 10**6}, "too many weights"),

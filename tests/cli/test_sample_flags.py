@@ -1,4 +1,4 @@
-"""What is typed for ``sample.py``, and what its records say."""
+"""The flags of ``sample.py``, and its records."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 import localctl.pipelines
 from localctl.adapter import LocalAdapter
-from localctl.cli import sample
-from localctl.cli import sample_run as sampling_run
-from localctl.cli.sample_flags import new_parser, parse
+from localctl.cli import sample, sample_run
+from localctl.cli.sample import new_parser, parse
 from localctl.cli.sample_job import prepare
-from localctl.cli.sample_regions import CONTROLS
+from localctl.control.presets import CONTROLS
 from localctl.layout_predictor.model import WEIGHTS
 from localctl.sampling import Sampling, generate
 
@@ -47,7 +46,7 @@ def test_a_prompt_alone_is_plain_text_to_image(base_here: Path) -> None:
         (["--prompt", "a cat", "and", "a dog"], "several: --prompt 'a cat' --prompt and ..."),
         (["--prompt", "cat", "dog"], "or repeat the flag for each of several: --prompt cat --prompt dog"),
         (["--prompt=a", "red", "circle"], 'has 3 single words; put one prompt in quotes, --prompt "a red circle"'),
-        (["a red circle"], "'a red circle' belongs to no flag; put a text in quotes: --prompt \"a red circle\""),
+        (["a red circle"], "'a red circle' belongs to no flag; put text in quotes: --prompt \"a red circle\""),
         (["a", "red", "--base", "micro"], '--prompt "a red"'),
         (["--prompt", "a b", "--negative_prompt", "ugly,", "bad"], '--negative_prompt "ugly, bad"'),
         (["--prompt", "a b", "--base", "micro", "more", "words"], '--prompt "more words"'),
@@ -58,11 +57,11 @@ def test_a_prompt_alone_is_plain_text_to_image(base_here: Path) -> None:
         (["--prompt", "a b", "--seeds", "1" * 80], "has more than 64 bits"),
         (["--prompt", "a b", "--seeds", "9" * 5000], "invalid int value: '9999"),
         (["--prompt", "a b", "--seeds", str(-(10**300))], "has more than 64 bits"),
-        (["--prompt", "a b", "--use_karras_sigmas", "maybe"], "it is true or false, not 'maybe'"),
+        (["--prompt", "a b", "--use_karras_sigmas", "maybe"], "expected true or false, not 'maybe'"),
         (["--height", "64"], "no prompt; give --prompt"),
     ],
 )
-def test_what_is_typed_wrongly_is_told_how_it_was_meant(argv: list[str], message: str) -> None:
+def test_a_mistake_in_the_flags_is_answered_with_the_right_ones(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         parse(argv)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
@@ -79,12 +78,12 @@ def test_several_prompts() -> None:
         assert parse(argv).prompt == expected
 
 
-def test_the_help_names_the_controls_there_are() -> None:
+def test_the_help_names_all_controls() -> None:
     text = " ".join(new_parser().format_help().split())
     assert all(name in text for name in CONTROLS)
 
 
-def test_the_seed_minus_one_is_said(base_here: Path) -> None:
+def test_the_seed_minus_one_is_noted(base_here: Path) -> None:
     assert prepare(parse([*PLAIN, "--seeds", "-1"])).notes == [
         "The seed -1 is a seed like any other, not a random one."
     ]
@@ -110,7 +109,7 @@ def test_the_seed_minus_one_is_said(base_here: Path) -> None:
         ([], "is not a record of sample.py"),
     ],
 )
-def test_a_record_of_other_values_is_one_sentence(options: Any, message: str, tmp_path: Path) -> None:
+def test_wrong_values_in_a_record_are_refused_in_one_sentence(options: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / "sample.json"
     path.write_text(json.dumps({"options": options}))
     with pytest.raises(ValueError, match=message) as error:
@@ -121,7 +120,7 @@ def test_a_record_of_other_values_is_one_sentence(options: Any, message: str, tm
 @pytest.mark.parametrize(
     "text", ["", "[]", "3", "[" * 100_000, '{"options": ' + '{"a":' * 50_000, "\x00\xff", "{" + "9" * 9000]
 )
-def test_what_is_no_record_is_one_sentence(text: str, tmp_path: Path) -> None:
+def test_other_files_than_records_are_refused_in_one_sentence(text: str, tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text(text)
     with pytest.raises(ValueError, match="is not a record of sample.py") as error:
@@ -131,8 +130,8 @@ def test_what_is_no_record_is_one_sentence(text: str, tmp_path: Path) -> None:
         parse(["--from_json", str(tmp_path)])
 
 
-def test_a_record_of_any_time_says_the_same_as_its_flags(tmp_path: Path) -> None:
-    """As written at first (all flags, single values alone, no resolution) and today."""
+def test_records_of_all_versions_equal_their_flags(tmp_path: Path) -> None:
+    """As the first version wrote them (all flags, single values not in a list, no resolution), and as today."""
     first = {
         "prompt": "a b", "adapter": None, "weight": [1.0], "start": [0.0], "end": [1.0], "layout": None,
         "base": "micro", "seeds": [0, -2], "num_inference_steps": 3, "guidance_scale": 2, "height": None,
@@ -160,7 +159,7 @@ def test_values_of_a_record_are_never_flags(base_here: Path) -> None:
     assert sorted(pixels("out")) == [f"0{i}_seed4.png" for i in range(4)]
 
 
-def test_what_is_typed_takes_the_place_of_its_opposite_in_a_record(tmp_path: Path) -> None:
+def test_a_flag_replaces_its_alternative_in_a_record(tmp_path: Path) -> None:
     path = tmp_path / "sample.json"
     options = {"prompt": ["a"], "image": ["x.png"], "height": 64, "width": 64, "control": ["bias"], "mask": ["m.png"]}
     path.write_text(json.dumps({"options": options}))
@@ -170,12 +169,14 @@ def test_what_is_typed_takes_the_place_of_its_opposite_in_a_record(tmp_path: Pat
     assert (read.control, read.compare) == (None, ["all"])
 
 
-def test_odd_prompts_are_written_down(base_here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half a surrogate, as of a terminal in another encoding, becomes a question mark, which is said."""
+def test_odd_prompts_are_recorded(base_here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a surrogate, as of a terminal in another encoding, becomes a question mark, with a note."""
     prompts = ["a \udce9 b", "tab\tand \u202e", "%s {0} <script>", "a " * 1000]
     flags = [item for prompt in prompts for item in ("--prompt", prompt)]
     assert sample.main([*flags, "--base", "base", "--num_inference_steps", "1", "--output_dir", "out"]) == 0
-    assert "--prompt has characters that are no Unicode; they are read as question marks" in capsys.readouterr().err
+    assert (
+        "--prompt has characters that are not valid Unicode; they are read as question marks" in capsys.readouterr().err
+    )
     record = json.loads(Path("out/sample.json").read_text(encoding="utf-8"))
     assert record["options"]["prompt"] == ["a ? b", *prompts[1:]] and len(record["images"]) == 4
     assert sample.main(["--from_json", "out", "--output_dir", "again"]) == 0
@@ -213,9 +214,7 @@ def test_the_sampling_flags_act_and_are_repeated(base_here: Path, monkeypatch: p
     assert np.array_equal(np.asarray(generate(pipe, "a b", num_inference_steps=4).images[0]), images["karras"])
 
 
-def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
-    base_here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
     def load(base: Any, **options: Any) -> Any:
@@ -226,8 +225,8 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
         seen["clip_skip"] = sampling.clip_skip
         return generate(*args, sampling=replace(sampling, clip_skip=None), **options)
 
-    monkeypatch.setattr(sampling_run, "load_pipeline", load)
-    monkeypatch.setattr(sampling_run, "generate", make)
+    monkeypatch.setattr(sample_run, "load_pipeline", load)
+    monkeypatch.setattr(sample_run, "generate", make)
     flags = ["--clip_skip", "1", "--variant", "fp16", "--revision", "v2", "--local_files_only", "--dtype", "bfloat16"]
     assert sample.main([*PLAIN, *flags, "--output_dir", "out"]) == 0
     base = seen["base"]
@@ -243,29 +242,29 @@ def test_clip_skip_and_the_base_as_it_is_asked_for_reach_their_places(
     [
         (
             ["--use_karras_sigmas"],
-            "DDIMScheduler has no Karras sigmas; give a --scheduler of these: dpmpp_2m, euler, he",
+            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: dpmpp_2m, euler, he",
         ),
         (["--use_karras_sigmas", "--scheduler", "pndm"], "PNDMScheduler has no Karras sigmas"),
-        (["--guidance_rescale", "1.5"], "--guidance_rescale lies between 0 and 1, not at 1.5"),
+        (["--guidance_rescale", "1.5"], "--guidance_rescale must be between 0 and 1, not 1.5"),
         (["--guidance_rescale", "nan"], "between 0 and 1"),
         (["--guidance_rescale", "0.5", "--guidance_scale", "1"], "does nothing without guidance"),
-        (["--clip_skip", "-1"], "--clip_skip is a whole number from 0 to 2 with this base, not -1"),
-        (["--clip_skip", "3"], "--clip_skip is a whole number from 0 to 2 with this base, not 3"),
+        (["--clip_skip", "-1"], "--clip_skip must be a whole number from 0 to 2 with this base, not -1"),
+        (["--clip_skip", "3"], "--clip_skip must be a whole number from 0 to 2 with this base, not 3"),
         (["--vae", "nowhere"], "There is no|VAE 'nowhere' could not be loaded"),
         (["--vae", "./none"], "VAE './none' could not be loaded"),
         (["--vae", "vae.safetensors"], "vae.safetensors is a file; give a diffusers folder"),
         (["--vae", "base/unet"], "is a UNet2DConditionModel; give an AutoencoderKL"),
-        (["--vae", "other"], "makes other latents than the base's own"),
-        (["--predictor", "x"], "--predictor needs regions to work on"),
+        (["--vae", "other"], "makes latents of another shape"),
+        (["--predictor", "x"], "--predictor needs a layout with regions"),
         (["--layout", "auto", "--predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),
-        (["--control", "bias"], "--control needs regions to work on"),
-        (["--control", "none", "bias"], "--control needs regions to work on"),
+        (["--control", "bias"], "--control needs a layout with regions"),
+        (["--control", "none", "bias"], "--control needs a layout with regions"),
         (["--base", "./gone"], "no base './gone'"),
         (["--base", "own/model", "--local_files_only"], "base 'own/model' could not be loaded"),
     ],
 )
-def test_what_cannot_be_is_said_before_the_base_is_loaded(
+def test_impossible_settings_are_refused_before_the_base_is_loaded(
     base_here: Path,
     flags: list[str],
     message: str,
@@ -280,7 +279,7 @@ def test_what_cannot_be_is_said_before_the_base_is_loaded(
     assert_refused_early([*argv, *flags], message)
 
 
-def test_the_clip_of_an_optimised_run_is_missed_before_the_base_is_loaded(
+def test_a_missing_clip_is_refused_before_the_base_is_loaded(
     base_here: Path, assert_refused_early: Callable[[list[str], str], None]
 ) -> None:
     Path("scene.json").write_text(json.dumps({"prompt": "a", "regions": [{"phrase": "a", "box": [0, 0, 1, 1]}]}))
@@ -290,7 +289,7 @@ def test_the_clip_of_an_optimised_run_is_missed_before_the_base_is_loaded(
         assert_refused_early([*basic, name, "1"], f"{name} does not go together with")
 
 
-def test_a_predictor_of_ones_own(base_here: Path) -> None:
+def test_another_predictor(base_here: Path) -> None:
     prompt = ["--layout", "auto", "--prompt", "a red circle above a blue star"]
     own, shipped = prepare(parse([*prompt, "--predictor", str(WEIGHTS)])), prepare(parse(prompt))
     assert own.layouts == shipped.layouts and own.layouts[0].regions
@@ -306,7 +305,7 @@ def test_an_adapter_works_on_another_base_of_its_shape(
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save("edges.png")
     flags = ["--prompt", "a b", "--condition_image", "edges.png", "--adapter", "canny", *QUICK]
     assert sample.main([*flags, "--base", "tuned", "--output_dir", "out"]) == 0
-    assert f"adapter canny was trained on {sd_folder}, used on tuned of the same shape" in capsys.readouterr().err
+    assert f"adapter canny was trained on {sd_folder} and is used on tuned, which" in capsys.readouterr().err
     assert sample.main([*flags, "--output_dir", "own"]) == 0
     assert "was trained on" not in capsys.readouterr().err
     assert not np.array_equal(pixels("out")["00_seed0.png"], pixels("own")["00_seed0.png"])

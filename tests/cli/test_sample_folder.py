@@ -14,12 +14,10 @@ from PIL import Image
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
 from localctl.adapter import LocalAdapter
-from localctl.cli import sample
-from localctl.cli import sample_files as sampling_files
-from localctl.cli import sample_run as sampling_run
-from localctl.cli.sample_files import endings, open_output
-from localctl.cli.sample_regions import Variant
-from localctl.lock import LOCK, FolderLock, _began
+from localctl.cli import sample, sample_run
+from localctl.cli.sample_run import file_endings, open_output
+from localctl.cli.sample_variants import Variant
+from localctl.lock import LOCK, FolderLock, _start_time
 
 
 @pytest.fixture
@@ -30,9 +28,9 @@ def plain(base_here: Path) -> list[str]:
 def test_a_folder_in_use_is_refused_before_the_base_is_loaded(
     plain: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lock = FolderLock(Path("out"), print)
+    lock = FolderLock(Path("out"))
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
     assert sample.main(plain) == 2
     printed = capsys.readouterr().err
     assert "in use by process" in printed and "loading the base" not in printed
@@ -55,20 +53,20 @@ def test_links_are_replaced_or_refused(plain: list[str], capsys: pytest.CaptureF
     assert sample.main(plain) == 2 and "inputs is a link" in capsys.readouterr().err
 
 
-def test_names_of_files_are_bounded_and_their_own() -> None:
+def test_file_names_are_short_and_unique() -> None:
     labels = ["a/b", "a_b", "strength=" + "1" * 300, "strength=" + "1" * 299, "bias"]
-    names = endings([Variant(label, ()) for label in labels])
+    names = file_endings([Variant(label, ()) for label in labels])
     assert len(set(names)) == 5 and max(map(len, names)) < 100 and names[-1] == "bias"
 
 
-def test_the_output_folder_is_tried_before_the_base_is_loaded(
+def test_the_output_folder_is_checked_before_the_base_is_loaded(
     base_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(sampling_run, "load_pipeline", never)
-    with pytest.raises(OSError, match="has .* MB left where the images may take"):
+    monkeypatch.setattr(sample_run, "load_pipeline", never)
+    with pytest.raises(OSError, match="has .* MB free but the images may take"):
         open_output("out", 10**18)
     assert not list(Path("out").iterdir())
 
@@ -77,7 +75,7 @@ def test_the_output_folder_is_tried_before_the_base_is_loaded(
         def refuse(*args: Any, number: int = number, **options: Any) -> None:
             raise OSError(number, "no")
 
-        monkeypatch.setattr(sampling_files.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(sample_run.tempfile, "TemporaryFile", refuse)
         assert sample.main([*PLAIN, "--output_dir", "out"]) == rc
         assert words in (printed := capsys.readouterr().err) and printed.count("\n") == 1
 
@@ -101,7 +99,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(
 def test_an_input_in_the_output_folder_is_kept(
     make_adapter: Callable[..., LocalAdapter], base_here: Path, sd_folder: Path
 ) -> None:
-    """Where the first image takes its name."""
+    """Although the first image has the same name."""
     make_adapter(base=str(sd_folder), condition={"kind": "canny"}).save_pretrained("canny")
     Path("out").mkdir()
     edges = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)

@@ -14,7 +14,7 @@ from sample_helpers import CANNY, assert_same, pixels
 
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_inputs import choose_size
 from localctl.cli.sample_job import Job, prepare
 from localctl.conditions import ConditionConfig, extract
@@ -77,7 +77,7 @@ def test_the_size_of_the_run(
 
 
 def test_a_side_the_adapter_cannot_take_is_refused() -> None:
-    with pytest.raises(ValueError, match="width 72 is no multiple of 16, which the adapter needs; use 64, for example"):
+    with pytest.raises(ValueError, match="width 72 is not a multiple of 16, which the adapter needs; use 64"):
         choose_size((64, 72), None, (64, 64), 16)
 
 
@@ -107,14 +107,14 @@ def test_a_photo_of_any_size_is_scaled_and_cropped_as_in_training(workspace: Pat
         (["--width", "96"], (96 * 4 // 3, 96)),
     ],
 )
-def test_sizes_as_they_are_typed(workspace: Path, flags: list[str], expected: tuple[int, int]) -> None:
+def test_the_spellings_of_a_size(workspace: Path, flags: list[str], expected: tuple[int, int]) -> None:
     photo(400, 300).save("photo.png")
     job = planned("--image", "photo.png", *flags)
     assert job.size == expected and job.adapters[0].condition.shape == (1, *expected)
     assert (job.options.height, job.options.width, job.options.resolution) == (*expected, None)
 
 
-def test_a_ready_condition_and_masks_of_other_sizes_come_along(workspace: Path) -> None:
+def test_a_given_condition_and_masks_of_other_sizes_are_scaled(workspace: Path) -> None:
     edges = Image.fromarray(np.array(photo(200, 300).convert("L")))
     edges.save("edges.png")
     half(100, 150).save("small.png")
@@ -132,7 +132,7 @@ def test_a_ready_condition_and_masks_of_other_sizes_come_along(workspace: Path) 
     assert "mask result.png has the size of the result" in " ".join(job.notes)
 
 
-def test_an_image_of_the_right_size_stays_to_the_bit(workspace: Path) -> None:
+def test_an_image_of_the_right_size_is_not_changed(workspace: Path) -> None:
     gray = np.random.default_rng(0).integers(0, 256, (64, 72)).astype(np.uint8)
     mask = np.random.default_rng(1).integers(1, 256, (64, 72)).astype(np.uint8)
     Image.fromarray(gray).save("edges.png")
@@ -144,7 +144,7 @@ def test_an_image_of_the_right_size_stays_to_the_bit(workspace: Path) -> None:
         assert followed.notes == []
 
 
-def test_the_layout_says_the_size(workspace: Path) -> None:
+def test_the_size_of_the_layout(workspace: Path) -> None:
     photo(200, 300).save("photo.png")
     region = {"phrase": "a", "box": [0, 0, 0.5, 1]}
     Path("scene.json").write_text(json.dumps({"prompt": "a b", "height": 72, "width": 64, "regions": [region]}))
@@ -152,14 +152,14 @@ def test_the_layout_says_the_size(workspace: Path) -> None:
     assert job.size == (72, 64) and job.adapters[0].condition.shape == (1, 72, 64)
 
 
-def test_several_photos_of_one_shape(workspace: Path) -> None:
+def test_several_photos_of_one_aspect_ratio(workspace: Path) -> None:
     photo(200, 300).save("one.png")
     photo(100, 150, 1).save("two.png")
     photo(100, 100, 1).save("square.png")
     two = ["--prompt", "a", "--adapter", "canny", "canny", "--image", "one.png"]
     job = prepare(parse([*two, "two.png"]))
     assert [item.condition.shape for item in job.adapters] == [(1, *job.size)] * 2
-    with pytest.raises(ValueError, match="conditions are 300x200 and 100x100 pixels, two shapes"):
+    with pytest.raises(ValueError, match="conditions are 300x200 and 100x100 pixels, two aspect ratios"):
         prepare(parse([*two, "square.png"]))
     assert prepare(parse([*two, "square.png", "--resolution", "64"])).size == (64, 64)
 
@@ -169,9 +169,11 @@ def test_a_cropped_run_is_repeated_from_its_record(workspace: Path, capsys: pyte
     half(50, 88).save("mask.png")
     flags = ["--prompt", "a b", "--adapter", "canny", "--image", "photo.png", "--mask", "mask.png"]
     assert sample.main([*flags, "--num_inference_steps", "1", "--output_dir", "out"]) == 0
-    said = capsys.readouterr()
-    assert "photo.png is 177x100 pixels, scaled and cropped to 88x48" in said.err and "loading the base" in said.err
-    assert said.out == "out/00_seed0.png\n"
+    printed = capsys.readouterr()
+    assert (
+        "photo.png is 177x100 pixels, scaled and cropped to 88x48" in printed.err and "loading the base" in printed.err
+    )
+    assert printed.out == "out/00_seed0.png\n"
     Path("photo.png").unlink()
     assert sample.main(["--from_json", "out", "--output_dir", "again"]) == 0
     assert_same(pixels("again"), pixels("out"))
@@ -183,7 +185,7 @@ def test_a_cropped_run_is_repeated_from_its_record(workspace: Path, capsys: pyte
 def test_a_gray_condition_for_a_published_adapter_of_three_channels(
     workspace: Path, make_adapter: Callable[..., LocalAdapter], sd_folder: Path
 ) -> None:
-    """Which say nothing of their condition; one that says another is refused."""
+    """Which name no condition; one that names another is refused."""
     make_adapter(in_channels=3).save_t2iadapter("plain")
     make_adapter(in_channels=3, condition={"kind": "palette"}).save_pretrained("palette")
     photo(64, 64).save("photo.png")
@@ -199,16 +201,19 @@ def test_a_gray_condition_for_a_published_adapter_of_three_channels(
     [
         (["--resolution", "60"], "height 60 is not a positive multiple of 8; use 64"),
         (["--resolution", "0"], "height 0 is not a positive multiple"),
-        (["--resolution", "64,64"], "'64,64' is no size; write 512 or WIDTHxHEIGHT"),
-        (["--resolution", "-64"], "expected one argument|is no size"),
+        (["--resolution", "64,64"], "'64,64' is not a size; write 512 or WIDTHxHEIGHT"),
+        (["--resolution", "-64"], "expected one argument|is not a size"),
         (["--resolution", "64", "--width", "64"], "either --resolution or --height and --width"),
         (["--height", "80000"], "height 80000 is over 8192"),
-        (["--mask", "square.png"], "mask square.png is 50x50 pixels but the image photo.png is 200x100, another shape"),
-        (["--mask", "edge.png", "--resolution", "64"], "Nothing of the mask edge.png is left in the part"),
+        (
+            ["--mask", "square.png"],
+            "mask square.png is 50x50 pixels but the image photo.png is 200x100, another aspect",
+        ),
+        (["--mask", "edge.png", "--resolution", "64"], "mask edge.png is black everywhere in the part of photo.png"),
         (["--image", "."], "no image file"),
     ],
 )
-def test_sizes_that_cannot_be(
+def test_impossible_sizes_are_refused(
     workspace: Path,
     flags: list[str],
     message: str,

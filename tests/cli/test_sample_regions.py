@@ -17,9 +17,9 @@ from sample_helpers import assert_same, pixels
 import localctl
 import localctl.pipelines
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
-from localctl.cli.sample_sheets import verdict
+from localctl.cli.sample_run import verdict
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
@@ -57,7 +57,7 @@ def workspace(base_here: Path) -> Path:
 BASIC = ["--layout", "scene.json", "--base", "base", "--num_inference_steps", "2"]
 
 
-def test_pictures_are_those_of_generate(workspace: Path) -> None:
+def test_the_images_are_the_same_as_from_generate(workspace: Path) -> None:
     controls = ["--control", "bias", "guidance", "--set", "strength=2", "guidance.scale=40", "iterations=1"]
     assert sample.main([*BASIC, *controls, "--seeds", "3", "--output_dir", "out"]) == 0
     pipe = localctl.pipelines.load_pipeline("base")
@@ -80,15 +80,15 @@ def test_python_and_command_line_give_the_same_image(control: str, workspace: Pa
     assert_same(pixels("out"), {"00_seed4.png": np.asarray(images[0])})
 
 
-def test_a_comparison_draws_every_control_and_its_record_repeats_it(
+def test_a_comparison_generates_with_every_control_and_its_record_repeats_it(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare = ["--compare", "none", "bias", "bias+dense", "--seeds", "1", "2", "--set", "strength=4"]
     assert sample.main([*BASIC, *compare, "--output_dir", "out"]) == 0
-    drawn = pixels("out")
+    images = pixels("out")
     names = [f"00_seed{seed}_{label}.png" for seed in (1, 2) for label in ("bias+dense", "bias", "none")]
-    assert sorted(drawn) == sorted(names)
-    assert all((drawn[a] != drawn[b]).any() for i, a in enumerate(names) for b in names[:i])
+    assert sorted(images) == sorted(names)
+    assert all((images[a] != images[b]).any() for i, a in enumerate(names) for b in names[:i])
     sheet = Image.open("out/compare.png")
     assert sheet.width > 3 * 256 and sheet.height > 2 * 256
     shutil.move("out", "moved")
@@ -97,18 +97,18 @@ def test_a_comparison_draws_every_control_and_its_record_repeats_it(
     (workspace / "elsewhere").mkdir()
     monkeypatch.chdir(workspace / "elsewhere")
     assert sample.main(["--from_json", "../moved/sample.json", "--output_dir", "again"]) == 0
-    assert_same(pixels("again"), drawn)
+    assert_same(pixels("again"), images)
 
 
 def test_a_sweep_is_a_labelled_grid_with_nothing_at_zero(workspace: Path) -> None:
     sweep = ["--control", "bias", "--sweep", "strength=0,4", "outside_strength=0,.5,1"]
     assert sample.main([*BASIC, *sweep, "--output_dir", "out"]) == 0
-    drawn = pixels("out")
-    sheet = drawn.pop("00_seed0_sweep.png")
-    assert sheet.shape[1] > 2 * 256 and 3 * 256 < sheet.shape[0] < 4 * 256 and len(drawn) == 6
+    images = pixels("out")
+    sheet = images.pop("00_seed0_sweep.png")
+    assert sheet.shape[1] > 2 * 256 and 3 * 256 < sheet.shape[0] < 4 * 256 and len(images) == 6
     assert sample.main([*BASIC, "--control", "none", "--output_dir", "plain"]) == 0
     plain = pixels("plain")["00_seed0.png"]
-    for name, image in drawn.items():
+    for name, image in images.items():
         assert np.array_equal(image, plain) == ("_strength=0_outside_strength=0.png" in name)
 
 
@@ -138,18 +138,18 @@ def test_the_plan_of_a_sweep_and_of_compare_all(workspace: Path) -> None:
     assert prepare(parse([*BASIC, "--control", "none"])).variants[0].controls == ()
 
 
-def test_the_embedded_base_is_drawn_with_what_suits_the_controls(workspace: Path) -> None:
-    """Which the user overrides, and the record says where it is one for all."""
+def test_the_embedded_base_is_sampled_as_suits_the_controls(workspace: Path) -> None:
+    """Which flags override, and the record holds where all variants share it."""
 
     def planned(*flags: str) -> tuple[Any, dict[str, Any]]:
         job = prepare(parse(["--layout", "scene.json", *flags]))
         ways = {item.label: (item.sampling.scheduler, item.sampling.guidance_scale) for item in job.variants}
         return ways, {name: getattr(job.options, name) for name in ("scheduler", "guidance_scale")}
 
-    ways, said = planned("--compare", "none", "bias", "bias+dense", "guidance+bias", "bias+forward")
+    ways, recorded = planned("--compare", "none", "bias", "bias+dense", "guidance+bias", "bias+forward")
     own, free = ("ddpm", 4.0), (None, None)
     assert ways == {"none": free, "bias": own, "bias+dense": own, "guidance+bias": own, "bias+forward": free}
-    assert said == {"scheduler": None, "guidance_scale": None}
+    assert recorded == {"scheduler": None, "guidance_scale": None}
     assert planned("--control", "bias")[1] == {"scheduler": "ddpm", "guidance_scale": 4.0}
     assert planned("--control", "none")[1] == {"scheduler": None, "guidance_scale": 2.0}
     assert planned("--control", "bias", "--guidance_scale", "3")[1] == {"scheduler": "ddpm", "guidance_scale": 3.0}
@@ -164,7 +164,7 @@ def test_the_embedded_base_is_drawn_with_what_suits_the_controls(workspace: Path
     )
 
 
-def test_each_of_a_comparison_is_drawn_its_own_way(workspace: Path) -> None:
+def test_each_variant_of_a_comparison_has_its_own_sampling(workspace: Path) -> None:
     Path("micro.json").write_text(json.dumps({**SCENE, "regions": SCENE["regions"][:1]}))
     flags = ["--layout", "micro.json", "--num_inference_steps", "2"]
     assert sample.main([*flags, "--compare", "bias", "none", "--output_dir", "out"]) == 0
@@ -183,13 +183,13 @@ def test_each_of_a_comparison_is_drawn_its_own_way(workspace: Path) -> None:
 
 
 def test_the_verdict_names_every_region() -> None:
-    picture = Image.new("RGB", (128, 128), "white")
-    picture.paste((220, 40, 40), (10, 10, 60, 60))
+    image = Image.new("RGB", (128, 128), "white")
+    image.paste((220, 40, 40), (10, 10, 60, 60))
     layout = Layout(
         "a red square and a blue ring",
         regions=(Region("a red square", (0, 0, 0.5, 0.5)), Region("blue ring", (0.5, 0.5, 1, 1))),
     )
-    lines = verdict(picture, layout)
+    lines = verdict(image, layout)
     assert re.fullmatch(r"red square: IoU 0\.[56]\d", lines[0]) and lines[1] == "blue ring: missing"
 
 
@@ -205,31 +205,31 @@ def test_the_verdict_names_every_region() -> None:
             ["--control", "dence"],
             "Unknown control 'dence'; choose among bias, dense, .*spacetime_optimized and none",
         ),
-        (["--control", "bias", "none"], "bias none do not go together"),
-        (["--control", "bias+bias"], "do not go together"),
+        (["--control", "bias", "none"], "bias none cannot be combined"),
+        (["--control", "bias+bias"], "cannot be combined"),
         (["--compare", "all", "bias"], "Unknown control 'all'"),
         (["--compare", "all", "--control", "bias"], "either --compare or --control"),
         (["--set", "strenght=1"], "has a setting 'strenght'; choose among end, hide_phrases, mask_resize"),
-        (["--set", "strength=much"], "strength is a number, not 'much'"),
+        (["--set", "strength=much"], "strength must be a number, not 'much'"),
         (["--set", "strength=nan"], "finite number"),
         (["--set", "dense.w_self=1"], "No control of this run has a setting 'dense.w_self'"),
-        (["--control", "guidance", "--set", "iterations=1.5"], "iterations is a whole number"),
-        (["--control", "guidance", "--set", "early_exit=maybe"], "early_exit is true or false"),
+        (["--control", "guidance", "--set", "iterations=1.5"], "iterations must be a whole number"),
+        (["--control", "guidance", "--set", "early_exit=maybe"], "early_exit must be true or false"),
         (["--control", "none", "--set", "strength=1"], "there is no control to set"),
-        (["--control", "spacetime", "--set", "weight=much"], "weight is a number, not 'much'"),
-        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix lies in"),
+        (["--control", "spacetime", "--set", "weight=much"], "weight must be a number, not 'much'"),
+        (["--control", "spacetime", "--set", "weight=1.5"], "convex mix must lie in"),
         (["--control", "spacetime", "--set", "weights=1,0"], "float tensor"),
-        (["--control", "spacetime_optimized", "guidance"], "do not go together; use spacetime with guidance"),
+        (["--control", "spacetime_optimized", "guidance"], "cannot be combined; use spacetime with guidance"),
         (["--control", "spacetime_optimized", "--set", "epochs=0"], "at least 1 epoch"),
-        (["--sweep", "strength"], "'strength' is no setting"),
-        (["--sweep", "strength=0,x"], "strength is a number, not 'x'"),
+        (["--sweep", "strength"], "'strength' is not a setting"),
+        (["--sweep", "strength=0,x"], "strength must be a number, not 'x'"),
         (["--sweep", "strength=0,0"], "value is given twice"),
         (["--sweep", "strength=0", "strength=1"], "one setting or two different ones"),
         (["--sweep", "strength=0,1", "--set", "strength=1"], "both in --set and in --sweep"),
         (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 images on a sheet"),
-        (["--height", "128"], "layout is 64x64 pixels but the image is to be 64x128"),
+        (["--height", "128"], "layout is 64x64 pixels but the flags ask for 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
-        (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler does not carry latents"),
+        (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler would lose a control's shift"),
     ],
 )
 def test_bad_input_is_one_sentence_before_the_base_is_loaded(
@@ -244,10 +244,10 @@ def test_bad_input_is_one_sentence_before_the_base_is_loaded(
 def test_flags_of_regions_need_a_layout(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["--adapter", "any"]):
         assert sample.main(["--prompt", "a cat", *more, "--compare", "all"]) == 2
-        assert "--compare needs regions to work on; give --layout" in capsys.readouterr().err
+        assert "--compare needs a layout with regions; give --layout" in capsys.readouterr().err
 
 
-def test_a_saved_layout_without_size_is_drawn_in_the_size_of_the_flags(workspace: Path) -> None:
+def test_a_layout_without_a_size_takes_that_of_the_flags(workspace: Path) -> None:
     save_layout(Layout("a cat", regions=(Region("cat", (0, 0, 1, 0.5)),)), "free.json")
     flags = ["--layout", "free.json", "--base", "base", "--num_inference_steps", "1", "--height", "64"]
     assert sample.main([*flags, "--width", "96", "--output_dir", "out"]) == 0

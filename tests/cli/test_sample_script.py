@@ -16,7 +16,7 @@ from sample_helpers import CANNY, QUICK, assert_same, pixels
 import localctl.pipelines
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
-from localctl.cli.sample_flags import parse
+from localctl.cli.sample import parse
 from localctl.cli.sample_job import prepare
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
@@ -28,7 +28,7 @@ MakeAdapter = Callable[..., LocalAdapter]
 
 @pytest.fixture
 def workspace(make_adapter: MakeAdapter, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with two adapters for the tiny base, a photo, conditions and masks, some of them of no use."""
+    """A folder with two adapters for the tiny base, a photo, conditions and masks, some of them unusable."""
     monkeypatch.chdir(tmp_path)
     config: dict[str, Any] = {"base": str(sd_folder), "condition": CANNY}
     make_adapter(**config).save_pretrained("canny")
@@ -47,14 +47,14 @@ def workspace(make_adapter: MakeAdapter, sd_folder: Path, tmp_path: Path, monkey
     mask[16:48, 16:48] = 255
     Image.fromarray(mask).save("mask.png")
     Image.fromarray(mask[:, :32]).save("narrow.png")
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("not an image")
     return tmp_path
 
 
 BASIC = ["--prompt", "a b", "--image", "photo.png", "--mask", "mask.png", "--adapter", "canny"]
 
 
-def test_pictures_are_those_of_generate(workspace: Path, sd_folder: Path) -> None:
+def test_the_images_are_the_same_as_from_generate(workspace: Path, sd_folder: Path) -> None:
     options = ["--seeds", "4", "2", "--guidance-scale", "3", "--negative-prompt", "x", "--output-dir", "out"]
     assert sample.main([*BASIC, *QUICK, *options]) == 0
     pipe = localctl.pipelines.load_pipeline(str(sd_folder))
@@ -90,7 +90,7 @@ def test_the_record_repeats_the_run_from_anywhere(workspace: Path, monkeypatch: 
         assert not np.array_equal(pixels("other")["00_seed1.png"], pixels("../moved")["00_seed1.png"]), change
 
 
-def test_a_ready_condition_equals_the_computed_one(workspace: Path) -> None:
+def test_a_given_condition_equals_the_computed_one(workspace: Path) -> None:
     condition = extract(ConditionConfig(**CANNY), np.asarray(Image.open("photo.png")))
     Image.fromarray((condition[0].numpy() * 255).astype(np.uint8)).save("edges.png")
     assert sample.main([*BASIC, *QUICK, "--output_dir", "one"]) == 0
@@ -112,7 +112,10 @@ def test_a_plain_t2iadapter_works_and_no_mask_means_everywhere(workspace: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--mask", "narrow.png"], "mask narrow.png is 32x64 pixels but the image photo.png is 64x64, another shape"),
+        (
+            ["--mask", "narrow.png"],
+            "mask narrow.png is 32x64 pixels but the image photo.png is 64x64, another aspect ratio",
+        ),
         (["--mask", "black.png"], "mask black.png is black everywhere"),
         (["--mask", "none.png"], "no image file none.png"),
         (["--image", "text.png"], "text.png is not a PNG"),
@@ -141,7 +144,7 @@ def test_a_plain_t2iadapter_works_and_no_mask_means_everywhere(workspace: Path, 
         (["--device", "moon"], "device 'moon' cannot be used"),
         (["--dtype", "half"], "invalid choice: 'half'"),
         (["--sead", "1"], "[Uu]nrecognized arguments: --sead"),
-        (["--output_dir", "photo.png/out"], "output folder photo.png/out cannot be made"),
+        (["--output_dir", "photo.png/out"], "output folder photo.png/out cannot be created"),
         (["--from_json", "none.json"], "record none.json cannot be read"),
         (["--from_json", "text.png"], "text.png is not a record"),
     ],
@@ -201,14 +204,14 @@ def test_the_device_default_exists(workspace: Path) -> None:
     assert job.layouts[0].size == (64, 64) and job.adapters[0].saved.place == str((workspace / "canny").resolve())
 
 
-def test_marks_of_other_tools_are_said_before_the_base_is_loaded(
+def test_syntax_of_other_tools_is_warned_of_before_the_base_is_loaded(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("localctl.cli.sample_run.load_pipeline", None)
     at = BASIC.index("--prompt")
     argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
     with (
-        pytest.warns(UserWarning, match="marks of other tools .such as .word:1.3., <lora:name:0.8>."),
+        pytest.warns(UserWarning, match="syntax of other tools .such as .word:1.3., <lora:name:0.8>."),
         suppress(TypeError),
     ):
         sample.main(argv)
@@ -220,5 +223,5 @@ def test_an_image_of_nan_ends_with_code_2_and_is_not_written(
     """A weight that overflows, as a strength of 1e308 would."""
     assert sample.main([*BASIC, *QUICK, "--weight", "1e37", "--output_dir", "out"]) == 2
     printed = capsys.readouterr().err
-    assert "image of seed" in printed and "is not a number (NaN)" in printed
+    assert "image with seed" in printed and "holds NaN" in printed
     assert not list(Path("out").glob("*.png"))

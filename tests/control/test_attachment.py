@@ -51,11 +51,11 @@ def test_each_method_moves_attention_into_the_regions(
     kind: str, guidance: float, method: str, request: pytest.FixtureRequest
 ) -> None:
     pipe = request.getfixturevalue(kind)
-    pipe.scheduler.register_to_config(timestep_spacing="trailing")  # begins at t = 999, where methods are strongest
+    pipe.scheduler.register_to_config(timestep_spacing="trailing")  # starts at t = 999, where methods are strongest
     before, after = AttentionMaps(end=0.5), AttentionMaps(end=0.5)
     with attach(pipe, LAYOUT, before):
         plain = draw(pipe, guidance_scale=guidance)
-    assert torch.equal(plain, draw(pipe, guidance_scale=guidance))  # looking changes nothing
+    assert torch.equal(plain, draw(pipe, guidance_scale=guidance))  # observing changes nothing
     with attach(pipe, LAYOUT, [METHODS[method](), after]):
         steered = draw(pipe, guidance_scale=guidance)
     assert (steered - plain).abs().max() > 1e-3
@@ -234,7 +234,7 @@ def test_sigma_is_the_noise_level_of_the_sample(name: str, sd_pipe: StableDiffus
 
 
 def looker(seen: dict[str, int], name: str) -> Callable[..., None]:
-    """A hook that writes down how many cells an attention layer is given."""
+    """A hook that records how many cells an attention layer receives."""
     return lambda module, args, kwargs: seen.update({name: args[0].shape[1]})
 
 
@@ -294,7 +294,7 @@ def test_what_is_no_control_is_named(sd_pipe: StableDiffusionPipeline) -> None:
         pass
     with pytest.raises(ValueError, match="'dog' is not in the prompt"):
         Layout("a cat", regions=(Region("dog", (0, 0, 1, 1)),))
-    with attach(sd_pipe, LAYOUT, RegionBias()), pytest.raises(ValueError, match="prompt 'a dog' while the attached"):
+    with attach(sd_pipe, LAYOUT, RegionBias()), pytest.raises(ValueError, match="prompt 'a dog' but the attached"):
         draw(sd_pipe, "a dog")
 
 

@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
 
 
 def embedded(pipe: StableDiffusionPipeline, text: str, skip: int) -> torch.Tensor:
-    """The text as a pipeline is to read it with this ``clip_skip``."""
+    """Encode the text as a pipeline must with this ``clip_skip``."""
     ids = pipe.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
     states = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
     return pipe.text_encoder.final_layer_norm(states[-(skip + 1)])

@@ -61,7 +61,7 @@ def test_the_same_images_without_a_graph_for_each_step(
     plain = draw(sd_pipe, **STEPS)
     WAYS[way](sd_pipe)
     torch.testing.assert_close(draw(sd_pipe, **STEPS), plain)
-    with attach(sd_pipe, LAYOUT, controls["adapter"]):  # one graph more: with what is added
+    with attach(sd_pipe, LAYOUT, controls["adapter"]):  # one more graph, which adds the residuals
         draw(sd_pipe, **STEPS)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs
@@ -107,7 +107,7 @@ def test_a_compiled_module_is_as_it_was(sd_pipe: StableDiffusionPipeline) -> Non
 
 
 def test_two_attached_at_once_leave_the_compiler_as_it_was(sd_pipe: StableDiffusionPipeline) -> None:
-    """The one that was attached first is put back first."""
+    """The control that was attached first is detached first."""
     stance = torch._dynamo.eval_frame._stance
     with attach(sd_pipe, LAYOUT, METHODS["bias"]()), attach(sd_pipe, LAYOUT, METHODS["dense"]()):
         draw(sd_pipe, **STEPS)

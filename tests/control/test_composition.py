@@ -1,4 +1,4 @@
-"""Region methods together with what else steers a pipeline."""
+"""Region methods together with other ways to steer a pipeline."""
 
 from __future__ import annotations
 

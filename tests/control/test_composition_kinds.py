@@ -1,4 +1,4 @@
-"""Every region method inside everything else that steers a pipeline: it changes the picture, and moves attention."""
+"""Every region method together with all else that steers a pipeline: it changes the image and shifts attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STRONG: dict[str, Callable[[], Control]] = {
 
 
 def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...] = ()) -> dict[str, Tensor]:
-    """Each method changes the picture and raises the share of each phrase's attention in its region; but for space-time
+    """Each method changes the image and raises the share of each phrase's attention in its region; but for space-time
     attention, which mixes in texts of its own and leaves that of the prompt as it is."""
     # At the end of the noise, where the methods are strongest.
     pipe.scheduler.register_to_config(timestep_spacing="trailing")
@@ -37,12 +37,12 @@ def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...
     looks = {method: AttentionMaps(end=0.5, sites=SITES if method == "guidance" else None) for method in STRONG}
     with attach(pipe, LAYOUT, [*others, *looks.values()]):
         plain = redraw(pipe, PROMPT, noise(1), **options)
-    drawn = {}
+    generated = {}
     for method, make in STRONG.items():
         after_it = AttentionMaps(end=0.5, sites=looks[method].sites)
         with attach(pipe, LAYOUT, [*others, make(), after_it]):
-            drawn[method] = redraw(pipe, PROMPT, noise(1), **options)
-        assert (drawn[method] - plain).abs().max() > 1e-4, method
+            generated[method] = redraw(pipe, PROMPT, noise(1), **options)
+        assert (generated[method] - plain).abs().max() > 1e-4, method
         if method == "spacetime":
             continue
         shares = [[item.mass(0, region) for region in range(2)] for item in (looks[method], after_it)]
@@ -52,7 +52,7 @@ def check_methods(pipe: Any, options: dict[str, Any], others: tuple[Control, ...
             assert all(now > then + 1e-4 for then, now in zip(*shares, strict=True)), method
     after = processors(pipe)
     assert list(after) == list(before) and all(after[name] is before[name] for name in before)
-    return drawn
+    return generated
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,14 +76,14 @@ def test_every_method_beside_two_local_adapters(
 
 @pytest.mark.parametrize("base", ["sd_pipe", "sdxl_pipe"])
 def test_guidance_sees_the_masks_of_an_ip_adapter(base: str, request: pytest.FixtureRequest) -> None:
-    """Swapping them, or leaving the pictures out, changes what it draws; the same once more does not."""
+    """Swapping or omitting the control images changes the result; repeating the same call does not."""
     pipe, options = KINDS["ip-adapter"](request.getfixturevalue(base))
     masks = options["cross_attention_kwargs"]["ip_adapter_masks"]
     swapped = {**options, "cross_attention_kwargs": {"ip_adapter_masks": [mask.flip(1) for mask in masks]}}
     with attach(pipe, LAYOUT, STRONG["guidance"]()):
-        drawn = redraw(pipe, PROMPT, noise(1), **options)
-        assert (redraw(pipe, PROMPT, noise(1), **swapped) - drawn).abs().max() > 1e-4
-        assert torch.equal(redraw(pipe, PROMPT, noise(1), **options), drawn)
+        generated = redraw(pipe, PROMPT, noise(1), **options)
+        assert (redraw(pipe, PROMPT, noise(1), **swapped) - generated).abs().max() > 1e-4
+        assert torch.equal(redraw(pipe, PROMPT, noise(1), **options), generated)
 
 
 def test_offloading_changes_nothing(request: pytest.FixtureRequest) -> None:

@@ -59,7 +59,7 @@ def test_scores_keep_their_range(kind: str, rest: str) -> None:
 
 
 def signs(rest: str, kind: str, **region: Any) -> Tensor:
-    """(Q, K) sign of the modulation for one box, the left half, and the word at position 1."""
+    """Return the sign of the modulation, (Q, K), for one box, the left half, and the word at position 1."""
     arrays = golden("dense_diffusion")
     layout = Layout(PROMPT, regions=(Region("w1", (0, 0, 0.5, 1), **region),))
     bound = DenseModulation(rest=rest).bind(bare_pipe(), [layout])
@@ -155,12 +155,12 @@ def test_no_modulation_is_no_mask_at_all(control: DenseModulation, changes: dict
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"w_cross": 1.5}, r"w_cross lies in \[0, 1\]"),
-        ({"w_self": float("nan")}, "w_self of a control is a finite number"),
-        ({"decay": -1.0}, "decay of DenseModulation is at least 0"),
+        ({"w_cross": 1.5}, r"w_cross of DenseModulation must lie in \[0, 1\]"),
+        ({"w_self": float("nan")}, "w_self of a control must be a finite number"),
+        ({"decay": -1.0}, "decay of DenseModulation must be at least 0"),
         ({"rest": "other"}, "Unknown rest 'other'"),
         ({"mask_resize": "bilinear"}, "Unknown mask_resize"),
-        ({"memory_limit": 0}, "memory limit is a positive number"),
+        ({"memory_limit": 0}, "memory_limit must be a positive number"),
         ({"end": 0.0}, "0 <= start < end"),
     ],
 )

@@ -22,7 +22,7 @@ SCENE = Layout("a cat with a big dog", regions=(Region("cat", (0, 0, 0.5, 0.5)),
 
 
 def maps(strength: float, queries: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """(H,64,K) of one layer: probabilities as they are, and under forward guidance."""
+    """Return the probabilities (H,64,K) of one layer without and with forward guidance."""
     arrays = golden("region_bias")
     control = ForwardGuidance(strength=strength)
     bound = _BoundForward(control, BoundRegions(bare_pipe(), [SCENE], "area"), ["attn"])
@@ -77,7 +77,7 @@ def test_attention_moves_and_no_effect_is_plain(sd_pipe: StableDiffusionPipeline
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strength": 1.5}, r"strength of ForwardGuidance lies in \[0, 1\]"),
+        ({"strength": 1.5}, r"strength of ForwardGuidance must lie in \[0, 1\]"),
         ({"strength": float("nan")}, "finite number"),
         ({"start": 1.0}, "0 <= start < end"),
         ({"mask_resize": "x"}, "Unknown mask_resize"),

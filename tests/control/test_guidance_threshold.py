@@ -1,4 +1,4 @@
-"""When layout guidance moves a picture again: the threshold of its energy, looked at anew or once for all."""
+"""When layout guidance moves an image again: its energy is compared with the threshold after each move, or once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from localctl.control.regions import BoundRegions
 from localctl.layout import Layout, Region
 
 
-def test_the_threshold_is_evaluated_anew_per_picture_and_step() -> None:
-    """A picture below it is left alone in this step and looked at again in the next."""
+def test_the_threshold_is_evaluated_anew_per_image_and_step() -> None:
+    """An image below the threshold is not moved in this step, and is checked again in the next."""
     layouts = [LAYOUT, LAYOUT]
-    energies = {0: [0.5, 0.1, 0.3, 0.3, 0.1], 1: [0.1, 0.5, 0.1]}  # each picture's, run by run
+    energies = {0: [0.5, 0.1, 0.3, 0.3, 0.1], 1: [0.1, 0.5, 0.1]}  # of each image, run by run
     asked: list[list[int]] = []
     control = LayoutGuidance(end=1.0, iterations=3)
     bound = BoundGuidance(control, BoundRegions(tiny_words(), layouts, "area"), ("attn",))
@@ -49,7 +49,7 @@ def tiny_words() -> Any:
 
 
 def moves_by_step(bound: BoundGuidance, energies: list[float], steps: int) -> list[int]:
-    """How often each step moves a picture whose energy is in turn as given, whatever the moves do."""
+    """Count the moves of each step for images with the given sequence of energies, whatever the moves do."""
     given = iter(energies)
 
     class Reader(EnergyReader):
@@ -75,7 +75,7 @@ def moves_by_step(bound: BoundGuidance, energies: list[float], steps: int) -> li
 
 
 def test_once_at_the_threshold_is_for_good_as_published() -> None:
-    """The published loop: while the energy seen last is above the threshold, at most 5 times a step, look and move."""
+    """The published loop: while the last energy is above the threshold, measure it and move, at most 5 times a step."""
     energies = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9]
     layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
     seen, last, published = iter(energies), 10_000.0, []

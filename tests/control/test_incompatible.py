@@ -1,4 +1,4 @@
-"""What keeps controls from acting is refused in one sentence, when attached or when called; all else acts."""
+"""Settings that would disable controls are refused in one sentence, on attach or on call; all others work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GUIDANCE = LayoutGuidance(end=1.0, threshold=0.0)
 
 
 def assert_refused(pipe: Any, control: Control, message: str) -> None:
-    """In one sentence, when attached, and nothing is left behind."""
+    """Check that attach refuses in one sentence and leaves nothing behind."""
     before, names = processors(pipe), set(vars(pipe))
     with pytest.raises(ValueError, match=message) as caught, attach(pipe, LAYOUT, control):
         pytest.fail("attached")
@@ -38,7 +38,7 @@ def assert_refused(pipe: Any, control: Control, message: str) -> None:
 
 
 class Quantised(nn.Linear):
-    """Weights in whole numbers, as quantisers keep them: what it computes has no gradient."""
+    """A layer with integer weights, as quantisers store them; its output has no gradient."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
@@ -147,21 +147,21 @@ def hooked_by(name: str) -> Callable[[Any], None]:
 
 
 def deep_cache(pipe: Any) -> None:
-    """As the package DeepCache does it: forwards of blocks are exchanged."""
+    """Like the package DeepCache: the forward methods of blocks are replaced."""
     block = pipe.unet.down_blocks[1]
     own = block.forward
     block.forward = lambda *args, **kwargs: own(*args, **kwargs)
 
 
 def gated(pipe: Any) -> None:
-    """As T-GATE does it: the forward of an attention layer gives what it gave before."""
+    """Like T-GATE: the forward method of an attention layer returns its earlier output."""
     attn = next(m for m in pipe.unet.modules() if isinstance(m, Attention))
     own = attn.forward
     attn.forward = lambda *args, **kwargs: own(*args, **kwargs)
 
 
 def merged(pipe: Any) -> None:
-    """As ToMe does it: a transformer block gets another class."""
+    """Like ToMe: a transformer block gets another class."""
     block = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0]
     own = type(block)
 
@@ -191,10 +191,10 @@ CACHES: dict[str, Callable[[Any], None]] = {
 def test_caches_are_refused(kind: str, sd_pipe: StableDiffusionPipeline) -> None:
     later = copy.deepcopy(sd_pipe)
     CACHES[kind](sd_pipe)
-    message = r"^The U-Net.* (controls would not act there; load the pipeline without it|take it off first)\.$"
+    message = r"^The U-Net.* (controls would not act there; load the pipeline without it|remove that first)\.$"
     for control in (METHODS["bias"](), AttentionMaps()):
         assert_refused(sd_pipe, control, message)
-    with attach(sd_pipe, PROMPT, ()):  # nothing that could be lost
+    with attach(sd_pipe, PROMPT, ()):  # no control that could be lost
         pass
     with attach(later, LAYOUT, METHODS["bias"]()):
         CACHES[kind](later)
@@ -224,7 +224,7 @@ def test_hooks_and_forwards_that_change_no_values_stay(sd_pipe: StableDiffusionP
 
 
 class Deaf:
-    """A processor that takes a mask and does without it."""
+    """A processor that takes a mask and ignores it."""
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         text = args[0] if args else kwargs.get("encoder_hidden_states")
@@ -245,7 +245,7 @@ def test_processors_that_ignore_the_mask(method: str, sd_pipe: StableDiffusionPi
 def test_attention_functions_that_ignore_the_mask(
     sd_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As SageAttention is often put in, for all of PyTorch."""
+    """Like SageAttention as it is often installed, for all of PyTorch."""
     attention = nn.functional.scaled_dot_product_attention
 
     def sage(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **kwargs: Any) -> Tensor:
@@ -260,7 +260,7 @@ def test_attention_functions_that_ignore_the_mask(
 
 
 class Louder:
-    """A processor of one's own that uses the mask and does more."""
+    """A custom processor that uses the mask and scales its output."""
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return AttnProcessor2_0()(attn, hidden_states, *args, **kwargs) * 1.5
@@ -292,7 +292,7 @@ def test_processors_and_backends_that_use_it(
 
 @pytest.mark.parametrize("layer", ["attn1", "attn2"])
 def test_cells_that_are_merged(layer: str, sd_pipe: StableDiffusionPipeline) -> None:
-    """As ToMe does it: fewer cells reach the attention, and are spread again after it."""
+    """Like ToMe: fewer cells reach the attention, and its output is distributed over all cells again."""
 
     def merging(attn: Attention) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

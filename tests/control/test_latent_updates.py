@@ -1,4 +1,4 @@
-"""Latents moved between steps: kept by every scheduler that says so, refused by the others, and no trace left."""
+"""Latents shifted between steps: supported by the schedulers that claim it, refused by others, and no trace left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHIFT = 0.1 * noise(1, seed=5)
 
 
 class Nudge(Control):
-    """Adds SHIFT before the chosen calls of the U-Net, and writes down the latents of all of them."""
+    """Add SHIFT before the chosen calls of the U-Net, and record the latents of all calls."""
 
     def __init__(self, *calls: int, amount: float = 1.0) -> None:
         self.calls = calls
@@ -61,7 +61,7 @@ def sampled(pipe: Any, *controls: Control, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", [*KEPT, "karras"])
 def test_a_shift_before_any_step_moves_the_result(name: str, sd_pipe: StableDiffusionPipeline) -> None:
-    """And is what a change of the latents between the steps would be."""
+    """The shift has the same effect as a change of the latents between the steps."""
     set_scheduler(sd_pipe, "dpmpp_2m" if name == "karras" else name)
     if name == "karras":
         config = sd_pipe.scheduler.config
@@ -85,17 +85,17 @@ def test_a_shift_before_any_step_moves_the_result(name: str, sd_pipe: StableDiff
 
 
 def test_the_second_call_of_pndm_moves_what_it_repeats(sd_pipe: StableDiffusionPipeline) -> None:
-    """Its result is the first step's, averaged; the shift arrives there as a shift of the latents behind it."""
+    """PNDM averages the second call into the first step, where the shift becomes a shift of the next latents."""
     set_scheduler(sd_pipe, "pndm")
     watch, small = Nudge(), Nudge(1, amount=1e-3)
     sampled(sd_pipe, watch)
     sampled(sd_pipe, small)
     moved = (small.seen[2] - watch.seen[2]) / 1e-3
     share = (moved * SHIFT).sum() / SHIFT.square().sum()
-    assert 0.8 < share < 1.2  # the rest is what the U-Net makes of it
+    assert 0.8 < share < 1.2  # the rest is the U-Net's reaction to it
 
 
-def test_several_pictures_halves_and_nested_attaches(sd_pipe: StableDiffusionPipeline) -> None:
+def test_several_images_halves_and_nested_attaches(sd_pipe: StableDiffusionPipeline) -> None:
     options = {"latents": noise(2), "num_images_per_prompt": 2}
     with attach(sd_pipe, LAYOUT, [Nudge(1), Nudge(1, 2)]):
         together = draw(sd_pipe, num_inference_steps=STEPS, **options)
@@ -132,7 +132,7 @@ def test_inpainting_keeps_its_other_channels(sd_pipe: StableDiffusionPipeline) -
 @pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, UniPCMultistepScheduler])
 def test_schedulers_that_lose_a_shift_are_refused(kind: Any, sd_pipe: StableDiffusionPipeline) -> None:
     good, bad = sd_pipe.scheduler, kind.from_config(sd_pipe.scheduler.config)
-    message = f"{kind.__name__} does not carry latents that a control moves"
+    message = f"{kind.__name__} would lose a control's shift of the latents"
     with attach(sd_pipe, LAYOUT, Nudge(1)):
         sd_pipe.scheduler = bad
         with pytest.raises(ValueError, match=message):

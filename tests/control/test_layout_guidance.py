@@ -1,4 +1,4 @@
-"""Layout guidance: the published energy, one step of it on two schedulers, per picture, with an early exit."""
+"""Layout guidance: the published energy, one step of it on two schedulers, per image, with an early exit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRONG: dict[str, Any] = {"threshold": 0.0, "scale": 300.0, "end": 0.5, "iterati
 
 
 def given(probabilities: Tensor) -> Any:
-    """Scores of one picture with these probabilities (H,Q,K)."""
+    """Return scores of one image with these probabilities (H,Q,K)."""
     logs = probabilities.log()[None]
     return SimpleNamespace(keys=logs.shape[-1], block=lambda queries: logs[:, :, queries])
 
@@ -65,7 +65,7 @@ def test_published_energy() -> None:
 
 
 def test_a_token_that_nothing_attends_to_counts_no_more_than_its_weight() -> None:
-    """Its share inside is 0 / 0, of a word without a region or of one with."""
+    """Such a word has a share of 0 / 0 inside, whether it has a region or not."""
     layout = Layout("a b c d e f", regions=(Region("a b", (0.0, 0.0, 0.5, 0.5)),))
     bound = BoundGuidance(LayoutGuidance(), BoundRegions(bare_pipe(), [layout], "area"), ("mid",))
     where, layer = context(layout_of_row=(0,), conditional=(True,)), AttentionLayer("mid", True, (4, 4))
@@ -88,7 +88,7 @@ def guided(pipe: Any, *controls: Any, layout: Any = LAYOUT, prompt: Any = PROMPT
 
 
 class Watched(LayoutGuidance):
-    """Writes down every shift."""
+    """Record every shift."""
 
     def bind(self, pipe: Any, layouts: Any) -> Any:
         bound = super().bind(pipe, layouts)
@@ -116,12 +116,12 @@ def test_the_energy_falls_and_attention_moves(kind: str, request: pytest.Fixture
     assert mean[1] > mean[0] + 1e-4
     assert (
         len(after.recorder.records) == 1 and after.recorder.records[0].counts == before.recorder.records[0].counts
-    )  # runs are not looked at
+    )  # runs are not compared
 
 
 @pytest.mark.parametrize("moves", [1, 3])
 def test_one_step_agrees_on_ddim_and_euler(moves: int, sd_pipe: StableDiffusionPipeline) -> None:
-    """From the same point at the same noise level, with one move and with several."""
+    """The shifts are equal from the same latents at the same noise level, for one move and for several."""
     shifts = []
     for kind in (DDIMScheduler, EulerDiscreteScheduler):
         config = sd_pipe.scheduler.config
@@ -135,7 +135,7 @@ def test_one_step_agrees_on_ddim_and_euler(moves: int, sd_pipe: StableDiffusionP
 
 
 def test_one_move_is_that_of_the_gradient(sd_pipe: StableDiffusionPipeline) -> None:
-    """Against finite differences of the energy along the move, and the factor (1 - abar) * scale."""
+    """The shift is compared with finite differences of the energy along it, and has the factor (1 - abar) * scale."""
     guide = Watched(threshold=0.0, scale=50.0, iterations=1, end=0.1)
     energies: list[Tensor] = []
     points: list[Tensor] = []
@@ -168,8 +168,8 @@ def test_one_move_is_that_of_the_gradient(sd_pipe: StableDiffusionPipeline) -> N
     torch.testing.assert_close(slope[0], expected, rtol=0.02, atol=0)
 
 
-def test_pictures_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline) -> None:
-    """Each has its own threshold and its own number of moves."""
+def test_images_do_not_depend_on_their_batch(sd_pipe: StableDiffusionPipeline) -> None:
+    """Each image has its own threshold and its own number of moves."""
     layouts = [LAYOUT, OTHER, Layout("x")]
     start = noise(3)
     options = {"negative_prompt": "a", "guidance_scale": 5.0}
@@ -274,9 +274,9 @@ def test_sites_are_named_by_their_resolution(sd_pipe: Any, sdxl_pipe: Any) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": -1.0}, "scale of LayoutGuidance is at least 0"),
-        ({"threshold": float("nan")}, "threshold of a control is a finite number"),
-        ({"iterations": 1.5}, "iterations of LayoutGuidance are a count"),
+        ({"scale": -1.0}, "scale of LayoutGuidance must be at least 0"),
+        ({"threshold": float("nan")}, "threshold of a control must be a finite number"),
+        ({"iterations": 1.5}, "iterations of LayoutGuidance must be a whole number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
         ({"mask_resize": "round"}, "Unknown mask_resize 'round'"),
     ],
@@ -286,7 +286,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         LayoutGuidance(**options)
 
 
-def test_a_picture_that_comes_to_the_threshold_is_moved_once_more_as_published(
+def test_an_image_that_reaches_the_threshold_is_moved_once_more_as_published(
     sd_pipe: StableDiffusionPipeline,
 ) -> None:
     options = {"scale": 3000.0, "threshold": 0.99, "end": 1.0}  # any energy is below

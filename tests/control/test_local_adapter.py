@@ -20,14 +20,14 @@ MakeAdapter = Callable[..., LocalAdapter]
 
 
 def context(**changes: Any) -> CallContext:
-    """One picture with guidance, in the first of four steps."""
+    """Make the context of one image with guidance, in the first of four steps."""
     return control_helpers.context(**{"num_steps": 4, **changes})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"condition": torch.zeros(3, 64, 64)}, "3 channels but the adapter was made for 1"),
+        ({"condition": torch.zeros(3, 64, 64)}, "3 channels but the adapter takes 1"),
         ({"condition": torch.zeros(64, 64)}, r"condition must be \(C, H, W\)"),
         ({"condition": torch.full((1, 64, 64), 255.0)}, r"condition has values outside \[0, 1\]"),
         ({"condition": torch.full((1, 64, 64), float("nan"))}, "condition has values outside"),
@@ -37,9 +37,9 @@ def context(**changes: Any) -> CallContext:
         ({"start": 0.5, "end": 0.5}, "start < end"),
         ({"end": 1.5}, "start < end <= 1"),
         ({"weight": [1.0, 0.5]}, "2 weights for 4 levels"),
-        ({"weight": [1.0, 0.5, float("nan"), 1.0]}, "weight of a control is a finite number, not nan"),
+        ({"weight": [1.0, 0.5, float("nan"), 1.0]}, "weight of a control must be a finite number, not nan"),
         ({"weight": "1"}, "1 weights for 4 levels"),
-        ({"weight": None}, "weight of a control is a finite number, not None"),
+        ({"weight": None}, "weight of a control must be a finite number, not None"),
     ],
 )
 def test_bad_input_is_named(make_adapter: MakeAdapter, changes: dict[str, Any], message: str) -> None:
@@ -155,7 +155,7 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     for adapter in (xl_adapter, make_adapter(channels=[8, 8, 8, 8])):
         bound = control(adapter).bind(sd_pipe, [Layout("a")])
-        with pytest.raises(ValueError, match="another kind of base"):
+        with pytest.raises(ValueError, match="trained for this kind of base"):
             bound.down_residuals(context())
 
 

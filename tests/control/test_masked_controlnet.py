@@ -1,4 +1,4 @@
-"""A ControlNet behind a mask: with a full one diffusers' own pipeline, with an empty one the base."""
+"""A masked ControlNet: with a full mask it equals diffusers' own pipeline, with an empty mask the base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPT = "a cat, dogs"
 
 
 def controlnet(pipe: Any, seed: int = 0, **config: Any) -> ControlNetModel:
-    """Of the U-Net's shape, its zero convolutions drawn anew."""
+    """Make a ControlNet of the U-Net's shape, with random weights in its zero convolutions."""
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3).eval().requires_grad_(False)
     for parameter in net.parameters():
@@ -74,12 +74,12 @@ def test_guess_mode_is_that_of_the_stock_pipeline(kind: str, guidance_scale: flo
     theirs.set_progress_bar_config(disable=True)
     options = {"guidance_scale": guidance_scale}
     wanted = draw(theirs, image=image, controlnet_conditioning_scale=0.7, guess_mode=True, **options)
-    drawn = {}
+    generated = {}
     for guess_mode in (True, False):
         with attach(pipe, PROMPT, MaskedControlNet(net, image, mask, weight=0.7, guess_mode=guess_mode)):
-            drawn[guess_mode] = draw(pipe, **options)
-    assert_same_draw(drawn[True], wanted)
-    assert (drawn[True] - drawn[False]).abs().max() > 1e-3
+            generated[guess_mode] = draw(pipe, **options)
+    assert_same_draw(generated[True], wanted)
+    assert (generated[True] - generated[False]).abs().max() > 1e-3
     with attach(pipe, PROMPT, MaskedControlNet(net, image, 0 * mask, guess_mode=True)):
         empty = draw(pipe, **options)
     assert torch.equal(empty, draw(pipe, **options))
@@ -115,39 +115,39 @@ def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., Loca
     one, two = (MaskedControlNet(net, image, mask) for net in nets)
     adapter = LocalAdapterControl(make_adapter(), image[:, :1], mask)
     late = MaskedControlNet(nets[0], image, mask, start=0.5)
-    drawn = []
+    generated = []
     for controls in ([], [one], [two], [one, two], [one, adapter], [adapter], [late]):
         with attach(sd_pipe, PROMPT, controls):
-            drawn.append(draw(sd_pipe))
-    for index, found in enumerate(drawn):
-        assert all((found - other).abs().max() > 1e-4 for other in drawn[:index])
+            generated.append(draw(sd_pipe))
+    for index, found in enumerate(generated):
+        assert all((found - other).abs().max() > 1e-4 for other in generated[:index])
     with attach(sd_pipe, PROMPT, one), attach(sd_pipe, PROMPT, two):
-        assert_same_draw(draw(sd_pipe), drawn[3])
+        assert_same_draw(draw(sd_pipe), generated[3])
 
 
-def test_pictures_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
+def test_images_do_not_depend_on_the_batch(sd_pipe: Any) -> None:
     mask = torch.zeros(2, 1, 64, 64)
     mask[0, :, :, :32], mask[1, :, 16:] = 1, 1
     control = MaskedControlNet(controlnet(sd_pipe), condition(2), mask)
     arguments = {"num_inference_steps": 2, "output_type": "latent"}
-    drawn = [
+    generated = [
         torch.stack(
             generate(sd_pipe, [PROMPT, "dogs"], control, [1, 2], paired=True, batch_size=size, **arguments).images
         )
         for size in (1, 2)
     ]
-    assert_same_draw(*drawn)
+    assert_same_draw(*generated)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"condition": torch.zeros(2, 64, 64)}, "2 channels but this ControlNet was made for 3"),
+        ({"condition": torch.zeros(2, 64, 64)}, "2 channels but this ControlNet takes 3"),
         ({"condition": torch.full((3, 64, 64), 2.0)}, "condition has values outside"),
         ({"mask": torch.ones(1, 64, 72)}, "mask is 72x64 pixels but the condition is 64x64"),
         ({"mask_resize": "cubic"}, "Unknown mask_resize 'cubic'"),
         ({"start": 0.5, "end": 0.5}, "start < end"),
-        ({"controlnet": "folder"}, "is a str, not diffusers' ControlNetModel"),
+        ({"controlnet": "folder"}, "is a str, not a diffusers ControlNetModel"),
     ],
 )
 def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str) -> None:
@@ -159,11 +159,11 @@ def test_bad_input_is_named(sd_pipe: Any, changes: dict[str, Any], message: str)
 def test_nets_that_do_not_fit_are_refused(sd_pipe: Any, sdxl_pipe: Any) -> None:
     image, mask = condition(), torch.ones(1, 64, 64)
     with (
-        pytest.raises(ValueError, match="belongs to another base"),
+        pytest.raises(ValueError, match="use a ControlNet made for this base"),
         attach(sd_pipe, PROMPT, MaskedControlNet(controlnet(sdxl_pipe), image, mask)),
     ):
         pass
-    with pytest.raises(ValueError, match="so no mask applies"):
+    with pytest.raises(ValueError, match="so they cannot be masked"):
         MaskedControlNet(controlnet(sd_pipe, global_pool_conditions=True), image, mask)
     with (
         pytest.raises(ValueError, match="3 masks for 2 layouts"),

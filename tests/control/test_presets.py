@@ -48,8 +48,8 @@ def test_how_to_sample_with_them() -> None:
     ("names", "settings", "message"),
     [
         ("dence", {}, "Unknown control 'dence'; choose among bias, dense, .* and none"),
-        ("bias+bias", {}, "bias bias do not go together"),
-        ("bias+none", {}, "do not go together"),
+        ("bias+bias", {}, "bias bias cannot be combined"),
+        ("bias+none", {}, "cannot be combined"),
         ("guidance+spacetime_optimized", {}, "use spacetime with guidance"),
         ("bias", {"strenght": 1}, "has a setting 'strenght'; choose among end, hide_phrases"),
         ("bias", {"dense.decay": 1}, "has a setting 'dense.decay'"),

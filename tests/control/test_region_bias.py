@@ -147,7 +147,7 @@ def test_bias_moves_attention_into_the_region() -> None:
     [
         ({"std": "layer"}, "Unknown std 'layer'"),
         ({"mask_resize": "bilinear"}, "Unknown mask_resize 'bilinear'"),
-        ({"strength": float("nan")}, "strength of a control is a finite number"),
+        ({"strength": float("nan")}, "strength of a control must be a finite number"),
         ({"start": 0.6, "end": 0.5}, "0 <= start < end"),
     ],
 )
@@ -157,7 +157,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_moments_of_the_keys_are_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again for another text, in another call, or where other rows carry the prompt."""
+    """They are computed again for another text, in another call, or for other rows with the prompt."""
     arrays = golden("region_bias")
     bound = RegionBias().bind(bare_pipe(), [scene(arrays)])
     attn, text, computed = layer(arrays), arrays["encoder_hidden_states"], []

@@ -1,4 +1,4 @@
-"""Texts of regions: their own negative prompts, and phrases encoded alone."""
+"""Texts of regions: negative prompts per region, and phrases encoded alone."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_phrases_are_hidden_row_by_row(sd_pipe: StableDiffusionPipeline) -> None
 
 
 def test_space_time_attention_hides_the_phrases_themselves(sd_pipe: StableDiffusionPipeline) -> None:
-    """With no weight outside, the regions alone know of the objects."""
+    """With no weight outside, the objects are encoded in the regions only."""
     rest = replace(LAYOUT, prompt=without_phrases(LAYOUT), regions=())
     seen: list[Tensor] = []
     with attach(sd_pipe, LAYOUT, SpaceTimeAttention(hide_phrases=True, end=0.5)):

@@ -1,4 +1,4 @@
-"""Controls as JSON: every public one comes back with its settings."""
+"""Controls as JSON: every public control is restored with its settings."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_weights_come_back_bit_for_bit() -> None:
 
 def test_an_adapter_is_saved_by_its_place(make_adapter: Callable[..., LocalAdapter], tmp_path: Path) -> None:
     adapter = make_adapter()
-    with pytest.raises(ValueError, match="adapter was loaded from nowhere; call its save_pretrained"):
+    with pytest.raises(ValueError, match="adapter was not loaded from a folder or hub id, .* call its save_pretrained"):
         localctl.LocalAdapterControl(adapter, **IMAGES).to_json()
     adapter.save_pretrained(tmp_path / "adapter")
     adapter = LocalAdapter.from_pretrained(tmp_path / "adapter")
@@ -97,14 +97,14 @@ def test_a_list_of_controls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "describes no control"),
-        ("{}", "describes no control"),
-        ('{"control": "train"}', "names the control 'train', which there is not"),
-        ('{"control": "Layout"}', "names the control 'Layout'"),
-        ('{"control": "Control"}', "names the control 'Control'"),
+        ("[]", "does not describe a control"),
+        ("{}", "does not describe a control"),
+        ('{"control": "train"}', "names 'train', which is not a known control"),
+        ('{"control": "Layout"}', "names 'Layout', which is not a known control"),
+        ('{"control": "Control"}', "names 'Control', which is not a known control"),
         ('{"control": "RegionBias", "strenght": 1}', "no setting 'strenght'; did you mean 'strength'"),
         ('{"control": "RegionBias", "strength": "x"}', "finite number, not 'x'"),
-        ('{"control": "RegionBias", "start": "x"}', "makes no RegionBias"),
+        ('{"control": "RegionBias", "start": "x"}', "does not describe a valid RegionBias"),
         ('{"control": "NegativePrompts"}', "describes a NegativePrompts, not a RegionBias"),
     ],
 )

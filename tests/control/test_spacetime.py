@@ -1,4 +1,4 @@
-"""Space-time attention: both forms of the mix against a direct computation, and what must not change."""
+"""Space-time attention: both forms of the mix against a direct computation, and rows that must not change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCENE = Layout("cat and dogs", regions=REGIONS)
 
 
 def encoded(denoiser: UNet, texts: list[str], arguments: Any) -> Tensor:
-    """(n, 5, 12): a fixed random context of each text, by what it is a photo of."""
+    """Return a fixed random context of each text, (n, 5, 12), seeded by the object that it names."""
     seeds = [TEXTS.index(text.removeprefix("a photo of ")) for text in texts]
     return torch.stack([torch.randn(5, 12, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
@@ -41,14 +41,14 @@ def attn(monkeypatch: pytest.MonkeyPatch) -> Attention:
 
 
 def by_hand(attn: Attention, cells: Tensor, text: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, head by head, and the projection behind it."""
+    """Compute softmax(q k^T / sqrt(d)) v head by head, then the output projection."""
     parts = [part.chunk(2, -1) for part in (attn.to_q(cells), attn.to_k(text), attn.to_v(text))]
     heads = [(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v for q, k, v in zip(*parts, strict=True)]
     return attn.to_out[0](torch.cat(heads, -1))
 
 
 def mixed(control: SpaceTimeAttention, attn: Attention, layout: Any = SCENE, **where: Any) -> tuple[Tensor, ...]:
-    """(output under control, cells, text); by default of two rows, the negative prompt's and the prompt's."""
+    """Return (output under control, cells, text), by default of two rows: negative prompt and prompt."""
     torch.manual_seed(1)
     place = context(**where)
     rows = len(place.conditional)
@@ -114,7 +114,7 @@ def test_every_row_is_mixed_by_its_own_layout(attn: Attention) -> None:
     ("phrase", "prompt", "expected"),
     [
         ("white couch", None, "a photo of white couch"),
-        ("white couch", "the white couch", "a photo of the white couch"),  # as a predicted layout says it
+        ("white couch", "the white couch", "a photo of the white couch"),  # the phrase of a predicted layout
         ("bed", "The  bed", "a photo of The  bed"),
         ("dogs", "two dogs", "a photo of two dogs"),
         ("dogs", "their 3 dogs", "a photo of their 3 dogs"),
@@ -135,8 +135,8 @@ def test_the_published_description_of_a_name(phrase: str | None, prompt: str | N
 def test_the_template_is_what_is_encoded(sd_pipe: StableDiffusionPipeline) -> None:
     whole = Layout(PROMPT, regions=(Region("cat", (0, 0, 1, 1)),))
     with attach(sd_pipe, whole, SpaceTimeAttention(weight=1.0, template="{}")):
-        drawn = draw(sd_pipe)
-    assert_same_draw(drawn, draw(sd_pipe, "cat"))
+        generated = draw(sd_pipe)
+    assert_same_draw(generated, draw(sd_pipe, "cat"))
 
 
 def test_gradients_reach_weights_of_zero_and_of_one(attn: Attention) -> None:
@@ -175,7 +175,7 @@ def test_the_published_discs() -> None:
         assert torch.equal(region.coverage((side, side), "nearest"), expected)
     assert float(region.coverage((100, 200)).mean()) == pytest.approx(3.1416 * 0.04, rel=0.01)
     for bad in ({"centre": (1.2, 0)}, {"centre": (0.5, 0.5), "radius": 0}):
-        with pytest.raises(ValueError, match="of a disc is"):
+        with pytest.raises(ValueError, match="of a disc must be"):
             Region.disc("cat", **bad)
 
 
@@ -187,7 +187,7 @@ SCHEDULERS = {"ddim": DDIMScheduler, "pndm": PNDMScheduler, "euler": EulerDiscre
 def test_a_weight_of_one_step_acts_in_that_step_alone(
     sd_pipe: StableDiffusionPipeline, scheduler: str, steps: int
 ) -> None:
-    """Two layouts, two pictures each, not square: the prompt's rows of one step change, and nothing before it."""
+    """Two layouts with two images each, not square: only the prompt rows of one step change, nothing before it."""
     options = {"skip_prk_steps": True} if scheduler == "pndm" else {}
     sd_pipe.scheduler = SCHEDULERS[scheduler].from_config(sd_pipe.scheduler.config, **options)
     seen: list[Tensor] = []
@@ -230,7 +230,7 @@ def test_zero_is_plain_one_everywhere_is_the_local_text(kind: str, mix: str, req
     assert all(after[name] is before[name] for name in before) and torch.equal(draw(pipe), plain)
 
 
-def test_a_picture_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline) -> None:
+def test_an_image_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline) -> None:
     latents = noise(2)
     with attach(sd_pipe, [LAYOUT, OTHER], SpaceTimeAttention(weight=0.7)):
         both = draw(sd_pipe, [PROMPT, OTHER.prompt], latents=latents)
@@ -241,7 +241,7 @@ def test_a_picture_does_not_depend_on_its_batch(sd_pipe: StableDiffusionPipeline
 
 
 def test_biases_of_other_controls_leave_the_local_texts_alone(sd_pipe: StableDiffusionPipeline) -> None:
-    """With weight 1 everywhere, only the local text is seen, so that a bias on the prompt's words is without effect."""
+    """With weight 1 everywhere, only the local text is attended to, so a bias on words of the prompt has no effect."""
     whole = Layout(PROMPT, regions=(Region("cat", (0, 0, 1, 1)),))
     bias = RegionBias(strength=3.0, outside_strength=1.0)
     with attach(sd_pipe, whole, SpaceTimeAttention(weight=1.0)):
@@ -265,13 +265,13 @@ def test_local_texts_are_encoded_as_prompts(sdxl_pipe: Any) -> None:
     [
         ({"mix": "sum"}, "Unknown mix 'sum'"),
         ({"schedule": "steep"}, "Unknown schedule 'steep'"),
-        ({"template": "a photo"}, "template holds {} once, where the name comes, not 'a photo'"),
-        ({"template": "{} and {}"}, "template holds {} once"),
-        ({"weight": 1.2}, r"lies in \[0, 1\], not 1.2"),
+        ({"template": "a photo"}, "template must hold {} once, in place of the name, not 'a photo'"),
+        ({"template": "{} and {}"}, "template must hold {} once"),
+        ({"weight": 1.2}, r"must lie in \[0, 1\], not 1.2"),
         ({"weight": float("nan"), "mix": "released"}, "finite number"),
         ({"start": 0.5, "end": 0.5}, "0 <= start < end"),
         ({"weights": torch.ones(3)}, "float tensor"),
-        ({"weights": torch.full((3, 2), 1.5)}, 'say mix="released"'),
+        ({"weights": torch.full((3, 2), 1.5)}, 'use mix="released"'),
         ({"weights": torch.full((3, 2), torch.inf), "mix": "released"}, "not finite"),
         ({"weights": ("0", "1")}, "float tensor"),
     ],

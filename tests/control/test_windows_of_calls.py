@@ -21,7 +21,7 @@ PHOTO = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 def places(pipe: Any, **options: Any) -> tuple[list[int], int]:
-    """The outer steps of a call and how many a control is told that there are."""
+    """Return the outer steps of a call, and the number of steps that a control is given."""
     seen: Seen = []
     with attach(pipe, LAYOUT, Watch(seen)):
         pipe(PROMPT, output_type="latent", **options)
@@ -30,7 +30,7 @@ def places(pipe: Any, **options: Any) -> tuple[list[int], int]:
 
 
 def xl_with(pipe: Any, kind: str) -> tuple[Any, dict[str, Any]]:
-    """A pipeline of SDXL's parts that takes ``denoising_end``, and what its calls need."""
+    """Return a pipeline of SDXL's parts that takes ``denoising_end``, and the arguments of its calls."""
     if kind == "text":
         return pipe, {}
     if kind == "controlnet":

@@ -1,4 +1,4 @@
-"""The control of docs/write_your_own_control.md, as the page has it."""
+"""The control of docs/write_your_own_control.md, read from the page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_it_is_saved_and_loaded(page: dict[str, Any], tmp_path: Path) -> None:
     control = page["KeepApart"](amount=3.0)
     path = control.save(tmp_path / "apart.json")
     assert localctl.load_control(path, types=[page["KeepApart"]]) == control
-    with pytest.raises(ValueError, match="names the control 'KeepApart', which there is not; give types="):
+    with pytest.raises(ValueError, match="names 'KeepApart', which is not a known control; give types="):
         localctl.load_control(path)
 
 

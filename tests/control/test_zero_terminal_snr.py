@@ -44,7 +44,7 @@ LARGEST = math.sqrt((1 - SIGNAL_FLOOR) / SIGNAL_FLOOR)
 
 
 def zero_signal(pipe: Any, name: str, spacing: str = "trailing") -> Any:
-    """``pipe`` with this scheduler and no signal at the last timestep."""
+    """Give ``pipe`` this scheduler, with no signal at the last timestep."""
     options: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": spacing}
     options |= {"PNDMScheduler": {"skip_prk_steps": True}, "LCMScheduler": {"original_inference_steps": 8}}.get(
         name, {}

@@ -47,12 +47,12 @@ def bomb():
 
 
 BAD_IMAGES = {
-    "empty file": (lambda: b"", "image not a picture"),
-    "html": (lambda: b"<html><body>404 Not Found</body></html>", "image not a picture"),
+    "empty file": (lambda: b"", "image of unknown format"),
+    "html": (lambda: b"<html><body>404 Not Found</body></html>", "image of unknown format"),
     "truncated jpeg": (lambda: encoded(noise(), "JPEG")[:900], "image damaged"),
     "truncated png": (lambda: encoded(noise(), "PNG")[:2000], "image damaged"),
     "bomb": (bomb, "image too large"),
-    "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image not a picture"),
+    "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image of unknown format"),
 }
 GOOD_MODES = ("CMYK", "P", "LA", "RGBA", "L", "1", "I;16")
 
@@ -169,7 +169,7 @@ def test_broken_folders(folder, tmp_path):
     (root / "004" / "mask.png").unlink()
     data = DataConfig(name="folder", path=str(root), resolution=32, validation_share=0)
     source = open_files(data, ConditionConfig(kind="depth"), "train")
-    reasons = ["caption missing", "caption not UTF-8", "image missing", "condition not a picture", "mask missing"]
+    reasons = ["caption missing", "caption not UTF-8", "image missing", "condition of unknown format", "mask missing"]
     assert [problem(source, i) for i in range(5)] == reasons
     assert source[5].caption == "picture 5"
 
@@ -184,7 +184,7 @@ def test_broken_rows_of_a_table(tmp_path):
     )
     source = open_files(data, ConditionConfig(), "train")
     assert source[0].key == "row 0" and source[0].caption == "fine"
-    assert [problem(source, i) for i in (1, 2, 3)] == ["caption not UTF-8", "image not a picture", "image missing"]
+    assert [problem(source, i) for i in (1, 2, 3)] == ["caption not UTF-8", "image of unknown format", "image missing"]
 
 
 def test_a_table_may_name_files_beside_it_but_no_others(folder, tmp_path):
@@ -305,7 +305,7 @@ def test_bad_rows_are_replaced_alike_in_every_worker_and_after_a_resume(damaged)
     keys = [key for batch in alone for key in batch.keys]
     assert len(keys) == 18 and not {"images/001.png", "images/004.png"} & set(keys)
     met = {(p.key, p.reason) for batch in alone for p in batch.problems}
-    assert met == {("images/001.png", "image not a picture"), ("images/004.png", "caption missing")}
+    assert met == {("images/001.png", "image of unknown format"), ("images/004.png", "caption missing")}
     samples = MaskedSamples(damaged, MaskConfig(), 0)
     stand_ins = {samples[SampleRef(1, epoch)].key for epoch in range(12)}
     assert len(stand_ins) > 1  # not always the same neighbour

@@ -55,7 +55,7 @@ def test_bad_rows_are_counted_with_their_reasons(folder, tmp_path, capsys):
     write_metadata(folder, lines)
     code, out, _ = run(folder, tmp_path, capsys)
     assert code == 0
-    assert "bad rows    3 (2 image not a picture, 1 caption missing)" in out
+    assert "bad rows    3 (2 image of unknown format, 1 caption missing)" in out
     assert "images/003.png: caption missing" in out and "37.5% of the rows are bad" in out
 
 
@@ -95,7 +95,7 @@ def test_captions_and_conditions_that_look_wrong(folder, tmp_path, capsys):
         assert words in out, words
 
 
-def test_masks_are_drawn_where_there_are_none(tmp_path, capsys):
+def test_masks_are_sampled_where_there_are_none(tmp_path, capsys):
     folder = write_imagefolder(tmp_path / "data", 4, masks=False)
     code, out, _ = run(folder, tmp_path, capsys, "mask=circle")
     assert code == 0 and "none in the data" in out and (tmp_path / "preview.png").exists()
@@ -134,16 +134,16 @@ def test_mistakes_end_with_one_sentence_and_code_2(folder, capsys, argv, words):
 def test_what_a_training_would_stop_with_and_say(tmp_path, capsys):
     folder = write_imagefolder(tmp_path / "data", 8, masks=False)
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0")
-    assert "warning: a training would stop: None of the 8 rows" in out and "--validation_steps 0." in out
+    assert "warning: training would stop: None of the 8 rows" in out and "--validation_steps 0." in out
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=0", "--validation_steps", "0")
     assert "would stop" not in out and "8 to train on, 0 for validation" in out
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1e-9")
     assert "7 to train on, 1 for validation" in out and "one is held out for validation: images/" in out
-    assert "no held-out mask has 40 edge pixels" in out
+    assert "no held-out mask contains 40 edge pixels" in out
     share = next(s for s in np.arange(0.01, 1, 0.01) if any(is_held_out(f"images/{i:03}.png", s) for i in range(8)))
     assert "held out for validation: images/" in run(folder, tmp_path, capsys, f"data.validation_share={share}")[1]
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1")
-    assert "a training would stop: None of the 8 rows" in out and "lower it" in out
+    assert "training would stop: None of the 8 rows" in out and "lower it" in out
 
 
 def test_the_default_size_is_named_where_the_base_has_another(tmp_path, capsys):
@@ -161,7 +161,8 @@ def test_a_validation_split_is_read_too(tmp_path, capsys):
     (broken / "images" / "001.png").write_bytes(b"")
     _, out, _ = run(tmp_path / "data", tmp_path, capsys, "data.validation_split=val")
     assert (
-        "4 to train on, 3 for validation" in out and "bad rows    1 (1 image not a picture), in the split 'val'" in out
+        "4 to train on, 3 for validation" in out
+        and "bad rows    1 (1 image of unknown format), in the split 'val'" in out
     )
     code, out, err = run(tmp_path / "data", tmp_path, capsys, "data.validation_split=test")
     assert code == 2 and "Nothing in" in err and "'test'" in err
@@ -173,7 +174,7 @@ def test_what_to_do_about_bad_rows_and_what_is_not_used(tmp_path, capsys):
     lines[0]["text"], lines[1]["file_name"], lines[2]["text"] = None, "images/gone.png", "two\nlines \u2028 and more"
     write_metadata(folder, lines[:6])
     _, out, _ = run(folder, tmp_path, capsys)
-    assert "to do: caption missing: write a caption, or data.caption_column=null" in out
+    assert "to do: caption missing: write a caption, or set data.caption_column=null" in out
     assert "to do: image missing: add the file" in out
     assert "have no line in metadata.jsonl and are not used" in out and (tmp_path / "preview.png").exists()
 
@@ -181,7 +182,7 @@ def test_what_to_do_about_bad_rows_and_what_is_not_used(tmp_path, capsys):
 def test_every_reason_has_a_way_out():
     reasons = ["metadata damaged", "row unreadable", "folder unreadable", "caption too long", "caption unreadable"]
     reasons += [
-        f"image {word}" for word in ("missing", "damaged", "animated", "too large", "unreadable", "not a picture")
+        f"image {word}" for word in ("missing", "damaged", "animated", "too large", "unreadable", "of unknown format")
     ]
     assert all(way_out(reason) for reason in reasons)
     assert (
@@ -200,4 +201,4 @@ def test_marks_of_other_tools_in_captions_are_counted(folder, tmp_path, capsys):
         line["text"] += ", (best quality:1.3)"
     write_metadata(folder, lines)
     _, out, _ = run(folder, tmp_path, capsys)
-    assert "3 captions have marks of other tools ((word:1.3)), which are read as plain letters" in out
+    assert "3 captions have syntax of other tools ((word:1.3)), which is read as text" in out

@@ -1,4 +1,4 @@
-"""Another data set under the same names is told apart; the same one elsewhere is not."""
+"""Another dataset under the same names has another fingerprint; the same dataset elsewhere has not."""
 
 import os
 import shutil
@@ -97,7 +97,7 @@ def test_the_same_content_elsewhere_is_the_same(folder, tmp_path):
 
 
 def test_a_table_without_names(folder, tmp_path):
-    """As on the hub, where rows are called "row 0"."""
+    """Rows without names, as on the hub, have the keys "row 0" and so on."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

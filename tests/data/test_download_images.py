@@ -1,4 +1,4 @@
-"""data/download_images.py: from addresses to photos, and what is not fetched."""
+"""data/download_images.py: photos from URLs, and URLs that are not downloaded."""
 
 import errno
 import hashlib
@@ -61,11 +61,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(content[: len(content) // 2] if self.path == "/half" else content)
-        except OSError:  # the other side has had enough
+        except OSError:  # the client has closed the connection
             return
 
     def drip(self, begin):
-        """Never end, and never keep silent for long."""
+        """Send a response that never ends and never pauses for long."""
         try:
             self.wfile.write(begin)
             while True:
@@ -98,7 +98,7 @@ def fetch(listed, folder, *more):
     return download_images.main(["--list", str(listed), "--output", str(folder), *limits, *more])
 
 
-def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
+def test_urls_become_images_with_a_manifest(server, tmp_path, capsys):
     paths = ("good", "gone", "html", "large", "slow", "private", "half", "moved")
     lines = [f"{server}/{path}\tcaption of {path}" for path in paths] + [
         "file:///etc/hostname\tno",
@@ -112,7 +112,7 @@ def test_addresses_become_pictures_with_a_manifest(server, tmp_path, capsys):
     assert good["sha256"] == hashlib.sha256(content).hexdigest() and good["bytes"] == len(content)
     errors = {url.removeprefix(server): row["error"].split(":")[0] for url, row in rows.items()}
     assert errors == {
-        "/gone": "HTTP 404", "/html": "not a picture", "/large": "too many bytes", "/slow": "no answer",
+        "/gone": "HTTP 404", "/html": "of unknown format", "/large": "too many bytes", "/slow": "no answer",
         "/private": "opted out of machine learning", "/half": "damaged", "/moved": errors["/moved"],
         "file:///etc/hostname": "no http address", "http://127.0.0.1:9/": "no answer",
     }  # fmt: skip
@@ -263,7 +263,7 @@ def test_a_second_call_continues(server, tmp_path, capsys):
     assert Handler.asked["/gone"] == 2 and Handler.asked["/two"] == 1
 
 
-def test_a_manifest_pins_the_pictures(server, tmp_path):
+def test_a_manifest_pins_the_images(server, tmp_path):
     lines = [{"url": f"{server}/good", "text": "a", "sha256": hashlib.sha256(png(picture(3))).hexdigest()},
              {"url": f"{server}/other", "text": "b", "sha256": "0" * 64}]  # fmt: skip
     (tmp_path / "pinned.jsonl").write_text("\n".join(map(json.dumps, lines)))

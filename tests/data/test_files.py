@@ -38,7 +38,7 @@ def source(path, name="imagefolder", condition=COLUMN, split="train", **options)
 
 
 def epochs(files, workers, count=3, batch=3):
-    """The batches of ``count`` epochs, crops and flips and masks as drawn."""
+    """Return the batches of ``count`` epochs, with their sampled crops, flips and masks."""
     steps = count * len(files) // batch
     loader = DataLoader(
         MaskedSamples(files, MaskConfig(), 0),
@@ -121,21 +121,21 @@ def test_columns_can_be_called_otherwise(folder):
     files = source(folder, mask_column="area", key_column="id", **options)
     assert files.key(2) == "2" and files[2].caption == "picture 2"
     assert identities(files[2].mask[None]) == identities(files[2].condition[None]) == [2]
-    drawn = {files.visit(SampleRef(2, epoch), 0).caption for epoch in range(8)}
-    assert drawn == {"picture 2", "other"}  # several captions: one is drawn for each visit
+    captions = {files.visit(SampleRef(2, epoch), 0).caption for epoch in range(8)}
+    assert captions == {"picture 2", "other"}  # several captions: one is sampled for each visit
     assert source(folder, **options).rows.has_masks is False  # the column `mask` may be missing
     assert source(folder, **(options | {"caption_column": None}))[1].caption == ""
     for column in ("image", "conditioning_image", "mask", "caption"):
-        with pytest.raises(ValueError, match=f"'nowhere' .data.{column}_column.; there are area, id, photo, pose"):
+        with pytest.raises(ValueError, match=f"'nowhere' .data.{column}_column.; the columns are area, id, photo"):
             source(folder, **(options | {f"{column}_column": "nowhere"}))
     canny = source(folder, condition=ConditionConfig(), image_column="photo", caption_column="prompt")
-    assert "condition" not in canny.rows.columns  # taken from the picture, no column needed
+    assert "condition" not in canny.rows.columns  # extracted from the image, no column needed
 
 
 def test_the_split_is_by_key_and_survives_growth(tmp_path):
     small, large = write_imagefolder(tmp_path / "a", 12), write_imagefolder(tmp_path / "b", 20)
     lines = read_metadata(large)
-    write_metadata(large, lines[::-1] + lines[:1])  # another order, and a picture listed twice
+    write_metadata(large, lines[::-1] + lines[:1])  # another order, and an image listed twice
 
     def keys(path, split):
         files = source(path, split=split, validation_share=0.3)
@@ -174,14 +174,14 @@ def test_splits_by_folder_and_by_file(tmp_path):
 
 @pytest.mark.parametrize("resolution", [128, (96, 192), (192, 104)])
 @pytest.mark.parametrize("options", [{}, {"center_crop": False}, {"center_crop": False, "random_flip": True}])
-def test_a_drawing_stays_aligned_after_every_geometry(tmp_path, resolution, options):
+def test_image_condition_and_mask_stay_aligned_after_every_geometry(tmp_path, resolution, options):
     canvas = np.zeros((482, 806), np.uint8)
     for rows, columns in (((50, 432), (120, 220)), ((50, 150), (120, 640)), ((220, 310), (120, 450))):
         canvas[slice(*rows), slice(*columns)] = 255  # an F: no mirror image of itself
-    drawing = Image.fromarray(canvas)
-    drawing.convert("RGB").save(tmp_path / "f.png")
-    drawing.resize((403, 241), Image.Resampling.BOX).save(tmp_path / "half.png")
-    drawing.save(tmp_path / "mask.png")
+    letter = Image.fromarray(canvas)
+    letter.convert("RGB").save(tmp_path / "f.png")
+    letter.resize((403, 241), Image.Resampling.BOX).save(tmp_path / "half.png")
+    letter.save(tmp_path / "mask.png")
     line = {"file_name": "f.png", "conditioning_image_file_name": "half.png", "mask_file_name": "mask.png"}
     write_metadata(tmp_path, [line | {"text": "an f"}])
     files = source(tmp_path, resolution=resolution, **options)
@@ -247,7 +247,7 @@ def test_settings_that_make_no_sense(tmp_path):
         ({"validation_share": 2}, "validation_share"),
         ({"max_bad_fraction": -1}, "max_bad_fraction"),
         ({"conditioning_interpolation": "cubic"}, "cubic"),
-        ({"name": "user/data", "path": "x"}, "drop one"),
+        ({"name": "user/data", "path": "x"}, "leave one of them out"),
         ({"random_flip": True}, "never cropped or flipped"),
         ({"resolution": 64}, "128x128"),
     ):
@@ -259,7 +259,7 @@ def test_settings_that_make_no_sense(tmp_path):
         (DataConfig(name="parquet"), "needs data.path"),
         (DataConfig(path=str(tmp_path / "none")), "There is no data at"),
         (config(tmp_path), "no metadata.jsonl"),
-        (config(tmp_path, "folder"), "no folder per example"),
+        (config(tmp_path, "folder"), "no folders of examples"),
         (config(tmp_path, "parquet"), r"no \*.parquet"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -271,7 +271,7 @@ def test_settings_that_make_no_sense(tmp_path):
 
 def test_many_rows_open_quickly_and_alone(tmp_path):
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in range(20_000)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))  # none of the pictures exists: nothing may be opened
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))  # none of the images exists: nothing may be opened
     files = source(tmp_path, condition=ConditionConfig(), validation_share=0.1)
     assert 17_500 < len(files) < 18_500
 

@@ -1,4 +1,4 @@
-"""Folders as people have them: splits by name, hidden folders, images that no list names, lists of other kinds."""
+"""Folders as users have them: splits by name, hidden folders, images in no list, lists of other formats."""
 
 import json
 import os
@@ -161,7 +161,7 @@ def test_an_examples_folder_may_use_any_case_and_extension_and_hold_more(tmp_pat
     source = opened(folders, "folder", condition=ConditionConfig(kind="depth"))
     assert keys(source) == ["000", "001", "002", "003"]
     assert [source[i].caption for i in range(3)] == ["picture 0", "picture 1", "picture 2"]
-    with pytest.raises(ValueError, match="no caption|is no file"):
+    with pytest.raises(ValueError, match="no caption|is not a regular file"):
         source[3]
     assert "1 images lie in" in source.rows.remarks()[0]
 
@@ -258,11 +258,11 @@ def test_a_list_that_is_no_file_or_there_twice(tmp_path):
         opened(tmp_path)
     place = tmp_path / "metadata.jsonl"
     place.mkdir()
-    with pytest.raises(ValueError, match="metadata.jsonl is no file"):
+    with pytest.raises(ValueError, match="metadata.jsonl is not a regular file"):
         opened(tmp_path)
     place.rmdir()
     os.mkfifo(place)
-    with pytest.raises(ValueError, match="metadata.jsonl is no file"):
+    with pytest.raises(ValueError, match="metadata.jsonl is not a regular file"):
         opened(tmp_path)
     place.unlink()
     place.symlink_to(place)
@@ -270,7 +270,7 @@ def test_a_list_that_is_no_file_or_there_twice(tmp_path):
         opened(tmp_path)
     place.unlink()
     place.write_text("\n\n")
-    with pytest.raises(ValueError, match="No row stands in"):
+    with pytest.raises(ValueError, match="is empty; it needs a line per image"):
         opened(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\n")
     with pytest.raises(ValueError, match="both metadata.csv and metadata.jsonl"):
@@ -320,7 +320,7 @@ def test_of_a_small_set_one_example_is_held_out(tmp_path):
     share = min(filter(lambda s: any(is_held_out(n, s) for n in names), (i / 10_000 for i in range(10_000)))) / 2
     train, val = (opened(root, part=part, validation_share=share) for part in ("train", "val"))
     assert (len(train), len(val)) == (14, 1) and not set(keys(train)) & set(keys(val))
-    assert train.note == val.note and "of 15 rows is none, so one is held out" in train.note
+    assert train.note == val.note and "selects none of 15 rows, so one is held out" in train.note
     large = opened(root, validation_share=0.5)
     assert large.note == "" and keys(val)[0] in keys(opened(root, part="val", validation_share=0.5))
     assert held_out(["a"], 0.01) == ([False], "") and held_out(["a", "a#2"], 1e-9)[0] == [False, False]

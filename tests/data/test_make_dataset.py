@@ -1,4 +1,4 @@
-"""data/make_dataset.py: from images to data sets that train."""
+"""data/make_dataset.py: datasets for training from images."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ def test_photos_without_any_caption_are_one_sentence_with_the_way_out(photos, tm
 
 
 @pytest.mark.parametrize("name", ["imagefolder", "folder"])
-def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name):
+def test_a_folder_of_images_becomes_a_dataset(photos, tmp_path, capsys, name):
     masks = tmp_path / "masks"
     (masks / "more").mkdir(parents=True)
     for i, file in enumerate(("a.png", "b.png", "more/a.png")):
@@ -57,7 +57,7 @@ def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name)
     argv = ["--images", str(photos), "--output", str(tmp_path / "out"), "--format", name]
     assert make_dataset.main([*argv, "--masks", str(masks), "--condition", "sobel"]) == 0
     captured = capsys.readouterr()
-    assert "3 examples" in captured.out and "1 caption missing, 1 not a picture" in captured.out
+    assert "3 examples" in captured.out and "1 caption missing, 1 of unknown format" in captured.out
     assert "left out broken.png" in captured.err
     options = {"conditioning_image_column": "sobel"} if name == "imagefolder" else {}
     column = opened(tmp_path / "out", name, "column", **(options or {"conditioning_image_column": "sobel"}))
@@ -71,7 +71,7 @@ def test_a_folder_of_pictures_becomes_a_data_set(photos, tmp_path, capsys, name)
 
 @pytest.fixture
 def many(tmp_path):
-    """A folder as people have them."""
+    """A folder as users have it."""
     root = tmp_path / "many"
     kinds = {"a.JPG": "JPEG", "b.bmp": "BMP", "c.TIFF": "TIFF", "d.gif": "GIF", "e.avif": "AVIF", "f.jfif": "JPEG"}
     kinds |= {"g.jp2": "JPEG2000", "h.pgm": "PPM", ".hidden/i.png": "PNG", "@eaDir/j.png": "PNG", "._a.JPG": "JPEG"}
@@ -112,7 +112,7 @@ def test_odd_files_are_left_out_by_name(photos, tmp_path, capsys):
     assert make_dataset.main(["--images", str(photos), "--output", str(tmp_path / "out"), "--condition", "canny"]) == 0
     captured = capsys.readouterr()
     assert "3 examples" in captured.out
-    for words in ("loop.png", "pipe.png", "two.png: two.txt is no file", "rename it", "240 bytes"):
+    for words in ("loop.png", "pipe.png", "two.png: two.txt is not a regular file", "rename it", "240 bytes"):
         assert words in captured.err, words
 
 
@@ -164,7 +164,7 @@ def test_images_none_of_which_can_be_used_are_an_error_and_leave_nothing_in_the_
     (tmp_path / "photos" / "a.txt").write_text("a")
     argv = ["--images", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
     assert make_dataset.main(argv) == 2
-    assert "None of the 1 images can be used (1 not a picture)." in capsys.readouterr().err
+    assert "None of the 1 images can be used (1 of unknown format)." in capsys.readouterr().err
     picture(0).save(tmp_path / "photos" / "a.png")
     assert make_dataset.main(argv) == 0
 

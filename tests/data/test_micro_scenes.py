@@ -13,12 +13,12 @@ from localctl.micro.scenes import PROFILES, scene
 
 
 def test_an_example_is_the_scene():
-    example, drawn = MicroScenes("val", "basic", 5)[3], scene(3, "basic", "val")
-    assert np.array_equal(np.asarray(to_pil(example.pixels)), drawn.image)
+    example, expected = MicroScenes("val", "basic", 5)[3], scene(3, "basic", "val")
+    assert np.array_equal(np.asarray(to_pil(example.pixels)), expected.image)
     assert torch.equal(example.pixels, to_pixels(to_pil(example.pixels)))
-    assert example.caption == drawn.caption and example.key == "basic-val-3"
-    assert torch.equal(example.condition, extract(ConditionConfig(), drawn.image))
-    assert torch.allclose(example.object_masks, torch.from_numpy(drawn.masks), atol=0.5 / 255 + 1e-6)
+    assert example.caption == expected.caption and example.key == "basic-val-3"
+    assert torch.equal(example.condition, extract(ConditionConfig(), expected.image))
+    assert torch.allclose(example.object_masks, torch.from_numpy(expected.masks), atol=0.5 / 255 + 1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(set(CHANNELS) - {"column"}))
@@ -29,11 +29,11 @@ def test_every_kind_of_condition(kind):
 
 
 def test_exact_conditions_come_from_the_scene():
-    drawn = scene(1)
+    expected = scene(1)
     depth = MicroScenes(condition=ConditionConfig(kind="depth"))[1].condition
-    assert np.allclose(depth[0], drawn.depth, atol=0.5 / 255 + 1e-6)
+    assert np.allclose(depth[0], expected.depth, atol=0.5 / 255 + 1e-6)
     parts = MicroScenes(condition=ConditionConfig(kind="segmentation"))[1].condition
-    assert np.allclose(parts.permute(1, 2, 0) * 255, drawn.segmentation)
+    assert np.allclose(parts.permute(1, 2, 0) * 255, expected.segmentation)
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -1,4 +1,4 @@
-"""The list of bad rows that a run keeps."""
+"""The list of bad rows that a run records."""
 
 import json
 

@@ -11,7 +11,7 @@ from localctl.data.workers import WorkerError, loading
 
 
 class Numbers:
-    """0, 1, 2 ...; ``trouble`` happens at 3."""
+    """Yield 0, 1, 2 ...; call ``trouble`` at 3."""
 
     def __init__(self, trouble=None, count=20):
         self.trouble, self.count = trouble, count

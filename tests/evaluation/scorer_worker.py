@@ -1,4 +1,4 @@
-"""Run by torchrun: takes the statistics that a score is made of over all processes; the first one writes them down."""
+"""Run by torchrun: collect the statistics of a score over all processes; the first process writes them to a file."""
 
 import sys
 from pathlib import Path
@@ -10,18 +10,18 @@ import torch
 from localctl.evaluation.scorer import FrechetScorer
 from localctl.training.settings import EarlyStoppingConfig, TrainSettings
 
-COUNT, SIZE = 7, 2  # the last batch is short, and with two processes one has a batch more
+COUNT, SIZE = 7, 2  # the last batch is short, and one of two processes has one batch more
 
 
-def pictures(indices):
-    """Every picture from its own seed; picture 3 cannot be used."""
+def images_of(indices):
+    """Make every image from its own seed; image 3 is missing."""
     used = [index for index in indices if index != 3]
     images = [np.random.default_rng(index).integers(0, 255, (4, 4, 3), np.uint8) for index in used]
     return [f"{index:06d}" for index in used], np.stack(images)
 
 
 class Means:
-    """An extractor: the three mean colours."""
+    """An extractor of the mean colour, three features."""
 
     name, dim, weights_sha256, preprocessing = "means", 3, "0" * 64, "none"
 
@@ -30,11 +30,11 @@ class Means:
 
 
 def statistics():
-    """Of the seven pictures, over all processes, and how many batches this one extracted."""
+    """Return the statistics of the seven images over all processes, and the number of batches of this process."""
     extractor, seen = Means(), []
     settings = TrainSettings(early_stopping=EarlyStoppingConfig(batch_size=SIZE))
     scorer = FrechetScorer(settings, SimpleNamespace(), extractor, None)
-    made = scorer._statistics(range(COUNT), lambda indices: seen.append(len(indices)) or pictures(indices))
+    made = scorer._statistics(range(COUNT), lambda indices: seen.append(len(indices)) or images_of(indices))
     return made, len(seen)
 
 

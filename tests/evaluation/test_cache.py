@@ -1,4 +1,4 @@
-"""Tables that are measured once, and again when anything they depend on has changed."""
+"""Cached tables: measured once, and again when anything they depend on has changed."""
 
 import json
 import math
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from localctl.evaluation import cache as kept
-from localctl.evaluation.cache import Kept, sha256_of_files
+from localctl.evaluation import cache as module
+from localctl.evaluation.cache import TableCache, sha256_of_files
 from localctl.evaluation.provenance import read_json, write_json
 
 
@@ -19,33 +19,33 @@ def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: py
         made.append(1)
         return {"base": [{"leak": math.nan, "f1": 0.1 + 0.2}, {"leak": 0.0, "f1": 1.0}]}
 
-    keep = Kept(tmp_path)
-    first, again = keep.tables({"seed": 0}, make), keep.tables({"seed": 0}, make)
+    cache = TableCache(tmp_path)
+    first, again = cache.tables({"seed": 0}, make), cache.tables({"seed": 0}, make)
     assert len(made) == 1 and again["base"][0]["f1"] == first["base"][0]["f1"]
     assert list(again["base"][0]) == ["leak", "f1"] and math.isnan(again["base"][0]["leak"])
     assert again["base"][1] == first["base"][1]
-    keep.tables({"seed": 1}, make)
+    cache.tables({"seed": 1}, make)
     assert len(made) == 2
-    monkeypatch.setattr(kept, "versions", lambda: {"torch": "0"})
-    keep.tables({"seed": 0}, make)  # looked up when it was made
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "0"})
+    cache.tables({"seed": 0}, make)  # versions are those of the constructor's time
     assert len(made) == 2
-    other = Kept(tmp_path)
+    other = TableCache(tmp_path)
     other.tables({"seed": 0}, make)
     other.always["code_sha256"] = "another"
     other.tables({"seed": 0}, make)
-    assert len(made) == 4 == len(list(tmp_path.iterdir())) and len(keep.always["code_sha256"]) == 64
+    assert len(made) == 4 == len(list(tmp_path.iterdir())) and len(cache.always["code_sha256"]) == 64
     path = next(iter(tmp_path.iterdir()))
     assert json.loads(path.read_text())["described"]["depends_on"]["seed"] in (0, 1)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{}", '{"tables": [1]}', '{"tables": {"base": {"columns": 3}}}'])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
-    keep = Kept(tmp_path)
-    keep.tables({"seed": 0}, lambda: {"base": [{"f1": 1.0}]})
+    cache = TableCache(tmp_path)
+    cache.tables({"seed": 0}, lambda: {"base": [{"f1": 1.0}]})
     path = next(tmp_path.iterdir())
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"kept measurement {path} (is damaged|is not valid JSON|holds)"):
-        keep.tables({"seed": 0}, lambda: {})
+    with pytest.raises(ValueError, match=f"cached measurement {path} (is damaged|is not valid JSON|holds)"):
+        cache.tables({"seed": 0}, lambda: {})
 
 
 def test_half_a_letter_can_be_written_and_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

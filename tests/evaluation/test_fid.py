@@ -1,4 +1,4 @@
-"""evaluate_fid.py from end to end on a tiny base, and what it does after being killed or given bad input."""
+"""evaluate_fid.py from end to end on a tiny base, after being killed, and with bad input."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve small photos with captions, one of them damaged."""
+    """Write twelve small photos with captions, one of them damaged."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     lines = []
@@ -37,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"photo {i}"}))
-    (folder / "7.png").write_bytes(b"no picture")
+    (folder / "7.png").write_bytes(b"no image")
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -66,7 +66,7 @@ def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of all files but those that say how long it took."""
+    """Read all files except the timings."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "timing"]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
@@ -91,13 +91,13 @@ def test_a_part_of_one_photo_is_no_reference(arguments: list[str], capsys: pytes
     argv = ["ref", *arguments, "part=val", "data.validation_share=1e-9"]
     assert evaluate_fid.main(argv) == 2
     error = capsys.readouterr().err
-    assert "has 1 example" in error and "raise data.validation_share, or take part=train" in error
+    assert "has 1 example" in error and "raise data.validation_share, or set part=train" in error
     assert evaluate_fid.main([*argv, "data.validation_share=0"]) == 2
     error = capsys.readouterr().err
     assert "data.validation_share=0" in error and "--validation_steps" not in error
 
 
-def test_drawing_after_kills_ends_with_the_same_bytes(
+def test_generating_after_kills_ends_with_the_same_bytes(
     arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [*arguments, adapter, "prompts=both"]
@@ -131,10 +131,10 @@ def test_drawing_after_kills_ends_with_the_same_bytes(
     assert after == whole
     calls: list[Any] = []
     monkeypatch.setattr(localctl.evaluation.generated_set, "load_pipeline", lambda *a, **k: calls.append(a))
-    assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # all there: nothing is even loaded
+    assert evaluate_fid.main(["gen", *again]) == 0 and not calls  # complete: nothing is loaded
 
 
-def test_two_kills_change_neither_pictures_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
+def test_two_kills_change_neither_images_nor_scores(arguments: list[str], adapter: str, tmp_path: Path) -> None:
     arguments = [*arguments, adapter, f"reference={tmp_path / 'ref.npz'}"]
     again = [*arguments, f"output_dir={tmp_path / 'again'}"]
     assert evaluate_fid.main(["ref", *arguments, "num_images=100"]) == 0
@@ -166,7 +166,7 @@ def test_processes_share_the_batches(arguments: list[str], tmp_path: Path, monke
     assert counts == [2, 5] and contents(tmp_path / "fid") == one
 
 
-def test_the_speed_of_drawing_is_noted(
+def test_the_speed_of_generating_is_recorded(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate_fid.main(["gen", *arguments]) == 0
@@ -194,7 +194,7 @@ def test_two_processes_measure_as_one(arguments: list[str], adapter: str, tmp_pa
         call = [*command, str(worker), str(tmp_path), *arguments, "num_images=5"]
         subprocess.run(call, check=True, env=environment, timeout=600)
         made.append((Statistics.load(reference), json.loads((folder / "score_micro_clip.json").read_text())))
-    # five pictures in batches of two, of the reference and of two sets
+    # five images in batches of two, of the reference and of two sets
     ranks = [(tmp_path / f"rank_{rank}_of_2.txt").read_text().split() for rank in (0, 1)]
     assert [list(map(int, rank)) for rank in ranks] == [[2, 1, 2, 1, 2, 1], [2, 2, 2]]
     (one, scores), (two, again) = made
@@ -230,7 +230,7 @@ def test_score_says_everything_about_itself(
     assert content["provenance"]["n_fake"] == 5 and content["provenance"]["mask_protocol"]["mask"]["kind"] == "box"
     for name in REQUIRED + FEATURES:
         cut = {**content, "provenance": {k: v for k, v in content["provenance"].items() if k != name}}
-        with pytest.raises(ValueError, match=f"does not say its {name};"):
+        with pytest.raises(ValueError, match=f"does not record its {name};"):
             check_provenance("score", cut)
     first = (tmp_path / "fid" / "with_prompts" / "score_micro_clip.json").read_bytes()
     assert evaluate_fid.main(["score", *arguments]) == 0
@@ -239,12 +239,12 @@ def test_score_says_everything_about_itself(
     problems = [
         (lambda: (images / "000002.png").unlink(), "1 of 5 images in .* are missing .such as 000002.; run gen again"),
         (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "000002.png"), ""),
-        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 images in .* are not known"),
+        (lambda: Image.new("RGB", (SIDE, SIDE)).save(images / "photo.png"), "1 of 5 images in .* are unknown"),
         (lambda: (images / "photo.png").unlink(), ""),
         (lambda: Image.new("RGB", (32, 64)).save(images / "000003.png"), "32x64"),
         (
             lambda: (images / "000003.png").write_bytes(b"cut"),
-            "000003.png is damaged .not a picture.; remove it and run gen again",
+            "000003.png is damaged .of unknown format.; remove it and run gen again",
         ),
     ]
     for damage, message in problems:
@@ -257,7 +257,7 @@ def test_score_says_everything_about_itself(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["drew"], "Say what to do, one of ref, gen, score"),
+        (["drew"], "The command is missing; write one of ref, gen, score"),
         (["ref", "extractor=vgg"], "Unknown feature extractor 'vgg'"),
         (["ref", "num_images=1"], "num_images must be at least 2, not 1"),
         (["ref", "data.path=nowhere"], "There is no data at nowhere"),
@@ -307,19 +307,19 @@ def test_folders_and_adapters_of_other_settings_are_refused(
 def test_a_masked_controlnet_is_a_set_beside_the_others(arguments: list[str], sd_pipe: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = ControlNetModel.from_unet(sd_pipe.unet, conditioning_channels=3)
-    for name, parameter in net.named_parameters():  # its zero convolutions, or it would change nothing
+    for name, parameter in net.named_parameters():  # also its zero convolutions, so that it has an effect
         if "controlnet_" in name and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     net.save_pretrained(tmp_path / "net")
-    drawn = {}
+    generated = {}
     for name, extra in (
         ("base", ()),
         ("full", (f"controlnet={tmp_path / 'net'}", "mask=full")),
         ("box", (f"controlnet={tmp_path / 'net'}",)),
     ):
         assert evaluate_fid.main(["gen", *arguments, f"output_dir={tmp_path / name}", "num_images=2", *extra]) == 0
-        drawn[name] = contents(tmp_path / name / "with_prompts" / "images")
-    assert drawn["base"] != drawn["box"] != drawn["full"] != drawn["base"]
+        generated[name] = contents(tmp_path / name / "with_prompts" / "images")
+    assert generated["base"] != generated["box"] != generated["full"] != generated["base"]
     settings, floor = (
         json.loads((tmp_path / name / "with_prompts" / "settings.json").read_text()) for name in ("box", "base")
     )
@@ -333,7 +333,7 @@ def test_help_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert "num_images=2048" in printed and "evaluate_fid.py gen" in printed
 
 
-def test_masks_of_the_pictures_are_those_of_the_adapter(
+def test_masks_of_the_images_are_those_of_the_adapter(
     arguments: list[str], adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []

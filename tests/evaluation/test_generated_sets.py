@@ -1,4 +1,4 @@
-"""Sets of generated images whose records are damaged; ``test_fid.py`` has those of whole ones."""
+"""Sets of generated images with damaged records; ``test_fid.py`` tests whole sets."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from localctl.evaluation.generated_set import SAID, read_images, read_set, read_speed
+from localctl.evaluation.generated_set import REQUIRED_SETTINGS, read_images, read_set, read_speed
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from localctl.evaluation.generated_set import SAID, read_images, read_set, read_
     [
         ("settings.json", "[]", read_set),
         ("settings.json", "[" * 100_000, read_set),
-        ("settings.json", json.dumps(dict.fromkeys(SAID, "x")), read_set),
+        ("settings.json", json.dumps(dict.fromkeys(REQUIRED_SETTINGS, "x")), read_set),
         ("timing/000000.json", "[]", read_speed),
         ("timing/000000.json", "{}", read_speed),
         ("timing/000000.json", json.dumps({"pictures": 1, "seconds": 0, "processes": 1}), read_speed),
@@ -28,5 +28,5 @@ def test_damaged_records_of_a_set_are_named(tmp_path: Path, name: str, text: str
     (tmp_path / "ids" / "000000.json").write_text(json.dumps({"key": "a", "caption": "a", "seed": 0}))
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{tmp_path}.* (damaged|say|not valid JSON|holds)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (damaged|has no|has num_images|not valid JSON|holds)"):
         read(tmp_path)

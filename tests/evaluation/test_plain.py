@@ -1,4 +1,4 @@
-"""evaluate_quantitative_metrics.py on folders of images that nobody kept records of."""
+"""evaluate_quantitative_metrics.py on folders of images without records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNT = 6
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Photos; others like them; and the photos under noise, of which one has another size and one is broken."""
+    """Write photos, similar photos, and noisy copies of the photos, one of another size and one damaged."""
     made = {name: tmp_path / name for name in ("photos", "near", "noisy")}
     for name, folder in made.items():
         (folder / "deeper").mkdir(parents=True)
@@ -40,7 +40,7 @@ def run(folders: dict[str, Path], out: Path, *flags: str) -> int:
     return evaluate_quantitative_metrics.main([*sets, f"output-dir={out}", *flags])
 
 
-def test_folders_are_compared_and_what_needs_records_is_said(
+def test_folders_are_compared_and_metrics_that_need_records_are_named(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folders, tmp_path / "out") == 0
@@ -77,11 +77,11 @@ def test_mistakes_are_one_sentence(
     cases = (
         (photos, [], "two folders"),
         (photos | {"none": tmp_path / "empty"}, [], "fewer than 2 images"),
-        (photos | {"drawn": tmp_path / "set"}, [], "like with like"),
+        (photos | {"generated": tmp_path / "set"}, [], "give only sets, or only folders"),
         (folders, ["--against", "x"], "no set 'x'"),
         (folders, ["--clip", "none"], "--clip"),
         (folders, ["--extractor", "clip"], "needs weights"),
-        ({"drawn": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
+        ({"generated": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
     )
     for sets, flags, words in cases:
         assert run(sets, tmp_path / "out", *flags) == 2

@@ -14,7 +14,7 @@ def at(value, half=0.05):
 
 
 def colored(image, color):
-    """(n, 2) rows and columns of the pixels of one colour."""
+    """Return the (row, column) of all pixels of one colour, (n, 2)."""
     rgb = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
     return np.argwhere((np.asarray(image) == rgb).all(-1))
 
@@ -44,14 +44,14 @@ def test_ticks_are_round_and_every_interval_is_seen(low, high):
     assert 3 <= len(ticks) <= 8 and all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in ticks)
 
 
-def test_nothing_to_plot_is_said():
-    with pytest.raises(ValueError, match="no figure"):
+def test_nothing_to_plot_is_refused():
+    with pytest.raises(ValueError, match="nothing to plot"):
         bars({"f1": {"a": None}})
     with pytest.raises(ValueError, match="above 0"):
         curves({"a": {0.0: at(1)}}, "x", "y")
 
 
-def test_what_to_install_is_said(monkeypatch):
+def test_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ValueError, match=r'need matplotlib; run `pip install "localctl\[report\]"`'):
         bars({"f1": {"a": at(0.2)}})

@@ -1,4 +1,4 @@
-"""The score of early stopping from the command line: what it is, that it changes nothing, and that a resume agrees."""
+"""The score of early stopping from the command line: its value, no side effects, and the same after a resume."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scorer_worker
 import torch
+from log_helpers import logged
 
 from localctl.cli import evaluate_fid
 from localctl.cli import train as train_adapter
@@ -56,20 +57,20 @@ def scores(folder):
 
 def test_scores_are_the_same_after_a_resume(sd_folder, tmp_path):
     settings = settings_of(sd_folder, tmp_path / "whole")
-    said: list[str] = []
-    assert prepare(settings, say=said.append, scorer=make_scorer(settings)).train().step == 5
+    said = logged()
+    assert prepare(settings, scorer=make_scorer(settings)).train().step == 5
     whole = scores(tmp_path / "whole")
     assert [step for step, _ in whole] == [2, 4] and whole[0][1] != whole[1][1] and min(s for _, s in whole) > 0
     assert (tmp_path / "whole" / "best" / "config.json").exists() and "until frechet_micro_clip" in said[0]
     cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
-    prepare(cut, say=said.append, scorer=make_scorer(cut)).train(stop=lambda step: step == 3)
-    prepare(cut, say=said.append, scorer=make_scorer(cut)).train()
+    prepare(cut, scorer=make_scorer(cut)).train(stop=lambda step: step == 3)
+    prepare(cut, scorer=make_scorer(cut)).train()
     assert scores(tmp_path / "cut") == whole
 
 
-def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
+def test_a_score_is_the_distance_of_the_generated_images_and_changes_nothing(sd_folder, tmp_path, monkeypatch):
     settings = settings_of(sd_folder, tmp_path, early_stopping=replace(CONFIG, scheduler="euler"))
-    run = prepare(settings, say=lambda text: None)
+    run = prepare(settings)
     models, scorer = run.state.models, make_scorer(settings)
     before = [p.detach().clone() for p in models.plain_adapter.parameters()]
     scheduler, random = models.pipe.scheduler, torch.random.get_rng_state()
@@ -82,15 +83,15 @@ def test_a_score_is_the_distance_of_what_is_drawn_and_changes_nothing(sd_folder,
     assert scorer(models, 4) == first
     assert models.pipe.scheduler is scheduler and torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(a, b) for a, b in zip(models.plain_adapter.parameters(), before, strict=True))
-    photos, drawn = np.concatenate(kept[:3]), np.concatenate(kept[3:6])
-    assert len(photos) == len(drawn) == 5 and not np.array_equal(photos, drawn)
-    assert all(np.array_equal(a, b) for a, b in zip(kept[3:6], kept[6:], strict=True))  # the photos are looked at once
+    photos, generated = np.concatenate(kept[:3]), np.concatenate(kept[3:6])
+    assert len(photos) == len(generated) == 5 and not np.array_equal(photos, generated)
+    assert all(np.array_equal(a, b) for a, b in zip(kept[3:6], kept[6:], strict=True))  # the photos are measured once
 
     def gaussian(images):
         features = extract(scorer.extractor, images).double().numpy()
         return features.mean(0), np.cov(features, rowvar=False)
 
-    assert first == pytest.approx(frechet_distance(*gaussian(photos), *gaussian(drawn)), rel=1e-6)
+    assert first == pytest.approx(frechet_distance(*gaussian(photos), *gaussian(generated)), rel=1e-6)
     with torch.no_grad():
         for parameter in models.plain_adapter.parameters():
             parameter.mul_(5)

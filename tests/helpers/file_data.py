@@ -1,4 +1,4 @@
-"""Small data sets on disk, the same examples in every format."""
+"""Small datasets on disk, the same examples in every format."""
 
 from __future__ import annotations
 

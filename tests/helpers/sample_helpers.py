@@ -1,4 +1,4 @@
-"""Pictures that ``sample.py`` has written."""
+"""Images that ``sample.py`` has written, and its refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAIN = ["--prompt", "a b", "--base", "base", *QUICK]  # in the folder of the fi
 
 
 def pixels(folder: str | Path) -> dict[str, np.ndarray]:
-    """By the name of their file; without the contact sheets."""
+    """Read the images of a folder, by file name; without the contact sheets."""
     return {path.name: np.asarray(Image.open(path)) for path in sorted(Path(folder).glob("*_seed*.png"))}
 
 
@@ -32,7 +32,7 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 def refused_early(
     argv: Sequence[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Assert that ``sample.py`` says one sentence that ``message`` matches, and has not loaded the base by then."""
+    """Assert that ``sample.py`` prints one sentence that ``message`` matches, before it loads the base."""
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was loaded")

@@ -33,8 +33,8 @@ def tiny_settings(base: Path, output_dir: Path, **changes: Any) -> TrainSettings
     return TrainSettings(**(options | changes))
 
 
-def silent_run(settings: TrainSettings, said: list[str] | None = None):
-    return prepare(settings, say=(said if said is not None else []).append)
+def silent_run(settings: TrainSettings):
+    return prepare(settings)
 
 
 def loss_log(folder: Path) -> list[dict[str, Any]]:

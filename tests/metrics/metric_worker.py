@@ -1,4 +1,4 @@
-"""What two processes see of the metrics' samples, one of them nothing of some: run by torchrun, or imported.
+"""Split the samples of metrics over two processes, one without samples of some: run by torchrun, or imported.
 
 torchrun --standalone --nproc_per_node 2 tests/metrics/metric_worker.py FILE
 """
@@ -18,7 +18,7 @@ from localctl.metrics.inside import EdgeScore, SSIMInside
 from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.statistics import FeatureStatistics
 
-COUNT, DIM = 41, 12  # odd: nobody may be seen twice
+COUNT, DIM = 41, 12  # odd: no sample may be counted twice
 
 
 def features() -> tuple[np.ndarray, list[str]]:
@@ -62,7 +62,7 @@ def main(file: Path) -> None:
     parts = ((slice(0, 30), slice(0, 0)), (slice(30, None), slice(0, None)))[rank]
     found = results(parts)
     if rank == 0:
-        file.write_text(json.dumps(found))  # NaN stays NaN, floats keep every digit
+        file.write_text(json.dumps(found))  # JSON keeps NaN, and every digit of floats
     distributed.barrier()
     distributed.destroy_process_group()
 

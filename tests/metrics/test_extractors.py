@@ -1,4 +1,4 @@
-"""Extractors: known by their weights, in eval and float32 whatever happens, and sound as measuring instruments."""
+"""Extractors: identified by their weights, always in eval mode and float32, and sound as instruments."""
 
 import os
 import shutil
@@ -63,12 +63,12 @@ def test_resizing_a_checkerboard_neither_aliases_nor_shifts() -> None:
 def test_a_module_stays_in_eval_and_float32() -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten())
     extractor = ModuleExtractor(module.half().train(), "tiny", 16, 16, "ab")
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
-    first = extractor(pictures)
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    first = extractor(images)
     assert first.shape == (3, 16) and first.dtype == torch.float32
     module.train()
-    assert torch.equal(extractor(pictures), first) and not module[1].running_mean.any()
-    torch.testing.assert_close(extractor(pictures[1:2]), first[1:2])
+    assert torch.equal(extractor(images), first) and not module[1].running_mean.any()
+    torch.testing.assert_close(extractor(images[1:2]), first[1:2])
     assert describe(extractor)["extractor"] == "tiny" and "antialias" in describe(extractor)["preprocessing"]
 
 
@@ -83,12 +83,12 @@ def test_clip_score_is_the_cosine_and_knows_whose_caption_it_is(clip: Clip, imag
     assert matched.per_sample()[0, 0] == pytest.approx(by_hand, abs=100 * rounding(depth(clip.model)))
 
 
-def test_clip_score_takes_pictures_of_any_layout(clip: Clip, images: np.ndarray) -> None:
+def test_clip_score_takes_images_of_any_layout(clip: Clip, images: np.ndarray) -> None:
     one = images[0]
     scores = []
-    for picture in (one, one.transpose(2, 0, 1), torch.from_numpy(one) / 255, torch.from_numpy(one)[None]):
+    for image in (one, one.transpose(2, 0, 1), torch.from_numpy(one) / 255, torch.from_numpy(one)[None]):
         metric = CLIPScore(clip)
-        metric.update(picture, "a red circle")
+        metric.update(image, "a red circle")
         scores.append(metric.compute()["clip_score"])
     assert max(scores) - min(scores) < 100 * rounding(depth(clip.model))
 
@@ -126,7 +126,7 @@ def test_efficientnet_pads_as_tensorflow_and_loads_the_published_weights(images:
     assert 0 < near < far / 3
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Unknown feature extractor 'vgg'; choose one of micro_clip"):
         load_extractor("vgg")
     with pytest.raises(ValueError, match="needs weights"):
@@ -140,7 +140,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch-fidelity itself is not needed here: only what we hand it and make of its answer."""
+    """torch-fidelity is replaced: only its input and the use of its output are tested."""
     built: list[tuple[Any, ...]] = []
 
     class Inception(nn.Module):
@@ -167,7 +167,7 @@ def test_inception_is_known_by_its_weights(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(localctl.metrics.extractors, "download_url_to_file", unreachable)
     monkeypatch.setattr(localctl.metrics.extractors, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(ValueError, match="cannot be fetched from .* put the file at"):
+    with pytest.raises(ValueError, match="cannot be downloaded from .* put the file at"):
         load_extractor("fid")
     monkeypatch.setattr(localctl.metrics.extractors, "INCEPTION_SHA256", sha256(file))
     extractor = load_extractor("fid", file)

@@ -14,7 +14,7 @@ from localctl.metrics.inside import EdgeScore, SSIMInside, ssim_inside
 SIZE = (40, 60)
 
 
-def pictures(count: int, seed: int = 0, share: float = 0.05) -> np.ndarray:
+def edge_maps(count: int, seed: int = 0, share: float = 0.05) -> np.ndarray:
     return (np.random.default_rng(seed).random((count, *SIZE)) < share).astype(np.uint8) * 255
 
 
@@ -25,7 +25,7 @@ def half(count: int) -> np.ndarray:
 
 
 def test_edge_scores_are_those_of_the_function() -> None:
-    prediction, target, mask = pictures(3), pictures(3, 1), half(3)
+    prediction, target, mask = edge_maps(3), edge_maps(3, 1), half(3)
     metric = EdgeScore(tolerance_px=1.5)
     metric.update(prediction, target, mask)
     for row, images in zip(metric.per_sample(), zip(prediction, target, mask, strict=True), strict=True):
@@ -35,12 +35,12 @@ def test_edge_scores_are_those_of_the_function() -> None:
 
 
 def test_scores_fall_monotonically_with_damage() -> None:
-    target = pictures(4)
-    drawn, noise = np.random.default_rng(1).random(target.shape), pictures(4, 2)
+    target = edge_maps(4)
+    chance, noise = np.random.default_rng(1).random(target.shape), edge_maps(4, 2)
     rows = []
     for share in (0.0, 0.2, 0.5, 0.9):
         edges, similarity = EdgeScore(), SSIMInside()
-        damaged = np.where(drawn < share, noise, target)
+        damaged = np.where(chance < share, noise, target)
         edges.update(damaged, target, half(4))
         similarity.update(damaged, target, half(4))
         rows.append((edges.compute()["f1"], similarity.compute()["ssim"]))
@@ -49,7 +49,7 @@ def test_scores_fall_monotonically_with_damage() -> None:
 
 
 def test_samples_without_edges_or_mask_are_counted() -> None:
-    target, mask = pictures(3), half(3)
+    target, mask = edge_maps(3), half(3)
     target[0], mask[1] = 0, 0
     edges, similarity = EdgeScore(), SSIMInside()
     edges.update(target, target, mask)
@@ -58,13 +58,13 @@ def test_samples_without_edges_or_mask_are_counted() -> None:
     assert similarity.compute()["undefined_ssim"] == 1 and math.isnan(similarity.per_sample()[1, 0])
 
 
-def test_similarity_of_the_whole_picture_is_the_usual_one() -> None:
+def test_similarity_of_the_whole_image_is_the_usual_one() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.random((2, *SIZE))
     usual = kornia.metrics.ssim(*(torch.from_numpy(v)[None, None] for v in (x, y)), window_size=11)[0, 0].numpy()
     mask = np.ones(SIZE, bool)
     inner = np.zeros(SIZE, bool)
-    inner[5:-5, 5:-5] = True  # beyond it, windows leave the picture
+    inner[5:-5, 5:-5] = True  # beyond it, windows extend outside the image
     mine = ssim_inside(x, y, mask) * mask.sum()
     border = mine - usual[inner].sum()
     assert abs(border / (~inner).sum() - usual[~inner].mean()) < 0.05

@@ -1,4 +1,4 @@
-"""Regions, relations and leak: drawn shapes with known answers, and the embedded base's own reader on true scenes."""
+"""Regions, relations and leak: shapes with known answers, and the reader of micro scenes on true scenes."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ IMAGE = np.zeros((100, 100, 3), np.uint8)
 
 
 def finds(*found: Found) -> Any:
-    """A detector that always finds the same."""
+    """A detector that always returns the same objects."""
     return lambda image, labels: list(found)
 
 
@@ -39,12 +39,12 @@ def test_the_order_of_detections_is_irrelevant() -> None:
     found = [Found("cat", (4, 0, 14, 10)), Found("cat", (0, 0, 9, 10)), Found("bird", (50, 50, 60, 60))]
     for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
         assert best_matches(wanted, [found[i] for i in order]) == [0.9, pytest.approx(2 / 3), None]
-    # One detection serves one region: the one it fits best.
+    # A detection is assigned to one region: the one with the best match.
     assert best_matches(wanted[:2], found[:1]) == [None, pytest.approx(2 / 3)]
     assert best_matches([], found) == [] and best_matches(wanted, []) == [None] * 3
 
 
-def test_what_is_not_found_is_zero_and_said() -> None:
+def test_objects_that_are_not_found_count_as_zero() -> None:
     metric = RegionAccuracy(finds(Found("cat", (0, 0, 10, 10))))
     metric.update(IMAGE, [Found("cat", (0, 0, 10, 10)), Found("dog", (0, 0, 10, 10))])
     assert metric.compute() == {
@@ -86,7 +86,7 @@ def test_a_relation_needs_two() -> None:
     assert pair.per_sample().tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_leak_is_what_the_base_does_not_draw_anyway() -> None:
+def test_leak_is_what_the_base_does_not_generate_anyway() -> None:
     hidden = [Found("circle", (0, 0, 10, 10)), Found("star", (50, 50, 60, 60))]
     seen: list[Sequence[str]] = []
 
@@ -117,8 +117,8 @@ def test_pipelines_of_transformers_are_detectors(task: str) -> None:
     calls: list[dict[str, Any]] = []
 
     class Pipeline:
-        def __call__(self, picture: Any, **options: Any) -> list[dict[str, Any]]:
-            assert picture.size == (100, 100)
+        def __call__(self, image: Any, **options: Any) -> list[dict[str, Any]]:
+            assert image.size == (100, 100)
             calls.append(options)
             return [{"label": "cat", "score": 0.7, "box": {"xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4}}]
 
@@ -161,7 +161,7 @@ def test_without_a_detector_the_reader_of_micro_scenes_is_meant_for_one_version(
 
 
 def test_metrics_and_photos_load_no_micro() -> None:
-    """Nothing that measures photos loads the toy base, its scenes or their reader."""
+    """Measuring photos does not load the embedded base, its scenes or their reader."""
     modules = [f"localctl.metrics.{path.stem}" for path in Path(metrics.__file__).parent.glob("[a-z]*.py")]
     modules += ["localctl.evaluation.plain", "localctl.evaluation.compare", "localctl.evaluation.fid"]
     code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted(sys.modules))"

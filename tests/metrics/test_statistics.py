@@ -1,4 +1,4 @@
-"""Statistics of features depend on the set alone; every metric survives what metrics go through."""
+"""Statistics of features depend on the set only; metrics can be copied, pickled, reset and synchronised."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def test_small_sets_are_warned_about_with_their_own_halves() -> None:
     assert distances(many, many).warnings == ()
 
 
-def test_few_pictures_strange_features_and_other_extractors_are_errors() -> None:
+def test_few_images_strange_features_and_other_extractors_are_errors() -> None:
     rows = np.random.default_rng(0).normal(size=(8, 3))
     with pytest.raises(ValueError, match="at least 2 images on each side, not"):
         distances(statistics(rows), statistics(rows[:1]))

@@ -6,7 +6,7 @@ import pytest
 
 from localctl.micro.detect import classify_shape, detect
 from localctl.micro.scenes import scene
-from localctl.micro.shapes import BACKGROUNDS, COLORS, SHAPES, draw_mask
+from localctl.micro.shapes import BACKGROUNDS, COLORS, SHAPES, shape_mask
 
 
 def painted(*objects: tuple[np.ndarray, tuple[int, int, int]], background: str = "gray") -> np.ndarray:
@@ -23,25 +23,25 @@ def rounded(mask: np.ndarray, sigma: float) -> np.ndarray:
 @pytest.mark.parametrize("angle", [-12, 0, 12])
 @pytest.mark.parametrize("inner", [0.45, 0.55, 0.6])
 def test_a_star_with_rounded_thick_arms_is_a_star(inner, angle):
-    star = rounded(draw_mask("star", (60, 64), 26, angle, 128, inner), 2.5)
+    star = rounded(shape_mask("star", (60, 64), 26, angle, 128, inner), 2.5)
     assert [o.phrase for o in detect(painted((star, COLORS["blue"]))).objects] == ["blue star"]
 
 
 @pytest.mark.parametrize("inner", [0.35, 0.45, 0.55])
 def test_a_ring_of_any_band_is_a_ring(inner):
-    ring = draw_mask("ring", (60, 64), 18, 0, 128, inner)
+    ring = shape_mask("ring", (60, 64), 18, 0, 128, inner)
     assert [o.phrase for o in detect(painted((ring, COLORS["red"]))).objects] == ["red ring"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_with_rounded_corners(shape):
     for angle in (-12, 5):
-        assert classify_shape(rounded(draw_mask(shape, (64, 64), 26, angle, 128), 2.0))[0] == shape
+        assert classify_shape(rounded(shape_mask(shape, (64, 64), 26, angle, 128), 2.0))[0] == shape
 
 
 @pytest.mark.parametrize("shape", ["ring", "cross", "square", "star"])
 def test_an_object_of_two_colours_is_one_object(shape):
-    mask = draw_mask(shape, (64, 64), 28, 0, 128)
+    mask = shape_mask(shape, (64, 64), 28, 0, 128)
     left, right = mask.copy(), mask.copy()
     left[:, 72:], right[:, :72] = 0, 0
     found = detect(painted((left, COLORS["green"]), (right, COLORS["blue"]))).objects
@@ -50,7 +50,7 @@ def test_an_object_of_two_colours_is_one_object(shape):
 
 
 def test_two_objects_that_touch_stay_two():
-    circle, square = draw_mask("circle", (40, 64), 22, 0, 128), draw_mask("square", (82, 64), 26, 0, 128)
+    circle, square = shape_mask("circle", (40, 64), 22, 0, 128), shape_mask("square", (82, 64), 26, 0, 128)
     found = detect(painted((circle, COLORS["red"]), (square, COLORS["cyan"]), background="black")).objects
     assert sorted(o.phrase for o in found) == ["cyan square", "red circle"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from localctl.micro.detect import detect
 from localctl.micro.scenes import PROFILES, RELATIONS, SIZE, SPLITS, holds, scene
-from localctl.micro.shapes import BACKGROUNDS, COLORS, SHAPES, draw_mask
+from localctl.micro.shapes import BACKGROUNDS, COLORS, SHAPES, shape_mask
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -77,7 +77,7 @@ def test_rich_scenes_overlap_count_and_have_textures() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_are_antialiased_and_scale(shape: str) -> None:
-    small, large = draw_mask(shape, (64, 64), 15, 5, 128), draw_mask(shape, (64, 64), 30, 5, 128)
+    small, large = shape_mask(shape, (64, 64), 15, 5, 128), shape_mask(shape, (64, 64), 30, 5, 128)
     assert ((small > 0) & (small < 1)).any()
     assert large.sum() / small.sum() == pytest.approx(4, rel=0.03)
 

@@ -10,7 +10,7 @@ from localctl.diffusion import round_trip
 from localctl.micro.scenes import scene
 from localctl.pipelines import MICRO_WEIGHTS
 from research.micro_base.clip import retrieval_top1
-from research.micro_base.report import vae_figures
+from research.micro_base.measure import vae_figures
 
 LIMIT = 40 * 10**6
 

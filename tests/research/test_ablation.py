@@ -1,4 +1,4 @@
-"""The ablation: rows change one thing, results are made once and go on after a stop, and figures are what they say."""
+"""The ablation: each row changes one setting, results are measured once, runs resume, and figures are correct."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def value(settings, key):
     return settings
 
 
-def test_every_row_is_an_experiment_that_changes_what_it_says():
+def test_every_row_is_an_experiment_that_changes_what_its_title_names():
     assert set(CHANGES) == set(ROWS)
     files = {path.stem.removeprefix("ablation_") for path in (CONFIG_DIR / "experiment").glob("ablation_*.yaml")}
     assert files == set(ROWS)
@@ -116,7 +116,7 @@ def stop_at(name, generated):
 
 
 def test_a_sweep_and_a_training_that_is_not_finite_which_stops_no_other(sd_folder, tmp_path, monkeypatch):
-    def fail(settings, say):
+    def fail(settings):
         raise NotFiniteError("The loss is not finite at step 1")
 
     sweep = ("--sweep_weights", "0.5", "--sweep_schedules", "snr", "--sweep_normalise", "map", "--sweep_steps", "1")
@@ -203,7 +203,7 @@ def test_seeds_that_differ_widen_the_interval():
     assert interval(resampler.means(np.full((1, 100), np.nan)), 100) is None
 
 
-def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
+def test_the_sweep_chooses_the_best_setting_that_is_not_worse(tmp_path):
     def loss(weight, schedule="constant"):
         return {"weight": weight, "schedule": schedule, "normalise": "map"}
 
@@ -226,7 +226,7 @@ def test_the_sweep_picks_the_best_that_draws_no_worse(tmp_path):
     assert "page/sweep_f1.png" in text and (tmp_path / "page" / "sweep_frechet_micro_clip.png").is_file()
     content = json.loads((tmp_path / "page" / "a.json").read_text())
     for changed, words in (
-        ({"provenance": {}}, "does not say its metrics"),
+        ({"provenance": {}}, "does not record its metrics"),
         ({"asked": {"protocol": {"count": 2}}}, "measured in different ways"),
     ):
         (tmp_path / "page" / "a.json").write_text(json.dumps(content | changed))

@@ -19,10 +19,11 @@ from localctl.layout import Layout
 from localctl.masks import MaskConfig
 from localctl.micro.scenes import scene
 from research import harness
-from research.control_share import Case, cases, compare, main, reproduced, sample_all
+from research.control_share.__main__ import main
+from research.control_share.study import Case, cases, compare, reproduced, sample_all
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
-from research.micro_base.report import FLOORS, match_objects, reader_figures, table, vae_figures
+from research.micro_base.measure import FLOORS, match_objects, reader_figures, table, vae_figures
 from research.micro_base.unet import new_unet
 from research.micro_base.vae import new_vae
 
@@ -75,8 +76,8 @@ def test_the_scene_itself_is_full_control_and_the_base_none(chosen: list[Case]) 
 def test_a_copy_of_the_whole_scene_leaks_and_a_masked_one_does_not(chosen: list[Case]) -> None:
     truth = np.stack([case.item.image for case in chosen])
     masked = truth.copy()
-    for picture, case in zip(masked, chosen, strict=True):
-        picture[~case.inside] = np.median(picture.reshape(-1, 3), axis=0)
+    for image, case in zip(masked, chosen, strict=True):
+        image[~case.inside] = np.median(image.reshape(-1, 3), axis=0)
     copied = compare("copy", chosen, empty(truth), truth, truth).leak
     clean = compare("masked", chosen, empty(truth), truth, masked).leak
     assert copied is not None and copied.value > 0.95

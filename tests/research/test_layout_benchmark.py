@@ -1,4 +1,4 @@
-"""The layout benchmark: cases are held out and say what they mean, results are made once, gates are what they say."""
+"""The layout benchmark: cases are held out and unambiguous, results are measured once, and gates are correct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from localctl.cli.sample_regions import Sampling
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
@@ -21,6 +20,7 @@ from localctl.files import sha256
 from localctl.layout import Layout, Region
 from localctl.micro.scenes import scene
 from localctl.pipelines import load_pipeline
+from localctl.sampling_settings import Sampling
 from research.harness import Result
 from research.layout_benchmark.__main__ import main
 from research.layout_benchmark.attention import KINDS, attention_of, token_kinds
@@ -71,7 +71,7 @@ def _moved(region: Region) -> Region:
 
 
 def test_binding_is_colour_and_shape_on_one_object() -> None:
-    """Swapped colours: both colours and both shapes are there, but on each other."""
+    """With swapped colours, both colours and both shapes are there, but in the wrong pairs."""
     item = next(s for i in range(200) if len((s := scene(i, "basic", "test")).objects) == 2 and _differ(s))
     (a, b), boxes = item.objects, [tuple(v / 128 for v in o.box) for o in item.objects]
 
@@ -90,7 +90,7 @@ def _differ(item: Any) -> bool:
     return first.color != second.color and first.shape != second.shape
 
 
-def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
+def test_methods_are_labeled_as_for_compare_and_grids_cover_all() -> None:
     found = methods(METHODS, ["bias.strength=0.7"], "micro")
     assert [m.name for m in found] == ["none", "none ddpm 4", *METHODS[1:]] and found[0].controls == ()
     own, fixed = Sampling("ddpm", 4.0), Sampling("euler")
@@ -122,7 +122,7 @@ def test_methods_are_those_of_compare_and_grids_cover_all() -> None:
     assert any(isinstance(c, DenseModulation) and c.rest == "segment" for m in tuned for c in m.controls)
     assert len({m.name for m in tuned}) == len(tuned)
     json.dumps([m.described() for m in tuned])
-    for grid, message in ((["scale=1"], "no axis of a grid"), (["bias.scale=1"], "no setting 'scale'")):
+    for grid, message in ((["scale=1"], "not an axis of a grid"), (["bias.scale=1"], "no setting 'scale'")):
         with pytest.raises(ValueError, match=message):
             grids(["bias"], grid, "micro")
     with pytest.raises(ValueError, match="no control 'biass' to tune"):
@@ -155,7 +155,7 @@ def test_gates_are_gains_over_plain_with_two_regions_and_a_fair_distance() -> No
     assert ranked(figures) == ["guidance", "bias", "none", "dense"]
     pairs = [result("bias+dense", [[0, 0]] * 100, counts), result("bias+guidance", [[1, 1]] * 100, counts)]
     assert Figures({r.name: r for r in (plain, *pairs)}).several == ["bias+guidance", "bias+dense"]
-    with pytest.raises(ValueError, match="no result of plain sampling"):
+    with pytest.raises(ValueError, match="Plain sampling has no result"):
         Figures({"bias": weak})
 
 
@@ -227,7 +227,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
     for path in folder.glob("*.json"):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "asked": {**content["asked"], "reader": before["asked"]["reader"]}}))
-    for path in (folder / "bias.json", work / "bias" / "drawn.json"):  # as if a setting had come up since
+    for path in (folder / "bias.json", work / "bias" / "drawn.json"):  # as if a setting had been added since
         content = json.loads(path.read_text())
         del content.get("asked", content)["controls"][0]["std"]
         path.write_text(json.dumps(content))
@@ -239,7 +239,7 @@ def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys
 
 def test_a_damaged_or_foreign_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no result of the layout benchmark"):
+    with pytest.raises(ValueError, match="is not a result of the layout benchmark"):
         read_figures(tmp_path)
 
 
@@ -262,7 +262,7 @@ def test_tuning_uses_other_layouts_and_names_the_best(tmp_path: Path, capsys: py
         (["--methods", "biass"], "Unknown control 'biass'"),
         (["--layouts", "1"], "layouts must be at least 2"),
         (["--seeds", "1", "1"], "seeds must be different"),
-        (["--grid", "bias.strength=1"], "give --tune"),
+        (["--grid", "bias.strength=1"], "add --tune"),
         (["--report", "page"], "call it page.md"),
         (["--device", "gpu7"], "device 'gpu7' cannot be used"),
         (["--tune", "biass"], "no control 'biass' to tune"),
@@ -290,9 +290,9 @@ def test_kinds_of_tokens_and_attention_inside() -> None:
     assert kinds[:, KINDS.index("phrases")].sum() >= 2
     options = {"num_inference_steps": 1}
     plain = attention_of(pipe, [layout], (), 0, **options)
-    drawn_in = attention_of(pipe, [layout], (RegionBias(strength=2.0, outside_strength=1.0),), 0, **options)
+    biased = attention_of(pipe, [layout], (RegionBias(strength=2.0, outside_strength=1.0),), 0, **options)
     assert sum(plain[kind] for kind in KINDS) == pytest.approx(1)
-    assert plain["area"] == pytest.approx(0.25) and drawn_in["inside"] > plain["inside"] + 0.1
+    assert plain["area"] == pytest.approx(0.25) and biased["inside"] > plain["inside"] + 0.1
 
 
 def test_cost_tells_slow_from_fast_and_large_from_small() -> None:

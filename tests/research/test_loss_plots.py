@@ -1,4 +1,4 @@
-"""The pictures of the loss show what the loss computes."""
+"""The plots of the loss show what the loss computes."""
 
 from dataclasses import replace
 from typing import Any
@@ -38,13 +38,13 @@ def example() -> Example:
 
 
 def of_truth(example: Example, alphas: torch.Tensor) -> Prediction:
-    """As if the U-Net knew the noise."""
+    """Return a prediction as if the U-Net knew the noise."""
     latents = noise((4, 8, 8), 1, "latents").expand(3, -1, -1, -1)
     sample = add_noise(latents, noise(latents.shape, 2, "noise"), torch.tensor(TIMESTEPS), alphas)
     return Prediction(example, sample, sample.noise, alphas, "epsilon")
 
 
-def test_prediction_is_the_unets_of_one_picture_at_every_timestep(sd_pipe: Any, example: Example) -> None:
+def test_prediction_is_the_unets_for_one_image_at_every_timestep(sd_pipe: Any, example: Example) -> None:
     together = predict(sd_pipe, example, TIMESTEPS)
     alone = predict(sd_pipe, example, TIMESTEPS[1:2])
     assert torch.equal(together.sample.noise[0], together.sample.noise[2])
@@ -64,7 +64,7 @@ def test_an_adapter_speaks_through_its_mask(sd_pipe: Any, make_adapter: Any, exa
     assert torch.equal(nowhere.output, plain.output) and not torch.equal(steered.output, plain.output)
 
 
-def test_sdxl_is_told_its_sizes(sdxl_pipe: Any, example: Example) -> None:
+def test_sdxl_gets_its_sizes(sdxl_pipe: Any, example: Example) -> None:
     assert predict(sdxl_pipe, example, TIMESTEPS).predicted_x0.shape == (3, 4, 8, 8)
 
 
@@ -116,7 +116,7 @@ def test_maps_and_plots(sd_pipe: Any, example: Example) -> None:
     assert all(isinstance(plot, Image.Image) for plot in plots) and plots[0].tobytes() != plots[1].tobytes()
 
 
-def test_mistakes_are_said(sd_pipe: Any, make_adapter: Any, example: Example) -> None:
+def test_mistakes_raise_value_errors(sd_pipe: Any, make_adapter: Any, example: Example) -> None:
     with pytest.raises(ValueError, match="from 0 to 999"):
         predict(sd_pipe, example, [1000])
     with pytest.raises(ValueError, match="has no mask"):

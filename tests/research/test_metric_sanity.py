@@ -27,7 +27,7 @@ def test_real_blurred_noise_by_efficientnet() -> None:
     extractor = load_extractor("efficientnet_lite0")
     real, other = (np.stack([scene(i, "basic", "test").image for i in range(s, s + 24)]) for s in (0, 24))
     damaged = rungs(other)
-    project = np.random.default_rng(0).normal(size=(extractor.dim, 12))  # fewer dimensions than pictures
+    project = np.random.default_rng(0).normal(size=(extractor.dim, 12))  # fewer dimensions than images
     first = extractor(real).double().numpy()
     rows = []
     for rung in ("as they are", "blurred, sigma 2", "nothing but noise"):

@@ -1,4 +1,4 @@
-"""Space-time attention measured: figures of pictures whose content is known, and a run that can be continued."""
+"""The study of space-time attention: figures of images with known content, and a run that resumes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def test_the_cases_state_relations_and_their_layouts_are_the_scenes() -> None:
         assert case.item.relation is not None and case.layout == true_layout(case.item)
         assert case.layout.prompt == case.item.caption and case.layout.size == (128, 128)
         masks = case.layout.masks((128, 128))[:, 0]
-        for drawn, region in zip(case.item.masks, masks, strict=True):
-            assert (drawn > 0.5).any() and bool(region[torch.from_numpy(drawn > 0.5)].all())
+        for shape, region in zip(case.item.masks, masks, strict=True):
+            assert (shape > 0.5).any() and bool(region[torch.from_numpy(shape > 0.5)].all())
         assert all(region.prompt in (f"a {region.phrase}", f"an {region.phrase}") for region in case.layout.regions)
 
 
-def test_figures_of_known_pictures() -> None:
+def test_figures_of_images_with_known_content() -> None:
     clip = Clip(MICRO_CLIP)
     cases = relation_cases(6, layout_source("true"))
     seen = np.array([measure(case.item.image, case.item, clip) for case in cases])
@@ -80,8 +80,8 @@ def test_a_run_is_continued_and_repeats_itself(
     assert main(flags) == 0
     printed = capsys.readouterr().out
     assert printed.strip() == (folder / "report.md").read_text().strip() and (folder / "sheet.png").is_file()
-    pictures = {path: path.read_bytes() for path in folder.glob("images/*/*.png")}
-    assert len(pictures) == 7 and len(set(pictures.values())) > 4
+    images = {path: path.read_bytes() for path in folder.glob("images/*/*.png")}
+    assert len(images) == 7 and len(set(images.values())) > 4
     found = json.loads((folder / "weights" / "000000.json").read_text())
     assert np.shape(found["weights"]) == (2, 2) and len(found["losses"]) == 1
     results = json.loads((folder / "results.json").read_text())
@@ -97,7 +97,7 @@ def test_a_run_is_continued_and_repeats_itself(
 
     monkeypatch.setattr(harness, "generate", counted)
     assert main(flags) == 0
-    assert made == [1] and {path: path.read_bytes() for path in pictures} == pictures
+    assert made == [1] and {path: path.read_bytes() for path in images} == images
     assert main([*flags, "--num_inference_steps", "3"]) == 2
     assert "was made with another num_inference_steps" in capsys.readouterr().err
 
@@ -109,7 +109,7 @@ def test_a_run_is_continued_and_repeats_itself(
         (["--optimised", "3"], "--optimised 3 is more than --count 2"),
         (["--set", "plain.weight=1"], "row 'plain' has no control"),
         (["--set", "wieght=1"], "No control of this run has a setting 'wieght'"),
-        (["--set", "weight=2"], "convex mix lies in"),
+        (["--set", "weight=2"], "convex mix must lie in"),
         (["--layout", "auto", "--layout_predictor", "nowhere"], "layout predictor"),
         (["--device", "tpu9"], "cannot be used here"),
     ],

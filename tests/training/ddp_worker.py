@@ -1,4 +1,4 @@
-"""Train once per loss filter on small pictures, as one process or as one of several: run by torchrun, or imported.
+"""Train once per loss filter on small images, in one process or several: run by torchrun, or imported.
 
 torchrun --standalone --nproc_per_node 2 tests/training/ddp_worker.py BASE FOLDER
 """
@@ -33,17 +33,17 @@ class SmallPictures:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        draw = generator(0, "picture", index)
+        rng = generator(0, "picture", index)
         mask = torch.zeros(1, SIDE, SIDE)
         side = (6, 16, 32, 64)[index % 4]
         mask[:, :side, :side] = 1
-        pixels = torch.rand(3, SIDE, SIDE, generator=draw) * 2 - 1
-        condition = (torch.rand(1, SIDE, SIDE, generator=draw) > 0.7).float()
+        pixels = torch.rand(3, SIDE, SIDE, generator=rng) * 2 - 1
+        condition = (torch.rand(1, SIDE, SIDE, generator=rng) > 0.7).float()
         return Example(f"picture-{index}", pixels, condition, "a picture", mask=mask)
 
 
 def small_pictures(settings: TrainSettings, split: str) -> SmallPictures:
-    """In place of ``data.make_source``."""
+    """Replace ``data.make_source``."""
     return SmallPictures()
 
 

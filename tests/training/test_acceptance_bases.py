@@ -33,22 +33,22 @@ STEPS = 20
 
 
 def write_scenes(root, data, count=8):
-    """Embedded scenes as files in the format ``data``, without conditions and masks; returns the place."""
+    """Write embedded scenes in the format ``data``, without conditions and masks; return their path."""
     for index in range(count):
         (root / f"{index:02}").mkdir(parents=True)
-        picture, name = (
+        image, name = (
             Image.fromarray(scene(index).image),
             f"{index:02}/original.{'jpg' if data == 'folder' else 'png'}",
         )
-        picture.save(root / name, quality=95)
+        image.save(root / name, quality=95)
         (root / f"{index:02}" / "caption.txt").write_text(scene(index).caption)
         with (root / "metadata.jsonl").open("a") as lines:
             lines.write(json.dumps({"file_name": name, "text": scene(index).caption}) + "\n")
     if data != "parquet":
         return root
     rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
-    pictures = [{"bytes": (root / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
-    table = pyarrow.table({"image": pictures, "text": [row["text"] for row in rows]})
+    images = [{"bytes": (root / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    table = pyarrow.table({"image": images, "text": [row["text"] for row in rows]})
     pyarrow.parquet.write_table(table, root / "all.parquet")
     return root / "all.parquet"
 
@@ -85,7 +85,7 @@ def test_twenty_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeyp
          "--logging_steps", "1"],
         TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS,
     )  # fmt: skip
-    run = loop.prepare(settings, say=lambda text: None)
+    run = loop.prepare(settings)
     models = run.state.models
     frozen = {name: digest(part) for name, part in models.frozen.items()}
     start = [parameter.detach().clone() for parameter in models.plain_adapter.parameters()]
@@ -105,15 +105,15 @@ def test_twenty_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeyp
     assert all(torch.equal(a, b) for a, b in weights)
     adapter = LocalAdapter.from_t2iadapter(exported)
     condition = run.train_source[0].condition
-    plain, drawn = (
+    plain, steered = (
         generate(models.pipe, "a", controls, seeds=[0], height=size[0], width=size[1], num_inference_steps=2).images[0]
         for controls in ([], [LocalAdapterControl(adapter, condition, torch.ones(1, *size))])
     )
-    assert plain.size == (size[1], size[0]) and plain.tobytes() != drawn.tobytes()
+    assert plain.size == (size[1], size[0]) and plain.tobytes() != steered.tobytes()
 
 
 def watch_features(models):
-    """Level -> whether a gradient other than zero came back to its feature."""
+    """Return, by level, whether the gradient of its feature is other than zero."""
     reached = {}
 
     def hook(module, args, features):

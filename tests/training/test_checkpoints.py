@@ -3,6 +3,7 @@ import os
 import shutil
 
 import pytest
+from log_helpers import logged
 
 from localctl.training import checkpoints
 from localctl.training.checkpoints import (
@@ -162,41 +163,41 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path, damage):
     damage(path)
     with pytest.raises(ValueError, match="checkpoint-2"):
         verify_checkpoint(path)
-    said = []
-    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-1"
+    said = logged()
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
     assert len(said) == 1 and "checkpoint-2" in said[0]
     with pytest.raises(ValueError, match="checkpoint-2"):
-        find_checkpoint(tmp_path, str(path), said.append)
+        find_checkpoint(tmp_path, str(path))
 
 
 def test_find(tmp_path):
-    said = []
-    assert find_checkpoint(tmp_path, None, said.append) is None and not said
-    assert find_checkpoint(tmp_path, "latest", said.append) is None
+    said = logged()
+    assert find_checkpoint(tmp_path, None) is None and not said
+    assert find_checkpoint(tmp_path, "latest") is None
     assert "from the beginning" in said[0]
     for step in (2, 10):
         save(tmp_path, step)
-    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-10"
-    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2"), said.append) == tmp_path / "checkpoint-2"
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-2")) == tmp_path / "checkpoint-2"
     with pytest.raises(ValueError, match="checkpoint-3"):
-        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"), said.append)
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-3"))
     for step in (2, 10):
         flip_bit(tmp_path / f"checkpoint-{step}")
     with pytest.raises(ValueError, match="All 2 checkpoints"):
-        find_checkpoint(tmp_path, "latest", said.append)
+        find_checkpoint(tmp_path, "latest")
 
 
 def test_later_ones_are_set_aside_not_deleted(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    said = []
-    set_aside_later(tmp_path, 1, said.append)
+    said = logged()
+    set_aside_later(tmp_path, 1)
     assert list(list_checkpoints(tmp_path)) == [1] and len(said) == 2
     verify_checkpoint(tmp_path / "abandoned-checkpoint-3")
 
 
 def sealed(path, **changes):
-    """A manifest that fits its hash, as only somebody who forges it would write it."""
+    """Forge a manifest that matches its hash."""
     body = json.loads((path / "manifest.json").read_text())
     body.pop("sha256")
     body |= changes
@@ -221,8 +222,8 @@ MANIFESTS = {
 def test_a_manifest_of_anybodys_is_named_and_the_one_before_used(tmp_path, damage):
     save(tmp_path, 1)
     MANIFESTS[damage](save(tmp_path, 2))
-    said = []
-    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-1"
+    said = logged()
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"
     assert said == [f"The checkpoint {tmp_path / 'checkpoint-2'} has no readable manifest.json; use another one."]
 
 
@@ -252,7 +253,7 @@ def test_an_old_checkpoint_that_is_a_link_is_pruned_as_a_link(tmp_path):
 def test_one_pruned_between_two_looks_is_no_damage(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         save(tmp_path, step)
-    verify, said = checkpoints.verify_checkpoint, []
+    verify, said = checkpoints.verify_checkpoint, logged()
 
     def pruned(path):
         if path.name == "checkpoint-3":
@@ -260,14 +261,14 @@ def test_one_pruned_between_two_looks_is_no_damage(tmp_path, monkeypatch):
         return verify(path)
 
     monkeypatch.setattr(checkpoints, "verify_checkpoint", pruned)
-    assert find_checkpoint(tmp_path, "latest", said.append) == tmp_path / "checkpoint-2" and said == []
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-2" and said == []
 
 
 def test_a_checkpoint_behind_a_link_lies_in_the_folder_of_the_link(tmp_path):
     save(tmp_path / "else", 2)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint-2").symlink_to(tmp_path / "else" / "checkpoint-2")
-    link = find_checkpoint(tmp_path / "out", "latest", print)
+    link = find_checkpoint(tmp_path / "out", "latest")
     assert checkpoints.lies_in(link, tmp_path / "out") and checkpoints.lies_in(link, tmp_path / "else")
     assert not checkpoints.lies_in(tmp_path / "else" / "checkpoint-2", tmp_path / "out")
 

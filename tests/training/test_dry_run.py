@@ -1,4 +1,4 @@
-"""Costs from shapes: against figures that are known from elsewhere, and against real tensors."""
+"""Costs computed from shapes, compared with published values and with real tensors."""
 
 from dataclasses import replace
 
@@ -42,20 +42,20 @@ def test_flops_of_the_real_sd15_at_512_px(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
-    """torch's counter over a real training step, attention computed by its products."""
+    """Count the operations of a real training step with torch, attention as matrix products."""
     settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)
     models = load_models(settings, torch.device("cpu"), None)
     models.unet.set_attn_processor(eager_attention())
     models.vae.set_attn_processor(eager_attention())
     batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
     batch = replace(batch, mask=torch.ones_like(batch.mask))
-    draws = sample_noise(batch, models.latent_shape(128, 128), settings)
-    models.text_states([*batch.captions, ""])  # remembered: no text encoder in what follows
+    sampled = sample_noise(batch, models.latent_shape(128, 128), settings)
+    models.text_states([*batch.captions, ""])  # cached: the text encoder does not run below
     with FlopCounterMode(display=False) as encoder:
-        models.encode(batch, draws.posterior)
+        models.encode(batch, sampled.posterior)
     plain = replace(settings, loss=replace(settings.loss, filter="none"))
     with FlopCounterMode(display=False) as counter:
-        training_step(batch, models, plain, draws).loss.backward()
+        training_step(batch, models, plain, sampled).loss.backward()
     cost = count_step(read_shape(settings.base), plan_adapter(settings).options, (128, 128))
     assert cost.vae_flops == encoder.get_total_flops()
     assert cost.flops == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from log_helpers import logged
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
@@ -62,7 +63,7 @@ def test_settings_that_make_no_sense(name, value):
 
 
 class Scores:
-    """A scorer that reads its scores off a list, by step, and remembers whom it scored."""
+    """A scorer that takes its scores from a list, by step, and records its calls."""
 
     def __init__(self, scores):
         self.scores, self.seen = scores, {}
@@ -72,10 +73,10 @@ class Scores:
         return self.scores[step]
 
 
-def run_with(settings, scorer, said=None):
+def run_with(settings, scorer):
     from localctl.training.loop import prepare
 
-    return prepare(settings, say=(said if said is not None else []).append, scorer=scorer)
+    return prepare(settings, scorer=scorer)
 
 
 def test_training_stops_keeps_the_best_and_goes_on_exactly(sd_folder, tmp_path):
@@ -88,8 +89,8 @@ def test_training_stops_keeps_the_best_and_goes_on_exactly(sd_folder, tmp_path):
         early_stopping=EarlyStoppingConfig(every=2, patience=2),
     )
     scores = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5}
-    whole, said = Scores(scores), []
-    result = run_with(settings, whole, said).train()
+    whole, said = Scores(scores), logged()
+    result = run_with(settings, whole).train()
     assert result.step == 8 and not result.interrupted and "stopping, no score since step 4" in "\n".join(said)
     assert (tmp_path / "whole" / "checkpoint-8").is_dir()
     best = LocalAdapter.from_pretrained(tmp_path / "whole" / "best")
@@ -108,7 +109,7 @@ def test_training_stops_keeps_the_best_and_goes_on_exactly(sd_folder, tmp_path):
 
 
 def test_without_a_scorer_the_run_says_that_it_will_not_stop(sd_folder, tmp_path):
-    said: list[str] = []
+    said = logged()
     settings = tiny_settings(sd_folder, tmp_path, max_train_steps=2, early_stopping=EarlyStoppingConfig(every=1))
-    assert silent_run(settings, said).train().step == 2
+    assert silent_run(settings).train().step == 2
     assert "early stopping is off" in "\n".join(said)

@@ -1,4 +1,4 @@
-"""What is due between the steps, and after them, never costs the training."""
+"""Failures of events between the steps, or after them, never end the training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_helpers import logged
 from safetensors import SafetensorError
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -49,7 +50,7 @@ def settings(sd_folder, tmp_path):
     "error", [ValueError("can't measure\nmultiline"), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "full")]
 )
 def test_a_validation_that_fails_is_said_and_the_training_goes_on(settings, tmp_path, monkeypatch, error):
-    """The checkpoint of its step was there before; a resume at that step does not die either."""
+    """The checkpoint of the step exists already; a resume at that step does not fail either."""
     seen = []
 
     def fails(self, beat):
@@ -57,13 +58,13 @@ def test_a_validation_that_fails_is_said_and_the_training_goes_on(settings, tmp_
         raise error
 
     monkeypatch.setattr(Validator, "run", fails)
-    said: list[str] = []
+    said = logged()
     settings = replace(settings, validation_steps=2)
-    silent_run(settings, said).train(stop=lambda step: step == 3)
+    silent_run(settings).train(stop=lambda step: step == 3)
     assert seen == [2] and sum(line.startswith("warning: step 2: no validation") for line in said) == 1
     assert all("\n" not in line for line in said if "warning:" in line)
     shutil.rmtree(tmp_path / "checkpoint-3")
-    run = silent_run(replace(settings, resume_from_checkpoint="latest"), said)
+    run = silent_run(replace(settings, resume_from_checkpoint="latest"))
     assert run.state.step == 2 and run.train().step == 4
     assert (tmp_path / "adapter" / "config.json").exists() and [row["step"] for row in loss_log(tmp_path)] == [
         1,
@@ -85,17 +86,17 @@ def test_a_validation_is_logged_once_though_its_checkpoint_is_older(settings, tm
     settings = replace(settings, validation_steps=2, resume_from_checkpoint="latest")
     silent_run(settings).train(stop=lambda step: step == 3)
     shutil.rmtree(tmp_path / "checkpoint-3")
-    drawn = []
+    validated = []
     run = silent_run(settings)
-    run.events.validator.run = (lambda inner: lambda beat: drawn.append(run.state.step) or inner(beat))(
+    run.events.validator.run = (lambda inner: lambda beat: validated.append(run.state.step) or inner(beat))(
         run.events.validator.run
     )
     run.train()
-    assert drawn == [4] and validations(tmp_path) == [2, 4]
+    assert validated == [4] and validations(tmp_path) == [2, 4]
 
 
 def test_a_score_that_fails_is_said_and_the_training_goes_on(settings, tmp_path):
-    said: list[str] = []
+    said = logged()
     scores = iter([RuntimeError("no such\nextractor"), 1.0])
 
     def scorer(models, step):
@@ -104,14 +105,14 @@ def test_a_score_that_fails_is_said_and_the_training_goes_on(settings, tmp_path)
             raise found
         return found
 
-    run = prepare(replace(settings, early_stopping=SCORED), said.append, scorer)
+    run = prepare(replace(settings, early_stopping=SCORED), scorer)
     assert run.train().step == 4
     assert "warning: step 2: no score (RuntimeError: no such); the training goes on." in said
     assert [row["step"] for row in read_stats(tmp_path) if "score" in row] == [4]
 
 
 def test_a_full_disk_at_the_best_adapter_is_said_and_no_half_folder_left(settings, tmp_path, monkeypatch):
-    save, said = LocalAdapter.save_pretrained, []
+    save, said = LocalAdapter.save_pretrained, logged()
 
     def full(self, folder, **options):
         if folder.name == "best":
@@ -120,7 +121,7 @@ def test_a_full_disk_at_the_best_adapter_is_said_and_no_half_folder_left(setting
         return save(self, folder, **options)
 
     monkeypatch.setattr(LocalAdapter, "save_pretrained", full)
-    run = prepare(replace(settings, early_stopping=SCORED), said.append, lambda models, step: float(step))
+    run = prepare(replace(settings, early_stopping=SCORED), lambda models, step: float(step))
     assert run.train().step == 4
     assert any("best could not be written to" in line and "No space left" in line for line in said)
     assert not (tmp_path / "best").exists() and not list(tmp_path.glob(".*"))
@@ -134,19 +135,19 @@ class Broken(logging.Tracker):
 
 
 def test_a_tracker_that_fails_is_said_once(settings, tmp_path, monkeypatch):
-    said: list[str] = []
+    said = logged()
     make = logging.BoardTracker
     monkeypatch.setattr(logging, "BoardTracker", raising(OSError("logs is a file")))
-    silent_run(replace(settings, report_to="tensorboard"), said).train()
+    silent_run(replace(settings, report_to="tensorboard")).train()
     assert [line for line in said if "warning:" in line] == [
-        "warning: TensorBoard cannot begin (logs is a file); the training goes on without it."
+        "warning: TensorBoard cannot start (logs is a file); the training goes on without it."
     ]
     assert make is not logging.BoardTracker and [row["step"] for row in loss_log(tmp_path)] == [1, 2, 3, 4]
-    tracker = Trackers({"wandb": Broken(), "file": logging.FileTracker(tmp_path)}, said.append)
+    tracker = Trackers({"wandb": Broken(), "file": logging.FileTracker(tmp_path)})
     tracker.log(5, {"loss": 1.0})
     tracker.log(6, {"loss": 1.0})
     tracker.close()
-    assert said[-1] == "warning: wandb takes nothing at step 5 (no network); the training goes on."
+    assert said[-1] == "warning: wandb recorded nothing at step 5 (no network); the training goes on."
     assert sum("wandb" in line for line in said) == 1 and read_stats(tmp_path)[-1]["step"] == 6
 
 
@@ -186,7 +187,7 @@ def test_where_no_checkpoint_fits_either_the_adapter_is_kept_elsewhere(settings,
     monkeypatch.setattr(TrainState, "save", raising(CheckpointError("full")))
     monkeypatch.setattr(LocalAdapter, "save_t2iadapter", raising(FULL))
     run = silent_run(replace(settings, checkpointing_steps=0, output_dir=str(tmp_path / "out")))
-    with pytest.raises(OSError, match="the adapter alone is kept in") as error:
+    with pytest.raises(OSError, match="the adapter alone is saved in") as error:
         run.train()
     kept = LocalAdapter.from_pretrained(str(error.value).partition("kept in ")[2].rstrip("."))
     for name, value in run.state.models.plain_adapter.state_dict().items():
@@ -207,8 +208,8 @@ def test_a_signal_while_exporting_lets_it_end(settings, tmp_path, monkeypatch):
 
 
 def test_a_launcher_that_is_gone_ends_it_with_a_checkpoint(settings, tmp_path):
-    said: list[str] = []
-    result = prepare(settings, said.append, parent=1).train()
+    said = logged()
+    result = prepare(settings, parent=1).train()
     assert (result.signal, result.step) == (15, 0) and "before the first step (the process that launched" in said[-1]
     assert not (tmp_path / LOCK).exists()
     run = silent_run(replace(settings, overwrite_output_dir=True))
@@ -221,12 +222,12 @@ def test_a_launcher_that_is_gone_ends_it_with_a_checkpoint(settings, tmp_path):
 
 
 def test_a_killed_worker_leaves_a_checkpoint(settings, tmp_path, monkeypatch):
-    """In the middle of an accumulation, which then begins anew."""
+    """The signal comes in the middle of an accumulation, which then starts again."""
     straight = silent_run(replace(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "straight")))
     straight.train()
     settings = replace(settings, gradient_accumulation_steps=2, output_dir=str(tmp_path / "killed"), logging_steps=3)
     monkeypatch.setattr(loop, "next_batch", dying_at(5, loop.next_batch))
-    with pytest.raises(WorkerError, match="killed; checkpoint-2 holds all of the training: go on with"):
+    with pytest.raises(WorkerError, match="killed; checkpoint-2 holds all of the training: continue with"):
         silent_run(settings).train()
     monkeypatch.undo()
     run = silent_run(replace(settings, resume_from_checkpoint="latest"))
@@ -256,7 +257,7 @@ def test_a_folder_removed_while_training_is_said_and_the_training_kept(settings,
             shutil.rmtree(out)
         return False
 
-    with pytest.raises(OSError, match="was removed while training; what could be saved is there again"):
+    with pytest.raises(OSError, match="was removed while training; it was created again and the training saved there"):
         run.train(vanish)
     assert list(list_checkpoints(out)) == [2] and (out / "config.yaml").exists()
     assert [row["step"] for row in read_stats(out)] == [1, 2]
@@ -265,8 +266,8 @@ def test_a_folder_removed_while_training_is_said_and_the_training_kept(settings,
 
 def test_a_second_run_in_the_folder_is_refused_before_anything_is_touched(settings, tmp_path, monkeypatch):
     (tmp_path / ".checkpoint-9.tmp").mkdir()
-    monkeypatch.setattr("localctl.lock._lives", lambda owner: True)
-    held = FolderLock(tmp_path, print)
+    monkeypatch.setattr("localctl.lock._is_alive", lambda owner: True)
+    held = FolderLock(tmp_path)
     with pytest.raises(FolderInUse, match="is in use by process"):
         silent_run(settings)
     assert (tmp_path / ".checkpoint-9.tmp").exists()
@@ -288,8 +289,8 @@ def test_a_folder_taken_over_meanwhile_is_not_written_to(settings, tmp_path):
 
 
 def watched(masks):
-    said: list[str] = []
-    watch = DataWatch(None, Quarantine(None, 10, 0.5), None, said.append)  # type: ignore[arg-type]
+    said = logged()
+    watch = DataWatch(None, Quarantine(None, 10, 0.5), None)  # type: ignore[arg-type]
     for number, mask in enumerate(masks):
         example = Example(str(number), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8), "", mask=mask)
         watch._count_empty(collate([example, example]))
@@ -301,13 +302,13 @@ def test_empty_masks_are_said_early_and_at_the_end():
     said, lines = watched([empty] * 12)
     assert len(said) == 1 and said[0].startswith("warning: all 8 masks seen so far are empty")
     assert "24 of 24 masks seen were empty" in lines[0]
-    assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty, so controlled nothing"])
+    assert watched([empty, full] * 6) == ([], ["data        12 of 24 masks seen were empty and controlled nothing"])
     said, lines = watched([full] + [empty] * 9)
     assert said == [] and "18 of 20" in lines[0]
 
 
 def test_a_card_and_settings_need_no_locale(settings, tmp_path, monkeypatch):
-    """As in a job with LC_ALL=C: what is written is UTF-8 whatever the locale says."""
+    """Files are written as UTF-8 in any locale, as in a job with LC_ALL=C."""
     text = Path.write_text
 
     def ascii_only(self, data, encoding=None, errors=None, newline=None):

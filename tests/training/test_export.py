@@ -7,7 +7,7 @@ from training_helpers import tiny_settings
 
 from localctl.cli.config import load_config
 from localctl.pipelines import BASES
-from localctl.training.export import Finished, _shown, model_card, sheet_name, write_settings
+from localctl.training.export import Finished, _public_name, model_card, sheet_name, write_settings
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import Fidelity, References, ValidationResult
 
@@ -50,7 +50,7 @@ def test_a_folder_whose_name_is_no_text_here_is_named_as_utf8(tmp_path, monkeypa
         assert f"adapter for {shown}\n" in card and card.encode()
     monkeypatch.setattr("os.fsencode", lambda text: str(text).encode("ascii", "surrogateescape"))
     escaped = "\u65e5\u672c".encode().decode("ascii", "surrogateescape")
-    assert _shown(f"./{escaped}") == "\u65e5\u672c"
+    assert _public_name(f"./{escaped}") == "\u65e5\u672c"
 
 
 def test_a_card_without_validation_claims_nothing(tmp_path):

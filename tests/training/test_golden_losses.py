@@ -1,4 +1,4 @@
-"""The losses of 50 steps on the embedded base, as they were: a change of any of them needs a deliberate update.
+"""The losses of 50 steps on the embedded base equal stored values: a change of any needs a deliberate update.
 
 LOCALCTL_UPDATE_GOLDENS=1 pytest tests/training/test_golden_losses.py
 """
@@ -27,7 +27,7 @@ NAMES = ("loss", "denoising", "local_raw", "learning_rate", "grad_norm")
 
 
 def train(folder: Path) -> None:
-    """The default run but for its length and size, in float32 on one thread."""
+    """The default run, except for its length and size, in float32 on one thread."""
     settings = TrainSettings(
         base=BaseConfig(name="micro"), data=DataConfig(count=20), output_dir=str(folder), max_train_steps=50,
         train_batch_size=1, lr_warmup_steps=10, logging_steps=1, validation_steps=0, checkpointing_steps=0,

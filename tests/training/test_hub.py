@@ -13,7 +13,7 @@ TOKEN = "hf_NeverWriteMeDown"
 
 
 class FakeHub:
-    """Keeps what it was asked for, and what it would have uploaded."""
+    """Records the requests, and the files that would be uploaded."""
 
     def __init__(self, token=None, error=None):
         self.token, self.error, self.created, self.files = token, error, [], {}
@@ -79,7 +79,7 @@ def test_a_push_without_a_token_is_refused_before_slow_work(sd_folder, tmp_path,
 
 
 def test_nothing_that_is_uploaded_names_a_path_of_this_machine(sd_folder, tmp_path, monkeypatch):
-    """Nor does the card at home; what the adapter needs to find its base again stays there."""
+    """The local card has no path either; the settings with which the adapter finds its base stay local."""
     hubs = []
     monkeypatch.setattr(hub, "HfApi", lambda token: hubs.append(FakeHub(token)) or hubs[-1])
     settings = tiny_settings(

@@ -1,4 +1,4 @@
-"""kill -9 at seeded random moments: what comes after resuming is the uninterrupted run, bit for bit."""
+"""kill -9 at seeded random moments: the resumed run equals the uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 from localctl.training.checkpoints import list_checkpoints
 from localctl.training.settings import DataConfig, TrainSettings
 
-SAMPLES, BATCH, SAVE_EVERY = 5, 2, 2  # the third step crosses into the next epoch
+SAMPLES, BATCH, SAVE_EVERY = 5, 2, 2  # the third step extends into the next epoch
 
 
 def train(settings: TrainSettings, lines: Path) -> None:
@@ -23,7 +23,7 @@ def train(settings: TrainSettings, lines: Path) -> None:
 
 
 def killed_settings(base: Path, folder: Path, steps: int, workers: int) -> TrainSettings:
-    """Saved every 2 steps and logged every 3, so that kills fall into open periods of both."""
+    """Settings that save every 2 steps and log every 3, so that kills interrupt periods of both."""
     return tiny_settings(
         base, folder, data=DataConfig(count=SAMPLES), train_batch_size=BATCH, max_train_steps=steps, logging_steps=3,
         checkpointing_steps=SAVE_EVERY, dataloader_num_workers=workers, resume_from_checkpoint="latest",

@@ -94,7 +94,7 @@ def test_averages_are_exported_saved_and_resumed(sd_folder, tmp_path):
         assert torch.allclose(a, b, atol=1e-7)
         assert not torch.equal(a, raw)
     assert same(parameters(plain), parameters(exported))
-    assert same(parameters(run.state.models.plain_adapter), steps[3])  # training's own weights are back
+    assert same(parameters(run.state.models.plain_adapter), steps[3])  # the weights of the training are restored
 
     cut = replace(settings, output_dir=str(tmp_path / "cut"), resume_from_checkpoint="latest")
     silent_run(cut).train(stop=lambda step: step == 2)
@@ -121,10 +121,10 @@ def test_an_update_that_is_left_out_is_not_averaged(sd_folder, tmp_path, monkeyp
     assert same(ema.shadow_params, averages[1]) and (ema.decay, ema.optimization_step) == (0.25, 1)
 
 
-def poisoned(draws, wanted):
+def poisoned(sampled, wanted):
     if wanted:
-        draws.noise[0] = torch.nan
-    return draws
+        sampled.noise[0] = torch.nan
+    return sampled
 
 
 def test_averages_leave_the_training_alone_and_must_be_in_the_checkpoint(sd_folder, tmp_path):

@@ -1,9 +1,10 @@
-"""What lies in the output folder before a run begins: an earlier run, or somebody else's files."""
+"""Output folders that are not empty when a run starts: an earlier run, or other files."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from log_helpers import logged
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.lock import LOCK
@@ -41,10 +42,10 @@ def test_a_run_without_a_checkpoint_is_not_said_to_be_resumable(small, tmp_path)
 def test_a_run_stopped_before_its_first_checkpoint_starts_afresh_with_latest(small, tmp_path):
     (tmp_path / "stats.jsonl").write_text('{"step": 1}\n')
     (tmp_path / ".checkpoint-2.tmp").mkdir()
-    said: list[str] = []
-    run = silent_run(replace(small, output_dir=str(tmp_path), resume_from_checkpoint="latest"), said)
+    said = logged()
+    run = silent_run(replace(small, output_dir=str(tmp_path), resume_from_checkpoint="latest"))
     assert run.state.step == 0 and "from the beginning" in said[0]
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # which the run holds until it ends
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # which the run keeps until it ends
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -59,7 +60,7 @@ def test_files_that_are_not_ours_are_never_touched(small, tmp_path, overwrite):
 def test_a_link_to_nowhere_is_not_followed(small, tmp_path, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).symlink_to(tmp_path / "planted")
-    with pytest.raises(ValueError, match=f"holds {name}, but not of a training run"):
+    with pytest.raises(ValueError, match=f"holds {name}, which is not from a training run"):
         silent_run(replace(small, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "planted").exists() and [p.name for p in (tmp_path / "out").iterdir()] == [name]
 

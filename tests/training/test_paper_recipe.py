@@ -15,7 +15,7 @@ from localctl.training.schedule import bound_steps, learning_rate_at
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings, WandbConfig
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("paper_*.yaml"))
-# Where it runs and on which pictures, not what is learned.
+# Settings that choose machine and images, not what is learned.
 FREE = {
     "base.vae", "base.revision", "base.variant", "base.dtype", "base.local_files_only", "overwrite_output_dir",
     "dry_run", "report_to", "dataloader_num_workers", "cpu_threads", "allow_tf32", "resume_from_checkpoint",
@@ -102,7 +102,7 @@ def value(settings, key):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_key_is_pinned(name):
-    """Defaults of the dataclasses reach nothing that matters."""
+    """The recipe sets everything that matters, so that defaults of the dataclasses do not apply."""
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = OmegaConf.to_container(compose("train", overrides=[f"experiment={name}"]), resolve=True)
     wanted = {key for key in schema_keys(TrainSettings) if not key.startswith("data.")} | PINNED_DATA

@@ -1,4 +1,4 @@
-"""Several processes train as one would, stop together, and never wait for each other in vain."""
+"""Several processes train like one, stop together, and never wait forever for each other."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from ddp_worker import GLOBAL_BATCH, settings_for, small_pictures, weights
+from log_helpers import logged
 from process_helpers import checkpoint_contents, difference, finish, start_ranks, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -103,11 +104,11 @@ def test_two_processes_stop_together_at_a_signal_to_one_and_go_on_exactly(sd_fol
     assert difference(*ends) == []
 
     alone = settings_for(sd_folder, tmp_path / "stopped", "sobel", 1, max_train_steps=8, logging_steps=4)
-    said: list[str] = []
+    said = logged()
     with pytest.raises(ValueError, match="processes: 2 -> 1") as refused:
         silent_run(replace(alone, resume_from_checkpoint="latest"))
     assert "train_batch_size: 2 -> 4" in str(refused.value) and "sobel" not in str(refused.value)
-    forced = silent_run(replace(alone, resume_from_checkpoint="latest", force_resume=True), said)
+    forced = silent_run(replace(alone, resume_from_checkpoint="latest", force_resume=True))
     assert forced.state.step == 6 and any("processes: 2 -> 1" in line for line in said)
 
 
@@ -202,7 +203,7 @@ def test_accumulation_is_a_larger_batch_also_over_the_end_of_an_epoch(sd_folder,
 
 
 def test_gradients_of_accumulation_are_those_of_the_batch_at_any_rate(sd_folder, tmp_path, small, monkeypatch):
-    """What Adam makes of them is another matter: it divides those that are nothing but rounding by their own size."""
+    """Adam's updates may differ more: it divides gradients that are only rounding errors by their own size."""
     step, found = AcceleratedOptimizer.step, []
 
     def looked_at(self):
@@ -231,7 +232,7 @@ def test_losses_stay_together_at_a_high_rate_with_a_short_warm_up(sd_folder, tmp
 
 
 def test_a_mean_over_the_whole_batch_would_be_seen(sd_folder, tmp_path, small, monkeypatch):
-    """What the tests here are for: masks normalised by the area in the batch make another run of 4 x 2 than of 8."""
+    """The tests above detect masks normalised by the area in the batch: 4 x 2 samples then differ from 8."""
 
     def over_the_batch(error, mask, normalise):
         return ((error * mask).mean(dim=1).sum() / mask.sum()).expand(len(error))
@@ -296,14 +297,14 @@ def watched_batches(folder, usable):
     """Rank 1 meets a bad row in step 1 and two more in step 2 (of 10 rows, a fifth may be bad), or no usable one."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    watch = DataWatch(accelerator, shared_quarantine(accelerator, folder, 10, 0.2, start=0), None, print)
+    watch = DataWatch(accelerator, shared_quarantine(accelerator, folder, 10, 0.2, start=0), None)
     bad = [Problem(f"row-{i}", "damaged", "it is damaged") for i in range(3)]
     try:
         for step, problems in enumerate((bad[:1], bad[1:]), start=1):
             other = accelerator.process_index == 1
             batch = OneBatch(["row-9"] if usable or not other else [])
             batch.problems = tuple(problems) if other else ()
-            watch.look_at(batch, step)
+            watch.check(batch, step)
     except TooManyBadRows as error:
         (folder / f"said-{accelerator.process_index}").write_text(f"step {step}: {error}")
         return 5

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_helpers import logged
 from training_helpers import silent_run, tiny_settings
 
 from localctl.cli.config import schema_keys
@@ -49,7 +50,7 @@ def test_the_docs_list_exactly_the_free_settings():
 
 
 def test_every_setting_that_is_not_free_is_guarded():
-    """Also those that are added later: the table names what may change, not what may not."""
+    """This includes settings added later: the table lists what may change, not what may not."""
     before = described()
     guarded = {key for key in schema_keys(TrainSettings) if not is_free(key)}
     for key in guarded:
@@ -70,19 +71,19 @@ def test_what_changed_is_listed_old_to_new_and_can_be_forced():
     assert lines[:3] == ["loss.filter: sobel -> mse", "seed: 0 -> 3", "learning_rate: 0.003 -> 0.0001"]
     assert lines[3:5] == ["processes: 1 -> 2", "precision: no -> bf16"]
     assert [line.partition(":")[0] for line in lines[5:]] == ["samples in the data", "weights of unet"]
-    said: list[str] = []
+    said = logged()
     with pytest.raises(ValueError) as refused:
-        check_unchanged(described(first), described(second), force=False, say=said.append)
+        check_unchanged(described(first), described(second), force=False)
     assert "--force_resume" in str(refused.value) and "\n  seed: 0 -> 3" in str(refused.value) and not said
-    check_unchanged(described(first), described(second), force=True, say=said.append)
+    check_unchanged(described(first), described(second), force=True)
     assert [line.rpartition("force_resume: ")[2] for line in said] == lines[:3]
 
 
 def test_what_is_only_said():
     before = described()
     before["versions"]["torch"] = "1.0"
-    said: list[str] = []
-    check_unchanged(before, described(replace(TrainSettings(), max_train_steps=5)), force=False, say=said.append)
+    said = logged()
+    check_unchanged(before, described(replace(TrainSettings(), max_train_steps=5)), force=False)
     assert len(said) == 2 and "torch 1.0 -> " in said[0] and "max_train_steps 900 -> 5" in said[1]
 
 
@@ -105,7 +106,7 @@ def test_a_masked_setting_is_compared_too():
 
 
 def test_a_value_that_was_masked_is_compared_by_the_hash():
-    """Names of columns were taken for secrets once; and who takes a value from the environment may pass it by hand."""
+    """Column names were once treated as secrets; a value from the environment may also be passed directly."""
     keyed = replace(TrainSettings(), data=replace(TrainSettings().data, key_column="name"))
     before = described(keyed)
     before["settings"]["data"]["key_column"] = MASKED
@@ -122,8 +123,8 @@ def test_a_value_that_was_masked_is_compared_by_the_hash():
 def test_a_section_that_is_none_is_a_change_and_no_crash(name):
     now = described(replace(TrainSettings(), seed=1))
     with pytest.raises(ValueError, match="These changed"):
-        check_unchanged({**now, name: ["anything"]}, now, force=False, say=str)
-    check_unchanged({**now, "versions": ["anything"]}, now, force=False, say=str)
+        check_unchanged({**now, name: ["anything"]}, now, force=False)
+    check_unchanged({**now, "versions": ["anything"]}, now, force=False)
 
 
 def test_the_hash_is_of_what_may_not_change():
@@ -156,21 +157,21 @@ def test_data_are_told_apart():
 
 
 def old_manifest(info: dict) -> dict:
-    """As it was written before contents were remembered."""
+    """Write a manifest as before contents were recorded."""
     samples = info["data"].get("names of the examples") or info["data"]["samples in the data"]
     return {**info, "data": samples, "base": info["base_first_values"]}
 
 
 def test_a_checkpoint_of_before_is_compared_as_before_and_says_so():
-    said: list[str] = []
-    check_unchanged(old_manifest(described()), described(), force=False, say=said.append)
+    said = logged()
+    check_unchanged(old_manifest(described()), described(), force=False)
     assert len(said) == 1 and "could be compared" in said[0]
     with pytest.raises(ValueError, match="samples in the data: others than before\n  weights of the base: others"):
-        check_unchanged(old_manifest(described()), described(count=7, bias=1.0), force=False, say=said.append)
+        check_unchanged(old_manifest(described()), described(count=7, bias=1.0), force=False)
 
 
 def test_what_a_checkpoint_does_not_know_is_not_compared():
-    """A newer version of a library has more keys, a newer one of ours looks at more."""
+    """A newer library version has more keys, and a newer version of localctl compares more."""
     before = described()
     before["base"]["unet.gone_key"] = 1
     now = described()
@@ -215,8 +216,8 @@ def test_the_manifest_says_what_was_trained(sd_folder, tmp_path):
     for changed in (replace(resumed, seed=1), replace(resumed, data=replace(settings.data, count=7))):
         with pytest.raises(ValueError, match="0 -> 1|6 -> 7"):
             silent_run(changed)
-    said: list[str] = []
-    forced = silent_run(replace(resumed, seed=1, adam_beta2=0.5, force_resume=True), said)
+    said = logged()
+    forced = silent_run(replace(resumed, seed=1, adam_beta2=0.5, force_resume=True))
     assert forced.state.step == 1 and any("seed: 0 -> 1" in line for line in said)
     assert forced.state.optimizer.param_groups[0]["betas"] == (0.9, 0.5)  # not the checkpoint's
     assert silent_run(replace(resumed, dataloader_num_workers=1, logging_steps=5)).state.step == 1

@@ -1,4 +1,4 @@
-"""What is special about SDXL: two encoders, pooled texts, sizes, its own kind of adapter."""
+"""Special features of SDXL: two encoders, pooled texts, sizes, its own kind of adapter."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 64, 96
 
 
 class Noise:
-    """Non-square pictures; the second knows its origin."""
+    """Make a batch of two images that are not square; the second has its original size and crop."""
 
     def __len__(self):
         return 2
@@ -50,16 +50,16 @@ def batch():
 
 
 def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
-    draws = replace(
+    sampled = replace(
         sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings), empty_prompt=torch.tensor([False, True])
     )
-    output = training_step(batch, models, settings, draws)
+    output = training_step(batch, models, settings, sampled)
     pipe = models.pipe
     with torch.no_grad():
         posterior = models.vae.encode(batch.pixels).latent_dist
-        z0 = (posterior.mean + posterior.std * draws.posterior) * models.vae.config.scaling_factor
-        steps = ((1 - draws.uniform**3) * 1000).long()
-        noisy = DDIMScheduler.from_config(pipe.scheduler.config).add_noise(z0, draws.noise, steps)
+        z0 = (posterior.mean + posterior.std * sampled.posterior) * models.vae.config.scaling_factor
+        steps = ((1 - sampled.uniform**3) * 1000).long()
+        noisy = DDIMScheduler.from_config(pipe.scheduler.config).add_noise(z0, sampled.noise, steps)
         # With guidance the pipeline returns the text and, as no negative prompt is given, what it guides away from.
         states, empty, pooled, empty_pooled = pipe.encode_prompt("text 0", device="cpu")
         ids = torch.cat(
@@ -76,7 +76,7 @@ def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
             added_cond_kwargs={"text_embeds": torch.cat([pooled, empty_pooled]), "time_ids": ids},
             down_intrablock_additional_residuals=features,
         ).sample
-    expected = (predicted - draws.noise).square().mean(dim=(1, 2, 3))
+    expected = (predicted - sampled.noise).square().mean(dim=(1, 2, 3))
     texts = (pipe.text_encoder, pipe.text_encoder_2)
     passed = depth(models.vae.encoder, *texts, models.plain_adapter, models.unet)
     assert torch.allclose(output.terms.denoising, expected, rtol=rounding(passed))
@@ -87,10 +87,10 @@ def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
 
 
 def test_texts_and_sizes_matter(batch, settings, models):
-    draws = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
+    sampled = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
     with torch.no_grad():
         plain, moved, other = (
-            training_step(b, models, settings, draws).terms.denoising
+            training_step(b, models, settings, sampled).terms.denoising
             for b in (
                 batch,
                 replace(batch, sizes=(None, (200, 300, 8, 40))),
@@ -117,15 +117,15 @@ def test_time_ids_are_original_crop_and_target():
     assert ids.tolist() == [[64, 96, 0, 0, 64, 96], [1000, 1001, 3, 4, 64, 96]] and ids.dtype == torch.float32
 
 
-def test_a_trained_adapter_draws_with_the_pipeline(batch, settings, models, tmp_path):
-    draws = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
+def test_a_trained_adapter_generates_with_the_pipeline(batch, settings, models, tmp_path):
+    sampled = sample_noise(batch, models.latent_shape(HEIGHT, WIDTH), settings)
     optimizer = torch.optim.SGD(models.plain_adapter.parameters(), lr=1e-2)
-    training_step(batch, models, settings, draws).loss.backward()
+    training_step(batch, models, settings, sampled).loss.backward()
     optimizer.step()
     models.plain_adapter.save_pretrained(tmp_path)
     adapter = LocalAdapter.from_pretrained(tmp_path)
     assert adapter.config.adapter_type == "full_adapter_xl" and adapter.size_multiple == 16
-    plain, zero, drawn = (
+    plain, zero, steered = (
         generate(models.pipe, "text 0", controls, seeds=[0], num_inference_steps=2, height=HEIGHT, width=WIDTH)
         for controls in (
             [],
@@ -133,7 +133,7 @@ def test_a_trained_adapter_draws_with_the_pipeline(batch, settings, models, tmp_
             [LocalAdapterControl(adapter, batch.condition[:1], batch.mask[:1])],
         )
     )
-    assert plain.images[0].tobytes() == zero.images[0].tobytes() != drawn.images[0].tobytes()
+    assert plain.images[0].tobytes() == zero.images[0].tobytes() != steered.images[0].tobytes()
 
 
 def test_sizes_that_the_adapter_cannot_take_are_named(models):

@@ -1,4 +1,4 @@
-"""Signals, a full disk and numbers that are not finite, as the training process itself meets them."""
+"""Signals, a full disk and numbers that are not finite, in the training process itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from log_helpers import logged
 from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -33,7 +34,7 @@ def arguments(base, folder, *more):
 
 
 def program(argv, lines: Path, seconds_per_step: float = 0.0) -> int:
-    """train_adapter.py, its errors in a file, its steps noted and slowed down."""
+    """Start train_adapter.py with its errors in a file, and its steps recorded and slowed down."""
     sys.stderr = lines.with_suffix(".err").open("w", buffering=1)
     sys.stdout = lines.with_suffix(".out").open("w", buffering=1)
     record_samples(lines)
@@ -75,7 +76,7 @@ def test_a_second_signal_leaves_at_once(sd_folder, tmp_path):
 
 
 def ended_workers(argv, lines: Path) -> int:
-    """train_adapter.py, then whether it left a worker behind."""
+    """Run train_adapter.py, then report whether it left a worker process."""
     code = program(argv, lines, 0.3)
     return code if not multiprocessing.active_children() else 99
 
@@ -136,7 +137,7 @@ def test_a_signal_inside_validation_is_heard_and_the_validation_made_good(sd_fol
 
 
 def on_a_full_disk(argv, lines: Path) -> int:
-    """The limit on the size of files stands in for the disk: it, too, makes a write fail half-way."""
+    """The limit on the size of files simulates a full disk: a write fails half-way."""
     save = TrainState.save
 
     def limited(self, folder):
@@ -155,8 +156,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(sd_folder, tmp_path):
     message = lines.with_suffix(".err").read_text().splitlines()[-1]
     assert message.startswith("train_adapter.py: checkpoint-2 could not be saved in") and "latest" in message
     assert {p.name for p in out.iterdir()} == {"checkpoint-1", "stats.jsonl", "config.yaml"}
-    said: list[str] = []
-    assert find_checkpoint(out, "latest", said.append) == out / "checkpoint-1" and not said
+    said = logged()
+    assert find_checkpoint(out, "latest") == out / "checkpoint-1" and not said
     assert (out / "checkpoint-1" / "optimizer.pt").stat().st_size > 100_000
 
 
@@ -189,9 +190,9 @@ def saved(sd_folder, tmp_path_factory):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(saved, tmp_path, damage):
     copy_run(saved, tmp_path)
     DAMAGES[damage](tmp_path / "checkpoint-2")
-    said: list[str] = []
+    said = logged()
     settings = replace(saved, output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    run = silent_run(settings, said)
+    run = silent_run(settings)
     assert run.state.step == 1 and "checkpoint-2" in said[0]
     if damage == "a bit of the moments":
         run.train()
@@ -223,17 +224,17 @@ def test_with_no_good_checkpoint_left_nothing_is_trained(saved, tmp_path, capsys
 
 
 def poisoned(key: str, epoch: int):
-    """A ``sample_noise`` whose noise for one visit of one sample is not a number."""
+    """Return a ``sample_noise`` whose noise is NaN for one visit of one sample."""
     sample_noise = loop.sample_noise
 
-    def draws(batch, *more):
+    def sample(batch, *more):
         made = sample_noise(batch, *more)
         for row, visit in enumerate(zip(batch.keys, batch.epochs, strict=True)):
             if visit == (key, epoch):
                 made.noise[row, 0, 0, 0] = torch.nan
         return made
 
-    return draws
+    return sample
 
 
 def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path, monkeypatch):
@@ -251,10 +252,10 @@ def test_nan_in_one_sample_stops_before_the_update_and_names_it(saved, tmp_path,
 def test_so_many_may_be_left_out_as_is_allowed(saved, tmp_path, monkeypatch):
     settings = replace(saved, output_dir=str(tmp_path), max_train_steps=6, checkpointing_steps=6)
     monkeypatch.setattr(loop, "sample_noise", poisoned("basic-train-3", 0))
-    said: list[str] = []
-    run = silent_run(replace(settings, max_nonfinite_steps=1), said)
+    said = logged()
+    run = silent_run(replace(settings, max_nonfinite_steps=1))
     run.train()
-    assert run.state.skipped == 1 and sum("left out, 1 so far" in line for line in said) == 1
+    assert run.state.skipped == 1 and sum("skipped, 1 so far" in line for line in said) == 1
     steps = run.state.optimizer.state_dict()["state"][0]["step"]
     assert run.state.step == 6 and int(steps) == 5
     assert sum(row["loss"] is None for row in loss_log(tmp_path)) == 1

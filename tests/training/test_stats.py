@@ -78,7 +78,7 @@ def test_saved_and_restored_exactly_also_when_empty():
 
 
 def test_restored_terms_lie_where_the_coming_ones_will():
-    """Or a row that began before a resume could not be put together on a GPU."""
+    """Otherwise, a row that started before a resume could not be concatenated on a GPU."""
     stats = StepStats()
     stats.add(output([3, 700]))
     restored = StepStats.from_state_dict(stats.state_dict(), "meta")

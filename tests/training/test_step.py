@@ -34,8 +34,10 @@ def batch_of(samples, *refs):
     return collate([samples[SampleRef(*ref)] for ref in refs])
 
 
-def rows(draws, *index):
-    return StepNoise(*(getattr(draws, name)[list(index)] for name in ("posterior", "noise", "uniform", "empty_prompt")))
+def rows(sampled, *index):
+    return StepNoise(
+        *(getattr(sampled, name)[list(index)] for name in ("posterior", "noise", "uniform", "empty_prompt"))
+    )
 
 
 def assert_same(a, b):
@@ -43,7 +45,7 @@ def assert_same(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
+def test_noise_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, settings):
     both = sample_noise(batch_of(samples, (0, 0), (1, 3)), SHAPE, settings)
     torch.rand(5)
     assert_same(rows(both, 1), sample_noise(batch_of(samples, (1, 3)), SHAPE, settings))
@@ -55,9 +57,9 @@ def test_a_draw_depends_on_seed_epoch_and_sample_not_on_the_batch(samples, setti
         assert not torch.equal(other.noise, both.noise[1:]) and not torch.equal(other.uniform, both.uniform[1:])
 
 
-def test_the_draws_of_one_sample_are_independent_of_each_other(samples, settings):
-    draws = sample_noise(batch_of(samples, (0, 0)), SHAPE, settings)
-    assert abs(torch.corrcoef(torch.stack([draws.noise.flatten(), draws.posterior.flatten()]))[0, 1]) < 0.15
+def test_the_random_values_of_one_sample_are_independent_of_each_other(samples, settings):
+    sampled = sample_noise(batch_of(samples, (0, 0)), SHAPE, settings)
+    assert abs(torch.corrcoef(torch.stack([sampled.noise.flatten(), sampled.posterior.flatten()]))[0, 1]) < 0.15
 
 
 def test_the_share_of_empty_prompts(samples, settings):
@@ -72,20 +74,20 @@ def test_the_share_of_empty_prompts(samples, settings):
 
 
 def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, settings, models):
-    """Written out once more with diffusers' own scheduler and the pipeline's own encoders."""
+    """The reference is computed with diffusers' scheduler and the pipeline's encoders."""
     batch = batch_of(samples, (0, 0), (1, 0))
-    draws = replace(sample_noise(batch, SHAPE, settings), empty_prompt=torch.tensor([False, True]))
-    output = training_step(batch, models, settings, draws)
+    sampled = replace(sample_noise(batch, SHAPE, settings), empty_prompt=torch.tensor([False, True]))
+    output = training_step(batch, models, settings, sampled)
     with torch.no_grad():
         posterior = models.vae.encode(batch.pixels).latent_dist
-        z0 = (posterior.mean + posterior.std * draws.posterior) * models.vae.config.scaling_factor
-        steps = ((1 - draws.uniform**3) * 1000).long()
+        z0 = (posterior.mean + posterior.std * sampled.posterior) * models.vae.config.scaling_factor
+        steps = ((1 - sampled.uniform**3) * 1000).long()
         scheduler = DDIMScheduler.from_config(models.pipe.scheduler.config)
-        noisy = scheduler.add_noise(z0, draws.noise, steps)
+        noisy = scheduler.add_noise(z0, sampled.noise, steps)
         states, _ = models.pipe.encode_prompt([batch.captions[0], ""], "cpu", 1, False)
         features = models.plain_adapter(torch.cat([batch.condition, batch.mask], dim=1))
         predicted = models.unet(noisy, steps, states, down_intrablock_additional_residuals=features).sample
-    expected = (predicted - draws.noise).square().mean(dim=(1, 2, 3))
+    expected = (predicted - sampled.noise).square().mean(dim=(1, 2, 3))
     assert torch.equal(output.timesteps, steps)
     passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
     assert torch.allclose(output.terms.denoising, expected, rtol=rounding(passed))
@@ -95,10 +97,10 @@ def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, se
 
 def test_without_a_mask_the_adapter_has_no_say(samples, settings, models):
     batch = replace(batch_of(samples, (0, 0)), mask=torch.zeros(1, 1, 128, 128))
-    draws = sample_noise(batch, SHAPE, settings)
-    output = training_step(batch, models, settings, draws)
+    sampled = sample_noise(batch, SHAPE, settings)
+    output = training_step(batch, models, settings, sampled)
     with torch.no_grad():
-        other = training_step(replace(batch, condition=1 - batch.condition), models, settings, draws)
+        other = training_step(replace(batch, condition=1 - batch.condition), models, settings, sampled)
     assert torch.equal(output.terms.denoising, other.terms.denoising)
     output.loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in models.plain_adapter.parameters())
@@ -117,26 +119,26 @@ def test_the_gradient_passes_the_frozen_parts_and_stays_out_of_them(samples, set
 
 def test_the_loss_settings_reach_the_loss(samples, settings, models):
     batch = batch_of(samples, (0, 0))
-    draws = sample_noise(batch, SHAPE, settings)
+    sampled = sample_noise(batch, SHAPE, settings)
     heavy = replace(settings, loss=replace(settings.loss, weight=1000 * settings.loss.weight))
     plain = replace(settings, loss=replace(settings.loss, filter="none"))
     with torch.no_grad():
-        base, much, none = (training_step(batch, models, s, draws).terms for s in (settings, heavy, plain))
+        base, much, none = (training_step(batch, models, s, sampled).terms for s in (settings, heavy, plain))
     assert torch.allclose(much.local, base.local * 1000) and not none.local.any()
 
 
 def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
     batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
-    draws = sample_noise(batch, SHAPE, settings)
-    kept = models.encode(batch, draws.posterior)
-    again = models.encode(batch, draws.posterior)
+    sampled = sample_noise(batch, SHAPE, settings)
+    kept = models.encode(batch, sampled.posterior)
+    again = models.encode(batch, sampled.posterior)
     fresh = load_models(replace(settings, data=replace(settings.data, keep_latents=False)), torch.device("cpu"), None)
     assert torch.equal(kept, again)
     size = kept.abs().max().item()
     atol = size * rounding(depth(models.vae.encoder))
-    assert torch.allclose(kept, fresh.encode(batch, draws.posterior), rtol=0, atol=atol)
+    assert torch.allclose(kept, fresh.encode(batch, sampled.posterior), rtol=0, atol=atol)
     alone = batch_of(samples, (2, 0))
-    assert torch.equal(kept[2:], models.encode(alone, draws.posterior[2:]))
+    assert torch.equal(kept[2:], models.encode(alone, sampled.posterior[2:]))
 
 
 def test_texts_are_read_as_the_pipeline_reads_them(models):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from log_helpers import logged
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -40,7 +41,7 @@ def test_going_on_cuts_back_what_came_after(tmp_path):
     assert read_stats(tmp_path) == [{"step": 2}, {"step": 4}, {"step": 6, "new": 1}]
 
 
-def test_tensorboard_gets_numbers_and_pictures(tmp_path):
+def test_tensorboard_gets_numbers_and_images(tmp_path):
     tracker = BoardTracker(tmp_path, {})
     tracker.log(5, {"loss": 0.25, "by": [1.0, None], "name": "text"})
     tracker.image(5, "grid", Image.new("RGBA", (4, 3)))
@@ -54,8 +55,8 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 
 def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypatch, capfd):
     """Its thread, which writes, would print a traceback of its own."""
-    before, said = threading.excepthook, []
-    tracker = make_tracker("tensorboard", tmp_path, {}, say=said.append)
+    before, said = threading.excepthook, logged()
+    tracker = make_tracker("tensorboard", tmp_path, {})
 
     def full(self, data):
         raise OSError(28, "No space left on device")
@@ -65,7 +66,7 @@ def test_a_disk_that_is_full_for_tensorboard_is_one_sentence(tmp_path, monkeypat
         tracker.log(step, {"loss": 0.5})
         time.sleep(0.01 if not said else 0)
     tracker.close()
-    assert len(said) == 1 and "warning: TensorBoard takes nothing" in said[0] and "No space left" in said[0]
+    assert len(said) == 1 and "warning: TensorBoard recorded nothing" in said[0] and "No space left" in said[0]
     assert "Traceback" not in capfd.readouterr().err and threading.excepthook is before
     assert len(read_stats(tmp_path)) == 199
 
@@ -108,11 +109,11 @@ def test_hyperparameters_are_flat_and_of_the_run_itself(tmp_path):
 
 
 class FakeWandb:
-    """What is used of the package."""
+    """Stand-in for the parts of the package that are used."""
 
     def __init__(self):
         self.calls = []
-        self.Image = lambda picture: ("picture", picture.size)
+        self.Image = lambda image: ("image", image.size)
 
     def init(self, **options):
         self.calls.append(("init", options))
@@ -132,7 +133,7 @@ def wandb(monkeypatch):
 
 
 @pytest.mark.parametrize("report_to", ["wandb", "all"])
-def test_wandb_gets_settings_numbers_and_pictures_and_the_same_run_on_resuming(tmp_path, wandb, report_to):
+def test_wandb_gets_settings_numbers_and_images_and_the_same_run_on_resuming(tmp_path, wandb, report_to):
     check_report_to(report_to)
     for start in (0, 2):
         tracker = make_tracker(report_to, tmp_path, {"seed": 3}, start=start)
@@ -143,7 +144,7 @@ def test_wandb_gets_settings_numbers_and_pictures_and_the_same_run_on_resuming(t
     assert first["project"] == "localctl" and first["config"] == {"seed": 3} and first["resume"] == "allow"
     assert first["id"] == second["id"] and len(first["id"]) == 8
     logged = [values[0] for name, values, _ in (c for c in wandb.calls if c[0] == "log")]
-    assert logged[:2] == [{"step": 1, "loss": 0.5, "by/0": 1.0}, {"step": 1, "grid": ("picture", (3, 4))}]
+    assert logged[:2] == [{"step": 1, "loss": 0.5, "by/0": 1.0}, {"step": 1, "grid": ("image", (3, 4))}]
     assert sum(c[0] == "finish" for c in wandb.calls) == 2
     assert [row["step"] for row in read_stats(tmp_path)] == [1, 3]
     assert (tmp_path / "logs").exists() == (report_to == "all")

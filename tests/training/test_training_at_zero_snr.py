@@ -8,6 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 from diffusers import StableDiffusionPipeline
+from log_helpers import logged
 from training_helpers import silent_run, tiny_settings
 
 from localctl.training.settings import ValidationConfig
@@ -23,8 +24,8 @@ def test_training_validates_and_scores(name: str, v_pipe: StableDiffusionPipelin
     settings = tiny_settings(
         tmp_path / "base", tmp_path / "out", validation=validation, validation_steps=2, max_train_steps=2
     )
-    said: list[str] = []
-    result = silent_run(settings, said).train()
+    said = logged()
+    result = silent_run(settings).train()
     rows = read_stats(Path(settings.output_dir))
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import T2IAdapter
+from log_helpers import logged
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
@@ -29,7 +30,7 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def straight(sd_folder, tmp_path_factory):
-    """An uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
+    """Train an uninterrupted run of 5 steps over epochs of 1.5 steps, logged every 3: (settings, run)."""
     folder, small = tmp_path_factory.mktemp("straight"), {"data": DataConfig(count=3), "train_batch_size": 2}
     settings = tiny_settings(sd_folder, folder, max_train_steps=5, logging_steps=3, **small)
     run = silent_run(settings)
@@ -132,8 +133,8 @@ def test_bf16_trains_a_float32_adapter(sd_folder, tmp_path):
 
 def test_what_a_run_leaves_behind(sd_folder, tmp_path):
     settings = tiny_settings(sd_folder, tmp_path, max_train_steps=3, validation_steps=3, checkpointing_steps=1)
-    said: list[str] = []
-    run = silent_run(replace(settings, report_to="tensorboard"), said)
+    said = logged()
+    run = silent_run(replace(settings, report_to="tensorboard"))
     run.train()
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {
@@ -185,9 +186,9 @@ def test_going_back_to_a_named_checkpoint(straight, tmp_path):
         straight[0], output_dir=str(tmp_path), checkpointing_steps=1, checkpoints_total_limit=None, logging_steps=1
     )
     silent_run(settings).train(stop=lambda step: step == 4)
-    said: list[str] = []
+    said = logged()
     back = replace(settings, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    run = silent_run(back, said)
+    run = silent_run(back)
     assert run.state.step == 2 and sum("abandoned" in line for line in said) == 2
     run.train()
     assert list(list_checkpoints(tmp_path)) == [1, 2, 3, 4, 5]
@@ -196,9 +197,9 @@ def test_going_back_to_a_named_checkpoint(straight, tmp_path):
 
 
 def test_latest_without_any_is_said_and_a_bad_path_is_an_error(straight, tmp_path):
-    said: list[str] = []
+    said = logged()
     settings = replace(straight[0], output_dir=str(tmp_path), resume_from_checkpoint="latest")
-    assert silent_run(settings, said).state.step == 0
+    assert silent_run(settings).state.step == 0
     assert "from the beginning" in said[0]
     with pytest.raises(ValueError, match="no checkpoint"):
         silent_run(replace(settings, resume_from_checkpoint=str(tmp_path / "checkpoint-9")))
@@ -287,7 +288,7 @@ def test_no_clipping_learns_as_a_limit_never_reached(straight, tmp_path):
 
 
 def test_which_setting_ends_the_run_stands_on_a_line_of_the_steps(sd_folder, tmp_path):
-    said = []
-    silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=1, num_train_epochs=1000), said).train()
+    said = logged()
+    silent_run(tiny_settings(sd_folder, tmp_path, max_train_steps=1, num_train_epochs=1000)).train()
     steps = [line for text in said for line in text.splitlines() if line.startswith("steps  ")]
     assert any("max_train_steps=1 sets the end" in line for line in steps), said

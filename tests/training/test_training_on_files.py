@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from log_helpers import logged
 from PIL import Image
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -39,9 +40,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(base, folder, data, **changes):
-    said: list[str] = []
+    said = logged()
     settings = tiny_settings(base, folder, data=data, **({"condition": DEPTH} | changes))
-    result = silent_run(settings, said).train()
+    result = silent_run(settings).train()
     return result, loss_log(folder), said
 
 
@@ -108,7 +109,7 @@ def test_bad_rows_are_listed_alike_with_workers_and_after_a_resume(sd_folder, fo
     result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=5)
     rows = quarantined(tmp_path / "a")
     assert sorted(row["key"] for row in rows) == ["images/001.png", "images/007.png"]
-    assert {row["reason"] for row in rows} == {"image not a picture", "caption missing"}
+    assert {row["reason"] for row in rows} == {"image of unknown format", "caption missing"}
     assert any("2 of 10 rows unusable and replaced" in line for line in said)
     assert any("1 captions seen were longer than 77 tokens" in line for line in said)
     _, other, _ = run(sd_folder, tmp_path / "b", data, max_train_steps=5, dataloader_num_workers=2)

@@ -17,8 +17,8 @@ from localctl.training.validation import (
     Fidelity,
     References,
     Validator,
+    as_clause,
     choose_cases,
-    in_words,
     validation_row,
 )
 
@@ -63,7 +63,7 @@ def test_the_adapter_is_what_is_being_judged(validator):
     assert any(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(first, base, strict=True))
 
 
-def test_real_pictures_score_one_and_flat_ones_zero(validator):
+def test_real_images_score_one_and_flat_ones_zero(validator):
     real = [to_pil(case.example.pixels) for case in validator.cases]
     assert validator._score(real).f1 == 1.0
     flat = [picture.resize((1, 1)).resize(picture.size) for picture in real]
@@ -103,14 +103,14 @@ def test_control_is_the_share_of_the_way_to_the_ceiling():
     assert math.isnan(References(at(0.5), at(0.5)).control(0.7))
 
 
-def test_without_edges_in_any_mask_there_are_pictures_and_no_score(settings, validator):
+def test_without_edges_in_any_mask_there_are_images_and_no_score(settings, validator):
     corner = replace(settings, mask=MaskConfig(kind="fixed", box=(0.0, 0.0, 0.02, 0.02)))
     blind = Validator(validator.models, corner, MicroScenes("val", count=5))
     assert len(blind.cases) == 3 and not blind.scored and validator.scored
     result, references = blind.run(), blind.references()
     assert not result.fidelity.scored and len(result.fidelity.per_case) == 3
     assert result.sheet.size == validator.run().sheet.size
-    assert "no score" in in_words(result.fidelity, references) and "40 edge pixels" in in_words(
+    assert "no score" in as_clause(result.fidelity, references) and "40 edge pixels" in as_clause(
         result.fidelity, references
     )
     assert all(math.isnan(value) for value in validation_row(result.fidelity, references).values())
@@ -128,7 +128,7 @@ def test_held_out_examples_none_of_which_is_usable_are_an_error(settings, valida
         Validator(validator.models, settings, Broken())
 
 
-def test_conditions_no_picture_yields_are_scored_by_edges(settings):
+def test_conditions_no_image_yields_are_scored_by_edges(settings):
     depth = replace(settings, condition=ConditionConfig(kind="depth"))
     result = Validator(
         load_models(depth, CPU, None), depth, MicroScenes("val", count=30, condition=depth.condition)

@@ -132,7 +132,7 @@ def test_bad_input_is_one_sentence(sd_pipe: StableDiffusionPipeline, clip: Clip)
     call: dict[str, Any] = {"num_inference_steps": 2, "progress": False}
     for options, message in (
         ({"epochs": 0}, "at least 1 epoch"),
-        ({"last_steps": -1}, "0 last_steps or more"),
+        ({"last_steps": -1}, "at least 0 last_steps"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"weight": 3.0}, "convex mix"),
     ):

@@ -1,4 +1,4 @@
-"""Generated sentences: true of their scene, spans right, held-out families unseen; geometry is that of the scenes."""
+"""Generated sentences are true of their scene and have correct spans; held-out families stay out of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCENE = PlacedScene("s", ("red circle", "blue star", "green ring"), BOXES)
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_plan_is_the_scene_without_the_picture(profile: str, split: str) -> None:
+def test_a_plan_is_the_scene_without_its_image(profile: str, split: str) -> None:
     for index in (0, 7, 8, 21):
         plan, whole = scene_plan(index, profile, split), scene(index, profile, split)
         assert (plan.caption, plan.background, plan.objects, plan.relation) == (
@@ -89,7 +89,7 @@ def test_each_field_says_the_side_it_is_meant_for() -> None:
 
 
 def test_unseen_families_are_unseen() -> None:
-    """The frames of the held-out sentences, and "has" and "on its left", stand in no sentence of training."""
+    """No training sentence has the words of the held-out templates, nor "has" or "on its left"."""
     trained = [template for family in templates.TRAINING.values() for template in family]
     trained += [*templates.LISTS, *templates.WITH_A_THIRD, *templates.THIRD_RELATED]
     unseen = [template for family in templates.HELD_OUT.values() for template in family]

@@ -1,4 +1,4 @@
-"""MSCOCO's annotations as placed scenes, and learning from them."""
+"""Placed scenes from MSCOCO's annotations, and training on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_boxes_and_names(tmp_path: Path) -> None:
     assert found == {"dining table": [0.35, 0.35, 0.5, 0.5], "dog": [0.95, 0.8, pytest.approx(0.1), pytest.approx(0.4)]}
 
 
-def test_stuff_joins_in_under_the_names_one_says(tmp_path: Path) -> None:
+def test_stuff_is_read_under_plain_names(tmp_path: Path) -> None:
     names = ("wall-brick", "sky-other", "floor-other", "building-other", "tree", "other", "things", "mirror-stuff")
     assert [plain_name(name) for name in names] == [
         "brick wall", "sky", "floor", "building", "tree", "", "", "mirror",
@@ -81,7 +81,7 @@ def test_annotations_without_pairs(tmp_path: Path) -> None:
 
 
 def overfitted(tmp_path: Path, sentences: int, steps: int, width: int) -> tuple[float, int]:
-    """(share of relations that hold, how many) of the sentences that a small predictor was trained on."""
+    """Return the share of relations that hold, and their number, for the sentences a small predictor was trained on."""
     instances, stuff = write_coco(tmp_path, images=2 * sentences)
     settings = LayoutTrainSettings(
         data=LayoutDataConfig(name="coco", instances=str(instances), stuff=str(stuff), count=sentences),
@@ -91,7 +91,7 @@ def overfitted(tmp_path: Path, sentences: int, steps: int, width: int) -> tuple[
         learning_rate=5e-3, lr_warmup_steps=10, word_dropout=0, name_dropout=0, validation_steps=0,
         checkpointing_steps=0,
     )  # fmt: skip
-    run = prepare(settings, say=lambda text: None)
+    run = prepare(settings)
     assert run.train() == 0
     captions = [example(run.scenes, index, 0, settings.captions, settings.seed) for index in range(sentences)]
     return relation_rate(run.model.eval(), captions), sum(len(item.relations) for item in captions)
@@ -127,5 +127,5 @@ def test_boxes_without_an_area_are_left_out_and_counted(tmp_path: Path) -> None:
         (scene,) = CocoLayouts(path).scenes
     assert sorted(scene.names) == ["cat", "dining table"]
     path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="no annotation file in MSCOCO's format .*nested too deep"):
+    with pytest.raises(ValueError, match="not an annotation file in MSCOCO's format .*nested too deep"):
         CocoLayouts(path)

@@ -1,4 +1,4 @@
-"""Training a layout predictor: from a command line to weights, and resuming as if nothing had happened."""
+"""Training a layout predictor: from a command line to weights, and resuming exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from localctl.cli.config import load_config
 from localctl.layout_predictor import load_predictor
 from localctl.layout_predictor.model import LayoutPredictor
-from localctl.lock import FolderLock, _began
+from localctl.lock import FolderLock, _start_time
 from localctl.training.checkpoints import save_checkpoint
 from localctl.training.trackers import read_stats
 from research.layout_predictor import train as train_layout_predictor
@@ -108,9 +108,9 @@ def test_an_earlier_run_is_not_overwritten_by_mistake(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock = FolderLock(tmp_path / "run", print)
+    lock = FolderLock(tmp_path / "run")
     owner = json.loads(lock.path.read_text())
-    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _began(os.getppid())}))
+    lock.path.write_text(json.dumps({**owner, "pid": os.getppid(), "began": _start_time(os.getppid())}))
     assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "run")]) == 2
     assert "in use by process" in capsys.readouterr().err
     assert train_layout_predictor.main([*TINY, "--output_dir", str(tmp_path / "other")]) == 0
@@ -130,7 +130,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
 
     monkeypatch.setattr(LayoutPredictor, "save_pretrained", failing)
     argv = [*TINY, f"output_dir={tmp_path}", "--checkpointing_steps", every]
-    with pytest.raises(OSError, match="No space left.*checkpoint-4 has all of the training"):
+    with pytest.raises(OSError, match="No space left.*checkpoint-4 holds the whole training"):
         prepare(load_config(argv, LayoutTrainSettings, name="train_layout_predictor")).train()
     assert not (tmp_path / "predictor").exists()
     full.clear()
@@ -148,7 +148,7 @@ def test_it_is_saved_before_it_is_validated(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 2, lambda folder: (folder / "x").touch(), info={"settings": []})
-    with pytest.raises(ValueError, match="no checkpoint of a layout predictor"):
+    with pytest.raises(ValueError, match="not a checkpoint of a layout predictor"):
         prepare(settings(f"output_dir={tmp_path}", "--resume_from_checkpoint", "latest"))
 
 
@@ -179,8 +179,8 @@ def test_what_is_shown_and_hidden() -> None:
     assert abs(float(words.float().mean()) - 0.25) < 0.02 and abs(float(names.float().mean()) - 0.5) < 0.1
 
 
-def test_likelihoods_are_those_of_the_objects_asked_for(tmp_path: Path) -> None:
-    """The chain rule by hand, object by object."""
+def test_likelihoods_are_of_the_objects_in_only(tmp_path: Path) -> None:
+    """The chain rule, computed object by object."""
     model = prepare(settings(f"output_dir={tmp_path}")).model.eval()
     captions = held_out_captions(MicroLayouts("val", 60), 6, "training", 0, 0.11)
     by_hand, total = 0.0, 0
@@ -229,7 +229,7 @@ def test_a_judge_reads_the_words_alone(tmp_path: Path) -> None:
 
 
 def test_the_first_screen_is_clean(tmp_path: Path) -> None:
-    """A fresh process: nothing on stderr but the progress bar."""
+    """A new process writes nothing but the progress bar on stderr."""
     command = [sys.executable, "-m", "research.layout_predictor.train", *TINY, "--output_dir", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)

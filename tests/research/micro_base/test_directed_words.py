@@ -1,4 +1,4 @@
-"""Each word says itself at its own place, and what a caption says as a whole stays."""
+"""The state at each word's position encodes the word, and the contrastive features do not change."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_a_word_is_mixed_in_and_the_ends_stay() -> None:
 
 
 def variance_of_words(tower, tokenizer) -> tuple[float, float]:
-    """Of the states at the shape's word, what the shape and what the colour before it make of the variance."""
+    """Return the shares of variance, of the states at the shape's word, that the shape and the colour explain."""
     states = []
     for color in ("red", "blue", "pink"):
         ids = token_ids(tokenizer, [f"a {color} {shape} on a black background" for shape in SHAPES], 12)
@@ -42,7 +42,7 @@ def variance_of_words(tower, tokenizer) -> tuple[float, float]:
     return float(grid.mean(0).var(0).sum()), float(grid.mean(1).var(0).sum())
 
 
-def test_a_shape_is_told_at_its_word_after_training(tmp_path: Path) -> None:
+def test_the_state_at_a_shapes_word_encodes_it_after_training(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
     clip = new_clip(tokenizer)

@@ -1,4 +1,4 @@
-"""Where the objects of a scene are, which words are theirs, and attention that goes from the ones to the others."""
+"""Objects of a scene, their words in the caption, and the loss of attention from objects to their words."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from tolerances import rounding
 
 from localctl.micro.scenes import scene
 from research.micro_base.clip import new_tokenizer
-from research.micro_base.focus import focus_loss, make_focus, tokens_of, watch
+from research.micro_base.focus import focus_loss, make_focus, record_attention, tokens_of
 from research.micro_base.unet import new_unet
 
 UNET = 40 * 9 * 160  # layers in a row, the longest sums of each
 
 
-def test_tokens_are_those_of_the_objects() -> None:
+def test_tokens_are_the_positions_of_the_objects_words() -> None:
     tokenizer = new_tokenizer()
     for index in range(30):
         item = scene(index)
@@ -45,7 +45,7 @@ def test_attention_written_out_is_attention() -> None:
     noisy, states = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 128)
     with torch.no_grad():
         plain = unet(noisy, 500, states).sample
-        kept = watch(unet)
+        kept = record_attention(unet)
         watched = unet(noisy, 500, states).sample
     assert torch.allclose(plain, watched, rtol=0, atol=float(plain.abs().max()) * rounding(UNET))
     assert sorted({attention.shape[1] for attention in kept}) == [16, 64, 256]

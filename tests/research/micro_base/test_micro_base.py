@@ -1,4 +1,4 @@
-"""The build of the embedded base at toy length: every part learns, stops, resumes exactly, and exports a pipeline."""
+"""Short trainings of the embedded base: every part learns, stops and resumes exactly, and a pipeline is exported."""
 
 import json
 import os
@@ -190,7 +190,7 @@ def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path) -> Non
     assert (tmp_path / "base" / "clip" / "model.safetensors").exists()
 
     (tmp_path / "work2").mkdir()
-    (tmp_path / "work2" / "cache").symlink_to(tmp_path / "work" / "cache")  # the pictures need not be drawn again
+    (tmp_path / "work2" / "cache").symlink_to(tmp_path / "work" / "cache")  # the images need not be rendered again
     again = ["--workdir", str(tmp_path / "work2"), "--output_dir", str(tmp_path / "base2"), "--scenes", "130"]
     assert main([*again, *steps, "--continue_from", str(tmp_path / "base"), "--parts", "unet", "export"]) == 0
     vaes = [load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("base", "base2")]

@@ -6,7 +6,8 @@ import torch
 from localctl.micro.scenes import COLORS, SHAPES
 from localctl.pipelines import BaseConfig, load_pipeline
 from research.harness import first_scenes
-from research.micro_base.word_use import caption, errors, main, shares_of_words, use_of_words
+from research.micro_base.word_errors import caption, errors, shares_of_words, use_of_words
+from research.micro_base.word_use import main
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def test_captions_name_what_is_there():
         assert f"{other} {thing.shape} on" in changed and item.background in changed and thing.color not in changed
 
 
-def test_colours_are_told_apart_and_a_base_that_does_not_read_is_found_out(pipe, monkeypatch):
+def test_colours_are_told_apart_and_a_base_that_ignores_text_is_detected(pipe, monkeypatch):
     scenes = first_scenes(6, lambda item: len(item.objects) == 1)
     use = use_of_words(pipe, scenes, 400)["color"]
     assert use.told_apart.value >= 0.5 and use.worse.value > 0.1
@@ -35,7 +36,7 @@ def test_colours_are_told_apart_and_a_base_that_does_not_read_is_found_out(pipe,
     assert abs(use_of_words(pipe, scenes, 400)["color"].worse.value) < 1e-4
 
 
-def test_shares_of_words_are_those_of_the_states(pipe, monkeypatch):
+def test_shares_of_words_are_of_the_states(pipe, monkeypatch):
     shares = shares_of_words(pipe)
     assert min(shares.values()) > 0.05 and sum(shares.values()) <= 1.0 + 1e-6
     shape = pipe.tokenizer.convert_tokens_to_ids("ring</w>")

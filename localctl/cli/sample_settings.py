@@ -1,4 +1,4 @@
-"""What a run of ``sample.py`` is told, as a record: from flags, or from the ``sample.json`` of an earlier run."""
+"""The settings of a run of ``sample.py``, from flags or from the ``sample.json`` of an earlier run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from localctl.bases import DtypeName, SchedulerName
-from localctl.control.presets import NONE as NONE
 from localctl.files import first_line, read_json
 from localctl.records import record
 from localctl.sizes import typed_size
 
 RECORD = "sample.json"
-INPUTS = ("image", "condition_image", "mask", "layout")  # options that name files; copied beside the record
-AUTO = "auto"  # in place of a layout: what the predictor makes of the prompt
+INPUTS = ("image", "condition_image", "mask", "layout")  # settings that name files, which are copied beside the record
+AUTO = "auto"  # instead of a layout: one predicted from the prompt
 _SEED_BITS = 64
 
 
 def seed_in_bounds(value: int) -> int:
-    """``value``, if it has at most 64 bits; else ValueError."""
+    """Return ``value``. ValueError if it has more than 64 bits."""
     if abs(value) >= 2**_SEED_BITS:
         raise PydanticCustomError("seed", "a whole number of no more than 64 bits")
     return value
 
 
 def _several(value: Any) -> Any:
-    """A single value stands for a list of one."""
+    """Return a single value as a list of one."""
     return value if value is None or isinstance(value, (list, tuple)) else [value]
 
 
 def _size(value: Any) -> Any:
-    """(height, width) of a size as it is typed."""
+    """Return (height, width) of a size that is given as text, such as 512x768."""
     return typed_size(value) if isinstance(value, str) else value
 
 
-# Of a record as it is: text is no number, and the word true is not 1.
+# Strict, as JSON has its own types: text is not a number, and true is not 1.
 _Text = Annotated[str, Field(strict=True)]
 _Whole = Annotated[int, Field(strict=True)]
 _Number = Annotated[float, Field(strict=True)]
@@ -49,7 +48,10 @@ _Numbers = Annotated[list[_Number], BeforeValidator(_several)]
 @record()
 @dataclass(kw_only=True)
 class SampleSettings:
-    """A run of ``sample.py``; its flags explain each. None: nothing is said. ValueError for another kind of value."""
+    """One run of ``sample.py``; the help of the flag of the same name explains each setting. None: not given.
+
+    ValueError for a value of another type.
+    """
 
     prompt: _Texts = None
     adapter: _Texts = None
@@ -93,10 +95,10 @@ class SampleSettings:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The options in a record, those that say nothing left out; relative input files are looked up beside it.
+    """Read the settings in a record that are not None; paths of input files in it are relative to its folder.
 
-    path: of the record, or of its folder. ValueError in one sentence for a file that is no record, an option nobody
-    knows, or a value of another kind.
+    path: the record, or its folder. ValueError in one sentence for a file that is not a record, an unknown setting, or
+    a value of another type.
     """
     path = path.expanduser()
     path = path / RECORD if path.is_dir() else path
@@ -109,13 +111,13 @@ def read_record(path: Path) -> dict[str, Any]:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not a record of sample.py; give the {RECORD} of an earlier run.")
-    said = {name: value for name, value in options.items() if value is not None and name != "from_json"}
+    given = {name: value for name, value in options.items() if value is not None and name != "from_json"}
     try:
-        read = vars(SampleSettings(**said))
+        read = vars(SampleSettings(**given))
     except ValueError as error:
         raise ValueError(f"The record {path} cannot be used: {error}") from None
-    found = {name: read[name] for name in said}
+    settings = {name: read[name] for name in given}
     for name in INPUTS:
-        if name in found:
-            found[name] = [item if item == AUTO else str(path.parent / item) for item in found[name]]
-    return found
+        if name in settings:
+            settings[name] = [item if item == AUTO else str(path.parent / item) for item in settings[name]]
+    return settings

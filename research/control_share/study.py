@@ -1,17 +1,8 @@
-"""How much of the possible control an adapter has, on held-out micro scenes, and whether it leaks out of the mask.
-
-python -m research.control_share --adapter outputs/adapter/adapter
-python -m research.control_share --adapter run/checkpoint-500/adapter run/adapter --count 50    # a curve
-
-For every scene a random box is the mask, and the adapter sees the scene's edges. Four images are compared: the scene,
-its round trip through the VAE (the ceiling), what the base generates from the caption (the floor) and what it generates
-with the adapter from the same noise. Control = (F1 adapter - F1 base) / (F1 round trip - F1 base) inside the mask.
-"""
+"""Measure control and leak: the cases, the images with and without an adapter, and their figures."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -26,10 +17,7 @@ from torch import Tensor
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
-from localctl.bases import SCHEDULERS
 from localctl.boxes import box_iou
-from localctl.cli.arguments import Arguments
-from localctl.cli.program import one_sentence
 from localctl.conditions import ConditionConfig
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import LocalAdapterControl
@@ -48,11 +36,8 @@ from localctl.micro.scenes import SceneObject, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.seeding import numpy_rng
 from research import harness
-from research.flags import check_least, make_folder
 from research.harness import PROFILE, SPLIT, generate_cases, provenance
 from research.page import table
-
-PROGRAM = "research.control_share"
 
 
 @dataclass(frozen=True)
@@ -68,13 +53,19 @@ class Case(harness.Case):
 
     @property
     def hidden(self) -> list[SceneObject]:
-        """Objects lying wholly at least 8 px outside the mask."""
+        """Return the objects that lie wholly outside the mask, at least 8 px away."""
         return hidden_objects(self.item.objects, self.inside)
 
 
 def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
-    """Return the first `count` test scenes that can be scored, each with a box sampled until it holds enough edges; the
-    same for every adapter. Scenes with fewer edges than that in all (purple on black) are passed over."""
+    """Return the first ``count`` test scenes that can be scored, the same for every adapter.
+
+    The box of each scene is sampled until it has at least ``MIN_EDGES`` edge pixels; scenes with fewer edges in all
+    (purple on black) are skipped.
+
+    Raises:
+        ValueError: masks of this kind are too small to have that many edges.
+    """
     made: list[Case] = []
     index = -1
     while len(made) < count:
@@ -87,14 +78,14 @@ def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
                 made.append(Case(f"{SPLIT}-{index}", item, Layout(item.caption), 1000 + index, sampled, edges))
                 break
         if index >= 10 * count + 50:
-            raise ValueError(f"Masks of kind {mask.kind!r} hardly ever hold {MIN_EDGES} edge pixels; use larger ones.")
+            raise ValueError(f"Masks of kind {mask.kind!r} rarely contain {MIN_EDGES} edge pixels; use larger ones.")
     return made
 
 
 def sample_all(
     pipe: Any, chosen: Sequence[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
 ) -> np.ndarray:
-    """Images uint8 (n, H, W, 3), each from its own seed, with or without the adapter."""
+    """Return images uint8 (n, H, W, 3), each from the noise of its own seed, with or without the adapter."""
 
     def controls(some: Sequence[harness.Case]) -> list[LocalAdapterControl]:
         if adapter is None:
@@ -109,13 +100,13 @@ def sample_all(
 
 
 def f1_inside(chosen: Sequence[Case], images: np.ndarray) -> np.ndarray:
-    """In-mask F1 against the scene's edges, (n,)."""
+    """Return the F1 of each image's edges against the scene's, inside the mask, (n,)."""
     pairs = zip(chosen, images, strict=True)
     return np.asarray([edge_scores(canny(image), case.edges, case.inside, 2.0).f1 for case, image in pairs])
 
 
 def reproduced(case: Case, image: np.ndarray) -> float:
-    """Share of the hidden objects whose shape stands in the image at the same place (box IoU >= 0.5)."""
+    """Return the share of the hidden objects whose shape is in the image at the same place (box IoU >= 0.5)."""
     found = detect(image).objects
     hits = [any(d.shape == o.shape and box_iou(d.box, o.box) >= 0.5 for d in found) for o in case.hidden]
     return float(np.mean(hits))
@@ -123,7 +114,11 @@ def reproduced(case: Case, image: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ControlResult:
-    """Intervals over scenes; `control` is the share of the possible gain, `leak` the paired difference to the base."""
+    """Intervals over scenes.
+
+    control: (F1 adapter - F1 base) / (F1 ceiling - F1 base). leak: hidden objects reproduced, less those of the base;
+    None without hidden objects.
+    """
 
     adapter: str
     f1_base: Interval
@@ -136,7 +131,7 @@ class ControlResult:
 def compare(
     name: str, chosen: Sequence[Case], base: np.ndarray, ceiling: np.ndarray, images: np.ndarray
 ) -> ControlResult:
-    """Return the figures of an adapter's ``images``, beside those of the base and of the VAE's round trip."""
+    """Return the figures of an adapter's ``images`` against those of the base and of the VAE round trip."""
     scores = np.stack([f1_inside(chosen, some) for some in (base, ceiling, images)], axis=1)  # (n, 3)
 
     def share(rows: np.ndarray) -> float:
@@ -156,12 +151,12 @@ def compare(
 
 
 def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, rows: int = 8) -> Image.Image:
-    """Return a line per scene: its edges, the base's image, the adapter's and its edges, and the scene."""
+    """Return a sheet, a row per scene: its edges, the base's image, the adapter's image and its edges, the scene."""
     lines = []
     for case, plain, steered in list(zip(chosen, base, images, strict=True))[:rows]:
         edges = Image.fromarray((case.edges * 255).astype(np.uint8)).convert("RGB")
-        shown = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
-        real, of_base, result, found = (Image.fromarray(image) for image in shown)
+        pixels = [case.item.image, plain, steered, (canny(steered) * 255).astype(np.uint8)[..., None].repeat(3, -1)]
+        real, of_base, result, found = (Image.fromarray(image) for image in pixels)
         framed = [outline(p, case.mask) for p in (edges, of_base, result, found)]
         lines.append([p.resize((192, 192), Image.Resampling.NEAREST) for p in (*framed, real)])
     labels = ("condition + mask", "base", "with adapter", "its edges", "scene of the edges")
@@ -169,8 +164,13 @@ def image_sheet(chosen: Sequence[Case], base: np.ndarray, images: np.ndarray, ro
 
 
 def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
-    """Return the base that was asked for, else that of the first adapter that says one. ValueError when an adapter does
-    not fit it; a warning when one was trained on another base of the same shape."""
+    """Return the base that was asked for, else the first one that an adapter records, else micro.
+
+    Warns of an adapter that was trained on another base of the same shape.
+
+    Raises:
+        ValueError: an adapter does not fit the base.
+    """
     base = asked or next((adapter.base for adapter in adapters if adapter.base), "micro")
     shape = read_shape(BaseConfig(name=base))
     for adapter in adapters:
@@ -180,15 +180,15 @@ def base_of(asked: str | None, adapters: Sequence[SavedAdapter]) -> str:
 
 
 def find(path: Path) -> SavedAdapter:
-    """ValueError when there is no adapter, or none with a condition that can be taken from a scene."""
+    """Return the adapter at ``path``. Raises ValueError if there is none, or if it does not record its condition."""
     adapter = find_adapter(path)
     if adapter.condition is None:
-        raise ValueError(f"The adapter {path} does not say what condition it was trained on; train it again.")
+        raise ValueError(f"The adapter {path} does not record which condition it was trained on; train it again.")
     return adapter
 
 
 def run(args: argparse.Namespace) -> str:
-    """Load, generate, measure and write; the table."""
+    """Load, generate, measure and write; return the table."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
     adapters = {adapter.name: adapter.load() for adapter in found}
@@ -232,35 +232,3 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
             **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
         },
     )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags. ValueError for values that make no sense, or an output folder that cannot be made."""
-    parser = Arguments(PROGRAM, __doc__)
-    add = parser.add_argument
-    add("--adapter", nargs="+", required=True, type=Path, metavar="DIR", help="folders of trained LocalAdapters")
-    add("--base", help="default: the one the adapters were trained on")
-    add("--count", type=int, default=200, help="held-out scenes")
-    add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
-    add("--guidance_scale", type=float, help="default: the base's own")
-    add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
-    add("--batch_size", type=int, default=16, help="images at once; does not change them")
-    add("--seed", type=int, default=0, help="of the masks")
-    add("--output_dir", type=Path, default=Path("outputs/control"), help="where figures and sheets go")
-    args = parser.read(argv)
-    check_least(args, {"count": 1, "num_inference_steps": 1, "batch_size": 1}, "--")
-    if args.scheduler not in SCHEDULERS:
-        raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
-    make_folder(args.output_dir)
-    return args
-
-
-@one_sentence(PROGRAM)
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 when done, 2 after a user's error."""
-    print(run(parse(argv)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Region controls as ``sample.py`` names them: which of them, which settings, and what to lay side by side."""
+"""The variants of a run of ``sample.py``: layouts, and the controls and settings to generate their images with."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from localctl.cli.sample_record import AUTO, SampleSettings
+from localctl.bases import SCHEDULERS
+from localctl.cli.sample_settings import AUTO, SampleSettings
 from localctl.control.base import Control
 from localctl.control.latents import check_shiftable_kind
-from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.presets import CONTROLS as CONTROLS
-from localctl.control.presets import NONE as NONE
-from localctl.control.presets import build_controls, check_settings, control_names, setting_of
-from localctl.control.presets import preset as preset
-from localctl.control.presets import sampling_of as sampling_of
+from localctl.control.presets import (
+    CONTROLS,
+    NONE,
+    build_controls,
+    check_settings,
+    control_names,
+    sampling_of,
+    setting_of,
+)
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
-from localctl.pipelines import SCHEDULERS
-from localctl.sampling_settings import FREE as FREE
-from localctl.sampling_settings import Sampling as Sampling
+from localctl.sampling_settings import FREE, Sampling
 
-_ALL = ("none", "bias", "dense", "guidance")  # what --compare all lays side by side
-_MOST_CELLS = 64  # of a sweep
+_COMPARE_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
+_MOST_CELLS = 64  # of the grid of a sweep
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to generate all images: how it is called on the sheet, its controls, its place there, and how it is
-    sampled unless the user says otherwise."""
+    """One way to generate all images of a run.
+
+    label: its name on the sheet. column, row: its cell there. sampling: used where the user gives no other.
+    """
 
     label: str
     controls: tuple[Control, ...]
@@ -39,72 +43,79 @@ class Variant:
     sampling: Sampling = FREE
 
 
+def optimized_controls(variant: Variant) -> list[Any]:
+    """Return the controls whose weights are optimised for each image (``OptimizedSpaceTime``)."""
+    return [control for control in variant.controls if CONTROLS.name_of(type(control)) == "spacetime_optimized"]
+
+
 def load_layouts(options: SampleSettings) -> list[Layout]:
-    """The layouts of the flags. ValueError for flags that do not go together, or a file that is no layout."""
+    """Load or predict the layouts; none without ``--layout``. ValueError for flags that exclude each other, or a file
+    that is not a layout."""
     if not options.layout:
         for name in ("control", "set", "sweep", "compare", "layout_seed", "predictor"):
             value = getattr(options, name)
             if value is not None and not (name == "control" and value == [NONE]):
-                raise ValueError(f"--{name} needs regions to work on; give --layout.")
+                raise ValueError(f"--{name} needs a layout with regions; give --layout.")
         return []
     if AUTO in options.layout:
-        return _predicted(options)
+        return _predict_layouts(options)
     for name in ("layout_seed", "predictor"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --layout {AUTO}; leave it out.")
     if options.prompt:
-        raise ValueError("A layout brings its own prompt; give either --layout or --prompt.")
+        raise ValueError("A layout contains its own prompt; give either --layout or --prompt.")
     return [load_layout(path) for path in options.layout]
 
 
-def _predicted(options: SampleSettings) -> list[Layout]:
-    from localctl.layout_predictor.model import load_predictor  # only where it is wanted
+def _predict_layouts(options: SampleSettings) -> list[Layout]:
+    from localctl.layout_predictor.model import load_predictor  # only needed here
 
     if len(options.layout or ()) > 1:
-        raise ValueError(f"--layout {AUTO} stands alone; leave out the other files.")
+        raise ValueError(f"--layout {AUTO} cannot be combined with other layouts; leave them out.")
     if not options.prompt:
-        raise ValueError(f"--layout {AUTO} reads the prompt; give --prompt.")
+        raise ValueError(f"--layout {AUTO} predicts the layout from a prompt; give --prompt.")
     predictor = load_predictor(None if options.predictor is None else Path(options.predictor).expanduser())
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 
 def plan(options: SampleSettings, base: str) -> list[Variant]:
-    """Every way to generate that the flags ask for, at least one; settings start from the preset of the base.
+    """Return the variants that the flags ask for, at least one; settings not given come from the preset of the base.
 
-    ValueError for unknown controls, settings or values, flags that do not go together, or a scheduler that loses what
-    a control does to the latents.
+    ValueError for unknown controls, settings or values, flags that exclude each other, or a scheduler that does not
+    carry latents that a control moves.
     """
-    variants = _plan(options, base)
+    variants = _requested_variants(options, base)
     if options.scheduler is not None:
         for variant in variants:
-            if any(isinstance(control, LayoutGuidance) for control in variant.controls):
+            if any(CONTROLS.name_of(type(control)) == "guidance" for control in variant.controls):
                 check_shiftable_kind(SCHEDULERS[options.scheduler])
     return variants
 
 
-def _plan(options: SampleSettings, base: str) -> list[Variant]:
+def _requested_variants(options: SampleSettings, base: str) -> list[Variant]:
     if not options.layout:
         return [Variant(NONE, ())]
     if options.compare:
         if options.control or options.sweep:
             raise ValueError("Give either --compare or --control and --sweep, not both.")
         return read_variants(options.compare, options.set or (), base)
-    settings = [_setting(item) for item in options.set or ()]
+    settings = [_split_setting(item) for item in options.set or ()]
     names = control_names(options.control or ["bias"])
     check_settings([name for name, _ in settings], names)
     if not options.sweep:
         controls = make_controls(names, settings, base)
         return [Variant("+".join(names) or NONE, controls, sampling=sampling_of(names, base))]
-    return _swept(options.sweep, names, settings, base)
+    return _sweep_variants(options.sweep, names, settings, base)
 
 
 def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> list[Variant]:
-    """What to lay side by side: ``all``, or names of controls, joined by + where they act together.
+    """Return the variants to compare.
 
-    ``settings``: NAME=VALUE each. ValueError as for :func:`plan`.
+    words: ``all``, or names of controls, joined by + where several act together. settings: NAME=VALUE each. ValueError
+    as for :func:`plan`.
     """
-    read = [_setting(item) for item in settings]
-    words = _ALL if list(words) == ["all"] else tuple(words)
+    read = [_split_setting(item) for item in settings]
+    words = _COMPARE_ALL if list(words) == ["all"] else tuple(words)
     if len(set(words)) < len(words):
         raise ValueError("A control is given twice in --compare; give each one once.")
     plans = [(word, control_names(word)) for word in words]
@@ -115,18 +126,20 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     ]
 
 
-def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> list[Variant]:
-    """Columns are the values of the first setting, rows those of the second."""
-    axes = [(name, values.split(",")) for name, values in map(_setting, sweep)]
+def _sweep_variants(
+    sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[str, str]], base: str
+) -> list[Variant]:
+    """Return a variant per cell of the grid: columns are the values of the first setting, rows those of the second."""
+    axes = [(name, values.split(",")) for name, values in map(_split_setting, sweep)]
     if len(axes) > 2 or len({name for name, _ in axes}) < len(axes):
-        raise ValueError(f"--sweep goes over one setting or two different ones, not {' '.join(sweep)}.")
+        raise ValueError(f"--sweep varies one setting or two different ones, not {' '.join(sweep)}.")
     both = {name for name, _ in axes} & {name for name, _ in settings}
     if both:
         raise ValueError(f"{both.pop()} is both in --set and in --sweep; give it once.")
     cells = list(itertools.product(*(range(len(values)) for _, values in reversed(axes))))
     if len(cells) > _MOST_CELLS:
         raise ValueError(
-            f"--sweep asks for {len(cells)} images on a sheet, more than {_MOST_CELLS}; name fewer values."
+            f"--sweep asks for {len(cells)} images on a sheet, more than {_MOST_CELLS}; give fewer values."
         )
     check_settings([name for name, _ in axes], names)
     variants = []
@@ -141,20 +154,21 @@ def _swept(sweep: Sequence[str], names: Sequence[str], settings: Sequence[tuple[
     return variants
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _split_setting(text: str) -> tuple[str, str]:
+    """Split NAME=VALUE. ValueError for other text."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise ValueError(f"{text!r} is no setting; write NAME=VALUE, such as strength=0.6.")
+        raise ValueError(f"{text!r} is not a setting; write NAME=VALUE, such as strength=0.6.")
     return name, value
 
 
 def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], base: str) -> tuple[Control, ...]:
-    """The controls of these names with the preset of the base, then the settings, as (name, value) in words.
+    """Return the controls of these names: the preset of the base, changed by the settings, (name, value) as text each.
 
-    ValueError for a value that is of another kind or out of range.
+    ValueError for a value of another type or out of range.
     """
     read = {
-        f"{name}.{field}": _value(setting, text, _default(CONTROLS[name], field))
+        f"{name}.{field}": _parse_value(setting, text, _example_value(CONTROLS[name], field))
         for name in names
         for setting, text in settings
         if (field := setting_of(name, setting)) is not None
@@ -162,36 +176,29 @@ def make_controls(names: Sequence[str], settings: Sequence[tuple[str, str]], bas
     return tuple(build_controls(names, base, read))
 
 
-def _default(control: type[Any], name: str) -> Any:
-    """A field's default; for numbers that may be left to the control, any number."""
+def _example_value(control: type[Any], name: str) -> Any:
+    """Return a value of a field's type: its default, or 0.0 where that is None for a number."""
     kinds = {field.name: str(field.type) for field in fields(control)}
     return 0.0 if kinds[name] == "float | None" else getattr(control, name)
 
 
-def _value(setting: str, text: str, default: Any) -> Any:
-    """``text`` as a value of the kind that ``default`` is; None stands for a list of names."""
+def _parse_value(setting: str, text: str, default: Any) -> Any:
+    """Return ``text`` as a value of the type of ``default``; of None, as names separated by commas."""
     if default is None or isinstance(default, tuple):
         return tuple(text.split(","))
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{setting} is true or false, not {text!r}.")
+            raise ValueError(f"{setting} must be true or false, not {text!r}.")
         return text.lower() == "true"
     try:
         return type(default)(text)
     except ValueError as error:
         kind = "a whole number" if isinstance(default, int) else "a number"
-        raise ValueError(f"{setting} is {kind}, not {text!r}.") from error
+        raise ValueError(f"{setting} must be {kind}, not {text!r}.") from error
 
 
-def named(label: str) -> str:
-    """A variant's label as part of a file name."""
+def file_label(label: str) -> str:
+    """Return a variant's label as part of a file name: letters, digits and ``+-.=``, and _ for any other character."""
     return "".join(character if character.isalnum() or character in "+-.=" else "_" for character in label)
-
-
-def layout_paths(options: SampleSettings) -> list[str]:
-    """The files of the layouts by absolute path, to be read from anywhere; predicted ones have none yet."""
-    if options.layout == [AUTO]:
-        return [AUTO]
-    return [str(Path(path).resolve()) for path in options.layout or ()]

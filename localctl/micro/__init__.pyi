@@ -1,0 +1,5 @@
+from .scenes import Scene as Scene
+from .scenes import scene as scene
+
+PROFILES: tuple[str, ...]
+SPLITS: tuple[str, ...]
