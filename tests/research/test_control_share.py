@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import localctl.pipelines
+import localctl.bases
 from localctl.adapter import LocalAdapter
 from localctl.boxes import box_iou
 from localctl.conditions import ConditionConfig
