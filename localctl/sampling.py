@@ -75,7 +75,7 @@ def generate(
             ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
 
     Raises:
-        ValueError: an argument set by this function, several sizes, an image with NaN, or as for :func:`attach`.
+        ValueError: a reserved argument, several sizes, NaN in an image, or as for :class:`Sampling`, :func:`attach`.
     """
     layouts = as_layouts(layout)
     for name in _RESERVED:
