@@ -40,8 +40,9 @@ from localctl.data.bad_rows import BadRow
 from localctl.data.folders import mark_made
 from localctl.data.rows import METADATA, captions_of, check_utf8, split_lines
 from localctl.files import first_line, json_lines, parse_json, sha256, write_text
-from localctl.images import PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
+from localctl.images import ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import shorten
+from localctl.sizes import PHOTO_PIXELS
 
 MANIFEST = "manifest.jsonl"
 SIGNATURES = {

@@ -31,8 +31,9 @@ from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
 from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
 from localctl.files import json_lines, parse_json, write_text
-from localctl.images import EXTENSIONS, PHOTO_PIXELS, ImageError, Limits, condition_to_pil, load_image
+from localctl.images import EXTENSIONS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import shorten
+from localctl.sizes import PHOTO_PIXELS
 
 # The condition of a photo over 16 million pixels is reduced to twice this on its short side.
 CONDITION_SIDE = 1024

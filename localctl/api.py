@@ -37,6 +37,8 @@ def train_settings(*choices: str) -> TrainSettings:
 def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None = None) -> TrainResult:
     """Train an adapter to the last step, or until a signal. It is saved in ``result.output_dir / "adapter"``.
 
+    What the logger "localctl" logs meanwhile, at INFO and above, is printed.
+
     Args:
         settings: from :func:`train_settings`, or built in Python.
         say: deprecated; is called with each message instead of printing it. Add a handler to the logger "localctl".

@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from localctl.settings import CHANNELS as CHANNELS
 from localctl.settings import FROM_IMAGE, ConditionConfig
 
 if TYPE_CHECKING:  # torch is imported where it is used

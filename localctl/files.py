@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -161,3 +161,12 @@ def share_weights(folder: Path) -> None:
     safetensors makes its files readable by their owner only."""
     for path in folder.rglob("*.safetensors"):
         path.chmod(stat.S_IMODE((path.parent / "config.json").stat().st_mode))
+
+
+def sha256_of_files(paths: Sequence[Path], root: Path) -> str:
+    """Hash the paths (relative to ``root``) and contents of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}:{len(content)}:".encode() + content)
+    return digest.hexdigest()

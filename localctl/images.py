@@ -17,7 +17,6 @@ from localctl.files import first_line
 from localctl.labels import shorten
 from localctl.lazy import moved_names
 from localctl.png import is_png, without_texts
-from localctl.sizes import PHOTO_PIXELS as PHOTO_PIXELS
 
 if TYPE_CHECKING:  # torch is imported in the functions that use it, so that reading images does not load it
     from torch import Tensor

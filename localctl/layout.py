@@ -12,20 +12,10 @@ from torch import Tensor
 
 from localctl.cells import CELL_MODES, OVERLAPS, resolve_overlap, side_coverage
 from localctl.inputs import OptionalImageField
-from localctl.layout_checks import (
-    MAX_STRENGTH,
-    Box,
-    check_count,
-    check_text,
-    checked_boxes,
-    checked_mask,
-    is_number,
-)
+from localctl.layout_checks import MAX_STRENGTH, Box, check_count, check_text, checked_boxes, checked_mask, is_number
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
-from localctl.sizes import SIZE_MULTIPLE as SIZE_MULTIPLE
-from localctl.sizes import check_side as check_side
-from localctl.sizes import shown
+from localctl.sizes import check_side, shown
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
 from localctl.masks import resize_mask
-from localctl.settings import NORMALISE as NORMALISE
-from localctl.settings import SCHEDULES as SCHEDULES
 from localctl.settings import LossConfig
 
 FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.images import open_gray
-from localctl.settings import MASK_KINDS as MASK_KINDS
 from localctl.settings import MASK_RESIZE, MaskConfig
 
 # Values, as shares of the file's range, that are read as white in a mask of two values.

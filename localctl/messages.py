@@ -145,3 +145,20 @@ def nearest(name: str, known: Sequence[str], otherwise: str = "see --help.") -> 
         if near and near[0] in known:
             same = near
     return f"did you mean {' or '.join(same)}?" if same else otherwise
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Context without the progress bars of diffusers and transformers: one per file would bury a program's output."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [(library, library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, enabled in libraries:
+            if enabled:
+                library.enable_progress_bar()

@@ -18,7 +18,6 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
-from localctl.bases import BASES as BASES
 from localctl.bases import (
     DTYPE_NAMES,
     SCHEDULERS,
@@ -31,12 +30,7 @@ from localctl.bases import (
     resolve_base,
     vae_not_loaded,
 )
-from localctl.bases import MICRO_WEIGHTS as MICRO_WEIGHTS
-from localctl.bases import BaseSpec as BaseSpec
-from localctl.bases import lasting_name as lasting_name
-from localctl.bases import own_side as own_side
-from localctl.bases import same_base as same_base
-from localctl.quiet import no_progress_bars
+from localctl.messages import no_progress_bars
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -93,11 +87,7 @@ def encode_prompts(
         encode = partial(type(pipe).encode_prompt, pipe)
         options = {name: call[name] for name in ("device", "clip_skip", "lora_scale") if name in call}
     states, negative, *pooled = encode(
-        prompts,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=negative_prompt,
-        **options,
+        prompts, num_images_per_prompt=1, do_classifier_free_guidance=guided, negative_prompt=negative_prompt, **options
     )
     return PromptEmbeds(states, *pooled[:1]), PromptEmbeds(negative, *pooled[1:]) if guided else None
 

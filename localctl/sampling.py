@@ -59,26 +59,23 @@ def generate(
 ) -> GenerateOutput:
     """Generate an image of every layout with every seed, or, if ``paired``, of each layout with its own seed.
 
-    All noise of an image, the initial noise and that of stochastic schedulers, depends only on the image's seed: it is
-    the same for any batch size, other images, device and dtype (up to rounding to that dtype).
+    All noise of an image, the initial noise and that of stochastic schedulers, depends only on its seed: it is the same
+    for any batch size, other images, device and dtype (up to rounding to that dtype).
 
     Args:
         pipe: a stock text-to-image pipeline, Stable Diffusion 1.x, 2.x or XL.
         layout: a layout, a prompt, or a list of either; all of one size.
         controls: as for :func:`attach`.
         seeds: one seed or several; default 0.
-        sampling: a record of settings, for example from :func:`localctl.sampling_of`; its scheduler replaces the
-            pipeline's during this call. The other arguments take precedence over it. If neither sets a guidance scale,
-            a base known by name uses its own default.
+        sampling: settings, for example from :func:`localctl.sampling_of`, over which the other arguments take
+            precedence; its scheduler is used during this call. A base known by name has a default guidance scale.
         batch_size: at most this many images at once; default 4.
         paired: image i has layout i and seed i; there must be as many seeds as layouts.
-        pipeline_arguments: settings of :class:`Sampling` by name, and any other argument of ``pipe``.
-            ``negative_prompt``, ``prompt_2`` and ``negative_prompt_2`` may be one text for all layouts or a list with
-            one per layout.
+        pipeline_arguments: settings of :class:`Sampling`, and other arguments of ``pipe``. ``negative_prompt``,
+            ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
 
     Raises:
-        ValueError: an argument that this function sets itself, layouts of different sizes, an image with NaN, or as for
-            :class:`Sampling` and :func:`attach`.
+        ValueError: an argument set by this function, several sizes, an image with NaN, or as for :func:`attach`.
     """
     layouts = as_layouts(layout)
     for name in _RESERVED:
@@ -91,7 +88,7 @@ def generate(
     height, width = image_size(pipe, layouts, pipeline_arguments)
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
-    dtype = denoiser_of(pipe).module.dtype  # read once: the property looks at all layers
+    dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
     with scheduled(pipe, resolved), attach(pipe, layouts, controls) as attached:
         for first in range(0, len(images), resolved.batch_size):

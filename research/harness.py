@@ -24,13 +24,12 @@ from localctl.control.base import Control
 from localctl.evaluation.fid import collect
 from localctl.evaluation.generated_set import png_bytes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
-from localctl.files import sha256
+from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
 from localctl.metrics.statistics import Statistics
-from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.pipelines import resolve_base
@@ -38,8 +37,8 @@ from localctl.sampling import generate
 from research import flags
 
 logger = logging.getLogger(__name__)
-PROFILE, SPLIT = "basic", "test"  # of the scenes of all studies
-DIGITS = 5  # of stored figures
+PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
+DIGITS = 5  # after the point, in stored figures
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ def generate_cases(
     Args:
         controls: returns the controls of a batch.
         name: name of the variant, for the progress bar.
-        files: one per case, where images are kept; those that are there are read and not generated again.
-        progress_bar: show one; False logs a line after each batch instead.
-        options: of :func:`localctl.sampling.generate`.
+        files: one path per case to store its image; existing images are read instead of generated.
+        progress_bar: whether to show one; if not, a line is logged after each batch.
+        options: passed to :func:`localctl.sampling.generate`.
     """
     missing = {index for index in range(len(cases)) if not files or not files[index].is_file()}
     images: dict[int, np.ndarray] = {}
@@ -250,11 +249,11 @@ class Study(Generic[V]):
         raise NotImplementedError
 
     def file(self, name: str) -> Path:
-        """Return the result of this name."""
+        """Return the path of the result of this name."""
         return self.folder / f"{file_label(name)}.json"
 
     def strip(self, name: str) -> Path:
-        """Return the images of it that pages show, one below the other."""
+        """Return the path of the strip of its images that pages show."""
         return self.folder / f"{file_label(name)}.png"
 
     def done(self, variant: V) -> bool:

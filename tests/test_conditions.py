@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from localctl.conditions import CHANNELS, FROM_IMAGE, ConditionConfig, extract
+from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
+from localctl.settings import CHANNELS
 
 
 def scene(size: tuple[int, int] = (48, 80)) -> np.ndarray:

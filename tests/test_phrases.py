@@ -11,13 +11,13 @@ from conftest import tiny_tokenizer
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from localctl.bases import MICRO_WEIGHTS
 from localctl.control.attach import attach
 from localctl.control.dense import DenseModulation
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 from localctl.phrases import find_phrase
-from localctl.pipelines import MICRO_WEIGHTS
 from localctl.tokens import positions_of, token_positions
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from localctl.cli.check_settings import CheckSettings
 from localctl.cli.program import explained, one_sentence
-from localctl.cli.training_flags import training_settings
+from localctl.cli.training_flags import CheckSettings, training_settings
 from localctl.messages import loading
 
 PROGRAM = "python -m localctl.data check"

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from localctl.adapter_files import find_adapter
 from localctl.bases import resolve_base
-from localctl.cli.check_settings import CheckSettings
+from localctl.cli.training_flags import CheckSettings
 from localctl.data.bad_rows import SHOWN, count_reasons, too_many, way_out
 from localctl.data.check import RowReport, look_at_all, preview
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_rows, part_of

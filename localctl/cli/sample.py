@@ -10,9 +10,9 @@
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
-Writes one PNG per prompt and seed (and variant), all of them on sheet.png, compare.png or a grid per
-image of a sweep, and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the
-size of the run (see "size"). With several adapters, every adapter flag takes one value for all or one for each.
+Writes one PNG per prompt and seed (and variant); all of them on sheet.png, on compare.png or in the grids of a sweep;
+and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the size of the run (see
+"size"). With several adapters, every adapter flag takes one value for all or one for each.
 """
 
 from __future__ import annotations

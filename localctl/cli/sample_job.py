@@ -12,7 +12,7 @@ import torch
 
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
-from localctl.bases import SchedulerName, check_vae
+from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.cli.sample_inputs import (
     AdapterJob,
     Size,
@@ -26,9 +26,10 @@ from localctl.cli.sample_settings import AUTO, SampleSettings
 from localctl.cli.sample_variants import Variant, load_layouts, optimized_controls, plan
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
-from localctl.layout import Layout, check_side
-from localctl.pipelines import BaseConfig, check_karras, lasting_name, resolve_base
+from localctl.layout import Layout
+from localctl.pipelines import BaseConfig, check_karras, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
+from localctl.sizes import check_side
 
 _OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
 

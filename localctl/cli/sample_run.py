@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from localctl import __version__
+from localctl.bases import same_base
 from localctl.boxes import Found, box_around
 from localctl.cli.sample_job import Job, prepare, reproducing_options
 from localctl.cli.sample_settings import AUTO, INPUTS, RECORD, SampleSettings
@@ -29,7 +30,7 @@ from localctl.images import condition_to_pil
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.lock import FolderLock
-from localctl.pipelines import load_pipeline, resolve_base, same_base
+from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import GenerateOutput, Sampling, generate
 
 if TYPE_CHECKING:  # imported where weights are optimised

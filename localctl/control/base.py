@@ -227,6 +227,5 @@ def check_strength(name: str, value: float) -> None:
 
 
 __getattr__ = moved_names(
-    __name__,
-    {"UNetInputs": "localctl.denoisers.base:DenoiserInputs", "RunUNet": f"{__name__}:RunDenoiser"},
+    __name__, {"UNetInputs": "localctl.denoisers.base:DenoiserInputs", "RunUNet": f"{__name__}:RunDenoiser"}
 )

@@ -148,8 +148,8 @@ class MaskCheck:
         used = uses_mask(attn, scores, mask, output)
         if used is False:
             raise ValueError(
-                f"The attention processor {type(processor).__name__}, or the attention backend it uses (SageAttention, "
-                "for example), ignores the attention mask through which controls act; call "
+                f"The attention processor {type(processor).__name__} ignores the attention mask through which controls "
+                "act, itself or in the backend that it uses (SageAttention, for example); call "
                 f"pipe.{self._denoiser.attribute}.set_default_attn_processor() or remove that backend first."
             )
         if used:

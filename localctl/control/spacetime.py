@@ -147,7 +147,7 @@ class SpaceTimeAttention(SpaceTimeSettings, RegionControl):
             self.check_strengths(layouts)
         if given is not None and len(given) != len(layouts):
             raise ValueError(
-                f"There are weights for {len(given)} layouts but {len(layouts)} layouts; give one tensor per layout."
+                f"The weights are for {len(given)} layouts but {len(layouts)} are attached; give one tensor per layout."
             )
         for tensor, layout in zip(given or (), layouts, strict=False):
             if tensor.shape[1] != len(layout.regions):

@@ -3,5 +3,3 @@ from .sheets import contact_sheet as contact_sheet
 from .tables import latex as latex
 from .tables import markdown as markdown
 from .tables import plot as plot
-
-LAYOUTS: tuple[str, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from localctl.boxes import Box, Truth
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, MaskedSamples
 from localctl.diffusion import round_trip
-from localctl.evaluation.cache import TableCache, sha256_of_files
 from localctl.evaluation.generated_set import (
     Speed,
     example_of,
@@ -31,7 +30,7 @@ from localctl.evaluation.generated_set import (
 )
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
-from localctl.files import sha256
+from localctl.files import sha256, sha256_of_files, sha256_of_folder
 from localctl.images import to_pil
 from localctl.masks import MaskConfig
 from localctl.metrics.bootstrap import Interval, bootstrap
@@ -42,9 +41,10 @@ from localctl.metrics.inside import EdgeScore, SSIMInside
 from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.per_sample import PerSample
 from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy, hidden_objects
-from localctl.metrics.weights import sha256_of_folder
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 
+Rows = list[dict[str, float]]  # values by name, one row per sample
+Cached = Callable[[Mapping[str, Any], Callable[[], dict[str, Rows]]], dict[str, Rows]]
 CEILING = "VAE round trip"
 LOWER_IS_BETTER = ("lfmse_in", "hallucination_in", "hallucination_out", "leak")
 _SECTIONS = {"base": BaseConfig, "data": DataConfig, "condition": ConditionConfig, "mask": MaskConfig}
@@ -117,13 +117,14 @@ def verdict(difference: Interval) -> str:
     return "more" if difference.value > 0 else "less"
 
 
-def compare(folders: Mapping[str, Path], clip: Clip | None = None, cache: TableCache | None = None) -> Comparison:
+def compare(folders: Mapping[str, Path], clip: Clip | None = None, cached: Cached | None = None) -> Comparison:
     """Measure sets of generated images.
 
     Args:
         folders: the folder of each set, by name.
         clip: the CLIP that computes the CLIP score; None: no CLIP score.
-        cache: where the values of floor and ceiling are cached; None: they are measured anew.
+        cached: returns the values of floor and ceiling for what they depend on, and calls the function that measures
+            them where it has none; None: they are measured anew.
 
     Raises:
         ValueError: images are missing or unknown; the sets differ in ids, captions, masks, seeds or settings other than
@@ -152,8 +153,10 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, cache: TableC
         vae = load_pipeline(settings.base).vae
         return {floor: measure_all(base), CEILING: measure_all(round_trip(vae, np.stack([t.image for t in targets])))}
 
-    depends_on = _depends_on(folders[floor], floor, ids, targets, clip)
-    bounds = measure_bounds() if cache is None else cache.tables(depends_on, measure_bounds)
+    if cached is None:
+        bounds = measure_bounds()
+    else:
+        bounds = cached(_depends_on(folders[floor], floor, ids, targets, clip), measure_bounds)
     rows = {name: bounds[name] if name == floor else measure_all(_images(folders[name], ids)) for name in folders}
     rows[CEILING] = bounds[CEILING]
     columns = tuple(rows[CEILING][0])

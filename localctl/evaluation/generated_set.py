@@ -36,14 +36,13 @@ from localctl.data import Example, MaskedSamples, SampleRef, Source, open_data
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
-from localctl.files import first_line
+from localctl.files import first_line, sha256_of_folder
 from localctl.images import ImageError, load_image
 from localctl.layout import Layout
 from localctl.lazy import moved_names
 from localctl.masks import load_mask, mask_to_pil
-from localctl.metrics.weights import sha256_of_folder
+from localctl.messages import no_progress_bars
 from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base
-from localctl.quiet import no_progress_bars
 from localctl.redaction import recorded
 from localctl.sampling import Sampling, generate
 from localctl.seeding import key_seed

@@ -12,16 +12,7 @@ from typing import Any
 
 from localctl import files
 
-REQUIRED = (
-    "metrics",
-    "n_real",
-    "n_fake",
-    "image_format",
-    "image_size",
-    "mask_protocol",
-    "seeds",
-    "versions",
-)
+REQUIRED = ("metrics", "n_real", "n_fake", "image_format", "image_size", "mask_protocol", "seeds", "versions")
 FEATURES = ("extractor", "weights_sha256", "preprocessing", "feature_dtype")  # where features are compared
 LIBRARIES = (
     "localctl",

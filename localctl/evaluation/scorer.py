@@ -15,10 +15,10 @@ from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device
 from localctl.evaluation.generated_set import example_of, generate_like, image_id
 from localctl.images import to_pil
+from localctl.messages import no_progress_bars
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
-from localctl.quiet import no_progress_bars
 from localctl.sampling import Sampling
 from localctl.seeding import key_seed
 from localctl.training.models import Models

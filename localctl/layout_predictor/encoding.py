@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from localctl.layout_predictor.chunker import split_words
-from localctl.seeding import key_seed
 
 PIECES = 12  # per word; further pieces of long words are left out
 OUTSIDE = -1
@@ -77,15 +76,3 @@ def encode(prompts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]], b
                 if word.start < last and first < word.end:
                     owner[i, j] = k
     return Encoded(*(torch.from_numpy(array) for array in (pieces, owner, words, objects)))
-
-
-def made_up_word(seed: int, *keys: int | str) -> str:
-    """Return a pronounceable nonsense word of 2 or 3 syllables, determined by its key."""
-    number = key_seed(seed, "word", *keys)
-    syllables = []
-    for _ in range(2 + number % 2):
-        number, onset = divmod(number >> 1, 20)
-        number, vowel = divmod(number, 5)
-        number, coda = divmod(number, 8)
-        syllables.append("bcdfghjklmnprstvwzqx"[onset] + "aeiou"[vowel] + ("", "", "", "n", "r", "l", "m", "k")[coda])
-    return "".join(syllables)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from localctl.files import first_line
-from localctl.layout import Layout, Region, check_side
+from localctl.layout import Layout, Region
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
 from localctl.layout_predictor.placing import PlaceDensity, Placement, place
-from localctl.sizes import shown
+from localctl.sizes import check_side, shown
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the image's side

@@ -14,10 +14,10 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from localctl.bases import pickled_only
-from localctl.files import first_line
+from localctl.files import first_line, sha256_of_folder
+from localctl.messages import no_progress_bars
 from localctl.metrics.per_sample import PerSample, rgb_batch
-from localctl.metrics.weights import resize, sha256_of_folder
-from localctl.quiet import no_progress_bars
+from localctl.metrics.weights import resize
 
 _FEWEST_TOKENS = 10
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

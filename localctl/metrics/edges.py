@@ -10,13 +10,7 @@ from localctl.conditions import ConditionConfig, extract
 
 MIN_EDGES = 40  # target edge pixels inside the mask; an image with fewer is not scored
 CANNY = ConditionConfig(kind="canny", low=50, high=100)  # for every adapter, whatever condition it was trained on
-YARDSTICK = {
-    "kind": CANNY.kind,
-    "low": CANNY.low,
-    "high": CANNY.high,
-    "tolerance_px": 2.0,
-    "min_target": MIN_EDGES,
-}
+YARDSTICK = {"kind": CANNY.kind, "low": CANNY.low, "high": CANNY.high, "tolerance_px": 2.0, "min_target": MIN_EDGES}
 
 
 def canny(image: np.ndarray) -> np.ndarray:

@@ -53,13 +53,7 @@ class ModuleExtractor:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        name: str,
-        dim: int,
-        side: int,
-        weights_sha256: str,
-        device: torch.device | str = "cpu",
+        self, module: nn.Module, name: str, dim: int, side: int, weights_sha256: str, device: torch.device | str = "cpu"
     ) -> None:
         self.module = module.requires_grad_(False).to(device)
         self.name, self.dim, self.side, self.weights_sha256 = name, dim, side, weights_sha256

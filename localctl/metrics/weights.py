@@ -1,4 +1,4 @@
-"""Hash weights, and resize images to the size of a network."""
+"""Resize images to the size of a network."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from localctl.files import sha256_of_folder as sha256_of_folder
 
 RESIZE = "torch interpolate, bicubic, antialias, clipped to 0..255, not rounded"
 

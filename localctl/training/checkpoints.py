@@ -44,12 +44,7 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    write: Callable[[Path], None],
-    *,
-    keep: int | None = None,
-    info: Mapping[str, Any],
+    folder: Path, step: int, write: Callable[[Path], None], *, keep: int | None = None, info: Mapping[str, Any]
 ) -> Path:
     """Write ``checkpoint-{step}`` as a whole or not at all.
 

@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 
 from localctl.adapter import LocalAdapter
+from localctl.bases import BASES
 from localctl.files import first_line, read_json, remove, write_json, write_text
-from localctl.pipelines import BASES
 from localctl.redaction import recorded
 from localctl.training.checkpoints import write_folders
 from localctl.training.settings import TrainSettings

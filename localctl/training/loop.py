@@ -24,14 +24,7 @@ from localctl.pipelines import resolve_base
 from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
 from localctl.training.checkpoints import check_writable, read_manifest
-from localctl.training.data import (
-    DataWatch,
-    batches_of,
-    has_own_masks,
-    next_batch,
-    open_sources,
-    shared_quarantine,
-)
+from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine
 from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
@@ -67,11 +60,7 @@ class TrainResult:
     signal: int = 0
 
 
-def prepare(
-    settings: TrainSettings,
-    scorer: Scorer | None = None,
-    parent: int | None = None,
-) -> Run:
+def prepare(settings: TrainSettings, scorer: Scorer | None = None, parent: int | None = None) -> Run:
     """Check output folder, checkpoint, base and data, then load everything.
 
     Args:

@@ -16,18 +16,12 @@ from torch import Tensor, nn
 from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
+from localctl.bases import lasting_name
 from localctl.control.compatible import check_fit
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
-from localctl.pipelines import (
-    PromptEmbeds,
-    encode_prompts,
-    full_precision_vae,
-    is_xl,
-    lasting_name,
-    load_pipeline,
-)
-from localctl.quiet import no_progress_bars
+from localctl.messages import no_progress_bars
+from localctl.pipelines import PromptEmbeds, encode_prompts, full_precision_vae, is_xl, load_pipeline
 from localctl.seeding import key_seed
 from localctl.training.settings import TrainSettings
 

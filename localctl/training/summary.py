@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
+from localctl.bases import own_side
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.sample import Source
-from localctl.pipelines import own_side
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
 from localctl.training.export import effective_batch

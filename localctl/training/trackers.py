@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from localctl.files import append, first_line, open_to_append, parse_json, write_bytes, write_text
-from localctl.settings import REPORT_TO as REPORT_TO
 
 logger = logging.getLogger(__name__)
 STATS = "stats.jsonl"

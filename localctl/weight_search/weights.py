@@ -124,8 +124,7 @@ def optimize_weights(
     DDIM. The weights can then be used with any scheduler and as many steps.
 
     Args:
-        clip: compares the image and its regions with their texts (see
-            :class:`~localctl.weight_search.objective.ClipObjective`).
+        clip: for the :class:`~localctl.weight_search.objective.ClipObjective`.
         control: the settings of the start and of the optimisation; None = the defaults.
         controls: further controls, none of which may move latents.
         checkpointing: use the memory of one step instead of all; each step then runs twice.
@@ -139,9 +138,7 @@ def optimize_weights(
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
     if not any(description(region) for region in layout.regions):
-        raise ValueError(
-            "No region of the layout has a phrase or a prompt, so there are no weights to optimise; give a region one."
-        )
+        raise ValueError("No region of the layout has a phrase or a prompt, so no weight can be optimised; add one.")
     check_gradients(denoiser, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
@@ -151,9 +148,7 @@ def optimize_weights(
     losses = []
     with _sampling(pipe), attach(pipe, layout, [control.with_weights(weights), *controls]) as attached:
         if any(bound.moves_latents for bound in attached.bound):
-            raise ValueError(
-                "Weights cannot be optimised together with a control that moves latents; leave LayoutGuidance out."
-            )
+            raise ValueError("Weights cannot be optimised with a control that moves latents; leave LayoutGuidance out.")
         conditioning = denoiser.condition(layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]

@@ -13,7 +13,6 @@ from PIL import Image
 
 from localctl.data import DataConfig
 from localctl.drawing import outline
-from localctl.evaluation.cache import TableCache
 from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
@@ -29,6 +28,7 @@ from localctl.training.loop import NotFiniteError, prepare
 from localctl.training.resume import config_hash, setting_changes
 from localctl.training.settings import TrainSettings
 from research.ablation.rows import BASE, FLOOR, ROWS, WITHOUT, Cell, Protocol, row_cells
+from research.cache import TableCache
 from research.harness import Study, as_rows
 from research.page import save_strip
 
@@ -92,7 +92,7 @@ class Ablation(Study[Cell]):
         # The base may have been measured on another machine, which has its images.
         floor = self.generated(BASE, None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
-        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache)
+        comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache.tables)
         if variant == BASE or variant.row in ROWS:
             self._save_strips(variant, folder, comparison)
         distances, features = self._distances(folder)
@@ -164,7 +164,7 @@ class Ablation(Study[Cell]):
 
 
 def train(settings: TrainSettings) -> Path:
-    """Train, or go on from the newest checkpoint; the folder of the adapter."""
+    """Train, resuming from the newest checkpoint, and return the adapter's folder. Raises Interrupted on a signal."""
     with log_to_screen(tolerant=True):
         result = prepare(settings).train()
     if result.interrupted or result.signal:

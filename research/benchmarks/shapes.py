@@ -10,7 +10,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.architectures import TABLE
-from localctl.pipelines import MICRO_WEIGHTS, choose_pil_processors, freeze
+from localctl.bases import MICRO_WEIGHTS
+from localctl.pipelines import choose_pil_processors, freeze
 
 _SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -25,12 +25,12 @@ from localctl.data import MicroScenes
 from localctl.diffusion import round_trip
 from localctl.drawing import grid, outline
 from localctl.evaluation.provenance import REQUIRED, check_provenance, write_json
+from localctl.files import sha256_of_folder
 from localctl.layout import Layout
 from localctl.masks import MaskConfig, sample_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny, edge_scores
 from localctl.metrics.regions import hidden_objects
-from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.detect import detect
 from localctl.micro.scenes import SceneObject, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler

@@ -61,8 +61,10 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sampling = FREE) -> list[Method]:
     """Return the methods of these labels, after plain sampling in each of their ways (scheduler and guidance scale).
 
-    ``fixed``: for all methods, in place of what suits each. ValueError as for
-    :func:`localctl.cli.sample_variants.read_variants`.
+    fixed: scheduler and guidance scale of all methods, in place of their presets.
+
+    Raises:
+        ValueError: as :func:`localctl.cli.sample_variants.read_variants`.
     """
     wanted = [NONE, *(label for label in labels if label != NONE)]
     found = [

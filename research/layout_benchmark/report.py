@@ -250,7 +250,7 @@ def _plots(figures: Figures, page: Path) -> list[str]:
 
 
 def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
-    """Return the first layouts of several regions under every method, with the first seed."""
+    """Return the sheet of the first layouts of several regions under every method, with the first seed."""
     image, rows = sheet({name: results / f"{file_label(name)}.png" for name in _names(figures)})
     shown = figure(image, page, "pictures", "every method")
     return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from localctl.layout_predictor.encoding import made_up_word
 from localctl.micro.scenes import article
 from localctl.phrases import find_phrase
+from localctl.seeding import key_seed
 from research.layout_predictor import templates as t
 
 MARGIN = 0.11  # share of the image's side; centres closer than this along an axis have no relation on it
@@ -227,3 +227,15 @@ def mirrored(scene: PlacedScene, flip_x: bool, flip_y: bool, turn: bool) -> Plac
 
 def _choice(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
+
+
+def made_up_word(seed: int, *keys: int | str) -> str:
+    """Return a pronounceable nonsense word of 2 or 3 syllables, determined by its key."""
+    number = key_seed(seed, "word", *keys)
+    syllables = []
+    for _ in range(2 + number % 2):
+        number, onset = divmod(number >> 1, 20)
+        number, vowel = divmod(number, 5)
+        number, coda = divmod(number, 8)
+        syllables.append("bcdfghjklmnprstvwzqx"[onset] + "aeiou"[vowel] + ("", "", "", "n", "r", "l", "m", "k")[coda])
+    return "".join(syllables)

@@ -79,7 +79,7 @@ def prepare(settings: LayoutTrainSettings) -> Run:
 
 
 def _prepare(settings: LayoutTrainSettings, folder: Path, device: torch.device, lock: FolderLock) -> Run:
-    """:func:`prepare`, with the output folder locked."""
+    """Continue :func:`prepare` once the output folder is locked."""
     sweep(folder)
     sweep_folders(folder, (PREDICTOR,))
     checkpoint = find_checkpoint(folder, settings.resume_from_checkpoint)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
+from localctl.bases import BASES, MICRO_WEIGHTS
 from localctl.diffusion import round_trip
 from localctl.drawing import grid
 from localctl.layout import Layout
@@ -21,7 +22,7 @@ from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
 from localctl.micro.detect import VERSION, Reading, detect
 from localctl.micro.scenes import Scene, scene
-from localctl.pipelines import BASES, MICRO_WEIGHTS, BaseConfig, load_pipeline, set_scheduler
+from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler
 from research.flags import RESULTS
 from research.harness import Case, first_scenes, generate_cases
 from research.micro_base.clip import retrieval_top1

@@ -21,8 +21,8 @@ from pathlib import Path
 from localctl.bases import SCHEDULERS
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.evaluation import LAYOUTS
 from localctl.messages import loading
+from research.spacetime import LAYOUTS
 
 PROGRAM = "research.spacetime"
 

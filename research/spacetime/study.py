@@ -16,17 +16,17 @@ from PIL import Image
 from localctl.cli.sample_variants import read_variants
 from localctl.control.base import Control
 from localctl.control.presets import sampling_of
-from localctl.evaluation import LAYOUTS
 from localctl.evaluation.provenance import read_json, write_json, write_text
+from localctl.files import sha256_of_folder
 from localctl.layout import Layout, Region
 from localctl.layout_predictor.model import load_predictor
 from localctl.metrics.clip import Clip
-from localctl.metrics.weights import sha256_of_folder
 from localctl.micro.scenes import SIZE, Scene, article
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.weight_search.weights import OptimizedSpaceTime, find_clip, optimize_weights
 from research.flags import check_least, make_folder
 from research.harness import Case, as_rows, check_same, first_scenes, generate_cases, provenance, write_result
+from research.spacetime import LAYOUTS
 from research.spacetime.report import COLUMNS, measure, relation_report, relation_sheet
 
 # By row: the name of the control, as in sample.py, and its settings.

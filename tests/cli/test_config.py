@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from localctl.cli.config import CONFIG_DIR, config_groups, load_config, schema_keys, settings_or_help
-from localctl.cli.other_flags import ELSEWHERE
+from localctl.cli.training_flags import ELSEWHERE
 from localctl.redaction import flat, recorded
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 

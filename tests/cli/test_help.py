@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from localctl.bases import BASES, DTYPE_NAMES, SCHEDULERS
-from localctl.cli.check_settings import CheckSettings
 from localctl.cli.help import descriptions, sections
+from localctl.cli.training_flags import CheckSettings
 from localctl.data.config import INTERPOLATIONS, LOCAL_FORMATS
 from localctl.evaluation.settings import PROMPTS, FidSettings
 from localctl.losses import FILTERS

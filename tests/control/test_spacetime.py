@@ -285,7 +285,7 @@ def test_bad_settings_are_one_sentence(options: dict[str, Any], message: str) ->
 def test_what_does_not_fit_the_layout_or_the_call(sd_pipe: StableDiffusionPipeline) -> None:
     for control, message in (
         (SpaceTimeAttention(weights=torch.ones(2, 3)), "3 regions but the layout 'a cat, dogs' has 2"),
-        (SpaceTimeAttention(weights=[torch.ones(2, 2)] * 2), "weights for 2 layouts and 1 to generate"),
+        (SpaceTimeAttention(weights=[torch.ones(2, 2)] * 2), "weights are for 2 layouts but 1 are attached"),
     ):
         with pytest.raises(ValueError, match=message), attach(sd_pipe, LAYOUT, control):
             pass

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from localctl.conditions import CHANNELS, ConditionConfig, extract
+from localctl.conditions import ConditionConfig, extract
 from localctl.data import DataConfig, open_data
 from localctl.data.micro import MicroScenes
 from localctl.images import to_pil, to_pixels
 from localctl.micro.scenes import PROFILES, scene
+from localctl.settings import CHANNELS
 
 
 def test_an_example_is_the_scene():

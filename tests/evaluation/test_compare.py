@@ -15,7 +15,6 @@ from PIL import Image
 from localctl.cli import evaluate_fid
 from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
 from localctl.evaluation import compare as compare_module
-from localctl.evaluation.cache import TableCache
 from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
@@ -23,6 +22,7 @@ from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
 from localctl.metrics.bootstrap import Interval
 from localctl.micro.detect import truth_of
 from localctl.micro.scenes import scene
+from research.cache import TableCache
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
 from research.micro_base.unet import new_unet
@@ -109,15 +109,15 @@ def test_floor_and_ceiling_are_measured_once(
 ) -> None:
     plain = compare(sets)
     cache = TableCache(tmp_path / "measured")
-    compare({name: sets[name] for name in ("base", "noisy")}, cache=cache)
+    compare({name: sets[name] for name in ("base", "noisy")}, cached=cache.tables)
     with monkeypatch.context() as patch:
         patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was measured again"))
-        again = compare(sets, cache=cache)
+        again = compare(sets, cached=cache.tables)
     assert list(again.tables) == list(plain.tables)
     for name, table in plain.tables.items():
         np.testing.assert_array_equal(again.tables[name], table)
     shutil.copy(sets["noisy"] / "images/000000.png", sets["base"] / "images/000001.png")  # another floor
-    compare(sets, cache=cache)
+    compare(sets, cached=cache.tables)
     assert len(list(cache.folder.iterdir())) == 2
 
 

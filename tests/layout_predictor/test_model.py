@@ -12,9 +12,10 @@ import torch
 
 from localctl.layout import Layout
 from localctl.layout_predictor import LayoutPredictor, load_predictor, parse
-from localctl.layout_predictor.encoding import PIECES, encode, made_up_word, pieces_of
+from localctl.layout_predictor.encoding import PIECES, encode, pieces_of
 from localctl.layout_predictor.model import PlaceDensity
 from localctl.layout_predictor.placing import Placement, density_at, place
+from research.layout_predictor.captions import made_up_word
 from research.layout_predictor.measure import is_inside, largest_overlap
 
 TINY = {"width": 16, "layers": 2, "heads": 2, "hidden": 16, "buckets": 64, "components": 3}

@@ -6,9 +6,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from localctl.bases import MICRO_WEIGHTS
 from localctl.diffusion import round_trip
 from localctl.micro.scenes import scene
-from localctl.pipelines import MICRO_WEIGHTS
 from research.micro_base.clip import retrieval_top1
 from research.micro_base.measure import vae_figures
 

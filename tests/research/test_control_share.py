@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import localctl.pipelines
+import localctl.bases
 from localctl.adapter import LocalAdapter
 from localctl.boxes import box_iou
 from localctl.conditions import ConditionConfig
@@ -148,7 +148,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(localctl.pipelines.BASES, "micro", localctl.pipelines.BaseSpec("micro", str(micro_base)))
+    monkeypatch.setitem(localctl.bases.BASES, "micro", localctl.bases.BaseSpec("micro", str(micro_base)))
     Path("file").write_text("")
     LocalAdapter(in_channels=1, channels=[64, 96, 160], condition={"kind": "canny"}, base="micro").save_pretrained("a")
     assert main(["--adapter", "a", *flags]) == 2

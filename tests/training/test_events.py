@@ -189,7 +189,7 @@ def test_where_no_checkpoint_fits_either_the_adapter_is_kept_elsewhere(settings,
     run = silent_run(replace(settings, checkpointing_steps=0, output_dir=str(tmp_path / "out")))
     with pytest.raises(OSError, match="the adapter alone is saved in") as error:
         run.train()
-    kept = LocalAdapter.from_pretrained(str(error.value).partition("kept in ")[2].rstrip("."))
+    kept = LocalAdapter.from_pretrained(str(error.value).partition("saved in ")[2].rstrip("."))
     for name, value in run.state.models.plain_adapter.state_dict().items():
         assert torch.equal(value, kept.state_dict()[name])
 

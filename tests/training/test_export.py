@@ -5,8 +5,8 @@ import yaml
 from PIL import Image
 from training_helpers import tiny_settings
 
+from localctl.bases import BASES
 from localctl.cli.config import load_config
-from localctl.pipelines import BASES
 from localctl.training.export import Finished, _public_name, model_card, sheet_name, write_settings
 from localctl.training.settings import TrainSettings
 from localctl.training.validation import Fidelity, References, ValidationResult

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from localctl.evaluation import cache as module
-from localctl.evaluation.cache import TableCache, sha256_of_files
 from localctl.evaluation.provenance import read_json, write_json
+from research import cache as module
+from research.cache import TableCache, sha256_of_files
 
 
 def test_once_for_the_same_and_again_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

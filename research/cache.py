@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import localctl
 from localctl.evaluation.provenance import read_json, versions, write_json
-from localctl.files import sha256_of_json
-from localctl.lazy import moved_names
+from localctl.files import sha256_of_files, sha256_of_json
 
 Rows = list[dict[str, float]]
-__getattr__ = moved_names(__name__, {"Kept": f"{__name__}:TableCache"})
 
 
 class TableCache:
@@ -65,12 +62,3 @@ def _plain(rows: Rows) -> dict[str, Any]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def sha256_of_files(paths: Sequence[Path], root: Path) -> str:
-    """Hash the paths (relative to ``root``) and contents of files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}:{len(content)}:".encode() + content)
-    return digest.hexdigest()
