@@ -54,12 +54,12 @@ def run(options: SampleSettings) -> Iterator[Path]:
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * job.size[0] * job.size[1] * count * len(job.variants))
     lock = FolderLock(folder)
     try:
-        yield from _generated(job, folder, count)
+        yield from _generate_all(job, folder, count)
     finally:
         lock.release()
 
 
-def _generated(job: Job, folder: Path, count: int) -> Iterator[Path]:
+def _generate_all(job: Job, folder: Path, count: int) -> Iterator[Path]:
     """Generate ``count`` images with each variant and write everything, while the output folder is locked."""
     options = job.options
     controls, clips = load_adapters(job), load_clips(job)
