@@ -20,9 +20,9 @@ from localctl.conditions import ConditionConfig, extract
 from localctl.images import load_image
 
 sys.path.append(str(Path(__file__).parents[2] / "data"))
-import download_images  # noqa: E402
-import fetching  # noqa: E402
-import make_dataset  # noqa: E402
+import download_images
+import fetching
+import make_dataset
 
 
 class Handler(BaseHTTPRequestHandler):

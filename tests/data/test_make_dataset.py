@@ -18,7 +18,7 @@ from localctl.data import BadRow, DataConfig, SampleRef, open_files
 from localctl.images import load_image
 
 sys.path.append(str(Path(__file__).parents[2] / "data"))
-import make_dataset  # noqa: E402
+import make_dataset
 
 
 @pytest.fixture

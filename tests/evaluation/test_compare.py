@@ -196,7 +196,7 @@ def test_tables_say_what_is_undefined_and_what_is_no_difference(comparison: Comp
     text = markdown(comparison, "base")
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert "base (floor)" in rows and f"{CEILING} (ceiling)" in rows
-    assert "(-1)" in text and "undefined (-40)" in rows["none"] or "undefined" in rows["none"]
+    assert ("(-1)" in text and "undefined (-40)" in rows["none"]) or "undefined" in rows["none"]
     difference = comparison.difference("a_b", "base", "f1")
     assert difference is not None and difference.low > 0.19 and f"+{difference.value:.3f}" in rows["a_b"]
     assert rows["a_b"].rstrip(" |").endswith("no difference") and difference.n == 40

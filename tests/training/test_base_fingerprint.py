@@ -17,7 +17,7 @@ from localctl.training.resume import fingerprints, weights_digest
 from localctl.training.settings import DataConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from file_data import picture, read_metadata, write_imagefolder, write_metadata  # noqa: E402
+from file_data import picture, read_metadata, write_imagefolder, write_metadata
 
 
 def of_base(pipe) -> dict:

@@ -88,9 +88,13 @@ def test_a_validation_is_logged_once_though_its_checkpoint_is_older(settings, tm
     shutil.rmtree(tmp_path / "checkpoint-3")
     validated = []
     run = silent_run(settings)
-    run.events.validator.run = (lambda inner: lambda beat: validated.append(run.state.step) or inner(beat))(
-        run.events.validator.run
-    )
+    validate = run.events.validator.run
+
+    def noted(beat):
+        validated.append(run.state.step)
+        return validate(beat)
+
+    run.events.validator.run = noted
     run.train()
     assert validated == [4] and validations(tmp_path) == [2, 4]
 

@@ -189,7 +189,7 @@ def accumulated(base, folder, batch, times, updates):
             gradient_accumulation_steps=times,
             max_train_steps=updates,
             logging_steps=1,
-        )  # fmt: skip
+        )
     )
     run.train()
     return run

@@ -22,7 +22,7 @@ from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 from localctl.training.summary import size_note
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from file_data import read_metadata, to_folders, to_parquet, write_imagefolder, write_metadata  # noqa: E402
+from file_data import read_metadata, to_folders, to_parquet, write_imagefolder, write_metadata
 
 DEPTH = ConditionConfig(kind="depth")
 TEN = {"validation_share": 0, "resolution": 64, "max_bad_fraction": 0.2}
@@ -106,7 +106,7 @@ def quarantined(folder):
 
 def test_bad_rows_are_listed_alike_with_workers_and_after_a_resume(sd_folder, folder, tmp_path):
     data = spoil(folder)
-    result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=5)
+    _result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=5)
     rows = quarantined(tmp_path / "a")
     assert sorted(row["key"] for row in rows) == ["images/001.png", "images/007.png"]
     assert {row["reason"] for row in rows} == {"image of unknown format", "caption missing"}
@@ -192,7 +192,7 @@ def test_empty_masks_and_a_validation_without_score_are_said(sd_folder, folder, 
     for file in (folder / "masks").iterdir():
         Image.new("L", (100, 70)).save(file)
     data = DataConfig(path=str(folder), **(TEN | {"validation_share": 0.3}))
-    result, log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=2, validation_steps=2)
+    result, _log, said = run(sd_folder, tmp_path / "a", data, max_train_steps=2, validation_steps=2)
     assert any("8 of 8 masks seen were empty" in line for line in said)
     assert any("step 2: no score, since no held-out mask has 40 edge pixels" in line for line in said)
     assert result.fidelity is not None and not result.fidelity.scored
