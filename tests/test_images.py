@@ -14,7 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from localctl import images
 from localctl.images import (
-    PHOTO_PIXELS,
     Limits,
     load_image,
     open_image,
@@ -22,6 +21,7 @@ from localctl.images import (
     to_pil,
     to_pixels,
 )
+from localctl.sizes import PHOTO_PIXELS
 
 
 def picture(width: int = 12, height: int = 8) -> Image.Image:

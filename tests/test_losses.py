@@ -8,6 +8,7 @@ from tolerances import rounding
 from localctl import losses
 from localctl.diffusion import PREDICTION_TYPES, DiffusionSample, add_noise
 from localctl.losses import LossConfig, local_control_loss, masked_mean, schedule_weight
+from localctl.settings import NORMALISE
 
 GOLDEN = Path(__file__).parent / "goldens" / "losses.npz"
 ALPHAS = torch.linspace(0.9991, 0.0047, 1000)
@@ -126,7 +127,7 @@ def test_soft_mask_is_a_weighted_mean() -> None:
     assert masked_mean(error, mask, "map").item() == pytest.approx((1.5 * 1 + 3.5 * 0.25) / 2)
 
 
-@pytest.mark.parametrize("normalise", losses.NORMALISE)
+@pytest.mark.parametrize("normalise", NORMALISE)
 def test_a_sample_does_not_feel_its_batch(normalise: str) -> None:
     sample = batch()
     output, mask = off_by(sample), half_mask(sample)
@@ -288,7 +289,7 @@ def test_masked_denoising_is_the_published_masked_loss(
 def test_masked_denoising_feels_nothing_outside() -> None:
     sample, mask = batch(), half_mask(batch())
     output = off_by(sample).requires_grad_()
-    for normalise in losses.NORMALISE:
+    for normalise in NORMALISE:
         config = LossConfig(filter="none", mask_denoising=True, normalise=normalise)
         (gradient,) = torch.autograd.grad(
             local_control_loss(sample, output, mask, ALPHAS, "epsilon", config).total.sum(), output

@@ -13,17 +13,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from localctl.bases import BASES, MICRO_WEIGHTS, BaseSpec, lasting_name, same_base
 from localctl.pipelines import (
-    BASES,
-    MICRO_WEIGHTS,
     SCHEDULERS,
     BaseConfig,
-    BaseSpec,
-    lasting_name,
     load_pipeline,
     load_vae,
     resolve_base,
-    same_base,
     set_scheduler,
     with_scheduler,
 )
