@@ -162,7 +162,7 @@ def test_level_weights_dimming_and_names_from_the_command_line():
     named = load("--report_to", "wandb", "--tracker_project_name", "mine", "wandb.tags=[a,b]", "--wandb.name", "one")
     assert (named.wandb.project, named.wandb.tags, named.wandb.name) == ("mine", ("a", "b"), "one")
     for argv, words in (
-        (["adapter.dim_condition=true"], "dim_condition does nothing while the condition is not masked"),
+        (["adapter.dim_condition=true"], "dim_condition has no effect unless the condition is masked"),
         (["adapter.level_weights=[0,0,0,0]"], "level_weights are all 0"),
         (["adapter.level_weights=[1,-1,1,1]"], "level_weights must be at least 0, not -1"),
         (["validation.proportion_empty_prompts=1.5"], "validation.proportion_empty_prompts must be at most 1"),
