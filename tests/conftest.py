@@ -13,7 +13,6 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from log_helpers import forget_handlers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
@@ -42,6 +41,8 @@ def one_thread() -> None:
 def no_handlers_left() -> Iterator[None]:
     """Remove what :func:`logged` added, after each test."""
     yield
+    from log_helpers import forget_handlers  # here, so that scripts can import this file without pytest's paths
+
     forget_handlers()
 
 

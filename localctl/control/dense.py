@@ -154,7 +154,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
         weight = self.control.w_cross if layer.cross else self.control.w_self
-        return bool(weight) and bool(self.active(context))
+        return bool(weight) and bool(self._active(context))
 
     def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
         # Four float32 tensors of this size at once: scores, their target, the mask of all rows, the processor's own.

@@ -69,7 +69,7 @@ class _BoundForward(BoundRegionControl[ForwardGuidance]):
         self.layers = frozenset(layers)
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        return layer.name in self.layers and bool(self.active(context))
+        return layer.name in self.layers and bool(self._active(context))
 
     def steers(self, layout: int, context: CallContext) -> bool:
         return any(self._strengths(layout, context))

@@ -75,7 +75,7 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
         self._keys = {}
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        return layer.cross and bool(self.active(context))
+        return layer.cross and bool(self._active(context))
 
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice

@@ -202,13 +202,13 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
             self.hidden.begin_call(arguments)
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
-        return None if self.hidden is None else self.hidden.replace(context, text, self.active(context))
+        return None if self.hidden is None else self.hidden.replace(context, text, self._active(context))
 
     def within(self, context: CallContext) -> bool:
         """Return whether this step is in the control's window."""
         return context.within(self.control.start, self.control.end)
 
-    def active(self, context: CallContext) -> set[int]:
+    def _active(self, context: CallContext) -> set[int]:
         """Return the layouts that are steered in this step."""
         if not self.within(context):
             return set()

@@ -218,7 +218,7 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         texts = {key: local_text(region, self.control.template) for key, region in self.regions}
         self._texts = self.regions.encode({key: text for key, text in texts.items() if text is not None}, arguments)
 
-    def active(self, context: CallContext) -> set[int]:
+    def _active(self, context: CallContext) -> set[int]:
         return {layout for layout, _ in self._mixture(context).regions}
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
