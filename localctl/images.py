@@ -238,3 +238,10 @@ def _from_16bit(image: Image.Image) -> np.ndarray:
     if values.max() > 65535 or values.min() < 0:
         raise ValueError("its 32-bit values are not within 0 to 65,535")
     return values.astype(np.float64) / 65535
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Encode an image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

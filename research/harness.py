@@ -22,10 +22,9 @@ from tqdm import tqdm
 from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.evaluation.fid import collect
-from localctl.evaluation.generated_set import png_bytes
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
 from localctl.files import sha256, sha256_of_folder
-from localctl.images import load_image
+from localctl.images import load_image, png_bytes
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor

@@ -12,7 +12,6 @@ ends with the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 import warnings
@@ -37,7 +36,7 @@ from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
 from localctl.files import first_line, sha256_of_folder
-from localctl.images import ImageError, load_image
+from localctl.images import ImageError, load_image, png_bytes
 from localctl.layout import Layout
 from localctl.lazy import moved_names
 from localctl.masks import load_mask, mask_to_pil
@@ -180,12 +179,6 @@ def generate_like(
         paired=True,
         sampling=sampling,
     ).images
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:

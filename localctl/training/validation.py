@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from localctl.data.sample import Example, Source
 from localctl.diffusion import reconstruct
 from localctl.drawing import grid, outline
 from localctl.files import write_bytes
-from localctl.images import condition_to_pil, to_pil
+from localctl.images import condition_to_pil, png_bytes, to_pil
 from localctl.layout import Layout
 from localctl.masks import sample_mask
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, edge_scores
@@ -97,10 +96,8 @@ class ValidationResult:
 
     def save(self, path: Path) -> None:
         """Write the sheet as a PNG. OSError naming the file if it cannot be written."""
-        buffer = io.BytesIO()
-        self.sheet.save(buffer, format="PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, buffer.getvalue())
+        write_bytes(path, png_bytes(self.sheet))
 
 
 def as_clause(fidelity: Fidelity, references: References) -> str:
