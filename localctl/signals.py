@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+ECHO = 1.0  # seconds: a cluster signals launcher and processes alike, and the launcher forwards what it gets
 _TORCHRUN, _ACCELERATE = "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"  # set by the launchers
 
 
@@ -27,13 +29,15 @@ class Signalled(BaseException):
 class Interrupt:
     """Context in which the first signal is only recorded, in ``signal``; then the former handlers are restored.
 
+    With a launcher, signals within ``ECHO`` seconds of the first are the same request: it may arrive twice.
+
     launcher: id of the process that started this one and forwards signals; if it has ended, nobody forwards them, so
     this counts as SIGTERM. None: there is no such process.
     """
 
     def __init__(self, launcher: int | None = None) -> None:
         self.launcher = launcher
-        self._noted = 0
+        self._noted, self._first = 0, 0.0
         self._former: dict[int, Any] = {}
 
     @property
@@ -55,8 +59,13 @@ class Interrupt:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._noted = number
-        self._restore()
+        if not self._noted:
+            self._noted, self._first = number, time.monotonic()
+            if self.launcher is None:
+                self._restore()
+        elif time.monotonic() - self._first > ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._former:

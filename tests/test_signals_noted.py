@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from localctl import signals
 from localctl.signals import (
     SIGNALS,
     Interrupt,
@@ -27,6 +28,16 @@ def test_the_first_only_asks_the_second_interrupts():
         assert interrupt.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_the_launcher_forwards_again_is_the_same_request(monkeypatch):
+    monkeypatch.setattr(signals, "ECHO", 0.05)
+    with pytest.raises(KeyboardInterrupt), Interrupt(os.getppid()) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_both_are_noted_and_both_given_back():
