@@ -6,9 +6,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from localctl.bases import (
     DTYPE_NAMES,
@@ -31,32 +30,9 @@ from localctl.bases import (
     vae_not_loaded,
 )
 from localctl.messages import no_progress_bars
+from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """Prompt embeddings for the denoiser.
-
-    states: (B, K, C) of the text encoder, or of both text encoders of SDXL concatenated. pooled: (B, P) of SDXL's
-    second text encoder, None for other bases.
-    """
-
-    states: Tensor
-    pooled: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
-
-    @classmethod
-    def join(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """Concatenate several prompt embeddings to one batch."""
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        assert len(pooled) in (0, len(parts))
-        return cls(torch.cat([part.states for part in parts]), torch.cat(pooled) if pooled else None)
 
 
 @torch.no_grad()

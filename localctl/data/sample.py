@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from localctl.boxes import Truth
 from localctl.data.bad_rows import BadRow, Problem
 from localctl.data.plan import SampleRef
 from localctl.masks import MaskConfig, sample_mask
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import numpy_rng
 
 ATTEMPTS = 16  # if half of the rows are bad, all attempts fail with probability 1/65,536
@@ -30,6 +31,8 @@ class Example:
     original: (height, width, top, left), if known: the size of the image's file, and its crop's corner on the scale of
         ``pixels``; SDXL is conditioned on them.
     truth: the objects in the image, if they are known exactly.
+    moments: (2c,h,w), mean and standard deviation of the VAE's posterior for ``pixels``; text: one row, the embeddings
+        of ``caption``. Both if they were cached; None = encoded while training.
     """
 
     key: str
@@ -43,6 +46,8 @@ class Example:
     problems: tuple[Problem, ...] = ()
     original: tuple[int, int, int, int] | None = None
     truth: Truth | None = None
+    moments: Tensor | None = None
+    text: PromptEmbeds | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class Batch:
 
     sizes: ``Example.original`` of each; empty = unknown. views: ``Example.view`` of each; key and view together
     identify the pixels. problems: bad rows that were met. A batch that could not be filled has problems and no rows.
+    moments (B,2c,h,w), texts (B rows): ``Example.moments`` and ``Example.text`` of all; None unless each has its own.
     """
 
     keys: tuple[str, ...]
@@ -119,14 +125,18 @@ class Batch:
     views: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     sizes: tuple[tuple[int, int, int, int] | None, ...] = ()
+    moments: Tensor | None = None
+    texts: PromptEmbeds | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on ``device``."""
-        pixels, condition, mask = (t.to(device, non_blocking=True) for t in (self.pixels, self.condition, self.mask))
-        return replace(self, pixels=pixels, condition=condition, mask=mask)
+        """Return the batch with its tensors on ``device``, from pinned memory without waiting. Pixels that are encoded
+        already stay where they are."""
+        names = ("condition", "mask", "pixels" if self.moments is None else "moments")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, texts=None if self.texts is None else self.texts.to(device))
 
 
 def collate(examples: Sequence[Example | Unusable]) -> Batch:
@@ -138,6 +148,8 @@ def collate(examples: Sequence[Example | Unusable]) -> Batch:
         return Batch((), (), (), nothing, nothing, nothing, problems=problems)
     masks = [example.mask for example in found if example.mask is not None]
     assert len(masks) == len(found)
+    moments = [example.moments for example in found if example.moments is not None]
+    texts = [example.text for example in found if example.text is not None]
     return Batch(
         keys=tuple(example.key for example in found),
         epochs=tuple(example.epoch for example in found),
@@ -148,4 +160,6 @@ def collate(examples: Sequence[Example | Unusable]) -> Batch:
         views=tuple(example.view for example in found),
         problems=problems,
         sizes=tuple(example.original for example in found),
+        moments=torch.stack(moments) if len(moments) == len(found) else None,
+        texts=PromptEmbeds.join(texts) if len(texts) == len(found) else None,
     )

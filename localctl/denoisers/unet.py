@@ -20,7 +20,8 @@ from localctl.denoisers.base import (
     add_residuals,
 )
 from localctl.layout import Layout
-from localctl.pipelines import PromptEmbeds, encode_prompts
+from localctl.pipelines import encode_prompts
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.tokens import positions_of
 
 _NAMES = ("sample", "timestep", "encoder_hidden_states")  # the arguments that may be passed by position

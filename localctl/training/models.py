@@ -21,7 +21,8 @@ from localctl.control.compatible import check_fit
 from localctl.data.sample import Batch
 from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
 from localctl.messages import no_progress_bars
-from localctl.pipelines import PromptEmbeds, encode_prompts, full_precision_vae, is_xl, load_pipeline
+from localctl.pipelines import encode_prompts, full_precision_vae, is_xl, load_pipeline
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import key_seed
 from localctl.training.settings import TrainSettings
 
@@ -80,6 +81,7 @@ class Models:
         self.prediction_type = pipe.scheduler.config.prediction_type
         check_schedule(self.alphas_cumprod, self.prediction_type)
         self.xl = is_xl(pipe)
+        self._empty_text: PromptEmbeds | None = None
         self._texts: Memo[PromptEmbeds] = Memo()
         self._moments: Memo[Tensor] | None = Memo() if keep_latents else None
 
@@ -103,9 +105,12 @@ class Models:
         return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
 
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
-        """Encode the batch's pixels to scaled latents z0 (B,c,h,w) float32, sampled with ``posterior_noise``."""
+        """Encode the batch's pixels to scaled latents z0 (B,c,h,w) float32, sampled with ``posterior_noise``. Moments
+        that come with the batch are used as they are."""
         kept = self._moments
-        if kept is None:
+        if batch.moments is not None:
+            moments = batch.moments.float()
+        elif kept is None:
             moments = self._encode_moments(batch.pixels)
         else:
             # key and view: a crop is another image
@@ -125,12 +130,35 @@ class Models:
         parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
         return PromptEmbeds.join(parts)
 
-    def unet_arguments(self, captions: Sequence[str], batch: Batch) -> dict[str, Any]:
-        """Return keyword arguments of the U-Net: the prompt embeddings and, for SDXL, the sizes of the batch's
-        images."""
+    def texts(self, batch: Batch, dropped: Sequence[bool]) -> PromptEmbeds:
+        """Return the prompt embeddings of the batch's captions, of an empty one where ``dropped``. Embeddings that
+        come with the batch are used as they are."""
+        if batch.texts is None:
+            pairs = zip(dropped, batch.captions, strict=True)
+            return self.text_states(["" if drop else caption for drop, caption in pairs])
+        own = batch.texts.to(self.dtype)
+        if not any(dropped):
+            return own
+        empty = self.empty_text
+        return PromptEmbeds.join([empty if drop else own[i : i + 1] for i, drop in enumerate(dropped)])
+
+    @property
+    def empty_text(self) -> PromptEmbeds:
+        """The embeddings of an empty caption, one row: set those that were cached, or have it encoded on first use."""
+        if self._empty_text is None:
+            self._empty_text = encode_text(self.pipe, "")
+        return self._empty_text
+
+    @empty_text.setter
+    def empty_text(self, cached: PromptEmbeds) -> None:
+        self._empty_text = cached.to(self.device).to(self.dtype)
+
+    def unet_arguments(self, batch: Batch, dropped: Sequence[bool]) -> dict[str, Any]:
+        """Return keyword arguments of the U-Net: the prompt embeddings, see :meth:`texts`, and, for SDXL, the sizes of
+        the batch's images."""
         height, width = batch.pixels.shape[-2:]
         sizes = batch.sizes or (None,) * len(batch)
-        return unet_arguments(self.text_states(captions), time_ids(sizes, (height, width)) if self.xl else None)
+        return unet_arguments(self.texts(batch, dropped), time_ids(sizes, (height, width)) if self.xl else None)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if the adapter cannot process images of this size in pixels."""

@@ -86,8 +86,6 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
     timesteps = timesteps_from_uniform(sampled.uniform, models.num_train_timesteps, settings.timestep_sampling)
     sample = add_noise(latents, sampled.noise, timesteps, models.alphas_cumprod)
-    dropped = sampled.empty_prompt.tolist()
-    captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
     feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
@@ -96,7 +94,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
         output = models.unet(
             sample.noisy.to(models.dtype),
             timesteps,
-            **models.unet_arguments(captions, batch),
+            **models.unet_arguments(batch, sampled.empty_prompt.tolist()),
             down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
         ).sample
     terms = local_control_loss(sample, output, batch.mask, models.alphas_cumprod, models.prediction_type, settings.loss)

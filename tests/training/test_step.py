@@ -8,8 +8,10 @@ from tolerances import rounding
 from training_helpers import tiny_settings
 
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
+from localctl.diffusion import posterior
 from localctl.masks import MaskConfig
-from localctl.training.models import Memo, load_models
+from localctl.prompt_embeds import PromptEmbeds
+from localctl.training.models import Memo, encode_text, load_models
 from localctl.training.step import StepNoise, sample_noise, training_step
 
 SHAPE = (4, 16, 16)
@@ -139,6 +141,46 @@ def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
     assert torch.allclose(kept, fresh.encode(batch, sampled.posterior), rtol=0, atol=atol)
     alone = batch_of(samples, (2, 0))
     assert torch.equal(kept[2:], models.encode(alone, sampled.posterior[2:]))
+
+
+def cached(batch, models):
+    """The batch as it comes from a cache: its moments and the embeddings of its captions with it."""
+    mean, std = posterior(models.vae, batch.pixels)
+    texts = PromptEmbeds.join([encode_text(models.pipe, caption) for caption in batch.captions])
+    return replace(batch, moments=torch.cat([mean, std], dim=1), texts=texts)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_what_was_encoded_before_is_not_encoded_again(kind, samples, request, tmp_path, monkeypatch):
+    settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)
+    models = load_models(settings, torch.device("cpu"), None)
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 3))
+    made = sample_noise(batch, models.latent_shape(128, 128), settings)
+    made = replace(made, empty_prompt=torch.tensor([False, True, False]))
+    live = training_step(batch, models, settings, made).terms.total
+    ready = cached(batch, models)
+    empty = encode_text(models.pipe, "")
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        if hasattr(models.pipe, part):
+            monkeypatch.setattr(getattr(models.pipe, part), "forward", None)
+    monkeypatch.setattr(models.vae, "encode", None)
+    models.empty_text = empty
+    torch.testing.assert_close(training_step(ready, models, settings, made).terms.total, live, rtol=1e-5, atol=1e-6)
+    alone = replace(made, empty_prompt=torch.tensor([False, False, False]))
+    assert not torch.equal(training_step(ready, models, settings, alone).terms.total, live)
+
+
+def test_examples_bring_their_encodings_and_leave_their_pixels_behind(samples):
+    first, second = (samples[SampleRef(i, 0)] for i in (0, 1))
+    text = PromptEmbeds(torch.rand(1, 77, 16), torch.rand(1, 16))
+    with_both = [replace(e, moments=torch.rand(8, 16, 16), text=text) for e in (first, second)]
+    batch = collate(with_both)
+    assert batch.moments.shape == (2, 8, 16, 16) and len(batch.texts) == 2 and batch.texts.pooled.shape == (2, 16)
+    moved = batch.to("meta")
+    assert moved.pixels.device.type == "cpu"
+    assert {t.device.type for t in (moved.moments, moved.condition, moved.mask, moved.texts.states)} == {"meta"}
+    part = collate([with_both[0], second])
+    assert part.moments is part.texts is None and part.to("meta").pixels.device.type == "meta"
 
 
 def test_texts_are_read_as_the_pipeline_reads_them(models):
