@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import ParamSpec
 
 from localctl.messages import fail, log_to_screen, plain_warnings
+from localctl.threads import yield_waiting_cores
 
 Arguments = ParamSpec("Arguments")
 CONSOLE = "localctl"
@@ -54,7 +55,8 @@ def _stdout_is_closed() -> bool:
 
 
 def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorate a ``main``: turn a ValueError or OSError into one sentence on stderr, see :func:`report_error`.
+    """Decorate a ``main``: choose how threads wait, see :func:`yield_waiting_cores`, and turn a ValueError or OSError
+    into one sentence on stderr, see :func:`report_error`.
 
     The sentence starts with ``program``, or with the argument of that name. Other exceptions are bugs and are not
     caught.
@@ -63,6 +65,7 @@ def one_sentence(program: str) -> Callable[[Callable[Arguments, int]], Callable[
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
         @functools.wraps(main)
         def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> int:
+            yield_waiting_cores()
             try:
                 with plain_warnings(), log_to_screen():
                     code = main(*args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 from localctl.cli.program import explained, report_error
 from localctl.messages import fail, loading, log_to_screen, plain_warnings
 from localctl.signals import Signalled, ending_at_once, exit_code, launcher
+from localctl.threads import yield_waiting_cores
 
 PROGRAM = "train_adapter.py"
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     after SIGINT and 143 after SIGTERM, with a checkpoint unless the signal came before the first step.
     """
     parent = launcher()
+    yield_waiting_cores()
     try:
         with ending_at_once():
             run = _prepare(sys.argv[1:] if argv is None else argv, parent, program)

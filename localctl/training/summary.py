@@ -10,6 +10,7 @@ from localctl.bases import own_side
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.sample import Source
+from localctl.threads import waiting_note
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
 from localctl.training.export import effective_batch
@@ -31,7 +32,9 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
     if terms.filter != "none":
         loss += f" + {terms.weight:g} x {terms.filter} in the mask ({terms.schedule})"
     batch = effective_batch(settings) * accelerator.num_processes
-    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    on_cpu = accelerator.device.type == "cpu"
+    threads = f", {torch.get_num_threads()} threads" if on_cpu else ""
+    waiting = waiting_note() if on_cpu and torch.get_num_threads() > 1 else ""
     begin = f"from {state.step} " if state.step else ""
     steps = f"{begin}to {settings.max_train_steps}, {batch} samples each, on {accelerator.device}{threads}"
     if settings.early_stopping.every and not scored:
@@ -48,6 +51,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"data        {describe_data(settings.data, source)}",
             *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
+            *([f"steps       {waiting}"] if waiting else []),
             *(f"steps       {note}" for note in schedule_notes(settings, len(source), accelerator.num_processes)),
             f"output      {output_dir}",
         )

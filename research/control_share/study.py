@@ -42,10 +42,11 @@ from research.page import table
 
 @dataclass(frozen=True)
 class Case(harness.Case):
-    """A held-out scene, described by its caption alone, with its mask (1, 128, 128) and its edges."""
+    """A held-out scene, described by its caption alone, with its mask (1, 128, 128), its edges and its split."""
 
     mask: Tensor
     edges: np.ndarray
+    split: str = SPLIT
 
     @property
     def inside(self) -> np.ndarray:
@@ -57,8 +58,8 @@ class Case(harness.Case):
         return hidden_objects(self.item.objects, self.inside)
 
 
-def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
-    """Return the first ``count`` test scenes that can be scored, the same for every adapter.
+def cases(count: int, mask: MaskConfig, seed: int = 0, split: str = SPLIT) -> list[Case]:
+    """Return the first ``count`` scenes of ``split`` that can be scored, the same for every adapter.
 
     The box of each scene is sampled until it has at least ``MIN_EDGES`` edge pixels; scenes with fewer edges in all
     (purple on black) are skipped.
@@ -70,12 +71,12 @@ def cases(count: int, mask: MaskConfig, seed: int = 0) -> list[Case]:
     index = -1
     while len(made) < count:
         index += 1
-        item = scene(index, PROFILE, SPLIT)
+        item = scene(index, PROFILE, split)
         edges = canny(item.image)
         for attempt in range(1000 if edges.sum() >= MIN_EDGES else 0):
             sampled = sample_mask(mask, edges.shape, numpy_rng(seed, "evaluation", index, attempt))
             if edges[sampled[0].numpy() > 0.5].sum() >= MIN_EDGES:
-                made.append(Case(f"{SPLIT}-{index}", item, Layout(item.caption), 1000 + index, sampled, edges))
+                made.append(Case(f"{split}-{index}", item, Layout(item.caption), 1000 + index, sampled, edges, split))
                 break
         if index >= 10 * count + 50:
             raise ValueError(f"Masks of kind {mask.kind!r} rarely contain {MIN_EDGES} edge pixels; use larger ones.")
@@ -91,9 +92,11 @@ def sample_all(
         if adapter is None:
             return []
         count = 1 + max(case.item.index for case in some)
-        scenes = MicroScenes(SPLIT, PROFILE, count, ConditionConfig(**adapter.config.condition), keep=False)
-        condition = torch.stack([scenes[case.item.index].condition for case in some])
-        masks = torch.stack([case.mask for case in some if isinstance(case, Case)])
+        held_out = [case for case in some if isinstance(case, Case)]
+        settings = ConditionConfig(**adapter.config.condition)
+        scenes = MicroScenes(held_out[0].split, PROFILE, count, settings, keep=False)
+        condition = torch.stack([scenes[case.item.index].condition for case in held_out])
+        masks = torch.stack([case.mask for case in held_out])
         return [LocalAdapterControl(adapter, condition, masks)]
 
     return np.stack(generate_cases(pipe, chosen, controls, name=name, **arguments))
