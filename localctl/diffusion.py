@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from localctl.devices import send
 from localctl.settings import TIMESTEP_SAMPLINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -204,7 +205,7 @@ def _latent_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | None
     means, stds = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if means is None or stds is None:
         return getattr(config, "shift_factor", None) or 0.0, None, config.scaling_factor
-    mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in (means, stds))
+    mean, std = send(torch.tensor([means, stds], dtype=like.dtype), like.device)[..., None, None].split(1)
     return mean, std, config.scaling_factor
 
 

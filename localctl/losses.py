@@ -11,17 +11,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from kornia.filters import laplacian, sobel
+import torch.nn.functional as F
+from kornia.filters import laplacian
 from torch import Tensor
 
 from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
 from localctl.masks import resize_mask
 from localctl.settings import LossConfig
 
+
+def sobel(latents: Tensor) -> Tensor:
+    """Return the gradient magnitude (B,C,h,w) of ``latents``, bit for bit as ``kornia.filters.sobel``, which copies its
+    kernel from the host at each call, and waits for that."""
+    across = torch.arange(-1, 2, device=latents.device, dtype=latents.dtype)  # -1, 0, 1
+    horizontal = (2 - across.abs())[:, None] * across / 8
+    kernel = torch.stack([horizontal, horizontal.T])[:, None]  # (2,1,3,3)
+    padded = F.pad(latents.reshape(-1, 1, *latents.shape[-2:]), (1, 1, 1, 1), "replicate")
+    gx, gy = F.conv2d(padded, kernel).unflatten(0, latents.shape[:2]).unbind(2)
+    return torch.sqrt(gx * gx + gy * gy + 1e-6)  # the epsilon keeps its gradient finite on flat input
+
+
 FILTERS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "none": None,
     "mse": lambda latents: latents,
-    "sobel": sobel,  # gradient magnitude; kornia's epsilon keeps its gradient finite on flat input
+    "sobel": sobel,
     "laplacian": lambda latents: laplacian(latents, kernel_size=5),
 }
 

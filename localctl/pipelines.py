@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from localctl.bases import (
     resolve_base,
     vae_not_loaded,
 )
+from localctl.devices import send
 from localctl.messages import no_progress_bars
 from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 
@@ -66,6 +67,35 @@ def encode_prompts(
         prompts, num_images_per_prompt=1, do_classifier_free_guidance=guided, negative_prompt=negative_prompt, **options
     )
     return PromptEmbeds(states, *pooled[:1]), PromptEmbeds(negative, *pooled[1:]) if guided else None
+
+
+@torch.no_grad()
+def encode_captions(pipe: Any, captions: Sequence[str]) -> PromptEmbeds:
+    """Encode captions as :func:`encode_prompts` does, bit for bit, but in one call of each text encoder and without
+    waiting for the device. The ends of captions that are too long are cut off silently."""
+    names = ("", "_2") if is_xl(pipe) else ("",)
+    states, pooled = [], None
+    for name in names:
+        tokenizer, encoder = getattr(pipe, f"tokenizer{name}"), getattr(pipe, f"text_encoder{name}")
+        length = tokenizer.model_max_length
+        tokens = tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        mask = getattr(encoder.config, "use_attention_mask", False) and not is_xl(pipe)
+        found = encoder(
+            send(tokens.input_ids, encoder.device),
+            attention_mask=send(tokens.attention_mask, encoder.device) if mask else None,
+            output_hidden_states=is_xl(pipe),
+        )
+        states.append(found.hidden_states[-2] if is_xl(pipe) else found[0])
+        pooled = found[0] if is_xl(pipe) else None  # of the last text encoder
+    return PromptEmbeds(torch.cat(states, dim=-1) if is_xl(pipe) else states[0], pooled)
+
+
+def encode_text(pipe: Any, caption: str) -> PromptEmbeds:
+    """Encode a caption; an empty one like the unconditional prompt of the pipeline (zeros for some SDXL bases)."""
+    embeds, negative = encode_prompts(pipe, caption, guided=is_xl(pipe) and not caption)
+    return negative or embeds
 
 
 def is_xl(pipe: DiffusionPipeline) -> bool:

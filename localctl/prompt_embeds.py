@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from localctl.devices import send
+
 
 @dataclass(frozen=True)
 class PromptEmbeds:
@@ -31,10 +33,14 @@ class PromptEmbeds:
         """Size in bytes."""
         return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
-    def to(self, place: torch.device | str | torch.dtype) -> PromptEmbeds:
-        """Return the embeddings on another device, or of another dtype; from pinned memory without waiting."""
-        pooled = None if self.pooled is None else self.pooled.to(place, non_blocking=True)
-        return PromptEmbeds(self.states.to(place, non_blocking=True), pooled)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PromptEmbeds:
+        """Return the embeddings on ``device``, which fetches them without waiting, and of ``dtype``."""
+        states, pooled = self.states, self.pooled
+        return PromptEmbeds(send(states, device).to(dtype), None if pooled is None else send(pooled, device).to(dtype))
+
+    def clone(self) -> PromptEmbeds:
+        """Return a copy in memory of its own."""
+        return PromptEmbeds(self.states.clone(), None if self.pooled is None else self.pooled.clone())
 
     @classmethod
     def join(cls, parts: Sequence[PromptEmbeds]) -> PromptEmbeds:

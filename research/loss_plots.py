@@ -22,10 +22,10 @@ from localctl.images import condition_to_pil, to_pil
 from localctl.losses import FILTERS, LossConfig, LossTerms, local_control_loss, schedule_weight
 from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
-from localctl.pipelines import is_xl
+from localctl.pipelines import encode_text, is_xl
 from localctl.seeding import noise
 from localctl.settings import Schedule
-from localctl.training.models import encode_text, time_ids, unet_arguments
+from localctl.training.models import time_ids, unet_arguments
 
 COLUMNS = ("z_t", "z0'", "filter of z0", "filter of z0'", "difference in mask")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from localctl.boxes import Truth
 from localctl.data.bad_rows import BadRow, Problem
 from localctl.data.plan import SampleRef
+from localctl.devices import send
 from localctl.masks import MaskConfig, sample_mask
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import numpy_rng
@@ -132,11 +133,12 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on ``device``, from pinned memory without waiting. Pixels that are encoded
-        already stay where they are."""
-        names = ("condition", "mask", "pixels" if self.moments is None else "moments")
-        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return replace(self, **moved, texts=None if self.texts is None else self.texts.to(device))
+        """Return the batch with its tensors on ``device``, fetched without waiting. Pixels stay where they are: most
+        steps do not encode them again."""
+        moments = None if self.moments is None else send(self.moments, device)
+        texts = None if self.texts is None else self.texts.to(device)
+        condition, mask = send(self.condition, device), send(self.mask, device)
+        return replace(self, condition=condition, mask=mask, moments=moments, texts=texts)
 
 
 def collate(examples: Sequence[Example | Unusable]) -> Batch:

@@ -100,6 +100,8 @@ def _load(
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
     state.models.check_size(*size)
+    views = 2 if settings.data.random_flip else 1
+    state.models.keep_encodings(views * len(train), size, images=settings.data.latents_may_be_kept)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(

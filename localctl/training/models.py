@@ -3,11 +3,10 @@ published T2IAdapter or LocalAdapter. A misfit is found before slow work."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,48 +18,14 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import lasting_name
 from localctl.control.compatible import check_fit
 from localctl.data.sample import Batch
+from localctl.devices import send
 from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
 from localctl.messages import no_progress_bars
-from localctl.pipelines import encode_prompts, full_precision_vae, is_xl, load_pipeline
+from localctl.pipelines import encode_captions, encode_text, full_precision_vae, is_xl, load_pipeline
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import key_seed
+from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
-
-MEMO_BYTES = 512 * 2**20
-
-
-class Sized(Protocol):
-    """An object that knows its size in memory."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-Kept = TypeVar("Kept", bound=Sized)
-
-
-class Memo(Generic[Kept]):
-    """A least-recently-used cache, of ``max_bytes``, for the results of a pure function of a text.
-
-    Each result is computed alone, never in a batch. So it cannot depend on what else was missing, and a resumed run,
-    which starts with an empty cache, gets bit-equal results.
-    """
-
-    def __init__(self, max_bytes: int = MEMO_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[str, Kept] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: str, compute: Callable[[], Kept]) -> Kept:
-        """Return the value for ``key``, computed on the first call."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        value = self._kept[key] = compute()
-        self._bytes += value.nbytes
-        while self._bytes > self.max_bytes and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return value
 
 
 class Models:
@@ -71,7 +36,7 @@ class Models:
         validation replaces the pipeline's.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, adapter: LocalAdapter, keep_latents: bool = True) -> None:
+    def __init__(self, pipe: DiffusionPipeline, adapter: LocalAdapter) -> None:
         self.pipe = pipe
         self.plain_adapter = adapter
         self.adapter: Callable[[Tensor], list[Tensor]] = adapter
@@ -82,8 +47,8 @@ class Models:
         check_schedule(self.alphas_cumprod, self.prediction_type)
         self.xl = is_xl(pipe)
         self._empty_text: PromptEmbeds | None = None
-        self._texts: Memo[PromptEmbeds] = Memo()
-        self._moments: Memo[Tensor] | None = Memo() if keep_latents else None
+        self._texts: Memo[PromptEmbeds] | None = None
+        self._moments: Memo[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -104,21 +69,39 @@ class Models:
         """Return (c, h, w) of the latents for images of this size in pixels."""
         return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
 
+    def keep_encodings(self, samples: int, size: tuple[int, int], *, images: bool) -> None:
+        """Keep encodings in memory from now on: captions if those of ``samples`` fit in ``MEMO_BYTES``, and, with
+        ``images``, images of ``size`` (height, width) if those do."""
+        moments = 2 * torch.float32.itemsize * math.prod(self.latent_shape(*size))
+        self._texts = Memo() if samples * self.empty_text.nbytes <= MEMO_BYTES else None
+        self._moments = Memo() if images and samples * moments <= MEMO_BYTES else None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What is encoded once and kept in memory: "images", "captions"."""
+        return tuple(name for name, memo in (("images", self._moments), ("captions", self._texts)) if memo is not None)
+
     def encode(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
         """Encode the batch's pixels to scaled latents z0 (B,c,h,w) float32, sampled with ``posterior_noise``. Moments
         that come with the batch are used as they are."""
-        kept = self._moments
         if batch.moments is not None:
             moments = batch.moments.float()
-        elif kept is None:
-            moments = self._encode_moments(batch.pixels)
+        elif self._moments is None:
+            moments = self._encode_moments(send(batch.pixels, self.device))
         else:
             # key and view: a crop is another image
             names = [f"{key}\0{view}" for key, view in zip(batch.keys, batch.views or [""] * len(batch), strict=True)]
-            images = zip(names, batch.pixels, strict=True)
-            moments = torch.cat([kept.get(name, partial(self._encode_moments, p[None])) for name, p in images])
+            kept = self._moments.get(names, lambda places: self._encode_places(batch.pixels, places), len(batch))
+            moments = torch.cat([kept[name] for name in names])
         mean, std = moments.chunk(2, dim=1)  # (B,c,h,w) each
         return scale_latents(self.vae, mean + std * posterior_noise)
+
+    def _encode_places(self, pixels: Tensor, places: list[int]) -> Tensor:
+        """Return :meth:`_encode_moments` of ``pixels`` (B,3,H,W) at ``places``."""
+        pixels = send(pixels, self.device)
+        if places != list(range(len(pixels))):
+            pixels = torch.stack([pixels[place] for place in places])  # an index would be sent, and waited for
+        return self._encode_moments(pixels)
 
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
@@ -126,32 +109,43 @@ class Models:
         return torch.cat(posterior(self.vae, pixels), dim=1)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
-        """Return the prompt embeddings of ``captions``, encoded as the pipeline itself does."""
-        parts = [self._texts.get(caption, partial(encode_text, self.pipe, caption)) for caption in captions]
-        return PromptEmbeds.join(parts)
+        """Return the prompt embeddings of ``captions``, encoded as the pipeline itself does, each distinct one once; an
+        empty one like the unconditional prompt of the pipeline (zeros for some SDXL bases)."""
+        distinct = [caption for caption in dict.fromkeys(captions) if caption]
+        texts: dict[str, PromptEmbeds] = {}
+        if distinct and self._texts is not None:
+            texts = self._texts.get(
+                distinct, lambda places: encode_captions(self.pipe, [distinct[i] for i in places]), len(captions)
+            )
+        elif distinct:
+            found = encode_captions(self.pipe, distinct)
+            texts = {caption: found[row : row + 1] for row, caption in enumerate(distinct)}
+        return PromptEmbeds.join([texts[caption] if caption else self.empty_text for caption in captions])
 
     def texts(self, batch: Batch, dropped: Sequence[bool]) -> PromptEmbeds:
         """Return the prompt embeddings of the batch's captions, of an empty one where ``dropped``. Embeddings that
         come with the batch are used as they are."""
-        if batch.texts is None:
+        if batch.texts is not None:
+            own = batch.texts.to(self.device, self.dtype)
+        elif self._texts is not None:  # then dropped captions are encoded, too: the next epoch finds them
+            own = self.text_states(batch.captions)
+        else:
             pairs = zip(dropped, batch.captions, strict=True)
             return self.text_states(["" if drop else caption for drop, caption in pairs])
-        own = batch.texts.to(self.dtype)
         if not any(dropped):
             return own
-        empty = self.empty_text
-        return PromptEmbeds.join([empty if drop else own[i : i + 1] for i, drop in enumerate(dropped)])
+        return PromptEmbeds.join([self.empty_text if drop else own[i : i + 1] for i, drop in enumerate(dropped)])
 
     @property
     def empty_text(self) -> PromptEmbeds:
-        """The embeddings of an empty caption, one row: set those that were cached, or have it encoded on first use."""
+        """The embeddings of an empty caption, one row: encoded on first use, unless those of a cache were set."""
         if self._empty_text is None:
             self._empty_text = encode_text(self.pipe, "")
         return self._empty_text
 
     @empty_text.setter
     def empty_text(self, cached: PromptEmbeds) -> None:
-        self._empty_text = cached.to(self.device).to(self.dtype)
+        self._empty_text = cached.to(self.device, self.dtype)
 
     def unet_arguments(self, batch: Batch, dropped: Sequence[bool]) -> dict[str, Any]:
         """Return keyword arguments of the U-Net: the prompt embeddings, see :meth:`texts`, and, for SDXL, the sizes of
@@ -168,12 +162,6 @@ class Models:
                 f"The images are {width}x{height} pixels (width x height), but this adapter needs multiples of "
                 f"{multiple}; choose another resolution."
             )
-
-
-def encode_text(pipe: DiffusionPipeline, caption: str) -> PromptEmbeds:
-    """Encode a caption; an empty one like the unconditional prompt of the pipeline (zeros for some SDXL bases)."""
-    embeds, negative = encode_prompts(pipe, caption, guided=is_xl(pipe) and not caption)
-    return negative or embeds
 
 
 def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> Tensor:
@@ -194,7 +182,7 @@ def unet_arguments(texts: PromptEmbeds, ids: Tensor | None) -> dict[str, Any]:
     if texts.pooled is not None:
         assert ids is not None
         # Sizes stay float32: half precision cannot represent every number of pixels.
-        arguments["added_cond_kwargs"] = {"text_embeds": texts.pooled, "time_ids": ids.to(texts.states.device)}
+        arguments["added_cond_kwargs"] = {"text_embeds": texts.pooled, "time_ids": send(ids, texts.states.device)}
     return arguments
 
 
@@ -214,10 +202,10 @@ def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtyp
         full_precision_vae(pipe)
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    if device.type == "cpu":
-        pipe.unet.to(memory_format=torch.channels_last)  # faster for convolutions on a CPU
-        pipe.vae.to(memory_format=torch.channels_last)
-    return Models(pipe, adapter.train(), keep_latents=settings.data.latents_may_be_kept)
+    for part in (pipe.unet, pipe.vae):  # faster for convolutions on CPUs, and on tensor cores
+        if device.type == "cpu" or part.dtype != torch.float32 or settings.allow_tf32:
+            part.to(memory_format=torch.channels_last)
+    return Models(pipe, adapter.train())
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from localctl.data.sample import Batch
+from localctl.devices import send
 from localctl.diffusion import add_noise, timesteps_from_uniform
 from localctl.losses import LossTerms, local_control_loss
 from localctl.seeding import generator, noise
@@ -37,8 +38,9 @@ class StepNoise:
     empty_prompt: Tensor
 
     def to(self, device: torch.device | str) -> StepNoise:
-        """Move to ``device``."""
-        return StepNoise(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+        """Move to ``device`` without waiting, except ``empty_prompt``: captions are chosen on the host."""
+        posterior, noise = send(torch.stack([self.posterior, self.noise]), device)
+        return StepNoise(posterior, noise, send(self.uniform, device), self.empty_prompt)
 
 
 def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: TrainSettings) -> StepNoise:
@@ -78,8 +80,8 @@ class StepOutput:
 
 
 def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled: StepNoise) -> StepOutput:
-    """Compute the loss of ``batch`` with the random numbers ``sampled``, as a pure function of the arguments; all
-    tensors are on the models' device.
+    """Compute the loss of ``batch`` with the random numbers ``sampled``, as a pure function of the arguments, which
+    :meth:`Batch.to` and :meth:`StepNoise.to` bring to the models' device.
 
     Only the adapter gets gradients, which flow through the frozen U-Net.
     """

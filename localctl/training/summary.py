@@ -14,6 +14,7 @@ from localctl.threads import waiting_note
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
 from localctl.training.export import effective_batch
+from localctl.training.models import Models
 from localctl.training.schedule import schedule_notes
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
@@ -49,6 +50,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
             f"data        {describe_data(settings.data, source)}",
+            f"data        {describe_encoding(models)}",
             *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
             *([f"steps       {waiting}"] if waiting else []),
@@ -66,6 +68,13 @@ def describe_data(data: DataConfig, source: Source) -> str:
     masks = f", masks from {data.mask_column!r}" if has_own_masks(source) else ""
     height, width = data.size
     return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+
+
+def describe_encoding(models: Models) -> str:
+    """Describe what is encoded once and what in every step."""
+    live = [name for name in ("images", "captions") if name not in models.kept]
+    once = f"{' and '.join(models.kept)} are encoded once and kept in memory" if models.kept else ""
+    return "; ".join(filter(None, (once, f"{' and '.join(live)} are encoded in every step" if live else "")))
 
 
 def remarks(settings: TrainSettings, source: Source | None) -> list[str]:

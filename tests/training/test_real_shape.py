@@ -45,7 +45,7 @@ def test_one_step_of_sd15_at_512_px(tmp_path):
     settings = tiny_settings("sd15", tmp_path, lr_warmup_steps=0, mixed_precision="no", train_batch_size=1)
     shape = BaseShape(TABLE["sd15"])
     adapter = plan_adapter(settings, shape).make(0)
-    models = Models(real_pipeline(), adapter.train(), keep_latents=False)
+    models = Models(real_pipeline(), adapter.train())
     optimizer = make_optimizer(optimizer_class(settings), list(adapter.parameters()), settings)
     mask = torch.zeros(1, 1, SIDE, SIDE)
     mask[..., 100:400, 50:450] = 1

@@ -10,8 +10,9 @@ from training_helpers import tiny_settings
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.diffusion import posterior
 from localctl.masks import MaskConfig
+from localctl.pipelines import encode_text
 from localctl.prompt_embeds import PromptEmbeds
-from localctl.training.models import Memo, encode_text, load_models
+from localctl.training.models import load_models
 from localctl.training.step import StepNoise, sample_noise, training_step
 
 SHAPE = (4, 16, 16)
@@ -129,20 +130,6 @@ def test_the_loss_settings_reach_the_loss(samples, settings, models):
     assert torch.allclose(much.local, base.local * 1000) and not none.local.any()
 
 
-def test_kept_latents_are_those_of_the_encoder(samples, settings, models):
-    batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
-    sampled = sample_noise(batch, SHAPE, settings)
-    kept = models.encode(batch, sampled.posterior)
-    again = models.encode(batch, sampled.posterior)
-    fresh = load_models(replace(settings, data=replace(settings.data, keep_latents=False)), torch.device("cpu"), None)
-    assert torch.equal(kept, again)
-    size = kept.abs().max().item()
-    atol = size * rounding(depth(models.vae.encoder))
-    assert torch.allclose(kept, fresh.encode(batch, sampled.posterior), rtol=0, atol=atol)
-    alone = batch_of(samples, (2, 0))
-    assert torch.equal(kept[2:], models.encode(alone, sampled.posterior[2:]))
-
-
 def cached(batch, models):
     """The batch as it comes from a cache: its moments and the embeddings of its captions with it."""
     mean, std = posterior(models.vae, batch.pixels)
@@ -179,27 +166,8 @@ def test_examples_bring_their_encodings_and_leave_their_pixels_behind(samples):
     moved = batch.to("meta")
     assert moved.pixels.device.type == "cpu"
     assert {t.device.type for t in (moved.moments, moved.condition, moved.mask, moved.texts.states)} == {"meta"}
-    part = collate([with_both[0], second])
-    assert part.moments is part.texts is None and part.to("meta").pixels.device.type == "meta"
-
-
-def test_texts_are_read_as_the_pipeline_reads_them(models):
-    captions = ["a red circle", "", "a red circle"]
-    states, _ = models.pipe.encode_prompt(captions, "cpu", 1, False)
-    atol = states.abs().max().item() * rounding(depth(models.pipe.text_encoder))
-    assert torch.allclose(models.text_states(captions).states, states, rtol=0, atol=atol)
-
-
-def test_memo_keeps_the_most_recently_used():
-    calls = []
-
-    def get(key):
-        return memo.get(key, lambda: (calls.append(key), torch.zeros(10))[1])
-
-    memo = Memo(max_bytes=80)
-    for key in ("a", "b", "a", "c", "a", "b"):
-        get(key)
-    assert calls == ["a", "b", "c", "b"]
+    part = collate([with_both[0], second]).to("meta")
+    assert part.moments is part.texts is None and part.pixels.device.type == "cpu"  # the VAE fetches them
 
 
 def test_feature_statistics_are_those_before_the_mask(samples, settings, models):

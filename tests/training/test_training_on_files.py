@@ -140,18 +140,21 @@ def test_too_many_bad_rows_stop_the_run_with_the_list(sd_folder, folder, tmp_pat
 
 
 def test_no_crop_gets_the_latents_of_another(sd_folder, folder, tmp_path):
-    def encoder(**options):
+    def encoder(keep, **options):
         data = DataConfig(path=str(folder), **TEN, **options)
         settings = tiny_settings(sd_folder, tmp_path, data=data, condition=DEPTH)
-        return load_models(settings, torch.device("cpu"), None), open_files(data, DEPTH, "train")
+        models = load_models(settings, torch.device("cpu"), None)
+        models.keep_encodings(20, (64, 64), images=keep and data.latents_may_be_kept)
+        return models, open_files(data, DEPTH, "train")
 
     def latents(models, source, epoch):
         batch = collate([replace(source.visit(SampleRef(0, epoch), 0))])
         return models.encode(batch, torch.zeros(1, *models.latent_shape(64, 64)))
 
-    for options in ({"center_crop": False}, {"random_flip": True}, {"center_crop": False, "keep_latents": True}):
-        models, source = encoder(**options)
-        fresh, _ = encoder(**options, **({} if "keep_latents" in options else {"keep_latents": False}))
+    for options in ({"center_crop": False}, {"random_flip": True}):
+        models, source = encoder(True, **options)
+        fresh, _ = encoder(False, **options)
+        assert ("images" in models.kept, "images" in fresh.kept) == ("random_flip" in options, False)
         seen = []
         for epoch in range(6):
             kept = latents(models, source, epoch)
