@@ -34,12 +34,12 @@ def test_workers_run_one_thread_and_import_this_package(capfd: pytest.CaptureFix
 def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:{}".format(free.getsockname()[1])
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     monkeypatch.setattr(load_ray(), "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(ValueError, match=rf"no usable Ray cluster at RAY_ADDRESS={address} \(.*refused.*unset RAY_ADD"):
-        with connected():
-            pass
+    message = rf"no usable Ray cluster at RAY_ADDRESS={address} \(.*refused.*unset RAY_ADDRESS"
+    with pytest.raises(ValueError, match=message), connected():
+        pass
 
 
 def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
