@@ -160,6 +160,15 @@ def _quiet(pipe: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """Ray on this machine, started once for all tests of a process; what connects meanwhile uses it."""
+    from localctl.cluster import connected  # slow to import
+
+    with connected(cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
 def _sd_session() -> diffusers.StableDiffusionPipeline:
     return tiny_sd()
 
