@@ -73,13 +73,15 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> KID:
     d = a.shape[1]
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / d + 1) ** 3
+        block = x @ y.T
+        block /= d
+        block += 1
+        return block * block * block  # in a third of the time of ** 3
 
-    within_a, within_b = _row_sums(a, a, kernel, skip_self=True), _row_sums(b, b, kernel, skip_self=True)
-    across = _row_sums(a, b, kernel)
-    within_a, within_b = within_a / (len(a) - 1), within_b / (len(b) - 1)
-    g_a, g_b = within_a - across / len(b), within_b - _row_sums(b, a, kernel) / len(a)
-    value = within_a.mean() + within_b.mean() - 2 * across.mean() / len(b)
+    within_a, within_b = (_sums_within(x, kernel) / (len(x) - 1) for x in (a, b))
+    across_a, across_b = _sums(a, b, kernel)
+    g_a, g_b = within_a - across_a / len(b), within_b - across_b / len(a)
+    value = within_a.mean() + within_b.mean() - 2 * across_a.mean() / len(b)
     error = np.sqrt(4 * g_a.var(ddof=1) / len(a) + 4 * g_b.var(ddof=1) / len(b))
     return KID(float(value), float(error))
 
@@ -102,7 +104,7 @@ def clip_mmd(a: np.ndarray, b: np.ndarray, sigma: float = CMMD_SIGMA, scale: flo
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.exp(-(2 - 2 * x @ y.T).clip(0) / (2 * sigma**2))
 
-    mean = [float(_row_sums(x, y, kernel).sum()) / (len(x) * len(y)) for x, y in ((a, a), (b, b), (a, b))]
+    mean = [float(_sums(x, y, kernel)[0].sum()) / (len(x) * len(y)) for x, y in ((a, a), (b, b), (a, b))]
     return scale * (mean[0] + mean[1] - 2 * mean[2])
 
 
@@ -115,13 +117,26 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def _row_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel, skip_self: bool = False) -> np.ndarray:
-    """Sum kernel(x_i, y_j) over j, (n,), block by block to save memory. skip_self: leave out i = j."""
-    sums = np.empty(len(x))
+def _sums(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """Sum kernel(x_i, y_j) over j and over i, (n,) and (m,), block by block to save memory."""
+    over_y, over_x = np.zeros(len(x)), np.zeros(len(y))
     for first in range(0, len(x), _ROWS):
         block = kernel(x[first : first + _ROWS], y)
-        sums[first : first + _ROWS] = block.sum(1)
-        if skip_self:
-            rows = np.arange(len(block))
-            sums[first : first + _ROWS] -= block[rows, first + rows]
+        over_y[first : first + _ROWS] = block.sum(1)
+        over_x += block.sum(0)
+    return over_y, over_x
+
+
+def _sums_within(x: np.ndarray, kernel: Kernel) -> np.ndarray:
+    """Sum kernel(x_i, x_j) over all j but i, (n,). Each pair is computed once, as the kernel is symmetric."""
+    sums = np.zeros(len(x))
+    for first in range(0, len(x), _ROWS):
+        here = slice(first, first + _ROWS)
+        block = kernel(x[here], x[here])
+        np.fill_diagonal(block, 0)
+        sums[here] += block.sum(1)
+        if first + _ROWS < len(x):
+            over_rest, over_here = _sums(x[here], x[first + _ROWS :], kernel)
+            sums[here] += over_rest
+            sums[first + _ROWS :] += over_here
     return sums

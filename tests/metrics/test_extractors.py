@@ -118,7 +118,9 @@ def test_efficientnet_pads_as_tensorflow_and_loads_the_published_weights(images:
     assert conv(edge)[0, 0].tolist() == [[0, 0], [0, 1]]
     pytest.importorskip(LITE0_PACKAGE)
     extractor = load_extractor("efficientnet_lite0")
-    features = extractor(images[:3])
+    features = extractor(images[:6])
+    torch.testing.assert_close(extractor(images[4:5]), features[4:5], atol=1e-4, rtol=1e-4)
+    features = features[:3]
     assert features.shape == (3, 1280) and extractor.weights_sha256.startswith("57934424")
     assert float(features[0, 2]) == pytest.approx(1.0009968, abs=1e-4)  # as committed figures were measured
     noisy = (images[:3] + np.random.default_rng(0).normal(0, 60, images[:3].shape)).clip(0, 255).astype(np.uint8)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from metric_worker import COUNT, DIM, feature_statistics, features, results, sample_metrics
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.statistics import SMALL, FeatureStatistics, Statistics, distances, frechet_name
@@ -91,12 +92,47 @@ def test_no_more_features_are_kept_than_asked_for() -> None:
     assert sum(len(part) for part in metric.ranks) <= 32 + 4
 
 
+def test_features_beyond_the_kept_ones_are_dropped_in_any_batches() -> None:
+    whole = feature_statistics(slice(None)).statistics().kept
+    rows, keys = features()
+    for sizes in ([16, 25], [16, *[1] * 25], [20, 1, 20], [33, 8]):
+        metric, first = FeatureStatistics(DIM, keep=16), 0
+        for size in sizes:
+            metric.update(rows[first : first + size], keys[first : first + size])
+            first += size
+        assert first == COUNT and np.array_equal(metric.statistics().kept, whole)
+
+
+def test_a_batch_makes_no_second_matrix_of_products() -> None:
+    dim, largest = 64, 0
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != own:
+                largest = max(largest, out.numel())
+            return out
+
+    metric = FeatureStatistics(dim)
+    own = metric.products.untyped_storage().data_ptr()
+    with Made():
+        metric.update(torch.ones(8, dim), [str(i) for i in range(8)])
+    assert 8 * dim <= largest < dim * dim and float(metric.products.sum()) == 8 * dim**2
+
+
 def test_statistics_are_saved_whole_and_read_back(tmp_path: Path) -> None:
     made = statistics(np.random.default_rng(0).normal(size=(9, 4)), data="photos", path="ü")
     made.save(tmp_path / "in" / "ref.npz")
     read = Statistics.load(tmp_path / "in" / "ref.npz")
     assert read.provenance == made.provenance and np.array_equal(read.products, made.products)
     assert [p.name for p in (tmp_path / "in").iterdir()] == ["ref.npz"]
+    arrays = {name: getattr(made, name) for name in ("counts", "sums", "products", "kept")}
+    np.savez_compressed(tmp_path / "earlier.npz", provenance=json.dumps(dict(made.provenance)), **arrays)
+    assert np.array_equal(Statistics.load(tmp_path / "earlier.npz").kept, read.kept) and read.kept.dtype == np.float64
+    statistics(made.kept.astype(np.float32)).save(tmp_path / "short.npz")
+    short = Statistics.load(tmp_path / "short.npz").kept
+    assert short.dtype == np.float32 and np.array_equal(np.sort(short, 0), np.sort(made.kept.astype(np.float32), 0))
     (tmp_path / "bad.npz").write_bytes((tmp_path / "in" / "ref.npz").read_bytes()[:200])
     with pytest.raises(ValueError, match="bad.npz holds no statistics or is damaged"):
         Statistics.load(tmp_path / "bad.npz")
