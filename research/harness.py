@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
-from localctl.evaluation.fid import collect
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
 from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image, png_bytes
@@ -307,10 +306,11 @@ def statistics_of(
     keys: one per image. image: returns an image uint8 (H,W,3) by its number. about: provenance of the images.
     """
 
-    def keyed(numbers: range) -> Iterable[tuple[str, np.ndarray]]:
-        return ((keys[number], image(number)) for number in numbers)
-
-    return collect(extractor, len(keys), keyed, batch_size).statistics(**{**about, **describe(extractor)})
+    metric = FeatureStatistics(extractor.dim)
+    for first in range(0, len(keys), batch_size):
+        batch = keys[first : first + batch_size]
+        metric.update(extractor(np.stack([image(first + number) for number in range(len(batch))])), batch)
+    return metric.statistics(**{**about, **describe(extractor)})
 
 
 def provenance(

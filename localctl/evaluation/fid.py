@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import joined, process_device, union
 from localctl.evaluation.generated_set import (
-    GeneratedImage,
     generate_set,
     open_source,
     read_images,
@@ -23,6 +22,7 @@ from localctl.evaluation.generated_set import (
 )
 from localctl.evaluation.provenance import check_provenance, versions, write_json
 from localctl.evaluation.settings import FidSettings
+from localctl.evaluation.workers import spread
 from localctl.images import to_pil
 from localctl.lazy import moved_names
 from localctl.metrics.clip import CLIPScore
@@ -31,6 +31,8 @@ from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 from localctl.redaction import recorded
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Note = TypeVar("Note")
 __getattr__ = moved_names(__name__, {"draw": f"{__name__}:generate"})
 
 
@@ -43,13 +45,14 @@ def make_reference(settings: FidSettings) -> Path:
         ValueError: the data or the extractor is missing; fewer than 2 photos are usable; the file exists and holds
             statistics of other photos or of another extractor.
     """
-    source = open_source(settings)
+    photos = PhotoFeatures(settings)
+    source = photos.source
     if len(source) < 2:
         raise ValueError(
             f"The part {settings.part!r} of the data has {len(source)} example, but a distance needs at least 2 images "
             "on each side; raise data.validation_share, or set part=train."
         )
-    extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
+    extractor = photos.extractor
     path, count = settings.reference_file, min(len(source), settings.num_images)
     provenance = {
         "data": recorded(settings.data),
@@ -68,7 +71,9 @@ def make_reference(settings: FidSettings) -> Path:
         return path
     mine: set[str] = set()
     with joined() as share:
-        metric = collect(extractor, count, partial(_photos, source, mine), settings.batch_size, share)
+        batches = _batches(range(count), settings.batch_size, share)
+        read = spread(photos, partial(PhotoFeatures, settings), batches, settings.num_workers, settings.device)
+        metric = collect(extractor.dim, read, mine)
         made, bad = metric.statistics(**provenance), sorted(union(mine))
     made = replace(made, provenance={**made.provenance, "bad_rows": len(bad), "versions": versions()})
     made.gaussian()  # raises for fewer than 2
@@ -78,37 +83,71 @@ def make_reference(settings: FidSettings) -> Path:
     return path
 
 
-def _photos(source: Any, bad: set[str], indices: range) -> Iterator[tuple[str, np.ndarray]]:
-    for index in indices:
-        try:
-            example = source[index]
-        except BadRow as error:
-            bad.add(f"{error.key}: {error.reason}")
-            continue
-        yield example.key, np.asarray(to_pil(example.pixels))
+@dataclass(frozen=True)
+class Batch(Generic[Note]):
+    """Features of images.
+
+    keys: of the images. features: (B, d) float32. notes: what else was found. scores: a row of the CLIP score's columns
+    per image, where they are asked for.
+    """
+
+    keys: list[str]
+    features: np.ndarray
+    notes: set[Note]
+    scores: list[tuple[float, ...]] = field(default_factory=list)
+
+
+class PhotoFeatures:
+    """Extracts the features of photos, the examples of ``settings.part``.
+
+    Raises:
+        ValueError: the data or the extractor cannot be loaded.
+    """
+
+    def __init__(self, settings: FidSettings) -> None:
+        self.source = open_source(settings)
+        self.extractor = _extractor(settings)
+
+    def __call__(self, indices: Sequence[int]) -> Batch[str]:
+        """Extract the features of the photos with these numbers. The notes name those that cannot be used."""
+        keys, photos, bad = [], [], set()
+        for index in indices:
+            try:
+                example = self.source[index]
+            except BadRow as error:
+                bad.add(f"{error.key}: {error.reason}")
+                continue
+            keys.append(example.key)
+            photos.append(np.asarray(to_pil(example.pixels)))
+        return Batch(keys, _features(self.extractor, photos), bad)
+
+
+def _extractor(settings: FidSettings) -> Extractor:
+    return load_extractor(settings.extractor, settings.weights, process_device(settings.device))
+
+
+def _features(extractor: Extractor, images: Sequence[np.ndarray]) -> np.ndarray:
+    return extractor(np.stack(images)).numpy() if images else np.empty((0, extractor.dim), np.float32)
+
+
+def _batches(items: Sequence[Item], size: int, share: tuple[int, int]) -> list[Sequence[Item]]:
+    """Return the batches of this process; share: (rank, number of processes). Processes take the batches in turn, and
+    the batches are the same for any number of processes."""
+    rank, processes = share
+    return [items[first : first + size] for first in range(0, len(items), size)][rank::processes]
 
 
 def collect(
-    extractor: Extractor,
-    count: int,
-    images: Callable[[range], Iterable[tuple[str, np.ndarray]]],
-    batch_size: int,
-    share: tuple[int, int] = (0, 1),
+    dim: int, batches: Iterable[Batch[Note]], notes: set[Note], clip: CLIPScore | None = None
 ) -> FeatureStatistics:
-    """Collect the feature statistics of images.
-
-    Args:
-        count: how many numbers, from 0, are given to ``images``.
-        images: returns the images of a range of numbers as (key, uint8 (H,W,3)) pairs; may return fewer than asked for.
-        share: (rank, number of processes). Processes take the batches in turn; the batches are the same for any number
-            of processes.
-    """
-    metric = FeatureStatistics(extractor.dim)
-    rank, processes = share
-    for number, first in enumerate(range(0, count, batch_size)):
-        batch = list(images(range(first, min(first + batch_size, count)))) if number % processes == rank else []
-        if batch:
-            metric.update(extractor(np.stack([image for _, image in batch])), [key for key, _ in batch])
+    """Collect the feature statistics of batches, their notes in ``notes`` and their scores in ``clip``."""
+    metric = FeatureStatistics(dim)
+    for batch in batches:
+        notes |= batch.notes
+        if batch.keys:
+            metric.update(batch.features, batch.keys)
+        if clip is not None:
+            clip.add(*batch.scores)
     return metric
 
 
@@ -118,7 +157,9 @@ def generate(settings: FidSettings) -> None:
         count = generate_set(settings, name)
         speed = read_speed(settings.folder / name)
         logger.info(
-            f"{settings.folder / name}: {count} images generated in this process" + (f", {speed}" if speed else "")
+            f"{settings.folder / name}: {count} images generated "
+            + ("in this process" if settings.num_workers is None else f"by {settings.num_workers} workers")
+            + (f", {speed}" if speed else "")
         )
 
 
@@ -130,12 +171,12 @@ def score(settings: FidSettings) -> dict[str, Any]:
     """
     reference = Statistics.load(settings.reference_file)
     sets = {name: read_set(settings.folder / name) for name in settings.set_names}
-    extractor = load_extractor(settings.extractor, settings.weights, process_device(settings.device))
+    extractor = _extractor(settings)
     results = {}
     with joined() as (rank, _):
         for name, (made_with, ids) in sets.items():
             folder = settings.folder / name
-            results[name] = score_set(folder, ids, made_with, reference, extractor, settings.batch_size)
+            results[name] = score_set(folder, ids, made_with, reference, extractor, settings)
             if rank == 0:
                 _tell(name, results[name], folder / f"score_{extractor.name}.json")
     return results
@@ -149,30 +190,65 @@ def _tell(name: str, result: dict[str, Any], path: Path) -> None:
         logger.warning(f"{name}  {text}")
 
 
+class SetFeatures:
+    """Extracts the features of generated images, and with a CLIP also their CLIP scores.
+
+    Args:
+        wanted: (height, width) of the photos; None = unknown.
+        extractor: None = that of ``settings``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        wanted: Sequence[int] | None,
+        settings: FidSettings,
+        extractor: Extractor | None = None,
+    ) -> None:
+        self.folder, self.wanted = folder, wanted
+        self.extractor = extractor or _extractor(settings)
+
+    def __call__(self, ids: Sequence[str]) -> Batch[tuple[int, ...]]:
+        """Extract the features of the images with these ids. The notes are their sizes (height, width)."""
+        clip = CLIPScore(self.extractor.clip) if isinstance(self.extractor, ClipExtractor) else None
+        images, sizes = [], set()
+        for item in read_images(self.folder, ids):
+            size = item.image.shape[:2]
+            if self.wanted is not None and list(size) != list(self.wanted):
+                raise ValueError(
+                    f"The images in {self.folder} are {size[1]}x{size[0]} but the photos were "
+                    f"{self.wanted[1]}x{self.wanted[0]}; make the reference with the same data.resolution."
+                )
+            if clip is not None:
+                clip.update(item.image, item.caption)
+            sizes.add(size)
+            images.append(item.image)
+        scores = [] if clip is None else [tuple(row) for row in clip.per_sample().tolist()]
+        return Batch(list(ids), _features(self.extractor, images), sizes, scores)
+
+
 def score_set(
     folder: Path,
     ids: list[str],
     made_with: dict[str, Any],
     reference: Statistics,
     extractor: Extractor,
-    batch_size: int,
+    settings: FidSettings,
 ) -> dict[str, Any]:
     """Compute values, warnings and provenance of one set. Each process reads a part of the images; all return the same.
+
+    settings: name the batch size, the workers, and the extractor that these load.
 
     ValueError when the images have another size than the photos, or several sizes.
     """
     clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
-
-    def images(indices: range) -> Iterator[tuple[str, np.ndarray]]:
-        for item in read_images(folder, [ids[index] for index in indices]):
-            _check_size(item, reference, folder, seen)
-            if clip is not None:
-                clip.update(item.image, item.caption)
-            yield item.id, item.image
-
+    wanted = reference.provenance.get("image_size")
     with joined() as share:
-        statistics = collect(extractor, len(ids), images, batch_size, share).statistics(**describe(extractor))
+        batches = _batches(ids, settings.batch_size, share)
+        make = partial(SetFeatures, folder, wanted, settings)
+        read = spread(make(extractor), make, batches, settings.num_workers, settings.device)
+        statistics = collect(extractor.dim, read, seen, clip).statistics(**describe(extractor))
         sizes = union(seen)
         clip_score = None if clip is None else clip.compute()["clip_score"]
     if len(sizes) > 1:
@@ -200,13 +276,3 @@ def score_set(
     }
     check_provenance(str(folder), content)
     return content
-
-
-def _check_size(item: GeneratedImage, reference: Statistics, folder: Path, seen: set[tuple[int, ...]]) -> None:
-    size, wanted = item.image.shape[:2], reference.provenance.get("image_size")
-    seen.add(size)
-    if wanted is not None and list(size) != list(wanted):
-        raise ValueError(
-            f"The images in {folder} are {size[1]}x{size[0]} but the photos were {wanted[1]}x{wanted[0]}; make the "
-            "reference with the same data.resolution."
-        )

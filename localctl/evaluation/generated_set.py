@@ -1,4 +1,4 @@
-"""Generate a set of images in a folder, and read it. Runs may be interrupted, and shared by several processes.
+"""Generate a set of images in a folder, and read it. Runs may be interrupted, and shared by processes and machines.
 
     settings.json      what the images were generated with; images of other settings are refused
     ids/ID.json        key, caption, prompt and seed of the image
@@ -13,41 +13,38 @@ ends with the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import logging
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import ControlNetModel
-from PIL import Image
 
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter, find_adapter
-from localctl.architectures import read_shape
-from localctl.control.base import Control
-from localctl.control.compatible import check_base
-from localctl.control.image_controls import LocalAdapterControl, MaskedControlNet
 from localctl.data import Example, MaskedSamples, SampleRef, Source, open_data
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
-from localctl.files import first_line, sha256_of_folder
+from localctl.evaluation.steered import generate_like, load_adapter, load_controlnet
+from localctl.evaluation.workers import spread
+from localctl.files import sha256_of_folder
 from localctl.images import ImageError, load_image, png_bytes
-from localctl.layout import Layout
 from localctl.lazy import moved_names
 from localctl.masks import load_mask, mask_to_pil
-from localctl.messages import no_progress_bars
-from localctl.pipelines import DTYPES, freeze, load_pipeline, resolve_base
+from localctl.pipelines import load_pipeline, resolve_base
 from localctl.redaction import recorded
-from localctl.sampling import Sampling, generate
+from localctl.sampling import Sampling
 from localctl.seeding import key_seed
 
 logger = logging.getLogger(__name__)
-_NOT_RECORDED = ("output_dir", "reference", "extractor", "weights", "prompts", "device")  # do not change the images
+# do not change the images
+_NOT_RECORDED = ("output_dir", "reference", "extractor", "weights", "prompts", "device", "num_workers")
 __getattr__ = moved_names(
     __name__,
     {
@@ -86,37 +83,71 @@ class GeneratedImage:
     mask: np.ndarray
 
 
+class SetGenerator:
+    """Generates batches of the set ``name``.
+
+    Settings, data, adapter and the folder are checked when it is created: ValueError in one sentence. The base is
+    loaded for the first batch.
+    """
+
+    def __init__(self, settings: FidSettings, name: str) -> None:
+        self.settings, self.folder = settings, settings.folder / name
+        resolve_base(settings.base.name)
+        adapter = None if settings.adapter is None else find_adapter(settings.adapter, settings.base.local_files_only)
+        self.steering = load_controlnet(settings) if adapter is None else load_adapter(adapter, settings)
+        self.samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
+        self.single = index_of(self.samples.source, settings.sample) if settings.sample is not None else None
+        self.pipe: Any = None
+        claim(self.folder, settings, name, adapter)
+
+    @classmethod
+    def in_worker(cls, settings: FidSettings, name: str) -> SetGenerator:
+        """Create one in another process, for a folder that is claimed already. ValueError if it is not seen from
+        there, or if another version of a library would generate other images there."""
+        folder = settings.folder / name
+        if not (folder / "settings.json").is_file():
+            raise ValueError(
+                f"The machine {socket.gethostname()} does not see {folder}; choose an output_dir on a disk that all "
+                "machines share."
+            )
+        return cls(settings, name)
+
+    def __call__(self, batch: range) -> int:
+        """Generate the images with these numbers, and return how many there are."""
+        if self.pipe is None:
+            self.pipe = load_pipeline(self.settings.base, device=process_device(self.settings.device))
+            self.pipe.set_progress_bar_config(disable=True)
+        began = time.perf_counter()
+        examples = [example_of(self.samples, index, self.single) for index in batch]
+        _generate_batch(self.pipe, self.steering, examples, batch, self.folder, self.settings)
+        count = self.settings.num_workers or processes()[1]
+        timing = {"pictures": len(batch), "seconds": time.perf_counter() - began, "processes": count}
+        path = self.folder / "timing" / f"{image_id(batch[0])}.json"
+        write_json(path, {**timing, "device": str(self.pipe.device)})
+        return len(batch)
+
+
 def generate_set(settings: FidSettings, name: str) -> int:
-    """Generate the missing images of the set ``name``, and return how many this process generated.
+    """Generate the missing images of the set ``name``, and return how many this process or its workers generated.
 
     Settings, data, adapter and the folder are checked before the base is loaded: ValueError in one sentence.
     """
-    folder = settings.folder / name
+    generator, folder = SetGenerator(settings, name), settings.folder / name
     rank, count = processes()
-    resolve_base(settings.base.name)
-    adapter = None if settings.adapter is None else find_adapter(settings.adapter, settings.base.local_files_only)
-    steering = load_controlnet(settings) if adapter is None else load_adapter(adapter, settings)
-    samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
-    single = index_of(samples.source, settings.sample) if settings.sample is not None else None
-    claim(folder, settings, name, adapter)
-    size = settings.batch_size
-    starts = range(0, settings.num_images, size)
-    incomplete = [b for b in starts if any(not image_file(folder, i).is_file() for i in _batch(b, settings))]
-    mine = [b for b in incomplete if b // size % count == rank]
+    batches = [_batch(first, settings) for first in range(0, settings.num_images, settings.batch_size)]
+    mine = [
+        batch
+        for number, batch in enumerate(batches)
+        if number % count == rank and any(not image_file(folder, index).is_file() for index in batch)
+    ]
     if not mine:
         return 0
-    pipe = load_pipeline(settings.base, device=process_device(settings.device))
-    pipe.set_progress_bar_config(disable=True)
+    work = partial(SetGenerator.in_worker, settings, name)
+    made = spread(generator, work, mine, settings.num_workers, settings.device)
     generated = 0
-    for number, first in enumerate(mine, start=1):
-        indices = list(_batch(first, settings))
-        began = time.perf_counter()
-        examples = [example_of(samples, index, single) for index in indices]
-        _generate_batch(pipe, steering, examples, indices, folder, settings)
-        timing = {"pictures": len(indices), "seconds": time.perf_counter() - began, "processes": count}
-        write_json(folder / "timing" / f"{image_id(first)}.json", {**timing, "device": str(pipe.device)})
-        generated += len(indices)
-        logger.info(f"{name}: batch {number} of {len(mine)}, images {indices[0]} to {indices[-1]}")
+    for number, (batch, images) in enumerate(zip(mine, made, strict=True), start=1):
+        generated += images
+        logger.info(f"{name}: batch {number} of {len(mine)}, images {batch[0]} to {batch[-1]}")
     return generated
 
 
@@ -148,39 +179,6 @@ def _generate_batch(
         write_bytes(image_file(folder, index), png_bytes(image))
 
 
-def generate_like(
-    pipe: Any,
-    examples: Sequence[Example],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    steering: LocalAdapter | ControlNetModel | None,
-    weight: float = 1.0,
-    sampling: Sampling | None = None,
-) -> list[Image.Image]:
-    """Generate one image per example: its condition applies inside its mask.
-
-    Args:
-        prompts, seeds: one of each per example.
-        steering: an adapter or a ControlNet; None: the base alone, without conditions and masks.
-        weight: strength of ``steering``.
-    """
-    masks = torch.stack([example.mask for example in examples if example.mask is not None])
-    condition = torch.stack([example.condition for example in examples])
-    controls: list[Control] = []
-    if isinstance(steering, LocalAdapter):
-        controls.append(LocalAdapterControl(steering, condition, masks, weight=weight))
-    elif steering is not None:
-        controls.append(MaskedControlNet(steering, condition, masks, weight=weight))
-    return generate(
-        pipe,
-        [Layout(prompt, *condition.shape[-2:]) for prompt in prompts],
-        controls,
-        seeds,
-        paired=True,
-        sampling=sampling,
-    ).images
-
-
 def example_of(samples: MaskedSamples, index: int, single: int | None = None) -> Example:
     """Return the example that image ``index`` is generated from.
 
@@ -202,39 +200,6 @@ def index_of(source: Source, key: str) -> int:
         if (known(index) if known is not None else source[index].key) == key:
             return index
     raise ValueError(f"There is no example {key!r} among the {len(source)} examples; check sample and part.")
-
-
-def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
-    """Load the adapter, and warn when it was trained on another base of the same shape.
-
-    ValueError when the adapter does not fit the base, or was trained on another condition.
-    """
-    if adapter.condition not in (None, settings.condition):
-        raise ValueError(
-            f"The adapter {adapter.name} was trained on {adapter.condition}, not {settings.condition}; set "
-            "condition to the former."
-        )
-    if sentence := check_base(adapter, settings.base.name, read_shape(settings.base)):
-        warnings.warn(sentence, stacklevel=2)
-    return adapter.load()
-
-
-def load_controlnet(settings: FidSettings) -> ControlNetModel | None:
-    """Load ``settings.controlnet``, frozen; None where it is not set. ValueError when it cannot be loaded."""
-    if settings.controlnet is None:
-        return None
-    folder = Path(settings.controlnet).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"The ControlNet folder {folder} does not exist; give one that diffusers saved.")
-    try:
-        with no_progress_bars():
-            options = {"local_files_only": True, "use_safetensors": True, "dtype": DTYPES[settings.base.dtype]}
-            net = ControlNetModel.from_pretrained(str(folder), **options)
-    except Exception as error:  # missing or truncated files and other shapes raise various types
-        raise ValueError(
-            f"The ControlNet in {folder} cannot be loaded ({first_line(error)}); save it again."
-        ) from error
-    return freeze(net).to(process_device(settings.device))
 
 
 def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter | None) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from localctl.data import MaskedSamples, Source, open_data
 from localctl.data.bad_rows import BadRow
 from localctl.distributed import process_device
-from localctl.evaluation.generated_set import example_of, generate_like, image_id
+from localctl.evaluation.generated_set import example_of, image_id
+from localctl.evaluation.steered import generate_like
 from localctl.images import to_pil
 from localctl.messages import no_progress_bars
 from localctl.metrics.distances import frechet_distance

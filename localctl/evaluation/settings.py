@@ -42,6 +42,8 @@ class FidSettings:
     guidance_scale: scale of classifier-free guidance; null = the default of the base.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
     device: auto, cpu, cuda, ...
+    num_workers: number of Ray workers to share the images of gen and the batches of ref and score, each with a GPU or a
+        CPU of this machine, or of the cluster at RAY_ADDRESS; null: none, this process does the work.
     """
 
     base: BaseConfig = field(default_factory=BaseConfig)
@@ -66,6 +68,7 @@ class FidSettings:
     guidance_scale: Finite | None = None
     scheduler: SchedulerName | None = None
     device: str = "auto"
+    num_workers: Positive | None = None
 
     def __post_init__(self) -> None:
         parts = ("train", "val", "test") if self.data.is_micro else ("train", "val")

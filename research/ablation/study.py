@@ -142,8 +142,9 @@ class Ablation(Study[Cell]):
         provenance = {}
         for extractor in self.extractors:
             changes = {"part": "train", "num_images": self.protocol.references, "extractor": extractor.name}
-            path = make_reference(self._settings("reference", None, **changes))
-            scored = score_set(folder, ids, generated_with, Statistics.load(path), extractor, self.protocol.batch_size)
+            settings = self._settings("reference", None, **changes)
+            reference = Statistics.load(make_reference(settings))
+            scored = score_set(folder, ids, generated_with, reference, extractor, settings)
             values |= {key: value for key, value in scored["values"].items() if not key.startswith("clip_score")}
             provenance[extractor.name] = {key: scored["provenance"][key] for key in _RECORDED}
             provenance[extractor.name]["warnings"] = scored["warnings"]
