@@ -60,7 +60,7 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the features. outer: the gradient of the total (B,); those of the terms are unused."""
+        """Return the gradients of the features. outer: the gradient of the total (B,); those of the terms are 0."""
         scale = outer[0][:, None, None, None]
         return None, None, *(gradient * scale.to(gradient) for gradient in ctx.saved_tensors)
 

@@ -262,9 +262,7 @@ def test_halves_at_once_share_the_threads(samples, settings, models, two_threads
     assert len({thread for thread, _, _ in seen}) == 2 and [rest for _, *rest in seen] == [[1, 2]] * 2
 
 
-def test_an_error_in_a_half_is_raised_and_the_threads_are_restored(
-    samples, settings, models, two_threads, monkeypatch
-):
+def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, two_threads, monkeypatch):
     main = threading.get_ident()
 
     def broken(*arguments, **options):
