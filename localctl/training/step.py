@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from localctl.data.sample import Batch
 from localctl.devices import send
-from localctl.diffusion import add_noise, timesteps_from_uniform
+from localctl.diffusion import DiffusionSample, add_noise, timesteps_from_uniform
 from localctl.losses import LossTerms, local_control_loss
 from localctl.seeding import generator, noise
+from localctl.training.halves import mean_loss
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
 
@@ -68,8 +69,8 @@ def sample_noise(batch: Batch, latent_shape: tuple[int, int, int], settings: Tra
 class StepOutput:
     """The loss of a step and its parts.
 
-    loss: the mean of ``terms.total`` over the batch, to be differentiated. timesteps: (B,) int64. feature_mean,
-    feature_var: (B,levels), of the adapter's features before the mask.
+    loss: the mean of ``terms.total`` over the batch, to be differentiated; ``terms`` may have no gradients. timesteps:
+        (B,) int64. feature_mean, feature_var: (B,levels), of the adapter's features before the mask.
     """
 
     loss: Tensor
@@ -91,16 +92,41 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
     feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
+    arguments = models.unet_arguments(batch, sampled.empty_prompt.tolist())
+
+    def compute(rows: slice, some: list[Tensor]) -> LossTerms:
+        part = DiffusionSample(latents[rows], sampled.noise[rows], sample.noisy[rows], timesteps[rows])
+        return _loss_terms(models, settings, part, _rows_of(arguments, rows), batch.mask[rows], some)
+
+    loss, terms = mean_loss(compute, features)
+    return StepOutput(loss, terms, timesteps, feature_mean, feature_var)
+
+
+def _loss_terms(
+    models: Models,
+    settings: TrainSettings,
+    sample: DiffusionSample,
+    arguments: dict[str, Any],
+    mask: Tensor,
+    features: list[Tensor],
+) -> LossTerms:
+    """Return the terms of a noised batch, whose U-Net takes ``arguments`` and the adapter's ``features``."""
     # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
-    with torch.autocast(latents.device.type, enabled=False):
+    with torch.autocast(mask.device.type, enabled=False):
         output = models.unet(
             sample.noisy.to(models.dtype),
-            timesteps,
-            **models.unet_arguments(batch, sampled.empty_prompt.tolist()),
+            sample.timesteps,
+            **arguments,
             down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
         ).sample
-    terms = local_control_loss(sample, output, batch.mask, models.alphas_cumprod, models.prediction_type, settings.loss)
-    return StepOutput(terms.total.mean(), terms, timesteps, feature_mean, feature_var)
+    return local_control_loss(sample, output, mask, models.alphas_cumprod, models.prediction_type, settings.loss)
+
+
+def _rows_of(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
+    """Return keyword arguments of the U-Net, nested or not, for some rows of the batch."""
+    return {
+        name: _rows_of(value, rows) if isinstance(value, dict) else value[rows] for name, value in arguments.items()
+    }
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 
 import pytest
@@ -181,3 +182,65 @@ def test_feature_statistics_are_those_before_the_mask(samples, settings, models)
         torch.testing.assert_close(output.feature_mean[:, level], flat.mean(dim=1))
         torch.testing.assert_close(output.feature_var[:, level], flat.var(dim=1, correction=0))
     assert not models.plain_adapter.adapter._forward_hooks
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def step_and_gradients(batch, models, settings):
+    output = training_step(batch, models, settings, sample_noise(batch, SHAPE, settings))
+    return output, torch.autograd.grad(output.loss / 2, list(models.plain_adapter.parameters()))
+
+
+def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(samples, settings, models, request):
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 0))  # an odd number
+    whole, gradients = step_and_gradients(batch, models, settings)
+    assert torch.get_num_threads() == 1 and whole.terms.denoising.requires_grad
+    request.getfixturevalue("two_threads")
+    halves, their_gradients = step_and_gradients(batch, models, settings)
+    assert not halves.terms.denoising.requires_grad and torch.get_num_threads() == 2
+    passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
+    for name in ("denoising", "local", "local_raw"):
+        assert torch.allclose(getattr(halves.terms, name), getattr(whole.terms, name), rtol=rounding(passed)), name
+    assert halves.loss.item() == pytest.approx(whole.loss.item(), rel=rounding(passed))
+    for half, one in zip(their_gradients, gradients, strict=True):
+        assert torch.allclose(half, one, rtol=0, atol=one.abs().max().item() * rounding(2 * passed))
+    again, same = step_and_gradients(batch, models, settings)
+    assert torch.equal(halves.terms.total, again.terms.total)
+    assert all(torch.equal(a, b) for a, b in zip(their_gradients, same, strict=True))
+
+
+def test_halves_at_once_share_the_threads(samples, settings, models, two_threads, monkeypatch):
+    seen = []
+    forward = models.unet.forward
+
+    def watched(sample, *arguments, **options):
+        seen.append((threading.get_ident(), torch.get_num_threads(), len(sample)))
+        return forward(sample, *arguments, **options)
+
+    monkeypatch.setattr(models.unet, "forward", watched)
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 0), (3, 0))
+    with torch.no_grad():
+        assert not training_step(batch, models, settings, sample_noise(batch, SHAPE, settings)).loss.requires_grad
+    assert len({thread for thread, _, _ in seen}) == 2 and [rest for _, *rest in seen] == [[1, 2]] * 2
+
+
+def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, two_threads, monkeypatch):
+    main = threading.get_ident()
+
+    def broken(*arguments, **options):
+        if threading.get_ident() != main:
+            raise MemoryError("in the second half")
+        return forward(*arguments, **options)
+
+    forward = models.unet.forward
+    monkeypatch.setattr(models.unet, "forward", broken)
+    batch = batch_of(samples, (0, 0), (1, 0))
+    with pytest.raises(MemoryError, match="in the second half"):
+        training_step(batch, models, settings, sample_noise(batch, SHAPE, settings))
+    assert torch.get_num_threads() == 2
