@@ -29,7 +29,8 @@ from localctl.cli.program import one_sentence
 from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow, Problem, count_reasons
 from localctl.data.folders import Walk, count_words, is_hidden, is_image, is_made, mark_made, split_named, split_of
-from localctl.data.rows import METADATA, captions_of, metadata_lines, read_caption
+from localctl.data.lists import metadata_lines
+from localctl.data.rows import METADATA, captions_of, read_caption
 from localctl.files import json_lines, parse_json, write_text
 from localctl.images import EXTENSIONS, ImageError, Limits, condition_to_pil, load_image
 from localctl.labels import shorten

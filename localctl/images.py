@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from localctl.files import first_line
 from localctl.labels import shorten
@@ -30,6 +30,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"
 )
 MAX_PIXELS = 16_000_000  # largest image that is decoded at its full size
 MAX_SIDE = 16_384  # pixels
+_ON_ITS_SIDE = (5, 6, 7, 8)  # values of the EXIF tag Orientation
 
 
 class ImageError(ValueError):
@@ -96,6 +97,25 @@ def read_photo(
     ImageError as for :func:`open_image`.
     """
     return _open(source, name, to_gray if gray else to_rgb, limits)
+
+
+def photo_size(source: Path | bytes | BinaryIO, name: str, limits: Limits) -> tuple[int, int]:
+    """Return the (height, width) of an image file, upright, from its header where that is valid; nothing is decoded
+    then. ImageError as for :func:`open_image`."""
+    if isinstance(source, Path):
+        _check_file(source, shorten(str(source), 300))
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            _check_header(image, name, limits)
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode the image
+            return image.size if turned in _ON_ITS_SIDE else image.size[::-1]
+    except ImageError:
+        raise
+    except Exception:  # say what it is, or read it all the same
+        if not isinstance(source, (bytes, Path)):
+            source.seek(0)
+            source = source.read()
+        return read_photo(source, name, limits)[1]
 
 
 def _open(

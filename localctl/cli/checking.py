@@ -14,7 +14,8 @@ from localctl.bases import resolve_base
 from localctl.cli.training_flags import CheckSettings
 from localctl.data.bad_rows import SHOWN, count_reasons, too_many, way_out
 from localctl.data.check import RowReport, look_at_all, preview
-from localctl.data.files import WITHOUT_VALIDATION, FileSource, held_out, open_rows, part_of
+from localctl.data.files import WITHOUT_VALIDATION, FileSource, open_rows, part_of
+from localctl.data.held_out import held_out
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Rows
 from localctl.data.sample import Example, MaskedSamples
@@ -97,6 +98,12 @@ class _Report:
         if "val" in parts and 0 < count["val"] <= _NAMED and not (parts["val"].note or data.validation_split):
             keys = [shorten(parts["val"].rows.keys[index]) for index in parts["val"].indices]
             notes.append(f"held out for validation: {', '.join(keys)}")
+        if data.buckets and "train" in parts:
+            known = np.array([row.image for row in self.rows], np.int32).reshape(-1, 2)
+            try:
+                parts["train"] = parts["train"].in_buckets(known[parts["train"].indices])
+            except ValueError as error:
+                failures.append(f"training would stop: {error}")
         notes = [*remarks(settings, next(iter(parts.values()), None)), *notes]
         numbers = f"{count.get('train', 0)} to train on, {count.get('val', 0)} for validation"
         self.lines += [f"rows        {len(self.rows)}: {numbers}", *(f"note        {note}" for note in notes)]
@@ -107,7 +114,10 @@ class _Report:
         data, bad = self.settings.data, len(self.rows) - len(self.good)
         height, width = data.size
         small = sum(row.upscaled for row in self.good)
-        self.lines += [*_bad_rows(self.rows), f"size        {width}x{height}; {small} images are smaller and scaled up"]
+        size = f"{width}x{height}; {small} images are smaller and scaled up"
+        if data.buckets:
+            size = f"{len(data.buckets)} buckets; {width}x{height} for validation"
+        self.lines += [*_bad_rows(self.rows), f"size        {size}"]
         if too_many(bad, len(self.rows), data.max_bad_fraction):
             self.warnings.append(
                 f"training would stop: {bad / len(self.rows):.1%} of the rows are bad, more than data.max_bad_fraction="

@@ -26,12 +26,13 @@ PREVIEW_SIDE = 256
 class RowReport:
     """Statistics of a row, all zero if it has a ``problem``.
 
-    upscaled: the image is smaller than the training size. darkest, mean, brightest, coloured: of the condition.
-    mask: (area, share of the image's border inside it). mask_oddities: clauses on the mask by
+    image: its (height, width). upscaled: it is smaller than the training size. darkest, mean, brightest, coloured: of
+    the condition. mask: (area, share of the image's border inside it). mask_oddities: clauses on the mask by
     :func:`localctl.masks.stretch_mask` and :func:`localctl.masks.mask_doubt`, each "" if nothing is odd.
     """
 
     problem: Problem | None
+    image: tuple[int, int] = (0, 0)
     upscaled: bool = False
     darkest: float = 0.0
     mean: float = 0.0
@@ -57,6 +58,7 @@ def look(source: FileSource, index: int) -> RowReport:
         mask = (float(values.mean()), float(border.mean()))
     return RowReport(
         problem=None,
+        image=parts.size,
         upscaled=parts.size[0] < size[0] or parts.size[1] < size[1],
         darkest=float(condition.min()),
         mean=float(condition.mean()),

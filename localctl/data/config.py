@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from localctl.data.buckets import AUTO, Size, automatic_buckets, parse_buckets
 from localctl.records import Positive, Share, record
 from localctl.sizes import PHOTO_PIXELS, check_side, typed_size
 
@@ -57,6 +58,12 @@ class DataConfig:
         number.
     resolution: size to train at in pixels: a number, WIDTHxHEIGHT, or [height, width]; multiples of 8; null = 512, or
         128 for the embedded scenes. An image is scaled to cover this size, then cropped.
+    aspect_ratio_buckets: train at several sizes: "HEIGHT,WIDTH;HEIGHT,WIDTH;...", or ``auto`` for sizes of the area of
+        ``resolution`` with ratios from 1:2 to 2:1, and smaller ones for smaller images. Each image goes to the size at
+        which most of it is seen; all images of a batch have one size. Validation is at ``resolution``, or the squarest
+        of the sizes.
+    max_upscaling: with ``aspect_ratio_buckets``, the largest factor by which an image may be enlarged. Images that are
+        too small for all buckets are left out and counted.
     center_crop: crop the centre; false crops at a position sampled for each epoch.
     random_flip: mirror each image with probability 1/2 in each epoch; off by default, as captions with "left" and
         "right" become wrong.
@@ -86,6 +93,8 @@ class DataConfig:
     caption_column: str | None = "text"
     key_column: str | None = None
     resolution: Annotated[int | tuple[int, int] | None, BeforeValidator(_size)] = None
+    aspect_ratio_buckets: str | None = None
+    max_upscaling: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     center_crop: bool = True
     random_flip: bool = False
     conditioning_interpolation: Interpolation | None = None
@@ -101,6 +110,7 @@ class DataConfig:
             self.name = "imagefolder"
         for side in (self.resolution,) if isinstance(self.resolution, int) else self.resolution or ():
             check_side("data.resolution", side)
+        self._check_buckets()
         self._check_micro() if self.is_micro else self._check_name()
 
     @property
@@ -111,20 +121,47 @@ class DataConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Training size (height, width) in pixels."""
+        if self.resolution is None and self.aspect_ratio_buckets not in (None, AUTO):
+            return min(self.buckets, key=lambda size: (max(size) / min(size), -size[0]))
         side = self.resolution or (MICRO_SIDE if self.is_micro else FILE_SIDE)
         return (side, side) if isinstance(side, int) else side
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """Sizes (height, width) of the aspect-ratio buckets; empty = a single size."""
+        if self.aspect_ratio_buckets is None:
+            return ()
+        if self.aspect_ratio_buckets == AUTO:
+            return automatic_buckets(self.size)
+        return parse_buckets(self.aspect_ratio_buckets)
+
+    @property
+    def largest_size(self) -> Size:
+        """The training size (height, width) with the most pixels."""
+        return max(self.buckets or (self.size,), key=lambda size: size[0] * size[1])
 
     @property
     def latents_may_be_kept(self) -> bool:
         """Whether an image looks the same in most epochs, so that caching its latents pays."""
         return self.keep_latents and self.center_crop
 
+    def _check_buckets(self) -> None:
+        try:
+            sizes = self.buckets
+        except ValueError as error:
+            raise ValueError(
+                f"data.aspect_ratio_buckets is no list of sizes: {error}; write HEIGHT,WIDTH;HEIGHT,WIDTH, such as "
+                '"512,512;448,576", or auto.'
+            ) from None
+        for side in (side for size in sizes for side in size):
+            check_side("side of data.aspect_ratio_buckets", side)
+
     def _check_micro(self) -> None:
         self.count = self.count or MICRO_COUNT
-        if self.size != (MICRO_SIDE, MICRO_SIDE) or self.random_flip or not self.center_crop:
+        if self.size != (MICRO_SIDE, MICRO_SIDE) or self.buckets or self.random_flip or not self.center_crop:
             raise ValueError(
                 f"The embedded scenes are {MICRO_SIDE}x{MICRO_SIDE} pixels and never cropped or flipped; do not set "
-                "data.resolution, center_crop and random_flip, or choose other data."
+                "data.resolution, aspect_ratio_buckets, center_crop and random_flip, or choose other data."
             )
 
     def _check_name(self) -> None:

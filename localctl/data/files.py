@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
+from localctl.data.buckets import Buckets, Size, assign
 from localctl.data.config import DataConfig
 from localctl.data.fingerprint import fingerprints
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, sample_geometry, to_array
+from localctl.data.held_out import held_out
 from localctl.data.local_rows import FolderRows, ImageFolderRows
 from localctl.data.plan import SampleRef
 from localctl.data.rows import Row, Rows
@@ -34,6 +35,7 @@ from localctl.seeding import key_seed, numpy_rng
 SPLITS = ("train", "val")
 WITHOUT_VALIDATION = " or pass --validation_steps 0"  # advice of training when there are no held-out examples
 _CHECKED_MASKS = 4  # when data is opened
+_ENOUGH = 16  # examples of a bucket among which a usable one can be expected
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,25 @@ class Parts:
 
 
 class FileSource:
-    """The rows ``indices`` of ``rows`` as examples of ``data.size``.
+    """The rows ``indices`` of ``rows`` as examples of ``data.size``, or each of the size of its bucket.
 
     ``source[i]`` is always the central crop of image i; ``visit`` crops and mirrors as the settings say. Both raise
-    BadRow, with the reason, for a row that cannot be used. note: a clause on how the rows were chosen, or "".
+    BadRow, with the reason, for a row that cannot be used. note: a clause on how the rows were chosen, or "". buckets:
+    of the examples; None = all have the same size.
     """
 
     def __init__(
         self, rows: Rows, indices: Sequence[int], data: DataConfig, condition: ConditionConfig, note: str = ""
     ) -> None:
-        self.rows, self.indices, self.note = rows, indices, note
+        self.rows, self.note = rows, note
+        self.indices = np.asarray(indices, np.int64)  # which worker processes share, unlike a list
+        self.buckets: Buckets | None = None
         self.data, self.condition = data, condition
         nearest = data.conditioning_interpolation == "nearest" or (
             data.conditioning_interpolation is None and condition.kind == "segmentation"
         )
+        sizes = data.buckets or (data.size,)
+        self._cover = (max(height for height, _ in sizes), max(width for _, width in sizes))
         self._condition_filter = NEAREST if nearest else SMOOTH
 
     def __len__(self) -> int:
@@ -75,23 +82,60 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Example:
         parts = self.read(index)
-        return self.example(parts, geometry(parts.size, self.data.size), parts.captions[0])
+        return self.example(parts, geometry(parts.size, self.size(index)), parts.captions[0])
 
     def key(self, index: int) -> str:
         """Return the permanent name of example ``index``."""
-        return self.rows.keys[self.indices[index]]
+        return self.rows.keys[int(self.indices[index])]
+
+    def size(self, index: int) -> Size:
+        """Return the (height, width) to which example ``index`` is brought."""
+        return self.data.size if self.buckets is None else self.buckets.size(index)
+
+    def in_buckets(self, images: np.ndarray) -> FileSource:
+        """Return the examples in the buckets of ``data``, without those that are too small for all of them.
+
+        images: (height, width) of each image, (n,2); 0 = unknown. ValueError when no image fits.
+        """
+        sizes, most = self.data.buckets, self.data.max_upscaling
+        of = assign(images, sizes, most)
+        small = np.flatnonzero(of < 0)
+        note = self.note
+        if len(small):
+            height, width = images[small[0]].tolist()
+            left_out = (
+                f"{len(small)} of {len(self)} images are too small for all of data.aspect_ratio_buckets with "
+                f"data.max_upscaling={most:g}, such as {shorten(self.key(int(small[0])))} ({width}x{height})"
+            )
+            if len(small) == len(self):
+                raise ValueError(f"{left_out}; choose smaller buckets, or raise data.max_upscaling.")
+            note = "; ".join(filter(None, (note, f"{left_out}; these are left out")))
+        fits = np.flatnonzero(of >= 0)
+        source = FileSource(self.rows, self.indices[fits], self.data, self.condition, note)
+        source.buckets = Buckets(sizes, of[fits])
+        return source
+
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """Choose a replacement for the bad example ``index``: of the same bucket, unless that has few examples."""
+        if self.buckets is not None:
+            members = self.buckets.members(int(self.buckets.of[index]))
+            if len(members) >= _ENOUGH:
+                return int(members[rng.integers(len(members))])
+        return int(rng.integers(len(self)))
 
     @property
     def fingerprints(self) -> dict[str, Any]:
         """Hashes of names, captions and files, see :func:`localctl.data.fingerprint.fingerprints`."""
-        return fingerprints(self.rows, self.indices)
+        found = fingerprints(self.rows, self.indices)
+        return found if self.buckets is None else found | {"aspect-ratio buckets": self.buckets.digest()}
 
     def visit(self, ref: SampleRef, seed: int) -> Example:
         """Return example ``ref.sample`` of epoch ``ref.epoch``: crop, flip and the choice among several captions are
         sampled from (seed, epoch, key)."""
         parts = self.read(ref.sample)
         rng = numpy_rng(seed, "geometry", ref.epoch, parts.key)
-        crop = sample_geometry(parts.size, self.data.size, rng, self.data.center_crop, self.data.random_flip)
+        size = ref.size or self.size(ref.sample)
+        crop = sample_geometry(parts.size, size, rng, self.data.center_crop, self.data.random_flip)
         caption = parts.captions[0]
         if len(parts.captions) > 1:
             caption = parts.captions[numpy_rng(seed, "caption", ref.epoch, parts.key).integers(len(parts.captions))]
@@ -101,7 +145,7 @@ class FileSource:
         """Read and decode row ``index``. BadRow when a part is missing, damaged, or of another shape than the image."""
         key = self.key(index)
         try:
-            return self._read(key, self.rows[self.indices[index]])
+            return self._read(key, self.rows[int(self.indices[index])])
         except BadRow as bad:
             raise BadRow(bad.reason, str(bad), key) from None
         except OSError as error:  # the disk fails, at any point
@@ -123,7 +167,7 @@ class FileSource:
 
     def mask_oddity(self, index: int) -> str:
         """Return a clause on what is odd about the mask of row ``index``, or ""; decodes nothing but the mask."""
-        row = self.rows[self.indices[index]]
+        row = self.rows[int(self.indices[index])]
         if row.mask is None:
             return ""
         mask, stretched, _ = self._mask(self.key(index), row.mask)
@@ -138,7 +182,7 @@ class FileSource:
         self, what: str, key: str, source: Path | bytes, gray: bool = False, whole: bool = False
     ) -> tuple[Image.Image, tuple[int, int]]:
         """Decode to RGB, or to mode F in [0,1] if ``gray``; return also the file's own (height, width)."""
-        limits = Limits(self.data.max_pixels, None if whole else self.data.size)
+        limits = Limits(self.data.max_pixels, None if whole else self._cover)
         try:
             return read_photo(source, f"the {what} of {shorten(key)}", limits, gray)
         except ImageError as error:
@@ -200,14 +244,14 @@ def open_files(data: DataConfig, condition: ConditionConfig, split: str, or_else
 def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str, or_else: str = "") -> FileSource:
     """Open a part as :func:`open_files` does, from the ``rows`` of its split, already read."""
     assert split in SPLITS
-    indices, note = list(range(len(rows))), ""
+    indices, note = np.arange(len(rows)), ""
     if data.validation_split is None:
-        held, note = held_out(rows.keys, data.validation_share)
-        indices = [i for i in indices if held[i] == (split == "val")]
+        held, note = held_out(rows.keys, data.validation_share, rows.places)
+        indices = np.flatnonzero(held == (split == "val"))
     if split == "train" and data.count is not None and len(indices) > data.count:
-        shuffled = sorted(indices, key=lambda i: key_seed(0, "subset", rows.keys[i]))
-        indices = sorted(shuffled[: data.count])
-    if not indices:
+        order = np.array([key_seed(0, "subset", rows.keys[i]) for i in indices.tolist()])
+        indices = np.sort(indices[np.argsort(order, kind="stable")[: data.count]])
+    if not len(indices):
         way_out = "lower it"
         if split == "val":
             own = len(set(rows.keys)) > 1
@@ -230,36 +274,6 @@ def _warn_of_odd_masks(source: FileSource) -> None:
             if oddity := source.mask_oddity(index):
                 text = f"The mask of {source.key(index)} in the data {oddity}; others may do so, too."
                 return warnings.warn(text, stacklevel=3)
-
-
-def is_held_out(key: str, share: float) -> bool:
-    """Return whether an example belongs to the validation part. A hash of its key alone decides, so it stays there when
-    other rows are added or removed. Repeated rows of one image (key#2) stay together."""
-    return _place(key) < share
-
-
-def _place(key: str) -> float:
-    """Map a key to [0, 1] by a hash."""
-    return key_seed(0, "validation", re.sub(r"#\d+$", "", key)) / 2**63
-
-
-def held_out(keys: Sequence[str], share: float) -> tuple[list[bool], str]:
-    """Return for each key whether it is held out for validation, and a note.
-
-    :func:`is_held_out` decides; but if a share above 0 selects none of a small dataset, the key nearest to it is held
-    out, and the note says so. A single key is not held out, unless the share is 1.
-    """
-    places = [_place(key) for key in keys]
-    first = min(places, default=1.0)
-    if share < 1 and first == max(places, default=1.0):
-        return [False] * len(places), ""
-    if not 0 < share <= first:
-        return [place < share for place in places], ""
-    chosen = keys[places.index(first)]
-    return [place == first for place in places], (
-        f"data.validation_share={share:g} selects none of {len(keys)} rows, so one is held out for validation: "
-        f"{shorten(chosen)}; raise data.validation_share for more"
-    )
 
 
 def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:

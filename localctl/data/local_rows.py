@@ -6,24 +6,17 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from localctl.data.bad_rows import BadRow
 from localctl.data.folders import Walk, canonical, count_words, is_hidden, is_image, select, split_named, split_of
-from localctl.data.rows import (
-    METADATA,
-    METADATA_NAMES,
-    Row,
-    Rows,
-    find_file,
-    make_row,
-    metadata_lines,
-    read_caption,
-    unique,
-    used_columns,
-)
+from localctl.data.keys import text_column, unique
+from localctl.data.lists import MetadataLines, Sides, metadata_lines
+from localctl.data.rows import METADATA, METADATA_NAMES, Row, Rows, find_file, make_row, read_caption, used_columns
 from localctl.files import first_line, parse_json
 from localctl.images import EXTENSIONS
 
@@ -43,10 +36,40 @@ class ImageFolderRows(Rows):
         self.root, self.split = root.resolve(), split
         lists = self._lists()
         self.root, lists, others = own_folder(self.root, lists, split)
-        self._lines: list[tuple[Path, bytes]] = []
-        keys: list[str] = []
+        self._lines, sides = MetadataLines(), Sides()
         splits: list[str | None] = []
+        kinds: Counter[tuple[str, ...]] = Counter()
+        names = text_column(self._read(lists, columns, sides, splits if others is None else None, kinds))
+        if not self._lines:
+            raise ValueError(f"{', '.join(map(str, lists[:3]))} is empty; it needs a line per image.")
+        self._rows: np.ndarray | None = None  # the lines of the split; None = all
+        if others is None:
+            chosen, others = select(splits, split, str(root))
+            self._rows = np.array(chosen)
+            names = names.take(self._rows)
+        self.keys = unique(names)
+        self._sides = sides.table()
+        self.other_splits = others
         seen: Counter[str] = Counter()
+        for kind, count in kinds.items():
+            seen.update({name: count for name in map(_column, kind)})
+        seen["image"] += seen["file"]
+        self.columns = used_columns(columns, seen, str(root))
+
+    def _read(
+        self,
+        lists: Sequence[Path],
+        columns: Mapping[str, str],
+        sides: Sides,
+        splits: list[str | None] | None,
+        kinds: Counter[tuple[str, ...]],
+    ) -> Iterator[str]:
+        """Read all lines of the metadata files ``lists``, and yield the key of each.
+
+        Appends the size of each image to ``sides`` and its split to ``splits``, and counts the sets of columns in
+        ``kinds``.
+        """
+        split_of_folder = lru_cache(maxsize=4096)(lambda folders: split_of(folders.split("/"), self.split))
         for file in lists:
             parts = file.parent.relative_to(self.root).parts
             prefix = "".join(f"{part}/" for part in parts)
@@ -54,21 +77,21 @@ class ImageFolderRows(Rows):
                 values = _parse(line)
                 name = _file_name(values, columns["image"])
                 key = values.get(columns.get("key", "")) or name
-                keys.append(f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}")
-                folders = (*parts, *name.split("/")[:-1]) if isinstance(name, str) else parts
-                splits.append(split_of(folders, split) if others is None else None)
-                seen.update(_column(name) for name, value in values.items() if value is not None)
-                self._lines.append((file.parent, line))
-        if not self._lines:
-            raise ValueError(f"{', '.join(map(str, lists[:3]))} is empty; it needs a line per image.")
-        self._all_lines = self._lines
-        if others is None:
-            chosen, others = select(splits, split, str(root))
-            keys, self._lines = [keys[index] for index in chosen], [self._lines[index] for index in chosen]
-        self.other_splits = others
-        seen["image"] += seen["file"]
-        self.columns = used_columns(columns, seen, str(root))
-        self.keys = unique(keys)
+                if splits is not None:
+                    place = f"{prefix}{name}" if isinstance(name, str) else prefix
+                    splits.append(split_of_folder(place.rpartition("/")[0]))
+                kinds[tuple(name for name, value in values.items() if value is not None)] += 1
+                sides.append(values)
+                self._lines.append(file.parent, line)
+                yield f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}"
+
+    def _line(self, index: int) -> tuple[Path, bytes]:
+        """Return the folder of the metadata file, and the line, of row ``index``."""
+        return self._lines[index if self._rows is None else int(self._rows[index])]
+
+    def sizes(self) -> np.ndarray | None:
+        """Return the (height, width) of all images, if the metadata states them."""
+        return self._sides if self._sides is None or self._rows is None else self._sides[self._rows]
 
     def _lists(self) -> list[Path]:
         """Find all metadata files. ValueError when there is none, or two in one folder."""
@@ -87,7 +110,7 @@ class ImageFolderRows(Rows):
         return sorted(found)
 
     def __getitem__(self, index: int) -> Row:
-        folder, line = self._lines[index]
+        folder, line = self._line(index)
         try:
             values = parse_json(line)
         except UnicodeDecodeError as error:
@@ -102,13 +125,13 @@ class ImageFolderRows(Rows):
     def captions(self) -> Iterator[Any] | None:
         """Yield the captions of the metadata, from memory."""
         name = self.columns.get("caption")
-        return (_parse(line).get(name) for _, line in self._lines) if name else None
+        return (_parse(self._line(index)[1]).get(name) for index in range(len(self))) if name else None
 
     def remarks(self) -> list[str]:
         """Return clauses on files that are not used. Walks through the whole folder."""
-        named = {
-            os.path.normpath(os.path.join(folder, value))
-            for folder, line in self._all_lines
+        named = {  # hashes, which take less memory than the paths
+            hash(os.path.normpath(os.path.join(folder, value)))
+            for folder, line in self._lines
             for value in _parse(line).values()
             if isinstance(value, str) and is_image(value)
         }
@@ -119,7 +142,7 @@ class ImageFolderRows(Rows):
                 own = split_of(folder.relative_to(self.root).parts, self.split)
                 if own not in (None, canonical(self.split)):
                     continue
-            without += sum(is_image(name) and os.path.join(folder, name) not in named for name in files)
+            without += sum(is_image(name) and hash(os.path.join(folder, name)) not in named for name in files)
         lines = [f"{without} images in {self.root} have no line in {METADATA} and are not used"] if without else []
         return [*lines, *left_out(walk, self.other_splits)]
 

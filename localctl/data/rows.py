@@ -7,19 +7,20 @@ A broken row raises BadRow when it is read, never when the dataset is opened. On
 from __future__ import annotations
 
 import codecs
-import csv
-import io
-import json
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from localctl.data.bad_rows import BadRow
+from localctl.data.held_out import places_of
 from localctl.files import first_line
 from localctl.labels import shorten
 
@@ -66,10 +67,23 @@ class Rows:
     def __getitem__(self, index: int) -> Row:
         raise NotImplementedError
 
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where each key lies between 0 and 1, for the choice of held-out examples."""
+        return places_of(self.keys)
+
     @property
     def has_masks(self) -> bool:
         """Whether the dataset has masks."""
         return "mask" in self.columns
+
+    def image(self, index: int) -> Path | bytes | BinaryIO:
+        """Return the image of row ``index``, for its header; BadRow as for ``rows[index]``."""
+        return self[index].image
+
+    def sizes(self) -> np.ndarray | None:
+        """Return the (height, width) of all images, (n,2) int32, if columns of these names state them."""
+        return None
 
     def remarks(self) -> list[str]:
         """Return clauses on data that is not used; may walk through the whole dataset."""
@@ -130,17 +144,6 @@ def read_caption(file: Path) -> bytes | None:
     return content
 
 
-def unique(keys: Sequence[str]) -> list[str]:
-    """Return ``keys`` with #2, #3 ... appended to the second and later occurrences."""
-    seen: Counter[str] = Counter()
-    result = []
-    for key in keys:
-        key = key.encode(errors="replace").decode()  # half a surrogate pair cannot be encoded for hashing
-        seen[key] += 1
-        result.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
-    return result
-
-
 def make_row(
     cell: Callable[[str], Any], folder: Path, roots: Sequence[Path], columns: Mapping[str, str], caption: Any
 ) -> Row:
@@ -190,31 +193,6 @@ def used_columns(columns: Mapping[str, str], seen: Counter[str], place: str) -> 
     return used
 
 
-def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, JSON) of each row of a metadata file. Rows of .jsonl files are not parsed here.
-
-    ValueError when the file as a whole cannot be read: a folder or pipe, another encoding, a damaged table.
-    """
-    try:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError(f"{file} is not a regular file; it must be a list with a line per image.")
-        content = file.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}).") from None
-    if file.suffix.lower() == ".parquet":
-        yield from enumerate(_parquet_rows(file), start=1)
-        return
-    check_utf8(content, str(file))
-    content = content.removeprefix(codecs.BOM_UTF8)
-    if file.suffix.lower() == ".csv":
-        yield from enumerate(_csv_rows(content.decode(errors="surrogateescape"), file), start=1)
-        return
-    for number, line in enumerate(split_lines(content), start=1):
-        line = line.removeprefix(codecs.BOM_UTF8)  # in concatenated files
-        if line.strip():
-            yield number, line
-
-
 def split_lines(content: bytes) -> list[bytes]:
     """Split lines of JSON at the usual three line ends. `splitlines` would also split at U+2028, which is allowed in
     JSON texts."""
@@ -228,28 +206,3 @@ def check_utf8(content: bytes, name: str) -> None:
         encoding = "UTF-16"  # without a mark; every other byte of ASCII is 0
     if encoding is not None:
         raise ValueError(f"{name} is {encoding}; save it as UTF-8.")
-
-
-def _csv_rows(text: str, file: Path) -> Iterator[bytes]:
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)  # many European locales use semicolons
-    before = csv.field_size_limit(2**31 - 1)  # captions may be longer than the default limit
-    try:
-        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
-            values = {name.strip(): value for name, value in row.items() if isinstance(name, str) and value}
-            yield json.dumps(values).encode()
-    except csv.Error as error:
-        raise ValueError(f"{file} is not a CSV table ({error}); save it again as CSV.") from None
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parquet_rows(file: Path) -> Iterator[bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        for row in pq.read_table(file).to_pylist():
-            yield json.dumps(row, default=str).encode()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a parquet table ({first_line(error)}); save it again.") from None

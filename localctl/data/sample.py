@@ -62,7 +62,7 @@ class Source(Protocol):
     """A dataset: ``source[i]`` is a pure function of i. BadRow for an example that cannot be used.
 
     A dataset with augmentation also has a method ``visit(ref, seed)``, which returns the example for an epoch as a pure
-    function of its arguments.
+    function of its arguments; one of several sizes ``another(index, rng)``, which chooses a replacement for a bad row.
     """
 
     def __len__(self) -> int: ...
@@ -90,13 +90,14 @@ class MaskedSamples(Dataset):
         problems: list[Problem] = []
         others = numpy_rng(self.seed, "replacement", ref.epoch, ref.sample)
         index, visit = ref.sample, getattr(self.source, "visit", None)
+        another = getattr(self.source, "another", None)
         for _ in range(ATTEMPTS):
             try:
-                example = self.source[index] if visit is None else visit(SampleRef(index, ref.epoch), self.seed)
+                example = self.source[index] if visit is None else visit(ref._replace(sample=index), self.seed)
                 return replace(self._masked(example, ref.epoch), problems=tuple(problems))
             except BadRow as bad:
                 problems.append(Problem(bad.key or f"example {index}", bad.reason, str(bad)))
-            index = int(others.integers(len(self.source)))
+            index = int(others.integers(len(self.source))) if another is None else another(ref.sample, others)
         return Unusable(tuple(problems))
 
     def _masked(self, example: Example, epoch: int) -> Example:

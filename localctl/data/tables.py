@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from localctl.data.bad_rows import BadRow
 from localctl.data.config import DataConfig
 from localctl.data.folders import Walk, count_words, select, split_of
-from localctl.data.rows import Row, Rows, make_row, unique, used_columns
+from localctl.data.keys import Keys, unique
+from localctl.data.lists import SIDES
+from localctl.data.rows import Row, Rows, make_row, used_columns
 from localctl.files import first_line
 from localctl.labels import shorten
 
 _AT_ONCE = 10_000  # cells of a column that are read at once
+_NOT_LASTING = r"^/|\\|(^|/)snapshots/|//|(^|/)\./|/$|^\.$"  # names that _lasting changes, or may change
 
 
 class TableRows(Rows):
@@ -39,6 +44,7 @@ class TableRows(Rows):
                 table = table.cast_column(name, Image(decode=False))
             elif isinstance(feature, List):
                 raise ValueError(f"The column {name!r} of {place} holds lists of images; give one image per row.")
+        self._sizes = _sizes(table)
         read = dict.fromkeys(name for what, name in self.columns.items() if what != "key")
         self._table = table.select_columns(list(read))
 
@@ -51,6 +57,20 @@ class TableRows(Rows):
             raise BadRow("row unreadable", f"the row cannot be read ({first_line(error)})") from None
         caption = values.get(self.columns.get("caption"))
         return make_row(values.__getitem__, self._roots[0], self._roots, self.columns, caption)
+
+    def image(self, index: int) -> Path | bytes | BinaryIO:
+        """Return the image of row ``index`` for its header; the bytes of the table are not copied."""
+        import pyarrow as pa
+
+        cell = self._table.data.column(self.columns["image"])[index]
+        if isinstance(cell, pa.StructScalar) and "bytes" in cell:
+            cell = cell["bytes"]
+        kinds = (pa.BinaryScalar, pa.LargeBinaryScalar)
+        return pa.BufferReader(cell.as_buffer()) if isinstance(cell, kinds) and cell.is_valid else self[index].image
+
+    def sizes(self) -> np.ndarray | None:
+        """Return the (height, width) of all images, if columns of these names state them."""
+        return self._sizes
 
     def remarks(self) -> list[str]:
         """Return clauses on data that is not used."""
@@ -69,6 +89,20 @@ class TableRows(Rows):
                 yield from column[first:last][name]
             except (OSError, ValueError):  # one of the cells is damaged
                 yield from (_cell(column, name, index) for index in range(first, last))
+
+
+def _sizes(table: Any) -> np.ndarray | None:
+    """Return the columns ``height`` and ``width`` as (n,2) int32; None unless both hold positive integers in all
+    rows."""
+    import pyarrow as pa
+
+    if not {*SIDES} <= set(table.column_names):
+        return None
+    columns = [table.data.column(name) for name in SIDES]
+    if not all(pa.types.is_integer(column.type) and not column.null_count for column in columns):
+        return None
+    sides = np.stack([column.to_numpy() for column in columns], axis=1)
+    return sides.astype(np.int32) if (sides > 0).all() else None
 
 
 def _cell(column: Any, name: str, index: int) -> Any:
@@ -135,7 +169,7 @@ def _common_columns(files: Sequence[Path], columns: Mapping[str, str]) -> list[s
                 f"columns (it has {', '.join(sorted(own))})."
             )
     same = all(own == names[0] for own in names)
-    return None if same else sorted(name for name in set.intersection(*names) & wanted)
+    return None if same else sorted(set.intersection(*names) & {*wanted, *SIDES})
 
 
 def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
@@ -160,21 +194,33 @@ def _parquet_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     )
 
 
-def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> list[str]:
+def _keys(table: Any, columns: Mapping[str, str], roots: Sequence[Path]) -> Keys:
     """Return the key column; without one the names of the images, or row numbers if images have no names."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if "key" in columns:
-        return unique([str(value) for value in table.data.column(columns["key"]).to_pylist()])
+        column = table.data.column(columns["key"])
+        return unique(column if _is_text(column.type) and not column.null_count else map(str, _values(column)))
     column = table.data.column(columns["image"])
     if pa.types.is_struct(column.type) and "path" in [field.name for field in column.type]:
         column = pc.struct_field(column, "path")
-    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    names = [str(name or "") for name in column.to_pylist()] if text else [""]
-    if not all(names):
-        return [f"row {number}" for number in range(len(table))]
-    return unique([_lasting(Path(name), roots[0]) for name in names])
+    if not _is_text(column.type) or column.null_count or pc.any(pc.equal(column, "")).as_py():
+        return unique(f"row {number}" for number in range(len(table)))
+    if pc.any(pc.match_substring_regex(column, _NOT_LASTING)).as_py():
+        return unique(_lasting(Path(name), roots[0]) for name in _values(column))
+    return unique(column)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """Yield the values of a column of Arrow."""
+    return (value for chunk in column.chunks for value in chunk.to_pylist())
 
 
 def _lasting(path: Path, root: Path) -> str:

@@ -114,7 +114,7 @@ def report(settings: TrainSettings) -> str:
     Raises:
         ValueError: base, adapter and settings do not fit.
     """
-    base, size = settings.base.name, settings.data.size
+    base, size = settings.base.name, settings.data.largest_size
     estimator = Estimator(settings, read_shape(settings.base))
     multiple = estimator.options["downscale_factor"]
     if any(side % multiple for side in size):

@@ -15,6 +15,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from localctl.data import Batch, MaskedSamples, PlanSampler, SamplePlan, Source, collate, open_data
 from localctl.data.bad_rows import Problem, Quarantine, TooManyBadRows
 from localctl.data.files import WITHOUT_VALIDATION, FileSource, part_of
+from localctl.data.image_sizes import image_sizes
+from localctl.data.plan import BucketPlan, Plan
 from localctl.data.sample import Example, Unusable
 from localctl.data.workers import WorkerError, loading
 from localctl.messages import warning
@@ -28,18 +30,41 @@ ENOUGH_MASKS = 8  # if as many in a row are empty, that is no coincidence
 MOSTLY = 0.5
 
 
-def open_sources(settings: TrainSettings) -> tuple[Source, Source | None, tuple[int, int]]:
-    """Open the training data and the held-out data (None without validation), and return them with the size (height,
-    width) of the first example. Errors in the data are found here, before slow work.
+def open_sources(
+    settings: TrainSettings, accelerator: Accelerator, folder: Path
+) -> tuple[Source, Source | None, set[tuple[int, int]]]:
+    """Open the training data and the held-out data (None without validation), and return them with the sizes (height,
+    width) of their examples. Errors in the data are found here, before slow work.
+
+    folder: where the sizes of images are stored, which aspect-ratio buckets need.
 
     Raises:
         ValueError: the data does not exist, its size fits no base, or no row is usable (TooManyBadRows).
     """
     train = make_source(settings, "train")
+    if isinstance(train, FileSource) and settings.data.buckets:
+        train = in_buckets(train, accelerator, folder)
     height, width = first_example(MaskedSamples(train, settings.mask, settings.seed)).pixels.shape[-2:]
     check_side("height", height)
     check_side("width", width)
-    return train, held_out_source(settings, train) if settings.validation_steps else None, (height, width)
+    sizes = {(height, width)}
+    if isinstance(train, FileSource) and train.buckets is not None:
+        sizes |= {size for size, _ in train.buckets.used()}
+    return train, held_out_source(settings, train) if settings.validation_steps else None, sizes
+
+
+def in_buckets(source: FileSource, accelerator: Accelerator, folder: Path) -> FileSource:
+    """Return the examples of ``source`` in aspect-ratio buckets; the processes share the reading of headers."""
+    images = image_sizes(
+        source.rows,
+        source.indices,
+        source.data.max_pixels,
+        folder,
+        accelerator.process_index,
+        accelerator.num_processes,
+        gather_object,
+    )
+    return source.in_buckets(images)
 
 
 def make_source(settings: TrainSettings, split: str) -> Source:
@@ -80,8 +105,11 @@ def has_own_masks(source: Source) -> bool:
 def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iterator[Batch]]:
     """Return the micro-batches of this process from the present step to the last."""
     settings, accelerator = state.settings, state.accelerator
+    plan: Plan = SamplePlan(len(source), settings.seed)
+    if isinstance(source, FileSource) and source.buckets is not None:
+        plan = BucketPlan(source.buckets, settings.seed, settings.train_batch_size * accelerator.num_processes)
     sampler = PlanSampler(
-        SamplePlan(len(source), settings.seed),
+        plan,
         settings.train_batch_size,
         state.step,
         settings.steps,

@@ -95,13 +95,15 @@ def _load(
 ) -> tuple[TrainState, Source, Source | None]:
     """Load the state, the training data and the held-out data of a run."""
     checkpoint = folder.find_checkpoint(settings)
-    train, val, size = open_sources(settings)
+    train, val, sizes = open_sources(settings, accelerator, folder.path)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
         state = new_state(settings, accelerator)
-    state.models.check_size(*size)
+    for size in sorted(sizes):
+        state.models.check_size(*size)
     views = 2 if settings.data.random_flip else 1
-    state.models.keep_encodings(views * len(train), size, images=settings.data.latents_may_be_kept)
+    largest = max(sizes, key=math.prod)
+    state.models.keep_encodings(views * len(train), largest, images=settings.data.latents_may_be_kept)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(

@@ -41,6 +41,7 @@ ALIASES = {
     "mask_column": "data.mask_column",
     "caption_column": "data.caption_column",
     "resolution": "data.resolution",
+    "aspect_ratio_buckets": "data.aspect_ratio_buckets",
     "center_crop": "data.center_crop",
     "random_flip": "data.random_flip",
     "max_train_samples": "data.count",

@@ -10,6 +10,7 @@ from localctl.bases import own_side
 from localctl.data.config import DataConfig
 from localctl.data.files import FileSource
 from localctl.data.sample import Source
+from localctl.distributed import processes
 from localctl.threads import waiting_note
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
@@ -67,7 +68,10 @@ def describe_data(data: DataConfig, source: Source) -> str:
     place = f"{data.name} {data.path}" if data.path else data.name
     masks = f", masks from {data.mask_column!r}" if has_own_masks(source) else ""
     height, width = data.size
-    return f"{len(source)} examples of {place} at {width}x{height}{masks}"
+    size = f"{width}x{height}"
+    if isinstance(source, FileSource) and source.buckets is not None:
+        size = f"{len(source.buckets.used())} sizes"
+    return f"{len(source)} examples of {place} at {size}{masks}"
 
 
 def describe_encoding(models: Models) -> str:
@@ -82,6 +86,8 @@ def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
     if not isinstance(source, FileSource):
         return []
     notes = [source.note, size_note(settings.data, settings.base.name)]
+    if source.buckets is not None:
+        notes += source.buckets.remarks(settings.train_batch_size * processes()[1])
     return [*source.rows.remarks(), *filter(None, notes)]
 
 

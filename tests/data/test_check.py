@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from localctl.adapter import LocalAdapter
 from localctl.data.__main__ import main
 from localctl.data.bad_rows import way_out
-from localctl.data.files import is_held_out
+from localctl.data.held_out import is_held_out
 from localctl.images import load_image
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from localctl.conditions import ConditionConfig, extract
 from localctl.data import DataConfig, MaskedSamples, PlanSampler, SamplePlan, SampleRef, collate, open_files
-from localctl.data.files import is_held_out
+from localctl.data.held_out import is_held_out
 from localctl.images import to_pil
 from localctl.masks import MaskConfig
 

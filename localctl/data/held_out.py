@@ -1,0 +1,47 @@
+"""Which examples are held out for validation: a hash of each key decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from localctl.labels import shorten
+from localctl.seeding import key_seed
+
+
+def is_held_out(key: str, share: float) -> bool:
+    """Return whether an example belongs to the validation part. A hash of its key alone decides, so it stays there when
+    other rows are added or removed. Repeated rows of one image (key#2) stay together."""
+    return _place(key) < share
+
+
+def places_of(keys: Iterable[str]) -> np.ndarray:
+    """Map each key to [0, 1] by a hash, (n,) float64."""
+    return np.fromiter(map(_place, keys), np.float64)
+
+
+def _place(key: str) -> float:
+    name, mark, number = key.rpartition("#")
+    return key_seed(0, "validation", name if mark and number.isdecimal() else key) / 2**63
+
+
+def held_out(keys: Sequence[str], share: float, places: np.ndarray | None = None) -> tuple[np.ndarray, str]:
+    """Return for each key whether it is held out for validation, (n,) bool, and a note.
+
+    :func:`is_held_out` decides; but if a share above 0 selects none of a small dataset, the key nearest to it is held
+    out, and the note says so. A single key is not held out, unless the share is 1.
+
+    places: from :func:`places_of`, if known.
+    """
+    places = places_of(keys) if places is None else places
+    first = places.min(initial=1.0)
+    if not len(places) or (share < 1 and first == places.max()):
+        return np.zeros(len(places), bool), ""
+    if not 0 < share <= first:
+        return places < share, ""
+    chosen = keys[int(places.argmin())]
+    return places == first, (
+        f"data.validation_share={share:g} selects none of {len(keys)} rows, so one is held out for validation: "
+        f"{shorten(chosen)}; raise data.validation_share for more"
+    )
