@@ -17,7 +17,7 @@ from localctl.control.base import CallContext, Control
 from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
 from localctl.control.latents import SchedulerShift, Visits, check_shiftable, outer_step, sigma_at, steps_of_call
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
-from localctl.control.processor import InnerForward, Installation
+from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
 from localctl.layout import Layout, as_layouts

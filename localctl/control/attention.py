@@ -1,49 +1,48 @@
-"""The scores of an attention layer, computed only as far as controls need them.
+"""The attention of one layer in one call: its projections, its scores as far as controls need them, and its output.
 
 Symbols in shapes: R rows of the batch, n of them with the prompt, H heads, Q queries (cells of the image), K keys
-(tokens or cells), d width of a head.
+(tokens or cells), d width of a head, C = H * d.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
-from diffusers.models.attention_processor import Attention
-from torch import Tensor
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
 
 from localctl.lazy import moved_names
 
 __getattr__ = moved_names(__name__, {"Site": "localctl.denoisers.base:AttentionLayer"})
 
 
-class Moments(NamedTuple):
-    """Moments of the vectors of each row and head.
-
-    mean: (r,H,1,d). spread: the sum of the outer products of the deviations from the mean, (r,H,d,d). number: the count
-    of vectors.
-    """
-
-    mean: Tensor
-    spread: Tensor
-    number: int
-
-
 class Scores:
     """The scores of one layer in one call, computed lazily.
 
     scores = scale * q k^T, in float32, from the global prompt embeddings passed to the denoiser, before any bias.
-    ``mask`` is the attention mask that the denoiser itself set, which is rare: (R, 1 or Q, K), or None.
+    ``mask`` is the attention mask that the denoiser itself set, which is rare: (R, 1 or Q, K), or None. ``heads``: the
+    projections of all rows, if the layer's own attention uses them as well.
     """
 
     def __init__(
-        self, attn: Attention, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None, guided: slice
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        guided: slice,
+        heads: Heads | None = None,
     ) -> None:
         self.attn = attn
         self.hidden_states = hidden_states  # (R,Q,C)
         self.source = hidden_states if text is None else text  # (R,K,C')
         self.mask = mask
         self.guided = guided
+        self.heads = heads
 
     @property
     def rows(self) -> int:
@@ -65,18 +64,12 @@ class Scores:
         return self._key(self.guided)
 
     def _query(self, rows: slice) -> Tensor:
-        query = self._heads(self.attn.to_q(self.hidden_states[rows]))
-        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+        return project_query(self.attn, self.hidden_states[rows]) if self.heads is None else self.heads.query[rows]
 
     def _key(self, rows: slice) -> Tensor:
-        source = self.source[rows]
-        if self.attn.norm_cross and self.source is not self.hidden_states:
-            source = self.attn.norm_encoder_hidden_states(source)
-        key = self._heads(self.attn.to_k(source))
-        return key if self.attn.norm_k is None else self.attn.norm_k(key)
-
-    def _heads(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+        if self.heads is not None:
+            return self.heads.key[rows]
+        return _key(self.attn, _normed(self.attn, self.source[rows], self.source is not self.hidden_states))
 
     @cached_property
     def _guided(self) -> tuple[Tensor, Tensor]:
@@ -92,44 +85,97 @@ class Scores:
 
     @cached_property
     def std(self) -> Tensor:
-        """The unbiased standard deviation (n,) of each prompt row's unmasked scores, over heads and entries.
-
-        With q = mean(q) + q', k = mean(k) + k', each head's scores are the sum of four parts that are orthogonal over
-        the entries. The sum of their squares therefore needs only the moments of q and k, and nothing cancels.
-        """
-        squares, means, count = self._moments(_moments(self.query), self.key_moments)
-        spread = count * (means - means.mean(dim=1, keepdim=True)) ** 2  # (n,H)
-        return ((squares + spread).sum(dim=1) / (count * means.shape[1] - 1)).sqrt()
+        """The unbiased standard deviation (n,) of each prompt row's unmasked scores, over heads and entries."""
+        return _std(self.block(slice(None)).flatten(1))
 
     @cached_property
     def global_std(self) -> Tensor:
         """One standard deviation () over all rows, heads and entries, as published; of the masked scores if masked."""
         query, key = self._query(slice(None)), self._key(slice(None))
+        scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
         if self.mask is not None:
-            scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
-            return (scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])).std()
-        squares, means, count = self._moments(_moments(query), _moments(key))
-        spread = count * (means - means.mean()) ** 2
-        return ((squares + spread).sum() / (count * means.numel() - 1)).sqrt()
-
-    @cached_property
-    def key_moments(self) -> Moments:
-        """The moments of :attr:`key`. May be set to those of another call with the same prompt embeddings."""
-        return _moments(self.key)
-
-    def _moments(self, query: Moments, key: Moments) -> tuple[Tensor, Tensor, int]:
-        """Return, per row and head, the sum of squared deviations (r,H), the mean (r,H), and the entries per head."""
-        q, k = query.mean, key.mean  # (r,H,1,d)
-        of_queries = (k @ query.spread @ k.transpose(-1, -2))[..., 0, 0] * key.number
-        of_keys = (q @ key.spread @ q.transpose(-1, -2))[..., 0, 0] * query.number
-        squares = of_queries + of_keys + (query.spread * key.spread).sum(dim=(2, 3))
-        scale = self.attn.scale
-        return squares * scale**2, (q * k).sum(dim=(2, 3)) * scale, query.number * key.number
+            scores = scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])
+        return _std(scores.flatten()[None])[0]
 
 
-def _moments(vectors: Tensor) -> Moments:
-    """Return the moments of vectors (r,H,count,d)."""
-    vectors = vectors.float()
-    mean = vectors.mean(dim=2, keepdim=True)
-    deviations = vectors - mean  # squares about zero would lose digits to cancellation
-    return Moments(mean, deviations.transpose(-1, -2) @ deviations, vectors.shape[2])
+def _std(values: Tensor) -> Tensor:
+    """Return the unbiased standard deviation (n,) of each row of ``values`` (n, entries).
+
+    ``values`` are overwritten. Two passes lose no digits to cancellation; torch.std takes twice as long on a CPU.
+    """
+    values.sub_(values.mean(dim=1, keepdim=True))
+    return torch.linalg.vector_norm(values, dim=1) / math.sqrt(max(1, values.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Queries (R,H,Q,d), keys and values (R,H,K,d) of all rows, and attention as ``AttnProcessor2_0`` computes it.
+
+    Controls, which would otherwise project once more, and the layer share them.
+    """
+
+    attn: Attention
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def of(cls, attn: Attention, processor: Any, hidden_states: Tensor, text: Tensor | None) -> Heads | None:
+        """Project; or return None for another processor, or a layer with more than projections and attention."""
+        plain = attn.spatial_norm is None and attn.group_norm is None and hidden_states.ndim == 3
+        if type(processor) is not AttnProcessor2_0 or not plain:
+            return None
+        source = hidden_states if text is None else text
+        return cls(attn, project_query(attn, hidden_states), *project_text(attn, source, text is not None))
+
+    def output(self, core: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return the layer's output (R, Q, C) for what attention gives, ``core`` (R, Q, C)."""
+        linear, dropout = self.attn.to_out
+        output = dropout(linear(core))
+        if self.attn.residual_connection:
+            output = output + hidden_states
+        return output if self.attn.rescale_output_factor == 1 else output / self.attn.rescale_output_factor
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Return softmax(scale * q k^T + bias) v, (r, H, Q, d).
+
+    ``bias``: (r, 1 or H, Q, K), or None. ``scale``: by default 1 / sqrt(width of queries).
+    """
+    if bias is not None:
+        if bias.dtype != query.dtype:
+            # At a large noise level half precision would overflow, and inf - inf is NaN.
+            most = torch.finfo(query.dtype).max / 2
+            bias = bias.clamp(-most, most).to(query.dtype)
+        bias = bias.expand(-1, query.shape[1], -1, -1)  # without a copy for every head
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def merge(core: Tensor) -> Tensor:
+    """Return (r,H,Q,d) as (r,Q,C)."""
+    return core.transpose(1, 2).flatten(2)
+
+
+def project_query(attn: Attention, hidden_states: Tensor) -> Tensor:
+    """Return the queries (r, H, Q, d) of ``hidden_states`` (r, Q, C)."""
+    query = _split(attn, attn.to_q(hidden_states))
+    return query if attn.norm_q is None else attn.norm_q(query)
+
+
+def project_text(attn: Attention, source: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
+    """Return keys and values (r, H, K, d) of ``source`` (r, K, C'): a text if ``cross``, else the layer's own input."""
+    source = _normed(attn, source, cross)
+    return _key(attn, source), _split(attn, attn.to_v(source))
+
+
+def _normed(attn: Attention, source: Tensor, cross: bool) -> Tensor:
+    return attn.norm_encoder_hidden_states(source) if cross and attn.norm_cross else source
+
+
+def _key(attn: Attention, source: Tensor) -> Tensor:
+    key = _split(attn, attn.to_k(source))
+    return key if attn.norm_k is None else attn.norm_k(key)
+
+
+def _split(attn: Attention, tensor: Tensor) -> Tensor:
+    return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)

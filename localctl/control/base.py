@@ -94,7 +94,59 @@ class CallContext:
         return replace(self, layout_of_row=chosen, conditional=(True,) * len(chosen))
 
 
-Attend = Callable[[Tensor, Sequence[int]], Tensor]
+Attend = Callable[[Tensor, Sequence[int] | Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A modulation of the scores s of a self-attention layer that is computed without any matrix of all pairs of cells.
+
+    The scores become ``scale * s + loose_i * loose_j * again_i * s + left @ right^T``, apart from a term that is the
+    same for all keys of a query, which the softmax ignores.
+
+    Args:
+        scale, again: (n, 1 or H, Q, 1). loose: (n, 1, Q, 1), 1 for some cells and else 0; None: nothing is added again.
+        left: (n, H, Q, p). right: (n, 1, Q, p).
+    """
+
+    scale: Tensor
+    left: Tensor
+    right: Tensor
+    again: Tensor | None = None
+    loose: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive pairs of a :class:`Mixture`, g of them, and their m cells, as indices into all rows' cells.
+
+    pairs: the pairs. into, bases: (g * m,), row * Q + cell of each. share: (g * m, 1).
+    """
+
+    pairs: slice
+    into: Tensor
+    bases: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Other texts to mix into the output of a cross-attention layer.
+
+    For each pair p of a row and a text, the output of ``rows[p]`` grows by ``share[p]`` times the difference of its
+    attention to ``texts[p]`` and the attention of row ``bases[p]`` to its own text.
+
+    Args:
+        texts: (pairs, K, C); the same tensor as long as the texts are the same. rows, bases: (pairs,), int64. share:
+            (pairs, Q, 1).
+        parts: all pairs, with the cells where the share may differ from 0.
+    """
+
+    texts: Tensor
+    rows: Tensor
+    bases: Tensor
+    share: Tensor
+    parts: tuple[Part, ...]
 
 
 class RunDenoiser(Protocol):
@@ -117,8 +169,8 @@ class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
     At each call of the denoiser, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
-    inputs. At each attention layer for which ``attends`` returns True, ``attention_bias``, ``read_attention`` and
-    ``mix_attention`` are called, in this order.
+    inputs. At each attention layer for which ``attends`` returns True, ``attention_factors`` or ``attention_bias``,
+    ``read_attention``, ``mixture`` and ``mix_attention`` are called, in this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler supports.
     takes_gradients: whether it needs gradients through the denoiser, which not all kinds of weights support.
@@ -171,6 +223,14 @@ class BoundControl:
         """Return how many queries of this layer the next two hooks may process at once, which bounds memory."""
         return layer.cells
 
+    def attention_factors(self, context: CallContext, layer: AttentionLayer, scores: Scores) -> Factors | None:
+        """Return the same as :meth:`attention_bias` for the whole layer in a form without a matrix of all pairs; or
+        None.
+
+        Called at self-attention that the processor computes itself; ``attention_bias`` is then called only after None.
+        """
+        return None
+
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
     ) -> Tensor | None:
@@ -185,6 +245,10 @@ class BoundControl:
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         """Read the scores of these queries and the sum of all controls' biases; change neither."""
+
+    def mixture(self, context: CallContext, layer: AttentionLayer) -> Mixture | None:
+        """Return other texts to mix into the layer's output; or None. Called at cross-attention only."""
+        return None
 
     def mix_attention(
         self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend

@@ -142,10 +142,14 @@ class MaskCheck:
         self._denoiser = denoiser
         self._known: set[type] = set()
 
-    def __call__(self, attn: Attention, processor: Any, scores: Scores, mask: Tensor, output: Tensor) -> None:
-        if type(processor) in self._known:
+    def knows(self, processor: Any) -> bool:
+        """Return whether this kind of processor is known to use its mask."""
+        return type(processor) in self._known
+
+    def __call__(self, attn: Attention, processor: Any, scores: Scores, bias: Tensor, output: Tensor) -> None:
+        if self.knows(processor):
             return
-        used = uses_mask(attn, scores, mask, output)
+        used = uses_mask(attn, scores, bias, output)
         if used is False:
             raise ValueError(
                 f"The attention processor {type(processor).__name__} ignores the attention mask through which controls "
@@ -157,16 +161,16 @@ class MaskCheck:
 
 
 @torch.no_grad()
-def uses_mask(attn: Attention, scores: Scores, mask: Tensor, output: Tensor) -> bool | None:
-    """Return whether ``output`` (R, Q, C) of a layer shows the effect of ``mask`` (R or R*H, Q, K).
+def uses_mask(attn: Attention, scores: Scores, bias: Tensor, output: Tensor) -> bool | None:
+    """Return whether ``output`` (R, Q, C) of a layer shows the effect of ``bias`` (n, 1 or H, Q, K).
 
     None if the effect is too small to tell. Attention is computed again for a few queries of one row, with and without
-    the mask, by diffusers' plainest processor.
+    the bias as mask, by diffusers' plainest processor.
     """
     if scores.mask is not None:
         return None
     row = scores.guided.start
-    own = mask.unflatten(0, (len(output), -1))[row]  # (1 or H,Q,K)
+    own = bias[0]  # (1 or H,Q,K)
     spread = (own.amax(dim=-1) - own.amin(dim=-1)).amax(dim=0)  # (Q,)
     queries = spread.topk(min(8, len(spread))).indices
     hidden, source = scores.hidden_states[row, queries][None], scores.source[row : row + 1]

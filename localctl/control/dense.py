@@ -21,12 +21,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.control.attention import Scores
-from localctl.control.base import BoundControl, CallContext, check_choice, check_strength
-from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl
+from localctl.control.base import BoundControl, CallContext, Factors, check_choice, check_strength
+from localctl.control.segments import RESTS, Classes
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, once_per_call
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
-
-RESTS = ("published", "segment", "free")
 
 
 @dataclass(frozen=True)
@@ -89,48 +88,16 @@ class DenseModulation(RegionControl):
         return _BoundDense(self, BoundRegions(pipe, layouts, self.mask_resize), pipe.scheduler)
 
 
-@dataclass(frozen=True)
-class _Segments:
-    """The segments of all rows with the prompt on a layer's grid; s: the number of segments, including the rest."""
-
-    member: Tensor  # (n,s,Q) 0 or 1
-    strength: Tensor  # (n,s,1)
-    size: Tensor  # (n,Q,1): 1 - size_regularisation * area_i
-    own: Tensor  # (n,Q,1): the strength of each cell's own segments
-    free: Tensor  # (n,Q,1): the amount for tokens of no phrase, -own, own or 0
-
-    def cross(self, words: Tensor, queries: slice) -> Tensor:
-        """Return lambda_i / (w (t/1000)^decay), (n,q,K), negative where a cell and a token do not belong together.
-
-        ``words`` (n,s,K): 1 where a token belongs to a segment's phrase.
-        """
-        member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
-        inside = member @ (words * self.strength)
-        outside = (1 - member) @ (words * self.strength)
-        others = 1 - words.amax(dim=1, keepdim=True)  # (n,1,K): tokens of no phrase
-        return (inside - outside + others * self.free[:, queries]) * self.size[:, queries]
-
-    def self_(self, queries: slice) -> Tensor:
-        """Return the same for pairs of cells, (n,q,Q)."""
-        member = self.member[:, :, queries].transpose(1, 2)  # (n,q,s)
-        together = (member @ self.member) > 0
-        inside = torch.zeros_like(together, dtype=member.dtype)
-        for index in range(self.member.shape[1]):
-            pair = member[:, :, index, None] * (self.member[:, index, None] * self.strength[:, index, None])
-            inside = torch.maximum(inside, pair)
-        return torch.where(together, inside, -self.own[:, queries]) * self.size[:, queries]
-
-
 class _BoundDense(BoundRegionControl[DenseModulation]):
     def __init__(self, control: DenseModulation, regions: BoundRegions, scheduler: Any) -> None:
         super().__init__(control, regions)
         self.timesteps = scheduler.config.num_train_timesteps
         self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (tokens, C)
-        self._segments: tuple[Any, _Segments | None] = (None, None)
+        self._last: tuple[Any, Tensor, Tensor] | None = None  # rows and text of the last call, and the text returned
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
-        self._texts = {}
+        self._texts, self._last = {}, None
         if not self.control.separate_texts or self.control.w_cross == self.control.w_self == 0:
             return
         wanted = {key: region.phrase for key, region in self.regions if region.phrase and region.strength}
@@ -142,7 +109,14 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         hidden = super().text(context, text) if self.control.w_cross or self.control.w_self else None
         if not self._texts:
             return hidden
-        changed = (text if hidden is None else hidden).clone()
+        given, rows = text if hidden is None else hidden, (context.guided_rows, context.guided_layouts)
+        if self._last is None or self._last[0] != rows or self._last[1] is not given:
+            self._last = (rows, given, self._separated(context, given))
+        return self._last[2]
+
+    def _separated(self, context: CallContext, text: Tensor) -> Tensor:
+        """Return ``text`` (R, K, C) with each phrase's tokens embedded alone, in the rows with the prompt."""
+        changed = text.clone()
         rows = range(context.guided_rows.start, context.guided_rows.stop)
         for row, layout in zip(rows, context.guided_layouts, strict=True):
             for index in range(len(self.regions.layouts[layout].regions)):
@@ -158,70 +132,99 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
 
     def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
         # Four float32 tensors of this size at once: scores, their target, the mask of all rows, the processor's own.
-        per_query = 4 * 4 * scores.hidden_states.shape[0] * scores.attn.heads * scores.keys
+        return self._queries(layer, scores, 4 * scores.hidden_states.shape[0])
+
+    def _queries(self, layer: AttentionLayer, scores: Scores, rows: int) -> int:
+        """Return for how many queries float32 scores of so many rows stay within the memory limit."""
+        per_query = 4 * rows * scores.attn.heads * scores.keys
         return max(1, int(min(self.control.memory_limit * 2**20 / per_query, layer.cells)))
+
+    def attention_factors(self, context: CallContext, layer: AttentionLayer, scores: Scores) -> Factors | None:
+        classes = self._classes(context, layer).values()
+        if not all(one.has_factors for one in classes):
+            return None
+        # With p = lambda_i: (1 - p) s + p max where together, else (1 - p) s + p min; less p min, for the whole query.
+        low, high = self._range(layer, scores)  # (n,H,Q,1)
+        portion = self._amount(context, layer) * self._table(context, layer, "portion")[:, None]  # (n,1,Q,1)
+        left = (portion * (high - low)) * self._table(context, layer, "together")[:, None]  # (n,H,Q,p)
+        member = self._table(context, layer, "member")[:, None]  # (n,1,Q,p)
+        if not any(bool(one.loose.any()) for one in classes):
+            return Factors(1 - portion, left, member)
+        left = left - (portion * low) * self._table(context, layer, "alone")[:, None]
+        return Factors(1 - portion, left, member, portion, self._table(context, layer, "loose")[:, None])
+
+    def _range(self, layer: AttentionLayer, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest score of each query, (n, H, Q, 1)."""
+        on_cpu = scores.query.device.type == "cpu"
+        count = self._queries(layer, scores, scores.rows)
+        if on_cpu:  # blocks that stay in its cache
+            count = min(count, max(1, 2**19 // (scores.rows * scores.attn.heads * scores.keys)))
+        found = []
+        for first in range(0, layer.cells, count):
+            block = scores.block(slice(first, first + count))
+            if on_cpu:  # where aminmax takes four times as long
+                found.append((block.amin(dim=-1, keepdim=True), block.amax(dim=-1, keepdim=True)))
+            else:
+                found.append(block.aminmax(dim=-1, keepdim=True))
+        low, high = (torch.cat(column, dim=2) for column in zip(*found, strict=True))
+        return low, high
 
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
     ) -> Tensor | None:
-        segments = self._segments_at(context, layer)
         if layer.cross:
-            signed = segments.cross(self._words(context, segments, scores.keys), queries)
+            signed = self._cross(context, layer, scores.keys)[:, queries]  # (n,q,K)
         else:
-            signed = segments.self_(queries)  # (n,q,K)
-        weight = self.control.w_cross if layer.cross else self.control.w_self
-        amount = weight * (context.timestep / self.timesteps) ** self.control.decay
+            pairs, member = (self._table(context, layer, name) for name in ("pairs", "member"))
+            signed = pairs[:, queries] @ member.mT
         block = scores.block(queries)  # (n,H,q,K)
         low, high = block.aminmax(dim=-1, keepdim=True)
         target = torch.where(signed[:, None] > 0, high, low)
-        return target.sub_(block).mul_(signed.abs_().mul_(amount)[:, None])
+        return target.sub_(block).mul_((signed.abs() * self._amount(context, layer))[:, None])
 
-    def _segments_at(self, context: CallContext, layer: AttentionLayer) -> _Segments:
-        """Return the segments on the layer's grid; the last result is cached for the parts of a layer's queries."""
-        strengths = tuple(self.regions.strengths(layout, context) for layout in context.guided_layouts)
-        key = (layer.size, context.guided_layouts, strengths, context.device)
-        if self._segments[0] != key or self._segments[1] is None:
-            self._segments = (key, self._make_segments(context, layer, strengths))
-        assert self._segments[1] is not None
-        return self._segments[1]
+    def _amount(self, context: CallContext, layer: AttentionLayer) -> float:
+        """Return w * (t / 1000)^decay."""
+        weight = self.control.w_cross if layer.cross else self.control.w_self
+        return weight * (context.timestep / self.timesteps) ** self.control.decay
 
-    def _make_segments(
-        self, context: CallContext, layer: AttentionLayer, strengths: tuple[tuple[float, ...], ...]
-    ) -> _Segments:
-        count = max(len(row) for row in strengths) + 1  # the last is the rest
-        member = torch.zeros(len(strengths), count, layer.cells)
-        strength = torch.zeros(len(strengths), count, 1)
-        for row, (layout, values) in enumerate(zip(context.guided_layouts, strengths, strict=True)):
-            masks = self.regions.masks(layout, layer)  # (r,Q)
-            if not len(masks):
-                continue
-            member[row, : len(masks)] = (masks >= 0.5 * masks.amax(dim=1, keepdim=True)).float()
-            strength[row, : len(masks), 0] = torch.tensor(values)
-            strength[row, -1] = max(values)
-        covered = member.amax(dim=1)  # (n,Q)
-        own = torch.where(covered > 0, (member * strength).amax(dim=1), strength[:, -1])
-        rest = {"published": -1.0, "segment": 1.0, "free": 0.0}[self.control.rest]
-        if self.control.rest == "segment":
-            member[:, -1] = 1 - covered
-        area = (member * member.mean(dim=2, keepdim=True)).sum(dim=1)  # (n,Q)
-        if self.control.rest == "free":
-            # One more segment with strength 0, which leaves the scores among its cells unchanged.
-            member[:, -1], strength[:, -1] = 1 - covered, 0
-        size = (1 - self.control.size_regularisation * area).clamp(min=0)
-        free = torch.where(covered > 0, -own, rest * own)
-        found = (member, strength, size[..., None], own[..., None], free[..., None])
-        tensors = (tensor.to(context.device) for tensor in found)
-        return _Segments(*tensors)
+    @once_per_call
+    def _strengths(self, context: CallContext) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """Return each layout of this call with the strengths of its regions in this step."""
+        layouts = sorted(set(context.guided_layouts))
+        return tuple((layout, self.regions.strengths(layout, context)) for layout in layouts)
 
-    def _words(self, context: CallContext, segments: _Segments, keys: int) -> Tensor:
-        """Return (n,s,K): 1 where a token belongs to a segment's phrase."""
+    def _classes(self, context: CallContext, layer: AttentionLayer) -> dict[int, Classes]:
+        """Return the classes of cells of each layout of this call."""
+        strengths, control = self._strengths(context), self.control
+
+        def make() -> dict[int, Classes]:
+            options = control.rest, control.size_regularisation
+            return {
+                layout: Classes.of(self.regions.masks(layout, layer), own, *options)
+                for layout, own in strengths
+            }
+
+        return self.regions.cached(("classes", layer.size, strengths), make)
+
+    def _table(self, context: CallContext, layer: AttentionLayer, name: str) -> Tensor:
+        """Return a table of :class:`Classes` for each row with the prompt, (n, Q, 1 or p)."""
+        classes = self._classes(context, layer)
+        width = max(one.count for one in classes.values())
+        key = (name, layer.size, self._strengths(context))
+        found = self.regions.per_row(context, key, lambda layout: classes[layout].table(name, width))
+        assert found is not None
+        return found
+
+    def _cross(self, context: CallContext, layer: AttentionLayer, keys: int) -> Tensor:
+        """Return lambda_i / (w (t/1000)^decay), (n,Q,K), negative where a cell and a token do not belong together."""
 
         def make(layout: int) -> Tensor:
-            words = torch.zeros(segments.member.shape[1], keys)
-            for index in range(len(self.regions.layouts[layout].regions)):
+            words = torch.zeros(len(self.regions.layouts[layout].regions) + 1, keys)  # the last is the rest
+            for index in range(len(words) - 1):
                 words[index, self.regions.tokens(layout, index, keys)] = 1
-            return words
+            return self._classes(context, layer)[layout].cross(words)
 
-        words = self.regions.per_row(context, ("words", segments.member.shape[1], keys), make)
-        assert words is not None
-        return words
+        key = ("cross", layer.size, keys, self._strengths(context))
+        found = self.regions.per_row(context, key, make)
+        assert found is not None
+        return found

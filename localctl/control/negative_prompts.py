@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
 
-from localctl.control.base import Attend, BoundControl, CallContext
-from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, mix_texts
+from localctl.control.base import BoundControl, CallContext, Mixture
+from localctl.control.mixing import Pair, TextMixer
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, once_per_call
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
@@ -43,32 +42,27 @@ class NegativePrompts(RegionControl):
 class _BoundNegatives(BoundRegionControl[NegativePrompts]):
     def __init__(self, control: NegativePrompts, regions: BoundRegions) -> None:
         super().__init__(control, regions)
-        self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
+        self.mixer = TextMixer(regions)
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
         wanted = {key: region.negative_prompt for key, region in self.regions if region.negative_prompt}
-        self._texts = self.regions.encode(wanted, arguments)
+        self.mixer.begin_call(self.regions.encode(wanted, arguments))
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
         return layer.cross and self.within(context) and bool(self._pairs(context))
 
-    def mix_attention(
-        self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend
-    ) -> Tensor | None:
-        pairs = self._pairs(context)
-        rows, regions = [row for row, _ in pairs], [(context.layout_of_row[row], region) for row, region in pairs]
-        texts = torch.stack([self._texts[region] for region in regions])
-        local = attend(texts.to(context.device, context.dtype), rows)  # (pairs,Q,C)
-        masks = self.regions.masks_of(regions, layer).to(output.device, output.dtype)
-        return mix_texts(output, local, masks[..., None], rows)
+    def mixture(self, context: CallContext, layer: AttentionLayer) -> Mixture:
+        return self.mixer.mixture(context, layer, self._pairs(context), None, convex=True)
 
-    def _pairs(self, context: CallContext) -> list[tuple[int, int]]:
-        """Return (row, region) of each text to mix in: rows of the negative prompt, regions active in this step."""
+    @once_per_call
+    def _pairs(self, context: CallContext) -> list[Pair]:
+        """Return the texts to mix in: rows of the negative prompt, regions active in this step."""
         rows = [row for row, conditional in enumerate(context.conditional) if not conditional]
         return [
-            (row, index)
+            Pair(row, row, (context.layout_of_row[row], index))
             for row in rows
             for index, region in enumerate(self.regions.layouts[context.layout_of_row[row]].regions)
-            if (context.layout_of_row[row], index) in self._texts and region.within(context.step, context.num_steps)
+            if (context.layout_of_row[row], index) in self.mixer.texts
+            and region.within(context.step, context.num_steps)
         ]

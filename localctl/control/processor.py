@@ -1,22 +1,22 @@
-"""Wrappers of attention processors during a call of the denoiser, and further runs of the denoiser within a call."""
+"""The wrapper of an attention processor that applies the controls of a layer."""
 
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.attention import Scores
-from localctl.control.base import BoundControl, CallContext, EndOfRun
-from localctl.control.compatible import MaskCheck, without_gradients
-from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser
+from localctl.control.attention import Heads, Scores, project_text
+from localctl.control.base import BoundControl, CallContext, Factors, Mixture
+from localctl.control.compatible import MaskCheck
+from localctl.control.compiled import handle_of, operator
+from localctl.control.steered import mix_in, steer
+from localctl.denoisers.base import AttentionLayer
 
 User = tuple[BoundControl, CallContext]
 _VIEWING = tuple(
@@ -26,14 +26,14 @@ _VIEWING = tuple(
 
 
 class SteeredProcessor(nn.Module):
-    """Wraps an attention processor for one call of the denoiser and applies the controls.
+    """Wraps an attention processor during calls of the denoiser and applies the controls.
 
-    It calls the wrapped processor, whatever its class, with the sum of the controls' biases as attention mask. Without
-    a bias the call is passed on unchanged. A Module, so that weights in the wrapped processor still move with the
-    denoiser.
+    In place of diffusers' default processor it computes attention itself, with projections that the controls share.
+    Any other processor is called with the sum of the controls' biases as attention mask. Without a bias the layer is
+    left unchanged. A Module, so that weights in the wrapped processor still move with the denoiser.
     """
 
-    def __init__(self, inner: Any, layer: AttentionLayer) -> None:
+    def __init__(self, inner: Any, attn: Attention, layer: AttentionLayer) -> None:
         super().__init__()
         kind = type(inner).__name__
         if "XFormers" in kind:
@@ -41,11 +41,14 @@ class SteeredProcessor(nn.Module):
                 f"{kind} takes no attention bias; call pipe.disable_xformers_memory_efficient_attention() first."
             )
         self.inner = inner
-        self.layer = layer
+        self.place = (attn, layer)  # in a tuple: not a submodule, since it contains this module
         self.users: list[User] = []
-        self.check: Callable[[Attention, Any, Scores, Tensor, Tensor], None] | None = None  # called after a masked call
+        self.check: MaskCheck | None = None  # called after a masked call
+        self._texts: tuple[Tensor, Tensor, Tensor] | None = None  # of the last mixture, and their keys and values
         # diffusers passes only the keyword arguments (such as ip_adapter_masks) that this signature names.
         self.__dict__["__call__"] = inner.__call__
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            self.handle, self.operator = handle_of(self), operator()
 
     def __call__(
         self,
@@ -55,32 +58,101 @@ class SteeredProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.operator(hidden_states, encoder_hidden_states, attention_mask, self.handle)
+        return self._run(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+
+    def run_compiled(self, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Run within a graph, for the operator."""
+        return self._run(self.place[0], hidden_states, text, mask).contiguous()
+
+    def _run(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        source: Tensor | tuple[Any, ...] | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        layer = self.place[1]
         # With an IP-Adapter, the context is (text, images).
-        text = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
-        if hidden_states.shape[1] != self.layer.cells:
+        text = source[0] if isinstance(source, tuple) else source
+        if hidden_states.shape[1] != layer.cells:
             raise ValueError(
-                f"The attention layer {self.layer.name} received {hidden_states.shape[1]} cells in place of "
-                f"{self.layer.cells}, so controls cannot locate regions; remove what merges or splits cells (ToMe or "
+                f"The attention layer {layer.name} received {hidden_states.shape[1]} cells in place of "
+                f"{layer.cells}, so controls cannot locate regions; remove what merges or splits cells (ToMe or "
                 "HyperTile, for example)."
             )
-        context = self.users[0][1]
-        scores = Scores(attn, hidden_states, text, attention_mask, context.guided_rows)
-        chunk = min(user.max_queries(self.layer, scores) for user, _ in self.users)
-        parts = [slice(first, first + chunk) for first in range(0, hidden_states.shape[1], chunk)]
-        if self.layer.cross or len(parts) == 1:
+        own = not kwargs and attention_mask is None and not isinstance(source, tuple)
+        heads = Heads.of(attn, self.inner, hidden_states, text) if own else None
+        scores = Scores(attn, hidden_states, text, attention_mask, self.users[0][1].guided_rows, heads)
+        if heads is not None:
+            return self._own(heads, scores)
+        parts = self._parts(scores)
+        if layer.cross or len(parts) == 1:
             # An IP-Adapter's masks cover all queries, so the processor gets all at once; the bias is computed in parts.
             bias = _joined([self._bias(scores, part) for part in parts])
-            mask = self._mask(attn, scores, bias, slice(None))
+            mask = self._mask(scores, bias, slice(None))
             with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
-                output = self.inner(attn, hidden_states, encoder_hidden_states, mask, **kwargs)
+                output = self.inner(attn, hidden_states, source, mask, **kwargs)
             if bias is not None and self.check is not None:
-                self.check(attn, self.inner, scores, mask, output)
-            return self._mixed(attn, hidden_states, encoder_hidden_states, output, **kwargs)
-        return self._in_parts(attn, scores, parts, **kwargs)
+                self.check(attn, self.inner, scores, bias, output)
+            return self._mixed(attn, hidden_states, source, output, **kwargs)
+        return self._in_parts(scores, parts, **kwargs)
 
-    def _in_parts(self, attn: Attention, scores: Scores, parts: Sequence[slice], **kwargs: Any) -> Tensor:
+    def _parts(self, scores: Scores) -> list[slice]:
+        cells = self.place[1].cells
+        chunk = min(user.max_queries(self.place[1], scores) for user, _ in self.users)
+        return [slice(first, first + chunk) for first in range(0, cells, chunk)]
+
+    def _own(self, heads: Heads, scores: Scores) -> Tensor:
+        """Return the layer's output (R, Q, C) from its own projections."""
+        attn, layer = self.place
+        giver, factors = self._factors(scores)
+        parts = [slice(0, layer.cells)] if giver is not None else self._parts(scores)
+        if layer.cross and len(parts) > 1:  # the mask of a text is small
+            joined = _joined([self._bias(scores, part) for part in parts])
+            core, bias = steer(heads, scores.guided, [slice(0, layer.cells)], lambda part: joined, None)
+        else:
+            core, bias = steer(heads, scores.guided, parts, lambda part: self._bias(scores, part, giver), factors)
+        whole = bias is not None and bias.shape[2] == layer.cells
+        if whole and self.check is not None and not self.check.knows(self.inner):
+            self.check(attn, self.inner, scores, bias, heads.output(core, scores.hidden_states))
+        by_hand = any(_has(user, "mix_attention") for user, _ in self.users)
+        for user, context in self.users if layer.cross and not by_hand else ():
+            mixture = user.mixture(context, layer)
+            if mixture is not None:
+                core = mix_in(heads, core, mixture, *self._project(attn, mixture))
+        output = heads.output(core, scores.hidden_states)
+        return self._mixed(attn, scores.hidden_states, scores.source, output) if by_hand else output
+
+    def _factors(self, scores: Scores) -> tuple[BoundControl | None, Factors | None]:
+        """Return the one control that modulates this layer by factors, and these; or None and None."""
+        if self.place[1].cross or any(
+            type(user).read_attention is not BoundControl.read_attention for user, _ in self.users
+        ):
+            return None, None
+        givers = [
+            (user, context)
+            for user, context in self.users
+            if type(user).attention_factors is not BoundControl.attention_factors
+        ]
+        if len(givers) != 1:
+            return None, None
+        factors = givers[0][0].attention_factors(givers[0][1], self.place[1], scores)
+        return (givers[0][0], factors) if factors is not None else (None, None)
+
+    def _project(self, attn: Attention, mixture: Mixture) -> tuple[Tensor, Tensor]:
+        """Return keys and values (pairs, H, K, d) of the texts, cached as long as these stay the same tensor."""
+        if torch.is_grad_enabled():
+            return project_text(attn, mixture.texts)
+        if self._texts is None or self._texts[0] is not mixture.texts:
+            self._texts = (mixture.texts, *project_text(attn, mixture.texts))
+        return self._texts[1:]
+
+    def _in_parts(self, scores: Scores, parts: Sequence[slice], **kwargs: Any) -> Tensor:
         """Run self-attention one part of the queries at a time, so that no mask for all of them is held in memory."""
-        hidden_states = scores.hidden_states
+        attn, hidden_states = scores.attn, scores.hidden_states
         if getattr(attn, "fused_projections", False):
             raise ValueError(
                 "Projections are fused, so large self-attention cannot be run in parts; "
@@ -91,7 +163,7 @@ class SteeredProcessor(nn.Module):
             return self.inner(attn, hidden_states, None, scores.mask, **kwargs)
         outputs = []
         for index, part in enumerate(parts):
-            mask = self._mask(attn, scores, self._bias(scores, part) if index else first, part)
+            mask = self._mask(scores, self._bias(scores, part) if index else first, part)
             with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
                 outputs.append(self.inner(attn, hidden_states[:, part], hidden_states, mask, **kwargs))
         return torch.cat(outputs, dim=1)
@@ -99,28 +171,38 @@ class SteeredProcessor(nn.Module):
     def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
         """Return the output after the controls that mix in other texts."""
 
-        def attend(text: Tensor, rows: Sequence[int]) -> Tensor:
-            chosen = list(rows)
+        def attend(text: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+            chosen = rows if isinstance(rows, Tensor) else list(rows)
             context = (text, [part[chosen] for part in source[1]]) if isinstance(source, tuple) else text
             return self.inner(attn, hidden_states[chosen], context, **kwargs)
 
-        for user, context in self.users if self.layer.cross else ():
-            mixed = user.mix_attention(context, self.layer, output, attend)
+        layer = self.place[1]
+        for user, context in self.users if layer.cross else ():
+            mixture = user.mixture(context, layer)
+            if mixture is not None:
+                local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
+                change = mixture.share.to(output.dtype) * (local - output[mixture.bases])
+                output = output.index_add(0, mixture.rows, change)
+            mixed = user.mix_attention(context, layer, output, attend)
             output = output if mixed is None else mixed
         return output
 
-    def _bias(self, scores: Scores, queries: slice) -> Tensor | None:
-        """Return the sum of the controls' biases (n, 1 or H, q, K), or None; then let controls read the attention."""
+    def _bias(self, scores: Scores, queries: slice, without: BoundControl | None = None) -> Tensor | None:
+        """Return the sum of the controls' biases (n, 1 or H, q, K), or None; then let controls read the attention.
+
+        ``without``: a control that modulates the scores in another form.
+        """
         total: Tensor | None = None
+        layer = self.place[1]
         for user, context in self.users:
-            bias = user.attention_bias(context, self.layer, scores, queries)
+            bias = None if user is without else user.attention_bias(context, layer, scores, queries)
             if bias is not None:
                 total = bias if total is None else total + bias
         for user, context in self.users:
-            user.read_attention(context, self.layer, scores, queries, total)
+            user.read_attention(context, layer, scores, queries, total)
         return total
 
-    def _mask(self, attn: Attention, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
+    def _mask(self, scores: Scores, bias: Tensor | None, queries: slice) -> Tensor | None:
         """Return the attention mask for the wrapped processor: (R*H, q, K), or (R, q, K), which it repeats per head."""
         mask = scores.mask
         if mask is not None and mask.shape[1] > 1:
@@ -129,7 +211,7 @@ class SteeredProcessor(nn.Module):
             return mask
         rows, heads = scores.hidden_states.shape[0], bias.shape[1]
         # Processors that compute attention by hand do so in float32 on some bases, and need a mask of that dtype.
-        upcast = attn.upcast_attention and "2_0" not in type(self.inner).__name__
+        upcast = scores.attn.upcast_attention and "2_0" not in type(self.inner).__name__
         full = torch.zeros(
             rows, *bias.shape[1:], device=bias.device, dtype=torch.float32 if upcast else scores.query.dtype
         )
@@ -170,150 +252,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
 
 
-class _EagerMode:
-    """Makes compiled code run eagerly while it has users.
-
-    torch has one compiler stance per process, so users are counted, over all threads and in any order; the last one to
-    leave restores the stance.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._users = threading.Lock(), 0
-        self._stance: Any = None
-
-    def enter(self) -> None:
-        """Count one more user; the first one switches to eager mode."""
-        with self._lock:
-            if not self._users:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
-            self._users += 1
-
-    def leave(self) -> None:
-        """Count one user less; the last one restores the stance."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._stance.__exit__(None, None, None)
-
-
-_EAGER_MODE = _EagerMode()
-
-
-def users_of(attn: Attention) -> list[User]:
-    """Return the controls that steer this layer at the moment, with their contexts."""
-    current = _holder(attn)["processor"]
-    return list(current.users) if isinstance(current, SteeredProcessor) else []
-
-
-def _holder(attn: Attention) -> Any:
-    """Return the dict that holds the layer's processor: a processor with weights is a submodule, any other a plain
-    attribute. Assigning in place keeps the order of submodules."""
-    return attn._modules if "processor" in attn._modules else vars(attn)
-
-
-class Installation:
-    """The processors that are wrapped for one call of the denoiser, and restored after it.
-
-    While any is wrapped, code compiled by ``torch.compile`` runs eagerly: else a graph would be compiled for these
-    wrappers, and again for those of each step. ``check`` is called with their outputs.
-    """
-
-    def __init__(self, check: MaskCheck | None = None) -> None:
-        self.check = check
-        self._originals: list[tuple[dict[str, Any], Any]] = []
-        self._eager = False
-
-    def add(self, attn: Attention, layer: AttentionLayer, user: BoundControl, context: CallContext) -> None:
-        """Let ``user`` steer this layer; the controls of a layer share one wrapper, the outer ``attach`` first."""
-        holder = _holder(attn)
-        current = holder["processor"]
-        if not isinstance(current, SteeredProcessor):
-            self._remember(holder, current)
-            current = holder["processor"] = SteeredProcessor(current, layer)
-            current.check = self.check
-        current.users.append((user, context))
-
-    def replace(self, attn: Attention, layer: AttentionLayer, users: Sequence[User]) -> None:
-        """Let only ``users`` steer this layer, in place of its present controls."""
-        holder = _holder(attn)
-        current = holder["processor"]
-        inner = current.inner if isinstance(current, SteeredProcessor) else current
-        if users:
-            wrapper = SteeredProcessor(inner, layer)
-            wrapper.users.extend(users)
-        if users or inner is not current:
-            self._remember(holder, current)
-            holder["processor"] = wrapper if users else inner
-
-    def _remember(self, holder: dict[str, Any], processor: Any) -> None:
-        if not self._originals and "torch._dynamo" in sys.modules:  # else nothing is compiled
-            _EAGER_MODE.enter()
-            self._eager = True
-        self._originals.append((holder, processor))
-
-    def undo(self) -> None:
-        """Restore the original processors; a second call does nothing."""
-        while self._originals:
-            holder, original = self._originals.pop()
-            holder["processor"] = original
-        if self._eager:
-            self._eager = False
-            _EAGER_MODE.leave()
-
-
-@dataclass
-class InnerForward:
-    """One call of the denoiser, ready to be run again on the prompt rows of some of its images (see ``RunDenoiser``).
-
-    ``arguments`` are the call's, after all changes except those of the latents. ``controls`` steer it, together with
-    those that an outer ``attach`` has already put on its layers.
-    """
-
-    denoiser: Denoiser
-    layers: Sequence[tuple[AttentionLayer, Attention]]
-    controls: Sequence[BoundControl]
-    context: CallContext
-    arguments: Arguments
-
-    @contextmanager
-    def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> Iterator[None]:
-        first, count = self.context.guided_rows.start, len(self.context.conditional)
-        rows = [first + image for image in images]
-        installation = Installation()
-        # Nothing can be differentiated in inference mode; tensors made in it are copied by _select.
-        with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.denoiser.module):
-            args = _select(self.arguments[0], rows, count)
-            kwargs = {
-                name: value if name in self.denoiser.not_per_row else _select(value, rows, count)
-                for name, value in self.arguments[1].items()
-            }
-            args, kwargs = self.denoiser.write((args, kwargs), latents=latents)
-            try:
-                self._steer(installation, images, reader)
-                with suppress(EndOfRun):
-                    self.denoiser.module.forward(*args, **kwargs)  # without the hooks, which serve the pipeline's calls
-                yield
-            finally:
-                installation.undo()
-
-    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl) -> None:
-        context = self.context.only(images)
-        own = [(control, context) for control in self.controls]
-        for layer, attn in self.layers:
-            users = [(user, at.only(images)) for user, at in users_of(attn)] + own
-            users = [(user, at) for user, at in users if not user.is_reader and user.attends(at, layer)]
-            if reader.attends(context, layer):
-                users.append((reader, context))
-            installation.replace(attn, layer, users)
-
-
-def _select(value: Any, rows: list[int], count: int) -> Any:
-    """Copy the ``rows`` of all tensors of ``count`` rows within ``value``."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.shape[0] == count else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_select(item, rows, count) for item in value)
-    if isinstance(value, Mapping):
-        return {name: _select(item, rows, count) for name, item in value.items()}
-    return value
+def _has(user: BoundControl, hook: str) -> bool:
+    """Return whether a control has this hook, rather than the one of the base class, which does nothing."""
+    return getattr(type(user), hook) is not getattr(BoundControl, hook)

@@ -10,17 +10,16 @@ all other tokens. sigma is the noise level of the step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from localctl.control.attention import Moments, Scores
+from localctl.control.attention import Scores
 from localctl.control.base import BoundControl, CallContext, check_choice, check_strength
-from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, once_per_call
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 
@@ -66,41 +65,20 @@ class RegionBias(RegionControl):
 
 
 class _BoundRegionBias(BoundRegionControl[RegionBias]):
-    def __init__(self, control: RegionBias, regions: BoundRegions) -> None:
-        super().__init__(control, regions)
-        self._keys: dict[str, tuple[Tensor, slice, Moments]] = {}  # by layer: text, rows, and the moments of their keys
-
-    def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        super().begin_call(arguments)
-        self._keys = {}
-
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
         return layer.cross and bool(self._active(context))
 
     def attention_bias(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice
     ) -> Tensor | None:
-        active = tuple(self._weights(layout, context) for layout in context.guided_layouts)
         keys = scores.keys
         region_map = self.regions.per_row(
-            context, (layer.size, keys, active), lambda layout: self._map(layout, context, layer, keys)
-        )  # (n,Q,K): S for each cell and token
+            context, (layer.size, keys, self._all_weights(context)), lambda layout: self._map(layout, context, layer, keys)
+        )  # (n,Q,K'): S for each cell and token
         if region_map is None:
             return None
-        if self.control.std == "global":
-            std = scores.global_std
-        else:
-            self._share_key_moments(layer, scores)
-            std = scores.std[:, None, None, None]
-        return region_map[:, None, queries] * (context.sigma * std)  # (n,1,q,K)
-
-    def _share_key_moments(self, layer: AttentionLayer, scores: Scores) -> None:
-        """Cache the moments of the keys, which stay the same as long as the text is the same tensor."""
-        text, rows, moments = self._keys.get(layer.name, (None, None, None))
-        if text is scores.source and rows == scores.guided and moments is not None:
-            scores.key_moments = moments
-        elif not torch.is_grad_enabled():
-            self._keys[layer.name] = scores.source, scores.guided, scores.key_moments
+        std = scores.global_std if self.control.std == "global" else scores.std[:, None, None, None]
+        return (region_map[:, None, queries] * (context.sigma * std))[..., :keys]  # (n,1,q,K)
 
     def _weights(self, layout: int, context: CallContext) -> tuple[tuple[float, float], ...]:
         """Return (S inside, S outside) of each region in this step."""
@@ -111,6 +89,11 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
             weights.append((inside, outside) if active else (0.0, 0.0))
         return tuple(weights)
 
+    @once_per_call
+    def _all_weights(self, context: CallContext) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """Return the weights of each row with the prompt."""
+        return tuple(self._weights(layout, context) for layout in context.guided_layouts)
+
     def steers(self, layout: int, context: CallContext) -> bool:
         return any(any(pair) for pair in self._weights(layout, context))
 
@@ -118,7 +101,8 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
         if not self.steers(layout, context):
             return None
         weights = self._weights(layout, context)
-        result = torch.zeros(layer.cells, keys)
+        # Rows of masks that begin at multiples of 8 entries are what the kernels of GPUs take without a copy.
+        result = torch.zeros(layer.cells, keys + -keys % 8)
         for index, (mask, (inside, outside)) in enumerate(zip(self.regions.masks(layout, layer), weights, strict=True)):
             for position in self.regions.tokens(layout, index, keys):
                 result[:, position] = mask * inside + (1 - mask) * outside

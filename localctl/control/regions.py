@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,21 @@ from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
 Key = TypeVar("Key", bound=Hashable)
+Kept = TypeVar("Kept")
+
+
+def once_per_call(method: Callable[[Any, CallContext], Kept]) -> Callable[[Any, CallContext], Kept]:
+    """Cache what a method of a bound control returns for the running call of the denoiser, whose layers all ask."""
+    name = f"_last_{method.__name__}"
+
+    @functools.wraps(method)
+    def cached(self: Any, context: CallContext) -> Kept:
+        last = vars(self).get(name)
+        if last is None or last[0] is not context:
+            last = vars(self)[name] = (context, method(self, context))
+        return last[1]
+
+    return cached
 
 
 class RegionControl(Control):
@@ -57,7 +73,7 @@ class BoundRegions:
         self.mask_resize = mask_resize
         self.positions = [self.denoiser.token_positions(layout) for layout in layouts]
         self._masks: dict[tuple[int, tuple[int, int]], Tensor] = {}
-        self._rows: dict[Any, Tensor | None] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], Region]]:
         """Yield ((layout, index), region) for all regions of all layouts."""
@@ -76,10 +92,6 @@ class BoundRegions:
         if key not in self._masks:
             self._masks[key] = self.layouts[layout].masks(layer.size, self.mask_resize).flatten(1)
         return self._masks[key]
-
-    def masks_of(self, regions: Sequence[tuple[int, int]], layer: AttentionLayer) -> Tensor:
-        """Return the mask of each (layout, index): (pairs, Q) float32 on the CPU."""
-        return torch.stack([self.masks(layout, layer)[index] for layout, index in regions])
 
     def strengths(self, layout: int, context: CallContext) -> tuple[float, ...]:
         """Return the strength of each region in this step: its own within its window, else 0."""
@@ -103,27 +115,36 @@ class BoundRegions:
         encoded = self.denoiser.encode_texts(list(texts.values()), arguments) if texts else ()
         return dict(zip(texts, encoded, strict=True))
 
+    def cached(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Return what ``make`` returned for this key; the last 128 results are cached."""
+        if key not in self._cache:
+            # A control may need it for gradients later, in which tensors of inference mode cannot take part.
+            with torch.inference_mode(False):
+                made = make()
+            while len(self._cache) >= 128:  # enough for the layers and windows of a run; runs of other sizes may follow
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = made
+        return self._cache[key]
+
     def per_row(
         self, context: CallContext, key: tuple[Any, ...], make: Callable[[int], Tensor | None]
     ) -> Tensor | None:
         """Stack ``make(layout)`` of each row with the prompt: (n, ...) on the call's device; None if all are None.
 
-        Rows for which ``make`` returns None are zero. Up to 64 results are cached by ``key``, which must hold all that
-        a result depends on apart from rows and device.
+        Rows for which ``make`` returns None are zero. Results are cached by ``key``, which must hold all that a result
+        depends on apart from rows and device.
         """
-        full = (key, context.guided_layouts, context.device)
-        if full not in self._rows:
+
+        def stack() -> Tensor | None:
             made = {layout: make(layout) for layout in set(context.guided_layouts)}
             some = next((tensor for tensor in made.values() if tensor is not None), None)
-            stacked = None
-            if some is not None:
-                empty = torch.zeros_like(some)
-                rows = [made[layout] for layout in context.guided_layouts]
-                stacked = torch.stack([empty if row is None else row for row in rows]).to(context.device)
-            while len(self._rows) >= 64:  # enough for the layers and windows of one run; runs of other sizes may follow
-                self._rows.pop(next(iter(self._rows)))
-            self._rows[full] = stacked
-        return self._rows[full]
+            if some is None:
+                return None
+            empty = torch.zeros_like(some)
+            rows = [made[layout] for layout in context.guided_layouts]
+            return torch.stack([empty if row is None else row for row in rows]).to(context.device)
+
+        return self.cached((key, context.guided_layouts, context.device), stack)
 
 
 def without_phrases(layout: Layout) -> str:
@@ -208,6 +229,7 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
         """Return whether this step is in the control's window."""
         return context.within(self.control.start, self.control.end)
 
+    @once_per_call
     def _active(self, context: CallContext) -> set[int]:
         """Return the layouts that are steered in this step."""
         if not self.within(context):
@@ -217,19 +239,3 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
     def steers(self, layout: int, context: CallContext) -> bool:
         """Return whether a layout is steered in this step, which is in the control's window."""
         return any(self.regions.strengths(layout, context))
-
-
-def mix_texts(output: Tensor, local: Tensor, share: Tensor, rows: Sequence[int]) -> Tensor:
-    """Return ``output`` with the convex mix (1 - sum_r share_r) output + sum_r share_r local_r in the given rows.
-
-    Args:
-        output: (R, Q, C), of the layer.
-        local: (pairs, Q, C), the layer's output for each text to mix in.
-        share: (pairs, Q, 1) in [0, 1]; shares that sum to more than 1 at a cell are scaled down to a sum of 1.
-        rows: (pairs,), the row of each text.
-    """
-    index = torch.tensor(rows, device=output.device)
-    total = output.new_zeros(*output.shape[:2], 1).index_add(0, index, share)
-    # Not clamp, whose gradient at exactly 1 would keep an optimised weight there.
-    whole = torch.where(total > 1, total, torch.ones_like(total))
-    return (output * (1 - total / whole)).index_add(0, index, local * (share / whole[index]))

@@ -18,15 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
-from localctl.control.base import Attend, BoundControl, CallContext, check_choice, check_strength, check_window
-from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, mix_texts
+from localctl.control.base import BoundControl, CallContext, Mixture, check_choice, check_strength, check_window
+from localctl.control.mixing import Pair, TextMixer
+from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, once_per_call
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 from localctl.phrases import DETERMINERS
@@ -193,97 +194,88 @@ def _check_weights(weights: Any, mix: str) -> None:
         )
 
 
-class _Mixture(NamedTuple):
-    """The pairs of a row and a region to mix into it: rows, (layout, region), texts (pairs,K,C), weights (pairs,)."""
-
-    rows: list[int]
-    regions: list[tuple[int, int]]
-    texts: Tensor
-    weights: Tensor
-
-
 class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
     keep_phrases = False
 
     def __init__(self, control: SpaceTimeAttention, regions: BoundRegions, given: Sequence[Tensor] | None) -> None:
         super().__init__(control, regions)
-        self.given = given
-        self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (K, C)
+        # Read at each step on the host; weights that are optimised stay where their graph is.
+        self.given = None if given is None else [w if w.requires_grad else w.detach().cpu() for w in given]
+        self.mixer = TextMixer(regions)
         self._tables: dict[tuple[int, int], Tensor] = {}  # (layout, steps) -> (steps, regions)
-        self._last: tuple[CallContext, _Mixture] | None = None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
-        self._last = None
         texts = {key: local_text(region, self.control.template) for key, region in self.regions}
-        self._texts = self.regions.encode({key: text for key, text in texts.items() if text is not None}, arguments)
+        encoded = self.regions.encode({key: text for key, text in texts.items() if text is not None}, arguments)
+        self.mixer.begin_call(encoded)
 
     def _active(self, context: CallContext) -> set[int]:
-        return {layout for layout, _ in self._mixture(context).regions}
+        return {pair.region[0] for pair in self._pairs(context)[0]}
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        return layer.cross and bool(self._mixture(context).rows)
+        return layer.cross and bool(self._pairs(context)[0])
 
-    def mix_attention(
-        self, context: CallContext, layer: AttentionLayer, output: Tensor, attend: Attend
-    ) -> Tensor | None:
-        mixture = self._mixture(context)
-        local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
-        masks = self.regions.masks_of(mixture.regions, layer)
-        share = (mixture.weights.to(output)[:, None] * masks.to(output))[..., None]  # (pairs,Q,1)
-        if self.control.mix == "released":
-            negatives = context.guided_rows.start
-            if not negatives:
-                raise ValueError(
-                    'mix="released" subtracts the attention of the negative prompt, which this call of the denoiser '
-                    "does not have; generate with a guidance_scale above 1 and no LayoutGuidance, or choose "
-                    'mix="convex".'
-                )
-            rows = torch.tensor(mixture.rows, device=output.device)
-            return output.index_add(0, rows, share * (local - output[rows - negatives]))
-        return mix_texts(output, local, share, mixture.rows)
+    def mixture(self, context: CallContext, layer: AttentionLayer) -> Mixture:
+        pairs, weights = self._pairs(context)
+        if self.control.mix == "released" and not context.guided_rows.start:
+            raise ValueError(
+                'mix="released" subtracts the attention of the negative prompt, which this call of the denoiser '
+                "does not have; generate with a guidance_scale above 1 and no LayoutGuidance, or choose "
+                'mix="convex".'
+            )
+        return self.mixer.mixture(context, layer, pairs, weights, convex=self.control.mix == "convex")
 
-    def _mixture(self, context: CallContext) -> _Mixture:
-        """Return the mixture of this call of the denoiser: rows of the prompt, regions with a weight in this step.
+    @once_per_call
+    def _pairs(self, context: CallContext) -> tuple[list[Pair], Tensor]:
+        """Return the pairs of rows of the prompt and regions with a weight in this step, and the weights (pairs,).
 
-        It is cached for the layers of one call.
+        The tensor is the same one for all layers of a call of the denoiser.
         """
-        if self._last is not None and self._last[0] is context:
-            return self._last[1]
+        first = context.guided_rows.start
+        less = first if self.control.mix == "released" else 0  # there, the negative prompt's attention is replaced
         pairs = [
-            (row, (layout, region))
-            for row, layout in enumerate(context.guided_layouts, start=context.guided_rows.start)
+            Pair(row, row - less, (layout, region))
+            for row, layout in enumerate(context.guided_layouts, start=first)
             for region in self._wanted(layout, context)
         ]
-        rows, regions = [row for row, _ in pairs], [key for _, key in pairs]
-        texts, weights = torch.empty(0), torch.empty(0)
-        if pairs:
-            texts = torch.stack([self._texts[key] for key in regions]).to(context.device, context.dtype)
-            steps = {layout: self._weights(layout, context) for layout, _ in regions}
-            weights = torch.stack([steps[layout][region] for layout, region in regions])
-        mixture = _Mixture(rows, regions, texts, weights)
-        self._last = (context, mixture)
-        return mixture
+        weights = self._weights_of(tuple(pair.region for pair in pairs), context) if pairs else torch.empty(0)
+        return pairs, weights
+
+    def _weights_of(self, regions: tuple[tuple[int, int], ...], context: CallContext) -> Tensor:
+        """Return the weight of each (layout, region) in this step, (pairs,) on the call's device."""
+        count = context.num_steps
+
+        def at(step: int) -> Tensor:
+            return torch.stack([self._weights(layout, step, count)[region] for layout, region in regions])
+
+        if self.given is not None and any(self.given[layout].requires_grad for layout, _ in regions):
+            return at(context.step)
+        table = self.regions.cached(  # (steps,pairs)
+            ("weights", regions, count, context.device),
+            lambda: torch.stack([at(step) for step in range(count)]).to(context.device),
+        )
+        return table[context.step]
 
     def _wanted(self, layout: int, context: CallContext) -> list[int]:
         """Return the regions of a layout to mix in during this step."""
-        weights = self._weights(layout, context)
+        weights = self._weights(layout, context.step, context.num_steps)
         # Weights that are optimised stay in the mixture even at 0, so that they receive gradients.
         used = self._table(layout, context.num_steps)[context.step] if weights.requires_grad else weights
-        return [index for index, value in enumerate(used.tolist()) if value and (layout, index) in self._texts]
+        return [index for index, value in enumerate(used.tolist()) if value and (layout, index) in self.mixer.texts]
 
-    def _weights(self, layout: int, context: CallContext) -> Tensor:
-        """Return the weights (regions,) in this step; they require gradients if the given weights do."""
-        row = self._table(layout, context.num_steps)[context.step]
+    def _weights(self, layout: int, step: int, num_steps: int) -> Tensor:
+        """Return the weights (regions,) in a step; they require gradients if the given weights do."""
+        row = self._table(layout, num_steps)[step]
         if self.given is None:
             return row
         weights = self.given[layout]
-        if len(weights) != context.num_steps:
+        if len(weights) != num_steps:
             raise ValueError(
-                f"The weights are for {len(weights)} steps but this call makes {context.num_steps}; generate with "
+                f"The weights are for {len(weights)} steps but this call makes {num_steps}; generate with "
                 f"{len(weights)} steps."
             )
-        return weights[context.step] * row.to(weights)
+        return weights[step] * row.to(weights)
 
     def _table(self, layout: int, num_steps: int) -> Tensor:
         """Return (num_steps, regions): the weights by the settings; with given ones, 1 inside the windows, else 0."""

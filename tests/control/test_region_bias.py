@@ -156,39 +156,11 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
         RegionBias(**options)
 
 
-def test_moments_of_the_keys_are_computed_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are computed again for another text, in another call, or for other rows with the prompt."""
+def test_the_layer_and_the_control_share_projections() -> None:
     arrays = golden("region_bias")
-    bound = RegionBias().bind(bare_pipe(), [scene(arrays)])
-    attn, text, computed = layer(arrays), arrays["encoder_hidden_states"], []
-    compute = Scores.key.func  # type: ignore[attr-defined]
-
-    def count(scores: Scores) -> Tensor:
-        computed.append(scores)
-        return compute(scores)
-
-    monkeypatch.setattr(Scores.key, "func", count)
-
-    @torch.no_grad()
-    def bias(source: Tensor, guided: slice = slice(1, 2)) -> Tensor:
-        hidden = torch.randn(2, 64, 32)
-        scores = Scores(attn, hidden, source, None, guided)
-        result = bound.attention_bias(context(), on((8, 8)), scores, slice(None))
-        assert result is not None
-        fresh = Scores(attn, hidden, source, None, guided).block(slice(None)).flatten(1).std(dim=1)
-        expected = 0.5 * 5 * float(fresh) * float(arrays["strength"].abs().max())
-        assert float(result.abs().max()) == pytest.approx(expected, rel=1e-4)
-        computed.pop()  # that of the check
-        return result
-
-    bias(text)
-    bias(text)
-    assert len(computed) == 1
-    bias(text + 1)
-    bias(text)
-    assert len(computed) == 3
-    bias(text, slice(0, 1))
-    assert len(computed) == 4
-    bound.begin_call({})
-    bias(text, slice(0, 1))
-    assert len(computed) == 5
+    attn, inputs, ran = layer(arrays), (arrays["hidden_states"], arrays["encoder_hidden_states"]), []
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        part = getattr(attn, name)
+        (part[0] if name == "to_out" else part).register_forward_hook(lambda *_, name=name: ran.append(name))
+    steered(RegionBias(), scene(arrays), attn, inputs)
+    assert sorted(ran) == ["to_k", "to_out", "to_q", "to_v"]

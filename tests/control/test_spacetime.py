@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.processor import Installation
+from localctl.control.wrapping import Installation
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention, local_text
 from localctl.denoisers import denoiser_of

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from localctl.control.base import CallContext, Control
-from localctl.control.processor import Installation
+from localctl.control.wrapping import Installation
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 

@@ -1,0 +1,88 @@
+"""Controls in code compiled by ``torch.compile``: steered attention is one operator there, or the code runs eagerly.
+
+A graph holds only the operator and a tensor that names the layer. What a control does, its step and its layout are
+therefore no part of the graph, which is compiled once and serves all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Steered(Protocol):
+    """An attention processor that the operator calls."""
+
+    def run_compiled(self, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return a new tensor of the shape and dtype of ``hidden_states`` (R, Q, C)."""
+
+
+# The operator takes only tensors, so it finds the processor by a number, as long as the processor lives.
+_PROCESSORS: weakref.WeakValueDictionary[int, Steered] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def handle_of(processor: Steered) -> Tensor:
+    """Return the number of a processor for :func:`operator`: () int64 on the CPU, an input of the graphs."""
+    number = next(_NUMBERS)
+    _PROCESSORS[number] = processor
+    with torch.inference_mode(False):
+        return torch.tensor(number, device="cpu")
+
+
+@functools.cache
+def operator() -> Any:
+    """Register the operator on first use and return it."""
+    # A CUDA graph would replay the kernels of one step, so it must leave the operator out.
+    tags = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
+
+    @torch.library.custom_op(
+        "localctl::steered_attention",
+        mutates_args=(),
+        schema="(Tensor hidden_states, Tensor? text, Tensor? mask, Tensor handle) -> Tensor",
+        tags=tags,
+    )
+    def steered_attention(hidden_states: Tensor, text: Tensor | None, mask: Tensor | None, handle: Tensor) -> Tensor:
+        return _PROCESSORS[int(handle)].run_compiled(hidden_states, text, mask)
+
+    @steered_attention.register_fake
+    def _(hidden_states: Tensor, text: Tensor | None, mask: Tensor | None, handle: Tensor) -> Tensor:
+        return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+    return torch.ops.localctl.steered_attention.default
+
+
+class EagerMode:
+    """Makes compiled code run eagerly while it has users.
+
+    torch has one compiler stance per process, so users are counted, over all threads and in any order; the last one to
+    leave restores the stance.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users = threading.Lock(), 0
+        self._stance: Any = None
+
+    def enter(self) -> None:
+        """Count one more user; the first one switches to eager mode."""
+        with self._lock:
+            if not self._users:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._users += 1
+
+    def leave(self) -> None:
+        """Count one user less; the last one restores the stance."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stance.__exit__(None, None, None)
+
+
+EAGER_MODE = EagerMode()
