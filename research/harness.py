@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
@@ -305,7 +305,6 @@ def statistics_of(
 
     keys: one per image. image: returns an image uint8 (H,W,3) by its number. about: provenance of the images.
     """
-
     metric = FeatureStatistics(extractor.dim)
     for first in range(0, len(keys), batch_size):
         batch = keys[first : first + batch_size]
