@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
@@ -27,7 +27,7 @@ from localctl.images import load_image, png_bytes
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
-from localctl.metrics.statistics import Statistics
+from localctl.metrics.statistics import FeatureStatistics, Statistics
 from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.pipelines import resolve_base
@@ -305,7 +305,6 @@ def statistics_of(
 
     keys: one per image. image: returns an image uint8 (H,W,3) by its number. about: provenance of the images.
     """
-
     metric = FeatureStatistics(extractor.dim)
     for first in range(0, len(keys), batch_size):
         batch = keys[first : first + batch_size]
