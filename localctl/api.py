@@ -82,18 +82,22 @@ def evaluate_fid(settings: FidSettings, say: Say | None = None) -> dict[str, Any
         return fid.score(settings)
 
 
-def compare_sets(folders: Mapping[str, Path], clip: str | Path | None = "micro_clip") -> Comparison:
+def compare_sets(
+    folders: Mapping[str, Path], clip: str | Path | None = "micro_clip", num_workers: int | None = None
+) -> Comparison:
     """Measure how well sets of generated images follow their conditions, and compare the sets.
 
     Args:
         folders: folders from :func:`generate_set` by set name; one set must be without an adapter.
         clip: folder or hub id of the CLIPModel for the CLIP score; ``micro_clip``: that of the embedded base; None: no
             CLIP score.
+        num_workers: number of Ray workers to share the images; None: this process measures them.
 
     Raises:
         ValueError: images are missing, or the sets differ in more than the adapter.
     """
-    return compare(folders, None if clip is None else Clip(MICRO_CLIP if clip == "micro_clip" else clip))
+    model = None if clip is None else Clip(MICRO_CLIP if clip == "micro_clip" else clip)
+    return compare(folders, model, num_workers=num_workers)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from localctl.images import load_image, png_bytes
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor
-from localctl.metrics.statistics import Statistics
+from localctl.metrics.statistics import FeatureStatistics, Statistics
 from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.pipelines import resolve_base

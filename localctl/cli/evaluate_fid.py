@@ -3,6 +3,7 @@
   python evaluate_fid.py ref   data=imagefolder data.path=PHOTOS extractor=fid     statistics of the photos, once
   python evaluate_fid.py gen   adapter=outputs/adapter prompts=both                generate images; repeat to resume
   torchrun --nproc_per_node 2 evaluate_fid.py gen ...                              the same in several processes
+  RAY_ADDRESS=HOST:6379 python evaluate_fid.py gen num_workers=16 ...              the same on a Ray cluster
   python evaluate_fid.py score                                                     compare the two
 
 All three take the same arguments. `sample=KEY` generates one example num_images times.

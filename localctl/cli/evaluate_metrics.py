@@ -11,6 +11,8 @@ sheet of each set's best, median and worst images.
   python evaluate_quantitative_metrics.py photos=PHOTOS mine=FOLDER other=FOLDER         any folders of images
 
 For folders without such records: Fréchet distance, KID and sizes, compared with the first folder or --against.
+
+Both share the images among Ray workers with --num_workers N: on this machine, or on the cluster at RAY_ADDRESS.
 """
 
 from __future__ import annotations
@@ -43,8 +45,12 @@ def parse(argv: Sequence[str] | None, program: str = PROGRAM) -> argparse.Namesp
     add("--clip", help="folder or hub id of the CLIPModel; default: the embedded base's; none: no CLIP score")
     add("--extractor", choices=EXTRACTORS, help="feature extractor for plain folders; default: micro_clip")
     add("--weights", help="weights of the extractor, if it does not find them itself")
+    add("--num_workers", type=int, metavar="N", help="share the images among N Ray workers; default: this process only")
     add("--output_dir", type=Path, default=Path("outputs/metrics"), help="folder for tables and sheets")
-    return parser.read(argv)
+    options = parser.read(argv)
+    if options.num_workers is not None and options.num_workers < 1:
+        raise ValueError(f"--num_workers must be at least 1, not {options.num_workers}; leave it out for this process.")
+    return options
 
 
 def named(sets: Sequence[str]) -> dict[str, Path]:
@@ -87,13 +93,13 @@ def compare_plain(folders: dict[str, Path], args: argparse.Namespace) -> None:
     if args.clip is not None:
         raise ValueError("--clip scores captions, which plain folders do not have; leave it out, or see --extractor.")
     with loading():
-        from localctl.evaluation.plain import check_folders, compare_folders, table
+        from localctl.evaluation.plain import check_folders, compare_folders, load_for, table
         from localctl.evaluation.provenance import write_json, write_text
-        from localctl.metrics.extractors import load_extractor
 
     check_folders(folders)
-    extractor = load_extractor(args.extractor or "micro_clip", args.weights)
-    content = compare_folders(folders, extractor, args.against or next(iter(folders)))
+    named_by = (args.extractor or "micro_clip", args.weights)
+    workers = None if args.num_workers is None else (args.num_workers, *named_by)
+    content = compare_folders(folders, load_for(*named_by), args.against or next(iter(folders)), workers)
     write_json(args.output_dir / "metrics.json", content)
     text = table(content)
     write_text(args.output_dir / "metrics.md", text)
@@ -115,7 +121,7 @@ def compare_sets(folders: dict[str, Path], args: argparse.Namespace) -> None:
 
     _check_against(args.against, folders, CEILING)
     clip = None if args.clip == "none" else Clip(args.clip or MICRO_CLIP)
-    comparison = compare(folders, clip)
+    comparison = compare(folders, clip, num_workers=args.num_workers)
     print(write(comparison, folders, args.against or comparison.floor, args.output_dir))
 
 

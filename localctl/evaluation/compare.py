@@ -6,65 +6,37 @@ is the floor of every control metric, the true images after a round trip through
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from localctl.boxes import Box, Truth
-from localctl.conditions import ConditionConfig
-from localctl.data import DataConfig, MaskedSamples
-from localctl.diffusion import round_trip
-from localctl.evaluation.generated_set import (
-    Speed,
-    example_of,
-    index_of,
-    open_source,
-    read_images,
-    read_set,
-    read_speed,
-)
+from localctl.evaluation.generated_set import Speed, read_set, read_speed
+from localctl.evaluation.measuring import CEILING, Measurer, Rows, TargetReader, settings_of
 from localctl.evaluation.provenance import read_json, versions
 from localctl.evaluation.settings import FidSettings
-from localctl.files import sha256, sha256_of_files, sha256_of_folder
-from localctl.images import to_pil
-from localctl.masks import MaskConfig
+from localctl.evaluation.workers import spread
+from localctl.files import sha256_of_files, sha256_of_folder
 from localctl.metrics.bootstrap import Interval, bootstrap
-from localctl.metrics.clip import Clip, CLIPScore
-from localctl.metrics.edges import MIN_EDGES, YARDSTICK, canny
+from localctl.metrics.clip import Clip
+from localctl.metrics.edges import YARDSTICK
 from localctl.metrics.extractors import ClipExtractor, describe
-from localctl.metrics.inside import EdgeScore, SSIMInside
-from localctl.metrics.lfmse import LFMSE, DiffCC
-from localctl.metrics.per_sample import PerSample
-from localctl.metrics.regions import Leak, RegionAccuracy, RelationAccuracy, hidden_objects
-from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
+from localctl.pipelines import resolve_base
 
-Rows = list[dict[str, float]]  # values by name, one row per sample
 Cached = Callable[[Mapping[str, Any], Callable[[], dict[str, Rows]]], dict[str, Rows]]
-CEILING = "VAE round trip"
+Tables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # columns and values (n, k) by the name of the set
 LOWER_IS_BETTER = ("lfmse_in", "hallucination_in", "hallucination_out", "leak")
-_SECTIONS = {"base": BaseConfig, "data": DataConfig, "condition": ConditionConfig, "mask": MaskConfig}
+_AT_ONCE = 16  # images, as many as go through the VAE at once
 _SAME = ("base", "data", "condition", "mask", "part", "num_images", "seed", "sample", "set", "num_inference_steps") + (
     "guidance_scale",
     "scheduler",
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """The reference of one generated image.
-
-    image: the true image, uint8 (H,W,3). mask: bool (H,W). truth: the objects and the relation in it, where known.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray
-    caption: str
-    truth: Truth | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +89,12 @@ def verdict(difference: Interval) -> str:
     return "more" if difference.value > 0 else "less"
 
 
-def compare(folders: Mapping[str, Path], clip: Clip | None = None, cached: Cached | None = None) -> Comparison:
+def compare(
+    folders: Mapping[str, Path],
+    clip: Clip | None = None,
+    cached: Cached | None = None,
+    num_workers: int | None = None,
+) -> Comparison:
     """Measure sets of generated images.
 
     Args:
@@ -125,6 +102,7 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, cached: Cache
         clip: the CLIP that computes the CLIP score; None: no CLIP score.
         cached: returns the values of floor and ceiling for what they depend on, and calls the function that measures
             them where it has none; None: they are measured anew.
+        num_workers: number of Ray workers to share the images; None: this process measures them.
 
     Raises:
         ValueError: images are missing or unknown; the sets differ in ids, captions, masks, seeds or settings other than
@@ -143,47 +121,62 @@ def compare(folders: Mapping[str, Path], clip: Clip | None = None, cached: Cache
         )
     floor = floors[0]
     settings = settings_of(sets[floor][0])
-    targets = read_targets(settings, folders[floor], ids)
-    base = _images(folders[floor], ids)
 
-    def measure_all(images: np.ndarray) -> list[dict[str, float]]:
-        return [measure(image, plain, target, clip) for image, plain, target in zip(images, base, targets, strict=True)]
-
-    def measure_bounds() -> dict[str, list[dict[str, float]]]:
-        vae = load_pipeline(settings.base).vae
-        return {floor: measure_all(base), CEILING: measure_all(round_trip(vae, np.stack([t.image for t in targets])))}
+    def measured(*names: str) -> Tables:
+        make = partial(Measurer, settings, {name: folders.get(name) for name in names}, folders[floor])
+        pieces = [ids[first : first + _AT_ONCE] for first in range(0, len(ids), _AT_ONCE)]
+        in_worker = partial(make, None if clip is None else clip.folder)
+        return _tables(spread(make(clip), in_worker, pieces, num_workers))
 
     if cached is None:
-        bounds = measure_bounds()
+        tables = measured(*folders, CEILING)
     else:
-        bounds = cached(_depends_on(folders[floor], floor, ids, targets, clip), measure_bounds)
-    rows = {name: bounds[name] if name == floor else measure_all(_images(folders[name], ids)) for name in folders}
-    rows[CEILING] = bounds[CEILING]
-    columns = tuple(rows[CEILING][0])
-    tables = {name: np.array([[row[c] for c in columns] for row in made]) for name, made in rows.items()}
+        depends_on = _depends_on(folders[floor], floor, ids, settings, clip)
+        bounds = cached(depends_on, lambda: _rows(measured(floor, CEILING)))
+        tables = _tables([bounds])
+        if others := [name for name in folders if name != floor]:
+            tables |= measured(*others)
+    columns = tables[CEILING][0]
     speeds = {name: speed for name, folder in folders.items() if (speed := read_speed(folder)) is not None}
-    provenance = _provenance(columns, sets, targets, clip)
-    return Comparison(columns, tables, ids, floor, provenance, speeds, time.perf_counter() - began)
+    values = {name: tables[name][1] for name in (*folders, CEILING)}
+    provenance = _provenance(columns, sets, ids, clip)
+    return Comparison(columns, values, ids, floor, provenance, speeds, time.perf_counter() - began)
 
 
-def _images(folder: Path, ids: Sequence[str]) -> np.ndarray:
-    return np.stack([item.image for item in read_images(folder, ids)])
+def _tables(parts: Iterable[Mapping[str, Rows]]) -> Tables:
+    """Join rows of values, part after part. Numbers take a tenth of the memory of rows."""
+    columns: dict[str, tuple[str, ...]] = {}
+    values: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        for name, rows in part.items():
+            order = columns.setdefault(name, tuple(rows[0]))
+            values.setdefault(name, []).append(np.array([[row[column] for column in order] for row in rows]))
+    return {name: (order, np.concatenate(values[name])) for name, order in columns.items()}
+
+
+def _rows(tables: Tables) -> dict[str, Rows]:
+    return {
+        name: [dict(zip(columns, row, strict=True)) for row in values.tolist()]
+        for name, (columns, values) in tables.items()
+    }
 
 
 def _depends_on(
-    folder: Path, name: str, ids: Sequence[str], targets: Sequence[Target], clip: Clip | None
+    folder: Path, name: str, ids: Sequence[str], settings: FidSettings, clip: Clip | None
 ) -> dict[str, Any]:
     """Return what the values of floor and ceiling depend on besides the code: settings, images, masks and captions of
     the floor, the true images, and the weights of the VAE and the CLIP."""
-    settings = read_json(folder / "settings.json", "settings of the generated images")
     parts = (("images", "png"), ("masks", "png"), ("ids", "json"))
     files = [folder / part / f"{number}.{kind}" for number in ids for part, kind in parts]
-    base = settings_of(settings).base
+    images = hashlib.sha256()
+    for target in TargetReader(settings).read(folder, ids):
+        images.update(target.image.tobytes())
+    base = settings.base
     return {
         "name": name,
-        "settings": settings,
+        "settings": read_json(folder / "settings.json", "settings of the generated images"),
         "files_sha256": sha256_of_files(files, folder),
-        "targets_sha256": sha256(b"".join(target.image.tobytes() for target in targets)),
+        "targets_sha256": images.hexdigest(),
         "vae_sha256": sha256_of_folder(base.vae or Path(resolve_base(base.name).id_or_path) / "vae"),
         "clip_sha256": None if clip is None else clip.weights_sha256,
     }
@@ -213,92 +206,16 @@ def _check_same(folders: Mapping[str, Path], sets: Mapping[str, tuple[dict[str, 
     return ids
 
 
-def settings_of(recorded: Mapping[str, Any]) -> FidSettings:
-    """Rebuild the settings of a set from the contents of its settings.json."""
-    known = {item.name for item in fields(FidSettings)}
-    plain = {key: _tuples(value) for key, value in recorded.items() if key in known and key not in _SECTIONS}
-    sections: dict[str, Any] = {}
-    for name, kind in _SECTIONS.items():
-        sections[name] = kind(**{key: _tuples(value) for key, value in recorded[name].items()})
-    return FidSettings(**plain, **sections)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def read_targets(settings: FidSettings, folder: Path, ids: Sequence[str]) -> list[Target]:
-    """Read the references of the images in ``folder``: found by position, checked by key. ValueError for other keys."""
-    samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
-    single = None if settings.sample is None else index_of(samples.source, settings.sample)
-    targets = []
-    for item in read_images(folder, ids):
-        example = example_of(samples, int(item.id), single)
-        if example.key != item.key:
-            raise ValueError(
-                f"The image {item.id} was generated from {item.key!r}, but the data now has {example.key!r} there; "
-                "restore the data, or generate the set again."
-            )
-        targets.append(Target(np.asarray(to_pil(example.pixels)), item.mask > 0.5, item.caption, example.truth))
-    return targets
-
-
-def measure(image: np.ndarray, base: np.ndarray, target: Target, clip: Clip | None) -> dict[str, float]:
-    """Measure one image: the value of each metric by name, NaN where undefined.
-
-    image, base: uint8 (H,W,3), from the same caption and noise; ``base`` was generated without the adapter.
-    """
-    edges, wanted = canny(image), canny(target.image)
-    values: dict[str, float] = {}
-    pairs: tuple[tuple[PerSample, tuple[str, ...]], ...] = (
-        (EdgeScore(min_target=MIN_EDGES), ("precision", "recall", "f1")),
-        (SSIMInside(), ("ssim",)),
-        (LFMSE(), ("lfmse_in", "", "")),
-        (DiffCC(), ("coincidence", "hallucination_in", "hallucination_out")),
-    )
-    for metric, names in pairs:
-        metric.update(edges, wanted, target.mask)
-        values |= {name: float(v) for name, v in zip(names, metric.per_sample()[0], strict=True) if name}
-    if clip is not None:
-        score = CLIPScore(clip)
-        score.update(image, target.caption)
-        values["clip_score"] = float(score.per_sample()[0, 0])
-    if target.truth is not None:
-        values |= _measure_objects(image, base, target.mask, target.truth)
-    return values
-
-
-def _measure_objects(image: np.ndarray, base: np.ndarray, mask: np.ndarray, truth: Truth) -> dict[str, float]:
-    """Measure region accuracy of the objects wholly inside the mask, leak of the objects wholly outside, and the
-    relation that the caption states."""
-    regions, relation = RegionAccuracy(truth.find), RelationAccuracy(truth.find)
-    leak = Leak(truth.find_shapes)
-    regions.update(image, [item for item in truth.objects if mask[_pixels(item.box)].all()])
-    leak.update(image, base, hidden_objects(truth.shapes, mask))
-    region = regions.per_sample()[:, 0]
-    values = {"region_accuracy": float(region.mean()) if len(region) else math.nan}
-    values["leak"], values["relation"] = float(leak.per_sample()[0, 0]), math.nan
-    if truth.relation is not None:
-        relation.update(image, *truth.relation)
-        values["relation"] = float(relation.per_sample()[0, 1])
-    return values
-
-
-def _pixels(box: Box) -> tuple[slice, slice]:
-    x0, y0, x1, y1 = box
-    return slice(int(y0), math.ceil(y1)), slice(int(x0), math.ceil(x1))
-
-
 def _provenance(
-    columns: Sequence[str], sets: Mapping[str, tuple[dict[str, Any], list[str]]], targets: Sequence[Target], clip: Any
+    columns: Sequence[str], sets: Mapping[str, tuple[dict[str, Any], list[str]]], ids: Sequence[str], clip: Any
 ) -> dict[str, Any]:
     settings = next(iter(sets.values()))[0]
     return {
         "metrics": list(columns),
-        "n_real": len(targets),
-        "n_fake": len(targets),
+        "n_real": len(ids),
+        "n_fake": len(ids),
         "image_format": "PNG, 8 bit RGB",
-        "image_size": list(targets[0].image.shape[:2]),
+        "image_size": list(settings_of(settings).data.size),
         "edges": YARDSTICK,
         "clip": None if clip is None else describe(ClipExtractor(clip, "clip_score")),
         "mask_protocol": {"mask": settings["mask"], "stored": "masks/ID.png, the same for every set"},

@@ -27,6 +27,7 @@ from localctl.images import to_pil
 from localctl.lazy import moved_names
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import ClipExtractor, Extractor, describe, load_extractor
+from localctl.metrics.per_sample import PerSample
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 from localctl.redaction import recorded
 
@@ -97,6 +98,17 @@ class Batch(Generic[Note]):
     scores: list[tuple[float, ...]] = field(default_factory=list)
 
 
+class Scores(PerSample):
+    """CLIP scores that were computed elsewhere."""
+
+    columns = CLIPScore.columns
+    higher_is_better = True
+
+    def update(self, rows: Sequence[tuple[float, ...]]) -> None:
+        """Add rows of the columns of :class:`CLIPScore`."""
+        self.add(*rows)
+
+
 class PhotoFeatures:
     """Extracts the features of photos, the examples of ``settings.part``.
 
@@ -138,16 +150,16 @@ def _batches(items: Sequence[Item], size: int, share: tuple[int, int]) -> list[S
 
 
 def collect(
-    dim: int, batches: Iterable[Batch[Note]], notes: set[Note], clip: CLIPScore | None = None
+    dim: int, batches: Iterable[Batch[Note]], notes: set[Note], scores: Scores | None = None
 ) -> FeatureStatistics:
-    """Collect the feature statistics of batches, their notes in ``notes`` and their scores in ``clip``."""
+    """Collect the feature statistics of batches, their notes in ``notes`` and their scores in ``scores``."""
     metric = FeatureStatistics(dim)
     for batch in batches:
         notes |= batch.notes
         if batch.keys:
             metric.update(batch.features, batch.keys)
-        if clip is not None:
-            clip.add(*batch.scores)
+        if scores is not None and batch.scores:
+            scores.update(batch.scores)
     return metric
 
 
@@ -241,16 +253,16 @@ def score_set(
 
     ValueError when the images have another size than the photos, or several sizes.
     """
-    clip = CLIPScore(extractor.clip) if isinstance(extractor, ClipExtractor) else None
+    scores = Scores() if isinstance(extractor, ClipExtractor) else None
     seen: set[tuple[int, ...]] = set()
     wanted = reference.provenance.get("image_size")
     with joined() as share:
         batches = _batches(ids, settings.batch_size, share)
         make = partial(SetFeatures, folder, wanted, settings)
         read = spread(make(extractor), make, batches, settings.num_workers, settings.device)
-        statistics = collect(extractor.dim, read, seen, clip).statistics(**describe(extractor))
+        statistics = collect(extractor.dim, read, seen, scores).statistics(**describe(extractor))
         sizes = union(seen)
-        clip_score = None if clip is None else clip.compute()["clip_score"]
+        clip_score = None if scores is None else scores.compute()["clip_score"]
     if len(sizes) > 1:
         raise ValueError(f"The images in {folder} have different sizes (height, width): {sorted(sizes)}.")
     report = distances(reference, statistics)

@@ -6,21 +6,24 @@ The first folder is the reference, usually photos; the others are compared with 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from localctl.data.folders import Walk, is_image
+from localctl.distributed import process_device
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.tables import head, line
+from localctl.evaluation.workers import spread
 from localctl.images import ImageError, load_image
-from localctl.metrics.extractors import Extractor, describe
+from localctl.metrics.extractors import Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, distances
 
-BATCH = 16
+BATCH = 16  # files read at once; features are extracted at once of those of one size
 LEFT_OUT = (
     "Not measured, because it needs the records that evaluate_fid.py gen writes beside its images: control inside the "
     "mask, similarity, CLIP score, leak, paired differences."
@@ -50,47 +53,79 @@ def check_folders(folders: Mapping[str, Path]) -> None:
             raise ValueError(f"{folder} ({name}) has fewer than 2 images; a distance needs at least 2 on each side.")
 
 
-def read_folder(folder: Path, extractor: Extractor) -> Folder:
-    """Collect the feature statistics of all images in ``folder``. ValueError for fewer than 2 readable images."""
+@dataclass(frozen=True)
+class Found:
+    """What was read of some files. groups: (size, names, features) of images of one size. unreadable: with reasons."""
+
+    groups: list[tuple[tuple[int, int], list[str], np.ndarray]]
+    unreadable: list[str]
+
+
+class FolderFeatures:
+    """Extracts the features of images in ``folder``.
+
+    extractor: loaded, or the name and weights to load it with. ValueError if it cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, extractor: Extractor | tuple[str, str | None]) -> None:
+        self.folder = folder
+        self.extractor = load_for(*extractor) if isinstance(extractor, tuple) else extractor
+
+    def __call__(self, names: Sequence[str]) -> Found:
+        """Extract the features of the images with these names, all of one size at once."""
+        by_size: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
+        found = Found([], [])
+        for name in names:
+            try:
+                image = np.asarray(load_image(self.folder / name))
+            except (ImageError, OSError) as error:
+                found.unreadable.append(f"{name}: {error}")
+                continue
+            by_size.setdefault((image.shape[0], image.shape[1]), []).append((name, image))
+        for size, group in by_size.items():
+            keys, images = zip(*group, strict=True)
+            found.groups.append((size, list(keys), self.extractor(np.stack(images)).numpy()))
+        return found
+
+
+def load_for(name: str, weights: str | None) -> Extractor:
+    """Load an extractor on the device of this process: ValueError as for :func:`load_extractor`."""
+    return load_extractor(name, weights, process_device("auto"))
+
+
+def read_folder(folder: Path, extractor: Extractor, workers: tuple[int, str, str | None] | None = None) -> Folder:
+    """Collect the feature statistics of all images in ``folder``.
+
+    workers: number of Ray workers to share the images, with the name and weights of the extractor that they load; None:
+    this process reads them. ValueError for fewer than 2 readable images.
+    """
     metric, sizes = FeatureStatistics(extractor.dim), Counter[tuple[int, int]]()
     unreadable: list[str] = []
-    for keys, images in _batches(folder, sizes, unreadable):
-        metric.update(extractor(images), keys)
+    names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
+    pieces = [names[first : first + BATCH] for first in range(0, len(names), BATCH)]
+    count, own = (None, None) if workers is None else (workers[0], workers[1:])
+    make = partial(FolderFeatures, folder)
+    for found in spread(make(extractor), partial(make, own), pieces, count, "auto"):
+        unreadable += found.unreadable
+        for size, keys, features in found.groups:
+            sizes[size] += len(keys)
+            metric.update(features, keys)
     if sum(sizes.values()) < 2:
         raise ValueError(f"{folder} has {sum(sizes.values())} readable images; a distance needs at least 2.")
     return Folder(metric.statistics(**describe(extractor)), dict(sizes), unreadable)
 
 
-def _batches(
-    folder: Path, sizes: Counter[tuple[int, int]], unreadable: list[str]
-) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yield names and images (B,H,W,3) uint8 in batches of one size; fill in ``sizes`` and ``unreadable``."""
-    waiting: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
-    for path in image_files(folder):
-        name = path.relative_to(folder).as_posix()
-        try:
-            image = np.asarray(load_image(path))
-        except (ImageError, OSError) as error:
-            unreadable.append(f"{name}: {error}")
-            continue
-        size = (image.shape[0], image.shape[1])
-        sizes[size] += 1
-        group = waiting.setdefault(size, [])
-        group.append((name, image))
-        if len(group) == BATCH:
-            yield [key for key, _ in group], np.stack([array for _, array in group])
-            group.clear()
-    for group in waiting.values():
-        if group:
-            yield [key for key, _ in group], np.stack([array for _, array in group])
-
-
-def compare_folders(folders: Mapping[str, Path], extractor: Extractor, reference: str) -> dict[str, Any]:
+def compare_folders(
+    folders: Mapping[str, Path],
+    extractor: Extractor,
+    reference: str,
+    workers: tuple[int, str, str | None] | None = None,
+) -> dict[str, Any]:
     """Compute the distances of every folder to the folder named ``reference``, with sizes, warnings and provenance.
 
-    ValueError as for :func:`check_folders` and :func:`read_folder`.
+    workers: as for :func:`read_folder`. ValueError as for :func:`check_folders` and :func:`read_folder`.
     """
-    read = {name: read_folder(folder, extractor) for name, folder in folders.items()}
+    read = {name: read_folder(folder, extractor, workers) for name, folder in folders.items()}
     rows: dict[str, Any] = {}
     warnings: list[str] = []
     for name, measured in read.items():

@@ -82,7 +82,7 @@ class Statistics:
             arrays["kept"] = short
         # not compressed: features hardly shrink, and it takes most of the time
         np.savez(buffer, provenance=json.dumps(dict(self.provenance), sort_keys=True), **arrays)
-        write_bytes(path, buffer.getbuffer())
+        write_bytes(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

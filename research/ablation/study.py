@@ -13,9 +13,10 @@ from PIL import Image
 
 from localctl.data import DataConfig
 from localctl.drawing import outline
-from localctl.evaluation.compare import CEILING, Comparison, compare, read_targets
+from localctl.evaluation.compare import CEILING, Comparison, compare
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
+from localctl.evaluation.measuring import read_targets
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.settings import FidSettings
 from localctl.messages import log_to_screen

@@ -14,8 +14,9 @@ from PIL import Image
 
 from localctl.cli import evaluate_fid
 from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
-from localctl.evaluation import compare as compare_module
-from localctl.evaluation.compare import CEILING, Comparison, Target, compare, measure, verdict
+from localctl.evaluation import measuring
+from localctl.evaluation.compare import CEILING, Comparison, compare, verdict
+from localctl.evaluation.measuring import Target, measure
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
@@ -111,7 +112,7 @@ def test_floor_and_ceiling_are_measured_once(
     cache = TableCache(tmp_path / "measured")
     compare({name: sets[name] for name in ("base", "noisy")}, cached=cache.tables)
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "load_pipeline", lambda *args: pytest.fail("the ceiling was measured again"))
+        patch.setattr(measuring, "load_pipeline", lambda *args: pytest.fail("the ceiling was measured again"))
         again = compare(sets, cached=cache.tables)
     assert list(again.tables) == list(plain.tables)
     for name, table in plain.tables.items():
