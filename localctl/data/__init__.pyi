@@ -2,12 +2,15 @@ from .bad_rows import BadRow as BadRow
 from .bad_rows import Problem as Problem
 from .bad_rows import Quarantine as Quarantine
 from .bad_rows import TooManyBadRows as TooManyBadRows
+from .buckets import Buckets as Buckets
 from .check import preview as preview
 from .config import DataConfig as DataConfig
 from .files import FileSource as FileSource
 from .files import open_data as open_data
 from .files import open_files as open_files
 from .micro import MicroScenes as MicroScenes
+from .plan import BucketPlan as BucketPlan
+from .plan import Plan as Plan
 from .plan import PlanSampler as PlanSampler
 from .plan import SamplePlan as SamplePlan
 from .plan import SampleRef as SampleRef

@@ -30,7 +30,7 @@ from localctl.files import first_line
 from localctl.images import ImageError, Limits, read_photo
 from localctl.labels import shorten
 from localctl.masks import mask_doubt, stretch_mask
-from localctl.seeding import key_seed, numpy_rng
+from localctl.seeding import key_seeds, numpy_rng
 
 SPLITS = ("train", "val")
 WITHOUT_VALIDATION = " or pass --validation_steps 0"  # advice of training when there are no held-out examples
@@ -249,7 +249,7 @@ def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str
         held, note = held_out(rows.keys, data.validation_share, rows.places)
         indices = np.flatnonzero(held == (split == "val"))
     if split == "train" and data.count is not None and len(indices) > data.count:
-        order = np.array([key_seed(0, "subset", rows.keys[i]) for i in indices.tolist()])
+        order = np.fromiter(key_seeds(0, "subset", (rows.keys[i] for i in indices.tolist())), np.int64)
         indices = np.sort(indices[np.argsort(order, kind="stable")[: data.count]])
     if not len(indices):
         way_out = "lower it"

@@ -7,23 +7,24 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from localctl.labels import shorten
-from localctl.seeding import key_seed
+from localctl.seeding import key_seeds
 
 
 def is_held_out(key: str, share: float) -> bool:
     """Return whether an example belongs to the validation part. A hash of its key alone decides, so it stays there when
     other rows are added or removed. Repeated rows of one image (key#2) stay together."""
-    return _place(key) < share
+    return bool(places_of([key])[0] < share)
 
 
 def places_of(keys: Iterable[str]) -> np.ndarray:
     """Map each key to [0, 1] by a hash, (n,) float64."""
-    return np.fromiter(map(_place, keys), np.float64)
+    return np.fromiter((seed / 2**63 for seed in key_seeds(0, "validation", map(_image, keys))), np.float64)
 
 
-def _place(key: str) -> float:
+def _image(key: str) -> str:
+    """Return the name of the image of a ``key``, which is the same for repeated rows."""
     name, mark, number = key.rpartition("#")
-    return key_seed(0, "validation", name if mark and number.isdecimal() else key) / 2**63
+    return name if mark and number.isdecimal() else key
 
 
 def held_out(keys: Sequence[str], share: float, places: np.ndarray | None = None) -> tuple[np.ndarray, str]:

@@ -36,7 +36,7 @@ class MetadataLines:
 
     def append(self, folder: Path, line: bytes) -> None:
         """Add a line of the metadata file in ``folder``."""
-        if not self._folders or self._folders[-1] != folder:
+        if not self._folders or self._folders[-1] is not folder:
             self._folders.append(folder)
         self._folder_of.append(len(self._folders) - 1)
         self._content += line
@@ -62,7 +62,7 @@ def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
             check_utf8(opened.read(4), str(file))
             opened.seek(0)
             if file.suffix.lower() == ".csv":
-                yield from enumerate(_csv_rows(opened, file), start=1)
+                yield from enumerate(_csv_rows(file, opened.readline()), start=1)
                 return
             for number, line in enumerate(_lines(opened), start=1):
                 line = line.removeprefix(codecs.BOM_UTF8)  # at the beginning, and in concatenated files
@@ -75,22 +75,23 @@ def metadata_lines(file: Path) -> Iterator[tuple[int, bytes]]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """Yield the lines of a file, at the usual three line ends."""
     for part in file:  # ends with \n
+        if b"\r" not in part:
+            yield part.removesuffix(b"\n")
+            continue
         lines = split_lines(part)
         yield from lines if lines[-1] else lines[:-1]
 
 
-def _csv_rows(file: BinaryIO, place: Path) -> Iterator[bytes]:
-    text = codecs.getreader("utf-8-sig")(file, errors="surrogateescape")
-    header = file.readline().decode(errors="surrogateescape")
-    file.seek(0)
-    delimiter = max(",;\t", key=header.count)  # many European locales use semicolons
+def _csv_rows(file: Path, header: bytes) -> Iterator[bytes]:
+    delimiter = max(",;\t", key=header.decode(errors="replace").count)  # many European locales use semicolons
     before = csv.field_size_limit(2**31 - 1)  # captions may be longer than the default limit
     try:
-        for row in csv.DictReader(text, delimiter=delimiter):
-            values = {name.strip(): value for name, value in row.items() if isinstance(name, str) and value}
-            yield json.dumps(values).encode()
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            for row in csv.DictReader(text, delimiter=delimiter):
+                values = {name.strip(): value for name, value in row.items() if isinstance(name, str) and value}
+                yield json.dumps(values).encode()
     except csv.Error as error:
-        raise ValueError(f"{place} is not a CSV table ({error}); save it again as CSV.") from None
+        raise ValueError(f"{file} is not a CSV table ({error}); save it again as CSV.") from None
     finally:
         csv.field_size_limit(before)
 

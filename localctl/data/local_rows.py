@@ -73,6 +73,7 @@ class ImageFolderRows(Rows):
         for file in lists:
             parts = file.parent.relative_to(self.root).parts
             prefix = "".join(f"{part}/" for part in parts)
+            folder = file.parent
             for number, line in metadata_lines(file):
                 values = _parse(line)
                 name = _file_name(values, columns["image"])
@@ -82,7 +83,7 @@ class ImageFolderRows(Rows):
                     splits.append(split_of_folder(place.rpartition("/")[0]))
                 kinds[tuple(name for name, value in values.items() if value is not None)] += 1
                 sides.append(values)
-                self._lines.append(file.parent, line)
+                self._lines.append(folder, line)
                 yield f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}"
 
     def _line(self, index: int) -> tuple[Path, bytes]:
@@ -255,8 +256,15 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _file_name(values: dict[str, Any], column: str) -> Any:
     """Return the cell of a column of images: ``<column>_file_name`` as in `datasets`, ``file_name`` for ``image``, or
     the plain name of the column; None if the row has none of them."""
-    names = (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
-    return next((values[name] for name in names if values.get(name) is not None), None)
+    for name in _names_of(column):
+        if (value := values.get(name)) is not None:
+            return value
+    return None
+
+
+@lru_cache(maxsize=64)
+def _names_of(column: str) -> tuple[str, ...]:
+    return (f"{column}_file_name", *(("file_name",) if column == "image" else ()), column)
 
 
 def _column(name: str) -> str:
