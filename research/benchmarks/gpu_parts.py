@@ -1,0 +1,349 @@
+"""What the GPU benchmark measures, part by part. Each part yields rows: dictionaries for a line of JSON."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+
+from localctl.adapter import LocalAdapter
+from localctl.architectures import BaseShape
+from localctl.control.base import Control
+from localctl.control.dense import DenseModulation
+from localctl.control.image_controls import LocalAdapterControl
+from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.negative_prompts import NegativePrompts
+from localctl.control.presets import PRESETS
+from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
+from localctl.data import DataConfig
+from localctl.diffusion import posterior
+from localctl.layout import Layout, Region
+from localctl.messages import no_progress_bars
+from localctl.pipelines import BaseConfig, encode_prompts
+from localctl.sampling import generate
+from localctl.training.models import plan_adapter
+from localctl.training.settings import TrainSettings
+from research.benchmarks.shapes import random_pipeline, shape_of
+from research.benchmarks.steps import (
+    CACHED,
+    COMPILED,
+    LIVE,
+    PLAIN,
+    WITHOUT,
+    Steps,
+    Variant,
+    Work,
+    count_work,
+    random_batches,
+)
+from research.benchmarks.timing import GIB, Deadline, Spread, in_turns, ratios, seconds
+
+Row = dict[str, Any]
+SCENE = Layout(
+    "a red circle and a blue square on a white background",
+    regions=(
+        Region("red circle", (0.05, 0.1, 0.45, 0.5), negative_prompt="a blue circle"),
+        Region("blue square", (0.55, 0.5, 0.95, 0.9), negative_prompt="a red square"),
+    ),
+)
+GUIDANCE_SCALE = 7.5
+WARM_UP = 3  # steps of a variant before it is measured
+
+
+@dataclass
+class Bench:
+    """The machine and the scale of a run. peak: matrix products in TFLOP/s, measured by the first part."""
+
+    device: torch.device
+    tiny: bool
+    folder: Path
+    deadline: Deadline
+    peak: float = math.nan
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def pixels(self, side: int) -> int:
+        """Return the side of images in pixels: ``side``, or that of tiny shapes."""
+        return 128 if self.tiny else side
+
+    def scaled(self, number: int, tiny: int) -> int:
+        """Return a number of steps, rounds or images, or that of a tiny run."""
+        return tiny if self.tiny else number
+
+    def pipeline(self, base: str, whole: bool = False) -> Any:
+        """Return a pipeline with random weights on the device."""
+        return random_pipeline(base, self.device, self.dtype, whole=whole, tiny=self.tiny)
+
+    def folder_of(self, base: str, whole: bool) -> Path:
+        """Return the folder of a base with random weights, which is written on first use."""
+        folder = self.folder / (f"{base}-whole" if whole else base)
+        if not folder.exists():
+            pipe = random_pipeline(base, self.device, self.dtype, whole=whole, tiny=self.tiny)
+            with no_progress_bars():
+                pipe.save_pretrained(folder)
+        return folder
+
+    def free(self) -> None:
+        """Return unused memory, and measure peaks anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def allocated(self) -> float:
+        """Return the GiB in use by tensors on the GPU; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) / GIB if self.device.type == "cuda" else 0.0
+
+    def peak_of(self, run: Callable[[], Any]) -> float:
+        """Return the peak of GiB in use while ``run`` is run, above those before; 0 on a CPU."""
+        if self.device.type != "cuda":
+            run()
+            return 0.0
+        torch.cuda.synchronize(self.device)
+        before = self.allocated()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) / GIB - before
+
+
+def limits(bench: Bench) -> Iterator[Row]:
+    """Measure the rate of large matrix products in bf16, and of copies on the device."""
+    side, count = bench.scaled(8192, 256), bench.scaled(20, 2)
+    a, b = (torch.randn(side, side, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.empty(bench.scaled(2**30, 2**20), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+
+    def products() -> None:
+        for _ in range(count):
+            torch.matmul(a, b, out=product)
+
+    def copies() -> None:
+        for _ in range(count):
+            target.copy_(source)
+
+    products(), copies()
+    times = in_turns({"products": products, "copies": copies}, bench.scaled(10, 2), bench.device)
+    bench.peak = count * 2 * side**3 / Spread.of(times["products"]).median / 1e12
+    bandwidth = count * 2 * source.nbytes / Spread.of(times["copies"]).median / 1e9
+    yield {"name": f"bf16 matrix product, {side} squared", "tflops": bench.peak}
+    yield {"name": "copy on the device, bytes read and written", "gb_per_second": bandwidth}
+
+
+def _settings(base: str, folder: Path, side: int, batch: int) -> TrainSettings:
+    return TrainSettings(
+        base=BaseConfig(name=str(folder)),
+        data=DataConfig(resolution=side, keep_latents=False),
+        output_dir=str(folder.parent / "run"),
+        max_train_steps=1_000_000,
+        train_batch_size=batch,
+        mixed_precision="bf16",
+        logging_steps=1000,
+        report_to="none",
+        validation_steps=0,
+        learning_rate=1e-5,
+        proportion_empty_prompts=0.0,
+    )
+
+
+@dataclass
+class Comparison:
+    """A comparison of training steps on one base: size and batch, the variants, and how long to measure.
+
+    whole: the text encoders and the VAE are real ones. steps: in a block, whose ends are synchronised.
+    """
+
+    base: str
+    side: int
+    batch: int
+    variants: Sequence[Variant]
+    whole: bool = True
+    rounds: int = 5
+    steps: int = 10
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        """Build all variants, warm them up, measure them in turns, and yield a row for each."""
+        side, batch = bench.pixels(self.side), bench.scaled(self.batch, 2)
+        steps = bench.scaled(self.steps, 1)
+        folder = bench.folder_of(self.base, self.whole)
+        settings = _settings(self.base, folder, side, batch)
+        work = count_work(shape_of(self.base, whole=self.whole, tiny=bench.tiny), settings, (side, side))
+        made: dict[str, Steps] = {}
+        rows: dict[str, Row] = {}
+        pool = None
+        for index, variant in enumerate(self.variants):
+            bench.free()
+            before = bench.allocated()
+            begun = time.perf_counter()
+            one = Steps(variant, settings, bench.folder / f"run-{index}")
+            if pool is None:
+                texts, _ = encode_prompts(one.state.models.pipe, "a street")
+                pinned = bench.device.type == "cuda"
+                pool = random_batches(bench.scaled(4, 2), batch, (side, side), texts, pinned)
+            one.use(pool)
+            first = seconds(partial(one, 1), bench.device)
+            one(WARM_UP - 1)
+            made[variant.name] = one
+            rows[variant.name] = {
+                "base": self.base, "side": side, "batch": batch, "variant": variant.name,
+                "gib": bench.allocated() - before, "first_step_seconds": first,
+                "start_seconds": time.perf_counter() - begun,
+            }  # fmt: skip
+        runs = {name: partial(one, steps) for name, one in made.items()}
+        for name, run in runs.items():
+            rows[name]["gib"] += bench.peak_of(run)
+        times = in_turns(runs, bench.scaled(self.rounds, 2), bench.device, bench.deadline)
+        for variant in self.variants:
+            yield rows[variant.name] | self._figures(variant, times, steps, batch, work, bench.peak)
+        for one in made.values():
+            one.release()
+
+    def _figures(
+        self, variant: Variant, times: Mapping[str, Sequence[float]], steps: int, batch: int, work: Work, peak: float
+    ) -> Row:
+        per_step = Spread.of([took / steps for took in times[variant.name]])
+        flops = work.of(variant)
+        rate = batch / per_step.median
+        faster = ratios(times, variant.name, self.variants[0].name)
+        return {
+            "ms": 1e3 * per_step.median, "ms_low": 1e3 * per_step.low, "ms_high": 1e3 * per_step.high,
+            "images_per_second": rate, "tflop_per_image": flops / 1e12, "tflops": rate * flops / 1e12,
+            "share_of_peak": rate * flops / 1e12 / peak,
+            "faster_than": self.variants[0].name, "times": faster.median, "times_low": faster.low,
+            "times_high": faster.high, "rounds": len(times[variant.name]), "steps": steps,
+        }  # fmt: skip
+
+
+@dataclass
+class Controls:
+    """The overhead of every control over plain sampling with guidance, in whole runs without decoding."""
+
+    base: str
+    side: int
+    batch: int
+    steps: int = 10
+    rounds: int = 5
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        """Measure all controls in turns, and yield a row for each; also the peak memory of each, models included."""
+        pipe, side, batch = bench.pipeline(self.base, whole=True), bench.pixels(self.side), bench.scaled(self.batch, 1)
+        controls = controls_of(pipe, self.base, side, bench)
+        runs = {name: partial(self._run, pipe, used, side, batch, bench) for name, used in controls.items()}
+        held = bench.allocated()
+        peaks = {name: held + bench.peak_of(run) for name, run in runs.items()}  # also the warm-up
+        times = in_turns(runs, bench.scaled(self.rounds, 2), bench.device, bench.deadline)
+        for name in runs:
+            over = ratios(times, "none", name)  # time of the control / time without
+            yield {
+                "base": self.base, "side": side, "batch": batch, "control": name, "gib": peaks[name],
+                "ms_per_step": 1e3 * Spread.of(times[name]).median / bench.scaled(self.steps, 2),
+                "overhead": over.median - 1, "overhead_low": over.low - 1, "overhead_high": over.high - 1,
+                "rounds": len(times[name]), "steps": bench.scaled(self.steps, 2),
+            }  # fmt: skip
+
+    def _run(self, pipe: Any, used: Sequence[Control], side: int, batch: int, bench: Bench) -> None:
+        generate(
+            pipe, [SCENE] * batch, used, list(range(batch)), paired=True, height=side, width=side, batch_size=batch,
+            num_inference_steps=bench.scaled(self.steps, 2), guidance_scale=GUIDANCE_SCALE, output_type="latent",
+        )  # fmt: skip
+
+
+def controls_of(pipe: Any, base: str, side: int, bench: Bench) -> dict[str, tuple[Control, ...]]:
+    """Return the controls to measure by name, each active in every step but layout guidance: that in the first fifth,
+    as published, with all its moves."""
+    parts = shape_of(base, whole=True, tiny=bench.tiny)
+    plan = plan_adapter(TrainSettings(base=BaseConfig(name=base)), BaseShape(parts))
+    adapter = LocalAdapter(**plan.options).eval().requires_grad_(False)
+    nn.Module.to(adapter, bench.device, bench.dtype)  # ModelMixin.to would warn
+    condition, mask = torch.zeros(1, side, side), torch.zeros(1, side, side)
+    condition[:, ::8], mask[:, side // 4 : -side // 4] = 1, 1
+    return {
+        "none": (),
+        "adapter": (LocalAdapterControl(adapter, condition, mask),),
+        "bias": (RegionBias(),),
+        "dense": (DenseModulation(end=1.0),),
+        "negative prompts": (NegativePrompts(),),
+        "space-time": (SpaceTimeAttention(),),
+        "guidance": (LayoutGuidance(threshold=0.0, **PRESETS[base]["guidance"]),),
+    }
+
+
+@torch.no_grad()
+def encoders(bench: Bench) -> Iterator[Row]:
+    """Measure the VAE's encoder and the text encoder of SD1.5 at 512 px: the speed of caching."""
+    pipe, side, batch = bench.pipeline("sd15", whole=True), bench.pixels(512), bench.scaled(16, 2)
+    pipe.vae.to(memory_format=torch.channels_last)
+    pixels = torch.rand(batch, 3, side, side, device=bench.device)
+    captions = ["a street in the rain with people and umbrellas"] * bench.scaled(64, 2)
+    runs: dict[str, Callable[[], Any]] = {
+        "images": lambda: posterior(pipe.vae, pixels),
+        "captions": lambda: encode_prompts(pipe, captions),
+    }
+    for run in runs.values():
+        run()
+    times = in_turns(runs, bench.scaled(10, 2), bench.device, bench.deadline)
+    for what, count in (("images", batch), ("captions", len(captions))):
+        per_second = Spread.of([count / took for took in times[what]])
+        yield {"base": "sd15", "side": side, "what": what, "batch": count, "per_second": per_second.median}
+
+
+def profile(bench: Bench) -> Iterator[Row]:
+    """Profile the cached step of SD1.5 at 512 px: time of each operation's own kernels, the longest first."""
+    side, batch, steps = bench.pixels(512), bench.scaled(16, 2), bench.scaled(3, 1)
+    settings = _settings("sd15", bench.folder_of("sd15", whole=True), side, batch)
+    one = Steps(CACHED, settings, bench.folder / "run-profile")
+    texts, _ = encode_prompts(one.state.models.pipe, "a street")
+    one.use(random_batches(2, batch, (side, side), texts, bench.device.type == "cuda"))
+    one(WARM_UP)
+    on_gpu = bench.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        took = seconds(partial(one, steps), bench.device)
+    found = profiler.key_averages()
+
+    def own(event: Any) -> float:  # microseconds
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    # Kernels have events of their own, besides those of the operations that start them.
+    events = sorted((event for event in found if event.device_type == DeviceType.CPU), key=own, reverse=True)
+    busy = sum(map(own, events))
+    kernels = sum(event.count for event in found if event.device_type != DeviceType.CPU) / steps
+    yield {"profile": "step", "ms": 1e3 * took / steps, "busy": busy / 1e6 / took, "kernels": kernels}
+    for event in events[:12]:
+        yield {
+            "operation": event.key, "ms": own(event) / 1e3 / steps, "share": own(event) / busy,
+            "calls": event.count / steps,
+        }  # fmt: skip
+    one.release()
+
+
+PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
+    # name: (what yields its rows, seconds it takes on an H100, by estimate: a part that would not end in time is left)
+    "limits": (limits, 5),
+    "training": (Comparison("sd15", 512, 16, (PLAIN, CACHED, LIVE)).rows, 30),
+    "training_compiled": (Comparison("sd15", 512, 16, (PLAIN, CACHED, COMPILED), rounds=3).rows, 60),
+    "controls_sd15": (Controls("sd15", 512, 1).rows, 30),
+    "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 30),
+    "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 45),
+    "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT), rounds=3).rows, 35),
+    "encoders": (encoders, 8),
+    "profile": (profile, 15),
+    "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),
+    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED,), whole=False, rounds=2, steps=3).rows, 20),
+    "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 15),
+    "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 20),
+    "controls_sdxl_batch": (Controls("sdxl", 1024, 4, steps=5, rounds=2).rows, 60),
+}

@@ -1,0 +1,243 @@
+"""The training steps that the benchmarks compare: the product's own loop in several variants, and the plain step."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from localctl.architectures import BaseShape, Config
+from localctl.data import Batch, Example
+from localctl.diffusion import latent_size, scale_latents, timesteps_from_uniform
+from localctl.pipelines import PromptEmbeds, encode_prompts
+from localctl.signals import Interrupt
+from localctl.training.cost import count_step
+from localctl.training.folder import RunFolder
+from localctl.training.loop import Run
+from localctl.training.models import plan_adapter
+from localctl.training.settings import TrainSettings
+from localctl.training.state import TrainState, new_accelerator, new_state
+
+TOKENS = 77
+ROWS = 600_000  # of the dataset that the batches stand for
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training step to measure.
+
+    cached: batches bring their encodings. plain: the step of diffusers' script. settings: changes of the run's. undo:
+    takes one trick of the loop away. logged: a row of the log is computed after every step, not once per block.
+    """
+
+    name: str
+    cached: bool = True
+    plain: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    undo: Callable[[TrainState], None] | None = None
+    logged: bool = False
+
+
+def _contiguous(state: TrainState) -> None:
+    for part in (state.models.unet, state.models.vae):
+        part.to(memory_format=torch.contiguous_format)
+
+
+def _not_fused(state: TrainState) -> None:
+    for group in state.optimizer.param_groups:
+        group["fused"] = False
+
+
+PLAIN = Variant("plain step", cached=False, plain=True)
+CACHED = Variant("cached")
+LIVE = Variant("live", cached=False)
+COMPILED = Variant("cached, compiled", settings={"compile": True})
+WITHOUT = (
+    Variant("cached, without channels_last", undo=_contiguous),
+    Variant("cached, AdamW not fused", undo=_not_fused),
+    Variant("cached, logged every step", logged=True),
+    Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True}),
+)
+
+
+class _Nothing:
+    """A source of data that only has a length: the batches are made beforehand."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        raise IndexError(index)
+
+
+class Steps:
+    """Makes steps of one variant: ``steps(5)``.
+
+    settings: of the run, without the variant's changes. folder: an output folder of its own. :meth:`use` says which
+    batches are used.
+    """
+
+    def __init__(self, variant: Variant, settings: TrainSettings, folder: Path) -> None:
+        self.variant, self.settings = variant, replace(settings, **variant.settings)
+        self.accelerator = new_accelerator(self.settings)
+        self.state = new_state(self.settings, self.accelerator)
+        if variant.undo is not None:
+            variant.undo(self.state)
+        self.batches: Iterator[Batch] = iter(())
+        self.bar = tqdm(disable=True)
+        self._run: Run | None = None
+        if variant.plain:
+            self._optimizer = _make_plain(self.state, self.settings)
+        else:
+            self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
+
+    def use(self, pool: Sequence[Batch]) -> None:
+        """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU."""
+        self.batches = _visits(pool, cached=self.variant.cached)
+
+    def __call__(self, count: int) -> None:
+        """Make ``count`` steps."""
+        state = self.state
+        for _ in range(count):
+            if self._run is None:
+                self._plain(next(self.batches))
+                continue
+            self._run._step(self.batches, self.bar)
+            if self.variant.logged:
+                state.stats.row(state.models.num_train_timesteps, self.accelerator.gather)
+        if self._run is not None and not self.variant.logged:
+            state.stats.row(state.models.num_train_timesteps, self.accelerator.gather)
+
+    def _plain(self, batch: Batch) -> None:
+        """Make a step as diffusers' script does: encode every image and caption, leave the U-Net's gradients on, and
+        read the loss back."""
+        models, device = self.state.models, self.accelerator.device
+        pipe, pixels = models.pipe, batch.pixels.to(device)
+        with torch.no_grad():
+            posterior = models.vae.encode(pixels.to(models.vae.dtype)).latent_dist
+            latents = scale_latents(models.vae, posterior.sample().float())
+        texts, _ = encode_prompts(pipe, list(batch.captions))
+        noise = torch.randn_like(latents)
+        uniform = torch.rand(len(latents), device=device, dtype=torch.float64)
+        timesteps = timesteps_from_uniform(uniform, models.num_train_timesteps, "cubic")
+        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+        with self.accelerator.autocast():
+            features = models.plain_adapter.adapter(batch.condition.to(device))
+            output = models.unet(
+                noisy.to(models.dtype),
+                timesteps,
+                encoder_hidden_states=texts.states,
+                down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],
+            ).sample
+            loss = F.mse_loss(output.float(), noise)
+        self.accelerator.backward(loss)
+        clip_grad_norm_(models.plain_adapter.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.bar.set_postfix(loss=loss.detach().item())
+
+    def release(self) -> None:
+        """Free what the variant holds."""
+        if self._run is not None:
+            self._run.folder.release()
+        self.accelerator.free_memory()
+        del self.state, self.batches, self._run
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _make_plain(state: TrainState, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Undo what the plain step does not have, and return its optimizer."""
+    _contiguous(state)
+    state.models.unet.requires_grad_(True)
+    return torch.optim.AdamW(
+        state.models.plain_adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
+    )
+
+
+def _visits(pool: Sequence[Batch], cached: bool) -> Iterator[Batch]:
+    """Yield the batches for ever. Without encodings, every visit has new keys and captions, as in the first epoch."""
+    for visit, batch in zip(itertools.count(), itertools.cycle(pool)):
+        if cached:
+            yield batch
+            continue
+        keys, captions = (tuple(f"{text} {visit}" for text in texts) for texts in (batch.keys, batch.captions))
+        yield replace(batch, keys=keys, captions=captions, moments=None, texts=None)
+
+
+def random_batches(
+    count: int, batch: int, size: tuple[int, int], texts: PromptEmbeds, pinned: bool = False
+) -> list[Batch]:
+    """Return batches of noise with encodings, all on the CPU: captions of 20 words, ``texts`` (one row) for each.
+
+    pinned: in pinned memory, as a loader for a GPU returns them.
+    """
+    made = []
+    for index in range(count):
+        known = torch.Generator().manual_seed(index)
+        mask = torch.zeros(batch, 1, *size)
+        mask[..., size[0] // 4 : -size[0] // 4, size[1] // 4 : -size[1] // 4] = 1
+        mean = torch.randn(batch, 4, *latent_size(*size, 8), generator=known)
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory() if pinned else tensor
+
+        rows = PromptEmbeds.join([texts.to("cpu")] * batch)
+        made.append(
+            Batch(
+                keys=tuple(f"{index}-{row}" for row in range(batch)),
+                epochs=(0,) * batch,
+                captions=tuple(f"image {index} {row} " + "of a street in the rain " * 3 for row in range(batch)),
+                pixels=place(2 * torch.rand(batch, 3, *size, generator=known) - 1),
+                condition=place((torch.rand(batch, 1, *size, generator=known) > 0.9).float()),
+                mask=place(mask),
+                moments=place(torch.cat([mean, torch.full_like(mean, 0.1)], dim=1).half()),
+                texts=PromptEmbeds(place(rows.states), None if rows.pooled is None else place(rows.pooled)),
+            )
+        )
+    return made
+
+
+@dataclass(frozen=True)
+class Work:
+    """The FLOPs of an image: step with a frozen U-Net, step with the U-Net's gradients, VAE and text encoders."""
+
+    frozen: float
+    plain: float
+    vae: float
+    text: float
+
+    def of(self, variant: Variant) -> float:
+        """Return the FLOPs of an image in a step of ``variant``, without what checkpointing repeats."""
+        step = self.plain if variant.plain else self.frozen
+        return step if variant.cached else step + self.vae + self.text
+
+
+def count_work(parts: Mapping[str, Config], settings: TrainSettings, size: tuple[int, int]) -> Work:
+    """Count the FLOPs of an image on the meta device, as `train_adapter.py --dry_run` does.
+
+    A text encoder takes two for each of its weights without the embeddings, and token.
+    """
+    shape, trained = BaseShape(parts), BaseShape(parts)
+    trained.build("unet").requires_grad_(True)
+    options = plan_adapter(settings, shape).options
+    frozen, plain = (count_step(each, options, size) for each in (shape, trained))
+    text = 0.0
+    for part in ("text_encoder", "text_encoder_2"):
+        if part in parts:
+            weights = shape.build(part).named_parameters()
+            text += 2 * TOKENS * sum(p.numel() for name, p in weights if "embedding" not in name)
+    return Work(frozen.flops, plain.flops, frozen.vae_flops, text)

@@ -1,0 +1,79 @@
+"""Time variants in turns: every round runs each of them once, so that what else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from research.layout_benchmark.cost import MIB, seconds
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of ``values``, at least one."""
+        low, median, high = np.quantile(np.asarray(values, float), (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high))
+
+    def text(self, form: str = ".2f") -> str:
+        """Return "median (low to high)"."""
+        return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+class Deadline:
+    """The time that a benchmark may take. Seconds of ``minutes`` count from now; None = no limit."""
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Return the seconds that are left."""
+        return float("inf") if self._end is None else self._end - time.monotonic()
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, deadline: Deadline | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds of each run in each round, in the same order: process time on the CPU, wall-clock time with a
+    synchronisation at both ends on a GPU. Runs must be warm already.
+
+    With a deadline, rounds end when the next one would pass it; the first one is always made.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        begun = time.monotonic()
+        for name, run in runs.items():
+            times[name].append(seconds(run, device))
+        if deadline is not None and deadline.left() < time.monotonic() - begun:
+            break
+    return times
+
+
+def ratios(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
+    """Return the spread of time of ``to`` / time of ``name`` over the rounds: how many times as fast ``name`` is."""
+    return Spread.of([other / own for other, own in zip(times[to], times[name], strict=True)])
+
+
+def resident(device: torch.device) -> float:
+    """Return the memory in use, in GiB: allocated on a GPU, of the process on a CPU (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / GIB
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / GIB
+
+
+__all__ = ["GIB", "MIB", "Deadline", "Spread", "in_turns", "ratios", "resident", "seconds"]
