@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from research.benchmarks.steps import (
     Steps,
     Variant,
     Work,
-    count_work,
     random_batches,
 )
 from research.benchmarks.timing import GIB, Deadline, Spread, in_turns, ratios, seconds
@@ -69,6 +68,7 @@ class Bench:
     folder: Path
     deadline: Deadline
     peak: float = math.nan
+    counted: dict[tuple[str, int], Work] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,7 +76,7 @@ class Bench:
 
     def pixels(self, side: int) -> int:
         """Return the side of images in pixels: ``side``, or that of tiny shapes."""
-        return 128 if self.tiny else side
+        return 64 if self.tiny else side
 
     def scaled(self, number: int, tiny: int) -> int:
         """Return a number of steps, rounds or images, or that of a tiny run."""
@@ -95,12 +95,17 @@ class Bench:
                 pipe.save_pretrained(folder)
         return folder
 
+    def work(self, base: str, settings: TrainSettings, side: int) -> Work:
+        """Return the FLOPs of images of this size, which are counted once."""
+        if (base, side) not in self.counted:
+            self.counted[base, side] = Work(base, settings, (side, side), tiny=self.tiny)
+        return self.counted[base, side]
+
     def free(self) -> None:
-        """Return unused memory, and measure peaks anew."""
-        gc.collect()
+        """Return unused memory of the GPU."""
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def allocated(self) -> float:
         """Return the GiB in use by tensors on the GPU; 0 on a CPU."""
@@ -146,7 +151,7 @@ def limits(bench: Bench) -> Iterator[Row]:
 def _settings(base: str, folder: Path, side: int, batch: int) -> TrainSettings:
     return TrainSettings(
         base=BaseConfig(name=str(folder)),
-        data=DataConfig(resolution=side, keep_latents=False),
+        data=DataConfig(path=str(folder), resolution=side, keep_latents=False),
         output_dir=str(folder.parent / "run"),
         max_train_steps=1_000_000,
         train_batch_size=batch,
@@ -180,7 +185,7 @@ class Comparison:
         steps = bench.scaled(self.steps, 1)
         folder = bench.folder_of(self.base, self.whole)
         settings = _settings(self.base, folder, side, batch)
-        work = count_work(shape_of(self.base, whole=self.whole, tiny=bench.tiny), settings, (side, side))
+        work = bench.work(self.base, settings, side)
         made: dict[str, Steps] = {}
         rows: dict[str, Row] = {}
         pool = None
@@ -195,7 +200,7 @@ class Comparison:
                 pool = random_batches(bench.scaled(4, 2), batch, (side, side), texts, pinned)
             one.use(pool)
             first = seconds(partial(one, 1), bench.device)
-            one(WARM_UP - 1)
+            one(bench.scaled(WARM_UP, 2) - 1)
             made[variant.name] = one
             rows[variant.name] = {
                 "base": self.base, "side": side, "batch": batch, "variant": variant.name,
@@ -307,7 +312,7 @@ def profile(bench: Bench) -> Iterator[Row]:
     one = Steps(CACHED, settings, bench.folder / "run-profile")
     texts, _ = encode_prompts(one.state.models.pipe, "a street")
     one.use(random_batches(2, batch, (side, side), texts, bench.device.type == "cuda"))
-    one(WARM_UP)
+    one(bench.scaled(WARM_UP, 1))
     on_gpu = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profiler:

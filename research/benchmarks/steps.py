@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from localctl.architectures import BaseShape, Config
+from localctl.architectures import TEXT_CLASSES, BaseShape
 from localctl.data import Batch, Example
 from localctl.diffusion import latent_size, scale_latents, timesteps_from_uniform
 from localctl.pipelines import PromptEmbeds, encode_prompts
 from localctl.signals import Interrupt
-from localctl.training.cost import count_step
+from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
 from localctl.training.loop import Run
 from localctl.training.models import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
+from research.benchmarks.shapes import shape_of
 
 TOKENS = 77
 ROWS = 600_000  # of the dataset that the batches stand for
@@ -152,11 +153,8 @@ class Steps:
         """Free what the variant holds."""
         if self._run is not None:
             self._run.folder.release()
-        self.accelerator.free_memory()
+        self.accelerator._models.clear(), self.accelerator._optimizers.clear()
         del self.state, self.batches, self._run
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _make_plain(state: TrainState, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -211,33 +209,34 @@ def random_batches(
     return made
 
 
-@dataclass(frozen=True)
 class Work:
-    """The FLOPs of an image: step with a frozen U-Net, step with the U-Net's gradients, VAE and text encoders."""
+    """The FLOPs of an image on a known base, counted on the meta device as `train_adapter.py --dry_run` does; a text
+    encoder takes two for each token and weight without the embeddings."""
 
-    frozen: float
-    plain: float
-    vae: float
-    text: float
+    def __init__(self, base: str, settings: TrainSettings, size: tuple[int, int], tiny: bool = False) -> None:
+        self._parts, self._size = shape_of(base, whole=True, tiny=tiny), size
+        self._options = plan_adapter(settings, BaseShape(self._parts)).options
+
+    @cached_property
+    def frozen(self) -> Cost:
+        """The step with a frozen U-Net, and the VAE's encoder."""
+        return count_step(BaseShape(self._parts), self._options, self._size)
+
+    @cached_property
+    def plain(self) -> float:
+        """The step with gradients of the U-Net's weights."""
+        shape = BaseShape(self._parts)
+        shape.build("unet").requires_grad_(True)
+        return count_step(shape, self._options, self._size).flops
+
+    @cached_property
+    def text(self) -> float:
+        """The text encoders."""
+        built = [BaseShape(self._parts).build(part) for part in TEXT_CLASSES if part in self._parts]
+        weights = [item for part in built for item in part.named_parameters()]
+        return 2.0 * TOKENS * sum(p.numel() for name, p in weights if "embedding" not in name)
 
     def of(self, variant: Variant) -> float:
         """Return the FLOPs of an image in a step of ``variant``, without what checkpointing repeats."""
-        step = self.plain if variant.plain else self.frozen
-        return step if variant.cached else step + self.vae + self.text
-
-
-def count_work(parts: Mapping[str, Config], settings: TrainSettings, size: tuple[int, int]) -> Work:
-    """Count the FLOPs of an image on the meta device, as `train_adapter.py --dry_run` does.
-
-    A text encoder takes two for each of its weights without the embeddings, and token.
-    """
-    shape, trained = BaseShape(parts), BaseShape(parts)
-    trained.build("unet").requires_grad_(True)
-    options = plan_adapter(settings, shape).options
-    frozen, plain = (count_step(each, options, size) for each in (shape, trained))
-    text = 0.0
-    for part in ("text_encoder", "text_encoder_2"):
-        if part in parts:
-            weights = shape.build(part).named_parameters()
-            text += 2 * TOKENS * sum(p.numel() for name, p in weights if "embedding" not in name)
-    return Work(frozen.flops, plain.flops, frozen.vae_flops, text)
+        step = self.plain if variant.plain else self.frozen.flops
+        return step if variant.cached else step + self.frozen.vae_flops + self.text
