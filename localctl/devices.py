@@ -7,10 +7,28 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return ``tensor`` on ``device``; a CUDA device fetches it from pinned memory when it gets to it.
+    """Return ``tensor`` on ``device``, which fetches it when it gets to it (a CUDA device from pinned memory).
 
     A plain ``to`` of a tensor of the host waits until the device has finished everything before it.
     """
-    if torch.device(device).type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+class Readback:
+    """A copy of a small tensor for the host, which waits for it only when it reads it: at best a step later, when the
+    device has more to do and does not run dry."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._copy.copy_(tensor, non_blocking=True)
+        self._copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> Tensor:
+        """Return the copy, once it is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._copy

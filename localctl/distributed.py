@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -66,6 +67,28 @@ def joined() -> Iterator[tuple[int, int]]:
     finally:
         if not begun:
             leave()
+
+
+class Messages:
+    """Small numbers that the processes of a job tell each other from host to host: no device has to finish its work
+    first. All processes must make the same calls, the first of which is to make it.
+
+    timeout: how long a process waits for the others.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._group: distributed.ProcessGroup | None = None
+        self.alone = not _is_joined() or distributed.get_world_size() == 1
+        if not self.alone and distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
+
+    def largest(self, *values: int) -> list[int]:
+        """Return the maximum of each value over all processes."""
+        if self.alone:
+            return list(values)
+        numbers = torch.tensor(values)
+        distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX, group=self._group)
+        return numbers.tolist()
 
 
 def union(items: set[Item]) -> set[Item]:

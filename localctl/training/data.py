@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -126,22 +125,29 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
     )
 
 
-def next_batch(batches: Iterator[Batch], state: TrainState) -> Batch:
-    """Return the next micro-batch. WorkerError on all processes when a worker of one of them was killed."""
+def next_batch(batches: Iterator[Batch], state: TrainState, watch: DataWatch, signal: int = 0) -> tuple[Batch, int]:
+    """Return the next micro-batch, checked by ``watch``, and a ``signal`` that any process was sent. All that the
+    processes tell each other for it is one message. WorkerError on all of them when a worker of one was killed."""
     batch: Batch | None = None
     failure: WorkerError | None = None
     try:
         batch = next(batches)
     except WorkerError as error:
         failure = error
-    if any(state.agree(failure is not None)):
+    problems = batch.problems if batch is not None else ()
+    unusable = batch is not None and not len(batch)
+    failed, many, empty, signal = state.agree(failure is not None, len(problems), unusable, signal)
+    if failed:
         raise failure or WorkerError("A data worker of another process was killed")
     assert batch is not None
-    return batch
+    if many and state.accelerator.num_processes > 1:
+        problems = tuple(Problem(*problem) for problem in gather_object(list(problems)))
+    watch.check(batch, problems, not empty, state.step + 1)
+    return batch, signal
 
 
 class DataWatch:
-    """Checks each batch before it is used. All processes must make the same calls.
+    """Checks each batch before it is used.
 
     Rows are counted when the training reaches them, not when a worker fetches them ahead, so that the counts do not
     depend on the number of workers or on a resume.
@@ -150,18 +156,17 @@ class DataWatch:
         tokenizer: finds truncated captions. None = count neither these nor empty masks, as for the embedded scenes.
     """
 
-    def __init__(self, accelerator: Accelerator, quarantine: Quarantine, tokenizer: Any) -> None:
-        self.accelerator, self.quarantine, self.tokenizer = accelerator, quarantine, tokenizer
+    def __init__(self, quarantine: Quarantine, tokenizer: Any) -> None:
+        self.quarantine, self.tokenizer = quarantine, tokenizer
         self._seen: set[int] = set()
         self.long_captions = self.masks = self.empty_masks = 0
 
-    def check(self, batch: Batch, step: int) -> None:
-        """Record the bad rows found for ``batch`` of step ``step``. TooManyBadRows if there are too many of them, or no
-        usable row was found to replace one."""
-        problems, usable = self._of_all_processes(batch.problems, len(batch) > 0)
+    def check(self, batch: Batch, problems: tuple[Problem, ...], usable: bool, step: int) -> None:
+        """Record the bad rows that all processes found for ``batch`` of step ``step``. TooManyBadRows if there are too
+        many of them, or not ``usable``: one of the processes found no row to replace one."""
         self.quarantine.add(problems, step)
         if not usable:  # on any process: all stop together
-            raise nothing_usable(tuple(problems))
+            raise nothing_usable(problems)
         if self.tokenizer is not None:
             self._count_empty(batch)
             self._count_long(batch)
@@ -190,16 +195,6 @@ class DataWatch:
                 f"all {self.masks} masks seen so far are empty (0 everywhere): nothing is controlled and nothing can "
                 "be learned; white is controlled, look at the masks with python -m localctl.data check."
             )
-
-    def _of_all_processes(self, problems: tuple[Problem, ...], usable: bool) -> tuple[list[Problem], bool]:
-        """Return the problems of all processes, and whether each process has something to train on."""
-        if self.accelerator.num_processes == 1:
-            return list(problems), usable
-        numbers = torch.tensor([len(problems), int(not usable)], device=self.accelerator.device)
-        many, empty = self.accelerator.reduce(numbers).tolist()
-        if not many:
-            return [], not empty
-        return [Problem(*problem) for problem in gather_object(list(problems))], not empty
 
     def _count_long(self, batch: Batch) -> None:
         for key, caption in zip(batch.keys, batch.captions, strict=True):

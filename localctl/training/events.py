@@ -6,8 +6,11 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from localctl.data.bad_rows import TooManyBadRows
 from localctl.files import first_line, remove
@@ -82,13 +85,22 @@ class Events:
         if not self.signal:
             self.score(bar)
 
-    def after_step(self, bar: Any, measured: dict[str, float], stopped: bool) -> bool:
-        """Score, log, save and validate as due; return whether to stop. measured: numbers of the step for the log."""
+    def are_due(self) -> bool:
+        """Return whether :meth:`after_step` has anything to do after the present step."""
+        step, settings = self.state.step, self.settings
+        periods = (settings.logging_steps, settings.checkpointing_steps, settings.validation_steps)
+        scored = self.scorer is not None and self.state.early_stopping.due(step)
+        return bool(self.at_the_end or self.signal or scored or any(n and step % n == 0 for n in periods))
+
+    def after_step(self, bar: Any, measured: Mapping[str, float | Tensor], stopped: bool) -> bool:
+        """Score, log, save and validate as due; return whether to stop. measured: numbers of the step for the log,
+        which waits for the device."""
         state, settings = self.state, self.settings
         if not stopped and not self.signal:
             self.score(bar)
         if state.step % settings.logging_steps == 0 or self.at_the_end:
-            row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather) | measured
+            row = state.stats.row(state.models.num_train_timesteps, state.accelerator.gather)
+            row |= {name: float(value) for name, value in measured.items()}
             self.tracker.log(state.step, row)
             bar.set_postfix({"loss": f"{row['loss']:.4f}", "local": f"{row['local_raw']:.3f}"}, refresh=False)
         every = settings.checkpointing_steps

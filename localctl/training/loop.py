@@ -4,16 +4,14 @@ steps and what is due between them: log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
 from localctl.data import Batch, Source
@@ -35,14 +33,12 @@ from localctl.training.state import TrainState, new_accelerator, new_state
 from localctl.training.step import StepOutput, sample_noise, training_step
 from localctl.training.summary import announcement, disk_space_warning
 from localctl.training.trackers import check_report_to, make_tracker
+from localctl.training.updates import NotFiniteError as NotFiniteError
+from localctl.training.updates import Updates
 from localctl.training.validation import Fidelity, Validator
 
 logger = logging.getLogger(__name__)
 _SIGNAL_DELAY = 0.5  # seconds: a job may be stopped by a signal to each of its processes, workers too
-
-
-class NotFiniteError(RuntimeError):
-    """A loss or gradient is not finite, and the settings do not allow skipping the update."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,8 @@ class Run:
         data = self.settings.data
         bad = shared_quarantine(state.accelerator, folder.path, len(train), data.max_bad_fraction, state.step)
         tokenizer = None if data.is_micro else state.models.pipe.tokenizer
-        self.watch = DataWatch(state.accelerator, bad, tokenizer)
+        self.watch = DataWatch(bad, tokenizer)
+        self.updates = Updates(state)
         self.interrupt = interrupt
         validator = None if val is None or not self.main else Validator(state.models, self.settings, val)
         self.events = Events(state, folder.path, interrupt, scorer, validator)
@@ -203,7 +200,10 @@ class Run:
                 except WorkerError as error:
                     self._save_without_worker(error)
                     return True
-                stopped = events.after_step(bar, measured, stop(state.step))
+                stopped = stop(state.step)
+                if stopped or events.are_due():
+                    self.updates.settle()
+                stopped = events.after_step(bar, measured, stopped)
                 if self.folder.check():
                     write_settings(self.settings, self.output_dir)
                     self.interrupt.ask_to_stop()
@@ -212,6 +212,7 @@ class Run:
     def _save_without_worker(self, error: WorkerError) -> None:
         """Save a checkpoint; raise the error unless a signal, which may have killed the worker, explains it."""
         self.state.optimizer.zero_grad(set_to_none=True)
+        self.updates.settle()
         time.sleep(_SIGNAL_DELAY)
         [self.events.signal] = self.state.agree(self.interrupt.signal)
         saved = self.events.save_before_ending()
@@ -223,8 +224,9 @@ class Run:
         options = {} if self.main else {"disable": True}  # on the main process, TQDM_DISABLE decides
         return tqdm(total=total, initial=state.step, desc="training", unit="step", mininterval=1, **options)
 
-    def _step(self, batches: Iterator[Batch], bar: Any) -> dict[str, float]:
-        """Make one optimizer update from ``gradient_accumulation_steps`` micro-batches; return numbers for the log."""
+    def _step(self, batches: Iterator[Batch], bar: Any) -> dict[str, float | Tensor]:
+        """Make one optimizer update from ``gradient_accumulation_steps`` micro-batches; return numbers for the log. The
+        host never waits for the device: it runs ahead, and the device always has something to do."""
         state, settings = self.state, self.settings
         accelerator, models = state.accelerator, state.models
         started, waiting = time.perf_counter(), 0.0
@@ -233,9 +235,8 @@ class Run:
         outputs: list[StepOutput] = []
         for _ in range(settings.gradient_accumulation_steps):
             requested = time.perf_counter()
-            batch = next_batch(batches, state)
+            batch, self.events.signal = next_batch(batches, state, self.watch, self.interrupt.signal)
             waiting += time.perf_counter() - requested
-            self.watch.check(batch, state.step + 1)
             keys += batch.keys
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]
@@ -246,37 +247,15 @@ class Run:
                 accelerator.backward(outputs[-1].loss)
         for output in outputs:
             state.stats.add(output)
-        limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-        grad_norm = float(accelerator.clip_grad_norm_(models.plain_adapter.parameters(), limit))
-        # A scaler skips steps whose gradient overflowed because of its own factor, but it cannot repair a loss.
-        watched = grad_norm if accelerator.scaler is None else sum(float(output.loss) for output in outputs)
-        self.events.signal, bad = state.agree(self.interrupt.signal, not math.isfinite(watched))
-        if bad:
-            self._skip_update(keys, outputs)
-        else:
-            state.optimizer.step()
-            state.update_ema()
+        grad_norm = self.updates.apply(keys, outputs)
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        if accelerator.num_processes == 1:  # several tell each other with the next batch
+            self.events.signal = self.interrupt.signal
         samples = len(keys) * accelerator.num_processes
         state.stats.add_time(samples, time.perf_counter() - started, waiting)
         bar.update()
         return {"learning_rate": learning_rate, "grad_norm": grad_norm}
-
-    def _skip_update(self, keys: list[str], outputs: list[StepOutput]) -> None:
-        """Name the samples of a step that is not finite; NotFiniteError unless one more update may be skipped. All
-        processes call this together, as their gradients are the same."""
-        finite = torch.cat([torch.isfinite(output.terms.total.detach()) for output in outputs]).tolist()
-        culprits = gather_object([key for key, fine in zip(keys, finite, strict=True) if not fine])
-        what, names = ("loss", culprits) if culprits else ("gradient", gather_object(keys))
-        found = f"The {what} is not finite at step {self.state.step + 1} (samples {', '.join(names)})"
-        if self.state.skipped >= self.settings.max_nonfinite_steps:
-            raise NotFiniteError(
-                f"{found}; the adapter was not changed by it. Check these samples, or lower the learning rate or the "
-                "loss weight, and resume from the last checkpoint."
-            )
-        self.state.skipped += 1
-        logger.info(f"{found}; this update is skipped, {self.state.skipped} so far.")
 
     def _closing_message(self, stopped: bool) -> str:
         why = " (the process that launched this one has ended)" if self.interrupt.orphaned else ""

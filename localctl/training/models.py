@@ -41,10 +41,10 @@ class Models:
         self.plain_adapter = adapter
         self.adapter: Callable[[Tensor], list[Tensor]] = adapter
         self.unet, self.vae = pipe.unet, pipe.vae
+        self.prediction_type = pipe.scheduler.config.prediction_type
+        check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
         self.alphas_cumprod = pipe.scheduler.alphas_cumprod.float().to(self.device)
         self.num_train_timesteps = len(self.alphas_cumprod)
-        self.prediction_type = pipe.scheduler.config.prediction_type
-        check_schedule(self.alphas_cumprod, self.prediction_type)
         self.xl = is_xl(pipe)
         self._empty_text: PromptEmbeds | None = None
         self._texts: Memo[PromptEmbeds] | None = None

@@ -32,13 +32,16 @@ def optimizer_class(settings: TrainSettings) -> Optimizer:
 def make_optimizer(
     kind: Optimizer, parameters: Sequence[nn.Parameter], settings: TrainSettings
 ) -> torch.optim.Optimizer:
-    """Return an optimizer of ``kind`` for ``parameters`` with the options in ``settings``."""
+    """Return an optimizer of ``kind`` for ``parameters`` with the options in ``settings``; torch's own is fused on a
+    GPU."""
+    fused = {"fused": True} if kind is torch.optim.AdamW and all(p.is_cuda for p in parameters) else {}
     return kind(
         parameters,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
+        **fused,
     )
 
 
@@ -48,7 +51,10 @@ def make_ema(adapter: nn.Module, settings: TrainSettings) -> EMAModel | None:
     Its decay grows with the steps, (1 + n) / (10 + n), up to ``ema_decay``, so that the first weights do not dominate
     short runs.
     """
-    return EMAModel(adapter.parameters(), decay=settings.ema_decay) if settings.use_ema else None
+    if not settings.use_ema:
+        return None
+    parameters = list(adapter.parameters())
+    return EMAModel(parameters, decay=settings.ema_decay, foreach=all(p.is_cuda for p in parameters))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from localctl.distributed import Messages
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
 from localctl.training.models import Models, load_models
@@ -109,6 +110,7 @@ class TrainState:
     info: dict[str, Any] = field(default_factory=dict)
     ema: Any = None
     early_stopping: EarlyStopping = field(init=False)
+    messages: Messages = field(default_factory=lambda: Messages(WAIT))
 
     def __post_init__(self) -> None:
         self.early_stopping = EarlyStopping(self.settings.early_stopping)
@@ -123,12 +125,8 @@ class TrainState:
         return averaged(self.models.plain_adapter, self.ema)
 
     def agree(self, *values: int) -> list[int]:
-        """Return the maximum of each value over all processes; all of them must call."""
-        if self.accelerator.num_processes == 1:
-            return list(values)
-        largest = torch.tensor(values, device=self.accelerator.device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return largest.tolist()
+        """Return the maximum of each value over all processes; all of them must call. No device is waited for."""
+        return self.messages.largest(*values)
 
     def set_learning_rate(self) -> float:
         """Set and return the learning rate of the coming step."""
@@ -189,11 +187,13 @@ class TrainState:
             raise _Unfit(
                 f"The checkpoint {checkpoint} holds an adapter of another shape; use the settings it was saved with."
             ) from None
-        # The optimizer's options come from the settings, not from the checkpoint: they may be changed by force.
+        # The optimizer's options come from the settings, not from the checkpoint: they may be changed by force. `fused`
+        # comes from the device; it decides where the numbers of steps are loaded to.
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-        for group, option in zip(self.optimizer.param_groups, options, strict=True):
+        saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        for group, option in zip(saved["param_groups"], options, strict=True):
             group.update(option)
+        self.optimizer.load_state_dict(saved)
         extra = read_json(checkpoint / "state.json", "the state")
         if extra["step"] != step:
             raise ValueError(f"its state is of step {extra['step']}, its manifest of {step}")

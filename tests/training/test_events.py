@@ -243,11 +243,11 @@ def test_a_killed_worker_leaves_a_checkpoint(settings, tmp_path, monkeypatch):
 def dying_at(number, inner):
     seen = []
 
-    def batch(batches, state):
+    def batch(*given):
         seen.append(1)
         if len(seen) == number + 1:
             raise WorkerError("A data worker was killed")
-        return inner(batches, state)
+        return inner(*given)
 
     return batch
 
@@ -294,7 +294,7 @@ def test_a_folder_taken_over_meanwhile_is_not_written_to(settings, tmp_path):
 
 def watched(masks):
     said = logged()
-    watch = DataWatch(None, Quarantine(None, 10, 0.5), None)  # type: ignore[arg-type]
+    watch = DataWatch(Quarantine(None, 10, 0.5), None)
     for number, mask in enumerate(masks):
         example = Example(str(number), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8), "", mask=mask)
         watch._count_empty(collate([example, example]))

@@ -3,10 +3,12 @@
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers import T2IAdapter
+from process_helpers import checkpoint_contents, difference
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.adapter import LocalAdapter
@@ -16,6 +18,7 @@ from localctl.training import loop
 from localctl.training.models import load_models
 from localctl.training.optimizer import optimizer_class
 from localctl.training.step import sample_noise, training_step
+from localctl.training.updates import NotFiniteError
 
 CPU = torch.device("cpu")
 
@@ -132,3 +135,74 @@ def test_averages_leave_the_training_alone_and_must_be_in_the_checkpoint(sd_fold
     silent_run(settings).train()
     with pytest.raises(ValueError, match="holds no averaged weights; set use_ema=false"):
         silent_run(replace(settings, use_ema=True, resume_from_checkpoint="latest", force_resume=True))
+
+
+def fused(monkeypatch):
+    """The optimizer is as on a GPU: fused, so that it leaves out updates itself."""
+    monkeypatch.setattr(
+        "localctl.training.state.optimizer_class", lambda settings: partial(torch.optim.AdamW, fused=True)
+    )
+
+
+def ends(run):
+    """All that a training has when it ends."""
+    state = run.state
+    moments = [value.clone() for one in state.optimizer.state_dict()["state"].values() for value in one.values()]
+    return [*parameters(state.models.plain_adapter), *moments, *(p.clone() for p in state.ema.shadow_params)]
+
+
+def test_a_verdict_read_a_step_late_changes_nothing(sd_folder, tmp_path, monkeypatch):
+    fused(monkeypatch)
+    settings = tiny_settings(
+        sd_folder, tmp_path / "late", use_ema=True, ema_decay=0.5, max_train_steps=6, max_nonfinite_steps=2,
+        checkpointing_steps=4, logging_steps=3, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    monkeypatch.setattr(loop, "sample_noise", lambda *given: poisoned(sample_noise(*given), run.state.step in (1, 2)))
+    late = run = silent_run(settings)
+    late.train()
+    at_once = run = silent_run(replace(settings, output_dir=str(tmp_path / "at once")))
+    assert late.updates.late and at_once.updates.late
+    at_once.updates.late = False
+    at_once.train()
+    assert late.state.skipped == at_once.state.skipped == 2 and late.state.ema.optimization_step == 4
+    assert same(ends(late), ends(at_once))
+    assert str(loss_log(tmp_path / "late")) == str(loss_log(tmp_path / "at once"))
+    saved = [checkpoint_contents(tmp_path / name / "checkpoint-4") for name in ("late", "at once")]
+    assert difference(*saved) == []
+
+    cut = run = silent_run(replace(settings, resume_from_checkpoint=str(tmp_path / "late" / "checkpoint-4")))
+    cut.train()
+    assert same(ends(cut), ends(late))
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_late_verdict_stops_before_anything_else_changes(steps, sd_folder, tmp_path, monkeypatch):
+    """At the next step, and at the last one."""
+    fused(monkeypatch)
+    settings = tiny_settings(sd_folder, tmp_path, use_ema=True, max_train_steps=steps, logging_steps=9)
+    run, seen = silent_run(settings), []
+    monkeypatch.setattr(loop, "sample_noise", lambda *given: poisoned(sample_noise(*given), run.state.step == 1))
+    with pytest.raises(
+        NotFiniteError, match=r"The loss is not finite at step 2 \(samples basic-train-\d\); the adapter was"
+    ):
+        run.train(stop=lambda step: bool(seen.append(ends(run))))
+    assert run.state.step == 1 and len(seen) == 2
+    assert same(parameters(run.state.models.plain_adapter), seen[0][: len(parameters(run.state.models.plain_adapter))])
+    assert run.state.ema.optimization_step == 1
+
+
+@pytest.mark.parametrize("kinds", [(False, True), (True, False)])
+def test_a_fused_optimizer_resumes_the_state_of_another(kinds, sd_folder, tmp_path, monkeypatch):
+    """As when a training goes on from a CPU to a GPU, or back."""
+    settings = tiny_settings(sd_folder, tmp_path, max_train_steps=2, checkpointing_steps=1, use_ema=True)
+    found = []
+    for kind in kinds:
+        with monkeypatch.context() as patch:
+            if kind:
+                fused(patch)
+            run = silent_run(replace(settings, resume_from_checkpoint="latest"))
+            assert [group.get("fused") or False for group in run.state.optimizer.param_groups] == [kind]
+            found.append(ends(run))
+            run.train(stop=lambda step, run=run: bool(found.append(ends(run)) or step == 1))
+    _, first, resumed, second = found
+    assert same(first, resumed) and not same(resumed, second)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ from localctl import losses
 from localctl.data import PlanSampler, SamplePlan
 from localctl.data.bad_rows import Problem, TooManyBadRows
 from localctl.data.config import DataConfig
-from localctl.distributed import leave
+from localctl.distributed import Messages, leave
 from localctl.losses import FILTERS
 from localctl.training import checkpoints, loop
 from localctl.training import data as run_data
 from localctl.training.checkpoints import list_checkpoints
-from localctl.training.data import DataWatch, shared_quarantine
+from localctl.training.data import DataWatch, next_batch, shared_quarantine
+from localctl.training.state import WAIT
 from localctl.training.trackers import read_stats
 
 
@@ -297,14 +299,16 @@ def watched_batches(folder, usable):
     """Rank 1 meets a bad row in step 1 and two more in step 2 (of 10 rows, a fifth may be bad), or no usable one."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    watch = DataWatch(accelerator, shared_quarantine(accelerator, folder, 10, 0.2, start=0), None)
+    watch = DataWatch(shared_quarantine(accelerator, folder, 10, 0.2, start=0), None)
+    state = SimpleNamespace(accelerator=accelerator, agree=Messages(WAIT).largest)
     bad = [Problem(f"row-{i}", "damaged", "it is damaged") for i in range(3)]
     try:
         for step, problems in enumerate((bad[:1], bad[1:]), start=1):
             other = accelerator.process_index == 1
             batch = OneBatch(["row-9"] if usable or not other else [])
             batch.problems = tuple(problems) if other else ()
-            watch.check(batch, step)
+            state.step = step - 1
+            next_batch(iter([batch]), state, watch)
     except TooManyBadRows as error:
         (folder / f"said-{accelerator.process_index}").write_text(f"step {step}: {error}")
         return 5
