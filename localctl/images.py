@@ -108,7 +108,9 @@ def photo_size(source: Path | bytes | BinaryIO, name: str, limits: Limits) -> tu
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             _check_header(image, name, limits)
             turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)  # a PNG's own would decode the image
-            return image.size if turned in _ON_ITS_SIDE else image.size[::-1]
+            if turned in _ON_ITS_SIDE and image.format != "TIFF":  # whose size is that of the upright image
+                return image.size
+            return image.size[::-1]
     except ImageError:
         raise
     except Exception:  # say what it is, or read it all the same

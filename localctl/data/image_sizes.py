@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -108,7 +109,7 @@ def _stored(file: Path, names: str) -> np.ndarray | None:
     try:
         with np.load(file) as content:
             return content["sizes"].astype(np.int32) if str(content["names"]) == names else None
-    except (OSError, ValueError, KeyError, EOFError):  # missing or damaged: they are read again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or damaged: they are read again
         return None
 
 
