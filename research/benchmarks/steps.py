@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from localctl.architectures import BaseShape, Config
+from localctl.architectures import TEXT_CLASSES, BaseShape
 from localctl.data import Batch, Example
-from localctl.diffusion import latent_size, scale_latents, timesteps_from_uniform
-from localctl.pipelines import PromptEmbeds, encode_prompts
+from localctl.diffusion import latent_size, posterior, scale_latents, timesteps_from_uniform
+from localctl.pipelines import encode_captions, encode_prompts
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.signals import Interrupt
-from localctl.training.cost import count_step
+from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
 from localctl.training.loop import Run
 from localctl.training.models import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
+from research.benchmarks.shapes import shape_of
 
 TOKENS = 77
 ROWS = 600_000  # of the dataset that the batches stand for
@@ -57,15 +59,33 @@ def _not_fused(state: TrainState) -> None:
         group["fused"] = False
 
 
+def _one_by_one(state: TrainState) -> None:
+    models = state.models
+    moments, texts = models._encode_moments, models.text_states
+    models._encode_moments = lambda pixels: torch.cat([moments(one[None]) for one in pixels])  # type: ignore[method-assign]
+    models.text_states = lambda captions: PromptEmbeds.join([texts([one]) for one in captions])  # type: ignore[method-assign]
+
+
+def _trained_unet(state: TrainState) -> None:
+    state.models.unet.requires_grad_(True)
+
+
+def _frozen_unet(state: TrainState) -> None:
+    state.models.unet.requires_grad_(False)
+
+
 PLAIN = Variant("plain step", cached=False, plain=True)
+PLAIN_FROZEN = Variant("plain step, U-Net frozen", cached=False, plain=True, undo=_frozen_unet)
 CACHED = Variant("cached")
 LIVE = Variant("live", cached=False)
 COMPILED = Variant("cached, compiled", settings={"compile": True})
+CHECKPOINTED = Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True})
+NOT_FUSED = Variant("cached, AdamW not fused", undo=_not_fused)
+ONE_BY_ONE = Variant("live, encoded one by one", cached=False, undo=_one_by_one)
 WITHOUT = (
     Variant("cached, without channels_last", undo=_contiguous),
-    Variant("cached, AdamW not fused", undo=_not_fused),
     Variant("cached, logged every step", logged=True),
-    Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True}),
+    Variant("cached, U-Net's gradients on", undo=_trained_unet),
 )
 
 
@@ -93,8 +113,6 @@ class Steps:
         self.variant, self.settings = variant, replace(settings, **variant.settings)
         self.accelerator = new_accelerator(self.settings)
         self.state = new_state(self.settings, self.accelerator)
-        if variant.undo is not None:
-            variant.undo(self.state)
         self.batches: Iterator[Batch] = iter(())
         self.bar = tqdm(disable=True)
         self._run: Run | None = None
@@ -102,6 +120,8 @@ class Steps:
             self._optimizer = _make_plain(self.state, self.settings)
         else:
             self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
+        if variant.undo is not None:
+            variant.undo(self.state)
 
     def use(self, pool: Sequence[Batch]) -> None:
         """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU."""
@@ -152,11 +172,8 @@ class Steps:
         """Free what the variant holds."""
         if self._run is not None:
             self._run.folder.release()
-        self.accelerator.free_memory()
+        self.accelerator._models.clear(), self.accelerator._optimizers.clear()
         del self.state, self.batches, self._run
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _make_plain(state: TrainState, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -176,6 +193,13 @@ def _visits(pool: Sequence[Batch], cached: bool) -> Iterator[Batch]:
             continue
         keys, captions = (tuple(f"{text} {visit}" for text in texts) for texts in (batch.keys, batch.captions))
         yield replace(batch, keys=keys, captions=captions, moments=None, texts=None)
+
+
+@torch.no_grad()
+def with_encodings(batch: Batch, pipe: Any) -> Batch:
+    """Return ``batch`` with its images and captions encoded by ``pipe``, as a cache brings them."""
+    moments = torch.cat(posterior(pipe.vae, batch.pixels.to(pipe.vae.device)), dim=1)
+    return replace(batch, moments=moments.cpu(), texts=encode_captions(pipe, batch.captions).to("cpu"))
 
 
 def random_batches(
@@ -211,33 +235,34 @@ def random_batches(
     return made
 
 
-@dataclass(frozen=True)
 class Work:
-    """The FLOPs of an image: step with a frozen U-Net, step with the U-Net's gradients, VAE and text encoders."""
+    """The FLOPs of an image on a known base, counted on the meta device as `train_adapter.py --dry_run` does; a text
+    encoder takes two for each token and weight without the embeddings."""
 
-    frozen: float
-    plain: float
-    vae: float
-    text: float
+    def __init__(self, base: str, settings: TrainSettings, size: tuple[int, int], tiny: bool = False) -> None:
+        self._parts, self._size = shape_of(base, whole=True, tiny=tiny), size
+        self._options = plan_adapter(settings, BaseShape(self._parts)).options
+
+    @cached_property
+    def frozen(self) -> Cost:
+        """The step with a frozen U-Net, and the VAE's encoder."""
+        return count_step(BaseShape(self._parts), self._options, self._size)
+
+    @cached_property
+    def plain(self) -> float:
+        """The step with gradients of the U-Net's weights."""
+        shape = BaseShape(self._parts)
+        shape.build("unet").requires_grad_(True)
+        return count_step(shape, self._options, self._size).flops
+
+    @cached_property
+    def text(self) -> float:
+        """The text encoders."""
+        built = [BaseShape(self._parts).build(part) for part in TEXT_CLASSES if part in self._parts]
+        weights = [item for part in built for item in part.named_parameters()]
+        return 2.0 * TOKENS * sum(p.numel() for name, p in weights if "embedding" not in name)
 
     def of(self, variant: Variant) -> float:
         """Return the FLOPs of an image in a step of ``variant``, without what checkpointing repeats."""
-        step = self.plain if variant.plain else self.frozen
-        return step if variant.cached else step + self.vae + self.text
-
-
-def count_work(parts: Mapping[str, Config], settings: TrainSettings, size: tuple[int, int]) -> Work:
-    """Count the FLOPs of an image on the meta device, as `train_adapter.py --dry_run` does.
-
-    A text encoder takes two for each of its weights without the embeddings, and token.
-    """
-    shape, trained = BaseShape(parts), BaseShape(parts)
-    trained.build("unet").requires_grad_(True)
-    options = plan_adapter(settings, shape).options
-    frozen, plain = (count_step(each, options, size) for each in (shape, trained))
-    text = 0.0
-    for part in ("text_encoder", "text_encoder_2"):
-        if part in parts:
-            weights = shape.build(part).named_parameters()
-            text += 2 * TOKENS * sum(p.numel() for name, p in weights if "embedding" not in name)
-    return Work(frozen.flops, plain.flops, frozen.vae_flops, text)
+        step = self.plain if variant.plain else self.frozen.flops
+        return step if variant.cached else step + self.frozen.vae_flops + self.text
