@@ -12,32 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 
-from localctl.adapter import LocalAdapter
-from localctl.architectures import BaseShape
-from localctl.control.base import Control
-from localctl.control.dense import DenseModulation
-from localctl.control.image_controls import LocalAdapterControl
-from localctl.control.layout_guidance import LayoutGuidance
-from localctl.control.negative_prompts import NegativePrompts
-from localctl.control.presets import PRESETS
-from localctl.control.region_bias import RegionBias
-from localctl.control.spacetime import SpaceTimeAttention
 from localctl.data import DataConfig
 from localctl.diffusion import posterior
-from localctl.layout import Layout, Region
 from localctl.messages import no_progress_bars
 from localctl.pipelines import BaseConfig, encode_prompts
-from localctl.sampling import generate
-from localctl.training.models import plan_adapter
 from localctl.training.settings import TrainSettings
+from research.benchmarks.sample import CONTROLS, Runs, make_controls
 from research.benchmarks.shapes import random_pipeline, shape_of
 from research.benchmarks.steps import (
     CACHED,
+    CHECKPOINTED,
     COMPILED,
     LIVE,
+    NOT_FUSED,
+    ONE_BY_ONE,
     PLAIN,
     WITHOUT,
     Steps,
@@ -45,17 +35,9 @@ from research.benchmarks.steps import (
     Work,
     random_batches,
 )
-from research.benchmarks.timing import GIB, Deadline, Spread, in_turns, ratios, seconds
+from research.benchmarks.timing import GIB, MIB, Deadline, Spread, in_turns, ratios, seconds
 
 Row = dict[str, Any]
-SCENE = Layout(
-    "a red circle and a blue square on a white background",
-    regions=(
-        Region("red circle", (0.05, 0.1, 0.45, 0.5), negative_prompt="a blue circle"),
-        Region("blue square", (0.55, 0.5, 0.95, 0.9), negative_prompt="a red square"),
-    ),
-)
-GUIDANCE_SCALE = 7.5
 WARM_UP = 3  # steps of a variant before it is measured
 
 
@@ -210,7 +192,7 @@ class Comparison:
         runs = {name: partial(one, steps) for name, one in made.items()}
         for name, run in runs.items():
             rows[name]["gib"] += bench.peak_of(run)
-        times = in_turns(runs, bench.scaled(self.rounds, 2), bench.device, bench.deadline)
+        times = in_turns(runs, bench.scaled(self.rounds, 1), bench.device, bench.deadline)
         for variant in self.variants:
             yield rows[variant.name] | self._figures(variant, times, steps, batch, work, bench.peak)
         for one in made.values():
@@ -234,7 +216,7 @@ class Comparison:
 
 @dataclass
 class Controls:
-    """The overhead of every control over plain sampling with guidance, in whole runs without decoding."""
+    """The overhead of every control over plain sampling with guidance."""
 
     base: str
     side: int
@@ -243,47 +225,15 @@ class Controls:
     rounds: int = 5
 
     def rows(self, bench: Bench) -> Iterator[Row]:
-        """Measure all controls in turns, and yield a row for each; also the peak memory of each, models included."""
+        """Measure all controls in turns, and yield a row for each; peaks of memory include the models."""
+        bench.free()
         pipe, side, batch = bench.pipeline(self.base, whole=True), bench.pixels(self.side), bench.scaled(self.batch, 1)
-        controls = controls_of(pipe, self.base, side, bench)
-        runs = {name: partial(self._run, pipe, used, side, batch, bench) for name, used in controls.items()}
+        controls = make_controls(CONTROLS, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
         held = bench.allocated()
-        peaks = {name: held + bench.peak_of(run) for name, run in runs.items()}  # also the warm-up
-        times = in_turns(runs, bench.scaled(self.rounds, 2), bench.device, bench.deadline)
-        for name in runs:
-            over = ratios(times, "none", name)  # time of the control / time without
-            yield {
-                "base": self.base, "side": side, "batch": batch, "control": name, "gib": peaks[name],
-                "ms_per_step": 1e3 * Spread.of(times[name]).median / bench.scaled(self.steps, 2),
-                "overhead": over.median - 1, "overhead_low": over.low - 1, "overhead_high": over.high - 1,
-                "rounds": len(times[name]), "steps": bench.scaled(self.steps, 2),
-            }  # fmt: skip
-
-    def _run(self, pipe: Any, used: Sequence[Control], side: int, batch: int, bench: Bench) -> None:
-        generate(
-            pipe, [SCENE] * batch, used, list(range(batch)), paired=True, height=side, width=side, batch_size=batch,
-            num_inference_steps=bench.scaled(self.steps, 2), guidance_scale=GUIDANCE_SCALE, output_type="latent",
-        )  # fmt: skip
-
-
-def controls_of(pipe: Any, base: str, side: int, bench: Bench) -> dict[str, tuple[Control, ...]]:
-    """Return the controls to measure by name, each active in every step but layout guidance: that in the first fifth,
-    as published, with all its moves."""
-    parts = shape_of(base, whole=True, tiny=bench.tiny)
-    plan = plan_adapter(TrainSettings(base=BaseConfig(name=base)), BaseShape(parts))
-    adapter = LocalAdapter(**plan.options).eval().requires_grad_(False)
-    nn.Module.to(adapter, bench.device, bench.dtype)  # ModelMixin.to would warn
-    condition, mask = torch.zeros(1, side, side), torch.zeros(1, side, side)
-    condition[:, ::8], mask[:, side // 4 : -side // 4] = 1, 1
-    return {
-        "none": (),
-        "adapter": (LocalAdapterControl(adapter, condition, mask),),
-        "bias": (RegionBias(),),
-        "dense": (DenseModulation(end=1.0),),
-        "negative prompts": (NegativePrompts(),),
-        "space-time": (SpaceTimeAttention(),),
-        "guidance": (LayoutGuidance(threshold=0.0, **PRESETS[base]["guidance"]),),
-    }
+        runs = Runs(pipe, self.base, side, batch=batch, steps=bench.scaled(self.steps, 2))
+        for row in runs.overheads(controls, bench.scaled(self.rounds, 1), bench.deadline):
+            gib = held + row.pop("peak_mib") * MIB / GIB
+            yield {"base": self.base, "side": side, "batch": batch, "gib": gib, **row}
 
 
 @torch.no_grad()
@@ -299,7 +249,7 @@ def encoders(bench: Bench) -> Iterator[Row]:
     }
     for run in runs.values():
         run()
-    times = in_turns(runs, bench.scaled(10, 2), bench.device, bench.deadline)
+    times = in_turns(runs, bench.scaled(10, 1), bench.device, bench.deadline)
     for what, count in (("images", batch), ("captions", len(captions))):
         per_second = Spread.of([count / took for took in times[what]])
         yield {"base": "sd15", "side": side, "what": what, "batch": count, "per_second": per_second.median}
@@ -343,7 +293,8 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "controls_sd15": (Controls("sd15", 512, 1).rows, 30),
     "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 30),
     "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 45),
-    "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT), rounds=3).rows, 35),
+    "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT, NOT_FUSED, CHECKPOINTED), rounds=3).rows, 40),
+    "training_one_by_one": (Comparison("sd15", 512, 16, (LIVE, ONE_BY_ONE), rounds=3).rows, 15),
     "encoders": (encoders, 8),
     "profile": (profile, 15),
     "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),

@@ -24,10 +24,10 @@ from localctl.control.base import BoundControl, CallContext, Control, RunDenoise
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.sampling import generate
-from localctl.training.cost import OperationWatch
-from research.benchmarks.region_cost import SCENE
+from research.benchmarks.sample import scene
 from research.benchmarks.shapes import random_pipeline
-from research.layout_benchmark.cost import MIB, peak_memory, seconds
+from research.benchmarks.timing import peak_of
+from research.layout_benchmark.cost import seconds
 
 
 class Passes(Control):
@@ -50,24 +50,13 @@ class Passes(Control):
                 assert passes[early].shift_latents(context, latents, run) is not None
 
             for early in passes:
-                peaks[early] = peak_of(lambda early=early: one(early), latents)
+                peaks[early] = peak_of(lambda early=early: one(early), latents.device)
             for _ in range(repeats):
                 for early in passes:
                     times[early].append(seconds(partial(one, early), latents.device))
 
         bound.shift_latents = shift_latents  # type: ignore[method-assign]
         return bound
-
-
-def peak_of(run: Any, latents: Tensor) -> float:
-    """Return the peak memory of ``run`` in MiB, above that in use before."""
-    if latents.device.type == "cuda":
-        found = peak_memory(run, latents.device)
-        assert found is not None
-        return found
-    with OperationWatch() as watch:
-        run()
-    return watch.peak / MIB
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -93,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {**PRESETS[options.base]["guidance"], "iterations": 1, "threshold": 0.0, "start": 0.0, "end": 1.0}
     control = Passes(settings, options.repeats)
     size = {"height": options.size, "width": options.size}
-    generate(pipe, SCENE, control, 0, num_inference_steps=1, guidance_scale=5.0, output_type="latent", **size)
+    generate(pipe, scene(2), control, 0, num_inference_steps=1, guidance_scale=5.0, output_type="latent", **size)
     early, full = (statistics.median(control.times[key]) for key in (True, False))
     small, large = (control.peaks[key] for key in (True, False))
     weights = sum(parameter.nbytes for parameter in pipe.unet.parameters()) / 2**30

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from localctl.architectures import TEXT_CLASSES, BaseShape
 from localctl.data import Batch, Example
-from localctl.diffusion import latent_size, scale_latents, timesteps_from_uniform
-from localctl.pipelines import PromptEmbeds, encode_prompts
+from localctl.diffusion import latent_size, posterior, scale_latents, timesteps_from_uniform
+from localctl.pipelines import encode_captions, encode_prompts
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.signals import Interrupt
 from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
@@ -58,15 +59,33 @@ def _not_fused(state: TrainState) -> None:
         group["fused"] = False
 
 
+def _one_by_one(state: TrainState) -> None:
+    models = state.models
+    moments, texts = models._encode_moments, models.text_states
+    models._encode_moments = lambda pixels: torch.cat([moments(one[None]) for one in pixels])  # type: ignore[method-assign]
+    models.text_states = lambda captions: PromptEmbeds.join([texts([one]) for one in captions])  # type: ignore[method-assign]
+
+
+def _trained_unet(state: TrainState) -> None:
+    state.models.unet.requires_grad_(True)
+
+
+def _frozen_unet(state: TrainState) -> None:
+    state.models.unet.requires_grad_(False)
+
+
 PLAIN = Variant("plain step", cached=False, plain=True)
+PLAIN_FROZEN = Variant("plain step, U-Net frozen", cached=False, plain=True, undo=_frozen_unet)
 CACHED = Variant("cached")
 LIVE = Variant("live", cached=False)
 COMPILED = Variant("cached, compiled", settings={"compile": True})
+CHECKPOINTED = Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True})
+NOT_FUSED = Variant("cached, AdamW not fused", undo=_not_fused)
+ONE_BY_ONE = Variant("live, encoded one by one", cached=False, undo=_one_by_one)
 WITHOUT = (
     Variant("cached, without channels_last", undo=_contiguous),
-    Variant("cached, AdamW not fused", undo=_not_fused),
     Variant("cached, logged every step", logged=True),
-    Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True}),
+    Variant("cached, U-Net's gradients on", undo=_trained_unet),
 )
 
 
@@ -94,8 +113,6 @@ class Steps:
         self.variant, self.settings = variant, replace(settings, **variant.settings)
         self.accelerator = new_accelerator(self.settings)
         self.state = new_state(self.settings, self.accelerator)
-        if variant.undo is not None:
-            variant.undo(self.state)
         self.batches: Iterator[Batch] = iter(())
         self.bar = tqdm(disable=True)
         self._run: Run | None = None
@@ -103,6 +120,8 @@ class Steps:
             self._optimizer = _make_plain(self.state, self.settings)
         else:
             self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
+        if variant.undo is not None:
+            variant.undo(self.state)
 
     def use(self, pool: Sequence[Batch]) -> None:
         """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU."""
@@ -174,6 +193,13 @@ def _visits(pool: Sequence[Batch], cached: bool) -> Iterator[Batch]:
             continue
         keys, captions = (tuple(f"{text} {visit}" for text in texts) for texts in (batch.keys, batch.captions))
         yield replace(batch, keys=keys, captions=captions, moments=None, texts=None)
+
+
+@torch.no_grad()
+def with_encodings(batch: Batch, pipe: Any) -> Batch:
+    """Return ``batch`` with its images and captions encoded by ``pipe``, as a cache brings them."""
+    moments = torch.cat(posterior(pipe.vae, batch.pixels.to(pipe.vae.device)), dim=1)
+    return replace(batch, moments=moments.cpu(), texts=encode_captions(pipe, batch.captions).to("cpu"))
 
 
 def random_batches(

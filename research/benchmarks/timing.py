@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from research.layout_benchmark.cost import MIB, seconds
+from localctl.training.cost import OperationWatch
+from research.layout_benchmark.cost import MIB, peak_memory, seconds
 
 GIB = 2**30
 
@@ -68,12 +69,13 @@ def ratios(times: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
     return Spread.of([other / own for other, own in zip(times[to], times[name], strict=True)])
 
 
-def resident(device: torch.device) -> float:
-    """Return the memory in use, in GiB: allocated on a GPU, of the process on a CPU (Linux)."""
+def peak_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the peak memory of ``run`` in MiB, above that in use before: allocated memory on a GPU; on a CPU the bytes
+    of all live tensors that it makes, without the internal buffers of libraries."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / GIB
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / GIB
-
-
-__all__ = ["GIB", "MIB", "Deadline", "Spread", "in_turns", "ratios", "resident", "seconds"]
+        found = peak_memory(run, device)
+        assert found is not None
+        return found
+    with OperationWatch() as watch:
+        run()
+    return watch.peak / MIB
