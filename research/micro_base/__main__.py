@@ -3,6 +3,8 @@
 python -m research.micro_base --workdir outputs/micro                 # all parts, then export
 python -m research.micro_base --parts unet export --minutes 60        # train the U-Net for another hour
 python -m research.micro_base --continue_from localctl/micro/weights --parts unet export      # from shipped weights
+python -m research.micro_base --continue_from localctl/micro/weights --parts unet export --device cuda --bf16 \
+    --unet_minutes 4 --scenes 60000 --unet_scenes 60000 --unet_batch 256                       # minutes on a GPU
 """
 
 from __future__ import annotations
@@ -43,10 +45,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     add("--unet_steps", type=int, default=20000, help="steps of the U-Net")
     add("--unet_batch", type=int, default=24, help="scenes per step of the U-Net")
-    add("--unet_init", type=Path, help="checkpoint to start a new U-Net from")
+    add("--unet_lr", type=float, default=6e-4, help="highest learning rate of the U-Net")
+    add("--unet_init", type=Path, help="checkpoint or .safetensors to start a new U-Net from")
+    add(
+        "--unet_minutes",
+        type=float,
+        default=0,
+        help="end the U-Net's training so many minutes after the start of the command, rendering included; the "
+        "learning rate follows the clock (0 = train for --unet_steps)",
+    )
+    add(
+        "--unet_mix",
+        type=float,
+        nargs=3,
+        default=[0.40, 0.35, 0.0],
+        metavar=("ONE", "TWO", "THREE"),
+        help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
+    )
+    add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
+    add("--bf16", action="store_true", help="compute the U-Net in bfloat16 (with --unet_minutes)")
+    add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
     add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
     add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
-    return parser.read(argv)
+    args = parser.read(argv)
+    if min(args.unet_mix) < 0 or sum(args.unet_mix) > 1:
+        raise ValueError(f"--unet_mix {args.unet_mix} must be shares from 0 to 1 that add up to at most 1.")
+    if not 0 < args.unet_noisy < 0.9:
+        raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
+    if args.bf16 and not args.unet_minutes:
+        raise ValueError("--bf16 acts on a training by the clock; give --unet_minutes, or leave it out.")
+    if args.unet_init is not None and not args.unet_init.is_file():
+        raise ValueError(f"There is no file {args.unet_init} for --unet_init.")
+    return args
 
 
 @one_sentence(PROGRAM)

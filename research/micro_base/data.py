@@ -1,19 +1,26 @@
-"""Cache rendered scenes on disk, so that training does not wait for rendering."""
+"""Compute what is needed of many scenes, in several processes; cache the rendered ones on disk."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from localctl.files import write_text
 from localctl.micro.scenes import SIZE, scene
+
+Job = tuple[str, str, int, int]  # profile, split, first scene, and the scene after the last
+Block = TypeVar("Block")
+BLOCK = 250  # scenes
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,49 @@ class SceneCache:
         return SceneCache(self.images[:count], self.captions[:count], self.centers[:count])
 
 
-def _render(job: tuple[str, str, int, int]) -> tuple[np.ndarray, list[str], list[list[tuple[float, float]]]]:
+class TrainingScenes:
+    """The scenes that the base is trained on, rendered into ``folder`` at first use."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """``count``: number of basic scenes; of rich ones, two for every fifteen, and at least 200."""
+        self._folder, self._count = folder, count
+
+    @cached_property
+    def basic(self) -> SceneCache:
+        """Basic scenes."""
+        return scene_cache(self._folder, "basic", self._count)
+
+    @cached_property
+    def both(self) -> list[SceneCache]:
+        """Basic and rich scenes."""
+        return [self.basic, scene_cache(self._folder, "rich", max(200, self._count * 2 // 15))]
+
+
+def in_blocks(
+    compute: Callable[[Job], Block], profile: str, split: str, count: int, workers: int | None, title: str
+) -> Iterator[tuple[slice, Block]]:
+    """Apply ``compute`` to blocks of the first ``count`` scenes; yield each block's place and result, in order.
+
+    workers: number of processes; None: one for each core. A single block is computed in this process.
+    """
+    jobs = [(profile, split, i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
+    with tqdm(total=count, desc=title, mininterval=10) as bar:
+        for job, block in zip(jobs, _computed(compute, jobs, workers), strict=True):
+            yield slice(job[2], job[3]), block
+            bar.update(job[3] - job[2])
+
+
+def _computed(compute: Callable[[Job], Block], jobs: list[Job], workers: int | None) -> Iterator[Block]:
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers < 2:
+        yield from map(compute, jobs)
+        return
+    # spawn: a forked process would inherit the locks of earlier compute threads, and hang
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compute, jobs)
+
+
+def _render(job: Job) -> tuple[np.ndarray, list[str], list[list[tuple[float, float]]]]:
     profile, split, start, stop = job
     scenes = [scene(i, profile, split) for i in range(start, stop)]
     images = np.stack([s.image for s in scenes])
@@ -51,15 +100,10 @@ def scene_cache(folder: Path, profile: str, count: int, split: str = "train", wo
         images = np.lib.format.open_memmap(array_path, "w+", np.uint8, (count, SIZE, SIZE, 3))
         captions: list[str] = []
         centers: list[list[tuple[float, float]]] = []
-        jobs = [(profile, split, i, min(i + 250, count)) for i in range(0, count, 250)]
-        # spawn: a forked process would inherit the locks of earlier compute threads, and hang
-        with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-            for job, (block, texts, points) in zip(
-                jobs, tqdm(pool.map(_render, jobs), total=len(jobs), desc=f"rendering {stem}"), strict=True
-            ):
-                images[job[2] : job[3]] = block
-                captions += texts
-                centers += points
+        for place, (block, texts, points) in in_blocks(_render, profile, split, count, workers, f"rendering {stem}"):
+            images[place] = block
+            captions += texts
+            centers += points
         images.flush()
         write_text(index_path, json.dumps({"captions": captions, "centers": centers}))
     index = json.loads(index_path.read_text())

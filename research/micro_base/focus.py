@@ -6,34 +6,29 @@ states summarise the caption, and ignores for long the words that matter little 
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from localctl.micro.scenes import Scene, scene
+from research.micro_base.data import in_blocks
 from research.micro_base.loop import save_tensors
+from research.micro_base.objects import Objects, objects_of
 
-MOST_OBJECTS = 3
-NEAR = 17  # pixels; side of the kernel that dilates objects to the area with a larger weight
-NAMED = {1: 0.40, 2: 0.35}  # share of scenes with so many objects and a full caption; the rest are any scenes
+MIX = (0.40, 0.35, 0.0)  # share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes
 LEAST = 1e-4
 
 
 @dataclass(frozen=True)
 class Focus:
-    """Objects of n scenes, on the grid of latents.
+    """Objects of n scenes, on the grid of latents: masks, near and tokens as in ``research.micro_base.objects``, fp16.
 
-    masks: fp16 (n, 3, 16, 16), of the objects. near: fp16 (n, 16, 16), the area around all objects. tokens: (n, 3),
-    position of each object's colour in the caption, which its shape follows, or -1. odds: (n,), probability of
-    sampling the scene, summing to 1.
+    odds: (n,), probability of sampling the scene, summing to 1.
     """
 
     masks: Tensor
@@ -42,37 +37,23 @@ class Focus:
     odds: Tensor
 
 
-def tokens_of(item: Scene) -> list[int]:
-    """Return where each object's colour and shape are in the caption: position of the first, or -1; 0 = start token."""
-    words = item.caption.replace(",", " ,").split()
-    pairs = list(itertools.pairwise(words))
-    return [pairs.index((o.color, o.shape)) + 1 if (o.color, o.shape) in pairs else -1 for o in item.objects]
+def make_focus(count: int, path: Path, mix: Sequence[float] = MIX, workers: int | None = None) -> Focus:
+    """Return the objects of the first ``count`` basic training scenes, which are cached in the file ``path``.
 
-
-def make_focus(count: int, path: Path, profile: str = "basic", side: int = 16) -> Focus:
-    """Return the objects of the first ``count`` training scenes, cached in the file ``path``."""
-    if path.exists():
-        # The file is a cache of this program, but the folder may be from anybody: unpickle nothing but tensors.
-        return Focus(**torch.load(path, weights_only=True))
-    masks, near = torch.zeros(count, MOST_OBJECTS, side, side), torch.zeros(count, side, side)
-    tokens, odds = torch.full((count, MOST_OBJECTS), -1), torch.zeros(count, dtype=torch.float64)
-    numbers, named = np.zeros(count, int), np.zeros(count, bool)
-    for i in tqdm(range(count), desc="finding objects", mininterval=10):
-        item = scene(i, profile)
-        shapes = np.asarray(item.masks, np.float32)
-        wide = cv2.dilate(shapes.max(0), np.ones((NEAR, NEAR)))
-        near[i] = torch.from_numpy(cv2.resize(wide, (side, side), interpolation=cv2.INTER_AREA))
-        for number, shape in enumerate(shapes):
-            masks[i, number] = torch.from_numpy(cv2.resize(shape, (side, side), interpolation=cv2.INTER_AREA))
-        tokens[i, : len(shapes)] = torch.tensor(tokens_of(item))
-        numbers[i], named[i] = len(shapes), "background" in item.caption
-    odds += (1 - sum(NAMED.values())) / count
-    for number, share in NAMED.items():
-        chosen = torch.from_numpy(named & (numbers == number))
+    mix: share of scenes sampled with 1, 2 and 3 objects and a full caption.
+    """
+    if not path.exists():
+        blocks = [block for _, block in in_blocks(objects_of, "basic", "train", count, workers, "finding objects")]
+        names = [field.name for field in fields(Objects)]
+        save_tensors(path, {n: torch.from_numpy(np.concatenate([getattr(b, n) for b in blocks])) for n in names})
+    # The file is a cache of this program, but the folder may be from anybody: unpickle nothing but tensors.
+    content = torch.load(path, weights_only=True)
+    numbers, named = content.pop("numbers"), content.pop("named")
+    odds = torch.full((count,), (1 - sum(mix)) / count, dtype=torch.float64)
+    for number, share in enumerate(mix, start=1):
+        chosen = named & (numbers == number)
         odds[chosen] += share / max(1, int(chosen.sum()))
-    content = {"masks": masks.half(), "near": near.half(), "tokens": tokens, "odds": odds / odds.sum()}
-    save_tensors(path, content)
-    return Focus(**content)
+    return Focus(**content, odds=odds / odds.sum())
 
 
 class RecordingProcessor:
@@ -90,8 +71,8 @@ class RecordingProcessor:
                 (attn.to_v, encoder_hidden_states),
             )
         )
-        weights = torch.softmax(query @ key.transpose(1, 2) * attn.scale, dim=-1)  # (B heads, pixels, tokens)
-        self.recorded.append(weights.unflatten(0, (-1, attn.heads)).mean(1))
+        weights = attn.get_attention_scores(query, key)  # (B heads, pixels, tokens)
+        self.recorded.append(weights.unflatten(0, (-1, attn.heads)).mean(1, dtype=torch.float32))
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(weights @ value)))
 
 
@@ -114,7 +95,7 @@ def focus_loss(recorded: list[Tensor], masks: Tensor, tokens: Tensor, weight: Te
     (B,) of each sample.
     """
     there = (tokens >= 0)[..., None]  # (B, 3, 1)
-    loss, share = torch.zeros(()), torch.zeros(())
+    loss, share = weight.new_zeros(()), weight.new_zeros(())
     for attention in recorded:
         side = int(attention.shape[1] ** 0.5)
         first = tokens.clamp(min=0)[:, None].expand(-1, attention.shape[1], -1)  # (B, P, 3)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,7 +49,7 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema else {}
-    step = first = _resume(path, model, optimizer, average)
+    step = first = resume(path, model, optimizer, average)
 
     def rate(step: int) -> float:
         return learning_rate_at(step, config.learning_rate, config.steps, config.warmup, config.final_fraction)
@@ -62,7 +63,7 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
     started, log = time.monotonic(), (folder / f"{name}.jsonl").open("a")
     with log, tqdm(total=config.steps, initial=step, desc=name, mininterval=10) as bar:
         for step, terms in updates(optimizer, range(first, config.steps), rate, loss, advice=advice):
-            _update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
+            update_average(average, model, min(config.ema, (1 + step) / (10 + step)))
             bar.update()
             if step % 50 == 0:
                 numbers = {k: round(float(v.detach()), 6) for k, v in terms.items()}
@@ -80,7 +81,8 @@ def train(name: str, model: nn.Module, loss_fn: LossFunction, config: LoopConfig
     return step >= config.steps
 
 
-def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+def update_average(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """Move averaged weights towards those of the model, by a share 1 - decay; ``average`` may be empty."""
     if not average:
         return
     state = model.state_dict()
@@ -88,7 +90,8 @@ def _update_average(average: dict[str, Tensor], model: nn.Module, decay: float) 
     torch._foreach_lerp_([average[k] for k in floats], [state[k].detach() for k in floats], 1 - decay)
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+    """Load the checkpoint ``path`` into model, optimizer and average; return its step, 0 if there is none."""
     if not path.exists():
         return 0
     # A checkpoint of this program; safetensors cannot hold the optimizer's nested state.
@@ -111,7 +114,9 @@ def save_tensors(path: Path, state: dict[str, object]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the averaged weights of a checkpoint, or the plain ones if it has no average."""
+    """Return the averaged weights of a checkpoint, else its plain ones; those of a .safetensors file in float32."""
+    if path.suffix == ".safetensors":
+        return {name: value.float() for name, value in load_file(path).items()}
     # --unet_init may name a file from anybody: unpickle nothing but tensors and numbers.
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state["ema"] or state["model"]

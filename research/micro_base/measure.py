@@ -16,17 +16,19 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.bases import BASES, MICRO_WEIGHTS
 from localctl.diffusion import round_trip
+from localctl.distributed import process_device
 from localctl.drawing import grid
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.metrics.edges import edge_scores
 from localctl.micro.detect import VERSION, Reading, detect
-from localctl.micro.scenes import Scene, scene
+from localctl.micro.scenes import Scene, scene, scene_plan
 from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler
 from research.flags import RESULTS
 from research.harness import Case, first_scenes, generate_cases
 from research.micro_base.clip import retrieval_top1
 
+BATCH, BATCH_ON_GPU = 16, 100  # images at once
 STEPS, GUIDANCE, SCHEDULER = 30, BASES["micro"].guidance_scale, "ddim"
 FLOORS = {
     "reader: objects right, true scenes": 0.98,
@@ -37,6 +39,7 @@ FLOORS = {
     "one object: right background": 0.95,
     "two objects: both right": 0.70,
     "two objects: stated relation true, of those with both": 0.80,
+    "three objects: all right": 0.40,
     "CLIP: top-1 of 512 captions": 0.60,
 }
 CEILINGS = {"reader: spurious, true scenes": 0.01}
@@ -87,7 +90,8 @@ def generate_captions(pipe: Any, scenes: list[Scene]) -> list[np.ndarray]:
     """Generate an image per caption; image i from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
     options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    return generate_cases(pipe, cases, lambda _: (), 16, "captions", **options)
+    size = BATCH if pipe.device.type == "cpu" else BATCH_ON_GPU
+    return generate_cases(pipe, cases, lambda _: (), size, "captions", **options)
 
 
 def one_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
@@ -118,13 +122,19 @@ def two_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str
     return {name: bootstrap(np.asarray(v, float)) for name, v in figures.items()}
 
 
+def three_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[str, Interval]:
+    """Return how often all three objects are found, and how many are."""
+    found = np.array([[r.has(o.phrase) for o in s.objects] for s, r in zip(scenes, readings, strict=True)], float)
+    return {"three objects: all right": bootstrap(found.min(1)), "three objects: share right": bootstrap(found.mean(1))}
+
+
 @torch.no_grad()
 def padding_mass(pipe: Any, captions: list[str]) -> float:
     """Return the share of cross-attention on end and padding tokens, over all layers, at t = 500."""
-    ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(pipe.device)
     states = pipe.text_encoder(ids).last_hidden_state
     words = (ids != pipe.tokenizer.eos_token_id).to(states.dtype)  # (B, 77), the start token counts as a word
-    latents = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(pipe.device)
     shares: list[float] = []
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,14 +167,16 @@ def sheet(scenes: list[Scene], images: list[Image.Image], readings: list[Reading
     return grid([tiles[i : i + columns] for i in range(0, len(tiles), columns)])
 
 
-def measure(
-    pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float
-) -> tuple[dict[str, Any], dict[str, Image.Image]]:
-    """Return all figures and the contact sheets; ``share``: of the full number of scenes."""
+Figures = dict[str, Interval | float]
+Sheets = dict[str, Image.Image]
+
+
+def true_scene_figures(pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, share: float) -> tuple[Figures, Sheets]:
+    """Return the figures of reader, VAE and CLIP, and a sheet of the VAE; ``share``: of the full number of scenes."""
     many, few = int(1000 * share), int(200 * share)
     scenes = [scene(i, "basic", "test") for i in range(many)]
     images = np.stack([s.image for s in scenes])
-    figures: dict[str, Interval | float] = {}
+    figures: Figures = {}
     names = ("reader: objects right, true scenes", "reader: spurious, true scenes", "reader: background, true scenes")
     figures.update(zip(names, reader_figures(scenes, list(images)), strict=True))
     decoded = round_trip(pipe.vae, images[:few])
@@ -172,13 +184,18 @@ def measure(
     figures["VAE round trip: PSNR (dB)"], figures["VAE round trip: canny 50/100 F1"] = vae_figures(
         images[:few], decoded
     )
-    captioned = scenes[: int(512 * share)]
-    captions = [s.caption for s in captioned]
+    captions = [s.caption for s in scenes[: int(512 * share)]]
     figures["CLIP: top-1 of 512 captions"] = retrieval_top1(clip, tokenizer, images[: len(captions)], captions)
-    figures["U-Net: attention on end and padding"] = padding_mass(pipe, [s.caption for s in scenes[:32]])
-    sheets = {"vae": grid([[Image.fromarray(x) for x in rows[:8]] for rows in (images, decoded)])}
-    for count, judge in ((1, one_object_figures), (2, two_object_figures)):
-        chosen = first_scenes(few, partial(_holds, count))
+    return figures, {"vae": grid([[Image.fromarray(x) for x in rows[:8]] for rows in (images, decoded)])}
+
+
+def generated_figures(pipe: Any, share: float) -> tuple[Figures, Sheets]:
+    """Return the figures and sheets of generated images, all that depends on the U-Net; ``share`` as above."""
+    captions = [scene_plan(i, "basic", "test").caption for i in range(32)]
+    figures: Figures = {"U-Net: attention on end and padding": padding_mass(pipe, captions)}
+    sheets: Sheets = {}
+    for count, judge in enumerate((one_object_figures, two_object_figures, three_object_figures), start=1):
+        chosen = first_scenes(int(200 * share), partial(_holds, count))
         generated = generate_captions(pipe, chosen)
         readings = [detect(image) for image in generated]
         figures.update(judge(chosen, readings))
@@ -224,16 +241,24 @@ Captions of two objects:
 
 ![two objects]({images}report_objects2.png)
 
+Captions of three objects:
+
+![three objects]({images}report_objects3.png)
+
 Eight scenes (top) and their round trip through the autoencoder (bottom):
 
 ![round trip]({images}report_vae.png)
 """
 
 
-def run(base: str, quick: bool, output_dir: Path) -> None:
+def run(base: str, quick: bool, images_only: bool, output_dir: Path, device: str) -> None:
     """Measure and print the figures; unless ``quick``, write card, figures and sheets.
 
     Figures and sheets of the shipped base are written to research/results/, else beside the card.
+
+    Args:
+        quick: measure a fifth of the images.
+        images_only: measure generated images only, and write no card.
 
     Raises:
         ValueError: there is no such base.
@@ -243,19 +268,29 @@ def run(base: str, quick: bool, output_dir: Path) -> None:
         raise ValueError(
             f"There is no CLIP in {folder}; give --base micro, or a folder that research.micro_base has exported."
         )
-    pipe = load_pipeline(BaseConfig(name=base))
+    pipe = load_pipeline(BaseConfig(name=base), device=process_device(device))
     set_scheduler(pipe, SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
-    clip, tokenizer = CLIPModel.from_pretrained(folder, dtype=torch.float32), CLIPTokenizer.from_pretrained(folder)
-    figures, sheets = measure(pipe, clip, tokenizer, 0.2 if quick else 1.0)
+    share = 0.2 if quick else 1.0
+    figures: Figures = {}
+    sheets: Sheets = {}
+    if not images_only:
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        figures, sheets = true_scene_figures(pipe, clip, CLIPTokenizer.from_pretrained(folder), share)
+    generated, more = generated_figures(pipe, share)
+    figures, sheets = figures | generated, sheets | more
     print(table(figures))
-    if quick:
-        return
+    if not quick:
+        _write(figures, sheets, output_dir, not images_only)
+
+
+def _write(figures: Figures, sheets: Sheets, output_dir: Path, with_card: bool) -> None:
     results = RESULTS / "micro_base" if output_dir == MICRO_WEIGHTS.parent else output_dir
     for folder in (output_dir, results):
         folder.mkdir(parents=True, exist_ok=True)
-    images = "" if results == output_dir else f"{Path(os.path.relpath(results, output_dir)).as_posix()}/"
-    (output_dir / "MODEL_CARD.md").write_text(card(figures, images))
+    if with_card:
+        images = "" if results == output_dir else f"{Path(os.path.relpath(results, output_dir)).as_posix()}/"
+        (output_dir / "MODEL_CARD.md").write_text(card(figures, images))
     plain = {k: vars(v) if isinstance(v, Interval) else v for k, v in figures.items()}
     (results / "report.json").write_text(json.dumps(plain, indent=1))
     for name, image in sheets.items():

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import time
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer
 
+from localctl.distributed import process_device
 from research.micro_base.clip import new_clip, new_tokenizer, train_clip
-from research.micro_base.data import SceneCache, scene_cache
+from research.micro_base.clock import ClockConfig
+from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, text_tower
 from research.micro_base.focus import make_focus
 from research.micro_base.loop import LoopConfig, read_weights
-from research.micro_base.unet import LatentCache, latent_cache, new_unet, train_unet
+from research.micro_base.unet import latent_cache, new_unet, train_unet
+from research.micro_base.unet_loss import LatentCache, Recipe
 from research.micro_base.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
 from research.micro_base.words import train_words
-
-
-def caches(args: argparse.Namespace) -> list[SceneCache]:
-    """Return the caches of basic and of rich scenes."""
-    folder = args.workdir / "cache"
-    return [scene_cache(folder, "basic", args.scenes), scene_cache(folder, "rich", max(200, args.scenes * 2 // 15))]
 
 
 def load_tokenizer(args: argparse.Namespace) -> CLIPTokenizer:
@@ -59,14 +57,14 @@ def load_clip(args: argparse.Namespace, tokenizer: CLIPTokenizer, words: bool = 
     return clip
 
 
-def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
+def load(args: argparse.Namespace, data: TrainingScenes) -> tuple[CLIPTokenizer, CLIPModel, AutoencoderKL]:
     """Return tokenizer, CLIP and VAE in their latest state: from workdir, else from the base to continue from."""
     tokenizer = load_tokenizer(args)
     clip = load_clip(args, tokenizer)
     if (args.workdir / "vae.pt").exists() or args.continue_from is None:
         vae = new_vae()
         vae.load_state_dict(read_weights(args.workdir / "vae.pt"))
-        set_scaling(vae, data)
+        set_scaling(vae, data.basic)
     else:
         vae = AutoencoderKL.from_pretrained(args.continue_from / "vae", dtype=torch.float32)
     if (args.workdir / "decoder.pt").exists():
@@ -75,15 +73,16 @@ def load(args: argparse.Namespace, data: SceneCache) -> tuple[CLIPTokenizer, CLI
 
 
 def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, torch.Tensor] | None:
-    """Return the weights of a checkpoint, else of the base to continue from; None without either."""
-    if checkpoint is not None and checkpoint.exists():
-        return read_weights(checkpoint)
+    """Return the weights of a checkpoint, else of --unet_init, else of the base to continue from; None without any."""
+    for path in (checkpoint, args.unet_init):
+        if path is not None and path.exists():
+            return read_weights(path)
     if args.continue_from is None:
         return None
     return UNet2DConditionModel.from_pretrained(args.continue_from / "unet", dtype=torch.float32).state_dict()
 
 
-def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
+def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
     """Return the cached latents; the file name has a hash of all they depend on, so changed weights get new ones."""
     tokenizer, clip, vae = load(args, data)
     digest = hashlib.sha256(str((args.scenes, args.unet_scenes)).encode())
@@ -91,37 +90,52 @@ def latents(args: argparse.Namespace, data: SceneCache) -> LatentCache:
         for value in part.state_dict().values():
             digest.update(value.contiguous().numpy().tobytes())
     path = args.workdir / f"latents-{digest.hexdigest()[:12]}.pt"
-    return latent_cache(data.head(args.unet_scenes), vae, text_tower(clip), tokenizer, path)
+    device = process_device(args.device)
+    return latent_cache(data.basic.head(args.unet_scenes), vae.to(device), text_tower(clip).to(device), tokenizer, path)
 
 
-def build_words(args: argparse.Namespace, data: list[SceneCache]) -> bool:
+def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
     tokenizer = load_tokenizer(args)
     config = LoopConfig(steps=args.words_steps, learning_rate=1.5e-3, warmup=50, weight_decay=0.0, minutes=args.minutes)
-    captions = [caption for cache in data for caption in cache.captions]
+    captions = [caption for cache in data.both for caption in cache.captions]
     return train_words(load_clip(args, tokenizer, words=False), tokenizer, captions, config, args.workdir)
 
 
-def build_unet(args: argparse.Namespace, data: SceneCache) -> bool:
-    config = LoopConfig(steps=args.unet_steps, learning_rate=6e-4, ema=0.999, warmup=200, minutes=args.minutes)
-    cache, initial = latents(args, data), unet_weights(args, args.unet_init)
-    focus = make_focus(len(cache.latents), args.workdir / f"focus-{len(cache.latents)}.pt")
-    options = {"initial": initial, "prediction_type": args.prediction_type, "focus": focus}
-    return train_unet(cache, config, args.workdir, args.unet_batch, **options)[1]
+def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
+    """Train the U-Net; ``started``: ``time.monotonic()`` when --unet_minutes began."""
+    recipe = Recipe(args.prediction_type, noisy=args.unet_noisy)
+    cache, initial = latents(args, data), unet_weights(args, None)
+    focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
+    config: LoopConfig | ClockConfig
+    if args.unet_minutes:
+        seconds = started + 60 * args.unet_minutes - time.monotonic()
+        if seconds <= 0:
+            raise ValueError(
+                f"--unet_minutes {args.unet_minutes:g} were over {-seconds:.0f} s before the scenes were encoded; "
+                "give more, or fewer --scenes and --unet_scenes (those encoded so far are reused)."
+            )
+        config = ClockConfig(seconds=seconds, learning_rate=args.unet_lr)
+    else:
+        config = LoopConfig(
+            steps=args.unet_steps, learning_rate=args.unet_lr, ema=0.999, warmup=200, minutes=args.minutes
+        )
+    device = process_device(args.device)
+    return train_unet(cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16)[1]
 
 
-def build_decoder(args: argparse.Namespace, data: SceneCache) -> bool:
+def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
     vae = load(args, data)[2]
     config = LoopConfig(steps=args.decoder_steps, learning_rate=7e-4, weight_decay=0.0, minutes=args.minutes)
-    return train_decoder(vae, latents(args, data).latents, data.images, config, args.workdir)
+    return train_decoder(vae, latents(args, data).latents, data.basic.images, config, args.workdir)
 
 
-def build_clip_vision(args: argparse.Namespace, data: list[SceneCache]) -> bool:
-    tokenizer, clip, _ = load(args, data[0])
+def build_clip_vision(args: argparse.Namespace, data: TrainingScenes) -> bool:
+    tokenizer, clip, _ = load(args, data)
     config = LoopConfig(steps=args.clip_vision_steps, learning_rate=5e-4, weight_decay=0.05, minutes=args.minutes)
-    return train_clip(data, tokenizer, config, args.workdir, model=clip)[1]
+    return train_clip(data.both, tokenizer, config, args.workdir, model=clip)[1]
 
 
-def build_export(args: argparse.Namespace, data: SceneCache) -> int:
+def build_export(args: argparse.Namespace, data: TrainingScenes) -> int:
     tokenizer, clip, vae = load(args, data)
     weights = unet_weights(args, args.workdir / "unet.pt")
     if weights is None:
@@ -133,22 +147,23 @@ def build_export(args: argparse.Namespace, data: SceneCache) -> int:
 
 def build(args: argparse.Namespace) -> None:
     """Train and export the parts that were asked for."""
+    started = time.monotonic()
     if args.threads:
         torch.set_num_threads(args.threads)
-    data = caches(args)
+    data = TrainingScenes(args.workdir / "cache", args.scenes)
     if "vae" in args.parts:
         config = LoopConfig(steps=args.vae_steps, learning_rate=1e-3, weight_decay=0.0, minutes=args.minutes)
-        train_vae(data, config, args.workdir)
+        train_vae(data.both, config, args.workdir)
     if "clip" in args.parts:
         config = LoopConfig(steps=args.clip_steps, learning_rate=1e-3, weight_decay=0.05, minutes=args.minutes)
-        train_clip(data, load_tokenizer(args), config, args.workdir)
+        train_clip(data.both, load_tokenizer(args), config, args.workdir)
     if "words" in args.parts:
         build_words(args, data)
     if "unet" in args.parts:
-        build_unet(args, data[0])
+        build_unet(args, data, started)
     if "decoder" in args.parts:
-        build_decoder(args, data[0])
+        build_decoder(args, data)
     if "clip_vision" in args.parts:
         build_clip_vision(args, data)
     if "export" in args.parts:
-        print(f"{args.output_dir}: {build_export(args, data[0]) / 2**20:.1f} MiB")
+        print(f"{args.output_dir}: {build_export(args, data) / 2**20:.1f} MiB")

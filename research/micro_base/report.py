@@ -2,6 +2,7 @@
 
 python -m research.micro_base.report            # writes localctl/micro/MODEL_CARD.md, its figures and sheets
 python -m research.micro_base.report --quick    # a fifth of the images, printed only
+python -m research.micro_base.report --base outputs/base --images_only --output_dir outputs/report --device cuda
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Arguments(PROGRAM, "Measure the embedded base.")
     parser.add_argument("--base", default="micro", help="micro, or the folder of another micro base")
     parser.add_argument("--quick", action="store_true", help="a fifth of the images; print only")
+    parser.add_argument(
+        "--images_only",
+        action="store_true",
+        help="only figures of generated images, and no card",
+    )
     parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="folder to write the card to")
+    parser.add_argument("--device", default="cpu", help="device to generate on: cpu, cuda or auto")
     args = parser.read(argv)
+    if args.images_only and not args.quick and args.output_dir == MICRO_WEIGHTS.parent:
+        raise ValueError("--images_only would replace the shipped base's figures by a part of them; give --output_dir.")
     with loading():
         from research.micro_base.measure import run
 
-    run(args.base, args.quick, args.output_dir)
+    run(args.base, args.quick, args.images_only, args.output_dir, args.device)
     return 0
 
 

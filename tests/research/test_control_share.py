@@ -23,7 +23,14 @@ from research.control_share.__main__ import main
 from research.control_share.study import Case, cases, compare, reproduced, sample_all
 from research.micro_base.clip import new_clip, new_tokenizer
 from research.micro_base.export import export
-from research.micro_base.measure import FLOORS, match_objects, reader_figures, table, vae_figures
+from research.micro_base.measure import (
+    FLOORS,
+    match_objects,
+    reader_figures,
+    table,
+    three_object_figures,
+    vae_figures,
+)
 from research.micro_base.unet import new_unet
 from research.micro_base.vae import new_vae
 
@@ -182,6 +189,17 @@ def test_matching_needs_phrase_and_place() -> None:
     assert match_objects(item, detect(item.image)) == (len(item.objects), 0)
     turned = detect(item.image[:, ::-1].copy())
     assert match_objects(item, turned)[0] < len(item.objects)
+
+
+def test_three_objects_are_right_together_or_in_part() -> None:
+    from localctl.micro.detect import Reading, detect
+    from research.harness import first_scenes
+
+    scenes = first_scenes(2, lambda item: len(item.objects) == 3)
+    whole, part = (detect(item.image) for item in scenes)
+    figures = three_object_figures(scenes, [whole, Reading(part.background, part.objects[1:])])
+    assert figures["three objects: all right"].value == 0.5
+    assert figures["three objects: share right"].value == pytest.approx(5 / 6)
 
 
 def test_the_table_says_which_floor_is_missed() -> None:

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import cv2
 import torch
 from tolerances import rounding
 
 from localctl.micro.scenes import scene
 from research.micro_base.clip import new_tokenizer
-from research.micro_base.focus import focus_loss, make_focus, record_attention, tokens_of
+from research.micro_base.focus import focus_loss, make_focus, record_attention
+from research.micro_base.objects import tokens_of
 from research.micro_base.unet import new_unet
 
 UNET = 40 * 9 * 160  # layers in a row, the longest sums of each
@@ -31,12 +33,15 @@ def test_focus_is_made_once_of_the_scenes(tmp_path: Path) -> None:
         for number in range(len(item.objects)):
             area = item.masks[number].mean() * 256
             assert abs(area - float(focus.masks[index, number].sum())) < 0.05 * area
+            coarse = cv2.resize(item.masks[number], (16, 16), interpolation=cv2.INTER_AREA)
+            assert torch.equal(focus.masks[index, number], torch.from_numpy(coarse).half()), "as rendered in the scene"
             assert focus.near[index].flatten()[focus.masks[index, number].argmax()] > 0.99
         assert (focus.tokens[index] >= 0).sum() == len(item.objects)
         assert (focus.near[index] + 0.01 >= focus.masks[index].sum(0)).all()
-    (tmp_path / "focus.pt").touch()
-    again = make_focus(12, tmp_path / "focus.pt")
+    again = make_focus(12, tmp_path / "focus.pt", mix=(0.0, 0.75, 0.0))
     assert torch.equal(again.masks, focus.masks) and torch.equal(again.tokens, focus.tokens)
+    pairs = [i for i in range(12) if len(scene(i).objects) == 2 and "background" in scene(i).caption]
+    assert pairs and abs(float(again.odds[pairs].sum()) - 0.75 - 0.25 * len(pairs) / 12) < 1e-9
 
 
 def test_attention_written_out_is_attention() -> None:

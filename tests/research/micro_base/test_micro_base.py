@@ -20,7 +20,8 @@ from research.micro_base.clip import contrastive_loss, corrupt, new_clip, new_to
 from research.micro_base.data import scene_cache
 from research.micro_base.loop import LoopConfig, read_weights, train
 from research.micro_base.parts import load_tokenizer
-from research.micro_base.unet import LatentCache, encode_captions, new_scheduler, text_batch
+from research.micro_base.unet import encode_captions, new_scheduler
+from research.micro_base.unet_loss import LatentCache, text_batch
 from research.training_loop import learning_rate_at
 
 
@@ -164,10 +165,10 @@ def test_padding_states_are_replaced_behind_the_caption_only() -> None:
     states, lengths, rows = encode_captions(["a red circle", "a blue star"], text_tower(new_clip(tokenizer)), tokenizer)
     cache = LatentCache(torch.zeros(2, 4, 16, 16), states, lengths, rows)
     assert rows.tolist() == [1, 2] and lengths.tolist() == [1, 4, 4]
-    batch = text_batch(cache, rows, np.random.default_rng(0), padding_dropout=1.0)
+    batch = text_batch(cache, rows, torch.ones(2, dtype=torch.bool))
     assert torch.equal(batch[:, :4], states[1:, :4].float())
     assert torch.equal(batch[:, 4:], states[:1, 4:].float().expand(2, -1, -1))
-    untouched = text_batch(cache, rows, np.random.default_rng(0), padding_dropout=0.0)
+    untouched = text_batch(cache, rows, torch.zeros(2, dtype=torch.bool))
     assert torch.equal(untouched, states[1:].float())
 
 
@@ -175,7 +176,7 @@ def test_the_schedule_ends_in_noise() -> None:
     assert new_scheduler().alphas_cumprod[-1] < 1e-4
 
 
-def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path) -> None:
+def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--workdir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "base"), "--scenes", "130"]
     steps = ["--vae_steps", "2", "--clip_steps", "1", "--unet_steps", "2", "--unet_scenes", "16", "--unet_batch", "4"]
     steps += ["--decoder_steps", "1", "--clip_vision_steps", "1", "--words_steps", "2"]
@@ -198,3 +199,6 @@ def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path) -> Non
     unets = [load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("base", "base2")]
     moved = max(float((unets[0][k].float() - unets[1][k].float()).abs().max()) for k in unets[0])
     assert 0 < moved < 0.05, "two steps from the exported weights, not from new ones"
+    late = ["--continue_from", str(tmp_path / "base"), "--parts", "unet", "--unet_minutes", "0.0001"]
+    assert main([*again, *steps, *late]) == 2
+    assert "were over" in capsys.readouterr().err

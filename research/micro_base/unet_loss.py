@@ -1,0 +1,180 @@
+"""What is random in an update of the U-Net, and its loss, a function of tensors that a CUDA graph can hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from localctl.diffusion import add_noise, training_target
+from localctl.seeding import key_seed
+from research.micro_base.focus import Focus, focus_loss, record_attention
+
+FOCUS_WEIGHT = 0.04
+FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
+SHAPES_FORM, PLACES_FORM = 190.0, 700.0  # from these timesteps on
+TEXTURE = 0.06  # share of the timesteps below both; there abar > 0.7
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the U-Net is trained.
+
+    It predicts epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) without a weight.
+    empty: share of empty captions. padding_dropout: share of captions with the padding of the empty prompt. noisy:
+    share of timesteps from 700 on, where the number and the places of objects form.
+    """
+
+    prediction_type: str = "v_prediction"
+    empty: float = 0.1
+    padding_dropout: float = 0.5
+    noisy: float = 0.22
+
+
+RECIPE = Recipe()
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Encoded images and captions.
+
+    latents: fp16 (n, 4, 16, 16), scaled. states: fp16 (captions, 77, width); row 0 is the empty prompt. lengths:
+    (captions,), tokens before the padding. caption_of: (n,), row of ``states`` for each scene.
+    """
+
+    latents: Tensor
+    states: Tensor
+    lengths: Tensor
+    caption_of: Tensor
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is random in an update of B scenes.
+
+    scenes: (B,) int64. is_empty: bool (B,), replace the caption by the empty one. noise: (B, 4, 16, 16). timesteps:
+    (B,) int64. bare: bool (B,), replace the padding by that of the empty prompt.
+    """
+
+    scenes: Tensor
+    is_empty: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    bare: Tensor
+
+
+def to(record: Record, device: torch.device | str, wait: bool = True) -> Record:
+    """Return a record of tensors on a device. wait: for the copy, and with it for all that runs on the device."""
+    moved: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    for name, value in moved.items():
+        source = value if wait or value.device.type != "cpu" else value.pin_memory()
+        moved[name] = source.to(device, non_blocking=not wait)
+    return type(record)(**moved)
+
+
+def sample_timesteps(batch: int, rng: np.random.Generator, noisy: float = RECIPE.noisy) -> np.ndarray:
+    """Sample timesteps (B,) in [0, 1000), one stratum of the distribution per row, so that all batches spread alike.
+
+    A share ``noisy`` is in [700, 1000), where the number and the places of objects form, and 6 % are below 190; shapes
+    form between.
+    """
+    u = (np.arange(batch) + rng.random(batch)) / batch
+    knots = [0.0, SHAPES_FORM, PLACES_FORM, 999.999]
+    return np.interp(u, [0.0, TEXTURE, 1 - noisy, 1.0], knots).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples updates of ``batch`` scenes of a cache.
+
+    shape: of the cache's latents. odds: (n,), cumulative probability of each scene; None: equal.
+    """
+
+    shape: tuple[int, ...]
+    odds: Tensor | None
+    batch: int
+    recipe: Recipe
+    seed: int
+    device: torch.device
+
+    def __call__(self, rng: np.random.Generator, noise: Tensor | None = None) -> Sampled:
+        """Sample an update on the CPU; ``noise`` replaces the noise sampled with ``rng``."""
+        scenes = self._scenes(rng)
+        is_empty = torch.from_numpy(rng.random(self.batch) < self.recipe.empty)
+        if noise is None:
+            noise = torch.from_numpy(rng.standard_normal((self.batch, *self.shape[1:]), dtype=np.float32))
+        timesteps = torch.from_numpy(rng.permutation(sample_timesteps(self.batch, rng, self.recipe.noisy)))
+        bare = torch.from_numpy(rng.random(self.batch) < self.recipe.padding_dropout)
+        return Sampled(scenes, is_empty, noise, timesteps, bare)
+
+    def on_device(self, step: int) -> Sampled:
+        """Sample update ``step`` on the device, where its noise is generated."""
+        generator = torch.Generator(self.device).manual_seed(key_seed(self.seed, "noise", step))
+        noise = torch.randn((self.batch, *self.shape[1:]), generator=generator, device=self.device)
+        sampled = self(np.random.default_rng([self.seed, step]), noise)
+        return sampled if self.device.type == "cpu" else to(sampled, self.device, wait=False)
+
+    def _scenes(self, rng: np.random.Generator) -> Tensor:
+        """Sample numbers of scenes (B,): uniformly, or by the odds, one stratum per row."""
+        if self.odds is None:
+            return torch.from_numpy(rng.integers(self.shape[0], size=self.batch))
+        places = torch.from_numpy((np.arange(self.batch) + rng.random(self.batch)) / self.batch)
+        return torch.searchsorted(self.odds, places).clamp(max=self.shape[0] - 1)
+
+
+def text_batch(cache: LatentCache, rows: Tensor, bare: Tensor) -> Tensor:
+    """Return text states (B, 77, width), in the rows ``bare`` (bool (B,)) with the empty prompt's states as padding.
+
+    This makes the U-Net attend to the words, not to the summary in the padding: region control steers words.
+    """
+    states = cache.states[rows].float()
+    position = torch.arange(states.shape[1], device=states.device)
+    is_padding = position[None] >= cache.lengths[rows][:, None]  # (B, 77)
+    return torch.where((is_padding & bare[:, None])[..., None], cache.states[0].float(), states)
+
+
+class UNetLoss:
+    """The loss of an update and its terms, of what was sampled; all tensors are on the U-Net's device."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, cache: LatentCache, alphas: Tensor, recipe: Recipe, focus: Focus | None
+    ) -> None:
+        """``alphas``: cumulative, (1000,). focus: objects of the cached scenes."""
+        self.unet, self.cache, self.alphas, self.recipe, self.focus = unet, cache, alphas, recipe, focus
+        self.dtype = unet.dtype  # once: the property looks at all layers
+        snr = alphas / (1 - alphas)
+        self.weight = snr.clamp(max=5) / snr if recipe.prediction_type == "epsilon" else torch.ones_like(snr)
+        self.recorded = [] if focus is None else record_attention(unet)
+
+    def __call__(self, sampled: Sampled) -> dict[str, Tensor]:
+        """Return the loss and its terms, scalars."""
+        self.recorded.clear()
+        t = sampled.timesteps
+        rows = self.cache.caption_of[sampled.scenes].masked_fill(sampled.is_empty, 0)
+        latents = self.cache.latents[sampled.scenes].float()
+        sample = add_noise(latents, sampled.noise, t, self.alphas)
+        target = training_target(sample, self.alphas, self.recipe.prediction_type)
+        states = text_batch(self.cache, rows, sampled.bare).to(self.dtype)
+        output = self.unet(sample.noisy.to(self.dtype), t, states).sample
+        error = (output.float() - target).square().mean(1)  # (B, 16, 16)
+        mse = error.mean((1, 2))  # (B,)
+        if self.focus is None:
+            return {"loss": (mse * self.weight[t]).mean(), "mse": mse.mean()}
+        return self._focused(self.focus, sampled, error) | {"mse": mse.mean()}
+
+    def _focused(self, focus: Focus, sampled: Sampled, error: Tensor) -> dict[str, Tensor]:
+        scenes, t = sampled.scenes, sampled.timesteps
+        near = focus.near[scenes].float()
+        # At large t, the places of objects are not determined yet: a larger weight there would favour objects.
+        settled = ((450 - t.float()) / 150).clamp(0, 1)[:, None, None]
+        weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
+        seen = ((800 - t.float()) / 200).clamp(0, 1) * ~sampled.is_empty  # with more noise, places are not determined
+        attention, share = focus_loss(self.recorded, focus.masks[scenes].float(), focus.tokens[scenes], seen)
+        loss = (weighted * self.weight[t]).mean() + FOCUS_WEIGHT * attention
+        objects = (error * near).sum() / near.sum().clamp(min=1)
+        return {"loss": loss, "objects": objects, "attention": share}
