@@ -4,6 +4,7 @@ steps and what is due between them: log, validate, checkpoint, export."""
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
