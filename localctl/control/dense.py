@@ -22,8 +22,8 @@ from torch import Tensor
 
 from localctl.control.attention import Scores
 from localctl.control.base import BoundControl, CallContext, Factors, check_choice, check_strength
-from localctl.control.segments import RESTS, Classes
 from localctl.control.regions import BoundRegionControl, BoundRegions, RegionControl, once_per_call
+from localctl.control.segments import RESTS, Classes
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
@@ -199,10 +199,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
 
         def make() -> dict[int, Classes]:
             options = control.rest, control.size_regularisation
-            return {
-                layout: Classes.of(self.regions.masks(layout, layer), own, *options)
-                for layout, own in strengths
-            }
+            return {layout: Classes.of(self.regions.masks(layout, layer), own, *options) for layout, own in strengths}
 
         return self.regions.cached(("classes", layer.size, strengths), make)
 

@@ -73,7 +73,9 @@ class _BoundRegionBias(BoundRegionControl[RegionBias]):
     ) -> Tensor | None:
         keys = scores.keys
         region_map = self.regions.per_row(
-            context, (layer.size, keys, self._all_weights(context)), lambda layout: self._map(layout, context, layer, keys)
+            context,
+            (layer.size, keys, self._all_weights(context)),
+            lambda layout: self._map(layout, context, layer, keys),
         )  # (n,Q,K'): S for each cell and token
         if region_map is None:
             return None

@@ -13,9 +13,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from localctl.control.attach import attach
-from localctl.control.wrapping import Installation
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention, local_text
+from localctl.control.wrapping import Installation
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import AttentionLayer
 from localctl.denoisers.unet import UNet
