@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control
 from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
-from localctl.control.latents import SchedulerShift, Visits, check_shiftable, outer_step, sigma_at, steps_of_call
+from localctl.control.compiled import MORE_GRAPHS, is_compiled
+from localctl.control.latents import (
+    Schedule,
+    SchedulerShift,
+    Visits,
+    check_shiftable,
+    outer_step,
+    sigma_at,
+    steps_of_call,
+)
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
 from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
@@ -78,6 +87,7 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
             # Every pipeline calls this last, on success; after an error the next call starts afresh.
             wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
             uncompiled(module),
+            MORE_GRAPHS.used(),
         ):
             yield attachment
     finally:
@@ -109,10 +119,12 @@ class Attachment:
         self.thread = threading.get_ident()
         self._installation = Installation(MaskCheck(self.denoiser))
         self._scheduler_shift = SchedulerShift()
+        self._schedule = Schedule()
         self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Attention]]] = {}
         self._visits: Visits = (None, None)  # of the running call
         self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and their number
         self._dtype: torch.dtype | None = None  # of the running call; slow to find, the denoiser looks at all layers
+        self._compiled = False
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
@@ -131,6 +143,7 @@ class Attachment:
             )
         self.restore()  # an error in the previous call may have left wrappers behind
         self._check_pipe()
+        self._compiled = is_compiled(self.denoiser.module)
         prompt = arguments["prompt"]
         if prompt is None:  # then there are prompt embeddings; the pipeline has checked that
             chosen = self._chosen(len(arguments["prompt_embeds"]))
@@ -207,6 +220,8 @@ class Attachment:
         arguments = self._add_residuals(context, inputs, (args, kwargs))
         arguments = self._replace_text(context, inputs.text, arguments)
         arguments = self._shift_latents(context, inputs.latents, arguments)
+        # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
+        self._installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
         self._steer_attention(context)
         return arguments
 
@@ -257,14 +272,18 @@ class Attachment:
             for control in self.bound:
                 if control.attends(context, layer):
                     self._installation.add(attn, layer, control, context)
+        if self._compiled:
+            self._installation.complete(self._layers_of(context))
 
     def _context(self, inputs: DenoiserInputs, layout_of_image: tuple[int, ...]) -> CallContext:
         images = len(layout_of_image)
         conditional = self.denoiser.conditional(inputs.sample.shape[0], images)
-        time = float(torch.as_tensor(inputs.timestep).flatten()[0])
-        step, _ = outer_step(self.pipe.scheduler, time)
+        scheduler = self.pipe.scheduler
+        times = self._schedule.times(scheduler)
+        time = self._schedule.time(scheduler, inputs.timestep)
+        step, _ = outer_step(scheduler, time, times)
         if self._steps is None:
-            self._steps = steps_of_call(self.pipe.scheduler, time, self._visits)
+            self._steps = steps_of_call(scheduler, time, self._visits, times)
         first, num_steps = self._steps
         dtype = self._dtype = self.denoiser.module.dtype if self._dtype is None else self._dtype
         height, width = inputs.latents.shape[-2:]
@@ -286,5 +305,5 @@ class Attachment:
             image_size=image_size,
             device=inputs.sample.device,
             dtype=dtype,
-            sigma=functools.partial(sigma_at, self.pipe.scheduler, time),
+            sigma=functools.partial(sigma_at, scheduler, time, times),
         )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Steered(Protocol):
@@ -58,31 +61,63 @@ def operator() -> Any:
     return torch.ops.localctl.steered_attention.default
 
 
-class EagerMode:
-    """Makes compiled code run eagerly while it has users.
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether the module or a part of it is compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(
+        vars(part).get("_compiled_call_impl") is not None
+        or hasattr(part.forward, "_torchdynamo_orig_callable")
+        or isinstance(part, torch._dynamo.OptimizedModule)
+        for part in module.modules()
+    )
 
-    torch has one compiler stance per process, so users are counted, over all threads and in any order; the last one to
-    leave restores the stance.
+
+class Shared:
+    """A setting of torch for the whole process, as a context that has users.
+
+    They are counted, over all threads and in any order; the last one to leave restores the setting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._make = make
         self._lock, self._users = threading.Lock(), 0
-        self._stance: Any = None
+        self._context: AbstractContextManager[Any] = nullcontext()
 
     def enter(self) -> None:
-        """Count one more user; the first one switches to eager mode."""
+        """Count one more user; the first one changes the setting."""
         with self._lock:
             if not self._users:
-                self._stance = torch.compiler.set_stance("force_eager")
-                self._stance.__enter__()
+                self._context = self._make()
+                self._context.__enter__()
             self._users += 1
 
     def leave(self) -> None:
-        """Count one user less; the last one restores the stance."""
+        """Count one user less; the last one restores the setting."""
         with self._lock:
             self._users -= 1
             if not self._users:
-                self._stance.__exit__(None, None, None)
+                self._context.__exit__(None, None, None)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Be a user for a while, if torch's compiler is loaded; else nothing is compiled."""
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
 
-EAGER_MODE = EagerMode()
+def _more_graphs() -> AbstractContextManager[Any]:
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=max(_GRAPHS, config.recompile_limit))
+
+
+# Blocks of one class share their graphs, up to 8 by default: too few for all shapes of blocks, steered and not.
+_GRAPHS = 64
+MORE_GRAPHS = Shared(_more_graphs)
+EAGER_MODE = Shared(lambda: torch.compiler.set_stance("force_eager"))

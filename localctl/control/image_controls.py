@@ -16,7 +16,7 @@ from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import BlockResiduals, Denoiser, DenoiserInputs
 from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
-from localctl.masks import MASK_RESIZE, mask_feature
+from localctl.masks import MASK_RESIZE, mask_feature, resize_mask
 
 _ADDED = ("text_embeds", "time_ids")  # SDXL's inputs; ControlNets do not take an IP-Adapter's images
 
@@ -93,6 +93,7 @@ class _BoundLocalAdapter(BoundControl):
         self.shared = control.condition.shape[0] == control.mask.shape[0] == 1  # one set of features for all layouts
         self._key: tuple[object, ...] | None = None
         self._features: list[Tensor] = []
+        self._index: tuple[tuple[object, ...], Tensor] | None = None  # rows and device; which features each row takes
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:
         if not context.within(self.control.start, self.control.end):
@@ -102,8 +103,11 @@ class _BoundLocalAdapter(BoundControl):
         if key != self._key:
             self._features = self._compute(layouts, context)
             self._key = key
-        rows = [0 if self.shared else layouts.index(layout) for layout in context.layout_of_row]
-        index = torch.tensor(rows, device=context.device)
+        rows = (context.layout_of_row, context.device)
+        if self._index is None or self._index[0] != rows:
+            chosen = [0 if self.shared else layouts.index(layout) for layout in context.layout_of_row]
+            self._index = (rows, torch.tensor(chosen, device=context.device))
+        index = self._index[1]
         return [feature.index_select(0, index) for feature in self._features]  # always a copy
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
@@ -196,6 +200,25 @@ class MaskedControlNet(Control):
 class _BoundControlNet(BoundControl):
     def __init__(self, control: MaskedControlNet) -> None:
         self.control = control
+        self._inputs: tuple[object, Tensor, Tensor] | None = None  # layouts, condition and mask, on the net's device
+        self._cells: dict[tuple[int, ...], Tensor] = {}  # the mask at each size of residuals
+
+    def _placed(self, layouts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return condition (r,C,H,W) and mask (r,1,H,W) of these layouts on the net's device, moved there once."""
+        net, control = self.control.controlnet, self.control
+        key = (layouts, net.device, net.dtype)
+        if self._inputs is None or self._inputs[0] != key:
+            self._cells = {}
+            condition = _rows_of(control.condition, layouts).to(net.device, net.dtype)
+            self._inputs = (key, condition, _rows_of(control.mask, layouts).to(net.device))
+        return self._inputs[1:]
+
+    def _masked(self, residual: Tensor, mask: Tensor) -> Tensor:
+        """Return a residual (r,c,h,w) within the mask."""
+        size = residual.shape[-2], residual.shape[-1]
+        if size not in self._cells:
+            self._cells[size] = resize_mask(mask.float(), size, self.control.mask_resize)
+        return mask_feature(residual, self._cells[size])
 
     @torch.no_grad()
     def block_residuals(self, context: CallContext, inputs: DenoiserInputs) -> BlockResiduals | None:
@@ -206,7 +229,7 @@ class _BoundControlNet(BoundControl):
         place = {"device": net.device, "dtype": net.dtype}
         rows = context.guided_rows if control.guess_mode else slice(None)  # r of the R rows
         layouts = context.layout_of_row[rows]
-        condition = _rows_of(control.condition, layouts).to(**place)  # (r,C,H,W)
+        condition, mask = self._placed(layouts)
         timestep = inputs.timestep
         down, middle = net(
             inputs.sample[rows, : net.config.in_channels].to(**place),  # an inpainting U-Net has more channels
@@ -220,11 +243,7 @@ class _BoundControlNet(BoundControl):
             },
             return_dict=False,
         )
-        mask = _rows_of(control.mask, layouts).to(net.device)  # (r,1,H,W)
-        masked = [
-            mask_feature(residual, mask, control.mask_resize).to(context.device, context.dtype)
-            for residual in (*down, middle)
-        ]
+        masked = [self._masked(residual, mask).to(context.device, context.dtype) for residual in (*down, middle)]
         skipped = len(context.layout_of_row) - len(layouts)  # rows of the negative prompt, which come first
         if skipped:
             masked = [torch.cat([residual.new_zeros(skipped, *residual.shape[1:]), residual]) for residual in masked]

@@ -25,24 +25,64 @@ _EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSD
 Visits = tuple[int | None, int | None]  # see steps_of_call
 
 
-def outer_step(scheduler: Any, timestep: float) -> tuple[int, int]:
+class Schedule:
+    """Reads a scheduler's timesteps, and their place in a call, without waiting for a GPU at each step."""
+
+    def __init__(self) -> None:
+        self._read: tuple[Tensor, list[float]] | None = None  # the scheduler's timesteps and their values
+
+    def times(self, scheduler: Any) -> list[float]:
+        """Return the values of the scheduler's timesteps, read once as long as they are the same tensor."""
+        timesteps = torch.as_tensor(scheduler.timesteps)
+        if self._read is None or self._read[0] is not timesteps:
+            self._read = (timesteps, _times(scheduler))
+        return self._read[1]
+
+    def time(self, scheduler: Any, timestep: Tensor | float) -> float:
+        """Return the value of a timestep: read from the scheduler's timesteps if it is an element of them, as in the
+        loops of pipelines."""
+        times = self.times(scheduler)
+        if isinstance(timestep, Tensor) and self._read is not None:
+            every = self._read[0]
+            same = timestep.dtype == every.dtype and timestep.untyped_storage().data_ptr() == _address(every)
+            place = timestep.storage_offset() - every.storage_offset()
+            if (
+                same
+                and _address(every)
+                and timestep.numel() == 1
+                and every.stride() == (1,)
+                and 0 <= place < len(times)
+            ):
+                return times[place]
+        return float(torch.as_tensor(timestep).flatten()[0])
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def outer_step(scheduler: Any, timestep: float, times: list[float] | None = None) -> tuple[int, int]:
     """Return the outer sampling step that ``timestep`` belongs to, and the number of outer steps.
 
     Second-order schedulers visit two timesteps in one step, and Heun visits each twice: then the scheduler's
-    ``step_index``, if it has one, tells the visits apart. ValueError for a timestep that is not on the schedule.
+    ``step_index``, if it has one, tells the visits apart. ``times``: the values of the scheduler's timesteps, if they
+    are known. ValueError for a timestep that is not on the schedule.
     """
-    times = _times(scheduler)
+    times = _times(scheduler) if times is None else times
     return _outer_step(scheduler, times, _position(scheduler, times, timestep))
 
 
-def steps_of_call(scheduler: Any, timestep: float, visits: Visits = (None, None)) -> tuple[int, int]:
+def steps_of_call(
+    scheduler: Any, timestep: float, visits: Visits = (None, None), times: list[float] | None = None
+) -> tuple[int, int]:
     """Return the first outer step of a pipeline call that begins at ``timestep``, and its number of outer steps.
 
     ``visits``: two counts that the pipeline may give, each or None. The number of the schedule's timesteps that the
     call visits, which several pipelines count before ``denoising_end`` shortens them; and the total of the progress
-    bar, which counts outer steps, or timesteps where the call ends early. ValueError as for :func:`outer_step`.
+    bar, which counts outer steps, or timesteps where the call ends early. ``times`` and ValueError as for
+    :func:`outer_step`.
     """
-    times = _times(scheduler)
+    times = _times(scheduler) if times is None else times
     position = _position(scheduler, times, timestep)
     first, num_steps = _outer_step(scheduler, times, position)
     visited, total = visits
@@ -71,14 +111,14 @@ def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int,
     return position * num_steps // len(distinct), num_steps
 
 
-def sigma_at(scheduler: Any, timestep: float) -> float:
+def sigma_at(scheduler: Any, timestep: float, times: list[float] | None = None) -> float:
     """Return the noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
 
     For schedulers that have their own noise levels (``sigmas``: Euler, DPM++, LMS, also with Karras' spacing) these are
-    used; for others, ``alphas_cumprod`` at the timestep. Where no signal is left, abar is ``SIGNAL_FLOOR``. ValueError
-    for a timestep that is not on the schedule.
+    used; for others, ``alphas_cumprod`` at the timestep. Where no signal is left, abar is ``SIGNAL_FLOOR``. ``times``
+    and ValueError as for :func:`outer_step`.
     """
-    times = _times(scheduler)
+    times = _times(scheduler) if times is None else times
     position = _position(scheduler, times, timestep)
     sigmas = getattr(scheduler, "sigmas", None)
     # DPM2 stores the levels of its intermediate steps elsewhere; for it, alphas_cumprod at the timestep is used.

@@ -105,7 +105,8 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
                 break
             gradient, left = self._gradient(moved, left, run)
             if left:
-                moved[left] -= size * gradient
+                every = len(left) == len(moved)  # indices would be one more copy to the device
+                moved[slice(None) if every else left] -= size * gradient
                 any_move = True
             left = [row for row in left if row not in self._done]
         return moved - latents if any_move else None
@@ -125,21 +126,24 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
             # Scaling the energy keeps more digits of the gradient in half precision.
             scale = max(self.control.scale, 1.0)
             gradient = torch.autograd.grad(energy.sum() * scale, point)[0].float() / scale
-        finite = energy.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            lost = [images[row] for row in (~finite).nonzero().flatten().tolist()]
+        is_finite = energy.isfinite() & gradient.flatten(1).isfinite().all(dim=1)
+        # Read at once: each reading waits for the GPU.
+        finite, above = torch.stack([is_finite, energy > self.control.threshold]).tolist()
+        lost = [image for image, good in zip(images, finite, strict=True) if not good]
+        if lost:
             warnings.warn(
                 f"Layout guidance skipped a move of image {', '.join(map(str, lost))} of this batch because the "
                 "gradient is not finite; try float32 or a smaller scale.",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        above = energy > self.control.threshold
         if not self.control.recheck:
-            self._done |= {images[row] for row in (finite & ~above).nonzero().flatten().tolist()}
-            above = torch.ones_like(above)
-        chosen = (finite & above).nonzero().flatten()
-        return gradient[chosen], [images[row] for row in chosen.tolist()]
+            reached = zip(images, finite, above, strict=True)
+            self._done |= {image for image, good, high in reached if good and not high}
+            above = [True] * len(images)
+        chosen = [row for row, good in enumerate(finite) if good and above[row]]
+        moved = gradient if len(chosen) == len(images) else gradient[chosen]
+        return moved, [images[row] for row in chosen]
 
     def weights(self, layout: int, context: CallContext) -> tuple[float, ...]:
         """Return the weight of each region's energy in this step: its strength / (number of active regions)."""

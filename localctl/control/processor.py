@@ -74,6 +74,8 @@ class SteeredProcessor(nn.Module):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
+        if not self.users:
+            return self.inner(attn, hidden_states, source, attention_mask, **kwargs)
         layer = self.place[1]
         # With an IP-Adapter, the context is (text, images).
         text = source[0] if isinstance(source, tuple) else source

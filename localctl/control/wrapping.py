@@ -36,9 +36,10 @@ def _holder(attn: Attention) -> Any:
 class Installation:
     """The processors that are wrapped for one call of the denoiser, and restored after it.
 
-    A layer's wrapper is kept for the next call. ``check`` is called with the outputs of masked calls. Code compiled by
-    ``torch.compile`` runs eagerly meanwhile where the operator of the wrappers does not suffice: for gradients, for
-    processors with weights (an IP-Adapter's), or if ``eager`` is set.
+    A layer's wrapper is kept for the next call. ``check`` is called with the outputs of masked calls.
+
+    Code compiled by ``torch.compile`` runs eagerly meanwhile where the operator of the wrappers does not suffice: for
+    gradients, for processors with weights (an IP-Adapter's), or if ``eager`` is set.
     """
 
     def __init__(self, check: MaskCheck | None = None) -> None:
@@ -57,6 +58,17 @@ class Installation:
             current = holder["processor"] = self._wrapper(current, attn, layer)
             current.check = self.check
         current.users.append((user, context))
+
+    def complete(self, layers: Sequence[tuple[AttentionLayer, Attention]]) -> None:
+        """If any of the layers is steered, wrap the others as well, without controls.
+
+        Compiled blocks then have one graph more per shape, whichever of their layers are steered.
+        """
+        for layer, attn in layers if self._originals and not self._entered else ():
+            holder = _holder(attn)
+            if not isinstance(holder["processor"], SteeredProcessor):
+                self._remember(holder, holder["processor"])
+                holder["processor"] = self._wrapper(holder["processor"], attn, layer)
 
     def replace(self, attn: Attention, layer: AttentionLayer, users: Sequence[User]) -> None:
         """Let only ``users`` steer this layer, in place of its present controls."""
@@ -143,7 +155,11 @@ class InnerForward:
 def _select(value: Any, rows: list[int], count: int) -> Any:
     """Copy the ``rows`` of all tensors of ``count`` rows within ``value``."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.shape[0] == count else value
+        if not value.ndim or value.shape[0] != count:
+            return value
+        # Indices would be moved to the device for each tensor.
+        adjacent = rows == list(range(rows[0], rows[-1] + 1))
+        return value[rows[0] : rows[-1] + 1].clone() if adjacent else value[rows]
     if isinstance(value, (list, tuple)):
         return type(value)(_select(item, rows, count) for item in value)
     if isinstance(value, Mapping):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localctl.control.attention import Scores
 from localctl.control.dense import DenseModulation
+from localctl.control.segments import Classes
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 
@@ -120,6 +121,34 @@ def test_parts_of_the_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         per_entry = 2 * 4 * 4 if kind == "cross" else 4
         assert len(sizes) > 1 and max(sizes) * per_entry <= 0.02 * 2**20 < full * per_entry
         sizes.clear()
+
+
+SCENES = {
+    "apart": (Region("w1", (0, 0, 0.5, 0.5), strength=0.4), Region("w3 w4", (0.5, 0.5, 1, 1))),
+    "overlapping": (Region("w1", (0, 0, 0.6, 0.6)), Region("w3 w4", (0.25, 0.25, 1, 1)), Region("w6", (0, 0, 1, 0.5))),
+    "of two strengths": (Region("w1", (0, 0, 0.6, 0.6), strength=0.4), Region("w3 w4", (0.25, 0.25, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("rest", ["published", "segment", "free"])
+@pytest.mark.parametrize("name", SCENES)
+def test_factors_give_what_the_matrix_gives(name: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = golden("dense_diffusion")
+    attn, inputs = layer(arrays, "self.w."), inputs_of(arrays, "self")
+    control = DenseModulation(w_self=0.9, rest=rest)
+    layouts = [Layout(PROMPT, regions=SCENES[name]), Layout(PROMPT, regions=SCENES["apart"])]
+    where = context(layout_of_row=(0, 1, 0, 1), conditional=(False, False, True, True))
+    torch.manual_seed(3)
+    rows = torch.cat([inputs[0][1:]] * 4) + 0.3 * torch.randn(4, *inputs[0].shape[1:])
+    factors = steered(control, layouts, attn, (rows,), where=where)
+    by_factors = Classes.has_factors.func  # type: ignore[attr-defined]
+    masks = layouts[0].masks((8, 8), "nearest").flatten(1)
+    classes = Classes.of(masks, [region.strength for region in SCENES[name]], rest, 1.0)
+    assert by_factors(classes) == (name != "of two strengths")
+    monkeypatch.setattr(Classes, "has_factors", False)
+    matrix = steered(control, layouts, attn, (rows,), where=where)
+    assert_close(factors, matrix)
+    assert (matrix - attn(rows)).abs().max() > 1e-2
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
