@@ -14,13 +14,17 @@ from PIL import Image
 
 from localctl.cli import evaluate_fid
 from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
+from localctl.evaluation import compare as compare_module
 from localctl.evaluation import measuring
 from localctl.evaluation.compare import CEILING, Comparison, compare, verdict
 from localctl.evaluation.measuring import Target, measure
 from localctl.evaluation.provenance import REQUIRED, check_provenance
 from localctl.evaluation.sheets import ranked
 from localctl.evaluation.tables import _escaped, as_json, latex, line, markdown
+from localctl.evaluation.workers import spread
 from localctl.metrics.bootstrap import Interval
+from localctl.metrics.clip import Clip
+from localctl.metrics.extractors import MICRO_CLIP
 from localctl.micro.detect import truth_of
 from localctl.micro.scenes import scene
 from research.cache import TableCache
@@ -120,6 +124,17 @@ def test_floor_and_ceiling_are_measured_once(
     shutil.copy(sets["noisy"] / "images/000000.png", sets["base"] / "images/000001.png")  # another floor
     compare(sets, cached=cache.tables)
     assert len(list(cache.folder.iterdir())) == 2
+
+
+def test_workers_measure_as_one_process(
+    sets: dict[str, Path], tmp_path: Path, pickled_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {name: sets[name] for name in ("base", "noisy")}
+    monkeypatch.setattr(compare_module, "_AT_ONCE", 4)
+    assert run(sets, tmp_path, "--num_workers", "2") == 0
+    shared = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    monkeypatch.setattr(compare_module, "spread", spread)
+    assert shared["rows"] == as_json(compare(sets, Clip(MICRO_CLIP)), "base")["rows"]
 
 
 def test_sets_that_differ_are_refused(

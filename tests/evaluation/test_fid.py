@@ -15,6 +15,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 from process_helpers import start, wait_for
+from set_helpers import SIDE, contents
 
 import localctl.evaluation.generated_set
 from localctl.adapter import LocalAdapter
@@ -23,52 +24,6 @@ from localctl.evaluation.generated_set import read_speed
 from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
-
-SIDE = 64
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write twelve small photos with captions, one of them damaged."""
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    lines = []
-    for i in range(12):
-        small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"photo {i}"}))
-    (folder / "7.png").write_bytes(b"no image")
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def arguments(sd_folder: Path, photos: Path, tmp_path: Path) -> list[str]:
-    return [
-        f"base={sd_folder}",
-        "data=imagefolder",
-        f"data.path={photos}",
-        f"data.resolution={SIDE}",
-        "part=train",
-        "num_images=5",
-        "batch_size=2",
-        "num_inference_steps=2",
-        "device=cpu",
-        f"output_dir={tmp_path / 'fid'}",
-    ]
-
-
-@pytest.fixture
-def adapter(make_adapter: Any, sd_folder: Path, tmp_path: Path) -> str:
-    condition = {"kind": "canny", "low": 50, "high": 100, "cells": 8, "channels": 1}
-    make_adapter(condition=condition, base=str(sd_folder)).save_pretrained(tmp_path / "adapter")
-    return f"adapter={tmp_path / 'adapter'}"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Read all files except the timings."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "timing"]
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def test_reference_is_of_the_photos_and_made_once(
@@ -268,6 +223,7 @@ def test_score_says_everything_about_itself(
         (["gen", "sample=no.png"], "There is no example 'no.png'"),
         (["gen", "part=test"], "Unknown part 'test'"),
         (["gen", "num_image=3"], "did you mean num_images"),
+        (["gen", "num_workers=0"], "num_workers must be at least 1, not 0"),
         (["score"], "There are no statistics"),
     ],
 )

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from localctl.cli import evaluate_metrics as evaluate_quantitative_metrics
+from localctl.evaluation import plain
 from localctl.evaluation.plain import LEFT_OUT, image_files
+from localctl.evaluation.workers import spread
 from localctl.micro.scenes import scene
 
 COUNT = 6
@@ -67,6 +69,16 @@ def test_a_folder_alone_is_named_like_itself_and_another_may_be_the_reference(
     assert content["reference"] == "near" and "distances" in content["rows"]["photos"]
 
 
+def test_workers_measure_as_one_process(
+    folders: dict[str, Path], tmp_path: Path, pickled_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plain, "BATCH", 4)
+    assert run(folders, tmp_path / "two", "num_workers=2") == 0
+    monkeypatch.setattr(plain, "spread", spread)
+    assert run(folders, tmp_path / "one") == 0
+    assert (tmp_path / "two" / "metrics.json").read_bytes() == (tmp_path / "one" / "metrics.json").read_bytes()
+
+
 def test_mistakes_are_one_sentence(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +93,7 @@ def test_mistakes_are_one_sentence(
         (folders, ["--against", "x"], "no set 'x'"),
         (folders, ["--clip", "none"], "--clip"),
         (folders, ["--extractor", "clip"], "needs weights"),
+        (folders, ["--num_workers", "0"], "--num_workers must be at least 1, not 0"),
         ({"generated": tmp_path / "set"}, ["extractor=fid"], "plain folders"),
     )
     for sets, flags, words in cases:
