@@ -1,6 +1,6 @@
-"""On a CPU, the halves of a batch pass the U-Net at once, each in a thread of its own with half of the cores.
+"""On a CPU, the halves of a batch are computed at once, each in a thread of its own with half of the cores.
 
-The operations of a small U-Net are too short to be divided among cores: their threads mostly wait for each other. Two
+The operations of small networks are too short to be divided among cores: their threads mostly wait for each other. Two
 halves share nothing but weights. The sum over both is the same in whatever order they end.
 """
 
@@ -10,31 +10,43 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from localctl.losses import LossTerms
 
+T = TypeVar("T")
 Compute = Callable[[slice, list[Tensor]], LossTerms]
 _TERMS = tuple(field.name for field in fields(LossTerms))
+
+
+def is_divided(rows: Tensor) -> bool:
+    """Return whether a batch is computed in halves: on a CPU, by at least two threads."""
+    return len(rows) > 1 and rows.device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def in_halves(compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Return ``compute(rows)``, a pure function of each row, without gradients; in halves where that is faster."""
+    if not is_divided(rows):
+        return compute(rows)
+    first, second = _halves(len(rows))
+    return torch.cat(_both(partial(compute, rows[first]), partial(compute, rows[second])))
 
 
 def mean_loss(compute: Compute, features: Sequence[Tensor]) -> tuple[Tensor, LossTerms]:
     """Return the mean of the total loss, to be differentiated with respect to ``features``, and the terms (B,).
 
-    The halves are computed at once on a CPU with at least two threads; otherwise the batch is computed as a whole. Then
-    the terms have gradients, too.
+    The terms have gradients, too, unless the batch is computed in halves.
 
     Args:
-        compute: returns the terms of the rows in a slice, from the features of these rows: a pure function, for it may
-            run in another thread.
+        compute: returns the terms of the rows in a slice, from the features of these rows: a pure function.
         features: (B,c_i,h_i,w_i) per level.
     """
-    count = len(features[0])
-    if count < 2 or features[0].device.type != "cpu" or torch.get_num_threads() < 2:
-        terms = compute(slice(0, count), list(features))
+    if not is_divided(features[0]):
+        terms = compute(slice(0, len(features[0])), list(features))
         return terms.total.mean(), terms
     wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)
     total, *values = _Halves.apply(compute, wanted, *features)
@@ -47,12 +59,9 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, wanted: bool, *features: Tensor) -> tuple[Tensor, ...]:
-        middle = (len(features[0]) + 1) // 2
-        first, second = slice(0, middle), slice(middle, len(features[0]))
-        with _half_of_the_cores(), ThreadPoolExecutor(1) as other:
-            later = other.submit(_terms_and_gradients, compute, wanted, second, features)
-            now = _terms_and_gradients(compute, wanted, first, features)
-        parts = [torch.cat(pair) for pair in zip(now, later.result(), strict=True)]
+        first, second = _halves(len(features[0]))
+        half = partial(_terms_and_gradients, compute, wanted, features)
+        parts = [torch.cat(pair) for pair in zip(*_both(partial(half, first), partial(half, second)), strict=True)]
         values, gradients = parts[: len(_TERMS)], parts[len(_TERMS) :]
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*values)
@@ -65,13 +74,31 @@ class _Halves(torch.autograd.Function):
         return None, None, *(gradient * scale.to(gradient) for gradient in ctx.saved_tensors)
 
 
-def _terms_and_gradients(compute: Compute, wanted: bool, rows: slice, features: Sequence[Tensor]) -> list[Tensor]:
+def _terms_and_gradients(compute: Compute, wanted: bool, features: Sequence[Tensor], rows: slice) -> list[Tensor]:
     """Return the terms of ``rows`` and, if ``wanted``, the gradients of their total with respect to the features."""
     with torch.set_grad_enabled(wanted):
         leaves = [feature[rows].detach().requires_grad_(wanted) for feature in features]
         terms = compute(rows, leaves)
         gradients = torch.autograd.grad(terms.total.sum(), leaves) if wanted else ()
     return [*(getattr(terms, name).detach() for name in _TERMS), *gradients]
+
+
+def _halves(count: int) -> tuple[slice, slice]:
+    middle = (count + 1) // 2
+    return slice(0, middle), slice(middle, count)
+
+
+def _both(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
+    """Return the results of both, computed at once, the second one in another thread."""
+    grad, mixed, dtype = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    def as_here() -> T:
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=mixed):  # a thread has its own
+            return second()
+
+    with _half_of_the_cores(), ThreadPoolExecutor(1) as other:
+        later = other.submit(as_here)
+        return first(), later.result()
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from localctl.messages import no_progress_bars
 from localctl.pipelines import encode_captions, encode_text, full_precision_vae, is_xl, load_pipeline
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import key_seed
+from localctl.training.halves import in_halves
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
 
@@ -106,7 +107,7 @@ class Models:
     @torch.no_grad()
     def _encode_moments(self, pixels: Tensor) -> Tensor:
         """Return mean and standard deviation of the VAE's posterior as one tensor (B,2c,h,w)."""
-        return torch.cat(posterior(self.vae, pixels), dim=1)
+        return in_halves(lambda rows: torch.cat(posterior(self.vae, rows), dim=1), pixels)
 
     def text_states(self, captions: Sequence[str]) -> PromptEmbeds:
         """Return the prompt embeddings of ``captions``, encoded as the pipeline itself does, each distinct one once; an

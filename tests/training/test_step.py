@@ -230,6 +230,19 @@ def test_halves_at_once_share_the_threads(samples, settings, models, two_threads
     assert len({thread for thread, _, _ in seen}) == 2 and [rest for _, *rest in seen] == [[1, 2]] * 2
 
 
+def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, models, two_threads, monkeypatch):
+    batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
+    sizes, encode = [], models.vae.encode
+    monkeypatch.setattr(models.vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    noise = torch.zeros(3, *SHAPE)
+    latents = models.encode(batch, noise)
+    assert sorted(sizes) == [1, 2] and not latents.requires_grad
+    torch.set_num_threads(1)
+    whole = models.encode(batch, noise)
+    assert sizes[2:] == [3]
+    assert torch.allclose(latents, whole, rtol=0, atol=whole.abs().max().item() * rounding(depth(models.vae.encoder)))
+
+
 def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, two_threads, monkeypatch):
     main = threading.get_ident()
 
