@@ -78,6 +78,7 @@ class DataConfig:
     count: largest number of examples; null = all, or 3000 embedded scenes.
     keep_latents: cache the VAE's encoding of each image in memory, so that each image is encoded once; for few small
         images (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
+    encodings_dir: folder of encodings that `localctl cache` wrote; null = encode while training.
     """
 
     name: str = "micro"
@@ -104,6 +105,7 @@ class DataConfig:
     profile: Profile = "basic"
     count: Positive | None = None
     keep_latents: bool = True
+    encodings_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.path is not None and self.name == "micro":

@@ -1,0 +1,160 @@
+"""Train from encodings on disk: find those of a run, and say what is wrong with them before anything slow happens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from localctl.bases import not_loaded
+from localctl.data.bad_rows import BadRow
+from localctl.data.files import FileSource
+from localctl.data.fingerprint import sample
+from localctl.data.rows import captions_of
+from localctl.data.sample import Source
+from localctl.encodings.recipes import CONDITIONS, IMAGES, TEXTS, Recipes, differences
+from localctl.encodings.source import (
+    EncodedSource,
+    Stores,
+    caption_id,
+    content_of,
+    files_of,
+    image_id,
+    image_ids,
+    key_of,
+)
+from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
+from localctl.labels import shorten
+from localctl.training.caching_captions import captions_of_all
+from localctl.training.cost import precision_of
+from localctl.training.frozen import dtype_name
+from localctl.training.settings import TrainSettings
+
+WAY_OUT = (
+    "run `localctl cache` with the flags of this training, or leave data.encodings_dir out to encode while training"
+)
+_NAMED = 3
+_LOOKED_AT = 8  # scenes, which have no files to compare
+
+
+def recipes_of(settings: TrainSettings) -> Recipes:
+    """Return the recipes of the encodings that a training with ``settings`` reads."""
+    precision = dtype_name(settings, precision_of(settings))
+    return Recipes(settings.base, settings.data, settings.condition, settings.seed, precision)
+
+
+def recipe_of(recipes: Recipes, kind: str) -> dict[str, Any]:
+    """Return the recipe of a kind. ValueError if the base cannot be read."""
+    try:
+        return recipes.of(kind)
+    except OSError as error:
+        raise not_loaded(recipes.base, error) from error
+
+
+def with_encodings(source: Source, settings: TrainSettings) -> EncodedSource:
+    """Return the examples of ``source`` with their encodings in ``data.encodings_dir``.
+
+    ValueError naming what differs if these are of another VAE, text encoder, geometry or precision, or of other rows.
+    """
+    assert settings.data.encodings_dir is not None
+    root, recipes = Path(settings.data.encodings_dir).expanduser(), recipes_of(settings)
+    images = _open(root, recipe_of(recipes, IMAGES))
+    captions = _open(root, recipe_of(recipes, TEXTS))
+    conditions = folder_of(root, recipe_of(recipes, CONDITIONS))
+    stores = Stores(images, captions, Store(conditions) if (conditions / MANIFEST).exists() else None)
+    variants = range(stores.variants if recipes.varies else 1)
+    for store in filter(None, (images, stores.conditions)):
+        _check_rows(store, source, variants)
+    _check_captions(captions, source, settings.seed, stores.variants)
+    return EncodedSource(source, stores, recipes.varies)
+
+
+def _open(root: Path, recipe: dict[str, Any]) -> Store:
+    folder = folder_of(root, recipe)
+    if (folder / MANIFEST).exists():
+        return Store(folder)
+    kind = recipe["kind"]
+    others = [differences(stored, recipe) for stored in recipes_in(root, kind)]
+    if not others:
+        raise ValueError(f"There are no encodings of {kind} in {root}; {WAY_OUT}.")
+    raise ValueError(
+        f"The encodings of {kind} in {root} do not fit this training: {', '.join(min(others, key=len))}; {WAY_OUT}."
+    )
+
+
+def _check_rows(store: Store, source: Source, variants: Sequence[int]) -> None:
+    """Raise a ValueError if images of ``source`` are not in ``store``, or some of those looked at have changed."""
+    ids = list(image_ids(source, variants))
+    unusable = {problem.key for problem in store.manifest.problems}
+    there = store.has([id for id, _, _ in ids])
+    lacking = dict.fromkeys(key_of(source, ids[place][1]) for place in (~there).nonzero()[0])
+    lacking = {key: None for key in lacking if key not in unusable}
+    if lacking:
+        raise ValueError(f"{_named(list(lacking), len(source))} not in the encodings {store.folder}; {WAY_OUT}.")
+    changed = [key for key in _changed(store, source, variants[0]) if key not in unusable]
+    if changed:
+        raise ValueError(f"{_named(changed, len(source))} other than when {store.folder} was encoded; {WAY_OUT}.")
+
+
+def _changed(store: Store, source: Source, variant: int) -> list[str]:
+    """Return the keys of images, among a few looked at, that are not those which were encoded."""
+    looked_at = list(sample(len(source))) if isinstance(source, FileSource) else range(min(_LOOKED_AT, len(source)))
+    keys = [key_of(source, index) for index in looked_at]
+    stored = store.contents([image_id(key, variant) for key in keys])
+    return [key for key, index, old in zip(keys, looked_at, stored, strict=True) if _now(store, source, index) != old]
+
+
+def _now(store: Store, source: Source, index: int) -> bytes | None:
+    try:
+        if store.manifest.recipe["kind"] == CONDITIONS:
+            assert isinstance(source, FileSource)
+            return files_of(source, index)
+        return content_of(source, index)
+    except (BadRow, OSError):
+        return None
+
+
+def _check_captions(store: Store, source: Source, seed: int, variants: int) -> None:
+    """Raise a ValueError if captions are not in ``store``: all of those in a table, some of those in files."""
+    if isinstance(source, FileSource) and source.rows.captions() is None:
+        captions = [caption for index in sample(len(source)) for caption in _captions(source, index)[:1]]
+    elif isinstance(source, FileSource):
+        captions = captions_of_all(source, seed, variants, store.folder)
+    else:
+        captions = [source[index].caption for index in range(min(_LOOKED_AT, len(source)))]
+    there = store.has([caption_id(caption) for caption in captions])
+    lacking = [captions[place] for place in (~there).nonzero()[0]]
+    if lacking:
+        raise ValueError(
+            f"{_named(lacking, len(captions), 'captions')} not in the encodings {store.folder}; {WAY_OUT}."
+        )
+
+
+def _captions(source: FileSource, index: int) -> Sequence[str]:
+    try:
+        return captions_of(source.rows[source.indices[index]].captions)
+    except (BadRow, OSError):
+        return ()
+
+
+def _named(keys: Sequence[str], count: int, what: str = "images") -> str:
+    first = ", ".join(repr(shorten(key)) for key in keys[:_NAMED])
+    more = ", ..." if len(keys) > _NAMED else ""
+    return f"{len(keys)} of {count} {what} ({first}{more}) {'is' if len(keys) == 1 else 'are'}"
+
+
+def plain(source: Source) -> Source:
+    """Return the dataset itself, without encodings."""
+    return source.inner if isinstance(source, EncodedSource) else source
+
+
+def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
+    """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated."""
+    generates = settings.validation_steps or settings.early_stopping.every
+    return () if generates or not isinstance(source, EncodedSource) else ("vae", "text_encoder", "text_encoder_2")
+
+
+def facts(source: Source) -> dict[str, Any]:
+    """Return what checkpoints record of the encoders that are not loaded."""
+    assert isinstance(source, EncodedSource)
+    return source.stores.images.manifest.facts | source.stores.captions.manifest.facts
