@@ -1,9 +1,9 @@
-"""Encode the images and captions of a dataset once: `localctl cache --encodings_dir FOLDER`, with the flags of the training
-to come. That training reads them with the same `--encodings_dir FOLDER`, and loads neither the VAE nor the text encoders
-unless it generates validation images.
+"""Encode the images and captions of a dataset once: `localctl cache --encodings_dir FOLDER`, with the flags of the
+training to come. That training reads them with the same `--encodings_dir FOLDER`, and loads neither the VAE nor the
+text encoders unless it generates validation images.
 
-Works on one machine, with a process per GPU or CPU, or on a Ray cluster (RAY_ADDRESS; FOLDER on a disk that all machines
-see). `--dry_run` estimates disk and time first. A run that was stopped continues where it was when it is started again.
+Works on one machine, with a process per GPU or CPU, or on a Ray cluster (RAY_ADDRESS; FOLDER on a disk that all its
+machines see). `--dry_run` estimates disk and time first. A run that was stopped continues when it is started again.
 """
 
 from __future__ import annotations

@@ -234,7 +234,13 @@ def _encode(vae: Any, size: tuple[int, int]) -> None:
     vae.encode(torch.empty(1, 3, *size, device="meta"))
 
 
-def _count(run: Callable[[], None]) -> tuple[float, int]:
+@torch.no_grad()
+def count_flops(run: Callable[[], Any]) -> float:
+    """Return the FLOPs of ``run`` on the meta device, without gradients."""
+    return _count(run)[0]
+
+
+def _count(run: Callable[[], Any]) -> tuple[float, int]:
     """Return the FLOPs of ``run`` and its peak of bytes in use."""
     with OperationWatch() as watch, _fused_attention(watch):
         run()
