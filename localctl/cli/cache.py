@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     if settings.dry_run:
         print(report(settings))
         return 0
-    result = cache(settings)
+    try:
+        result = cache(settings)
+    except KeyboardInterrupt:
+        fail(program, "interrupted twice; what is encoded stays, the same command goes on from there.")
+        return 130
     if result.signal:
         fail(program, "stopped; what is encoded stays, the same command goes on from there.")
         return exit_code(result.signal)

@@ -1,9 +1,11 @@
-"""The captions that a training will meet, each once."""
+"""The captions that a training will meet."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource, chosen_caption
@@ -13,14 +15,16 @@ from localctl.encodings.source import image_id, key_of
 from localctl.encodings.store import Store
 
 
-def captions_of_all(source: Source, seed: int, variants: int, images: Path) -> list[str]:
-    """Return the empty caption and the distinct captions of ``variants`` epochs, in the order of the rows.
+def captions_of_all(source: Source, seed: int, variants: int, images: Path) -> Iterator[str]:
+    """Yield the empty caption and those of ``variants`` epochs, in the order of the rows; some several times.
 
     images: folder of the encoded images, where the captions of scenes are recorded. Rows without a usable caption are
     left out: their images cannot be used either.
     """
-    found = _of_files(source, seed, variants) if isinstance(source, FileSource) else _of_scenes(source, Store(images))
-    return list(dict.fromkeys(["", *found]))
+    yield ""
+    yield from (
+        _of_files(source, seed, variants) if isinstance(source, FileSource) else _of_scenes(source, Store(images))
+    )
 
 
 def _of_files(source: FileSource, seed: int, variants: int) -> Iterator[str]:
@@ -39,11 +43,12 @@ def each_caption(source: FileSource) -> Iterator[tuple[int, Sequence[str]]]:
             except (BadRow, OSError):
                 continue
         return
-    places = {row: index for index, row in enumerate(source.indices)}
-    for row, cell in enumerate(column):
-        if row in places:
+    places = np.full(len(source.rows), -1)
+    places[np.asarray(source.indices)] = np.arange(len(source))
+    for place, cell in zip(places, column, strict=True):
+        if place >= 0:
             try:
-                yield places[row], captions_of(cell)
+                yield int(place), captions_of(cell)
             except BadRow:
                 continue
 

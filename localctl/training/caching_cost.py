@@ -20,7 +20,7 @@ from localctl.data.plan import SampleRef
 from localctl.data.sample import Source
 from localctl.diffusion import latent_size
 from localctl.encodings.codec import pack
-from localctl.encodings.source import visited
+from localctl.encodings.source import caption_id, visited
 from localctl.training.caching import CacheSettings, check_place
 from localctl.training.caching_captions import each_caption
 from localctl.training.cost import TOKENS, count_flops, precision_of
@@ -118,9 +118,11 @@ def _captions(settings: CacheSettings, source: Source) -> int:
         return len(source) + 1
     if source.rows.captions() is None:
         return len(source) * settings.num_variants + 1
-    several = [captions for _, captions in each_caption(source)]
-    distinct = len({caption for captions in several for caption in captions})
-    return min(distinct, sum(min(len(captions), settings.num_variants) for captions in several)) + 1
+    distinct, met = set(), 0
+    for _, captions in each_caption(source):
+        distinct.update(map(caption_id, captions))
+        met += min(len(captions), settings.num_variants)
+    return min(len(distinct), met) + 1
 
 
 def _reading(settings: CacheSettings, source: Source) -> tuple[float, float]:

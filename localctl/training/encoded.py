@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from localctl.bases import not_loaded
 from localctl.data.bad_rows import BadRow
@@ -26,14 +27,16 @@ from localctl.encodings.source import (
 from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
 from localctl.labels import shorten
 from localctl.training.caching_captions import captions_of_all
-from localctl.training.cost import precision_of
+from localctl.training.cost import generates_images, precision_of
 from localctl.training.frozen import dtype_name
 from localctl.training.settings import TrainSettings
 
 WAY_OUT = (
     "run `localctl cache` with the flags of this training, or leave data.encodings_dir out to encode while training"
 )
+Item = TypeVar("Item")
 _NAMED = 3
+_AT_ONCE = 65_536
 _LOOKED_AT = 8  # scenes, which have no files to compare
 
 
@@ -84,16 +87,24 @@ def _open(root: Path, recipe: dict[str, Any]) -> Store:
 
 def _check_rows(store: Store, source: Source, variants: Sequence[int]) -> None:
     """Raise a ValueError if images of ``source`` are not in ``store``, or some of those looked at have changed."""
-    ids = list(image_ids(source, variants))
     unusable = {problem.key for problem in store.manifest.problems}
-    there = store.has([id for id, _, _ in ids])
-    lacking = dict.fromkeys(key_of(source, ids[place][1]) for place in (~there).nonzero()[0])
-    lacking = {key: None for key in lacking if key not in unusable}
-    if lacking:
-        raise ValueError(f"{_named(list(lacking), len(source))} not in the encodings {store.folder}; {WAY_OUT}.")
+    lacking: dict[str, None] = {}
+    for part in _parts(image_ids(source, variants)):
+        there = store.has([id for id, _, _ in part])
+        lacking |= dict.fromkeys(key_of(source, part[place][1]) for place in (~there).nonzero()[0])
+    missing = [key for key in lacking if key not in unusable]
+    if missing:
+        raise ValueError(f"{_named(missing, len(source))} not in the encodings {store.folder}; {WAY_OUT}.")
     changed = [key for key in _changed(store, source, variants[0]) if key not in unusable]
     if changed:
         raise ValueError(f"{_named(changed, len(source))} other than when {store.folder} was encoded; {WAY_OUT}.")
+
+
+def _parts(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield many items at a time; all of them at once may not fit in memory."""
+    rest = iter(items)
+    while part := list(islice(rest, _AT_ONCE)):
+        yield part
 
 
 def _changed(store: Store, source: Source, variant: int) -> list[str]:
@@ -117,17 +128,19 @@ def _now(store: Store, source: Source, index: int) -> bytes | None:
 def _check_captions(store: Store, source: Source, seed: int, variants: int) -> None:
     """Raise a ValueError if captions are not in ``store``: all of those in a table, some of those in files."""
     if isinstance(source, FileSource) and source.rows.captions() is None:
-        captions = [caption for index in sample(len(source)) for caption in _captions(source, index)[:1]]
+        captions = (caption for index in sample(len(source)) for caption in _captions(source, index)[:1])
     elif isinstance(source, FileSource):
         captions = captions_of_all(source, seed, variants, store.folder)
     else:
-        captions = [source[index].caption for index in range(min(_LOOKED_AT, len(source)))]
-    there = store.has([caption_id(caption) for caption in captions])
-    lacking = [captions[place] for place in (~there).nonzero()[0]]
+        captions = (source[index].caption for index in range(min(_LOOKED_AT, len(source))))
+    count, lacking = 0, {}
+    for part in _parts(captions):
+        count += len(part)
+        there = store.has([caption_id(caption) for caption in part])
+        lacking |= dict.fromkeys(part[place] for place in (~there).nonzero()[0])
     if lacking:
-        raise ValueError(
-            f"{_named(lacking, len(captions), 'captions')} not in the encodings {store.folder}; {WAY_OUT}."
-        )
+        named = _named(list(lacking), count, "captions")
+        raise ValueError(f"{named} not in the encodings {store.folder}; {WAY_OUT}.")
 
 
 def _captions(source: FileSource, index: int) -> Sequence[str]:
@@ -150,8 +163,8 @@ def plain(source: Source) -> Source:
 
 def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated."""
-    generates = settings.validation_steps or settings.early_stopping.every
-    return () if generates or not isinstance(source, EncodedSource) else ("vae", "text_encoder", "text_encoder_2")
+    encoded = isinstance(source, EncodedSource) and not generates_images(settings)
+    return () if not encoded else ("vae", "text_encoder", "text_encoder_2")
 
 
 def facts(source: Source) -> dict[str, Any]:
