@@ -36,8 +36,10 @@ class Recipes:
     @property
     def _geometry(self) -> dict[str, Any]:
         data = self.data
+        buckets = {"buckets": [list(size) for size in data.buckets], "max upscaling": data.max_upscaling}
         return {
             "size": list(data.size),
+            **(buckets if data.buckets else {}),
             "crop": "center" if data.center_crop else "random",
             "flip": data.random_flip,
             "seed": self.seed if self.varies else None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,13 +43,13 @@ def content_of(source: Source, index: int, example: Example | None = None) -> by
     """Return 16 bytes that identify what an image is made of: its file, or, without files, its pixels. BadRow if it
     cannot be read."""
     if isinstance(source, FileSource):
-        return _content(source.key(index), source.rows[source.indices[index]].image)
+        return _content(source.key(index), source.rows[int(source.indices[index])].image)
     return hashed((example or source[index]).pixels.numpy().tobytes())
 
 
 def files_of(source: FileSource, index: int) -> bytes:
     """Return 16 bytes that identify the files of image, condition and mask of a row."""
-    row, key = source.rows[source.indices[index]], source.key(index)
+    row, key = source.rows[int(source.indices[index])], source.key(index)
     parts = (row.image, row.condition, row.mask)
     return hashed(*(b"" if part is None else _content(key, part) for part in parts))
 
@@ -95,11 +96,13 @@ class EncodedSource:
     def __getitem__(self, index: int) -> Example:
         return self.inner[index]
 
-    @property
-    def fingerprints(self) -> dict[str, Any]:
-        """Those of the dataset, and what the encodings change about it."""
-        own = dict(getattr(self.inner, "fingerprints", {}))
-        return own | ({"variants": self.stores.variants} if self.stores.variants > 1 or self.varies else {})
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """Choose a replacement for the bad example ``index``: of the same bucket, as it is encoded at that size."""
+        buckets = getattr(self.inner, "buckets", None)
+        if buckets is None:
+            return int(rng.integers(len(self)))
+        members = buckets.members(int(buckets.of[index]))
+        return int(members[rng.integers(len(members))])
 
     @property
     def empty_text(self) -> PromptEmbeds:
@@ -109,10 +112,12 @@ class EncodedSource:
     def visit(self, ref: SampleRef, seed: int) -> Example:
         """Return an example with its encodings."""
         variant = ref.epoch % self.stores.variants
-        place = SampleRef(ref.sample, variant)
+        place = ref._replace(epoch=variant)
         key = key_of(self.inner, ref.sample)
         number = variant if self.varies else 0
         images = self._row(self.stores.images, image_id(key, number), key)
+        if ref.size is not None and list(ref.size) != images.about["size"]:
+            raise BadRow("encoded at another size", "it would replace an image of another bucket", key)
         if self.stores.conditions is None:
             example = visited(self.inner, place, seed)
             if images.content != content_of(self.inner, ref.sample, example):
@@ -128,7 +133,7 @@ class EncodedSource:
         row = self._row(self.stores.conditions, image_id(key, number), key)
         found = unpack(row.about, row.payload)
         condition = _needed(found["condition"])
-        captions = self.inner.rows[self.inner.indices[ref.sample]].captions
+        captions = self.inner.rows[int(self.inner.indices[ref.sample])].captions
         return Example(
             key=key,
             pixels=torch.zeros((), dtype=torch.uint8).expand(3, *condition.shape[-2:]),

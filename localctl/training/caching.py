@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from localctl.data.bad_rows import BadRow, count_reasons
 from localctl.data.bad_rows import Problem as DataProblem
 from localctl.data.files import FileSource
+from localctl.data.image_sizes import image_sizes
 from localctl.data.sample import Source
 from localctl.encodings.recipes import CONDITIONS, ENCODERS, IMAGES, TEXTS, Recipes
 from localctl.encodings.source import caption_id, content_of, files_of, image_ids
@@ -99,11 +101,38 @@ class Plan:
     stale: int = 0
 
 
+@dataclass(frozen=True)
+class Examples:
+    """A dataset as workers open it (``source``), and as training uses it, which may be in buckets (``used``)."""
+
+    source: Source
+    used: Source
+
+    @classmethod
+    def of(cls, source: Source, root: Path) -> Examples:
+        """Return the examples of ``source``; the sizes of images are stored in ``root``, if buckets need them."""
+        if not isinstance(source, FileSource) or not source.data.buckets:
+            return cls(source, source)
+        sizes = image_sizes(source.rows, source.indices, source.data.max_pixels, root)
+        return cls(source, source.in_buckets(sizes))
+
+    def place(self, index: int) -> int:
+        """Return the number in ``source`` of example ``index`` of ``used``."""
+        if self.used is self.source:
+            return index
+        assert isinstance(self.source, FileSource) and isinstance(self.used, FileSource)
+        return int(np.searchsorted(self.source.indices, self.used.indices[index]))
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Return the (height, width) to which example ``index`` is brought, if it has one of its own."""
+        return self.used.size(index) if isinstance(self.used, FileSource) else None
+
+
 def check_place(settings: TrainSettings) -> Path:
     """Return the folder of the encodings. ValueError if the settings name none."""
     if settings.data.encodings_dir is None:
         raise ValueError("The encodings need a folder; pass --encodings_dir FOLDER, to this and to the training.")
-    return Path(settings.data.encodings_dir).expanduser()
+    return Path(settings.data.encodings_dir).expanduser().absolute()
 
 
 def cache(settings: CacheSettings) -> CacheResult:
@@ -113,22 +142,22 @@ def cache(settings: CacheSettings) -> CacheResult:
     settings = replace(settings, data=replace(settings.data, encodings_dir=None))
     recipes = recipes_of(settings)
     source = make_source(settings, "train")
-    root.mkdir(parents=True, exist_ok=True)
     result = CacheResult(root, {}, 0)
     with ExitStack() as stack:
         stack.callback(FolderLock(root, flag="--encodings_dir").release)
         interrupt = stack.enter_context(Interrupt())
+        examples = Examples.of(source, root)
         for kind in kinds:
-            result = _cache_kind(settings, recipes, source, kind, result, interrupt)
+            result = _cache_kind(settings, recipes, examples, kind, result, interrupt)
             if result.signal:
                 break
     return result
 
 
 def _cache_kind(
-    settings: CacheSettings, recipes: Recipes, source: Source, kind: str, so_far: CacheResult, interrupt: Interrupt
+    settings: CacheSettings, recipes: Recipes, examples: Examples, kind: str, so_far: CacheResult, interrupt: Interrupt
 ) -> CacheResult:
-    plan = make_plan(settings, recipes, source, so_far.folder, kind)
+    plan = make_plan(settings, recipes, examples, so_far.folder, kind)
     parts = plan.folder / PARTS
     finished = finished_rows(parts, plan.items)
     work = Work(settings, kind, precision_of(settings), parts)
@@ -148,18 +177,18 @@ def _cache_kind(
     return replace(so_far, rows=rows, encoded=so_far.encoded + encoded, problems=(*so_far.problems, *problems))
 
 
-def make_plan(settings: CacheSettings, recipes: Recipes, source: Source, root: Path, kind: str) -> Plan:
+def make_plan(settings: CacheSettings, recipes: Recipes, examples: Examples, root: Path, kind: str) -> Plan:
     """Find what is to be encoded of a kind. Files that are damaged are forgotten; their rows are missing then."""
     recipe = recipe_of(recipes, kind)
     folder = folder_of(root, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(kind, folder, Manifest(recipe))
-    wanted = _wanted(settings, recipes, source, root, kind)
+    wanted = _wanted(settings, recipes, examples, root, kind)
     if (folder / "manifest.json").exists():
         plan.manifest = Manifest.read(folder)
         _forget_damaged(plan)
         plan.manifest.write(folder)
-        known = _known(plan, source, wanted)
+        known = _known(plan, examples.source, wanted)
         plan.stale = sum(state == "stale" for state in known.values())
         wanted = {id: item for id, item in wanted.items() if known[id] != "stored"}
     plan.items = wanted
@@ -167,15 +196,16 @@ def make_plan(settings: CacheSettings, recipes: Recipes, source: Source, root: P
 
 
 def _wanted(
-    settings: CacheSettings, recipes: Recipes, source: Source, root: Path, kind: str
+    settings: CacheSettings, recipes: Recipes, examples: Examples, root: Path, kind: str
 ) -> dict[bytes, tuple[Any, ...]]:
     """Return id -> what workers need to know, of all rows of the dataset."""
     if kind == TEXTS:
         images = folder_of(root, recipe_of(recipes, IMAGES))
-        captions = captions_of_all(source, settings.seed, settings.num_variants, images)
+        captions = captions_of_all(examples.used, settings.seed, settings.num_variants, images)
         return {caption_id(caption): (caption,) for caption in captions}
     variants = range(settings.num_variants if recipes.varies else 1)
-    return {id: (index, variant) for id, index, variant in image_ids(source, variants)}
+    ids = image_ids(examples.used, variants)
+    return {id: (examples.place(index), variant, examples.size(index)) for id, index, variant in ids}
 
 
 def _forget_damaged(plan: Plan) -> None:

@@ -39,7 +39,7 @@ def each_caption(source: FileSource) -> Iterator[tuple[int, Sequence[str]]]:
     if column is None:
         for index, row in enumerate(source.indices):
             try:
-                yield index, source.rows[row].captions
+                yield index, source.rows[int(row)].captions
             except (BadRow, OSError):
                 continue
         return

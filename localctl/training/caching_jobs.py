@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from localctl.files import first_line
 from localctl.signals import Interrupt
 from localctl.training.caching_workers import Encoder, Reader, Work, Writer
 
+_PLACES = pa.schema(
+    [("id", pa.binary()), ("index", pa.int64()), ("variant", pa.int64()), ("size", pa.list_(pa.int64()))]
+)
+_ERROR = re.compile(r"[\w.]+(Error|Exception): ")
 BLOCK_GROUPS = 4  # groups in a block: a block is what a worker does at a time, and loses when it is killed
 
 
@@ -101,8 +106,9 @@ def _blocks(work: Work, items: Mapping[bytes, tuple[Any, ...]], workers: int = 1
             rows = [EncodedRow(id, id, {"caption": caption}, b"") for id, (caption,) in part]
             yield pa.Table.from_batches([as_batch(rows)])
         else:
-            ids, (indices, variants) = [id for id, _ in part], zip(*(item for _, item in part), strict=True)
-            yield pa.table({"id": ids, "index": indices, "variant": variants})
+            ids, columns = [id for id, _ in part], zip(*(item for _, item in part), strict=True)
+            named = dict(zip(("index", "variant", "size"), columns, strict=True))
+            yield pa.table({"id": ids, **named}, schema=_PLACES)
 
 
 def _failure(kind: str, error: Exception) -> OSError:
@@ -112,5 +118,9 @@ def _failure(kind: str, error: Exception) -> OSError:
         cause = inner
     if isinstance(cause, OSError):
         return OSError(str(cause))
-    what = f"{type(cause).__name__}: {first_line(cause)}"[:300]
-    return OSError(f"A worker that encodes {kind} failed ({what}); rows that are finished stay, run the same again.")
+    lines = str(cause).strip().splitlines()  # of a worker that could not start: its traceback
+    what = next(
+        (line for line in reversed(lines) if _ERROR.match(line)), f"{type(cause).__name__}: {first_line(cause)}"
+    )
+    finished = "what is encoded stays, the same command goes on from there"
+    return OSError(f"A worker that encodes {kind} failed ({what[:300].rstrip('.')}); {finished}.")

@@ -72,19 +72,21 @@ class Reader:
         self.source: Source = make_source(work.settings, "train")
 
     def __call__(self, table: Table) -> Table:
-        places = zip(*(table.column(name).to_pylist() for name in ("id", "index", "variant")), strict=True)
-        return _as_table([self._read(id, index, variant) for id, index, variant in places])
+        columns = (table.column(name).to_pylist() for name in ("id", "index", "variant", "size"))
+        places = zip(*columns, strict=True)
+        return _as_table([self._read(id, SampleRef(index, variant, size)) for id, index, variant, size in places])
 
-    def _read(self, id: bytes, index: int, variant: int) -> EncodedRow:
+    def _read(self, id: bytes, ref: SampleRef) -> EncodedRow:
+        index = ref.sample
         try:
-            example = visited(self.source, SampleRef(index, variant), self.work.settings.seed)
+            example = visited(self.source, ref, self.work.settings.seed)
             if self.work.kind == CONDITIONS:
                 assert isinstance(self.source, FileSource)
                 about, payload = pack({"condition": example.condition, "mask": example.mask}, squeeze=True)
                 return EncodedRow(id, files_of(self.source, index), about, payload)
             pixels = ((example.pixels + 1) * 127.5).round().to(torch.uint8)  # exact, as they were bytes
             about = {"view": example.view, "original": example.original, "caption": example.caption}
-            about["shape"] = list(pixels.shape)
+            about |= {"shape": list(pixels.shape), "size": list(pixels.shape[-2:])}
             return EncodedRow(id, content_of(self.source, index, example), about, pixels.numpy().tobytes())
         except BadRow as bad:
             return EncodedRow(id, id, {PROBLEM: [bad.key, bad.reason, str(bad)]}, b"")
@@ -146,7 +148,7 @@ class Encoder(Writer):
                 yield row
                 continue
             about, payload = pack({"moments": found[row.id]})
-            facts = {name: row.about[name] for name in ("view", "original", "caption")}
+            facts = {name: row.about[name] for name in ("view", "original", "caption", "size")}
             yield EncodedRow(row.id, row.content, about | facts, payload)
 
     @torch.no_grad()

@@ -108,8 +108,9 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
     """Return the micro-batches of this process from the present step to the last."""
     settings, accelerator = state.settings, state.accelerator
     plan: Plan = SamplePlan(len(source), settings.seed)
-    if isinstance(source, FileSource) and source.buckets is not None:
-        plan = BucketPlan(source.buckets, settings.seed, settings.train_batch_size * accelerator.num_processes)
+    rows = plain(source)
+    if isinstance(rows, FileSource) and rows.buckets is not None:
+        plan = BucketPlan(rows.buckets, settings.seed, settings.train_batch_size * accelerator.num_processes)
     sampler = PlanSampler(
         plan,
         settings.train_batch_size,

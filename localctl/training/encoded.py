@@ -145,7 +145,7 @@ def _check_captions(store: Store, source: Source, seed: int, variants: int) -> N
 
 def _captions(source: FileSource, index: int) -> Sequence[str]:
     try:
-        return captions_of(source.rows[source.indices[index]].captions)
+        return captions_of(source.rows[int(source.indices[index])].captions)
     except (BadRow, OSError):
         return ()
 
@@ -167,7 +167,13 @@ def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     return () if not encoded else ("vae", "text_encoder", "text_encoder_2")
 
 
-def facts(source: Source) -> dict[str, Any]:
-    """Return what checkpoints record of the encoders that are not loaded."""
-    assert isinstance(source, EncodedSource)
-    return source.stores.images.manifest.facts | source.stores.captions.manifest.facts
+def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:
+    """Complete what the manifest of a checkpoint records of its run (``resume.describe``): encoders that are not loaded,
+    and variants, which change what training sees."""
+    if not isinstance(source, EncodedSource):
+        return
+    stores = source.stores
+    if stores.variants > 1 or source.varies:
+        info["data"]["variants"] = stores.variants
+    if absent:
+        info["base"] |= stores.images.manifest.facts | stores.captions.manifest.facts

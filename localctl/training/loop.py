@@ -25,7 +25,7 @@ from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
 from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine
-from localctl.training.encoded import EncodedSource, facts, not_needed
+from localctl.training.encoded import EncodedSource, describe_encoded, not_needed, plain
 from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
@@ -110,9 +110,9 @@ def _load(
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(
-        settings, train, base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
+        settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
-    state.info["base"] |= facts(train) if absent else {}
+    describe_encoded(state.info, train, absent)
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         check_unchanged(manifest["info"], state.info, force=settings.force_resume)

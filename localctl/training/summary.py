@@ -70,6 +70,7 @@ def describe_data(data: DataConfig, source: Source) -> str:
     masks = f", masks from {data.mask_column!r}" if has_own_masks(source) else ""
     height, width = data.size
     size = f"{width}x{height}"
+    source = plain(source)
     if isinstance(source, FileSource) and source.buckets is not None:
         size = f"{len(source.buckets.used())} sizes"
     return f"{len(source)} examples of {place} at {size}{masks}"
