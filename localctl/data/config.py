@@ -76,8 +76,8 @@ class DataConfig:
         the first one.
     profile: kind of embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
     count: largest number of examples; null = all, or 3000 embedded scenes.
-    keep_latents: cache the VAE's encoding of each image in memory, so that each image is encoded once; for few small
-        images (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
+    keep_latents: keep the VAE's encoding of each image in memory, so that each image is encoded once, if those of all
+        images fit in 512 MiB (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
     encodings_dir: folder of encodings that `localctl cache` wrote; null = encode while training.
     """
 

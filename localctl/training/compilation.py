@@ -39,7 +39,7 @@ class Compilation:
         models.plain_adapter.adapter.adapter.compile(fullgraph=True, dynamic=False)
 
     def check(self, size: torch.Size, compute: Callable[[], StepOutput]) -> None:
-        """Before the first step of a ``size``, ``compute`` its loss and gradients once, which compiles all that it needs.
+        """Before the first step of a ``size``, ``compute`` its loss and gradients once, which compiles what it needs.
         No other process takes part, and no gradient is stored."""
         if not self.active or size in self._tried:
             return
