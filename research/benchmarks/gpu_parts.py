@@ -186,6 +186,7 @@ class Comparison:
             made[variant.name] = one
             rows[variant.name] = {
                 "base": self.base, "side": side, "batch": batch, "variant": variant.name,
+                "compiled": any(module._compiled_call_impl for module in one.state.models.unet.modules()),
                 "gib": bench.allocated() - before, "first_step_seconds": first,
                 "start_seconds": time.perf_counter() - begun,
             }  # fmt: skip
@@ -216,23 +217,29 @@ class Comparison:
 
 @dataclass
 class Controls:
-    """The overhead of every control over plain sampling with guidance."""
+    """The overhead of controls over plain sampling with guidance; compiled: of the U-Net's blocks."""
 
     base: str
     side: int
     batch: int
     steps: int = 10
     rounds: int = 5
+    names: Sequence[str] = CONTROLS
+    compiled: bool = False
 
     def rows(self, bench: Bench) -> Iterator[Row]:
         """Measure all controls in turns, and yield a row for each; peaks of memory include the models."""
         bench.free()
         pipe, side, batch = bench.pipeline(self.base, whole=True), bench.pixels(self.side), bench.scaled(self.batch, 1)
-        controls = make_controls(CONTROLS, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
+        if self.compiled:
+            pipe.unet.compile_repeated_blocks(fullgraph=True)
+        controls = make_controls(self.names, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
         held = bench.allocated()
         runs = Runs(pipe, self.base, side, batch=batch, steps=bench.scaled(self.steps, 2))
         for row in runs.overheads(controls, bench.scaled(self.rounds, 1), bench.deadline):
             gib = held + row.pop("peak_mib") * MIB / GIB
+            if self.compiled:
+                row["control"] += ", compiled"
             yield {"base": self.base, "side": side, "batch": batch, "gib": gib, **row}
 
 
@@ -293,6 +300,7 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "controls_sd15": (Controls("sd15", 512, 1).rows, 30),
     "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 30),
     "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 45),
+    "controls_compiled": (Controls("sd15", 512, 1, names=("bias", "adapter"), compiled=True, rounds=5).rows, 45),
     "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT, NOT_FUSED, CHECKPOINTED), rounds=3).rows, 40),
     "training_one_by_one": (Comparison("sd15", 512, 16, (LIVE, ONE_BY_ONE), rounds=3).rows, 15),
     "encoders": (encoders, 8),

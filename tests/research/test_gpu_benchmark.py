@@ -4,13 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 
 from research.benchmarks import gpu
 from research.benchmarks.gpu_parts import PARTS
 from research.benchmarks.gpu_report import report
 
 # The other parts differ from these in sizes, batches and settings alone.
-DIFFERENT = ("limits", "training", "controls_sd15", "training_sdxl", "encoders", "profile")
+DIFFERENT = ("limits", "training", "controls_sd15", "controls_compiled", "training_sdxl", "encoders", "profile")
 
 
 def run(folder, *parts):
@@ -20,7 +21,8 @@ def run(folder, *parts):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("gpu"), *DIFFERENT)
+    with torch.compiler.set_stance("force_eager"):  # a compiler for the CPU would take minutes
+        return run(tmp_path_factory.mktemp("gpu"), *DIFFERENT)
 
 
 def of_part(rows, part):
