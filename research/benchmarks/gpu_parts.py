@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from localctl.data import DataConfig
+from localctl.architectures import Config
+from localctl.data import Batch, DataConfig
 from localctl.diffusion import posterior
 from localctl.messages import no_progress_bars
 from localctl.pipelines import BaseConfig, encode_prompts
@@ -82,6 +83,10 @@ class Bench:
         if (base, side) not in self.counted:
             self.counted[base, side] = Work(base, settings, (side, side), tiny=self.tiny)
         return self.counted[base, side]
+
+    def batches(self, batch: int, side: int, parts: Mapping[str, Config]) -> list[Batch]:
+        """Return batches of noise for the base with the configs ``parts``."""
+        return random_batches(self.scaled(4, 2), batch, (side, side), parts, pinned=self.device.type == "cuda")
 
     def free(self) -> None:
         """Return unused memory of the GPU."""
@@ -170,16 +175,13 @@ class Comparison:
         work = bench.work(self.base, settings, side)
         made: dict[str, Steps] = {}
         rows: dict[str, Row] = {}
-        pool = None
+        parts = shape_of(self.base, whole=self.whole, tiny=bench.tiny)
+        pool = bench.batches(batch, side, parts)
         for index, variant in enumerate(self.variants):
             bench.free()
             before = bench.allocated()
             begun = time.perf_counter()
             one = Steps(variant, settings, bench.folder / f"run-{index}")
-            if pool is None:
-                texts, _ = encode_prompts(one.state.models.pipe, "a street")
-                pinned = bench.device.type == "cuda"
-                pool = random_batches(bench.scaled(4, 2), batch, (side, side), texts, pinned)
             one.use(pool)
             first = seconds(partial(one, 1), bench.device)
             one(bench.scaled(WARM_UP, 2) - 1)
@@ -267,8 +269,7 @@ def profile(bench: Bench) -> Iterator[Row]:
     side, batch, steps = bench.pixels(512), bench.scaled(16, 2), bench.scaled(3, 1)
     settings = _settings("sd15", bench.folder_of("sd15", whole=True), side, batch)
     one = Steps(CACHED, settings, bench.folder / "run-profile")
-    texts, _ = encode_prompts(one.state.models.pipe, "a street")
-    one.use(random_batches(2, batch, (side, side), texts, bench.device.type == "cuda"))
+    one.use(bench.batches(batch, side, shape_of("sd15", whole=True, tiny=bench.tiny)))
     one(bench.scaled(WARM_UP, 1))
     on_gpu = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]

@@ -11,7 +11,8 @@ from research.benchmarks.gpu_report import report
 
 # The other parts differ from these in sizes, batches and settings alone.
 DIFFERENT = (
-    "limits", "training", "training_compiled", "controls_sd15", "controls_compiled", "training_sdxl", "encoders", "profile",
+    "limits", "training", "training_compiled", "training_sdxl", "controls_sd15", "controls_compiled",
+    "encoders", "profile",
 )  # fmt: skip
 
 
