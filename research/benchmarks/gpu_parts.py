@@ -307,7 +307,7 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "encoders": (encoders, 8),
     "profile": (profile, 15),
     "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),
-    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED,), whole=False, rounds=2, steps=3).rows, 20),
+    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED, CHECKPOINTED), whole=False, rounds=2, steps=3).rows, 30),
     "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 15),
     "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 20),
     "controls_sdxl_batch": (Controls("sdxl", 1024, 4, steps=5, rounds=2).rows, 60),
