@@ -38,6 +38,10 @@ class PromptEmbeds:
         states, pooled = self.states, self.pooled
         return PromptEmbeds(send(states, device).to(dtype), None if pooled is None else send(pooled, device).to(dtype))
 
+    def pin_memory(self) -> PromptEmbeds:
+        """Return the embeddings in memory from which a CUDA device fetches without waiting."""
+        return PromptEmbeds(self.states.pin_memory(), None if self.pooled is None else self.pooled.pin_memory())
+
     def clone(self) -> PromptEmbeds:
         """Return a copy in memory of its own."""
         return PromptEmbeds(self.states.clone(), None if self.pooled is None else self.pooled.clone())

@@ -48,13 +48,13 @@ def check(settings: CheckSettings) -> str:
     rows = open_rows(data, settings.condition, data.split)
     held = open_rows(data, settings.condition, data.validation_split) if data.validation_split else None
     source = FileSource(rows, range(len(rows)), data, settings.condition)
-    report = _Report(settings, source, look_at_all(source, settings.dataloader_num_workers))
+    report = _Report(settings, source, look_at_all(source, settings.workers))
     failures = report.parts(rows, held or rows)
     report.add_rows()
     report.lines.append(fit)
     if held is not None:
         every = FileSource(held, range(len(held)), data, settings.condition)
-        first, *more = _bad_rows(look_at_all(every, settings.dataloader_num_workers))
+        first, *more = _bad_rows(look_at_all(every, settings.workers))
         report.lines += [f"validation  {first}, in the split {data.validation_split!r}", *more]
     examples = _examples(MaskedSamples(source, settings.mask, settings.seed), settings)
     report.lines += map(warning, failures)

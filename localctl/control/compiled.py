@@ -42,14 +42,16 @@ def handle_of(processor: Steered) -> Tensor:
 @functools.cache
 def operator() -> Any:
     """Register the operator on first use and return it."""
-    # A CUDA graph would replay the kernels of one step, so it must leave the operator out.
-    tags = [tag for name in ("cudagraph_unsafe",) if (tag := getattr(torch.Tag, name, None)) is not None]
+    # A CUDA graph would replay the kernels of one step, so it must leave the operator out. Without the tag, its input
+    # on the CPU has the same effect.
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    options: dict[str, Any] = {} if tag is None else {"tags": [tag]}
 
     @torch.library.custom_op(
         "localctl::steered_attention",
         mutates_args=(),
         schema="(Tensor hidden_states, Tensor? text, Tensor? mask, Tensor handle) -> Tensor",
-        tags=tags,
+        **options,
     )
     def steered_attention(hidden_states: Tensor, text: Tensor | None, mask: Tensor | None, handle: Tensor) -> Tensor:
         return _PROCESSORS[int(handle)].run_compiled(hidden_states, text, mask)
@@ -114,7 +116,8 @@ class Shared:
 
 def _more_graphs() -> AbstractContextManager[Any]:
     config = torch._dynamo.config
-    return config.patch(recompile_limit=max(_GRAPHS, config.recompile_limit))
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the older name
+    return config.patch(**{name: max(_GRAPHS, getattr(config, name))})
 
 
 # Blocks of one class share their graphs, up to 8 by default: too few for all shapes of blocks, steered and not.

@@ -101,13 +101,9 @@ class TextMixer:
             filled = (torch.arange(number)[None] < torch.tensor(counts[part])[:, None]).float()
             moved = [tensor.flatten().to(place) for tensor in found]
             indices.append((part, *moved, filled.flatten()[:, None].to(place)))
-        return _Plan(
-            order.to(place),
-            torch.stack([self.texts[one.region] for one in chosen]).to(place, context.dtype),
-            *(torch.tensor([one[column] for one in chosen], device=place) for column in (0, 1)),
-            masks.to(place),
-            tuple(indices),
-        )
+        rows, bases = (torch.tensor([one[column] for one in chosen], device=place) for column in (0, 1))
+        texts = torch.stack([self.texts[one.region] for one in chosen]).to(place, context.dtype)
+        return _Plan(order.to(place), texts, rows, bases, masks.to(place), tuple(indices))
 
 
 def _alike(counts: Sequence[int]) -> list[slice]:

@@ -61,9 +61,9 @@ def _with_factors(
     if padded:
         zeros = query.new_zeros(()).expand(count, number, cells, padded)
         left, right = [*left, zeros], [*right, zeros]
-    wide = [torch.cat([tensor.to(query.dtype) for tensor in tensors], dim=-1) for tensors in (left, right)]
+    queries, keys = (torch.cat([tensor.to(query.dtype) for tensor in tensors], dim=-1) for tensors in (left, right))
     values = nn.functional.pad(value, (0, total + padded - width))  # the kernels want them as wide
-    return attend(*wide, values, bias, scale=1.0)[..., :width]
+    return attend(queries, keys, values, bias, scale=1.0)[..., :width]
 
 
 def mix_in(heads: Heads, core: Tensor, mixture: Mixture, key: Tensor, value: Tensor) -> Tensor:

@@ -141,6 +141,14 @@ class Batch:
         condition, mask = send(self.condition, device), send(self.mask, device)
         return replace(self, condition=condition, mask=mask, moments=moments, texts=texts)
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory from which a CUDA device fetches without waiting; ``DataLoader`` calls this."""
+        moments = None if self.moments is None else self.moments.pin_memory()
+        texts = None if self.texts is None else self.texts.pin_memory()
+        pixels = self.pixels.pin_memory() if moments is None else self.pixels
+        condition, mask = self.condition.pin_memory(), self.mask.pin_memory()
+        return replace(self, pixels=pixels, condition=condition, mask=mask, moments=moments, texts=texts)
+
 
 def collate(examples: Sequence[Example | Unusable]) -> Batch:
     """Stack examples of equal size, each with its mask; if one is unusable, return a batch without rows."""

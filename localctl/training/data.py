@@ -118,9 +118,10 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
     )
     return loading(
         MaskedSamples(source, settings.mask, settings.seed),
-        settings.dataloader_num_workers,
+        settings.workers,
         batch_sampler=sampler,
         collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
         generator=generator(settings.seed, "loader"),  # without it, the loader uses the global random state
     )
 

@@ -17,6 +17,7 @@ from localctl.files import first_line, remove
 from localctl.messages import working
 from localctl.signals import Interrupt
 from localctl.training.checkpoints import CheckpointError, list_checkpoints, write_folders
+from localctl.training.compilation import uncompiled
 from localctl.training.export import ADAPTER, BEST, Finished, export, published, push, sheet_name
 from localctl.training.models import Models
 from localctl.training.state import TrainState
@@ -120,7 +121,7 @@ class Events:
             return
         bar.set_postfix_str("scoring")
         score, failure = math.nan, ""
-        with state.averaged():
+        with state.averaged(), uncompiled():
             try:
                 score = self.scorer(state.models, state.step)
             except TooManyBadRows:
@@ -237,10 +238,11 @@ class Events:
             if self.signal:
                 raise Stopped
 
-        if self.references is None:
-            self.references = validator.references(beat)
-        with self.state.averaged():
-            result = validator.run(beat)
+        with uncompiled():
+            if self.references is None:
+                self.references = validator.references(beat)
+            with self.state.averaged():
+                result = validator.run(beat)
         bar.set_postfix_str("", refresh=False)
         self.last = result
         fidelity, references = result.fidelity, self.references

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from localctl.training.resume import check_unchanged, describe
 from localctl.training.schedule import bound_steps
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
-from localctl.training.step import StepOutput, sample_noise, training_step
+from localctl.training.step import StepNoise, StepOutput, sample_noise, training_step
 from localctl.training.summary import announcement, disk_space_warning
 from localctl.training.trackers import check_report_to, make_tracker
 from localctl.training.updates import NotFiniteError as NotFiniteError
@@ -242,9 +243,11 @@ class Run:
             batch = batch.to(accelerator.device)
             height, width = batch.pixels.shape[-2:]
             sampled = sample_noise(batch, models.latent_shape(height, width), settings).to(accelerator.device)
+            compute = partial(self._compute, batch, sampled)
+            if state.compilation is not None:
+                state.compilation.check(batch.condition.shape, compute)
             with accelerator.accumulate(models.adapter):
-                with accelerator.autocast():
-                    outputs.append(training_step(batch, models, settings, sampled))
+                outputs.append(compute())
                 accelerator.backward(outputs[-1].loss)
         for output in outputs:
             state.stats.add(output)
@@ -257,6 +260,10 @@ class Run:
         state.stats.add_time(samples, time.perf_counter() - started, waiting)
         bar.update()
         return {"learning_rate": learning_rate, "grad_norm": grad_norm}
+
+    def _compute(self, batch: Batch, sampled: StepNoise) -> StepOutput:
+        with self.state.accelerator.autocast():
+            return training_step(batch, self.state.models, self.settings, sampled)
 
     def _closing_message(self, stopped: bool) -> str:
         why = " (the process that launched this one has ended)" if self.interrupt.orphaned else ""

@@ -23,6 +23,7 @@ from torch import nn
 from localctl.distributed import Messages
 from localctl.files import first_line, read_json, share_weights, write_json
 from localctl.training.checkpoints import CheckpointError, save_checkpoint
+from localctl.training.compilation import Compilation
 from localctl.training.models import Models, load_models
 from localctl.training.optimizer import averaged, make_ema, make_optimizer, optimizer_class
 from localctl.training.schedule import learning_rate_at
@@ -95,7 +96,8 @@ class TrainState:
 
     resumed: a checkpoint was loaded. stats: measurements since the last row of the log. validated: the step of the last
     validation. skipped: number of updates skipped because they were not finite. info: the description of the run in
-    manifests (``resume.describe``). ema: the averaged weights; None without ``use_ema``.
+    manifests (``resume.describe``). ema: the averaged weights; None without ``use_ema``. compilation: None without
+    ``compile``.
     """
 
     settings: TrainSettings
@@ -110,6 +112,7 @@ class TrainState:
     info: dict[str, Any] = field(default_factory=dict)
     ema: Any = None
     early_stopping: EarlyStopping = field(init=False)
+    compilation: Compilation | None = None
     messages: Messages = field(default_factory=lambda: Messages(WAIT))
 
     def __post_init__(self) -> None:
@@ -236,6 +239,7 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
+    compilation = Compilation(models) if settings.compile else None
     optimizer = make_optimizer(optimizer_kind, parameters, settings)
     check_trainable(optimizer, {"adapter": models.plain_adapter, **models.frozen})
     deepspeed = accelerator.state.deepspeed_plugin
@@ -243,7 +247,9 @@ def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
         deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
     models.adapter, prepared = accelerator.prepare(models.plain_adapter, optimizer)
     ema = make_ema(models.plain_adapter, settings)
-    return TrainState(settings=settings, accelerator=accelerator, models=models, optimizer=prepared, ema=ema)
+    return TrainState(
+        settings=settings, accelerator=accelerator, models=models, optimizer=prepared, ema=ema, compilation=compilation
+    )
 
 
 def check_trainable(optimizer: torch.optim.Optimizer, modules: Mapping[str, nn.Module]) -> None:

@@ -2,7 +2,7 @@
 
   python -m research.benchmarks.gpu --output_dir OUT  # about 5 minutes on an H100; no download, no files
   python -m research.benchmarks.gpu --tiny --output_dir OUT  # every part at tiny size, also on a CPU
-  python -m research.benchmarks.gpu --report research/results/gpu.jsonl  # the tables of docs/scaling.md
+  python -m research.benchmarks.gpu --report research/results/gpu.jsonl --page docs/scaling.md  # its tables
 
 Every row is written to OUT/gpu.jsonl as soon as it is measured, so a run that is cut off loses nothing. Parts come in
 order of worth; one that would not end within --minutes is skipped, and one that fails is recorded with its error. All
@@ -27,7 +27,7 @@ import torch
 
 from localctl.files import first_line
 from research.benchmarks.gpu_parts import PARTS, Bench, Row
-from research.benchmarks.gpu_report import report
+from research.benchmarks.gpu_report import read, report, write_page
 from research.benchmarks.timing import GIB, Deadline
 
 FILE = "gpu.jsonl"
@@ -42,7 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
     add("--tiny", action="store_true", help="small shapes, to try everything on any machine")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--report", type=Path, metavar="FILE", help="print the tables of an earlier run's rows instead")
+    add("--report", type=Path, metavar="FILE", help="print the tables of an earlier run instead of measuring")
+    add("--page", type=Path, help="write the tables of --report into this page, between its markers")
     options = parser.parse_args(argv)
     if options.device == "cpu" and not (options.tiny or options.report):
         parser.error("There is no GPU here; add --tiny to try the benchmark at small size.")
@@ -112,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print tables; return the exit status."""
     options = parse(argv)
     if options.report:
-        print(report([json.loads(line) for line in options.report.read_text().splitlines()]))
+        text = report(read(options.report))
+        write_page(options.page, text) if options.page else print(text)
         return 0
     return measure(options)
 

@@ -208,7 +208,7 @@ class Comparison:
         return {
             "ms": 1e3 * per_step.median, "ms_low": 1e3 * per_step.low, "ms_high": 1e3 * per_step.high,
             "images_per_second": rate, "tflop_per_image": flops / 1e12, "tflops": rate * flops / 1e12,
-            "share_of_peak": rate * flops / 1e12 / peak,
+            "share_of_peak": rate * flops / 1e12 / peak, "peak": peak,
             "faster_than": self.variants[0].name, "times": faster.median, "times_low": faster.low,
             "times_high": faster.high, "rounds": len(times[variant.name]), "steps": steps,
         }  # fmt: skip

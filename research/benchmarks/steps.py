@@ -80,7 +80,7 @@ CACHED = Variant("cached")
 LIVE = Variant("live", cached=False)
 COMPILED = Variant("cached, compiled", settings={"compile": True})
 CHECKPOINTED = Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True})
-NOT_FUSED = Variant("cached, AdamW not fused", undo=_not_fused)
+NOT_FUSED = Variant("cached, AdamW not fused: the host waits every step", undo=_not_fused)
 ONE_BY_ONE = Variant("live, encoded one by one", cached=False, undo=_one_by_one)
 WITHOUT = (
     Variant("cached, without channels_last", undo=_contiguous),
@@ -118,10 +118,10 @@ class Steps:
         self._run: Run | None = None
         if variant.plain:
             self._optimizer = _make_plain(self.state, self.settings)
-        else:
-            self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
         if variant.undo is not None:
             variant.undo(self.state)
+        if not variant.plain:
+            self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
 
     def use(self, pool: Sequence[Batch]) -> None:
         """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU."""

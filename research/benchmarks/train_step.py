@@ -19,14 +19,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
+from torch import nn
 
 from localctl.architectures import read_shape
 from localctl.bases import BaseConfig
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.data.sample import Batch
 from localctl.messages import no_progress_bars
-from localctl.pipelines import load_pipeline
+from localctl.pipelines import choose_pil_processors, load_pipeline
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.training.loop import prepare
 from localctl.training.settings import TrainSettings
@@ -119,11 +122,24 @@ def without_a_base(batch: Batch, width: int) -> Batch:
     return replace(batch, moments=torch.cat([mean, torch.full_like(mean, 0.1)], dim=1), texts=texts)
 
 
+def load_libraries() -> None:
+    """Import what a training imports on first use."""
+    choose_pil_processors()
+    for name in ("AutoencoderKL", "DDIMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel"):
+        getattr(diffusers, name)
+    for name in ("CLIPTextModel", "CLIPTokenizer"):
+        getattr(transformers, name)
+    weight = nn.Parameter(torch.ones(1))
+    weight.sum().backward()
+    torch.optim.AdamW([weight]).step()
+
+
 def alone(variant: Variant, batch: int, folder: Path) -> None:
     """Print the peak memory of this process in MiB, beyond that of the imports and the data."""
     settings = settings_of(batch, folder)
     width = read_shape(settings.base).parts["unet"]["cross_attention_dim"]
     pool = [without_a_base(one, width) for one in batches(batch, settings)]
+    load_libraries()
 
     def run() -> None:
         steps = Steps(variant, settings, folder / "alone")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import localctl.bases
 from localctl.adapter import LocalAdapter
@@ -200,6 +201,20 @@ def test_three_objects_are_right_together_or_in_part() -> None:
     figures = three_object_figures(scenes, [whole, Reading(part.background, part.objects[1:])])
     assert figures["three objects: all right"].value == 0.5
     assert figures["three objects: share right"].value == pytest.approx(5 / 6)
+
+
+def test_figures_of_images_alone_make_no_card_and_never_replace_the_shipped_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from research.micro_base import measure, report
+
+    figures = {"three objects: all right": 0.25}
+    monkeypatch.setattr(measure, "generated_figures", lambda pipe, share: (figures, {"a": Image.new("RGB", (8, 8))}))
+    assert report.main(["--images_only", "--output_dir", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "report.json").read_text()) == figures
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report_a.png"}
+    assert report.main(["--images_only"]) == 2
+    assert "give --output_dir" in capsys.readouterr().err
 
 
 def test_the_table_says_which_floor_is_missed() -> None:

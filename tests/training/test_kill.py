@@ -6,8 +6,10 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start, wait_for
 from training_helpers import loss_log, silent_run, tiny_settings
 
@@ -18,16 +20,17 @@ SAMPLES, BATCH, SAVE_EVERY = 5, 2, 2  # the third step extends into the next epo
 
 
 def train(settings: TrainSettings, lines: Path) -> None:
+    torch.compiler.set_default_backend("aot_eager")  # for settings.compile: the default needs a C++ compiler
     record_samples(lines)
     silent_run(settings).train()
 
 
-def killed_settings(base: Path, folder: Path, steps: int, workers: int) -> TrainSettings:
+def killed_settings(base: Path, folder: Path, steps: int, workers: int, **changes: Any) -> TrainSettings:
     """Settings that save every 2 steps and log every 3, so that kills interrupt periods of both."""
     return tiny_settings(
         base, folder, data=DataConfig(count=SAMPLES), train_batch_size=BATCH, max_train_steps=steps, logging_steps=3,
         checkpointing_steps=SAVE_EVERY, dataloader_num_workers=workers, resume_from_checkpoint="latest",
-        use_ema=True,
+        use_ema=True, **changes,
     )  # fmt: skip
 
 
@@ -55,9 +58,9 @@ def attempts(lines: list, begun: list[tuple[int, int]]) -> dict[int, list]:
     return seen
 
 
-def check_kills(base: Path, folder: Path, *, kills: int, steps: int, workers: int, seed: int) -> None:
+def check_kills(base: Path, folder: Path, *, kills: int, steps: int, workers: int, seed: int, **changes: Any) -> None:
     rng = random.Random(seed)
-    straight = killed_settings(base, folder / "straight", steps, workers=0)
+    straight = killed_settings(base, folder / "straight", steps, workers=0, **changes)
     assert finish(start(train, straight, folder / "straight.ids"), 600) == 0
     settings = replace(straight, output_dir=str(folder / "killed"), dataloader_num_workers=workers)
     lines, first_epoch = folder / "ids", SAMPLES // BATCH
@@ -96,6 +99,11 @@ def test_killed_twice(sd_folder, tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_ten_times(sd_folder, tmp_path, workers):
     check_kills(sd_folder, tmp_path, kills=10, steps=25, workers=workers, seed=10 + workers)
+
+
+@pytest.mark.slow
+def test_killed_while_compiled(sd_folder, tmp_path):
+    check_kills(sd_folder, tmp_path, kills=4, steps=13, workers=2, seed=5, compile=True)
 
 
 def test_the_comparison_sees_one_bit(sd_folder, tmp_path):

@@ -1,0 +1,180 @@
+"""Samples to convert, from tars in the webdataset form, parquet files and hub datasets, in units that can be resumed."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from localctl.data.bad_rows import BadRow
+from localctl.files import first_line, parse_json
+from localctl.images import EXTENSIONS
+
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_BATCH = 256  # rows of a parquet file
+_MOST_MEMBER = 1 << 30  # bytes of a file in a tar
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of a unit. fields: column -> value. problem: why it cannot be read."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    problem: BadRow | None = None
+
+
+class Unit:
+    """A part of the input whose samples always come in the same order. name: lasting, and unique in the input. size: in
+    bytes, or 0; the unit is converted again when it changes."""
+
+    name: str
+    size: int = 0
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """Yield the samples from number ``start`` on."""
+        raise NotImplementedError
+
+
+class Tar(Unit):
+    """A tar in the webdataset form: files of one sample follow each other and have one name up to the first dot."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.size = path, name, path.stat().st_size
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """Yield samples; a damaged tar ends with one that says so."""
+        number, name, members = 0, "", {}
+        try:
+            with tarfile.open(self.path) as tar:
+                for member in tar:
+                    if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
+                        continue
+                    folder, _, file = member.name.rpartition("/")
+                    stem, _, ending = file.partition(".")
+                    own = f"{folder}/{stem}" if folder else stem
+                    if members and own != name:
+                        if number >= start:
+                            yield _unpacked(tar, name, members)
+                        number, members = number + 1, {}
+                    name = own
+                    members[ending.lower()] = member
+                if members and number >= start:
+                    yield _unpacked(tar, name, members)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            detail = f"the tar is damaged ({first_line(error)}) after {name or 'its beginning'}"
+            yield Sample(f"{name or self.name}~", problem=BadRow("tar damaged", detail))
+
+
+def _unpacked(tar: tarfile.TarFile, name: str, members: dict[str, tarfile.TarInfo]) -> Sample:
+    """Read the files of a sample: ``jpg`` is the column image, ``mask.png`` the column mask, ``txt`` the column text;
+    the values of ``json`` are columns, too."""
+    fields: dict[str, Any] = {}
+    described: Any = {}
+    for ending, member in members.items():
+        if member.size > _MOST_MEMBER:
+            return Sample(name, problem=BadRow("image too large", f"{member.name} has {member.size:,} bytes"))
+        opened = tar.extractfile(member)
+        content = b"" if opened is None else opened.read()
+        if len(content) < member.size:
+            raise EOFError("unexpected end of data")
+        column, dot, extension = ending.rpartition(".")
+        if f".{extension}" in EXTENSIONS:
+            fields.setdefault(column or "image", {"bytes": content, "path": f"{name}.{extension}"})
+        elif ending == "txt":
+            fields["text"] = content
+        elif ending == "json":
+            try:
+                described = parse_json(content)
+            except ValueError as error:
+                return Sample(name, problem=BadRow("metadata damaged", f"its .json is damaged ({first_line(error)})"))
+        else:
+            fields[ending] = content
+    return Sample(name, {**(described if isinstance(described, dict) else {}), **fields})
+
+
+class Parquet(Unit):
+    """A parquet file, such as img2dataset writes."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.size = path, name, path.stat().st_size
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """Yield the rows, named by their number. ValueError if the file is no parquet table."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        number = 0
+        try:
+            for batch in pq.ParquetFile(self.path).iter_batches(_BATCH):
+                for row in islice(
+                    batch.to_pylist() if number + len(batch) > start else (), max(0, start - number), None
+                ):
+                    yield Sample("", row)
+                number += len(batch)
+        except pa.ArrowException as error:
+            raise ValueError(f"{self.path} is not a parquet table ({first_line(error)}).") from None
+
+
+class HubShard(Unit):
+    """A shard of a dataset that `datasets` streams."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self._table, self.name = table, name
+
+    def samples(self, start: int) -> Iterator[Sample]:
+        """Yield the rows. OSError if the network fails."""
+        try:
+            for row in self._table.skip(start) if start else self._table:
+                yield Sample("", row)
+        except Exception as error:  # network, hub and parsers each raise their own kinds
+            raise OSError(f"{self.name} could not be read to its end ({first_line(error)})") from error
+
+
+def find_units(place: str, split: str, config: str | None, revision: str | None) -> list[Unit]:
+    """Return the units of a tar, a parquet file, a folder of either, or else of what ``datasets.load_dataset`` reads.
+    ValueError if there is nothing."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        files, root = [path], path.parent
+    else:
+        files, root = sorted(file for file in path.rglob("*") if file.is_file()), path
+    for kind, endings in ((Tar, TARS), (Parquet, (".parquet",))):  # img2dataset writes statistics beside its tars
+        found = [file for file in files if file.name.lower().endswith(endings) and not file.name.startswith(".")]
+        if found:
+            return [kind(file, file.relative_to(root).as_posix()) for file in found]
+    if path.is_file():
+        raise ValueError(f"{path} is neither a tar nor a parquet file; check --input.")
+    return _shards(str(path) if path.exists() else place, split, config, revision)
+
+
+def _shards(place: str, split: str, config: str | None, revision: str | None) -> list[Unit]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(place, config, split=split, revision=revision, streaming=True)
+        table = table.cast(_undecoded(table.features or table._resolve_features().features))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{place}, split {split!r}, cannot be opened ({first_line(error)}); give a folder of tars or parquet files, "
+            "or a dataset of the hub as USER/NAME."
+        ) from error
+    count = table.num_shards
+    return [
+        HubShard(table.shard(num_shards=count, index=index), f"{Path(place).name}_{index:05}_of_{count:05}")
+        for index in range(count)
+    ]
+
+
+def _undecoded(features: Any) -> Any:
+    """Return ``features`` with images as bytes, so that a damaged one does not end the stream."""
+    import datasets
+
+    return datasets.Features(
+        {n: datasets.Image(decode=False) if isinstance(f, datasets.Image) else f for n, f in features.items()}
+    )
