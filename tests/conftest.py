@@ -32,8 +32,9 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Again, after tests that chose otherwise."""
+def one_thread() -> Iterator[None]:
+    """Again, after tests that chose otherwise: before the next module's fixtures are made."""
+    yield
     torch.set_num_threads(1)
 
 

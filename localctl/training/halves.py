@@ -40,7 +40,7 @@ def in_halves(compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     return torch.cat([first, second[2 * size - len(rows) :]])
 
 
-def mean_loss(compute: Compute, features: Sequence[Tensor]) -> tuple[Tensor, LossTerms]:
+def mean_loss(compute: Compute, features: Sequence[Tensor], *, whole: bool = False) -> tuple[Tensor, LossTerms]:
     """Return the mean of the total loss, to be differentiated with respect to ``features``, and the terms (B,).
 
     The terms have gradients, too, unless the batch is computed in halves.
@@ -48,8 +48,9 @@ def mean_loss(compute: Compute, features: Sequence[Tensor]) -> tuple[Tensor, Los
     Args:
         compute: returns the terms of the rows in a slice, from the features of these rows: a pure function.
         features: (B,c_i,h_i,w_i) per level.
+        whole: never in halves.
     """
-    if not is_divided(features[0]):
+    if whole or not is_divided(features[0]):
         terms = compute(slice(0, len(features[0])), list(features))
         return terms.total.mean(), terms
     wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in features)

@@ -98,7 +98,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
         part = DiffusionSample(latents[rows], sampled.noise[rows], sample.noisy[rows], timesteps[rows])
         return _loss_terms(models, settings, part, _rows_of(arguments, rows), batch.mask[rows], some)
 
-    loss, terms = mean_loss(compute, features)
+    loss, terms = mean_loss(compute, features, whole=settings.compile)  # two threads would compile at once
     return StepOutput(loss, terms, timesteps, feature_mean, feature_var)
 
 

@@ -184,24 +184,16 @@ def test_feature_statistics_are_those_before_the_mask(samples, settings, models)
     assert not models.plain_adapter.adapter._forward_hooks
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def step_and_gradients(batch, models, settings):
     output = training_step(batch, models, settings, sample_noise(batch, SHAPE, settings))
     return output, torch.autograd.grad(output.loss / 2, list(models.plain_adapter.parameters()))
 
 
-def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(samples, settings, models, request):
+def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(samples, settings, models):
     batch = batch_of(samples, (0, 0), (1, 0), (2, 0))  # an odd number
     whole, gradients = step_and_gradients(batch, models, settings)
     assert torch.get_num_threads() == 1 and whole.terms.denoising.requires_grad
-    request.getfixturevalue("two_threads")
+    torch.set_num_threads(2)
     halves, their_gradients = step_and_gradients(batch, models, settings)
     assert not halves.terms.denoising.requires_grad and torch.get_num_threads() == 2
     passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
@@ -215,7 +207,8 @@ def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(sampl
     assert all(torch.equal(a, b) for a, b in zip(their_gradients, same, strict=True))
 
 
-def test_halves_at_once_share_the_threads(samples, settings, models, two_threads, monkeypatch):
+def test_halves_at_once_share_the_threads(samples, settings, models, monkeypatch):
+    torch.set_num_threads(2)
     seen = []
     forward = models.unet.forward
 
@@ -230,7 +223,8 @@ def test_halves_at_once_share_the_threads(samples, settings, models, two_threads
     assert len({thread for thread, _, _ in seen}) == 2 and [rest for _, *rest in seen] == [[1, 2]] * 2
 
 
-def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, models, two_threads, monkeypatch):
+def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, models, monkeypatch):
+    torch.set_num_threads(2)
     batch = batch_of(samples, (0, 0), (1, 0), (2, 0))
     sizes, encode = [], models.vae.encode
     monkeypatch.setattr(models.vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
@@ -243,7 +237,8 @@ def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, mo
     assert torch.allclose(latents, whole, rtol=0, atol=whole.abs().max().item() * rounding(depth(models.vae.encoder)))
 
 
-def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, two_threads, monkeypatch):
+def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings, models, monkeypatch):
+    torch.set_num_threads(2)
     main = threading.get_ident()
 
     def broken(*arguments, **options):

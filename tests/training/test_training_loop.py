@@ -55,6 +55,22 @@ def test_stop_and_resume_is_the_uninterrupted_run(straight, tmp_path, stops):
     assert log == loss_log(Path(whole.settings.output_dir)) and [row["step"] for row in log] == [3, 5]
 
 
+def test_halves_at_once_resume_bit_for_bit_and_learn_the_same(straight, tmp_path):
+    torch.set_num_threads(2)
+    settings, one_thread = straight
+    settings = replace(settings, resume_from_checkpoint="latest")
+    whole = silent_run(replace(settings, output_dir=str(tmp_path / "whole")))
+    whole.train()
+    for stop in (3, 5):
+        run = silent_run(replace(settings, output_dir=str(tmp_path / "stopped")))
+        run.train(stop=lambda step, stop=stop: step == stop)
+    assert same(weights(run), weights(whole)) and same(moments(run), moments(whole))
+    log = loss_log(tmp_path / "whole")
+    assert log == loss_log(tmp_path / "stopped")
+    for row, other in zip(log, loss_log(Path(one_thread.settings.output_dir)), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_validation_and_the_global_random_state_change_nothing(straight, tmp_path, workers):
     settings, whole = straight
