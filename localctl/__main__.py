@@ -33,6 +33,7 @@ PROGRAMS = {
     "Data": {
         "python data/make_dataset.py": "make a dataset from a folder of photos",
         "python data/download_images.py": "download a list of photos into a folder",
+        "python data/convert.py": "convert webdataset tars or a hub dataset to parquet files",
     },
     "Studies": {
         "python -m research.layout_predictor.train": "train the layout predictor",
