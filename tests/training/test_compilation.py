@@ -17,9 +17,9 @@ from localctl.adapter import LocalAdapter
 from localctl.distributed import leave
 from localctl.training import data as run_data
 
-# Graphs of the tiny U-Nets' transformer blocks, one for each shape; of the tiny Stable Diffusion's finest level one
+# Graphs of the tiny U-Nets' blocks, one for each shape; of the tiny Stable Diffusion's finest level one
 # more, as nothing needs gradients before the adapter's first features arrive.
-GRAPHS = {"sd": 5, "sdxl": 2}
+GRAPHS = {"sd": 18, "sdxl": 11}
 BACKEND = "aot_eager"
 
 
