@@ -97,7 +97,7 @@ class SteeredProcessor(nn.Module):
             mask = self._mask(scores, bias, slice(None))
             with _one_mask_for_all_heads(attn, self.inner, mask, len(hidden_states)):
                 output = self.inner(attn, hidden_states, source, mask, **kwargs)
-            if bias is not None and self.check is not None:
+            if bias is not None and self.check is not None and self.check.is_due(self.inner):
                 self.check(attn, self.inner, scores, bias, output)
             return self._mixed(attn, hidden_states, source, output, **kwargs)
         return self._in_parts(scores, parts, **kwargs)
@@ -118,7 +118,7 @@ class SteeredProcessor(nn.Module):
         else:
             core, bias = steer(heads, scores.guided, parts, lambda part: self._bias(scores, part, giver), factors)
         whole = bias is not None and bias.shape[2] == layer.cells
-        if whole and self.check is not None and not self.check.knows(self.inner):
+        if whole and self.check is not None and self.check.is_due(self.inner):
             self.check(attn, self.inner, scores, bias, heads.output(core, scores.hidden_states))
         by_hand = any(_has(user, "mix_attention") for user, _ in self.users)
         for user, context in self.users if layer.cross and not by_hand else ():

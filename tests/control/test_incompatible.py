@@ -259,6 +259,17 @@ def test_attention_functions_that_ignore_the_mask(
         draw(sd_pipe)
 
 
+def test_outputs_that_tell_nothing_are_checked_ever_more_rarely(
+    sd_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr("localctl.control.compatible.uses_mask", lambda *given: checked.append(given))
+    with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
+        draw(sd_pipe, num_inference_steps=8)
+    layers = sum(name.endswith("attn2.processor") for name in processors(sd_pipe))
+    assert len(checked) == (8 * layers).bit_length() > 3
+
+
 class Louder:
     """A custom processor that uses the mask and scales its output."""
 
