@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from localctl.pipelines import load_pipeline
 from research.benchmarks import sample, train_step
@@ -37,6 +38,12 @@ def test_the_peak_is_that_of_the_live_tensors():
             torch.zeros(2**18)  # 1 MiB, freed at once
 
     assert peak_of(run, CPU) == pytest.approx(1)
+
+
+@pytest.fixture(autouse=True)
+def any_precision():
+    """Others may have used another precision, which accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
