@@ -25,9 +25,9 @@ from research.benchmarks.shapes import random_pipeline, shape_of
 from research.benchmarks.steps import (
     CACHED,
     CHANNELS_LAST,
+    CHANNELS_LAST_COMPILED,
     CHECKPOINTED,
     COMPILED,
-    COMPILED_MORE,
     LIVE,
     NOT_FUSED,
     ONE_BY_ONE,
@@ -315,7 +315,10 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "limits": (limits, 2),
     "training": (Comparison("sd15", 512, 16, (PLAIN, CACHED, LIVE)).rows, 45),
     "controls_sd15": (Controls("sd15", 512, 1).rows, 35),
-    "training_compiled": (Comparison("sd15", 512, 16, (PLAIN, CACHED, COMPILED), rounds=3).rows, 75),
+    "training_compiled": (
+        Comparison("sd15", 512, 16, (PLAIN, CACHED, COMPILED, CHANNELS_LAST_COMPILED), rounds=3).rows,
+        150,
+    ),
     "controls_compiled": (Controls("sd15", 512, 1, names=("bias", "adapter"), compiled=True).rows, 60),
     "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 25),
     "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 30),
@@ -334,6 +337,9 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 10),
     "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 15),
     "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),
-    "training_compiled_more": (Comparison("sd15", 512, 16, (CACHED, COMPILED_MORE), rounds=3).rows, 120),
+    "training_compiled_formats": (
+        Comparison("sd15", 512, 16, (COMPILED, CHANNELS_LAST_COMPILED), rounds=3).rows,
+        150,
+    ),
     "controls_sdxl_batch": (Controls("sdxl", 1024, 4, steps=5, rounds=2).rows, 60),
 }

@@ -13,7 +13,7 @@ from research.flags import PAGES, RESULTS
 
 # The other parts differ from these in sizes, batches and settings alone.
 DIFFERENT = (
-    "limits", "training", "training_compiled_more", "training_sdxl", "controls_sd15", "controls_compiled",
+    "limits", "training", "training_compiled", "training_sdxl", "controls_sd15", "controls_compiled",
     "encoders", "profile", "profile_controls",
 )  # fmt: skip
 
