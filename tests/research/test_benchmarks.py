@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from localctl.pipelines import load_pipeline
-from research.benchmarks import sample, train_step
+from research.benchmarks import cache, sample, train_step
 from research.benchmarks.steps import CACHED, LIVE, PLAIN, Steps, with_encodings
 from research.benchmarks.timing import Deadline, Spread, in_turns, peak_of, ratios
 
@@ -116,3 +116,11 @@ def test_scenes_have_any_number_of_regions(count):
 def test_too_many_regions_are_refused():
     with pytest.raises(ValueError, match="There are 17 regions; choose 1 to 16."):
         sample.scene(17)
+
+
+def test_the_cache_benchmark_encodes_every_scene_once(capsys):
+    assert cache.main(["--count", "12"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"encoded 12 \w+ and \d+ \w+ in .* rows/s, .* KiB per row", out), out
+    assert re.search(r"again: .* s, 0 rows encoded", out), out
+    assert re.search(r"second epoch: \d+ examples/s", out), out
