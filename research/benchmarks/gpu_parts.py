@@ -24,6 +24,8 @@ from research.benchmarks.sample import CONTROLS, Runs, make_controls
 from research.benchmarks.shapes import random_pipeline, shape_of
 from research.benchmarks.steps import (
     CACHED,
+    CHANNELS_LAST,
+    CHANNELS_LAST_COMPILED,
     CHECKPOINTED,
     COMPILED,
     LIVE,
@@ -264,17 +266,33 @@ def encoders(bench: Bench) -> Iterator[Row]:
         yield {"base": "sd15", "side": side, "what": what, "batch": count, "per_second": per_second.median}
 
 
-def profile(bench: Bench) -> Iterator[Row]:
-    """Profile the cached step of SD1.5 at 512 px: time of each operation's own kernels, the longest first."""
+def profile_step(bench: Bench) -> Iterator[Row]:
+    """Profile the cached step of SD1.5 at 512 px."""
     side, batch, steps = bench.pixels(512), bench.scaled(16, 2), bench.scaled(3, 1)
     settings = _settings("sd15", bench.folder_of("sd15", whole=True), side, batch)
     one = Steps(CACHED, settings, bench.folder / "run-profile")
     one.use(bench.batches(batch, side, shape_of("sd15", whole=True, tiny=bench.tiny)))
     one(bench.scaled(WARM_UP, 1))
+    yield from profiled("cached step", partial(one, steps), steps, bench)
+    one.release()
+
+
+def profile_controls(bench: Bench) -> Iterator[Row]:
+    """Profile sampling with SD1.5 at 512 px, without controls and with a bias."""
+    pipe, side, steps = bench.pipeline("sd15", whole=True), bench.pixels(512), bench.scaled(5, 1)
+    controls = make_controls(["bias"], pipe, "sd15", side, shape_of("sd15", whole=True, tiny=bench.tiny))
+    runs = Runs(pipe, "sd15", side, batch=1, steps=steps)
+    for name, used in controls.items():
+        runs(used)
+        yield from profiled(f"sampling, {name}", partial(runs, used), steps, bench)
+
+
+def profiled(name: str, run: Callable[[], Any], steps: int, bench: Bench) -> Iterator[Row]:
+    """Yield the time of ``steps`` steps under the profiler, and of each operation's own kernels, the longest first."""
     on_gpu = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        took = seconds(partial(one, steps), bench.device)
+        took = seconds(run, bench.device)
     found = profiler.key_averages()
 
     def own(event: Any) -> float:  # microseconds
@@ -284,31 +302,44 @@ def profile(bench: Bench) -> Iterator[Row]:
     events = sorted((event for event in found if event.device_type == DeviceType.CPU), key=own, reverse=True)
     busy = sum(map(own, events))
     kernels = sum(event.count for event in found if event.device_type != DeviceType.CPU) / steps
-    yield {"profile": "step", "ms": 1e3 * took / steps, "busy": busy / 1e6 / took, "kernels": kernels}
+    yield {"profile": name, "ms": 1e3 * took / steps, "busy": busy / 1e6 / took, "kernels": kernels}
     for event in events[:12]:
         yield {
-            "operation": event.key, "ms": own(event) / 1e3 / steps, "share": own(event) / busy,
+            "of": name, "operation": event.key, "ms": own(event) / 1e3 / steps, "share": own(event) / busy,
             "calls": event.count / steps,
         }  # fmt: skip
-    one.release()
 
 
 PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
-    # name: (what yields its rows, seconds it takes on an H100, by estimate: a part that would not end in time is left)
-    "limits": (limits, 5),
-    "training": (Comparison("sd15", 512, 16, (PLAIN, CACHED, LIVE)).rows, 30),
-    "training_compiled": (Comparison("sd15", 512, 16, (PLAIN, CACHED, COMPILED), rounds=3).rows, 60),
-    "controls_sd15": (Controls("sd15", 512, 1).rows, 30),
-    "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 30),
-    "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 45),
-    "controls_compiled": (Controls("sd15", 512, 1, names=("bias", "adapter"), compiled=True, rounds=5).rows, 45),
-    "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT, NOT_FUSED, CHECKPOINTED), rounds=3).rows, 40),
-    "training_one_by_one": (Comparison("sd15", 512, 16, (LIVE, ONE_BY_ONE), rounds=3).rows, 15),
-    "encoders": (encoders, 8),
-    "profile": (profile, 15),
+    # name: (what yields its rows, the seconds that it takes on an H200; a part that would not end in time is left out)
+    "limits": (limits, 2),
+    "training": (Comparison("sd15", 512, 16, (PLAIN, CACHED, LIVE)).rows, 45),
+    "controls_sd15": (Controls("sd15", 512, 1).rows, 35),
+    "training_compiled": (
+        Comparison("sd15", 512, 16, (PLAIN, CACHED, COMPILED, CHANNELS_LAST_COMPILED), rounds=3).rows,
+        150,
+    ),
+    "controls_compiled": (Controls("sd15", 512, 1, names=("bias", "adapter"), compiled=True).rows, 60),
+    "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 25),
+    "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 30),
+    "training_sdxl_batch": (
+        Comparison("sdxl", 1024, 4, (CACHED, CHECKPOINTED), whole=False, rounds=2, steps=3).rows,
+        20,
+    ),
+    "encoders": (encoders, 5),
+    "profile": (profile_step, 12),
+    "profile_controls": (profile_controls, 12),
+    "training_without": (
+        Comparison("sd15", 512, 16, (CACHED, CHANNELS_LAST, *WITHOUT, NOT_FUSED, CHECKPOINTED), rounds=3).rows,
+        60,
+    ),
+    "training_one_by_one": (Comparison("sd15", 512, 16, (LIVE, ONE_BY_ONE), rounds=3).rows, 20),
+    "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 10),
+    "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 15),
     "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),
-    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED, CHECKPOINTED), whole=False, rounds=2, steps=3).rows, 30),
-    "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 15),
-    "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 20),
+    "training_compiled_formats": (
+        Comparison("sd15", 512, 16, (COMPILED, CHANNELS_LAST_COMPILED), rounds=3).rows,
+        150,
+    ),
     "controls_sdxl_batch": (Controls("sdxl", 1024, 4, steps=5, rounds=2).rows, 60),
 }

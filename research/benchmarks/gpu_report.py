@@ -17,6 +17,13 @@ BEGIN, END = "<!-- gpu tables -->", "<!-- end of gpu tables -->"
 IMAGES, EPOCHS = 600_000, 10  # of the published recipe
 A10G_TFLOPS = 70.0  # matrix products in bf16, from its data sheet: it was not measured
 
+
+def _times(row: Row) -> str:
+    if row["variant"] == row["faster_than"]:
+        return ""
+    return f"{row['times']:.2f} ({row['times_low']:.2f} to {row['times_high']:.2f}) as the {row['faster_than']}"
+
+
 _TRAINING: Sequence[Column] = (
     ("base", lambda row: f"{row['base']} {row['side']} px, batch {row['batch']}"),
     ("step", lambda row: row["variant"]),
@@ -26,9 +33,9 @@ _TRAINING: Sequence[Column] = (
     ("of the peak", lambda row: f"{row['share_of_peak']:.0%}"),
     ("memory, GiB", lambda row: f"{row['gib']:.1f}"),
     ("first step, s", lambda row: f"{row['first_step_seconds']:.1f}"),
-    ("times as fast", lambda row: f"{row['times']:.2f} ({row['times_low']:.2f} to {row['times_high']:.2f})"),
-    ("as", lambda row: row["faster_than"]),
+    ("times as fast", _times),
 )
+
 _CONTROLS: Sequence[Column] = (
     ("base", lambda row: f"{row['base']} {row['side']} px, batch {row['batch']}"),
     ("control", lambda row: row["control"]),
@@ -45,6 +52,7 @@ _ENCODERS: Sequence[Column] = (
     ("per second", lambda row: f"{row['per_second']:.0f}"),
 )
 _PROFILE: Sequence[Column] = (
+    ("of the", lambda row: row.get("of", "cached step")),
     ("operation", lambda row: f"`{row['operation']}`"),
     ("ms per step", lambda row: f"{row['ms']:.1f}"),
     ("share", lambda row: f"{row['share']:.0%}"),
@@ -78,7 +86,7 @@ def _sentences(rows: Sequence[Row]) -> list[str]:
             lines.append(f"A {row['name']}: {row['gb_per_second']:.0f} GB/s.")
         elif "profile" in row:
             lines.append(
-                f"The cached step under the profiler: {row['ms']:.0f} ms, its kernels {row['busy']:.0%} of it; "
+                f"Under the profiler, {row['profile']}: {row['ms']:.0f} ms, its kernels {row['busy']:.0%} of it; "
                 f"{row['kernels']:.0f} kernels."
             )
         elif row["part"] == "limits" and "tflops" in row:
@@ -87,23 +95,19 @@ def _sentences(rows: Sequence[Row]) -> list[str]:
 
 
 def _recipe(rows: Sequence[Row]) -> list[str]:
-    """Return what the published recipe costs, by calculation from the images per second of SD1.5."""
-    speed = {
+    """Return what the published recipe costs, by calculation from the images per second of SD1.5 in batches of 16."""
+    steps = {
         row["variant"]: row for row in rows if row.get("base") == "sd15" and row.get("batch") == 16 and "variant" in row
     }
     encoders = {row["what"]: row["per_second"] for row in rows if "what" in row}
-    if not {"cached", "live"} <= speed.keys() or "images" not in encoders:
+    shown = [name for name in ("cached", "cached, compiled", "live", "plain step") if name in steps]
+    if not encoders or "cached" not in shown:
         return []
-    cards = {"this card": (1.0, 1), "8 of them": (1.0, 8), "A10G": (A10G_TFLOPS / (speed["cached"]["peak"]), 1)}
-    body = []
-    for name, (factor, count) in cards.items():
-        hours = {what: IMAGES * EPOCHS / speed[what]["images_per_second"] / 3600 / factor / count for what in speed}
-        encode = IMAGES * (1 / encoders["images"] + 1 / encoders["captions"]) / 3600 / factor / count
-        best = hours.get("cached, compiled", hours["cached"])
-        cells = [encode, hours["cached"], best, hours["live"], hours.get("plain step", float("nan"))]
-        body.append(line([name, *(f"{value:.0f} h" if value >= 10 else f"{value:.1f} h" for value in cells)]))
-    columns = ["", "caching once", "training, cached", "cached, compiled", "training, live", "plain step"]
-    return ["", *head(columns), *body]
+    once = IMAGES * (1 / encoders["images"] + 1 / encoders["captions"]) / 3600
+    hours = [once, *(IMAGES * EPOCHS / steps[name]["images_per_second"] / 3600 for name in shown)]
+    cards = {"this card": 1.0, "8 of them": 8.0, "A10G": A10G_TFLOPS / steps["cached"]["peak"]}
+    body = [line([name, *(f"{value / times:.1f}" for value in hours)]) for name, times in cards.items()]
+    return ["", *head(["hours", "caching once", *shown]), *body]
 
 
 def write_page(page: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from localctl.training.state import TrainState, new_accelerator, new_state
 from research.benchmarks.shapes import shape_of
 
 TOKENS = 77
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")  # not loaded where all is cached
 ROWS = 600_000  # of the dataset that the batches stand for
 
 
@@ -37,21 +38,21 @@ ROWS = 600_000  # of the dataset that the batches stand for
 class Variant:
     """A training step to measure.
 
-    cached: batches bring their encodings. plain: the step of diffusers' script. settings: changes of the run's. undo:
-    takes one trick of the loop away. logged: a row of the log is computed after every step, not once per block.
+    cached: batches bring their encodings. plain: the step of diffusers' script. settings: changes of the run's. change:
+    of the state, before the first step. logged: a row of the log is computed after every step, not once per block.
     """
 
     name: str
     cached: bool = True
     plain: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
-    undo: Callable[[TrainState], None] | None = None
+    change: Callable[[TrainState], None] | None = None
     logged: bool = False
 
 
-def _contiguous(state: TrainState) -> None:
+def _in_format(memory_format: torch.memory_format, state: TrainState) -> None:
     for part in (state.models.unet, state.models.vae):
-        part.to(memory_format=torch.contiguous_format)
+        part.to(memory_format=memory_format)
 
 
 def _not_fused(state: TrainState) -> None:
@@ -75,17 +76,21 @@ def _frozen_unet(state: TrainState) -> None:
 
 
 PLAIN = Variant("plain step", cached=False, plain=True)
-PLAIN_FROZEN = Variant("plain step, U-Net frozen", cached=False, plain=True, undo=_frozen_unet)
+PLAIN_FROZEN = Variant("plain step, U-Net frozen", cached=False, plain=True, change=_frozen_unet)
 CACHED = Variant("cached")
 LIVE = Variant("live", cached=False)
 COMPILED = Variant("cached, compiled", settings={"compile": True})
+CHANNELS_LAST_COMPILED = Variant(
+    "cached, compiled, channels_last", settings={"compile": True}, change=partial(_in_format, torch.channels_last)
+)
+CHANNELS_LAST = Variant("cached, channels_last", change=partial(_in_format, torch.channels_last))
+CONTIGUOUS = Variant("cached, without channels_last", change=partial(_in_format, torch.contiguous_format))
 CHECKPOINTED = Variant("cached, gradient checkpointing", settings={"gradient_checkpointing": True})
-NOT_FUSED = Variant("cached, AdamW not fused: the host waits every step", undo=_not_fused)
-ONE_BY_ONE = Variant("live, encoded one by one", cached=False, undo=_one_by_one)
+NOT_FUSED = Variant("cached, AdamW not fused: the host waits every step", change=_not_fused)
+ONE_BY_ONE = Variant("live, encoded one by one", cached=False, change=_one_by_one)
 WITHOUT = (
-    Variant("cached, without channels_last", undo=_contiguous),
     Variant("cached, logged every step", logged=True),
-    Variant("cached, U-Net's gradients on", undo=_trained_unet),
+    Variant("cached, U-Net's gradients on", change=_trained_unet),
 )
 
 
@@ -112,19 +117,22 @@ class Steps:
     def __init__(self, variant: Variant, settings: TrainSettings, folder: Path) -> None:
         self.variant, self.settings = variant, replace(settings, **variant.settings)
         self.accelerator = new_accelerator(self.settings)
-        self.state = new_state(self.settings, self.accelerator)
+        self.state = new_state(self.settings, self.accelerator, ENCODERS if variant.cached else ())
         self.batches: Iterator[Batch] = iter(())
         self.bar = tqdm(disable=True)
         self._run: Run | None = None
         if variant.plain:
             self._optimizer = _make_plain(self.state, self.settings)
-        if variant.undo is not None:
-            variant.undo(self.state)
+        if variant.change is not None:
+            variant.change(self.state)
         if not variant.plain:
             self._run = Run(self.state, _Nothing(ROWS), None, RunFolder(folder), None, Interrupt(None))
 
     def use(self, pool: Sequence[Batch]) -> None:
-        """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU."""
+        """Take the batches of ``pool`` in turns from now on; their pixels and encodings are on the CPU. The encoding of
+        a caption also stands for that of an empty one."""
+        if self.variant.cached and pool[0].texts is not None:
+            self.state.models.empty_text = pool[0].texts[:1]
         self.batches = _visits(pool, cached=self.variant.cached)
 
     def __call__(self, count: int) -> None:
@@ -178,7 +186,7 @@ class Steps:
 
 def _make_plain(state: TrainState, settings: TrainSettings) -> torch.optim.Optimizer:
     """Undo what the plain step does not have, and return its optimizer."""
-    _contiguous(state)
+    _in_format(torch.contiguous_format, state)
     state.models.unet.requires_grad_(True)
     return torch.optim.AdamW(
         state.models.plain_adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay

@@ -34,6 +34,7 @@ from localctl.training.settings import TrainSettings
 from localctl.training.trackers import read_stats
 from research.benchmarks.steps import (
     CACHED,
+    CONTIGUOUS,
     LIVE,
     ONE_BY_ONE,
     PLAIN,
@@ -47,7 +48,7 @@ from research.benchmarks.steps import (
 from research.benchmarks.timing import Spread, in_turns, ratios
 from research.layout_benchmark.cost import peak_memory
 
-VARIANTS = {variant.name: variant for variant in (PLAIN, PLAIN_FROZEN, CACHED, LIVE, *WITHOUT, ONE_BY_ONE)}
+VARIANTS = {variant.name: variant for variant in (PLAIN, PLAIN_FROZEN, CACHED, LIVE, CONTIGUOUS, *WITHOUT, ONE_BY_ONE)}
 GOALS = {CACHED.name: 2.1, LIVE.name: 1.45}  # times as fast as the plain step
 MEMORY_GOAL = 0.7  # of the plain step's memory
 POOL = 4  # batches

@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from localctl.pipelines import load_pipeline
-from research.benchmarks import sample, train_step
+from research.benchmarks import cache, sample, train_step
 from research.benchmarks.steps import CACHED, LIVE, PLAIN, Steps, with_encodings
 from research.benchmarks.timing import Deadline, Spread, in_turns, peak_of, ratios
 
@@ -37,6 +38,12 @@ def test_the_peak_is_that_of_the_live_tensors():
             torch.zeros(2**18)  # 1 MiB, freed at once
 
     assert peak_of(run, CPU) == pytest.approx(1)
+
+
+@pytest.fixture(autouse=True)
+def any_precision():
+    """Others may have used another precision, which accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +116,11 @@ def test_scenes_have_any_number_of_regions(count):
 def test_too_many_regions_are_refused():
     with pytest.raises(ValueError, match="There are 17 regions; choose 1 to 16."):
         sample.scene(17)
+
+
+def test_the_cache_benchmark_encodes_every_scene_once(capsys):
+    assert cache.main(["--count", "12"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"encoded 12 \w+ and \d+ \w+ in .* rows/s, .* KiB per row", out), out
+    assert re.search(r"again: .* s, 0 rows encoded", out), out
+    assert re.search(r"second epoch: \d+ examples/s", out), out

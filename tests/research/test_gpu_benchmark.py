@@ -4,15 +4,17 @@ import json
 import math
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from research.benchmarks import gpu
 from research.benchmarks.gpu_parts import PARTS
-from research.benchmarks.gpu_report import report
+from research.benchmarks.gpu_report import BEGIN, END, read, report, write_page
+from research.flags import PAGES, RESULTS
 
 # The other parts differ from these in sizes, batches and settings alone.
 DIFFERENT = (
     "limits", "training", "training_compiled", "training_sdxl", "controls_sd15", "controls_compiled",
-    "encoders", "profile",
+    "encoders", "profile", "profile_controls",
 )  # fmt: skip
 
 
@@ -23,7 +25,10 @@ def run(folder, *parts):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("gpu"), *DIFFERENT)
+    """The rows; other tests may then use another precision, which accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield run(tmp_path_factory.mktemp("gpu"), *DIFFERENT)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def of_part(rows, part):
@@ -92,3 +97,17 @@ def test_without_a_gpu_only_tiny_shapes_are_measured(capsys):
     with pytest.raises(SystemExit):
         gpu.parse(["--device", "cpu"])
     assert "There is no GPU here" in capsys.readouterr().err
+
+
+def test_the_page_has_the_tables_of_the_stored_rows():
+    assert report(read(RESULTS / "gpu.jsonl")) in (PAGES / "scaling.md").read_text()
+
+
+def test_tables_are_written_between_the_markers_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert gpu.main(["--report", str(RESULTS / "gpu.jsonl"), "--page", str(page)]) == 0
+    assert page.read_text() == f"before\n{BEGIN}\n{report(read(RESULTS / 'gpu.jsonl'))}\n{END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no place for the tables"):
+        write_page(page, "text")
