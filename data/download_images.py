@@ -9,6 +9,8 @@ gets a line per URL: file, sha256, size and caption, or the error. A second call
 --retry tries failed URLs again. The manifest can be used as a list: a file whose sha256 differs is then refused, so
 that others get exactly the same images.
 
+For more than some 100,000 URLs use img2dataset, and data/convert.py on the tars that it writes (data/README.md).
+
 --condition writes edges or palettes into a folder of that name, and metadata.jsonl: train on them with
 data=imagefolder data.path=photos condition=column data.conditioning_image_column=canny condition.channels=1.
 (condition=canny does not need these files: training computes such conditions from the cropped images.)
@@ -49,6 +51,7 @@ SIGNATURES = {
     **{b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"},
     **{b"II*\0": ".tif", b"MM\0*": ".tif", b"\0\0\0\x0cjP": ".jp2"},
 }
+MANY = 100_000  # URLs
 CONDITION_SIDE = 1024  # as in make_dataset.py
 
 
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     wanted = {item["url"]: item for item in read_list(args)}
     manifest = args.output / MANIFEST
+    if len(wanted) > MANY:
+        print(f"{len(wanted)} URLs: img2dataset is faster for lists of this length (data/README.md)", file=sys.stderr)
     fetched = 0
     try:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-"""Samples to convert, from tars in the webdataset form, parquet files and hub datasets, in units that can be resumed."""
+"""Samples to convert: tars in the webdataset form, parquet files and hub datasets, in units that can be resumed."""
 
 from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from localctl.data.bad_rows import BadRow
 from localctl.files import first_line, parse_json
 from localctl.images import EXTENSIONS
 
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _BATCH = 256  # rows of a parquet file
 _MOST_MEMBER = 1 << 30  # bytes of a file in a tar
 
@@ -62,6 +61,7 @@ class Tar(Unit):
                         number, members = number + 1, {}
                     name = own
                     members[ending.lower()] = member
+                _check_end(tar)
                 if members and number >= start:
                     yield _unpacked(tar, name, members)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -69,6 +69,14 @@ class Tar(Unit):
                 raise
             detail = f"the tar is damaged ({first_line(error)}) after {name or 'its beginning'}"
             yield Sample(f"{name or self.name}~", problem=BadRow("tar damaged", detail))
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise EOFError unless the end mark follows the last member: `tarfile` ends without a word at a damaged header."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise EOFError("it has no end mark where its last file ends")
 
 
 def _unpacked(tar: tarfile.TarFile, name: str, members: dict[str, tarfile.TarInfo]) -> Sample:
@@ -83,7 +91,7 @@ def _unpacked(tar: tarfile.TarFile, name: str, members: dict[str, tarfile.TarInf
         content = b"" if opened is None else opened.read()
         if len(content) < member.size:
             raise EOFError("unexpected end of data")
-        column, dot, extension = ending.rpartition(".")
+        column, _, extension = ending.rpartition(".")
         if f".{extension}" in EXTENSIONS:
             fields.setdefault(column or "image", {"bytes": content, "path": f"{name}.{extension}"})
         elif ending == "txt":
@@ -112,10 +120,9 @@ class Parquet(Unit):
         number = 0
         try:
             for batch in pq.ParquetFile(self.path).iter_batches(_BATCH):
-                for row in islice(
-                    batch.to_pylist() if number + len(batch) > start else (), max(0, start - number), None
-                ):
-                    yield Sample("", row)
+                if number + len(batch) > start:
+                    for row in batch.slice(max(0, start - number)).to_pylist():
+                        yield Sample("", row)
                 number += len(batch)
         except pa.ArrowException as error:
             raise ValueError(f"{self.path} is not a parquet table ({first_line(error)}).") from None
@@ -161,8 +168,8 @@ def _shards(place: str, split: str, config: str | None, revision: str | None) ->
         table = table.cast(_undecoded(table.features or table._resolve_features().features))
     except Exception as error:  # as above
         raise ValueError(
-            f"{place}, split {split!r}, cannot be opened ({first_line(error)}); give a folder of tars or parquet files, "
-            "or a dataset of the hub as USER/NAME."
+            f"{place}, split {split!r}, cannot be opened ({first_line(error)}); give a folder of tars or parquet "
+            "files, or a dataset of the hub as USER/NAME."
         ) from error
     count = table.num_shards
     return [

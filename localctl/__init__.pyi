@@ -1,6 +1,8 @@
 from .adapter import LocalAdapter as LocalAdapter
 from .adapter_files import find_adapter as find_adapter
 from .adapter_files import load_adapter as load_adapter
+from .api import cache as cache
+from .api import cache_settings as cache_settings
 from .api import compare_sets as compare_sets
 from .api import evaluate_fid as evaluate_fid
 from .api import generate_set as generate_set
@@ -47,6 +49,8 @@ from .sampling_settings import Sampling as Sampling
 from .settings import ConditionConfig as ConditionConfig
 from .settings import LossConfig as LossConfig
 from .settings import MaskConfig as MaskConfig
+from .training.caching import CacheResult as CacheResult
+from .training.caching import CacheSettings as CacheSettings
 from .training.loop import TrainResult as TrainResult
 from .training.settings import AdapterConfig as AdapterConfig
 from .training.settings import TrainSettings as TrainSettings

@@ -13,6 +13,7 @@ from localctl.messages import nearest
 # Command -> the module of its main(argv, program), and its purpose.
 COMMANDS = {
     "train": ("localctl.cli.train", "train a local adapter"),
+    "cache": ("localctl.cli.cache", "encode the images and captions of a dataset once, for any number of trainings"),
     "sample": ("localctl.cli.sample", "generate images that follow a condition inside a mask, or a layout"),
     "evaluate fid": ("localctl.cli.evaluate_fid", "measure generated images against photos (FID, KID, CMMD)"),
     "evaluate metrics": ("localctl.cli.evaluate_metrics", "compare several adapters, or plain folders of images"),
@@ -32,6 +33,7 @@ PROGRAMS = {
     "Data": {
         "python data/make_dataset.py": "make a dataset from a folder of photos",
         "python data/download_images.py": "download a list of photos into a folder",
+        "python data/convert.py": "convert webdataset tars or a hub dataset to parquet files",
     },
     "Studies": {
         "python -m research.layout_predictor.train": "train the layout predictor",

@@ -15,6 +15,8 @@ from localctl.evaluation.settings import FidSettings
 from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
+from localctl.training import caching
+from localctl.training.caching import CacheResult, CacheSettings
 from localctl.training.events import Scorer
 from localctl.training.loop import TrainResult, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
@@ -53,6 +55,30 @@ def train(settings: TrainSettings, say: Say | None = None, scorer: Scorer | None
         raise ValueError("dry_run trains nothing; see localctl.training.cost.report, or set dry_run=False.")
     with _shown(say, tolerant=True, first_process_only=True):
         return prepare(settings, scorer or make_scorer(settings)).train()
+
+
+def cache(settings: CacheSettings) -> CacheResult:
+    """Encode the images and captions of a training's dataset once: `localctl cache`. A training whose settings name the
+    same ``data.encodings_dir`` reads them.
+
+    Args:
+        settings: from :func:`cache_settings`, or built in Python.
+
+    Raises:
+        ValueError: the settings or the data cannot be used, or Ray is missing.
+        OSError: a file could not be written, or a worker failed; what is encoded stays.
+    """
+    if settings.dry_run:
+        raise ValueError("dry_run caches nothing; see localctl.training.caching_cost.report, or set dry_run=False.")
+    with _shown(None):
+        return caching.cache(settings)
+
+
+def cache_settings(*choices: str) -> CacheSettings:
+    """Return the settings of :func:`cache`; ``choices`` as for :func:`train_settings`, of which they have all."""
+    from localctl.cli.config import load_config  # composes the files of config/
+
+    return load_config(choices, CacheSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
 
 
 def generate_set(settings: FidSettings, say: Say | None = None) -> dict[str, Path]:

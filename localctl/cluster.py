@@ -17,8 +17,9 @@ from localctl.files import first_line
 
 ADDRESS = "RAY_ADDRESS"
 _PACKAGE = Path(__file__).resolve().parent
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 _LOGGERS = ("ray", "ray.data")
+_SHOWN = ("enable_progress_bars", "print_on_execution_start")
 _PATIENCE = 10  # seconds
 
 
@@ -39,7 +40,7 @@ def connected(cpus: int | None = None) -> Iterator[Any]:
     """
     with _environment(_ENVIRONMENT):
         ray = load_ray()
-        with _quiet():
+        with _quiet(ray):
             if ray.is_initialized():
                 yield ray
                 return
@@ -144,16 +145,20 @@ def _own_handlers() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Context in which Ray shows no messages of its own: what matters is raised as an exception."""
+def _quiet(ray: Any) -> Iterator[None]:
+    """Context in which Ray shows no messages and bars of its own: what matters is raised as an exception."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     screens = [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
     before = [(item, item.level) for item in (*loggers, *screens)]
     for item, _ in before:
         item.setLevel(logging.CRITICAL + 1)
+    context = ray.data.DataContext.get_current()
+    shown = {name: getattr(context, name) for name in _SHOWN}
+    vars(context).update(dict.fromkeys(_SHOWN, False))
     try:
         yield
     finally:
+        vars(context).update(shown)
         for item, level in before:
             item.setLevel(level)

@@ -11,9 +11,10 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
 
     A plain ``to`` of a tensor of the host waits until the device has finished everything before it.
     """
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda" and not tensor.is_pinned():
+    kind = torch.device(device).type
+    if tensor.device.type == "cpu" and kind == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=kind != "mps")  # which would read memory that is free again
 
 
 class Readback:
@@ -22,7 +23,7 @@ class Readback:
 
     def __init__(self, tensor: Tensor) -> None:
         self._copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self._copy.copy_(tensor, non_blocking=True)
+        self._copy.copy_(tensor, non_blocking=tensor.is_cuda)
         self._copied = torch.cuda.Event() if tensor.is_cuda else None
         if self._copied is not None:
             self._copied.record()

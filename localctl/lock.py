@@ -31,15 +31,16 @@ class FolderInUse(ValueError):
 
 
 class FolderLock:
-    """The exclusive right to write to ``folder``, which is created if missing. Held until :meth:`release`.
+    """The exclusive right to write to ``folder``, which is created if missing. Held until :meth:`release`. flag: that
+    names the folder.
 
     Raises:
         FolderInUse: another process holds it; the message names the process, its machine and the time it started.
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, *, patience: float = PATIENCE) -> None:
-        self.folder, self.path = folder, folder / LOCK
+    def __init__(self, folder: Path, *, patience: float = PATIENCE, flag: str = "--output_dir") -> None:
+        self.folder, self.path, self._flag = folder, folder / LOCK, flag
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         self._token = uuid.uuid4().hex
         self._about = {
@@ -114,7 +115,7 @@ class FolderLock:
             alive = _state(self.path) not in (seen, None)
         if alive:
             raise FolderInUse(
-                f"{self.folder} is in use by {_who(owner)}; wait until it has ended, or choose another --output_dir."
+                f"{self.folder} is in use by {_who(owner)}; wait until it has ended, or choose another {self._flag}."
             )
         if _read(self.path).get("token") == owner.get("token"):
             write_json(self.path, self._about, end="")

@@ -82,11 +82,12 @@ def encode_captions(pipe: Any, captions: Sequence[str]) -> PromptEmbeds:
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         mask = getattr(encoder.config, "use_attention_mask", False) and not is_xl(pipe)
-        found = encoder(
-            send(tokens.input_ids, encoder.device),
-            attention_mask=send(tokens.attention_mask, encoder.device) if mask else None,
-            output_hidden_states=is_xl(pipe),
-        )
+        with torch.autocast(encoder.device.type, enabled=False):  # on a GPU, it would return float32
+            found = encoder(
+                send(tokens.input_ids, encoder.device),
+                attention_mask=send(tokens.attention_mask, encoder.device) if mask else None,
+                output_hidden_states=is_xl(pipe),
+            )
         states.append(found.hidden_states[-2] if is_xl(pipe) else found[0])
         pooled = found[0] if is_xl(pipe) else None  # of the last text encoder
     return PromptEmbeds(torch.cat(states, dim=-1) if is_xl(pipe) else states[0], pooled)

@@ -86,13 +86,13 @@ class Scores:
     @cached_property
     def std(self) -> Tensor:
         """The unbiased standard deviation (n,) of each prompt row's unmasked scores, over heads and entries."""
-        return _std(self.block(slice(None)).flatten(1))
+        return self.attn.scale * _std((self.query.float() @ self.key.float().mT).flatten(1))
 
     @cached_property
     def global_std(self) -> Tensor:
         """One standard deviation () over all rows, heads and entries, as published; of the masked scores if masked."""
         query, key = self._query(slice(None)), self._key(slice(None))
-        scores = query.float() @ (key.float() * self.attn.scale).transpose(-1, -2)  # (R,H,Q,K)
+        scores = query.float() @ (key.float() * self.attn.scale).mT  # (R,H,Q,K)
         if self.mask is not None:
             scores = scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])
         return _std(scores.flatten()[None])[0]
@@ -143,11 +143,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
     ``bias``: (r, 1 or H, Q, K), or None. ``scale``: by default 1 / sqrt(width of queries).
     """
     if bias is not None:
-        if bias.dtype != query.dtype:
-            # At a large noise level half precision would overflow, and inf - inf is NaN.
+        if query.dtype == torch.float16:  # which would overflow at a large noise level, and inf - inf is NaN
             most = torch.finfo(query.dtype).max / 2
-            bias = bias.clamp(-most, most).to(query.dtype)
-        bias = bias.expand(-1, query.shape[1], -1, -1)  # without a copy for every head
+            bias = bias.clamp(-most, most)
+        bias = bias.to(query.dtype).expand(-1, query.shape[1], -1, -1)  # without a copy for every head
     return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 

@@ -140,32 +140,43 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return max(1, int(min(self.control.memory_limit * 2**20 / per_query, layer.cells)))
 
     def attention_factors(self, context: CallContext, layer: AttentionLayer, scores: Scores) -> Factors | None:
-        classes = self._classes(context, layer).values()
-        if not all(one.has_factors for one in classes):
+        tables = self._tables(context, layer)
+        if tables is None:
             return None
         # With p = lambda_i: (1 - p) s + p max where together, else (1 - p) s + p min; less p min, for the whole query.
+        amount, together, member, *free = tables
         low, high = self._range(layer, scores)  # (n,H,Q,1)
-        portion = self._amount(context, layer) * self._table(context, layer, "portion")[:, None]  # (n,1,Q,1)
-        left = (portion * (high - low)) * self._table(context, layer, "together")[:, None]  # (n,H,Q,p)
-        member = self._table(context, layer, "member")[:, None]  # (n,1,Q,p)
-        if not any(bool(one.loose.any()) for one in classes):
+        portion = self._amount(context, layer) * amount
+        left = (portion * (high - low)) * together  # (n,H,Q,p)
+        if not free:
             return Factors(1 - portion, left, member)
-        left = left - (portion * low) * self._table(context, layer, "alone")[:, None]
-        return Factors(1 - portion, left, member, portion, self._table(context, layer, "loose")[:, None])
+        alone, loose = free
+        return Factors(1 - portion, left - (portion * low) * alone, member, portion, loose)
+
+    def _tables(self, context: CallContext, layer: AttentionLayer) -> tuple[Tensor, ...] | None:
+        """Return ``portion`` (n,1,Q,1), ``together`` and ``member`` (n,1,Q,p) of the classes, and if there are loose
+        cells also ``alone`` (n,1,Q,p) and ``loose`` (n,1,Q,1); or None where scores have no factors."""
+
+        def make() -> tuple[Tensor, ...] | None:
+            classes = self._classes(context, layer).values()
+            if not all(one.has_factors for one in classes):
+                return None
+            names = ["portion", "together", "member"]
+            if any(bool(one.loose.any()) for one in classes):
+                names += ["alone", "loose"]
+            return tuple(self._table(context, layer, name)[:, None] for name in names)
+
+        key = ("tables", layer.size, self._strengths(context), context.guided_layouts, context.device)
+        return self.regions.cached(key, make)
 
     def _range(self, layer: AttentionLayer, scores: Scores) -> tuple[Tensor, Tensor]:
         """Return the least and the greatest score of each query, (n, H, Q, 1)."""
-        on_cpu = scores.query.device.type == "cpu"
         count = self._queries(layer, scores, scores.rows)
-        if on_cpu:  # blocks that stay in its cache
+        if scores.query.device.type == "cpu":  # blocks that stay in its cache
             count = min(count, max(1, 2**19 // (scores.rows * scores.attn.heads * scores.keys)))
         found = []
         for first in range(0, layer.cells, count):
-            block = scores.block(slice(first, first + count))
-            if on_cpu:  # where aminmax takes four times as long
-                found.append((block.amin(dim=-1, keepdim=True), block.amax(dim=-1, keepdim=True)))
-            else:
-                found.append(block.aminmax(dim=-1, keepdim=True))
+            found.append(_least_and_greatest(scores.block(slice(first, first + count))))
         low, high = (torch.cat(column, dim=2) for column in zip(*found, strict=True))
         return low, high
 
@@ -178,7 +189,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
             pairs, member = (self._table(context, layer, name) for name in ("pairs", "member"))
             signed = pairs[:, queries] @ member.mT
         block = scores.block(queries)  # (n,H,q,K)
-        low, high = block.aminmax(dim=-1, keepdim=True)
+        low, high = _least_and_greatest(block)
         target = torch.where(signed[:, None] > 0, high, low)
         return target.sub_(block).mul_((signed.abs() * self._amount(context, layer))[:, None])
 
@@ -225,3 +236,11 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         found = self.regions.per_row(context, key, make)
         assert found is not None
         return found
+
+
+def _least_and_greatest(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest score of each query, (n, H, q, 1)."""
+    if block.device.type == "cpu":  # where aminmax takes about three times as long
+        return block.amin(dim=-1, keepdim=True), block.amax(dim=-1, keepdim=True)
+    low, high = block.aminmax(dim=-1, keepdim=True)
+    return low, high

@@ -76,8 +76,9 @@ class DataConfig:
         the first one.
     profile: kind of embedded scenes: ``basic``, or ``rich`` with textures, overlap and more objects.
     count: largest number of examples; null = all, or 3000 embedded scenes.
-    keep_latents: cache the VAE's encoding of each image in memory, so that each image is encoded once; for few small
-        images (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
+    keep_latents: keep the VAE's encoding of each image in memory, so that each image is encoded once, if those of all
+        images fit in 512 MiB (8 kB each at 128 px, 131 kB at 512 px). Without effect with random crops.
+    encodings_dir: folder of encodings that `localctl cache` wrote; null = encode while training.
     """
 
     name: str = "micro"
@@ -104,6 +105,7 @@ class DataConfig:
     profile: Profile = "basic"
     count: Positive | None = None
     keep_latents: bool = True
+    encodings_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.path is not None and self.name == "micro":

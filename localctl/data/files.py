@@ -136,10 +136,7 @@ class FileSource:
         rng = numpy_rng(seed, "geometry", ref.epoch, parts.key)
         size = ref.size or self.size(ref.sample)
         crop = sample_geometry(parts.size, size, rng, self.data.center_crop, self.data.random_flip)
-        caption = parts.captions[0]
-        if len(parts.captions) > 1:
-            caption = parts.captions[numpy_rng(seed, "caption", ref.epoch, parts.key).integers(len(parts.captions))]
-        return self.example(parts, crop, caption)
+        return self.example(parts, crop, chosen_caption(parts.captions, seed, ref.epoch, parts.key))
 
     def read(self, index: int) -> Parts:
         """Read and decode row ``index``. BadRow when a part is missing, damaged, or of another shape than the image."""
@@ -204,6 +201,13 @@ class FileSource:
             view=crop.view,
             original=(*parts.size, *crop.origin(parts.size)),
         )
+
+
+def chosen_caption(captions: Sequence[str], seed: int, epoch: int, key: str) -> str:
+    """Return the caption of an example in an epoch, sampled if it has several."""
+    if len(captions) == 1:
+        return captions[0]
+    return captions[numpy_rng(seed, "caption", epoch, key).integers(len(captions))]
 
 
 def open_data(

@@ -67,13 +67,17 @@ class MicroScenes:
                 self._cache[index] = rendered
         condition = rendered.condition
         return Example(
-            key=f"{self.profile}-{self.split}-{index}",
+            key=self.key(index),
             pixels=torch.from_numpy(rendered.image).permute(2, 0, 1).contiguous() / 127.5 - 1,
             condition=extract(self.condition, rendered.image) if condition is None else _unit(condition),
             caption=rendered.caption,
             object_masks=torch.from_numpy(rendered.object_masks) / 255,
             truth=rendered.truth,
         )
+
+    def key(self, index: int) -> str:
+        """Return the permanent name of scene ``index``."""
+        return f"{self.profile}-{self.split}-{index}"
 
     def _render(self, index: int) -> _Rendered:
         full = scene(index, self.profile, self.split)

@@ -1,4 +1,4 @@
-"""Compile what every step repeats (``compile``): the transformer blocks of the frozen U-Net, and the adapter's network.
+"""Compile what every step repeats (``compile``): the blocks of the frozen U-Net, and the adapter's network.
 
 Blocks of the same shape share a graph ("regional compilation"). Graphs have fixed shapes, one for each, so they do not
 depend on which shape came first, and a resumed run computes the same bits.
@@ -12,12 +12,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 
 from localctl.files import first_line
 from localctl.training.models import Models
 from localctl.training.step import StepOutput
 
 logger = logging.getLogger(__name__)
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 GRAPHS = 64  # of one function: a U-Net has about five levels, and images may have several sizes
 
 
@@ -35,11 +38,13 @@ class Compilation:
         self._tried: set[torch.Size] = set()
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
-        models.unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for module in models.unet.modules():
+            if isinstance(module, BLOCKS):
+                module.compile(fullgraph=True, dynamic=False)
         models.plain_adapter.adapter.adapter.compile(fullgraph=True, dynamic=False)
 
     def check(self, size: torch.Size, compute: Callable[[], StepOutput]) -> None:
-        """Before the first step of a ``size``, ``compute`` its loss and gradients once, which compiles all that it needs.
+        """Before the first step of a ``size``, ``compute`` its loss and gradients once, which compiles what it needs.
         No other process takes part, and no gradient is stored."""
         if not self.active or size in self._tried:
             return

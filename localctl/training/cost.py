@@ -89,13 +89,15 @@ class Estimator:
         cost = self.cost(size, settings.gradient_checkpointing)
         width = 2 if precision_of(settings) in _HALF else DTYPES[settings.base.dtype].itemsize
         vae_width = 4 if self.shape.xl else width
-        frozen = sum(count * (vae_width if part == "vae" else width) for part, count in self.frozen.items())
-        alive = max(cost.activations * width, cost.vae_bytes * vae_width) // 4
+        encodes = settings.data.encodings_dir is None
+        loaded = self.frozen if encodes or generates_images(settings) else {"unet": self.frozen["unet"]}
+        frozen = sum(count * (vae_width if part == "vae" else width) for part, count in loaded.items())
+        alive = max(cost.activations * width, cost.vae_bytes * vae_width * encodes) // 4
         return Estimate(
             trained=self.trained,
-            frozen=sum(self.frozen.values()),
+            frozen=sum(loaded.values()),
             flops=cost.flops,
-            vae_flops=cost.vae_flops,
+            vae_flops=cost.vae_flops * encodes,
             weights=frozen + self.trained * (8 if settings.use_ema else 4),
             gradients=self.trained * 4,
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
@@ -106,6 +108,11 @@ class Estimator:
 def precision_of(settings: TrainSettings) -> str:
     """Return the mixed precision of ``settings``, or that of `accelerate launch` where they leave it open."""
     return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def generates_images(settings: TrainSettings) -> bool:
+    """Return whether a training generates images, and so needs the encoders whatever is encoded already."""
+    return bool(settings.validation_steps or settings.early_stopping.every)
 
 
 def report(settings: TrainSettings) -> str:
@@ -130,7 +137,8 @@ def report(settings: TrainSettings) -> str:
         f"An update of these settings takes {per_update} samples per process: "
         f"{per_update * (now.flops + now.vae_flops) / 1e12:.2f} TFLOP.",
         "A product with its addition counts as 2 FLOP; `step` is forward and backward of U-Net and adapter, where the",
-        "frozen U-Net pays for no gradients of weights; `vae` is its encoder, once per image if latents are kept.",
+        "frozen U-Net pays for no gradients of weights; `vae` is its encoder, once per image if latents are kept, and",
+        "0 with data.encodings_dir.",
         "Memory is weights, gradients, optimizer and activations with fused attention; the device's own needs (a",
         "context, work space of kernels, fragments: often 1 to 2 GiB) and generating validation images come on top.",
         "",
@@ -234,7 +242,13 @@ def _encode(vae: Any, size: tuple[int, int]) -> None:
     vae.encode(torch.empty(1, 3, *size, device="meta"))
 
 
-def _count(run: Callable[[], None]) -> tuple[float, int]:
+@torch.no_grad()
+def count_flops(run: Callable[[], Any]) -> float:
+    """Return the FLOPs of ``run`` on the meta device, without gradients."""
+    return _count(run)[0]
+
+
+def _count(run: Callable[[], Any]) -> tuple[float, int]:
     """Return the FLOPs of ``run`` and its peak of bytes in use."""
     with OperationWatch() as watch, _fused_attention(watch):
         run()

@@ -21,6 +21,7 @@ from localctl.data.workers import WorkerError, loading
 from localctl.messages import warning
 from localctl.seeding import generator
 from localctl.sizes import check_side
+from localctl.training.encoded import plain, with_encodings
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState
 
@@ -49,7 +50,8 @@ def open_sources(
     sizes = {(height, width)}
     if isinstance(train, FileSource) and train.buckets is not None:
         sizes |= {size for size, _ in train.buckets.used()}
-    return train, held_out_source(settings, train) if settings.validation_steps else None, sizes
+    val = held_out_source(settings, train) if settings.validation_steps else None
+    return with_encodings(train, settings) if settings.data.encodings_dir else train, val, sizes
 
 
 def in_buckets(source: FileSource, accelerator: Accelerator, folder: Path) -> FileSource:
@@ -98,6 +100,7 @@ def nothing_usable(problems: tuple[Problem, ...]) -> TooManyBadRows:
 
 def has_own_masks(source: Source) -> bool:
     """Return whether the dataset has masks; if not, masks are sampled."""
+    source = plain(source)
     return isinstance(source, FileSource) and source.rows.has_masks
 
 
@@ -105,8 +108,9 @@ def batches_of(source: Source, state: TrainState) -> AbstractContextManager[Iter
     """Return the micro-batches of this process from the present step to the last."""
     settings, accelerator = state.settings, state.accelerator
     plan: Plan = SamplePlan(len(source), settings.seed)
-    if isinstance(source, FileSource) and source.buckets is not None:
-        plan = BucketPlan(source.buckets, settings.seed, settings.train_batch_size * accelerator.num_processes)
+    rows = plain(source)
+    if isinstance(rows, FileSource) and rows.buckets is not None:
+        plan = BucketPlan(rows.buckets, settings.seed, settings.train_batch_size * accelerator.num_processes)
     sampler = PlanSampler(
         plan,
         settings.train_batch_size,

@@ -29,11 +29,15 @@ def is_divided(rows: Tensor) -> bool:
 
 
 def in_halves(compute: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Return ``compute(rows)``, a pure function of each row, without gradients; in halves where that is faster."""
+    """Return ``compute(rows)``, a pure function of each row, without gradients; in halves where that is faster.
+
+    Both have the same size, and share the row in the middle of an odd number: a row's last bits may depend on the size.
+    """
     if not is_divided(rows):
         return compute(rows)
-    first, second = _halves(len(rows))
-    return torch.cat(_both(partial(compute, rows[first]), partial(compute, rows[second])))
+    size = (len(rows) + 1) // 2
+    first, second = _both(partial(compute, rows[:size]), partial(compute, rows[-size:]))
+    return torch.cat([first, second[2 * size - len(rows) :]])
 
 
 def mean_loss(compute: Compute, features: Sequence[Tensor], *, whole: bool = False) -> tuple[Tensor, LossTerms]:

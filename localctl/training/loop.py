@@ -25,6 +25,7 @@ from localctl.redaction import flat, recorded
 from localctl.signals import Interrupt, launcher
 from localctl.training.checkpoints import check_writable, read_manifest
 from localctl.training.data import DataWatch, batches_of, has_own_masks, next_batch, open_sources, shared_quarantine
+from localctl.training.encoded import EncodedSource, describe_encoded, not_needed, plain
 from localctl.training.events import Events, Scorer
 from localctl.training.export import ADAPTER, check_hub, write_settings
 from localctl.training.folder import RunFolder
@@ -96,17 +97,22 @@ def _load(
     train, val, sizes = open_sources(settings, accelerator, folder.path)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):
-        state = new_state(settings, accelerator)
+        absent = not_needed(train, settings)
+        state = new_state(settings, accelerator, absent)
     for size in sorted(sizes):
         state.models.check_size(*size)
-    views = 2 if settings.data.random_flip else 1
-    largest = max(sizes, key=math.prod)
-    state.models.keep_encodings(views * len(train), largest, images=settings.data.latents_may_be_kept)
+    if isinstance(train, EncodedSource):
+        state.models.empty_text = train.empty_text
+    else:
+        views = 2 if settings.data.random_flip else 1
+        largest = max(sizes, key=math.prod)
+        state.models.keep_encodings(views * len(train), largest, images=settings.data.latents_may_be_kept)
     pipe = state.models.pipe
     base = {"pipeline": pipe, **pipe.components}
     state.info = describe(
-        settings, train, base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
+        settings, plain(train), base, world_size=accelerator.num_processes, precision=accelerator.mixed_precision
     )
+    describe_encoded(state.info, train, absent)
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         check_unchanged(manifest["info"], state.info, force=settings.force_resume)

@@ -4,7 +4,7 @@ published T2IAdapter or LocalAdapter. A misfit is found before slow work."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from localctl.control.compatible import check_fit
 from localctl.data.sample import Batch
 from localctl.devices import send
 from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
-from localctl.messages import no_progress_bars
-from localctl.pipelines import encode_captions, encode_text, full_precision_vae, is_xl, load_pipeline
+from localctl.pipelines import encode_captions, encode_text, is_xl
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import key_seed
+from localctl.training.frozen import load_frozen
 from localctl.training.halves import in_halves
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
@@ -187,25 +187,19 @@ def unet_arguments(texts: PromptEmbeds, ids: Tensor | None) -> dict[str, Any]:
     return arguments
 
 
-def load_models(settings: TrainSettings, device: torch.device, dtype: torch.dtype | None) -> Models:
+def load_models(
+    settings: TrainSettings, device: torch.device, dtype: torch.dtype | None, without: Collection[str] = ()
+) -> Models:
     """Load the frozen base, and load or create its adapter, float32 and trainable. New weights depend on the seed
     alone.
 
-    ``dtype``: of the frozen parts; None = of the base's config. ValueError if base and adapter do not fit, before any
-    weights are read.
+    ``dtype``, ``without``: see :func:`~localctl.training.frozen.load_frozen`. ValueError if base and adapter do not
+    fit, before any weights are read.
     """
-    with no_progress_bars():
-        plan = plan_adapter(settings)
-        adapter = plan.make(settings.seed).to(device)
-        pipe = load_pipeline(settings.base, dtype=dtype, device=device)
-    pipe.set_progress_bar_config(disable=True)
-    if is_xl(pipe) and pipe.vae.dtype != torch.float32 and pipe.vae.config.force_upcast:
-        full_precision_vae(pipe)
+    adapter = plan_adapter(settings).make(settings.seed).to(device)
+    pipe = load_frozen(settings, device, dtype, without)
     if settings.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
-    for part in (pipe.unet, pipe.vae):  # faster for convolutions on CPUs, and on tensor cores
-        if device.type == "cpu" or part.dtype != torch.float32 or settings.allow_tf32:
-            part.to(memory_format=torch.channels_last)
     return Models(pipe, adapter.train())
 
 

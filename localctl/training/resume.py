@@ -51,6 +51,7 @@ FREE = {
     "max_nonfinite_steps": "when to give up",
     "dataloader_num_workers": "samples and noise do not depend on the worker",
     "data.keep_latents": "the same latents, computed again",
+    "data.encodings_dir": "the same encodings, computed before; a number of variants is compared as data",
     "data.cache_dir": "where copies of the same files lie",
     "data.path": "the same files may lie elsewhere; their fingerprint is compared",
     "data.max_bad_fraction": "when to give up",
@@ -142,11 +143,17 @@ def data_fingerprint(source: Source) -> dict[str, Any]:
 def weights_fingerprint(parts: Mapping[str, Any]) -> str:
     """Return the sha256 of names, shapes and first values of all parameters, as earlier versions recorded it."""
     digest = hashlib.sha256()
-    for part in sorted(name for name, module in parts.items() if isinstance(module, nn.Module)):
+    present = (name for name, part in parts.items() if isinstance(part, nn.Module) and not is_absent(part))
+    for part in sorted(present):
         for name, parameter in parts[part].named_parameters():
             digest.update(f"{part}.{name}{tuple(parameter.shape)}".encode())
             digest.update(as_bytes(parameter.detach().flatten()[:16].float()))
     return digest.hexdigest()
+
+
+def is_absent(part: nn.Module) -> bool:
+    """Return whether only the shapes of a part are there, as of encoders whose work is cached."""
+    return any(parameter.is_meta for parameter in part.parameters())
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -269,7 +276,7 @@ def fingerprints(parts: Mapping[str, Any]) -> dict[str, Any]:
         result |= {f"{name}.{key}": config[key] for key in sorted(config)}
         if hasattr(part, "get_vocab"):
             result[name] = tokenizer_digest(part)
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and not is_absent(part):
             result[f"weights of {name}"] = weights_digest(part)
     return result
 

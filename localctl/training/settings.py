@@ -37,6 +37,7 @@ ALIASES = {
     "dataset_name": "data",
     "dataset_config_name": "data.dataset_config_name",
     "cache_dir": "data.cache_dir",
+    "encodings_dir": "data.encodings_dir",
     "train_data_dir": "data.path",
     "image_column": "data.image_column",
     "conditioning_image_column": "data.conditioning_image_column",

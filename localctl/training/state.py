@@ -232,12 +232,13 @@ def new_accelerator(settings: TrainSettings) -> Accelerator:
     return accelerator
 
 
-def new_state(settings: TrainSettings, accelerator: Accelerator) -> TrainState:
-    """Load the frozen base and create the adapter and the optimizer. ValueError if settings and base do not fit."""
+def new_state(settings: TrainSettings, accelerator: Accelerator, without: Collection[str] = ()) -> TrainState:
+    """Load the frozen base, ``without`` parts that are not needed, and create the adapter and the optimizer. ValueError
+    if settings and base do not fit."""
     optimizer_kind = optimizer_class(settings)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision))
+    models = load_models(settings, accelerator.device, _DTYPES.get(accelerator.mixed_precision), without)
     parameters = [parameter for parameter in models.plain_adapter.parameters() if parameter.requires_grad]
     compilation = Compilation(models) if settings.compile else None
     optimizer = make_optimizer(optimizer_kind, parameters, settings)

@@ -14,6 +14,7 @@ from localctl.distributed import processes
 from localctl.threads import waiting_note
 from localctl.training.checkpoints import free_space, free_space_clause
 from localctl.training.data import has_own_masks
+from localctl.training.encoded import EncodedSource, plain
 from localctl.training.export import effective_batch
 from localctl.training.models import Models
 from localctl.training.schedule import schedule_notes
@@ -51,7 +52,7 @@ def announcement(state: TrainState, source: Source, output_dir: Path, *, scored:
             f"condition   {settings.condition.kind}, obeyed inside {masks} (white = controlled)",
             f"loss        {loss}",
             f"data        {describe_data(settings.data, source)}",
-            f"data        {describe_encoding(models)}",
+            f"data        {describe_encoding(models, source)}",
             *(f"data        {remark}" for remark in remarks(settings, source)),
             f"steps       {steps}",
             *([f"steps       {waiting}"] if waiting else []),
@@ -69,13 +70,18 @@ def describe_data(data: DataConfig, source: Source) -> str:
     masks = f", masks from {data.mask_column!r}" if has_own_masks(source) else ""
     height, width = data.size
     size = f"{width}x{height}"
+    source = plain(source)
     if isinstance(source, FileSource) and source.buckets is not None:
         size = f"{len(source.buckets.used())} sizes"
     return f"{len(source)} examples of {place} at {size}{masks}"
 
 
-def describe_encoding(models: Models) -> str:
+def describe_encoding(models: Models, source: Source) -> str:
     """Describe what is encoded once and what in every step."""
+    if isinstance(source, EncodedSource):
+        what = "images, conditions and captions" if source.stores.conditions else "images and captions"
+        variants = f", {source.stores.variants} variants" if source.stores.variants > 1 else ""
+        return f"{what} were encoded before, in {source.folder}{variants}"
     live = [name for name in ("images", "captions") if name not in models.kept]
     once = f"{' and '.join(models.kept)} are encoded once and kept in memory" if models.kept else ""
     return "; ".join(filter(None, (once, f"{' and '.join(live)} are encoded in every step" if live else "")))
@@ -83,6 +89,7 @@ def describe_encoding(models: Models) -> str:
 
 def remarks(settings: TrainSettings, source: Source | None) -> list[str]:
     """Return notes on data that is not used as one might expect, a clause each."""
+    source = plain(source) if source is not None else None
     if not isinstance(source, FileSource):
         return []
     notes = [source.note, size_note(settings.data, settings.base.name)]

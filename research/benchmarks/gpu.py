@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -91,7 +92,9 @@ def measure(options: argparse.Namespace) -> int:
     deadline, failed = Deadline(options.minutes), False
     rows, device = Rows(options.output_dir / FILE), torch.device(options.device)
     rows.add("machine", {**machine(device), "tiny": options.tiny})
-    with tempfile.TemporaryDirectory(dir=fast_folder()) as folder:
+    # Compiling for a CPU takes minutes, and says nothing about a GPU.
+    compiling = torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+    with tempfile.TemporaryDirectory(dir=fast_folder()) as folder, compiling:
         bench = Bench(device, options.tiny, Path(folder), deadline)
         for name in options.parts:
             part, estimate = PARTS[name]

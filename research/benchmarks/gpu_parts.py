@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from localctl.data import DataConfig
+from localctl.architectures import Config
+from localctl.data import Batch, DataConfig
 from localctl.diffusion import posterior
 from localctl.messages import no_progress_bars
 from localctl.pipelines import BaseConfig, encode_prompts
@@ -82,6 +83,10 @@ class Bench:
         if (base, side) not in self.counted:
             self.counted[base, side] = Work(base, settings, (side, side), tiny=self.tiny)
         return self.counted[base, side]
+
+    def batches(self, batch: int, side: int, parts: Mapping[str, Config]) -> list[Batch]:
+        """Return batches of noise for the base with the configs ``parts``."""
+        return random_batches(self.scaled(4, 2), batch, (side, side), parts, pinned=self.device.type == "cuda")
 
     def free(self) -> None:
         """Return unused memory of the GPU."""
@@ -170,22 +175,20 @@ class Comparison:
         work = bench.work(self.base, settings, side)
         made: dict[str, Steps] = {}
         rows: dict[str, Row] = {}
-        pool = None
+        parts = shape_of(self.base, whole=self.whole, tiny=bench.tiny)
+        pool = bench.batches(batch, side, parts)
         for index, variant in enumerate(self.variants):
             bench.free()
             before = bench.allocated()
             begun = time.perf_counter()
             one = Steps(variant, settings, bench.folder / f"run-{index}")
-            if pool is None:
-                texts, _ = encode_prompts(one.state.models.pipe, "a street")
-                pinned = bench.device.type == "cuda"
-                pool = random_batches(bench.scaled(4, 2), batch, (side, side), texts, pinned)
             one.use(pool)
             first = seconds(partial(one, 1), bench.device)
             one(bench.scaled(WARM_UP, 2) - 1)
             made[variant.name] = one
             rows[variant.name] = {
                 "base": self.base, "side": side, "batch": batch, "variant": variant.name,
+                "compiled": any(module._compiled_call_impl for module in one.state.models.unet.modules()),
                 "gib": bench.allocated() - before, "first_step_seconds": first,
                 "start_seconds": time.perf_counter() - begun,
             }  # fmt: skip
@@ -216,23 +219,29 @@ class Comparison:
 
 @dataclass
 class Controls:
-    """The overhead of every control over plain sampling with guidance."""
+    """The overhead of controls over plain sampling with guidance; compiled: of the U-Net's blocks."""
 
     base: str
     side: int
     batch: int
     steps: int = 10
     rounds: int = 5
+    names: Sequence[str] = CONTROLS
+    compiled: bool = False
 
     def rows(self, bench: Bench) -> Iterator[Row]:
         """Measure all controls in turns, and yield a row for each; peaks of memory include the models."""
         bench.free()
         pipe, side, batch = bench.pipeline(self.base, whole=True), bench.pixels(self.side), bench.scaled(self.batch, 1)
-        controls = make_controls(CONTROLS, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
+        if self.compiled:
+            pipe.unet.compile_repeated_blocks(fullgraph=True)
+        controls = make_controls(self.names, pipe, self.base, side, shape_of(self.base, whole=True, tiny=bench.tiny))
         held = bench.allocated()
         runs = Runs(pipe, self.base, side, batch=batch, steps=bench.scaled(self.steps, 2))
         for row in runs.overheads(controls, bench.scaled(self.rounds, 1), bench.deadline):
             gib = held + row.pop("peak_mib") * MIB / GIB
+            if self.compiled:
+                row["control"] += ", compiled"
             yield {"base": self.base, "side": side, "batch": batch, "gib": gib, **row}
 
 
@@ -260,8 +269,7 @@ def profile(bench: Bench) -> Iterator[Row]:
     side, batch, steps = bench.pixels(512), bench.scaled(16, 2), bench.scaled(3, 1)
     settings = _settings("sd15", bench.folder_of("sd15", whole=True), side, batch)
     one = Steps(CACHED, settings, bench.folder / "run-profile")
-    texts, _ = encode_prompts(one.state.models.pipe, "a street")
-    one.use(random_batches(2, batch, (side, side), texts, bench.device.type == "cuda"))
+    one.use(bench.batches(batch, side, shape_of("sd15", whole=True, tiny=bench.tiny)))
     one(bench.scaled(WARM_UP, 1))
     on_gpu = bench.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
@@ -293,12 +301,13 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "controls_sd15": (Controls("sd15", 512, 1).rows, 30),
     "training_sdxl": (Comparison("sdxl", 1024, 1, (CACHED,), whole=False, rounds=3, steps=5).rows, 30),
     "controls_sdxl": (Controls("sdxl", 1024, 1, steps=5, rounds=3).rows, 45),
+    "controls_compiled": (Controls("sd15", 512, 1, names=("bias", "adapter"), compiled=True, rounds=5).rows, 45),
     "training_without": (Comparison("sd15", 512, 16, (CACHED, *WITHOUT, NOT_FUSED, CHECKPOINTED), rounds=3).rows, 40),
     "training_one_by_one": (Comparison("sd15", 512, 16, (LIVE, ONE_BY_ONE), rounds=3).rows, 15),
     "encoders": (encoders, 8),
     "profile": (profile, 15),
     "controls_sd15_batch": (Controls("sd15", 512, 4, rounds=3).rows, 30),
-    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED,), whole=False, rounds=2, steps=3).rows, 20),
+    "training_sdxl_batch": (Comparison("sdxl", 1024, 4, (CACHED, CHECKPOINTED), whole=False, rounds=2, steps=3).rows, 30),
     "training_batch_8": (Comparison("sd15", 512, 8, (CACHED,), rounds=3).rows, 15),
     "training_batch_32": (Comparison("sd15", 512, 32, (CACHED,), rounds=3).rows, 20),
     "controls_sdxl_batch": (Controls("sdxl", 1024, 4, steps=5, rounds=2).rows, 60),

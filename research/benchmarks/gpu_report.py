@@ -25,6 +25,7 @@ _TRAINING: Sequence[Column] = (
     ("TFLOP/s", lambda row: f"{row['tflops']:.0f}"),
     ("of the peak", lambda row: f"{row['share_of_peak']:.0%}"),
     ("memory, GiB", lambda row: f"{row['gib']:.1f}"),
+    ("first step, s", lambda row: f"{row['first_step_seconds']:.1f}"),
     ("times as fast", lambda row: f"{row['times']:.2f} ({row['times_low']:.2f} to {row['times_high']:.2f})"),
     ("as", lambda row: row["faster_than"]),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from localctl.architectures import TEXT_CLASSES, BaseShape
+from localctl.architectures import TEXT_CLASSES, BaseShape, Config
 from localctl.data import Batch, Example
 from localctl.diffusion import latent_size, posterior, scale_latents, timesteps_from_uniform
 from localctl.pipelines import encode_captions, encode_prompts
@@ -202,37 +202,50 @@ def with_encodings(batch: Batch, pipe: Any) -> Batch:
     return replace(batch, moments=moments.cpu(), texts=encode_captions(pipe, batch.captions).to("cpu"))
 
 
-def random_batches(
-    count: int, batch: int, size: tuple[int, int], texts: PromptEmbeds, pinned: bool = False
-) -> list[Batch]:
-    """Return batches of noise with encodings, all on the CPU: captions of 20 words, ``texts`` (one row) for each.
+def random_texts(parts: Mapping[str, Config], count: int) -> PromptEmbeds:
+    """Return random prompt embeddings of ``count`` captions, for the base with these configs."""
+    known = torch.Generator().manual_seed(0)
+    states = torch.randn(count, TOKENS, parts["unet"]["cross_attention_dim"], generator=known)
+    pooled = parts.get("text_encoder_2", {}).get("projection_dim")
+    return PromptEmbeds(states, None if pooled is None else torch.randn(count, pooled, generator=known))
 
-    pinned: in pinned memory, as a loader for a GPU returns them.
-    """
-    made = []
-    for index in range(count):
-        known = torch.Generator().manual_seed(index)
+
+def with_random_encodings(batch: Batch, parts: Mapping[str, Config]) -> Batch:
+    """Return ``batch`` with encodings of the right shapes, for which no base is loaded."""
+    height, width = batch.pixels.shape[-2:]
+    mean = torch.randn(len(batch), 4, *latent_size(height, width, 8), generator=torch.Generator().manual_seed(0))
+    moments = torch.cat([mean, torch.full_like(mean, 0.1)], dim=1)
+    return replace(batch, moments=moments, texts=random_texts(parts, len(batch)))
+
+
+def random_batches(
+    count: int, batch: int, size: tuple[int, int], parts: Mapping[str, Config], pinned: bool = False
+) -> list[Batch]:
+    """Return batches of noise with random encodings in half precision, for the base with the configs ``parts``, on the
+    CPU; pinned: in pinned memory, as a loader for a GPU returns them."""
+    known = torch.Generator().manual_seed(0)
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if pinned else tensor
+
+    def one(index: int) -> Batch:
         mask = torch.zeros(batch, 1, *size)
         mask[..., size[0] // 4 : -size[0] // 4, size[1] // 4 : -size[1] // 4] = 1
-        mean = torch.randn(batch, 4, *latent_size(*size, 8), generator=known)
-
-        def place(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory() if pinned else tensor
-
-        rows = PromptEmbeds.join([texts.to("cpu")] * batch)
-        made.append(
-            Batch(
-                keys=tuple(f"{index}-{row}" for row in range(batch)),
-                epochs=(0,) * batch,
-                captions=tuple(f"image {index} {row} " + "of a street in the rain " * 3 for row in range(batch)),
-                pixels=place(2 * torch.rand(batch, 3, *size, generator=known) - 1),
-                condition=place((torch.rand(batch, 1, *size, generator=known) > 0.9).float()),
-                mask=place(mask),
-                moments=place(torch.cat([mean, torch.full_like(mean, 0.1)], dim=1).half()),
-                texts=PromptEmbeds(place(rows.states), None if rows.pooled is None else place(rows.pooled)),
-            )
+        made = Batch(
+            keys=tuple(f"{index}-{row}" for row in range(batch)),
+            epochs=(0,) * batch,
+            captions=tuple(f"image {index} {row} " + "of a street in the rain " * 3 for row in range(batch)),
+            pixels=place(2 * torch.rand(batch, 3, *size, generator=known) - 1),
+            condition=place((torch.rand(batch, 1, *size, generator=known) > 0.9).float()),
+            mask=place(mask),
         )
-    return made
+        encoded = with_random_encodings(made, parts)
+        assert encoded.moments is not None and encoded.texts is not None
+        texts = encoded.texts.to(torch.bfloat16)
+        pooled = None if texts.pooled is None else place(texts.pooled)
+        return replace(encoded, moments=place(encoded.moments.half()), texts=PromptEmbeds(place(texts.states), pooled))
+
+    return [one(index) for index in range(count)]
 
 
 class Work:

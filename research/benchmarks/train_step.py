@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.data.sample import Batch
 from localctl.messages import no_progress_bars
 from localctl.pipelines import choose_pil_processors, load_pipeline
-from localctl.prompt_embeds import PromptEmbeds
 from localctl.training.loop import prepare
 from localctl.training.settings import TrainSettings
 from localctl.training.trackers import read_stats
@@ -40,11 +38,11 @@ from research.benchmarks.steps import (
     ONE_BY_ONE,
     PLAIN,
     PLAIN_FROZEN,
-    TOKENS,
     WITHOUT,
     Steps,
     Variant,
     with_encodings,
+    with_random_encodings,
 )
 from research.benchmarks.timing import Spread, in_turns, ratios
 from research.layout_benchmark.cost import peak_memory
@@ -114,14 +112,6 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
         print(f"| {name} | {ms.text('.0f')} | {faster.text()}{met} |", flush=True)
 
 
-def without_a_base(batch: Batch, width: int) -> Batch:
-    """Return ``batch`` with encodings of the right shapes, for which no base is loaded."""
-    rows, _, height, side = batch.pixels.shape
-    mean = torch.randn(rows, 4, height // 8, side // 8, generator=torch.Generator().manual_seed(0))
-    texts = PromptEmbeds(torch.zeros(rows, TOKENS, width))
-    return replace(batch, moments=torch.cat([mean, torch.full_like(mean, 0.1)], dim=1), texts=texts)
-
-
 def load_libraries() -> None:
     """Import what a training imports on first use."""
     choose_pil_processors()
@@ -137,8 +127,7 @@ def load_libraries() -> None:
 def alone(variant: Variant, batch: int, folder: Path) -> None:
     """Print the peak memory of this process in MiB, beyond that of the imports and the data."""
     settings = settings_of(batch, folder)
-    width = read_shape(settings.base).parts["unet"]["cross_attention_dim"]
-    pool = [without_a_base(one, width) for one in batches(batch, settings)]
+    pool = [with_random_encodings(one, read_shape(settings.base).parts) for one in batches(batch, settings)]
     load_libraries()
 
     def run() -> None:

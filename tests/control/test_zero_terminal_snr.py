@@ -101,9 +101,9 @@ def test_the_noise_level_is_computed_only_when_it_is_read(
 ) -> None:
     asked: list[float] = []
 
-    def counted(scheduler: Any, timestep: float) -> float:
+    def counted(scheduler: Any, timestep: float, times: list[float]) -> float:
         asked.append(timestep)
-        return sigma_at(scheduler, timestep)
+        return sigma_at(scheduler, timestep, times)
 
     monkeypatch.setattr("localctl.control.attach.sigma_at", counted)
     with attach(v_pipe, LAYOUT, [adapter_control(make_adapter()), METHODS["spacetime"](), METHODS["dense"]()]):

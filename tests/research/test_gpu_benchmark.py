@@ -10,7 +10,10 @@ from research.benchmarks.gpu_parts import PARTS
 from research.benchmarks.gpu_report import report
 
 # The other parts differ from these in sizes, batches and settings alone.
-DIFFERENT = ("limits", "training", "controls_sd15", "training_sdxl", "encoders", "profile")
+DIFFERENT = (
+    "limits", "training", "training_compiled", "training_sdxl", "controls_sd15", "controls_compiled",
+    "encoders", "profile",
+)  # fmt: skip
 
 
 def run(folder, *parts):

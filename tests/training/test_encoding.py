@@ -66,16 +66,16 @@ def encoded(models: Models, batch: Batch):
     return models.encode(batch, posterior), texts.states, texts.states if texts.pooled is None else texts.pooled
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_kept_encoding_does_not_depend_on_what_else_was_missing(models, scenes, threads):
+@pytest.mark.parametrize(("threads", "size"), [(1, 8), (2, 8), (2, 5)])
+def test_a_kept_encoding_does_not_depend_on_what_else_was_missing(models, scenes, threads, size):
     torch.set_num_threads(threads)
-    whole = encoded(keeping(models), part(scenes, *range(8)))
+    whole = encoded(keeping(models), part(scenes, *range(size)))
     for order in ((3, 9, 10, 11, 8, 1, 9, 2), (7, 6, 5, 4, 3, 2, 1, 0), (3, 3, 3, 3, 3, 3, 3, 3)):
         resumed = keeping(models)
-        encoded(resumed, part(scenes, *[11, 10, 9, 8] * 2))  # then few are missing, and the rest is filled up
-        for found, expected in zip(encoded(resumed, part(scenes, *order)), whole, strict=True):
-            for row, place in enumerate(order):
-                assert place >= 8 or torch.equal(found[row], expected[place]), (order, place)
+        encoded(resumed, part(scenes, *([11, 10, 9, 8] * 2)[:size]))  # then few are missing, the rest is filled up
+        for found, expected in zip(encoded(resumed, part(scenes, *order[:size])), whole, strict=True):
+            for row, place in enumerate(order[:size]):
+                assert place >= size or torch.equal(found[row], expected[place]), (order, place)
 
 
 def test_kept_or_not_encodings_are_those_of_the_pipeline(models, scenes):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,3 +126,14 @@ def test_a_warm_up_longer_than_the_run_is_said(warmup, steps, said):
     assert said == note.startswith(f"warning: lr_warmup_steps={warmup} is not less than the {steps} steps")
     assert not said or f"{(steps - 1) / warmup:.1%} of learning_rate=0.003" in note
     assert schedule_notes(TrainSettings(lr_warmup_steps=500, max_train_steps=4, lr_scheduler="constant"), 8) == []
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 0), (2, 1, 1), (4, 1, 3), (64, 1, 4), (8, 4, 1)])
+def test_files_are_read_by_the_cores_that_are_left(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    files = TrainSettings(data=DataConfig(path="photos"))
+    assert files.workers == workers
+    assert replace(files, dataloader_num_workers=0).workers == 0
+    assert replace(files, dataloader_num_workers=7).workers == 7
+    assert TrainSettings().workers == 0  # the embedded scenes stay in memory

@@ -107,10 +107,9 @@ def busy_settings(base, folder, kept):
     return replace(settings, data=replace(settings.data, keep_latents=kept))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(("kind", "kept"), [("sd", True), ("sd", False), ("sdxl", False)])
 def test_no_step_waits(kind, kept, on_meta, request, tmp_path):
-    assert train(busy_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path, kept), steps=3) == []
+    assert train(busy_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path, kept), steps=2) == []
 
 
 @pytest.mark.slow
@@ -137,3 +136,20 @@ def test_a_copy_that_waits_would_be_found(on_meta, sd_folder, tmp_path, monkeypa
     inner = loop.training_step
     monkeypatch.setattr(loop, "training_step", lambda *given: (torch.ones(3).to(META), inner(*given))[1])
     assert train(tiny_settings(sd_folder, tmp_path, logging_steps=50), steps=1) == ["aten._to_copy.default (3,)"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_reports_no_wait(sd_folder, tmp_path):
+    run = silent_run(busy_settings(sd_folder, tmp_path, kept=False))
+
+    def watch(step):
+        torch.cuda.set_sync_debug_mode("error")  # from the second step on
+        if step == STEPS:
+            raise Arrived
+        return False
+
+    try:
+        with pytest.raises(Arrived):
+            run.train(watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

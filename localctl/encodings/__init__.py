@@ -1,0 +1,1 @@
+"""Encodings on disk: what frozen networks compute of a dataset, once, for any number of trainings."""
