@@ -111,14 +111,14 @@ class Conversion:
         for left in args.output.glob(".*.part"):  # of a killed run
             left.unlink()
         header = {name: str(getattr(args, name)) for name in FIXED}
-        self.done = self._read_manifest(header, {unit.name: unit.size for unit in units})
+        self.done = self._read_manifest(header, {unit.name: unit for unit in units})
         self.pool = ThreadPoolExecutor(args.threads)
 
     def close(self) -> None:
         """End the threads."""
         self.pool.shutdown(cancel_futures=True)
 
-    def _read_manifest(self, header: dict[str, str], sizes: dict[str, int]) -> dict[tuple[str, int], dict[str, Any]]:
+    def _read_manifest(self, header: dict[str, str], units: dict[str, Unit]) -> dict[tuple[str, int], dict[str, Any]]:
         """Return (unit, number) -> record of the finished files, and write a manifest of these alone.
 
         ValueError if the folder holds something else, or was written with other arguments.
@@ -137,7 +137,7 @@ class Conversion:
         done = {
             (record["unit"], record["number"]): record
             for record in records[1:]
-            if sizes.get(record["unit"], record["size"]) == record["size"] and self._is_complete(record)
+            if (record["unit"] not in units or units[record["unit"]].unchanged(record)) and self._is_complete(record)
         }
         write_text(self.manifest, json_lines([header, *done.values()]))
         return done
@@ -197,7 +197,8 @@ class Conversion:
         finally:
             if writer is not None:
                 writer.close()
-        record = {"unit": unit.name, "size": unit.size, "number": number, "file": name, "rows": rows, "bad": bad}
+        about = {"unit": unit.name, "size": unit.size, "modified": unit.modified}
+        record = {**about, "number": number, "file": name, "rows": rows, "bad": bad}
         if rows:
             with part.open("rb+") as written:
                 os.fsync(written.fileno())

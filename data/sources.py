@@ -13,6 +13,7 @@ from localctl.files import first_line, parse_json
 from localctl.images import EXTENSIONS
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+DAMAGED = "tar damaged"
 _BATCH = 256  # rows of a parquet file
 _MOST_MEMBER = 1 << 30  # bytes of a file in a tar
 
@@ -28,10 +29,17 @@ class Sample:
 
 class Unit:
     """A part of the input whose samples always come in the same order. name: lasting, and unique in the input. size: in
-    bytes, or 0; the unit is converted again when it changes."""
+    bytes, or 0; the unit is converted again when it changes. modified: time of the last change, or 0; a damaged unit is
+    converted to its end when that changes."""
 
     name: str
     size: int = 0
+    modified: int = 0
+
+    def unchanged(self, record: dict[str, Any]) -> bool:
+        """Return whether ``record``, of a finished file, still holds."""
+        damaged = any(reason == DAMAGED for _, reason, _ in record["bad"])
+        return record["size"] == self.size and not (damaged and record["modified"] != self.modified)
 
     def samples(self, start: int) -> Iterator[Sample]:
         """Yield the samples from number ``start`` on."""
@@ -42,7 +50,7 @@ class Tar(Unit):
     """A tar in the webdataset form: files of one sample follow each other and have one name up to the first dot."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name, self.size = path, name, path.stat().st_size
+        self.path, self.name, self.size, self.modified = path, name, path.stat().st_size, path.stat().st_mtime_ns
 
     def samples(self, start: int) -> Iterator[Sample]:
         """Yield samples; a damaged tar ends with one that says so."""
@@ -61,14 +69,14 @@ class Tar(Unit):
                         number, members = number + 1, {}
                     name = own
                     members[ending.lower()] = member
-                _check_end(tar)
                 if members and number >= start:
                     yield _unpacked(tar, name, members)
+                _check_end(tar)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             detail = f"the tar is damaged ({first_line(error)}) after {name or 'its beginning'}"
-            yield Sample(f"{name or self.name}~", problem=BadRow("tar damaged", detail))
+            yield Sample(f"{name or self.name}~", problem=BadRow(DAMAGED, detail))
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
@@ -110,7 +118,7 @@ class Parquet(Unit):
     """A parquet file, such as img2dataset writes."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name, self.size = path, name, path.stat().st_size
+        self.path, self.name, self.size, self.modified = path, name, path.stat().st_size, path.stat().st_mtime_ns
 
     def samples(self, start: int) -> Iterator[Sample]:
         """Yield the rows, named by their number. ValueError if the file is no parquet table."""
@@ -129,18 +137,46 @@ class Parquet(Unit):
 
 
 class HubShard(Unit):
-    """A shard of a dataset that `datasets` streams."""
+    """A shard of a dataset that `datasets` streams. root: the folder of a local one."""
 
-    def __init__(self, table: Any, name: str) -> None:
-        self._table, self.name = table, name
+    def __init__(self, table: Any, name: str, root: Path) -> None:
+        self._table, self.name, self._root = table, name, root.resolve()
 
     def samples(self, start: int) -> Iterator[Sample]:
         """Yield the rows. OSError if the network fails."""
         try:
             for row in self._table.skip(start) if start else self._table:
-                yield Sample("", row)
+                yield self._sample(row)
         except Exception as error:  # network, hub and parsers each raise their own kinds
             raise OSError(f"{self.name} could not be read to its end ({first_line(error)})") from error
+
+    def _sample(self, row: dict[str, Any]) -> Sample:
+        try:
+            return Sample("", {name: self._with_bytes(value) for name, value in row.items()})
+        except BadRow as bad:
+            return Sample("", problem=bad)
+
+    def _with_bytes(self, value: Any) -> Any:
+        """Return an image of `datasets` with its bytes: that of a file is only its path. BadRow if it is missing, or
+        neither on the hub nor in the dataset's folder."""
+        if not isinstance(value, dict) or not value.get("path") or value.get("bytes") is not None:
+            return value
+        import fsspec
+
+        place = value["path"]
+        if "://" in place:
+            name, allowed = place.rpartition("/")[2], place.rpartition("::")[2].startswith("hf://")
+        else:
+            path = Path(place).resolve()
+            allowed = path.is_relative_to(self._root)
+            name = path.relative_to(self._root).as_posix() if allowed else path.name
+        if not allowed:
+            raise BadRow("image outside the data", f"its image {place} lies neither on the hub nor in {self._root}")
+        try:
+            with fsspec.open(place, "rb") as file:
+                return {"bytes": file.read(), "path": name}
+        except FileNotFoundError:
+            raise BadRow("image missing", f"there is no file {place}") from None
 
 
 def find_units(place: str, split: str, config: str | None, revision: str | None) -> list[Unit]:
@@ -173,7 +209,9 @@ def _shards(place: str, split: str, config: str | None, revision: str | None) ->
         ) from error
     count = table.num_shards
     return [
-        HubShard(table.shard(num_shards=count, index=index), f"{Path(place).name}_{index:05}_of_{count:05}")
+        HubShard(
+            table.shard(num_shards=count, index=index), f"{Path(place).name}_{index:05}_of_{count:05}", Path(place)
+        )
         for index in range(count)
     ]
 
