@@ -168,8 +168,8 @@ def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
 
 
 def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:
-    """Complete what the manifest of a checkpoint records of its run (``resume.describe``): encoders that are not loaded,
-    and variants, which change what training sees."""
+    """Complete what the manifest of a checkpoint records of its run (``resume.describe``): encoders that are not
+    loaded, and variants, which change what training sees."""
     if not isinstance(source, EncodedSource):
         return
     stores = source.stores

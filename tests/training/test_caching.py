@@ -19,14 +19,19 @@ from accelerate import Accelerator
 from caching_helpers import cache_settings, contents, data_with
 from file_data import write_imagefolder
 from PIL import Image
+from pyarrow import parquet
 from training_helpers import loss_log, silent_run, tiny_settings
 
 from localctl.data import DataConfig, SampleRef
+from localctl.encodings.source import caption_id
 from localctl.encodings.store import Store
 from localctl.settings import ConditionConfig
+from localctl.signals import Interrupt
 from localctl.training import caching_jobs, caching_workers
 from localctl.training.caching import CacheSettings, cache
 from localctl.training.caching_cost import report
+from localctl.training.caching_jobs import run_workers
+from localctl.training.caching_workers import Work, rows_of
 from localctl.training.data import make_source, open_sources
 from localctl.training.encoded import EncodedSource
 
@@ -296,7 +301,23 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(sd_folder, scenes, tmp_
     assert contents(encodings) == contents(scenes)
 
 
-def test_two_actors_of_ray_write_the_same_bytes(sd_folder, scenes, tmp_path, ray_here):
+def test_two_actors_of_ray_encode_the_same_bytes(sd_folder, tmp_path, ray_here):
+    """Captions, which need the fewest processes."""
+    items = {caption_id(text): (text,) for text in ("", *(f"caption {number}" for number in range(50)))}
+    found = []
+    for workers in (0, 2):
+        parts = tmp_path / f"{workers}" / ".parts"
+        parts.mkdir(parents=True)
+        settings = cache_settings(sd_folder, tmp_path / "encodings", SCENES)
+        run_workers(Work(settings, "captions", "no", parts), items, workers, Interrupt())
+        rows = [row for path in parts.iterdir() for row in rows_of(parquet.read_table(path))]
+        assert len(rows) == len(items)
+        found.append({row.id: row.payload for row in rows})
+    assert found[0] == found[1] and found[0].keys() == items.keys()
+
+
+@pytest.mark.slow
+def test_two_actors_of_ray_write_the_same_files(sd_folder, scenes, tmp_path, ray_here):
     result = cache(cache_settings(sd_folder, tmp_path / "encodings", SCENES, num_workers=2))
     assert result.encoded == 41
     assert contents(tmp_path / "encodings") == contents(scenes)
