@@ -249,7 +249,7 @@ def random_batches(
         )
         encoded = with_random_encodings(made, parts)
         assert encoded.moments is not None and encoded.texts is not None
-        texts = encoded.texts.to(torch.bfloat16)
+        texts = encoded.texts.to("cpu", torch.bfloat16)
         pooled = None if texts.pooled is None else place(texts.pooled)
         return replace(encoded, moments=place(encoded.moments.half()), texts=PromptEmbeds(place(texts.states), pooled))
 
