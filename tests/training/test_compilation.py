@@ -56,6 +56,7 @@ def settings(sd_folder, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_compiled_training_is_saved_resumed_and_exported_as_any_other(settings, tmp_path):
     run, said = silent_run(settings), logged()
     run.train()

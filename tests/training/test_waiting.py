@@ -56,8 +56,8 @@ def on_meta(monkeypatch):
     """Trainings run on the meta device, with the optimizer of a GPU."""
     load_models = state.load_models
 
-    def moved(settings, device, dtype):
-        models = load_models(settings, torch.device("cpu"), dtype)
+    def moved(settings, device, *more):
+        models = load_models(settings, torch.device("cpu"), *more)
         models.pipe.to(META)
         models.plain_adapter.to(META)
         return type(models)(models.pipe, models.plain_adapter)
