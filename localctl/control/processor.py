@@ -130,19 +130,13 @@ class SteeredProcessor(nn.Module):
 
     def _factors(self, scores: Scores) -> tuple[BoundControl | None, Factors | None]:
         """Return the one control that modulates this layer by factors, and these; or None and None."""
-        if self.place[1].cross or any(
-            type(user).read_attention is not BoundControl.read_attention for user, _ in self.users
-        ):
+        givers = [(user, context) for user, context in self.users if _has(user, "attention_factors")]
+        # Those that read attention get a bias for all pairs.
+        if self.place[1].cross or len(givers) != 1 or any(_has(user, "read_attention") for user, _ in self.users):
             return None, None
-        givers = [
-            (user, context)
-            for user, context in self.users
-            if type(user).attention_factors is not BoundControl.attention_factors
-        ]
-        if len(givers) != 1:
-            return None, None
-        factors = givers[0][0].attention_factors(givers[0][1], self.place[1], scores)
-        return (givers[0][0], factors) if factors is not None else (None, None)
+        user, context = givers[0]
+        factors = user.attention_factors(context, self.place[1], scores)
+        return (None, None) if factors is None else (user, factors)
 
     def _project(self, attn: Attention, mixture: Mixture) -> tuple[Tensor, Tensor]:
         """Return keys and values (pairs, H, K, d) of the texts, cached as long as these stay the same tensor."""
