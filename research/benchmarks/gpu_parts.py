@@ -129,7 +129,8 @@ def limits(bench: Bench) -> Iterator[Row]:
         for _ in range(count):
             target.copy_(source)
 
-    products(), copies()
+    products()
+    copies()
     times = in_turns({"products": products, "copies": copies}, bench.scaled(10, 2), bench.device)
     bench.peak = count * 2 * side**3 / Spread.of(times["products"]).median / 1e12
     bandwidth = count * 2 * source.nbytes / Spread.of(times["copies"]).median / 1e9

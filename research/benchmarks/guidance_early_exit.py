@@ -50,7 +50,7 @@ class Passes(Control):
                 assert passes[early].shift_latents(context, latents, run) is not None
 
             for early in passes:
-                peaks[early] = peak_of(lambda early=early: one(early), latents.device)
+                peaks[early] = peak_of(partial(one, early), latents.device)
             for _ in range(repeats):
                 for early in passes:
                     times[early].append(seconds(partial(one, early), latents.device))

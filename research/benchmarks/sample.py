@@ -97,7 +97,12 @@ class Runs:
     def __init__(self, pipe: Any, base: str, side: int, *, batch: int, steps: int, regions: int = 2) -> None:
         self.pipe, self.steps = pipe, steps
         self._layouts, self._seeds = [scene(regions)] * batch, list(range(batch))
-        self._arguments = {"height": side, "width": side, "num_inference_steps": steps, "batch_size": batch}
+        self._arguments: dict[str, Any] = {
+            "height": side,
+            "width": side,
+            "num_inference_steps": steps,
+            "batch_size": batch,
+        }
         self._arguments |= {"guidance_scale": resolve_base(base).guidance_scale, "output_type": "latent"}
 
     def __call__(self, controls: Sequence[Control]) -> None:

@@ -40,12 +40,12 @@ _SMALL: Mapping[str, Config] = {
 }
 
 
-def shape_of(base: str, *, whole: bool = False, tiny: bool = False) -> dict[str, Config]:
+def shape_of(base: str, *, whole: bool = False, tiny: bool = False) -> Mapping[str, Config]:
     """Return the configs of a known base (sd15, sd21, sdxl).
 
     whole: False = text encoders of one layer, and a VAE of few channels. tiny: all parts are small, for tests.
     """
-    parts = {name: dict(values) for name, values in TABLE[base].items()}
+    parts: dict[str, dict[str, Any]] = {name: dict(values) for name, values in TABLE[base].items()}
     if tiny:
         parts["unet"] |= {**_SMALL_UNET, **_SMALL[base]}
     if tiny or not whole:
