@@ -64,7 +64,12 @@ class FileSource:
     """
 
     def __init__(
-        self, rows: Rows, indices: Sequence[int], data: DataConfig, condition: ConditionConfig, note: str = ""
+        self,
+        rows: Rows,
+        indices: Sequence[int] | np.ndarray,
+        data: DataConfig,
+        condition: ConditionConfig,
+        note: str = "",
     ) -> None:
         self.rows, self.note = rows, note
         self.indices = np.asarray(indices, np.int64)  # which worker processes share, unlike a list
@@ -207,7 +212,7 @@ def chosen_caption(captions: Sequence[str], seed: int, epoch: int, key: str) -> 
     """Return the caption of an example in an epoch, sampled if it has several."""
     if len(captions) == 1:
         return captions[0]
-    return captions[numpy_rng(seed, "caption", epoch, key).integers(len(captions))]
+    return captions[int(numpy_rng(seed, "caption", epoch, key).integers(len(captions)))]
 
 
 def open_data(

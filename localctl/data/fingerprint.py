@@ -16,6 +16,8 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from localctl.data.bad_rows import BadRow
 from localctl.data.rows import Rows
 from localctl.seeding import key_seed
@@ -26,7 +28,7 @@ _PIECE = 16 * 1024  # bytes read at the beginning, in the middle and at the end 
 _UNUSABLE = b"unusable"
 
 
-def fingerprints(rows: Rows, indices: Sequence[int]) -> dict[str, Any]:
+def fingerprints(rows: Rows, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
     """Return name -> number or sha256 of the rows ``indices`` (ascending) of ``rows``.
 
     The same content in another folder or format has the same fingerprints. Captions in files of their own are sampled

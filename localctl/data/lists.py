@@ -116,12 +116,13 @@ class Sides:
 
     def append(self, values: dict[str, Any]) -> None:
         """Add those of a row."""
-        sides = [values.get(name) for name in SIDES]
-        if self._sides is not None:
-            if all(isinstance(side, int) and 0 < side < 2**31 for side in sides):
-                self._sides.extend(sides)
-            else:
-                self._sides = None
+        height, width = (values.get(name) for name in SIDES)
+        if self._sides is None:
+            return
+        if isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) < 2**31:
+            self._sides.extend((height, width))
+        else:
+            self._sides = None
 
     def table(self) -> np.ndarray | None:
         """Return (n,2) int32; None if a row lacked one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ class ImageFolderRows(Rows):
         lists = self._lists()
         self.root, lists, others = own_folder(self.root, lists, split)
         self._lines, sides = MetadataLines(), Sides()
+        self._named = array("q")  # hashes of the paths of images in all lines, which take less memory than the paths
         splits: list[str | None] = []
         kinds: Counter[tuple[str, ...]] = Counter()
         names = text_column(self._read(lists, columns, sides, splits if others is None else None, kinds))
@@ -84,6 +86,11 @@ class ImageFolderRows(Rows):
                 kinds[tuple(name for name, value in values.items() if value is not None)] += 1
                 sides.append(values)
                 self._lines.append(folder, line)
+                self._named.extend(
+                    hash(os.path.normpath(os.path.join(folder, value)))
+                    for value in values.values()
+                    if isinstance(value, str) and is_image(value)
+                )
                 yield f"{prefix}{key}" if key else f"{prefix}{file.name}:{number}"
 
     def _line(self, index: int) -> tuple[Path, bytes]:
@@ -130,12 +137,7 @@ class ImageFolderRows(Rows):
 
     def remarks(self) -> list[str]:
         """Return clauses on files that are not used. Walks through the whole folder."""
-        named = {  # hashes, which take less memory than the paths
-            hash(os.path.normpath(os.path.join(folder, value)))
-            for folder, line in self._lines
-            for value in _parse(line).values()
-            if isinstance(value, str) and is_image(value)
-        }
+        named = set(self._named)
         walk = Walk(self.root, count=True)
         without = 0
         for folder, _, files in walk:

@@ -49,20 +49,23 @@ class Costs:
     """Prints the seconds of pieces of work, and by how much they raise the resident set."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.start, self.begun = name, resident(), time.perf_counter()
+        self.name, self.start = name, resident()
+        self.begun, self.busy = time.perf_counter(), time.process_time()
 
     def of(self, what: str, work: Callable[[], Any]) -> Any:
         """Return the result of ``work``."""
-        begun = time.perf_counter()
+        begun, busy = time.perf_counter(), time.process_time()
         result = work()
-        seconds = time.perf_counter() - begun
-        print(f"{self.name}, {what}: {seconds:.2f} s, {resident() - self.start:+.0f} MiB so far", flush=True)
+        seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+        memory = resident() - self.start
+        print(f"{self.name}, {what}: {seconds:.2f} s ({busy:.2f} of CPU), {memory:+.0f} MiB so far", flush=True)
         return result
 
     def total(self) -> None:
         """Print the sum."""
-        seconds = time.perf_counter() - self.begun
-        print(f"{self.name}, in all: {seconds:.2f} s, {resident() - self.start:+.0f} MiB", flush=True)
+        seconds, busy = time.perf_counter() - self.begun, time.process_time() - self.busy
+        memory = resident() - self.start
+        print(f"{self.name}, in all: {seconds:.2f} s ({busy:.2f} of CPU), {memory:+.0f} MiB", flush=True)
 
 
 def opening(name: str, data: DataConfig, folder: Path) -> None:
