@@ -118,7 +118,8 @@ def _captions(settings: CacheSettings, source: Source) -> int:
         return len(source) + 1
     if source.rows.captions() is None:
         return len(source) * settings.num_variants + 1
-    distinct, met = set(), 0
+    distinct: set[bytes] = set()
+    met = 0
     for _, captions in each_caption(source):
         distinct.update(map(caption_id, captions))
         met += min(len(captions), settings.num_variants)
