@@ -21,8 +21,9 @@ from localctl.data.sample import Source
 from localctl.diffusion import latent_size
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.caching import CacheSettings, check_place
+from localctl.training.caching import check_place
 from localctl.training.caching_captions import each_caption
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.cost import TOKENS, count_flops, precision_of
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of

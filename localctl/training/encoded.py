@@ -80,9 +80,8 @@ def _open(root: Path, recipe: dict[str, Any]) -> Store:
     others = [differences(stored, recipe) for stored in recipes_in(root, kind)]
     if not others:
         raise ValueError(f"There are no encodings of {kind} in {root}; {WAY_OUT}.")
-    raise ValueError(
-        f"The encodings of {kind} in {root} do not fit this training: {', '.join(min(others, key=lambda names: len(names)))}; {WAY_OUT}."
-    )
+    fewest: list[str] = min(others, key=len)
+    raise ValueError(f"The encodings of {kind} in {root} do not fit this training: {', '.join(fewest)}; {WAY_OUT}.")
 
 
 def _check_rows(store: Store, source: Source, variants: Sequence[int]) -> None:

@@ -28,9 +28,10 @@ from localctl.encodings.store import Store
 from localctl.settings import ConditionConfig
 from localctl.signals import Interrupt
 from localctl.training import caching_jobs, caching_workers
-from localctl.training.caching import CacheSettings, cache
+from localctl.training.caching import cache
 from localctl.training.caching_cost import report
 from localctl.training.caching_jobs import run_workers
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.caching_workers import Work, rows_of
 from localctl.training.data import make_source, open_sources
 from localctl.training.encoded import EncodedSource
