@@ -50,7 +50,7 @@ from .settings import ConditionConfig as ConditionConfig
 from .settings import LossConfig as LossConfig
 from .settings import MaskConfig as MaskConfig
 from .training.caching import CacheResult as CacheResult
-from .training.caching import CacheSettings as CacheSettings
+from .training.caching_settings import CacheSettings as CacheSettings
 from .training.loop import TrainResult as TrainResult
 from .training.settings import AdapterConfig as AdapterConfig
 from .training.settings import TrainSettings as TrainSettings

@@ -16,7 +16,8 @@ from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
 from localctl.training import caching
-from localctl.training.caching import CacheResult, CacheSettings
+from localctl.training.caching import CacheResult
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.events import Scorer
 from localctl.training.loop import TrainResult, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings

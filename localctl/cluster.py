@@ -150,7 +150,8 @@ def _quiet(ray: Any) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     handlers = [handler for logger in loggers for handler in logger.handlers]
     screens = [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
-    before = [(item, item.level) for item in (*loggers, *screens)]
+    items: list[logging.Logger | logging.Handler] = [*loggers, *screens]
+    before = [(item, item.level) for item in items]
     for item, _ in before:
         item.setLevel(logging.CRITICAL + 1)
     context = ray.data.DataContext.get_current()

@@ -15,6 +15,7 @@ from localctl.cli.program import explained, one_sentence
 from localctl.cli.training_flags import training_settings
 from localctl.messages import fail, loading
 from localctl.signals import exit_code
+from localctl.training.caching_settings import CacheSettings
 
 PROGRAM = "localctl cache"
 
@@ -26,15 +27,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     Returns 0; 2 after a user's error and 1 if a file could not be written, each in one sentence; 130 after SIGINT, 143
     after SIGTERM.
     """
-    with loading():
-        from localctl.training.caching import CacheSettings, cache
-        from localctl.training.caching_cost import report
-
     settings = training_settings(
         program, sys.argv[1:] if argv is None else argv, CacheSettings, explained(__doc__, program)
     )
     if settings is None:
         return 0
+    with loading():
+        from localctl.training.caching import cache
+        from localctl.training.caching_cost import report
+
     if settings.dry_run:
         print(report(settings))
         return 0

@@ -39,10 +39,10 @@ from localctl.encodings.store import (
 )
 from localctl.files import read_object, remove
 from localctl.lock import FolderLock
-from localctl.records import NotNegative, Positive, record
 from localctl.signals import Interrupt
 from localctl.training.caching_captions import captions_of_all
 from localctl.training.caching_jobs import run_workers
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.caching_workers import FACTS, PROBLEM, Work, rows_of
 from localctl.training.cost import precision_of
 from localctl.training.data import make_source
@@ -52,29 +52,6 @@ from localctl.training.settings import TrainSettings
 logger = logging.getLogger(__name__)
 PARTS = ".parts"
 _LOOKED_AT = 32  # scenes that are rendered again to see whether they have changed
-
-
-@record()
-@dataclass(kw_only=True)
-class CacheSettings(TrainSettings):
-    """The settings of the training to cache for, and those of caching itself.
-
-    num_variants: encodings per image, if crops, flips or captions are random; epoch e uses variant e mod num_variants.
-    cache_conditions: also conditions and the data's masks, so that training opens no image.
-    num_workers: processes that encode; null = one per GPU, or without GPUs one per CPU; 0 = this process alone, without
-        Ray.
-    """
-
-    num_variants: Positive = 1
-    cache_conditions: bool = False
-    num_workers: NotNegative | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cache_conditions and self.data.is_micro:
-            raise ValueError(
-                "The embedded scenes compute their conditions in less than a millisecond; leave cache_conditions out."
-            )
 
 
 @dataclass(frozen=True)

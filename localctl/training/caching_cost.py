@@ -21,8 +21,9 @@ from localctl.data.sample import Source
 from localctl.diffusion import latent_size
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.caching import CacheSettings, check_place
+from localctl.training.caching import check_place
 from localctl.training.caching_captions import each_caption
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.cost import TOKENS, count_flops, precision_of
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of
@@ -118,7 +119,8 @@ def _captions(settings: CacheSettings, source: Source) -> int:
         return len(source) + 1
     if source.rows.captions() is None:
         return len(source) * settings.num_variants + 1
-    distinct, met = set(), 0
+    distinct: set[bytes] = set()
+    met = 0
     for _, captions in each_caption(source):
         distinct.update(map(caption_id, captions))
         met += min(len(captions), settings.num_variants)

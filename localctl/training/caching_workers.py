@@ -40,7 +40,7 @@ from localctl.training.settings import TrainSettings
 TEXT_GROUP = 32
 _MOST_GROUP, _GROUP_PIXELS = 16, 8 * 512**2
 PROBLEM, FACTS = "problem", "facts.json"
-Table = pa.Table
+Table = Any  # of Arrow, which has no types
 
 
 @dataclass(frozen=True)

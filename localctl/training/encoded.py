@@ -80,9 +80,8 @@ def _open(root: Path, recipe: dict[str, Any]) -> Store:
     others = [differences(stored, recipe) for stored in recipes_in(root, kind)]
     if not others:
         raise ValueError(f"There are no encodings of {kind} in {root}; {WAY_OUT}.")
-    raise ValueError(
-        f"The encodings of {kind} in {root} do not fit this training: {', '.join(min(others, key=len))}; {WAY_OUT}."
-    )
+    fewest: list[str] = min(others, key=len)
+    raise ValueError(f"The encodings of {kind} in {root} do not fit this training: {', '.join(fewest)}; {WAY_OUT}.")
 
 
 def _check_rows(store: Store, source: Source, variants: Sequence[int]) -> None:
@@ -127,13 +126,15 @@ def _now(store: Store, source: Source, index: int) -> bytes | None:
 
 def _check_captions(store: Store, source: Source, seed: int, variants: int) -> None:
     """Raise a ValueError if captions are not in ``store``: all of those in a table, some of those in files."""
+    captions: Iterator[str]
     if isinstance(source, FileSource) and source.rows.captions() is None:
         captions = (caption for index in sample(len(source)) for caption in _captions(source, index)[:1])
     elif isinstance(source, FileSource):
         captions = captions_of_all(source, seed, variants, store.folder)
     else:
         captions = (source[index].caption for index in range(min(_LOOKED_AT, len(source))))
-    count, lacking = 0, {}
+    count = 0
+    lacking: dict[str, None] = {}
     for part in _parts(captions):
         count += len(part)
         there = store.has([caption_id(caption) for caption in part])

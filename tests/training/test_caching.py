@@ -28,9 +28,10 @@ from localctl.encodings.store import Store
 from localctl.settings import ConditionConfig
 from localctl.signals import Interrupt
 from localctl.training import caching_jobs, caching_workers
-from localctl.training.caching import CacheSettings, cache
+from localctl.training.caching import cache
 from localctl.training.caching_cost import report
 from localctl.training.caching_jobs import run_workers
+from localctl.training.caching_settings import CacheSettings
 from localctl.training.caching_workers import Work, rows_of
 from localctl.training.data import make_source, open_sources
 from localctl.training.encoded import EncodedSource
@@ -70,7 +71,7 @@ def edit_captions(data: DataConfig, change) -> None:
 
 
 def trained(base: Path, folder: Path, data: DataConfig, encodings: Path | None, **changes) -> list:
-    settings = tiny_settings(base, folder, data=data_with(data, encodings), **{"max_train_steps": 6} | changes)
+    settings = tiny_settings(base, folder, data=data_with(data, encodings), **{"max_train_steps": 4} | changes)
     silent_run(settings).train()
     return loss_log(folder)
 
@@ -104,8 +105,8 @@ def test_encoders_are_not_loaded_but_recorded(sd_folder, scenes, tmp_path):
 
 def test_a_run_continues_with_encodings_where_it_began_without(sd_folder, scenes, tmp_path):
     whole = trained(sd_folder, tmp_path / "whole", SCENES, None)
-    options = {"checkpointing_steps": 3, "max_train_steps": 6}
-    silent_run(tiny_settings(sd_folder, tmp_path / "run", data=SCENES, **options)).train(lambda step: step == 3)
+    options = {"checkpointing_steps": 2}
+    silent_run(tiny_settings(sd_folder, tmp_path / "run", data=SCENES, **options)).train(lambda step: step == 2)
     more = trained(sd_folder, tmp_path / "run", SCENES, scenes, resume_from_checkpoint="latest", **options)
     assert [row["loss"] for row in more] == pytest.approx([row["loss"] for row in whole], abs=1e-5)
 
@@ -225,7 +226,7 @@ def test_bad_rows_are_counted_named_and_redone(sd_folder, photos, tmp_path, capl
         result = cache(cache_settings(sd_folder, encodings, photos))
     assert [problem.key for problem in result.problems] == ["images/003.png"] and result.rows["images"] == 5
     assert "1 cannot be encoded (1 image damaged): images/003.png" in caplog.text
-    trained(sd_folder, tmp_path / "run", photos, encodings)
+    trained(sd_folder, tmp_path / "run", photos, encodings, max_train_steps=2)
     assert "images/003.png" in (tmp_path / "run" / "quarantine.jsonl").read_text()
     broken.write_bytes(good)
     result = cache(cache_settings(sd_folder, encodings, photos))
@@ -301,11 +302,11 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(sd_folder, scenes, tmp_
     assert contents(encodings) == contents(scenes)
 
 
-def test_two_actors_of_ray_encode_the_same_bytes(sd_folder, tmp_path, ray_here):
-    """Captions, which need the fewest processes."""
+def test_an_actor_of_ray_encodes_the_same_bytes(sd_folder, tmp_path, ray_here):
+    """Captions, which need the fewest processes; slow tests have more of them."""
     items = {caption_id(text): (text,) for text in ("", *(f"caption {number}" for number in range(50)))}
     found = []
-    for workers in (0, 2):
+    for workers in (0, 1):
         parts = tmp_path / f"{workers}" / ".parts"
         parts.mkdir(parents=True)
         settings = cache_settings(sd_folder, tmp_path / "encodings", SCENES)
