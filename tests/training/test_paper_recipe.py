@@ -19,7 +19,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("pap
 FREE = {
     "base.vae", "base.revision", "base.variant", "base.dtype", "base.local_files_only", "overwrite_output_dir",
     "dry_run", "report_to", "dataloader_num_workers", "cpu_threads", "allow_tf32", "compile",
-    "resume_from_checkpoint", "force_resume", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token",
+    "resume_from_checkpoint", "force_resume", "max_nonfinite_steps", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "hub_token",
     *(f"wandb.{field.name}" for field in fields(WandbConfig)),
 }  # fmt: skip
 PINNED_DATA = {"data.resolution", "data.keep_latents", "data.center_crop", "data.random_flip"}
