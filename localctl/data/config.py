@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from localctl.data.buckets import AUTO, Size, automatic_buckets, parse_buckets
+from localctl.data.bucket_sizes import AUTO, Size, automatic_buckets, parse_buckets
 from localctl.records import Positive, Share, record
 from localctl.sizes import PHOTO_PIXELS, check_side, typed_size
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
-from localctl.data.buckets import Buckets, Size, assign
+from localctl.data.bucket_sizes import Size
+from localctl.data.buckets import Buckets, assign
 from localctl.data.config import DataConfig
 from localctl.data.fingerprint import fingerprints
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, sample_geometry, to_array

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from localctl.data.bad_rows import BadRow
-from localctl.data.held_out import places_of
 from localctl.files import first_line
 from localctl.labels import shorten
 
@@ -70,6 +69,8 @@ class Rows:
     @cached_property
     def places(self) -> np.ndarray:
         """Where each key lies between 0 and 1, for the choice of held-out examples."""
+        from localctl.data.held_out import places_of  # loads torch, which programs that make datasets do not need
+
         return places_of(self.keys)
 
     @property

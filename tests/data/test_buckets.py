@@ -13,7 +13,8 @@ from PIL import Image
 
 from localctl.conditions import ConditionConfig
 from localctl.data import BucketPlan, Buckets, DataConfig, MaskedSamples, PlanSampler, SampleRef, collate, open_files
-from localctl.data.buckets import assign, automatic_buckets, parse_buckets
+from localctl.data.bucket_sizes import automatic_buckets, parse_buckets
+from localctl.data.buckets import assign
 from localctl.data.image_sizes import image_sizes
 from localctl.data.workers import loading
 from localctl.masks import MaskConfig

@@ -18,7 +18,7 @@ from training_helpers import loss_log, silent_run, tiny_settings
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig
 from localctl.distributed import leave
-from localctl.training import cost, loop
+from localctl.training import loop
 from localctl.training.checkpoints import list_checkpoints
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -90,7 +90,6 @@ def test_validation_is_at_the_single_size_and_sizes_fit_the_adapter(sd_folder, s
     odd = replace(settings.data, aspect_ratio_buckets="64,64;64,88")
     with pytest.raises(ValueError, match="images are 88x64 pixels .* multiples of 16"):
         silent_run(settings_for(sdxl_folder, folder, tmp_path / "b", data=odd))
-    assert "64x96" in cost.report(settings) or "96x64" in cost.report(settings)
 
 
 def each_of_two(base: Path, folder: Path, output_dir: Path) -> int:
