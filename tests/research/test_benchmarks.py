@@ -59,7 +59,7 @@ def weights_after(variant, prepared, folder):
     steps = Steps(variant, settings, folder)
     steps.use(pool)
     before = torch.cat([p.detach().flatten().clone() for p in steps.state.models.plain_adapter.parameters()])
-    steps(1)
+    steps(2)  # the learning rate of the first one is 0
     after = torch.cat([p.detach().flatten() for p in steps.state.models.plain_adapter.parameters()])
     unet = next(iter(steps.state.models.unet.parameters()))
     steps.release()
