@@ -52,4 +52,5 @@ def test_a_batch_keeps_rows_together(scenes):
         assert torch.equal(batch.mask[row], samples[ref].mask)
         assert torch.equal(batch.pixels[row], scenes[ref.sample].pixels)
     moved = batch.to("meta")
-    assert moved.pixels.device.type == "meta" and moved.keys == batch.keys
+    assert moved.condition.device.type == moved.mask.device.type == "meta" and moved.keys == batch.keys
+    assert moved.pixels is batch.pixels  # whoever encodes them fetches them
