@@ -2,7 +2,7 @@
 
   python -m research.benchmarks.gpu --output_dir OUT  # about 5 minutes on an H100; no download, no files
   python -m research.benchmarks.gpu --tiny --output_dir OUT  # every part at tiny size, also on a CPU
-  python -m research.benchmarks.gpu --report research/results/gpu.jsonl --page docs/scaling.md  # its tables
+  python -m research.benchmarks.gpu --report research/results/gpu/*.jsonl --page docs/scaling.md  # the tables
 
 Every row is written to OUT/gpu.jsonl as soon as it is measured, so a run that is cut off loses nothing. Parts come in
 order of worth; one that would not end within --minutes is skipped, and one that fails is recorded with its error. All
@@ -43,7 +43,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what to measure")
     add("--tiny", action="store_true", help="small shapes, to try everything on any machine")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--report", type=Path, metavar="FILE", help="print the tables of an earlier run instead of measuring")
+    add("--note", default="", help="what is special about this run; the tables show it")
+    add("--report", type=Path, nargs="+", metavar="FILE", help="print the tables of earlier runs instead of measuring")
     add("--page", type=Path, help="write the tables of --report into this page, between its markers")
     options = parser.parse_args(argv)
     if options.device == "cpu" and not (options.tiny or options.report):
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace) -> int:
     """Run the parts; return 1 if one failed."""
     deadline, failed = Deadline(options.minutes), False
     rows, device = Rows(options.output_dir / FILE), torch.device(options.device)
-    rows.add("machine", {**machine(device), "tiny": options.tiny})
+    rows.add("machine", {**machine(device), "tiny": options.tiny, "note": options.note})
     # Compiling for a CPU takes minutes, and says nothing about a GPU.
     compiling = torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
     with tempfile.TemporaryDirectory(dir=fast_folder()) as folder, compiling:
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, or print tables; return the exit status."""
     options = parse(argv)
     if options.report:
-        text = report(read(options.report))
+        text = report(read(*options.report))
         write_page(options.page, text) if options.page else print(text)
         return 0
     return measure(options)

@@ -15,7 +15,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 BEGIN, END = "<!-- gpu tables -->", "<!-- end of gpu tables -->"
 IMAGES, EPOCHS = 600_000, 10  # of the published recipe
-A10G_TFLOPS = 70.0  # matrix products in bf16, from its data sheet: it was not measured
+A10G_TFLOPS = 70.0  # matrix products in bf16, assumed: it was not measured
 
 
 def _times(row: Row) -> str:
@@ -51,63 +51,90 @@ _ENCODERS: Sequence[Column] = (
     ("encoded", lambda row: f"{row['what']}, {row['batch']} at once"),
     ("per second", lambda row: f"{row['per_second']:.0f}"),
 )
-_PROFILE: Sequence[Column] = (
-    ("of the", lambda row: row.get("of", "cached step")),
-    ("operation", lambda row: f"`{row['operation']}`"),
-    ("ms per step", lambda row: f"{row['ms']:.1f}"),
-    ("share", lambda row: f"{row['share']:.0%}"),
-    ("calls", lambda row: f"{row['calls']:.0f}"),
-)
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of a file of results."""
-    return [json.loads(text) for text in path.read_text().splitlines()]
+def read(*paths: Path) -> list[Row]:
+    """Return the rows of files of results; those of several files have the number of their run."""
+    runs = [[json.loads(text) for text in path.read_text().splitlines()] for path in paths]
+    if len(runs) == 1:
+        return runs[0]
+    return [{"run": number, **row} for number, rows in enumerate(runs, 1) for row in rows]
 
 
 def report(rows: Sequence[Row]) -> str:
     """Return the tables of ``rows``, and what was skipped or failed."""
+    lines = [_sentences(run) for run in _runs(rows)]
+    for key, columns in (("variant", _TRAINING), ("control", _CONTROLS), ("what", _ENCODERS)):
+        if of_kind := [row for row in rows if key in row]:
+            shown = [("run", lambda row: str(row["run"])), *columns] if "run" in rows[0] else columns
+            cells = [[cell(row) for _, cell in shown] for row in of_kind]
+            lines.append("\n".join([*head([name for name, _ in shown]), *map(line, cells)]))
+    lines += [*_profiles(rows), *_recipe(rows)]
+    missing = [f"{_named(row, row['part'])}: {why}" for row in rows if (why := row.get("skipped") or row.get("error"))]
+    return "\n\n".join([*lines, *(["Not measured: " + "; ".join(missing) + "."] if missing else [])])
+
+
+def _runs(rows: Sequence[Row]) -> list[list[Row]]:
+    numbers = dict.fromkeys(row.get("run") for row in rows)
+    return [[row for row in rows if row.get("run") == number] for number in numbers]
+
+
+def _named(row: Row, name: str) -> str:
+    return f"run {row['run']}, {name}" if "run" in row else name
+
+
+def _sentences(rows: Sequence[Row]) -> str:
     found = next(row for row in rows if row["part"] == "machine")
     tiny = ", tiny shapes: the figures mean nothing" if found["tiny"] else ""
-    lines = [f"{found['card']}, torch {found['torch']}, diffusers {found['diffusers']}{tiny}.", *_sentences(rows)]
-    for key, columns in (("variant", _TRAINING), ("control", _CONTROLS), ("what", _ENCODERS), ("operation", _PROFILE)):
-        if of_kind := [row for row in rows if key in row]:
-            cells = [[cell(row) for _, cell in columns] for row in of_kind]
-            lines += ["", *head([name for name, _ in columns]), *map(line, cells)]
-    lines += _recipe(rows)
-    missing = [f"{row['part']}: {why}" for row in rows if (why := row.get("skipped") or row.get("error"))]
-    return "\n".join([*lines, *(["", "Not measured: " + "; ".join(missing) + "."] if missing else [])])
-
-
-def _sentences(rows: Sequence[Row]) -> list[str]:
-    lines = []
+    name = _named(found, f"{found['card']}, torch {found['torch']}, diffusers {found['diffusers']}{tiny}")
+    note = f" ({found['note']})" if found.get("note") else ""
+    lines = [f"{name[0].upper()}{name[1:]}{note}."]
     for row in rows:
         if "gb_per_second" in row:
             lines.append(f"A {row['name']}: {row['gb_per_second']:.0f} GB/s.")
         elif "profile" in row:
             lines.append(
-                f"Under the profiler, {row['profile']}: {row['ms']:.0f} ms, its kernels {row['busy']:.0%} of it; "
-                f"{row['kernels']:.0f} kernels."
+                f"Under the profiler, {row['profile']}: {row['ms']:.0f} ms, its kernels {row['ms'] * row['busy']:.1f} "
+                f"ms or {row['busy']:.0%} of it; {row['kernels']:.0f} kernels."
             )
         elif row["part"] == "limits" and "tflops" in row:
             lines.append(f"A {row['name']}: {row['tflops']:.0f} TFLOP/s, the peak of the tables.")
-    return lines
+    return "\n".join(lines)
+
+
+def _profiles(rows: Sequence[Row]) -> list[str]:
+    """Return the table of operations: a column for each profile."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if "operation" in row:
+            name = _named(row, row.get("of", "cached step"))
+            cells.setdefault(row["operation"], {})[name] = f"{row['ms']:.1f} ({row['share']:.0%}), {row['calls']:.0f}"
+    names = list(dict.fromkeys(name for of_one in cells.values() for name in of_one))
+    body = [line([f"`{operation}`", *(of_one.get(name, "") for name in names)]) for operation, of_one in cells.items()]
+    return ["\n".join([*head(["ms per step (share), calls", *names]), *body])] if cells else []
 
 
 def _recipe(rows: Sequence[Row]) -> list[str]:
     """Return what the published recipe costs, by calculation from the images per second of SD1.5 in batches of 16."""
-    steps = {
-        row["variant"]: row for row in rows if row.get("base") == "sd15" and row.get("batch") == 16 and "variant" in row
-    }
-    encoders = {row["what"]: row["per_second"] for row in rows if "what" in row}
-    shown = [name for name in ("cached", "cached, compiled", "live", "plain step") if name in steps]
-    if not encoders or "cached" not in shown:
-        return []
-    once = IMAGES * (1 / encoders["images"] + 1 / encoders["captions"]) / 3600
-    hours = [once, *(IMAGES * EPOCHS / steps[name]["images_per_second"] / 3600 for name in shown)]
-    cards = {"this card": 1.0, "8 of them": 8.0, "A10G": A10G_TFLOPS / steps["cached"]["peak"]}
-    body = [line([name, *(f"{value / times:.1f}" for value in hours)]) for name, times in cards.items()]
-    return ["", *head(["hours", "caching once", *shown]), *body]
+    shown = ("cached", "cached, compiled", "live", "plain step")
+    body = []
+    for run in _runs(rows):
+        steps = {row["variant"]: row for row in run if "variant" in row and (row["base"], row["batch"]) == ("sd15", 16)}
+        encoders = {row["what"]: row["per_second"] for row in run if "what" in row}
+        if not encoders or "cached" not in steps:
+            continue
+        once = IMAGES * (1 / encoders["images"] + 1 / encoders["captions"]) / 3600
+        hours = [once, *(_hours(steps.get(name)) for name in shown)]
+        a10g = f"A10G, {A10G_TFLOPS:.0f} TFLOP/s assumed"
+        cards = {"this card": 1.0, "8 of them": 8.0, a10g: A10G_TFLOPS / steps["cached"]["peak"]}
+        for card, times in cards.items():
+            cells = ["" if value is None else f"{value / times:.1f}" for value in hours]
+            body.append(line([_named(run[0], card), *cells]))
+    return ["\n".join([*head(["hours", "caching once", *shown]), *body])] if body else []
+
+
+def _hours(row: Row | None) -> float | None:
+    return None if row is None else IMAGES * EPOCHS / row["images_per_second"] / 3600
 
 
 def write_page(page: Path, text: str) -> None:

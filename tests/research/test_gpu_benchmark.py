@@ -12,6 +12,7 @@ from research.benchmarks.gpu_report import BEGIN, END, read, report, write_page
 from research.flags import PAGES, RESULTS
 
 QUICK = ("limits", "training", "controls_sd15", "encoders")
+STORED = sorted((RESULTS / "gpu").glob("*.jsonl"))
 
 
 def run(folder, *parts):
@@ -105,14 +106,26 @@ def test_without_a_gpu_only_tiny_shapes_are_measured(capsys):
 
 
 def test_the_page_has_the_tables_of_the_stored_rows():
-    assert report(read(RESULTS / "gpu.jsonl")) in (PAGES / "scaling.md").read_text()
+    assert report(read(*STORED)) in (PAGES / "scaling.md").read_text()
+
+
+def test_rows_of_several_runs_say_which_run(measured, tmp_path):
+    _, rows = measured
+    for number in (1, 2):
+        noted = [{**row, "note": f"note {number}"} if row["part"] == "machine" else row for row in rows]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, noted)))
+    text = report(read(tmp_path / "1.jsonl", tmp_path / "2.jsonl"))
+    assert [text.count(f"(note {number})") for number in (1, 2)] == [1, 1]
+    for number in (1, 2):
+        assert text.count(f"\n| {number} |") == sum(bool({"variant", "control", "what"} & row.keys()) for row in rows)
+        assert f"Run {number}, {rows[0]['card']}" in text
 
 
 def test_tables_are_written_between_the_markers_of_a_page(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    assert gpu.main(["--report", str(RESULTS / "gpu.jsonl"), "--page", str(page)]) == 0
-    assert page.read_text() == f"before\n{BEGIN}\n{report(read(RESULTS / 'gpu.jsonl'))}\n{END}\nafter\n"
+    assert gpu.main(["--report", *map(str, STORED), "--page", str(page)]) == 0
+    assert page.read_text() == f"before\n{BEGIN}\n{report(read(*STORED))}\n{END}\nafter\n"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="has no place for the tables"):
         write_page(page, "text")
