@@ -46,7 +46,7 @@ def test_continues_from_a_run_of_ours(make_adapter, sd_folder, tmp_path):
 
 
 def test_misfits_are_one_sentence_before_the_base_is_read(published, sd_folder, sdxl_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("localctl.training.models.load_pipeline", None)
+    monkeypatch.setattr("localctl.training.frozen.load_pipeline", None)
     for base, changes, words in (
         (sd_folder, {"condition": ConditionConfig(kind="palette")}, "channels of 1|conditions of 1 channels"),
         (sd_folder, {"adapter": AdapterConfig(num_res_blocks=2)}, "num_res_blocks is 2 but .* has 1; set adapter.num"),

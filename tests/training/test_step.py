@@ -230,7 +230,7 @@ def test_images_are_encoded_in_halves_without_gradients_and_as_alone(samples, mo
     monkeypatch.setattr(models.vae, "encode", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
     noise = torch.zeros(3, *SHAPE)
     latents = models.encode(batch, noise)
-    assert sorted(sizes) == [1, 2] and not latents.requires_grad
+    assert sizes == [2, 2] and not latents.requires_grad  # equal halves: bits do not depend on the place in the batch
     torch.set_num_threads(1)
     whole = models.encode(batch, noise)
     assert sizes[2:] == [3]
