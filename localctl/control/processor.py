@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +47,13 @@ class SteeredProcessor(nn.Module):
         self.users: list[User] = []
         self.check: MaskCheck | None = None  # called after a masked call
         self._texts: tuple[Tensor, Tensor, Tensor] | None = None  # of the last mixture, and their keys and values
-        # diffusers passes only the keyword arguments (such as ip_adapter_masks) that this signature names.
-        self.__dict__["__call__"] = inner.__call__
+        own_keywords = _keywords(_function(inner)) - _keywords(SteeredProcessor.__call__)
+        # diffusers passes only the keyword arguments (such as ip_adapter_masks) that the signature names. Torch 2.11
+        # cannot compile the signature of an attribute of the instance, so there is one only where it is needed.
+        if own_keywords:
+            self.__dict__["__call__"] = inner.__call__
+        # The operator passes on neither keyword arguments nor weights.
+        self.is_compilable = not own_keywords and not isinstance(inner, nn.Module)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             self.handle, self.operator = handle_of(self), operator()
 
@@ -56,10 +63,13 @@ class SteeredProcessor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | tuple[Any, ...] | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         if torch.compiler.is_compiling():
             return self.operator(hidden_states, encoder_hidden_states, attention_mask, self.handle)
+        if temb is not None:
+            kwargs["temb"] = temb
         return self._run(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
 
     def run_compiled(self, hidden_states: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -219,6 +229,18 @@ class SteeredProcessor(nn.Module):
         if mask is None:
             return full
         return full + (mask if mask.shape[0] == full.shape[0] else mask.repeat_interleave(heads, dim=0))
+
+
+def _function(processor: Any) -> Any:
+    call = processor.__call__
+    return getattr(call, "__func__", call)
+
+
+@functools.lru_cache
+def _keywords(call: Any) -> set[str]:
+    """Return the names of a callable's parameters, without those of ``*args`` and ``**kwargs``."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name for name, found in inspect.signature(call).parameters.items() if found.kind not in variable}
 
 
 @contextmanager

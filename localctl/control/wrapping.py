@@ -39,7 +39,8 @@ class Installation:
     A layer's wrapper is kept for the next call. ``check`` is called with the outputs of masked calls.
 
     Code compiled by ``torch.compile`` runs eagerly meanwhile where the operator of the wrappers does not suffice: for
-    gradients, for processors with weights (an IP-Adapter's), or if ``eager`` is set.
+    gradients, for processors with weights (an IP-Adapter's) or with keyword arguments of their own, or if ``eager`` is
+    set.
     """
 
     def __init__(self, check: MaskCheck | None = None) -> None:
@@ -54,8 +55,7 @@ class Installation:
         holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
-            self._remember(holder, current)
-            current = holder["processor"] = self._wrapper(current, attn, layer)
+            current = self._wrap(holder, attn, layer)
             current.check = self.check
         current.users.append((user, context))
 
@@ -67,8 +67,7 @@ class Installation:
         for layer, attn in layers if self._originals and not self._entered else ():
             holder = _holder(attn)
             if not isinstance(holder["processor"], SteeredProcessor):
-                self._remember(holder, holder["processor"])
-                holder["processor"] = self._wrapper(holder["processor"], attn, layer)
+                self._wrap(holder, attn, layer)
 
     def replace(self, attn: Attention, layer: AttentionLayer, users: Sequence[User]) -> None:
         """Let only ``users`` steer this layer, in place of its present controls."""
@@ -79,18 +78,22 @@ class Installation:
             wrapper = SteeredProcessor(inner, attn, layer)
             wrapper.users.extend(users)
         if users or inner is not current:
-            self._remember(holder, current)
+            is_compilable = not isinstance(current, nn.Module) and (not users or wrapper.is_compilable)
+            self._remember(holder, current, is_compilable)
             holder["processor"] = wrapper if users else inner
 
-    def _wrapper(self, inner: Any, attn: Attention, layer: AttentionLayer) -> SteeredProcessor:
+    def _wrap(self, holder: dict[str, Any], attn: Attention, layer: AttentionLayer) -> SteeredProcessor:
+        inner = holder["processor"]
         kept = self._wrappers.get(attn)
         if kept is None or kept.inner is not inner or kept.place[1] != layer:
             kept = self._wrappers[attn] = SteeredProcessor(inner, attn, layer)
         kept.users.clear()
+        self._remember(holder, inner, kept.is_compilable)
+        holder["processor"] = kept
         return kept
 
-    def _remember(self, holder: dict[str, Any], processor: Any) -> None:
-        eager = self.eager or torch.is_grad_enabled() or isinstance(processor, nn.Module)
+    def _remember(self, holder: dict[str, Any], processor: Any, is_compilable: bool) -> None:
+        eager = self.eager or torch.is_grad_enabled() or not is_compilable
         if eager and not self._entered and "torch._dynamo" in sys.modules:  # else nothing is compiled
             EAGER_MODE.enter()
             self._entered = True

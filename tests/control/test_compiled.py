@@ -11,6 +11,7 @@ import torch._dynamo
 from attachment_helpers import LAYOUT, METHODS, OTHER, adapter_control, draw
 from composition_helpers import with_ip_adapter
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch._dynamo.utils import counters
 
 from localctl.adapter import LocalAdapter
@@ -19,6 +20,8 @@ from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import Control
 from localctl.control.forward_guidance import ForwardGuidance
 from localctl.control.layout_guidance import LayoutGuidance
+from localctl.control.processor import SteeredProcessor
+from localctl.denoisers.base import AttentionLayer
 
 STEPS = {"num_inference_steps": 2}
 CONTROLS: dict[str, Callable[[], Control]] = {
@@ -124,6 +127,33 @@ def test_what_the_operator_does_not_pass_on_runs_eagerly(sd_pipe: StableDiffusio
     with attach(pipe, LAYOUT, METHODS["bias"]()):
         assert torch.equal(draw(pipe, **STEPS, **options), expected)
     assert not counters["stats"]["unique_graphs"]
+
+
+class Scaling(AttnProcessor2_0):
+    """A processor with a keyword argument of its own."""
+
+    def __call__(self, attn: Any, hidden_states: Any, *args: Any, strength: float = 1.0, **kwargs: Any) -> Any:
+        return strength * super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+def test_a_processors_own_keyword_argument_reaches_it(sd_pipe: StableDiffusionPipeline) -> None:
+    sd_pipe.unet.set_attn_processor(Scaling())
+    options = {**STEPS, "cross_attention_kwargs": {"strength": 0.5}}
+    with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
+        expected = draw(sd_pipe, **options)
+        assert not torch.equal(expected, draw(sd_pipe, **STEPS))
+    blocks(sd_pipe)
+    with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
+        assert torch.equal(draw(sd_pipe, **options), expected)
+
+
+def test_the_signature_of_a_wrapped_default_processor_is_that_of_the_class(
+    sd_pipe: StableDiffusionPipeline,
+) -> None:
+    """Torch 2.11 cannot compile that of an attribute of the instance."""
+    attn = next(part for part in sd_pipe.unet.modules() if isinstance(part, Attention))
+    wrapper = SteeredProcessor(attn.processor, attn, AttentionLayer("layer", cross=False, size=(1, 1)))
+    assert "__call__" not in vars(wrapper)
 
 
 def test_a_compiled_module_is_as_it_was(sd_pipe: StableDiffusionPipeline) -> None:
