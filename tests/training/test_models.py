@@ -48,7 +48,7 @@ def test_half_precision_bases_leave_the_adapter_float32(sd_folder, tmp_path):
 
 def test_a_fit_is_demanded_before_any_weights_are_read(sd_folder, sdxl_folder, tmp_path, monkeypatch):
     load_models(tiny_settings(sd_folder, tmp_path, adapter=AdapterConfig(channels=(8, 16))), CPU, None)
-    monkeypatch.setattr("localctl.training.models.load_pipeline", None)
+    monkeypatch.setattr("localctl.training.frozen.load_pipeline", None)
     for base, options in (
         (sd_folder, {"channels": (8, 8)}),
         (sd_folder, {"downscale_factor": 16}),
