@@ -33,6 +33,8 @@ from research.micro_base.export import export
 from research.micro_base.unet import new_unet
 from research.micro_base.vae import new_vae
 
+pytest_plugins = ["evaluation_fixtures"]
+
 COUNT = 6
 
 

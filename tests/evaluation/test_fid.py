@@ -25,6 +25,8 @@ from localctl.evaluation.provenance import FEATURES, REQUIRED, check_provenance
 from localctl.images import load_image
 from localctl.metrics.statistics import Statistics
 
+pytest_plugins = ["evaluation_fixtures"]
+
 
 def test_reference_is_of_the_photos_and_made_once(
     arguments: list[str], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

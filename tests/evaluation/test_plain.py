@@ -15,6 +15,8 @@ from localctl.evaluation.plain import LEFT_OUT, image_files
 from localctl.evaluation.workers import spread
 from localctl.micro.scenes import scene
 
+pytest_plugins = ["evaluation_fixtures"]
+
 COUNT = 6
 
 

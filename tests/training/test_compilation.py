@@ -79,7 +79,7 @@ def test_a_compiled_training_is_saved_resumed_and_exported_as_any_other(settings
 
 
 @pytest.mark.parametrize(
-    ("kind", "threads"), [("sdxl", 1), *(pytest.param("sd", n, marks=pytest.mark.slow) for n in (1, 2))]
+    ("kind", "threads"), [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("sdxl", 1), ("sd", 1), ("sd", 2))]
 )
 def test_with_checkpointing_and_accumulation(kind, threads, settings, request, tmp_path):
     """One graph for each shape, also where activations are computed again, and by the two halves of a batch at once."""

@@ -24,6 +24,8 @@ from localctl.evaluation.settings import FidSettings
 from localctl.evaluation.workers import TRIES, spread
 from localctl.pipelines import BaseConfig
 
+pytest_plugins = ["evaluation_fixtures"]
+
 
 def work_of(kind: str, folder: Path) -> Callable[[], Callable[[int], tuple[int, int, str]]]:
     """Return what makes the work of a worker: of ``kind`` at number 3. It is pickled by value, as Ray's workers do not
@@ -94,6 +96,7 @@ def test_a_bug_in_a_worker_keeps_its_traceback(ray_here: None, tmp_path: Path) -
         list(spread(make(), make, range(1, 5), 1))
 
 
+@pytest.mark.slow
 def test_two_ray_workers_generate_the_bytes_of_one_process(
     arguments: list[str], adapter: str, tmp_path: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
