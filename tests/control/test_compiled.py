@@ -136,15 +136,17 @@ class Scaling(AttnProcessor2_0):
         return strength * super().__call__(attn, hidden_states, *args, **kwargs)
 
 
-def test_a_processors_own_keyword_argument_reaches_it(sd_pipe: StableDiffusionPipeline) -> None:
+def test_a_processor_with_a_keyword_argument_of_its_own_runs_eagerly(sd_pipe: StableDiffusionPipeline) -> None:
     sd_pipe.unet.set_attn_processor(Scaling())
-    options = {**STEPS, "cross_attention_kwargs": {"strength": 0.5}}
+    scaled = {"cross_attention_kwargs": {"strength": 0.5}}
     with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
-        expected = draw(sd_pipe, **options)
-        assert not torch.equal(expected, draw(sd_pipe, **STEPS))
+        expected = [draw(sd_pipe, **STEPS), draw(sd_pipe, **STEPS, **scaled)]
+    assert not torch.equal(*expected)
     blocks(sd_pipe)
     with attach(sd_pipe, LAYOUT, METHODS["bias"]()):
-        assert torch.equal(draw(sd_pipe, **options), expected)
+        assert torch.equal(draw(sd_pipe, **STEPS), expected[0])
+        assert torch.equal(draw(sd_pipe, **STEPS, **scaled), expected[1])
+    assert not counters["stats"]["unique_graphs"]
 
 
 def test_the_signature_of_a_wrapped_default_processor_is_that_of_the_class(
