@@ -302,6 +302,7 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(sd_folder, scenes, tmp_
     assert contents(encodings) == contents(scenes)
 
 
+@pytest.mark.slow
 def test_an_actor_of_ray_encodes_the_same_bytes(sd_folder, tmp_path, ray_here):
     """Captions, which need the fewest processes; slow tests have more of them."""
     items = {caption_id(text): (text,) for text in ("", *(f"caption {number}" for number in range(50)))}

@@ -111,6 +111,7 @@ def each_of_two(base: Path, folder: Path, output_dir: Path) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_two_processes_see_each_image_once_per_epoch_and_one_size_at_a_time(sd_folder, folder, tmp_path):
     ranks = start_ranks(2, each_of_two, sd_folder, folder, tmp_path)
     assert [finish(process) for process in ranks] == [0, 0]

@@ -228,6 +228,7 @@ def test_a_judge_reads_the_words_alone(tmp_path: Path) -> None:
     assert verdict.held == (before == (side in ("left", "above")))
 
 
+@pytest.mark.slow
 def test_the_first_screen_is_clean(tmp_path: Path) -> None:
     """A new process writes nothing but the progress bar on stderr."""
     command = [sys.executable, "-m", "research.layout_predictor.train", *TINY, "--output_dir", str(tmp_path)]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from localctl.micro.shapes import SHAPES
@@ -42,6 +43,7 @@ def variance_of_words(tower, tokenizer) -> tuple[float, float]:
     return float(grid.mean(0).var(0).sum()), float(grid.mean(1).var(0).sum())
 
 
+@pytest.mark.slow
 def test_the_state_at_a_shapes_word_encodes_it_after_training(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
