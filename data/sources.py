@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class Sample:
     problem: BadRow | None = None
 
 
-class Unit:
+class Unit(ABC):
     """A part of the input whose samples always come in the same order. name: lasting, and unique in the input. size: in
     bytes, or 0; the unit is converted again when it changes. modified: time of the last change, or 0; a damaged unit is
     converted to its end when that changes."""
@@ -41,9 +42,9 @@ class Unit:
         damaged = any(reason == DAMAGED for _, reason, _ in record["bad"])
         return record["size"] == self.size and not (damaged and record["modified"] != self.modified)
 
+    @abstractmethod
     def samples(self, start: int) -> Iterator[Sample]:
         """Yield the samples from number ``start`` on."""
-        raise NotImplementedError
 
 
 class Tar(Unit):
