@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("localctl.cli.train", "train a local adapter"),
     "cache": ("localctl.cli.cache", "encode the images and captions of a dataset once, for any number of trainings"),
     "sample": ("localctl.cli.sample", "generate images that follow a condition inside a mask, or a layout"),
+    "studio": ("localctl.cli.studio", "open a web page: paint regions and masks, and generate images"),
     "evaluate fid": ("localctl.cli.evaluate_fid", "measure generated images against photos (FID, KID, CMMD)"),
     "evaluate metrics": ("localctl.cli.evaluate_metrics", "compare several adapters, or plain folders of images"),
     "check-data": ("localctl.cli.check_data", "check a dataset as training reads it"),
@@ -25,6 +26,7 @@ PROGRAMS = {
     "The commands as scripts": {
         "python train_adapter.py": "localctl train",
         "python sample.py": "localctl sample",
+        "python app.py": "localctl studio",
         "python evaluate_fid.py": "localctl evaluate fid",
         "python evaluate_quantitative_metrics.py": "localctl evaluate metrics",
         "python -m localctl.data": "localctl check-data",

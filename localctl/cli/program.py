@@ -18,6 +18,7 @@ CONSOLE = "localctl"
 SCRIPTS = {
     "python train_adapter.py": "localctl train",
     "python sample.py": "localctl sample",
+    "python app.py": "localctl studio",
     "python evaluate_fid.py": "localctl evaluate fid",
     "python evaluate_quantitative_metrics.py": "localctl evaluate metrics",
     "python -m localctl.data check": "localctl check-data",

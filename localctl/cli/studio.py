@@ -1,0 +1,66 @@
+"""Open the studio, a web page: paint regions and masks, generate images, take them away with their record.
+
+  python app.py
+  python app.py --base sd15 --adapter runs/canny --open
+  python app.py --host 0.0.0.0 --auth me:a-long-password
+
+The page is on this machine alone (127.0.0.1) unless --host or --share says otherwise, and then asks for --auth.
+The page can use the models named here and no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from localctl.bases import DTYPE_NAMES
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import explained, one_sentence
+from localctl.messages import loading
+
+PROGRAM = "app.py"
+
+
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Serve the page until Ctrl+C. Returns 0; 2 after a mistake of the user, with one sentence on stderr."""
+    options = new_parser(explained(__doc__, program), program).read(sys.argv[1:] if argv is None else argv)
+    with loading():
+        from localctl.studio.config import StudioConfig
+
+        config = StudioConfig(**vars(options))
+        try:
+            from localctl.studio.server import serve
+        except ImportError as error:
+            raise ValueError(f"The studio needs Gradio ({error}); install it by `pip install localctl[studio]`.") from error
+    serve(config)
+    return 0
+
+
+def new_parser(description: str | None = None, program: str = PROGRAM) -> Arguments:
+    """Return the parser of all flags; the namespace has only flags that were given."""
+    parser = Arguments(program, description, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument_group("models", "what the page may use").add_argument
+    add("--base", help="micro, sd15, sd21, sdxl, a folder, a hub id or a file of weights (default: micro)")
+    add("--adapter", nargs="+", metavar="PLACE", help="trained (or plain T2I-) adapters")
+    add("--controlnet", nargs="+", metavar="PLACE", help="ControlNets")
+    add("--ip_adapter", nargs="+", metavar="PLACE", help="IP-Adapters")
+    add("--lora", nargs="+", metavar="PLACE", help="LoRA weights")
+    add("--textual_inversion", nargs="+", metavar="PLACE", help="learned embeddings")
+    add("--runs", metavar="DIR", help="folder of training runs, for the tab Training (default: outputs)")
+    add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
+    add("--variant", help="variant of the base's files, such as fp16")
+    add("--revision", help="revision of the base on the hub")
+    add("--local_files_only", action="store_true", help="never ask the network for models")
+    add("--dtype", choices=DTYPE_NAMES, help="default: float32")
+    add("--device", help="auto (default), cpu, cuda, ...")
+    add = parser.add_argument_group("server").add_argument
+    add("--host", help="address to listen on (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, help="default: 7860, or the next free one")
+    add("--auth", metavar="USER:PASSWORD", help="ask for a login")
+    add("--share", action="store_true", help="also open a public link through gradio.live; needs --auth")
+    add("--allow_anyone", action="store_true", help="let --share or --host do without --auth")
+    add("--open", action="store_true", help="open the page in the browser")
+    add("--time_limit", type=int, metavar="SECONDS", help="stop a job after this time (default: 900)")
+    return parser

@@ -1,0 +1,1 @@
+"""The studio: a web page on which regions, masks and conditions are painted, and images generated from them."""

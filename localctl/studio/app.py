@@ -1,0 +1,65 @@
+"""The page of the studio: its tabs, and what they share."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from localctl import __version__
+from localctl.studio import local_control, place, training_tab
+from localctl.studio.config import StudioConfig
+from localctl.studio.jobs_queue import JobQueue
+from localctl.studio.studio import Studio
+
+CACHE_SECONDS = (600, 3600)  # uploads are looked through this often, and deleted after that long
+QUEUE_SIZE = 32
+
+
+def build(config: StudioConfig | None = None) -> Any:
+    """Return the page as ``gr.Blocks``, not yet served; ``blocks.studio`` is what its tabs share.
+
+    No model is loaded before the first job.
+    """
+    config = config or StudioConfig()
+    studio = Studio(config, JobQueue(config.time_limit))
+    with gr.Blocks(
+        title="localctl studio", analytics_enabled=False, delete_cache=CACHE_SECONDS, fill_width=True
+    ) as blocks:
+        gr.HTML(_header(config), elem_id="studio-header")
+        with gr.Tabs(elem_id="studio-tabs") as tabs:
+            with gr.Tab("Place", id="place"):
+                place.add(studio)
+            with gr.Tab("Local control", id="local_control"):
+                local_control.add(studio)
+            with gr.Tab("Training", id="training"):
+                training_tab.add(studio)
+
+        def end(request: gr.Request) -> None:
+            studio.sessions.end(request)
+
+        blocks.unload(end)
+    blocks.studio, blocks.studio_tabs = studio, tabs
+    blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=QUEUE_SIZE, api_open=False)
+    return blocks
+
+
+def _header(config: StudioConfig) -> str:
+    parts = [f"base {_short(config.base)}"]
+    parts += [f"adapter {_short(place)}" for place in config.adapter]
+    parts += [f"{config.device}"] if config.device != "auto" else []
+    chips = "".join(f'<span class="studio-chip">{escape(part)}</span>' for part in parts)
+    return (
+        '<div class="studio-header"><span class="studio-name">localctl <b>studio</b></span>'
+        f'<span class="studio-chips">{chips}</span>'
+        '<button type="button" class="studio-dark" title="Light or dark" aria-label="Light or dark" '
+        "onclick=\"document.body.classList.toggle('dark');"
+        "try{localStorage.setItem('studio-dark', document.body.classList.contains('dark'))}catch(e){}\">&#9680;</button>"
+        f'<span class="studio-version">{escape(__version__)}</span></div>'
+    )
+
+
+def _short(place: str) -> str:
+    """Return the last part of a place: the page shows no paths of the server."""
+    return place.rstrip("/").rsplit("/", 1)[-1][:40]

@@ -1,0 +1,103 @@
+"""The settings of the studio's server, checked before anything slow."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from localctl.bases import DtypeName
+from localctl.files import first_line
+from localctl.records import Positive, record
+
+DEFAULT_PORT = 7860
+_LOCAL_NAMES = ("localhost", "localhost.localdomain", "")
+
+
+@record()
+@dataclass(kw_only=True)
+class StudioConfig:
+    """One server of the studio; the help of the flag of the same name explains each setting.
+
+    The page chooses among these models and folders only: it never names a path. ValueError for a value of another type,
+    and for a server that others can reach without a password.
+    """
+
+    base: str = "micro"
+    vae: str | None = None
+    variant: str | None = None
+    revision: str | None = None
+    local_files_only: bool | None = None
+    dtype: DtypeName = "float32"
+    device: str = "auto"
+    adapter: list[str] = field(default_factory=list)
+    controlnet: list[str] = field(default_factory=list)
+    ip_adapter: list[str] = field(default_factory=list)
+    lora: list[str] = field(default_factory=list)
+    textual_inversion: list[str] = field(default_factory=list)
+    runs: str = "outputs"
+    host: str = "127.0.0.1"
+    port: int | None = None
+    auth: str | None = None
+    share: bool = False
+    allow_anyone: bool = False
+    open: bool = False
+    time_limit: Positive = 900
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ValueError(f"The port must be from 1 to 65535, not {self.port}.")
+        if self.auth is not None:
+            user, colon, password = self.auth.partition(":")
+            if not (user and colon and password):
+                raise ValueError("The login must be USER:PASSWORD, both not empty; give --auth like that.")
+        if self.exposed and self.auth is None and not self.allow_anyone:
+            raise ValueError(
+                f"{self.opened} would let anyone generate images on this machine; give --auth USER:PASSWORD, or "
+                "--allow_anyone if that is meant."
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs on this machine can reach the host."""
+        if self.host in _LOCAL_NAMES:
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def exposed(self) -> bool:
+        """Whether others than this machine's users can reach the page."""
+        return self.share or not self.is_local
+
+    @property
+    def opened(self) -> str:
+        """What a server with these settings opens, as the subject of a sentence."""
+        if self.share:
+            return "A public link through gradio.live (--share)"
+        return f"A server on {self.host}, which other machines can reach,"
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User and password, or None."""
+        if self.auth is None:
+            return None
+        user, _, password = self.auth.partition(":")
+        return user, password
+
+    def check_places(self) -> None:
+        """Raise a ValueError for a base or an adapter that is not there, before the server starts."""
+        from localctl.adapter_files import find_adapter
+        from localctl.pipelines import resolve_base
+
+        resolve_base(self.base)
+        for place in self.adapter:
+            find_adapter(place, bool(self.local_files_only))
+        runs = Path(self.runs).expanduser()
+        try:
+            if runs.exists() and not runs.is_dir():
+                raise ValueError(f"--runs must be a folder of runs, but {runs} is a file.")
+        except OSError as error:
+            raise ValueError(f"--runs {runs} cannot be read ({error.strerror or first_line(error)}).") from error

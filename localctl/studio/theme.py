@@ -1,0 +1,80 @@
+"""The look of the studio: one calm theme, light and dark, with the fonts of the reader's own machine."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+# Told apart by people with protanopia, deuteranopia and tritanopia, each from every other; a test measures that.
+COLORS = (
+    "#007799",
+    "#e8d500",
+    "#99ccff",
+    "#aa8800",
+    "#442299",
+    "#aa77ff",
+    "#994400",
+    "#771144",
+    "#6611ee",
+    "#55aaaa",
+    "#99ffdd",
+    "#ccbb55",
+)
+_SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "Cantarell", "Noto Sans", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+
+def color_of(index: int) -> str:
+    """Return the colour of the region with this index, as #rrggbb."""
+    return COLORS[index % len(COLORS)]
+
+
+def text_on(color: str) -> str:
+    """Return black or white, whichever is easier to read on ``color``."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+
+
+def theme() -> Any:
+    """Return the theme for Gradio; it loads nothing from elsewhere."""
+    from gradio import themes
+
+    return themes.Base(
+        primary_hue=themes.colors.teal,
+        neutral_hue=themes.colors.stone,
+        font=[themes.Font(name) for name in _SANS],
+        font_mono=[themes.Font(name) for name in _MONO],
+        radius_size=themes.sizes.radius_md,
+        spacing_size=themes.sizes.spacing_md,
+        text_size=themes.sizes.text_md,
+    ).set(
+        body_background_fill="#f6f5f2",
+        body_background_fill_dark="#171716",
+        block_background_fill="#ffffff",
+        block_background_fill_dark="#222120",
+        block_border_width="0px",
+        block_shadow="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_border_width="0px",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_300",
+        block_title_text_weight="500",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        input_background_fill="#fbfaf8",
+        input_background_fill_dark="#2b2a28",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        button_primary_background_fill="#0f766e",
+        button_primary_background_fill_hover="#0d5f59",
+        button_primary_background_fill_dark="#0f766e",
+        button_primary_background_fill_hover_dark="#14857c",
+        button_primary_text_color="#ffffff",
+        panel_border_width="0px",
+    )
+
+
+def css() -> str:
+    """Return the style sheet of the page."""
+    return files("localctl.studio").joinpath("studio.css").read_text(encoding="utf-8")
