@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LINE = 14  # pixels from one line of text to the next
 MOST_MOVED = 40  # labels in one image; with more, places at the edges of other labels are not tried
 REGION_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
+EDGE_COLORS = {"matched": "#2fd09a", "missed": "#56b4e9", "invented": "#ff7a1a"}  # told apart by colour-blind people too
 SMALLEST = 256  # pixels; narrower images with regions are enlarged, so that text fits under them
 
 Box = tuple[int, int, int, int]
@@ -154,6 +155,28 @@ def overlay_heat(image: Image.Image, heat: Tensor) -> Image.Image:
     scaled = cv2.resize(scaled, image.size, interpolation=cv2.INTER_CUBIC)
     mixed = 0.4 * np.asarray(image.convert("RGB"), dtype=np.float32) + 0.6 * heat_colors(scaled)
     return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def overlay_edges(
+    image: Image.Image, matched: np.ndarray, missed: np.ndarray, invented: np.ndarray, mask: np.ndarray | None = None
+) -> Image.Image:
+    """Render edges over a darkened copy of ``image``, in the colours of ``EDGE_COLORS``.
+
+    Args:
+        image: of any size; enlarged by a whole factor to at least ``SMALLEST`` pixels.
+        matched, missed, invented: bool (H,W), of the image's size. Where they overlap, matched edges are on top.
+        mask: (H,W); where given, what lies outside it is darkened twice.
+    """
+    shade = np.full((image.height, image.width, 1), 0.45, np.float32)
+    if mask is not None:
+        shade[np.asarray(mask) < 0.5] = 0.2
+    dark = np.asarray(image.convert("RGB"), dtype=np.float32) * shade
+    factor = -(-SMALLEST // image.width)
+    result = Image.fromarray(dark.round().astype(np.uint8)).resize((factor * image.width, factor * image.height))
+    for name, edges in (("missed", missed), ("invented", invented), ("matched", matched)):
+        area = Image.fromarray(np.asarray(edges, dtype=np.uint8) * 255).resize(result.size, Image.Resampling.NEAREST)
+        result.paste(EDGE_COLORS[name], (0, 0, *result.size), area)
+    return result
 
 
 def heat_colors(values: np.ndarray) -> np.ndarray:

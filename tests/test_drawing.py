@@ -3,10 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image, ImageColor, ImageFont
 
 from localctl import drawing, images
-from localctl.drawing import LINE, captioned, fitted, grid, outline, overlay_heat, render_layout, write_beside
+from localctl.drawing import (
+    EDGE_COLORS,
+    LINE,
+    captioned,
+    fitted,
+    grid,
+    outline,
+    overlay_edges,
+    overlay_heat,
+    render_layout,
+    write_beside,
+)
 from localctl.labels import one_line, shorten
 from localctl.layout import Layout, Region
 
@@ -162,3 +173,17 @@ def test_painting_is_still_found_where_it_was() -> None:
         assert images.grid is grid
     with pytest.raises(AttributeError, match="nothing"):
         images.nothing  # noqa: B018
+
+
+def test_edges_have_their_colours_on_a_darkened_image() -> None:
+    gray = Image.new("RGB", (128, 64), (200, 200, 200))
+    edges = np.zeros((3, 64, 128), bool)
+    edges[0, 10], edges[1, 20], edges[2, 30] = True, True, True
+    edges[1, 10, :4] = True  # missed beside a match: the match is on top
+    mask = np.zeros((64, 128), np.float32)
+    mask[:, :64] = 1
+    result = np.asarray(overlay_edges(gray, *edges, mask=mask))
+    assert result.shape == (128, 256, 3)  # twice, as narrower images are hard to see
+    for row, name in ((20, "matched"), (40, "missed"), (60, "invented")):
+        assert (result[row : row + 2] == ImageColor.getrgb(EDGE_COLORS[name])).all()
+    assert result[100, 10, 0] == 90 and result[100, 200, 0] == 40  # inside and outside the mask

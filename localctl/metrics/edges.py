@@ -55,32 +55,55 @@ def edge_scores(
     Raises:
         ValueError: the shapes differ or are not (H,W), the tolerance is negative, or min_target < 1.
     """
+    if min_target < 1:
+        raise ValueError(f"Need min_target >= 1, not {min_target}.")
+    matched, missed, invented = match_edges(prediction, target, mask, tolerance_px)
+    n_matched, n_prediction = int(matched.sum()), int(matched.sum() + invented.sum())
+    n_target = int((np.asarray(target).astype(bool) & np.asarray(mask).astype(bool)).sum())
+    if n_target < min_target:
+        return EdgeScores(math.nan, math.nan, math.nan, n_target, n_prediction)
+    precision = n_matched / max(n_prediction, 1)
+    recall = (n_target - int(missed.sum())) / n_target
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return EdgeScores(precision, recall, f1, n_target, n_prediction)
+
+
+def match_edges(
+    prediction: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance_px: float = 2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where, inside the mask, predicted edges are matched, target edges are missed, and edges are invented.
+
+    Arguments and matching as for :func:`edge_scores`. Each result is bool (H,W): matched and invented pixels are the
+    predicted edges with and without a target edge within the tolerance; missed pixels are target edges without a
+    predicted one.
+
+    Raises:
+        ValueError: the shapes differ or are not (H,W), or the tolerance is negative.
+    """
     prediction, target, mask = (np.asarray(array).astype(bool) for array in (prediction, target, mask))
     if not prediction.shape == target.shape == mask.shape or mask.ndim != 2:
         raise ValueError(
             "Prediction, target and mask must have one shape (H, W), "
             f"not {prediction.shape}, {target.shape} and {mask.shape}."
         )
-    if not tolerance_px >= 0 or min_target < 1:
-        raise ValueError(f"Need tolerance_px >= 0 and min_target >= 1, not {tolerance_px} and {min_target}.")
-    n_prediction, n_target = int((prediction & mask).sum()), int((target & mask).sum())
-    if n_target < min_target:
-        return EdgeScores(math.nan, math.nan, math.nan, n_target, n_prediction)
-    precision = _matched(prediction & mask, target, tolerance_px) / max(n_prediction, 1)
-    recall = _matched(target & mask, prediction, tolerance_px) / n_target
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    return EdgeScores(precision, recall, f1, n_target, n_prediction)
+    if not tolerance_px >= 0:
+        raise ValueError(f"Need tolerance_px >= 0, not {tolerance_px}.")
+    near_target, near_prediction = _near(target, tolerance_px), _near(prediction, tolerance_px)
+    return (
+        prediction & mask & near_target,
+        target & mask & ~near_prediction,
+        prediction & mask & ~near_target,
+    )
 
 
-def _matched(edges: np.ndarray, partners: np.ndarray, tolerance_px: float) -> int:
-    """Count the pixels of ``edges`` that have a pixel of ``partners`` within the tolerance."""
-    if not partners.any():
-        return 0
+def _near(edges: np.ndarray, tolerance_px: float) -> np.ndarray:
+    """Return the pixels that have a pixel of ``edges`` within the tolerance."""
+    if not edges.any():
+        return np.zeros_like(edges)
     limit = tolerance_px + 1e-4  # so that a tolerance of 8 ** 0.5 includes the diagonal
     if limit > _WIDEST:
-        distance = cv2.distanceTransform((~partners).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-        return int((distance[edges] <= limit).sum())
+        distance = cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        return np.asarray(distance <= limit)
     steps = np.arange(-int(limit), int(limit) + 1)
     disk = np.hypot(*np.meshgrid(steps, steps)) <= limit
-    near = cv2.dilate(partners.view(np.uint8), disk.astype(np.uint8))
-    return int(np.count_nonzero(near.view(bool) & edges))
+    return cv2.dilate(edges.view(np.uint8), disk.astype(np.uint8)).view(bool)

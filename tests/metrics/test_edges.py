@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from localctl.metrics.edges import edge_scores
+from localctl.metrics.edges import edge_scores, match_edges
 
 SIZE = (40, 60)
 FULL = np.ones(SIZE, bool)
@@ -108,3 +108,24 @@ def test_non_bool_arrays_count_nonzero_pixels() -> None:
 def test_bad_input(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         edge_scores(*arguments)
+
+
+def test_edges_are_matched_missed_or_invented() -> None:
+    prediction, target = line(20) | line(40), line(21) | line(50)
+    mask = FULL.copy()
+    mask[:10] = False
+    matched, missed, invented = match_edges(prediction, target, mask, tolerance_px=2)
+    assert np.array_equal(matched, line(20) & mask)
+    assert np.array_equal(missed, line(50) & mask)
+    assert np.array_equal(invented, line(40) & mask)
+    scores = edge_scores(prediction, target, mask, tolerance_px=2)
+    assert scores.precision == matched.sum() / (matched | invented).sum()
+    assert scores.recall == 1 - missed.sum() / (target & mask).sum()
+
+
+def test_without_edges_nothing_is_near() -> None:
+    empty = np.zeros_like(FULL)
+    matched, missed, invented = match_edges(empty, line(20), FULL)
+    assert not matched.any() and not invented.any() and np.array_equal(missed, line(20))
+    with pytest.raises(ValueError, match="tolerance_px >= 0"):
+        match_edges(empty, empty, FULL, -1)
