@@ -18,6 +18,7 @@ from localctl.control.latents import outer_step
 from localctl.denoisers import denoiser_of
 from localctl.layout import Layout, as_layouts
 from localctl.pipelines import with_scheduler
+from localctl.previews import OnStep, each_step
 from localctl.sampling_settings import FREE, own_sampling
 from localctl.sampling_settings import Sampling as Sampling
 from localctl.seeding import generator, noise
@@ -55,6 +56,7 @@ def generate(
     sampling: Sampling | None = None,
     batch_size: int | None = None,
     paired: bool = False,
+    on_step: OnStep | None = None,
     **pipeline_arguments: Any,
 ) -> GenerateOutput:
     """Generate an image of every layout with every seed, or, if ``paired``, of each layout with its own seed.
@@ -71,6 +73,8 @@ def generate(
             precedence; its scheduler is used during this call. A base known by name has a default guidance scale.
         batch_size: at most this many images at once; default 4.
         paired: image i has layout i and seed i; there must be as many seeds as layouts.
+        on_step: called with a :class:`~localctl.previews.SamplingStep` after every step of every batch; an error that
+            it raises ends the sampling there.
         pipeline_arguments: settings of :class:`Sampling`, and other arguments of ``pipe``. ``negative_prompt``,
             ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
 
@@ -90,10 +94,15 @@ def generate(
     generated: list[Any] = []
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
-    with scheduled(pipe, resolved), attach(pipe, layouts, controls) as attached:
+    with (
+        scheduled(pipe, resolved),
+        each_step(pipe, on_step) as begin,
+        attach(pipe, layouts, controls) as attached,
+    ):
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
             attached.select([index for index, _ in batch])
+            begin()
             output = pipe(
                 prompt=[layouts[index].prompt for index, _ in batch],
                 height=height,

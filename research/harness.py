@@ -19,11 +19,11 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
 from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image, png_bytes
+from localctl.jobs.variants import file_label
 from localctl.layout import Layout
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_extractor

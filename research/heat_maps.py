@@ -21,7 +21,7 @@ from localctl.messages import loading
 if TYPE_CHECKING:  # what loads torch is imported after the flags are read
     from PIL import Image
 
-    from localctl.cli.sample_variants import Variant
+    from localctl.jobs.variants import Variant
 
 PROGRAM = "research.heat_maps"
 _SMALLEST = 192  # px; smaller images are enlarged, so that their labels fit
@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the sheet; return 0, or 2 after a user's error, with one sentence on stderr."""
     options = new_parser().read(argv)
     with loading():
-        from localctl.cli.sample_variants import read_variants
         from localctl.drawing import grid
+        from localctl.jobs.variants import read_variants
 
     variants = read_variants(options.controls, options.set, options.base)
     rows = heat_rows(options, variants)

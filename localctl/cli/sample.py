@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
 from localctl.cli.arguments import BOOLS, Arguments
 from localctl.cli.program import explained, one_sentence
-from localctl.cli.sample_settings import RECORD, SampleSettings, read_record, seed_in_bounds
+from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """
     options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
     with loading():
-        from localctl.cli.sample_run import run
+        from localctl.jobs.run import run
 
     with log_to_screen(partial(_print_message, program)):
         for path in run(options):

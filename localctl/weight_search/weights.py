@@ -30,6 +30,7 @@ from localctl.diffusion import check_schedule
 from localctl.layout import Layout, as_layouts
 from localctl.metrics.clip import Clip
 from localctl.pipelines import set_scheduler
+from localctl.previews import OnStep, SamplingStep
 from localctl.sampling import (
     GenerateOutput,
     Layouts,
@@ -117,6 +118,7 @@ def optimize_weights(
     negative_prompt: str | None = None,
     checkpointing: bool = True,
     progress: bool = True,
+    on_step: OnStep | None = None,
 ) -> OptimizedWeights:
     """Optimise the weights for the image that ``generate`` makes from ``layout`` and ``seed``.
 
@@ -128,6 +130,7 @@ def optimize_weights(
         control: the settings of the start and of the optimisation; None = the defaults.
         controls: further controls, none of which may move latents.
         checkpointing: use the memory of one step instead of all; each step then runs twice.
+        on_step: called with a :class:`~localctl.previews.SamplingStep` without latents after every step of every epoch.
 
     Raises:
         ValueError: no region has a description; a control moves latents; weights let no gradients pass; the schedule
@@ -153,12 +156,18 @@ def optimize_weights(
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]
         check_schedule(visited, denoiser.prediction_type)
-        total = control.epochs * len(pipe.scheduler.timesteps)
+        total, steps = control.epochs * len(pipe.scheduler.timesteps), itertools.count(1)
         with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
             options: dict[str, Any] = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
+
+            def after_call() -> None:
+                bar.update()
+                if on_step is not None:
+                    on_step(SamplingStep(next(steps), total, None))
+
             for _ in range(control.epochs):
                 latents = sample_latents(
-                    pipe, conditioning, noise, num_inference_steps, **options, after_call=bar.update
+                    pipe, conditioning, noise, num_inference_steps, **options, after_call=after_call
                 )
                 losses.append(_step(adam, objective(decode(pipe, latents)), weights, control.mix == "convex"))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
@@ -234,6 +243,7 @@ def generate_optimized(
     negative_prompt: str | None = None,
     progress: bool = True,
     clip: Clip | None = None,
+    on_step: OnStep | None = None,
 ) -> GenerateOutput:
     """Generate images as :func:`~localctl.sampling.generate`, optimising weights for each layout and seed.
 
@@ -241,6 +251,7 @@ def generate_optimized(
         controls: exactly one :class:`OptimizedSpaceTime`, whose weights are optimised, and any others.
         sampling, num_inference_steps, guidance_scale: as for :func:`~localctl.sampling.generate`.
         clip: the CLIP that the control names, if it is loaded already.
+        on_step: as for :func:`optimize_weights`, and then for :func:`~localctl.sampling.generate`.
 
     Raises:
         ValueError: not exactly one such control; a setting of sampling that an optimisation does not support; or as for
@@ -266,10 +277,10 @@ def generate_optimized(
     with scheduled(pipe, resolved):
         for item, seed in itertools.product(as_layouts(layout), resolved.seeds):
             weights = optimize_weights(
-                pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, **options
+                pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, on_step=on_step, **options
             ).weights
             final = [one.with_weights(weights) if isinstance(one, OptimizedSpaceTime) else one for one in controls]
-            outputs.append(generate(pipe, item, final, seed, **options))
+            outputs.append(generate(pipe, item, final, seed, on_step=on_step, **options))
     return GenerateOutput(
         [image for output in outputs for image in output.images],
         tuple(seed for output in outputs for seed in output.seeds),

@@ -24,8 +24,8 @@ from typing import Any
 
 from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
-from localctl.cli.sample_variants import file_label
 from localctl.evaluation.provenance import read_json, write_json
+from localctl.jobs.variants import file_label
 from localctl.messages import loading
 from research.flags import check_least, make_folder
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from localctl.cli.sample_variants import file_label
+from localctl.jobs.variants import file_label
 from localctl.pipelines import load_pipeline, resolve_base, set_scheduler, with_scheduler
 from research.flags import RESULTS
 from research.harness import as_table, generate_cases

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from localctl.cli.sample_variants import make_controls, read_variants
 from localctl.control.base import Control
 from localctl.control.presets import CONTROLS, NONE, preset, sampling_of
+from localctl.jobs.variants import make_controls, read_variants
 from localctl.sampling_settings import FREE, Sampling
 from research.layout_benchmark.protocol import METHODS as METHODS
 from research.layout_benchmark.protocol import SINGLE as SINGLE
@@ -64,7 +64,7 @@ def methods(labels: Sequence[str], settings: Sequence[str], base: str, fixed: Sa
     fixed: scheduler and guidance scale of all methods, in place of their presets.
 
     Raises:
-        ValueError: as :func:`localctl.cli.sample_variants.read_variants`.
+        ValueError: as :func:`localctl.jobs.variants.read_variants`.
     """
     wanted = [NONE, *(label for label in labels if label != NONE)]
     found = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from localctl.cli.sample_variants import file_label
 from localctl.control.presets import NONE
 from localctl.evaluation.plots import bars
+from localctl.jobs.variants import file_label
 from research.layout_benchmark.attention import KINDS
 from research.layout_benchmark.figures import (
     GATES,

@@ -14,11 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from localctl.cli.sample_variants import file_label
 from localctl.control.base import Control
 from localctl.distributed import process_device
 from localctl.drawing import render_layout
 from localctl.evaluation.provenance import FEATURES, check_provenance, read_json, write_json
+from localctl.jobs.variants import file_label
 from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import Extractor, describe
 from localctl.metrics.statistics import Statistics, distances

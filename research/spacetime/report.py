@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from localctl.cli.sample_run import verdict
 from localctl.drawing import captioned, grid, render_layout
+from localctl.jobs.sheets import verdict
 from localctl.layout import Layout
 from localctl.metrics.bootstrap import Interval
 from localctl.metrics.clip import Clip, CLIPScore

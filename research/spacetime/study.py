@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from localctl.cli.sample_variants import read_variants
 from localctl.control.base import Control
 from localctl.control.presets import sampling_of
 from localctl.evaluation.provenance import read_json, write_json, write_text
 from localctl.files import sha256_of_folder
+from localctl.jobs.variants import read_variants
 from localctl.layout import Layout, Region
 from localctl.layout_predictor.model import load_predictor
 from localctl.metrics.clip import Clip

@@ -16,7 +16,7 @@ from PIL import Image
 
 from localctl.cli import sample
 from localctl.cli.sample import parse
-from localctl.cli.sample_job import prepare
+from localctl.jobs.prepare import prepare
 from localctl.layout_io import load_layout
 from localctl.layout_predictor import load_predictor
 from localctl.layout_predictor.__main__ import main

@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
+import localctl.jobs.generate
 import localctl.pipelines
 from localctl.adapter import LocalAdapter
-from localctl.cli import sample, sample_run
+from localctl.cli import sample
 from localctl.cli.sample import new_parser, parse
-from localctl.cli.sample_job import prepare
 from localctl.control.presets import CONTROLS
+from localctl.jobs.prepare import prepare
 from localctl.layout_predictor.model import WEIGHTS
 from localctl.sampling import Sampling, generate
 
@@ -47,7 +48,7 @@ def test_a_plain_run_loads_no_metrics_and_no_micro_scenes(base_here: Path) -> No
     environment = {**os.environ, "PYTHONPATH": str(Path(localctl.__file__).parents[1])}
     printed = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True).stdout
     loaded = json.loads(printed.splitlines()[-1])
-    assert "localctl.cli.sample_run" in loaded and (base_here / "out" / "00_seed0.png").is_file()
+    assert "localctl.jobs.run" in loaded and (base_here / "out" / "00_seed0.png").is_file()
     assert not {"datasets", "torchmetrics", "localctl.micro", "localctl.metrics", "localctl.weight_search"} & {*loaded}
 
 
@@ -239,8 +240,8 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
         seen["clip_skip"] = sampling.clip_skip
         return generate(*args, sampling=replace(sampling, clip_skip=None), **options)
 
-    monkeypatch.setattr(sample_run, "load_pipeline", load)
-    monkeypatch.setattr(sample_run, "generate", make)
+    monkeypatch.setattr(localctl.jobs.generate, "load_pipeline", load)
+    monkeypatch.setattr(localctl.jobs.generate, "generate", make)
     flags = ["--clip_skip", "1", "--variant", "fp16", "--revision", "v2", "--local_files_only", "--dtype", "bfloat16"]
     assert sample.main([*PLAIN, *flags, "--output_dir", "out"]) == 0
     base = seen["base"]

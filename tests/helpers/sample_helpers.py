@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import localctl.cli.sample_run
+import localctl.jobs.generate
 from localctl.cli import sample
 
 CANNY: dict[str, Any] = {"kind": "canny", "low": 20, "high": 60}
@@ -37,7 +37,7 @@ def refused_early(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(localctl.cli.sample_run, "load_pipeline", never)
+    monkeypatch.setattr(localctl.jobs.generate, "load_pipeline", never)
     assert sample.main(argv) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1

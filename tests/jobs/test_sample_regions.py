@@ -18,13 +18,13 @@ import localctl
 import localctl.pipelines
 from localctl.cli import sample
 from localctl.cli.sample import parse
-from localctl.cli.sample_job import prepare
-from localctl.cli.sample_run import verdict
 from localctl.control.dense import DenseModulation
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.presets import PRESETS
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
+from localctl.jobs.prepare import prepare
+from localctl.jobs.sheets import verdict
 from localctl.layout import Layout, Region
 from localctl.layout_io import load_layout, save_layout
 from localctl.metrics.clip import Clip

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from localctl.bases import SCHEDULERS
-from localctl.cli.sample_settings import AUTO, SampleSettings
 from localctl.control.base import Control
 from localctl.control.latents import check_shiftable_kind
 from localctl.control.presets import (
@@ -21,6 +20,7 @@ from localctl.control.presets import (
     sampling_of,
     setting_of,
 )
+from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.sampling_settings import FREE, Sampling

@@ -15,10 +15,10 @@ from sample_helpers import CANNY, assert_same, pixels
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
 from localctl.cli.sample import parse
-from localctl.cli.sample_inputs import choose_size
-from localctl.cli.sample_job import Job, prepare
 from localctl.conditions import ConditionConfig, extract
 from localctl.data.geometry import IMAGE, SMOOTH, geometry
+from localctl.jobs.inputs import choose_size
+from localctl.jobs.prepare import Job, prepare
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:

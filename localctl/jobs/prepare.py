@@ -13,7 +13,9 @@ import torch
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
-from localctl.cli.sample_inputs import (
+from localctl.control.compatible import check_base
+from localctl.distributed import process_device
+from localctl.jobs.inputs import (
     AdapterJob,
     Size,
     check_same_aspect_ratio,
@@ -22,10 +24,8 @@ from localctl.cli.sample_inputs import (
     read_sources,
     size_multiple,
 )
-from localctl.cli.sample_settings import AUTO, SampleSettings
-from localctl.cli.sample_variants import Variant, load_layouts, optimized_controls, plan
-from localctl.control.compatible import check_base
-from localctl.distributed import process_device
+from localctl.jobs.settings import AUTO, SampleSettings
+from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
 from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, check_karras, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
@@ -50,6 +50,11 @@ class Job:
     variants: list[Variant]
     size: Size
     notes: list[str]
+
+    @property
+    def image_count(self) -> int:
+        """The number of images of each variant."""
+        return len(self.layouts) * len(self.options.seeds)
 
 
 def prepare(options: SampleSettings) -> Job:

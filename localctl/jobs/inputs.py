@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter_files import SavedAdapter
-from localctl.cli.sample_settings import SampleSettings
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
 from localctl.inputs import is_coloured
+from localctl.jobs.settings import SampleSettings
 from localctl.masks import load_mask
 from localctl.sizes import SIZE_MULTIPLE, near_side
 

@@ -17,9 +17,9 @@ import localctl.pipelines
 from localctl.adapter import LocalAdapter
 from localctl.cli import sample
 from localctl.cli.sample import parse
-from localctl.cli.sample_job import prepare
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
+from localctl.jobs.prepare import prepare
 from localctl.masks import load_mask
 from localctl.sampling import generate
 
@@ -207,7 +207,7 @@ def test_the_device_default_exists(workspace: Path) -> None:
 def test_syntax_of_other_tools_is_warned_of_before_the_base_is_loaded(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localctl.cli.sample_run.load_pipeline", None)
+    monkeypatch.setattr("localctl.jobs.generate.load_pipeline", None)
     at = BASIC.index("--prompt")
     argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
     with (

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
+import localctl.jobs.files
+import localctl.jobs.generate
 from localctl.adapter import LocalAdapter
-from localctl.cli import sample, sample_run
-from localctl.cli.sample_run import file_endings, open_output
-from localctl.cli.sample_variants import Variant
+from localctl.cli import sample
+from localctl.jobs.files import file_endings, open_output
+from localctl.jobs.variants import Variant
 from localctl.lock import LOCK, FolderLock, _start_time
 
 
@@ -65,7 +67,7 @@ def test_the_output_folder_is_checked_before_the_base_is_loaded(
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(sample_run, "load_pipeline", never)
+    monkeypatch.setattr(localctl.jobs.generate, "load_pipeline", never)
     with pytest.raises(OSError, match="has .* MB free but the images may take"):
         open_output("out", 10**18)
     assert not list(Path("out").iterdir())
@@ -75,7 +77,7 @@ def test_the_output_folder_is_checked_before_the_base_is_loaded(
         def refuse(*args: Any, number: int = number, **options: Any) -> None:
             raise OSError(number, "no")
 
-        monkeypatch.setattr(sample_run.tempfile, "TemporaryFile", refuse)
+        monkeypatch.setattr(localctl.jobs.files.tempfile, "TemporaryFile", refuse)
         assert sample.main([*PLAIN, "--output_dir", "out"]) == rc
         assert words in (printed := capsys.readouterr().err) and printed.count("\n") == 1
 

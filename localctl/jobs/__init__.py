@@ -1,0 +1,1 @@
+"""A run that generates images, from its settings to its files: the same for the command line and the studio."""

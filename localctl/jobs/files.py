@@ -1,0 +1,120 @@
+"""The files of a run: the output folder, images, copies of the inputs, and the record that repeats the run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from localctl import __version__
+from localctl.files import first_line, write_bytes, write_json
+from localctl.jobs.settings import AUTO, INPUTS, RECORD
+from localctl.jobs.variants import Variant, file_label
+from localctl.layout import Layout
+from localctl.layout_io import load_layout, save_layout
+from localctl.sampling import GenerateOutput
+
+_LONGEST_ENDING = 80  # letters of a file name
+
+
+def open_output(path: str, needed: int) -> Path:
+    """Create the output folder, before anything slow. ValueError when that fails or nothing can be written there,
+    OSError when fewer bytes than ``needed`` are free on its disk."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"The output folder {folder} cannot be created ({error.strerror}); choose another.") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"The disk of the output folder {folder} is full; make room or choose another.") from error
+        raise ValueError(
+            f"The output folder {folder} cannot be written to ({error.strerror}); choose another."
+        ) from error
+    if free < needed:
+        raise OSError(
+            f"The disk of the output folder {folder} has {free / 1e6:.0f} MB free but the images may take "
+            f"{needed / 1e6:.0f} MB; make room or choose another."
+        )
+    return folder
+
+
+def save_images(output: GenerateOutput, index: int, variants: Sequence[Variant], folder: Path) -> list[Path]:
+    """Write the images of the variant with this ``index``; return their paths. OSError that names the file."""
+    ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
+    paths = []
+    for name, image in zip(file_names(output), output.images, strict=True):
+        paths.append(folder / f"{name}{ending}.png")
+        save(image, paths[-1])
+    return paths
+
+
+def file_endings(variants: Sequence[Variant]) -> list[str]:
+    """Return the end of each variant's file names: its label, shortened and numbered where it is too long or not
+    unique."""
+    names = [file_label(variant.label) for variant in variants]
+    return [
+        name if len(name) <= _LONGEST_ENDING and names.count(name) == 1 else f"{name[:_LONGEST_ENDING]}_{index}"
+        for index, name in enumerate(names)
+    ]
+
+
+def file_names(output: GenerateOutput) -> list[str]:
+    """Return the beginning of each image's file name."""
+    count = len(dict.fromkeys(output.seeds))
+    return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(output.seeds)]
+
+
+def save(image: Image.Image, path: Path) -> None:
+    try:
+        if path.is_symlink():  # replaced, never followed
+            path.unlink()
+        image.save(path)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise OSError(f"{path} could not be written ({reason}); what was written before is kept.") from error
+
+
+def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path) -> None:
+    """Write the options that repeat the run, and the names of its images. OSError that names the file."""
+    record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
+    write_json(folder / RECORD, record, indent=1, ensure_ascii=False)
+
+
+def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
+    """Copy the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
+    the record needs no other files, and no image can overwrite one of them.
+
+    Predicted layouts are saved as they were ``used``, so that the record does not depend on the predictor.
+    """
+    contents = {
+        f"inputs/{name}_{index}{Path(path).suffix.lower()[:10]}": (name, Path(path).read_bytes())
+        for name in INPUTS
+        if name != "layout"
+        for index, path in enumerate(options[name] or [])
+    }  # all are read before any is written: a repeated run may read from its own folder
+    predicted = options["layout"] == [AUTO]
+    layouts = list(dict.fromkeys(used)) if predicted else [load_layout(path) for path in options["layout"] or ()]
+    if (folder / "inputs").is_symlink():
+        raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
+    (folder / "inputs").mkdir(exist_ok=True)
+    copies: dict[str, Any] = {"prompt": None, "layout_seed": None, "predictor": None} if predicted else {}
+    for index, layout in enumerate(layouts):
+        path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
+        copies.setdefault("layout", []).append(str(path.relative_to(folder)))
+    for target, (name, content) in contents.items():
+        write_bytes(folder / target, content)
+        copies.setdefault(name, []).append(target)
+    return copies

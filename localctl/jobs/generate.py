@@ -1,0 +1,167 @@
+"""The engine of a run: load the models of a job, keep those that the next job needs too, generate step by step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from localctl.adapter import LocalAdapter
+from localctl.adapter_files import SavedAdapter
+from localctl.control.base import Control
+from localctl.control.image_controls import LocalAdapterControl
+from localctl.jobs.prepare import Job
+from localctl.jobs.variants import Variant, optimized_controls
+from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
+from localctl.previews import LatentPreview, OnStep, SamplingStep
+from localctl.sampling import GenerateOutput, Sampling, generate
+
+if TYPE_CHECKING:  # imported where weights are optimised
+    from localctl.metrics.clip import Clip
+
+logger = logging.getLogger(__name__)
+
+
+class Cancelled(Exception):
+    """The user ended a job; raise it from ``on_step``."""
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """A sampling step of a job, after it.
+
+    step, of, latents: as of :class:`~localctl.previews.SamplingStep`. image_count: how many images are in this batch.
+    done: the part of the whole job that is done, in (0, 1].
+    """
+
+    step: int
+    of: int
+    image_count: int
+    variant: Variant
+    latents: Tensor | None
+    done: float
+
+
+@dataclass
+class JobModels:
+    """The models of a job, loaded. Pass them to the next :func:`load_models`, which keeps what is still needed.
+
+    adapters: by place, each with what tells whether its files are still the same. clips: by name.
+    """
+
+    base: BaseConfig
+    device: torch.device
+    pipe: DiffusionPipeline | None
+    adapters: dict[str, tuple[object, LocalAdapter]] = field(default_factory=dict)
+    clips: dict[str, Clip] = field(default_factory=dict)
+
+    @cached_property
+    def preview(self) -> LatentPreview:
+        """Previews of this base's latents, fitted at the first use: ``models.preview(progress.latents)`` are images."""
+        return LatentPreview(self.pipe)
+
+
+def load_models(job: Job, before: JobModels | None = None) -> JobModels:
+    """Return the models of ``job``, those of ``before`` where they are the same.
+
+    ``before`` is used up: what the job does not need is released before anything is loaded. ValueError when weights are
+    missing or damaged.
+    """
+    wanted = {item.saved.place: item.saved for item in job.adapters}
+    states = {place: _state(saved) for place, saved in wanted.items()}
+    names = {control.clip for variant in job.variants for control in optimized_controls(variant)}
+    models = before or JobModels(job.base, job.device, None)
+    if (models.base, models.device) != (job.base, job.device):
+        models.pipe, models.adapters, models.clips = None, {}, {}
+        models = JobModels(job.base, job.device, None)
+    models.adapters = {place: kept for place, kept in models.adapters.items() if states.get(place) == kept[0]}
+    models.clips = {name: clip for name, clip in models.clips.items() if name in names}
+    for place, saved in wanted.items():
+        if place not in models.adapters:
+            models.adapters[place] = states[place], saved.load().to(job.device).eval().requires_grad_(False)
+    for name in sorted(names - models.clips.keys()):
+        from localctl.weight_search.weights import clip_beside  # with the metrics, not needed otherwise
+
+        models.clips[name] = clip_beside(name, resolve_base(job.base.name).id_or_path, job.device)
+    if models.pipe is None:
+        logger.info(f"loading the base {job.base.name} ...")
+        models.pipe = load_pipeline(job.base, device=job.device)
+    return models
+
+
+def _state(saved: SavedAdapter) -> object:
+    """Return what changes when the adapter is trained or saved anew."""
+    place = Path(saved.place)
+    files = [place] if place.is_file() else sorted(place.rglob("*.safetensors")) if place.is_dir() else []
+    return saved, [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+
+
+def generate_job(
+    job: Job, models: JobModels, on_step: Callable[[StepProgress], object] | None = None
+) -> Iterator[tuple[Variant, GenerateOutput]]:
+    """Generate the images of each variant of ``job`` in turn.
+
+    on_step: called after every sampling step of every batch. An error that it raises, such as :class:`Cancelled`, ends
+    the sampling there and leaves the models as they were.
+    """
+    options, count = job.options, job.image_count
+    for index, variant in enumerate(job.variants):
+        of = f" with {variant.label}" if len(job.variants) > 1 else ""
+        logger.info(f"generating {count} image{'s'[: count - 1]}{of}, at most {options.batch_size} at once ...")
+        watch = None if on_step is None else _watch(job, index, on_step)
+        yield variant, generate_variant(job, variant, models, watch)
+
+
+def _watch(job: Job, index: int, on_step: Callable[[StepProgress], object]) -> OnStep:
+    """Return a function that makes a step of the variant with this ``index`` one of the job."""
+    variant, total = job.variants[index], job.image_count
+    size = 1 if optimized_controls(variant) else job.options.batch_size
+    epochs = next((control.epochs for control in optimized_controls(variant)), 0)
+    finished = 0
+
+    def report(step: SamplingStep) -> None:
+        nonlocal finished
+        images = min(size, total - finished)
+        part = step.step / step.of
+        share = (part * epochs if step.latents is None else epochs + part) / (epochs + 1)  # optimised first
+        done = (index + (finished + images * share) / total) / len(job.variants)
+        on_step(StepProgress(step.step, step.of, images, variant, step.latents, done))
+        if share == 1:
+            finished += images
+
+    return report
+
+
+def adapter_controls(job: Job, models: JobModels) -> list[LocalAdapterControl]:
+    """Return the job's adapters as controls."""
+    return [
+        LocalAdapterControl(
+            models.adapters[item.saved.place][1], item.condition, item.mask, item.weight, item.start, item.end
+        )
+        for item in job.adapters
+    ]
+
+
+def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnStep | None = None) -> GenerateOutput:
+    """Generate the images of one variant, with the adapters too; weights that are to be optimised are optimised for
+    each image. The pipeline has its own scheduler again afterwards."""
+    options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name).guidance_scale)
+    sampling = Sampling.of(options).over(variant.sampling).over(own)
+    sampling = replace(sampling, clip_skip=sampling.clip_skip or None)  # 0 skips nothing
+    controls: Sequence[Control] = [*adapter_controls(job, models), *variant.controls]
+    shared: Mapping[str, Any] = {
+        "sampling": sampling, "negative_prompt": options.negative_prompt, "on_step": on_step
+    }  # fmt: skip
+    assert models.pipe is not None
+    for control in optimized_controls(variant):
+        from localctl.weight_search.weights import generate_optimized
+
+        return generate_optimized(models.pipe, job.layouts, controls, clip=models.clips[control.clip], **shared)
+    return generate(models.pipe, job.layouts, controls, **shared)

@@ -1,0 +1,48 @@
+"""A run of ``sample.py`` from its settings to its files: images, a contact sheet, and a record that repeats it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from localctl.jobs.files import copy_inputs, open_output, save_images, save_record
+from localctl.jobs.generate import generate_job, load_models
+from localctl.jobs.prepare import Job, prepare, reproducing_options
+from localctl.jobs.settings import SampleSettings
+from localctl.jobs.sheets import save_sheets
+from localctl.lock import FolderLock
+
+logger = logging.getLogger(__name__)
+_BYTES_PER_PIXEL = 9  # of an image and its places on sheets, at worst
+
+
+def run(options: SampleSettings) -> Iterator[Path]:
+    """Generate the images and yield their paths as they are written.
+
+    ValueError and OSError in one sentence, also for an output folder that another run is using; all that can be checked
+    without the base is checked before it is loaded.
+    """
+    job = prepare(options)
+    for note in job.notes:
+        logger.info(note)
+    pixels = job.size[0] * job.size[1] * job.image_count * len(job.variants)
+    folder = open_output(options.output_dir, _BYTES_PER_PIXEL * pixels)
+    lock = FolderLock(folder)
+    try:
+        yield from _generate_all(job, folder)
+    finally:
+        lock.release()
+
+
+def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
+    """Generate the images with each variant and write everything, while the output folder is locked."""
+    copies = copy_inputs(vars(job.options), job.layouts, folder)
+    outputs, paths = [], []
+    for variant, output in generate_job(job, load_models(job)):
+        outputs.append((variant, output))
+        written = save_images(output, len(outputs) - 1, job.variants, folder)
+        paths += written
+        yield from written
+    save_record({**reproducing_options(job), **copies}, paths, folder)
+    save_sheets(outputs, job, folder)
