@@ -37,6 +37,8 @@ from research import flags
 logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
 DIGITS = 5  # after the point, in stored figures
+# The embedded base before its second training, of which results without a hash of the base are.
+FIRST_BASE = "c80829270fb096f8b84b10ee24900c06db48b1fbb8533e3be8b221d5f2b785ab"
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,10 @@ class Study(Generic[V]):
         self.base = Path(resolve_base(protocol.base).id_or_path)
 
     @cached_property
+    def base_sha256(self) -> str:
+        return sha256_of_base(self.base)
+
+    @cached_property
     def clip(self) -> Clip:
         return Clip(MICRO_CLIP)
 
@@ -236,11 +242,11 @@ class Study(Generic[V]):
 
     def asked(self, variant: V) -> dict[str, Any]:
         """Return all that a result depends on, as JSON would read it back."""
-        return {"protocol": self.protocol.plain(), "reader": VERSION}
+        return {"protocol": self.protocol.plain(), "reader": VERSION, "base_sha256": self.base_sha256}
 
     def earlier(self, variant: V, content: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings of an existing result; subclasses add the defaults of settings newer than the result."""
-        return dict(content.get("asked", {}))
+        return {"base_sha256": FIRST_BASE, **content.get("asked", {})}
 
     def measured(self, variant: V) -> dict[str, Any]:
         """Generate and measure; return the fields of the result besides its name and settings."""
@@ -327,6 +333,11 @@ def provenance(
         "versions": versions(),
         **more,
     }
+
+
+def of_first_base(asked: Mapping[str, Any]) -> bool:
+    """Return whether a result was measured on the embedded base before its second training."""
+    return asked["protocol"]["base"] == "micro" and asked.get("base_sha256", FIRST_BASE) == FIRST_BASE
 
 
 def sha256_of_base(base: Path) -> str:

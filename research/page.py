@@ -15,7 +15,7 @@ from localctl.evaluation.provenance import write_text
 from localctl.evaluation.tables import head, line
 from localctl.metrics.bootstrap import Interval, bootstrap
 from localctl.micro.detect import VERSION
-from research.harness import reader_version
+from research.harness import of_first_base, reader_version
 
 
 def interval(values: np.ndarray) -> Interval | None:
@@ -69,7 +69,19 @@ def reader_note(asked: Mapping[str, Any], begin: str = "Read") -> list[str]:
     return [
         f"*{begin} by version {version} of the reader of micro scenes. Version {VERSION} finds objects that it missed, "
         "stars and rings above all:",
-        "[what that changes](evaluation.md#the-reader-against-the-eye). To be measured again with the next base.*",
+        "[what that changes](evaluation.md#the-reader-against-the-eye).*",
+        "",
+    ]
+
+
+def base_note(asked: Mapping[str, Any]) -> list[str]:
+    """Return a note for results that were measured on the embedded base before its second training, else no lines."""
+    if not of_first_base(asked):
+        return []
+    return [
+        "*All figures and images of this page are of the first generation of the embedded base, before its second",
+        "training ([what that gained](results.md#the-base-itself)). They were not measured again with the base that is",
+        "shipped now.*",
         "",
     ]
 

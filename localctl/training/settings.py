@@ -136,7 +136,8 @@ class TrainSettings:
     adam_epsilon: AdamW's guard against dividing by zero.
     max_grad_norm: gradients are scaled down to this norm; null = they are not.
     proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
-    timestep_sampling: distribution of the timesteps: uniform, or cubic, which prefers noisy ones as published.
+    timestep_sampling: distribution of the timesteps: uniform, or cubic, which prefers noisy ones as published; null =
+        the base's own, uniform for micro and cubic for others.
     logging_steps: steps between rows of the log.
     validation_steps: steps between validations; 0 = none.
     checkpointing_steps: steps between checkpoints; 0 = none.
@@ -194,7 +195,7 @@ class TrainSettings:
     adam_epsilon: Rate = 1e-8
     max_grad_norm: float | None = 1.0
     proportion_empty_prompts: Share = 0.1
-    timestep_sampling: TimestepSampling = "cubic"
+    timestep_sampling: TimestepSampling | None = None
 
     logging_steps: Positive = 20
     validation_steps: NotNegative = 300
@@ -217,11 +218,13 @@ class TrainSettings:
         if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
             raise ValueError(f"The polynomial lr_scheduler ends at {LR_END:g}; choose a learning_rate above it.")
         # Stored as numbers, so that a later default changes nothing.
-        own = BASES.get(self.base.name, BaseSpec).guidance_scale
+        own = BASES.get(self.base.name, BaseSpec)
+        if self.timestep_sampling is None:
+            self.timestep_sampling = own.timestep_sampling
         if self.validation.guidance_scale is None:
-            self.validation = replace(self.validation, guidance_scale=own)
+            self.validation = replace(self.validation, guidance_scale=own.guidance_scale)
         if self.early_stopping.guidance_scale is None:
-            self.early_stopping = replace(self.early_stopping, guidance_scale=own)
+            self.early_stopping = replace(self.early_stopping, guidance_scale=own.guidance_scale)
 
     @property
     def workers(self) -> int:

@@ -11,6 +11,7 @@ from research.ablation.rows import FLOOR, METHOD, ROWS, WITHOUT
 from research.ablation.study import CONDITIONS
 from research.ablation.sweep import sweep_section
 from research.page import (
+    base_note,
     cell,
     figure,
     reader_note,
@@ -64,6 +65,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         "seeds of training at once; few seeds make them too narrow, so their values stand below.",
         "[evaluation.md](evaluation.md) says what each figure is.",
         "",
+        *base_note(figures.base["asked"]),
         *reader_note(figures.base["asked"], "`leak`, `region_accuracy` and `relation` are read"),
     ]
 

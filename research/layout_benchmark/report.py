@@ -22,6 +22,7 @@ from research.layout_benchmark.figures import (
 )
 from research.layout_benchmark.study import SHOWN
 from research.page import (
+    base_note,
     cell,
     figure,
     reader_note,
@@ -128,6 +129,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         written_by(COMMAND, page),
         "from the results named below, on the embedded base and its small scenes.",
         "",
+        *base_note(figures.plain["asked"]),
         *reader_note(figures.plain["asked"]),
         f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_generating(figures)};",
         "the same noise for every method. The prompt names the objects, their boxes were drawn at random. Intervals",

@@ -34,7 +34,6 @@ from research.harness import (
     check_same,
     generate_cases,
     provenance,
-    sha256_of_base,
     statistics_of,
 )
 from research.layout_benchmark.attention import attention_of
@@ -67,7 +66,6 @@ class LayoutBenchmark(Study[Method]):
             raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
         super().__init__(protocol, folder, work)
         self.batch_size, self.device = batch_size, process_device(device)
-        self.base_sha256 = sha256_of_base(self.base)
         assert self.extractors  # loaded now, so that a missing one is an error before any slow work
         self.cases = cases(protocol.layouts, protocol.split, protocol.regions)
         # Ordered by layout, then by seed.
@@ -81,7 +79,7 @@ class LayoutBenchmark(Study[Method]):
         return pipe
 
     def asked(self, variant: Method) -> dict[str, Any]:
-        asked = {**super().asked(variant), "base_sha256": self.base_sha256, "controls": variant.described()}
+        asked = {**super().asked(variant), "controls": variant.described()}
         way = {name: getattr(variant.sampling, name) for name in ("scheduler", "guidance_scale")}
         return asked if variant.sampling == FREE else {**asked, "sampling": way}
 

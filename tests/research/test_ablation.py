@@ -156,7 +156,7 @@ PROVENANCE = {
 def made(name, row, seed, f1, kid=0.1, loss=None, ceiling=None):
     f1 = np.asarray(f1, float)
     samples = np.stack([f1, np.zeros_like(f1), f1 * 10], axis=1)
-    protocol = {"count": len(f1), "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
+    protocol = {"base": "micro", "count": len(f1), "num_inference_steps": 1, "guidance_scale": 2.0, "scheduler": "ddim"}
     ids = tuple(str(i) for i in range(len(f1)))
     about = {
         "name": name, "row": row, "title": name, "seed": seed, "ids": list(ids), "columns": list(COLUMNS),

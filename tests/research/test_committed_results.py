@@ -15,6 +15,7 @@ from log_helpers import logged
 from PIL import Image
 
 from localctl.micro.detect import VERSION
+from research import harness
 from research.ablation import __main__ as ablation
 from research.ablation.report import write_report as write_ablation
 from research.ablation.rows import BASE, Protocol
@@ -34,6 +35,18 @@ def test_pages_in_docs_are_of_the_committed_results(tmp_path: Path, monkeypatch:
     assert results_of(tmp_path / "ablation.md") == tmp_path / "ablation"
 
 
+@pytest.fixture
+def on_the_first_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The studies take the embedded base for the one that their committed results are of; their pages say so."""
+    monkeypatch.setattr(harness, "sha256_of_base", lambda base: harness.FIRST_BASE)
+
+
+def test_results_of_another_base_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base.json was made with another base_sha256; choose another --report"):
+        Ablation(Protocol(), RESULTS / "ablation", tmp_path).run([BASE], lambda: None)
+
+
+@pytest.mark.usefixtures("on_the_first_base")
 def test_results_of_the_ablation(tmp_path: Path) -> None:
     cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
     said = logged()
@@ -41,6 +54,7 @@ def test_results_of_the_ablation(tmp_path: Path) -> None:
     assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
+@pytest.mark.usefixtures("on_the_first_base")
 def test_results_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said = logged()

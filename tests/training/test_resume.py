@@ -91,8 +91,8 @@ def test_a_setting_that_did_not_exist_yet_had_its_default():
     before = described()
     del before["settings"]["timestep_sampling"]
     assert changes(before, described()) == []
-    changed = described(replace(TrainSettings(), timestep_sampling="uniform"))
-    assert changes(before, changed) == ["timestep_sampling: cubic -> uniform"]
+    changed = described(replace(TrainSettings(), timestep_sampling="cubic"))
+    assert changes(before, changed) == ["timestep_sampling: uniform -> cubic"]
     before["settings"]["old_name"] = 4
     assert changes(before, described()) == ["old_name: 4 -> gone"]
 

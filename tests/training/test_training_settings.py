@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from localctl.bases import BASES, BaseConfig
 from localctl.data import DataConfig
 from localctl.training.schedule import bound_steps, learning_rate_at, schedule_notes
 from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
@@ -137,3 +138,9 @@ def test_files_are_read_by_the_cores_that_are_left(cores, processes, workers, mo
     assert replace(files, dataloader_num_workers=0).workers == 0
     assert replace(files, dataloader_num_workers=7).workers == 7
     assert TrainSettings().workers == 0  # the embedded scenes stay in memory
+
+
+def test_timesteps_are_sampled_as_suits_the_base_unless_the_user_says_how():
+    found = {name: TrainSettings(base=BaseConfig(name=name)).timestep_sampling for name in (*BASES, "owner/other")}
+    assert found == {"micro": "uniform", "sd15": "cubic", "sd21": "cubic", "sdxl": "cubic", "owner/other": "cubic"}
+    assert TrainSettings(timestep_sampling="cubic").timestep_sampling == "cubic"
