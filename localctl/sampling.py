@@ -90,7 +90,10 @@ def generate(
     generated: list[Any] = []
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
-    with scheduled(pipe, resolved), attach(pipe, layouts, controls) as attached:
+    with (
+        scheduled(pipe, resolved),
+        attach(pipe, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
+    ):
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
             attached.select([index for index, _ in batch])
