@@ -15,6 +15,7 @@ from localctl.inputs import OptionalImageField
 from localctl.layout_checks import MAX_STRENGTH, Box, check_count, check_text, checked_boxes, checked_mask, is_number
 from localctl.masks import disc_mask, resize_mask
 from localctl.phrases import find_phrase
+from localctl.prompt_syntax import read_weights
 from localctl.sizes import check_side, shown
 
 if TYPE_CHECKING:
@@ -190,11 +191,12 @@ class Layout:
     def characters(self, region: Region) -> tuple[int, int] | None:
         """Return the [first, last) characters of the region's phrase in the prompt; None for a region without words.
 
+        Marks of weights within or around its words do not matter (:func:`localctl.prompt_syntax.read_weights`).
         ValueError if the prompt does not have this occurrence of the phrase.
         """
         if region.phrase is None:
             return None
-        found = find_phrase(self.prompt, region.phrase)
+        found = _find_marked(self.prompt, region.phrase) or find_phrase(self.prompt, region.phrase)
         if region.occurrence < len(found):
             return found[region.occurrence]
         words = " | ".join(self.prompt.split())
@@ -267,6 +269,13 @@ def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, .
     if not several:
         raise ValueError("There is no layout to generate an image from; give at least one prompt.")
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
+
+
+def _find_marked(prompt: str, phrase: str) -> list[tuple[int, int]]:
+    """Return what :func:`find_phrase` does for both texts without marks of weights, as characters of ``prompt``."""
+    read = read_weights(prompt)
+    found = find_phrase(read.text, read_weights(phrase).text)
+    return [(read.places[first], read.places[last - 1] + 1) for first, last in found]
 
 
 def _check_phrases(layout: Layout) -> None:

@@ -32,6 +32,8 @@ from localctl.bases import (
 from localctl.devices import send
 from localctl.messages import no_progress_bars
 from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
+from localctl.prompt_syntax import WeightedText
+from localctl.prompt_weights import Text, reads_weights, weighting
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -39,7 +41,7 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 @torch.no_grad()
 def encode_prompts(
     pipe: Any,
-    prompts: str | list[str],
+    prompts: Text | Sequence[Text],
     negative_prompt: str | None = None,
     *,
     guided: bool = False,
@@ -48,7 +50,8 @@ def encode_prompts(
     """Encode prompts as the pipeline itself does.
 
     Args:
-        prompts: one prompt, or a list of B.
+        prompts: one prompt, or a list of B. Weights act where the pipeline reads them
+            (:func:`localctl.prompt_weights.weighted_prompts`).
         negative_prompt: None = the pipeline's default: for SDXL zeros (``force_zeros_for_empty_prompt``), not the
             encoding of the empty text.
         guided: encode the negative prompt, too.
@@ -62,7 +65,11 @@ def encode_prompts(
         encode, options = pipe.encode_prompt, {"device": pipe.unet.device}
     else:  # the method of the class, as that of the instance is wrapped
         encode = partial(type(pipe).encode_prompt, pipe)
+        encode = weighting(pipe, encode) if reads_weights(pipe) else encode
         options = {name: call[name] for name in ("device", "clip_skip", "lora_scale") if name in call}
+    if not reads_weights(pipe):
+        several = [prompts] if isinstance(prompts, Text) else prompts
+        prompts = [text.text if isinstance(text, WeightedText) else text for text in several]
     states, negative, *pooled = encode(
         prompts, num_images_per_prompt=1, do_classifier_free_guidance=guided, negative_prompt=negative_prompt, **options
     )

@@ -97,7 +97,7 @@ def generate(
     with (
         scheduled(pipe, resolved),
         each_step(pipe, on_step) as begin,
-        attach(pipe, layouts, controls) as attached,
+        attach(pipe, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]

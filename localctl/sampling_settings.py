@@ -25,6 +25,8 @@ class Sampling:
         use_karras_sigmas: whether the scheduler uses Karras' noise levels.
         seeds: one seed or several; each image starts from the noise of its seed.
         batch_size: at most this many images at once; changes no image beyond rounding.
+        prompt_weighting: whether weights in prompts act and prompts of any length are used (default); False: marks are
+            text, and long prompts are cut.
 
     Raises:
         ValueError: an unknown scheduler, an empty list of seeds, a count below 1 or a scale that is not finite.
@@ -39,6 +41,7 @@ class Sampling:
     use_karras_sigmas: bool | None = None
     seeds: int | Sequence[int] | None = None
     batch_size: int | None = None
+    prompt_weighting: bool | None = None
 
     def __post_init__(self) -> None:
         if self.seeds is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from localctl.layout import Layout
+from localctl.prompt_syntax import WeightedText, read_weights
+from localctl.prompt_weights import has_compel, reads_weights, token_places
+
+Span = tuple[int, int]  # [first, last) characters
 
 
 def token_positions(
-    tokenizer: Any, layout: Layout, convert: Callable[[str], str] | None = None
+    tokenizer: Any, layout: Layout, convert: Callable[[str], str] | None = None, weighted: bool = False
 ) -> list[tuple[int, ...]]:
     """Return for each region the positions of its phrase in the text encoder's output; () for one without words.
 
@@ -19,6 +23,7 @@ def token_positions(
         tokenizer: a fast tokenizer (one with character offsets); its ``model_max_length`` is the limit.
         layout: its prompt is tokenised as a whole, with the start token at position 0.
         convert: the pipeline's conversion of a prompt before it is tokenised, if any.
+        weighted: the pipeline reads weights and prompts of any length.
 
     Raises:
         ValueError: more regions than tokens; a phrase beyond the limit, which the text encoder does not read; two
@@ -26,12 +31,12 @@ def token_positions(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no character offsets; load the fast tokenizer of the base.")
-    spans = [layout.characters(region) for region in layout.regions]
-    prompt = layout.prompt
+    read = read_weights(layout.prompt) if weighted else WeightedText.plain(layout.prompt)
+    spans = [span and read.span(span) for span in map(layout.characters, layout.regions)]
+    prompt, parts = read.text, read.spans
     if convert is not None:
-        prompt, spans = _converted(layout, spans, convert)
-    encoded = tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
+        prompt, spans, parts = _converted(layout, read, spans, convert)
+    offsets = _offsets(tokenizer, prompt, parts)
     tokenised = " | ".join(prompt[first:last] for first, last in offsets if last > first)
     count = sum(last > first for first, last in offsets)
     with_phrase = [region for region in layout.regions if region.phrase]
@@ -40,6 +45,9 @@ def token_positions(
             f"There are {len(with_phrase)} regions with phrases for {count} tokens ({tokenised}); give fewer regions."
         )
     limit = tokenizer.model_max_length - 1  # the end token takes the last position
+    places: Sequence[int] = range(len(offsets))
+    if weighted and len(offsets) > limit + 1 and has_compel():
+        places, limit = [0, *token_places(tokenizer, [prompt[first:last] for first, last in parts])], len(offsets)
     positions: list[tuple[int, ...]] = []
     owner: dict[int, str] = {}
     for region, span in zip(layout.regions, spans, strict=True):
@@ -56,12 +64,12 @@ def token_positions(
                     "put a space between them."
                 )
             owner[position] = region.phrase or ""
-        positions.append(own)
+        positions.append(tuple(places[position] for position in own))
     return positions
 
 
 def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:
-    """Return the :func:`token_positions` of a pipeline.
+    """Return the :func:`token_positions` of a pipeline, for prompts as it reads them at the moment.
 
     With two tokenizers the positions of both are merged: their embeddings are concatenated along channels.
     """
@@ -69,21 +77,34 @@ def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:
     # Textual-inversion words of several vectors are expanded, as the pipeline does it for each of its tokenizers.
     convert = getattr(pipe, "maybe_convert_prompt", None)
     found = [
-        token_positions(tokenizer, layout, convert and partial(convert, tokenizer=tokenizer))
+        token_positions(tokenizer, layout, convert and partial(convert, tokenizer=tokenizer), reads_weights(pipe))
         for tokenizer in tokenizers
         if tokenizer is not None
     ]
     return [tuple(sorted(set().union(*several))) for several in zip(*found, strict=True)]
 
 
+def _offsets(tokenizer: Any, prompt: str, parts: Sequence[Span]) -> list[Span]:
+    """Return the characters of each token, with the start and the end token; each part is tokenised by itself."""
+    found: list[Span] = [(0, 0)]
+    for start, end in parts:
+        encoded = tokenizer(prompt[start:end], return_offsets_mapping=True, truncation=False, verbose=False)
+        offsets: list[Span] = encoded["offset_mapping"]
+        if len(parts) == 1:
+            return offsets
+        found += [(start + first, start + last) for first, last in offsets[1:-1]]
+    return [*found, (0, 0)]
+
+
 def _converted(
-    layout: Layout, spans: list[tuple[int, int] | None], convert: Callable[[str], str]
-) -> tuple[str, list[tuple[int, int] | None]]:
-    """Return the converted prompt, and ``spans`` mapped to it by converting the prompt part by part."""
-    prompt, whole = layout.prompt, convert(layout.prompt)
+    layout: Layout, read: WeightedText, spans: list[Span | None], convert: Callable[[str], str]
+) -> tuple[str, list[Span | None], list[Span]]:
+    """Return the converted prompt, and ``spans`` and the parts of equal weight mapped to it by converting the prompt
+    part by part."""
+    prompt, stretches, whole = read.text, read.spans, convert(read.text)
     if whole == prompt:
-        return prompt, spans
-    edges = sorted({0, len(prompt), *(edge for span in spans if span is not None for edge in span)})
+        return prompt, spans, stretches
+    edges = sorted({0, len(prompt), *(edge for span in [*spans, *stretches] if span is not None for edge in span)})
     parts = [convert(prompt[first:last]) for first, last in pairwise(edges)]
     if "".join(parts) != whole:
         phrases = ", ".join(repr(region.phrase) for region in layout.regions if region.phrase)
@@ -94,7 +115,8 @@ def _converted(
     places = {0: 0}
     for edge, part, before in zip(edges[1:], parts, edges, strict=False):
         places[edge] = places[before] + len(part)
-    return whole, [None if span is None else (places[span[0]], places[span[1]]) for span in spans]
+    moved = [None if span is None else (places[span[0]], places[span[1]]) for span in spans]
+    return whole, moved, [(places[first], places[last]) for first, last in stretches]
 
 
 def _within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:

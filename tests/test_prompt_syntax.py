@@ -1,13 +1,21 @@
-"""Marks of other tools in prompts: one warning, and no objects."""
+"""Marks in prompts: weights are read; the syntax of other tools is refused, or read as text with one warning."""
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 
 from localctl.layout_predictor.parsing import parse
-from localctl.prompt_syntax import foreign_syntax, warn_of_syntax, without_syntax
+from localctl.prompt_syntax import (
+    WeightedText,
+    foreign_syntax,
+    read_weights,
+    refuse_foreign,
+    warn_of_syntax,
+    without_syntax,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,63 @@ def test_plain_english_is_not_warned_of(prompt: str) -> None:
         warnings.simplefilter("error")
         warn_of_syntax([prompt])
     assert without_syntax(prompt) == prompt
+    read = read_weights(prompt)
+    assert read == WeightedText.plain(prompt)
+    refuse_foreign(prompt, read)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("(a cat:1.2) and a dog", [("a cat", 1.2), (" and a dog", 1)]),
+        ("(a cat: .5), a dog", [("a cat", 0.5), (", a dog", 1)]),
+        ("((a cat)) and (((a dog)))", [("a cat", 1.21), (" and ", 1), ("a dog", 1.331)]),
+        ("((a cat:1.2))", [("a cat", 1.32)]),
+        ("((red:1.2) cat:1.5)", [("red", 1.8), (" cat", 1.5)]),
+        ("[a cat], [[a dog]]", [("a cat", 1 / 1.1), (", ", 1), ("a dog", 1 / 1.21)]),
+        ("a fluffy++ cat", [("a ", 1), ("fluffy", 1.21), (" cat", 1)]),
+        ("a (red fluffy)+++, (x)--, (y)0.3", [
+            ("a ", 1), ("red fluffy", 1.331), (", ", 1), ("x", 0.81), (", ", 1), ("y", 0.3),
+        ]),
+        (r"fate \(series\), (a \[b\]:1.5)", [("fate (series), ", 1), ("a [b]", 1.5)]),
+        ("(1girl:1.3) (at 10:30) (2020:1.1)", [("1girl", 1.3), (" (at 10:30) ", 1), ("2020", 1.1)]),
+        ("(a (red:1.2) cat)", [("(a ", 1), ("red", 1.2), (" cat)", 1)]),
+        ("(open", [("(open", 1)]),
+        ("(:1.3)a", [("a", 1)]),
+    ],
+)  # fmt: skip
+def test_weights_are_read(prompt: str, parts: list[tuple[str, float]]) -> None:
+    read = read_weights(prompt)
+    refuse_foreign(prompt, read)
+    found = [(read.text[first:last], read.weights[first]) for first, last in read.spans]
+    assert [text for text, _ in found] == [text for text, _ in parts]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
+    assert all(prompt[place] == letter for place, letter in zip(read.places, read.text, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        ("a cat, <lora:fluffy:0.8>", "has '<lora:fluffy:0.8>', syntax of other tools; load a LoRA by --lora, or read"),
+        ("a cat, embedding:easynegative", "load a learned word by --textual_inversion"),
+        ("a cat BREAK a dog", "has 'BREAK', syntax of other tools; place parts of the prompt by the regions"),
+        ("a cat AND a dog", "place parts of the prompt by the regions"),
+        ("a {red|blue} cat", "give one prompt for each choice"),
+        ("a cat in __place__", "give one prompt for each choice"),
+        ("a [cat:dog:0.5]", "give a region with start and end"),
+        ("a [cat|dog]", "give a region with start and end"),
+        ("a cat:1.3", "put the weighted words in parentheses"),
+        ("a cat::2 a dog::1", "put the weighted words in parentheses"),
+        ('("a cat", "a dog").blend(0.7, 0.3)', "place parts of the prompt by the regions"),
+        ("a cat --ar 16:9", "give sizes, seeds and the like as arguments of their own"),
+        ("(a cat:-1)", "has a weight of -1; give weights from 0 to 10"),
+        ("(a cat:99)", "has a weight of 99; give weights from 0 to 10"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused(prompt: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        refuse_foreign(prompt, read_weights(prompt))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -107,5 +172,7 @@ def test_prompts_of_many_letters_end_at_once() -> None:
         parse("of the " * 3000, "rules")
     assert len(str(error.value)) < 300
     assert len(parse("a " + "red " * 5000 + "cat", "rules")) == 1
+    assert len(read_weights("(" * 3000 + "a" + ")" * 3000).text) == 1
+    read_weights("a" * 30000 + "++" * 1000 + "(a:" * 1000)
     with pytest.raises(ValueError, match="half a letter"):
         parse("a cat \ud800", "rules")

@@ -30,13 +30,20 @@ from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
 from localctl.layout import Layout, as_layouts
+from localctl.prompt_weights import weighted_prompts
 from localctl.sizes import shown
 
 Layouts = Layout | str | Sequence[Layout | str]
 
 
 @contextmanager
-def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequence[Control]) -> Iterator[Attachment]:
+def attach(
+    pipe: DiffusionPipeline,
+    layout: Layouts,
+    controls: Control | Sequence[Control],
+    *,
+    prompt_weighting: bool | None = None,
+) -> Iterator[Attachment]:
     """Steer the calls of ``pipe`` with ``controls``; the pipeline is restored at the end, also after an exception.
 
     Only calls of ``pipe`` itself are steered: another pipeline, or a loop of your own, that uses the same denoiser runs
@@ -48,6 +55,9 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
             layouts, in their order (or, for one layout, its prompt any number of times). Prompt embeddings passed in
             place of prompts are not checked.
         controls: one control or several; their contributions to the denoiser are summed.
+        prompt_weighting: whether weights such as ``(word:1.3)`` act and prompts of any length are used
+            (:func:`localctl.prompt_weights.weighted_prompts`). False: marks are text, long prompts are cut. None: as
+            for an outer ``attach``, else True.
 
     Raises:
         ValueError: at once, if the controls do not fit the layouts, an object is not a control, another thread has
@@ -67,8 +77,17 @@ def attach(pipe: DiffusionPipeline, layout: Layouts, controls: Control | Sequenc
         if not isinstance(control, Control):
             way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
             raise ValueError(f"{control!r} is not a control; {way_out}.")
-    attachment = Attachment(pipe, as_layouts(layout), controls)
-    module = attachment.denoiser.module
+    with (
+        weighted_prompts(pipe, prompt_weighting),
+        _attached(Attachment(pipe, as_layouts(layout), controls)) as attachment,
+    ):
+        yield attachment
+
+
+@contextmanager
+def _attached(attachment: Attachment) -> Iterator[Attachment]:
+    """Let the calls of the attachment's pipeline be steered."""
+    pipe, module = attachment.pipe, attachment.denoiser.module
     hooks = [
         module.register_forward_pre_hook(attachment.before_denoiser, with_kwargs=True),
         module.register_forward_hook(attachment.after_denoiser, always_call=True),

@@ -26,6 +26,7 @@ from localctl.control.regions import BoundRegionControl, BoundRegions, RegionCon
 from localctl.control.segments import RESTS, Classes
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
+from localctl.prompt_syntax import WeightedText
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,10 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         self._texts, self._last = {}, None
         if not self.control.separate_texts or self.control.w_cross == self.control.w_self == 0:
             return
-        wanted = {key: region.phrase for key, region in self.regions if region.phrase and region.strength}
+        wanted = {key: self.regions.phrase(*key) for key, region in self.regions if region.phrase and region.strength}
         for key, text in self.regions.encode(wanted, arguments).items():  # (77, C) each
-            alone = Layout(wanted[key], regions=(Region(wanted[key], (0, 0, 1, 1)),))
+            phrase = words.text if isinstance(words := wanted[key], WeightedText) else words
+            alone = Layout(phrase, regions=(Region(phrase, (0, 0, 1, 1)),))
             self._texts[key] = text[list(self.regions.denoiser.token_positions(alone)[0])]
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:

@@ -14,6 +14,8 @@ from localctl.control.base import BoundControl, CallContext, Control, check_choi
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
+from localctl.prompt_syntax import WeightedText, read_weights
+from localctl.prompt_weights import Text, length_of_call, reads_weights
 
 Key = TypeVar("Key", bound=Hashable)
 Kept = TypeVar("Kept")
@@ -69,6 +71,7 @@ class BoundRegions:
 
     def __init__(self, pipe: Any, layouts: Sequence[Layout], mask_resize: str) -> None:
         self.denoiser = denoiser_of(pipe)
+        self.weighted = reads_weights(pipe)
         self.layouts = tuple(layouts)
         self.mask_resize = mask_resize
         self.positions = [self.denoiser.token_positions(layout) for layout in layouts]
@@ -107,7 +110,21 @@ class BoundRegions:
         """Return the positions of a region's phrase among ``keys`` tokens."""
         return [position for position in self.positions[layout][region] if position < keys]
 
-    def encode(self, texts: Mapping[Key, str], arguments: Mapping[str, Any]) -> dict[Key, Tensor]:
+    def prompt(self, layout: int) -> WeightedText:
+        """Return the prompt of a layout as the pipeline reads it."""
+        own = self.layouts[layout].prompt
+        return read_weights(own) if self.weighted else WeightedText.plain(own)
+
+    def phrase(self, layout: int, region: int) -> Text:
+        """Return the phrase of a region; with its weights, if its words have any in the prompt."""
+        scene = self.layouts[layout]
+        own = scene.regions[region]
+        assert own.phrase is not None
+        prompt, span = self.prompt(layout), scene.characters(own)
+        words = prompt.cut(*prompt.span(span)) if span else prompt
+        return words if words.is_weighted else own.phrase
+
+    def encode(self, texts: Mapping[Key, Text], arguments: Mapping[str, Any]) -> dict[Key, Tensor]:
         """Return the embeddings (K, C) of each text.
 
         ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
@@ -147,14 +164,15 @@ class BoundRegions:
         return self.cached((key, context.guided_layouts, context.device), stack)
 
 
-def without_phrases(layout: Layout) -> str:
-    """Return the prompt with the phrases of all regions removed."""
-    spans = sorted(span for region in layout.regions if (span := layout.characters(region)) is not None)
-    parts, end = [], 0
-    for first, last in spans:
-        parts.append(layout.prompt[end:first])
-        end = max(end, last)
-    return " ".join("".join([*parts, layout.prompt[end:]]).split())
+def without_phrases(layout: Layout, prompt: WeightedText | None = None) -> Text:
+    """Return the prompt with the phrases of all regions removed.
+
+    ``prompt``: the layout's prompt as the pipeline reads it; None: as text. With weights, the result has some, too.
+    """
+    prompt = prompt or WeightedText.plain(layout.prompt)
+    spans = [prompt.span(span) for region in layout.regions if (span := layout.characters(region)) is not None]
+    rest = prompt.without(spans)
+    return rest if rest.is_weighted else " ".join(rest.text.split())
 
 
 class HiddenPhrases:
@@ -173,9 +191,13 @@ class HiddenPhrases:
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Encode the prompts of this call's layouts without their phrases."""
         scenes = enumerate(self.regions.layouts)
-        texts = {index: without_phrases(layout) for index, layout in scenes if layout.regions}
+        texts = {
+            index: without_phrases(layout, self.regions.prompt(index)) for index, layout in scenes if layout.regions
+        }
         self._texts = self.regions.encode(texts, arguments)
         self._last = None
+        if self.regions.weighted and self._texts:
+            self._fill_up(arguments)
 
     def replace(self, context: CallContext, text: Tensor, active: Collection[int]) -> Tensor | None:
         """Return ``text`` (R, K, C) with the phrases hidden in the prompt rows of the ``active`` layouts, or None.
@@ -189,6 +211,14 @@ class HiddenPhrases:
         if self._last is None or self._last[0] != rows or self._last[1] is not text:
             self._last = (rows, text, self._hide(context, text, hiding))
         return self._last[2]
+
+    def _fill_up(self, arguments: Mapping[str, Any]) -> None:
+        """Give the texts as many tokens as the call's prompts have, with encodings of the empty text."""
+        missing = length_of_call(self.regions.denoiser.pipe, arguments) - len(next(iter(self._texts.values())))
+        if missing > 0:
+            empty = self.regions.encode({"": ""}, arguments)[""]
+            filled = empty.repeat(missing // len(empty), 1)
+            self._texts = {index: torch.cat([text, filled]) for index, text in self._texts.items()}
 
     def _hide(self, context: CallContext, text: Tensor, hiding: tuple[bool, ...]) -> Tensor:
         changed = text.clone()

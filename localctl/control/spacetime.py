@@ -31,6 +31,8 @@ from localctl.control.regions import BoundRegionControl, BoundRegions, RegionCon
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout, Region
 from localctl.phrases import DETERMINERS
+from localctl.prompt_syntax import WeightedText
+from localctl.prompt_weights import Text
 
 MIXES = ("convex", "released")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -206,9 +208,19 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         super().begin_call(arguments)
-        texts = {key: local_text(region, self.control.template) for key, region in self.regions}
-        encoded = self.regions.encode({key: text for key, text in texts.items() if text is not None}, arguments)
+        texts = {key: self._text(key, region) for key, region in self.regions if description(region) is not None}
+        encoded = self.regions.encode(texts, arguments)
         self.mixer.begin_call(encoded)
+
+    def _text(self, key: tuple[int, int], region: Region) -> Text:
+        """Return the local description; a phrase in the template keeps the weights that it has in the prompt."""
+        words = self.regions.phrase(*key) if region.prompt is None else ""
+        if isinstance(words, WeightedText):
+            before, after = map(WeightedText.plain, self.control.template.split("{}"))
+            return before + words + after
+        text = local_text(region, self.control.template)
+        assert text is not None
+        return text
 
     def _active(self, context: CallContext) -> set[int]:
         return {pair.region[0] for pair in self._pairs(context)[0]}

@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.layout import Layout
+from localctl.prompt_weights import Text
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one call of the module, by position and by name
 
@@ -180,7 +181,7 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def encode_texts(self, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
+    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> Tensor:
         """Encode n texts as the pipeline encodes prompts; return (n, K, C).
 
         ``arguments``: of the running call's ``encode_prompt``, which give device and settings.

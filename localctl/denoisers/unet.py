@@ -22,6 +22,7 @@ from localctl.denoisers.base import (
 from localctl.layout import Layout
 from localctl.pipelines import encode_prompts
 from localctl.prompt_embeds import PromptEmbeds
+from localctl.prompt_weights import Text
 from localctl.tokens import positions_of
 
 _NAMES = ("sample", "timestep", "encoder_hidden_states")  # the arguments that may be passed by position
@@ -187,7 +188,7 @@ class UNet(Denoiser):
         """Return the positions of each phrase; with two CLIP tokenizers (SDXL), those of both."""
         return positions_of(self.pipe, layout)
 
-    def encode_texts(self, texts: Sequence[str], arguments: Mapping[str, Any]) -> Tensor:
+    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> Tensor:
         """Return the embeddings (n, K, C) of the texts, without rows of guidance."""
         return encode_prompts(self.pipe, list(texts), call=arguments)[0].states
 

@@ -57,6 +57,7 @@ def generate_like(
         seeds,
         paired=True,
         sampling=sampling,
+        prompt_weighting=False,  # captions of data, encoded as in training
     ).images
 
 

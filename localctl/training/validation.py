@@ -174,6 +174,7 @@ class Validator:
                 controls,
                 seeds=self.config.seed + start,
                 sampling=Sampling.of(self.config),
+                prompt_weighting=False,  # captions of data, encoded as in training
                 callback_on_step_end=after_step,
             ).images
         return images

@@ -10,6 +10,7 @@ from torch import Tensor
 from localctl.control.spacetime import description
 from localctl.layout import Layout, Region
 from localctl.metrics.clip import Clip
+from localctl.prompt_syntax import read_weights
 
 
 class ClipObjective:
@@ -43,7 +44,7 @@ class ClipObjective:
             if description(region) is not None and region_factor
         ]
         texts = [object_text(region) for region in layout.regions if description(region) is not None and region_factor]
-        embedded = clip.embed_texts([layout.prompt, *texts])
+        embedded = clip.embed_texts([read_weights(layout.prompt).text, *texts])
         self.texts = torch.nn.functional.normalize(embedded, dim=-1).to(clip.device)  # (1 + objects, d)
 
     def parts(self, pixels: Tensor) -> Tensor:

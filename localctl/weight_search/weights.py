@@ -31,6 +31,7 @@ from localctl.layout import Layout, as_layouts
 from localctl.metrics.clip import Clip
 from localctl.pipelines import set_scheduler
 from localctl.previews import OnStep, SamplingStep
+from localctl.prompt_weights import weighted_prompts
 from localctl.sampling import (
     GenerateOutput,
     Layouts,
@@ -274,7 +275,7 @@ def generate_optimized(
         "negative_prompt": negative_prompt,
     }
     outputs = []
-    with scheduled(pipe, resolved):
+    with scheduled(pipe, resolved), weighted_prompts(pipe, resolved.prompt_weighting):
         for item, seed in itertools.product(as_layouts(layout), resolved.seeds):
             weights = optimize_weights(
                 pipe, item, clip, optimized, seed=seed, controls=others, progress=progress, on_step=on_step, **options
