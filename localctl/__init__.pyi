@@ -1,6 +1,9 @@
 from .adapter import LocalAdapter as LocalAdapter
 from .adapter_files import find_adapter as find_adapter
 from .adapter_files import load_adapter as load_adapter
+from .addons.embeddings import with_embeddings as with_embeddings
+from .addons.ip_adapters import with_ip_adapters as with_ip_adapters
+from .addons.loras import with_loras as with_loras
 from .api import cache as cache
 from .api import cache_settings as cache_settings
 from .api import compare_sets as compare_sets
@@ -18,6 +21,8 @@ from .control.dense import DenseModulation as DenseModulation
 from .control.forward_guidance import ForwardGuidance as ForwardGuidance
 from .control.image_controls import LocalAdapterControl as LocalAdapterControl
 from .control.image_controls import MaskedControlNet as MaskedControlNet
+from .control.ip_adapter import ImagePrompt as ImagePrompt
+from .control.ip_adapter import IPAdapterControl as IPAdapterControl
 from .control.layout_guidance import LayoutGuidance as LayoutGuidance
 from .control.negative_prompts import NegativePrompts as NegativePrompts
 from .control.presets import controls as controls

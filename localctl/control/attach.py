@@ -237,6 +237,7 @@ class Attachment:
         inputs = self.denoiser.read(args, kwargs)
         context = self._context(inputs, self._layout_of_image)
         arguments = self._add_residuals(context, inputs, (args, kwargs))
+        arguments = self._add_images(context, inputs, arguments)
         arguments = self._replace_text(context, inputs.text, arguments)
         arguments = self._shift_latents(context, inputs.latents, arguments)
         # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
@@ -257,6 +258,16 @@ class Attachment:
         for control in self.bound:
             arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
         return arguments
+
+    def _add_images(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
+        """Add the images of an IP-Adapter, of one control at most."""
+        given = [images for control in self.bound if (images := control.image_embeds(context)) is not None]
+        if len(given) + ("image_embeds" in inputs.added) > 1:
+            raise ValueError(
+                "The images of an IP-Adapter are given twice; put all of them into one IPAdapterControl, and leave "
+                "ip_adapter_image out of the call."
+            )
+        return self.denoiser.write(arguments, images=given[0]) if given else arguments
 
     def _replace_text(self, context: CallContext, text: Tensor, arguments: Arguments) -> Arguments:
         for control in self.bound:

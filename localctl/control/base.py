@@ -168,9 +168,10 @@ class EndOfRun(Exception):
 class BoundControl:
     """A control on one pipeline, for one ``attach``. Subclasses override the hooks they need.
 
-    At each call of the denoiser, ``down_residuals``, ``block_residuals``, ``text`` and ``shift_latents`` change its
-    inputs. At each attention layer for which ``attends`` returns True, ``attention_factors`` or ``attention_bias``,
-    ``read_attention``, ``mixture`` and ``mix_attention`` are called, in this order.
+    At each call of the denoiser, ``down_residuals``, ``block_residuals``, ``image_embeds``, ``text`` and
+    ``shift_latents`` change its inputs. At each attention layer for which ``attends`` returns True, ``image_masks``,
+    ``attention_factors`` or ``attention_bias``, ``read_attention``, ``mixture`` and ``mix_attention`` are called, in
+    this order.
 
     moves_latents: whether ``shift_latents`` may return a shift, which not every scheduler supports.
     takes_gradients: whether it needs gradients through the denoiser, which not all kinds of weights support.
@@ -206,6 +207,18 @@ class BoundControl:
 
         A hook on the denoiser's inputs; ``inputs`` are those of the call before any control changes text or latents.
         """
+        return None
+
+    def image_embeds(self, context: CallContext) -> list[Tensor] | None:
+        """Return the image embeddings (R, n, ...) of n images for each of the base's IP-Adapters; or None.
+
+        A hook on the denoiser's inputs; one control of a call may give them.
+        """
+        return None
+
+    def image_masks(self, context: CallContext, layer: AttentionLayer) -> list[Tensor] | None:
+        """Return the share of each of the n images in the cells of this layer, (R, n, 1, Q), for each of the base's
+        IP-Adapters; or None. Called at cross-attention."""
         return None
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:

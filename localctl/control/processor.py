@@ -21,6 +21,7 @@ from localctl.control.steered import mix_in, steer
 from localctl.denoisers.base import AttentionLayer
 
 User = tuple[BoundControl, CallContext]
+_IMAGE_MASKS = "ip_adapter_masks"  # the keyword argument of an IP-Adapter's processor
 _VIEWING = tuple(
     f"diffusers.models.attention_processor.{name}"
     for name in ("AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor2_0")
@@ -95,6 +96,10 @@ class SteeredProcessor(nn.Module):
                 f"{layer.cells}, so controls cannot locate regions; remove what merges or splits cells (ToMe or "
                 "HyperTile, for example)."
             )
+        for user, context in self.users if layer.cross else ():
+            masks = user.image_masks(context, layer)
+            if masks is not None:
+                kwargs[_IMAGE_MASKS] = masks
         own = not kwargs and attention_mask is None and not isinstance(source, tuple)
         heads = Heads.of(attn, self.inner, hidden_states, text) if own else None
         scores = Scores(attn, hidden_states, text, attention_mask, self.users[0][1].guided_rows, heads)
@@ -180,7 +185,7 @@ class SteeredProcessor(nn.Module):
         def attend(text: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
             chosen = rows if isinstance(rows, Tensor) else list(rows)
             context = (text, [part[chosen] for part in source[1]]) if isinstance(source, tuple) else text
-            return self.inner(attn, hidden_states[chosen], context, **kwargs)
+            return self.inner(attn, hidden_states[chosen], context, **_of_rows(kwargs, chosen, len(hidden_states)))
 
         layer = self.place[1]
         for user, context in self.users if layer.cross else ():
@@ -229,6 +234,14 @@ class SteeredProcessor(nn.Module):
         if mask is None:
             return full
         return full + (mask if mask.shape[0] == full.shape[0] else mask.repeat_interleave(heads, dim=0))
+
+
+def _of_rows(kwargs: dict[str, Any], rows: Any, count: int) -> dict[str, Any]:
+    """Return the keyword arguments of a processor for some of the ``count`` rows: masks of images may differ by row."""
+    masks = kwargs.get(_IMAGE_MASKS)
+    if not isinstance(masks, list) or not any(mask is not None and len(mask) == count > 1 for mask in masks):
+        return kwargs
+    return {**kwargs, _IMAGE_MASKS: [mask if mask is None or len(mask) != count else mask[rows] for mask in masks]}
 
 
 def _function(processor: Any) -> Any:

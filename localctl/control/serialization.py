@@ -22,7 +22,7 @@ from localctl.files import first_line, parse_json, read_json, write_text
 from localctl.sizes import shown
 
 _CLASS = "control"  # the key that names the class
-_IMAGES = ("condition", "mask")
+_IMAGES = ("condition", "mask", "prompts")
 Own = TypeVar("Own", bound="Serializable")
 
 
@@ -77,7 +77,7 @@ def load_control(path: str | Path, *, types: Sequence[type[Serializable]] = (), 
 
     Args:
         types: further classes of controls that it may have, beside those of localctl.
-        given: the images ``condition`` and ``mask``, and settings that override those of the file.
+        given: the images ``condition`` and ``mask`` (or ``prompts``), and settings that override those of the file.
 
     Raises:
         ValueError: a file that is missing or not JSON, an unknown class or setting, or a value that the control

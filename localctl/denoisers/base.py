@@ -125,6 +125,11 @@ class Denoiser(ABC):
     def check_controlnet(self, config: Mapping[str, Any]) -> None:
         """Raise a ValueError if a ControlNet of this config was made for another base."""
 
+    @property
+    def image_adapters(self) -> int:
+        """The number of IP-Adapters that are loaded."""
+        return 0
+
     # One call
 
     @abstractmethod
@@ -140,9 +145,10 @@ class Denoiser(ABC):
         text: Tensor | None = None,
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
+        images: list[Tensor] | None = None,
     ) -> Arguments:
-        """Return the arguments with these latents (R, c, h, w) and this text (R, K, C) in place of their own, and with
-        the residuals added to their own."""
+        """Return the arguments with these latents (R, c, h, w), text (R, K, C) and image embeddings (R, n, ...) of
+        each IP-Adapter in place of their own, and with the residuals added to their own."""
 
     @abstractmethod
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:

@@ -29,6 +29,7 @@ _NAMES = ("sample", "timestep", "encoder_hidden_states")  # the arguments that m
 _WITHIN = "down_intrablock_additional_residuals"
 _SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 _GROUP = re.compile(r"(down|mid|up)(?:/(\d+))?")
+_IMAGES = "image_embeds"
 _LARGE = 1 << 12  # a side of latents that halves evenly at every level
 
 
@@ -110,6 +111,11 @@ class UNet(Denoiser):
                     f"The ControlNet has {name} {own} but the base has {base}; use a ControlNet made for this base."
                 )
 
+    @property
+    def image_adapters(self) -> int:
+        """The number of IP-Adapters that diffusers has loaded."""
+        return len(getattr(self.module.encoder_hid_proj, "image_projection_layers", ()))
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
         """Return the inputs; sample, timestep and text may be passed by position."""
         sample, timestep, text = (
@@ -126,9 +132,10 @@ class UNet(Denoiser):
         text: Tensor | None = None,
         residuals: list[Tensor] | None = None,
         skips: BlockResiduals | None = None,
+        images: list[Tensor] | None = None,
     ) -> Arguments:
         """Return the changed arguments; ``residuals`` go into the down blocks, ``skips`` to the skip connections and
-        the middle block."""
+        the middle block, ``images`` beside SDXL's further inputs."""
         sample = None
         if latents is not None:
             own = self.read(*arguments).sample
@@ -146,6 +153,8 @@ class UNet(Denoiser):
             middle = kwargs.get(_MIDDLE)
             kwargs[_SKIPS] = add_residuals(kwargs.get(_SKIPS), skips.down)
             kwargs[_MIDDLE] = skips.middle if middle is None else middle + skips.middle
+        if images is not None:
+            kwargs["added_cond_kwargs"] = {**(kwargs.get("added_cond_kwargs") or {}), _IMAGES: images}
         return tuple(args), kwargs
 
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:

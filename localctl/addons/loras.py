@@ -1,0 +1,280 @@
+"""LoRAs on a base: one or several at once, each with its own scale, other ones for other prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from localctl.addons.files import SavedWeights, find_weights
+from localctl.architectures import BaseShape
+from localctl.files import first_line
+
+KIND = "LoRA"
+_NAME = re.compile(r"[\w.-]+")
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_DOWN = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down")
+
+Use = Callable[[Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """A LoRA that was found, under the ``name`` by which prompts ask for it."""
+
+    name: str
+    weights: SavedWeights
+
+    @property
+    def place(self) -> str:
+        """NAME=FILE, from which it is found again."""
+        return f"{self.name}={self.weights.path}"
+
+    def check(self, shape: BaseShape) -> None:
+        """Raise a ValueError if it was made for a base of another kind: another width of text, or SDXL."""
+        wide = self.weights.shape_of("attn2", "to_k", "down") or self.weights.shape_of("attn2", "to_k", "lora_A")
+        own = shape.parts["unet"].get("cross_attention_dim")
+        if wide is not None and wide[-1] != own:
+            raise ValueError(
+                f"The LoRA {self.weights.name} is for a base with text of width {wide[-1]} but this base has {own}; "
+                "choose one that was made for this kind of base."
+            )
+        second = any(name.startswith(("text_encoder_2.", "lora_te2_")) for name in self.weights.shapes)
+        if second and not shape.xl:
+            raise ValueError(
+                f"The LoRA {self.weights.name} changes a second text encoder, which this base does not have; choose "
+                "one that was made for this kind of base."
+            )
+
+
+def find_lora(place: str | Path, local_files_only: bool = False) -> SavedLora:
+    """Find a LoRA in the format of diffusers, PEFT or kohya.
+
+    Args:
+        place: FILE.safetensors, a folder with one, OWNER/NAME/FILE on the hub, or NAME=PLACE; without a name, it has
+            that of the file.
+        local_files_only: do not use the network.
+
+    Raises:
+        ValueError: PEFT is not installed, there is no such file, or it is not a LoRA.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("A LoRA needs PEFT, which is not installed; run: pip install 'localctl[peft]'.")
+    name, equals, rest = str(place).partition("=")
+    if not equals or not _NAME.fullmatch(name):
+        name, rest = "", str(place)
+    weights = find_weights(rest, KIND, local_files_only)
+    kinds = {key.rpartition(".")[2] for key in weights.shapes}
+    if "dora_scale" in kinds or any("lora_magnitude_vector" in key for key in weights.shapes):
+        raise ValueError(f"The LoRA {rest} is a DoRA, whose magnitudes would be ignored; give a plain LoRA.")
+    if not any(part in key for key in weights.shapes for part in _DOWN):
+        first = next(iter(weights.shapes), "nothing")
+        raise ValueError(f"{rest} is not a LoRA (it holds {first!r}); give the weights of one.")
+    folder = weights.path.stem == "pytorch_lora_weights"
+    return SavedLora(name or _plain(weights.path.parent.name if folder else weights.path.stem), weights)
+
+
+def _plain(name: str) -> str:
+    """Return a name of letters, digits and ``_.-``."""
+    return re.sub(r"[^\w-]+", "_", name) or "lora"
+
+
+def check_names(loras: Sequence[SavedLora]) -> None:
+    """Raise a ValueError if two LoRAs have one name."""
+    for name, count in Counter(lora.name for lora in loras).items():
+        if count > 1:
+            raise ValueError(f"There are {count} LoRAs called {name!r}; name them apart: NAME=FILE.")
+
+
+def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
+    """Return the scale of each LoRA that a prompt uses.
+
+    Args:
+        text: names joined by +, each with its own scale after a colon: "style:0.6+red"; "all" or "none".
+        known: the names, and their scales unless given.
+
+    Raises:
+        ValueError: an unknown name, one that occurs twice, or a scale that is not a number.
+    """
+    if text in ("all", "none"):
+        return dict(known) if text == "all" else {}
+    used: dict[str, float] = {}
+    for part in text.split("+"):
+        name, colon, scale = part.strip().partition(":")
+        if name not in known:
+            raise ValueError(f"There is no LoRA {name!r}; choose among {', '.join(known)}, all and none.")
+        if name in used:
+            raise ValueError(f"The LoRA {name!r} occurs twice in {text!r}; give it once.")
+        try:
+            used[name] = float(scale) if colon else known[name]
+        except ValueError:
+            raise ValueError(f"The scale of the LoRA {part!r} is not a number; write NAME:SCALE.") from None
+    return used
+
+
+@contextmanager
+def with_loras(pipe: Any, loras: Sequence[SavedLora | str | Path]) -> Iterator[Use]:
+    """Put LoRAs on the U-Net and the text encoders of ``pipe`` for a while.
+
+    Yields:
+        A function that sets which of them act: it takes the scale of each by name. Before its first call, and with no
+        names, the base is as it was.
+
+    Raises:
+        ValueError: LoRAs that are already loaded, weights that do not fit the base, or as for :func:`find_lora`.
+    """
+    found = [lora if isinstance(lora, SavedLora) else find_lora(lora) for lora in loras]
+    check_names(found)
+    parts = [part for name in ("unet", *_TEXT_ENCODERS) if (part := getattr(pipe, name, None)) is not None]
+    if found and any(hasattr(part, "peft_config") for part in parts):
+        raise ValueError("The pipeline has LoRAs already; call pipe.unload_lora_weights() first.")
+    try:
+        for lora in found:
+            _load(pipe, lora)
+        use = _switch(parts, [lora.name for lora in found])
+        use({})
+        yield use
+    finally:
+        for part in parts if found else ():
+            _unload(part)
+
+
+def _switch(parts: Sequence[nn.Module], names: Sequence[str]) -> Use:
+    def use(scales: Mapping[str, float]) -> None:
+        for name in scales:
+            if name not in names:
+                raise ValueError(f"There is no LoRA {name!r}; loaded are {', '.join(names) or 'none'}.")
+        for part in parts:
+            for layer in _layers(part):
+                active = [name for name in scales if scales[name] and name in layer.r]
+                layer.enable_adapters(bool(active))
+                if active:
+                    layer.set_adapter(active, inference_mode=True)
+                for name in active:
+                    layer.set_scale(name, scales[name])
+
+    return use
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    """Return the layers of a module that have LoRAs."""
+    if not hasattr(module, "peft_config"):
+        return []
+    from peft.tuners.lora import LoraLayer  # slow to import
+
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def _load(pipe: Any, lora: SavedLora) -> None:
+    """Load a LoRA. ValueError when a weight finds no place in the base, or has another shape."""
+    try:
+        for part, factors in _read(pipe, lora).items():
+            _inject(getattr(pipe, part), factors, lora.name)
+    except Exception as error:  # another shape may raise any error
+        raise ValueError(
+            f"The LoRA {lora.weights.name} does not fit this base ({first_line(error)}); choose one that was made for "
+            "this kind of base."
+        ) from error
+
+
+def _read(pipe: Any, lora: SavedLora) -> dict[str, dict[str, list[Tensor]]]:
+    """Read a LoRA: for each part of the pipeline the factors [A, B] of each layer, with the scale of the file in B.
+
+    ValueError for other weights, or layers that the base does not have.
+    """
+    from diffusers.utils.state_dict_utils import (
+        StateDictType,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    # All formats become that of diffusers.
+    state, alphas, metadata = pipe.lora_state_dict(
+        str(lora.weights.path), unet_config=pipe.unet.config, use_safetensors=True, return_lora_metadata=True
+    )
+
+    def by_layer(found: Mapping[str, Any]) -> dict[tuple[str, str, str], Any]:
+        """Return the entries by part, layer and what follows it."""
+        entries = {}
+        for name, value in found.items():
+            part = next((one for one in _TEXT_ENCODERS if name.startswith(f"{one}.")), "unet")
+            inside = {name.removeprefix(f"{part}."): value}
+            if part == "unet":
+                inside = convert_unet_state_dict_to_peft(inside)
+            else:
+                inside = convert_state_dict_to_peft(inside, StateDictType.DIFFUSERS_OLD)
+            layer, _, rest = next(iter(inside)).removesuffix(".alpha").partition(".lora_")
+            if part != "unet" and not hasattr(getattr(pipe, part), "text_model"):
+                layer = layer.removeprefix("text_model.")  # newer releases of transformers have no such part
+            entries[part, layer, rest] = value
+        return entries
+
+    factors: dict[str, dict[str, list[Tensor]]] = {}
+    weights, scales = (
+        by_layer(state),
+        {(part, layer): value for (part, layer, _), value in by_layer(alphas or {}).items()},
+    )
+    for part, layer, rest in weights:
+        if rest not in ("A.weight", "B.weight") or (part, layer, "A.weight") not in weights:
+            raise ValueError(f"unknown weight {layer}.lora_{rest}")
+        down, up = weights[part, layer, "A.weight"], weights[part, layer, "B.weight"]
+        alpha = scales.get((part, layer), _recorded_alpha(metadata or {}, part, layer, down.shape[0]))
+        factors.setdefault(part, {})[layer] = [down, up * (alpha / down.shape[0])]
+    for part, layers in factors.items():
+        known = {name for name, _ in getattr(pipe, part).named_modules()}
+        if missing := sorted(set(layers) - known):
+            raise ValueError(f"it changes {len(layers)} layers of the {part}, of which {len(missing)} are not there")
+    return factors
+
+
+def _recorded_alpha(metadata: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
+    """Return the alpha of a layer in the metadata that PEFT writes; by default the rank, which scales by 1."""
+    alpha = metadata.get(f"{part}.alpha_pattern", {}).get(layer, metadata.get(f"{part}.lora_alpha", rank))
+    return alpha * rank**0.5 if metadata.get(f"{part}.use_rslora") else alpha
+
+
+def _inject(part: nn.Module, factors: Mapping[str, Sequence[Tensor]], name: str) -> None:
+    """Put the factors on the layers by PEFT itself: some releases of transformers and PEFT refuse each other."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    ranks = {layer: down.shape[0] for layer, (down, _) in factors.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {layer: rank for layer, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(factors)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, part, adapter_name=name)
+    state = {
+        f"{layer}.lora_{end}.weight": value
+        for layer, pair in factors.items()
+        for end, value in zip("AB", pair, strict=True)
+    }
+    found = set_peft_model_state_dict(part, state, adapter_name=name)
+    placed = sum(name in layer.r for layer in _layers(part))
+    if found.unexpected_keys or placed != len(factors):
+        raise ValueError(f"{len(factors)} layers are changed, {placed} were found")
+    for layer in _layers(part):
+        if name in layer.r:
+            weight = layer.get_base_layer().weight
+            for factor in (layer.lora_A[name], layer.lora_B[name]):
+                factor.to(weight.device, weight.dtype).requires_grad_(False)
+
+
+def _unload(part: nn.Module) -> None:
+    """Remove all LoRAs of a part of the pipeline."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    recurse_remove_peft_layers(part)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        with suppress(AttributeError):
+            delattr(part, name)
