@@ -145,7 +145,7 @@ def test_what_cannot_act_is_refused(
     save_file({"a": torch.ones(2)}, tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="is not a LoRA"):
         find_lora(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="5 .safetensors files"):
+    with pytest.raises(ValueError, match="6 .safetensors files"):
         find_lora(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"run: pip install 'localctl\[peft\]'"):
