@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,29 @@ def load_layout(path: str | Path) -> Layout:
     """
     path = Path(path)
     content = read_object(path, "The file")
-    _check_keys(content, _LAYOUT_KEYS, f"The layout {path}")
+    return from_content(content, lambda name, where: load_mask(file_inside(path.parent, name, where)), str(path))
+
+
+def from_content(content: Mapping[str, Any], open_mask: Callable[[str, str], Any], source: str) -> Layout:
+    """Read a layout from the content of a JSON file.
+
+    ``open_mask``: (name of a mask's file, the region's place for messages) -> the mask. ``source``: what messages call
+    the file. ValueError as for :func:`load_layout`.
+    """
+    _check_keys(content, _LAYOUT_KEYS, f"The layout {source}")
     items = content.get("regions", [])
     if not isinstance(items, list):
-        raise ValueError(f"'regions' in {path} must be a list of regions, not {shown(items)}.")
-    check_count(len(items), f"The layout {path}")
-    regions = [_region(item, path, index) for index, item in enumerate(items)]
+        raise ValueError(f"'regions' in {source} must be a list of regions, not {shown(items)}.")
+    check_count(len(items), f"The layout {source}")
+    regions = [_region(item, open_mask, source, index) for index, item in enumerate(items)]
     for name in ("height", "width"):
         if not (content.get(name) is None or type(content[name]) is int):
-            raise ValueError(f"'{name}' in {path} must be a number of pixels, not {shown(content[name])}.")
+            raise ValueError(f"'{name}' in {source} must be a number of pixels, not {shown(content[name])}.")
     size = content.get("height"), content.get("width")
     try:
         return Layout.from_segments(regions, content.get("prompt"), *size, content.get("overlap", "share"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
 
 
 def from_colors(
@@ -262,36 +271,37 @@ def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, 
     return Layout.from_segments(segments, scene["textual_condition"], height, width)
 
 
-def _region(item: Any, path: Path, index: int) -> Region:
-    where = f"Region {index} of {path}"
+def _region(item: Any, open_mask: Callable[[str, str], Any], source: str, index: int) -> Region:
+    where = f"Region {index} of {source}"
     _check_keys(item, _REGION_KEYS, where)
     values = dict(item)
     if values.get("mask") is not None:
         if not isinstance(values["mask"], str):
             mask = shown(values["mask"])
-            raise ValueError(f"'mask' of region {index} of {path} must be the name of an image file, not {mask}.")
-        values["mask"] = load_mask(_mask_file(path, values["mask"], where))
+            raise ValueError(f"'mask' of region {index} of {source} must be the name of an image file, not {mask}.")
+        values["mask"] = open_mask(values["mask"], where)
     try:
         return Region(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _mask_file(path: Path, name: str, where: str) -> Path:
-    """Return the path of a mask file. A layout may be untrusted, so files outside its folder are refused."""
+def file_inside(folder: Path, name: str, where: str) -> Path:
+    """Return the path of a mask file. A layout may be untrusted, so files outside its folder are refused: ValueError,
+    which begins with ``where``."""
     inside = os.path.normpath(name)
     if os.path.isabs(inside) or Path(inside).parts[:1] == ("..",) or Path(inside).drive:
         raise ValueError(
             f"{where} names the mask {shown(name)} outside the layout's folder; copy the mask into that folder."
         )
     try:
-        (path.parent / inside).stat()
+        (folder / inside).stat()
     except FileNotFoundError:
         pass  # load_mask raises the error
     except (OSError, ValueError) as error:  # a name that is too long, or with a null byte
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ValueError(f"{where}: the mask {shown(name)} cannot be read ({reason}).") from error
-    return path.parent / inside
+    return folder / inside
 
 
 def _check_keys(content: Any, known: Sequence[str], where: str) -> None:

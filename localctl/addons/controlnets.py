@@ -76,4 +76,4 @@ def find_controlnet(name: str | Path, local_files_only: bool = False) -> SavedCo
             raise ValueError(f"it is a {kind}, not a ControlNetModel")
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no ControlNet {name!r} ({first_line(error)}); {_WAY_OUT}.") from error
-    return SavedControlNet(name, place, config, local_files_only)
+    return SavedControlNet(name, place, {"conditioning_channels": 3, **config}, local_files_only)

@@ -97,3 +97,11 @@ def _truth(flag: str, value: str) -> bool:
     if value.lower() not in BOOLS:
         raise ValueError(f"{flag} must be true or false, not {value!r}.")
     return BOOLS[value.lower()]
+
+
+def boolean(text: str) -> bool:
+    """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
+    if text.lower() not in BOOLS:
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        raise argparse.ArgumentTypeError(f"expected true or false, not {shown!r}")
+    return BOOLS[text.lower()]

@@ -7,6 +7,8 @@
   python sample.py --layout scene.json --sweep strength=0,.3,.6 outside_strength=0,.2
   python sample.py --layout scene.json --compare all
   python sample.py --layout scene.json --control spacetime_optimized --set epochs=5 --num_inference_steps 20
+  python sample.py --layout colours.png --color "#ff0000=a red circle" "#0000ff=a blue star"
+  python sample.py --prompt "a red circle" --lora style.safetensors --lora_scale 0.8
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
 
@@ -20,14 +22,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS
-from localctl.cli.arguments import BOOLS, Arguments
+from localctl.cli.arguments import Arguments, boolean
 from localctl.cli.program import explained, one_sentence
+from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
 from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
 from localctl.settings import CHANNELS
@@ -36,6 +39,7 @@ from localctl.sizes import typed_size
 PROGRAM = "sample.py"
 # A flag on the command line replaces these settings of a record.
 _REPLACED = {
+    **ADDON_REPLACED,
     "image": ("condition_image",),
     "condition_image": ("image",),
     "resolution": ("height", "width"),
@@ -46,6 +50,7 @@ _REPLACED = {
 _FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split
 # Flags of other programs, and ours.
 _OTHER_FLAGS = {
+    **ADDON_OTHER_FLAGS,
     "--steps": "--num_inference_steps",
     "--cfg": "--guidance_scale",
     "--cfg_scale": "--guidance_scale",
@@ -89,7 +94,9 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     parser.add_argument(
         "--prompt", nargs="+", action="append", help='one or more prompts, each in quotes: "a red circle"'
     )
+    parser.add_argument("--prompts_file", metavar="FILE", help="prompts, one per line, or a layout (JSON) per line")
     _add_adapter_flags(parser)
+    add_addon_flags(parser)
     _add_region_flags(parser)
     _add_size_flags(parser)
     _add_sampling_flags(parser)
@@ -119,6 +126,7 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
     add("--weight", type=float, help="strength (default 1)")
+    add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
     add("--end", type=float, help="active up to this fraction of the steps (default 1)")
 
@@ -127,7 +135,15 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("regions", "what goes where; a layout contains its own prompt")
     add = _several(group)
     names = "bias, dense, guidance, forward, spacetime, spacetime_optimized, none"
-    add("--layout", metavar="FILE", help="layouts (JSON), instead of --prompt; auto: predicted from --prompt")
+    add(
+        "--layout",
+        metavar="FILE",
+        help="layouts (JSON, or JSON lines), instead of --prompt; or an image with a colour for each region (--color); "
+        "or auto: predicted from --prompt",
+    )
+    add(
+        "--color", metavar="COLOR=PHRASE", help="with an image as --layout: what each colour is, '#ff0000=a red circle'"
+    )
     group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
     group.add_argument("--predictor", metavar="DIR", help="with --layout auto: another layout predictor")
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
@@ -165,7 +181,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     add(
         "--use_karras_sigmas",
-        type=_boolean,
+        type=boolean,
         nargs="?",
         const=True,
         metavar="BOOL",
@@ -180,7 +196,7 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--revision", help="revision of the base on the hub")
-    add("--local_files_only", type=_boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
+    add("--local_files_only", type=boolean, nargs="?", const=True, metavar="BOOL", help="never ask the network")
     add("--dtype", choices=DTYPE_NAMES, help="default: float32")
     add("--device", help="auto (default), cpu, cuda, ...")
 
@@ -198,6 +214,8 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = PR
     typed = vars(known)
     if "prompt" in typed:
         typed["prompt"] = _prompts(typed["prompt"])
+    if "prompts_file" in typed:
+        typed |= _prompts_of(typed.pop("prompts_file"), typed)
     recorded: dict[str, Any] = {}
     if "from_json" in typed:
         recorded = read_record(Path(typed["from_json"]))
@@ -208,6 +226,17 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = PR
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
     return options
+
+
+def _prompts_of(place: str, typed: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the settings of a file of prompts. ValueError for one that cannot be read, or is not the only source."""
+    with loading():
+        from localctl.jobs.scenes import read_prompts  # with Pillow and torch
+    found = read_prompts(place)
+    for name in found:
+        if name in typed:
+            raise ValueError(f"Give either --prompts_file or --{name}, not both.")
+    return found
 
 
 def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:
@@ -271,10 +300,3 @@ def _size(text: str) -> tuple[int, int]:
     if found is None:
         raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768")
     return found
-
-
-def _boolean(text: str) -> bool:
-    """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
-    if text.lower() not in BOOLS:
-        raise argparse.ArgumentTypeError(f"expected true or false, not {_short(text)!r}")
-    return BOOLS[text.lower()]

@@ -35,7 +35,8 @@ class DenseModulation(RegionControl):
 
     Args:
         w_cross, w_self: weights of the modulation of cross- and self-attention, w_c and w_s of the paper; a region's
-            strength multiplies them. 0 = no effect. In [0, 1], so that scores stay in their range.
+            strength multiplies them. 0 = no effect. In [0, 2], as on the published page; up to 1, scores stay in their
+            range, beyond it they may leave it while t is large.
         size_regularisation: 1 = large segments are modulated less, by their area; 0 = all are modulated equally.
         decay: exponent of t / 1000, at least 0; the larger, the sooner the modulation fades as t falls, 0 = not at all.
             Small latents settle their layout at a lower t than the latents for which the published 5 was chosen.
@@ -70,12 +71,12 @@ class DenseModulation(RegionControl):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("w_cross", "w_self", "size_regularisation"):
+        for name, most in (("w_cross", 2), ("w_self", 2), ("size_regularisation", 1)):
             check_strength(name, getattr(self, name))
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= getattr(self, name) <= most:
                 raise ValueError(
-                    f"{name} of DenseModulation must lie in [0, 1], not {getattr(self, name)}; beyond, scores would "
-                    "leave their range."
+                    f"{name} of DenseModulation must lie in [0, {most}], not {getattr(self, name)}; that is the "
+                    "published range."
                 )
         check_strength("decay", self.decay)
         if self.decay < 0:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from localctl import __version__
 from localctl.files import first_line, write_bytes, write_json
-from localctl.jobs.settings import AUTO, INPUTS, RECORD
+from localctl.jobs.scenes import read_layouts
+from localctl.jobs.settings import AUTO, INPUTS, RECORD, names_file
 from localctl.jobs.variants import Variant, file_label
 from localctl.layout import Layout
-from localctl.layout_io import load_layout, save_layout
+from localctl.layout_io import save_layout
 from localctl.sampling import GenerateOutput
 
 _LONGEST_ENDING = 80  # letters of a file name
@@ -104,17 +105,22 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
         for name in INPUTS
         if name != "layout"
         for index, path in enumerate(options[name] or [])
+        if names_file(path)
     }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
-    layouts = list(dict.fromkeys(used)) if predicted else [load_layout(path) for path in options["layout"] or ()]
+    layouts = list(dict.fromkeys(used)) if predicted else read_layouts(options)
     if (folder / "inputs").is_symlink():
         raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
     (folder / "inputs").mkdir(exist_ok=True)
-    copies: dict[str, Any] = {"prompt": None, "layout_seed": None, "predictor": None} if predicted else {}
+    copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks
         copies.setdefault("layout", []).append(str(path.relative_to(folder)))
     for target, (name, content) in contents.items():
         write_bytes(folder / target, content)
         copies.setdefault(name, []).append(target)
+    for name, values in copies.items():  # with the words in place of files where they were
+        if name != "layout" and values and len(values) != len(options[name]):
+            files = iter(values)
+            copies[name] = [next(files) if names_file(value) else value for value in options[name]]
     return copies

@@ -17,8 +17,10 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
+from localctl.jobs.placing import PlacedAddons
 from localctl.jobs.prepare import Job
 from localctl.jobs.variants import Variant, optimized_controls
+from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
 from localctl.previews import LatentPreview, OnStep, SamplingStep
 from localctl.sampling import GenerateOutput, Sampling, generate
@@ -60,6 +62,7 @@ class JobModels:
     device: torch.device
     pipe: DiffusionPipeline | None
     adapters: dict[str, tuple[object, LocalAdapter]] = field(default_factory=dict)
+    placed: PlacedAddons = field(default_factory=PlacedAddons)
     clips: dict[str, Clip] = field(default_factory=dict)
 
     @cached_property
@@ -69,7 +72,7 @@ class JobModels:
 
 
 def load_models(job: Job, before: JobModels | None = None) -> JobModels:
-    """Return the models of ``job``, those of ``before`` where they are the same.
+    """Return the models of ``job``, those of ``before`` where they are the same, with the job's addons on the base.
 
     ``before`` is used up: what the job does not need is released before anything is loaded. ValueError when weights are
     missing or damaged.
@@ -78,6 +81,7 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
     states = {place: _state(saved) for place, saved in wanted.items()}
     names = {control.clip for variant in job.variants for control in optimized_controls(variant)}
     models = before or JobModels(job.base, job.device, None)
+    models.placed.keep(job.addons)
     if (models.base, models.device) != (job.base, job.device):
         models.pipe, models.adapters, models.clips = None, {}, {}
         models = JobModels(job.base, job.device, None)
@@ -93,6 +97,7 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
     if models.pipe is None:
         logger.info(f"loading the base {job.base.name} ...")
         models.pipe = load_pipeline(job.base, device=job.device)
+    models.placed.place(job.addons, models.pipe, job.device)
     return models
 
 
@@ -124,19 +129,26 @@ def _watch(job: Job, index: int, on_step: Callable[[StepProgress], object]) -> O
     variant, total = job.variants[index], job.image_count
     size = 1 if optimized_controls(variant) else job.options.batch_size
     epochs = next((control.epochs for control in optimized_controls(variant)), 0)
-    finished = 0
+    finished, batches = 0, _batches(job, size)
 
     def report(step: SamplingStep) -> None:
         nonlocal finished
-        images = min(size, total - finished)
+        images = batches[0]
         part = step.step / step.of
         share = (part * epochs if step.latents is None else epochs + part) / (epochs + 1)  # optimised first
         done = (index + (finished + images * share) / total) / len(job.variants)
         on_step(StepProgress(step.step, step.of, images, variant, step.latents, done))
         if share == 1:
-            finished += images
+            finished += batches.pop(0)
 
     return report
+
+
+def _batches(job: Job, size: int) -> list[int]:
+    """Return how many images are generated at once, ``size`` at most, batch by batch: layouts with other LoRAs are
+    apart."""
+    counts = [len(layouts) * len(job.options.seeds) for _, layouts in job.addons.groups(len(job.layouts))]
+    return [min(size, count - first) for count in counts for first in range(0, count, size)]
 
 
 def adapter_controls(job: Job, models: JobModels) -> list[LocalAdapterControl]:
@@ -155,13 +167,45 @@ def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnS
     options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name).guidance_scale)
     sampling = Sampling.of(options).over(variant.sampling).over(own)
     sampling = replace(sampling, clip_skip=sampling.clip_skip or None)  # 0 skips nothing
-    controls: Sequence[Control] = [*adapter_controls(job, models), *variant.controls]
     shared: Mapping[str, Any] = {
         "sampling": sampling, "negative_prompt": options.negative_prompt, "on_step": on_step
     }  # fmt: skip
+    outputs: dict[int, GenerateOutput] = {}
+    for scales, indices in job.addons.groups(len(job.layouts)):
+        models.placed.use(scales)
+        addons = models.placed.controls(job.addons, indices)
+        controls = [*adapter_controls(job, models), *addons, *variant.controls]
+        output = _generate(models, [job.layouts[index] for index in indices], variant, controls, shared)
+        outputs |= dict.fromkeys(indices, output)
+    if len(set(map(id, outputs.values()))) == 1:
+        return outputs[0]
+    return _in_order(outputs, len(options.seeds))
+
+
+def _generate(
+    models: JobModels,
+    layouts: Sequence[Layout],
+    variant: Variant,
+    controls: Sequence[Control],
+    shared: Mapping[str, Any],
+) -> GenerateOutput:
     assert models.pipe is not None
     for control in optimized_controls(variant):
         from localctl.weight_search.weights import generate_optimized
 
-        return generate_optimized(models.pipe, job.layouts, controls, clip=models.clips[control.clip], **shared)
-    return generate(models.pipe, job.layouts, controls, **shared)
+        return generate_optimized(models.pipe, layouts, controls, clip=models.clips[control.clip], **shared)
+    return generate(models.pipe, layouts, controls, **shared)
+
+
+def _in_order(outputs: Mapping[int, GenerateOutput], seeds: int) -> GenerateOutput:
+    """Return the images layout by layout. ``outputs``: for each layout the output with its group's images."""
+    images, all_seeds, layouts = [], [], []
+    places = dict.fromkeys(map(id, outputs.values()), 0)
+    for index in sorted(outputs):
+        output = outputs[index]
+        first = places[id(output)]
+        places[id(output)] = last = first + seeds
+        images += output.images[first:last]
+        all_seeds += output.seeds[first:last]
+        layouts += output.layouts[first:last]
+    return GenerateOutput(images, tuple(all_seeds), tuple(layouts))

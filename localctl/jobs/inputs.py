@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
 from localctl.inputs import is_coloured
-from localctl.jobs.settings import SampleSettings
 from localctl.masks import load_mask
 from localctl.sizes import SIZE_MULTIPLE, near_side
 
 _AREA_FACTOR = 4  # an image of up to 4 times the base's area, or down to a quarter of it, keeps its size
+
+_LEVELS = range(4)  # of a T2IAdapter whose config does not say
 
 Size = tuple[int, int]  # height, width
 
@@ -32,10 +33,10 @@ Size = tuple[int, int]  # height, width
 class AdapterJob:
     """One adapter with its condition and mask, checked; its weights are not loaded."""
 
-    saved: SavedAdapter
+    saved: Any  # SavedAdapter, or SavedControlNet
     condition: Tensor  # (C, H, W) in [0, 1]
-    mask: Tensor  # (1, H, W) in [0, 1]
-    weight: float
+    mask: Tensor  # (1, H, W) in [0, 1]; of a ControlNet, also one for each layout
+    weight: float | tuple[float, ...]  # of all levels, or of each
     start: float
     end: float
 
@@ -61,35 +62,36 @@ class Source:
         return self.image.height, self.image.width
 
 
-def read_sources(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> list[Source]:
-    """Read the image and mask of each adapter. ValueError for a file that cannot be read, or a condition that the
-    adapter does not take."""
+def read_sources(options: Any, adapters: Sequence[Any]) -> list[Source]:
+    """Read the image and mask of each adapter or ControlNet; ``options`` has the fields of their inputs. ValueError
+    for a file that cannot be read, or a condition that the adapter does not take."""
     return [_read_source(options, index, adapter) for index, adapter in enumerate(adapters)]
 
 
-def _value_for(options: SampleSettings, name: str, index: int) -> Any:
+def value_for(options: Any, name: str, index: int) -> Any:
     """Return the value of a setting for the adapter with this index; a single value is for all."""
     values = getattr(options, name)
     return None if not values else values[0] if len(values) == 1 else values[index]
 
 
-def _read_source(options: SampleSettings, index: int, adapter: SavedAdapter) -> Source:
+def _read_source(options: Any, index: int, adapter: Any) -> Source:
     """Read the image and mask of the adapter with this index."""
     computed = bool(options.image)
-    condition = _condition(_value_for(options, "condition", index), adapter, computed)
-    path = _value_for(options, "image" if computed else "condition_image", index)
+    condition = _condition(value_for(options, "condition", index), adapter, computed)
+    path = value_for(options, "image" if computed else "condition_image", index)
     image = load_image(path)
     if not computed:
         image = _with_channels(image, path, _channels(adapter))
-    mask_path = _value_for(options, "mask", index)
+    mask_path = value_for(options, "mask", index)
     return Source(path, image, computed, condition, mask_path, load_mask(mask_path) if mask_path else None)
 
 
-def _channels(adapter: SavedAdapter) -> int:
-    return adapter.config.get("in_channels", 3)  # T2IAdapter's default
+def _channels(adapter: Any) -> int:
+    """Return how many channels a condition has; 3 is the default of both classes."""
+    return adapter.config.get("conditioning_channels", adapter.config.get("in_channels", 3))
 
 
-def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionConfig | None:
+def _condition(kind: Any, adapter: Any, computed: bool) -> ConditionConfig | None:
     """Return how to compute the condition: as in training, unless ``kind`` is another. None for an image that is a
     condition already, if the adapter names none."""
     trained = adapter.condition
@@ -111,7 +113,7 @@ def _condition(kind: Any, adapter: SavedAdapter, computed: bool) -> ConditionCon
     return settings
 
 
-def _is_repeated(condition: ConditionConfig, adapter: SavedAdapter) -> bool:
+def _is_repeated(condition: ConditionConfig, adapter: Any) -> bool:
     """Tell whether to repeat a gray condition in three channels, as published adapters that take RGB images expect."""
     return (condition.channels, _channels(adapter)) == (1, 3) and adapter.condition is None
 
@@ -181,7 +183,7 @@ def check_same_aspect_ratio(sources: Sequence[Source]) -> None:
 
 
 def prepare_inputs(
-    options: SampleSettings, adapters: Sequence[SavedAdapter], sources: Sequence[Source], size: Size, why: str = ""
+    options: Any, adapters: Sequence[Any], sources: Sequence[Source], size: Size, why: str = ""
 ) -> tuple[list[AdapterJob], list[str]]:
     """Return each adapter with its condition and mask of ``size``, and a note on each image that had another size,
     which ends in ``why``.
@@ -191,11 +193,11 @@ def prepare_inputs(
     jobs, notes = [], []
     for index, (adapter, source) in enumerate(zip(adapters, sources, strict=True)):
         crop = geometry(source.size, size)
-        window = _value_for(options, "start", index), _value_for(options, "end", index)
+        window = value_for(options, "start", index), value_for(options, "end", index)
         check_window(*window)
         condition, mask = _condition_of(source, crop), _mask_of(source, crop)
         condition = condition.expand(_channels(adapter), -1, -1)
-        jobs.append(AdapterJob(adapter, condition, mask, _value_for(options, "weight", index), *window))
+        jobs.append(AdapterJob(adapter, condition, mask, value_for(options, "weight", index), *window))
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
             notes.append(
@@ -204,6 +206,31 @@ def prepare_inputs(
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
                 notes.append(f"The mask {source.mask_path} has the size of the result and is used as it is.")
     return jobs, list(dict.fromkeys(notes))
+
+
+def with_level_weights(options: Any, jobs: Sequence[AdapterJob]) -> list[AdapterJob]:
+    """Return the adapters with a weight for each of their levels, where ``--level_weights`` gives them. ValueError for
+    another number of weights than levels."""
+    weighted = list(jobs)
+    for index, job in enumerate(jobs):
+        text = value_for(options, "level_weights", index)
+        if text is None:
+            continue
+        try:
+            weights = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--level_weights are numbers joined by commas, such as 1,1,0.5,0, not {text!r}."
+            ) from None
+        levels = len(job.saved.config.get("channels", _LEVELS))
+        if len(weights) != levels or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"--level_weights {text!r} must be {levels} finite numbers, one for each level of the adapter "
+                f"{job.saved.name}, finest first."
+            )
+        assert isinstance(job.weight, float)
+        weighted[index] = replace(job, weight=tuple(job.weight * weight for weight in weights))
+    return weighted
 
 
 def _condition_of(source: Source, crop: Geometry) -> Tensor:

@@ -15,6 +15,7 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
+from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
 from localctl.jobs.inputs import (
     AdapterJob,
     Size,
@@ -23,6 +24,7 @@ from localctl.jobs.inputs import (
     prepare_inputs,
     read_sources,
     size_multiple,
+    with_level_weights,
 )
 from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
@@ -31,7 +33,7 @@ from localctl.pipelines import BaseConfig, check_karras, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
 from localctl.sizes import check_side
 
-_OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
+_OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "level_weights", "weight", "start", "end")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Job:
     variants: list[Variant]
     size: Size
     notes: list[str]
+    addons: Addons = Addons()
 
     @property
     def image_count(self) -> int:
@@ -63,28 +66,31 @@ def prepare(options: SampleSettings) -> Job:
     layouts = load_layouts(options)
     _check_numbers(options)
     _check_counts(options)
+    found = find_addons(options)
     device = process_device(options.device)
     saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
     base = _base_config(options, saved)
     variants = plan(options, base.name)
     _fill_sampling(options, variants, resolve_base(base.name).guidance_scale)
     shape = read_shape(base)
-    sources = read_sources(options, saved)
+    check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
+    sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
-    own = _base_size(shape)
-    asked = _requested_size(options, layouts)
-    size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(saved))
+    asked, followed = _requested_size(options, layouts), [*sources, *of_nets]
+    size = choose_size(asked, followed[0].size if followed else None, _base_size(shape), size_multiple(saved))
     if None in asked:
-        check_same_aspect_ratio(sources)
-    size_chosen = asked == (None, None) and bool(sources) and sources[0].size != size
+        check_same_aspect_ratio(followed)
+    size_chosen = asked == (None, None) and bool(followed) and followed[0].size != size
     why = ", the base's own area (--resolution, or --height and --width, choose another)" if size_chosen else ""
     adapters, scaled = prepare_inputs(options, saved, sources, size, why)
-    options.height, options.width, options.resolution = *_recorded_size(options, bool(sources), size), None
+    options.height, options.width, options.resolution = *_recorded_size(options, bool(followed), size), None
     layouts = layouts or [Layout(prompt) for prompt in options.prompt or ()]
     layouts = [replace(layout, height=size[0], width=size[1]) for layout in layouts]
+    addons, more = prepare_addons(options, found, of_nets, layouts, size, why)
     warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
-    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *scaled])
+    adapters = with_level_weights(options, adapters)
+    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *scaled, *more], addons)
 
 
 def _clean_texts(options: SampleSettings) -> list[str]:
@@ -208,6 +214,9 @@ def _check_numbers(options: SampleSettings) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
+    for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
+        if not all(map(math.isfinite, getattr(options, name))):
+            raise ValueError(f"--{name} must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
 
@@ -216,7 +225,7 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
-        for name in _OF_ADAPTERS[:4]:
+        for name in _OF_ADAPTERS[:5]:
             if getattr(options, name):
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         return
@@ -238,5 +247,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         "base": lasting_name(job.base.name),
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
+        **job.addons.recorded(),
         "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

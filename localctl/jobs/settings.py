@@ -15,8 +15,12 @@ from localctl.records import record
 from localctl.sizes import typed_size
 
 RECORD = "sample.json"
-INPUTS = ("image", "condition_image", "mask", "layout")  # settings that name files, which are copied beside the record
+# Settings that name files, which are copied beside the record.
+INPUTS = ("image", "condition_image", "mask", "layout") + (
+    "controlnet_image", "controlnet_condition_image", "controlnet_mask", "ip_adapter_image", "ip_adapter_mask"
+)  # fmt: skip
 AUTO = "auto"  # instead of a layout: one predicted from the prompt
+REGION = "region:"  # begins a mask that is the region with the phrase after it
 _SEED_BITS = 64
 
 
@@ -25,6 +29,11 @@ def seed_in_bounds(value: int) -> int:
     if abs(value) >= 2**_SEED_BITS:
         raise PydanticCustomError("seed", "a whole number of no more than 64 bits")
     return value
+
+
+def names_file(value: str) -> bool:
+    """Return whether a value of one of the ``INPUTS`` is a file, rather than a word in place of one."""
+    return value != AUTO and not value.startswith(REGION)
 
 
 def _several(value: Any) -> Any:
@@ -62,7 +71,29 @@ class SampleSettings:
     weight: _Numbers = field(default_factory=lambda: [1.0])
     start: _Numbers = field(default_factory=lambda: [0.0])
     end: _Numbers = field(default_factory=lambda: [1.0])
+    level_weights: _Texts = None
+    controlnet: _Texts = None
+    controlnet_image: _Texts = None
+    controlnet_condition_image: _Texts = None
+    controlnet_condition: _Texts = None
+    controlnet_mask: _Texts = None
+    controlnet_scale: _Numbers = field(default_factory=lambda: [1.0])
+    controlnet_start: _Numbers = field(default_factory=lambda: [0.0])
+    controlnet_end: _Numbers = field(default_factory=lambda: [1.0])
+    guess_mode: bool | None = None
+    ip_adapter: _Texts = None
+    ip_adapter_encoder: _Text | None = None
+    ip_adapter_image: _Texts = None
+    ip_adapter_mask: _Texts = None
+    ip_adapter_scale: _Numbers = field(default_factory=lambda: [1.0])
+    ip_adapter_start: _Numbers = field(default_factory=lambda: [0.0])
+    ip_adapter_end: _Numbers = field(default_factory=lambda: [1.0])
+    lora: _Texts = None
+    lora_scale: _Numbers = field(default_factory=lambda: [1.0])
+    lora_per_prompt: _Texts = None
+    textual_inversion: _Texts = None
     layout: _Texts = None
+    color: _Texts = None
     layout_seed: _Whole | None = None
     predictor: _Text | None = None
     control: _Texts = None
@@ -119,5 +150,5 @@ def read_record(path: Path) -> dict[str, Any]:
     settings = {name: read[name] for name in given}
     for name in INPUTS:
         if name in settings:
-            settings[name] = [item if item == AUTO else str(path.parent / item) for item in settings[name]]
+            settings[name] = [str(path.parent / item) if names_file(item) else item for item in settings[name]]
     return settings

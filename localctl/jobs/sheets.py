@@ -58,7 +58,9 @@ def _rows_by_layout(output: GenerateOutput) -> tuple[list[str], list[list[Image.
 
 def _contact_sheet(output: GenerateOutput, job: Job) -> Image.Image:
     """Compose one row per prompt: every condition with the outline of its mask, then the images."""
-    conditions = [outline(condition_to_pil(item.condition), item.mask) for item in job.adapters]
+    conditions = [
+        outline(condition_to_pil(item.condition), item.mask) for item in (*job.adapters, *job.addons.controlnets)
+    ]
     labels, rows, layouts = _rows_by_layout(output)
     labels = ["condition"] * len(conditions) + labels
     return grid([[*conditions, *row] for row in rows], labels, [layout.prompt for layout in layouts])

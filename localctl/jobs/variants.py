@@ -20,9 +20,9 @@ from localctl.control.presets import (
     sampling_of,
     setting_of,
 )
+from localctl.jobs.scenes import is_image, read_layouts
 from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.layout import Layout
-from localctl.layout_io import load_layout
 from localctl.sampling_settings import FREE, Sampling
 
 _COMPARE_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
@@ -52,7 +52,7 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
     """Load or predict the layouts; none without ``--layout``. ValueError for flags that exclude each other, or a file
     that is not a layout."""
     if not options.layout:
-        for name in ("control", "set", "sweep", "compare", "layout_seed", "predictor"):
+        for name in ("control", "set", "sweep", "compare", "layout_seed", "predictor", "color"):
             value = getattr(options, name)
             if value is not None and not (name == "control" and value == [NONE]):
                 raise ValueError(f"--{name} needs a layout with regions; give --layout.")
@@ -62,9 +62,14 @@ def load_layouts(options: SampleSettings) -> list[Layout]:
     for name in ("layout_seed", "predictor"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} is for --layout {AUTO}; leave it out.")
-    if options.prompt:
+    colored = [path for path in options.layout if is_image(path)]
+    if options.prompt and not colored:
         raise ValueError("A layout contains its own prompt; give either --layout or --prompt.")
-    return [load_layout(path) for path in options.layout]
+    if options.color and not colored:
+        raise ValueError("--color is for a --layout that is an image; leave it out.")
+    if colored and (len(options.layout) > 1 or len(options.prompt or ()) > 1):
+        raise ValueError("A --layout that is an image comes alone, with one --prompt at most.")
+    return read_layouts(vars(options))
 
 
 def _predict_layouts(options: SampleSettings) -> list[Layout]:

@@ -135,7 +135,7 @@ SCENES = {
 def test_factors_give_what_the_matrix_gives(name: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = golden("dense_diffusion")
     attn, inputs = layer(arrays, "self.w."), inputs_of(arrays, "self")
-    control = DenseModulation(w_self=0.9, rest=rest)
+    control = DenseModulation(w_self=1.8 if name == "overlapping" else 0.9, rest=rest)
     layouts = [Layout(PROMPT, regions=SCENES[name]), Layout(PROMPT, regions=SCENES["apart"])]
     where = context(layout_of_row=(0, 1, 0, 1), conditional=(False, False, True, True))
     torch.manual_seed(3)
@@ -185,7 +185,8 @@ def test_no_modulation_is_no_mask_at_all(control: DenseModulation, changes: dict
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"w_cross": 1.5}, r"w_cross of DenseModulation must lie in \[0, 1\]"),
+        ({"w_cross": 2.5}, r"w_cross of DenseModulation must lie in \[0, 2\]"),
+        ({"size_regularisation": 1.5}, r"size_regularisation of DenseModulation must lie in \[0, 1\]"),
         ({"w_self": float("nan")}, "w_self of a control must be a finite number"),
         ({"decay": -1.0}, "decay of DenseModulation must be at least 0"),
         ({"rest": "other"}, "Unknown rest 'other'"),
