@@ -72,7 +72,7 @@ def prepare(options: SampleSettings) -> Job:
     sources = read_sources(options, saved)
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
-    own = _base_size(shape)
+    own = base_size(shape)
     asked = _requested_size(options, layouts)
     size = choose_size(asked, sources[0].size if sources else None, own, size_multiple(saved))
     if None in asked:
@@ -192,7 +192,7 @@ def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[
     return (None, None) if free and not follows else size
 
 
-def _base_size(shape: BaseShape) -> Size:
+def base_size(shape: BaseShape) -> Size:
     """Return the (height, width) in pixels that the base was trained at."""
     sample = shape.parts["unet"].get("sample_size") or 64  # the default of its class
     height, width = (sample, sample) if isinstance(sample, int) else sample

@@ -127,7 +127,7 @@ def upload(name: str, value: Any, most: int) -> bytes:
 
 @dataclass(frozen=True)
 class SceneRegion:
-    """A region as the canvas sends it, checked; ``mask``: (H,W) float32 in [0, 1]. Neither box nor mask: nowhere yet."""
+    """A region as the canvas sends it, checked. mask: (H,W) float32 in [0, 1]. Neither box nor mask: nowhere yet."""
 
     id: str
     color: int

@@ -27,7 +27,7 @@ def prompt_of(scene: Scene, prompt: str) -> str:
     return prompt.strip() or ", ".join(region.phrase for region in scene.regions if region.phrase)
 
 
-def layout_of(scene: Scene, prompt: str) -> Layout:
+def layout_of(scene: Scene, prompt: str, overlap: str = "share") -> Layout:
     """Return the layout of a scene. ValueError without a prompt and phrases, for a region without a place, and for
     anything that :class:`Layout` refuses."""
     for index, region in enumerate(scene.regions, start=1):
@@ -36,7 +36,7 @@ def layout_of(scene: Scene, prompt: str) -> Layout:
     regions = [_region(region) for region in scene.regions]
     if not prompt.strip() and not any(region.phrase for region in scene.regions):
         raise ValueError("There is no prompt; type one, or give a region a phrase.")
-    return Layout.from_segments(regions, prompt.strip() or None, scene.height, scene.width)
+    return Layout.from_segments(regions, prompt.strip() or None, scene.height, scene.width, overlap)
 
 
 def _region(region: SceneRegion) -> Region:
@@ -91,7 +91,8 @@ def marks_of(scene: Scene, prompt: str, tokens: Sequence[Span]) -> dict[str, Mar
             why = f"occurs {found} times" if found else "is not in the prompt"
             marks[region.id] = Mark("bad", f"“{region.phrase}” {why}. Tokens of the prompt: {shown}")
         elif other := _sharing(region, place, scene, prompt):
-            marks[region.id] = Mark("bad", f"“{region.phrase}” overlaps “{other}” in the prompt. Tokens: {own}", (place,))
+            text_of = f"“{region.phrase}” overlaps “{other}” in the prompt. Tokens: {own}"
+            marks[region.id] = Mark("bad", text_of, (place,))
         elif not region.is_placed:
             marks[region.id] = Mark("bad", "It has no place yet; drag a box or paint a mask.", (place,))
         else:
@@ -138,11 +139,13 @@ def highlighted(scene: Scene, prompt: str, marks: Mapping[str, Mark], tokens: Se
     for index, (first, last) in enumerate(tokens):
         parts.append(escape(text[at:first]))
         owner = next((region for span, region in owners if first < span[1] and span[0] < last), None)
-        parts.append(_token(text[first:last], owner, owner is not None and marks[owner.id].kind == "bad", index >= limit))
+        is_bad = owner is not None and marks[owner.id].kind == "bad"
+        parts.append(_token(text[first:last], owner, is_bad, index >= limit))
         at = last
     parts.append(escape(text[at:]))
     count = f"{len(tokens)} of {limit} tokens"
-    return f'<div class="prompt-view"><span class="prompt-text">{"".join(parts)}</span><span class="prompt-count">{count}</span></div>'
+    shown = f'<span class="prompt-text">{"".join(parts)}</span><span class="prompt-count">{count}</span>'
+    return f'<div class="prompt-view">{shown}</div>'
 
 
 def _token(text: str, owner: SceneRegion | None, bad: bool, beyond: bool) -> str:
