@@ -226,7 +226,7 @@ function paint() {
 
 function refresh() {
   frame.style.aspectRatio = `${scene.width} / ${scene.height}`;
-  frame.style.maxWidth = `calc(64vh * ${scene.width / scene.height})`;
+  frame.style.maxWidth = `calc(72vh * ${scene.width / scene.height})`;
   stage.style.cursor = tool === 'select' ? 'default' : 'crosshair';
   for (const [name, node] of toolButtons) node.setAttribute('aria-pressed', String(name === tool));
   brushSize.hidden = tool !== 'brush' && tool !== 'erase';

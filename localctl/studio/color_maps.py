@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from localctl.images import load_image
 from localctl.layout_io import main_colors, nearest_color
@@ -26,7 +27,7 @@ def regions_by_color(content: bytes) -> tuple[tuple[int, int], list[dict[str, An
     image = load_image(content, "The colour map")
     height, width = (int(np.clip(near_side(side), MIN_SIDE, MAX_SIDE)) for side in (image.height, image.width))
     if max(image.size) > _MAP_SIDE:
-        image.thumbnail((_MAP_SIDE, _MAP_SIDE), resample=0)  # nearest: no new colours
+        image.thumbnail((_MAP_SIDE, _MAP_SIDE), resample=Image.Resampling.NEAREST)  # no new colours
     array = np.asarray(image, dtype=np.float32)
     colors = main_colors(array, MAX_REGIONS + 2)
     masks = nearest_color(array, colors)

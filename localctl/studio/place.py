@@ -10,12 +10,13 @@ import gradio as gr
 from localctl.bases import SCHEDULERS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
+from localctl.studio import progress
 from localctl.studio.canvas import canvas
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import Photo
+from localctl.studio.uploads import photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _STORE = "localctl-studio-place"
@@ -71,9 +72,12 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
         max_lines=6,
         elem_id="place-prompt",
     )
-    tab.prompt_view = gr.HTML("", elem_id="place-prompt-view")
+    tab.prompt_view = gr.HTML("", elem_id="place-prompt-view", elem_classes="studio-plain", apply_default_css=False)
     tab.fields["scene"] = canvas(
-        studio.base_size, elem_id="place-canvas", hint="Drag to place a region, or brush its shape"
+        studio.base_size,
+        elem_id="place-canvas",
+        elem_classes="studio-plain",
+        hint="Drag to place a region, or brush its shape",
     )
 
 
@@ -81,7 +85,9 @@ def _result_column(tab: PlaceTab) -> None:
     with gr.Row(elem_classes="studio-actions"):
         tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="place-generate", scale=3)
         tab.buttons["cancel"] = gr.Button("Cancel", elem_id="place-cancel", scale=1, min_width=90)
-    tab.progress = gr.HTML("", elem_id="place-progress")
+    tab.progress = gr.HTML(
+        progress.IDLE, elem_id="place-progress", elem_classes="studio-plain", apply_default_css=False
+    )
     tab.gallery = gr.Gallery(
         label="Results",
         show_label=False,
@@ -93,11 +99,13 @@ def _result_column(tab: PlaceTab) -> None:
         elem_id="place-gallery",
     )
     with gr.Row(elem_classes="studio-seeds"):
-        tab.fields["images"] = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images")
-        tab.fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, label="Seed", elem_id="place-seed", min_width=110
+        tab.fields["images"] = gr.Slider(
+            1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
         )
-        tab.buttons["random"] = gr.Button("Random seed", size="sm", min_width=80)
+        tab.fields["seed"] = gr.Number(
+            value=0, precision=0, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
+        )
+        tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
 
 
 def _method_fields(tab: PlaceTab, studio: Studio) -> None:
@@ -129,8 +137,8 @@ def _sampling_fields(tab: PlaceTab) -> None:
         tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
         with gr.Row():
             tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="place-steps")
-            tab.fields["guidance_scale"] = gr.Number(
-                value=None, label="Guidance scale", placeholder="what suits the method", minimum=0, maximum=30
+            tab.fields["guidance_scale"] = gr.Textbox(
+                label="Guidance scale", placeholder="auto: what suits the method", max_lines=1
             )
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
@@ -145,7 +153,7 @@ def _sampling_fields(tab: PlaceTab) -> None:
 
 def _photo_fields(tab: PlaceTab) -> None:
     with gr.Accordion("Photo", open=False):
-        tab.fields["photo"] = Photo(label="Photo", elem_id="place-photo", height=220)
+        tab.fields["photo"] = photo("Photo", elem_id="place-photo", height=220)
         tab.fields["photo_use"] = gr.Radio(list(PHOTO_USES), value=next(iter(PHOTO_USES)), label="Use it")
         tab.fields["photo_strength"] = gr.Slider(
             0, 1, value=0.7, step=0.05, label="How much of it changes", elem_id="place-photo-strength"
@@ -204,7 +212,8 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     gr.on([fields["prompt"].input, fields["scene"].input], actions.look(studio), looked, marks, **quick)
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    fields["photo"].change(actions.behind, fields["photo"], fields["scene"], **quick)
+    shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
+    shown_photo.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     loaded = [*looked, tab.prompt_view, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)

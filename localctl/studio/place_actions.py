@@ -22,6 +22,7 @@ from localctl.studio.place_jobs import Note, Shown, Step, run_job
 from localctl.studio.scenes import highlighted, marks_of, prompt_of, scene_of
 from localctl.studio.sessions import Session
 from localctl.studio.studio import Studio
+from localctl.studio.uploads import UNREADABLE, read_photo
 
 MAX_JSON = 2_000_000  # bytes of a layout
 _OF_METHOD = ("sweep_column", "sweep_row")
@@ -140,9 +141,17 @@ def choose_method(base: str, names: Sequence[str], groups: Sequence[str]) -> Cal
     return handler
 
 
-def behind(photo: Any) -> Any:
-    """Show a photo behind the regions."""
-    return show_behind(photo)
+def behind(photo: Any) -> tuple[Any, Any]:
+    """Show a photo behind the regions: (canvas, progress)."""
+    try:
+        return show_behind(read_photo("The photo", photo)), progress.IDLE
+    except ValueError as error:
+        return show_behind(None), progress.failed(str(error))
+
+
+def unreadable() -> str:
+    """Say that an upload is no image."""
+    return progress.failed(UNREADABLE)
 
 
 def last_behind(studio: Studio) -> Callable[..., Any]:

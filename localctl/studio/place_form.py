@@ -18,6 +18,7 @@ from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
 from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
 from localctl.studio.scenes import layout_of
+from localctl.studio.uploads import read_photo
 
 AUTO = "auto"
 PHOTO_USES = {"Behind the regions": "behind", "Image to image": "image", "Repaint the regions": "inpaint"}
@@ -77,7 +78,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         seed=seed,
         images=limits.whole("The images", get("images"), 1, limits.MAX_IMAGES),
         overlap=limits.choice("The overlap policy", get("overlap"), ("share", "first", "last", "smallest")),
-        photo=get("photo") if isinstance(get("photo"), Image.Image) else None,
+        photo=read_photo("The photo", get("photo")),
         photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
         photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
     )

@@ -10,7 +10,7 @@ from PIL import Image
 from localctl.studio.canvas import data_url
 
 _PREVIEW = 256  # pixels of the longer side
-IDLE = ""
+IDLE = '<div class="job-idle">The images appear here.</div>'
 
 
 def waiting(ahead: int) -> str:

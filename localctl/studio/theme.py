@@ -72,6 +72,9 @@ def theme() -> Any:
         button_primary_background_fill_hover_dark="#14857c",
         button_primary_text_color="#ffffff",
         panel_border_width="0px",
+        color_accent="#0f766e",
+        slider_color="#0f766e",
+        slider_color_dark="#2aa79b",
     )
 
 

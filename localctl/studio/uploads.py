@@ -1,4 +1,4 @@
-"""Uploads: photos and files that the page sends, read within limits by the same code as all images."""
+"""Photos that the page sends: a component to upload or paste one, and the handler's way to read it within limits."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ import gradio as gr
 from PIL import Image
 
 from localctl.images import load_image
+from localctl.sizes import shown
+
+UNREADABLE = "This file is not an image that can be read; save it as PNG, JPEG or WebP."
 
 
-class Photo(gr.Image):
-    """A photo to upload or paste, as an RGB image without its metadata; one that is refused is a sentence on the page.
+def photo(label: str, **options: Any) -> Any:
+    """Return a component for a photo. ``options``: arguments of ``gr.Image``.
 
-    Its size, format and number of pixels are checked before it is decoded.
+    Its value is the upload's file, which Gradio has checked to be one; read it by :func:`read_photo`. Connect
+    ``.failure`` of its events to a handler that shows :data:`UNREADABLE`, for files that Gradio itself cannot open.
     """
+    return gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=[], **options
+    )
 
-    is_template = True
 
-    def __init__(self, **options: Any) -> None:
-        """Create it. ``options``: arguments of ``gr.Image``."""
-        super().__init__(type="pil", sources=["upload", "clipboard"], buttons=[], format="png", **options)
+def read_photo(name: str, value: Any) -> Image.Image | None:
+    """Read the upload as an RGB image without its metadata, upright; None for none.
 
-    def preprocess(self, payload: Any) -> Image.Image | None:
-        """Read the upload."""
-        path = None if payload is None else getattr(payload, "path", None)
-        if not path:
-            return None
-        try:
-            return load_image(Path(path).read_bytes(), "The image")
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
+    ValueError in one sentence for another format, more than 16 million pixels, or a damaged file; size and format are
+    checked before anything is decoded.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be an upload, not {shown(value)}.")
+    try:
+        content = Path(value).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} is not there any more ({error.strerror}); upload it again.") from None
+    return load_image(content, name)
