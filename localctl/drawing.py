@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 LINE = 14  # pixels from one line of text to the next
 MOST_MOVED = 40  # labels in one image; with more, places at the edges of other labels are not tried
 REGION_COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")
-EDGE_COLORS = {"matched": "#2fd09a", "missed": "#56b4e9", "invented": "#ff7a1a"}  # told apart by colour-blind people too
+EDGE_COLORS = {
+    "matched": "#2fd09a",
+    "missed": "#56b4e9",
+    "invented": "#ff7a1a",
+}  # told apart by colour-blind people too
 SMALLEST = 256  # pixels; narrower images with regions are enlarged, so that text fits under them
 
 Box = tuple[int, int, int, int]

@@ -109,7 +109,7 @@ def from_colors(
     check_count(len(phrases), "The table of colours")
     colors = [_color(color) for color in phrases]
     array = _rgb(image)  # (H,W,3)
-    masks = _nearest_color(array, colors)
+    masks = nearest_color(array, colors)
     segments = []
     for color, phrase, mask in zip(phrases, phrases.values(), masks, strict=True):
         near = np.abs(array[mask.numpy()[0] > 0] - np.array(_color(color))).max(axis=-1, initial=0)
@@ -256,7 +256,7 @@ def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, 
         raise ValueError(f"The descriptions of scene {index} must be a list of texts, not {shown(texts)}.")
     check_count(len(texts), f"Scene {index} in {folder / 'valset.json'}")
     array = _rgb(folder / f"{index}.png")
-    colors = _main_colors(array, len(texts))
+    colors = main_colors(array, len(texts))
     if len(colors) < len(texts):
         raise ValueError(
             f"{folder / f'{index}.png'} has {len(colors)} colours for {len(texts)} descriptions; it needs one for each."
@@ -266,7 +266,7 @@ def from_dense_diffusion(folder: str | Path, index: int | str, size: tuple[int, 
         if close:
             colors.remove(close[0])
             colors.insert(0, close[0])
-    segments = [Region(text, mask=mask) for text, mask in zip(texts, _nearest_color(array, colors), strict=True)]
+    segments = [Region(text, mask=mask) for text, mask in zip(texts, nearest_color(array, colors), strict=True)]
     height, width = size or array.shape[:2]
     return Layout.from_segments(segments, scene["textual_condition"], height, width)
 
@@ -330,7 +330,7 @@ def _color(color: Color | str) -> Color:
     return values[0], values[1], values[2]
 
 
-def _nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
+def nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
     """Return one mask (1,H,W) per colour: the pixels nearer to it than to any other. ValueError for similar colours."""
     for index, color in enumerate(colors):
         for other in colors[:index]:
@@ -343,7 +343,7 @@ def _nearest_color(array: np.ndarray, colors: Sequence[Color]) -> list[Tensor]:
     return [torch.from_numpy((nearest == index).astype(np.float32))[None] for index in range(len(colors))]
 
 
-def _main_colors(array: np.ndarray, count: int) -> list[Color]:
+def main_colors(array: np.ndarray, count: int) -> list[Color]:
     """Return the ``count`` most frequent clearly different colours, the most frequent first."""
     packed = array.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])  # one integer per pixel sorts much faster
     values, counts = np.unique(packed, return_counts=True)

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         try:
             from localctl.studio.server import serve
         except ImportError as error:
-            raise ValueError(f"The studio needs Gradio ({error}); install it by `pip install localctl[studio]`.") from error
+            way_out = "install it by `pip install localctl[studio]`"
+            raise ValueError(f"The studio needs Gradio ({error}); {way_out}.") from error
     serve(config)
     return 0
 

@@ -78,7 +78,7 @@ def prepare(options: SampleSettings) -> Job:
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
     asked, followed = _requested_size(options, layouts), [*sources, *of_nets]
-    size = choose_size(asked, followed[0].size if followed else None, _base_size(shape), size_multiple(saved))
+    size = choose_size(asked, followed[0].size if followed else None, base_size(shape), size_multiple(saved))
     if None in asked:
         check_same_aspect_ratio(followed)
     size_chosen = asked == (None, None) and bool(followed) and followed[0].size != size
@@ -198,7 +198,7 @@ def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[
     return (None, None) if free and not follows else size
 
 
-def _base_size(shape: BaseShape) -> Size:
+def base_size(shape: BaseShape) -> Size:
     """Return the (height, width) in pixels that the base was trained at."""
     sample = shape.parts["unet"].get("sample_size") or 64  # the default of its class
     height, width = (sample, sample) if isinstance(sample, int) else sample

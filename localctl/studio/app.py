@@ -8,13 +8,17 @@ from typing import Any
 import gradio as gr
 
 from localctl import __version__
-from localctl.studio import local_control, place, training_tab
+from localctl.studio import local_control, place, place_actions, training_tab
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import JobQueue
 from localctl.studio.studio import Studio
 
 CACHE_SECONDS = (600, 3600)  # uploads are looked through this often, and deleted after that long
 QUEUE_SIZE = 32
+_TOGGLE = (
+    "document.body.classList.toggle('dark');"
+    "try{localStorage.setItem('studio-dark',document.body.classList.contains('dark'))}catch(e){}"
+)
 
 
 def build(config: StudioConfig | None = None) -> Any:
@@ -30,7 +34,7 @@ def build(config: StudioConfig | None = None) -> Any:
         gr.HTML(_header(config), elem_id="studio-header")
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Place", id="place"):
-                place.add(studio)
+                tab = place.add(studio)
             with gr.Tab("Local control", id="local_control"):
                 local_control.add(studio)
             with gr.Tab("Training", id="training"):
@@ -40,6 +44,8 @@ def build(config: StudioConfig | None = None) -> Any:
             studio.sessions.end(request)
 
         blocks.unload(end)
+        restore = place_actions.restore(studio, tab.names, list(tab.groups))
+        blocks.load(restore, tab.memory, tab.outputs, queue=False, **place.PRIVATE)
     blocks.studio, blocks.studio_tabs = studio, tabs
     blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=QUEUE_SIZE, api_open=False)
     return blocks
@@ -54,8 +60,7 @@ def _header(config: StudioConfig) -> str:
         '<div class="studio-header"><span class="studio-name">localctl <b>studio</b></span>'
         f'<span class="studio-chips">{chips}</span>'
         '<button type="button" class="studio-dark" title="Light or dark" aria-label="Light or dark" '
-        "onclick=\"document.body.classList.toggle('dark');"
-        "try{localStorage.setItem('studio-dark', document.body.classList.contains('dark'))}catch(e){}\">&#9680;</button>"
+        f'onclick="{_TOGGLE}">&#9680;</button>'
         f'<span class="studio-version">{escape(__version__)}</span></div>'
     )
 

@@ -1,6 +1,6 @@
 """The canvas of the studio: one component for regions, as boxes or brushed masks, over a photo or a result.
 
-It is written for this page (``canvas_*.js``), needs nothing from elsewhere, and sends a :func:`scene <scene>` as JSON. What
+It is written for this page (``canvas_*.js``), needs nothing from elsewhere, and sends a :func:`scene` as JSON. What
 arrives is whatever a program sends, so the handlers read it by :mod:`localctl.studio.limits`.
 """
 
@@ -67,8 +67,8 @@ def canvas(
 def scene(size: tuple[int, int], regions: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Return a value of the canvas.
 
-    regions: each with ``id``, ``color`` (an index), ``phrase``, and ``box`` (xyxy in [0, 1]) or ``mask`` (a data URL of a
-    PNG, white inside), and the settings of :class:`localctl.layout.Region`; what is missing has its default.
+    regions: each with ``id``, ``color`` (an index), ``phrase``, and ``box`` (xyxy in [0, 1]) or ``mask`` (data URL of
+    a PNG, white inside), and the settings of :class:`localctl.layout.Region`; what is missing has its default.
     """
     numbered = [{"id": f"r{index + 1}", "color": index % len(COLORS), **region} for index, region in enumerate(regions)]
     return {"width": size[1], "height": size[0], "regions": numbered}

@@ -188,8 +188,8 @@ function paintLabel(context, region, color, x, y, width) {
 }
 
 function textOn(color) {
-  const [r, g, b] = [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
-  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? '#111' : '#fff';
+  const [r, g, b] = [1, 3, 5].map((i) => (parseInt(color.slice(i, i + 2), 16) / 255) ** 2.2);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? '#111' : '#fff';
 }
 
 function paintHandle(context, color, x, y) {
@@ -226,7 +226,7 @@ function paint() {
 
 function refresh() {
   frame.style.aspectRatio = `${scene.width} / ${scene.height}`;
-  frame.style.maxWidth = `calc(64vh * ${scene.width / scene.height})`;
+  frame.style.maxWidth = `calc(72vh * ${scene.width / scene.height})`;
   stage.style.cursor = tool === 'select' ? 'default' : 'crosshair';
   for (const [name, node] of toolButtons) node.setAttribute('aria-pressed', String(name === tool));
   brushSize.hidden = tool !== 'brush' && tool !== 'erase';

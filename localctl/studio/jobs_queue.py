@@ -66,8 +66,8 @@ class JobQueue:
         work: called with ``report``, which passes an item on, and ``check``, to be called often, which raises
         :class:`Stopped` once the job was cancelled or its time is over. Whatever it raises is raised here.
 
-        ValueError when too many jobs are waiting. When the caller stops iterating, as when its tab is closed, the job is
-        cancelled and its end awaited.
+        ValueError when too many jobs are waiting. When the caller stops iterating, as when its tab is closed, the job
+        is cancelled and its end awaited.
         """
         ticket = object()
         with self._changed:
@@ -97,9 +97,7 @@ class JobQueue:
                 shown = ahead
                 yield Waiting(ahead)
 
-    def _work(
-        self, work: Callable[[Callable[[Any], None], Check], None], cancelled: threading.Event
-    ) -> Iterator[Made]:
+    def _work(self, work: Callable[[Callable[[Any], None], Check], None], cancelled: threading.Event) -> Iterator[Made]:
         made: queue.SimpleQueue[Made | BaseException | None] = queue.SimpleQueue()
         until = time.monotonic() + self.time_limit
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from localctl.images import open_gray
 from localctl.layout_checks import check_text
@@ -58,8 +57,13 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def optional_number(name: str, value: Any, low: float, high: float) -> float | None:
-    """Read a number, or None where nothing is given."""
-    return None if value is None or value == "" else number(name, value, low, high)
+    """Read a number, also as text; None where nothing is given."""
+    if isinstance(value, str):
+        try:
+            value = float(text(name, value, 40)) if value.strip() else None
+        except ValueError:
+            raise ValueError(f"{name} must be a number or empty, not {shown(value)}.") from None
+    return None if value is None else number(name, value, low, high)
 
 
 def flag(name: str, value: Any) -> bool:
@@ -109,13 +113,6 @@ def side(name: str, value: Any) -> int:
     return read
 
 
-def image(name: str, value: Any) -> Image.Image:
-    """Read an image as the component for photos gives it; None is refused."""
-    if not isinstance(value, Image.Image):
-        raise ValueError(f"{name} is missing; upload an image.")
-    return value
-
-
 def upload(name: str, value: Any, most: int) -> bytes:
     """Read an uploaded file as the component for files gives it, of at most ``most`` bytes."""
     if not isinstance(value, bytes):
@@ -127,7 +124,7 @@ def upload(name: str, value: Any, most: int) -> bytes:
 
 @dataclass(frozen=True)
 class SceneRegion:
-    """A region as the canvas sends it, checked; ``mask``: (H,W) float32 in [0, 1]. Neither box nor mask: nowhere yet."""
+    """A region as the canvas sends it, checked. mask: (H,W) float32 in [0, 1]. Neither box nor mask: nowhere yet."""
 
     id: str
     color: int

@@ -27,7 +27,7 @@ def prompt_of(scene: Scene, prompt: str) -> str:
     return prompt.strip() or ", ".join(region.phrase for region in scene.regions if region.phrase)
 
 
-def layout_of(scene: Scene, prompt: str) -> Layout:
+def layout_of(scene: Scene, prompt: str, overlap: str = "share") -> Layout:
     """Return the layout of a scene. ValueError without a prompt and phrases, for a region without a place, and for
     anything that :class:`Layout` refuses."""
     for index, region in enumerate(scene.regions, start=1):
@@ -36,14 +36,14 @@ def layout_of(scene: Scene, prompt: str) -> Layout:
     regions = [_region(region) for region in scene.regions]
     if not prompt.strip() and not any(region.phrase for region in scene.regions):
         raise ValueError("There is no prompt; type one, or give a region a phrase.")
-    return Layout.from_segments(regions, prompt.strip() or None, scene.height, scene.width)
+    return Layout.from_segments(regions, prompt.strip() or None, scene.height, scene.width, overlap)
 
 
 def _region(region: SceneRegion) -> Region:
     place: dict[str, Any] = {"box": region.box}
     if region.mask is not None:
         place = {"mask": torch.from_numpy(region.mask)[None]}
-    texts = {name: getattr(region, name) or None for name in _TEXTS}
+    texts: dict[str, Any] = {name: getattr(region, name) or None for name in _TEXTS}
     return Region(**texts, **{name: getattr(region, name) for name in _NUMBERS}, **place)
 
 
@@ -91,11 +91,12 @@ def marks_of(scene: Scene, prompt: str, tokens: Sequence[Span]) -> dict[str, Mar
             why = f"occurs {found} times" if found else "is not in the prompt"
             marks[region.id] = Mark("bad", f"“{region.phrase}” {why}. Tokens of the prompt: {shown}")
         elif other := _sharing(region, place, scene, prompt):
-            marks[region.id] = Mark("bad", f"“{region.phrase}” overlaps “{other}” in the prompt. Tokens: {own}", (place,))
+            text_of = f"“{region.phrase}” overlaps “{other}” in the prompt. Tokens: {own}"
+            marks[region.id] = Mark("bad", text_of, (place,))
         elif not region.is_placed:
             marks[region.id] = Mark("bad", "It has no place yet; drag a box or paint a mask.", (place,))
         else:
-            marks[region.id] = Mark("ok", f"Tokens: {own}" if own else "", (place,))
+            marks[region.id] = Mark("ok", "", (place,))
     return marks
 
 
@@ -135,24 +136,34 @@ def highlighted(scene: Scene, prompt: str, marks: Mapping[str, Mark], tokens: Se
         return '<div class="prompt-view prompt-empty">The phrases of the regions are marked here.</div>'
     owners = [(span, region) for region in scene.regions for span in marks[region.id].spans]
     parts, at = [], 0
-    for index, (first, last) in enumerate(tokens):
-        parts.append(escape(text[at:first]))
-        owner = next((region for span, region in owners if first < span[1] and span[0] < last), None)
-        parts.append(_token(text[first:last], owner, owner is not None and marks[owner.id].kind == "bad", index >= limit))
-        at = last
+    shown: list[tuple[SceneRegion | None, list[tuple[int, Span]]]] = []  # tokens of one region in a row
+    for index, token in enumerate(tokens):
+        owner = next((region for span, region in owners if token[0] < span[1] and span[0] < token[1]), None)
+        if owner is None or not shown or shown[-1][0] is not owner:
+            shown.append((owner, []))
+        shown[-1][1].append((index, token))
+    for owner, row in shown:
+        parts.append(escape(text[at : row[0][1][0]]))
+        parts.append(_phrase(text, owner, row, limit, owner is not None and marks[owner.id].kind == "bad"))
+        at = row[-1][1][1]
     parts.append(escape(text[at:]))
     count = f"{len(tokens)} of {limit} tokens"
-    return f'<div class="prompt-view"><span class="prompt-text">{"".join(parts)}</span><span class="prompt-count">{count}</span></div>'
+    view = f'<span class="prompt-text">{"".join(parts)}</span><span class="prompt-count">{count}</span>'
+    return f'<div class="prompt-view">{view}</div>'
 
 
-def _token(text: str, owner: SceneRegion | None, bad: bool, beyond: bool) -> str:
-    names = ["token"] + ["token-bad"] * bad + ["token-beyond"] * beyond
-    style = ""
-    if owner is not None:
-        color = color_of(owner.color)
-        names.append("token-own")
-        style = f' style="background:{color};color:{text_on(color)}"'
-    return f'<span class="{" ".join(names)}"{style}>{escape(text)}</span>'
+def _phrase(text: str, owner: SceneRegion | None, row: Sequence[tuple[int, Span]], limit: int, is_bad: bool) -> str:
+    """Return tokens of one region, or one of none, as HTML. row: number and characters of each."""
+    parts, at = [], row[0][1][0]
+    for index, (first, last) in row:
+        beyond = " token-beyond" if index >= limit else ""
+        parts.append(f'{escape(text[at:first])}<span class="token{beyond}">{escape(text[first:last])}</span>')
+        at = last
+    if owner is None:
+        return "".join(parts)
+    color = color_of(owner.color)
+    bad = " phrase-bad" if is_bad else ""
+    return f'<mark class="phrase{bad}" style="background:{color};color:{text_on(color)}">{"".join(parts)}</mark>'
 
 
 def colored_regions(count: int) -> list[dict[str, Any]]:

@@ -66,7 +66,8 @@ def serve(config: StudioConfig, block: bool = True) -> Any:
     try:
         _, url, link = blocks.launch(prevent_thread_lock=True, **launch_options(config))
     except OSError as error:
-        raise ValueError(f"The port {config.port or DEFAULT_PORT} cannot be used ({error}); choose another --port.") from error
+        port = config.port or DEFAULT_PORT
+        raise ValueError(f"The port {port} cannot be used ({error}); choose another --port.") from error
     print(f"The studio is at {url}", flush=True)
     if link:
         print(f"and at {link}", flush=True)

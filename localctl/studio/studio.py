@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from localctl.bases import BaseConfig, same_base
+from localctl.files import first_line
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import Check, JobQueue, Made, Waiting, is_out_of_memory
 from localctl.studio.sessions import Session, Sessions
+
+logger = logging.getLogger(__name__)
+_SIZES = {"micro": (128, 128), "sd15": (512, 512), "sd21": (768, 768), "sdxl": (1024, 1024)}
 
 
 @dataclass
@@ -21,10 +29,8 @@ class Studio:
     sessions: Sessions = field(default_factory=Sessions)
     models: Any = None
 
-    def run(
-        self, session: Session, work: Callable[[Callable[[Any], None], Check], None]
-    ) -> Iterator[Waiting | Made]:
-        """Run ``work`` as a job of ``session``, see :meth:`JobQueue.run`; after a lack of memory the models are freed."""
+    def run(self, session: Session, work: Callable[[Callable[[Any], None], Check], None]) -> Iterator[Waiting | Made]:
+        """Run ``work`` as a job of ``session``, see :meth:`JobQueue.run`; models are freed when memory ran out."""
         cancelled = threading.Event()
         session.running.add(cancelled)
         try:
@@ -46,6 +52,46 @@ class Studio:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    @cached_property
+    def base_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the base was trained at; 512 where its files are not here yet."""
+        from localctl.architectures import read_shape
+        from localctl.jobs.prepare import base_size
+
+        known = next((size for name, size in _SIZES.items() if same_base(self.config.base, name)), None)
+        if known is not None:
+            return known
+        try:
+            return base_size(read_shape(BaseConfig(name=self.config.base, local_files_only=True)))
+        except (ValueError, OSError) as error:
+            logger.info(f"the size of the base is not known yet ({first_line(error)}); the canvas begins at 512x512")
+            return 512, 512
+
+    def tokens(self, text: str) -> tuple[list[tuple[int, int]], int]:
+        """Return the characters of each token of a prompt, and how many tokens the text encoder reads.
+
+        By words where the tokenizer of the base is not on this machine yet.
+        """
+        tokenizer = getattr(getattr(self.models, "pipe", None), "tokenizer", None) or self._tokenizer
+        if tokenizer is None:
+            return [match.span() for match in re.finditer(r"\S+", text)], 75
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
+        spans = [(first, last) for first, last in encoded["offset_mapping"] if last > first]
+        return spans, tokenizer.model_max_length - 2  # the start and the end take one each
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        from localctl.pipelines import resolve_base
+
+        place = resolve_base(self.config.base).id_or_path
+        try:
+            return AutoTokenizer.from_pretrained(place, subfolder="tokenizer", local_files_only=True)
+        except (ValueError, OSError) as error:
+            logger.info(f"the tokenizer of the base is not here yet ({first_line(error)}); phrases are marked by words")
+            return None
 
     def close(self) -> None:
         """Cancel all jobs and delete all files of the sessions."""

@@ -8,7 +8,7 @@ from typing import Any
 # Told apart by people with protanopia, deuteranopia and tritanopia, each from every other; a test measures that.
 COLORS = (
     "#007799",
-    "#e8d500",
+    "#eeee00",
     "#99ccff",
     "#aa8800",
     "#442299",
@@ -31,8 +31,8 @@ def color_of(index: int) -> str:
 
 def text_on(color: str) -> str:
     """Return black or white, whichever is easier to read on ``color``."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"
+    red, green, blue = ((int(color[i : i + 2], 16) / 255) ** 2.2 for i in (1, 3, 5))
+    return "#111111" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else "#ffffff"
 
 
 def theme() -> Any:
@@ -72,6 +72,9 @@ def theme() -> Any:
         button_primary_background_fill_hover_dark="#14857c",
         button_primary_text_color="#ffffff",
         panel_border_width="0px",
+        color_accent="#0f766e",
+        slider_color="#0f766e",
+        slider_color_dark="#2aa79b",
     )
 
 

@@ -1,0 +1,168 @@
+"""The form of the tab Place: what its fields say, checked, and from there the settings of a run and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from localctl.bases import SCHEDULERS
+from localctl.control.presets import NONE, control_names
+from localctl.layout import Layout
+from localctl.layout_io import save_layout
+from localctl.studio import limits
+from localctl.studio.config import StudioConfig
+from localctl.studio.limits import Scene
+from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
+from localctl.studio.scenes import layout_of
+from localctl.studio.uploads import read_photo
+
+AUTO = "auto"
+PHOTO_USES = {"Behind the regions": "behind", "Image to image": "image", "Repaint the regions": "inpaint"}
+MAX_SWEEP = 16  # images
+
+
+@dataclass(frozen=True)
+class PlaceForm:
+    """The fields of the tab, checked. ``method``: names joined by +. None: what suits base and method."""
+
+    prompt: str
+    negative_prompt: str
+    scene: Scene
+    method: str
+    settings: tuple[str, ...]
+    scheduler: str | None
+    karras: bool
+    steps: int
+    guidance_scale: float | None
+    guidance_rescale: float
+    clip_skip: int
+    seed: int
+    images: int
+    overlap: str
+    photo: Image.Image | None
+    photo_use: str
+    photo_strength: float
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed for each image."""
+        return [self.seed + index for index in range(self.images)]
+
+    def layout(self) -> Layout:
+        """Return the layout. ValueError for a region without a place, or a phrase that is not in the prompt."""
+        return layout_of(self.scene, self.prompt, self.overlap)
+
+
+def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
+    """Read the fields by name. ValueError in one sentence for the first that is out of bounds."""
+    get = values.get
+    method = METHODS[limits.choice("The method", get("method"), METHODS)]
+    scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
+    seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
+    return PlaceForm(
+        prompt=limits.text("The prompt", get("prompt")).strip(),
+        negative_prompt=limits.text("The negative prompt", get("negative_prompt")).strip(),
+        scene=limits.scene(get("scene")),
+        method=method,
+        settings=tuple(changed_settings(method, config.base, values)),
+        scheduler=None if scheduler == AUTO else scheduler,
+        karras=limits.flag("Karras sigmas", get("karras")),
+        steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
+        guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
+        guidance_rescale=limits.number("The guidance rescale", get("guidance_rescale"), 0, 1),
+        clip_skip=limits.whole("CLIP skip", get("clip_skip"), 0, 12),
+        seed=seed,
+        images=limits.whole("The images", get("images"), 1, limits.MAX_IMAGES),
+        overlap=limits.choice("The overlap policy", get("overlap"), ("share", "first", "last", "smallest")),
+        photo=read_photo("The photo", get("photo")),
+        photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
+        photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid: ``columns`` and ``rows`` are the values of the settings ``column`` and ``row``; no rows: one line."""
+
+    column: str
+    columns: tuple[float, ...]
+    row: str | None = None
+    rows: tuple[float, ...] = ()
+
+
+def read_sweep(values: Mapping[str, Any], form: PlaceForm) -> Sweep:
+    """Read the fields of the sweep. ValueError for settings that the method does not have, or too many images."""
+    known = sweepable(form.method)
+    if not known:
+        raise ValueError("The method has no settings to sweep; choose another method.")
+    column = limits.choice("The setting of the columns", values.get("sweep_column"), known)
+    row = limits.choice("The setting of the rows", values.get("sweep_row"), (*known, NONE))
+    columns = limits.numbers("The values of the columns", values.get("sweep_columns"), -1000, 1000, MAX_SWEEP)
+    rows: list[float] = []
+    if row != NONE:
+        rows = limits.numbers("The values of the rows", values.get("sweep_rows"), -1000, 1000, MAX_SWEEP)
+    if row == column:
+        raise ValueError("The rows and the columns sweep the same setting; choose two different ones, or none.")
+    count = len(columns) * max(1, len(rows)) * form.images
+    if count > MAX_SWEEP:
+        raise ValueError(f"The sweep asks for {count} images, more than {MAX_SWEEP}; give fewer values or images.")
+    return Sweep(column, tuple(columns), None if row == NONE else row, tuple(rows))
+
+
+def sweepable(method: str) -> list[str]:
+    """Return the settings of a method that are numbers, those that matter most first."""
+    every = [setting for name in control_names(method) for setting in settings_of(name)]
+    return [setting.name for setting in every if setting.kind.startswith("float")]
+
+
+def settings_for(
+    form: PlaceForm, folder: Path, config: StudioConfig, *, compare: bool = False, sweep: Sweep | None = None
+) -> dict[str, Any]:
+    """Return the settings of a run of ``sample.py``, with the inputs written to ``folder``.
+
+    compare: all methods, each with its presets, instead of the form's one. ValueError as for :meth:`PlaceForm.layout`.
+    """
+    settings: dict[str, Any] = {
+        "base": config.base,
+        "vae": config.vae,
+        "variant": config.variant,
+        "revision": config.revision,
+        "local_files_only": config.local_files_only,
+        "dtype": config.dtype,
+        "device": config.device,
+        "seeds": form.seeds,
+        "num_inference_steps": form.steps,
+        "guidance_scale": form.guidance_scale,
+        "guidance_rescale": form.guidance_rescale or None,
+        "negative_prompt": form.negative_prompt or None,
+        "clip_skip": form.clip_skip or None,
+        "scheduler": form.scheduler,
+        "use_karras_sigmas": form.karras or None,
+        "output_dir": str(folder),
+    }
+    if not form.scene.regions:
+        if compare or sweep:
+            raise ValueError("There are no regions to compare methods on; drag one on the canvas.")
+        if not form.prompt:
+            raise ValueError("There is no prompt; type one, or drag a region and give it a phrase.")
+        return settings | {"prompt": [form.prompt], "height": form.scene.height, "width": form.scene.width}
+    settings["layout"] = [str(save_layout(form.layout(), folder / "layout.json"))]
+    if compare:
+        return settings | {"compare": list(COMPARED)}
+    names = control_names(form.method)
+    swept = {sweep.column, sweep.row} if sweep else set()
+    fixed = [item for item in form.settings if item.partition("=")[0] not in swept]
+    settings |= {"control": names or [NONE], "set": fixed or None}
+    if sweep:
+        settings["sweep"] = [f"{sweep.column}={_joined(sweep.columns)}"]
+        if sweep.row is not None:
+            settings["sweep"].append(f"{sweep.row}={_joined(sweep.rows)}")
+    return settings
+
+
+def _joined(values: tuple[float, ...]) -> str:
+    return ",".join(f"{value:g}" for value in values)

@@ -1,0 +1,68 @@
+"""What a server may open, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from localctl.cli.studio import main, new_parser
+from localctl.studio.config import StudioConfig
+
+
+def test_a_server_is_local_by_default() -> None:
+    config = StudioConfig()
+    assert config.is_local and not config.exposed and config.login is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.5.0.1", "::1", "[::1]", "localhost"])
+def test_loopback_hosts_are_local(host: str) -> None:
+    assert not StudioConfig(host=host).exposed
+
+
+@pytest.mark.parametrize("options", [{"host": "0.0.0.0"}, {"host": "::"}, {"host": "192.168.1.4"}, {"share": True}])
+def test_an_open_server_without_login_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="let anyone generate images on this machine; give --auth USER:PASSWORD"):
+        StudioConfig(**options)
+    assert StudioConfig(**options, auth="me:secret").login == ("me", "secret")
+    assert StudioConfig(**options, allow_anyone=True).exposed
+
+
+@pytest.mark.parametrize("auth", ["me", ":", "me:", ":secret"])
+def test_a_login_has_both_parts(auth: str) -> None:
+    with pytest.raises(ValueError, match="USER:PASSWORD"):
+        StudioConfig(auth=auth)
+
+
+def test_a_password_may_hold_colons() -> None:
+    assert StudioConfig(auth="me:a:b").login == ("me", "a:b")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"port": 0}, {"port": 70000}, {"time_limit": 0}, {"dtype": "float8"}, {"hots": "x"}]
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        StudioConfig(**changes)
+
+
+def test_places_are_checked_before_the_server_starts(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        StudioConfig(base=str(tmp_path / "nowhere")).check_places()
+    with pytest.raises(ValueError, match="no_adapter"):
+        StudioConfig(adapter=[str(tmp_path / "no_adapter")]).check_places()
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file"):
+        StudioConfig(runs=str(file)).check_places()
+
+
+def test_every_setting_has_a_flag_of_its_name() -> None:
+    flags = {action.dest for action in new_parser()._actions} - {"help"}
+    assert flags >= set(vars(StudioConfig()))
+
+
+def test_the_command_refuses_an_open_server_in_one_sentence(capsys: Any) -> None:
+    assert main(["--host", "0.0.0.0"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("app.py: A server on 0.0.0.0") and told.count("\n") == 1
