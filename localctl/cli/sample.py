@@ -11,6 +11,7 @@
   python sample.py --prompt "a red circle" --lora style.safetensors --lora_scale 0.8
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
+  python sample.py --from_json outputs/sample/00_seed0.png --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and variant); all of them on sheet.png, on compare.png or in the grids of a sweep;
 and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the size of the run (see
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
 from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
+from localctl.png import is_png
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
@@ -72,13 +75,14 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
     Returns 0; 2 after a mistake of the user, 1 after an OSError such as a full disk, with one sentence on stderr.
     """
-    options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
-    with loading():
-        from localctl.jobs.run import run
+    with tempfile.TemporaryDirectory(prefix="localctl_") as unpacked:
+        options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program, Path(unpacked))
+        with loading():
+            from localctl.jobs.run import run
 
-    with log_to_screen(partial(_print_message, program)):
-        for path in run(options):
-            print(path, flush=True)
+        with log_to_screen(partial(_print_message, program)):
+            for path in run(options):
+                print(path, flush=True)
     return 0
 
 
@@ -103,7 +107,13 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     _add_base_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", help="default: outputs/sample")
-    add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; other flags replace its settings")
+    add(
+        "--no_record",
+        dest="embed_record",
+        action="store_false",
+        help="write no record into the images; by default, each PNG holds the settings and small inputs that repeat it",
+    )
+    add("--from_json", metavar="FILE", help=f"repeat a run: {RECORD} or an image of it; other flags replace settings")
     return parser
 
 
@@ -201,8 +211,11 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
-def parse(argv: Sequence[str], description: str | None = None, program: str = PROGRAM) -> SampleSettings:
-    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any.
+def parse(
+    argv: Sequence[str], description: str | None = None, program: str = PROGRAM, unpacked: Path = Path()
+) -> SampleSettings:
+    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any: a file, or an image
+    that holds one, whose inputs are written to ``unpacked``.
 
     ValueError for bad flags, or a file that is not a record.
     """
@@ -218,7 +231,7 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = PR
         typed |= _prompts_of(typed.pop("prompts_file"), typed)
     recorded: dict[str, Any] = {}
     if "from_json" in typed:
-        recorded = read_record(Path(typed["from_json"]))
+        recorded = _recorded(Path(typed["from_json"]).expanduser(), unpacked, typed)
         for name in typed:
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
@@ -237,6 +250,14 @@ def _prompts_of(place: str, typed: Mapping[str, Any]) -> dict[str, list[str]]:
         if name in typed:
             raise ValueError(f"Give either --prompts_file or --{name}, not both.")
     return found
+
+
+def _recorded(path: Path, unpacked: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+    if path.is_file() and is_png(path):
+        from localctl.jobs.embedded import read_embedded, settings_in  # with Pillow
+
+        return settings_in(read_embedded(path), unpacked, typed)
+    return read_record(path)
 
 
 def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:

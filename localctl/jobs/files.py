@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from localctl import __version__
 from localctl.files import first_line, write_bytes, write_json
 from localctl.jobs.scenes import read_layouts
 from localctl.jobs.settings import AUTO, INPUTS, RECORD, names_file
+from localctl.jobs.embedded import KEY, Record, record_text
 from localctl.jobs.variants import Variant, file_label
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
@@ -52,13 +54,20 @@ def open_output(path: str, needed: int) -> Path:
     return folder
 
 
-def save_images(output: GenerateOutput, index: int, variants: Sequence[Variant], folder: Path) -> list[Path]:
-    """Write the images of the variant with this ``index``; return their paths. OSError that names the file."""
+def save_images(
+    output: GenerateOutput,
+    index: int,
+    variants: Sequence[Variant],
+    folder: Path,
+    record: Record | None = None,
+) -> list[Path]:
+    """Write the images of the variant with this ``index``, with ``record`` inside; return their paths. OSError that
+    names the file."""
     ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
     paths = []
     for name, image in zip(file_names(output), output.images, strict=True):
         paths.append(folder / f"{name}{ending}.png")
-        save(image, paths[-1])
+        save(image, paths[-1], record and {**record, "image": paths[-1].name})
     return paths
 
 
@@ -78,11 +87,15 @@ def file_names(output: GenerateOutput) -> list[str]:
     return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(output.seeds)]
 
 
-def save(image: Image.Image, path: Path) -> None:
+def save(image: Image.Image, path: Path, record: Record | None = None) -> None:
+    """Write a PNG file, with ``record`` in a text chunk. OSError that names the file."""
+    texts = PngInfo()
+    if record is not None:
+        texts.add_itxt(KEY, record_text(record), zip=True)
     try:
         if path.is_symlink():  # replaced, never followed
             path.unlink()
-        image.save(path)
+        image.save(path, pnginfo=texts)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise OSError(f"{path} could not be written ({reason}); what was written before is kept.") from error

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from localctl.jobs.embedded import embedded
 from localctl.jobs.files import copy_inputs, open_output, save_images, save_record
 from localctl.jobs.generate import generate_job, load_models
 from localctl.jobs.prepare import Job, prepare, reproducing_options
@@ -38,11 +39,13 @@ def run(options: SampleSettings) -> Iterator[Path]:
 def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
     """Generate the images with each variant and write everything, while the output folder is locked."""
     copies = copy_inputs(vars(job.options), job.layouts, folder)
+    # By the names that the user gave, while the record of the folder has the places found.
+    record = embedded({**vars(job.options), **copies}, folder) if job.options.embed_record else None
     outputs, paths = [], []
     for variant, output in generate_job(job, load_models(job)):
         outputs.append((variant, output))
-        written = save_images(output, len(outputs) - 1, job.variants, folder)
+        written = save_images(output, len(outputs) - 1, job.variants, folder, record)
         paths += written
         yield from written
     save_record({**reproducing_options(job), **copies}, paths, folder)
-    save_sheets(outputs, job, folder)
+    save_sheets(outputs, job, folder, record)
