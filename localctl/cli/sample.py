@@ -9,6 +9,8 @@
   python sample.py --layout scene.json --control spacetime_optimized --set epochs=5 --num_inference_steps 20
   python sample.py --layout colours.png --color "#ff0000=a red circle" "#0000ff=a blue star"
   python sample.py --prompt "a red circle" --lora style.safetensors --lora_scale 0.8
+  python sample.py --prompt "a red circle" --init_image photo.png --inpaint_mask mask.png
+  python sample.py --layout scene.json --upscale 2 --upscale_strength 0.5
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
   python sample.py --from_json outputs/sample/00_seed0.png --output_dir outputs/again
@@ -29,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localctl.bases import DTYPE_NAMES, SCHEDULERS
+from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
 from localctl.cli.arguments import Arguments, boolean
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
@@ -49,6 +51,7 @@ _REPLACED = {
     "compare": ("control", "sweep"),
     "control": ("compare",),
     "sweep": ("compare",),
+    **{f"use_{name}_sigmas": tuple(f"use_{one}_sigmas" for one in SIGMAS if one != name) for name in SIGMAS},
 }
 _FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split
 # Flags of other programs, and ours.
@@ -66,6 +69,9 @@ _OTHER_FLAGS = {
     "--adapter_conditioning_scale": "--weight",
     "--num_images_per_prompt": "--seeds, one for each image",
     "--mixed_precision": "--dtype",
+    "--mask_image": "--inpaint_mask",
+    "--denoising_strength": "--strength",
+    "--hires_scale": "--upscale",
 }
 
 
@@ -104,9 +110,11 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     _add_region_flags(parser)
     _add_size_flags(parser)
     _add_sampling_flags(parser)
+    _add_start_flags(parser)
     _add_base_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", help="default: outputs/sample")
+    add("--save_steps", type=int, metavar="N", help="write a preview to steps/ after every N sampling steps")
     add(
         "--no_record",
         dest="embed_record",
@@ -189,15 +197,26 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
-    add(
-        "--use_karras_sigmas",
-        type=boolean,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
-        help="space the steps as Karras et al. do",
-    )
+    spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}
+    for name, how in spacings.items():
+        flag = f"--use_{name}_sigmas"
+        add(flag, type=boolean, nargs="?", const=True, metavar="BOOL", help=f"space the steps {how}")
     add("--batch_size", type=int, help="images at once (default 4); does not change them")
+
+
+def _add_start_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "from an image, and to a larger one", "the same prompts, regions and adapters"
+    ).add_argument
+    add("--init_image", metavar="FILE", help="start from this image instead of noise alone")
+    add("--strength", type=float, help="how much of it is replaced, up to 1 (default 0.6; with --inpaint_mask 1)")
+    add(
+        "--inpaint_mask",
+        metavar="FILE",
+        help="white = generate anew; the other pixels of --init_image stay as they are",
+    )
+    add("--upscale", type=float, metavar="FACTOR", help="enlarge the result, up to 4 times, in a second pass")
+    add("--upscale_strength", type=float, help="how much of the first pass the second one replaces (default 0.5)")
 
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:

@@ -169,8 +169,8 @@ def settings_in(record: Record, folder: Path, given: Container[str] = ()) -> dic
     """
     needs = record.get("needs", {})
     for name, value in needs.items() if isinstance(needs, dict) else ():
-        places = value if isinstance(value, list) else [value]
-        if name in given or (name in PLACES and all(Path(_NAMED.sub("", str(place), count=1)).exists() for place in places)):
+        places = [_NAMED.sub("", str(place), count=1) for place in (value if isinstance(value, list) else [value])]
+        if name in given or (name in PLACES and all(Path(place).exists() for place in places)):
             continue
         if name in PLACES:
             raise ValueError(f"The image was made with --{name} {shown(value)}, which is not here; give --{name}.")

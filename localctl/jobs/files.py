@@ -15,9 +15,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from localctl import __version__
 from localctl.files import first_line, write_bytes, write_json
+from localctl.jobs.embedded import KEY, Record, record_text
 from localctl.jobs.scenes import read_layouts
 from localctl.jobs.settings import AUTO, INPUTS, RECORD, names_file
-from localctl.jobs.embedded import KEY, Record, record_text
 from localctl.jobs.variants import Variant, file_label
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
@@ -65,7 +65,7 @@ def save_images(
     names the file."""
     ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
     paths = []
-    for name, image in zip(file_names(output), output.images, strict=True):
+    for name, image in zip(file_names(output.seeds), output.images, strict=True):
         paths.append(folder / f"{name}{ending}.png")
         save(image, paths[-1], record and {**record, "image": paths[-1].name})
     return paths
@@ -81,10 +81,10 @@ def file_endings(variants: Sequence[Variant]) -> list[str]:
     ]
 
 
-def file_names(output: GenerateOutput) -> list[str]:
-    """Return the beginning of each image's file name."""
-    count = len(dict.fromkeys(output.seeds))
-    return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(output.seeds)]
+def file_names(seeds: Sequence[int]) -> list[str]:
+    """Return the beginning of each image's file name, from the seed of each."""
+    count = len(dict.fromkeys(seeds))
+    return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(seeds)]
 
 
 def save(image: Image.Image, path: Path, record: Record | None = None) -> None:
@@ -107,6 +107,14 @@ def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path)
     write_json(folder / RECORD, record, indent=1, ensure_ascii=False)
 
 
+def subfolder(folder: Path, name: str) -> Path:
+    """Create a folder within the output folder and return it. ValueError for a link in its place."""
+    if (folder / name).is_symlink():
+        raise ValueError(f"{folder / name} is a link, which could lead anywhere; choose another --output_dir.")
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
+
+
 def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
     """Copy the input files to ``folder``/inputs and return the settings that name the copies, relative to ``folder``:
     the record needs no other files, and no image can overwrite one of them.
@@ -122,9 +130,7 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
     }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
     layouts = list(dict.fromkeys(used)) if predicted else read_layouts(options)
-    if (folder / "inputs").is_symlink():
-        raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
-    (folder / "inputs").mkdir(exist_ok=True)
+    subfolder(folder, "inputs")
     copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks

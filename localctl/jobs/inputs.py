@@ -172,12 +172,13 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
     return near_side(tall * scale, multiple), near_side(wide * scale, multiple)
 
 
-def check_same_aspect_ratio(sources: Sequence[Source]) -> None:
-    """Raise a ValueError for images of different aspect ratios, which one crop would cut at different places."""
+def check_same_aspect_ratio(sources: Sequence[Any]) -> None:
+    """Raise a ValueError for images (anything with a ``size``) of different aspect ratios, which one crop would cut at
+    different places."""
     for source in sources[1:]:
         if not same_shape(source.size, sources[0].size):
             raise ValueError(
-                f"The conditions are {_size_text(sources[0].size)} and {_size_text(source.size)} pixels, two aspect "
+                f"The conditions are {size_text(sources[0].size)} and {size_text(source.size)} pixels, two aspect "
                 "ratios; crop them to one, or give --height and --width."
             )
 
@@ -201,7 +202,7 @@ def prepare_inputs(
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
             notes.append(
-                f"{source.path} is {_size_text(source.size)} pixels, scaled{cropped} to {_size_text(size)}{why}."
+                f"{source.path} is {size_text(source.size)} pixels, scaled{cropped} to {size_text(size)}{why}."
             )
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
                 notes.append(f"The mask {source.mask_path} has the size of the result and is used as it is.")
@@ -253,17 +254,18 @@ def _mask_of(source: Source, crop: Geometry) -> Tensor:
         return source.mask
     if not same_shape(size, source.size):
         raise ValueError(
-            f"The mask {source.mask_path} is {_size_text(size)} pixels but the image {source.path} is "
-            f"{_size_text(source.size)}, another aspect ratio; save the mask with the image's."
+            f"The mask {source.mask_path} is {size_text(size)} pixels but the image {source.path} is "
+            f"{size_text(source.size)}, another aspect ratio; save the mask with the image's."
         )
     mask = torch.from_numpy(crop.apply_to_mask(source.mask[0].numpy()).clip(0, 1))[None]
     if not mask.any():
         raise ValueError(
             f"The mask {source.mask_path} is black everywhere in the part of {source.path} that remains, "
-            f"{_size_text(crop.size)}; choose another --height and --width."
+            f"{size_text(crop.size)}; choose another --height and --width."
         )
     return mask
 
 
-def _size_text(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """Return WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"

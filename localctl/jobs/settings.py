@@ -18,7 +18,7 @@ from localctl.sizes import typed_size
 
 RECORD = "sample.json"
 # Settings that name files, which are copied beside the record.
-INPUTS = ("image", "condition_image", "mask", "layout") + (
+INPUTS = ("image", "condition_image", "mask", "layout", "init_image", "inpaint_mask") + (
     "controlnet_image", "controlnet_condition_image", "controlnet_mask", "ip_adapter_image", "ip_adapter_mask"
 )  # fmt: skip
 # Settings that name models: known ones, files, folders or hub ids; some with a name of their own, NAME=PLACE.
@@ -107,6 +107,11 @@ class SampleSettings:
     set: _Texts = None
     sweep: _Texts = None
     compare: _Texts = None
+    init_image: _Texts = None
+    strength: _Number | None = None
+    inpaint_mask: _Texts = None
+    upscale: _Number | None = None
+    upscale_strength: _Number | None = None
     resolution: Annotated[tuple[_Whole, _Whole] | None, BeforeValidator(_size)] = None
     height: _Whole | None = None
     width: _Whole | None = None
@@ -120,6 +125,8 @@ class SampleSettings:
     clip_skip: _Whole | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
     batch_size: _Whole = 4
     base: _Text | None = None
     vae: _Text | None = None
@@ -130,6 +137,7 @@ class SampleSettings:
     device: _Text = "auto"
     output_dir: _Text = "outputs/sample"
     embed_record: bool = True
+    save_steps: _Whole | None = None
     from_json: _Text | None = None
 
 
