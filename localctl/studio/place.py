@@ -103,7 +103,7 @@ def _result_column(tab: PlaceTab) -> None:
             1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
         )
         tab.fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
+            value=0, step=1, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
         )
         tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
 

@@ -103,7 +103,7 @@ def _written(job: Job, index: int, output: GenerateOutput, folder: Path) -> Sequ
         path = folder / f"{name}{ending}.png"
         save(image, path)
         caption = f"{variant.label}, seed {seed}" if several else f"seed {seed}"
-        lines = tuple(f"{caption}: {line}" for line in verdict(image, layout)) if reads else ()
+        lines = (f"{caption}: {', '.join(verdict(image, layout))}",) if reads else ()
         shown.append(Shown(path, caption, "image", lines))
     return shown
 
