@@ -14,6 +14,8 @@ from localctl.studio import progress
 from localctl.studio.canvas import canvas
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
+from localctl.studio.place_addons import add_fields as add_addons
+from localctl.studio.place_addons import photos_of
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import photo
@@ -57,6 +59,7 @@ def add(studio: Studio) -> PlaceTab:
             _method_fields(tab, studio)
             _sampling_fields(tab)
             _photo_fields(tab)
+            add_addons(tab.fields, studio.config)
             _loading_fields(tab)
             _study_fields(tab, studio)
     tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
@@ -149,6 +152,9 @@ def _sampling_fields(tab: PlaceTab) -> None:
             tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
             tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
         tab.fields["karras"] = gr.Checkbox(value=False, label="Karras noise levels")
+        with gr.Row():
+            tab.fields["upscale"] = gr.Slider(1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)")
+            tab.fields["upscale_strength"] = gr.Slider(0, 1, value=0.5, step=0.05, label="How much it changes")
 
 
 def _photo_fields(tab: PlaceTab) -> None:
@@ -194,7 +200,7 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
     tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     _connect_scene(tab, studio)
-    remembered = {name: part for name, part in tab.fields.items() if name != "photo"}
+    remembered = {name: part for name, part in tab.fields.items() if name not in photos_of(tab.fields)}
     gr.on(
         [part.input if hasattr(part, "input") else part.change for part in remembered.values()],
         None,
@@ -214,6 +220,9 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
     shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
     shown_photo.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    for name in photos_of(fields)[1:]:
+        checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
+        checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     loaded = [*looked, tab.prompt_view, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)

@@ -144,9 +144,18 @@ def choose_method(base: str, names: Sequence[str], groups: Sequence[str]) -> Cal
 def behind(photo: Any) -> tuple[Any, Any]:
     """Show a photo behind the regions: (canvas, progress)."""
     try:
-        return show_behind(read_photo("The photo", photo)), progress.IDLE
+        return show_behind(read_photo("The photo", photo)), gr.skip()
     except ValueError as error:
         return show_behind(None), progress.failed(str(error))
+
+
+def check_photo(photo: Any) -> Any:
+    """Say at once that an upload cannot be used, or nothing."""
+    try:
+        read_photo("The image", photo)
+    except ValueError as error:
+        return progress.failed(str(error))
+    return gr.skip()
 
 
 def unreadable() -> str:

@@ -13,10 +13,12 @@ from localctl.bases import SCHEDULERS
 from localctl.control.presets import NONE, control_names
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
+from localctl.masks import mask_to_pil
 from localctl.studio import limits
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
 from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
+from localctl.studio.place_addons import Addons, addon_settings, read_addons
 from localctl.studio.scenes import layout_of
 from localctl.studio.uploads import read_photo
 
@@ -46,6 +48,9 @@ class PlaceForm:
     photo: Image.Image | None
     photo_use: str
     photo_strength: float
+    upscale: float
+    upscale_strength: float
+    addons: Addons
 
     @property
     def seeds(self) -> list[int]:
@@ -81,6 +86,9 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         photo=read_photo("The photo", get("photo")),
         photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
         photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
+        upscale=limits.number("The second pass", get("upscale"), 1, 4),
+        upscale_strength=limits.number("The strength of the second pass", get("upscale_strength"), 0, 1),
+        addons=read_addons(values, config),
     )
 
 
@@ -143,6 +151,8 @@ def settings_for(
         "scheduler": form.scheduler,
         "use_karras_sigmas": form.karras or None,
         "output_dir": str(folder),
+        **addon_settings(form.addons, form.scene, config, folder),
+        **_start_and_end(form, folder),
     }
     if not form.scene.regions:
         if compare or sweep:
@@ -161,6 +171,26 @@ def settings_for(
         settings["sweep"] = [f"{sweep.column}={_joined(sweep.columns)}"]
         if sweep.row is not None:
             settings["sweep"].append(f"{sweep.row}={_joined(sweep.rows)}")
+    return settings
+
+
+def _start_and_end(form: PlaceForm, folder: Path) -> dict[str, Any]:
+    """Return the settings of what a run starts from, and of its second pass."""
+    settings: dict[str, Any] = {}
+    if form.upscale > 1:
+        settings |= {"upscale": form.upscale, "upscale_strength": form.upscale_strength}
+    if form.photo_use == "behind":
+        return settings
+    if form.photo is None:
+        raise ValueError("There is no photo to start from; upload one, or choose to show it behind the regions only.")
+    form.photo.save(folder / "photo.png")
+    settings |= {"init_image": [str(folder / "photo.png")], "strength": form.photo_strength}
+    if form.photo_use == "inpaint":
+        if not form.scene.regions:
+            raise ValueError("There are no regions to repaint; drag or brush one over the photo.")
+        masks = form.layout().masks((form.scene.height, form.scene.width))
+        mask_to_pil(masks.amax(dim=0)).save(folder / "repainted.png")
+        settings["inpaint_mask"] = [str(folder / "repainted.png")]
     return settings
 
 

@@ -24,12 +24,13 @@ from localctl.studio.studio import Studio
 
 @dataclass(frozen=True)
 class Shown:
-    """An image for the gallery. kind: image, heat or sheet. job, index: what it belongs to, for an image."""
+    """An image for the gallery. kind: image, heat or sheet. lines: what is found in it. command: what generates it."""
 
     path: Path
     caption: str
     kind: str
     lines: tuple[str, ...] = ()
+    command: str = ""
 
 
 @dataclass(frozen=True)
