@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from localctl.bases import SCHEDULERS
+from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
@@ -145,13 +145,13 @@ def _sampling_fields(tab: PlaceTab) -> None:
             )
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
+            tab.fields["sigmas"] = gr.Dropdown([AUTO, *SIGMAS], value=AUTO, label="Noise levels")
             tab.fields["overlap"] = gr.Dropdown(
                 ["share", "first", "last", "smallest"], value="share", label="Where regions overlap"
             )
         with gr.Row():
             tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
             tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
-        tab.fields["karras"] = gr.Checkbox(value=False, label="Karras noise levels")
         with gr.Row():
             tab.fields["upscale"] = gr.Slider(1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)")
             tab.fields["upscale_strength"] = gr.Slider(0, 1, value=0.5, step=0.05, label="How much it changes")

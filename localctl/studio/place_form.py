@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from localctl.bases import SCHEDULERS
+from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import NONE, control_names
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
@@ -37,7 +37,7 @@ class PlaceForm:
     method: str
     settings: tuple[str, ...]
     scheduler: str | None
-    karras: bool
+    sigmas: str | None
     steps: int
     guidance_scale: float | None
     guidance_rescale: float
@@ -67,6 +67,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
     get = values.get
     method = METHODS[limits.choice("The method", get("method"), METHODS)]
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
+    sigmas = limits.choice("The noise levels", get("sigmas"), (AUTO, *SIGMAS))
     seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
     return PlaceForm(
         prompt=limits.text("The prompt", get("prompt")).strip(),
@@ -75,7 +76,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         method=method,
         settings=tuple(changed_settings(method, config.base, values)),
         scheduler=None if scheduler == AUTO else scheduler,
-        karras=limits.flag("Karras sigmas", get("karras")),
+        sigmas=None if sigmas == AUTO else sigmas,
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         guidance_rescale=limits.number("The guidance rescale", get("guidance_rescale"), 0, 1),
@@ -149,7 +150,7 @@ def settings_for(
         "negative_prompt": form.negative_prompt or None,
         "clip_skip": form.clip_skip or None,
         "scheduler": form.scheduler,
-        "use_karras_sigmas": form.karras or None,
+        **({f"use_{form.sigmas}_sigmas": True} if form.sigmas else {}),
         "output_dir": str(folder),
         **addon_settings(form.addons, form.scene, config, folder),
         **_start_and_end(form, folder),

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=10, help="in a row, after the first two")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     options = parser.read(argv)
-    check_least(options, jobs=1)
+    check_least(options, {"jobs": 1})
     figures = measure(options.jobs)
     for name, value in figures.items():
         print(f"{name:<44} {value:8.1f}")
