@@ -49,9 +49,9 @@ function press(event) {
     const region = regionAt(start);
     selected = region ? region.id : null;
     drag = region && { kind: 'move', start, region, box: boxOf(region) };
-  } else if (current && !event.shiftKey && covers(current, start)) {
+  } else if (current && !options.fixed && !event.shiftKey && covers(current, start)) {
     drag = { kind: 'move', start, region: current, box: boxOf(current) };
-  } else drag = { kind: 'box', start, region: newRegion({}), box: null };
+  } else drag = { kind: 'box', start, region: options.fixed ? { ...(current || scene.regions[0]), mask: null } : newRegion({}), box: null };
   refresh();
 }
 

@@ -56,12 +56,28 @@ const sizeInput = (name) => make('input', {
   'aria-label': `${name} in pixels`, onchange: () => resize(),
 });
 const sizes = { width: sizeInput('Width'), height: sizeInput('Height') };
+const chooser = make('span', { class: 'scene-chooser', role: 'group', 'aria-label': 'Mask to paint' });
 const toolbar = make('div', { class: 'scene-toolbar', role: 'toolbar', 'aria-label': 'Tools of the canvas' },
   make('span', { class: 'scene-group' }, ...toolButtons.values()), brushSize,
   make('span', { class: 'scene-group' }, undoButton, redoButton),
   make('span', { class: 'scene-group' }, options.fixed ? null : addButton, removeButton),
+  options.fixed ? chooser : null,
   make('span', { class: 'scene-sizes' }, sizes.width, make('span', {}, '×'), sizes.height));
 if (options.size === false) toolbar.lastChild.hidden = true;
+
+// With fixed regions: a button for each, which chooses whose mask is painted.
+function refreshChooser() {
+  if (!options.fixed) return;
+  chooser.hidden = scene.regions.length < 2;
+  chooser.replaceChildren(...scene.regions.map((region, index) => {
+    const pressed = String(region.id === selected);
+    const act = () => { selected = region.id; refresh(); };
+    const text = `${index + 1} ${region.phrase}`;
+    const node = make('button', { type: 'button', class: 'scene-choice', 'aria-pressed': pressed, onclick: act }, text);
+    node.style.setProperty('--region', colorOf(region));
+    return node;
+  }));
+}
 
 function chooseTool(name) {
   if (!options.tools.includes(name)) return;
@@ -171,7 +187,7 @@ function paintRegion(context, region, width, height) {
     context.setLineDash([]);
   }
   paintLabel(context, region, color, x, y, width);
-  if (active) for (const [hx, hy] of handles(box)) paintHandle(context, color, hx * width, hy * height);
+  if (active && !options.fixed) for (const [hx, hy] of handles(box)) paintHandle(context, color, hx * width, hy * height);
 }
 
 function paintLabel(context, region, color, x, y, width) {
@@ -235,4 +251,5 @@ function refresh() {
   stage.setAttribute('aria-label', `Canvas with ${scene.regions.length} regions`);
   paint();
   refreshRows();
+  refreshChooser();
 }

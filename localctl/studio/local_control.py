@@ -1,12 +1,219 @@
-"""The tab Local control: a condition inside a mask."""
+"""The tab Local control: follow a photo's condition inside painted masks, with one adapter or several."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import gradio as gr
 
+from localctl.bases import SCHEDULERS
+from localctl.studio import local_control_actions as actions
+from localctl.studio.canvas import canvas
+from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
+from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, first_regions
+from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
 from localctl.studio.studio import Studio
+from localctl.studio.uploads import photo
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+_STORE = "localctl-studio-follow"
+_HINT = "Upload a photo, or choose an example"
+_CHOOSE = """element.addEventListener('click', (event) => {
+  const chosen = event.target.closest('button');
+  if (chosen) trigger('select', { index: Number(chosen.dataset.index) });
+});"""
+_PAINT = (
+    "Paint where the photo is followed. Without a mask it is followed everywhere; outside the mask the prompt alone "
+    "decides."
+)
 
 
-def add(studio: Studio) -> None:
-    """Add the tab to the page that is being built."""
-    gr.Markdown("In preparation.")
+@dataclass
+class FollowTab:
+    """The tab's components: ``fields`` by name, those that make up its state, and what shows results."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    rows: list[Any] = field(default_factory=list)
+    buttons: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    conditions: Any = None
+    progress: Any = None
+    figures: Any = None
+    gallery: Any = None
+    memory: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the fields, in the order of their components as inputs of a handler."""
+        return list(self.fields)
+
+    @property
+    def adapters(self) -> list[Any]:
+        """The dropdowns of adapters."""
+        return [self.fields[f"adapter{number}"] for number in range(1, MOST_ADAPTERS + 1)]
+
+    @property
+    def arranged(self) -> list[Any]:
+        """The components that :func:`localctl.studio.local_control_actions.arrange` fills."""
+        thresholds = [self.fields[name] for name in ("low", "high", "cells")]
+        return [self.fields["scene"], self.conditions, *thresholds, *self.rows, self.progress]
+
+
+def add(studio: Studio, blocks: Any) -> FollowTab:
+    """Add the tab to the page that is being built, and return its components."""
+    tab = FollowTab()
+    with gr.Row(elem_classes="studio-columns"):
+        with gr.Column(scale=6, min_width=320):
+            _photo_column(tab, studio)
+        with gr.Column(scale=5, min_width=320):
+            _result_column(tab)
+            _adapter_rows(tab, studio)
+            _condition_fields(tab)
+            _sampling_fields(tab)
+    tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
+    _connect(tab, studio, blocks)
+    return tab
+
+
+def _photo_column(tab: FollowTab, studio: Studio) -> None:
+    tab.fields["prompt"] = gr.Textbox(
+        label="Prompt", placeholder="Describe the image.", lines=2, max_lines=6, elem_id="follow-prompt"
+    )
+    with gr.Row(elem_classes="follow-photos"):
+        tab.fields["photo"] = photo("Photo", elem_id="follow-photo", height=190, min_width=170, scale=2)
+        with gr.Column(scale=3, min_width=220):
+            tab.files["example"] = gr.HTML(
+                actions.example_buttons(), js_on_load=_CHOOSE, elem_id="follow-examples", apply_default_css=False
+            )
+            tab.fields["source"] = gr.Radio(
+                list(SOURCES), value=PHOTO, label="The image is", container=False, elem_id="follow-source"
+            )
+            tab.files["mask"] = gr.UploadButton(
+                "Upload the mask instead of painting it", file_types=[".png", ".jpg", ".jpeg", ".webp"], type="binary",
+                size="sm", elem_id="follow-mask",
+            )  # fmt: skip
+    tab.fields["scene"] = canvas(
+        studio.base_size,
+        regions=first_regions(1),
+        tools=("brush", "erase", "box"),
+        rows=False,
+        fixed=True,
+        sized=False,
+        hint=_HINT,
+        elem_id="follow-canvas",
+    )
+    gr.HTML(f'<p class="studio-note">{_PAINT}</p>')
+
+
+def _result_column(tab: FollowTab) -> None:
+    with gr.Row(elem_classes="studio-actions"):
+        tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="follow-generate", scale=3)
+        tab.buttons["cancel"] = gr.Button("Cancel", elem_id="follow-cancel", scale=1, min_width=90)
+    tab.progress = gr.HTML("", elem_id="follow-progress")
+    tab.figures = gr.HTML("", elem_id="follow-figures")
+    tab.gallery = gr.Gallery(
+        label="Results",
+        show_label=False,
+        visible=False,
+        columns=4,
+        height="auto",
+        object_fit="contain",
+        allow_preview=False,
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id="follow-gallery",
+    )
+    with gr.Row(elem_classes="studio-seeds"):
+        tab.fields["images"] = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="follow-images")
+        tab.fields["seed"] = gr.Number(
+            value=0, precision=0, minimum=0, label="Seed", elem_id="follow-seed", min_width=110
+        )
+        tab.buttons["random"] = gr.Button("Random seed", size="sm", min_width=80)
+
+
+def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
+    known = list(adapter_places(studio.config))
+    for number in range(1, MOST_ADAPTERS + 1):
+        with gr.Column(visible=number == 1, elem_classes="studio-group") as row:
+            tab.fields[f"adapter{number}"] = gr.Dropdown(
+                known, value=known[0] if known else None, label=f"Adapter {number}", elem_id=f"follow-adapter{number}"
+            )
+            with gr.Row():
+                for name, label, value, most in (
+                    ("weight", "Strength", 1, 2), ("start", "Start", 0, 1), ("end", "End", 1, 1),
+                ):  # fmt: skip
+                    tab.fields[f"{name}{number}"] = gr.Slider(
+                        0, most, value=value, step=0.05, label=label, min_width=110, elem_id=f"follow-{name}{number}"
+                    )
+        tab.rows.append(row)
+    with gr.Row():
+        tab.buttons["more"] = gr.Button("Add an adapter", size="sm", elem_id="follow-more")
+        tab.buttons["fewer"] = gr.Button("Remove the last", size="sm", elem_id="follow-fewer")
+        tab.buttons["refresh"] = gr.Button("Look for new adapters", size="sm")
+
+
+def _condition_fields(tab: FollowTab) -> None:
+    with gr.Accordion("Condition", open=True):
+        tab.conditions = gr.HTML(actions.NO_CONDITION, elem_id="follow-conditions")
+        with gr.Row():
+            tab.fields["low"] = gr.Slider(0, 400, value=50, step=5, label="Low threshold", elem_id="follow-low")
+            tab.fields["high"] = gr.Slider(0, 400, value=100, step=5, label="High threshold", elem_id="follow-high")
+        tab.fields["cells"] = gr.Slider(
+            2, 32, value=8, step=1, label="Colours per side", visible=False, elem_id="follow-cells"
+        )
+
+
+def _sampling_fields(tab: FollowTab) -> None:
+    with gr.Accordion("Sampling", open=False):
+        tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
+        with gr.Row():
+            tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="follow-steps")
+            tab.fields["guidance_scale"] = gr.Number(
+                value=None, label="Guidance scale", placeholder="what suits the base", minimum=0, maximum=30
+            )
+        with gr.Row():
+            tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
+            tab.fields["width"] = gr.Number(value=None, label="Width", placeholder="as the photo", precision=0)
+            tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
+
+
+def _connect(tab: FollowTab, studio: Studio, blocks: Any) -> None:
+    """Connect the components to the handlers."""
+    names, inputs = tab.names, list(tab.fields.values())
+    quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
+    results = [tab.progress, tab.figures, tab.gallery]
+    tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE)
+    tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
+    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
+    tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
+
+    arrange = actions.arrange(studio, names)
+    arranging = [tab.fields[name].change for name in ("photo", "width", "height")]
+    arranging += [tab.fields["source"].input, *(adapter.input for adapter in tab.adapters)]
+    arranged = gr.on(arranging, arrange, inputs, tab.arranged, **quick)
+    arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    for name, change in (("more", 1), ("fewer", -1)):
+        tab.buttons[name].click(actions.change_count(studio, names, change), inputs, tab.arranged, **quick)
+    thresholds = [tab.fields[name].input for name in ("low", "high", "cells")]
+    gr.on(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress], **quick)
+    tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
+    tab.files["mask"].upload(
+        actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
+    )
+    refresh = actions.refresh_adapters(studio)
+    tab.buttons["refresh"].click(refresh, tab.adapters, tab.adapters, queue=False, **PRIVATE)
+    _remember(tab, studio, blocks)
+
+
+def _remember(tab: FollowTab, studio: Studio, blocks: Any) -> None:
+    """Let the browser remember the fields, but for the photo, and put them back when the page is loaded again."""
+    kept = {name: part for name, part in tab.fields.items() if name != "photo"}
+    gr.on(
+        [part.input if hasattr(part, "input") else part.change for part in kept.values()],
+        None,
+        list(kept.values()),
+        tab.memory,
+        js=f"(...values) => [Object.fromEntries({list(kept)}.map((name, i) => [name, values[i]]))]",
+    )
+    blocks.load(actions.restore(studio, list(kept)), tab.memory, [*kept.values(), *tab.rows], **PRIVATE)

@@ -22,12 +22,17 @@ _SIZES = {"micro": (128, 128), "sd15": (512, 512), "sd21": (768, 768), "sdxl": (
 
 @dataclass
 class Studio:
-    """One server. ``models``: those of the last job, which the next one uses again where they are the same."""
+    """One server.
+
+    ``models``: those of the last job, which the next one uses again where they are the same. ``closing``: what the tabs
+    ask to be called when the server ends.
+    """
 
     config: StudioConfig
     jobs: JobQueue = field(default_factory=JobQueue)
     sessions: Sessions = field(default_factory=Sessions)
     models: Any = None
+    closing: list[Callable[[], None]] = field(default_factory=list)
 
     def run(self, session: Session, work: Callable[[Callable[[Any], None], Check], None]) -> Iterator[Waiting | Made]:
         """Run ``work`` as a job of ``session``, see :meth:`JobQueue.run`; models are freed when memory ran out."""
@@ -94,5 +99,7 @@ class Studio:
             return None
 
     def close(self) -> None:
-        """Cancel all jobs and delete all files of the sessions."""
+        """Cancel all jobs, close what the tabs have opened and delete all files of the sessions."""
+        for close in self.closing:
+            close()
         self.sessions.close()

@@ -1,0 +1,120 @@
+"""The form of the tab Local control: what its fields say, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from localctl.bases import SCHEDULERS
+from localctl.settings import ConditionConfig
+from localctl.studio import limits
+from localctl.studio.limits import Scene, SceneRegion
+from localctl.studio.local_control_job import MOST_ADAPTERS, Follow, Order, Thresholds
+from localctl.studio.uploads import read_photo
+
+AUTO = "auto"
+PHOTO = "a photo"
+SOURCES = (PHOTO, "a finished condition")
+USUAL = ConditionConfig()
+
+
+@dataclass(frozen=True)
+class FollowForm:
+    """The fields of the tab, checked. None: what suits the base."""
+
+    order: Order
+    prompt: str
+    negative_prompt: str
+    scheduler: str | None
+    steps: int
+    guidance_scale: float | None
+    seeds: list[int]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of a run but for its inputs. ValueError without a prompt."""
+        if not self.prompt:
+            raise ValueError("There is no prompt; describe the image.")
+        return {
+            "prompt": [self.prompt],
+            "negative_prompt": self.negative_prompt or None,
+            "scheduler": self.scheduler,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "seeds": self.seeds,
+        }
+
+
+def first_regions(count: int) -> list[dict[str, Any]]:
+    """Return the regions of the canvas before anything is painted: one for each adapter."""
+    return [{"id": f"m{index + 1}", "color": index, "phrase": f"adapter {index + 1}"} for index in range(count)]
+
+
+def read_order(values: Mapping[str, Any]) -> Order:
+    """Read what is to be followed. ValueError in one sentence for the first field that is out of bounds."""
+    get = values.get
+    scene = limits.scene(get("scene"))
+    if not 1 <= len(scene.regions) <= MOST_ADAPTERS:
+        raise ValueError(f"There must be 1 to {MOST_ADAPTERS} masks, one for each adapter, not {len(scene.regions)}.")
+    image = read_photo("The photo", get("photo"))
+    is_photo = limits.choice("The image", get("source"), SOURCES) == PHOTO
+    low, high = (limits.number(f"The {name} threshold", get(name), 0, 400) for name in ("low", "high"))
+    if low > high:
+        raise ValueError(f"The low threshold {low:g} is above the high one, {high:g}; raise the high one.")
+    sides = {name: None if not get(name) else limits.side(f"The {name}", get(name)) for name in ("height", "width")}
+    return Order(
+        photo=image if is_photo else None,
+        condition=None if is_photo else image,
+        follows=[_follow(values, number, region, scene) for number, region in enumerate(scene.regions, start=1)],
+        thresholds=Thresholds(low, high, limits.whole("The colours per side", get("cells"), 2, 32)),
+        **sides,
+    )
+
+
+def _follow(values: Mapping[str, Any], number: int, region: SceneRegion, scene: Scene) -> Follow:
+    """Read the adapter with this number and its mask."""
+    of = f"of adapter {number}"
+    start = limits.number(f"The start {of}", values.get(f"start{number}"), 0, 1)
+    end = limits.number(f"The end {of}", values.get(f"end{number}"), 0, 1)
+    if start >= end:
+        raise ValueError(f"Adapter {number} needs a start before its end, not {start:g} and {end:g}.")
+    return Follow(
+        adapter=limits.text(f"The name {of}", values.get(f"adapter{number}"), 300),
+        weight=limits.number(f"The strength {of}", values.get(f"weight{number}"), 0, 2),
+        start=start,
+        end=end,
+        mask=mask_of(region, scene),
+    )
+
+
+def mask_of(region: SceneRegion, scene: Scene) -> Image.Image | None:
+    """Return the mask of a region at the size of the canvas, white inside; None where nothing is painted."""
+    if region.mask is not None:
+        return Image.fromarray((region.mask * 255).round().astype("uint8"))
+    if region.box is None:
+        return None
+    mask = Image.new("L", (scene.width, scene.height))
+    sides = (scene.width, scene.height) * 2
+    left, top, right, bottom = (round(edge * side) for edge, side in zip(region.box, sides, strict=True))
+    ImageDraw.Draw(mask).rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=255)
+    return mask
+
+
+def read_form(values: Mapping[str, Any]) -> FollowForm:
+    """Read all fields by name. ValueError in one sentence for the first that is out of bounds."""
+    get = values.get
+    scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
+    seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
+    count = limits.whole("The images", get("images"), 1, limits.MAX_IMAGES)
+    return FollowForm(
+        order=read_order(values),
+        prompt=limits.text("The prompt", get("prompt")).strip(),
+        negative_prompt=limits.text("The negative prompt", get("negative_prompt")).strip(),
+        scheduler=None if scheduler == AUTO else scheduler,
+        steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
+        guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
+        seeds=[seed + index for index in range(count)],
+    )
