@@ -41,7 +41,7 @@ class PlacedAddons:
         stays on the base then."""
         for net in addons.nets:
             if net.place not in self._nets:
-                self._nets[net.place] = _state(Path(net.place)), net.load().to(device, pipe.unet.dtype)
+                self._nets[net.place] = _state(Path(net.place)), net.load().to(device, pipe.dtype)
         if self._key == _key(addons):
             return
         with ExitStack() as stack:
@@ -63,7 +63,7 @@ class PlacedAddons:
                 self._nets[item.saved.place][1],
                 item.condition,
                 _rows(item.mask, layouts),
-                item.weight,
+                _number(item.weight),
                 item.start,
                 item.end,
                 guess_mode=addons.guess_mode,
@@ -77,6 +77,11 @@ class PlacedAddons:
         return [*controls, IPAdapterControl(prompts)] if prompts else controls
 
 
+def _number(weight: float | tuple[float, ...]) -> float:
+    assert not isinstance(weight, tuple), "levels are of adapters"
+    return weight
+
+
 def _rows(mask: Tensor | None, layouts: Sequence[int]) -> Any:
     """Return the rows of a mask for these layouts, if it has one for each."""
     return mask[list(layouts)] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask
@@ -84,7 +89,7 @@ def _rows(mask: Tensor | None, layouts: Sequence[int]) -> Any:
 
 def _key(addons: Addons) -> object:
     """Return what is on the base, () for nothing, with the state of its files."""
-    items = (*addons.embeddings, *addons.loras, *addons.ip_adapters)
+    items: list[Any] = [*addons.embeddings, *addons.loras, *addons.ip_adapters]
     return tuple((item.place, getattr(item, "encoder", None), _state(item.weights.path)) for item in items)
 
 
