@@ -46,10 +46,9 @@ class PlacedAddons:
             return
         with ExitStack() as stack:
             stack.enter_context(with_embeddings(pipe, addons.embeddings))
-            self._use = stack.enter_context(with_loras(pipe, addons.loras)) if addons.loras else None
+            use = stack.enter_context(with_loras(pipe, addons.loras)) if addons.loras else None
             stack.enter_context(with_ip_adapters(pipe, addons.ip_adapters))
-            self._stack = stack.pop_all()
-        self._key = _key(addons)
+            self._stack, self._use, self._key = stack.pop_all(), use, _key(addons)
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Let these LoRAs act, each with its scale."""
