@@ -108,7 +108,8 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
         if names_file(path)
     }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
-    layouts = list(dict.fromkeys(used)) if predicted else read_layouts(options)
+    once = used if options["lora_per_prompt"] else dict.fromkeys(used)  # each prompt has its own LoRAs
+    layouts = list(once) if predicted else read_layouts(options)
     if (folder / "inputs").is_symlink():
         raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
     (folder / "inputs").mkdir(exist_ok=True)
