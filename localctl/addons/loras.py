@@ -259,7 +259,7 @@ def _inject(part: nn.Module, factors: Mapping[str, Sequence[Tensor]], name: str)
         for layer, pair in factors.items()
         for end, value in zip("AB", pair, strict=True)
     }
-    found = set_peft_model_state_dict(part, state, adapter_name=name)
+    found: Any = set_peft_model_state_dict(part, state, adapter_name=name)
     placed = sum(name in layer.r for layer in _layers(part))
     if found.unexpected_keys or placed != len(factors):
         raise ValueError(f"{len(factors)} layers are changed, {placed} were found")

@@ -138,7 +138,8 @@ def _check_images(options: SampleSettings) -> None:
 
 def check_addons(addons: Addons, shape: BaseShape, layouts: Sequence[Layout], negative_prompt: str | None) -> None:
     """Raise a ValueError for an addon that does not fit the base, or a learned word that no text has."""
-    for item in (*addons.nets, *addons.ip_adapters, *addons.loras):
+    items: list[SavedControlNet | SavedIPAdapter | SavedLora] = [*addons.nets, *addons.ip_adapters, *addons.loras]
+    for item in items:
         item.check(shape)
     texts = [
         text

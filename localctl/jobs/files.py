@@ -129,7 +129,8 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
         if names_file(path)
     }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
-    layouts = list(dict.fromkeys(used)) if predicted else read_layouts(options)
+    once = used if options["lora_per_prompt"] else dict.fromkeys(used)  # each prompt has its own LoRAs
+    layouts = list(once) if predicted else read_layouts(options)
     subfolder(folder, "inputs")
     copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
     for index, layout in enumerate(layouts):

@@ -226,7 +226,9 @@ def _enlarged(latents: Sequence[Tensor], size: tuple[int, int], factor: int) -> 
 
 def _in_order(outputs: Mapping[int, GenerateOutput], seeds: int) -> GenerateOutput:
     """Return the images layout by layout. ``outputs``: for each layout the output with its group's images."""
-    images, all_seeds, layouts = list[Any](), list[int](), list[Layout]()
+    images: list[Any] = []
+    all_seeds: list[int] = []
+    layouts: list[Layout] = []
     places = dict.fromkeys(map(id, outputs.values()), 0)
     for index in sorted(outputs):
         output = outputs[index]

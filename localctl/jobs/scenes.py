@@ -39,7 +39,7 @@ def is_image(place: str) -> bool:
 
 
 def _from_colors(path: str, texts: Any, prompt: str | None) -> Layout:
-    colors = dict(map(_split_color, texts))
+    colors: dict[tuple[int, int, int] | str, str] = dict(map(_split_color, texts))
     if not colors:
         raise ValueError(
             f"The layout {path} is an image with a colour for each region; say what they are, such as "
