@@ -143,6 +143,8 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         "--mask", metavar="FILE", help="white = controlled; any size with the image's aspect ratio; default: everywhere"
     )
     add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
+    add("--condition_model", metavar="PLACE", help="folder or hub id of what computes depth, pose ... from --image")
+    add("--condition_detector", metavar="PLACE", help="for pose: folder or hub id of what finds people")
     add("--weight", type=float, help="strength (default 1)")
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
@@ -195,6 +197,15 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
     add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
+    add(
+        "--prompt_weighting",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="weights such as (word:1.3) act, and long prompts are read whole (default); false: marks are text, long "
+        "prompts are cut",
+    )
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}

@@ -33,10 +33,14 @@ from localctl.jobs.variants import Variant, load_layouts, optimized_controls, pl
 from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, check_sigmas, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
+from localctl.prompt_weights import check_prompt
 from localctl.sampling_settings import Sampling
 from localctl.sizes import check_side
 
-_OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "level_weights", "weight", "start", "end")
+_WITHOUT_DEFAULT = (
+    *("image", "condition_image", "mask", "condition", "condition_model", "condition_detector", "level_weights"),
+)
+_OF_ADAPTERS = (*_WITHOUT_DEFAULT, "weight", "start", "end")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
     notes = _clean_texts(options)
     layouts = load_layouts(options)
+    _check_prompts(options, layouts)
     _check_numbers(options)
     _check_counts(options)
     found = find_addons(options)
@@ -106,7 +111,6 @@ def prepare(options: SampleSettings) -> Job:
         scaled = list(dict.fromkeys([*scaled, *more]))
     large = second_size(options, variants, size, multiple)
     second = SecondPass(large, *fitted(large)[0], options.upscale_strength or 0.0) if large else None
-    warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
     return Job(of_size, adapters, base, device, options, variants, size, [*notes, *scaled], addons, init, second)
 
 
@@ -124,6 +128,17 @@ def _clean_texts(options: SampleSettings) -> list[str]:
     if -1 in options.seeds:
         notes.append("The seed -1 is a seed like any other, not a random one.")
     return notes
+
+
+def _check_prompts(options: SampleSettings, layouts: Sequence[Layout]) -> None:
+    """Raise a ValueError for a prompt whose marks cannot act; warn of marks that are read as text."""
+    own = [text for layout in layouts for region in layout.regions for text in (region.prompt, region.negative_prompt)]
+    texts = [*(options.prompt or ()), options.negative_prompt, *(layout.prompt for layout in layouts), *own]
+    prompts = list(dict.fromkeys(filter(None, texts)))
+    if options.prompt_weighting is False:
+        return warn_of_syntax(prompts)
+    for prompt in prompts:
+        check_prompt(prompt)
 
 
 def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
@@ -244,7 +259,7 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
-        for name in _OF_ADAPTERS[:5]:
+        for name in _WITHOUT_DEFAULT:
             if getattr(options, name):
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         return
@@ -258,6 +273,12 @@ def _check_counts(options: SampleSettings) -> None:
             raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
 
 
+def _model_places(options: SampleSettings) -> list[tuple[str, list[str] | None]]:
+    """Return the settings that name models of conditions."""
+    names = [f"{prefix}condition_{what}" for prefix in ("", "controlnet_") for what in ("model", "detector")]
+    return [(name, getattr(options, name)) for name in names]
+
+
 def reproducing_options(job: Job) -> dict[str, Any]:
     """Return the settings that repeat this run from any folder: with the adapter's defaults and absolute paths."""
     return {
@@ -267,5 +288,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
         **job.addons.recorded(),
+        **{name: places and [lasting_name(place) for place in places] for name, places in _model_places(job.options)},
         "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

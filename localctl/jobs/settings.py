@@ -75,6 +75,8 @@ class SampleSettings:
     condition_image: _Texts = None
     mask: _Texts = None
     condition: _Texts = None
+    condition_model: _Texts = None
+    condition_detector: _Texts = None
     weight: _Numbers = field(default_factory=lambda: [1.0])
     start: _Numbers = field(default_factory=lambda: [0.0])
     end: _Numbers = field(default_factory=lambda: [1.0])
@@ -83,6 +85,8 @@ class SampleSettings:
     controlnet_image: _Texts = None
     controlnet_condition_image: _Texts = None
     controlnet_condition: _Texts = None
+    controlnet_condition_model: _Texts = None
+    controlnet_condition_detector: _Texts = None
     controlnet_mask: _Texts = None
     controlnet_scale: _Numbers = field(default_factory=lambda: [1.0])
     controlnet_start: _Numbers = field(default_factory=lambda: [0.0])
@@ -122,6 +126,7 @@ class SampleSettings:
     guidance_scale: _Number | None = None
     guidance_rescale: _Number | None = None
     negative_prompt: _Text | None = None
+    prompt_weighting: bool | None = None
     clip_skip: _Whole | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: bool | None = None
@@ -159,6 +164,8 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not a record of sample.py; give the {RECORD} of an earlier run.")
     settings = checked_settings(options, f"The record {path}")
+    if "prompt_weighting" not in options:  # of an earlier version, which read marks as text
+        settings["prompt_weighting"] = False
     for name in INPUTS:
         if name in settings:
             settings[name] = [str(path.parent / item) if names_file(item) else item for item in settings[name]]
