@@ -161,7 +161,9 @@ def _unknown(saved: SavedAdapter, adapter: LocalAdapter) -> tuple[str, ...]:
     """Return what a file of weights alone does not say."""
     if saved.local:
         return ()
-    notes = (f"mask_resize is {adapter.config['mask_resize']}{', as published' if _as_published(saved) else ''}.",)
+    notes: tuple[str, ...] = (
+        f"mask_resize is {adapter.config['mask_resize']}{', as published' if _as_published(saved) else ''}.",
+    )
     if adapter.config["condition"] is None:
         notes += ("The file does not name its kind of condition; record it with --condition.",)
     return notes

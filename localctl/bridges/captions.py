@@ -67,7 +67,7 @@ def read_boxes(content: Any, inputs: Inputs) -> Layout:
         about = box.get("metadata")
         about = about if isinstance(about, Mapping) else {}
         words = as_text(about.get("desc") or about.get("text") or box.get("label") or "", "The description of a box")
-        place = box_of(*(box.get(key) for key in ("x", "y", "width", "height")), unit=size)
+        place = box_of([box.get(key) for key in ("x", "y", "width", "height")], size)
         regions.append(Region(words, place))
     return layout_of(inputs.prompt or "", regions, size)
 
@@ -83,9 +83,8 @@ def write_ideogram(layout: Layout, name: str) -> Exported:
             elements.append({"type": "obj", "bbox": box, "desc": text_of(region)})
     parts = {"background": "", "elements": elements}
     caption = {"high_level_description": layout.prompt, "compositional_deconstruction": parts}
-    notes = ("Ideogram wants a 'background', which a layout does not have: describe it there.",)
-    notes += left_out(layout, ("prompt",))
-    return Exported(json_file(f"{name}.json", caption), notes)
+    note = "Ideogram wants a 'background', which a layout does not have: describe it there."
+    return Exported(json_file(f"{name}.json", caption), (note, *left_out(layout, ("prompt",))))
 
 
 def read_ideogram(content: Mapping[str, Any], inputs: Inputs) -> Layout:
@@ -114,7 +113,7 @@ def _element(element: Mapping[str, Any]) -> Region:
         sides = min(x0, x1), min(y0, y1), abs(x1 - x0), abs(y1 - y0)
     except TypeError:
         raise ValueError(f"A 'bbox' of the caption must be four numbers, not {shown(box)}.") from None
-    return Region(as_text(words, "The description of an element").rstrip("."), box_of(*sides, unit=(_GRID, _GRID)))
+    return Region(as_text(words, "The description of an element").rstrip("."), box_of(sides, (_GRID, _GRID)))
 
 
 def write_gligen(layout: Layout, name: str) -> Exported:
@@ -140,7 +139,7 @@ def write_coco(layout: Layout, name: str) -> Exported:
     """Write COCO annotations of one image, 1, whose categories are the phrases."""
     height, width = layout.size or (DEFAULT_SIDE, DEFAULT_SIDE)
     names: dict[str, int] = {}
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for region in worded(layout):
         category = names.setdefault(region.phrase or text_of(region), len(names) + 1)
         for x0, y0, x1, y1 in boxes_of(region):

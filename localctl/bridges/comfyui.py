@@ -58,7 +58,8 @@ def write(layout: Layout, name: str) -> Exported:
 
     ValueError for a strength that ComfyUI does not take.
     """
-    graph, files = _Graph(), {}
+    graph = _Graph()
+    files: dict[str, bytes] = {}
     model = graph.add("CheckpointLoaderSimple", ckpt_name="v1-5-pruned-emaonly.safetensors")
     whole = {"positive": layout.prompt, "negative": ""}
     ends = {side: [graph.add("CLIPTextEncode", text=text, clip=[model, 1]), 0] for side, text in whole.items()}
@@ -145,7 +146,7 @@ class _Reader:
                 text = as_text(texts[0] if texts else None, f"The text of the node {name} ({kind})")
                 self.found.append((name, text, place))
             elif kind in ("ConditioningCombine", "ConditioningConcat"):
-                ways += [(inputs[key], place) for key in reversed(inputs) if key.startswith("conditioning")]
+                ways += [(inputs[key], place) for key in reversed(list(inputs)) if key.startswith("conditioning")]
             else:
                 ways.append(self._through(name, kind, inputs, place))
 
@@ -190,7 +191,7 @@ class _Reader:
         return self.size
 
     def _box(self, inputs: Mapping[str, Any], unit: Size) -> Box:
-        return box_of(*(inputs.get(key) for key in ("x", "y", "width", "height")), unit=unit)
+        return box_of([inputs.get(key) for key in ("x", "y", "width", "height")], unit)
 
 
 def read(content: Mapping[str, Any], inputs: Inputs) -> Layout:
@@ -215,7 +216,7 @@ def read(content: Mapping[str, Any], inputs: Inputs) -> Layout:
     positive.follow(samplers[0]["positive"])
     if isinstance(samplers[0].get("negative"), list):
         negative.follow(samplers[0]["negative"])
-    base = ", ".join(text for _, text, place in positive.found if place.box is place.mask is None and text)
+    base = ", ".join(text for _, text, place in positive.found if text and place.box is None and place.mask is None)
     layout = layout_of(inputs.prompt or base, _regions(positive, negative, inputs), size)
     lost = (
         [f"the nodes {', '.join(sorted(positive.passed | negative.passed))}"]

@@ -111,20 +111,21 @@ def worded(layout: Layout) -> list[Region]:
     return found
 
 
-def box_of(x: Any, y: Any, width: Any, height: Any, unit: Size = (1, 1)) -> Box:
-    """Return xyxy in [0, 1] of a box in units of ``unit`` = (height, width) of the image, clipped to the image.
+def box_of(sides: Sequence[Any], unit: tuple[float, float] = (1, 1)) -> Box:
+    """Return xyxy in [0, 1] of ``sides`` = (x, y, width, height) where the image is ``unit`` = (height, width), clipped
+    to the image.
 
     ValueError for anything but numbers, or no area in the image.
     """
     try:
-        left, top, wide, high = (float(value) for value in (x, y, width, height))
+        left, top, wide, high = (float(value) for value in sides)
         corners = (left / unit[1], top / unit[0], (left + wide) / unit[1], (top + high) / unit[0])
         x0, y0, x1, y1 = (round(min(max(value, 0.0), 1.0), _PLACES) for value in corners)
         good = x0 < x1 and y0 < y1
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         good = False
     if not good:
-        raise ValueError(f"The box x {x}, y {y}, width {width}, height {height} has no area in the image; correct it.")
+        raise ValueError(f"The box (x, y, width, height) {shown(tuple(sides))} has no area in the image; correct it.")
     return x0, y0, x1, y1
 
 
@@ -139,7 +140,7 @@ def boxes_of(region: Region) -> tuple[Box, ...]:
     if region.mask is None:
         return region.boxes
     x0, y0, x1, y1 = box_around(region.mask[0].numpy())
-    return (box_of(x0, y0, x1 - x0, y1 - y0, (region.mask.shape[-2], region.mask.shape[-1])),)
+    return (box_of((x0, y0, x1 - x0, y1 - y0), (region.mask.shape[-2], region.mask.shape[-1])),)
 
 
 def left_out(layout: Layout, kept: Sequence[str]) -> tuple[str, ...]:

@@ -76,8 +76,9 @@ def write(layout: Layout, name: str) -> Exported:
     image = f"{name}_regions.png"
     prompt = " BREAK ".join([layout.prompt, *map(text_of, regions)])
     args = [True, False, "Mask", "Columns", "Mask", "Prompt", "1,1", _BASE_RATIO, True, False, False, "Attention"]
-    request = {"prompt": prompt, **({"width": layout.width, "height": layout.height} if layout.size else {})}
-    request["alwayson_scripts"] = {NAME: {"args": [*args, False, "0", "0", "0", image]}}
+    size = {"width": layout.width, "height": layout.height} if layout.size else {}
+    scripts = {NAME: {"args": [*args, False, "0", "0", "0", image]}}
+    request = {"prompt": prompt, **size, "alwayson_scripts": scripts}
     map_ = {image: png_bytes(painted(layout, region_color, _WHITE))}
     notes = (
         f"Web UI: choose the mode Mask and 'Use base prompt' in {NAME}, upload the image as the mask, and copy the "
@@ -216,7 +217,7 @@ def _cells(text: str, settings: _Settings) -> list[tuple[str, Box]]:
     placed = []
     for (top, bottom), row, (_, parts) in zip(_spans([first for first, _ in groups]), cells, groups, strict=True):
         for (left, right), words in zip(_spans(parts), row, strict=True):
-            box = box_of(left, top, right - left, bottom - top)
+            box = box_of((left, top, right - left, bottom - top))
             placed.append((words, _turn(box) if turned else box))
     return placed
 

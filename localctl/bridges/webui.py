@@ -162,7 +162,7 @@ def _couple_box(division: str, position: str) -> tuple[float, float, float, floa
         start = _float(first)
         sides.append((start, _float(last) if last else start + 1, _float(part)))
     (top, bottom, high), (left, right, wide) = sides
-    return box_of(left, top, right - left, bottom - top, unit=(high, wide))  # type: ignore[arg-type]  # not pixels
+    return box_of((left, top, right - left, bottom - top), (high, wide))
 
 
 def _pair(text: str) -> Sequence[str]:

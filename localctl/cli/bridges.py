@@ -11,6 +11,7 @@ it. Prints the files that it writes, and what the other format cannot hold. docs
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -184,7 +185,15 @@ def _scenes(folder: Path, options: Namespace) -> dict[str, Layout]:
 
     indices = dense_diffusion_scenes(folder, options.split) if options.index is None else [options.index]
     size, split = _size(options), options.split
-    return {f"scene_{index}": from_dense_diffusion(folder, index, size, split) for index in indices}
+    layouts = {}
+    for index in indices:
+        try:
+            layouts[f"scene_{index}"] = from_dense_diffusion(folder, index, size, split)
+        except ValueError as error:  # of 250 scenes, one has too few colours
+            if options.index is not None:
+                raise
+            warnings.warn(f"The scene {index} is left out: {error}", stacklevel=2)
+    return layouts
 
 
 def _save(layouts: Mapping[str, Layout], source: Path, options: Namespace) -> None:

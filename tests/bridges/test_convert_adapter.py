@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ SMALL = {
     kind: {**options, "channels": [width // 40 for width in options["channels"]]} for kind, options in REAL.items()
 }
 KINDS = list(REAL)
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def make(kind: str, options: dict[str, dict[str, Any]] = SMALL, **local: Any) -> LocalAdapter:
@@ -68,6 +70,11 @@ def published_features(state: dict[str, Tensor], x: Tensor, factor: int, down: t
     return features
 
 
+def aligned(module: Model) -> Model:
+    """Copy the weights: read from a file they may lie at any byte, where sums of convolutions round differently."""
+    return copy.deepcopy(module)
+
+
 def check_round_trip(kind: str, options: dict[str, dict[str, Any]], folder: Path) -> None:
     """diffusers -> the authors' names, by hand and by our own reading -> diffusers: the same features."""
     adapter = make(kind, options, mask_resize="cover", condition={"kind": "canny"} if kind == "full_adapter" else None)
@@ -78,14 +85,14 @@ def check_round_trip(kind: str, options: dict[str, dict[str, Any]], folder: Path
     convert_adapter(folder / "local", folder / "out" / "authors.pth", "tencentarc")
     convert_adapter(folder / "local", folder / "out" / "authors.safetensors", "tencentarc")
     pickled = torch.load(folder / "out" / "authors.pth", weights_only=True)
-    state = load_file(folder / "out" / "authors.safetensors")
+    state = {name: value.clone() for name, value in load_file(folder / "out" / "authors.safetensors").items()}
     assert set(pickled) == set(state) and all(torch.equal(pickled[name], state[name]) for name in state)
     down = (2,) if kind == "full_adapter_xl" else (1, 2, 3)
     seen = published_features(state, x, factor, down)
     assert all(torch.equal(a, b) for a, b in zip(features, seen, strict=True))
     for name in ("authors.pth", "authors.safetensors"):
         convert_adapter(folder / "out" / name, folder / f"from_{name}", "diffusers")
-        again = T2IAdapter.from_pretrained(folder / f"from_{name}").eval()
+        again = aligned(T2IAdapter.from_pretrained(folder / f"from_{name}").eval())
         assert all(torch.equal(a, b) for a, b in zip(features, again(x), strict=True)), name
     local = convert_adapter(folder / "out" / "authors.safetensors", folder / "again")
     assert local.notes == ()
@@ -94,7 +101,7 @@ def check_round_trip(kind: str, options: dict[str, dict[str, Any]], folder: Path
     mask = torch.zeros(1, 1, *x.shape[2:])
     mask[..., : x.shape[3] // 2] = 1
     both = torch.cat([x, mask], dim=1)
-    found = load_adapter(folder / "again")(both)
+    found = aligned(load_adapter(folder / "again"))(both)
     assert all(torch.equal(a, b) for a, b in zip(adapter(both), found, strict=True))
 
 
@@ -130,7 +137,7 @@ def test_the_published_state_dict_of_local_control(prefix: str, tmp_path: Path) 
     assert converted.notes == ("mask_resize is nearest, as published.",)
     found = find_adapter(tmp_path / "local")
     assert found.local and found.base == "sd15" and found.condition is not None and found.condition.high == 200
-    loaded = found.load()
+    loaded = aligned(found.load())
     assert loaded.config["mask_resize"] == "nearest"
     x, mask = torch.rand(1, 1, 64, 128), torch.zeros(1, 1, 64, 128)
     mask[:, :, 8:40, 24:96] = 1
