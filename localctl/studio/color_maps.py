@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from localctl.color_maps import main_colors, nearest_color
 from localctl.images import load_image
-from localctl.layout_io import main_colors, nearest_color
 from localctl.masks import mask_to_pil
 from localctl.sizes import near_side
 from localctl.studio.canvas import data_url
