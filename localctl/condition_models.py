@@ -100,7 +100,7 @@ def _places(config: ConditionConfig, local_files_only: bool = False) -> list[Pat
 def _place(file: str | None, name: str, local_files_only: bool) -> Path:
     """Return the folder of a model, or the file ``file`` in it; a hub id is found in the hub's cache, or fetched."""
     local = Path(name).expanduser()
-    if file is None and local.is_dir() or file is not None and local.is_file():
+    if (file is None and local.is_dir()) or (file is not None and local.is_file()):
         return local
     if local.is_dir():
         there = [path for path in (local / str(file), *sorted(local.glob("*.safetensors"))) if path.is_file()]

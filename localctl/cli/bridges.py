@@ -235,9 +235,10 @@ def _condition(name: str | None) -> dict[str, Any] | None:
         return None
     from dataclasses import asdict
 
-    from localctl.api import train_settings
+    from localctl.cli.config import load_config
+    from localctl.training.settings import TrainSettings
 
-    return asdict(train_settings(f"condition={name}").condition)
+    return asdict(load_config([f"condition={name}"], TrainSettings).condition)
 
 
 def _size(options: Namespace) -> tuple[int, int] | None:

@@ -199,7 +199,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     add(
         "--prompt_weighting",
-        type=_boolean,
+        type=boolean,
         nargs="?",
         const=True,
         metavar="BOOL",
