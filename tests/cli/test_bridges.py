@@ -128,7 +128,7 @@ def test_a_pickle_of_scenes_runs_nothing(capsys: pytest.CaptureFixture[str]) -> 
         (["import", "x.pth", "--format", "comfyui"], "Unknown format 'comfyui' of an adapter to import"),
         (["import", "scene.json", "--height", "64"], "needs both --height and --width"),
         (["import", "scene.json", "--output_dir", "."], "would replace scene.json"),
-        (["import", "scene.json", "--colors", "red"], "--colors takes #RRGGBB=PHRASE, not 'red'"),
+        (["import", "scene.json", "--color", "red"], "'red' is not a colour with its phrase"),
         (["import", "outside.json"], "names the mask '../mask.png' outside the layout's folder"),
         (["import", "x.pth", "--condition", "cany"], "canny"),
     ],
