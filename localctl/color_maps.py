@@ -43,12 +43,12 @@ def from_colors(
         ValueError: an invalid colour, one that does not occur in the image, or two that are too similar.
     """
     check_count(len(phrases), "The table of colours")
-    colors = [_color(color) for color in phrases]
+    colors = [as_color(color) for color in phrases]
     array = _rgb(image)  # (H,W,3)
     masks = nearest_color(array, colors)
     segments = []
     for color, phrase, mask in zip(phrases, phrases.values(), masks, strict=True):
-        near = np.abs(array[mask.numpy()[0] > 0] - np.array(_color(color))).max(axis=-1, initial=0)
+        near = np.abs(array[mask.numpy()[0] > 0] - np.array(as_color(color))).max(axis=-1, initial=0)
         if not mask.any() or near.min() > _MIN_DISTANCE:
             raise ValueError(
                 f"The colour {color} of the phrase {phrase!r} does not occur in the image; check the table of colours."
@@ -139,7 +139,8 @@ def _rgb(image: str | Path | Image.Image) -> np.ndarray:
     return np.asarray(loaded.convert("RGB"), dtype=np.float32)
 
 
-def _color(color: Color | str) -> Color:
+def as_color(color: Color | str) -> Color:
+    """Return (r, g, b) of a colour; ValueError unless it is that already, or #rrggbb."""
     try:
         values = bytes.fromhex(color.lstrip("#")) if isinstance(color, str) else bytes(color)
     except (ValueError, TypeError):

@@ -16,7 +16,15 @@ ROOT = Path(localctl.__file__).parent
 
 
 @pytest.mark.parametrize(
-    "package", ["localctl", "localctl.data", "localctl.evaluation", "localctl.layout_predictor", "localctl.micro"]
+    "package",
+    [
+        "localctl",
+        "localctl.bridges",
+        "localctl.data",
+        "localctl.evaluation",
+        "localctl.layout_predictor",
+        "localctl.micro",
+    ],
 )
 def test_what_type_checkers_see_is_what_there_is(package: str) -> None:
     module = importlib.import_module(package)

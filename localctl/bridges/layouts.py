@@ -14,7 +14,7 @@ from PIL import Image
 from localctl.bridges import captions, comfyui, regional_prompter, webui
 from localctl.bridges.parts import Exported, Inputs, Size, json_file, left_out, no_image, overlap_note, painted, worded
 from localctl.coco import from_coco
-from localctl.color_maps import from_colors
+from localctl.color_maps import Color, as_color, from_colors
 from localctl.files import first_line, parse_json
 from localctl.images import load_image, png_bytes
 from localctl.layout import Layout
@@ -62,10 +62,9 @@ def _read_colors(content: Mapping[str, Any], inputs: Inputs) -> Layout:
     return from_colors(opened, used, prompt, inputs.size)
 
 
-def _occurs(image: Image.Image, color: str) -> bool:
+def _occurs(image: Image.Image, color: Color | str) -> bool:
     """Return whether an image has a pixel of exactly this colour."""
-    wanted = tuple(bytes.fromhex(color.removeprefix("#")))
-    return bool((np.asarray(image.convert("RGB")) == wanted).all(axis=-1).any())
+    return bool((np.asarray(image.convert("RGB")) == as_color(color)).all(axis=-1).any())
 
 
 def _read_coco(content: Mapping[str, Any], inputs: Inputs) -> Layout:
@@ -143,19 +142,19 @@ def import_layout(
     prompt: str | None = None,
     size: Size | None = None,
     index: int | str | None = None,
-    colors: Mapping[str, str] | None = None,
+    colors: Mapping[Color | str, str] | None = None,
 ) -> Layout:
     """Read a layout from the content of a file. What a layout does not hold is left out with a warning.
 
     Args:
-        content: bytes or text of a file, or parsed JSON. A PNG is a colour map if ``colors`` are given; otherwise it is
-            read for the workflow or the parameters that ComfyUI or the web UI have written into it.
+        content: bytes or text of a file, or parsed JSON. An image is a colour map if ``colors`` are given; otherwise
+            a PNG is read for the workflow or the parameters that ComfyUI or the web UI have written into it.
         format: one of ``LAYOUT_FORMATS``; None: recognised by the content.
         images: opens an image that the content names, such as a mask; by default none is opened.
         prompt: replaces the prompt that the content has.
         size: (height, width) in pixels, in place of the content's.
         index: id of the image in COCO annotations of several.
-        colors: colour (#rrggbb) -> phrase, for a colour map; "" for a part without words.
+        colors: colour, (r, g, b) or #rrggbb, -> phrase, for a colour map; "" for a part without words.
 
     Raises:
         ValueError: the format is unknown or not the content's; the content is damaged; as for the layout.
@@ -185,13 +184,13 @@ def import_layout(
 
 def _decoded(content: bytes, inputs: Inputs) -> Any:
     """Return the text of a file; of a PNG the text that another program has written into it, or the colour map."""
+    if inputs.colors and not content.lstrip().startswith(b"{"):
+        return {"image": load_image(content, "the colour map"), "colors": inputs.colors}
     if not is_png(content):
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError:
             raise ValueError("The layout is neither text in UTF-8 nor a PNG; give JSON, a text or a PNG.") from None
-    if inputs.colors:
-        return {"image": load_image(content, "the colour map"), "colors": inputs.colors}
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             texts = [image.info.get(key) for key in ("prompt", "parameters")]  # of ComfyUI, of the web UI

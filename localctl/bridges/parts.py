@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from localctl.boxes import box_around
+from localctl.color_maps import Color
 from localctl.images import png_bytes
 from localctl.layout import Layout, Region
 from localctl.layout_checks import Box, check_count
@@ -49,7 +50,7 @@ class Inputs:
     prompt: str | None = None
     size: Size | None = None
     index: int | str | None = None
-    colors: Mapping[str, str] = field(default_factory=dict)
+    colors: Mapping[Color | str, str] = field(default_factory=dict)
 
     def sized(self, height: Any = None, width: Any = None) -> Size | None:
         """Return the size asked for, else the file's, to the nearest multiples of 8; None without either.

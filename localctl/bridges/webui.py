@@ -92,7 +92,7 @@ def write_couple(layout: Layout, name: str) -> Exported:
         "divisions": ",".join(["1:1"] * len(positions)),
         "positions": ",".join(positions),
         "weights": ",".join(map(_plain, weights)),
-        "end at step": str(round(_STEPS * end)),
+        "end at step": str(max(1, round(_STEPS * end))),
     }
     couple = " ".join(f"{key}={value}" for key, value in values.items())
     parameters = {"Steps": str(_STEPS), **size_parameter(layout), "Latent Couple": couple}

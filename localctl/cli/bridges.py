@@ -54,7 +54,7 @@ def new_parser(program: str) -> Arguments:
         add("--width", type=int, help="width of a layout in pixels, with --height")
         add("--index", help="scene of a file or folder with several; of a folder, all by default")
         add("--split", help="of DenseDiffusion's benchmark: valset or testset")
-        add("--colors", nargs="+", metavar="#RRGGBB=PHRASE", help="colours of a colour map and their phrases")
+        add("--color", nargs="+", metavar="COLOR=PHRASE", help="of an image with one colour per region: what they are")
     add("--output_dir", default=OUTPUT_DIR if export else "outputs/imported", metavar="DIR", help="folder to write")
     add("--dtype", help="of an adapter's weights: fp32, fp16, bf16; default: as they are")
     add("--local_files_only", action="store_true", help="do not use the network")
@@ -156,15 +156,17 @@ def _name(place: str) -> str:
 
 
 def _import(options: Namespace) -> None:
+    from localctl.jobs.scenes import is_image
+
     path = Path(options.place).expanduser()
-    if _is_layout(path) or path.suffix.lower() in (".txt", ".png"):
+    if _is_layout(path) or path.suffix.lower() == ".txt" or is_image(options.place):
         _unused(options, "condition", "base", "mask_resize", "dtype", "split")
         _save({path.stem: _read_layout(path, options)}, path, options)
     elif any((path / f"{name}{end}").is_file() for name in ("valset", "testset") for end in (".json", ".pkl")):
-        _unused(options, "condition", "base", "mask_resize", "dtype", "prompt", "colors", "format")
+        _unused(options, "condition", "base", "mask_resize", "dtype", "prompt", "color", "format")
         _save(_scenes(path, options), path, options)
     else:
-        _unused(options, "prompt", "height", "width", "index", "split", "colors")
+        _unused(options, "prompt", "height", "width", "index", "split", "color")
         _import_adapters(path, options)
 
 
@@ -247,14 +249,10 @@ def _size(options: Namespace) -> tuple[int, int] | None:
     return None if options.height is None else (options.height, options.width)
 
 
-def _colors(options: Namespace) -> dict[str, str] | None:
-    if options.colors is None:
-        return None
-    pairs = [text.partition("=") for text in options.colors]
-    for color, equals, _ in pairs:
-        if not equals:
-            raise ValueError(f"--colors takes #RRGGBB=PHRASE, not {color!r}.")
-    return {color: phrase for color, _, phrase in pairs}
+def _colors(options: Namespace) -> dict[Any, str] | None:
+    from localctl.jobs.scenes import split_color
+
+    return None if options.color is None else dict(map(split_color, options.color))
 
 
 def _unused(options: Namespace, *names: str) -> None:
