@@ -234,14 +234,19 @@ def test_weights_in_prompts_change_the_image_and_are_repeated_from_the_record(wo
     assert np.array_equal(weighted, again) and not np.array_equal(weighted, plain)
 
 
-def test_conditions_come_from_models_and_are_repeated_from_the_record(
-    workspace: Path, condition_model: Callable[[str], Path], assert_refused_early: Callable[[list[str], str], None]
+def test_models_of_conditions_that_would_do_nothing_are_refused(
+    workspace: Path, assert_refused_early: Callable[[list[str], str], None]
 ) -> None:
     assert_refused_early([*BASIC, "--condition_model", "x"], "canny condition is computed without a model; leave")
     of_file = ["--condition_image" if flag == "--image" else flag for flag in BASIC]
     assert_refused_early(
         [*of_file, "--condition_model", "x"], "--condition_model is for conditions that are computed from --image"
     )
+
+
+def test_conditions_come_from_models_and_are_repeated_from_the_record(
+    workspace: Path, condition_model: Callable[[str], Path]
+) -> None:
     depth = ["--condition", "depth", "--condition_model", str(condition_model("depth"))]
     assert sample.main([*BASIC, *QUICK, *depth, "--output_dir", "depth"]) == 0
     assert sample.main([*BASIC, *QUICK, "--output_dir", "canny"]) == 0
