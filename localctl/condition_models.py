@@ -87,7 +87,12 @@ def _load(kind: str, model: Path, detector: Path | None = None) -> Compute:
         return _Pose(model, detector)
     if kind in _FILES:
         return _edges(kind, model)
-    return {"depth": _Depth, "normals": _Normals, "segmentation": _Segmentation}[kind](model)
+    kinds: dict[str, Callable[[Path], Compute]] = {
+        "depth": _Depth,
+        "normals": _Normals,
+        "segmentation": _Segmentation,
+    }
+    return kinds[kind](model)
 
 
 def _places(config: ConditionConfig, local_files_only: bool = False) -> list[Path]:
@@ -291,7 +296,7 @@ def _edges(kind: str, path: Path) -> Compute:
         weights = load_file(path)
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    network = {"hed": HED, "lineart": LineArt}[kind]()
+    network: torch.nn.Module = HED() if kind == "hed" else LineArt()
     network.load_state_dict(weights)
     network.float().eval().requires_grad_(False)
 

@@ -273,10 +273,13 @@ def _check_counts(options: SampleSettings) -> None:
             raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
 
 
-def _model_places(options: SampleSettings) -> list[tuple[str, list[str] | None]]:
-    """Return the settings that name models of conditions."""
-    names = [f"{prefix}condition_{what}" for prefix in ("", "controlnet_") for what in ("model", "detector")]
-    return [(name, getattr(options, name)) for name in names]
+def _model_places(options: SampleSettings) -> dict[str, list[str] | None]:
+    """Return the settings that name models of conditions, with absolute paths."""
+    found: dict[str, list[str] | None] = {}
+    for name in (f"{prefix}condition_{what}" for prefix in ("", "controlnet_") for what in ("model", "detector")):
+        places = [(place, Path(place).expanduser()) for place in getattr(options, name) or ()]
+        found[name] = [str(path.resolve()) if path.exists() else place for place, path in places] or None
+    return found
 
 
 def reproducing_options(job: Job) -> dict[str, Any]:
@@ -288,6 +291,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
         **job.addons.recorded(),
-        **{name: places and [lasting_name(place) for place in places] for name, places in _model_places(job.options)},
+        **_model_places(job.options),
         "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

@@ -137,8 +137,9 @@ def test_nothing_is_written_into_the_working_folder_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="syntax of other tools"):
-        assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
+    assert main(["a cat BREAK a dog"]) == 2
+    assert "has 'BREAK', syntax of other tools; place parts" in capsys.readouterr().err
+    assert main(["(a cat:1.2) and a dog, no people", "--chunker", "rules"]) == 0
     printed = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [
         "outputs"

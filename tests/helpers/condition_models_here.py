@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,17 @@ import pytest
 import torch
 
 
+def _save_processor(name: str, folder: Path, size: dict[str, int]) -> None:
+    """Save an image processor under the name that published models give it, without asking for torchvision."""
+    import transformers
+
+    getattr(transformers, f"{name}Pil")(size=size).save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image_processor_type": name}))
+
+
 def _depth(folder: Path) -> None:
-    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+    from transformers import DPTConfig, DPTForDepthEstimation
 
     config = DPTConfig(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
@@ -18,22 +28,22 @@ def _depth(folder: Path) -> None:
         reassemble_factors=[4, 2, 1, 0.5],
     )  # fmt: skip
     DPTForDepthEstimation(config).save_pretrained(folder)
-    DPTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    _save_processor("DPTImageProcessor", folder, {"height": 32, "width": 32})
 
 
 def _segmentation(folder: Path) -> None:
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     config = SegformerConfig(
         hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
         num_labels=150,
     )  # fmt: skip
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    _save_processor("SegformerImageProcessor", folder, {"height": 32, "width": 32})
 
 
 def _pose(folder: Path) -> None:
-    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation, VitPoseImageProcessor
+    from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
 
     backbone = VitPoseBackboneConfig(
         image_size=[64, 48], patch_size=[16, 16], hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -44,11 +54,11 @@ def _pose(folder: Path) -> None:
     for parameter in model.head.parameters():
         parameter.data.mul_(20)  # sure of its joints
     model.save_pretrained(folder)
-    VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(folder)
+    _save_processor("VitPoseImageProcessor", folder, {"height": 64, "width": 48})
 
 
 def _detector(folder: Path) -> None:
-    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+    from transformers import YolosConfig, YolosForObjectDetection
 
     config = YolosConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=[32, 32],
@@ -57,7 +67,7 @@ def _detector(folder: Path) -> None:
     model = YolosForObjectDetection(config)
     model.class_labels_classifier.layers[-1].bias.data = torch.tensor([-20.0, 20.0, 0.0])  # people everywhere
     model.save_pretrained(folder)
-    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    _save_processor("YolosImageProcessor", folder, {"height": 32, "width": 32})
 
 
 def _edges(folder: Path, kind: str) -> None:
