@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -68,7 +68,9 @@ class InitImage:
 
     def pipeline(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Return the stock pipeline for this task, of the same components as ``pipe``."""
-        kind = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting  # slow, and loads image processors
+
+        kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
         other = kind.from_pipe(pipe)
         other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return other
