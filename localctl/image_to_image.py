@@ -68,10 +68,9 @@ class InitImage:
 
     def pipeline(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """Return the stock pipeline for this task, of the same components as ``pipe``."""
-        # Imported here, as they import every pipeline of diffusers.
-        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting  # slow, and loads image processors
 
-        kind = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
+        kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
         other = kind.from_pipe(pipe)
         other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return other

@@ -65,7 +65,7 @@ def save_images(
     names the file."""
     ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
     paths = []
-    for name, image in zip(file_names(output.seeds), output.images, strict=True):
+    for name, image in zip(file_names(output), output.images, strict=True):
         paths.append(folder / f"{name}{ending}.png")
         save(image, paths[-1], record and {**record, "image": paths[-1].name})
     return paths
@@ -81,8 +81,13 @@ def file_endings(variants: Sequence[Variant]) -> list[str]:
     ]
 
 
-def file_names(seeds: Sequence[int]) -> list[str]:
-    """Return the beginning of each image's file name, from the seed of each."""
+def file_names(output: GenerateOutput) -> list[str]:
+    """Return the beginning of each image's file name."""
+    return names_of(output.seeds)
+
+
+def names_of(seeds: Sequence[int]) -> list[str]:
+    """Return the beginning of the file name of each image of a run, of which these are the seeds."""
     count = len(dict.fromkeys(seeds))
     return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(seeds)]
 

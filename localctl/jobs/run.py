@@ -11,7 +11,7 @@ from localctl.jobs.embedded import embedded
 from localctl.jobs.files import (
     copy_inputs,
     file_endings,
-    file_names,
+    names_of,
     open_output,
     save,
     save_images,
@@ -70,6 +70,6 @@ def _save_step(job: Job, models: JobModels, folder: Path, progress: StepProgress
     endings = [""] if len(job.variants) == 1 else [f"_{name}" for name in file_endings(job.variants)]
     ending = next(end for end, one in zip(endings, job.variants, strict=True) if one is progress.variant)
     ending += f"{'_upscaled' if progress.second else ''}_step{progress.step:03d}.png"
-    names = file_names(job.options.seeds * len(job.layouts))
+    names = names_of(job.options.seeds * len(job.layouts))
     for image, preview in zip(progress.images, models.preview(progress.latents), strict=True):
         save(preview, folder / f"{names[image]}{ending}")

@@ -37,7 +37,7 @@ def save_sheets(
         captions = [layout.prompt for layout in layouts]
         save(region_sheet(rows, layouts, labels, captions, read), folder / "sheet.png", record)
     elif job.options.sweep:
-        for index, name in enumerate(file_names(first.seeds)):
+        for index, name in enumerate(file_names(first)):
             columns, captions, rows = _sweep_grid(outputs, index)
             layouts = [first.layouts[index]] * len(rows)
             captions = captions or [_captions(first)[index]]
