@@ -135,7 +135,11 @@ def test_a_sweep_is_a_grid(studio: Studio, tmp_path: Path) -> None:
 def test_a_photo_is_kept_outside_the_regions_that_are_repainted(studio: Studio, tmp_path: Path) -> None:
     photo = np.full((128, 128, 3), 128, np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
-    changes: dict[str, Any] = {"photo": str(tmp_path / "photo.png"), "photo_use": "Repaint the regions", "photo_strength": 1.0}
+    changes: dict[str, Any] = {
+        "photo": str(tmp_path / "photo.png"),
+        "photo_use": "Repaint the regions",
+        "photo_strength": 1.0,
+    }
     (path,) = images(run(studio, tmp_path / "job", **changes))
     made = pixels(path).astype(int)
     assert np.abs(made[:20] - 128).max() == 0  # above both regions
