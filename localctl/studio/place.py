@@ -196,7 +196,8 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     names, inputs = tab.names, list(tab.fields.values())
     results = [tab.progress, tab.gallery]
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
-        tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
+        asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
+        asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
     tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     _connect_scene(tab, studio)
@@ -219,10 +220,10 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
     shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
-    shown_photo.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
     for name in photos_of(fields)[1:]:
         checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
-        checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+        checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
     loaded = [*looked, tab.prompt_view, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)

@@ -158,9 +158,14 @@ def check_photo(photo: Any) -> Any:
     return gr.skip()
 
 
-def unreadable() -> str:
-    """Say that an upload is no image."""
-    return progress.failed(UNREADABLE)
+def unreadable() -> tuple[str, None]:
+    """Say that an upload is no image, and take it off the page: (progress, photo)."""
+    return progress.failed(UNREADABLE), None
+
+
+def unreadable_form() -> str:
+    """Say that the page sent what none of its fields can hold."""
+    return progress.failed("A field cannot be read; remove its upload, or reload the page.")
 
 
 def last_behind(studio: Studio) -> Callable[..., Any]:

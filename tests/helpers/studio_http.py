@@ -73,7 +73,7 @@ class Visitor:
         return self.post(f"{API}/run/predict", json=body)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -84,7 +84,7 @@ def served() -> Iterator[Any]:
     """The studio on the embedded base; ``served.url`` is its address."""
     before, pixels = dict(os.environ), Image.MAX_IMAGE_PIXELS
     os.environ.update(GRADIO_SHARE="True", GRADIO_ALLOWED_PATHS="/etc", GRADIO_MCP_SERVER="True")
-    port = _free_port()
+    port = free_port()
     blocks = serve(StudioConfig(port=port), block=False)
     blocks.url = f"http://127.0.0.1:{port}"
     yield blocks

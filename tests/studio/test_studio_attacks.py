@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studio_http import API, Visitor
+from studio_http import API, Visitor, free_port
 
 import localctl
 from localctl.bases import BASES
-from localctl.studio.server import MAX_UPLOAD
+from localctl.studio.config import StudioConfig
+from localctl.studio.server import MAX_UPLOAD, serve
 
 pytest_plugins = ["studio_http"]
 SCENE: dict[str, Any] = {
@@ -254,3 +255,21 @@ def test_a_connection_that_says_nothing_does_not_block_others(served: Any, visit
     finally:
         for one in silent:
             one.close()
+
+
+def test_a_login_is_asked_for_before_anything_is_told(served: Any) -> None:
+    port = free_port()
+    blocks = serve(StudioConfig(port=port, auth="me:secret"), block=False)
+    try:
+        stranger = Visitor(f"http://127.0.0.1:{port}")
+        for path in ("/config", f"{API}/info", f"{API}/file=/etc/passwd", f"{API}/queue/data?session_hash=x"):
+            assert stranger.get(path).status_code == 401, path
+        assert stranger.post(f"{API}/queue/join", json={"data": [], "fn_index": 0}).status_code == 401
+        assert stranger.upload("x.png", b"x").status_code == 401
+        assert stranger.post("/login", data={"username": "me", "password": "guess"}).status_code == 400
+        assert stranger.post("/login", data={"username": "me", "password": "secret"}).status_code == 200
+        assert stranger.get("/config").status_code == 200
+        stranger.http.close()
+    finally:
+        blocks.close()
+        blocks.studio.close()
