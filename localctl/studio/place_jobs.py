@@ -121,7 +121,7 @@ def _heat(
     if maps is None:
         return []
     shown = []
-    for index, (name, image) in enumerate(zip(file_names(output.seeds), output.images, strict=True)):
+    for index, (name, image) in enumerate(zip(file_names(output), output.images, strict=True)):
         for number, (phrase, overlay) in enumerate(maps.overlays(index, image), start=1):
             path = folder / f"{name}{ending}_heat_{number}.png"
             save(overlay, path, record)
