@@ -129,6 +129,11 @@ def test_a_learned_word_is_a_phrase_and_adds_to_other_addons(inputs: Path, sd_pi
     runs = [sampled("spelled", base=base), sampled("word", *word, base=base)]
     runs += [sampled("all", *word, *lora, *net, *image, base=base)]
     assert differ(runs[0], runs[1]) and differ(runs[1], runs[2])
+    start = ["--init_image", "photo.png", "--strength", "0.9", "--upscale", "2"]
+    first, all_of_them = (
+        sampled(f"start{len(addons)}", *addons, *start, base=base) for addons in (word, [*word, *lora, *net, *image])
+    )
+    assert differ(first, all_of_them) and all_of_them["00_seed0.png"].shape == (128, 128, 3)
     Path("red.png").unlink()
     assert_same(runs[2], repeated("all", "00_seed0.png"))
 
