@@ -225,7 +225,7 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
-    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
+    add("--base", help="micro, sd15, sd21, sdxl, folder, file or hub id; default: the adapter's, or micro")
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--revision", help="revision of the base on the hub")

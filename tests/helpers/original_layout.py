@@ -53,7 +53,7 @@ def _pairs(unet: Any) -> Iterator[tuple[str, str]]:
     """Yield the names of parts, ours and theirs."""
     yield from _IN_UNET.items()
     layers = unet.config.layers_per_block
-    for level, block in enumerate(unet.down_blocks):
+    for level in range(len(unet.down_blocks)):
         for layer in range(layers):
             place = f"input_blocks.{(layers + 1) * level + layer + 1}"
             yield f"down_blocks.{level}.resnets.{layer}", f"{place}.0"
