@@ -23,8 +23,8 @@ ELSEWHERE = {  # pages that do not lie in docs/ -> their place in the site; imag
     "README.md": "index.md",  # the site has a first page of its own
 }
 AREAS = {  # heading -> modules of localctl whose public names stand there; what is left stands under the last one
-    "Scenes": ["layout", "drawing", "images"],
-    "Bases and adapters": ["pipelines", "bases", "adapter"],
+    "Scenes": ["layout", "drawing", "images", "bridges.layouts"],
+    "Bases and adapters": ["pipelines", "bases", "adapter", "bridges.adapters"],
     "Generate": ["sampling", "weight_search"],
     "Controls": ["control", "denoisers"],
     "Train and evaluate": ["api", "training", "evaluation", "metrics", "data", "settings", "masks"],

@@ -1,5 +1,6 @@
 from .adapter import LocalAdapter as LocalAdapter
 from .adapter_files import find_adapter as find_adapter
+from .adapter_files import list_adapters as list_adapters
 from .adapter_files import load_adapter as load_adapter
 from .addons.embeddings import with_embeddings as with_embeddings
 from .addons.ip_adapters import with_ip_adapters as with_ip_adapters
@@ -12,6 +13,10 @@ from .api import generate_set as generate_set
 from .api import train as train
 from .api import train_settings as train_settings
 from .bases import BaseConfig as BaseConfig
+from .bridges.adapters import bundle_adapters as bundle_adapters
+from .bridges.adapters import convert_adapter as convert_adapter
+from .bridges.layouts import export_layout as export_layout
+from .bridges.layouts import import_layout as import_layout
 from .control.attach import attach as attach
 from .control.attention_maps import AttentionMaps as AttentionMaps
 from .control.base import BoundControl as BoundControl

@@ -19,6 +19,8 @@ COMMANDS = {
     "evaluate fid": ("localctl.cli.evaluate_fid", "measure generated images against photos (FID, KID, CMMD)"),
     "evaluate metrics": ("localctl.cli.evaluate_metrics", "compare several adapters, or plain folders of images"),
     "check-data": ("localctl.cli.check_data", "check a dataset as training reads it"),
+    "export": ("localctl.cli.bridges", "write an adapter or a layout for another program"),
+    "import": ("localctl.cli.bridges", "read an adapter or a layout of another program"),
     "predict-layout": ("localctl.cli.predict_layout", "predict a layout from a prompt"),
 }
 # In a checkout: scripts that are the same as a command, and programs that are not installed.

@@ -150,6 +150,12 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         self.adapter.save_pretrained(save_directory, **options)
 
 
+def cast(adapter: LocalAdapter, dtype: torch.dtype) -> LocalAdapter:
+    """Convert the weights of ``adapter`` in place, without diffusers' warning about modules to keep in float32: there
+    are none."""
+    return torch.nn.Module.to(adapter, dtype)
+
+
 def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_factor: Any, adapter_type: Any) -> None:
     """Raise a ValueError unless these options describe an adapter of reasonable size; nothing is built."""
     if adapter_type not in ADAPTER_TYPES:
@@ -187,4 +193,13 @@ def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
 
 CHOSEN = ("adapter_type", "channels", "num_res_blocks", "downscale_factor")  # in_channels follow from the condition
 SHAPE = ("in_channels", *CHOSEN)
+OPTIONS = (  # what a T2IAdapter does not have
+    "mask_resize",
+    "mask_condition",
+    "mask_features",
+    "condition",
+    "base",
+    "dim_condition",
+    "level_weights",
+)
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

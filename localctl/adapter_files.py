@@ -1,12 +1,12 @@
 """Find and load adapters from folders, single files and the hub; they are found by their config alone, then loaded.
 
-The tensors in a single file may have diffusers' names, or those of the T2I-Adapter authors' files (full, XL, light).
+The tensors in a single file may have diffusers' names, or those of the T2I-Adapter authors' files, see
+``adapter_weights``. A safetensors file may hold configs in its metadata, and then also several adapters by name.
 """
 
 from __future__ import annotations
 
 import inspect
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +17,16 @@ import torch
 from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from localctl.adapter import ADAPTERS, SHAPE, LocalAdapter, check_shape
+from localctl.adapter import ADAPTERS, OPTIONS, SHAPE, LocalAdapter, cast, check_shape
+from localctl.adapter_weights import (
+    SUFFIXES,
+    common_dtype,
+    embedded_configs,
+    file_and_part,
+    read_weights,
+    saved_dtype,
+)
 from localctl.bases import HUB_ID, check_weights, pickled_only, same_base
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line, read_json
@@ -28,9 +34,6 @@ from localctl.masks import MASK_RESIZE
 from localctl.sizes import shown
 
 CONFIG = "config.json"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-_PREFIXES = ("module.", "model.", "adapter.")  # added by DataParallel, by wrappers and by diffusers
-_FACTORS = (8, 16, 4, 32)  # factors of pixel unshuffling; with 1 or 3 channels their products are all different
 _WEIGHTS = "diffusion_pytorch_model"
 _INSIDE = ("", "adapter", "t2iadapter")  # subfolders with an adapter: its own folder, or one of a run or checkpoint
 _WAY_OUT = "give the folder of an adapter or training run, a hub id (owner/name), or a file of weights"
@@ -44,8 +47,9 @@ class _Missing(FileNotFoundError):
 class SavedAdapter:
     """The location of an adapter, and its config, which names its class.
 
-    name: as the user gave it. place: a folder, a file of weights or a hub id, to be recorded. variant: of the weights'
-    file, such as fp16, if there is no file without a variant. local_files_only: do not use the network.
+    name: as the user gave it. place: a folder, a file of weights, FILE/NAME for one of several in a file, or a hub id,
+    to be recorded. variant: of the weights' file, such as fp16, if there is no file without a variant.
+    local_files_only: do not use the network.
     """
 
     name: str
@@ -86,29 +90,45 @@ class SavedAdapter:
                 "set condition.channels."
             )
 
-    def load(self) -> LocalAdapter:
-        """Load the adapter in float32 and eval mode; a plain ``T2IAdapter`` is wrapped.
+    def load(self, dtype: torch.dtype | None = torch.float32) -> LocalAdapter:
+        """Load the adapter in eval mode; a plain ``T2IAdapter`` is wrapped. ``dtype``: of the weights; None: as saved.
 
         Raises:
             ValueError: the weights are missing, truncated, of another shape, not finite or only pickled.
         """
         place = Path(self.place)
-        if place.is_file():
-            try:
-                adapter = T2IAdapter.from_config(dict(self.config))
-                adapter.load_state_dict(read_weights(place)[1])
-            except Exception as error:  # a truncated file or another shape may raise any error
-                raise ValueError(
-                    f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it "
-                    "again."
-                ) from error
-            return LocalAdapter.from_t2iadapter(adapter.float()).eval()
+        file, part = file_and_part(place)
+        if file.is_file():
+            return self._from_weights(file, part, dtype)
+        if dtype is None:
+            dtype = saved_dtype(weights_file(place, self.variant))
         try:
-            return self._from_pretrained(self.variant)
+            return cast(self._from_pretrained(self.variant), dtype)
         except ValueError as error:
             if self.variant or place.exists() or not isinstance(error.__cause__, OSError):
                 raise
-            return self._from_pretrained("fp16")  # some repositories have no other weights
+            return cast(self._from_pretrained("fp16"), dtype)  # some repositories have no other weights
+
+    def _from_weights(self, file: Path, part: str, dtype: torch.dtype | None) -> LocalAdapter:
+        try:
+            adapter = T2IAdapter.from_config({name: self.config[name] for name in SHAPE if name in self.config})
+            state = read_weights(file, part)[1]
+            adapter.load_state_dict(state)
+        except Exception as error:  # a truncated file or another shape may raise any error
+            raise ValueError(
+                f"The weights of the adapter {self.name} cannot be read ({first_line(error)}); fetch or save it again."
+            ) from error
+        options = {name: value for name, value in self.config.items() if name in OPTIONS} if self.local else {}
+        local = LocalAdapter.from_t2iadapter(adapter, **options).eval()
+        self._check_finite(local)
+        return cast(local, dtype or common_dtype({value.dtype for value in state.values()}))
+
+    def _check_finite(self, adapter: torch.nn.Module) -> None:
+        for name, weights in adapter.named_parameters():
+            if not bool(torch.isfinite(weights).all()):
+                raise ValueError(
+                    f"The weights of the adapter in {self.place} hold NaN or infinity ({name}); save it again."
+                )
 
     def _from_pretrained(self, variant: str | None) -> LocalAdapter:
         place, folder = self.place, Path(self.place)
@@ -135,9 +155,7 @@ class SavedAdapter:
                     f"The weights of the adapter in {place} do not fit its config ({tensors}, such as "
                     f"{shown(sorted(map(str, names))[0])}); save it again."
                 )
-        for name, weights in found.named_parameters():
-            if not bool(torch.isfinite(weights).all()):
-                raise ValueError(f"The weights of the adapter in {place} hold NaN or infinity ({name}); save it again.")
+        self._check_finite(found)
         return found if isinstance(found, LocalAdapter) else LocalAdapter.from_t2iadapter(found)
 
 
@@ -150,7 +168,8 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
     """Find an adapter by its config alone, or, for weights without a config, by their shapes.
 
     Args:
-        name: its folder, the folder of a training run or checkpoint, a file of weights, or a hub id.
+        name: its folder, the folder of a training run or checkpoint, a file of weights, or a hub id; FOLDER/NAME or
+            FILE/NAME for one of several, see :func:`list_adapters`.
         local_files_only: do not use the network.
 
     Raises:
@@ -158,8 +177,8 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
     """
     name = str(name)
     try:
-        path = Path(name).expanduser()
-        if path.is_file():
+        path = _with_suffix(Path(name).expanduser())
+        if path.is_file() or path.parent.is_file():
             return _from_file(name, path, local_files_only)
         if path.exists() or name.startswith(("/", ".", "~")) or not HUB_ID.match(name):  # a folder, not a hub id
             return _from_folder(name, path, local_files_only)
@@ -173,6 +192,30 @@ def find_adapter(name: str | Path, local_files_only: bool = False) -> SavedAdapt
         prefix = "no such folder or file; as a hub id: " if from_hub else ""
         raise ValueError(f"There is no adapter {name!r} ({prefix}{first_line(error)}); {_WAY_OUT}.") from error
     return SavedAdapter(name, name, _read_config(name, config), None, local_files_only)
+
+
+def list_adapters(place: str | Path) -> list[str]:
+    """Return the names of the adapters in a folder or in one file, sorted: ``find_adapter(f"{place}/{name}")`` finds
+    each. Empty for a folder without adapters, or with one of its own, and for a file with a single adapter.
+
+    ValueError if there is no such folder or file, or the file is not of weights.
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        return sorted(name for name in embedded_configs(path) if name)
+    if not path.is_dir():
+        raise ValueError(f"There is no folder or file {path} with adapters; check the path.")
+    if (path / CONFIG).is_file():
+        return []
+    folders = [item.parent for inside in _INSIDE for item in path.glob(f"*/{inside}/{CONFIG}")]
+    found = {folder.relative_to(path).parts[0] for folder in folders if _is_adapter(folder / CONFIG)}
+    files = [item for item in path.iterdir() if item.is_file() and item.suffix.lower() in SUFFIXES]
+    return sorted(found | {item.stem for item in files})
+
+
+def _is_adapter(config: Path) -> bool:
+    content = read_json(config, "The config")
+    return isinstance(content, dict) and content.get("_class_name") in ADAPTERS
 
 
 def _from_folder(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
@@ -190,6 +233,8 @@ def _from_folder(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
         raise _Missing(f"no {CONFIG} in it but {len(weights)} files of weights, of which one must be given: {several}")
     checkpoints = sorted(path.glob("checkpoint-*/adapter"), key=lambda folder: folder.stat().st_mtime)
     hint = f"; its newest checkpoint is {checkpoints[-1].parent}" if checkpoints else ""
+    if not checkpoints and (names := list_adapters(path)):
+        hint = f"; it holds {len(names)} adapters, of which one must be given: {path / names[0]}"
     raise _Missing(f"no {CONFIG} in it{hint}")
 
 
@@ -200,10 +245,32 @@ def _from_file(name: str, path: Path, local_files_only: bool) -> SavedAdapter:
         variant = re.fullmatch(rf"{_WEIGHTS}\.([\w-]+)\.\w+", path.name)
         chosen = variant[1] if variant else _variant(path.parent) if path.name == CONFIG else None
         return SavedAdapter(name, str(path.parent.resolve()), _read_config(name, config_file), chosen, local_files_only)
-    if path.suffix.lower() not in SUFFIXES:
+    file, part = file_and_part(path)
+    if file.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{name} is not a file of weights ({', '.join(SUFFIXES)}); {_WAY_OUT}.")
-    config = check_config({"_class_name": T2IAdapter.__name__, **read_weights(path)[0]}, name)
-    return SavedAdapter(name, str(path.resolve()), config)
+    configs = embedded_configs(file)
+    named = [name for name in configs if name]
+    if named and part not in named:
+        places = ", ".join(f"{file}/{name}" for name in named)
+        raise ValueError(f"{file} holds {len(named)} adapters; give one of {places}.")
+    if part and not named:
+        raise ValueError(f"{file} holds one adapter, none with the name {part!r}; give {file}.")
+    options = read_weights(file, part)[0]
+    config = configs.get(part) or {"_class_name": T2IAdapter.__name__, **options}
+    if any(config.get(key, value) != value for key, value in options.items() if key != "channels"):
+        raise ValueError(f"The weights in {name} do not fit the config in the file; save it again.")
+    return SavedAdapter(name, str(path.resolve()), check_config(config, name))
+
+
+def _with_suffix(path: Path) -> Path:
+    """Return ``path``, or the file of weights of that name in its folder if there is one and no such folder."""
+    files = () if path.exists() else (path.with_name(path.name + suffix) for suffix in SUFFIXES if path.name)
+    return next((file for file in files if file.is_file()), path)
+
+
+def weights_file(folder: Path, variant: str | None) -> Path:
+    """Return the path of the weights in a folder of diffusers."""
+    return folder / f"{_WEIGHTS}.{variant + '.' if variant else ''}safetensors"
 
 
 def _variant(folder: Path) -> str | None:
@@ -248,90 +315,3 @@ def check_config(config: Any, place: str) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"The config.json of the adapter {place} cannot be used: {first_line(error)}.") from error
     return config
-
-
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the options of the ``T2IAdapter`` in a file, and its state dict; only tensors are unpickled.
-
-    ValueError when the file cannot be read or is not a T2I-Adapter's.
-    """
-    try:
-        if path.suffix.lower() == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            # The user named this file; weights_only allows tensors and plain containers in it, but no code.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"The weights of the adapter {path} cannot be read: the file is damaged, or holds objects other than "
-            "tensors, which are not unpickled; fetch it again, or save its state_dict() as .safetensors."
-        ) from error
-    except Exception as error:  # each kind of truncated file raises its own error
-        raise ValueError(
-            f"The weights of the adapter {path} cannot be read ({first_line(error)}); fetch or save it again."
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    state = _without_prefixes({str(name): value for name, value in content.items() if isinstance(value, Tensor)})
-    try:
-        state = _as_diffusers(state)
-        options = _options(state)
-    except (KeyError, IndexError, StopIteration, ZeroDivisionError):
-        first = next(iter(state), None)
-        reason = f"its first weight is called {first!r}" if first else "it holds no weights"
-        raise ValueError(f"{path} is not a T2I-Adapter ({reason}); give the weights of one, or its folder.") from None
-    return options, {f"adapter.{name}": value for name, value in state.items()}
-
-
-def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that all names share. ValueError for a LocalAdapter, which needs its config."""
-    removed: list[str] = []
-    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-        removed.append(prefix)
-    if removed.count("adapter.") > 1:
-        raise ValueError(
-            "These weights are a LocalAdapter's, whose config.json defines how it uses masks; give its folder."
-        )
-    return state
-
-
-def _as_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename published weights to diffusers' names.
-
-    Published full adapters number their blocks across all levels: a level begins where the width changes, and all
-    levels have the same number of blocks.
-    """
-    if any(".resnets." in name for name in state):
-        return state
-    if "conv_in.weight" not in state:  # a light adapter
-        return {re.sub(r"^(body\.\d+)\.body\.", r"\1.resnets.", name): value for name, value in state.items()}
-    widens = [k for k in range(1, len(state)) if f"body.{k}.in_conv.weight" in state]
-    per_level = widens[0]
-    renamed = {}
-    for name, value in state.items():
-        _, number, rest = name.split(".", 2) if name.startswith("body.") else ("", "", "")
-        if number:
-            level, block = divmod(int(number), per_level)
-            name = f"body.{level}.{rest}" if rest.startswith("in_conv.") else f"body.{level}.resnets.{block}.{rest}"
-        renamed[name] = value
-    return renamed
-
-
-def _options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Infer the options of ``T2IAdapter`` from shapes. KeyError or StopIteration for weights of another model."""
-    levels = len({name.split(".")[1] for name in state if name.startswith("body.")})
-    light = "body.0.out_conv.weight" in state
-    if light:
-        channels = [state[f"body.{i}.out_conv.weight"].shape[0] for i in range(levels - 1)]
-        unshuffled = state["body.0.in_conv.weight"].shape[1]
-    else:
-        channels = [state[f"body.{i}.resnets.0.block1.weight"].shape[0] for i in range(levels)]
-        unshuffled = state["conv_in.weight"].shape[1]
-    factor, colours = next((f, c) for f in _FACTORS for c in (1, 3) if c * f * f == unshuffled)
-    return {
-        "in_channels": colours,
-        "channels": channels,
-        "num_res_blocks": len({name for name in state if re.match(r"body\.0\.resnets\.\d+\.block1\.weight", name)}),
-        "downscale_factor": factor,
-        "adapter_type": "light_adapter" if light else "full_adapter_xl" if factor == 16 else "full_adapter",
-    }

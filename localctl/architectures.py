@@ -6,9 +6,11 @@ run can be planned, and its settings checked, before anything is downloaded.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ class BaseShape:
 
     parts: Mapping[str, Config]
     from_table: bool = False
-    _built: dict[str, nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def xl(self) -> bool:
@@ -48,21 +49,24 @@ class BaseShape:
         return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
 
     def build(self, part: str) -> nn.Module:
-        """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once, as
-        large parts take seconds, and must not be changed."""
-        if part not in self._built:
-            with torch.device("meta"):
-                self._built[part] = self._new(part, dict(self.parts[part])).eval().requires_grad_(False)
-        return self._built[part]
+        """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once for
+        all shapes with its config, as large parts take seconds, and must not be changed."""
+        return _built(part, json.dumps(dict(self.parts[part]), sort_keys=True))
 
-    @staticmethod
-    def _new(part: str, config: dict[str, Any]) -> nn.Module:
-        if part == "unet":
-            return UNet2DConditionModel.from_config(config)
-        if part == "vae":
-            return AutoencoderKL.from_config(config)
-        transformers = importlib.import_module("transformers")  # slow to import
-        return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
+
+@functools.lru_cache(maxsize=16)
+def _built(part: str, config: str) -> nn.Module:
+    with torch.device("meta"):
+        return _new(part, json.loads(config)).eval().requires_grad_(False)
+
+
+def _new(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "unet":
+        return UNet2DConditionModel.from_config(config)
+    if part == "vae":
+        return AutoencoderKL.from_config(config)
+    transformers = importlib.import_module("transformers")  # slow to import
+    return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
 
 
 def read_shape(base: BaseConfig) -> BaseShape:

@@ -20,7 +20,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DtypeName = Literal["float32", "float16", "bfloat16"]
-SchedulerName = Literal["ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+# fmt: off
+SchedulerName = Literal[
+    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "kdpm2", "kdpm2_ancestral",
+    "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_sde", "deis", "sa_solver", "lcm", "tcd",
+]
+# fmt: on
 DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
@@ -32,7 +37,29 @@ SCHEDULERS: dict[str, str] = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_3m": "DPMSolverMultistepScheduler",
+    "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "dpmpp_sde": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "sa_solver": "SASolverScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
+# Settings that tell schedulers of one class apart.
+SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
+    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    "dpmpp_3m": {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    "dpmpp_2s": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+}
+SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
+MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for
 
 # Each part needs one of these files. Without them, transformers would silently make an empty tokenizer.
 _NEEDED = {

@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from localctl.settings import FROM_IMAGE, ConditionConfig
+from localctl.condition_models import compute
+from localctl.settings import FROM_IMAGE as FROM_IMAGE
+from localctl.settings import MODELS, ConditionConfig
 
 if TYPE_CHECKING:  # torch is imported where it is used
     from torch import Tensor
@@ -18,17 +20,21 @@ def extract(config: ConditionConfig, image: np.ndarray) -> Tensor:
     """Compute the condition (C,H,W) float32 in [0,1] of ``image``, uint8 RGB (H,W,3), at the image's own size.
 
     Scales are fixed, never normalised per image, so that equal edges have equal values in every image.
-    ValueError for kinds that cannot be computed from an image (depth, segmentation, column), and for another shape or
-    dtype.
+    But depth, of which models know no scale, goes from 0 to 1 in every image. ValueError for kinds that cannot be
+    computed from an image (column, and depth etc. without a model), a model that cannot be loaded, and for another
+    shape or dtype.
     """
-    if config.kind not in FROM_IMAGE:
+    if not config.from_image:
+        model = f", or set condition.model, for example to {MODELS[config.kind]}" if config.kind in MODELS else ""
         raise ValueError(
-            f"A {config.kind} condition cannot be computed from an image; pass it as a condition image instead."
+            f"A {config.kind} condition cannot be computed from an image; pass it as a condition image instead{model}."
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"A condition needs an RGB image uint8 (H, W, 3), not {image.dtype} {image.shape}.")
     image = np.ascontiguousarray(image)
-    if config.kind == "palette":
+    if config.model is not None:
+        condition = compute(config, [image])[0]  # (H,W,C)
+    elif config.kind == "palette":
         make = _palette if config.palette_filter == "mean" else _resized_palette
         condition = make(image, config.cells)  # (H,W,3)
     elif config.kind == "canny":

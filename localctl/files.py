@@ -148,10 +148,13 @@ def sha256_of_json(content: Any) -> str:
 
 
 def sha256_of_folder(folder: str | Path) -> str:
-    """Return the SHA-256 of the weights in a model folder or file; return a hub id unchanged."""
+    """Return the SHA-256 of the weights in a model folder or file, or of FILE/NAME, one of several models in a file;
+    return a hub id unchanged."""
     place = Path(folder)
     if place.is_file():
         return sha256(place)
+    if place.parent.is_file():
+        return sha256(f"{sha256(place.parent)}/{place.name}")
     weights = sorted(place.glob("*.safetensors")) or sorted(place.glob("*.bin"))
     return sha256("".join(map(sha256, weights))) if weights else str(folder)
 

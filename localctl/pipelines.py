@@ -19,6 +19,8 @@ from torch import nn
 
 from localctl.bases import (
     DTYPE_NAMES,
+    MOST_STEPS,
+    SCHEDULER_OPTIONS,
     SCHEDULERS,
     BaseConfig,
     check_folder,
@@ -35,6 +37,7 @@ from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 from localctl.prompt_syntax import WeightedText
 from localctl.prompt_weights import Text, reads_weights, weighting
 
+_SOLVER = ("algorithm_type", "solver_order", "solver_type")
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -206,7 +209,12 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     # are clipped to [-1, 1], which latents exceed, and PNDM starts with twelve Runge-Kutta calls.
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():
         config.setdefault(setting, value)
-    pipe.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    if type(pipe.scheduler).__name__ != SCHEDULERS[name]:  # each class has solvers of its own
+        config = {key: value for key, value in config.items() if key not in _SOLVER}
+    kind = getattr(diffusers, SCHEDULERS[name])
+    if name in MOST_STEPS:  # these classes warn of settings of others
+        config = {key: value for key, value in config.items() if key in inspect.signature(kind.__init__).parameters}
+    pipe.scheduler = kind.from_config(config, **SCHEDULER_OPTIONS.get(name, {}))
 
 
 @contextmanager
@@ -221,14 +229,14 @@ def with_scheduler(pipe: DiffusionPipeline, name: str | None) -> Iterator[None]:
         pipe.scheduler = before
 
 
-def knows_karras(kind: str) -> bool:
-    """Return whether the diffusers scheduler class ``kind`` supports Karras sigmas (arXiv 2206.00364)."""
+def knows_sigmas(kind: str, spacing: str) -> bool:
+    """Return whether the diffusers scheduler class ``kind`` supports this spacing of its sigmas, one of ``SIGMAS``."""
     found = getattr(diffusers, kind, None)
-    return found is not None and "use_karras_sigmas" in inspect.signature(found.__init__).parameters
+    return found is not None and f"use_{spacing}_sigmas" in inspect.signature(found.__init__).parameters
 
 
-def check_karras(base: BaseConfig, scheduler: str | None) -> None:
-    """Raise a ValueError unless ``scheduler`` (None = the base's own) supports Karras sigmas."""
+def check_sigmas(base: BaseConfig, scheduler: str | None, spacing: str) -> None:
+    """Raise a ValueError unless ``scheduler`` (None = the base's own) supports this spacing of its sigmas."""
     if scheduler is not None:
         kind = SCHEDULERS[scheduler]
     else:
@@ -237,9 +245,15 @@ def check_karras(base: BaseConfig, scheduler: str | None) -> None:
             kind = read_json(resolve_base(base.name), "scheduler/scheduler_config.json", where).get("_class_name", "")
         except OSError:
             return  # loading the base will report this
-    if not knows_karras(kind):
-        known = ", ".join(name for name, one in sorted(SCHEDULERS.items()) if knows_karras(one))
-        raise ValueError(f"{kind or 'The scheduler'} has no Karras sigmas; choose a --scheduler of these: {known}.")
+    if not knows_sigmas(kind, spacing):
+        raise no_sigmas(kind, spacing)
+
+
+def no_sigmas(kind: str, spacing: str) -> ValueError:
+    """Make the error for a scheduler class without this spacing."""
+    known = ", ".join(name for name, one in sorted(SCHEDULERS.items()) if knows_sigmas(one, spacing))
+    named = spacing.capitalize() if spacing == "karras" else spacing
+    return ValueError(f"{kind or 'The scheduler'} has no {named} sigmas; choose a --scheduler of these: {known}.")
 
 
 def choose_pil_processors() -> None:

@@ -111,7 +111,7 @@ def token_places(tokenizer: Any, fragments: Sequence[str]) -> list[int]:
     The text is split into parts as long as the text encoder reads at once, each with a start and an end token.
     """
     tokens = _tokens(_provider(tokenizer, _Encoder.none()), fragments)
-    length, places = tokenizer.model_max_length, []
+    length, places = tokenizer.model_max_length, list[int]()
     for start in range(0, len(tokens), length):
         end = tokens.index(tokenizer.eos_token_id, start)
         places += range(start + 1, end)

@@ -12,17 +12,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from localctl.bases import SIGMAS
 from localctl.control.attach import Attachment, Layouts, attach
 from localctl.control.base import Control
 from localctl.control.latents import outer_step
 from localctl.denoisers import denoiser_of
+from localctl.image_to_image import InitImage
 from localctl.layout import Layout, as_layouts
-from localctl.pipelines import with_scheduler
+from localctl.pipelines import knows_sigmas, no_sigmas, with_scheduler
 from localctl.previews import OnStep, each_step
 from localctl.sampling_settings import FREE, own_sampling
 from localctl.sampling_settings import Sampling as Sampling
 from localctl.seeding import generator, noise
-from localctl.sizes import shown
+from localctl.sizes import near_side, shown
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
 
@@ -56,6 +58,7 @@ def generate(
     sampling: Sampling | None = None,
     batch_size: int | None = None,
     paired: bool = False,
+    init: InitImage | None = None,
     on_step: OnStep | None = None,
     **pipeline_arguments: Any,
 ) -> GenerateOutput:
@@ -73,6 +76,7 @@ def generate(
             precedence; its scheduler is used during this call. A base known by name has a default guidance scale.
         batch_size: at most this many images at once; default 4.
         paired: image i has layout i and seed i; there must be as many seeds as layouts.
+        init: the image to start from, all of it or within a mask, see :class:`~localctl.image_to_image.InitImage`.
         on_step: called with a :class:`~localctl.previews.SamplingStep` after every step of every batch; an error that
             it raises ends the sampling there.
         pipeline_arguments: settings of :class:`Sampling`, and other arguments of ``pipe``. ``negative_prompt``,
@@ -89,32 +93,48 @@ def generate(
     given = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
     resolved = resolve_sampling(pipe, given, sampling)
     images = _pairs(len(layouts), resolved.seeds, paired)
-    height, width = image_size(pipe, layouts, pipeline_arguments)
+    size = image_size(pipe, layouts, pipeline_arguments, init)
+    if init is not None:
+        init = init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
-    dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
+    start = _start(pipe, size, init)
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
-        each_step(pipe, on_step) as begin,
-        attach(pipe, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
+        each_step(caller := pipe if init is None else init.pipeline(pipe), on_step) as begin,
+        attach(caller, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
             attached.select([index for index, _ in batch])
             begin()
-            output = pipe(
+            output = caller(
                 prompt=[layouts[index].prompt for index, _ in batch],
-                height=height,
-                width=width,
-                latents=torch.cat([initial_noise(pipe, seed, height, width, dtype) for _, seed in batch]),
+                **start(first, [seed for _, seed in batch]),
                 generator=[generator(seed, "steps") for _, seed in batch],
                 **{name: [text[index] for index, _ in batch] for name, text in texts.items() if text is not None},
                 **arguments,
             )
             _check_finite(output.images, batch, layouts)
             generated.extend(convert(output.images))
+    generated = generated if init is None else [init.finish(image) for image in generated]
     return GenerateOutput(generated, tuple(seed for _, seed in images), tuple(layouts[index] for index, _ in images))
+
+
+def _start(
+    pipe: DiffusionPipeline, size: tuple[int, int], init: InitImage | None
+) -> Callable[[int, Sequence[int]], dict[str, Any]]:
+    """Return a function of a batch, by the index of its first image and its seeds: the arguments by which it starts."""
+    if init is not None:
+        return lambda first, seeds: init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
+    dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
+
+    def from_noise(first: int, seeds: Sequence[int]) -> dict[str, Any]:
+        latents = torch.cat([initial_noise(pipe, seed, *size, dtype) for seed in seeds])
+        return {"height": size[0], "width": size[1], "latents": latents}
+
+    return from_noise
 
 
 def resolve_sampling(pipe: DiffusionPipeline, given: Sampling, sampling: Sampling | None = None) -> Any:
@@ -139,8 +159,11 @@ def _pairs(layouts: int, seeds: Sequence[int], paired: bool) -> list[tuple[int, 
 def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
     """Give ``pipe`` the scheduler of ``sampling`` for a while. ValueError if its noise cannot be set image by image."""
     with with_scheduler(pipe, sampling.scheduler):
-        if sampling.use_karras_sigmas:
-            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, use_karras_sigmas=True)
+        if sampling.sigmas is not None:
+            if not knows_sigmas(type(pipe.scheduler).__name__, sampling.sigmas):
+                raise no_sigmas(type(pipe.scheduler).__name__, sampling.sigmas)
+            spacing = {f"use_{name}_sigmas": name == sampling.sigmas for name in SIGMAS}
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **spacing)
         if type(pipe.scheduler).__name__ in _OWN_NOISE:
             raise ValueError(
                 f"{type(pipe.scheduler).__name__} samples noise that the seeds cannot set; "
@@ -183,8 +206,11 @@ def initial_noise(
     return noise(denoiser.noise_shape(height, width), seed, "latents", dtype=dtype or denoiser.module.dtype)
 
 
-def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any]) -> tuple[int, int]:
-    """Return (height, width) in pixels: the layouts', or those popped from ``arguments``, or the base's default.
+def image_size(
+    pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: dict[str, Any], init: InitImage | None = None
+) -> tuple[int, int]:
+    """Return (height, width) in pixels: the layouts', or those popped from ``arguments``, or the nearest to those
+    of the image to start from, or the base's default.
 
     ValueError when they differ.
     """
@@ -196,6 +222,8 @@ def image_size(pipe: DiffusionPipeline, layouts: Sequence[Layout], arguments: di
         )
     if sizes:
         return sizes.pop()
+    if init is not None and init.size is not None:
+        return near_side(init.size[0]), near_side(init.size[1])
     return denoiser_of(pipe).own_size
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from localctl.bases import BASES, SCHEDULERS, same_base
+from localctl.bases import BASES, MOST_STEPS, SCHEDULERS, SIGMAS, same_base
 
 _OF_THE_CALL = ("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta")
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
@@ -22,7 +22,7 @@ class Sampling:
         guidance_scale: of classifier-free guidance.
         num_inference_steps: number of denoising steps.
         guidance_rescale, clip_skip, eta: as diffusers' pipelines define them.
-        use_karras_sigmas: whether the scheduler uses Karras' noise levels.
+        use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: the spacing of noise levels; at most one.
         seeds: one seed or several; each image starts from the noise of its seed.
         batch_size: at most this many images at once; changes no image beyond rounding.
         prompt_weighting: whether weights in prompts act and prompts of any length are used (default); False: marks are
@@ -39,6 +39,8 @@ class Sampling:
     clip_skip: int | None = None
     eta: float | None = None
     use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
     seeds: int | Sequence[int] | None = None
     batch_size: int | None = None
     prompt_weighting: bool | None = None
@@ -58,6 +60,14 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"The {name} must be a finite number, not {value}.")
+        spacings = [name for name in SIGMAS if getattr(self, f"use_{name}_sigmas")]
+        if len(spacings) > 1:
+            raise ValueError(f"A scheduler spaces its sigmas in one way, not as {' and '.join(spacings)}; choose one.")
+        most = MOST_STEPS.get(self.scheduler or "", self.num_inference_steps or 0)
+        if (self.num_inference_steps or 0) > most:
+            raise ValueError(
+                f"The scheduler {self.scheduler} takes at most {most} steps, not {self.num_inference_steps}."
+            )
 
     @classmethod
     def of(cls, settings: object) -> Sampling:
@@ -68,6 +78,11 @@ class Sampling:
         """Return this record with the settings that it leaves open taken from ``other``."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return Sampling(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
+
+    @property
+    def sigmas(self) -> str | None:
+        """The spacing of the noise levels, one of ``SIGMAS``; None = the scheduler's own."""
+        return next((name for name in SIGMAS if getattr(self, f"use_{name}_sigmas")), None)
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments for a call of the pipeline: those of its settings that are not None."""

@@ -4,15 +4,17 @@ start quickly; ``conditions``, ``masks``, ``losses`` and ``diffusion`` implement
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from localctl.records import NotNegative, Positive, Rate, Share, record
 
 AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
-ConditionKind = Literal["canny", "sobel", "palette", "depth", "segmentation", "column"]
+ConditionKind = Literal[
+    "canny", "sobel", "palette", "depth", "normals", "segmentation", "pose", "hed", "lineart", "column"
+]
 ChannelsUsed = Literal["gray", "rgb"]
 PaletteFilter = Literal["mean", "bicubic"]
 MaskResize = Literal["area", "nearest", "inside", "cover"]
@@ -26,8 +28,22 @@ MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "f
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)
-CHANNELS: dict[str, int] = {"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "segmentation": 3, "column": 3}
-FROM_IMAGE = ("canny", "sobel", "palette")
+CHANNELS: dict[str, int] = {
+    **{"canny": 1, "sobel": 1, "palette": 3, "depth": 1, "normals": 3, "segmentation": 3, "pose": 3},
+    **{"hed": 1, "lineart": 1, "column": 3},
+}
+FROM_IMAGE = ("canny", "sobel", "palette")  # without a model
+DEFAULT = "default"
+# The models that condition.model=default stands for.
+MODELS = {
+    "depth": "depth-anything/Depth-Anything-V2-Small-hf",
+    "normals": "depth-anything/Depth-Anything-V2-Small-hf",
+    "segmentation": "openmmlab/upernet-convnext-small",
+    "pose": "usyd-community/vitpose-base-simple",
+    "hed": "lllyasviel/Annotators",
+    "lineart": "lllyasviel/Annotators",
+}
+DETECTOR = "PekingU/rtdetr_r18vd"  # of people, for pose
 MASK_RESIZE: tuple[str, ...] = get_args(MaskResize)
 MASK_KINDS: tuple[str, ...] = get_args(MaskKind)
 LOSS_FILTERS: tuple[str, ...] = get_args(LossFilter)
@@ -42,8 +58,9 @@ REPORT_TO: tuple[str, ...] = get_args(ReportTo)
 class ConditionConfig:
     """Settings of a condition; ValueError for settings that contradict each other.
 
-    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth`` and
-        ``segmentation`` come with the data; ``column`` takes the data's column of condition images, whatever it holds.
+    kind: ``canny`` binary edges; ``sobel`` gradient magnitude; ``palette`` mean colours of a coarse grid; ``depth``,
+        ``normals``, ``segmentation``, ``pose``, ``hed`` (soft edges) and ``lineart`` come with the data, or are
+        computed by ``model``; ``column`` takes the data's column of condition images, whatever it holds.
     low: lower hysteresis threshold of canny, on 8-bit values.
     high: upper hysteresis threshold of canny.
     channels_used: input of canny: ``gray`` the brightness; ``rgb`` all three channels, at each pixel the one with the
@@ -53,6 +70,9 @@ class ConditionConfig:
         cells x cells, as published, which mixes in pixels outside the cell and overshoots at strong edges.
     channels: C of the condition: 1 (brightness) or 3 (colours) for ``column``; ignored for the other kinds, which
         have a fixed number.
+    model: folder or hub id of the model that computes depth, normals, segmentation, pose, hed or lineart from images;
+        ``default``: the one of ``MODELS``. None: such conditions come with the data.
+    detector: for pose, folder or hub id of the model that finds people; None: ``DETECTOR``.
     """
 
     kind: ConditionKind = "canny"
@@ -62,14 +82,36 @@ class ConditionConfig:
     channels: int = 0
     channels_used: ChannelsUsed = "gray"
     palette_filter: PaletteFilter = "mean"
+    model: str | None = None
+    detector: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_model()
         if not 0 <= self.low <= self.high:
             raise ValueError(f"Canny needs 0 <= low <= high, not low={self.low} and high={self.high}.")
         if self.channels not in (0, 1, 3):
             raise ValueError(f"Unknown condition.channels {self.channels}; choose 1 or 3.")
         if self.kind != "column" or not self.channels:  # also after dataclasses.replace(kind=...)
             self.channels = CHANNELS[self.kind]
+
+    def _check_model(self) -> None:
+        if self.model is not None and self.kind not in MODELS:
+            raise ValueError(f"condition={self.kind} is computed without a model; leave condition.model out.")
+        if self.detector is not None and (self.kind != "pose" or self.model is None):
+            raise ValueError("condition.detector finds people for condition=pose with condition.model; leave it out.")
+        if self.model == DEFAULT:
+            self.model = MODELS[self.kind]
+        if self.kind == "pose" and self.model is not None and self.detector in (None, DEFAULT):
+            self.detector = DETECTOR
+
+    @property
+    def from_image(self) -> bool:
+        """Whether the condition is computed from the image, rather than read from a file of its own."""
+        return self.kind in FROM_IMAGE or self.model is not None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the settings for a record: as earlier versions wrote them, where no model is used."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @record("mask")

@@ -43,12 +43,18 @@ def shared_kernel(folder: Path) -> Iterator[KernelManager]:
         manager.shutdown_kernel(now=True)
 
 
-def execute(path: Path, kernel: KernelManager) -> NotebookNode:
-    """Return the notebook with its outputs; CellExecutionError where a cell fails."""
+def execute(path: Path, kernel: KernelManager, changes: str = "") -> NotebookNode:
+    """Return the notebook with its outputs; CellExecutionError where a cell fails.
+
+    changes: code that gives its parameters, which stand in its first code cell, other values.
+    """
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(FORGET))
+    (parameters, *_), kept = code_cells(notebook), notebook.cells
+    place = kept.index(parameters) + 1
+    extra = [nbformat.v4.new_code_cell(source) for source in (FORGET, changes)]
+    notebook.cells = [extra[0], *kept[:place], extra[1], *kept[place:]]
     NotebookClient(notebook, timeout=SECONDS, km=kernel, record_timing=False).execute()
-    del notebook.cells[0]
+    notebook.cells = [cell for cell in notebook.cells if cell not in extra]
     for number, cell in enumerate(code_cells(notebook), start=1):
         cell.execution_count = number
         for output in cell.outputs:

@@ -32,7 +32,11 @@ def test_channels() -> None:
         "sobel": 1,
         "palette": 3,
         "depth": 1,
+        "normals": 3,
         "segmentation": 3,
+        "pose": 3,
+        "hed": 1,
+        "lineart": 1,
         "column": 3,
     }
     assert ConditionConfig(kind="column", channels=1).channels == 1
@@ -119,7 +123,11 @@ def test_other_arrays_are_refused(image: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"channels_used": "red"}, "channels_used 'red'; choose one of gray, rgb"), ({"palette_filter": "box"}, "'box'")]
-    + [({"kind": "hed"}, "'hed'; choose one of canny"), ({"low": 200}, "low=200"), ({"cells": 0}, "at least 1")],
+    + [
+        ({"kind": "scribble"}, "'scribble'; choose one of canny"),
+        ({"low": 200}, "low=200"),
+        ({"cells": 0}, "at least 1"),
+    ],
 )
 def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import psutil
 import pytest
 from jupyter_client.manager import KernelManager
 from nbformat import NotebookNode
@@ -18,8 +17,12 @@ from PIL import Image
 
 from nbs.execute import FOLDER, NOTEBOOKS, code_cells, execute, shared_kernel
 
-NAMES = ["01_train_and_look", "02_evaluate_and_compare", "03_mask_and_loss", "04_sample_on_a_base"]
-SECONDS = 90  # of one core; seconds on the clock depend on what else a machine does
+QUICK = {  # what is changed here, so that it takes less time
+    "01_train_and_look": "STEPS, BATCH, SAMPLING_STEPS = 2, 2, 2",
+    "02_evaluate_and_compare": "COUNT, SAMPLING_STEPS = 8, 2",
+    "03_mask_and_loss": "MORE_TIMESTEPS, SCENES = [1, 500, 999], SCENES[:2]",
+    "04_sample_on_a_base": "SAMPLING_STEPS = 3",
+}
 KILOBYTES = 400
 PUBLIC = ("localctl", "localctl.data", "localctl.evaluation", "localctl.micro")
 
@@ -37,12 +40,6 @@ def pictures(notebook: NotebookNode) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(png))) for png in shown]
 
 
-def spent(kernel: KernelManager) -> float:
-    """Seconds of processor time that the kernel has used."""
-    times = psutil.Process(kernel.provisioner.pid).cpu_times()
-    return times.user + times.system
-
-
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
     """One for all, in a folder that lies beside ``examples`` as ``nbs`` does, and stays clean of what they write."""
@@ -56,14 +53,12 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelManager]:
 
 
 def test_there_are_four() -> None:
-    assert [path.stem for path in NOTEBOOKS] == NAMES
+    assert [path.stem for path in NOTEBOOKS] == [*QUICK]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_shows_as_much_as_is_kept(path: Path, kernel: KernelManager) -> None:
-    began = spent(kernel)
-    fresh = execute(path, kernel)
-    assert 0 < spent(kernel) - began < SECONDS
+    fresh = execute(path, kernel, QUICK[path.stem])
     kept = nbformat.read(path, as_version=4)
     assert [p.size for p in pictures(fresh)] == [p.size for p in pictures(kept)]
     assert not any(output.get("name") == "stderr" for output in outputs(fresh))

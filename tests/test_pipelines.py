@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,22 +147,6 @@ def test_another_scheduler_for_a_while(sd_pipe: StableDiffusionPipeline) -> None
     assert sd_pipe.scheduler is before
     with pytest.raises(ValueError, match="Unknown scheduler 'dimm'"), with_scheduler(sd_pipe, "dimm"):
         pass
-
-
-def test_the_screen_stays_clean(sd_folder: Path, sdxl_folder: Path) -> None:
-    script = (
-        "import sys, warnings\n"
-        "from localctl.pipelines import load_pipeline, set_scheduler, SCHEDULERS\n"
-        "for folder in sys.argv[1:]:\n"
-        "    pipe = load_pipeline(folder)\n"
-        "    for name in SCHEDULERS: set_scheduler(pipe, name)\n"
-    )
-    command = [sys.executable, "-c", script, str(sd_folder), str(sdxl_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).replace("\r", "\n").splitlines() if line.strip()]
-    stray = [line for line in lines if "%|" not in line]  # progress bars are welcome
-    assert stray == []
 
 
 def cut(name: str, length: int) -> Callable[[Path], object]:

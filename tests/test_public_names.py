@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import math
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -18,7 +16,15 @@ ROOT = Path(localctl.__file__).parent
 
 
 @pytest.mark.parametrize(
-    "package", ["localctl", "localctl.data", "localctl.evaluation", "localctl.layout_predictor", "localctl.micro"]
+    "package",
+    [
+        "localctl",
+        "localctl.bridges",
+        "localctl.data",
+        "localctl.evaluation",
+        "localctl.layout_predictor",
+        "localctl.micro",
+    ],
 )
 def test_what_type_checkers_see_is_what_there_is(package: str) -> None:
     module = importlib.import_module(package)
@@ -31,13 +37,6 @@ def test_what_type_checkers_see_is_what_there_is(package: str) -> None:
         assert getattr(module, name) is getattr(importlib.import_module(str(place)), name)
     with pytest.raises(AttributeError, match="nothing"):
         module.nothing  # noqa: B018
-
-
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "torch", "numpy", "diffusers", "pydantic", "hydra"
-    code = f"import sys, localctl; dir(localctl); print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert found.stdout.strip() == "[]"
 
 
 def test_type_checkers_are_told_that_the_package_is_typed() -> None:

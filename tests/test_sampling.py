@@ -168,8 +168,9 @@ def test_windows_count_outer_steps_with_every_scheduler(
         with attach(sd_pipe, "a b", item), watched(sd_pipe) as seen:
             draw(sd_pipe, num_inference_steps=6)
         active.append([residuals is not None for residuals in seen])
-    # Second-order Heun calls twice per step but for the last; PNDM warms up with the second timestep.
-    calls = {"heun": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5], "pndm": [0, 1, 1, 2, 3, 4, 5]}
+    # Second-order Heun and KDPM2 call twice per step but for the last; PNDM warms up with the second timestep.
+    second_order = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    calls = {"pndm": [0, 1, 1, 2, 3, 4, 5]} | dict.fromkeys(("heun", "kdpm2", "kdpm2_ancestral"), second_order)
     expected = calls.get(scheduler, [0, 1, 2, 3, 4, 5])
     assert steps == [(step, 6) for step in expected]
     assert active == [[step < 3 for step in expected], [step >= 3 for step in expected]]

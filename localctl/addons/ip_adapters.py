@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,6 +162,18 @@ def check_one_encoder(adapters: Sequence[SavedIPAdapter]) -> None:
         )
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Context without the warning that diffusers gives itself, for a U-Net whose dtype it sets to what it is."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
     from transformers import CLIPVisionModelWithProjection  # slow to import
 
@@ -174,12 +187,13 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
         pipe.register_modules(image_encoder=encoder.to(pipe.unet.device).eval().requires_grad_(False))
         # One image processor for this encoder, whatever the pipeline has for its safety checker.
         pipe.feature_extractor = None
-        pipe.load_ip_adapter(
-            [str(item.weights.path.parent) for item in found],
-            subfolder="",
-            weight_name=[item.weights.path.name for item in found],
-            image_encoder_folder=None,
-        )
+        with _quietly():
+            pipe.load_ip_adapter(
+                [str(item.weights.path.parent) for item in found],
+                subfolder="",
+                weight_name=[item.weights.path.name for item in found],
+                image_encoder_folder=None,
+            )
         pipe.unet.eval().requires_grad_(False)
     except Exception as error:  # another shape or a missing weight may raise any error
         names = ", ".join(item.weights.name for item in found)

@@ -19,7 +19,7 @@ from localctl.architectures import BaseShape
 from localctl.files import first_line
 
 KIND = "LoRA"
-_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"[\w-]+")  # PEFT allows no dots
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _DOWN = ("lora_A", "lora_down", "lora.down", "lora_linear_layer.down")
 
@@ -83,15 +83,17 @@ def find_lora(place: str | Path, local_files_only: bool = False) -> SavedLora:
 
 
 def _plain(name: str) -> str:
-    """Return a name of letters, digits and ``_.-``."""
+    """Return a name of letters, digits, ``_`` and ``-``."""
     return re.sub(r"[^\w-]+", "_", name) or "lora"
 
 
 def check_names(loras: Sequence[SavedLora]) -> None:
-    """Raise a ValueError if two LoRAs have one name."""
+    """Raise a ValueError if two LoRAs have one name, or one has a word of :func:`parse_use`."""
     for name, count in Counter(lora.name for lora in loras).items():
-        if count > 1:
-            raise ValueError(f"There are {count} LoRAs called {name!r}; name them apart: NAME=FILE.")
+        if count > 1 or name in ("all", "none"):
+            raise ValueError(
+                f"{count} LoRA{'s are' if count > 1 else ' is'} called {name!r}; give another name: NAME=FILE."
+            )
 
 
 def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
@@ -157,9 +159,11 @@ def _switch(parts: Sequence[nn.Module], names: Sequence[str]) -> Use:
                 active = [name for name in scales if scales[name] and name in layer.r]
                 layer.enable_adapters(bool(active))
                 if active:
-                    layer.set_adapter(active, inference_mode=True)
+                    layer.set_adapter(active)
                 for name in active:
                     layer.set_scale(name, scales[name])
+                    for factor in (layer.lora_A[name], layer.lora_B[name]):
+                        factor.requires_grad_(False)  # set_adapter turned them on
 
     return use
 
@@ -190,49 +194,48 @@ def _read(pipe: Any, lora: SavedLora) -> dict[str, dict[str, list[Tensor]]]:
 
     ValueError for other weights, or layers that the base does not have.
     """
+    # All formats become that of diffusers.
+    state, alphas, metadata = pipe.lora_state_dict(
+        str(lora.weights.path), unet_config=pipe.unet.config, use_safetensors=True, return_lora_metadata=True
+    )
+
+    factors: dict[str, dict[str, list[Tensor]]] = {}
+    weights = _by_layer(pipe, state)
+    scales = {(part, layer): value for (part, layer, _), value in _by_layer(pipe, alphas or {}).items()}
+    for part, layer, rest in weights:
+        if rest not in ("A.weight", "B.weight") or (part, layer, "A.weight") not in weights:
+            raise ValueError(f"unknown weight {layer}.lora_{rest}")
+        down, up = weights[part, layer, "A.weight"], weights[part, layer, "B.weight"]
+        alpha = scales.get((part, layer), _recorded_alpha(metadata or {}, part, layer, down.shape[0]))
+        factors.setdefault(part, {})[layer] = [down, up.float() * (alpha / down.shape[0])]
+    for part, layers in factors.items():
+        known = {name for name, _ in getattr(pipe, part).named_modules()}
+        if missing := sorted(set(layers) - known):
+            raise ValueError(f"it changes {len(layers)} layers of the {part}, of which {len(missing)} are not there")
+    return factors
+
+
+def _by_layer(pipe: Any, found: Mapping[str, Any]) -> dict[tuple[str, str, str], Any]:
+    """Return the entries of a file by part of the pipeline, layer, and what follows it: ``A.weight``."""
     from diffusers.utils.state_dict_utils import (
         StateDictType,
         convert_state_dict_to_peft,
         convert_unet_state_dict_to_peft,
     )
 
-    # All formats become that of diffusers.
-    state, alphas, metadata = pipe.lora_state_dict(
-        str(lora.weights.path), unet_config=pipe.unet.config, use_safetensors=True, return_lora_metadata=True
-    )
-
-    def by_layer(found: Mapping[str, Any]) -> dict[tuple[str, str, str], Any]:
-        """Return the entries by part, layer and what follows it."""
-        entries = {}
-        for name, value in found.items():
-            part = next((one for one in _TEXT_ENCODERS if name.startswith(f"{one}.")), "unet")
-            inside = {name.removeprefix(f"{part}."): value}
-            if part == "unet":
-                inside = convert_unet_state_dict_to_peft(inside)
-            else:
-                inside = convert_state_dict_to_peft(inside, StateDictType.DIFFUSERS_OLD)
-            layer, _, rest = next(iter(inside)).removesuffix(".alpha").partition(".lora_")
-            if part != "unet" and not hasattr(getattr(pipe, part), "text_model"):
-                layer = layer.removeprefix("text_model.")  # newer releases of transformers have no such part
-            entries[part, layer, rest] = value
-        return entries
-
-    factors: dict[str, dict[str, list[Tensor]]] = {}
-    weights, scales = (
-        by_layer(state),
-        {(part, layer): value for (part, layer, _), value in by_layer(alphas or {}).items()},
-    )
-    for part, layer, rest in weights:
-        if rest not in ("A.weight", "B.weight") or (part, layer, "A.weight") not in weights:
-            raise ValueError(f"unknown weight {layer}.lora_{rest}")
-        down, up = weights[part, layer, "A.weight"], weights[part, layer, "B.weight"]
-        alpha = scales.get((part, layer), _recorded_alpha(metadata or {}, part, layer, down.shape[0]))
-        factors.setdefault(part, {})[layer] = [down, up * (alpha / down.shape[0])]
-    for part, layers in factors.items():
-        known = {name for name, _ in getattr(pipe, part).named_modules()}
-        if missing := sorted(set(layers) - known):
-            raise ValueError(f"it changes {len(layers)} layers of the {part}, of which {len(missing)} are not there")
-    return factors
+    entries = {}
+    for name, value in found.items():
+        part = next((one for one in _TEXT_ENCODERS if name.startswith(f"{one}.")), "unet")
+        inside = {name.removeprefix(f"{part}."): value}
+        if part == "unet":
+            inside = convert_unet_state_dict_to_peft(inside)
+        else:
+            inside = convert_state_dict_to_peft(inside, StateDictType.DIFFUSERS_OLD)
+        layer, _, rest = next(iter(inside)).removesuffix(".alpha").partition(".lora_")
+        if part != "unet" and not hasattr(getattr(pipe, part), "text_model"):
+            layer = layer.removeprefix("text_model.")  # newer releases of transformers have no such part
+        entries[part, layer, rest] = value
+    return entries
 
 
 def _recorded_alpha(metadata: Mapping[str, Any], part: str, layer: str, rank: int) -> float:
@@ -259,7 +262,7 @@ def _inject(part: nn.Module, factors: Mapping[str, Sequence[Tensor]], name: str)
         for layer, pair in factors.items()
         for end, value in zip("AB", pair, strict=True)
     }
-    found = set_peft_model_state_dict(part, state, adapter_name=name)
+    found: Any = set_peft_model_state_dict(part, state, adapter_name=name)
     placed = sum(name in layer.r for layer in _layers(part))
     if found.unexpected_keys or placed != len(factors):
         raise ValueError(f"{len(factors)} layers are changed, {placed} were found")

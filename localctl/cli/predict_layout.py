@@ -17,7 +17,7 @@ from localctl.cli.arguments import Arguments
 from localctl.cli.program import explained, one_sentence
 from localctl.layout_predictor.parsing import CHUNKERS
 from localctl.messages import loading
-from localctl.prompt_syntax import warn_of_syntax
+from localctl.prompt_syntax import read_weights, refuse_foreign
 from localctl.sizes import near_side
 
 if TYPE_CHECKING:  # modules that load torch are imported after the flags are read
@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     options = new_parser(program).read(argv)
     if options.save and len(options.prompt) > 1:
         raise ValueError("--save writes one layout; give one prompt.")
-    warn_of_syntax(options.prompt)
+    for prompt in options.prompt:
+        refuse_foreign(prompt, read_weights(prompt))
     with loading():
         from localctl.layout_io import save_layout
         from localctl.layout_predictor.model import load_predictor

@@ -9,8 +9,11 @@
   python sample.py --layout scene.json --control spacetime_optimized --set epochs=5 --num_inference_steps 20
   python sample.py --layout colours.png --color "#ff0000=a red circle" "#0000ff=a blue star"
   python sample.py --prompt "a red circle" --lora style.safetensors --lora_scale 0.8
+  python sample.py --prompt "a red circle" --init_image photo.png --inpaint_mask mask.png
+  python sample.py --layout scene.json --upscale 2 --upscale_strength 0.5
   python sample.py --layout auto --prompt "a red circle to the left of a blue star" --control guidance
   python sample.py --from_json outputs/sample/sample.json --output_dir outputs/again
+  python sample.py --from_json outputs/sample/00_seed0.png --output_dir outputs/again
 
 Writes one PNG per prompt and seed (and variant); all of them on sheet.png, on compare.png or in the grids of a sweep;
 and sample.json, which repeats the run. Images and masks of any size are scaled and cropped to the size of the run (see
@@ -22,17 +25,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from localctl.bases import DTYPE_NAMES, SCHEDULERS
+from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
 from localctl.cli.arguments import Arguments, boolean
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
 from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
+from localctl.png import is_png
 from localctl.settings import CHANNELS
 from localctl.sizes import typed_size
 
@@ -46,6 +51,7 @@ _REPLACED = {
     "compare": ("control", "sweep"),
     "control": ("compare",),
     "sweep": ("compare",),
+    **{f"use_{name}_sigmas": tuple(f"use_{one}_sigmas" for one in SIGMAS if one != name) for name in SIGMAS},
 }
 _FUNCTION_WORDS = ("a", "an", "the", "and", "with", "of", "in", "on")  # alone, part of a prompt that was split
 # Flags of other programs, and ours.
@@ -63,6 +69,9 @@ _OTHER_FLAGS = {
     "--adapter_conditioning_scale": "--weight",
     "--num_images_per_prompt": "--seeds, one for each image",
     "--mixed_precision": "--dtype",
+    "--mask_image": "--inpaint_mask",
+    "--denoising_strength": "--strength",
+    "--hires_scale": "--upscale",
 }
 
 
@@ -72,13 +81,14 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
     Returns 0; 2 after a mistake of the user, 1 after an OSError such as a full disk, with one sentence on stderr.
     """
-    options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program)
-    with loading():
-        from localctl.jobs.run import run
+    with tempfile.TemporaryDirectory(prefix="localctl_") as unpacked:
+        options = parse(sys.argv[1:] if argv is None else argv, explained(__doc__, program), program, Path(unpacked))
+        with loading():
+            from localctl.jobs.run import run
 
-    with log_to_screen(partial(_print_message, program)):
-        for path in run(options):
-            print(path, flush=True)
+        with log_to_screen(partial(_print_message, program)):
+            for path in run(options):
+                print(path, flush=True)
     return 0
 
 
@@ -100,10 +110,18 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     _add_region_flags(parser)
     _add_size_flags(parser)
     _add_sampling_flags(parser)
+    _add_start_flags(parser)
     _add_base_flags(parser)
     add = parser.add_argument_group("files").add_argument
     add("--output_dir", help="default: outputs/sample")
-    add("--from_json", metavar="FILE", help=f"repeat a run from its {RECORD}; other flags replace its settings")
+    add("--save_steps", type=int, metavar="N", help="write a preview to steps/ after every N sampling steps")
+    add(
+        "--no_record",
+        dest="embed_record",
+        action="store_false",
+        help="write no record into the images; by default, each PNG holds the settings and small inputs that repeat it",
+    )
+    add("--from_json", metavar="FILE", help=f"repeat a run: {RECORD} or an image of it; other flags replace settings")
     return parser
 
 
@@ -125,6 +143,8 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         "--mask", metavar="FILE", help="white = controlled; any size with the image's aspect ratio; default: everywhere"
     )
     add("--condition", metavar="KIND", help=f"{', '.join(CHANNELS)}; default: as trained")
+    add("--condition_model", metavar="PLACE", help="folder or hub id of what computes depth, pose ... from --image")
+    add("--condition_detector", metavar="PLACE", help="for pose: folder or hub id of what finds people")
     add("--weight", type=float, help="strength (default 1)")
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
@@ -177,17 +197,37 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
     add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
-    add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
-    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     add(
-        "--use_karras_sigmas",
+        "--prompt_weighting",
         type=boolean,
         nargs="?",
         const=True,
         metavar="BOOL",
-        help="space the steps as Karras et al. do",
+        help="weights such as (word:1.3) act, and long prompts are read whole (default); false: marks are text, long "
+        "prompts are cut",
     )
+    add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
+    add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
+    spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}
+    for name, how in spacings.items():
+        flag = f"--use_{name}_sigmas"
+        add(flag, type=boolean, nargs="?", const=True, metavar="BOOL", help=f"space the steps {how}")
     add("--batch_size", type=int, help="images at once (default 4); does not change them")
+
+
+def _add_start_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "from an image, and to a larger one", "the same prompts, regions and adapters"
+    ).add_argument
+    add("--init_image", metavar="FILE", help="start from this image instead of noise alone")
+    add("--strength", type=float, help="how much of it is replaced, up to 1 (default 0.6; with --inpaint_mask 1)")
+    add(
+        "--inpaint_mask",
+        metavar="FILE",
+        help="white = generate anew; the other pixels of --init_image stay as they are",
+    )
+    add("--upscale", type=float, metavar="FACTOR", help="enlarge the result, up to 4 times, in a second pass")
+    add("--upscale_strength", type=float, help="how much of the first pass the second one replaces (default 0.5)")
 
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:
@@ -201,8 +241,11 @@ def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="auto (default), cpu, cuda, ...")
 
 
-def parse(argv: Sequence[str], description: str | None = None, program: str = PROGRAM) -> SampleSettings:
-    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any.
+def parse(
+    argv: Sequence[str], description: str | None = None, program: str = PROGRAM, unpacked: Path = Path()
+) -> SampleSettings:
+    """Read the flags; settings that no flag gives come from the record of ``--from_json``, if any: a file, or an image
+    that holds one, whose inputs are written to ``unpacked``.
 
     ValueError for bad flags, or a file that is not a record.
     """
@@ -218,7 +261,7 @@ def parse(argv: Sequence[str], description: str | None = None, program: str = PR
         typed |= _prompts_of(typed.pop("prompts_file"), typed)
     recorded: dict[str, Any] = {}
     if "from_json" in typed:
-        recorded = read_record(Path(typed["from_json"]))
+        recorded = _recorded(Path(typed["from_json"]).expanduser(), unpacked, typed)
         for name in typed:
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
@@ -237,6 +280,14 @@ def _prompts_of(place: str, typed: Mapping[str, Any]) -> dict[str, list[str]]:
         if name in typed:
             raise ValueError(f"Give either --prompts_file or --{name}, not both.")
     return found
+
+
+def _recorded(path: Path, unpacked: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+    if path.is_file() and is_png(path):
+        from localctl.jobs.embedded import read_embedded, settings_in  # with Pillow
+
+        return settings_in(read_embedded(path), unpacked, typed)
+    return read_record(path)
 
 
 def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.ArgumentParser) -> NoReturn:

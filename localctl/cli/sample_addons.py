@@ -39,6 +39,8 @@ def add_addon_flags(parser: argparse.ArgumentParser) -> None:
         ("condition_image", "FILE", "conditions that are already computed"),
         ("image", "FILE", "photos, from which the conditions are computed"),
         ("condition", "KIND", f"of the photos: {', '.join(CHANNELS)}"),
+        ("condition_model", "PLACE", "as --condition_model"),
+        ("condition_detector", "PLACE", "as --condition_detector"),
         ("mask", "FILE", "white = controlled, or region:PHRASE, a region of the layout; default: everywhere"),
     ):
         group.add_argument(f"--controlnet_{name}", nargs="+", metavar=kind, help=text)

@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         # In the first third of its steps there is almost only noise (abar 0.01 at t = 670); the second settles the
         # layout.
         "micro": {
-            "bias": {"strength": 2.0, "outside_strength": 2.0, "hide_phrases": True},
+            "bias": {"strength": 4.0, "outside_strength": 2.0, "hide_phrases": True},
             "dense": {
                 "rest": "free",
                 "separate_texts": False,

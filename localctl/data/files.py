@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
+from localctl.condition_models import load_model
+from localctl.conditions import ConditionConfig, extract
 from localctl.data.bad_rows import BadRow
 from localctl.data.bucket_sizes import Size
 from localctl.data.buckets import Buckets, assign
@@ -270,6 +271,8 @@ def part_of(rows: Rows, data: DataConfig, condition: ConditionConfig, split: str
             f"None of the {len(rows)} rows of {data.path or data.name} falls into the {split} part with "
             f"data.validation_share={data.validation_share:g}; {way_out}."
         )
+    if condition.model is not None:
+        load_model(condition)  # now, and shared with the data workers, which are forked
     source = FileSource(rows, indices, data, condition, note)
     _warn_of_odd_masks(source)
     return source
@@ -294,7 +297,7 @@ def open_rows(data: DataConfig, condition: ConditionConfig, split: str) -> Rows:
     column = data.conditioning_image_column or (condition.kind if in_folders else "conditioning_image")
     wanted = {
         "image": "original" if in_folders and data.image_column == "image" else data.image_column,
-        "condition": None if condition.kind in FROM_IMAGE else column,
+        "condition": None if condition.from_image else column,
         "mask": data.mask_column,
         "caption": "caption" if in_folders and data.caption_column == "text" else data.caption_column,
         "key": data.key_column,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from localctl.boxes import Truth
+from localctl.condition_models import compute
 from localctl.conditions import ConditionConfig, extract
 from localctl.data.sample import Example
 from localctl.micro.detect import truth_of
@@ -26,11 +27,15 @@ class _Rendered:
     truth: Truth
 
 
+_OWN = ("depth", "segmentation")  # conditions that come with the scenes
+
+
 class MicroScenes:
     """Scenes 0 .. count-1 of a split and profile, with any kind of condition.
 
     With ``keep`` every scene is rendered once per worker and cached: rendering takes about 5 ms, a cached scene about
-    0.1 MB. ValueError for an unknown split or profile, a count below 1, or ``condition.kind=column``.
+    0.1 MB. ValueError for an unknown split or profile, a count below 1, or a condition that does not
+    come with the scenes and cannot be computed.
     """
 
     def __init__(
@@ -46,8 +51,11 @@ class MicroScenes:
                 raise ValueError(f"Unknown scene {name} {value!r}; choose one of {', '.join(known)}.")
         if count < 1:
             raise ValueError(f"The number of scenes must be at least 1, not {count}.")
-        if condition is not None and condition.kind == "column":
-            raise ValueError("The embedded scenes have no column of condition images; choose another condition.")
+        if condition is not None and not condition.from_image and condition.kind not in _OWN:
+            raise ValueError(
+                f"The embedded scenes have no condition images for condition={condition.kind}; choose another condition, "
+                "or compute it by condition.model."
+            )
         self.split = split
         self.profile = profile
         self.count = count
@@ -81,8 +89,11 @@ class MicroScenes:
 
     def _render(self, index: int) -> _Rendered:
         full = scene(index, self.profile, self.split)
-        kind = self.condition.kind
-        condition = {"depth": _bytes(full.depth)[..., None], "segmentation": full.segmentation}.get(kind)
+        condition = None  # computed anew at each visit, except by a model
+        if self.condition.model is not None:
+            condition = _bytes(compute(self.condition, [full.image])[0])
+        elif self.condition.kind in _OWN:
+            condition = {"depth": _bytes(full.depth)[..., None], "segmentation": full.segmentation}[self.condition.kind]
         return _Rendered(full.image, _bytes(full.masks), condition, full.caption, truth_of(full))
 
 

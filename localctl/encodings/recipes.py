@@ -4,14 +4,15 @@ encodings; where recipes differ, the difference has a name."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from localctl.bases import BaseConfig, read_index, resolve_base
+from localctl.condition_models import fingerprint
 from localctl.data.config import DataConfig
 from localctl.files import sha256, sha256_of_json
-from localctl.settings import FROM_IMAGE, ConditionConfig
+from localctl.settings import ConditionConfig
 
 IMAGES, TEXTS, CONDITIONS = "images", "captions", "conditions"
 ENCODERS = {IMAGES: ("vae",), TEXTS: ("text_encoder", "text_encoder_2"), CONDITIONS: ()}
@@ -68,15 +69,16 @@ class Recipes:
         data = self.data
         columns = (
             {}
-            if self.condition.kind in FROM_IMAGE
+            if self.condition.from_image
             else {
                 "condition column": data.conditioning_image_column,
                 "interpolation": data.conditioning_interpolation,
             }
         )
-        condition = sha256_of_json(asdict(self.condition))[:12]
+        condition = sha256_of_json(self.condition.recorded())[:12]
+        model = {} if self.condition.model is None else {"condition model": fingerprint(self.condition)}
         return {
-            "kind": CONDITIONS, **self._geometry, "condition": f"{self.condition.kind} {condition}", **columns,
+            "kind": CONDITIONS, **self._geometry, "condition": f"{self.condition.kind} {condition}", **model, **columns,
             "mask column": data.mask_column,
         }  # fmt: skip
 

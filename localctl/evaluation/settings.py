@@ -40,7 +40,8 @@ class FidSettings:
     batch_size: images generated at once; does not change them beyond rounding.
     num_inference_steps: sampling steps per image.
     guidance_scale: scale of classifier-free guidance; null = the default of the base.
-    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc; null = the base's own.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
+        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd; null = the base's own.
     device: auto, cpu, cuda, ...
     num_workers: number of Ray workers to share the images of gen and the batches of ref and score, each with a GPU or a
         CPU of this machine, or of the cluster at RAY_ADDRESS; null: none, this process does the work.

@@ -24,7 +24,10 @@ from localctl.jobs.settings import REGION, SampleSettings
 from localctl.layout import Layout
 from localctl.masks import load_mask
 
-_INPUTS = ("image", "condition_image", "condition", "mask", "scale", "start", "end")
+_INPUTS = (
+    *("image", "condition_image", "condition", "mask", "condition_model", "condition_detector"),
+    *("scale", "start", "end"),
+)
 # The flags that belong to each addon; those with one value for each of its images.
 _OF = {
     "controlnet": tuple(f"controlnet_{name}" for name in _INPUTS),
@@ -33,7 +36,7 @@ _OF = {
     "textual_inversion": (),
 }
 _ONLY_WITH = {
-    "controlnet": ("guess_mode", *_OF["controlnet"][:4]),
+    "controlnet": ("guess_mode", *_OF["controlnet"][:6]),
     "ip_adapter": ("ip_adapter_encoder", *_OF["ip_adapter"][:2]),
     "lora": ("lora_per_prompt",),
 }
@@ -138,7 +141,8 @@ def _check_images(options: SampleSettings) -> None:
 
 def check_addons(addons: Addons, shape: BaseShape, layouts: Sequence[Layout], negative_prompt: str | None) -> None:
     """Raise a ValueError for an addon that does not fit the base, or a learned word that no text has."""
-    for item in (*addons.nets, *addons.ip_adapters, *addons.loras):
+    items: list[SavedControlNet | SavedIPAdapter | SavedLora] = [*addons.nets, *addons.ip_adapters, *addons.loras]
+    for item in items:
         item.check(shape)
     texts = [
         text
@@ -160,7 +164,7 @@ def _controlnet_options(options: SampleSettings) -> Any:
     values = {name: getattr(options, f"controlnet_{name}") for name in _INPUTS}
     values["weight"] = values.pop("scale")
     values["mask"] = [None if _is_region(mask) else mask for mask in values["mask"] or ()]
-    return SimpleNamespace(**values, prefix="controlnet_")
+    return SimpleNamespace(**values, prefix="controlnet_", local_files_only=options.local_files_only)
 
 
 def prepare_addons(

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from localctl import __version__
 from localctl.files import first_line, write_bytes, write_json
+from localctl.jobs.embedded import KEY, Record, record_text
 from localctl.jobs.scenes import read_layouts
 from localctl.jobs.settings import AUTO, INPUTS, RECORD, names_file
 from localctl.jobs.variants import Variant, file_label
@@ -52,13 +54,20 @@ def open_output(path: str, needed: int) -> Path:
     return folder
 
 
-def save_images(output: GenerateOutput, index: int, variants: Sequence[Variant], folder: Path) -> list[Path]:
-    """Write the images of the variant with this ``index``; return their paths. OSError that names the file."""
+def save_images(
+    output: GenerateOutput,
+    index: int,
+    variants: Sequence[Variant],
+    folder: Path,
+    record: Record | None = None,
+) -> list[Path]:
+    """Write the images of the variant with this ``index``, with ``record`` inside; return their paths. OSError that
+    names the file."""
     ending = f"_{file_endings(variants)[index]}" if len(variants) > 1 else ""
     paths = []
     for name, image in zip(file_names(output), output.images, strict=True):
         paths.append(folder / f"{name}{ending}.png")
-        save(image, paths[-1])
+        save(image, paths[-1], record and {**record, "image": paths[-1].name})
     return paths
 
 
@@ -74,15 +83,24 @@ def file_endings(variants: Sequence[Variant]) -> list[str]:
 
 def file_names(output: GenerateOutput) -> list[str]:
     """Return the beginning of each image's file name."""
-    count = len(dict.fromkeys(output.seeds))
-    return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(output.seeds)]
+    return names_of(output.seeds)
 
 
-def save(image: Image.Image, path: Path) -> None:
+def names_of(seeds: Sequence[int]) -> list[str]:
+    """Return the beginning of the file name of each image of a run, of which these are the seeds."""
+    count = len(dict.fromkeys(seeds))
+    return [f"{i // count:02d}_seed{seed}" for i, seed in enumerate(seeds)]
+
+
+def save(image: Image.Image, path: Path, record: Record | None = None) -> None:
+    """Write a PNG file, with ``record`` in a text chunk. OSError that names the file."""
+    texts = PngInfo()
+    if record is not None:
+        texts.add_itxt(KEY, record_text(record), zip=True)
     try:
         if path.is_symlink():  # replaced, never followed
             path.unlink()
-        image.save(path)
+        image.save(path, pnginfo=texts)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise OSError(f"{path} could not be written ({reason}); what was written before is kept.") from error
@@ -92,6 +110,14 @@ def save_record(options: Mapping[str, Any], paths: Sequence[Path], folder: Path)
     """Write the options that repeat the run, and the names of its images. OSError that names the file."""
     record = {"localctl": __version__, "options": options, "images": [path.name for path in paths]}
     write_json(folder / RECORD, record, indent=1, ensure_ascii=False)
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Create a folder within the output folder and return it. ValueError for a link in its place."""
+    if (folder / name).is_symlink():
+        raise ValueError(f"{folder / name} is a link, which could lead anywhere; choose another --output_dir.")
+    (folder / name).mkdir(exist_ok=True)
+    return folder / name
 
 
 def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path) -> dict[str, Any]:
@@ -108,10 +134,9 @@ def copy_inputs(options: Mapping[str, Any], used: Sequence[Layout], folder: Path
         if names_file(path)
     }  # all are read before any is written: a repeated run may read from its own folder
     predicted = options["layout"] == [AUTO]
-    layouts = list(dict.fromkeys(used)) if predicted else read_layouts(options)
-    if (folder / "inputs").is_symlink():
-        raise ValueError(f"{folder / 'inputs'} is a link, which could lead anywhere; choose another --output_dir.")
-    (folder / "inputs").mkdir(exist_ok=True)
+    once = used if options["lora_per_prompt"] else dict.fromkeys(used)  # each prompt has its own LoRAs
+    layouts = list(once) if predicted else read_layouts(options)
+    subfolder(folder, "inputs")
     copies: dict[str, Any] = dict.fromkeys(("prompt", "layout_seed", "predictor", "color")) if layouts else {}
     for index, layout in enumerate(layouts):
         path = save_layout(layout, folder / "inputs" / f"layout_{index}.json")  # with its masks

@@ -17,8 +17,11 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
+from localctl.image_to_image import InitImage
+from localctl.jobs.inputs import AdapterJob
 from localctl.jobs.placing import PlacedAddons
 from localctl.jobs.prepare import Job
+from localctl.jobs.starts import SecondPass
 from localctl.jobs.variants import Variant, optimized_controls
 from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
@@ -39,16 +42,23 @@ class Cancelled(Exception):
 class StepProgress:
     """A sampling step of a job, after it.
 
-    step, of, latents: as of :class:`~localctl.previews.SamplingStep`. image_count: how many images are in this batch.
-    done: the part of the whole job that is done, in (0, 1].
+    step, of, latents: as of :class:`~localctl.previews.SamplingStep`. images: the indices of the images of this batch
+    among those of the variant. done: the part of the whole job that is done, in (0, 1]. second: whether this is the
+    second pass.
     """
 
     step: int
     of: int
-    image_count: int
+    images: tuple[int, ...]
     variant: Variant
     latents: Tensor | None
     done: float
+    second: bool
+
+    @property
+    def image_count(self) -> int:
+        """How many images are in this batch."""
+        return len(self.images)
 
 
 @dataclass
@@ -126,38 +136,43 @@ def generate_job(
 
 def _watch(job: Job, index: int, on_step: Callable[[StepProgress], object]) -> OnStep:
     """Return a function that makes a step of the variant with this ``index`` one of the job."""
-    variant, total = job.variants[index], job.image_count
+    variant = job.variants[index]
     size = 1 if optimized_controls(variant) else job.options.batch_size
     epochs = next((control.epochs for control in optimized_controls(variant)), 0)
     finished, batches = 0, _batches(job, size)
+    total = sum(len(images) for images, _ in batches)
 
     def report(step: SamplingStep) -> None:
         nonlocal finished
-        images = batches[0]
+        images, second = batches[0]
         part = step.step / step.of
         share = (part * epochs if step.latents is None else epochs + part) / (epochs + 1)  # optimised first
-        done = (index + (finished + images * share) / total) / len(job.variants)
-        on_step(StepProgress(step.step, step.of, images, variant, step.latents, done))
+        done = (index + (finished + len(images) * share) / total) / len(job.variants)
+        on_step(StepProgress(step.step, step.of, images, variant, step.latents, done, second))
         if share == 1:
-            finished += batches.pop(0)
+            finished += len(batches.pop(0)[0])
 
     return report
 
 
-def _batches(job: Job, size: int) -> list[int]:
-    """Return how many images are generated at once, ``size`` at most, batch by batch: layouts with other LoRAs are
-    apart."""
-    counts = [len(layouts) * len(job.options.seeds) for _, layouts in job.addons.groups(len(job.layouts))]
-    return [min(size, count - first) for count in counts for first in range(0, count, size)]
+def _batches(job: Job, size: int) -> list[tuple[tuple[int, ...], bool]]:
+    """Return the images that are generated at once, ``size`` at most, batch by batch, and whether in the second pass:
+    layouts with other LoRAs are apart."""
+    found, seeds = [], len(job.options.seeds)
+    for _, layouts in job.addons.groups(len(job.layouts)):
+        images = [layout * seeds + seed for layout in layouts for seed in range(seeds)]
+        for second in (False, True) if job.second else (False,):
+            found += [(tuple(images[first : first + size]), second) for first in range(0, len(images), size)]
+    return found
 
 
-def adapter_controls(job: Job, models: JobModels) -> list[LocalAdapterControl]:
-    """Return the job's adapters as controls."""
+def adapter_controls(adapters: Sequence[AdapterJob], models: JobModels) -> list[LocalAdapterControl]:
+    """Return adapters as controls."""
     return [
         LocalAdapterControl(
             models.adapters[item.saved.place][1], item.condition, item.mask, item.weight, item.start, item.end
         )
-        for item in job.adapters
+        for item in adapters
     ]
 
 
@@ -173,33 +188,47 @@ def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnS
     outputs: dict[int, GenerateOutput] = {}
     for scales, indices in job.addons.groups(len(job.layouts)):
         models.placed.use(scales)
-        addons = models.placed.controls(job.addons, indices)
-        controls = [*adapter_controls(job, models), *addons, *variant.controls]
-        output = _generate(models, [job.layouts[index] for index in indices], variant, controls, shared)
-        outputs |= dict.fromkeys(indices, output)
+        outputs |= dict.fromkeys(indices, _generate(job, models, variant, indices, shared))
     if len(set(map(id, outputs.values()))) == 1:
         return outputs[0]
     return _in_order(outputs, len(options.seeds))
 
 
 def _generate(
-    models: JobModels,
-    layouts: Sequence[Layout],
-    variant: Variant,
-    controls: Sequence[Control],
-    shared: Mapping[str, Any],
+    job: Job, models: JobModels, variant: Variant, indices: Sequence[int], shared: Mapping[str, Any]
 ) -> GenerateOutput:
-    assert models.pipe is not None
+    """Generate the images of the layouts with these indices, in one pass or two."""
+    pipe = models.pipe
+    assert pipe is not None
+
+    def steered(of: Job | SecondPass) -> tuple[list[Layout], list[Control]]:
+        addons = models.placed.controls(of.addons, indices)
+        controls: list[Control] = [*adapter_controls(of.adapters, models), *addons, *variant.controls]
+        return [of.layouts[index] for index in indices], controls
+
+    layouts, controls = steered(job)
     for control in optimized_controls(variant):
         from localctl.weight_search.weights import generate_optimized
 
-        return generate_optimized(models.pipe, layouts, controls, clip=models.clips[control.clip], **shared)
-    return generate(models.pipe, layouts, controls, **shared)
+        return generate_optimized(pipe, layouts, controls, clip=models.clips[control.clip], **shared)
+    if job.second is None:
+        return generate(pipe, layouts, controls, init=job.init, **shared)
+    first = generate(pipe, layouts, controls, init=job.init, output_type="latent", **shared)
+    start = InitImage(_enlarged(first.images, job.second.size, pipe.vae_scale_factor), job.second.strength)
+    return generate(pipe, *steered(job.second), init=start, **shared)
+
+
+def _enlarged(latents: Sequence[Tensor], size: tuple[int, int], factor: int) -> list[Tensor]:
+    """Return latents (c, h, w) interpolated for images of ``size``; ``factor``: pixels per latent."""
+    grid = size[0] // factor, size[1] // factor
+    return [torch.nn.functional.interpolate(item[None], size=grid, mode="bicubic")[0] for item in latents]
 
 
 def _in_order(outputs: Mapping[int, GenerateOutput], seeds: int) -> GenerateOutput:
     """Return the images layout by layout. ``outputs``: for each layout the output with its group's images."""
-    images, all_seeds, layouts = [], [], []
+    images: list[Any] = []
+    all_seeds: list[int] = []
+    layouts: list[Layout] = []
     places = dict.fromkeys(map(id, outputs.values()), 0)
     for index in sorted(outputs):
         output = outputs[index]

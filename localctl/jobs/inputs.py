@@ -14,14 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter_files import SavedAdapter
+from localctl.condition_models import load_model
 from localctl.conditions import ConditionConfig, extract
 from localctl.control.base import check_window
 from localctl.data.geometry import IMAGE, NEAREST, SMOOTH, Geometry, geometry, same_shape, to_array
 from localctl.images import load_image
 from localctl.inputs import is_coloured
 from localctl.masks import load_mask
+from localctl.settings import DEFAULT, MODELS
 from localctl.sizes import SIZE_MULTIPLE, near_side
 
+_OF_MODELS = ("condition_model", "condition_detector")
 _AREA_FACTOR = 4  # an image of up to 4 times the base's area, or down to a quarter of it, keeps its size
 
 _LEVELS = range(4)  # of a T2IAdapter whose config does not say
@@ -77,7 +80,7 @@ def value_for(options: Any, name: str, index: int) -> Any:
 def _read_source(options: Any, index: int, adapter: Any) -> Source:
     """Read the image and mask of the adapter with this index."""
     computed = bool(options.image)
-    condition = _condition(value_for(options, "condition", index), adapter, computed)
+    condition = _condition(options, index, adapter)
     path = value_for(options, "image" if computed else "condition_image", index)
     image = load_image(path)
     if not computed:
@@ -91,10 +94,17 @@ def _channels(adapter: Any) -> int:
     return adapter.config.get("conditioning_channels", adapter.config.get("in_channels", 3))
 
 
-def _condition(kind: Any, adapter: Any, computed: bool) -> ConditionConfig | None:
-    """Return how to compute the condition: as in training, unless ``kind`` is another. None for an image that is a
+def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None:
+    """Return how to compute the condition: as in training, unless --condition is another. None for an image that is a
     condition already, if the adapter names none."""
-    trained = adapter.condition
+    trained, computed = adapter.condition, bool(options.image)
+    kind, model, detector = (value_for(options, name, index) for name in ("condition", *_OF_MODELS))
+    prefix = getattr(options, "prefix", "")  # of the flags
+    for name in _OF_MODELS:
+        if getattr(options, name) and not computed:
+            raise ValueError(
+                f"--{prefix}{name} is for conditions that are computed from --{prefix}image; leave it out."
+            )
     kind = kind or (trained.kind if trained else None)
     if kind is None:
         if computed:
@@ -103,12 +113,19 @@ def _condition(kind: Any, adapter: Any, computed: bool) -> ConditionConfig | Non
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
+    if computed and kind in MODELS:
+        model = model or settings.model or DEFAULT
+        settings = replace(settings, model=model, detector=detector or settings.detector)
+    elif model or detector:
+        raise ValueError(f"A {kind} condition is computed without a model; leave --{prefix}condition_model out.")
     if settings.channels != _channels(adapter) and not _is_repeated(settings, adapter):
         raise ValueError(
             f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
             f"{_channels(adapter)}; give the --condition it was trained on."
         )
-    if computed:
+    if computed and settings.model is not None:
+        load_model(settings, bool(options.local_files_only))
+    elif computed:
         extract(settings, np.zeros((8, 8, 3), np.uint8))  # ValueError for one that cannot be computed
     return settings
 
@@ -172,12 +189,13 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
     return near_side(tall * scale, multiple), near_side(wide * scale, multiple)
 
 
-def check_same_aspect_ratio(sources: Sequence[Source]) -> None:
-    """Raise a ValueError for images of different aspect ratios, which one crop would cut at different places."""
+def check_same_aspect_ratio(sources: Sequence[Any]) -> None:
+    """Raise a ValueError for images (anything with a ``size``) of different aspect ratios, which one crop would cut at
+    different places."""
     for source in sources[1:]:
         if not same_shape(source.size, sources[0].size):
             raise ValueError(
-                f"The conditions are {_size_text(sources[0].size)} and {_size_text(source.size)} pixels, two aspect "
+                f"The conditions are {size_text(sources[0].size)} and {size_text(source.size)} pixels, two aspect "
                 "ratios; crop them to one, or give --height and --width."
             )
 
@@ -201,7 +219,7 @@ def prepare_inputs(
         if source.size != size:
             cropped = "" if same_shape(source.size, size) else " and cropped"
             notes.append(
-                f"{source.path} is {_size_text(source.size)} pixels, scaled{cropped} to {_size_text(size)}{why}."
+                f"{source.path} is {size_text(source.size)} pixels, scaled{cropped} to {size_text(size)}{why}."
             )
             if source.mask is not None and not same_shape(tuple(source.mask.shape[-2:]), source.size):
                 notes.append(f"The mask {source.mask_path} has the size of the result and is used as it is.")
@@ -253,17 +271,18 @@ def _mask_of(source: Source, crop: Geometry) -> Tensor:
         return source.mask
     if not same_shape(size, source.size):
         raise ValueError(
-            f"The mask {source.mask_path} is {_size_text(size)} pixels but the image {source.path} is "
-            f"{_size_text(source.size)}, another aspect ratio; save the mask with the image's."
+            f"The mask {source.mask_path} is {size_text(size)} pixels but the image {source.path} is "
+            f"{size_text(source.size)}, another aspect ratio; save the mask with the image's."
         )
     mask = torch.from_numpy(crop.apply_to_mask(source.mask[0].numpy()).clip(0, 1))[None]
     if not mask.any():
         raise ValueError(
             f"The mask {source.mask_path} is black everywhere in the part of {source.path} that remains, "
-            f"{_size_text(crop.size)}; choose another --height and --width."
+            f"{size_text(crop.size)}; choose another --height and --width."
         )
     return mask
 
 
-def _size_text(size: Size) -> str:
+def size_text(size: Size) -> str:
+    """Return WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"

@@ -41,15 +41,14 @@ class PlacedAddons:
         stays on the base then."""
         for net in addons.nets:
             if net.place not in self._nets:
-                self._nets[net.place] = _state(Path(net.place)), net.load().to(device, pipe.unet.dtype)
+                self._nets[net.place] = _state(Path(net.place)), net.load().to(device, pipe.dtype)
         if self._key == _key(addons):
             return
         with ExitStack() as stack:
             stack.enter_context(with_embeddings(pipe, addons.embeddings))
-            self._use = stack.enter_context(with_loras(pipe, addons.loras)) if addons.loras else None
+            use = stack.enter_context(with_loras(pipe, addons.loras)) if addons.loras else None
             stack.enter_context(with_ip_adapters(pipe, addons.ip_adapters))
-            self._stack = stack.pop_all()
-        self._key = _key(addons)
+            self._stack, self._use, self._key = stack.pop_all(), use, _key(addons)
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Let these LoRAs act, each with its scale."""
@@ -63,7 +62,7 @@ class PlacedAddons:
                 self._nets[item.saved.place][1],
                 item.condition,
                 _rows(item.mask, layouts),
-                item.weight,
+                _number(item.weight),
                 item.start,
                 item.end,
                 guess_mode=addons.guess_mode,
@@ -77,6 +76,11 @@ class PlacedAddons:
         return [*controls, IPAdapterControl(prompts)] if prompts else controls
 
 
+def _number(weight: float | tuple[float, ...]) -> float:
+    assert not isinstance(weight, tuple), "levels are of adapters"
+    return weight
+
+
 def _rows(mask: Tensor | None, layouts: Sequence[int]) -> Any:
     """Return the rows of a mask for these layouts, if it has one for each."""
     return mask[list(layouts)] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask
@@ -84,7 +88,7 @@ def _rows(mask: Tensor | None, layouts: Sequence[int]) -> Any:
 
 def _key(addons: Addons) -> object:
     """Return what is on the base, () for nothing, with the state of its files."""
-    items = (*addons.embeddings, *addons.loras, *addons.ip_adapters)
+    items: list[Any] = [*addons.embeddings, *addons.loras, *addons.ip_adapters]
     return tuple((item.place, getattr(item, "encoder", None), _state(item.weights.path)) for item in items)
 
 

@@ -15,6 +15,7 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
 from localctl.distributed import process_device
+from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
 from localctl.jobs.inputs import (
     AdapterJob,
@@ -27,13 +28,19 @@ from localctl.jobs.inputs import (
     with_level_weights,
 )
 from localctl.jobs.settings import AUTO, SampleSettings
+from localctl.jobs.starts import SecondPass, fit_init, read_init, second_size
 from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
 from localctl.layout import Layout
-from localctl.pipelines import BaseConfig, check_karras, resolve_base
+from localctl.pipelines import BaseConfig, check_sigmas, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
+from localctl.prompt_weights import check_prompt
+from localctl.sampling_settings import Sampling
 from localctl.sizes import check_side
 
-_OF_ADAPTERS = ("image", "condition_image", "mask", "condition", "level_weights", "weight", "start", "end")
+_WITHOUT_DEFAULT = (
+    *("image", "condition_image", "mask", "condition", "condition_model", "condition_detector", "level_weights"),
+)
+_OF_ADAPTERS = (*_WITHOUT_DEFAULT, "weight", "start", "end")
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Job:
     """Everything a run needs.
 
     options: the settings that reproduce it. variants: the controls to generate all images with, in turn. size:
-    (height, width) of the images in pixels. notes: sentences for the user, on what may be unexpected.
+    (height, width) of the images in pixels, before a second pass. init: the image to start from, if any. second: the
+    second pass, if any. notes: sentences for the user, on what may be unexpected.
     """
 
     layouts: list[Layout]
@@ -53,6 +61,8 @@ class Job:
     size: Size
     notes: list[str]
     addons: Addons = Addons()
+    init: InitImage | None = None
+    second: SecondPass | None = None
 
     @property
     def image_count(self) -> int:
@@ -64,6 +74,7 @@ def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
     notes = _clean_texts(options)
     layouts = load_layouts(options)
+    _check_prompts(options, layouts)
     _check_numbers(options)
     _check_counts(options)
     found = find_addons(options)
@@ -75,22 +86,32 @@ def prepare(options: SampleSettings) -> Job:
     shape = read_shape(base)
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
+    init = read_init(options, variants)
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, base, shape)
-    asked, followed = _requested_size(options, layouts), [*sources, *of_nets]
-    size = choose_size(asked, followed[0].size if followed else None, base_size(shape), size_multiple(saved))
+    followed: list[Any] = [*sources, *of_nets, *([init] if init else [])]
+    asked, multiple = _requested_size(options, layouts), size_multiple(saved)
+    size = choose_size(asked, followed[0].size if followed else None, base_size(shape), multiple)
     if None in asked:
         check_same_aspect_ratio(followed)
     size_chosen = asked == (None, None) and bool(followed) and followed[0].size != size
     why = ", the base's own area (--resolution, or --height and --width, choose another)" if size_chosen else ""
-    adapters, scaled = prepare_inputs(options, saved, sources, size, why)
     options.height, options.width, options.resolution = *_recorded_size(options, bool(followed), size), None
     layouts = layouts or [Layout(prompt) for prompt in options.prompt or ()]
-    layouts = [replace(layout, height=size[0], width=size[1]) for layout in layouts]
-    addons, more = prepare_addons(options, found, of_nets, layouts, size, why)
-    warn_of_syntax([*(layout.prompt for layout in layouts), options.negative_prompt or ""])
-    adapters = with_level_weights(options, adapters)
-    return Job(layouts, adapters, base, device, options, variants, size, [*notes, *scaled, *more], addons)
+
+    def fitted(size: Size, why: str = "") -> tuple[tuple[list[Layout], list[AdapterJob], Addons], list[str]]:
+        of_size = [replace(layout, height=size[0], width=size[1]) for layout in layouts]
+        adapters, scaled = prepare_inputs(options, saved, sources, size, why)
+        addons, more = prepare_addons(options, found, of_nets, of_size, size, why)
+        return (of_size, with_level_weights(options, adapters), addons), [*scaled, *more]
+
+    (of_size, adapters, addons), scaled = fitted(size, why)
+    if init is not None:
+        init, more = fit_init(init, options, size, why)
+        scaled = list(dict.fromkeys([*scaled, *more]))
+    large = second_size(options, variants, size, multiple)
+    second = SecondPass(large, *fitted(large)[0], options.upscale_strength or 0.0) if large else None
+    return Job(of_size, adapters, base, device, options, variants, size, [*notes, *scaled], addons, init, second)
 
 
 def _clean_texts(options: SampleSettings) -> list[str]:
@@ -107,6 +128,17 @@ def _clean_texts(options: SampleSettings) -> list[str]:
     if -1 in options.seeds:
         notes.append("The seed -1 is a seed like any other, not a random one.")
     return notes
+
+
+def _check_prompts(options: SampleSettings, layouts: Sequence[Layout]) -> None:
+    """Raise a ValueError for a prompt whose marks cannot act; warn of marks that are read as text."""
+    own = [text for layout in layouts for region in layout.regions for text in (region.prompt, region.negative_prompt)]
+    texts = [*(options.prompt or ()), options.negative_prompt, *(layout.prompt for layout in layouts), *own]
+    prompts = list(dict.fromkeys(filter(None, texts)))
+    if options.prompt_weighting is False:
+        return warn_of_syntax(prompts)
+    for prompt in prompts:
+        check_prompt(prompt)
 
 
 def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> BaseConfig:
@@ -160,9 +192,10 @@ def _check_sampling(
         raise ValueError(
             f"--clip_skip must be a whole number from 0 to {most} with this base, not {options.clip_skip}."
         )
-    if options.use_karras_sigmas:
-        for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
-            check_karras(base, scheduler)
+    for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
+        own = Sampling.of(options).over(Sampling(scheduler))
+        if own.sigmas is not None:
+            check_sigmas(base, scheduler, own.sigmas)
     check_vae(base, shape.parts["vae"])
     if options.negative_prompt and options.guidance_scale is not None and options.guidance_scale <= 1:
         return ["--negative_prompt does nothing with a --guidance_scale of 1 or less."]
@@ -207,9 +240,10 @@ def base_size(shape: BaseShape) -> Size:
 
 def _check_numbers(options: SampleSettings) -> None:
     """Raise a ValueError for numbers out of range, or a seed that is given twice."""
-    for name in ("num_inference_steps", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}.")
+    for name in ("num_inference_steps", "batch_size", "save_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}.")
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
@@ -225,7 +259,7 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
-        for name in _OF_ADAPTERS[:5]:
+        for name in _WITHOUT_DEFAULT:
             if getattr(options, name):
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         return
@@ -239,6 +273,15 @@ def _check_counts(options: SampleSettings) -> None:
             raise ValueError(f"--{name} has {count} values for {len(options.adapter)} adapters; give one, or one each.")
 
 
+def _model_places(options: SampleSettings) -> dict[str, list[str] | None]:
+    """Return the settings that name models of conditions, with absolute paths."""
+    found: dict[str, list[str] | None] = {}
+    for name in (f"{prefix}condition_{what}" for prefix in ("", "controlnet_") for what in ("model", "detector")):
+        places = [(place, Path(place).expanduser()) for place in getattr(options, name) or ()]
+        found[name] = [str(path.resolve()) if path.exists() else place for place, path in places] or None
+    return found
+
+
 def reproducing_options(job: Job) -> dict[str, Any]:
     """Return the settings that repeat this run from any folder: with the adapter's defaults and absolute paths."""
     return {
@@ -248,5 +291,6 @@ def reproducing_options(job: Job) -> dict[str, Any]:
         "vae": job.base.vae and lasting_name(job.base.vae),
         "adapter": [item.saved.place for item in job.adapters] or None,
         **job.addons.recorded(),
+        **_model_places(job.options),
         "layout": [AUTO if path == AUTO else str(Path(path).resolve()) for path in job.options.layout or ()] or None,
     }

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from localctl.jobs.files import copy_inputs, open_output, save_images, save_record
-from localctl.jobs.generate import generate_job, load_models
+from localctl.jobs.embedded import embedded
+from localctl.jobs.files import (
+    copy_inputs,
+    file_endings,
+    names_of,
+    open_output,
+    save,
+    save_images,
+    save_record,
+    subfolder,
+)
+from localctl.jobs.generate import JobModels, StepProgress, generate_job, load_models
 from localctl.jobs.prepare import Job, prepare, reproducing_options
 from localctl.jobs.settings import SampleSettings
 from localctl.jobs.sheets import save_sheets
@@ -38,11 +49,27 @@ def run(options: SampleSettings) -> Iterator[Path]:
 def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
     """Generate the images with each variant and write everything, while the output folder is locked."""
     copies = copy_inputs(vars(job.options), job.layouts, folder)
+    # By the names that the user gave, while the record of the folder has the places found.
+    record = embedded({**vars(job.options), **copies}, folder) if job.options.embed_record else None
     outputs, paths = [], []
-    for variant, output in generate_job(job, load_models(job)):
+    models = load_models(job)
+    on_step = None if job.options.save_steps is None else partial(_save_step, job, models, subfolder(folder, "steps"))
+    for variant, output in generate_job(job, models, on_step):
         outputs.append((variant, output))
-        written = save_images(output, len(outputs) - 1, job.variants, folder)
+        written = save_images(output, len(outputs) - 1, job.variants, folder, record)
         paths += written
         yield from written
     save_record({**reproducing_options(job), **copies}, paths, folder)
-    save_sheets(outputs, job, folder)
+    save_sheets(outputs, job, folder, record)
+
+
+def _save_step(job: Job, models: JobModels, folder: Path, progress: StepProgress) -> None:
+    """Write previews of a batch to ``folder`` after every ``save_steps`` steps. OSError that names the file."""
+    if progress.latents is None or progress.step % (job.options.save_steps or 1):
+        return
+    endings = [""] if len(job.variants) == 1 else [f"_{name}" for name in file_endings(job.variants)]
+    ending = next(end for end, one in zip(endings, job.variants, strict=True) if one is progress.variant)
+    ending += f"{'_upscaled' if progress.second else ''}_step{progress.step:03d}.png"
+    names = names_of(job.options.seeds * len(job.layouts))
+    for image, preview in zip(progress.images, models.preview(progress.latents), strict=True):
+        save(preview, folder / f"{names[image]}{ending}")

@@ -39,7 +39,7 @@ def is_image(place: str) -> bool:
 
 
 def _from_colors(path: str, texts: Any, prompt: str | None) -> Layout:
-    colors = dict(map(_split_color, texts))
+    colors: dict[tuple[int, int, int] | str, str] = dict(map(split_color, texts))
     if not colors:
         raise ValueError(
             f"The layout {path} is an image with a colour for each region; say what they are, such as "
@@ -48,7 +48,7 @@ def _from_colors(path: str, texts: Any, prompt: str | None) -> Layout:
     return from_colors(path, colors, prompt)
 
 
-def _split_color(text: str) -> tuple[tuple[int, int, int], str]:
+def split_color(text: str) -> tuple[tuple[int, int, int], str]:
     """Split COLOR=PHRASE, such as "#ff0000=a red circle" or "red=a circle". ValueError for other text."""
     color, equals, phrase = text.partition("=")
     try:

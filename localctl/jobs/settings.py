@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +18,14 @@ from localctl.sizes import typed_size
 
 RECORD = "sample.json"
 # Settings that name files, which are copied beside the record.
-INPUTS = ("image", "condition_image", "mask", "layout") + (
+INPUTS = ("image", "condition_image", "mask", "layout", "init_image", "inpaint_mask") + (
     "controlnet_image", "controlnet_condition_image", "controlnet_mask", "ip_adapter_image", "ip_adapter_mask"
 )  # fmt: skip
+# Settings that name models: known ones, files, folders or hub ids; some with a name of their own, NAME=PLACE.
+PLACES = ("base", "vae", "adapter", "predictor") + (
+    "controlnet", "ip_adapter", "ip_adapter_encoder", "lora", "textual_inversion"
+)  # fmt: skip
+HERE = ("output_dir", "device", "local_files_only", "from_json", "embed_record")  # matter only where the run is
 AUTO = "auto"  # instead of a layout: one predicted from the prompt
 REGION = "region:"  # begins a mask that is the region with the phrase after it
 _SEED_BITS = 64
@@ -68,6 +75,8 @@ class SampleSettings:
     condition_image: _Texts = None
     mask: _Texts = None
     condition: _Texts = None
+    condition_model: _Texts = None
+    condition_detector: _Texts = None
     weight: _Numbers = field(default_factory=lambda: [1.0])
     start: _Numbers = field(default_factory=lambda: [0.0])
     end: _Numbers = field(default_factory=lambda: [1.0])
@@ -76,6 +85,8 @@ class SampleSettings:
     controlnet_image: _Texts = None
     controlnet_condition_image: _Texts = None
     controlnet_condition: _Texts = None
+    controlnet_condition_model: _Texts = None
+    controlnet_condition_detector: _Texts = None
     controlnet_mask: _Texts = None
     controlnet_scale: _Numbers = field(default_factory=lambda: [1.0])
     controlnet_start: _Numbers = field(default_factory=lambda: [0.0])
@@ -100,6 +111,11 @@ class SampleSettings:
     set: _Texts = None
     sweep: _Texts = None
     compare: _Texts = None
+    init_image: _Texts = None
+    strength: _Number | None = None
+    inpaint_mask: _Texts = None
+    upscale: _Number | None = None
+    upscale_strength: _Number | None = None
     resolution: Annotated[tuple[_Whole, _Whole] | None, BeforeValidator(_size)] = None
     height: _Whole | None = None
     width: _Whole | None = None
@@ -110,9 +126,12 @@ class SampleSettings:
     guidance_scale: _Number | None = None
     guidance_rescale: _Number | None = None
     negative_prompt: _Text | None = None
+    prompt_weighting: bool | None = None
     clip_skip: _Whole | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
     batch_size: _Whole = 4
     base: _Text | None = None
     vae: _Text | None = None
@@ -122,6 +141,8 @@ class SampleSettings:
     dtype: DtypeName = "float32"
     device: _Text = "auto"
     output_dir: _Text = "outputs/sample"
+    embed_record: bool = True
+    save_steps: _Whole | None = None
     from_json: _Text | None = None
 
 
@@ -142,13 +163,47 @@ def read_record(path: Path) -> dict[str, Any]:
     options = content.get("options") if isinstance(content, dict) else None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is not a record of sample.py; give the {RECORD} of an earlier run.")
-    given = {name: value for name, value in options.items() if value is not None and name != "from_json"}
-    try:
-        read = vars(SampleSettings(**given))
-    except ValueError as error:
-        raise ValueError(f"The record {path} cannot be used: {error}") from None
-    settings = {name: read[name] for name in given}
+    settings = checked_settings(options, f"The record {path}")
+    if "prompt_weighting" not in options:  # of an earlier version, which read marks as text
+        settings["prompt_weighting"] = False
     for name in INPUTS:
         if name in settings:
             settings[name] = [str(path.parent / item) if names_file(item) else item for item in settings[name]]
     return settings
+
+
+def checked_settings(options: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Return the settings of a record that are not None, by name, each of its type. ValueError, with ``what`` as its
+    subject, for an unknown setting, or a value of another type."""
+    given = {name: value for name, value in options.items() if value is not None and name != "from_json"}
+    try:
+        read = vars(SampleSettings(**given))
+    except ValueError as error:
+        raise ValueError(f"{what} cannot be used: {error}") from None
+    return {name: read[name] for name in given}
+
+
+def command_line(settings: SampleSettings, program: str = "sample.py") -> str:
+    """Return the command that repeats a run with these settings, quoted for a POSIX shell: flags whose values are not
+    the default."""
+    words = [program]
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        if value == default or value is None:
+            continue
+        flag = f"--{item.name}"
+        if item.name == "embed_record":
+            words.append("--no_record")
+        elif item.name == "prompt":
+            words += [f"{flag}={text}" for text in value]  # each its own, as it may begin with a dash
+        elif item.name == "resolution":
+            words += [flag, f"{value[1]}x{value[0]}"]
+        elif isinstance(value, list):
+            words += [
+                flag,
+                *(f"./{one}" if str(one).startswith("-") and isinstance(one, str) else str(one) for one in value),
+            ]
+        else:
+            words.append(f"{flag}={str(value).lower() if isinstance(value, bool) else value}")
+    return shlex.join(words)

@@ -12,6 +12,7 @@ from localctl.bases import same_base
 from localctl.boxes import Found, box_around
 from localctl.drawing import grid, outline, region_sheet
 from localctl.images import condition_to_pil
+from localctl.jobs.embedded import Record
 from localctl.jobs.files import file_names, save
 from localctl.jobs.prepare import Job
 from localctl.jobs.variants import Variant
@@ -19,29 +20,32 @@ from localctl.layout import Layout, Region
 from localctl.sampling import GenerateOutput
 
 
-def save_sheets(outputs: Sequence[tuple[Variant, GenerateOutput]], job: Job, folder: Path) -> None:
-    """Write ``sheet.png``, or ``compare.png``, or a grid per image for a sweep. OSError that names the file.
+def save_sheets(
+    outputs: Sequence[tuple[Variant, GenerateOutput]], job: Job, folder: Path, record: Record | None = None
+) -> None:
+    """Write ``sheet.png``, or ``compare.png``, or a grid per image for a sweep, with ``record`` inside. OSError that
+    names the file.
 
     On the embedded base, each image with regions is captioned with what the reader of micro scenes finds in it.
     """
     first = outputs[0][1]
     read = verdict if same_base(job.base.name, "micro") else None
     if not job.options.layout:
-        save(_contact_sheet(first, job), folder / "sheet.png")
+        save(_contact_sheet(first, job), folder / "sheet.png", record)
     elif len(outputs) == 1:
         labels, rows, layouts = _rows_by_layout(first)
         captions = [layout.prompt for layout in layouts]
-        save(region_sheet(rows, layouts, labels, captions, read), folder / "sheet.png")
+        save(region_sheet(rows, layouts, labels, captions, read), folder / "sheet.png", record)
     elif job.options.sweep:
         for index, name in enumerate(file_names(first)):
             columns, captions, rows = _sweep_grid(outputs, index)
             layouts = [first.layouts[index]] * len(rows)
             captions = captions or [_captions(first)[index]]
-            save(region_sheet(rows, layouts, columns, captions, read), folder / f"{name}_sweep.png")
+            save(region_sheet(rows, layouts, columns, captions, read), folder / f"{name}_sweep.png", record)
     else:
         rows = [[output.images[i] for _, output in outputs] for i in range(len(first.images))]
         columns = [variant.label for variant, _ in outputs]
-        save(region_sheet(rows, first.layouts, columns, _captions(first), read), folder / "compare.png")
+        save(region_sheet(rows, first.layouts, columns, _captions(first), read), folder / "compare.png", record)
 
 
 def _captions(output: GenerateOutput) -> list[str]:

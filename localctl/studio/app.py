@@ -9,7 +9,7 @@ import gradio as gr
 
 from localctl import __version__
 from localctl.studio import local_control, place, place_actions, training_tab
-from localctl.studio.config import StudioConfig
+from localctl.studio.config import StudioConfig, short_name
 from localctl.studio.jobs_queue import JobQueue
 from localctl.studio.studio import Studio
 
@@ -54,8 +54,15 @@ def build(config: StudioConfig | None = None) -> Any:
 
 
 def _header(config: StudioConfig) -> str:
-    parts = [f"base {_short(config.base)}"]
-    parts += [f"adapter {_short(place)}" for place in config.adapter]
+    parts = [f"base {short_name(config.base)}"]
+    for kind, places in (
+        ("adapter", config.adapter),
+        ("ControlNet", config.controlnet),
+        ("IP-Adapter", config.ip_adapter),
+        ("LoRA", config.lora),
+        ("word", config.textual_inversion),
+    ):
+        parts += [f"{kind} {short_name(place)}" for place in places]
     parts += [f"{config.device}"] if config.device != "auto" else []
     chips = "".join(f'<span class="studio-chip">{escape(part)}</span>' for part in parts)
     return (
@@ -65,8 +72,3 @@ def _header(config: StudioConfig) -> str:
         f'onclick="{_TOGGLE}">&#9680;</button>'
         f'<span class="studio-version">{escape(__version__)}</span></div>'
     )
-
-
-def _short(place: str) -> str:
-    """Return the last part of a place: the page shows no paths of the server."""
-    return place.rstrip("/").rsplit("/", 1)[-1][:40]

@@ -14,6 +14,11 @@ DEFAULT_PORT = 7860
 _LOCAL_NAMES = ("localhost", "localhost.localdomain", "")
 
 
+def short_name(place: str) -> str:
+    """Return the last part of a place: the page shows no paths of the server."""
+    return place.rstrip("/").rsplit("/", 1)[-1][:40]
+
+
 @record()
 @dataclass(kw_only=True)
 class StudioConfig:

@@ -7,13 +7,15 @@ from typing import Any
 
 import gradio as gr
 
-from localctl.bases import SCHEDULERS
+from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
 from localctl.studio.canvas import canvas
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
+from localctl.studio.place_addons import add_fields as add_addons
+from localctl.studio.place_addons import photos_of
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import photo
@@ -57,6 +59,7 @@ def add(studio: Studio) -> PlaceTab:
             _method_fields(tab, studio)
             _sampling_fields(tab)
             _photo_fields(tab)
+            add_addons(tab.fields, studio.config)
             _loading_fields(tab)
             _study_fields(tab, studio)
     tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
@@ -103,7 +106,7 @@ def _result_column(tab: PlaceTab) -> None:
             1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
         )
         tab.fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
+            value=0, step=1, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
         )
         tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
 
@@ -142,13 +145,16 @@ def _sampling_fields(tab: PlaceTab) -> None:
             )
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
+            tab.fields["sigmas"] = gr.Dropdown([AUTO, *SIGMAS], value=AUTO, label="Noise levels")
             tab.fields["overlap"] = gr.Dropdown(
                 ["share", "first", "last", "smallest"], value="share", label="Where regions overlap"
             )
         with gr.Row():
             tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
             tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
-        tab.fields["karras"] = gr.Checkbox(value=False, label="Karras noise levels")
+        with gr.Row():
+            tab.fields["upscale"] = gr.Slider(1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)")
+            tab.fields["upscale_strength"] = gr.Slider(0, 1, value=0.5, step=0.05, label="How much it changes")
 
 
 def _photo_fields(tab: PlaceTab) -> None:
@@ -190,11 +196,12 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     names, inputs = tab.names, list(tab.fields.values())
     results = [tab.progress, tab.gallery]
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
-        tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
+        asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
+        asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
     tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     _connect_scene(tab, studio)
-    remembered = {name: part for name, part in tab.fields.items() if name != "photo"}
+    remembered = {name: part for name, part in tab.fields.items() if name not in photos_of(tab.fields)}
     gr.on(
         [part.input if hasattr(part, "input") else part.change for part in remembered.values()],
         None,
@@ -213,7 +220,10 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
     shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
-    shown_photo.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
+    for name in photos_of(fields)[1:]:
+        checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
+        checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
     loaded = [*looked, tab.prompt_view, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)

@@ -144,14 +144,28 @@ def choose_method(base: str, names: Sequence[str], groups: Sequence[str]) -> Cal
 def behind(photo: Any) -> tuple[Any, Any]:
     """Show a photo behind the regions: (canvas, progress)."""
     try:
-        return show_behind(read_photo("The photo", photo)), progress.IDLE
+        return show_behind(read_photo("The photo", photo)), gr.skip()
     except ValueError as error:
         return show_behind(None), progress.failed(str(error))
 
 
-def unreadable() -> str:
-    """Say that an upload is no image."""
-    return progress.failed(UNREADABLE)
+def check_photo(photo: Any) -> Any:
+    """Say at once that an upload cannot be used, or nothing."""
+    try:
+        read_photo("The image", photo)
+    except ValueError as error:
+        return progress.failed(str(error))
+    return gr.skip()
+
+
+def unreadable() -> tuple[str, None]:
+    """Say that an upload is no image, and take it off the page: (progress, photo)."""
+    return progress.failed(UNREADABLE), None
+
+
+def unreadable_form() -> str:
+    """Say that the page sent what none of its fields can hold."""
+    return progress.failed("A field cannot be read; remove its upload, or reload the page.")
 
 
 def last_behind(studio: Studio) -> Callable[..., Any]:

@@ -9,14 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from localctl.bases import SCHEDULERS
+from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import NONE, control_names
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
+from localctl.masks import mask_to_pil
 from localctl.studio import limits
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
 from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
+from localctl.studio.place_addons import Addons, addon_settings, read_addons
 from localctl.studio.scenes import layout_of
 from localctl.studio.uploads import read_photo
 
@@ -35,7 +37,7 @@ class PlaceForm:
     method: str
     settings: tuple[str, ...]
     scheduler: str | None
-    karras: bool
+    sigmas: str | None
     steps: int
     guidance_scale: float | None
     guidance_rescale: float
@@ -46,6 +48,9 @@ class PlaceForm:
     photo: Image.Image | None
     photo_use: str
     photo_strength: float
+    upscale: float
+    upscale_strength: float
+    addons: Addons
 
     @property
     def seeds(self) -> list[int]:
@@ -62,6 +67,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
     get = values.get
     method = METHODS[limits.choice("The method", get("method"), METHODS)]
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
+    sigmas = limits.choice("The noise levels", get("sigmas"), (AUTO, *SIGMAS))
     seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
     return PlaceForm(
         prompt=limits.text("The prompt", get("prompt")).strip(),
@@ -70,7 +76,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         method=method,
         settings=tuple(changed_settings(method, config.base, values)),
         scheduler=None if scheduler == AUTO else scheduler,
-        karras=limits.flag("Karras sigmas", get("karras")),
+        sigmas=None if sigmas == AUTO else sigmas,
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         guidance_rescale=limits.number("The guidance rescale", get("guidance_rescale"), 0, 1),
@@ -81,6 +87,9 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         photo=read_photo("The photo", get("photo")),
         photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
         photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
+        upscale=limits.number("The second pass", get("upscale"), 1, 4),
+        upscale_strength=limits.number("The strength of the second pass", get("upscale_strength"), 0, 1),
+        addons=read_addons(values, config),
     )
 
 
@@ -141,8 +150,10 @@ def settings_for(
         "negative_prompt": form.negative_prompt or None,
         "clip_skip": form.clip_skip or None,
         "scheduler": form.scheduler,
-        "use_karras_sigmas": form.karras or None,
+        **({f"use_{form.sigmas}_sigmas": True} if form.sigmas else {}),
         "output_dir": str(folder),
+        **addon_settings(form.addons, form.scene, config, folder),
+        **_start_and_end(form, folder),
     }
     if not form.scene.regions:
         if compare or sweep:
@@ -161,6 +172,26 @@ def settings_for(
         settings["sweep"] = [f"{sweep.column}={_joined(sweep.columns)}"]
         if sweep.row is not None:
             settings["sweep"].append(f"{sweep.row}={_joined(sweep.rows)}")
+    return settings
+
+
+def _start_and_end(form: PlaceForm, folder: Path) -> dict[str, Any]:
+    """Return the settings of what a run starts from, and of its second pass."""
+    settings: dict[str, Any] = {}
+    if form.upscale > 1:
+        settings |= {"upscale": form.upscale, "upscale_strength": form.upscale_strength}
+    if form.photo_use == "behind":
+        return settings
+    if form.photo is None:
+        raise ValueError("There is no photo to start from; upload one, or choose to show it behind the regions only.")
+    form.photo.save(folder / "photo.png")
+    settings |= {"init_image": [str(folder / "photo.png")], "strength": form.photo_strength}
+    if form.photo_use == "inpaint":
+        if not form.scene.regions:
+            raise ValueError("There are no regions to repaint; drag or brush one over the photo.")
+        masks = form.layout().masks((form.scene.height, form.scene.width))
+        mask_to_pil(masks.amax(dim=0)).save(folder / "repainted.png")
+        settings["inpaint_mask"] = [str(folder / "repainted.png")]
     return settings
 
 

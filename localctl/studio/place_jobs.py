@@ -11,7 +11,8 @@ from PIL import Image
 
 from localctl.bases import same_base
 from localctl.control.attention_maps import AttentionMaps
-from localctl.jobs.files import file_endings, file_names, save
+from localctl.jobs.embedded import Record, embedded
+from localctl.jobs.files import copy_inputs, file_endings, file_names, save, save_images
 from localctl.jobs.generate import StepProgress, generate_job, load_models
 from localctl.jobs.prepare import Job, prepare
 from localctl.jobs.settings import SampleSettings
@@ -24,7 +25,7 @@ from localctl.studio.studio import Studio
 
 @dataclass(frozen=True)
 class Shown:
-    """An image for the gallery. kind: image, heat or sheet. job, index: what it belongs to, for an image."""
+    """An image for the gallery. kind: image, heat or sheet. lines: what is found in it."""
 
     path: Path
     caption: str
@@ -76,15 +77,17 @@ def run_job(
         report(Step(f"Step {step.step} of {step.of}{of}", step.done, previews))
         check()
 
+    copies = copy_inputs(vars(job.options), job.layouts, folder)
+    record = embedded({**vars(job.options), **copies}, folder)
     outputs = []
     for (_, output), variant, seen in zip(generate_job(watched, models, on_step), job.variants, maps, strict=True):
         outputs.append((variant, output))
-        for shown in _written(job, len(outputs) - 1, output, folder):
+        for shown in _written(job, len(outputs) - 1, output, folder, record):
             report(shown)
-        for shown in _heat(seen, _ending(job, len(outputs) - 1), output, folder):
+        for shown in _heat(seen, _ending(job, len(outputs) - 1), output, folder, record):
             report(shown)
     if len(outputs) > 1:
-        save_sheets(outputs, job, folder)
+        save_sheets(outputs, job, folder, record)
         for path in [*sorted(folder.glob("*_sweep.png")), *folder.glob("compare.png")]:
             report(Shown(path, "side by side", "sheet"))
 
@@ -93,17 +96,15 @@ def _watched(variant: Variant, maps: AttentionMaps | None) -> Variant:
     return variant if maps is None else replace(variant, controls=(*variant.controls, maps))
 
 
-def _written(job: Job, index: int, output: GenerateOutput, folder: Path) -> Sequence[Shown]:
-    """Write the images of the variant with this index."""
+def _written(job: Job, index: int, output: GenerateOutput, folder: Path, record: Record) -> Sequence[Shown]:
+    """Write the images of the variant with this index, each with the record that repeats it."""
     variant, several = job.variants[index], len(job.variants) > 1
-    ending = _ending(job, index)
     reads = same_base(job.base.name, "micro") and bool(job.options.layout)
     shown = []
-    for name, image, seed, layout in zip(file_names(output), output.images, output.seeds, output.layouts, strict=True):
-        path = folder / f"{name}{ending}.png"
-        save(image, path)
+    paths = save_images(output, index, job.variants, folder, record)
+    for path, image, seed, layout in zip(paths, output.images, output.seeds, output.layouts, strict=True):
         caption = f"{variant.label}, seed {seed}" if several else f"seed {seed}"
-        lines = tuple(f"{caption}: {line}" for line in verdict(image, layout)) if reads else ()
+        lines = (f"{caption}: {', '.join(verdict(image, layout))}",) if reads else ()
         shown.append(Shown(path, caption, "image", lines))
     return shown
 
@@ -113,14 +114,16 @@ def _ending(job: Job, index: int) -> str:
     return f"_{file_endings(job.variants)[index]}" if len(job.variants) > 1 else ""
 
 
-def _heat(maps: AttentionMaps | None, ending: str, output: GenerateOutput, folder: Path) -> Sequence[Shown]:
+def _heat(
+    maps: AttentionMaps | None, ending: str, output: GenerateOutput, folder: Path, record: Record
+) -> Sequence[Shown]:
     """Write a heat map per phrase and image."""
     if maps is None:
         return []
     shown = []
-    for index, (name, image) in enumerate(zip(file_names(output), output.images, strict=True)):
+    for index, (name, image) in enumerate(zip(file_names(output.seeds), output.images, strict=True)):
         for number, (phrase, overlay) in enumerate(maps.overlays(index, image), start=1):
             path = folder / f"{name}{ending}_heat_{number}.png"
-            save(overlay, path)
+            save(overlay, path, record)
             shown.append(Shown(path, f"heat of {phrase}, seed {output.seeds[index]}", "heat"))
     return shown

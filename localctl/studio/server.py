@@ -43,8 +43,16 @@ def launch_options(config: StudioConfig) -> dict[str, Any]:
         "theme": theme.theme(),
         "css": theme.css(),
         "js": _DARK,
-        "app_kwargs": {"docs_url": None, "redoc_url": None, "openapi_url": None},
+        "app_kwargs": {"docs_url": None, "redoc_url": None, "openapi_url": None, "middleware": [_guard(config)]},
     }
+
+
+def _guard(config: StudioConfig) -> Any:
+    from starlette.middleware import Middleware
+
+    from localctl.studio.guard import Guard
+
+    return Middleware(Guard, is_local=not config.exposed, checks_origin=not config.share)
 
 
 def serve(config: StudioConfig, block: bool = True) -> Any:

@@ -84,7 +84,7 @@ A T2I-Adapter that makes the base follow a {condition.kind} condition inside a m
 | trained with | |
 |---|---|
 | base | {base} (frozen) |
-| condition | {_joined(asdict(condition))} |
+| condition | {_joined(condition.recorded())} |
 | masks | {"of the data" if run.own_masks else _joined(asdict(settings.mask))} |
 | loss | denoising + {_joined(asdict(settings.loss))} |
 | optimizer | AdamW, {settings.lr_scheduler} from {settings.learning_rate:g}, batch {effective_batch(settings)} |

@@ -63,7 +63,7 @@ def _stand_in(base: BaseConfig, shape: BaseShape, name: str) -> nn.Module:
         )
     except OSError as error:
         raise vae_not_loaded(base.vae, error) from error
-    return replace(shape, parts={**shape.parts, "vae": config}, _built={}).build("vae")
+    return replace(shape, parts={**shape.parts, "vae": config}).build("vae")
 
 
 def dtype_of(settings: TrainSettings, precision: str) -> torch.dtype:

@@ -241,7 +241,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     options["in_channels"] = settings.condition.channels
     way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
     check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
-    options |= {"condition": asdict(settings.condition), "base": lasting_name(settings.base.name)}
+    options |= {"condition": settings.condition.recorded(), "base": lasting_name(settings.base.name)}
     return AdapterPlan(options, saved)
 
 

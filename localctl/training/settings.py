@@ -170,9 +170,9 @@ class TrainSettings:
     hub_token: str | None = None
     hub_private_repo: bool = True
 
-    max_train_steps: Positive | None = 900
+    max_train_steps: Positive | None = 700
     num_train_epochs: Positive | None = None
-    train_batch_size: Positive = 16
+    train_batch_size: Positive = 8
     gradient_accumulation_steps: Positive = 1
     dataloader_num_workers: NotNegative | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -198,8 +198,8 @@ class TrainSettings:
     timestep_sampling: TimestepSampling | None = None
 
     logging_steps: Positive = 20
-    validation_steps: NotNegative = 300
-    checkpointing_steps: NotNegative = 300
+    validation_steps: NotNegative = 350
+    checkpointing_steps: NotNegative = 350
     checkpoints_total_limit: Annotated[int, Field(ge=2)] | None = 2
     resume_from_checkpoint: str | None = None
     force_resume: bool = False

@@ -87,6 +87,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     Only the adapter gets gradients, which flow through the frozen U-Net.
     """
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
+    assert settings.timestep_sampling is not None  # the settings have replaced null
     timesteps = timesteps_from_uniform(sampled.uniform, models.num_train_timesteps, settings.timestep_sampling)
     sample = add_noise(latents, sampled.noise, timesteps, models.alphas_cumprod)
     with _statistics(models.plain_adapter.adapter) as statistics:

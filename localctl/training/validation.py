@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
-from localctl.conditions import FROM_IMAGE, ConditionConfig, extract
+from localctl.conditions import ConditionConfig, extract
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data.bad_rows import BadRow
 from localctl.data.sample import Example, Source
@@ -189,7 +189,7 @@ class Validator:
     def _sheet(self, images: Sequence[Image.Image], fidelity: Fidelity) -> Image.Image:
         rows, labels = [], []
         for case, image, f1 in list(zip(self.cases, images, fidelity.per_case, strict=True))[: self.config.rows]:
-            seen = self.condition if self.condition.kind in FROM_IMAGE else self.edge_condition
+            seen = self.condition if self.condition.from_image else self.edge_condition
             rows.append(
                 [
                     outline(condition_to_pil(case.example.condition), case.mask),

@@ -21,7 +21,8 @@ class ValidationConfig:
     batch_size: images per batch; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
-    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
+        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd.
     seed: of the noise.
     proportion_empty_prompts: this share of them, always the same ones, is generated without its caption, which
         shows the adapter's effect alone.
@@ -54,7 +55,8 @@ class EarlyStoppingConfig:
     batch_size: images per batch.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
-    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m or unipc.
+    scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
+        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd.
     seed: of masks and noise.
     """
 

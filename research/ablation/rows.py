@@ -5,6 +5,7 @@ Nothing here loads torch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,8 +84,14 @@ class Cell:
     def settings(self, base: str, output_dir: str) -> TrainSettings:
         """Return the settings of the training. Raises ValueError for overrides that are not valid."""
         more = (f"base={base}", f"seed={self.seed}", f"output_dir={output_dir}", f"checkpointing_steps={CHECKPOINTS}")
-        argv = (*self.overrides, *more, "validation_steps=0", "report_to=none", "resume_from_checkpoint=latest")
-        return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
+        return _loaded(
+            (*self.overrides, *more, "validation_steps=0", "report_to=none", "resume_from_checkpoint=latest")
+        )
+
+
+@functools.cache  # asked for again and again, and slow to compose
+def _loaded(argv: tuple[str, ...]) -> TrainSettings:
+    return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS)
 
 
 @dataclass(frozen=True)

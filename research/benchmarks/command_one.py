@@ -31,7 +31,9 @@ from research.flags import check_least, make_folder
 
 PROGRAM = "research.benchmarks.command_one"
 BASELINE, FLOOR = "as before", "floor"
-BEFORE = ("max_train_steps=900", "train_batch_size=16", "learning_rate=3e-3", "lr_warmup_steps=50")
+BEFORE = (
+    "max_train_steps=900", "train_batch_size=16", "learning_rate=3e-3", "lr_warmup_steps=50", "timestep_sampling=cubic",
+)  # fmt: skip
 SEEDS = (0, 1, 2)
 SHORT = ("max_train_steps=540",)  # 0.6 of the images, as the next two
 OF_8 = ("max_train_steps=1080", "train_batch_size=8")

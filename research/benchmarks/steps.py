@@ -273,8 +273,10 @@ class Work:
     def plain(self) -> float:
         """The step with gradients of the U-Net's weights."""
         shape = BaseShape(self._parts)
-        shape.build("unet").requires_grad_(True)
-        return count_step(shape, self._options, self._size).flops
+        unet = shape.build("unet").requires_grad_(True)
+        flops = count_step(shape, self._options, self._size).flops
+        unet.requires_grad_(False)  # as whoever else uses it expects
+        return flops
 
     @cached_property
     def text(self) -> float:

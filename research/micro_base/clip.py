@@ -157,14 +157,14 @@ def train_clip(
 
     def loss_fn(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         cache = caches[0] if rng.random() < 0.85 else caches[-1]
-        chosen = np.sort(rng.choice(len(cache), batch, replace=False))
+        chosen = np.sort(rng.choice(len(cache), min(batch, len(cache)), replace=False))
         captions = [cache.captions[i] for i in chosen]
         texts = captions + [corrupt(c, rng) for c in captions]
         ids = token_ids(tokenizer, texts, TRAIN_LENGTH)
         ids = ids[:, : int((ids != tokenizer.eos_token_id).sum(1).max()) + 1]
         codes = {t: i for i, t in enumerate(dict.fromkeys(texts))}
         own = torch.tensor([codes[t] for t in texts])
-        return contrastive_loss(model, preprocess(cache.images[chosen]), ids, own[:batch, None] == own[None])
+        return contrastive_loss(model, preprocess(cache.images[chosen]), ids, own[: len(chosen), None] == own[None])
 
     done = train(name, model, loss_fn, config, folder)
     return model, done

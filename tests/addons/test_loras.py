@@ -59,6 +59,7 @@ def test_a_lora_acts_as_its_sum_and_leaves_no_trace(kind: str, tmp_path: Path, r
     with with_loras(pipe, [tmp_path / "style.safetensors"]) as use:
         assert torch.equal(images(pipe), plain)
         use({"style": 0.5})
+        assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
         found = images(pipe)
         use({})
         assert torch.equal(images(pipe), plain)
@@ -135,7 +136,12 @@ def test_what_cannot_act_is_refused(
             pass
     good = save_lora(tmp_path / "good.safetensors", sd_pipe)
     find_lora(good).check(shape)
-    with pytest.raises(ValueError, match="2 LoRAs called 'good'"), with_loras(sd_pipe, [good, good]):
+    with pytest.raises(ValueError, match="2 LoRAs are called 'good'"), with_loras(sd_pipe, [good, good]):
+        pass
+    with (
+        pytest.raises(ValueError, match="1 LoRA is called 'all'; give another name"),
+        with_loras(sd_pipe, [f"all={good}"]),
+    ):
         pass
     with with_loras(sd_pipe, [good]), pytest.raises(ValueError, match="LoRAs already"), with_loras(sd_pipe, [good]):
         pass

@@ -168,14 +168,6 @@ def test_mistakes_are_named_in_one_sentence(argv, words):
     assert "\n" not in message and len(message) < 400
 
 
-@pytest.mark.parametrize("group", ["base", "data", "adapter", "condition", "mask", "loss", "experiment"])
-def test_every_option_of_every_group_loads(group):
-    options = config_groups()[group]
-    assert options
-    for option in options:
-        load(f"{group}={option}")
-
-
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path):
     (tmp_path / "train.yaml").write_text("sead: 1\n")
     with pytest.raises(ValueError, match="'sead'; did you mean seed"):

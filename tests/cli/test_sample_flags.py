@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,17 +36,6 @@ def test_a_prompt_alone_is_plain_text_to_image(base_here: Path) -> None:
     assert_same(pixels("again"), expected)
     assert sample.main([*PLAIN, "--resolution", "72x64", "--output_dir", "wide"]) == 0
     assert pixels("wide")["00_seed0.png"].shape == (64, 72, 3)
-
-
-def test_a_plain_run_loads_no_metrics_and_no_micro_scenes(base_here: Path) -> None:
-    run = "import json, sys; from localctl.cli import sample; sample.main(sys.argv[1:])"
-    code = f"{run}; print(json.dumps([*sys.modules]))"
-    argv = [sys.executable, "-c", code, *PLAIN, "--output_dir", "out"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(localctl.__file__).parents[1])}
-    printed = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True).stdout
-    loaded = json.loads(printed.splitlines()[-1])
-    assert "localctl.jobs.run" in loaded and (base_here / "out" / "00_seed0.png").is_file()
-    assert not {"datasets", "torchmetrics", "localctl.micro", "localctl.metrics", "localctl.weight_search"} & {*loaded}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +132,8 @@ def test_other_files_than_records_are_refused_in_one_sentence(text: str, tmp_pat
 
 
 def test_records_of_all_versions_equal_their_flags(tmp_path: Path) -> None:
-    """As the first version wrote them (all flags, single values not in a list, no resolution), and as today."""
+    """As the first version wrote them (all flags, single values not in a list, no resolution, weights in prompts are
+    text), and as today."""
     first = {
         "prompt": "a b", "adapter": None, "weight": [1.0], "start": [0.0], "end": [1.0], "layout": None,
         "base": "micro", "seeds": [0, -2], "num_inference_steps": 3, "guidance_scale": 2, "height": None,
@@ -158,7 +145,7 @@ def test_records_of_all_versions_equal_their_flags(tmp_path: Path) -> None:
     read = parse(["--from_json", str(path)])
     flags = ["--prompt", "a b", "--seeds", "0", "-2", "--num_inference_steps", "3", "--guidance_scale", "2"]
     same = parse([*flags, "--base", "micro", "--output_dir", "out"])
-    assert replace(read, from_json=None) == same
+    assert replace(read, from_json=None) == replace(same, prompt_weighting=False)
     path.write_text(json.dumps({"options": asdict(same)}))
     assert replace(parse(["--from_json", str(path)]), from_json=None) == same
 
@@ -257,7 +244,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
     [
         (
             ["--use_karras_sigmas"],
-            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: dpmpp_2m, euler, he",
+            "DDIMScheduler has no Karras sigmas; choose a --scheduler of these: deis, dpmpp_2m, .* heun, ",
         ),
         (["--use_karras_sigmas", "--scheduler", "pndm"], "PNDMScheduler has no Karras sigmas"),
         (["--guidance_rescale", "1.5"], "--guidance_rescale must be between 0 and 1, not 1.5"),

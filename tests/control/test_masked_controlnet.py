@@ -110,6 +110,23 @@ def test_residuals_are_zero_outside_the_mask_at_every_size(sd_pipe: Any) -> None
             assert left[..., : side // 2].abs().min() > 0 and top[..., : side // 2, :].abs().min() > 0
 
 
+def test_residuals_of_several_nets_are_summed(sd_pipe: Any) -> None:
+    nets, image, mask = [controlnet(sd_pipe, seed) for seed in (0, 1)], condition(), torch.zeros(1, 64, 64)
+    mask[:, :, :32] = 1
+    one, two = MaskedControlNet(nets[0], image, mask, weight=0.5), MaskedControlNet(nets[1], image, 1 - mask)
+    seen: list[list[Tensor]] = []
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append([*kwargs["down_block_additional_residuals"], kwargs["mid_block_additional_residual"]])
+
+    for controls in (one, two, [one, two]):
+        with attach(sd_pipe, PROMPT, controls):
+            hook = sd_pipe.unet.register_forward_pre_hook(look, with_kwargs=True)  # after attach's own
+            draw(sd_pipe, num_inference_steps=1)
+            hook.remove()
+    assert all(torch.equal(a + b, both) for a, b, both in zip(*seen, strict=True))
+
+
 def test_windows_weights_and_sums(sd_pipe: Any, make_adapter: Callable[..., LocalAdapter]) -> None:
     nets, image, mask = [controlnet(sd_pipe, seed) for seed in (0, 1)], condition(), torch.ones(1, 64, 64)
     one, two = (MaskedControlNet(net, image, mask) for net in nets)

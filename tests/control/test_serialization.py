@@ -33,7 +33,7 @@ def all_controls() -> set[str]:
 
 
 def test_no_public_control_is_forgotten() -> None:
-    assert all_controls() - {"Control"} == {*CHANGES, "LocalAdapterControl", "MaskedControlNet"}
+    assert all_controls() - {"Control"} == {*CHANGES, "IPAdapterControl", "LocalAdapterControl", "MaskedControlNet"}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -81,6 +81,15 @@ def test_a_controlnet_is_saved_by_its_place(sd_pipe: StableDiffusionPipeline, tm
     (tmp_path / "net" / "config.json").unlink()
     with pytest.raises(ValueError, match="ControlNet .* cannot be loaded"):
         localctl.load_control(path, **IMAGES)
+
+
+def test_image_prompts_are_given_anew(tmp_path: Path) -> None:
+    prompts = [localctl.ImagePrompt(torch.zeros(3, 8, 8), torch.ones(1, 8, 8))]
+    path = localctl.IPAdapterControl(prompts, mask_resize="nearest").save(tmp_path / "control.json")
+    with pytest.raises(ValueError, match="without its images; give prompts="):
+        localctl.load_control(path)
+    found = localctl.load_control(path, prompts=prompts)
+    assert found.mask_resize == "nearest" and found.prompts == tuple(prompts)
 
 
 def test_a_list_of_controls(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import AttentionLayer, BlockResiduals, DenoiserInputs
 
 INSIDE = re.compile(r"down_blocks|mid_block|up_blocks|is_cross_attention|pipe\.unet")
-HOLDERS = ("pipelines.py", "training")  # they may hold the U-Net as a module
+HOLDERS = ("pipelines.py", "training", "addons")  # they may hold the U-Net as a module
 
 
 def test_only_the_families_look_inside() -> None:

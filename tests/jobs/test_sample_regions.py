@@ -199,7 +199,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--layout", "none.json"], "file none.json cannot be read"),
         (["--layout", "foreign.json"], "'cat' is not in the prompt"),
         (["--layout", "reversed.json"], "reversed or empty"),
-        (["--layout", "photo.png"], "photo.png is not valid JSON"),
+        (["--layout", "photo.png"], "photo.png is an image with a colour for each region"),
         (["--prompt", "a cat"], "either --layout or --prompt"),
         (
             ["--control", "dence"],

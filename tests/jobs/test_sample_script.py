@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from localctl.control.image_controls import LocalAdapterControl
 from localctl.jobs.prepare import prepare
 from localctl.masks import load_mask
 from localctl.sampling import generate
+
+pytest_plugins = ["condition_models_here"]
 
 MakeAdapter = Callable[..., LocalAdapter]
 
@@ -122,7 +123,7 @@ def test_a_plain_t2iadapter_works_and_no_mask_means_everywhere(workspace: Path, 
         (["--height", "60"], "height 60 is not a positive multiple of 8"),
         (["--condition", "cany"], "Unknown condition.kind 'cany'"),
         (["--condition", "palette"], "palette condition has 3 channels but the adapter .*canny takes 1"),
-        (["--condition", "depth"], "depth condition cannot be computed"),
+        (["--condition", "depth", "--condition_model", "."], "model . of condition=depth cannot be loaded"),
         (["--adapter", "nowhere"], "no adapter 'nowhere' .no such folder or file"),
         (["--adapter", "."], "no adapter '.' .no config.json in it"),
         (
@@ -204,17 +205,54 @@ def test_the_device_default_exists(workspace: Path) -> None:
     assert job.layouts[0].size == (64, 64) and job.adapters[0].saved.place == str((workspace / "canny").resolve())
 
 
-def test_syntax_of_other_tools_is_warned_of_before_the_base_is_loaded(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+def test_marks_in_prompts_are_checked_before_the_base_is_loaded(
+    workspace: Path, assert_refused_early: Callable[[list[str], str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("localctl.jobs.generate.load_pipeline", None)
     at = BASIC.index("--prompt")
-    argv = [*BASIC[:at], "--prompt", "(a red circle:1.5), <lora:fluffy:0.8>", *BASIC[at + 2 :]]
-    with (
-        pytest.warns(UserWarning, match="syntax of other tools .such as .word:1.3., <lora:name:0.8>."),
-        suppress(TypeError),
-    ):
-        sample.main(argv)
+
+    def flags(prompt: str) -> list[str]:
+        return [*BASIC[:at], "--prompt", prompt, *BASIC[at + 2 :]]
+
+    lora = flags("(a red circle:1.5), <lora:fluffy:0.8>")
+    assert_refused_early(lora, "has '<lora:fluffy:0.8>', syntax of other tools; load a LoRA by --lora, or read it as")
+    assert_refused_early([*BASIC, "--negative_prompt", "(x:11)"], "has a weight of 11; give weights from 0 to 10")
+    monkeypatch.setattr("localctl.prompt_weights.has_compel", lambda: False)
+    assert_refused_early(flags("(a red circle:1.5)"), "has weights, which compel encodes; pip install")
+    with pytest.warns(UserWarning, match="syntax of other tools .such as .word:1.3., <lora:name:0.8>."):
+        job = prepare(parse([*lora, "--prompt_weighting", "false"]))
+    assert job.options.prompt_weighting is False
+
+
+def test_weights_in_prompts_change_the_image_and_are_repeated_from_the_record(workspace: Path) -> None:
+    pytest.importorskip("compel")
+    at = BASIC.index("--prompt")
+    run = [*BASIC[:at], *BASIC[at + 2 :], *QUICK, "--output_dir"]
+    assert sample.main([*run, "weighted", "--prompt", "a ((red:1.5)) circle"]) == 0
+    assert sample.main([*run, "plain", "--prompt", "a red circle"]) == 0
+    assert sample.main(["--from_json", "weighted/sample.json", "--output_dir", "again"]) == 0
+    (weighted,), (plain,), (again,) = (list(pixels(name).values()) for name in ("weighted", "plain", "again"))
+    assert np.array_equal(weighted, again) and not np.array_equal(weighted, plain)
+
+
+def test_models_of_conditions_that_would_do_nothing_are_refused(
+    workspace: Path, assert_refused_early: Callable[[list[str], str], None]
+) -> None:
+    assert_refused_early([*BASIC, "--condition_model", "x"], "canny condition is computed without a model; leave")
+    of_file = ["--condition_image" if flag == "--image" else flag for flag in BASIC]
+    assert_refused_early(
+        [*of_file, "--condition_model", "x"], "--condition_model is for conditions that are computed from --image"
+    )
+
+
+def test_conditions_come_from_models_and_are_repeated_from_the_record(
+    workspace: Path, condition_model: Callable[[str], Path]
+) -> None:
+    depth = ["--condition", "depth", "--condition_model", str(condition_model("depth"))]
+    assert sample.main([*BASIC, *QUICK, *depth, "--output_dir", "depth"]) == 0
+    assert sample.main([*BASIC, *QUICK, "--output_dir", "canny"]) == 0
+    assert sample.main(["--from_json", "depth/sample.json", "--output_dir", "again"]) == 0
+    found = {name: next(iter(pixels(name).values())) for name in ("depth", "canny", "again")}
+    assert np.array_equal(found["depth"], found["again"]) and not np.array_equal(found["depth"], found["canny"])
 
 
 def test_an_image_of_nan_ends_with_code_2_and_is_not_written(

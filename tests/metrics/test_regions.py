@@ -1,15 +1,11 @@
 """Regions, relations and leak: shapes with known answers, and the reader of micro scenes on true scenes."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from localctl import metrics
 from localctl.boxes import Found, box_iou
 from localctl.data import MicroScenes
 from localctl.metrics.detection import best_matches, transformers_detector
@@ -158,12 +154,3 @@ def test_without_a_detector_the_reader_of_micro_scenes_is_meant_for_one_version(
         assert RegionAccuracy().detector is find_objects
     with pytest.warns(DeprecationWarning, match="localctl.micro.detect.find_shapes"):
         assert Leak().detector is find_shapes
-
-
-def test_metrics_and_photos_load_no_micro() -> None:
-    """Measuring photos does not load the embedded base, its scenes or their reader."""
-    modules = [f"localctl.metrics.{path.stem}" for path in Path(metrics.__file__).parent.glob("[a-z]*.py")]
-    modules += ["localctl.evaluation.plain", "localctl.evaluation.compare", "localctl.evaluation.fid"]
-    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print(sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "localctl.metrics.clip" in loaded and "localctl.micro" not in loaded

@@ -2,21 +2,56 @@
 
 import json
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from metric_worker import COUNT, DIM, feature_statistics, features, results, sample_metrics
+from process_helpers import finish, start_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from localctl.distributed import joined
 from localctl.metrics.distances import frechet_distance
+from localctl.metrics.inside import EdgeScore, SSIMInside
+from localctl.metrics.lfmse import LFMSE, DiffCC
 from localctl.metrics.statistics import SMALL, FeatureStatistics, Statistics, distances, frechet_name
+
+COUNT, DIM = 41, 12  # odd: no sample may be counted twice
+
+
+def features() -> tuple[np.ndarray, list[str]]:
+    rows = np.random.default_rng(0).normal(3, 1, (COUNT, DIM)).astype(np.float32)
+    return rows, [f"picture-{i}" for i in range(COUNT)]
+
+
+def feature_statistics(part: slice, batch: int = COUNT) -> FeatureStatistics:
+    metric = FeatureStatistics(DIM, keep=16)
+    rows, keys = features()
+    for first in range(*part.indices(COUNT)[:2], batch):
+        chosen = slice(first, min(first + batch, part.indices(COUNT)[1]))
+        metric.update(rows[chosen], keys[chosen])
+    return metric
+
+
+def sample_metrics(part: slice) -> list[Any]:
+    edges = (np.random.default_rng(1).random((2, 5, 32, 32)) < 0.2).astype(np.uint8) * 255
+    mask = np.zeros((5, 32, 32), np.uint8)
+    mask[:4, :, :20] = 255  # the last is empty
+    metrics = [LFMSE(), LFMSE("sobel"), DiffCC(), EdgeScore(), SSIMInside()]
+    for metric in metrics:
+        for i in range(*part.indices(5)):
+            metric.update(edges[0, i], edges[1, i], mask[i])
+    return metrics
+
+
+def results(parts: tuple[slice, slice]) -> dict[str, Any]:
+    found = feature_statistics(parts[0]).statistics()
+    table = {f"{type(m).__name__}{i}": m.compute() for i, m in enumerate(sample_metrics(parts[1]))}
+    mean, covariance = found.gaussian()
+    arrays = {"mean": mean, "covariance": covariance, "kept": found.kept}
+    return {"n": found.n, **{name: array.tolist() for name, array in arrays.items()}, "samples": table}
 
 
 def statistics(rows: np.ndarray, **provenance: Any) -> Statistics:
@@ -52,14 +87,19 @@ def test_batches_and_order_change_nothing(batch: int) -> None:
         assert frechet_distance(*other.gaussian(), *far) == pytest.approx(wanted, rel=1e-9)
 
 
+def compute_part(file: Path) -> None:
+    """Compute one process's part of what :func:`results` computes; the first writes all of it to ``file``."""
+    with joined() as (rank, count):
+        assert count == 2
+        found = results(((slice(0, 30), slice(0, 0)), (slice(30, None), slice(0, None)))[rank])
+    if rank == 0:
+        file.write_text(json.dumps(found))  # JSON keeps NaN, and every digit of floats
+
+
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
-    worker = Path(__file__).with_name("metric_worker.py")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    target = tmp_path / "two.json"
-    subprocess.run([*command, str(worker), str(target)], check=True, env=environment, timeout=300)
-    two = json.loads(target.read_text())
+    """One has no samples of some metrics."""
+    assert [finish(process) for process in start_ranks(2, compute_part, tmp_path / "two.json")] == [0, 0]
+    two = json.loads((tmp_path / "two.json").read_text())
     assert two["n"] == COUNT
     assert close(two, results((slice(None), slice(None))))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from localctl.micro.scenes import scene
 from localctl.pipelines import load_pipeline
 from localctl.sampling_settings import Sampling
 from research.harness import Result
+from research.layout_benchmark import study
 from research.layout_benchmark.__main__ import main
 from research.layout_benchmark.attention import KINDS, attention_of, token_kinds
 from research.layout_benchmark.cases import COLUMNS, Case, cases, read
@@ -188,8 +190,11 @@ def test_seeds_of_a_layout_are_resampled_together_and_undefined_ones_left_out() 
 QUICK = ["--layouts", "2", "--seeds", "4", "--num_inference_steps", "1", "--references", "6", "--batch_size", "2"]
 
 
-def test_the_command_measures_goes_on_and_writes_its_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_measures_goes_on_and_writes_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, work = tmp_path / "page.md", tmp_path / "work"
+    monkeypatch.setattr(study, "compare_cost", partial(compare_cost, repeats=1))
     flags = [*QUICK, "--report", str(page), "--output", str(work)]
     assert main([*flags, "--methods", "bias"]) == 0
     said = capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ def request(name: str | None) -> SimpleNamespace:
 
 
 @pytest.fixture
-def sessions():
+def sessions() -> Iterator[Sessions]:
     every = Sessions()
     yield every
     every.close()

@@ -84,7 +84,7 @@ def test_what_is_only_said():
     before["versions"]["torch"] = "1.0"
     said = logged()
     check_unchanged(before, described(replace(TrainSettings(), max_train_steps=5)), force=False)
-    assert len(said) == 2 and "torch 1.0 -> " in said[0] and "max_train_steps 900 -> 5" in said[1]
+    assert len(said) == 2 and "torch 1.0 -> " in said[0] and "max_train_steps 700 -> 5" in said[1]
 
 
 def test_a_setting_that_did_not_exist_yet_had_its_default():

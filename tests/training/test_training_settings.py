@@ -113,7 +113,7 @@ def test_which_of_steps_and_epochs_sets_the_end_is_said_with_the_numbers():
     assert notes() == []
     (binding,) = notes(num_train_epochs=1000)
     assert binding.startswith(
-        "max_train_steps=900 sets the end: num_train_epochs=1000 of 8 examples would be 4000 steps"
+        "max_train_steps=700 sets the end: num_train_epochs=1000 of 8 examples would be 4000 steps"
     )
     assert notes(num_train_epochs=2) == ["num_train_epochs=2 of 8 examples set the end: 8 steps"]
     assert notes(num_train_epochs=5, max_train_steps=None) == ["num_train_epochs=5 of 8 examples set the end: 20 steps"]

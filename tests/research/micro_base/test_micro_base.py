@@ -1,10 +1,7 @@
 """Short trainings of the embedded base: every part learns, stops and resumes exactly, and a pipeline is exported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +94,6 @@ def test_every_grammar_word_is_one_token_and_any_text_survives() -> None:
     assert len(tokenizer("a red circle", padding="max_length").input_ids) == 77
 
 
-def test_a_new_tokenizer_has_the_same_ids_in_every_process() -> None:
-    code = (
-        "from research.micro_base.clip import new_tokenizer as new; import json; print(json.dumps(new().get_vocab()))"
-    )
-    other = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"}
-    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=other)
-    assert json.loads(run.stdout.splitlines()[-1]) == new_tokenizer().get_vocab()
-
-
 def test_the_tokenizer_stays_with_the_weights(tmp_path: Path) -> None:
     work, base = tmp_path / "work", tmp_path / "base"
     args = parse(["--workdir", str(work)])
@@ -177,8 +165,8 @@ def test_the_schedule_ends_in_noise() -> None:
 
 
 def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--workdir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "base"), "--scenes", "130"]
-    steps = ["--vae_steps", "2", "--clip_steps", "1", "--unet_steps", "2", "--unet_scenes", "16", "--unet_batch", "4"]
+    common = ["--workdir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "base"), "--scenes", "34"]
+    steps = ["--vae_steps", "2", "--clip_steps", "1", "--unet_steps", "2", "--unet_scenes", "8", "--unet_batch", "2"]
     steps += ["--decoder_steps", "1", "--clip_vision_steps", "1", "--words_steps", "2"]
     assert main([*common, *steps, "--parts", "vae", "clip"]) == 0
     assert main([*common, *steps]) == 0
@@ -192,7 +180,7 @@ def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path, capsys
 
     (tmp_path / "work2").mkdir()
     (tmp_path / "work2" / "cache").symlink_to(tmp_path / "work" / "cache")  # the images need not be rendered again
-    again = ["--workdir", str(tmp_path / "work2"), "--output_dir", str(tmp_path / "base2"), "--scenes", "130"]
+    again = ["--workdir", str(tmp_path / "work2"), "--output_dir", str(tmp_path / "base2"), "--scenes", "34"]
     assert main([*again, *steps, "--continue_from", str(tmp_path / "base"), "--parts", "unet", "export"]) == 0
     vaes = [load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("base", "base2")]
     assert all(torch.equal(vaes[0][k], vaes[1][k]) for k in vaes[0])

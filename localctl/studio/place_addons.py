@@ -1,0 +1,163 @@
+"""The addons of the tab Place: the ControlNets, IP-Adapters and LoRAs that the server was started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from localctl.jobs.settings import REGION
+from localctl.settings import FROM_IMAGE
+from localctl.studio import limits
+from localctl.studio.config import StudioConfig, short_name
+from localctl.studio.limits import MAX_REGIONS, Scene
+from localctl.studio.uploads import photo, read_photo
+
+READY, EVERYWHERE = "it is the condition", "everywhere"
+_PLACES = (EVERYWHERE, *(f"region {number}" for number in range(1, MAX_REGIONS + 1)))
+_KINDS = ("controlnet", "ip_adapter")
+
+
+@dataclass(frozen=True)
+class Addon:
+    """A ControlNet or IP-Adapter with its image. condition: what to compute from it; None: nothing. region: where it
+    acts, by index; None: everywhere."""
+
+    place: str
+    image: Image.Image
+    condition: str | None
+    region: int | None
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Addons:
+    """The addons that act in a run: those with an image, and the LoRAs by their scales."""
+
+    controlnets: tuple[Addon, ...] = ()
+    ip_adapters: tuple[Addon, ...] = ()
+    guess_mode: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
+
+
+def add_fields(fields: dict[str, Any], config: StudioConfig) -> None:
+    """Add a fold for each addon of the server to the page, and its components to ``fields``."""
+    for kind, title in zip(_KINDS, ("ControlNet", "IP-Adapter"), strict=True):
+        for index, place in enumerate(getattr(config, kind)):
+            with gr.Accordion(f"{title}: {short_name(place)}", open=False):
+                _image_fields(fields, f"{kind}{index}", kind)
+    if config.controlnet:
+        fields["guess_mode"] = gr.Checkbox(value=False, label="Guess mode: follow the conditions without the prompt")
+    if config.lora:
+        with gr.Accordion("LoRA", open=False):
+            for index, place in enumerate(config.lora):
+                fields[f"lora{index}_scale"] = gr.Slider(0, 2, value=1, step=0.05, label=short_name(place))
+
+
+def _image_fields(fields: dict[str, Any], name: str, kind: str) -> None:
+    label = "Image; without one, this does not act"
+    fields[f"{name}_image"] = photo(label, height=180, elem_id=f"place-{name.replace('_', '-')}-image")
+    with gr.Row():
+        if kind == "controlnet":
+            known = [READY, *FROM_IMAGE]
+            fields[f"{name}_condition"] = gr.Dropdown(known, value=FROM_IMAGE[0], label="What it follows of the image")
+        fields[f"{name}_where"] = gr.Dropdown(list(_PLACES), value=EVERYWHERE, label="Where")
+    with gr.Row():
+        fields[f"{name}_scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Strength", min_width=90)
+        fields[f"{name}_start"] = gr.Slider(0, 1, value=0, step=0.05, label="Start", min_width=90)
+        fields[f"{name}_end"] = gr.Slider(0, 1, value=1, step=0.05, label="End", min_width=90)
+
+
+def photos_of(fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of the fields that are photos."""
+    return [name for name in fields if name == "photo" or name.endswith("_image")]
+
+
+def read_addons(values: Mapping[str, Any], config: StudioConfig) -> Addons:
+    """Read the fields by name. ValueError in one sentence for the first that is out of bounds."""
+    return Addons(
+        controlnets=_with_images(values, config, "controlnet"),
+        ip_adapters=_with_images(values, config, "ip_adapter"),
+        guess_mode=limits.flag("Guess mode", values.get("guess_mode")),
+        loras=tuple(
+            (place, limits.number(f"The scale of {short_name(place)}", values.get(f"lora{index}_scale", 1), 0, 2))
+            for index, place in enumerate(config.lora)
+        ),
+    )
+
+
+def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> tuple[Addon, ...]:
+    found = []
+    for index, place in enumerate(getattr(config, kind)):
+        name, title = f"{kind}{index}", short_name(place)
+        image = read_photo(f"The image of {title}", values.get(f"{name}_image"))
+        if image is None:
+            continue
+        condition = values.get(f"{name}_condition", READY)
+        start = limits.number(f"The start of {title}", values.get(f"{name}_start", 0), 0, 1)
+        end = limits.number(f"The end of {title}", values.get(f"{name}_end", 1), 0, 1)
+        if start >= end:
+            raise ValueError(f"{title} needs a start before its end, not {start:g} and {end:g}.")
+        where = _PLACES.index(limits.choice(f"The place of {title}", values.get(f"{name}_where", EVERYWHERE), _PLACES))
+        condition = limits.choice(f"The condition of {title}", condition, (READY, *FROM_IMAGE))
+        scale = limits.number(f"The strength of {title}", values.get(f"{name}_scale", 1), 0, 2)
+        found.append(
+            Addon(
+                place, image, None if condition == READY else condition, where - 1 if where else None, scale, start, end
+            )
+        )
+    return tuple(found)
+
+
+def addon_settings(addons: Addons, scene: Scene, config: StudioConfig, folder: Path) -> dict[str, Any]:
+    """Return the settings of a run for the addons that act, with their images written to ``folder``.
+
+    ValueError for a region that is not there or has no phrase, and for photos beside ready conditions.
+    """
+    settings: dict[str, Any] = {"textual_inversion": config.textual_inversion or None}
+    if config.lora:
+        settings |= {"lora": [place for place, _ in addons.loras], "lora_scale": [scale for _, scale in addons.loras]}
+    if addons.controlnets:
+        computed = [item.condition for item in addons.controlnets]
+        if None in computed and any(computed):
+            raise ValueError(f"Choose {READY!r} for all ControlNets or for none; they cannot be mixed in one run.")
+        given = "controlnet_condition_image" if None in computed else "controlnet_image"
+        settings |= _shared("controlnet", addons.controlnets, given, scene, folder)
+        settings |= {
+            "controlnet_condition": None if None in computed else computed,
+            "guess_mode": addons.guess_mode or None,
+        }
+    if addons.ip_adapters:
+        settings |= _shared("ip_adapter", addons.ip_adapters, "ip_adapter_image", scene, folder)
+    return settings
+
+
+def _shared(kind: str, addons: Sequence[Addon], images: str, scene: Scene, folder: Path) -> dict[str, Any]:
+    paths = [folder / f"{images}_{index}.png" for index in range(len(addons))]
+    for path, item in zip(paths, addons, strict=True):
+        item.image.save(path)
+    if len({item.region is None for item in addons}) > 1:
+        raise ValueError("Choose a region for all of these, or everywhere for all; a run takes masks for all or none.")
+    masks = [_region(scene, item.region) for item in addons if item.region is not None]
+    return {
+        kind: [item.place for item in addons],
+        images: list(map(str, paths)),
+        f"{kind}_mask": masks or None,
+        f"{kind}_scale": [item.scale for item in addons],
+        f"{kind}_start": [item.start for item in addons],
+        f"{kind}_end": [item.end for item in addons],
+    }
+
+
+def _region(scene: Scene, index: int) -> str:
+    if index >= len(scene.regions):
+        raise ValueError(f"There is no region {index + 1} on the canvas for an addon to act in; choose another.")
+    if not scene.regions[index].phrase:
+        raise ValueError(f"Region {index + 1} has no phrase, by which an addon finds it; give it one.")
+    return f"{REGION}{scene.regions[index].phrase}"
