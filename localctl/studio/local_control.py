@@ -187,8 +187,8 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
 
     arrange = actions.arrange(studio, names)
-    arranging = [tab.fields[name].change for name in ("photo", "width", "height")]
-    arranging += [tab.fields["source"].input, *(adapter.input for adapter in tab.adapters)]
+    arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
+    arranging += [tab.fields[name].input for name in ("source", "width", "height")]
     arranged = gr.on(arranging, arrange, inputs, tab.arranged, **quick)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
