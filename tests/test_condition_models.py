@@ -155,7 +155,7 @@ def test_models_that_are_not_there_or_foreign_are_refused_in_one_sentence(
         ValueError, match="pass it as a condition image instead, or set condition.model, for example to"
     ):
         extract(ConditionConfig(kind="depth"), photo())
-    with pytest.raises(ValueError, match="no column of condition images for condition=hed"):
+    with pytest.raises(ValueError, match="no condition images for condition=hed"):
         MicroScenes(count=1, condition=ConditionConfig(kind="hed"))
 
 

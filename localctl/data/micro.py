@@ -53,8 +53,8 @@ class MicroScenes:
             raise ValueError(f"The number of scenes must be at least 1, not {count}.")
         if condition is not None and not condition.from_image and condition.kind not in _OWN:
             raise ValueError(
-                f"The embedded scenes have no condition images for condition={condition.kind}; choose another condition, "
-                "or compute it by condition.model."
+                f"The embedded scenes have no condition images for condition={condition.kind}; compute them by "
+                "condition.model, or choose another condition, such as canny."
             )
         self.split = split
         self.profile = profile

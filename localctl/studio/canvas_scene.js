@@ -109,6 +109,7 @@ function maskSize() {
 function blankMask() {
   const canvas = document.createElement('canvas');
   [canvas.width, canvas.height] = maskSize();
+  canvas.getContext('2d', { willReadFrequently: true });
   return canvas;
 }
 

@@ -43,8 +43,17 @@ _LABELS = {
     "w_self": "Self-attention w_s",
     "hide_phrases": "Hide phrases from the rest",
 }
-_SHARES = ("start", "end", "w_cross", "w_self", "size_regularisation")
-_HIGHEST = {"strength": 5.0, "outside_strength": 5.0, "threshold": 1.0, "decay": 10.0, "scale": 100.0, "weight": 1.0}
+_SHARES = ("start", "end", "size_regularisation")
+_HIGHEST = {
+    "w_cross": 2.0,
+    "w_self": 2.0,
+    "strength": 5.0,
+    "outside_strength": 5.0,
+    "threshold": 1.0,
+    "decay": 10.0,
+    "scale": 100.0,
+    "weight": 1.0,
+}
 _LIMIT = 100_000.0  # of a number without a bound of its own
 _NOT_SHOWN = ("weights", "clip", "early_exit")  # tensors, places of models, and what changes the time alone
 

@@ -16,6 +16,7 @@ from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_addons import add_fields as add_addons
 from localctl.studio.place_addons import photos_of
+from localctl.studio.place_examples import examples
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import photo
@@ -36,6 +37,7 @@ class PlaceTab:
     memory: Any = None
     buttons: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[Any]:
@@ -82,6 +84,9 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
         elem_classes="studio-plain",
         hint="Drag to place a region, or brush its shape",
     )
+    with gr.Row(elem_classes="studio-examples"):
+        for name in examples(studio.config.base):
+            tab.examples[name] = gr.Button(name, size="sm", min_width=90)
 
 
 def _result_column(tab: PlaceTab) -> None:
@@ -167,14 +172,16 @@ def _photo_fields(tab: PlaceTab) -> None:
 
 
 def _loading_fields(tab: PlaceTab) -> None:
-    with gr.Accordion("Load a layout", open=False), gr.Row():
-        tab.files["layout"] = gr.UploadButton("Layout (JSON)", file_types=[".json"], type="binary", size="sm")
-        tab.files["colors"] = gr.UploadButton(
-            "Colour map (image)", file_types=[".png", ".jpg", ".jpeg", ".webp"], type="binary", size="sm"
-        )
-        tab.buttons["predict"] = gr.Button("Predict from the prompt", size="sm", elem_id="place-predict")
-        tab.buttons["behind"] = gr.Button("Last result behind the regions", size="sm")
-        tab.buttons["clear"] = gr.Button("Start anew", size="sm")
+    with gr.Accordion("Load a layout", open=False, elem_id="place-load"):
+        with gr.Row():
+            tab.files["layout"] = gr.UploadButton("Layout (JSON)", file_types=[".json"], type="binary", size="sm")
+            tab.files["colors"] = gr.UploadButton(
+                "Colour map (image)", file_types=[".png", ".jpg", ".jpeg", ".webp"], type="binary", size="sm"
+            )
+            tab.buttons["predict"] = gr.Button("Predict from the prompt", size="sm", elem_id="place-predict")
+        with gr.Row():
+            tab.buttons["behind"] = gr.Button("Last result behind the regions", size="sm")
+            tab.buttons["clear"] = gr.Button("Start anew", size="sm", elem_id="place-clear")
 
 
 def _study_fields(tab: PlaceTab, studio: Studio) -> None:
@@ -227,6 +234,8 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     loaded = [*looked, tab.prompt_view, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)
+    for name, button in tab.examples.items():
+        button.click(actions.load_example(studio), [gr.State(name), *looked], loaded, **PRIVATE)
     tab.buttons["predict"].click(actions.predict(studio), [*looked, fields["seed"]], loaded, **PRIVATE)
     tab.buttons["behind"].click(actions.last_behind(studio), None, fields["scene"], queue=False, **PRIVATE)
     tab.buttons["clear"].click(actions.clear(studio), looked, loaded, queue=False, **PRIVATE)

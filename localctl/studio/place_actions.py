@@ -17,6 +17,7 @@ from localctl.studio.canvas import show_behind
 from localctl.studio.color_maps import regions_by_color
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.methods import METHODS, shown_presets
+from localctl.studio.place_examples import example_scene, examples
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
 from localctl.studio.scenes import highlighted, marks_of, prompt_of, scene_of
@@ -229,6 +230,16 @@ def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
             raise ValueError("There is no prompt to predict a layout from; type one.")
         number = limits.whole("The seed", seed, 0, limits.MAX_SEED)
         return _shown_layout(load_predictor().predict(text, number or None), limits.scene(scene))
+
+    return _loaded(studio, make)
+
+
+def load_example(studio: Studio) -> Callable[..., tuple[Any, ...]]:
+    """Return the handler that shows an example, at the size that the canvas has."""
+
+    def make(session: Session, name: Any, prompt: Any, scene: Any) -> tuple[str, dict[str, Any]]:
+        base, now = studio.config.base, limits.scene(scene)
+        return example_scene(base, limits.choice("The example", name, examples(base)), (now.height, now.width))
 
     return _loaded(studio, make)
 

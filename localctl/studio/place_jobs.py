@@ -12,7 +12,7 @@ from PIL import Image
 from localctl.bases import same_base
 from localctl.control.attention_maps import AttentionMaps
 from localctl.jobs.embedded import Record, embedded
-from localctl.jobs.files import copy_inputs, file_endings, file_names, save, save_images
+from localctl.jobs.files import copy_inputs, save, save_images
 from localctl.jobs.generate import StepProgress, generate_job, load_models
 from localctl.jobs.prepare import Job, prepare
 from localctl.jobs.settings import SampleSettings
@@ -82,9 +82,8 @@ def run_job(
     outputs = []
     for (_, output), variant, seen in zip(generate_job(watched, models, on_step), job.variants, maps, strict=True):
         outputs.append((variant, output))
-        for shown in _written(job, len(outputs) - 1, output, folder, record):
-            report(shown)
-        for shown in _heat(seen, _ending(job, len(outputs) - 1), output, folder, record):
+        images = _written(job, len(outputs) - 1, output, folder, record)
+        for shown in [*images, *_heat(seen, images, output, record)]:
             report(shown)
     if len(outputs) > 1:
         save_sheets(outputs, job, folder, record)
@@ -96,7 +95,7 @@ def _watched(variant: Variant, maps: AttentionMaps | None) -> Variant:
     return variant if maps is None else replace(variant, controls=(*variant.controls, maps))
 
 
-def _written(job: Job, index: int, output: GenerateOutput, folder: Path, record: Record) -> Sequence[Shown]:
+def _written(job: Job, index: int, output: GenerateOutput, folder: Path, record: Record) -> list[Shown]:
     """Write the images of the variant with this index, each with the record that repeats it."""
     variant, several = job.variants[index], len(job.variants) > 1
     reads = same_base(job.base.name, "micro") and bool(job.options.layout)
@@ -109,21 +108,14 @@ def _written(job: Job, index: int, output: GenerateOutput, folder: Path, record:
     return shown
 
 
-def _ending(job: Job, index: int) -> str:
-    """Return the end of the names of a variant's files."""
-    return f"_{file_endings(job.variants)[index]}" if len(job.variants) > 1 else ""
-
-
-def _heat(
-    maps: AttentionMaps | None, ending: str, output: GenerateOutput, folder: Path, record: Record
-) -> Sequence[Shown]:
-    """Write a heat map per phrase and image."""
+def _heat(maps: AttentionMaps | None, images: Sequence[Shown], output: GenerateOutput, record: Record) -> list[Shown]:
+    """Write a heat map per phrase beside each of the images."""
     if maps is None:
         return []
     shown = []
-    for index, (name, image) in enumerate(zip(file_names(output.seeds), output.images, strict=True)):
+    for index, (item, image) in enumerate(zip(images, output.images, strict=True)):
         for number, (phrase, overlay) in enumerate(maps.overlays(index, image), start=1):
-            path = folder / f"{name}{ending}_heat_{number}.png"
+            path = item.path.with_name(f"{item.path.stem}_heat_{number}.png")
             save(overlay, path, record)
-            shown.append(Shown(path, f"heat of {phrase}, seed {output.seeds[index]}", "heat"))
+            shown.append(Shown(path, f"heat of {phrase}, {item.caption}", "heat"))
     return shown

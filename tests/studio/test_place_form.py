@@ -15,6 +15,7 @@ from localctl.masks import load_mask
 from localctl.studio.config import StudioConfig
 from localctl.studio.methods import METHODS, changed_settings, presets_of, settings_of, shown_presets
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
+from localctl.studio.place_restore import values_of
 
 REGION = {"id": "r1", "color": 0, "phrase": "a red circle", "box": [0.0, 0.0, 0.5, 1.0]}
 FIELDS: dict[str, Any] = {
@@ -221,3 +222,38 @@ def test_an_addon_that_cannot_act_is_refused(tmp_path: Path, photo: str, changes
         images["controlnet1_image"] = photo
     with pytest.raises(ValueError, match=text):
         settings(tmp_path, ADDONS, **{**images, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "Bias + guidance", "bias.strength": 1.5, "bias.hide_phrases": False, "guidance.sites": "mid/4"},
+        {"method": "None (the prompt alone)", "sigmas": "beta", "scheduler": "euler", "guidance_scale": "3.5"},
+        {"method": "Dense modulation", "dense.w_self": 0.25, "overlap": "last", "clip_skip": 1, "steps": 9},
+        {"scene": {"width": 64, "height": 128, "regions": []}, "seed": 7, "images": 3, "negative_prompt": "text"},
+        {"photo_use": "Repaint the regions", "photo_strength": 0.9},
+        {"upscale": 1.5, "upscale_strength": 0.25, "guidance_rescale": 0.5},
+    ],
+)
+def test_the_settings_of_a_run_put_the_fields_back(tmp_path: Path, photo: str, changes: dict[str, Any]) -> None:
+    asked = {**FIELDS, "photo": photo, **changes}
+    first, again = tmp_path / "first", tmp_path / "again"
+    for folder in (first, again):
+        folder.mkdir()
+    made = settings_for(read_form(asked, CONFIG), first, CONFIG)
+    restored = {**FIELDS, **values_of(made, "micro", (64, 64))}
+    repeated = settings_for(read_form(restored, CONFIG), again, CONFIG)
+    if "layout" in made:
+        assert load_layout(made.pop("layout")[0]) == load_layout(repeated.pop("layout")[0])
+    for name in ("output_dir", "init_image", "inpaint_mask"):
+        assert bool(made.pop(name, None)) == bool(repeated.pop(name, None))
+    assert made == repeated
+
+
+def test_a_run_that_the_page_cannot_show_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The run has 2 scenes"):
+        values_of({"prompt": ["a", "b"]}, "micro", (64, 64))
+    layout = settings(tmp_path)["layout"]
+    with pytest.raises(ValueError, match="no method bias\\+forward"):
+        values_of({"layout": layout, "control": ["bias", "forward"]}, "micro", (64, 64))

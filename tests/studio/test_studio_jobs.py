@@ -30,6 +30,7 @@ SCENE: dict[str, Any] = {
     ],
 }
 SHORT = {**FIELDS, "prompt": "a red circle and a blue star", "scene": SCENE, "steps": 2, "images": 1}
+SMALL = {**SCENE, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -75,34 +76,34 @@ def test_the_image_alone_repeats_itself_on_the_command_line(studio: Studio, tmp_
 
 
 def test_the_models_stay_in_memory_for_the_next_job(studio: Studio, tmp_path: Path) -> None:
-    run(studio, tmp_path / "one")
+    run(studio, tmp_path / "one", scene=SMALL)
     pipe = studio.models.pipe
-    reports = run(studio, tmp_path / "two", seed=4)
+    reports = run(studio, tmp_path / "two", scene=SMALL, seed=4)
     assert studio.models.pipe is pipe
     assert not any(isinstance(item, Note) and "Loading" in item.text for item in reports)
 
 
 def test_a_cancelled_job_leaves_no_trace_in_the_next(studio: Studio, tmp_path: Path) -> None:
-    (before,) = images(run(studio, tmp_path / "before"))
+    (before,) = images(run(studio, tmp_path / "before", scene=SMALL))
 
     def cancel() -> None:
         if reports:
             raise Stopped("Cancelled.")
 
     reports: list[Any] = []
-    form = read_form(SHORT, studio.config)
+    form = read_form({**SHORT, "scene": SMALL}, studio.config)
     (tmp_path / "stopped").mkdir()
     made = settings_for(form, tmp_path / "stopped", studio.config)
     with pytest.raises(Stopped):
         run_job(studio, made, tmp_path / "stopped", lambda item: reports.append(item), cancel, False)
     assert len(reports) == 1
-    (after,) = images(run(studio, tmp_path / "after"))
+    (after,) = images(run(studio, tmp_path / "after", scene=SMALL))
     assert np.array_equal(pixels(before), pixels(after))
 
 
 def test_heat_maps_come_beside_the_image_and_do_not_change_it(studio: Studio, tmp_path: Path) -> None:
-    (plain,) = images(run(studio, tmp_path / "plain"))
-    reports = run(studio, tmp_path / "heat", heat=True)
+    (plain,) = images(run(studio, tmp_path / "plain", scene=SMALL))
+    reports = run(studio, tmp_path / "heat", heat=True, scene=SMALL)
     assert np.array_equal(pixels(plain), pixels(images(reports)[0]))
     assert [item.caption.rsplit(" ", 3)[0] for item in reports if isinstance(item, Shown) and item.kind == "heat"] == [
         "heat of a red circle",
@@ -111,7 +112,7 @@ def test_heat_maps_come_beside_the_image_and_do_not_change_it(studio: Studio, tm
 
 
 def test_all_methods_are_compared_side_by_side(studio: Studio, tmp_path: Path) -> None:
-    reports = run(studio, tmp_path, compare=True, steps=1)
+    reports = run(studio, tmp_path, compare=True, steps=1, scene=SMALL)
     assert [path.stem.split("_")[-1] for path in images(reports)] == [
         "none",
         "bias",
@@ -124,12 +125,12 @@ def test_all_methods_are_compared_side_by_side(studio: Studio, tmp_path: Path) -
 
 
 def test_a_sweep_is_a_grid(studio: Studio, tmp_path: Path) -> None:
-    fields = {**SHORT, "steps": 1, "sweep_columns": "0, 2", "sweep_rows": "0, 1"}
+    fields = {**SHORT, "scene": SMALL, "steps": 1, "sweep_columns": "0, 2", "sweep_row": "none"}
     form = read_form(fields, studio.config)
     reports: list[Any] = []
     made = settings_for(form, tmp_path, studio.config, sweep=read_sweep(fields, form))
     run_job(studio, made, tmp_path, reports.append, lambda: None, False)
-    assert len(images(reports)) == 4 and len(images(reports, "sheet")) == 1
+    assert len(images(reports)) == 2 and len(images(reports, "sheet")) == 1
 
 
 def test_a_photo_is_kept_outside_the_regions_that_are_repainted(studio: Studio, tmp_path: Path) -> None:
@@ -147,13 +148,13 @@ def test_a_photo_is_kept_outside_the_regions_that_are_repainted(studio: Studio, 
 
 
 def test_a_second_pass_makes_a_larger_image(studio: Studio, tmp_path: Path) -> None:
-    (path,) = images(run(studio, tmp_path, upscale=1.5, upscale_strength=0.5))
-    assert Image.open(path).size == (192, 192)
+    (path,) = images(run(studio, tmp_path, scene=SMALL, upscale=1.5, upscale_strength=0.5))
+    assert Image.open(path).size == (96, 96)
 
 
 def told(studio: Studio, **changes: Any) -> list[tuple[Any, Any]]:
     """Return what the handler of the button Generate yields for a page with these fields."""
-    fields = {**SHORT, **changes}
+    fields = {**SHORT, "scene": SMALL, **changes}
     request: Any = SimpleNamespace(session_hash="tab")
     return list(generate(studio, list(fields), "images")(request, *fields.values()))
 

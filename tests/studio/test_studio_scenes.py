@@ -11,6 +11,7 @@ import torch
 from localctl.layout import Layout, Region
 from localctl.studio import limits
 from localctl.studio.config import StudioConfig
+from localctl.studio.place_examples import example_scene, examples
 from localctl.studio.scenes import highlighted, layout_of, marks_of, prompt_of, scene_of
 from localctl.studio.studio import Studio
 
@@ -115,6 +116,14 @@ def test_the_prompt_shows_phrases_in_the_colours_of_their_regions_and_is_escaped
     assert view.count("<mark") == 2 and "background:#007799" in view
     assert "&lt;b&gt;" in view and "&amp;" in view and "<b>" not in view
     assert view.count("token-beyond") == 2 and "5 of 3 tokens" in view
+
+
+@pytest.mark.parametrize("base", ["micro", "sd15"])
+def test_examples_are_layouts_of_their_prompts(base: str) -> None:
+    for name in examples(base):
+        prompt, value = example_scene(base, name, (64, 128))
+        layout = layout_of(limits.scene(value), prompt)
+        assert layout.size == (64, 128) and len(layout.regions) >= 2
 
 
 def test_the_tokens_are_those_of_the_base() -> None:
