@@ -35,10 +35,12 @@ def build(config: StudioConfig | None = None) -> Any:
         with gr.Tabs(elem_id="studio-tabs") as tabs:
             with gr.Tab("Place", id="place"):
                 tab = place.add(studio)
-            with gr.Tab("Local control", id="local_control", render_children=True):  # else an update loses its options
-                follow = local_control.add(studio, blocks)
+            with gr.Tab("Local control", id="local_control"):
+                follow = local_control.add(studio)
             with gr.Tab("Training", id="training"):
                 training_tab.add(studio, blocks, follow.adapters, tabs)
+
+        local_control.remember(follow, studio, blocks)
 
         def end(request: gr.Request) -> None:
             studio.sessions.end(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -47,17 +48,13 @@ def canvas(
     """
     folder = files("localctl.studio")
     script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    # In the script, as an update before the component is mounted, in a tab that is not open yet, loses its properties.
+    setup = {"colors": COLORS, "tools": tools, "rows": rows, "fixed": fixed, "size": sized, "hint": hint}
     return gr.HTML(
         scene(size, regions),
         html_template=_TEMPLATE,
-        js_on_load=script,
+        js_on_load=f"const setup = {json.dumps(setup)};\n{script}",
         apply_default_css=False,
-        colors=list(COLORS),
-        tools=list(tools),
-        rows=rows,
-        fixed=fixed,
-        size=sized,
-        hint=hint,
         marks={},
         background="",
         **options,

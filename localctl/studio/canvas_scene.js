@@ -4,7 +4,7 @@ const NEW_REGION = {
   phrase: '', box: null, mask: null, strength: 1, outside_strength: 1, start: 0, end: 1, prompt: '', negative_prompt: '',
   occurrence: 0,
 };
-const options = { colors: [], rows: true, tools: ['select', 'box', 'brush', 'erase'], fixed: false, ...props };
+const options = setup; // from canvas.py
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 const copyOf = (value) => JSON.parse(JSON.stringify(value));
 

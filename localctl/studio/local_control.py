@@ -41,7 +41,6 @@ class FollowTab:
     progress: Any = None
     figures: Any = None
     gallery: Any = None
-    memory: Any = None
 
     @property
     def names(self) -> list[str]:
@@ -60,7 +59,7 @@ class FollowTab:
         return [self.fields["scene"], self.conditions, *thresholds, *self.rows, self.progress]
 
 
-def add(studio: Studio, blocks: Any) -> FollowTab:
+def add(studio: Studio) -> FollowTab:
     """Add the tab to the page that is being built, and return its components."""
     tab = FollowTab()
     with gr.Row(elem_classes="studio-columns"):
@@ -71,8 +70,7 @@ def add(studio: Studio, blocks: Any) -> FollowTab:
             _adapter_rows(tab, studio)
             _condition_fields(tab)
             _sampling_fields(tab)
-    tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
-    _connect(tab, studio, blocks)
+    _connect(tab, studio)
     return tab
 
 
@@ -178,7 +176,7 @@ def _sampling_fields(tab: FollowTab) -> None:
             tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
 
 
-def _connect(tab: FollowTab, studio: Studio, blocks: Any) -> None:
+def _connect(tab: FollowTab, studio: Studio) -> None:
     """Connect the components to the handlers."""
     names, inputs = tab.names, list(tab.fields.values())
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
@@ -189,8 +187,8 @@ def _connect(tab: FollowTab, studio: Studio, blocks: Any) -> None:
     tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
 
     arrange = actions.arrange(studio, names)
-    arranging = [tab.fields[name].change for name in ("photo", "width", "height")]
-    arranging += [tab.fields["source"].input, *(adapter.input for adapter in tab.adapters)]
+    arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
+    arranging += [tab.fields[name].input for name in ("source", "width", "height")]
     arranged = gr.on(arranging, arrange, inputs, tab.arranged, **quick)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
@@ -203,17 +201,16 @@ def _connect(tab: FollowTab, studio: Studio, blocks: Any) -> None:
     )
     refresh = actions.refresh_adapters(studio)
     tab.buttons["refresh"].click(refresh, tab.adapters, tab.adapters, queue=False, **PRIVATE)
-    _remember(tab, studio, blocks)
 
 
-def _remember(tab: FollowTab, studio: Studio, blocks: Any) -> None:
-    """Let the browser remember the fields, but for the photo, and put them back when the page is loaded again."""
+def remember(tab: FollowTab, studio: Studio, blocks: Any) -> None:
+    """Let the browser remember the fields, but for the photo, and put them back when the page is loaded again.
+
+    To be called outside the tabs: the memory of a tab that is not open would be empty.
+    """
+    memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
     kept = {name: part for name, part in tab.fields.items() if name != "photo"}
-    gr.on(
-        [part.input if hasattr(part, "input") else part.change for part in kept.values()],
-        None,
-        list(kept.values()),
-        tab.memory,
-        js=f"(...values) => [Object.fromEntries({list(kept)}.map((name, i) => [name, values[i]]))]",
-    )
-    blocks.load(actions.restore(studio, list(kept)), tab.memory, [*kept.values(), *tab.rows], **PRIVATE)
+    changes = [part.input if name == "scene" else part.change for name, part in kept.items()]
+    script = f"(...values) => [Object.fromEntries({list(kept)}.map((name, i) => [name, values[i]]))]"
+    gr.on(changes, None, list(kept.values()), memory, js=script)
+    blocks.load(actions.restore(studio, list(kept)), memory, [*kept.values(), *tab.rows], queue=False, **PRIVATE)

@@ -66,7 +66,13 @@ def add(studio: Studio, blocks: Any, used_by: Sequence[Any] = (), tabs: Any = No
         with gr.Column(scale=3, min_width=360):
             plots = _add_plots()
             step = gr.Dropdown([], label="Validation sheet of step", elem_id="training-step")
-            sheet = gr.Image(label="Validation sheet", interactive=False, format="png", buttons=["fullscreen"])
+            sheet = gr.Image(
+                label="Validation sheet",
+                interactive=False,
+                format="png",
+                buttons=["fullscreen"],
+                elem_id="training-sheet",
+            )
         with gr.Column(scale=2, min_width=300):
             with gr.Group():
                 adapter = gr.Dropdown([], label="Adapter", elem_id="training-adapter")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, sync_playwright
+
+from localctl.studio.config import StudioConfig
+from localctl.studio.server import serve
 
 DESKTOP = ViewportSize(width=1280, height=900)
 PHONE = ViewportSize(width=390, height=844)
@@ -25,6 +32,36 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(**settings: Any) -> Iterator[Any]:
+    """Serve the studio in this process on a free port; ``.url`` is its address. Everything is put back afterwards."""
+    before, pixels = dict(os.environ), Image.MAX_IMAGE_PIXELS
+    port = free_port()
+    blocks = serve(StudioConfig(port=port, **settings), block=False)
+    blocks.url = f"http://127.0.0.1:{port}/"
+    try:
+        yield blocks
+    finally:
+        blocks.close()
+        blocks.studio.close()
+        Image.MAX_IMAGE_PIXELS = pixels
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of runs of the studio, empty at first."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def studio(runs_folder: Path) -> Iterator[str]:
+    """The address of a studio on the embedded base."""
+    with running(runs=str(runs_folder)) as blocks:
+        yield blocks.url
 
 
 @pytest.fixture(scope="module")
