@@ -13,6 +13,7 @@ from localctl.data.files import FileSource
 from localctl.data.fingerprint import sample
 from localctl.data.rows import captions_of
 from localctl.data.sample import Source
+from localctl.encodings.captions import captions_of_all
 from localctl.encodings.recipes import CONDITIONS, IMAGES, TEXTS, Recipes, differences
 from localctl.encodings.source import (
     EncodedSource,
@@ -26,7 +27,6 @@ from localctl.encodings.source import (
 )
 from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
 from localctl.labels import shorten
-from localctl.training.caching_captions import captions_of_all
 from localctl.training.cost import generates_images, precision_of
 from localctl.training.frozen import dtype_name
 from localctl.training.settings import TrainSettings

@@ -211,6 +211,11 @@ def test_latent_couple_as_it_writes_it() -> None:
         ((0, 0, 0.5, 1), 1.0, 0.5),
         ((0.5, 0, 1, 1), 0.5, 0.5),
     ]
+    image, texts = io.BytesIO(), PngInfo()
+    texts.add_text("parameters", COUPLE)
+    Image.new("RGB", (8, 8)).save(image, "PNG", pnginfo=texts)
+    with pytest.warns(UserWarning, match="Left out of the text"):
+        assert import_layout(image.getvalue()) == found  # as the web UI saves images
     bare = import_layout("divisions=1:1,4:1 positions=0:0,1-3:0 weights=0.2,0.8", prompt="sea AND a boat")
     assert bare.prompt == "sea, a boat" and bare.regions[0].boxes == ((0, 0.25, 1, 0.75),)
 
@@ -245,6 +250,33 @@ def test_a_workflow_of_comfyui() -> None:
     Image.new("RGB", (8, 8)).save(image, "PNG", pnginfo=texts)
     with pytest.warns(UserWarning, match="left out"):
         assert import_layout(image.getvalue()) == found  # as ComfyUI saves images
+
+
+def test_masks_from_channels_and_boxes_of_gligen_in_a_workflow() -> None:
+    """ComfyUI's LoadImage has the mask of what is transparent; GLIGENTextBoxApply adds to the prompt's own text."""
+    nodes = {
+        "1": {"class_type": "EmptyLatentImage", "inputs": {"height": 64, "width": 128}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "a lake"}},
+        "3": {"class_type": "LoadImage", "inputs": {"image": "boat.png"}},
+        "4": {"class_type": "CLIPTextEncode", "inputs": {"text": "a boat"}},
+        "5": {
+            "class_type": "ConditioningSetMask",
+            "inputs": {"conditioning": ["4", 0], "mask": ["3", 1], "strength": 0.5, "set_cond_area": "default"},
+        },
+        "6": {
+            "class_type": "GLIGENTextBoxApply",
+            "inputs": {"conditioning_to": ["2", 0], "text": "a duck", "width": 64, "height": 32, "x": 64, "y": 32},
+        },
+        "7": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["6", 0], "conditioning_2": ["5", 0]}},
+        "8": {"class_type": "KSampler", "inputs": {"positive": ["7", 0]}},
+    }
+    image = Image.new("RGBA", (128, 64), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 64, 64))  # the left half is transparent, so inside
+    found = import_layout({"prompt": nodes}, images=lambda name: image)
+    assert (found.prompt, found.size) == ("a lake, a duck, a boat", (64, 128))
+    duck, boat = found.regions
+    assert (duck.phrase, duck.boxes, boat.phrase, boat.strength) == ("a duck", ((0.5, 0.5, 1, 1),), "a boat", 0.5)
+    assert boat.mask is not None and boat.mask[..., :64].all() and not boat.mask[..., 64:].any()
 
 
 def test_a_workflow_with_everything_that_it_holds_comes_back() -> None:

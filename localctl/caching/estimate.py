@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from localctl.architectures import BaseShape, read_shape
+from localctl.caching.cache import check_place
+from localctl.caching.settings import CacheSettings
 from localctl.cluster import available_cpus
 from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
 from localctl.data.plan import SampleRef
 from localctl.data.sample import Source
 from localctl.diffusion import latent_size
+from localctl.encodings.captions import each_caption
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.caching import check_place
-from localctl.training.caching_captions import each_caption
-from localctl.training.caching_settings import CacheSettings
 from localctl.training.cost import TOKENS, count_flops, precision_of
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of
