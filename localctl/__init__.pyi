@@ -43,6 +43,7 @@ from .drawing import grid as grid
 from .drawing import outline as outline
 from .drawing import render_layout as render_layout
 from .evaluation.settings import FidSettings as FidSettings
+from .image_to_image import InitImage as InitImage
 from .images import condition_to_pil as condition_to_pil
 from .images import load_image as load_image
 from .layout import Layout as Layout
