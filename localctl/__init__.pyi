@@ -55,6 +55,7 @@ from .layout_predictor.model import load_predictor as load_predictor
 from .masks import load_mask as load_mask
 from .metrics.extractors import load_extractor as load_extractor
 from .pipelines import load_pipeline as load_pipeline
+from .prompt_weights import weighted_prompts as weighted_prompts
 from .sampling import generate as generate
 from .sampling_settings import Sampling as Sampling
 from .settings import ConditionConfig as ConditionConfig
