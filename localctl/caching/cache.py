@@ -44,7 +44,6 @@ from localctl.encodings.store import (
 from localctl.files import read_object, remove
 from localctl.lock import FolderLock
 from localctl.signals import Interrupt
-from localctl.training.cost import precision_of
 from localctl.training.data import make_source
 from localctl.training.encoded import recipe_of, recipes_of
 from localctl.training.settings import TrainSettings
@@ -137,7 +136,7 @@ def _cache_kind(
     plan = make_plan(settings, recipes, examples, so_far.folder, kind)
     parts = plan.folder / PARTS
     finished = finished_rows(parts, plan.items)
-    work = Work(settings, kind, precision_of(settings), parts)
+    work = Work(settings, kind, settings.precision, parts)
     missing = {id: item for id, item in plan.items.items() if id not in finished}
     if finished:
         logger.info(f"{kind:<11} {len(finished)} of {len(plan.items)} were encoded before, by a run that was stopped.")

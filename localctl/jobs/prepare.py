@@ -184,6 +184,10 @@ def _check_sampling(
         for name in ("clip_skip", "guidance_rescale"):
             if getattr(options, name):
                 raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")
+    if options.guidance_rescale and not shape.xl and (options.init_image or options.upscale):
+        raise ValueError(
+            "--guidance_rescale works with --init_image and --upscale on SDXL only; leave it out on other bases."
+        )
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))

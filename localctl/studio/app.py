@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from localctl import __version__
-from localctl.studio import local_control, place, place_actions, training_tab
+from localctl.studio import leaving_bar, local_control, place, place_actions, training_tab
 from localctl.studio.config import StudioConfig, short_name
 from localctl.studio.jobs_queue import JobQueue
 from localctl.studio.studio import Studio
@@ -40,6 +40,7 @@ def build(config: StudioConfig | None = None) -> Any:
             with gr.Tab("Training", id="training"):
                 training_tab.add(studio, blocks, follow.adapters, tabs)
 
+        leaving_bar.add(studio, tab, follow, tabs)
         local_control.remember(follow, studio, blocks)
 
         def end(request: gr.Request) -> None:

@@ -153,12 +153,18 @@ def settings_of(
     adapters = find_adapters(config, [follow.adapter for follow in order.follows])
     size = run_size(config, adapters, order)
     found = conditions(order, adapters, size)
-    files: dict[str, list[str]] = {"condition_image": [], "mask": []}
-    for index, (follow, condition) in enumerate(zip(order.follows, found, strict=True)):
+    # As trained, the photo itself is the input, so that the record holds it; at the run's size it is not scaled again.
+    as_trained = order.photo is not None and all(
+        adapter.condition == condition_of(adapter, order.thresholds) for adapter in adapters
+    )
+    inputs = [scaled(order.source, size)] * len(adapters) if as_trained else found
+    source = "image" if as_trained else "condition_image"
+    files: dict[str, list[str]] = {source: [], "mask": []}
+    for index, (follow, condition) in enumerate(zip(order.follows, inputs, strict=True)):
         mask = follow.mask or Image.new("L", (size[1], size[0]), 255)
         if mask.getbbox() is None:
             raise ValueError(f"The mask of adapter {index + 1} is empty; paint where it acts, or clear it: everywhere.")
-        for name, image in (("condition_image", condition), ("mask", mask.resize((size[1], size[0])))):
+        for name, image in ((source, condition), ("mask", mask.resize((size[1], size[0])))):
             path = folder / f"{name}_{index}.png"
             image.save(path)
             files[name].append(str(path))

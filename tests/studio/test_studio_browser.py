@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,3 +234,34 @@ def test_nothing_is_cut_off_on_a_phone(visit: Callable[..., Page], tab: str) -> 
     page.wait_for_timeout(300)
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390
+
+
+def test_an_image_leaves_with_its_record_and_comes_back(page: Page, tmp_path: Path) -> None:
+    place_two(page)
+    type_steps(page, "place", 4)
+    page.locator("#place-generate").click()
+    finish_job(page, "place")
+    [image] = gallery_images(page, "place-gallery")
+    expect(page.locator("#leaving-command textarea")).to_have_value(
+        re.compile("sample.py .*--layout inputs/layout_0.json")
+    )
+    saved = {}
+    for name in ("png", "layout", "zip"):
+        with page.expect_download() as download:
+            page.locator(f"#leaving-{name}").click()
+        saved[name] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[name])
+    assert np.array_equal(np.asarray(Image.open(saved["png"]).convert("RGB")), np.asarray(image))
+    assert {"command.txt", "inputs/layout_0.json", saved["png"].name} <= set(zipfile.ZipFile(saved["zip"]).namelist())
+    assert json.loads(saved["layout"].read_text())["prompt"] == PROMPT
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    expect(page.locator("#place-canvas .scene-row")).to_have_count(0)
+    page.locator("#leaving-drop input[type=file]").set_input_files(saved["png"])
+    expect(page.locator("#place-progress")).to_contain_text("settings of the image are back")
+    expect(page.locator("#place-canvas .scene-phrase")).to_have_count(2)
+    expect(page.locator("#place-prompt textarea")).to_have_value(PROMPT)
+    page.locator("#place-generate").click()
+    expect(page.locator("#place-progress")).to_contain_text("1 image", timeout=30_000)
+    [again] = gallery_images(page, "place-gallery")
+    assert np.array_equal(np.asarray(again), np.asarray(image))
