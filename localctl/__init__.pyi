@@ -17,6 +17,8 @@ from .bridges.adapters import bundle_adapters as bundle_adapters
 from .bridges.adapters import convert_adapter as convert_adapter
 from .bridges.layouts import export_layout as export_layout
 from .bridges.layouts import import_layout as import_layout
+from .caching.cache import CacheResult as CacheResult
+from .caching.settings import CacheSettings as CacheSettings
 from .control.attach import attach as attach
 from .control.attention_maps import AttentionMaps as AttentionMaps
 from .control.base import BoundControl as BoundControl
@@ -61,8 +63,6 @@ from .sampling_settings import Sampling as Sampling
 from .settings import ConditionConfig as ConditionConfig
 from .settings import LossConfig as LossConfig
 from .settings import MaskConfig as MaskConfig
-from .training.caching import CacheResult as CacheResult
-from .training.caching_settings import CacheSettings as CacheSettings
 from .training.loop import TrainResult as TrainResult
 from .training.settings import AdapterConfig as AdapterConfig
 from .training.settings import TrainSettings as TrainSettings
