@@ -29,7 +29,7 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
             label="Drop an image made before: its settings come back",
             file_types=[".png"],
             type="binary",
-            height=96,
+            height=150,
             scale=2,
             min_width=260,
             elem_id="leaving-drop",
