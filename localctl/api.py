@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from localctl.caching import cache as caching
+from localctl.caching.cache import CacheResult
+from localctl.caching.settings import CacheSettings
 from localctl.evaluation import fid
 from localctl.evaluation.compare import Comparison, compare
 from localctl.evaluation.scorer import make_scorer
@@ -15,9 +18,6 @@ from localctl.evaluation.settings import FidSettings
 from localctl.messages import log_to_screen
 from localctl.metrics.clip import Clip
 from localctl.metrics.extractors import MICRO_CLIP
-from localctl.training import caching
-from localctl.training.caching import CacheResult
-from localctl.training.caching_settings import CacheSettings
 from localctl.training.events import Scorer
 from localctl.training.loop import TrainResult, prepare
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
@@ -70,7 +70,7 @@ def cache(settings: CacheSettings) -> CacheResult:
         OSError: a file could not be written, or a worker failed; what is encoded stays.
     """
     if settings.dry_run:
-        raise ValueError("dry_run caches nothing; see localctl.training.caching_cost.report, or set dry_run=False.")
+        raise ValueError("dry_run caches nothing; see localctl.caching.estimate.report, or set dry_run=False.")
     with _shown(None):
         return caching.cache(settings)
 

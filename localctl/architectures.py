@@ -78,7 +78,7 @@ def read_shape(base: BaseConfig) -> BaseShape:
         return BaseShape(_read_parts(base, local_files_only=True))
     except LocalEntryNotFoundError as error:
         for name, parts in TABLE.items():
-            if BASES[name].id_or_path == resolve_base(base.name).id_or_path:
+            if BASES[name].id_or_path == resolve_base(base.name, one_file=True).id_or_path:
                 return BaseShape(parts, from_table=True)
         if base.local_files_only:
             raise not_loaded(base, error) from error
@@ -91,7 +91,10 @@ def read_shape(base: BaseConfig) -> BaseShape:
 
 
 def _read_parts(base: BaseConfig, local_files_only: bool) -> dict[str, Config]:
-    spec, where = resolve_base(base.name), {"revision": base.revision, "local_files_only": local_files_only}
+    spec, where = (
+        resolve_base(base.name, one_file=True),
+        {"revision": base.revision, "local_files_only": local_files_only},
+    )
     index = read_index(spec, where)
     check_folder(base, index)
     names = [name for name in ("unet", "vae", *TEXT_CLASSES) if name in index]

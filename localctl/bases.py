@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from localctl.files import first_line, read_object
+from localctl.one_file import text_width
 from localctl.records import record
 from localctl.settings import TimestepSampling
 from localctl.sizes import shown
@@ -80,8 +81,8 @@ _MOST_LAYERS, _MOST_LEVELS = 256, 16
 class BaseSpec:
     """Location and defaults of a base.
 
-    id_or_path: for ``from_pretrained``. fp16_vae: the VAE to use in float16, if the base's own overflows.
-    guidance_scale: default for generated images.
+    id_or_path: for ``from_pretrained``; for a base in one ``file`` of weights, that of its configs.
+    fp16_vae: the VAE to use in float16, if the base's own overflows. guidance_scale: default for generated images.
     timestep_sampling: default for training an adapter. Cubic, as published, prefers noisy timesteps, at which Stable
         Diffusion settles the layout; on micro's schedule, almost nothing of the image is left at most of them.
     """
@@ -91,6 +92,7 @@ class BaseSpec:
     fp16_vae: str | None = None
     guidance_scale: float = 7.5
     timestep_sampling: TimestepSampling = "cubic"
+    file: str | None = None
 
 
 BASES = {
@@ -122,10 +124,11 @@ class BaseConfig:
     local_files_only: bool = False
 
 
-def resolve_base(name: str) -> BaseSpec:
+def resolve_base(name: str, one_file: bool = False) -> BaseSpec:
     """Find a base by name, folder or hub id, without loading it or using the network.
 
-    ValueError for an unknown name, a folder that is not there, or one without a diffusers pipeline.
+    one_file: whether it may be one file of weights. ValueError for an unknown name, a folder that is not there, or one
+    without a diffusers pipeline.
     """
     spec = BASES.get(name)
     path = Path(spec.id_or_path if spec else name).expanduser()
@@ -133,6 +136,8 @@ def resolve_base(name: str) -> BaseSpec:
         if not (path / "model_index.json").is_file():
             raise ValueError(f"The base folder {path} has no model_index.json; give a saved diffusers pipeline.")
         return spec or BaseSpec(name, str(path.resolve()))
+    if path.is_file():
+        return _in_one_file(name, path, one_file)
     if spec is BASES["micro"]:
         raise ValueError(
             f"The weights of the base 'micro' are not in {path}; build them with `python -m research.micro_base` "
@@ -147,6 +152,22 @@ def resolve_base(name: str) -> BaseSpec:
     )
 
 
+def _in_one_file(name: str, path: Path, wanted: bool) -> BaseSpec:
+    """Return a base in one file. Its configs are in the folder with its name without the ending, else its family's."""
+    width, folder = text_width(path), path.with_suffix("")
+    if not wanted:
+        raise ValueError(
+            f"The base {path} is one file, from which images can be generated; for anything else, save it as a folder: "
+            "localctl.load_pipeline(FILE).save_pretrained(FOLDER)."
+        )
+    if (folder / "model_index.json").is_file():
+        return BaseSpec(name, str(folder.resolve()), file=str(path.resolve()))
+    family = {768: "sd15", 1024: "sd21", 2048: "sdxl"}.get(width)
+    if family is None:
+        raise ValueError(f"The base {path} reads text of width {width}, as no known base; put its configs in {folder}.")
+    return replace(BASES[family], name=name, file=str(path.resolve()))
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether ``name`` has the form OWNER/NAME of an id on the Hugging Face hub."""
     return HUB_ID.fullmatch(name) is not None
@@ -158,9 +179,9 @@ def same_base(first: str, second: str) -> bool:
 
 
 def lasting_name(name: str) -> str:
-    """Return ``name`` in a form to save: the absolute path of a folder; any other name unchanged."""
+    """Return ``name`` in a form to save: the absolute path of a folder or file; any other name unchanged."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name not in BASES and path.is_dir() else name
+    return str(path.resolve()) if name not in BASES and path.exists() else name
 
 
 def _place(name: str) -> str:
@@ -207,7 +228,7 @@ def own_side(name: str) -> int | None:
 
 def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
     """Make the error for a base that cannot be loaded."""
-    place, reason = resolve_base(config.name).id_or_path, first_line(error)
+    place, reason = resolve_base(config.name, one_file=True).id_or_path, first_line(error)
     way_out = "check name and network, or give a local diffusers folder"
     if Path(place).is_dir():
         way_out = "fetch or save the base again"
@@ -216,8 +237,9 @@ def not_loaded(config: BaseConfig, error: Exception) -> ValueError:
 
 def check_folder(config: BaseConfig, index: dict[str, Any], replaced: frozenset[str] = frozenset()) -> None:
     """Raise a ValueError that names the file if a file in the base's folder is missing or damaged; ignores hub ids."""
-    folder = Path(resolve_base(config.name).id_or_path)
-    if folder.is_dir():
+    spec = resolve_base(config.name, one_file=True)
+    folder = Path(spec.id_or_path)
+    if folder.is_dir() and spec.file is None:
         try:
             check_files(folder, index, replaced)
         except ValueError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,12 +67,18 @@ class InitImage:
             mask = torch.from_numpy(crop.apply_to_mask(mask[0].numpy()).clip(0, 1))[None]
         return replace(self, image=image if self.size == size else crop.apply(image, IMAGE), mask=mask)
 
-    def pipeline(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
-        """Return the stock pipeline for this task, of the same components as ``pipe``."""
+    def pipeline(self, pipe: DiffusionPipeline, given: Iterable[str] = ()) -> DiffusionPipeline:
+        """Return the stock pipeline for this task, of the same components as ``pipe``.
+
+        ValueError for an argument among those ``given`` that it does not take.
+        """
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting  # slow, and loads image processors
 
         kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
         other = kind.from_pipe(pipe)
+        for name in given:
+            if name not in inspect.signature(other.__call__).parameters:
+                raise ValueError(f"{type(other).__name__} has no {name}; leave it out, or start from noise.")
         other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return other
 

@@ -23,6 +23,7 @@ from localctl.bases import (
     SCHEDULER_OPTIONS,
     SCHEDULERS,
     BaseConfig,
+    BaseSpec,
     check_folder,
     check_weights,
     not_loaded,
@@ -123,7 +124,7 @@ def load_pipeline(
     """Load a base as a stock pipeline, frozen and in eval mode, without safety checker.
 
     Args:
-        base: a name for :func:`resolve_base`, or a config.
+        base: a name for :func:`resolve_base`, or a config; also one ``.safetensors`` file of the whole base.
         dtype: overrides the config's.
         options: passed on to ``from_pretrained``.
 
@@ -134,7 +135,7 @@ def load_pipeline(
         ValueError: the base does not exist, cannot be fetched or loaded, or has an unsupported pipeline.
     """
     config = base if isinstance(base, BaseConfig) else BaseConfig(name=base)
-    spec = resolve_base(config.name)
+    spec = resolve_base(config.name, one_file=True)
     dtype = dtype or DTYPES[config.dtype]
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
@@ -151,15 +152,30 @@ def load_pipeline(
         raise not_loaded(config, error) from error
     try:
         with no_progress_bars():  # the hub still shows its own for downloads
-            pipe = DiffusionPipeline.from_pretrained(
-                spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
-            )
+            if spec.file is not None:
+                pipe = _from_one_file(spec, str(index["_class_name"]), dtype, {**where, **options})
+            else:
+                pipe = DiffusionPipeline.from_pretrained(
+                    spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
+                )
     except Exception as error:  # damaged files and foreign shapes each raise their own kind
         raise not_loaded(config, error) from error
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             freeze(component)
     return pipe.to(device)
+
+
+def _from_one_file(spec: BaseSpec, kind: str, dtype: torch.dtype, options: Mapping[str, Any]) -> DiffusionPipeline:
+    """Load a base from one file of weights in the layout of the original code, with the configs of ``spec``."""
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the dtype of each part
+    try:
+        return getattr(diffusers, kind).from_single_file(spec.file, config=spec.id_or_path, dtype=dtype, **options)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_vae(name: str, dtype: torch.dtype, local_files_only: bool = False) -> AutoencoderKL:

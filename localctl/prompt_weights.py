@@ -287,13 +287,12 @@ def _encode(
     pipe: Any, arguments: Mapping[str, Any], columns: Sequence[tuple[list[WeightedText], list[WeightedText]]]
 ) -> list[PromptEmbeds]:
     """Encode each column, texts for both text encoders, to prompt embeddings of one length."""
-    names = ("", "_2") if getattr(pipe, "text_encoder_2", None) is not None else ("",)
-    device = arguments.get("device") or pipe._execution_device
+    names, device = ("", "_2")[: len(_tokenizers(pipe))], arguments.get("device") or pipe._execution_device
     states: list[list[Tensor]] = [[] for _ in columns]
     pooled: list[Tensor | None] = [None] * len(columns)
     longest = max(
-        _length(getattr(pipe, f"tokenizer{name}"), _fragments(pipe, getattr(pipe, f"tokenizer{name}"), text))
-        for index, name in enumerate(names)
+        _length(tokenizer, _fragments(pipe, tokenizer, text))
+        for index, tokenizer in enumerate(_tokenizers(pipe))
         for column in columns
         for text in column[index]
     )

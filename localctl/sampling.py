@@ -102,7 +102,7 @@ def generate(
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
-        each_step(caller := pipe if init is None else init.pipeline(pipe), on_step) as begin,
+        each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,
         attach(caller, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
         for first in range(0, len(images), resolved.batch_size):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,20 @@ from torch.nn.utils import clip_grad_norm_
 from localctl.training.loop import NotFiniteError
 
 T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class DescentConfig:
+    """Settings that all trainers of the embedded base's parts share.
+
+    ema: decay of the average of the weights; 0 = none. final_fraction: of the peak learning rate, at the end.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    ema: float = 0.0
+    seed: int = 0
+    final_fraction: float = 0.02
 
 
 def learning_rate_at(step: int, peak: float, steps: int, warmup: int, floor: float = 0.0) -> float:

@@ -108,3 +108,5 @@ def test_impossible_starts_are_refused(sd_pipe: Any) -> None:
         InitImage([torch.zeros(4, 8, 8)], mask=half())
     with pytest.raises(ValueError, match="Inpainting returns images; leave output_type out"):
         generate(sd_pipe, "a b", init=InitImage(photo(), mask=half()), output_type="np")
+    with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline has no guidance_rescale; leave it out"):
+        generate(sd_pipe, "a b", init=InitImage(photo()), guidance_rescale=0.5)

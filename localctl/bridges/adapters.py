@@ -180,9 +180,9 @@ def _check_built(saved: SavedAdapter, adapter: LocalAdapter) -> None:
     found = (config["downscale_factor"], config["num_res_blocks"])
     if found != _BUILT[kind] or list(config["channels"]) != widths or read_as_xl != (kind == "full_adapter_xl"):
         raise ValueError(
-            f"ComfyUI and the web UI cannot load {saved.name}: for a {kind} they take channels {widths}, factor and "
-            f"blocks {_BUILT[kind]}, not {list(config['channels'])}, {found}, with {config['in_channels']} channels of "
-            "the condition; use the format diffusers or tencentarc."
+            f"ComfyUI and the web UI cannot load {saved.name}: of a {kind} they build channels {widths}, (factor, "
+            f"blocks) {_BUILT[kind]}, and this has {list(config['channels'])}, {found}, for conditions of "
+            f"{config['in_channels']} channels; use the format diffusers or tencentarc."
         )
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from localctl.caching.settings import CacheSettings
 from localctl.cli.program import explained, one_sentence
-from localctl.cli.training_flags import training_settings
+from localctl.cli.training_flags import settings_to_run
 from localctl.messages import fail, loading
 from localctl.signals import exit_code
-from localctl.training.caching_settings import CacheSettings
 
 PROGRAM = "localctl cache"
 
@@ -27,18 +27,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     Returns 0; 2 after a user's error and 1 if a file could not be written, each in one sentence; 130 after SIGINT, 143
     after SIGTERM.
     """
-    settings = training_settings(
-        program, sys.argv[1:] if argv is None else argv, CacheSettings, explained(__doc__, program)
+    argv = sys.argv[1:] if argv is None else argv
+    settings = settings_to_run(
+        program, argv, CacheSettings, explained(__doc__, program), estimate="localctl.caching.estimate"
     )
     if settings is None:
         return 0
     with loading():
-        from localctl.training.caching import cache
-        from localctl.training.caching_cost import report
+        from localctl.caching.cache import cache
 
-    if settings.dry_run:
-        print(report(settings))
-        return 0
     try:
         result = cache(settings)
     except KeyboardInterrupt:

@@ -197,15 +197,8 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
     add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
-    add(
-        "--prompt_weighting",
-        type=boolean,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
-        help="weights such as (word:1.3) act, and long prompts are read whole (default); false: marks are text, long "
-        "prompts are cut",
-    )
+    text = "weights such as (word:1.3) act, long prompts are read whole (default); false: marks are text"
+    add("--prompt_weighting", type=boolean, nargs="?", const=True, metavar="BOOL", help=text)
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}
@@ -232,7 +225,7 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
-    add("--base", help="micro, sd15, sd21, sdxl, a folder or a hub id; default: the adapter's; without any, micro")
+    add("--base", help="micro, sd15, sd21, sdxl, folder, file or hub id; default: the adapter's, or micro")
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--revision", help="revision of the base on the hub")

@@ -45,21 +45,18 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _prepare(argv: Sequence[str], parent: int | None, program: str) -> Any:
     """Return the run that ``argv`` describes, or an exit code if there is nothing to train."""
     # Imported here, so that signals are handled meanwhile, and that torch is loaded only after the flags are read.
-    from localctl.cli.training_flags import training_settings
+    from localctl.cli.training_flags import settings_to_run
     from localctl.training.settings import TrainSettings
 
     try:
-        settings = training_settings(program, argv, TrainSettings, explained(__doc__, program))
+        about = explained(__doc__, program)
+        settings = settings_to_run(program, argv, TrainSettings, about, estimate="localctl.training.cost")
         if settings is None:
             return 0
         with loading():
             from localctl.evaluation.scorer import make_scorer
-            from localctl.training.cost import report
             from localctl.training.loop import prepare
 
-        if settings.dry_run:
-            print(report(settings))
-            return 0
         return prepare(settings, scorer=make_scorer(settings), parent=parent)
     except (ValueError, OSError) as error:
         return report_error(program, error)

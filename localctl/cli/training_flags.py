@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from localctl.cli.config import settings_or_help
+from localctl.messages import loading
 from localctl.records import record
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings
 
@@ -23,6 +25,21 @@ def training_settings(program: str, argv: Sequence[str], schema: type[Settings],
     return settings_or_help(
         program, argv, schema, about=about, aliases=ALIASES, free_groups=FREE_GROUPS, elsewhere=ELSEWHERE
     )
+
+
+def settings_to_run(
+    program: str, argv: Sequence[str], schema: type[Settings], about: str | None, estimate: str
+) -> Settings | None:
+    """As :func:`training_settings`; None also after ``--dry_run``, which prints the report of the module ``estimate``.
+
+    ValueError for settings that cannot work."""
+    settings = training_settings(program, argv, schema, about)
+    if settings is None or not settings.dry_run:
+        return settings
+    with loading():
+        report = importlib.import_module(estimate).report
+    print(report(settings))
+    return None
 
 
 @record()

@@ -103,7 +103,7 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
     for name in sorted(names - models.clips.keys()):
         from localctl.weight_search.weights import clip_beside  # with the metrics, not needed otherwise
 
-        models.clips[name] = clip_beside(name, resolve_base(job.base.name).id_or_path, job.device)
+        models.clips[name] = clip_beside(name, resolve_base(job.base.name, one_file=True).id_or_path, job.device)
     if models.pipe is None:
         logger.info(f"loading the base {job.base.name} ...")
         models.pipe = load_pipeline(job.base, device=job.device)
@@ -179,7 +179,7 @@ def adapter_controls(adapters: Sequence[AdapterJob], models: JobModels) -> list[
 def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnStep | None = None) -> GenerateOutput:
     """Generate the images of one variant, with the adapters too; weights that are to be optimised are optimised for
     each image. The pipeline has its own scheduler again afterwards."""
-    options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name).guidance_scale)
+    options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name, one_file=True).guidance_scale)
     sampling = Sampling.of(options).over(variant.sampling).over(own)
     sampling = replace(sampling, clip_skip=sampling.clip_skip or None)  # 0 skips nothing
     shared: Mapping[str, Any] = {

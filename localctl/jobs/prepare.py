@@ -82,7 +82,7 @@ def prepare(options: SampleSettings) -> Job:
     saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
     base = _base_config(options, saved)
     variants = plan(options, base.name)
-    _fill_sampling(options, variants, resolve_base(base.name).guidance_scale)
+    _fill_sampling(options, variants, resolve_base(base.name, one_file=True).guidance_scale)
     shape = read_shape(base)
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
@@ -150,7 +150,7 @@ def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> B
             raise ValueError("The adapter does not say which base it was trained on; give --base.")
         name = adapter.base
         try:
-            resolve_base(name)
+            resolve_base(name, one_file=True)
         except ValueError as error:
             raise ValueError(
                 f"There is no base {name!r} here, on which the adapter {adapter.name} was trained; give --base."
@@ -184,6 +184,10 @@ def _check_sampling(
         for name in ("clip_skip", "guidance_rescale"):
             if getattr(options, name):
                 raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")
+    if options.guidance_rescale and not shape.xl and (options.init_image or options.upscale):
+        raise ValueError(
+            "--guidance_rescale works with --init_image and --upscale on SDXL only; leave it out on other bases."
+        )
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))

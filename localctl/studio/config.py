@@ -97,7 +97,7 @@ class StudioConfig:
         from localctl.adapter_files import find_adapter
         from localctl.pipelines import resolve_base
 
-        resolve_base(self.base)
+        resolve_base(self.base, one_file=True)
         for place in self.adapter:
             find_adapter(place, bool(self.local_files_only))
         runs = Path(self.runs).expanduser()

@@ -91,7 +91,7 @@ class Studio:
 
         from localctl.pipelines import resolve_base
 
-        place = resolve_base(self.config.base).id_or_path
+        place = resolve_base(self.config.base, one_file=True).id_or_path
         try:
             return AutoTokenizer.from_pretrained(place, subfolder="tokenizer", local_files_only=True)
         except (ValueError, OSError) as error:

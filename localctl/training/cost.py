@@ -9,7 +9,6 @@ its weights. Attention is fused and does not store its scores.
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,10 +86,10 @@ class Estimator:
         """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
         size and to the bytes of the dtype."""
         cost = self.cost(size, settings.gradient_checkpointing)
-        width = 2 if precision_of(settings) in _HALF else DTYPES[settings.base.dtype].itemsize
+        width = 2 if settings.precision in _HALF else DTYPES[settings.base.dtype].itemsize
         vae_width = 4 if self.shape.xl else width
         encodes = settings.data.encodings_dir is None
-        loaded = self.frozen if encodes or generates_images(settings) else {"unet": self.frozen["unet"]}
+        loaded = self.frozen if encodes or settings.generates_images else {"unet": self.frozen["unet"]}
         frozen = sum(count * (vae_width if part == "vae" else width) for part, count in loaded.items())
         alive = max(cost.activations * width, cost.vae_bytes * vae_width * encodes) // 4
         return Estimate(
@@ -103,16 +102,6 @@ class Estimator:
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
             activations=settings.train_batch_size * alive,
         )
-
-
-def precision_of(settings: TrainSettings) -> str:
-    """Return the mixed precision of ``settings``, or that of `accelerate launch` where they leave it open."""
-    return settings.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-
-
-def generates_images(settings: TrainSettings) -> bool:
-    """Return whether a training generates images, and so needs the encoders whatever is encoded already."""
-    return bool(settings.validation_steps or settings.early_stopping.every)
 
 
 def report(settings: TrainSettings) -> str:
@@ -161,7 +150,7 @@ def _known_bases(settings: TrainSettings) -> Iterator[tuple[str, ...]]:
 
 
 def _row(name: str, settings: TrainSettings, size: tuple[int, int], estimate: Estimate) -> tuple[str, ...]:
-    shown = f"{size[1]}x{size[0]}", str(settings.train_batch_size), precision_of(settings)
+    shown = f"{size[1]}x{size[0]}", str(settings.train_batch_size), settings.precision
     numbers = [f"{count / 1e6:.1f}" for count in (estimate.trained, estimate.frozen)]
     numbers += [f"{flops / 1e12:.3f}" for flops in (estimate.flops, estimate.vae_flops)]
     memory = estimate.weights, estimate.gradients, estimate.optimizer, estimate.activations, estimate.total
@@ -172,7 +161,7 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
     """Return flags with the memory that each would need, and all of them together."""
     steps = settings.gradient_accumulation_steps * settings.train_batch_size
     plain, more = (estimator.cost(size, checkpointing).flops for checkpointing in (False, True))
-    half = precision_of(settings) in _HALF or DTYPES[settings.base.dtype] != torch.float32
+    half = settings.precision in _HALF or DTYPES[settings.base.dtype] != torch.float32
     offers: list[tuple[bool, str, dict[str, Any], str]] = [
         (not half, "--mixed_precision bf16", {"mixed_precision": "bf16"}, "fp16 on cards without bf16"),
         (

@@ -13,6 +13,7 @@ from localctl.data.files import FileSource
 from localctl.data.fingerprint import sample
 from localctl.data.rows import captions_of
 from localctl.data.sample import Source
+from localctl.encodings.captions import captions_of_all
 from localctl.encodings.recipes import CONDITIONS, IMAGES, TEXTS, Recipes, differences
 from localctl.encodings.source import (
     EncodedSource,
@@ -26,8 +27,6 @@ from localctl.encodings.source import (
 )
 from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
 from localctl.labels import shorten
-from localctl.training.caching_captions import captions_of_all
-from localctl.training.cost import generates_images, precision_of
 from localctl.training.frozen import dtype_name
 from localctl.training.settings import TrainSettings
 
@@ -42,7 +41,7 @@ _LOOKED_AT = 8  # scenes, which have no files to compare
 
 def recipes_of(settings: TrainSettings) -> Recipes:
     """Return the recipes of the encodings that a training with ``settings`` reads."""
-    precision = dtype_name(settings, precision_of(settings))
+    precision = dtype_name(settings, settings.precision)
     return Recipes(settings.base, settings.data, settings.condition, settings.seed, precision)
 
 
@@ -164,7 +163,7 @@ def plain(source: Source) -> Source:
 
 def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated."""
-    encoded = isinstance(source, EncodedSource) and not generates_images(settings)
+    encoded = isinstance(source, EncodedSource) and not settings.generates_images
     return () if not encoded else ("vae", "text_encoder", "text_encoder_2")
 
 

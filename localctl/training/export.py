@@ -175,9 +175,9 @@ def _joined(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def check_hub(settings: TrainSettings) -> None:
-    """Raise ValueError if ``push_to_hub`` is set without a token, before hours of training."""
-    if settings.push_to_hub and not (settings.hub_token or get_token()):
+def check_hub(token: str | None) -> None:
+    """Raise ValueError if there is no token to push with, before hours of training."""
+    if not (token or get_token()):
         raise ValueError("push_to_hub needs a token; run `hf auth login`, set HF_TOKEN or give --hub_token.")
 
 

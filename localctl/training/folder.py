@@ -19,7 +19,6 @@ from localctl.training.checkpoints import (
     sweep_folders,
 )
 from localctl.training.export import ADAPTER, BEST, CARD, CONFIG, T2IADAPTER
-from localctl.training.settings import TrainSettings
 from localctl.training.trackers import BOARD, STATS, WANDB
 
 _REPLACED = ".replaced"  # folder into which an earlier run is moved while it is removed
@@ -107,12 +106,12 @@ class RunFolder:
         if self.lock is not None:
             self.lock.release()
 
-    def find_checkpoint(self, settings: TrainSettings) -> Path | None:
+    def find_checkpoint(self, request: str | None, overwrite: bool) -> Path | None:
         """Return the verified checkpoint to continue from; None for a fresh start, which needs an unused folder."""
         on_first(lambda: sweep(self.path))
-        found = find_checkpoint(self.path, settings.resume_from_checkpoint)
+        found = find_checkpoint(self.path, request)
         if found is None or not lies_in(found, self.path):
-            check_unused(self.path, settings.overwrite_output_dir, settings.resume_from_checkpoint)
+            check_unused(self.path, overwrite, request)
         return found
 
     def make_ready(self, step: int, resumed: bool) -> None:

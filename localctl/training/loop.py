@@ -73,7 +73,8 @@ def prepare(settings: TrainSettings, scorer: Scorer | None = None, parent: int |
         OSError: the disk cannot be read or written.
     """
     resolve_base(settings.base.name)
-    check_hub(settings)
+    if settings.push_to_hub:
+        check_hub(settings.hub_token)
     check_report_to(settings.report_to, asdict(settings.wandb))
     output_dir = Path(settings.output_dir).expanduser()
     check_writable(output_dir)
@@ -93,7 +94,7 @@ def _load(
     settings: TrainSettings, accelerator: Accelerator, folder: RunFolder
 ) -> tuple[TrainState, Source, Source | None]:
     """Load the state, the training data and the held-out data of a run."""
-    checkpoint = folder.find_checkpoint(settings)
+    checkpoint = folder.find_checkpoint(settings.resume_from_checkpoint, settings.overwrite_output_dir)
     train, val, sizes = open_sources(settings, accelerator, folder.path)
     settings = bound_steps(settings, len(train), accelerator.num_processes)
     with working(f"training: loading {settings.base.name}", shown=accelerator.is_main_process):

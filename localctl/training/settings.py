@@ -235,6 +235,16 @@ class TrainSettings:
         return 0 if self.data.is_micro else max(0, min(MOST_WORKERS, cores() // local - 1))
 
     @property
+    def precision(self) -> str:
+        """Return ``mixed_precision``, or that of `accelerate launch` where it is left open."""
+        return self.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+    @property
+    def generates_images(self) -> bool:
+        """Return whether the training generates images, and so needs the encoders whatever is encoded already."""
+        return bool(self.validation_steps or self.early_stopping.every)
+
+    @property
     def steps(self) -> int:
         """Return ``max_train_steps``, which ``schedule.bound_steps`` computes from the size of the data."""
         assert self.max_train_steps is not None

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from localctl.caching.cache import CacheSettings, cache
 from localctl.data import DataConfig, SampleRef
 from localctl.messages import no_progress_bars
-from localctl.training.caching import CacheSettings, cache
 from localctl.training.data import make_source
 from localctl.training.encoded import with_encodings
 

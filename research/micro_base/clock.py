@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from localctl.training.loop import NotFiniteError
 from research.micro_base.loop import resume, save_tensors, update_average
-from research.training_loop import learning_rate_at
+from research.training_loop import DescentConfig, learning_rate_at
 
 logger = logging.getLogger(__name__)
 LOG_EVERY = 50  # updates
@@ -26,21 +26,16 @@ Inputs = TypeVar("Inputs")
 
 
 @dataclass(kw_only=True)
-class ClockConfig:
+class ClockConfig(DescentConfig):
     """Settings of a training that ends with its time.
 
-    seconds: from the call to the last update; compare ``LoopConfig`` for the rest. warmup: share of the time.
-    save_seconds: between two files of weights.
+    seconds: from the call to the last update. warmup: share of the time. save_seconds: between two files of weights.
     """
 
     seconds: float
-    learning_rate: float
     warmup: float = 0.02
-    weight_decay: float = 0.01
     ema: float = 0.9995
-    seed: int = 0
     save_seconds: float = 60.0
-    final_fraction: float = 0.02
 
 
 class Gradients(Generic[Inputs]):

@@ -15,22 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from research.training_loop import learning_rate_at, updates
+from research.training_loop import DescentConfig, learning_rate_at, updates
 
 
 @dataclass(kw_only=True)
-class LoopConfig:
+class LoopConfig(DescentConfig):
     """Settings of a part's training. steps: updates in all. minutes: stop the call after so many; 0 = never."""
 
     steps: int
-    learning_rate: float
     warmup: int = 100
-    weight_decay: float = 0.01
-    ema: float = 0.0
-    seed: int = 0
     checkpoint_every: int = 200
     minutes: float = 0.0
-    final_fraction: float = 0.02  # of the peak learning rate, at the last step
 
 
 LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]

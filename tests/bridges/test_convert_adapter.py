@@ -228,10 +228,10 @@ def test_what_comfyui_does_not_build_is_refused_and_what_the_file_loses_is_said(
     assert "'Effective Region Mask'" in notes
     assert load_adapter(tmp_path / "b.safetensors").config["level_weights"] == options["level_weights"]
     place = _saved(make("full_adapter", {"full_adapter": {**SMALL["full_adapter"], "channels": [8, 16, 24]}}), tmp_path)
-    with pytest.raises(ValueError, match=r"cannot load .*: for a full_adapter they take channels \[8, 16, 32, 32\]"):
+    with pytest.raises(ValueError, match=r"cannot load .*: of a full_adapter they build channels \[8, 16, 32, 32\]"):
         convert_adapter(place, tmp_path / "c.safetensors", "comfyui")
     place = _saved(make("light_adapter"), tmp_path)
-    with pytest.raises(ValueError, match="for a light_adapter they take channels .320, 640, 1280."):
+    with pytest.raises(ValueError, match="of a light_adapter they build channels .320, 640, 1280."):
         convert_adapter(place, tmp_path / "c.safetensors", "webui")
     assert not (tmp_path / "c.safetensors").exists()
 

@@ -192,7 +192,7 @@ def test_help_names_every_key_group_and_flag(capsys):
     for key in [*schema_keys(TrainSettings), *config_groups(), *ALIASES]:
         assert key in text
     assert text.startswith("What for.\n\nusage: train_adapter.py ")
-    assert "condition=canny|column|depth" in text and "resume_from_checkpoint=null" in text
+    assert "condition=canny|column|depth|hed" in text and "resume_from_checkpoint=null" in text
     for experiment in config_groups()["experiment"]:
         assert re.search(rf"^    {experiment} +\w", text, re.MULTILINE), experiment
 

@@ -7,7 +7,7 @@ from localctl.data import DataConfig, open_data
 from localctl.data.micro import MicroScenes
 from localctl.images import to_pil, to_pixels
 from localctl.micro.scenes import PROFILES, scene
-from localctl.settings import CHANNELS
+from localctl.settings import CHANNELS, FROM_IMAGE
 
 
 def test_an_example_is_the_scene():
@@ -19,7 +19,7 @@ def test_an_example_is_the_scene():
     assert torch.allclose(example.object_masks, torch.from_numpy(expected.masks), atol=0.5 / 255 + 1e-6)
 
 
-@pytest.mark.parametrize("kind", sorted(set(CHANNELS) - {"column"}))
+@pytest.mark.parametrize("kind", [*FROM_IMAGE, "depth", "segmentation"])
 def test_every_kind_of_condition(kind):
     condition = MicroScenes("train", "basic", 2, ConditionConfig(kind=kind))[1].condition
     assert condition.shape == (CHANNELS[kind], 128, 128) and condition.dtype == torch.float32
@@ -49,7 +49,7 @@ def test_the_second_visit_is_the_first(keep):
         ({"split": "valid"}, "split 'valid'"),
         ({"profile": "poor"}, "profile 'poor'"),
         ({"count": 0}, "at least 1"),
-        ({"condition": ConditionConfig(kind="column")}, "no column"),
+        ({"condition": ConditionConfig(kind="column")}, "no condition images"),
     ],
 )
 def test_mistakes(options, words):

@@ -7,8 +7,8 @@ from typing import Any
 
 from training_helpers import tiny_settings
 
+from localctl.caching.settings import CacheSettings
 from localctl.data import DataConfig
-from localctl.training.caching_settings import CacheSettings
 
 
 def cache_settings(base: Path, folder: Path, data: DataConfig, **changes: Any) -> CacheSettings:

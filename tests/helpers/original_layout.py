@@ -53,7 +53,7 @@ def _pairs(unet: Any) -> Iterator[tuple[str, str]]:
     """Yield the names of parts, ours and theirs."""
     yield from _IN_UNET.items()
     layers = unet.config.layers_per_block
-    for level, block in enumerate(unet.down_blocks):
+    for level in range(len(unet.down_blocks)):
         for layer in range(layers):
             place = f"input_blocks.{(layers + 1) * level + layer + 1}"
             yield f"down_blocks.{level}.resnets.{layer}", f"{place}.0"
@@ -64,7 +64,7 @@ def _pairs(unet: Any) -> Iterator[tuple[str, str]]:
             place = f"output_blocks.{(layers + 1) * level + layer}"
             yield f"up_blocks.{level}.resnets.{layer}", f"{place}.0"
             yield f"up_blocks.{level}.attentions.{layer}", f"{place}.1"
-        after = 2 if getattr(block, "attentions", None) else 1
+        after = 2 if getattr(unet.up_blocks[level], "attentions", None) else 1
         yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{(layers + 1) * level + layers}.{after}.conv"
 
 

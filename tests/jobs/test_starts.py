@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from addon_files import random_controlnet, save_ip_adapter
 from PIL import Image
 from sample_helpers import CANNY, PLAIN, assert_same, pixels
 
@@ -81,6 +83,20 @@ def test_a_second_pass_enlarges_the_image_under_the_same_controls(
     assert [round(item.done, 3) for item in seen] == [0.125, 0.25, 0.375, 0.5, 0.75, 1]
 
 
+def test_addons_act_from_an_image_within_a_mask_and_in_both_passes(photo: np.ndarray, sd_pipe: Any) -> None:
+    random_controlnet(sd_pipe, 0).save_pretrained("net")
+    save_ip_adapter(Path("ip"), sd_pipe)
+    net = ["--controlnet", "net", "--controlnet_condition_image", "photo.png", "--controlnet_scale", "5"]
+    images = ["--ip_adapter", "ip", "--ip_adapter_image", "photo.png", "--ip_adapter_mask", "left.png"]
+    start = ["--init_image", "photo.png"]
+    for name, flags in {
+        "init": start, "mask": [*start, "--inpaint_mask", "left.png"], "large": ["--upscale", "1.5"]
+    }.items():  # fmt: skip
+        plain = run("--prompt", "a b", *flags, out=name)
+        for addon in (net, images):
+            assert (run("--prompt", "a b", *flags, *addon, out=f"{name}_{addon[1]}") != plain).any(), (name, addon[1])
+
+
 def test_previews_of_the_steps_are_written(photo: np.ndarray) -> None:
     flags = [
         "--layout",
@@ -138,6 +154,10 @@ def test_images_of_other_sizes_are_followed_and_noted(photo: np.ndarray, capsys:
         (
             ["--upscale", "2", "--init_image", "photo.png", "--inpaint_mask", "left.png"],
             "--upscale does not go together",
+        ),
+        (
+            ["--upscale", "2", "--guidance_rescale", "0.5"],
+            "--guidance_rescale works with --init_image and",
         ),
         (["--save_steps", "0"], "--save_steps must be at least 1, not 0"),
         (["--scheduler", "lcm", "--num_inference_steps", "60"], "scheduler lcm takes at most 50 steps, not 60"),

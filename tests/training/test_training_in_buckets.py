@@ -10,14 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from caching_helpers import cache_settings, data_with
 from log_helpers import logged
 from PIL import Image
-from process_helpers import checkpoint_contents, difference, finish, record_samples, sample_lines, start_ranks
+from process_helpers import (
+    checkpoint_contents,
+    difference,
+    finish,
+    record_samples,
+    sample_lines,
+    start,
+    start_ranks,
+    wait_for,
+)
 from training_helpers import loss_log, silent_run, tiny_settings
 
+from localctl.caching.cache import cache
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig
 from localctl.distributed import leave
+from localctl.encodings.source import EncodedSource
 from localctl.training import loop
 from localctl.training.checkpoints import list_checkpoints
 
@@ -66,6 +78,35 @@ def test_a_resumed_run_is_the_same_bit_for_bit(base, folder, tmp_path, request):
     silent_run(parts).train(stop=lambda step: step == 2)
     (tmp_path / "parts" / "image_sizes.npz").unlink()  # nothing is restored from it
     silent_run(replace(parts, resume_from_checkpoint="latest", dataloader_num_workers=0)).train()
+    assert loss_log(tmp_path / "parts") == loss_log(tmp_path / "whole")
+    last = [checkpoint_contents(list_checkpoints(tmp_path / part)[6]) for part in ("whole", "parts")]
+    assert difference(*last) == []
+
+
+def train(settings, lines):
+    record_samples(lines)
+    silent_run(settings).train()
+
+
+def test_a_run_from_encodings_in_buckets_is_the_same_after_a_kill(sd_folder, folder, tmp_path):
+    settings = settings_for(sd_folder, folder, tmp_path / "whole", checkpointing_steps=2, logging_steps=3)
+    result = cache(cache_settings(sd_folder, tmp_path / "encodings", settings.data, condition=DEPTH))
+    assert result.rows["images"] == 10
+    settings = replace(settings, data=data_with(settings.data, tmp_path / "encodings"))
+    run = silent_run(settings)
+    run.train()
+    assert isinstance(run.train_source, EncodedSource)
+    parts, lines = (
+        replace(settings, output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest"),
+        tmp_path / "x",
+    )
+    process = start(train, parts, lines)
+    wait_for(lambda: len(sample_lines(lines)) >= 7, process)  # in the fourth step, of two micro-batches each
+    process.kill()
+    assert finish(process) == -9
+    again = silent_run(parts)
+    assert 0 < again.state.step < 4
+    again.train()
     assert loss_log(tmp_path / "parts") == loss_log(tmp_path / "whole")
     last = [checkpoint_contents(list_checkpoints(tmp_path / part)[6]) for part in ("whole", "parts")]
     assert difference(*last) == []

@@ -22,11 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from localctl.caching.run import run_workers
+from localctl.caching.settings import CacheSettings
+from localctl.caching.workers import FACTS, PROBLEM, Work, rows_of
 from localctl.data.bad_rows import BadRow, count_reasons
 from localctl.data.bad_rows import Problem as DataProblem
 from localctl.data.files import FileSource
 from localctl.data.image_sizes import image_sizes
 from localctl.data.sample import Source
+from localctl.encodings.captions import captions_of_all
 from localctl.encodings.recipes import CONDITIONS, ENCODERS, IMAGES, TEXTS, Recipes
 from localctl.encodings.source import caption_id, content_of, files_of, image_ids
 from localctl.encodings.store import (
@@ -40,11 +44,6 @@ from localctl.encodings.store import (
 from localctl.files import read_object, remove
 from localctl.lock import FolderLock
 from localctl.signals import Interrupt
-from localctl.training.caching_captions import captions_of_all
-from localctl.training.caching_jobs import run_workers
-from localctl.training.caching_settings import CacheSettings
-from localctl.training.caching_workers import FACTS, PROBLEM, Work, rows_of
-from localctl.training.cost import precision_of
 from localctl.training.data import make_source
 from localctl.training.encoded import recipe_of, recipes_of
 from localctl.training.settings import TrainSettings
@@ -137,7 +136,7 @@ def _cache_kind(
     plan = make_plan(settings, recipes, examples, so_far.folder, kind)
     parts = plan.folder / PARTS
     finished = finished_rows(parts, plan.items)
-    work = Work(settings, kind, precision_of(settings), parts)
+    work = Work(settings, kind, settings.precision, parts)
     missing = {id: item for id, item in plan.items.items() if id not in finished}
     if finished:
         logger.info(f"{kind:<11} {len(finished)} of {len(plan.items)} were encoded before, by a run that was stopped.")

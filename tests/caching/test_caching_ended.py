@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from caching_helpers import cache_settings, contents
 
+from localctl.caching.cache import cache
 from localctl.data import DataConfig
 from localctl.encodings.store import Store
-from localctl.training.caching import cache
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from localctl.caching.workers import Encoder, Reader, Work, Writer
 from localctl.cluster import available_cpus, connected
 from localctl.encodings.recipes import CONDITIONS, TEXTS
 from localctl.encodings.store import EncodedRow, as_batch
 from localctl.files import first_line
 from localctl.signals import Interrupt
-from localctl.training.caching_workers import Encoder, Reader, Work, Writer
 
 _PLACES = pa.schema(
     [("id", pa.binary()), ("index", pa.int64()), ("variant", pa.int64()), ("size", pa.list_(pa.int64()))]

@@ -17,16 +17,16 @@ from PIL import Image
 from pyarrow import parquet
 from training_helpers import loss_log, silent_run, tiny_settings
 
+from localctl.caching import run, workers
+from localctl.caching.cache import cache
+from localctl.caching.estimate import report
+from localctl.caching.run import run_workers
+from localctl.caching.settings import CacheSettings
+from localctl.caching.workers import Work, rows_of
 from localctl.data import DataConfig, SampleRef
 from localctl.encodings.source import caption_id
 from localctl.settings import ConditionConfig
 from localctl.signals import Interrupt
-from localctl.training import caching_jobs, caching_workers
-from localctl.training.caching import cache
-from localctl.training.caching_cost import report
-from localctl.training.caching_jobs import run_workers
-from localctl.training.caching_settings import CacheSettings
-from localctl.training.caching_workers import Work, rows_of
 from localctl.training.data import make_source, open_sources
 from localctl.training.encoded import EncodedSource
 
@@ -199,7 +199,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(sd_folder, scenes, tmp
         interrupt.ask_to_stop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching_jobs, "_drain", one_block)
+        patch.setattr(run, "_drain", one_block)
         result = cache(cache_settings(sd_folder, encodings, SCENES))
     assert result.signal and not list(encodings.glob("*/*/manifest.json"))
     [parts] = encodings.glob("images/*/.parts")
@@ -280,7 +280,7 @@ def test_mistakes_are_said_before_work(sd_folder, tmp_path):
 
 
 def test_a_full_disk_is_named_and_what_is_finished_stays(sd_folder, scenes, tmp_path, monkeypatch):
-    encodings, write = tmp_path / "encodings", caching_workers.pq.write_table
+    encodings, write = tmp_path / "encodings", workers.pq.write_table
     full = iter([False, True])
 
     def until_full(*arguments, **options) -> None:
@@ -289,7 +289,7 @@ def test_a_full_disk_is_named_and_what_is_finished_stays(sd_folder, scenes, tmp_
         write(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching_workers.pq, "write_table", until_full)
+        patch.setattr(workers.pq, "write_table", until_full)
         with pytest.raises(OSError, match=r"\.parquet could not be written: No space left on device"):
             cache(cache_settings(sd_folder, encodings, SCENES))
     assert cache(cache_settings(sd_folder, encodings, SCENES)).rows == {"images": 20, "captions": 21}
@@ -301,11 +301,11 @@ def test_an_actor_of_ray_encodes_the_same_bytes(sd_folder, tmp_path, ray_here):
     """Captions, which need the fewest processes; slow tests have more of them."""
     items = {caption_id(text): (text,) for text in ("", *(f"caption {number}" for number in range(50)))}
     found = []
-    for workers in (0, 1):
-        parts = tmp_path / f"{workers}" / ".parts"
+    for count in (0, 1):
+        parts = tmp_path / f"{count}" / ".parts"
         parts.mkdir(parents=True)
         settings = cache_settings(sd_folder, tmp_path / "encodings", SCENES)
-        run_workers(Work(settings, "captions", "no", parts), items, workers, Interrupt())
+        run_workers(Work(settings, "captions", "no", parts), items, count, Interrupt())
         rows = [row for path in parts.iterdir() for row in rows_of(parquet.read_table(path))]
         assert len(rows) == len(items)
         found.append({row.id: row.payload for row in rows})

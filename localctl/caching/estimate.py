@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from localctl.architectures import BaseShape, read_shape
+from localctl.caching.cache import check_place
+from localctl.caching.settings import CacheSettings
 from localctl.cluster import available_cpus
 from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
 from localctl.data.plan import SampleRef
 from localctl.data.sample import Source
 from localctl.diffusion import latent_size
+from localctl.encodings.captions import each_caption
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.caching import check_place
-from localctl.training.caching_captions import each_caption
-from localctl.training.caching_settings import CacheSettings
-from localctl.training.cost import TOKENS, count_flops, precision_of
+from localctl.training.cost import TOKENS, count_flops
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of
 from localctl.training.frozen import dtype_of
@@ -53,7 +53,7 @@ def report(settings: CacheSettings) -> str:
     root = check_place(settings)
     settings = replace(settings, data=replace(settings.data, encodings_dir=None))
     source, shape = make_source(settings, "train"), read_shape(settings.base)
-    dtype = dtype_of(settings, precision_of(settings))
+    dtype = dtype_of(settings, settings.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rate = measured_rate(device, dtype)
     workers = settings.num_workers or (torch.cuda.device_count() or available_cpus())
@@ -81,7 +81,7 @@ def _expenses(
     settings: CacheSettings, source: Source, shape: BaseShape, rate: float, reading: float, stored: float
 ) -> list[Expense]:
     height, width = settings.data.size
-    channels, half = shape.parts["vae"].get("latent_channels", 4), dtype_of(settings, precision_of(settings)).itemsize
+    channels, half = shape.parts["vae"].get("latent_channels", 4), dtype_of(settings, settings.precision).itemsize
     moments = 2 * channels * _area(latent_size(height, width, shape.vae_scale_factor)) * half
     images = len(source) * (settings.num_variants if recipes_of(settings).varies else 1)
     vae: Any = shape.build("vae")
