@@ -43,6 +43,7 @@ from .drawing import grid as grid
 from .drawing import outline as outline
 from .drawing import render_layout as render_layout
 from .evaluation.settings import FidSettings as FidSettings
+from .image_to_image import InitImage as InitImage
 from .images import condition_to_pil as condition_to_pil
 from .images import load_image as load_image
 from .layout import Layout as Layout
@@ -54,6 +55,7 @@ from .layout_predictor.model import load_predictor as load_predictor
 from .masks import load_mask as load_mask
 from .metrics.extractors import load_extractor as load_extractor
 from .pipelines import load_pipeline as load_pipeline
+from .prompt_weights import weighted_prompts as weighted_prompts
 from .sampling import generate as generate
 from .sampling_settings import Sampling as Sampling
 from .settings import ConditionConfig as ConditionConfig

@@ -59,6 +59,16 @@ def test_the_latents_of_a_step_are_those_that_the_scheduler_predicts(
         torch.testing.assert_close(item.latents, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_the_last_prediction_of_every_scheduler_is_near_its_result(sd_pipe: Any, scheduler: str) -> None:
+    found: list[SamplingStep] = []
+    call: dict[str, Any] = {"num_inference_steps": 8, "scheduler": scheduler, "output_type": "latent"}
+    (result,) = generate(sd_pipe, "a b", **call, on_step=found.append).images
+    last = found[-1].latents
+    assert last is not None and found[-1].step == found[-1].of == len(found)
+    assert float((last[0] - result).std() / result.std()) < 0.1
+
+
 def test_an_error_of_on_step_ends_the_sampling_and_restores_the_pipeline(sd_pipe: Any) -> None:
     layout = Layout("a b", 64, 64, regions=(Region(phrase="b", box=(0, 0, 0.5, 0.5)),))
     call: dict[str, Any] = {"num_inference_steps": 4, "scheduler": "euler"}

@@ -59,7 +59,7 @@ def _pairs(unet: Any) -> Iterator[tuple[str, str]]:
             yield f"down_blocks.{level}.resnets.{layer}", f"{place}.0"
             yield f"down_blocks.{level}.attentions.{layer}", f"{place}.1"
         yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{(layers + 1) * (level + 1)}.0.op"
-    for level, block in enumerate(unet.up_blocks):
+    for level in range(len(unet.up_blocks)):
         for layer in range(layers + 1):
             place = f"output_blocks.{(layers + 1) * level + layer}"
             yield f"up_blocks.{level}.resnets.{layer}", f"{place}.0"

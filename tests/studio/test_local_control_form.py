@@ -29,11 +29,11 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
-def fields(photo: Path | None, **changes: Any) -> dict[str, Any]:
+def fields(path: Path | None, **changes: Any) -> dict[str, Any]:
     """The fields as the page sends them."""
     regions = [{**first_regions(1)[0], "box": BOX}]
     values = {
-        "prompt": "a blue circle", "photo": photo and str(photo), "source": "a photo", "images": 2, "seed": 7,
+        "prompt": "a blue circle", "photo": path and str(path), "source": "a photo", "images": 2, "seed": 7,
         "scene": {"width": 128, "height": 128, "regions": regions}, "low": 50, "high": 100, "cells": 8, "steps": 5,
         "scheduler": "auto", "adapter1": EXAMPLE_NAME, "weight1": 0.5, "start1": 0, "end1": 0.75,
     }  # fmt: skip
