@@ -26,10 +26,10 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
     """Add the bar to the page that is being built."""
     with gr.Row(elem_id="leaving", elem_classes="studio-leaving"):
         dropped = gr.File(
-            label="Drop an image made before: its settings come back",
+            label="Drop an image made before",
             file_types=[".png"],
             type="binary",
-            height=96,
+            height=150,
             scale=2,
             min_width=260,
             elem_id="leaving-drop",

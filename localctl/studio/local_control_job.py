@@ -77,10 +77,15 @@ def adapter_places(config: StudioConfig) -> dict[str, str]:
     those of the runs."""
     places = {_short(place): place for place in config.adapter}
     if config.base == "micro" and EXAMPLE.is_dir():
-        places.setdefault(EXAMPLE_NAME, str(EXAMPLE))
+        places.setdefault(EXAMPLE_NAME, str(_from_here(EXAMPLE)))
     for name, place in adapters_of_runs(Path(config.runs).expanduser()).items():
         places.setdefault(name, str(place))
     return places
+
+
+def _from_here(path: Path) -> Path:
+    """Return a path relative to the working folder, if it lies in it: so it may stand in a record."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _short(place: str) -> str:
@@ -176,7 +181,7 @@ def settings_of(
         "local_files_only": config.local_files_only,
         "dtype": config.dtype,
         "device": config.device,
-        "adapter": [adapter.place for adapter in adapters],
+        "adapter": [adapter.name for adapter in adapters],  # as the server was told, not its absolute path
         **files,
         "weight": [follow.weight for follow in order.follows],
         "start": [follow.start for follow in order.follows],

@@ -1,0 +1,96 @@
+"""What the tab Local control reads, what a run gets from it, and what an image gives back to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from localctl.jobs.prepare import prepare
+from localctl.jobs.settings import SampleSettings
+from localctl.metrics.edges import canny
+from localctl.studio.config import StudioConfig
+from localctl.studio.leaving import follow_values
+from localctl.studio.limits import scene as read_scene
+from localctl.studio.local_control_form import first_regions, mask_of, read_form, read_order
+from localctl.studio.local_control_job import EXAMPLE_NAME, judge, settings_of
+
+BOX = [0.25, 0.25, 0.75, 1.0]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).ellipse((30, 30, 90, 90), fill="blue")
+    image.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def fields(path: Path | None, **changes: Any) -> dict[str, Any]:
+    """The fields as the page sends them."""
+    regions = [{**first_regions(1)[0], "box": BOX}]
+    values = {
+        "prompt": "a blue circle", "photo": path and str(path), "source": "a photo", "images": 2, "seed": 7,
+        "scene": {"width": 128, "height": 128, "regions": regions}, "low": 50, "high": 100, "cells": 8, "steps": 5,
+        "scheduler": "auto", "adapter1": EXAMPLE_NAME, "weight1": 0.5, "start1": 0, "end1": 0.75,
+    }  # fmt: skip
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"low": 200}, "low threshold 200 is above"),
+        ({"weight1": float("nan")}, "finite"),
+        ({"start1": 0.8}, "start before its end"),
+        ({"source": "/etc/passwd"}, "The image must be one of"),
+        ({"seed": -1}, "The seed must be from 0"),
+        ({"width": 130}, "not a multiple of 8"),
+        ({"scene": {"width": 128, "height": 128, "regions": []}}, "1 to 3 masks"),
+        ({"photo": "/etc/passwd"}, "The photo"),
+    ],
+)
+def test_fields_out_of_bounds_are_refused(photo: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_form(fields(photo, **changes))
+
+
+def test_an_adapter_that_is_not_offered_is_refused(photo: Path, tmp_path: Path) -> None:
+    order = read_order(fields(photo, adapter1=str(tmp_path)))
+    with pytest.raises(ValueError, match="There is no adapter"):
+        settings_of(order, StudioConfig(runs=str(tmp_path)), tmp_path, {})
+
+
+@pytest.mark.parametrize("high", [100, 300])  # as trained: the photo is the input; else its condition
+def test_a_run_gets_the_photo_and_the_mask_and_gives_them_back(photo: Path, tmp_path: Path, high: int) -> None:
+    config = StudioConfig(runs=str(tmp_path / "none"))
+    form = read_form(fields(photo, high=high))
+    settings, _ = settings_of(form.order, config, tmp_path, form.sampling)
+    job = prepare(SampleSettings(**settings))
+    [adapter] = job.adapters
+    assert (adapter.weight, adapter.start, adapter.end) == (0.5, 0, 0.75) and job.options.seeds == [7, 8]
+    assert adapter.mask[0, 32:, 32:96].min() == 1 and adapter.mask.sum() == 96 * 64
+    assert ("image" in settings) == (high == 100)
+    values = follow_values(settings, config)
+    assert values["source"] == ("a photo" if high == 100 else "a finished condition")
+    again = fields(photo, **{name: value for name, value in values.items() if name != "photo"}, high=high)
+    assert np.array_equal(np.asarray(read_order(again).follows[0].mask), adapter.mask[0].numpy() * 255)
+    assert read_form(again).sampling["seeds"] == [7, 8]
+
+
+def test_a_box_is_a_mask_and_nothing_painted_is_everywhere() -> None:
+    scene = read_scene({"width": 128, "height": 64, "regions": [{**first_regions(1)[0], "box": BOX}, {"id": "m2"}]})
+    mask = mask_of(scene.regions[0], scene)
+    assert mask is not None and mask.getbbox() == (32, 16, 96, 64)
+    assert mask_of(scene.regions[1], scene) is None
+
+
+def test_a_copy_is_matched_and_an_empty_image_misses_everything(photo: Path) -> None:
+    image = Image.open(photo)
+    everywhere = Image.new("L", image.size, 255)
+    target = canny(np.asarray(image))
+    same, nothing = judge(image, target, [everywhere]), judge(Image.new("RGB", (128, 128)), target, [everywhere])
+    assert "F1 inside the mask: 1.00" in same.text and "F1 inside the mask: 0.00" in nothing.text
