@@ -209,6 +209,7 @@ def test_a_run_shows_its_curves_and_its_adapter_is_used_in_local_control(page: P
     choose(page, "training-runs", "series/edges")
     expect(page.locator(".studio-plot canvas, .studio-plot svg").first).to_be_visible()
     expect(page.get_by_alt_text("Validation sheet").or_(page.locator("#training-sheet img")).first).to_be_visible()
+    expect(page.locator("#training-adapter input")).to_have_value("finished")
     page.locator("#training-use").click()
     expect(page.locator("#follow-adapter1 input")).to_have_value("series/edges: finished")
 
