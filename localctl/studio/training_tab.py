@@ -109,7 +109,7 @@ def _wire_view(view: _View, root: Path, blocks: Any, refresh: Any) -> None:
     shown = [view.runs, *view.plots, view.step, view.sheet, view.adapter]
 
     def look(chosen: list[str] | None) -> list[Any]:
-        return _shown(root, chosen)
+        return _shown(root, chosen or None)  # the newest run, where none is chosen
 
     def show(chosen: list[str] | None) -> list[Any]:
         return _shown(root, chosen or [])[1:]

@@ -206,9 +206,10 @@ def test_a_run_shows_its_curves_and_its_adapter_is_used_in_local_control(page: P
     shutil.copytree(ROOT / "examples" / "adapter", run / "adapter")
     page.get_by_role("tab", name="Training").click()
     page.get_by_role("button", name="Look again").click()
-    choose(page, "training-runs", "series/edges")
+    expect(page.locator("#training-runs")).to_contain_text("series/edges")
     expect(page.locator(".studio-plot canvas, .studio-plot svg").first).to_be_visible()
     expect(page.get_by_alt_text("Validation sheet").or_(page.locator("#training-sheet img")).first).to_be_visible()
+    expect(page.locator("#training-adapter input")).to_have_value("finished")
     page.locator("#training-use").click()
     expect(page.locator("#follow-adapter1 input")).to_have_value("series/edges: finished")
 
