@@ -49,6 +49,7 @@ PROGRAMS = {
         "python -m research.spacetime": "measure what space-time attention gains",
         "python -m research.metric_sanity": "test whether a distance detects damaged images",
         "python -m research.example_lora": "train the example LoRA",
+        "python -m research.studio_tour": "render the images of the studio's page",
         "python -m research.micro_base": "train the embedded base",
         "python -m research.micro_base.report": "measure the embedded base",
         "python -m research.micro_base.word_use": "test whether it uses the words of a caption",

@@ -126,11 +126,11 @@ def follow(page: Any, show: Callable[..., None]) -> None:
 
     page.evaluate("window.scrollTo(0, 0)")
     page.get_by_role("tab", name="Local control").click()
-    page.locator("#follow-examples button").nth(1).click()
+    page.locator("#follow-examples button").nth(5).click()
     page.locator("#follow-conditions img").first.wait_for()
     page.wait_for_timeout(500)
     show("Local control: choose a photo; its condition is extracted live.", 1.5)
-    rows = [(x, y) for y in (0.18, 0.25, 0.32, 0.39, 0.46) for x in (0.2, 0.62)]
+    rows = [(x, 0.15 + 0.05 * row) for row in range(16) for x in (0.1, 0.65)]
     press_and_move(page, "#follow-canvas", rows)
     page.wait_for_timeout(300)
     show("Paint where it is followed; outside, the prompt alone decides.", 1.5)
