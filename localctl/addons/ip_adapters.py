@@ -27,6 +27,7 @@ class SavedIPAdapter:
     weights: SavedWeights
     encoder: str
     encoder_config: Mapping[str, Any]
+    local_files_only: bool = False
 
     @property
     def place(self) -> str:
@@ -88,7 +89,7 @@ def find_ip_adapter(
         )
     folder = _encoder_folder(weights, encoder)
     config = _encoder_config(folder, weights, local_files_only)
-    return SavedIPAdapter(weights, folder, config)
+    return SavedIPAdapter(weights, folder, config, local_files_only)
 
 
 def _encoder_folder(weights: SavedWeights, encoder: str | Path | None) -> str:
@@ -182,7 +183,10 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
         if Path(found[0].encoder).is_dir():
             check_weights(Path(found[0].encoder))
         encoder = CLIPVisionModelWithProjection.from_pretrained(
-            found[0].encoder, use_safetensors=True, dtype=pipe.unet.dtype
+            found[0].encoder,
+            use_safetensors=True,
+            local_files_only=found[0].local_files_only,
+            dtype=pipe.unet.dtype,
         )
         pipe.register_modules(image_encoder=encoder.to(pipe.unet.device).eval().requires_grad_(False))
         # One image processor for this encoder, whatever the pipeline has for its safety checker.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import warnings
 from collections import Counter
@@ -118,7 +119,9 @@ def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
         try:
             used[name] = float(scale) if colon else known[name]
         except ValueError:
-            raise ValueError(f"The scale of the LoRA {part!r} is not a number; write NAME:SCALE.") from None
+            used[name] = math.nan
+        if not math.isfinite(used[name]):
+            raise ValueError(f"The scale of the LoRA {part!r} is not a finite number; write NAME:SCALE.")
     return used
 
 

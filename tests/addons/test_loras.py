@@ -107,7 +107,8 @@ def test_scales_by_prompt_are_parsed() -> None:
     for text, message in (
         ("blue", "no LoRA 'blue'; choose among style, red"),
         ("red+red:2", "occurs twice"),
-        ("red:x", "not a number"),
+        ("red:x", "not a finite number"),
+        ("red:nan", "not a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_use(text, known)
