@@ -184,3 +184,11 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="There is no LoRA"):
             find_lora(missing)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_on_the_hub_is_refused_before_it_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("localctl.addons.files.hf_hub_download", lambda *args, **options: fetched.append(args[1]))
+    with pytest.raises(ValueError, match="is a .ckpt file, and such files can run code"):
+        find_lora("owner/name/big.ckpt")
+    assert not fetched
