@@ -64,11 +64,11 @@ class InitImage:
             return self
         crop, image, mask = geometry((self.image.height, self.image.width), size), self.image.convert("RGB"), self.mask
         if mask is not None and tuple(mask.shape[-2:]) != size:
-            own, tall, wide = self.image.size, *mask.shape[-2:]
-            if not same_shape((tall, wide), own[::-1]):
+            height, width = mask.shape[-2:]
+            if not same_shape((height, width), (self.image.height, self.image.width)):
                 raise ValueError(
-                    f"The mask is {wide}x{tall} pixels but the image to start from is {own[0]}x{own[1]}, another "
-                    "aspect ratio; save the mask with the image's."
+                    f"The mask is {width}x{height} pixels but the image to start from is {self.image.width}x"
+                    f"{self.image.height}, another aspect ratio; save the mask with the image's."
                 )
             mask = torch.from_numpy(crop.apply_to_mask(mask[0].numpy()).clip(0, 1))[None]
         return replace(self, image=image if self.size == size else crop.apply(image, IMAGE), mask=mask)

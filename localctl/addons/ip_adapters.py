@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from localctl.addons.files import SavedWeights, find_weights
 from localctl.architectures import BaseShape
 from localctl.bases import HUB_ID, check_weights
@@ -199,6 +201,8 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
                 image_encoder_folder=None,
             )
         pipe.unet.eval().requires_grad_(False)
+    except torch.cuda.OutOfMemoryError:  # another IP-Adapter would not help
+        raise
     except Exception as error:  # another shape or a missing weight may raise any error
         names = ", ".join(item.weights.name for item in found)
         raise ValueError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from localctl.addons.files import SavedWeights, find_weights
@@ -185,6 +186,8 @@ def _load(pipe: Any, lora: SavedLora) -> None:
     try:
         for part, factors in _read(pipe, lora).items():
             _inject(getattr(pipe, part), factors, lora.name)
+    except torch.cuda.OutOfMemoryError:  # another LoRA would not help
+        raise
     except Exception as error:  # another shape may raise any error
         raise ValueError(
             f"The LoRA {lora.weights.name} does not fit this base ({first_line(error)}); choose one that was made for "

@@ -168,6 +168,18 @@ def test_names_come_from_files_or_are_given(sd_pipe: Any, tmp_path: Path) -> Non
     assert isinstance(found, SavedLora) and found.place == f"style_v1_5={file}"
 
 
+def test_a_full_device_is_not_called_a_misfit(sd_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("localctl.addons.loras._inject", full)
+    with (
+        pytest.raises(torch.cuda.OutOfMemoryError),
+        with_loras(sd_pipe, [save_lora(tmp_path / "a.safetensors", sd_pipe)]),
+    ):
+        pass
+
+
 def test_pickles_are_not_read(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> Any:
