@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from localctl.data.geometry import IMAGE, geometry
+from localctl.data.geometry import IMAGE, geometry, same_shape
 from localctl.masks import mask_to_pil
 
 
@@ -53,8 +53,8 @@ class InitImage:
     def prepared(self, size: tuple[int, int], steps: int | None = None, output_type: str = "pil") -> InitImage:
         """Return it scaled and cropped to this (height, width); latents, and an image of this size, are unchanged.
 
-        ValueError if the strength leaves no step of so many (None: 50), or if pixels outside the mask cannot be kept in
-        what the pipeline returns.
+        ValueError if the strength leaves no step of so many (None: 50), if the mask has another aspect ratio than the
+        image, or if pixels outside the mask cannot be kept in what the pipeline returns.
         """
         if int((steps or 50) * self.strength) < 1:
             raise ValueError(f"A strength of {self.strength} leaves no step of {steps or 50}; raise one of them.")
@@ -64,6 +64,12 @@ class InitImage:
             return self
         crop, image, mask = geometry((self.image.height, self.image.width), size), self.image.convert("RGB"), self.mask
         if mask is not None and tuple(mask.shape[-2:]) != size:
+            height, width = mask.shape[-2:]
+            if not same_shape((height, width), (self.image.height, self.image.width)):
+                raise ValueError(
+                    f"The mask is {width}x{height} pixels but the image to start from is {self.image.width}x"
+                    f"{self.image.height}, another aspect ratio; save the mask with the image's."
+                )
             mask = torch.from_numpy(crop.apply_to_mask(mask[0].numpy()).clip(0, 1))[None]
         return replace(self, image=image if self.size == size else crop.apply(image, IMAGE), mask=mask)
 

@@ -106,6 +106,8 @@ def test_impossible_starts_are_refused(sd_pipe: Any) -> None:
         InitImage(photo(), mask=torch.zeros(1, 64, 64))
     with pytest.raises(ValueError, match="mask needs an image, not latents"):
         InitImage([torch.zeros(4, 8, 8)], mask=half())
+    with pytest.raises(ValueError, match="mask is 32x64 pixels but the image to start from is 64x64, another aspect"):
+        generate(sd_pipe, "a b", init=InitImage(photo(), mask=torch.ones(1, 64, 32)))
     with pytest.raises(ValueError, match="Inpainting returns images; leave output_type out"):
         generate(sd_pipe, "a b", init=InitImage(photo(), mask=half()), output_type="np")
     with pytest.raises(ValueError, match="StableDiffusionImg2ImgPipeline has no guidance_rescale; leave it out"):

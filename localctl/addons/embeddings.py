@@ -19,6 +19,7 @@ from localctl.files import first_line
 KIND = "learned word"
 _ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # of SDXL, by the names in its files
 _UNNAMED = "emb_params"  # in files of the webui, whose word is the file's name
+_NAMED = re.compile(r"([^/\\=]*)=(.*)", re.DOTALL)  # a folder may have = in its name
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def find_embedding(place: str | Path, local_files_only: bool = False) -> SavedEm
     Raises:
         ValueError: there is no such file, it is something else, or the word has spaces.
     """
-    word, equals, rest = str(place).rpartition("=")
+    named = _NAMED.fullmatch(str(place))
+    word, rest = named.groups() if named else ("", str(place))
     weights = find_weights(rest, KIND, local_files_only)
     names = set(weights.shapes)
     vectors = all(len(shape) in (1, 2) for shape in weights.shapes.values())
@@ -80,7 +82,7 @@ def find_embedding(place: str | Path, local_files_only: bool = False) -> SavedEm
             "or clip_l and clip_g for SDXL."
         )
     only = next(iter(names)) if len(names) == 1 else _UNNAMED
-    word = word if equals else weights.path.stem if only == _UNNAMED else only
+    word = word if named else weights.path.stem if only == _UNNAMED else only
     if not word or re.search(r"\s", word):
         raise ValueError(f"A learned word has no spaces, unlike {word!r}; name it: WORD=FILE.")
     return SavedEmbedding(word, weights)

@@ -49,17 +49,21 @@ def find_weights(name: str | Path, kind: str, local_files_only: bool = False) ->
         path = _in_folder(path, kind)
     elif not path.is_file():
         path = _from_hub(name, kind, local_files_only)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(
-            f"The {kind} {name} is a {path.suffix or 'nameless'} file, and such files can run code when they are read; "
-            "give its .safetensors."
-        )
+    _check_kind(path, name, kind)
     try:
         with safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The {kind} {path} is damaged or cut off ({first_line(error)}); fetch it again.") from error
     return SavedWeights(name, path.resolve(), shapes)
+
+
+def _check_kind(path: Path, name: str, kind: str) -> None:
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"The {kind} {name} is a {path.suffix or 'nameless'} file, and such files can run code when they are read; "
+            "give its .safetensors."
+        )
 
 
 def _in_folder(folder: Path, kind: str) -> Path:
@@ -79,6 +83,7 @@ def _from_hub(name: str, kind: str, local_files_only: bool) -> Path:
     missing = f"There is no {kind} {name!r}"
     if name.startswith(("/", ".", "~")) or not inside or not HUB_ID.fullmatch(repository):
         raise ValueError(f"{missing}; give a .safetensors file, a folder with one, or OWNER/NAME/FILE on the hub.")
+    _check_kind(Path(inside), name, kind)  # before the download
     try:
         return Path(hf_hub_download(repository, inside, local_files_only=local_files_only))
     except (OSError, HFValidationError) as error:

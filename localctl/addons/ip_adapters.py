@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from localctl.addons.files import SavedWeights, find_weights
 from localctl.architectures import BaseShape
 from localctl.bases import HUB_ID, check_weights
@@ -27,6 +29,7 @@ class SavedIPAdapter:
     weights: SavedWeights
     encoder: str
     encoder_config: Mapping[str, Any]
+    local_files_only: bool = False
 
     @property
     def place(self) -> str:
@@ -88,7 +91,7 @@ def find_ip_adapter(
         )
     folder = _encoder_folder(weights, encoder)
     config = _encoder_config(folder, weights, local_files_only)
-    return SavedIPAdapter(weights, folder, config)
+    return SavedIPAdapter(weights, folder, config, local_files_only)
 
 
 def _encoder_folder(weights: SavedWeights, encoder: str | Path | None) -> str:
@@ -182,7 +185,10 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
         if Path(found[0].encoder).is_dir():
             check_weights(Path(found[0].encoder))
         encoder = CLIPVisionModelWithProjection.from_pretrained(
-            found[0].encoder, use_safetensors=True, dtype=pipe.unet.dtype
+            found[0].encoder,
+            use_safetensors=True,
+            local_files_only=found[0].local_files_only,
+            dtype=pipe.unet.dtype,
         )
         pipe.register_modules(image_encoder=encoder.to(pipe.unet.device).eval().requires_grad_(False))
         # One image processor for this encoder, whatever the pipeline has for its safety checker.
@@ -195,6 +201,8 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
                 image_encoder_folder=None,
             )
         pipe.unet.eval().requires_grad_(False)
+    except torch.cuda.OutOfMemoryError:  # another IP-Adapter would not help
+        raise
     except Exception as error:  # another shape or a missing weight may raise any error
         names = ", ".join(item.weights.name for item in found)
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import warnings
 from collections import Counter
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from localctl.addons.files import SavedWeights, find_weights
@@ -118,7 +120,9 @@ def parse_use(text: str, known: Mapping[str, float]) -> dict[str, float]:
         try:
             used[name] = float(scale) if colon else known[name]
         except ValueError:
-            raise ValueError(f"The scale of the LoRA {part!r} is not a number; write NAME:SCALE.") from None
+            used[name] = math.nan
+        if not math.isfinite(used[name]):
+            raise ValueError(f"The scale of the LoRA {part!r} is not a finite number; write NAME:SCALE.")
     return used
 
 
@@ -182,6 +186,8 @@ def _load(pipe: Any, lora: SavedLora) -> None:
     try:
         for part, factors in _read(pipe, lora).items():
             _inject(getattr(pipe, part), factors, lora.name)
+    except torch.cuda.OutOfMemoryError:  # another LoRA would not help
+        raise
     except Exception as error:  # another shape may raise any error
         raise ValueError(
             f"The LoRA {lora.weights.name} does not fit this base ({first_line(error)}); choose one that was made for "

@@ -46,7 +46,7 @@ PROGRAM = "sample.py"
 _REPLACED = {
     **ADDON_REPLACED,
     "image": ("condition_image",),
-    "condition_image": ("image",),
+    "condition_image": ("image", "condition_model", "condition_detector"),
     "resolution": ("height", "width"),
     "compare": ("control", "sweep"),
     "control": ("compare",),

@@ -10,7 +10,10 @@ from localctl.settings import CHANNELS
 # A flag on the command line replaces these settings of a record.
 ADDON_REPLACED = {
     "controlnet_image": ("controlnet_condition_image",),
-    "controlnet_condition_image": ("controlnet_image", "controlnet_condition"),
+    "controlnet_condition_image": (
+        *("controlnet_image", "controlnet_condition"),
+        *("controlnet_condition_model", "controlnet_condition_detector"),
+    ),
     "lora": ("lora_scale", "lora_per_prompt"),
 }
 # Flags of other programs, and ours.

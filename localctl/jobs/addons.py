@@ -36,9 +36,9 @@ _OF = {
     "textual_inversion": (),
 }
 _ONLY_WITH = {
-    "controlnet": ("guess_mode", *_OF["controlnet"][:6]),
-    "ip_adapter": ("ip_adapter_encoder", *_OF["ip_adapter"][:2]),
-    "lora": ("lora_per_prompt",),
+    "controlnet": ("guess_mode", *_OF["controlnet"]),
+    "ip_adapter": ("ip_adapter_encoder", *_OF["ip_adapter"]),
+    "lora": ("lora_per_prompt", *_OF["lora"]),
 }
 
 
@@ -94,9 +94,10 @@ class Addons:
 def find_addons(options: SampleSettings) -> Addons:
     """Find the addons that the options name. ValueError for one that is not there, for flags of an addon without it,
     or for another number of values than addons."""
+    plain = SampleSettings()
     for addon, names in _ONLY_WITH.items():
-        for name in names:
-            if getattr(options, name) and not getattr(options, addon):
+        for name in names if not getattr(options, addon) else ():
+            if getattr(options, name) and getattr(options, name) != getattr(plain, name):
                 raise ValueError(f"--{name} is for a --{addon}, but there is none; give --{addon}.")
     for addon, several in _OF.items():
         count = len(getattr(options, "ip_adapter_image" if addon == "ip_adapter" else addon) or ())

@@ -6,7 +6,6 @@ An image is shared more often than a folder, so a record in it names no folder o
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import re
@@ -17,14 +16,14 @@ from typing import Any
 from PIL import Image
 
 from localctl import __version__
-from localctl.bases import BASES
 from localctl.files import first_line, parse_json, read_object, sha256, write_bytes
 from localctl.jobs.settings import HERE, INPUTS, PLACES, checked_settings, names_file
 from localctl.sizes import shown
 
 KEY = "localctl"  # of the text chunk
-MOST_BYTES = 600_000  # of all inputs in one image; Pillow reads no text over 1 MB, and base64 takes a third more
-_NAME = re.compile(r"[a-z_]{1,40}_\d{1,3}(_mask_\d{1,3})?(\.[a-z0-9]{1,10})?")
+MOST_BYTES = 600_000  # of all inputs in one image; base64 takes a third more
+MOST_TEXT = 1_000_000  # bytes of a record in an image; Pillow opens no image with a text over 2**20
+_NAME = re.compile(r"[a-z_]{1,40}_\d{1,6}(_mask_\d{1,3})?(\.[a-z0-9]{1,10})?")
 _FOLDER = "inputs"
 _NAMED = re.compile(r"[^/\\=]+=")  # a LoRA or learned word with a name of its own
 
@@ -84,10 +83,13 @@ def _without_folders(value: Any) -> tuple[Any, bool]:
     if isinstance(value, list):
         parts = [_without_folders(item) for item in value]
         return [part for part, _ in parts], any(private for _, private in parts)
-    name, equals, text = str(value).rpartition("=") if _NAMED.match(str(value)) else ("", "", str(value))
-    if text in BASES or not _is_private(text):
+    text = str(value)
+    starts = (0, *(match.end() for match in re.finditer("=", text)))  # a name of its own may come first
+    start = next((start for start in starts if _is_private(text[start:])), None)
+    if start is None:
         return value, False
-    return name + equals + (PureWindowsPath(text) if "\\" in text else PurePosixPath(text)).name, True
+    place = text[start:]
+    return text[:start] + (PureWindowsPath(place) if "\\" in place else PurePosixPath(place)).name, True
 
 
 def _is_private(text: str) -> bool:
@@ -129,17 +131,19 @@ def read_embedded(source: Path | bytes) -> dict[str, Any]:
 def unpack(record: Record, folder: Path) -> dict[str, Any]:
     """Write the inputs of a record to ``folder``/inputs, and return its options with the paths of these files.
 
-    Only inputs that the record itself holds are used: it names no other file. ValueError for other names or contents.
+    It does not say where a run is (``HERE``), as an image may come from anybody, and only inputs that the record itself
+    holds are used: it names no other file. ValueError for other names or contents.
     """
     (folder / _FOLDER).mkdir(parents=True, exist_ok=True)
     names = set()
     for name, content in _contents(record):
         write_bytes(folder / _FOLDER / name, content)
         names.add(name)
-    options = dict(record["options"])
+    options = {name: value for name, value in record["options"].items() if name not in HERE}
+    needs = _needs(record)
     for name in INPUTS:
         items = options.get(name)
-        if not items or name in record.get("needs", ()):
+        if not items or name in needs:
             options.pop(name, None)
             continue
         items = items if isinstance(items, list) else [items]
@@ -157,8 +161,13 @@ def _contents(record: Record) -> Iterator[tuple[str, bytes]]:
             raise ValueError(f"The record in the image holds a file {shown(name)}, which no run has; give another.")
         try:
             yield name, base64.b64decode(text, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(f"The file {name} in the record of the image is damaged; give another image.") from error
+
+
+def _needs(record: Record) -> dict[str, Any]:
+    needs = record.get("needs")
+    return needs if isinstance(needs, dict) else {}
 
 
 def settings_in(record: Record, folder: Path, given: Container[str] = ()) -> dict[str, Any]:
@@ -167,8 +176,7 @@ def settings_in(record: Record, folder: Path, given: Container[str] = ()) -> dic
     given: names of the settings that the user replaces. ValueError in one sentence for what neither the record nor the
     user gives, for an unknown setting, or a value of another type.
     """
-    needs = record.get("needs", {})
-    for name, value in needs.items() if isinstance(needs, dict) else ():
+    for name, value in _needs(record).items():
         places = [_NAMED.sub("", str(place), count=1) for place in (value if isinstance(value, list) else [value])]
         if name in given or (name in PLACES and all(Path(place).exists() for place in places)):
             continue
@@ -176,4 +184,11 @@ def settings_in(record: Record, folder: Path, given: Container[str] = ()) -> dic
             raise ValueError(f"The image was made with --{name} {shown(value)}, which is not here; give --{name}.")
         if name in INPUTS:
             raise ValueError(f"The image does not hold its {name}, {shown(value)}; give --{name}.")
-    return checked_settings(unpack(record, folder), "The record in the image")
+    settings = checked_settings(unpack(record, folder), "The record in the image")
+    for name in PLACES:
+        if name not in given and _without_folders(settings.get(name) or "")[1]:
+            raise ValueError(
+                f"The record in the image names a folder of this machine, {shown(settings[name])}, which no run has; "
+                f"give --{name}."
+            )
+    return settings

@@ -18,6 +18,7 @@ from localctl.adapter_files import SavedAdapter
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.image_to_image import InitImage
+from localctl.jobs.addons import Addons
 from localctl.jobs.inputs import AdapterJob
 from localctl.jobs.placing import PlacedAddons
 from localctl.jobs.prepare import Job
@@ -91,8 +92,10 @@ def load_models(job: Job, before: JobModels | None = None) -> JobModels:
     states = {place: _state(saved) for place, saved in wanted.items()}
     names = {control.clip for variant in job.variants for control in optimized_controls(variant)}
     models = before or JobModels(job.base, job.device, None)
-    models.placed.keep(job.addons)
-    if (models.base, models.device) != (job.base, job.device):
+    same = (models.base, models.device) == (job.base, job.device)
+    models.placed.keep(job.addons if same else Addons())
+    if not same:
+        vars(models).pop("preview", None)  # holds the VAE
         models.pipe, models.adapters, models.clips = None, {}, {}
         models = JobModels(job.base, job.device, None)
     models.adapters = {place: kept for place, kept in models.adapters.items() if states.get(place) == kept[0]}

@@ -109,7 +109,7 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
     if kind is None:
         if computed:
             raise ValueError(
-                f"The adapter {adapter.name} does not say which condition it was trained on; give --condition."
+                f"The adapter {adapter.name} does not say which condition it was trained on; give --{prefix}condition."
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
@@ -121,7 +121,7 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
     if settings.channels != _channels(adapter) and not _is_repeated(settings, adapter):
         raise ValueError(
             f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
-            f"{_channels(adapter)}; give the --condition it was trained on."
+            f"{_channels(adapter)}; give the --{prefix}condition it was trained on."
         )
     if computed and settings.model is not None:
         load_model(settings, bool(options.local_files_only))

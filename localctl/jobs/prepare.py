@@ -84,6 +84,7 @@ def prepare(options: SampleSettings) -> Job:
     variants = plan(options, base.name)
     _fill_sampling(options, variants, resolve_base(base.name, one_file=True).guidance_scale)
     shape = read_shape(base)
+    _check_channels(base, shape)
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     init = read_init(options, variants)
@@ -163,6 +164,16 @@ def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> B
         dtype=options.dtype,
         local_files_only=bool(options.local_files_only),
     )
+
+
+def _check_channels(base: BaseConfig, shape: BaseShape) -> None:
+    """Raise a ValueError for a base that reads more than latents, such as one for inpainting."""
+    own, latents = shape.parts["unet"].get("in_channels", 4), shape.parts["vae"].get("latent_channels", 4)
+    if own != latents:
+        raise ValueError(
+            f"The base {base.name} reads {own} channels, as bases for inpainting or editing do, and its latents have "
+            f"{latents}; choose a base that generates images from text."
+        )
 
 
 def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], guidance_scale: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from localctl.jobs.embedded import embedded
+from localctl.jobs.embedded import MOST_TEXT, embedded, record_text
 from localctl.jobs.files import (
     copy_inputs,
     file_endings,
@@ -37,7 +37,8 @@ def run(options: SampleSettings) -> Iterator[Path]:
     job = prepare(options)
     for note in job.notes:
         logger.info(note)
-    pixels = job.size[0] * job.size[1] * job.image_count * len(job.variants)
+    height, width = job.second.size if job.second else job.size
+    pixels = height * width * job.image_count * len(job.variants)
     folder = open_output(options.output_dir, _BYTES_PER_PIXEL * pixels)
     lock = FolderLock(folder)
     try:
@@ -51,6 +52,9 @@ def _generate_all(job: Job, folder: Path) -> Iterator[Path]:
     copies = copy_inputs(vars(job.options), job.layouts, folder)
     # By the names that the user gave, while the record of the folder has the places found.
     record = embedded({**vars(job.options), **copies}, folder) if job.options.embed_record else None
+    if record and len(record_text(record).encode()) > MOST_TEXT:
+        logger.info("the record of this run is too long to be written into its images; sample.json repeats it.")
+        record = None
     outputs, paths = [], []
     models = load_models(job)
     on_step = None if job.options.save_steps is None else partial(_save_step, job, models, subfolder(folder, "steps"))

@@ -40,6 +40,8 @@ def is_image(place: str) -> bool:
 
 def _from_colors(path: str, texts: Any, prompt: str | None) -> Layout:
     colors: dict[tuple[int, int, int] | str, str] = dict(map(split_color, texts))
+    if len(colors) < len(texts):
+        raise ValueError(f"A colour is given twice in --color {' '.join(texts)}; give each one once.")
     if not colors:
         raise ValueError(
             f"The layout {path} is an image with a colour for each region; say what they are, such as "
@@ -97,4 +99,4 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ValueError(f"The file of prompts {path} cannot be read ({reason}); check it.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.split("\n") if line.strip()]

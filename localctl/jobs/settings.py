@@ -23,7 +23,8 @@ INPUTS = ("image", "condition_image", "mask", "layout", "init_image", "inpaint_m
 )  # fmt: skip
 # Settings that name models: known ones, files, folders or hub ids; some with a name of their own, NAME=PLACE.
 PLACES = ("base", "vae", "adapter", "predictor") + (
-    "controlnet", "ip_adapter", "ip_adapter_encoder", "lora", "textual_inversion"
+    "controlnet", "ip_adapter", "ip_adapter_encoder", "lora", "textual_inversion",
+    "condition_model", "condition_detector", "controlnet_condition_model", "controlnet_condition_detector",
 )  # fmt: skip
 HERE = ("output_dir", "device", "local_files_only", "from_json", "embed_record")  # matter only where the run is
 AUTO = "auto"  # instead of a layout: one predicted from the prompt
@@ -199,6 +200,8 @@ def command_line(settings: SampleSettings, program: str = "sample.py") -> str:
             words += [f"{flag}={text}" for text in value]  # each its own, as it may begin with a dash
         elif item.name == "resolution":
             words += [flag, f"{value[1]}x{value[0]}"]
+        elif isinstance(value, list) and len(value) == 1 and item.name not in INPUTS:
+            words += [f"{flag}={value[0]}"] if str(value[0]).startswith("-") else [flag, str(value[0])]
         elif isinstance(value, list):
             words += [
                 flag,

@@ -79,6 +79,8 @@ def _predict_layouts(options: SampleSettings) -> list[Layout]:
         raise ValueError(f"--layout {AUTO} cannot be combined with other layouts; leave them out.")
     if not options.prompt:
         raise ValueError(f"--layout {AUTO} predicts the layout from a prompt; give --prompt.")
+    if options.color:
+        raise ValueError("--color is for a --layout that is an image; leave it out.")
     predictor = load_predictor(None if options.predictor is None else Path(options.predictor).expanduser())
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 

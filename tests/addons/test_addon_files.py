@@ -30,6 +30,23 @@ def test_an_ip_adapter_is_found_with_its_encoder(sd_pipe: Any, tmp_path: Path) -
     assert find_ip_adapter(moved, tmp_path / "clip").encoder == str(tmp_path / "clip")
 
 
+def test_no_network_is_asked_for_an_encoder_where_none_may_be(
+    sd_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    found = find_ip_adapter(save_ip_adapter(tmp_path / "models", sd_pipe), local_files_only=True)
+    read, asked = transformers.CLIPVisionModelWithProjection.from_pretrained, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        asked.append(options["local_files_only"])
+        return read(*args, **options)
+
+    monkeypatch.setattr(transformers.CLIPVisionModelWithProjection, "from_pretrained", watched)
+    with with_ip_adapters(sd_pipe, [found]):
+        assert asked == [True]
+
+
 def test_ip_adapters_that_do_not_fit_are_refused(sd_pipe: Any, sdxl_pipe: Any, sd_folder: Path, tmp_path: Path) -> None:
     shape = read_shape(BaseConfig(name=str(sd_folder)))
     good = find_ip_adapter(save_ip_adapter(tmp_path / "good", sd_pipe))

@@ -59,6 +59,9 @@ def test_words_come_from_the_file_or_its_name_or_are_given(tmp_path: Path) -> No
     file = save_word(tmp_path / "toy.safetensors", 16)
     assert find_embedding(file).word == "<toy>"
     assert find_embedding(f"cat={file}").place == f"cat={file}"
+    (tmp_path / "rate=1").mkdir()
+    moved = file.rename(tmp_path / "rate=1" / file.name)
+    assert find_embedding(find_embedding(moved).place).place == f"<toy>={moved}"
     assert find_embedding(save_word(tmp_path / "easy.safetensors", 16, "emb_params")).word == "easy"
 
 

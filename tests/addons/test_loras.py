@@ -107,7 +107,8 @@ def test_scales_by_prompt_are_parsed() -> None:
     for text, message in (
         ("blue", "no LoRA 'blue'; choose among style, red"),
         ("red+red:2", "occurs twice"),
-        ("red:x", "not a number"),
+        ("red:x", "not a finite number"),
+        ("red:nan", "not a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_use(text, known)
@@ -167,6 +168,18 @@ def test_names_come_from_files_or_are_given(sd_pipe: Any, tmp_path: Path) -> Non
     assert isinstance(found, SavedLora) and found.place == f"style_v1_5={file}"
 
 
+def test_a_full_device_is_not_called_a_misfit(sd_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("localctl.addons.loras._inject", full)
+    with (
+        pytest.raises(torch.cuda.OutOfMemoryError),
+        with_loras(sd_pipe, [save_lora(tmp_path / "a.safetensors", sd_pipe)]),
+    ):
+        pass
+
+
 def test_pickles_are_not_read(tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> Any:
@@ -183,3 +196,11 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="There is no LoRA"):
             find_lora(missing)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_on_the_hub_is_refused_before_it_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("localctl.addons.files.hf_hub_download", lambda *args, **options: fetched.append(args[1]))
+    with pytest.raises(ValueError, match="is a .ckpt file, and such files can run code"):
+        find_lora("owner/name/big.ckpt")
+    assert not fetched

@@ -169,6 +169,9 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
     [
         ("--controlnet_mask left.png", "--controlnet_mask is for a --controlnet, but there is none"),
         ("--guess_mode", "--guess_mode is for a --controlnet"),
+        ("--lora_scale 0.5", "--lora_scale is for a --lora"),
+        ("--controlnet_end 0.5", "--controlnet_end is for a --controlnet"),
+        ("--ip_adapter_scale 0.5", "--ip_adapter_scale is for a --ip_adapter"),
         ("--controlnet net", "A ControlNet follows one image"),
         ("--controlnet net --controlnet_image photo.png", "give --controlnet_condition"),
         (
@@ -190,6 +193,8 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
         ("--lora a.safetensors --base sdxl", "text of width 16 but this base has 2048"),
         ("--textual_inversion toy.safetensors", "'<toy>' is in none of the prompts"),
         ("--color red=a", "--color needs a layout"),
+        ("--color red=a --layout auto", "--color is for a --layout that is an image"),
+        ("--color red=a #f00=b --layout colours.png", "A colour is given twice in --color"),
         ("--prompts_file none.txt", "cannot be read"),
         ("--adapter adapter --image photo.png --level_weights 1,1", "must be 4 finite numbers"),
         ("--adapter adapter --image photo.png --level_weights x", "numbers joined by commas"),

@@ -78,6 +78,7 @@ def test_the_command_of_a_job_repeats_it(inputs: Path) -> None:
     [
         {"prompt": ["-x", "a 'b' $c", "", "cat"], "resolution": (64, 72), "guidance_scale": 1.5, "seeds": [-1, 2]},
         {"prompt": ["a"], "use_karras_sigmas": False, "embed_record": False, "negative_prompt": "--seeds"},
+        {"level_weights": ["-0.5,1,1,1"], "prompt": ["a"], "controlnet_scale": [-1e-05]},
         {"layout": ["-scene.json"], "set": ["strength=0.5"], "compare": ["none", "bias+dense"], "base": "micro"},
     ],
 )
@@ -108,6 +109,35 @@ def test_a_record_in_an_image_names_no_folder_of_its_maker(
     record = embedded({"set": ["clip=/home/me/clip", "strength=1"], "base": "owner/name", "vae": "..\\x\\vae"}, inputs)
     assert record["options"] == {"set": ["clip=clip", "strength=1"], "base": "owner/name", "vae": "vae"}
     assert record["needs"] == {"vae": "vae"}
+    places = {"lora": ["a=/home/me/rate=1/b.safetensors", "c=d.safetensors"], "condition_model": ["/home/me/depth"]}
+    assert embedded(places, inputs)["options"] == {
+        "lora": ["a=b.safetensors", "c=d.safetensors"],
+        "condition_model": ["depth"],
+    }
+
+
+def test_a_record_in_an_image_does_not_say_where_to_read_models_or_write(base_here: Path) -> None:
+    here = {"output_dir": "/home/me", "device": "cuda", "embed_record": False, "local_files_only": False}
+    record = {"options": {"prompt": ["a"], **here}}
+    assert settings_in(record, Path("unpacked")) == {"prompt": ["a"]}
+    many = {"options": {"layout": ["inputs/layout_1000.json"]}, "files": {"layout_1000.json": ""}}
+    assert settings_in(many, Path("unpacked"))["layout"] == ["unpacked/inputs/layout_1000.json"]
+    for place in ("/home/me/base", "~/base", "../base"):
+        elsewhere = {"options": {"prompt": ["a"], "adapter": [place]}}
+        with pytest.raises(ValueError, match="names a folder of this machine, .*; give --adapter"):
+            settings_in(elsewhere, Path("unpacked"))
+        assert settings_in(elsewhere, Path("unpacked"), ["adapter"])["adapter"] == [place]
+
+
+def test_a_record_too_long_for_an_image_is_in_the_folder_alone(
+    base_here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("localctl.jobs.run.MOST_TEXT", 100)
+    assert sample.main([*PLAIN, "--output_dir", "out"]) == 0
+    assert "too long to be written into its images; sample.json repeats it" in capsys.readouterr().err
+    assert KEY not in Image.open("out/00_seed0.png").info
+    assert sample.main(["--from_json", "out", "--output_dir", "again"]) == 0
+    assert_same(pixels("again"), pixels("out"))
 
 
 def test_large_inputs_are_asked_for(
@@ -138,6 +168,8 @@ def test_large_inputs_are_asked_for(
         ({"options": {"image": [7]}}, "does not hold its input 7"),
         ({"options": {}, "files": {"../x_0.png": ""}}, "holds a file '../x_0.png', which no run has"),
         ({"options": {}, "files": {"mask_0.png": "%"}}, "file mask_0.png in the record of the image is damaged"),
+        ({"options": {}, "files": {"mask_0.png": "é"}}, "file mask_0.png in the record of the image is damaged"),
+        ({"options": {"image": ["x"]}, "needs": 5}, "does not hold its input 'x'"),
         ({"options": {"prompt": ["a"]}, "needs": {"base": "gone"}}, "made with --base 'gone', which is not here"),
     ],
 )

@@ -78,9 +78,10 @@ def test_what_a_job_does_not_need_is_released_before_anything_is_loaded(
     base_here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = load_models(job_of())
+    assert models.preview
 
     def refuse(*args: object, **options: object) -> None:
-        assert models.pipe is None
+        assert models.pipe is None and "preview" not in vars(models)
         raise ValueError("no such base")
 
     monkeypatch.setattr(localctl.jobs.generate, "load_pipeline", refuse)

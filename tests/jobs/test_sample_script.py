@@ -253,6 +253,9 @@ def test_conditions_come_from_models_and_are_repeated_from_the_record(
     assert sample.main(["--from_json", "depth/sample.json", "--output_dir", "again"]) == 0
     found = {name: next(iter(pixels(name).values())) for name in ("depth", "canny", "again")}
     assert np.array_equal(found["depth"], found["again"]) and not np.array_equal(found["depth"], found["canny"])
+    Image.open("photo.png").convert("L").save("gray.png")
+    given = ["--from_json", "depth/sample.json", "--condition_image", "gray.png", "--output_dir", "given"]
+    assert sample.main(given) == 0, "the model of the record computes nothing here"
 
 
 def test_an_image_of_nan_ends_with_code_2_and_is_not_written(

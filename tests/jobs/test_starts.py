@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,13 @@ def test_impossible_starts_are_refused_before_the_base_is_loaded(
     Image.new("L", (64, 64)).save("black.png")
     Image.new("L", (64, 128), 255).save("tall.png")
     assert_refused_early([*PLAIN, *STEPS, *flags], message)
+
+
+def test_a_base_for_inpainting_is_refused(photo: np.ndarray, assert_refused_early: Callable[..., None]) -> None:
+    shutil.copytree("base", "nine")
+    config = json.loads(Path("nine/unet/config.json").read_text())
+    Path("nine/unet/config.json").write_text(json.dumps({**config, "in_channels": 9}))
+    assert_refused_early(["--prompt", "a", "--base", "nine"], "The base nine reads 9 channels, as bases for inpainting")
 
 
 def test_optimised_weights_start_from_noise(photo: np.ndarray, assert_refused_early: Callable[..., None]) -> None:
