@@ -171,7 +171,7 @@ class _Reader:
         if kind == "ConditioningSetMask":
             name, loader, mask = self.node(inputs.get("mask"))
             if loader not in ("LoadImageMask", "LoadImage"):
-                raise ValueError(f"The mask of the node {name} comes from {loader}; save it as an image and load that.")
+                raise ValueError(f"A mask comes from the node {name} ({loader}); save it as an image and load that.")
             image = as_text(mask.get("image"), f"The image of the node {name}")
             channel = "alpha" if loader == "LoadImage" else str(mask.get("channel"))
             if channel not in _CHANNELS:
