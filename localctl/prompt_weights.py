@@ -272,8 +272,8 @@ def _encoded(pipe: Any, arguments: Mapping[str, Any], texts: Mapping[str, Sequen
     length = embeds[0].states.shape[1]
     if own is not None and own.shape[1] != length:
         raise ValueError(
-            f"The negative_prompt_embeds have {own.shape[1]} tokens and the prompt has {length}; give a negative_prompt "
-            "as text."
+            f"The negative_prompt_embeds have {own.shape[1]} tokens and the prompt has {length}; give a "
+            "negative_prompt as text."
         )
     for name, found in zip(("", "negative_"), embeds, strict=False):
         blank = name and zeros
