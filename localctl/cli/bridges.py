@@ -91,6 +91,8 @@ def _export(options: Namespace) -> None:
 
 
 def _is_layout(path: Path) -> bool:
+    if path.suffix.lower() in (".json", ".txt") and not path.exists():  # no hub id
+        raise ValueError(f"There is no file {path}; check the path.")
     return path.suffix.lower() == ".json" and path.name != "config.json" and path.is_file()
 
 
