@@ -208,12 +208,13 @@ def list_adapters(place: str | Path) -> list[str]:
     if (path / CONFIG).is_file():
         return []
     folders = [item.parent for inside in _INSIDE for item in path.glob(f"*/{inside}/{CONFIG}")]
-    found = {folder.relative_to(path).parts[0] for folder in folders if _is_adapter(folder / CONFIG)}
+    found = {folder.relative_to(path).parts[0] for folder in folders if is_adapter(folder / CONFIG)}
     files = [item for item in path.iterdir() if item.is_file() and item.suffix.lower() in SUFFIXES]
     return sorted(found | {item.stem for item in files})
 
 
-def _is_adapter(config: Path) -> bool:
+def is_adapter(config: Path) -> bool:
+    """Return whether a ``config.json`` is an adapter's."""
     content = read_json(config, "The config")
     return isinstance(content, dict) and content.get("_class_name") in ADAPTERS
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from localctl.files import first_line, parse_json
+from localctl.sizes import shown
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 METADATA = "localctl_adapters"  # in a safetensors file: JSON, name -> config; the name is "" if there is one adapter
@@ -174,11 +175,19 @@ def embedded_configs(path: Path) -> dict[str, dict[str, Any]]:
         configs = {} if text is None else parse_json(text)
         if not isinstance(configs, dict) or not all(isinstance(item, dict) for item in configs.values()):
             raise ValueError(f"{METADATA} must be an object with a config for each name")
+        bad = next((name for name in configs if name and not is_name(name)), None)
+        if bad is not None:  # a name becomes a part of a path
+            raise ValueError(f"the name {shown(bad)} of an adapter must be of letters, digits, _ and -")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
             f"The weights of the adapter {path} cannot be read ({first_line(error)}); fetch or save it again."
         ) from error
     return configs
+
+
+def is_name(name: str) -> bool:
+    """Return whether one of several adapters in a file may have this name: of letters, digits, ``_`` and ``-``."""
+    return name.replace("_", "").replace("-", "").isalnum()
 
 
 def as_metadata(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -76,8 +76,11 @@ def fingerprint(config: ConditionConfig) -> str:
     """Return the sha256 of all files that the model of ``config`` is loaded from. OSError if they are not there."""
     parts = []
     for place in _places(config):
-        inside = sorted(path for path in place.iterdir() if path.suffix in (".json", ".safetensors"))
-        parts += [f"{path.name}:{sha256(path)}" for path in inside] if place.is_dir() else [sha256(place)]
+        if place.is_dir():
+            inside = sorted(path for path in place.iterdir() if path.suffix in (".json", ".safetensors"))
+            parts += [f"{path.name}:{sha256(path)}" for path in inside]
+        else:
+            parts.append(sha256(place))
     return sha256(" ".join(parts))
 
 

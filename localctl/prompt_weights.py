@@ -130,12 +130,16 @@ def length_of_call(pipe: Any, call: Mapping[str, Any]) -> int:
 
 def _changed(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``encode_prompt`` to replace; none if the pipeline itself encodes its texts right."""
-    if arguments.get("prompt") is None:
-        return {}
     given = {name: _as_list(arguments.get(name)) for name in _NAMES}
     texts = {name: [check_prompt(text) for text in several] for name, several in given.items()}
     read = [text for several in texts.values() for text in several]
-    if any(text.is_weighted for text in read) or any(_is_long(pipe, text) for text in read):
+    if arguments.get("prompt") is None:
+        if any(text.is_weighted for text in read):
+            raise ValueError(
+                "Weights in a negative prompt need a prompt that is text, too; with prompt_embeds, give "
+                "negative_prompt_embeds."
+            )
+    elif any(text.is_weighted for text in read) or any(_is_long(pipe, text) for text in read):
         if has_compel():
             return _encoded(pipe, arguments, texts)
         long = next(text for text in read if _is_long(pipe, text))
@@ -260,10 +264,17 @@ def _encoded(pipe: Any, arguments: Mapping[str, Any], texts: Mapping[str, Sequen
     replaced: dict[str, Any] = {name: None for name in _NAMES if name in arguments}
     columns = [_filled(texts["prompt"], texts["prompt_2"], count)]
     zeros = arguments.get("negative_prompt") is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False)
-    if arguments["do_classifier_free_guidance"]:
+    own = arguments.get("negative_prompt_embeds")
+    if arguments["do_classifier_free_guidance"] and own is None:
         negative = texts["negative_prompt"] or [WeightedText.plain("")]
         columns.append(_filled(negative, texts["negative_prompt_2"], count))
     embeds = _encode(pipe, arguments, columns)
+    length = embeds[0].states.shape[1]
+    if own is not None and own.shape[1] != length:
+        raise ValueError(
+            f"The negative_prompt_embeds have {own.shape[1]} tokens and the prompt has {length}; give a "
+            "negative_prompt as text."
+        )
     for name, found in zip(("", "negative_"), embeds, strict=False):
         blank = name and zeros
         replaced[f"{name}prompt_embeds"] = torch.zeros_like(found.states) if blank else found.states

@@ -221,3 +221,10 @@ def test_the_cache_knows_the_weights(condition_model: Folder, tmp_path: Path) ->
     (other / "model.safetensors").write_bytes(content)
     changed = ConditionConfig(kind="depth", model=str(other))
     assert fingerprint(changed) != fingerprint(config)
+
+
+@pytest.mark.parametrize("kind", ["hed", "lineart"])
+def test_the_cache_knows_the_file_of_weights(kind: str, condition_model: Folder) -> None:
+    config = config_of(kind, condition_model)
+    (file,) = (path for path in condition_model(kind).iterdir() if path.suffix in (".pth", ".safetensors"))
+    assert fingerprint(config) == fingerprint(ConditionConfig(kind=kind, model=str(file)))

@@ -32,13 +32,13 @@ PROMPT = "a cat on a mat"
 LONG = "word " * 24  # 96 tokens of single letters
 
 
-def encode(pipe: Any, prompts: str | list[str], **options: Any) -> tuple[Tensor, ...]:
+def encode(pipe: Any, prompts: str | list[str] | None, **options: Any) -> tuple[Tensor, ...]:
     """The embeddings as the pipeline's call gets them, with weights."""
     with weighted_prompts(pipe):
         return plain(pipe, prompts, **options)
 
 
-def plain(pipe: Any, prompts: str | list[str], **options: Any) -> tuple[Tensor, ...]:
+def plain(pipe: Any, prompts: str | list[str] | None, **options: Any) -> tuple[Tensor, ...]:
     with skipping_layers(pipe, options.get("clip_skip")):
         found = pipe.encode_prompt(
             prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **options
@@ -80,6 +80,25 @@ def test_a_weight_changes_its_own_tokens_alone(sd_pipe: Any) -> None:
     assert torch.allclose(after[:, own], (empty + 1.5 * (before - empty))[:, own], atol=1e-5)
     less = encode(sd_pipe, "a (cat:0.01) on a mat")[0]
     assert (less - before).abs().max() > 1e-3
+
+
+def test_negative_embeddings_of_the_caller_are_kept(pipe: Any) -> None:
+    _, negative, *pooled = plain(pipe, PROMPT, negative_prompt="a dog")
+    own = {"negative_prompt_embeds": negative, **({"negative_pooled_prompt_embeds": pooled[1]} if pooled else {})}
+    weighted = encode(pipe, "a (cat:1.5) on a mat", **own)
+    assert same(weighted, encode(pipe, "a (cat:1.5) on a mat", negative_prompt="a dog"))
+    with pytest.raises(ValueError, match="have 77 tokens and the prompt has 154; give a negative_prompt as text"):
+        encode(pipe, LONG, **own)
+
+
+def test_weights_beside_prompt_embeddings_are_refused(sd_pipe: Any) -> None:
+    embeds = plain(sd_pipe, PROMPT)[0]
+    assert same(
+        encode(sd_pipe, None, prompt_embeds=embeds, negative_prompt=r"\(a\)"),
+        plain(sd_pipe, PROMPT, negative_prompt="(a)"),
+    )
+    with pytest.raises(ValueError, match="need a prompt that is text"):
+        encode(sd_pipe, None, prompt_embeds=embeds, negative_prompt="(a dog:1.5)")
 
 
 def test_long_prompts_are_read_in_parts(pipe: Any) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from localctl.adapter import OPTIONS, LocalAdapter, cast
-from localctl.adapter_files import SavedAdapter, find_adapter
-from localctl.adapter_weights import as_metadata, as_published, file_and_part
+from localctl.adapter_files import CONFIG, SavedAdapter, find_adapter, is_adapter
+from localctl.adapter_weights import as_metadata, as_published, file_and_part, is_name
 from localctl.bases import BASES
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line, remove, replace_folder, share_weights, write_bytes
@@ -70,8 +70,13 @@ def convert_adapter(
     """
     output = Path(output)
     if format == "bundle":
-        return bundle_adapters({file_and_part(Path(place))[0].stem: place}, output, dtype=dtype)
+        if options:
+            raise ValueError(f"The format bundle keeps the options of its adapters; leave {min(options)} out.")
+        places = {file_and_part(Path(place))[0].stem: place}
+        return bundle_adapters(places, output, dtype=dtype, local_files_only=local_files_only)
     _check_choices(format, dtype)
+    if format in FOLDERS:
+        _check_replaceable(output)
     saved = find_adapter(place, local_files_only)
     if format == "local":
         options = {**_as_published(saved), **options}
@@ -104,7 +109,7 @@ def bundle_adapters(
     state: dict[str, Tensor] = {}
     configs, notes = {}, []
     for name, place in places.items():
-        if not name.replace("_", "").replace("-", "").isalnum():
+        if not is_name(name):
             raise ValueError(f"The name {name!r} of an adapter must be of letters, digits, _ and -; rename it.")
         adapter, told = _loaded(find_adapter(place, local_files_only), dtype, {})
         configs[name] = _config(adapter)
@@ -161,9 +166,9 @@ def _unknown(saved: SavedAdapter, adapter: LocalAdapter) -> tuple[str, ...]:
     """Return what a file of weights alone does not say."""
     if saved.local:
         return ()
-    notes: tuple[str, ...] = (
-        f"mask_resize is {adapter.config['mask_resize']}{', as published' if _as_published(saved) else ''}.",
-    )
+    resize = adapter.config["mask_resize"]
+    published = _as_published(saved).get("mask_resize") == resize
+    notes: tuple[str, ...] = (f"mask_resize is {resize}{', as published' if published else ''}.",)
     if adapter.config["condition"] is None:
         notes += ("The file does not name its kind of condition; record it with --condition.",)
     return notes
@@ -200,6 +205,17 @@ def _lost(adapter: LocalAdapter) -> tuple[str, ...]:
             "(in ComfyUI: 'T2IAdapter Custom Weights')."
         )
     return tuple(notes)
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise a ValueError if the folder to write holds anything but an adapter, which would be lost."""
+    if not output.name:
+        raise ValueError(f"The folder {output} cannot be replaced by an adapter; name a new folder.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    alone = output.is_dir() and {CONFIG} == {p.name for p in output.iterdir() if p.suffix != ".safetensors"}
+    if not (alone and is_adapter(output / CONFIG)):
+        raise ValueError(f"{output} holds other things than an adapter, which would be lost; name a new folder.")
 
 
 def _write_folder(output: Path, write: Callable[[Path], Any]) -> None:

@@ -148,14 +148,18 @@ class _Reader:
             elif kind in ("ConditioningCombine", "ConditioningConcat"):
                 ways += [(inputs[key], place) for key in reversed(list(inputs)) if key.startswith("conditioning")]
             else:
-                ways.append(self._through(name, kind, inputs, place))
+                side = "negative" if link[1:] == [1] else "positive"
+                ways.append(self._through(name, kind, inputs, place, side))
 
-    def _through(self, name: str, kind: str, inputs: Mapping[str, Any], place: _Place) -> tuple[Any, _Place]:
-        """Return the link on which a node acts, and the place with what the node adds to it."""
+    def _through(self, name: str, kind: str, inputs: Mapping[str, Any], place: _Place, side: str) -> tuple[Any, _Place]:
+        """Return the link on which a node acts, and the place with what the node adds to it.
+
+        ``side``: the input of a node that takes a positive and a negative conditioning.
+        """
         if kind == "GLIGENTextBoxApply":
             text = as_text(inputs.get("text"), f"The text of the node {name} ({kind})")
             self.found.append((name, text, _Place(self._box(inputs, self._pixels(kind)))))
-        into = [key for key in ("conditioning", "conditioning_to", "positive") if isinstance(inputs.get(key), list)]
+        into = [key for key in ("conditioning", "conditioning_to", side) if isinstance(inputs.get(key), list)]
         if not into:
             raise ValueError(f"The node {name} ({kind}) has no text that can be read; leave it out of the workflow.")
         return inputs[into[0]], self._narrowed(place, kind, inputs)
@@ -171,7 +175,7 @@ class _Reader:
         if kind == "ConditioningSetMask":
             name, loader, mask = self.node(inputs.get("mask"))
             if loader not in ("LoadImageMask", "LoadImage"):
-                raise ValueError(f"The mask of the node {name} comes from {loader}; save it as an image and load that.")
+                raise ValueError(f"A mask comes from the node {name} ({loader}); save it as an image and load that.")
             image = as_text(mask.get("image"), f"The image of the node {name}")
             channel = "alpha" if loader == "LoadImage" else str(mask.get("channel"))
             if channel not in _CHANNELS:
@@ -223,7 +227,9 @@ def read(content: Mapping[str, Any], inputs: Inputs) -> Layout:
         if positive.passed or negative.passed
         else []
     )
-    lost += ["the negative prompt"] if any(text and not (p.box or p.mask) for _, text, p in negative.found) else []
+    places = {(place.box, place.mask) for _, _, place in positive.found} - {(None, None)}
+    unused = any(text and (place.box, place.mask) not in places for _, text, place in negative.found)
+    lost += ["the negative prompt"] if unused else []
     if lost:
         warnings.warn(f"Of the workflow {' and '.join(lost)} are left out: a layout does not hold them.", stacklevel=2)
     return layout

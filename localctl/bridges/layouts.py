@@ -12,7 +12,17 @@ import numpy as np
 from PIL import Image
 
 from localctl.bridges import captions, comfyui, regional_prompter, webui
-from localctl.bridges.parts import Exported, Inputs, Size, json_file, left_out, no_image, overlap_note, painted, worded
+from localctl.bridges.parts import (
+    Exported,
+    Inputs,
+    Size,
+    json_file,
+    left_out,
+    no_image,
+    overlap_note,
+    painted,
+    worded,
+)
 from localctl.coco import from_coco
 from localctl.color_maps import Color, as_color, from_colors
 from localctl.files import first_line, parse_json
@@ -40,15 +50,14 @@ def _read_own(content: Mapping[str, Any], inputs: Inputs) -> Layout:
 
 def _write_colors(layout: Layout, name: str) -> Exported:
     """Write an image with a colour per region on black, and the table of colours."""
-    colors = {"#{:02x}{:02x}{:02x}".format(*regional_prompter.region_color(i)): r.phrase for i, r in _named(layout)}
+    colors = {
+        "#{:02x}{:02x}{:02x}".format(*regional_prompter.region_color(index)): region.phrase or ""
+        for index, region in enumerate(worded(layout))
+    }
     table = {"image": f"{name}.png", "prompt": layout.prompt, "colors": {"#000000": "", **colors}}
     image = painted(layout, regional_prompter.region_color, _BLACK)
     files = {**json_file(f"{name}.json", table), f"{name}.png": png_bytes(image)}
     return Exported(files, (*overlap_note(layout), *left_out(layout, ("mask",))))
-
-
-def _named(layout: Layout) -> list[tuple[int, Any]]:
-    return list(enumerate(worded(layout)))
 
 
 def _read_colors(content: Mapping[str, Any], inputs: Inputs) -> Layout:

@@ -114,11 +114,11 @@ def read(content: Any, inputs: Inputs) -> Layout:
     settings = _of_request(content) if isinstance(content, Mapping) else _of_text(content)
     size = inputs.sized(*settings.size) if any(settings.size) else inputs.size
     text, before = inputs.prompt or settings.prompt, []
-    for key, used in (("ADDCOMM", settings.use_common), ("ADDBASE", settings.use_base)):
+    for key, kind, used in (("ADDCOMM", "common", settings.use_common), ("ADDBASE", "base", settings.use_base)):
         if key in text or used:
             first, found, rest = text.partition(key) if key in text else _first_part(text)
             if not found:
-                raise ValueError(f"{NAME} uses a {key[3:].lower()} prompt, but the prompt has one part; add BREAK.")
+                raise ValueError(f"{NAME} uses a {kind} prompt, but the prompt has one part; add BREAK.")
             before.append(plain(first))
             text = rest
     base = ", ".join(filter(None, before))

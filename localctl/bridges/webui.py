@@ -17,7 +17,7 @@ from localctl.layout import Layout, Region
 from localctl.prompt_syntax import foreign_syntax
 from localctl.sizes import shown, typed_size
 
-_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_PARAMETER = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _WEIGHT = re.compile(rf"\(([^()]*?)\s*:\s*{_NUMBER}\s*\)|\(([^()]*)\)|(?<!\\)\[([^\[\]:|]*)\]")
 _NETWORK = re.compile(r"<[a-z]+:[^<>]*>", re.IGNORECASE)

@@ -84,13 +84,15 @@ def _export(options: Namespace) -> None:
     elif layouts and len(places) > 1:
         raise ValueError(f"{layouts[0]} is a layout; export one layout at a time.")
     elif layouts:
-        _unused(options, "dtype")
+        _unused(options, "a layout", "dtype")
         _export_layout(Path(places[0]), options)
     else:
         _export_adapters(options)
 
 
 def _is_layout(path: Path) -> bool:
+    if path.suffix.lower() in (".json", ".txt") and not path.exists():  # no hub id
+        raise ValueError(f"There is no file {path}; check the path.")
     return path.suffix.lower() == ".json" and path.name != "config.json" and path.is_file()
 
 
@@ -120,8 +122,7 @@ def _export_layout(path: Path, options: Namespace) -> None:
     for file, content in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(file, content)
-        print(file)
-    print(*exported.notes, sep="\n")
+    print(*files, *exported.notes, sep="\n")
 
 
 def _export_adapters(options: Namespace) -> None:
@@ -159,14 +160,15 @@ def _import(options: Namespace) -> None:
     from localctl.jobs.scenes import is_image
 
     path = Path(options.place).expanduser()
+    adapters = ("condition", "base", "mask_resize", "dtype")
     if _is_layout(path) or path.suffix.lower() == ".txt" or is_image(options.place):
-        _unused(options, "condition", "base", "mask_resize", "dtype", "split")
+        _unused(options, "a layout", *adapters, "split")
         _save({path.stem: _read_layout(path, options)}, path, options)
     elif any((path / f"{name}{end}").is_file() for name in ("valset", "testset") for end in (".json", ".pkl")):
-        _unused(options, "condition", "base", "mask_resize", "dtype", "prompt", "color", "format")
+        _unused(options, "a folder of scenes", *adapters, "prompt", "color", "format")
         _save(_scenes(path, options), path, options)
     else:
-        _unused(options, "prompt", "height", "width", "index", "split", "color")
+        _unused(options, "an adapter", "prompt", "height", "width", "index", "split", "color")
         _import_adapters(path, options)
 
 
@@ -255,9 +257,8 @@ def _colors(options: Namespace) -> dict[Any, str] | None:
     return None if options.color is None else dict(map(split_color, options.color))
 
 
-def _unused(options: Namespace, *names: str) -> None:
+def _unused(options: Namespace, kind: str, *names: str) -> None:
     """Raise a ValueError for a flag that has no effect on what is converted."""
     for name in names:
         if getattr(options, name) is not None:
-            kind = "a layout" if name in ("condition", "base", "mask_resize", "dtype", "format") else "an adapter"
             raise ValueError(f"--{name} has no effect on {kind}; leave it out.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from localctl.adapter import OPTIONS, SHAPE, LocalAdapter
 from localctl.adapter_files import find_adapter, list_adapters, load_adapter
+from localctl.adapter_weights import as_metadata
 from localctl.bridges import bundle_adapters, convert_adapter
 
 # As published: canny (full), colour (light) and canny XL; small ones of the same forms for quick tests.
@@ -290,3 +291,42 @@ def test_no_path_of_this_machine_leaves(tmp_path: Path) -> None:
     convert_adapter(_saved(adapter, tmp_path), tmp_path / "out.safetensors", "comfyui")
     assert str(tmp_path).encode() not in (tmp_path / "out.safetensors").read_bytes()
     assert find_adapter(tmp_path / "out.safetensors").base == "base"
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
+    make("full_adapter").save_pretrained(tmp_path / "one")
+    convert_adapter(tmp_path / "one", tmp_path / "two")
+    convert_adapter(tmp_path / "one", tmp_path / "two", "diffusers")  # an adapter alone is
+    (tmp_path / "two" / "notes.txt").write_text("mine")
+    others = tmp_path / "unet"
+    others.mkdir()
+    (others / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    for place in (tmp_path / "two", others, tmp_path, tmp_path / "two" / "notes.txt"):
+        with pytest.raises(ValueError, match="holds other things than an adapter, which would be lost"):
+            convert_adapter(tmp_path / "one", place)
+    with pytest.raises(ValueError, match="name a new folder"):
+        convert_adapter(tmp_path / "one", "..")
+    assert (tmp_path / "two" / "notes.txt").read_text() == "mine" and (others / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["..", "a/../../b", "/tmp/b"])
+def test_a_name_in_a_file_is_no_path(name: str, tmp_path: Path) -> None:
+    file, config = tmp_path / "all.safetensors", {"_class_name": "LocalAdapter", **SMALL["full_adapter"]}
+    state = {f"{name}.{key}": value for key, value in make("full_adapter").adapter.state_dict().items()}
+    save_file(state, file, as_metadata({name: config}))
+    for read in (list_adapters, find_adapter):
+        with pytest.raises(ValueError, match="of an adapter must be of letters, digits"):
+            read(file)
+
+
+def test_a_bundle_takes_no_options(tmp_path: Path) -> None:
+    make("full_adapter").save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="keeps the options of its adapters; leave base out"):
+        convert_adapter(tmp_path / "one", tmp_path / "all.safetensors", "bundle", base="sd15")
+
+
+def test_a_chosen_resize_is_not_called_published(tmp_path: Path) -> None:
+    torch.save(make("full_adapter").adapter.state_dict(), tmp_path / "adapter_epoch_1.pt")
+    assert convert_adapter(tmp_path / "adapter_epoch_1.pt", tmp_path / "a").notes[0].endswith("nearest, as published.")
+    own = convert_adapter(tmp_path / "adapter_epoch_1.pt", tmp_path / "b", mask_resize="cover")
+    assert own.notes[0] == "mask_resize is cover."

@@ -84,6 +84,13 @@ def test_masks_come_back(format: str) -> None:
     assert not any("overlap" in note for note in exported.notes)
 
 
+def test_a_region_with_a_prompt_alone_is_a_part_without_words_in_a_map() -> None:
+    layout = Layout("a mat", 64, 64, (Region("a mat", (0, 0.5, 1, 1)), Region(None, (0, 0, 1, 0.5), prompt="a cat")))
+    exported = export_layout(layout, "color-map")
+    assert "no prompt: left out" in exported.notes[-1]
+    assert [region.phrase for region in back(exported).regions] == ["a mat", None]
+
+
 def test_in_a_map_the_smaller_region_lies_on_top() -> None:
     layout = Layout("a cat on a mat", 64, 64, (Region("a cat", (0.25, 0.25, 0.5, 0.5)), Region("a mat", (0, 0, 1, 1))))
     exported = export_layout(layout, "regional-prompter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,28 @@ def test_a_workflow_of_comfyui() -> None:
     Image.new("RGB", (8, 8)).save(image, "PNG", pnginfo=texts)
     with pytest.warns(UserWarning, match="left out"):
         assert import_layout(image.getvalue()) == found  # as ComfyUI saves images
+
+
+def test_a_node_with_a_positive_and_a_negative_input() -> None:
+    """ControlNetApplyAdvanced, through which both conditionings pass."""
+    nodes = json.loads(json.dumps(WORKFLOW))
+    both = {"positive": ["13", 0], "negative": ["7", 0], "strength": 1}
+    nodes["14"] = {"class_type": "ControlNetApplyAdvanced", "inputs": both}
+    nodes["3"]["inputs"]["negative"] = ["14", 1]
+    with pytest.warns(UserWarning, match="the nodes ControlNetApplyAdvanced and the negative prompt are left out"):
+        found = import_layout(nodes)
+    assert found.regions == (Region("a red boat", (0.5, 0.5, 0.75, 0.75), strength=1.2),)
+
+
+def test_a_negative_area_of_no_region_is_said() -> None:
+    nodes = json.loads(json.dumps(WORKFLOW))
+    nodes["15"] = {**nodes["12"], "inputs": {**nodes["12"]["inputs"], "conditioning": ["7", 0]}}
+    nodes["3"]["inputs"] |= {"negative": ["15", 0], "positive": ["13", 0]}
+    with warnings.catch_warnings(action="error"):
+        assert import_layout(nodes).regions[0].negative_prompt == "blurry"
+    nodes["15"]["inputs"]["x"] = 0
+    with pytest.warns(UserWarning, match="the negative prompt are left out"):
+        assert import_layout(nodes).regions[0].negative_prompt is None
 
 
 def test_masks_from_channels_and_boxes_of_gligen_in_a_workflow() -> None:

@@ -39,6 +39,8 @@ def test_a_layout_out_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert found.prompt == LAYOUT.prompt and found.regions[0] == LAYOUT.regions[0] and found.regions[1].mask is not None
     assert main(["export", "scene.json", "--format", "regional-prompter"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "outputs/exported/scene.json"
+    assert main(["export", "scene.json", "--format", "localctl", "--output", "own/cat.json"]) == 0
+    assert "" not in capsys.readouterr().out.splitlines()
 
 
 def test_an_adapter_out_and_back(make_adapter: MakeAdapter, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +89,8 @@ def test_the_scenes_of_dense_diffusion(capsys: pytest.CaptureFixture[str]) -> No
         assert main(["import", "dataset", "--output_dir", "out"]) == 0
     assert capsys.readouterr().out.strip() == "out/scene_0.json"
     assert [region.phrase for region in load_layout("out/scene_0.json").regions] == [None, "a cat"]
+    assert main(["import", "dataset", "--prompt", "a"]) == 2
+    assert "--prompt has no effect on a folder of scenes" in capsys.readouterr().err
     assert main(["import", "dataset", "--index", "1"]) == 2
     assert "2 colours for 3 descriptions" in capsys.readouterr().err
 
@@ -122,6 +126,9 @@ def test_a_pickle_of_scenes_runs_nothing(capsys: pytest.CaptureFixture[str]) -> 
         (["export", "a", "--format", "local", "--output", "x"], "is a folder; give --output_dir"),
         (["export", "nowhere", "--format", "comfyui"], "There is no adapter 'nowhere'"),
         (["export", "nowhere", "--list"], "There is no folder or file nowhere"),
+        (["export", "a/none.json", "--format", "gligen"], "There is no file a/none.json; check the path."),
+        (["import", "a/none.json"], "There is no file a/none.json; check the path."),
+        (["import", "none.txt"], "There is no file none.txt; check the path."),
         (["import", "nowhere.pth"], "There is no adapter 'nowhere.pth'"),
         (["import", "scene.json", "--base", "sd15"], "--base has no effect on a layout"),
         (["import", "x.pth", "--prompt", "a"], "--prompt has no effect on an adapter"),
