@@ -21,7 +21,7 @@ from localctl.studio.canvas import data_url
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.local_control_examples import examples
-from localctl.studio.local_control_form import USUAL, first_regions, read_form, read_order
+from localctl.studio.local_control_form import PHOTO, USUAL, first_regions, read_form, read_order
 from localctl.studio.local_control_job import (
     MOST_ADAPTERS,
     Order,
@@ -305,8 +305,9 @@ def restore(studio: Studio, names: Sequence[str]) -> Callable[[Any], list[Any]]:
         if not isinstance(memory, Mapping):
             return nothing
         try:
-            count = len(read_order({"source": "a photo", **memory}).follows)
-            read_form({"source": "a photo", **memory})
+            # Photos are not remembered: one that a page sends here would be a path.
+            kept = {"source": PHOTO, **{name: memory[name] for name in names if name in memory}}
+            count = len(read_form(kept).order.follows)
         except ValueError as error:
             gr.Warning(f"What the browser remembers cannot be used: {error}")
             return nothing

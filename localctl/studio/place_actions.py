@@ -17,6 +17,7 @@ from localctl.studio.canvas import show_behind
 from localctl.studio.color_maps import regions_by_color
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.methods import METHODS, shown_presets
+from localctl.studio.place_addons import photos_of
 from localctl.studio.place_examples import example_scene, examples
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
@@ -281,10 +282,14 @@ def filled(studio: Studio, names: Sequence[str], groups: Sequence[str], values: 
 
 
 def restore(studio: Studio, names: Sequence[str], groups: Sequence[str]) -> Callable[[Any], list[Any]]:
-    """Return the handler that puts back what the browser remembers of the tab; what does not fit is left as it is."""
+    """Return the handler that puts back what the browser remembers of the tab; what does not fit is left as it is.
+
+    Photos are not remembered: one that a page sends here would be a path, which Gradio would then serve.
+    """
+    kept = [name for name in names if name not in photos_of(names)]
 
     def handler(memory: Any) -> list[Any]:
-        known = {name: memory[name] for name in names if name in memory} if isinstance(memory, Mapping) else {}
+        known = {name: memory[name] for name in kept if name in memory} if isinstance(memory, Mapping) else {}
         try:
             return filled(studio, names, groups, known)
         except ValueError as error:

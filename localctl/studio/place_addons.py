@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def _image_fields(fields: dict[str, Any], name: str, kind: str) -> None:
         fields[f"{name}_end"] = gr.Slider(0, 1, value=1, step=0.05, label="End", min_width=90)
 
 
-def photos_of(fields: Mapping[str, Any]) -> list[str]:
+def photos_of(fields: Iterable[str]) -> list[str]:
     """Return the names of the fields that are photos."""
     return [name for name in fields if name == "photo" or name.endswith("_image")]
 

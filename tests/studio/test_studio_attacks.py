@@ -126,6 +126,19 @@ def test_a_photo_is_never_a_path_or_an_address_that_the_page_names(visitor: Visi
     assert last["success"] is False and "root:" not in str(last)
 
 
+def test_what_a_page_claims_to_remember_names_no_file(visitor: Visitor, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"  # in the folder for temporary files, from which Gradio serves what a handler returns
+    secret.write_bytes(b"secret")
+    kinds = {part["id"]: part["type"] for part in visitor.config()["components"]}
+    events = visitor.config()["dependencies"]
+    loads = [event for event in events if [kinds[part] for part in event["inputs"]] == ["browserstate"]]
+    assert len(loads) == 2  # one for each tab that is remembered
+    for event in loads:
+        for memory in ({"photo": str(secret)}, {"photo": {"path": str(secret)}}, {"photo": [str(secret)]}):
+            answer = visitor.direct(event, [memory])
+            assert answer.status_code == 200 and "secret" not in answer.text
+
+
 REFUSED = {
     "a prompt that is too long": ({"prompt": "x" * 1001}, "The prompt has 1001 characters"),
     "a width that is not a multiple of 8": ({"canvas": {**SCENE, "width": 100}}, "The width 100"),
