@@ -115,12 +115,15 @@ def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> 
     return tuple(found)
 
 
-def addon_settings(addons: Addons, scene: Scene, config: StudioConfig, folder: Path) -> dict[str, Any]:
+def addon_settings(
+    addons: Addons, scene: Scene, texts: Sequence[str], config: StudioConfig, folder: Path
+) -> dict[str, Any]:
     """Return the settings of a run for the addons that act, with their images written to ``folder``.
 
-    ValueError for a region that is not there or has no phrase, and for photos beside ready conditions.
+    texts: all prompts of the run, which choose the learned words. ValueError for a region that is not there or has no
+    phrase, and for photos beside ready conditions.
     """
-    settings: dict[str, Any] = {"textual_inversion": config.textual_inversion or None}
+    settings: dict[str, Any] = {"textual_inversion": _words(texts, config) or None}
     if config.lora:
         settings |= {"lora": [place for place, _ in addons.loras], "lora_scale": [scale for _, scale in addons.loras]}
     if addons.controlnets:
@@ -136,6 +139,15 @@ def addon_settings(addons: Addons, scene: Scene, config: StudioConfig, folder: P
     if addons.ip_adapters:
         settings |= _shared("ip_adapter", addons.ip_adapters, "ip_adapter_image", scene, folder)
     return settings
+
+
+def _words(texts: Sequence[str], config: StudioConfig) -> list[str]:
+    """Return the places of the learned words that are in one of ``texts``."""
+    from localctl.addons.embeddings import find_embedding
+
+    here = bool(config.local_files_only)
+    words = {place: find_embedding(place, here).word for place in config.textual_inversion}
+    return [place for place, word in words.items() if any(word in text for text in texts)]
 
 
 def _shared(kind: str, addons: Sequence[Addon], images: str, scene: Scene, folder: Path) -> dict[str, Any]:

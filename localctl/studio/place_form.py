@@ -19,7 +19,7 @@ from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
 from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
 from localctl.studio.place_addons import Addons, addon_settings, read_addons
-from localctl.studio.scenes import layout_of
+from localctl.studio.scenes import layout_of, prompt_of
 from localctl.studio.uploads import read_photo
 
 AUTO = "auto"
@@ -56,6 +56,12 @@ class PlaceForm:
     def seeds(self) -> list[int]:
         """One seed for each image."""
         return [self.seed + index for index in range(self.images)]
+
+    @property
+    def texts(self) -> list[str]:
+        """All prompts, those of the regions included."""
+        own = [text for region in self.scene.regions for text in (region.prompt, region.negative_prompt)]
+        return [prompt_of(self.scene, self.prompt), self.negative_prompt, *own]
 
     def layout(self) -> Layout:
         """Return the layout. ValueError for a region without a place, or a phrase that is not in the prompt."""
@@ -152,7 +158,7 @@ def settings_for(
         "scheduler": form.scheduler,
         **({f"use_{form.sigmas}_sigmas": True} if form.sigmas else {}),
         "output_dir": str(folder),
-        **addon_settings(form.addons, form.scene, config, folder),
+        **addon_settings(form.addons, form.scene, form.texts, config, folder),
         **_start_and_end(form, folder),
     }
     if not form.scene.regions:
