@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from localctl.images import load_image
-from localctl.jobs.embedded import read_embedded, settings_in, unpack
-from localctl.jobs.settings import PLACES, SampleSettings, command_line
+from localctl.jobs.embedded import Record, read_embedded, settings_in, unpack
+from localctl.jobs.settings import INPUTS, PLACES, SampleSettings, command_line, names_file
 from localctl.masks import load_mask, mask_to_pil
 from localctl.studio import limits
 from localctl.studio.canvas import data_url
@@ -37,17 +38,27 @@ class Bundle:
 def bundle_of(image: Path, folder: Path) -> Bundle:
     """Write what leaves with an image to ``folder``. ValueError for a file without a record."""
     record = read_embedded(image)
-    options = unpack(record, folder)
+    options = unpack(record, folder) | _left_out(record, image, folder)
     relative = {name: _below(value, folder) for name, value in options.items()}
     command = command_line(SampleSettings(**relative), PROGRAM).replace(f"'{PROGRAM}'", PROGRAM, 1)
     layouts = options.get("layout") or []
     bundle = folder / f"{image.stem}.zip"
     with zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(image, image.name)
-        archive.writestr("command.txt", f"{command}\n{PROGRAM} --from_json {image.name}  # the same\n")
+        same = f"{PROGRAM} --from_json {image.name}  # the same\n" if "needs" not in record else ""
+        archive.writestr("command.txt", f"{command}\n{same}")
         for path in sorted((folder / _INPUTS).iterdir()):
             archive.write(path, f"{_INPUTS}/{path.name}")
     return Bundle(image, Path(layouts[0]) if layouts else None, bundle, command)
+
+
+def _left_out(record: Record, image: Path, folder: Path) -> dict[str, Any]:
+    """Copy the inputs that were too large for the record from beside the image; return the settings that name them."""
+    large = [name for name in INPUTS if name in record.get("needs", ())]
+    if large:
+        shutil.copytree(image.parent / _INPUTS, folder / _INPUTS, dirs_exist_ok=True)
+    options = {name: record["options"][name] for name in large}
+    return {name: [str(folder / i) if names_file(i) else i for i in items] for name, items in options.items()}
 
 
 def _below(value: Any, folder: Path) -> Any:
@@ -81,7 +92,7 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
     source = load_image(sources[0])
     size = options.get("height") or source.height, options.get("width") or source.width
     regions = first_regions(len(adapters))
-    for region, path in zip(regions, _each(options.get("mask") or [None], len(adapters)), strict=True):
+    for region, path in zip(regions, each(options.get("mask") or [None], len(adapters)), strict=True):
         mask = None if path is None else load_mask(path, size)
         if mask is not None and not bool((mask == 1).all()):
             region["mask"] = data_url(mask_to_pil(mask), longest=512)
@@ -100,16 +111,25 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
     for number, adapter in enumerate(adapters, start=1):
         values[f"adapter{number}"] = adapter
         for name, usual in (("weight", 1.0), ("start", 0.0), ("end", 1.0)):
-            values[f"{name}{number}"] = _each(options.get(name) or [usual], len(adapters))[number - 1]
+            values[f"{name}{number}"] = each(options.get(name) or [usual], len(adapters))[number - 1]
     return values
 
 
 def _known_adapter(name: str, config: StudioConfig) -> str:
-    """Return how the page calls an adapter. ValueError for one that the server does not have."""
-    last = Path(name).name
-    for label, place in adapter_places(config).items():
-        if place == name or Path(place).name == last:
-            return label
+    """Return how the page calls an adapter, by its place, or by its last part where only one has that.
+
+    ValueError for one that the server does not have, or a last part of several.
+    """
+    last, places = Path(name).name, adapter_places(config)
+    labels = [label for label, place in places.items() if place == name]
+    labels = labels[:1] or [label for label, place in places.items() if Path(place).name == last]
+    if len(labels) == 1:
+        return labels[0]
+    if labels:
+        raise ValueError(
+            f"The image was made with an adapter {last!r}, and this server has {len(labels)} of that name; choose "
+            "one of the list."
+        )
     raise ValueError(
         f"The image was made with the adapter {last!r}, which this server does not have; start it with it."
     )
@@ -119,6 +139,6 @@ def _content(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _each(values: Sequence[Any], count: int) -> list[Any]:
+def each(values: Sequence[Any], count: int) -> list[Any]:
     """Return one value for each adapter; a single value is for all."""
     return list(values) * count if len(values) == 1 else list(values)

@@ -14,7 +14,7 @@ from localctl.studio.leaving import Bundle, bundle_of, follow_values, settings_o
 from localctl.studio.local_control import FollowTab
 from localctl.studio.local_control_job import MOST_ADAPTERS
 from localctl.studio.place import PlaceTab
-from localctl.studio.place_restore import values_of
+from localctl.studio.place_restore import addon_values, values_of
 from localctl.studio.sessions import Session
 from localctl.studio.studio import Studio
 
@@ -115,7 +115,7 @@ def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..
                 rows = [gr.update(visible=index < count) for index in range(MOST_ADAPTERS)]
                 told[1] = progress.done("The settings of the image are back.")
                 return [gr.update(selected="local_control"), *nothing_placed, *updates, *rows, *told]
-            values = values_of(options, studio.config.base, studio.base_size)
+            values = values_of(options, studio.config.base, studio.base_size) | addon_values(options, studio.config)
             told[0] = progress.done("The settings of the image are back.")
             placed = place_actions.filled(studio, names, groups, values)
             return [gr.update(selected="place"), *placed, *nothing_followed, *told]

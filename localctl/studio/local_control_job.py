@@ -3,6 +3,7 @@ said of its images: edges matched, missed and invented inside the mask."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
+from localctl.bases import same_base
 from localctl.conditions import extract
 from localctl.data.geometry import IMAGE, geometry
 from localctl.drawing import overlay_edges
@@ -75,8 +77,9 @@ class Order:
 def adapter_places(config: StudioConfig) -> dict[str, str]:
     """Return the adapters that the page may choose: name -> place. Those of the flags come first, then the example and
     those of the runs."""
-    places = {_short(place): place for place in config.adapter}
-    if config.base == "micro" and EXAMPLE.is_dir():
+    last = Counter(map(_short, config.adapter))
+    places = {_short(place) if last[_short(place)] == 1 else _short(place, 2): place for place in config.adapter}
+    if same_base(config.base, "micro") and EXAMPLE.is_dir():
         places.setdefault(EXAMPLE_NAME, str(_from_here(EXAMPLE)))
     for name, place in adapters_of_runs(Path(config.runs).expanduser()).items():
         places.setdefault(name, str(place))
@@ -88,9 +91,9 @@ def _from_here(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _short(place: str) -> str:
-    """Return the last part of a place: the page shows no paths of the server."""
-    return place.rstrip("/").rsplit("/", 1)[-1][:60]
+def _short(place: str, parts: int = 1) -> str:
+    """Return the last parts of a place: the page shows no paths of the server."""
+    return "/".join(place.rstrip("/").split("/")[-parts:])[-60:]
 
 
 def find_adapters(config: StudioConfig, names: Sequence[str]) -> list[SavedAdapter]:

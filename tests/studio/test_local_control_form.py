@@ -16,7 +16,7 @@ from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import follow_values
 from localctl.studio.limits import scene as read_scene
 from localctl.studio.local_control_form import first_regions, mask_of, read_form, read_order
-from localctl.studio.local_control_job import EXAMPLE_NAME, judge, settings_of
+from localctl.studio.local_control_job import EXAMPLE_NAME, adapter_places, judge, settings_of
 
 BOX = [0.25, 0.25, 0.75, 1.0]
 
@@ -94,3 +94,15 @@ def test_a_copy_is_matched_and_an_empty_image_misses_everything(photo: Path) -> 
     target = canny(np.asarray(image))
     same, nothing = judge(image, target, [everywhere]), judge(Image.new("RGB", (128, 128)), target, [everywhere])
     assert "F1 inside the mask: 1.00" in same.text and "F1 inside the mask: 0.00" in nothing.text
+
+
+def test_adapters_with_the_same_last_name_are_told_apart(tmp_path: Path) -> None:
+    config = StudioConfig(adapter=["runs/canny/adapter", "runs/palette/adapter", "other"], runs=str(tmp_path))
+    assert list(adapter_places(config))[:3] == ["canny/adapter", "palette/adapter", "other"]
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    options = {"image": [str(tmp_path / "photo.png")], "adapter": ["runs/palette/adapter"]}
+    assert follow_values(options, config)["adapter1"] == "palette/adapter"
+    with pytest.raises(ValueError, match="an adapter 'adapter', and this server has"):
+        follow_values({**options, "adapter": ["adapter"]}, config)
+    with pytest.raises(ValueError, match="'sobel', which this server does not have"):
+        follow_values({**options, "adapter": ["sobel"]}, config)

@@ -1,10 +1,11 @@
-"""A job of the tab Place with ControlNets, IP-Adapters, LoRAs and learned words: each acts, and the image repeats it."""
+"""ControlNets, IP-Adapters, LoRAs and learned words on the tab Place: each acts, and the image repeats it."""
 
 from __future__ import annotations
 
 import shlex
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,10 @@ from PIL import Image
 from test_place_form import FIELDS
 
 from localctl.cli.sample import main as sample
-from localctl.studio.app import build
 from localctl.studio.config import StudioConfig
-from localctl.studio.leaving import bundle_of
+from localctl.studio.leaving import bundle_of, settings_of_image
 from localctl.studio.place_actions import generate
+from localctl.studio.place_restore import addon_values, values_of
 from localctl.studio.studio import Studio
 
 SCENE = {
@@ -84,3 +85,14 @@ def test_each_addon_acts_and_the_command_of_the_page_makes_the_same_image(studio
     assert sample([*shlex.split(made.command)[2:], "--output_dir", "again"]) == 0
     (again,) = Path("again").glob("*_seed3.png")
     assert np.array_equal(pixels(images[-1]), pixels(again))
+
+    options = settings_of_image(images[-1].read_bytes(), tmp_path)  # dropped on the page
+    fields = values_of(options, "base", (64, 64)) | addon_values(options, studio.config)
+    assert {name for name, value in fields.items() if name.endswith("_where") and value != "region 1"} == set()
+    assert np.array_equal(pixels(images[-1]), pixels(generated(studio, **fields)))
+    without = settings_of_image(plain.read_bytes(), tmp_path)
+    values = addon_values(without, studio.config)
+    assert (values["controlnet0_image"], values["ip_adapter0_image"], values["lora0_scale"]) == (None, None, 0)
+    for kind, title in {"controlnet": "ControlNet 'net'", "lora": "LoRA 'style.safetensors'"}.items():
+        with pytest.raises(ValueError, match=f"made with the {title}, which this server does not have"):
+            addon_values(options, replace(studio.config, **{kind: []}))

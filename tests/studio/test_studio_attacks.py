@@ -127,7 +127,7 @@ def test_a_photo_is_never_a_path_or_an_address_that_the_page_names(visitor: Visi
 
 
 def test_what_a_page_claims_to_remember_names_no_file(visitor: Visitor, tmp_path: Path) -> None:
-    secret = tmp_path / "secret.png"  # in the folder for temporary files, from which Gradio serves what a handler returns
+    secret = tmp_path / "secret.png"  # in the temporary folder, of which Gradio serves what a handler returns
     secret.write_bytes(b"secret")
     kinds = {part["id"]: part["type"] for part in visitor.config()["components"]}
     events = visitor.config()["dependencies"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from localctl.cli.sample import main as sample
 from localctl.jobs.embedded import read_embedded
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import Stopped
+from localctl.studio.leaving import bundle_of
 from localctl.studio.place_actions import generate
 from localctl.studio.place_form import read_form, read_sweep, settings_for
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
@@ -73,6 +76,23 @@ def test_the_image_alone_repeats_itself_on_the_command_line(studio: Studio, tmp_
     assert record["options"]["control"] == ["bias"] and str(tmp_path) not in str(record)
     assert sample(["--from_json", str(path), "--output_dir", str(tmp_path / "again")]) == 0
     assert np.array_equal(pixels(tmp_path / "again" / path.name), pixels(path))
+
+
+def test_what_is_taken_away_repeats_an_image_whose_photo_is_too_large_for_its_record(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    asked = {"photo": str(tmp_path / "photo.png"), "photo_use": "Image to image", "scene": SMALL}
+    (path,) = images(run(studio, tmp_path / "page", **asked))
+    assert "init_image" in read_embedded(path)["needs"]
+    made = bundle_of(path, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile(made.bundle) as archive:
+        archive.extractall()
+        assert "--from_json" not in archive.read("command.txt").decode()
+    assert sample([*shlex.split(made.command)[2:], "--output_dir", "again"]) == 0
+    assert np.array_equal(pixels(Path("again") / path.name), pixels(path))
 
 
 def test_the_models_stay_in_memory_for_the_next_job(studio: Studio, tmp_path: Path) -> None:
