@@ -11,12 +11,22 @@ from localctl.files import first_line
 from localctl.records import Positive, record
 
 DEFAULT_PORT = 7860
-_LOCAL_NAMES = ("localhost", "localhost.localdomain", "")
+_LOCAL_NAMES = ("localhost", "localhost.localdomain")
 
 
 def short_name(place: str) -> str:
     """Return the last part of a place: the page shows no paths of the server."""
     return place.rstrip("/").rsplit("/", 1)[-1][:40]
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address is this machine, as seen by its own programs alone."""
+    if host in _LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @record()
@@ -65,12 +75,7 @@ class StudioConfig:
     @property
     def is_local(self) -> bool:
         """Whether only programs on this machine can reach the host."""
-        if self.host in _LOCAL_NAMES:
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return not self.host or is_loopback(self.host)
 
     @property
     def exposed(self) -> bool:
@@ -93,13 +98,25 @@ class StudioConfig:
         return user, password
 
     def check_places(self) -> None:
-        """Raise a ValueError for a base or an adapter that is not there, before the server starts."""
+        """Raise a ValueError for a base, an adapter or an addon that is not there, before the server starts."""
         from localctl.adapter_files import find_adapter
+        from localctl.addons.controlnets import find_controlnet
+        from localctl.addons.embeddings import find_embedding
+        from localctl.addons.ip_adapters import find_ip_adapter
+        from localctl.addons.loras import check_names, find_lora
         from localctl.pipelines import resolve_base
 
+        here = bool(self.local_files_only)
         resolve_base(self.base, one_file=True)
         for place in self.adapter:
-            find_adapter(place, bool(self.local_files_only))
+            find_adapter(place, here)
+        for place in self.controlnet:
+            find_controlnet(place, here)
+        for place in self.ip_adapter:
+            find_ip_adapter(place, local_files_only=here)
+        check_names([find_lora(place, here) for place in self.lora])
+        for place in self.textual_inversion:
+            find_embedding(place, here)
         runs = Path(self.runs).expanduser()
         try:
             if runs.exists() and not runs.is_dir():

@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from localctl.studio.config import is_loopback
+
 logger = logging.getLogger(__name__)
 MAX_BODY = 24_000_000  # bytes of a request: an upload, or all masks of a canvas
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 # Everything comes from this server; Gradio's templates need eval.
 _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; base-uri 'self'; "
@@ -78,7 +79,7 @@ class Guard:
 
     def _problem(self, headers: MutableMapping[bytes, str]) -> str | None:
         host = headers.get(b"host", "")
-        if self.is_local and _name(host) not in _LOCAL_HOSTS:
+        if self.is_local and not is_loopback(_name(host)):
             return "This server is for this machine alone."
         origin = headers.get(b"origin")
         if self.checks_origin and origin is not None and not _same(origin, host, self.is_local):
@@ -105,7 +106,7 @@ def _same(origin: str, host: str, is_local: bool) -> bool:
     if from_.scheme not in ("http", "https"):
         return False
     names = {from_.hostname, own.hostname}
-    return ports[0] == ports[1] and (len(names) == 1 or (is_local and names <= _LOCAL_HOSTS))
+    return ports[0] == ports[1] and (len(names) == 1 or (is_local and all(is_loopback(name or "") for name in names)))
 
 
 def _counted(receive: Receive) -> Receive:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import NONE, control_names
+from localctl.images import MAX_PIXELS
 from localctl.layout import Layout
 from localctl.layout_io import save_layout
 from localctl.masks import mask_to_pil
@@ -75,10 +76,16 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
     sigmas = limits.choice("The noise levels", get("sigmas"), (AUTO, *SIGMAS))
     seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
+    scene, upscale = limits.scene(get("scene")), limits.number("The second pass", get("upscale"), 1, 4)
+    if scene.width * scene.height * upscale**2 > MAX_PIXELS:
+        raise ValueError(
+            f"The second pass makes {scene.width * upscale:.0f}x{scene.height * upscale:.0f} pixels, more than "
+            f"{MAX_PIXELS:,}; choose a smaller factor or canvas."
+        )
     return PlaceForm(
         prompt=limits.text("The prompt", get("prompt")).strip(),
         negative_prompt=limits.text("The negative prompt", get("negative_prompt")).strip(),
-        scene=limits.scene(get("scene")),
+        scene=scene,
         method=method,
         settings=tuple(changed_settings(method, config.base, values)),
         scheduler=None if scheduler == AUTO else scheduler,
@@ -93,7 +100,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         photo=read_photo("The photo", get("photo")),
         photo_use=PHOTO_USES[limits.choice("The use of the photo", get("photo_use"), PHOTO_USES)],
         photo_strength=limits.number("The strength of the change", get("photo_strength"), 0, 1),
-        upscale=limits.number("The second pass", get("upscale"), 1, 4),
+        upscale=upscale,
         upscale_strength=limits.number("The strength of the second pass", get("upscale_strength"), 0, 1),
         addons=read_addons(values, config),
     )

@@ -15,7 +15,7 @@ from localctl.phrases import find_phrase
 from localctl.studio.canvas import data_url
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.limits import MAX_REGIONS, Scene, SceneRegion
-from localctl.studio.theme import COLORS, color_of, text_on
+from localctl.studio.theme import color_of, text_on
 
 Span = tuple[int, int]
 _TEXTS = ("phrase", "prompt", "negative_prompt")
@@ -164,8 +164,3 @@ def _phrase(text: str, owner: SceneRegion | None, row: Sequence[tuple[int, Span]
     color = color_of(owner.color)
     bad = " phrase-bad" if is_bad else ""
     return f'<mark class="phrase{bad}" style="background:{color};color:{text_on(color)}">{"".join(parts)}</mark>'
-
-
-def colored_regions(count: int) -> list[dict[str, Any]]:
-    """Return the beginnings of ``count`` regions, one colour each."""
-    return [{"id": f"r{index + 1}", "color": index % len(COLORS)} for index in range(count)]

@@ -29,19 +29,14 @@ class Session:
     results: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     made: int = 0
 
-    @property
-    def inputs(self) -> Path:
-        """The folder for files made of what the page sends."""
-        folder = self.folder / "inputs"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def new_folder(self) -> Path:
-        """Create a folder for the files of one job."""
-        self.made += 1
-        folder = self.folder / f"job_{self.made:05d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        """Create a folder for the files of one job, of which several may begin at once."""
+        while True:
+            self.made += 1
+            folder = self.folder / f"job_{self.made:05d}"
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
 
     def keep(self, path: Path, result: Any) -> None:
         """Remember what a file shows; the oldest results beyond a limit are deleted."""

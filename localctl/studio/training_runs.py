@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -137,6 +138,7 @@ class Trainer:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._run = ""
+        self._starting = threading.Lock()
 
     @property
     def running(self) -> bool:
@@ -148,6 +150,10 @@ class Trainer:
 
         overrides: further ``key=value`` settings, never from a page.
         """
+        with self._starting:
+            return self._start(overrides)
+
+    def _start(self, overrides: Sequence[str]) -> str:
         if self.running:
             raise ValueError(f"The run {self._run} is still training; stop it first.")
         numbers = [int(match[1]) for path in self.root.glob("quick-*") if (match := re.search(r"-(\d+)$", path.name))]

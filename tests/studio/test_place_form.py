@@ -179,6 +179,8 @@ def test_a_second_pass_is_asked_for_by_its_factor(tmp_path: Path) -> None:
     assert "upscale" not in settings(tmp_path)
     made = settings(tmp_path, upscale=2, upscale_strength=0.3)
     assert (made["upscale"], made["upscale_strength"]) == (2, 0.3)
+    with pytest.raises(ValueError, match="The second pass makes 8192x8192 pixels, more than 16,000,000"):
+        settings(tmp_path, upscale=4, scene={"width": 2048, "height": 2048, "regions": []})
 
 
 ADDONS = StudioConfig(controlnet=["a/canny", "b/sobel"], ip_adapter=["c/faces"], lora=["d/style"])

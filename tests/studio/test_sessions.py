@@ -42,6 +42,12 @@ def test_a_closed_tab_leaves_nothing_and_its_jobs_are_cancelled(sessions: Sessio
     assert job.is_set() and not session.folder.exists() and len(sessions) == 0
 
 
+def test_jobs_that_begin_at_once_have_folders_of_their_own(sessions: Sessions) -> None:
+    session = sessions.of(request("a"))
+    (session.folder / "job_00001").mkdir()  # of another job that counted at the same time
+    assert session.new_folder().name == "job_00002"
+
+
 def test_the_oldest_idle_tab_is_forgotten_first(sessions: Sessions) -> None:
     busy, idle = sessions.of(request("busy")), sessions.of(request("idle"))
     busy.running.add(threading.Event())

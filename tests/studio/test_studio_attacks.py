@@ -101,6 +101,9 @@ def test_requests_of_the_page_itself_are_answered(visitor: Visitor) -> None:
     port = visitor.url.rsplit(":", 1)[1]
     for origin in (visitor.url, f"http://localhost:{port}"):
         assert visitor.get("/config", headers={"Origin": origin}).status_code == 200
+    for name in ("localhost", "127.5.0.1", "[::1]"):  # each is an address to listen on, of this machine alone
+        host = f"{name}:{port}"
+        assert visitor.get("/config", headers={"Host": host, "Origin": f"http://{host}"}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", ""])
