@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
 
 from localctl.studio.config import StudioConfig
 from localctl.studio.server import serve
@@ -70,6 +70,7 @@ def chromium() -> Iterator[Browser]:
     path = find_chromium()
     if path is None:
         pytest.skip("There is no Chromium on this machine; install it with: apt-get install -y chromium")
+    expect.set_options(timeout=1000 * SECONDS)  # which those of a context do not cover
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
