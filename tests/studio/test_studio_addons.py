@@ -95,4 +95,4 @@ def test_each_addon_acts_and_the_command_of_the_page_makes_the_same_image(studio
     assert (values["controlnet0_image"], values["ip_adapter0_image"], values["lora0_scale"]) == (None, None, 0)
     for kind, title in {"controlnet": "ControlNet 'net'", "lora": "LoRA 'style.safetensors'"}.items():
         with pytest.raises(ValueError, match=f"made with the {title}, which this server does not have"):
-            addon_values(options, replace(studio.config, **{kind: []}))
+            addon_values(options, replace(studio.config, **dict[str, Any]({kind: []})))
