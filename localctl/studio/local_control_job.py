@@ -15,6 +15,7 @@ from PIL import Image
 from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import read_shape
 from localctl.bases import same_base
+from localctl.condition_models import load_model
 from localctl.conditions import extract
 from localctl.data.geometry import IMAGE, geometry
 from localctl.drawing import overlay_edges
@@ -24,7 +25,7 @@ from localctl.jobs.prepare import base_size
 from localctl.labels import one_line
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, canny, edge_scores, match_edges
 from localctl.pipelines import BaseConfig
-from localctl.settings import FROM_IMAGE, ConditionConfig
+from localctl.settings import ConditionConfig
 from localctl.studio.config import StudioConfig
 from localctl.studio.training_runs import adapters_of_runs
 
@@ -124,16 +125,20 @@ def conditions(order: Order, adapters: Sequence[SavedAdapter], size: Size) -> li
     if order.photo is None:
         return [order.source] * len(adapters)
     photo = np.asarray(scaled(order.photo, size))
-    return [condition_to_pil(extract(condition_of(adapter, order.thresholds), photo)) for adapter in adapters]
+    wanted = [condition_of(adapter, order.thresholds) for adapter in adapters]
+    for adapter, condition in zip(adapters, wanted, strict=True):
+        if condition.model is not None:
+            load_model(condition, adapter.local_files_only)  # extract() would ask the network
+    return [condition_to_pil(extract(condition, photo)) for condition in wanted]
 
 
 def condition_of(adapter: SavedAdapter, thresholds: Thresholds) -> ConditionConfig:
     """Return how the condition of an adapter is extracted. ValueError for a kind that no photo gives."""
     trained = adapter.condition or ConditionConfig()
-    if trained.kind not in FROM_IMAGE:
+    if not trained.from_image:
         raise ValueError(
-            f"The adapter {_short(adapter.name)} follows a {trained.kind} condition, which is not extracted from a "
-            "photo; upload the condition instead."
+            f"The adapter {_short(adapter.name)} follows a {trained.kind} condition, which came with its data and is "
+            "not extracted from a photo; upload the condition instead."
         )
     changes: dict[str, Any] = {}
     if trained.kind == "canny":

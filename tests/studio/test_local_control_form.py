@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import follow_values
 from localctl.studio.limits import scene as read_scene
 from localctl.studio.local_control_form import first_regions, mask_of, read_form, read_order
-from localctl.studio.local_control_job import EXAMPLE_NAME, adapter_places, judge, settings_of
+from localctl.studio.local_control_job import EXAMPLE, EXAMPLE_NAME, adapter_places, judge, settings_of
+
+pytest_plugins = ["condition_models_here"]
 
 BOX = [0.25, 0.25, 0.75, 1.0]
 
@@ -106,3 +111,28 @@ def test_adapters_with_the_same_last_name_are_told_apart(tmp_path: Path) -> None
         follow_values({**options, "adapter": ["adapter"]}, config)
     with pytest.raises(ValueError, match="'sobel', which this server does not have"):
         follow_values({**options, "adapter": ["sobel"]}, config)
+
+
+def adapter_of(folder: Path, condition: dict[str, Any]) -> Path:
+    """A copy of the example that was trained on another condition."""
+    shutil.copytree(EXAMPLE, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"condition": condition}))
+    return folder
+
+
+def test_what_a_model_computed_in_training_is_computed_of_the_photo(
+    photo: Path, tmp_path: Path, condition_model: Callable[[str], Path]
+) -> None:
+    trained = {"kind": "depth", "channels": 1, "model": str(condition_model("depth"))}
+    config = StudioConfig(adapter=[str(adapter_of(tmp_path / "deep", trained))], runs=str(tmp_path / "none"))
+    form = read_form(fields(photo, adapter1="deep", low=10, high=300))  # thresholds are those of canny alone
+    settings, [shown] = settings_of(form.order, config, tmp_path, form.sampling)
+    [adapter] = prepare(SampleSettings(**settings)).adapters
+    values = np.asarray(shown)[..., 0]
+    assert np.array_equal(adapter.condition[0].numpy() * 255, values) and np.ptp(values) == 255
+    without = adapter_of(tmp_path / "flat", {"kind": "depth", "channels": 1})
+    with pytest.raises(ValueError, match="flat follows a depth condition, which came with its data"):
+        settings_of(
+            read_order(fields(photo, adapter1="flat")), StudioConfig(adapter=[str(without)], runs=""), tmp_path, {}
+        )
