@@ -293,7 +293,7 @@ def _model_places(options: SampleSettings) -> dict[str, list[str] | None]:
     found: dict[str, list[str] | None] = {}
     for name in (f"{prefix}condition_{what}" for prefix in ("", "controlnet_") for what in ("model", "detector")):
         places = [(place, Path(place).expanduser()) for place in getattr(options, name) or ()]
-        found[name] = [str(path.resolve()) if path.exists() else place for place, path in places] or None
+        found[name] = [str(path.resolve()) if place and path.exists() else place for place, path in places] or None
     return found
 
 

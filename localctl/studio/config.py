@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from localctl.bases import DtypeName
 from localctl.files import first_line
 from localctl.records import Positive, record
+from localctl.settings import MODELS, ConditionConfig, ConditionKind
 
 DEFAULT_PORT = 7860
 _LOCAL_NAMES = ("localhost", "localhost.localdomain")
@@ -48,8 +50,11 @@ class StudioConfig:
     adapter: list[str] = field(default_factory=list)
     controlnet: list[str] = field(default_factory=list)
     ip_adapter: list[str] = field(default_factory=list)
+    ip_adapter_encoder: str | None = None
     lora: list[str] = field(default_factory=list)
     textual_inversion: list[str] = field(default_factory=list)
+    condition_model: list[str] = field(default_factory=list)
+    condition_detector: str | None = None
     runs: str = "outputs"
     host: str = "127.0.0.1"
     port: int | None = None
@@ -60,6 +65,7 @@ class StudioConfig:
     time_limit: Positive = 900
 
     def __post_init__(self) -> None:
+        self._check_addons()
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ValueError(f"The port must be from 1 to 65535, not {self.port}.")
         if self.auth is not None:
@@ -71,6 +77,30 @@ class StudioConfig:
                 f"{self.opened} would let anyone generate images on this machine; give --auth USER:PASSWORD, or "
                 "--allow_anyone if that is meant."
             )
+
+    def _check_addons(self) -> None:
+        if self.ip_adapter_encoder is not None and not self.ip_adapter:
+            raise ValueError("--ip_adapter_encoder is for an --ip_adapter, but there is none; give --ip_adapter.")
+        for item in self.condition_model:
+            kind, _, place = item.partition("=")
+            if kind not in MODELS or not place or self.condition_models[kind] != place:
+                raise ValueError(
+                    f"--condition_model {item!r} must be KIND=PLACE, each kind once, with one of {', '.join(MODELS)}; "
+                    f"for example depth={MODELS['depth']}."
+                )
+        if self.condition_detector is not None and "pose" not in self.condition_models:
+            raise ValueError("--condition_detector finds people for --condition_model pose=PLACE; give that, too.")
+
+    @property
+    def condition_models(self) -> dict[str, str]:
+        """The models that compute conditions from photos, by kind."""
+        parts = (item.partition("=") for item in self.condition_model)
+        return {kind: place for kind, _, place in parts}
+
+    def computed(self, kind: str) -> ConditionConfig:
+        """Return how a condition of one of the kinds of ``condition_models`` is computed from a photo."""
+        detector = self.condition_detector if kind == "pose" else None
+        return ConditionConfig(kind=cast(ConditionKind, kind), model=self.condition_models[kind], detector=detector)
 
     @property
     def is_local(self) -> bool:
@@ -104,6 +134,7 @@ class StudioConfig:
         from localctl.addons.embeddings import find_embedding
         from localctl.addons.ip_adapters import find_ip_adapter
         from localctl.addons.loras import check_names, find_lora
+        from localctl.condition_models import load_model
         from localctl.pipelines import resolve_base
 
         here = bool(self.local_files_only)
@@ -113,10 +144,12 @@ class StudioConfig:
         for place in self.controlnet:
             find_controlnet(place, here)
         for place in self.ip_adapter:
-            find_ip_adapter(place, local_files_only=here)
+            find_ip_adapter(place, self.ip_adapter_encoder, local_files_only=here)
         check_names([find_lora(place, here) for place in self.lora])
         for place in self.textual_inversion:
             find_embedding(place, here)
+        for kind in self.condition_models:
+            load_model(self.computed(kind), here)
         runs = Path(self.runs).expanduser()
         try:
             if runs.exists() and not runs.is_dir():

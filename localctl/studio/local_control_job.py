@@ -27,6 +27,7 @@ from localctl.metrics.edges import MIN_EDGES, EdgeScores, canny, edge_scores, ma
 from localctl.pipelines import BaseConfig
 from localctl.settings import ConditionConfig
 from localctl.studio.config import StudioConfig
+from localctl.studio.place_addons import model_settings
 from localctl.studio.training_runs import adapters_of_runs
 
 MOST_ADAPTERS = 3
@@ -103,7 +104,16 @@ def find_adapters(config: StudioConfig, names: Sequence[str]) -> list[SavedAdapt
     for name in names:
         if name not in places:
             raise ValueError(f"There is no adapter {one_line(str(name))!r} on this server; choose one of the list.")
-    return [find_adapter(places[name], bool(config.local_files_only)) for name in names]
+    found = [find_adapter(places[name], bool(config.local_files_only)) for name in names]
+    return [_with_model(adapter, config) for adapter in found]
+
+
+def _with_model(adapter: SavedAdapter, config: StudioConfig) -> SavedAdapter:
+    """Return the adapter with the server's model for its kind of condition, where it was trained without one."""
+    trained = adapter.condition
+    if trained is None or trained.from_image or trained.kind not in config.condition_models:
+        return adapter
+    return replace(adapter, config={**adapter.config, "condition": config.computed(trained.kind).recorded()})
 
 
 def run_size(config: StudioConfig, adapters: Sequence[SavedAdapter], order: Order) -> Size:
@@ -198,6 +208,10 @@ def settings_of(
         "width": size[1],
         "output_dir": str(folder),
     }
+    if as_trained:
+        served = [adapter.condition for adapter in adapters]
+        own = [config.computed(kind) for kind in config.condition_models]
+        settings |= model_settings([condition if condition in own else None for condition in served], "")
     return {**settings, **sampling}, found
 
 

@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from localctl.jobs.settings import REGION
-from localctl.settings import FROM_IMAGE
+from localctl.settings import FROM_IMAGE, ConditionConfig
 from localctl.studio import limits
 from localctl.studio.config import StudioConfig, short_name
 from localctl.studio.limits import MAX_REGIONS, Scene
@@ -51,7 +51,7 @@ def add_fields(fields: dict[str, Any], config: StudioConfig) -> None:
     for kind, title in zip(_KINDS, ("ControlNet", "IP-Adapter"), strict=True):
         for index, place in enumerate(getattr(config, kind)):
             with gr.Accordion(f"{title}: {short_name(place)}", open=False):
-                _image_fields(fields, f"{kind}{index}", kind)
+                _image_fields(fields, f"{kind}{index}", conditions_of(config) if kind == "controlnet" else ())
     if config.controlnet:
         fields["guess_mode"] = gr.Checkbox(value=False, label="Guess mode: follow the conditions without the prompt")
     if config.lora:
@@ -60,13 +60,19 @@ def add_fields(fields: dict[str, Any], config: StudioConfig) -> None:
                 fields[f"lora{index}_scale"] = gr.Slider(0, 2, value=1, step=0.05, label=short_name(place))
 
 
-def _image_fields(fields: dict[str, Any], name: str, kind: str) -> None:
+def conditions_of(config: StudioConfig) -> tuple[str, ...]:
+    """Return what a ControlNet of this server may follow of its image."""
+    return (READY, *FROM_IMAGE, *config.condition_models)
+
+
+def _image_fields(fields: dict[str, Any], name: str, conditions: Sequence[str]) -> None:
     label = "Image; without one, this does not act"
     fields[f"{name}_image"] = photo(label, height=180, elem_id=f"place-{name.replace('_', '-')}-image")
     with gr.Row():
-        if kind == "controlnet":
-            known = [READY, *FROM_IMAGE]
-            fields[f"{name}_condition"] = gr.Dropdown(known, value=FROM_IMAGE[0], label="What it follows of the image")
+        if conditions:
+            fields[f"{name}_condition"] = gr.Dropdown(
+                list(conditions), value=FROM_IMAGE[0], label="What it follows of the image"
+            )
         fields[f"{name}_where"] = gr.Dropdown(list(_PLACES), value=EVERYWHERE, label="Where")
     with gr.Row():
         fields[f"{name}_scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Strength", min_width=90)
@@ -105,7 +111,7 @@ def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> 
         if start >= end:
             raise ValueError(f"{title} needs a start before its end, not {start:g} and {end:g}.")
         where = _PLACES.index(limits.choice(f"The place of {title}", values.get(f"{name}_where", EVERYWHERE), _PLACES))
-        condition = limits.choice(f"The condition of {title}", condition, (READY, *FROM_IMAGE))
+        condition = limits.choice(f"The condition of {title}", condition, conditions_of(config))
         scale = limits.number(f"The strength of {title}", values.get(f"{name}_scale", 1), 0, 2)
         found.append(
             Addon(
@@ -135,10 +141,22 @@ def addon_settings(
         settings |= {
             "controlnet_condition": None if None in computed else computed,
             "guess_mode": addons.guess_mode or None,
+            **model_settings([config.computed(kind) if kind in config.condition_models else None for kind in computed]),
         }
     if addons.ip_adapters:
         settings |= _shared("ip_adapter", addons.ip_adapters, "ip_adapter_image", scene, folder)
+        settings |= {"ip_adapter_encoder": config.ip_adapter_encoder}
     return settings
+
+
+def model_settings(conditions: Sequence[ConditionConfig | None], prefix: str = "controlnet_") -> dict[str, Any]:
+    """Return the settings of a run that name the models of conditions; None: computed without one."""
+    models = [(item and item.model) or "" for item in conditions]
+    detectors = [(item and item.detector) or "" for item in conditions]
+    return {
+        f"{prefix}condition_model": models if any(models) else None,
+        f"{prefix}condition_detector": detectors if any(detectors) else None,
+    }
 
 
 def _words(texts: Sequence[str], config: StudioConfig) -> list[str]:

@@ -16,7 +16,7 @@ from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import each
 from localctl.studio.methods import METHODS, Setting, settings_of, shown_presets
-from localctl.studio.place_addons import EVERYWHERE, READY
+from localctl.studio.place_addons import EVERYWHERE, READY, conditions_of
 from localctl.studio.place_form import AUTO, PHOTO_USES
 from localctl.studio.scenes import scene_of
 
@@ -131,7 +131,12 @@ def _images(kind: str, options: Mapping[str, Any], config: StudioConfig) -> dict
         values[f"{name}_where"] = _where(each(masks, len(places))[number], options)
         if kind == "controlnet":
             conditions = options.get("controlnet_condition") or [READY]
-            values[f"{name}_condition"] = each(conditions, len(places))[number]
+            values[f"{name}_condition"] = condition = each(conditions, len(places))[number]
+            if condition not in conditions_of(config):
+                raise ValueError(
+                    f"The image follows a {condition} condition of a photo, for which this server has no model; start "
+                    f"it with --condition_model {condition}=PLACE."
+                )
         for field, usual in (("scale", 1.0), ("start", 0.0), ("end", 1.0)):
             values[f"{name}_{field}"] = each(options.get(f"{kind}_{field}") or [usual], len(places))[number]
     return values

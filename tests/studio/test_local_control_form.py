@@ -131,8 +131,14 @@ def test_what_a_model_computed_in_training_is_computed_of_the_photo(
     [adapter] = prepare(SampleSettings(**settings)).adapters
     values = np.asarray(shown)[..., 0]
     assert np.array_equal(adapter.condition[0].numpy() * 255, values) and np.ptp(values) == 255
-    without = adapter_of(tmp_path / "flat", {"kind": "depth", "channels": 1})
+    assert settings.get("condition_model") is None  # the adapter names it
+
+    without = str(adapter_of(tmp_path / "flat", {"kind": "depth", "channels": 1}))
+    form = read_form(fields(photo, adapter1="flat"))
     with pytest.raises(ValueError, match="flat follows a depth condition, which came with its data"):
-        settings_of(
-            read_order(fields(photo, adapter1="flat")), StudioConfig(adapter=[str(without)], runs=""), tmp_path, {}
-        )
+        settings_of(form.order, StudioConfig(adapter=[without], runs=""), tmp_path, form.sampling)
+    served = StudioConfig(adapter=[without], runs="", condition_model=[f"depth={trained['model']}"])
+    settings, [again] = settings_of(form.order, served, tmp_path, form.sampling)
+    [adapter] = prepare(SampleSettings(**settings)).adapters
+    assert settings["condition_model"] == [trained["model"]] and np.array_equal(np.asarray(again), np.asarray(shown))
+    assert np.array_equal(adapter.condition[0].numpy() * 255, values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,17 @@ from PIL import Image
 from test_place_form import FIELDS
 
 from localctl.cli.sample import main as sample
+from localctl.conditions import extract
+from localctl.jobs.prepare import prepare
+from localctl.jobs.settings import SampleSettings
 from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import bundle_of, settings_of_image
 from localctl.studio.place_actions import generate
-from localctl.studio.place_restore import addon_values, values_of
+from localctl.studio.place_form import read_form, settings_for
+from localctl.studio.place_restore import _images, addon_values, values_of
 from localctl.studio.studio import Studio
+
+pytest_plugins = ["condition_models_here"]
 
 SCENE = {
     "width": 64,
@@ -96,3 +103,34 @@ def test_each_addon_acts_and_the_command_of_the_page_makes_the_same_image(studio
     for kind, title in {"controlnet": "ControlNet 'net'", "lora": "LoRA 'style.safetensors'"}.items():
         with pytest.raises(ValueError, match=f"made with the {title}, which this server does not have"):
             addon_values(options, replace(studio.config, **dict[str, Any]({kind: []})))
+
+
+def test_models_of_conditions_and_the_image_encoder_are_those_of_the_server(
+    studio: Studio, tmp_path: Path, condition_model: Callable[[str], Path]
+) -> None:
+    shutil.copytree("net", "second")
+    Path("ip/image_encoder").rename("eyes")
+    models = [f"depth={condition_model('depth')}", f"pose={condition_model('pose')}"]
+    config = replace(
+        studio.config,
+        controlnet=["net", "second"],
+        ip_adapter_encoder="eyes",
+        condition_model=models,
+        condition_detector=str(condition_model("detector")),
+    )
+    config.check_places()
+    with pytest.raises(ValueError, match="give the image encoder"):
+        studio.config.check_places()
+    used = {"ip_adapter0_image": "photo.png", "lora0_scale": 0, **{f"controlnet{i}_image": "photo.png" for i in (0, 1)}}
+    kinds = {"controlnet0_condition": "canny", "controlnet1_condition": "depth"}
+    settings = settings_for(read_form({**ASKED, **used, **kinds}, config), tmp_path, config)
+    assert settings["controlnet_condition_detector"] is None
+    edges, depth = prepare(SampleSettings(**settings)).addons.controlnets
+    photo = np.asarray(Image.open("photo.png"))
+    assert np.array_equal(depth.condition[:1], extract(config.computed("depth"), photo))
+    assert not np.array_equal(depth.condition, edges.condition)
+    assert _images("controlnet", settings, config)["controlnet1_condition"] == "depth"
+    with pytest.raises(ValueError, match="start it with --condition_model depth=PLACE"):
+        _images("controlnet", settings, replace(config, condition_model=models[1:]))
+    with pytest.raises(ValueError, match="must be one of it is the condition, canny, sobel, palette"):
+        read_form({**ASKED, **used, **kinds}, replace(config, condition_model=models[1:]))

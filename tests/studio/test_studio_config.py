@@ -60,6 +60,26 @@ def test_places_are_checked_before_the_server_starts(tmp_path: Any) -> None:
         StudioConfig(runs=str(file)).check_places()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition_model": ["canny=x"]}, "--condition_model 'canny=x' must be KIND=PLACE"),
+        ({"condition_model": ["depth"]}, "must be KIND=PLACE"),
+        ({"condition_model": ["depth=a", "depth=b"]}, "each kind once"),
+        ({"condition_detector": "x"}, "give that, too"),
+        ({"ip_adapter_encoder": "x"}, "give --ip_adapter"),
+    ],
+)
+def test_models_without_a_use_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StudioConfig(**changes)
+
+
+def test_a_model_of_conditions_is_loaded_before_the_server_starts(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"The model .*no_model of condition=depth cannot be loaded"):
+        StudioConfig(condition_model=[f"depth={tmp_path / 'no_model'}"], local_files_only=True).check_places()
+
+
 def test_every_setting_has_a_flag_of_its_name() -> None:
     flags = {action.dest for action in new_parser()._actions} - {"help"}
     assert flags >= set(vars(StudioConfig()))
