@@ -13,6 +13,7 @@ from localctl.images import load_image
 from localctl.jobs.embedded import Record, read_embedded, settings_in, unpack
 from localctl.jobs.settings import INPUTS, PLACES, SampleSettings, command_line, names_file
 from localctl.masks import load_mask, mask_to_pil
+from localctl.sizes import shown
 from localctl.studio import limits
 from localctl.studio.canvas import data_url
 from localctl.studio.canvas import scene as canvas_value
@@ -140,5 +141,10 @@ def _content(path: str) -> bytes:
 
 
 def each(values: Sequence[Any], count: int) -> list[Any]:
-    """Return one value for each adapter; a single value is for all."""
+    """Return one value for each adapter; a single value is for all. ValueError for another number of values."""
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"The record in the image has {len(values)} values for {count} models ({shown(list(values))}); give "
+            "another image."
+        )
     return list(values) * count if len(values) == 1 else list(values)

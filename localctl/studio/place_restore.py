@@ -11,6 +11,7 @@ from localctl.control.presets import NONE, control_names, setting_of
 from localctl.images import load_image
 from localctl.jobs.settings import REGION
 from localctl.layout_io import load_layout
+from localctl.sizes import shown
 from localctl.studio import limits
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.config import StudioConfig
@@ -88,12 +89,17 @@ def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
 
 
 def _parsed(setting: Setting, text: str) -> Any:
-    """Return the text of a setting as the value of its field."""
+    """Return the text of a setting as the value of its field. ValueError for a text that is no such value."""
     if setting.kind == "bool":
         return text.lower() == "true"
-    if setting.kind == "int":
-        return int(text)
-    return float(text) if setting.kind.startswith("float") else text
+    try:
+        if setting.kind == "int":
+            return int(text)
+        return float(text) if setting.kind.startswith("float") else text
+    except ValueError:
+        raise ValueError(
+            f"The record in the image sets {setting.name} to {shown(text)}, which is no number; give another image."
+        ) from None
 
 
 def addon_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from localctl.masks import load_mask
 from localctl.studio.config import StudioConfig
 from localctl.studio.methods import METHODS, changed_settings, presets_of, settings_of, shown_presets
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
-from localctl.studio.place_restore import values_of
+from localctl.studio.place_restore import addon_values, values_of
 
 REGION = {"id": "r1", "color": 0, "phrase": "a red circle", "box": [0.0, 0.0, 0.5, 1.0]}
 FIELDS: dict[str, Any] = {
@@ -259,3 +259,13 @@ def test_a_run_that_the_page_cannot_show_is_one_sentence(tmp_path: Path) -> None
     layout = settings(tmp_path)["layout"]
     with pytest.raises(ValueError, match="no method bias\\+forward"):
         values_of({"layout": layout, "control": ["bias", "forward"]}, "micro", (64, 64))
+
+
+def test_an_odd_record_is_one_sentence(tmp_path: Path) -> None:
+    layout = settings(tmp_path)["layout"]
+    for text in ("strong", ""):
+        odd = {"layout": layout, "control": ["bias"], "set": [f"bias.strength={text}"]}
+        with pytest.raises(ValueError, match=rf"sets bias.strength to '{text}', which is no number"):
+            values_of(odd, "micro", (64, 64))
+    with pytest.raises(ValueError, match=r"3 values for 2 models \(\[0.1, 0.2, 0.3\]\)"):
+        addon_values({"lora": ["a", "b"], "lora_scale": [0.1, 0.2, 0.3]}, StudioConfig(lora=["a", "b"]))
