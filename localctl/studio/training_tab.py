@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 
 from localctl.images import load_image
 from localctl.studio import progress
+from localctl.studio.jobs_queue import sentence
 from localctl.studio.local_control_job import adapter_places
 from localctl.studio.studio import Studio
 from localctl.studio.training_runs import (
@@ -108,19 +110,44 @@ def _wire_view(view: _View, root: Path, blocks: Any, refresh: Any) -> None:
     """Show the newest run when the page opens, what is chosen when that changes, and other sheets."""
     shown = [view.runs, *view.plots, view.step, view.sheet, view.adapter]
 
+    @_or_nothing(len(shown))
     def look(chosen: list[str] | None) -> list[Any]:
         return _shown(root, chosen or None)  # the newest run, where none is chosen
 
+    @_or_nothing(len(shown) - 1)
     def show(chosen: list[str] | None) -> list[Any]:
         return _shown(root, chosen or [])[1:]
 
+    @_or_nothing(1)
     def show_sheet(chosen: list[str] | None, step: int | None) -> Any:
         return _sheet(root, chosen, step)
 
-    blocks.load(lambda: _shown(root, None), None, shown, api_visibility="private", show_progress="hidden")
+    @_or_nothing(len(shown))
+    def newest() -> list[Any]:
+        return _shown(root, None)
+
+    blocks.load(newest, None, shown, api_visibility="private", show_progress="hidden")
     refresh.click(look, view.runs, shown, api_visibility="private", show_progress="hidden")
     view.runs.input(show, view.runs, shown[1:], api_visibility="private", show_progress="hidden")
     view.step.input(show_sheet, [view.runs, view.step], view.sheet, api_visibility="private", show_progress="hidden")
+
+
+def _or_nothing(count: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a handler say in one sentence what cannot be read, such as a run that was deleted meanwhile, and leave its
+    ``count`` outputs as they are."""
+
+    def wrap(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(handler)
+        def told(*values: Any) -> Any:
+            try:
+                return handler(*values)
+            except (ValueError, OSError) as error:
+                gr.Warning(sentence(error))
+                return [gr.skip()] * count if count > 1 else gr.skip()
+
+        return told
+
+    return wrap
 
 
 def _shown(root: Path, chosen: list[str] | None) -> list[Any]:
@@ -150,11 +177,18 @@ def _frame(points: dict[str, list[tuple[int, float]]]) -> pd.DataFrame:
 
 
 def _sheet(root: Path, chosen: list[str] | None, step: int | None) -> Any:
-    """Return the validation sheet of the first run; None where there is none."""
+    """Return the validation sheet of the first run; None where there is none, or none that can be read.
+
+    ValueError for a run that was deleted meanwhile.
+    """
     if not chosen or step is None:
         return None
     path = sheet_files(find_run(root, chosen[0])).get(int(step))
-    return None if path is None else load_image(path)
+    try:
+        return None if path is None else load_image(path)
+    except (ValueError, OSError):
+        gr.Warning(f"The sheet of step {step} cannot be read; if it is being written now, look again.")
+        return None
 
 
 def _wire_training(view: _View, root: Path, trainer: Trainer, parts: tuple[Any, ...], blocks: Any) -> None:
@@ -187,6 +221,7 @@ def _wire_training(view: _View, root: Path, trainer: Trainer, parts: tuple[Any, 
             gr.Warning(str(error))
         return state()
 
+    @_or_nothing(len(controls) + len(shown))
     def follow(chosen: list[str] | None) -> list[Any]:
         training = trainer.progress()
         if training is None or training.run not in list_runs(root):
@@ -205,6 +240,7 @@ def _wire_use(view: _View, studio: Studio, use: Any, used_by: Sequence[Any], tab
     """Let other tabs take the adapter that is chosen here."""
     root = Path(studio.config.runs).expanduser()
 
+    @_or_nothing(1 + len(used_by))
     def take(chosen: list[str] | None, adapter: str | None) -> list[Any]:
         if not chosen or adapter not in run_adapters(find_run(root, chosen[0])):
             gr.Warning("This run has no adapter yet; choose another run, or wait for its first checkpoint.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
+import gradio as gr
 import pytest
 from PIL import Image
 
@@ -18,6 +20,7 @@ from localctl.studio.training_runs import (
     run_adapters,
     sheet_files,
 )
+from localctl.studio.training_tab import _or_nothing, _sheet, _shown
 
 
 def make_run(folder: Path, steps: int = 3) -> Path:
@@ -56,6 +59,19 @@ def test_a_run_has_curves_sheets_and_adapters(tmp_path: Path) -> None:
     assert list(sheet_files(run)) == [3]
     assert list(run_adapters(run)) == ["finished", "step 3"]
     assert adapters_of_runs(tmp_path)["a: step 3"] == run / "checkpoint-3" / "adapter"
+
+
+def test_a_run_that_is_gone_and_a_sheet_that_is_half_written_are_one_sentence(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", steps=3)
+    assert _sheet(tmp_path, ["a"], 3) is not None
+    sheet = run / "validation" / "step-000003.png"
+    sheet.write_bytes(sheet.read_bytes()[:40])
+    with pytest.warns(UserWarning, match="The sheet of step 3 cannot be read; if it is being written now, look again"):
+        assert len(_shown(tmp_path, ["a"])) == 8  # the curves are there all the same
+    shutil.rmtree(run)
+    with pytest.warns(UserWarning, match="There is no run 'a'; choose one of the list"):
+        assert _or_nothing(1)(lambda step: _sheet(tmp_path, ["a"], step))(3) == gr.skip()
+    assert _shown(tmp_path, ["a"])[0]["choices"] == []
 
 
 def test_nothing_runs_at_first(tmp_path: Path) -> None:
