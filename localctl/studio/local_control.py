@@ -10,6 +10,7 @@ import gradio as gr
 from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
 from localctl.studio.canvas import canvas
+from localctl.studio.config import StudioConfig
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
@@ -101,7 +102,19 @@ def _photo_column(tab: FollowTab, studio: Studio) -> None:
         hint=_HINT,
         elem_id="follow-canvas",
     )
-    gr.HTML(f'<p class="studio-note">{_PAINT}</p>')
+    gr.HTML(f'<p class="studio-note">{_PAINT}{_unused(studio.config)}</p>')
+
+
+def _unused(config: StudioConfig) -> str:
+    """Return the sentence on what the server was started with and this tab does not use."""
+    kinds = {
+        "ControlNets": config.controlnet,
+        "IP-Adapters": config.ip_adapter,
+        "LoRAs": config.lora,
+        "learned words": config.textual_inversion,
+    }
+    names = [kind for kind, places in kinds.items() if places]
+    return f" The server's {', '.join(names)} act on the tab Place alone." if names else ""
 
 
 def _result_column(tab: FollowTab) -> None:

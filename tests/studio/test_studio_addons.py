@@ -23,6 +23,7 @@ from localctl.jobs.prepare import prepare
 from localctl.jobs.settings import SampleSettings
 from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import bundle_of, settings_of_image
+from localctl.studio.local_control import _unused
 from localctl.studio.place_actions import generate
 from localctl.studio.place_form import read_form, settings_for
 from localctl.studio.place_restore import _images, addon_values, values_of
@@ -67,6 +68,12 @@ def generated(studio: Studio, **changes: Any) -> Path:
     told, gallery = list(generate(studio, list(fields), "images")(request, *fields.values()))[-1]
     assert "1 image in" in str(told), told
     return Path(gallery[0][0])
+
+
+def test_local_control_says_what_it_does_not_use(studio: Studio) -> None:
+    assert _unused(StudioConfig()) == ""
+    told = " The server's ControlNets, IP-Adapters, LoRAs, learned words act on the tab Place alone."
+    assert _unused(studio.config) == told
 
 
 def pixels(path: Path) -> np.ndarray:
