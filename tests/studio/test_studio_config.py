@@ -53,7 +53,7 @@ def test_places_are_checked_before_the_server_starts(tmp_path: Any) -> None:
         StudioConfig(adapter=[str(tmp_path / "no_adapter")]).check_places()
     for kind in ("controlnet", "ip_adapter", "lora", "textual_inversion"):
         with pytest.raises(ValueError, match="no_addon"):
-            StudioConfig(**{kind: [str(tmp_path / "no_addon")]}).check_places()
+            StudioConfig(**dict[str, Any]({kind: [str(tmp_path / "no_addon")]})).check_places()
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ValueError, match="is a file"):

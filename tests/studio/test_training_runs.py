@@ -95,6 +95,7 @@ def test_a_quick_run_is_followed_and_stopped_with_a_checkpoint(tmp_path: Path) -
             if progress.step >= 2:
                 break
             time.sleep(0.2)
+        assert progress is not None
         assert (progress.run, progress.of, progress.doing) == ("quick-1", 100, "training")
         trainer.stop()
         while trainer.running:
