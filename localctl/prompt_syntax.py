@@ -166,6 +166,15 @@ def _parentheses(prompt: str, literal: set[int]) -> list[_Mark]:
     return marks
 
 
+def weigh_parentheses(prompt: str) -> str:
+    """Write the weight of 1.1 into plain parentheses, ``(word)``: text here, but marks in the web UI's prompts."""
+    literal = {match.end() - 1 for match in _ESCAPE.finditer(prompt)}
+    read = {group for group, _, _ in _parentheses(prompt, literal)}
+    for last in sorted((group.last for group in _groups(prompt, "()", literal) - read), reverse=True):
+        prompt = f"{prompt[:last]}:{_MORE}{prompt[last:]}"
+    return prompt
+
+
 def _brackets(prompt: str, literal: set[int]) -> list[_Mark]:
     """Return the marks in brackets."""
     marks: list[_Mark] = []
