@@ -184,6 +184,7 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
         ("--ip_adapter_image red.png", "give --ip_adapter"),
         ("--ip_adapter ip ip --ip_adapter_image red.png", "1 values of --ip_adapter_image for 2 IP-Adapters"),
         ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_mask wide.png", "wide.png is 64x32 pixels but"),
+        ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_mask edge.png", "edge.png is black everywhere in"),
         ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_start 1", "start < end"),
         ("--lora_per_prompt a", "--lora_per_prompt is for a --lora"),
         ("--lora a.safetensors --lora_per_prompt a a", "2 values for 1 prompts"),
@@ -225,6 +226,9 @@ def addon_places(_sd_session: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     save_lora(folder / "a.safetensors", _sd_session)
     save_word(folder / "toy.safetensors", 16)
     Image.new("L", (64, 32), 255).save(folder / "wide.png")
+    edge = np.zeros((131, 128), np.uint8)
+    edge[0] = 255  # cut off at 64x64
+    Image.fromarray(edge).save(folder / "edge.png")
     options = {"in_channels": 1, "channels": list(CHANNELS), "num_res_blocks": 1}
     LocalAdapter(**options, condition={"kind": "canny"}).save_pretrained(folder / "adapter")
     return folder
