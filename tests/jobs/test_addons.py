@@ -179,6 +179,16 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
             "2 values for 1 controlnets",
         ),
         ("--controlnet net --controlnet_condition_image photo.png --controlnet_mask region:cat", "no region 'cat' in"),
+        (
+            "--controlnet net --controlnet_image red.png --controlnet_condition canny "
+            "--controlnet_condition_detector x",
+            "leave --controlnet_condition_detector out",
+        ),
+        (
+            "--controlnet gray --controlnet_image photo.png --controlnet_condition palette",
+            "takes 1; give the --controlnet_condition",
+        ),
+        ("--controlnet gray --controlnet_condition_image photo.png", "ControlNet takes 1 .*or use --controlnet_image"),
         ("--controlnet base/unet --controlnet_condition_image photo.png", "There is no ControlNet 'base/unet'"),
         ("--ip_adapter ip", "has no image to follow"),
         ("--ip_adapter_image red.png", "give --ip_adapter"),
@@ -222,6 +232,7 @@ def addon_places(_sd_session: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     """One of each addon, which fits the tiny base."""
     folder = tmp_path_factory.mktemp("addons")
     random_controlnet(_sd_session).save_pretrained(folder / "net")
+    random_controlnet(_sd_session, conditioning_channels=1).save_pretrained(folder / "gray")
     save_ip_adapter(folder / "ip", _sd_session)
     save_lora(folder / "a.safetensors", _sd_session)
     save_word(folder / "toy.safetensors", 16)
