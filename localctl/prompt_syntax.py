@@ -16,9 +16,10 @@ _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _END = r"(?=[\s,.)\]]|$)"
 # At the end of "(words:1.3)"; a whole number after a digit is a time or a ratio, as in "(at 10:30)".
 _WEIGHT_INSIDE = re.compile(rf"(?:(?<!\d):\s*{_NUMBER}|:\s*\d*\.\d+)\s*(?=\))")
+_DECIMAL = r":[+-]?\d*\.\d+"  # without parentheses; a whole number is a chapter, a time or a port
 # Example -> pattern. Plain parentheses, and brackets around a few letters as in "[V] dog", are ordinary text.
 _SYNTAX = {
-    "(word:1.3)": re.compile(rf"(?<=[^\W\d])::?{_NUMBER}(?!\w|:|\.\d|\s*[>\]])|{_WEIGHT_INSIDE.pattern}"),
+    "(word:1.3)": re.compile(rf"(?<=[^\W\d])(?:::{_NUMBER}|{_DECIMAL})(?!\w|:|\.\d|\s*[>\]])|{_WEIGHT_INSIDE.pattern}"),
     "((word))": re.compile(r"\(\([^()]*\)\)"),
     "[word]": re.compile(rf"\[(?!\w{{0,2}}\*?\])[^\[\]<>]*\](?!\()|\[[^\[\]]*:\s*{_NUMBER}\s*\]"),
     "<lora:name:0.8>": re.compile(r"<\s*[a-z]+\s*:[^<>]*>", re.IGNORECASE),
