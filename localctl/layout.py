@@ -196,7 +196,7 @@ class Layout:
         """
         if region.phrase is None:
             return None
-        found = _find_marked(self.prompt, region.phrase) or find_phrase(self.prompt, region.phrase)
+        found = find_words(self.prompt, region.phrase)
         if region.occurrence < len(found):
             return found[region.occurrence]
         words = " | ".join(self.prompt.split())
@@ -249,8 +249,8 @@ class Layout:
         for segment in segments:
             if segment.phrase:
                 phrase = " ".join(segment.phrase.split())
-                starts = [start for start, _ in find_phrase(prompt, phrase)]
-                segment = replace(segment, phrase=phrase, occurrence=starts.index(first))
+                before = sum(start < first for start, _ in find_words(prompt, phrase))
+                segment = replace(segment, phrase=phrase, occurrence=before)
                 first += len(phrase) + len(", ")
             regions.append(segment)
         return cls(prompt, height, width, tuple(regions), overlap)
@@ -271,11 +271,12 @@ def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, .
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
 
 
-def _find_marked(prompt: str, phrase: str) -> list[tuple[int, int]]:
-    """Return what :func:`find_phrase` does for both texts without marks of weights, as characters of ``prompt``."""
+def find_words(prompt: str, phrase: str) -> list[tuple[int, int]]:
+    """Return what :func:`find_phrase` does for both texts without marks of weights, as characters of ``prompt``; if
+    that is nothing, for both with their marks."""
     read = read_weights(prompt)
     found = find_phrase(read.text, read_weights(phrase).text)
-    return [(read.places[first], read.places[last - 1] + 1) for first, last in found]
+    return [(read.places[first], read.places[last - 1] + 1) for first, last in found] or find_phrase(prompt, phrase)
 
 
 def _check_phrases(layout: Layout) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 LOGGERS = ("localctl", "research")  # the packages whose messages are shown
 _CUTOFF = 0.75  # similarity of a suggestion; below this it is far-fetched
+_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, and of CPUs
 _YELLOW, _RED, _PLAIN = "\033[33m", "\033[31m", "\033[0m"
 
 
@@ -25,6 +26,14 @@ def warning(text: str, stream: TextIO | None = None) -> str:
 def warn(text: str) -> None:
     """Print a warning on stderr."""
     print(warning(text, sys.stderr), file=sys.stderr)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device or the machine ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(part in text for part in _MEMORY)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
 _END = r"(?=[\s,.)\]]|$)"
 # At the end of "(words:1.3)"; a whole number after a digit is a time or a ratio, as in "(at 10:30)".
 _WEIGHT_INSIDE = re.compile(rf"(?:(?<!\d):\s*{_NUMBER}|:\s*\d*\.\d+)\s*(?=\))")
+_DECIMAL = r":[+-]?\d*\.\d+"  # without parentheses; a whole number is a chapter, a time or a port
 # Example -> pattern. Plain parentheses, and brackets around a few letters as in "[V] dog", are ordinary text.
 _SYNTAX = {
-    "(word:1.3)": re.compile(rf"(?<=[^\W\d])::?{_NUMBER}(?!\w|:|\.\d|\s*[>\]])|{_WEIGHT_INSIDE.pattern}"),
+    "(word:1.3)": re.compile(rf"(?<=[^\W\d])(?:::{_NUMBER}|{_DECIMAL})(?!\w|:|\.\d|\s*[>\]])|{_WEIGHT_INSIDE.pattern}"),
     "((word))": re.compile(r"\(\([^()]*\)\)"),
     "[word]": re.compile(rf"\[(?!\w{{0,2}}\*?\])[^\[\]<>]*\](?!\()|\[[^\[\]]*:\s*{_NUMBER}\s*\]"),
     "<lora:name:0.8>": re.compile(r"<\s*[a-z]+\s*:[^<>]*>", re.IGNORECASE),
@@ -164,6 +165,15 @@ def _parentheses(prompt: str, literal: set[int]) -> list[_Mark]:
             continue
         marks.append((group, weight, [first, *range(around, end)]))
     return marks
+
+
+def weigh_parentheses(prompt: str) -> str:
+    """Write the weight of 1.1 into plain parentheses, ``(word)``: text here, but marks in the web UI's prompts."""
+    literal = {match.end() - 1 for match in _ESCAPE.finditer(prompt)}
+    read = {group for group, _, _ in _parentheses(prompt, literal)}
+    for last in sorted((group.last for group in _groups(prompt, "()", literal) - read), reverse=True):
+        prompt = f"{prompt[:last]}:{_MORE}{prompt[last:]}"
+    return prompt
 
 
 def _brackets(prompt: str, literal: set[int]) -> list[_Mark]:

@@ -13,6 +13,7 @@ from localctl.architectures import BaseShape
 from localctl.bases import HUB_ID, check_weights
 from localctl.conditions import ConditionConfig
 from localctl.files import first_line, read_json
+from localctl.messages import is_out_of_memory
 
 _WAY_OUT = "give the folder or hub id (owner/name) of a ControlNet that diffusers saved"
 
@@ -51,6 +52,8 @@ class SavedControlNet:
                 self.place, use_safetensors=True, local_files_only=self.local_files_only
             )
         except Exception as error:  # a missing file or another shape may raise any error
+            if is_out_of_memory(error):  # another copy would not help
+                raise
             raise ValueError(
                 f"The ControlNet {self.name} cannot be loaded ({first_line(error)}); fetch or save it again."
             ) from error

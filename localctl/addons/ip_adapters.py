@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from localctl.addons.files import SavedWeights, find_weights
 from localctl.architectures import BaseShape
 from localctl.bases import HUB_ID, check_weights
 from localctl.files import first_line, read_json
+from localctl.messages import is_out_of_memory
 from localctl.pipelines import choose_pil_processors
 
 KIND = "IP-Adapter"
@@ -201,9 +200,9 @@ def _load(pipe: Any, found: Sequence[SavedIPAdapter]) -> None:
                 image_encoder_folder=None,
             )
         pipe.unet.eval().requires_grad_(False)
-    except torch.cuda.OutOfMemoryError:  # another IP-Adapter would not help
-        raise
     except Exception as error:  # another shape or a missing weight may raise any error
+        if is_out_of_memory(error):  # another IP-Adapter would not help
+            raise
         names = ", ".join(item.weights.name for item in found)
         raise ValueError(
             f"The IP-Adapter {names} cannot be loaded on this base ({first_line(error)}); choose one that was made for "

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from localctl.addons.files import SavedWeights, find_weights
 from localctl.architectures import BaseShape
 from localctl.files import first_line
+from localctl.messages import is_out_of_memory
 
 KIND = "LoRA"
 _NAME = re.compile(r"[\w-]+")  # PEFT allows no dots
@@ -186,9 +186,9 @@ def _load(pipe: Any, lora: SavedLora) -> None:
     try:
         for part, factors in _read(pipe, lora).items():
             _inject(getattr(pipe, part), factors, lora.name)
-    except torch.cuda.OutOfMemoryError:  # another LoRA would not help
-        raise
     except Exception as error:  # another shape may raise any error
+        if is_out_of_memory(error):  # another LoRA would not help
+            raise
         raise ValueError(
             f"The LoRA {lora.weights.name} does not fit this base ({first_line(error)}); choose one that was made for "
             "this kind of base."

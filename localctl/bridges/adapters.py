@@ -91,7 +91,7 @@ def convert_adapter(
     state = as_published(adapter.adapter.state_dict(), adapter.config["num_res_blocks"])
     if output.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin"):
         _write_pickle(output, state)
-        notes += () if format in _MASK_NOTES else _lost(adapter)
+        notes += (*(() if format in _MASK_NOTES else _lost(adapter)), *_unpickled(adapter, output.suffix))
     else:
         _write_safetensors(output, state, {"": _config(adapter)})
     return Converted(output, notes)
@@ -205,6 +205,19 @@ def _lost(adapter: LocalAdapter) -> tuple[str, ...]:
             "(in ComfyUI: 'T2IAdapter Custom Weights')."
         )
     return tuple(notes)
+
+
+def _unpickled(adapter: LocalAdapter, suffix: str) -> tuple[str, ...]:
+    """Return a sentence for what a pickled file, of weights alone, does not hold and reading it does not assume."""
+    config = _config(adapter)
+    resize, condition = config["mask_resize"], config["condition"]
+    found = {"condition": condition and condition["kind"], "base": config["base"]}
+    if resize != ("nearest" if suffix.lower() == ".pt" else "area"):
+        found["mask_resize"] = resize
+    lost = [f"{name}={value}" for name, value in found.items() if value]
+    if not lost:
+        return ()
+    return (f"A {suffix} file does not hold {', '.join(lost)}: give them when you import it, or write .safetensors.",)
 
 
 def _check_replaceable(output: Path) -> None:

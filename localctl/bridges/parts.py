@@ -14,10 +14,10 @@ from PIL import Image
 from localctl.boxes import box_around
 from localctl.color_maps import Color
 from localctl.images import png_bytes
-from localctl.layout import Layout, Region
+from localctl.layout import Layout, Region, find_words
 from localctl.layout_checks import Box, check_count
 from localctl.masks import mask_to_pil
-from localctl.phrases import find_phrase
+from localctl.prompt_syntax import read_weights
 from localctl.sizes import MAX_SIDE, near_side, shown
 
 Size = tuple[int, int]
@@ -78,7 +78,8 @@ def layout_of(base: str, regions: Sequence[Region], size: Size | None) -> Layout
     """Return a layout of regions whose phrases are whole texts.
 
     If all of them stand in ``base``, each in a place of its own, it is the prompt; the n-th region with the same text
-    gets its n-th occurrence. Otherwise the prompt is ``base`` with the texts after it, joined by commas.
+    gets its n-th occurrence. Otherwise the prompt is ``base`` with the texts after it, joined by commas. The prompt
+    keeps the marks of weights; phrases are found, and named, without them.
     """
     check_count(len(regions), "The file")
     height, width = size or (None, None)
@@ -87,16 +88,17 @@ def layout_of(base: str, regions: Sequence[Region], size: Size | None) -> Layout
     for region in regions:
         phrase = region.phrase or ""
         before = sum(bool(other.phrase) and _same(other.phrase or "", phrase) for other in placed)
-        if phrase and len(find_phrase(base, phrase)) <= before:
+        if phrase and not _stands_in(base, phrase, before):
             break
         placed.append(replace(region, occurrence=before))
     else:
         if base and _apart(base, placed):
-            return Layout(base, height, width, tuple(placed))
+            return Layout(base, height, width, tuple(map(_unmarked, placed)))
     if not base:
-        return Layout.from_segments(regions, None, height, width)
+        joined = Layout.from_segments(regions, None, height, width)
+        return replace(joined, regions=tuple(map(_unmarked, joined.regions)))
     joined = Layout.from_segments([Region(base, (0, 0, 1, 1)), *regions], None, height, width)
-    return Layout(joined.prompt, height, width, joined.regions[1:])
+    return replace(joined, regions=tuple(map(_unmarked, joined.regions[1:])))
 
 
 def text_of(region: Region) -> str:
@@ -214,10 +216,26 @@ def as_text(value: Any, what: str) -> str:
 
 
 def _same(first: str, second: str) -> bool:
-    return " ".join(first.lower().split()) == " ".join(second.lower().split())
+    words = [" ".join(read_weights(text).text.lower().split()) for text in (first, second)]
+    return words[0] == words[1]
+
+
+def _stands_in(base: str, phrase: str, occurrence: int) -> bool:
+    """Return whether ``base`` has this occurrence of the phrase, with the phrase's weights if it has any."""
+    found, own = find_words(base, phrase), read_weights(phrase)
+    if len(found) <= occurrence:
+        return False
+    prompt = read_weights(base)
+    return not own.is_weighted or set(prompt.cut(*prompt.span(found[occurrence])).weights) == set(own.weights)
+
+
+def _unmarked(region: Region) -> Region:
+    """Return the region with its phrase without marks of weights, which stand in the prompt."""
+    words = read_weights(region.phrase or "").text.strip()
+    return replace(region, phrase=words) if words and read_weights(words).text == words else region
 
 
 def _apart(prompt: str, regions: Sequence[Region]) -> bool:
     """Return whether no two phrases overlap in the prompt."""
-    spans = sorted(find_phrase(prompt, region.phrase)[region.occurrence] for region in regions if region.phrase)
+    spans = sorted(find_words(prompt, region.phrase)[region.occurrence] for region in regions if region.phrase)
     return all(first[1] <= second[0] for first, second in pairwise(spans))

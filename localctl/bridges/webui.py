@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 from localctl.bridges.parts import Exported, Inputs, Size, box_of, boxes_of, layout_of, left_out, text_of, worded
 from localctl.layout import Layout, Region
-from localctl.prompt_syntax import foreign_syntax
+from localctl.prompt_syntax import weigh_parentheses
 from localctl.sizes import shown, typed_size
 
 _PARAMETER = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)"
-_WEIGHT = re.compile(rf"\(([^()]*?)\s*:\s*{_NUMBER}\s*\)|\(([^()]*)\)|(?<!\\)\[([^\[\]:|]*)\]")
 _NETWORK = re.compile(r"<[a-z]+:[^<>]*>", re.IGNORECASE)
 _COUPLE = re.compile(r"divisions=(\S+)\s+positions=(\S+)\s+weights=(\S+)(?:\s+end at step=(\d+))?")
 _BASE_WEIGHT, _REGION_WEIGHT = 0.2, 0.8  # Latent Couple's own defaults
@@ -59,19 +58,13 @@ def format_infotext(prompt: str, parameters: Mapping[str, str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a prompt without the web UI's weights of words and networks; warn of what is left out."""
+    """Return a prompt with the web UI's weights as prompts take them here, without networks; warn of what is left
+    out."""
     found = _NETWORK.findall(text)
-    bare = _NETWORK.sub("", text)
-    previous = None
-    while previous != bare:  # nested parentheses, the innermost first
-        previous, bare = (
-            bare,
-            _WEIGHT.sub(lambda match: next(part for part in match.groups() if part is not None), bare),
-        )
-    if bare != text:
-        kinds = [kind for kind in foreign_syntax(text) if kind not in ("BREAK", "AND")]
-        what = ", ".join(dict.fromkeys([*kinds, *found])) or "parentheses around words"
-        warnings.warn(f"Left out of the text: {what}; set the strength of a region instead.", stacklevel=2)
+    if found:
+        what = ", ".join(dict.fromkeys(found))
+        warnings.warn(f"Left out of the text: {what}; load a LoRA by --lora.", stacklevel=2)
+    bare = weigh_parentheses(_NETWORK.sub("", text))
     return re.sub(r"\s*,(?:\s*,)+", ",", " ".join(bare.split())).strip(" ,")
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # modules that load torch are imported after the flags are re
     from localctl.layout import Layout
 
 PROGRAM = "localctl export"
-OUTPUT_DIR = "outputs/exported"
+EXPORTED, IMPORTED = "outputs/exported", "outputs/imported"
 
 
 def new_parser(program: str) -> Arguments:
@@ -55,7 +55,8 @@ def new_parser(program: str) -> Arguments:
         add("--index", help="scene of a file or folder with several; of a folder, all by default")
         add("--split", help="of DenseDiffusion's benchmark: valset or testset")
         add("--color", nargs="+", metavar="COLOR=PHRASE", help="of an image with one colour per region: what they are")
-    add("--output_dir", default=OUTPUT_DIR if export else "outputs/imported", metavar="DIR", help="folder to write")
+    folder = EXPORTED if export else IMPORTED
+    add("--output_dir", metavar="DIR", help=f"folder to write (default: {folder})")
     add("--dtype", help="of an adapter's weights: fp32, fp16, bf16; default: as they are")
     add("--local_files_only", action="store_true", help="do not use the network")
     return parser
@@ -78,13 +79,16 @@ def _export(options: Namespace) -> None:
     places = options.places
     layouts = [place for place in places if _is_layout(Path(place))]
     if options.list:
+        _unused(options, "--list", "format", "output", "output_dir", "dtype", "local_files_only")
         _list(places)
+    elif options.output and options.output_dir:
+        raise ValueError("Give either --output, the file to write, or --output_dir, its folder; not both.")
     elif options.format is None:
         raise ValueError("Name the format to write, --format; see --help.")
     elif layouts and len(places) > 1:
         raise ValueError(f"{layouts[0]} is a layout; export one layout at a time.")
     elif layouts:
-        _unused(options, "a layout", "dtype")
+        _unused(options, "a layout", "dtype", "local_files_only")
         _export_layout(Path(places[0]), options)
     else:
         _export_adapters(options)
@@ -111,7 +115,7 @@ def _export_layout(path: Path, options: Namespace) -> None:
     from localctl.files import write_bytes
     from localctl.layout_io import load_layout
 
-    target = Path(options.output) if options.output else Path(options.output_dir) / path.stem
+    target = Path(options.output) if options.output else Path(options.output_dir or EXPORTED) / path.stem
     exported = export_layout(load_layout(path), options.format, target.stem if options.output else target.name)
     main = Path(next(iter(exported.files)))
     if options.output and target.suffix != main.suffix:
@@ -134,10 +138,10 @@ def _export_adapters(options: Namespace) -> None:
     if options.format in FOLDERS:
         if options.output:
             raise ValueError(f"The format {options.format} is a folder; give --output_dir.")
-        output = Path(options.output_dir)
+        output = Path(options.output_dir or EXPORTED)
     else:
         stem = "adapters" if options.format == "bundle" else names[0]
-        output = Path(options.output or Path(options.output_dir) / f"{stem}.safetensors")
+        output = Path(options.output or Path(options.output_dir or EXPORTED) / f"{stem}.safetensors")
     if options.format == "bundle":
         if len(set(names)) < len(names):
             raise ValueError(f"Two adapters have the same name ({', '.join(names)}); rename their folders.")
@@ -162,10 +166,10 @@ def _import(options: Namespace) -> None:
     path = Path(options.place).expanduser()
     adapters = ("condition", "base", "mask_resize", "dtype")
     if _is_layout(path) or path.suffix.lower() == ".txt" or is_image(options.place):
-        _unused(options, "a layout", *adapters, "split")
+        _unused(options, "a layout", *adapters, "split", "local_files_only")
         _save({path.stem: _read_layout(path, options)}, path, options)
     elif any((path / f"{name}{end}").is_file() for name in ("valset", "testset") for end in (".json", ".pkl")):
-        _unused(options, "a folder of scenes", *adapters, "prompt", "color", "format")
+        _unused(options, "a folder of scenes", *adapters, "prompt", "color", "format", "local_files_only")
         _save(_scenes(path, options), path, options)
     else:
         _unused(options, "an adapter", "prompt", "height", "width", "index", "split", "color")
@@ -203,7 +207,7 @@ def _scenes(folder: Path, options: Namespace) -> dict[str, Layout]:
 def _save(layouts: Mapping[str, Layout], source: Path, options: Namespace) -> None:
     from localctl.layout_io import save_layout
 
-    folder = Path(options.output_dir)
+    folder = Path(options.output_dir or IMPORTED)
     folder.mkdir(parents=True, exist_ok=True)
     for name, layout in layouts.items():
         target = folder / f"{name}.json"
@@ -229,7 +233,7 @@ def _import_adapters(path: Path, options: Namespace) -> None:
     common: dict[str, Any] = {"dtype": options.dtype, "local_files_only": options.local_files_only}
     for name in names or [""]:
         place = f"{options.place}/{name}" if name else options.place
-        found = convert_adapter(place, Path(options.output_dir) / name, format, **common, **chosen)
+        found = convert_adapter(place, Path(options.output_dir or IMPORTED) / name, format, **common, **chosen)
         print(found.path, *found.notes, sep="\n")
 
 
@@ -252,13 +256,14 @@ def _size(options: Namespace) -> tuple[int, int] | None:
 
 
 def _colors(options: Namespace) -> dict[Any, str] | None:
-    from localctl.jobs.scenes import split_color
+    from localctl.jobs.scenes import split_colors
 
-    return None if options.color is None else dict(map(split_color, options.color))
+    return None if options.color is None else split_colors(options.color)
 
 
 def _unused(options: Namespace, kind: str, *names: str) -> None:
     """Raise a ValueError for a flag that has no effect on what is converted."""
     for name in names:
-        if getattr(options, name) is not None:
+        value = getattr(options, name)
+        if value is not None and value is not False:
             raise ValueError(f"--{name} has no effect on {kind}; leave it out.")

@@ -216,7 +216,8 @@ def _image_prompt(options: SampleSettings, index: int, layouts: Sequence[Layout]
 
 
 def _mask_of_size(path: str, size: Size) -> Tensor:
-    """Return the mask (1, 1, H, W) in a file, scaled to ``size``. ValueError for another aspect ratio."""
+    """Return the mask (1, 1, H, W) in a file, scaled to ``size``. ValueError for another aspect ratio, or one that is
+    black after scaling."""
     mask = load_mask(path)
     own = (mask.shape[-2], mask.shape[-1])
     if own == size:
@@ -226,7 +227,13 @@ def _mask_of_size(path: str, size: Size) -> Tensor:
             f"The mask {path} is {own[1]}x{own[0]} pixels but the images are {size[1]}x{size[0]}, another aspect "
             "ratio; save the mask with theirs."
         )
-    return torch.from_numpy(geometry(own, size).apply_to_mask(mask[0].numpy()).clip(0, 1))[None, None]
+    scaled = torch.from_numpy(geometry(own, size).apply_to_mask(mask[0].numpy()).clip(0, 1))[None, None]
+    if not scaled.any():
+        raise ValueError(
+            f"The mask {path} is black everywhere in the part that remains at {size[1]}x{size[0]}; choose another "
+            "--height and --width, or paint more of it white."
+        )
+    return scaled
 
 
 def _uses(options: SampleSettings, loras: Iterable[SavedLora], count: int) -> tuple[tuple[tuple[str, float], ...], ...]:

@@ -84,7 +84,7 @@ def _read_source(options: Any, index: int, adapter: Any) -> Source:
     path = value_for(options, "image" if computed else "condition_image", index)
     image = load_image(path)
     if not computed:
-        image = _with_channels(image, path, _channels(adapter))
+        image = _with_channels(image, path, _channels(adapter), getattr(options, "prefix", ""))
     mask_path = value_for(options, "mask", index)
     return Source(path, image, computed, condition, mask_path, load_mask(mask_path) if mask_path else None)
 
@@ -100,6 +100,7 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
     trained, computed = adapter.condition, bool(options.image)
     kind, model, detector = (value_for(options, name, index) for name in ("condition", *_OF_MODELS))
     prefix = getattr(options, "prefix", "")  # of the flags
+    what = _kind_of(prefix)
     for name in _OF_MODELS:
         if getattr(options, name) and not computed:
             raise ValueError(
@@ -109,7 +110,7 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
     if kind is None:
         if computed:
             raise ValueError(
-                f"The adapter {adapter.name} does not say which condition it was trained on; give --{prefix}condition."
+                f"The {what} {adapter.name} does not say which condition it was trained on; give --{prefix}condition."
             )
         return None
     settings = trained if trained and kind == trained.kind else ConditionConfig(kind=kind)
@@ -117,10 +118,11 @@ def _condition(options: Any, index: int, adapter: Any) -> ConditionConfig | None
         model = model or settings.model or DEFAULT
         settings = replace(settings, model=model, detector=detector or settings.detector)
     elif model or detector:
-        raise ValueError(f"A {kind} condition is computed without a model; leave --{prefix}condition_model out.")
+        given = "condition_model" if model else "condition_detector"
+        raise ValueError(f"A {kind} condition is computed without a model; leave --{prefix}{given} out.")
     if settings.channels != _channels(adapter) and not _is_repeated(settings, adapter):
         raise ValueError(
-            f"A {kind} condition has {settings.channels} channels but the adapter {adapter.name} takes "
+            f"A {kind} condition has {settings.channels} channels but the {what} {adapter.name} takes "
             f"{_channels(adapter)}; give the --{prefix}condition it was trained on."
         )
     if computed and settings.model is not None:
@@ -135,15 +137,23 @@ def _is_repeated(condition: ConditionConfig, adapter: Any) -> bool:
     return (condition.channels, _channels(adapter)) == (1, 3) and adapter.condition is None
 
 
-def _with_channels(image: Image.Image, path: str, channels: int) -> Image.Image:
+def _kind_of(prefix: str) -> str:
+    """Return what takes the inputs of the flags with this prefix."""
+    return "ControlNet" if prefix else "adapter"
+
+
+def _with_channels(image: Image.Image, path: str, channels: int, prefix: str) -> Image.Image:
     """Return a condition, an RGB image, with as many channels as the adapter takes. ValueError for colours where that
     is one."""
+    what = _kind_of(prefix)
     if channels not in (1, 3):
-        raise ValueError(f"The adapter takes {channels} channels, which no image has; pass a tensor from Python.")
+        raise ValueError(f"The {what} takes {channels} channels, which no image has; pass a tensor from Python.")
     if channels == 3:
         return image
     if is_coloured(image):
-        raise ValueError(f"{path} is in colour but the adapter takes 1 channel; give a gray image, or use --image.")
+        raise ValueError(
+            f"{path} is in colour but the {what} takes 1 channel; give a gray image, or use --{prefix}image."
+        )
     return image.convert("L")
 
 

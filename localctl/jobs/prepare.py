@@ -28,7 +28,7 @@ from localctl.jobs.inputs import (
     with_level_weights,
 )
 from localctl.jobs.settings import AUTO, SampleSettings
-from localctl.jobs.starts import SecondPass, fit_init, read_init, second_size
+from localctl.jobs.starts import SecondPass, check_save_steps, fit_init, read_init, second_size
 from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
 from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, check_sigmas, resolve_base
@@ -111,6 +111,7 @@ def prepare(options: SampleSettings) -> Job:
         init, more = fit_init(init, options, size, why)
         scaled = list(dict.fromkeys([*scaled, *more]))
     large = second_size(options, variants, size, multiple)
+    check_save_steps(options)
     second = SecondPass(large, *fitted(large)[0], options.upscale_strength or 0.0) if large else None
     return Job(of_size, adapters, base, device, options, variants, size, [*notes, *scaled], addons, init, second)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,21 @@ def is_image(place: str) -> bool:
 
 
 def _from_colors(path: str, texts: Any, prompt: str | None) -> Layout:
-    colors: dict[tuple[int, int, int] | str, str] = dict(map(split_color, texts))
-    if len(colors) < len(texts):
-        raise ValueError(f"A colour is given twice in --color {' '.join(texts)}; give each one once.")
+    colors = split_colors(texts)
     if not colors:
         raise ValueError(
             f"The layout {path} is an image with a colour for each region; say what they are, such as "
             "--color '#ff0000=a red circle'."
         )
     return from_colors(path, colors, prompt)
+
+
+def split_colors(texts: Sequence[str]) -> dict[tuple[int, int, int] | str, str]:
+    """Split each COLOR=PHRASE. ValueError for other text, or a colour that is given twice."""
+    colors: dict[tuple[int, int, int] | str, str] = dict(map(split_color, texts))
+    if len(colors) < len(texts):
+        raise ValueError(f"A colour is given twice in --color {' '.join(texts)}; give each one once.")
+    return colors
 
 
 def split_color(text: str) -> tuple[tuple[int, int, int], str]:

@@ -18,6 +18,7 @@ from localctl.sizes import check_side, near_side
 
 _STRENGTH, _STRENGTH_IN_MASK, _STRENGTH_UPSCALED = 0.6, 1.0, 0.5
 _MOST_UPSCALED = 4
+_STEPS = 50  # of diffusers' pipelines
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ def fit_init(init: InitImage, options: SampleSettings, size: Size, why: str) -> 
     return fitted, [f"{name} is {size_text(own)} pixels, scaled{cropped} to {size_text(size)}{why}."]
 
 
+def check_save_steps(options: SampleSettings) -> None:
+    """Raise a ValueError if neither pass has as many steps as ``--save_steps``, so that nothing would be written.
+
+    The strengths are filled in.
+    """
+    steps = options.num_inference_steps or _STEPS
+    most = int(steps * max(options.strength or 1.0, options.upscale_strength or 0.0))
+    if options.save_steps is not None and options.save_steps > most:
+        raise ValueError(
+            f"--save_steps {options.save_steps} is more than the {most} steps of this run, so it would write nothing; "
+            f"give at most {most}."
+        )
+
+
 def second_size(options: SampleSettings, variants: Sequence[Variant], size: Size, multiple: int) -> Size | None:
     """Return the (height, width) of the second pass that ``--upscale`` asks for, if any, and fill in its strength.
 
@@ -101,8 +116,12 @@ def second_size(options: SampleSettings, variants: Sequence[Variant], size: Size
         raise ValueError("--upscale does not go together with spacetime_optimized; use spacetime.")
     if options.upscale_strength is None:
         options.upscale_strength = _STRENGTH_UPSCALED
-    InitImage([], options.upscale_strength).prepared(size, options.num_inference_steps)  # ValueError without a step
+    strength, steps = options.upscale_strength, options.num_inference_steps or _STEPS
+    if not 0 < strength <= 1:
+        raise ValueError(f"--upscale_strength must be above 0 and at most 1, not {strength}.")
+    if int(steps * strength) < 1:
+        raise ValueError(f"An --upscale_strength of {strength} leaves no step of {steps}; raise one of them.")
     height, width = near_side(size[0] * factor, multiple), near_side(size[1] * factor, multiple)
     for name, side in (("height", height), ("width", width)):
-        check_side(name, side)
+        check_side(f"upscaled {name}", side)
     return height, width

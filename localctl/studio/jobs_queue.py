@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from localctl.files import first_line
+from localctl.messages import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 MOST_WAITING = 8  # jobs, besides the running one
@@ -140,11 +141,3 @@ def sentence(error: BaseException) -> str:
         return f"A file could not be read or written ({error.strerror or first_line(error)})."
     logger.error("a job of the studio failed", exc_info=error)
     return f"This failed on the server ({type(error).__name__}); its log says more."
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device or the machine ran out of memory."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "not enough memory" in text)

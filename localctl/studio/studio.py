@@ -12,8 +12,9 @@ from typing import Any
 
 from localctl.bases import BaseConfig, same_base
 from localctl.files import first_line
+from localctl.messages import is_out_of_memory
 from localctl.studio.config import StudioConfig
-from localctl.studio.jobs_queue import Check, JobQueue, Made, Waiting, is_out_of_memory
+from localctl.studio.jobs_queue import Check, JobQueue, Made, Waiting
 from localctl.studio.sessions import Session, Sessions
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from addon_files import random_controlnet, save_encoder, save_ip_adapter
+from diffusers import ControlNetModel
 from safetensors.torch import load_file, save_file
 
 from localctl.addons.controlnets import find_controlnet
@@ -91,6 +92,20 @@ def test_an_encoder_of_another_kind_is_refused(sd_pipe: Any, tmp_path: Path) -> 
     (tmp_path / "image_encoder" / "model.safetensors").rename(tmp_path / "image_encoder" / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"only .bin weights, which are pickles"), with_ip_adapters(sd_pipe, [file]):
         pass
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory: you"])
+def test_a_full_memory_is_not_called_a_damaged_controlnet(
+    message: str, sd_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_controlnet(sd_pipe).save_pretrained(tmp_path / "net")
+
+    def load(*args: Any, **options: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(ControlNetModel, "from_pretrained", load)
+    with pytest.raises(RuntimeError, match=message):
+        find_controlnet(tmp_path / "net").load()
 
 
 def test_controlnets_are_found_and_checked_by_their_config(

@@ -263,6 +263,19 @@ def test_several_adapters_in_one_file_and_in_one_folder(tmp_path: Path) -> None:
         bundle_adapters({"a.b": places["edges"]}, tmp_path / "no.safetensors")
 
 
+def test_what_a_pickled_file_does_not_hold_is_said(tmp_path: Path) -> None:
+    """Reading a .pt file assumes nearest, as published, reading any other area."""
+    place = _saved(make("full_adapter", condition={"kind": "canny"}, base="sd15", mask_resize="nearest"), tmp_path)
+    notes = {end: convert_adapter(place, tmp_path / f"a.{end}", "tencentarc").notes for end in ("pt", "pth")}
+    assert notes["pt"] == (
+        "A .pt file does not hold condition=canny, base=sd15: give them when you import it, or write .safetensors.",
+    )
+    assert "condition=canny, base=sd15, mask_resize=nearest:" in notes["pth"][0]
+    assert convert_adapter(place, tmp_path / "a.safetensors", "tencentarc").notes == ()
+    bare = _saved(make("full_adapter"), tmp_path / "bare")
+    assert convert_adapter(bare, tmp_path / "b.pth", "tencentarc").notes == ()
+
+
 def test_dtypes_are_kept_or_their_conversion_is_said(tmp_path: Path) -> None:
     adapter = make("full_adapter")
     place = _saved(adapter, tmp_path)

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from localctl.bridges import import_layout
 from localctl.layout import Region
+from localctl.prompt_syntax import read_weights
 
 RP_README = """(blue sky:1.2) ADDCOL
 green hair twintail ADDCOL
@@ -25,9 +26,11 @@ Steps: 20, Size: 512x768, RP Divide mode: Matrix, RP Matrix submode: Columns, RP
 
 
 def test_a_matrix_as_the_extension_explains_it() -> None:
-    with pytest.warns(UserWarning, match=r"Left out of the text: \(word:1.3\)"):
-        found = import_layout(RP_README)
+    found = import_layout(RP_README)
     assert found.size == (768, 512)
+    assert found.prompt == (
+        "(blue sky:1.2), green hair twintail, (aquarium:1.3), (messy desk:1.2), orange dress and sofa"
+    )
     assert {region.phrase: region.boxes[0] for region in found.regions} == {
         "blue sky": pytest.approx((0, 0, 0.5, 1 / 3), abs=1e-6),
         "green hair twintail": pytest.approx((0.5, 0, 0.75, 1 / 3), abs=1e-6),
@@ -81,12 +84,9 @@ Steps: 28, Sampler: Euler a, CFG scale: 5, Seed: 722014241, Size: 512x512, Laten
 
 
 def test_latent_couple_as_it_writes_it() -> None:
-    with pytest.warns(UserWarning, match="Left out of the text"):
-        found = import_layout(COUPLE)
-    assert found.prompt == "ultra-detailed, 2girls, 2girls, black hair, 2girls, blonde hair" and found.size == (
-        512,
-        512,
-    )
+    found = import_layout(COUPLE)
+    assert found.prompt == "((ultra-detailed)), 2girls, 2girls, black hair, 2girls, blonde hair"
+    assert found.size == (512, 512)
     assert [(region.boxes[0], region.strength, region.end) for region in found.regions] == [
         ((0, 0, 0.5, 1), 1.0, 0.5),
         ((0.5, 0, 1, 1), 0.5, 0.5),
@@ -94,10 +94,26 @@ def test_latent_couple_as_it_writes_it() -> None:
     image, texts = io.BytesIO(), PngInfo()
     texts.add_text("parameters", COUPLE)
     Image.new("RGB", (8, 8)).save(image, "PNG", pnginfo=texts)
-    with pytest.warns(UserWarning, match="Left out of the text"):
-        assert import_layout(image.getvalue()) == found  # as the web UI saves images
+    assert import_layout(image.getvalue()) == found  # as the web UI saves images
     bare = import_layout("divisions=1:1,4:1 positions=0:0,1-3:0 weights=0.2,0.8", prompt="sea AND a boat")
     assert bare.prompt == "sea, a boat" and bare.regions[0].boxes == ((0, 0.25, 1, 0.75),)
+
+
+def test_weights_of_the_web_ui_stay_and_networks_are_left_out() -> None:
+    """Plain parentheses weigh 1.1 there; phrases are found without marks, unless their weights would be lost."""
+    couple = "divisions=1:1,1:2,1:2 positions=0:0,0:0,0:1 weights=0.2,0.8,0.8"
+    text = r"a (boat:1.2) and (a ((red) cat)) \(oil\) AND (boat:1.2) AND cat"
+    with pytest.warns(UserWarning, match=r"Left out of the text: <lora:x:1>; load a LoRA by --lora.") as caught:
+        found = import_layout(couple, prompt=f"<lora:x:1>{text}")
+    assert len(caught) == 1
+    assert found.prompt == r"a (boat:1.2) and (a ((red:1.1) cat:1.1):1.1) \(oil\)"
+    assert [region.phrase for region in found.regions] == ["boat", "cat"]
+    assert read_weights(found.prompt).text == "a boat and a red cat (oil)"
+    other = import_layout(couple, prompt="a boat and a cat AND (boat:1.2) AND ((cat))")
+    assert other.prompt == "a boat and a cat, (boat:1.2), ((cat))"
+    assert [(region.phrase, region.occurrence) for region in other.regions] == [("boat", 1), ("cat", 1)]
+    same = import_layout(couple, prompt="sky AND cat AND (cat:1.2)")
+    assert same.prompt == "sky, cat, (cat:1.2)" and [region.occurrence for region in same.regions] == [0, 1]
 
 
 WORKFLOW: dict[str, Any] = {

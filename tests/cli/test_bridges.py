@@ -138,6 +138,19 @@ def test_a_pickle_of_scenes_runs_nothing(capsys: pytest.CaptureFixture[str]) -> 
         (["import", "scene.json", "--color", "red"], "'red' is not a colour with its phrase"),
         (["import", "outside.json"], "names the mask '../mask.png' outside the layout's folder"),
         (["import", "x.pth", "--condition", "cany"], "canny"),
+        (
+            ["export", "scene.json", "--format", "gligen", "--output", "x.json", "--output_dir", "y"],
+            "Give either --output, the file to write, or --output_dir",
+        ),
+        (["export", ".", "--list", "--format", "bundle"], "--format has no effect on --list"),
+        (["export", ".", "--list", "--dtype", "fp16"], "--dtype has no effect on --list"),
+        (["export", ".", "--list", "--output_dir", "y"], "--output_dir has no effect on --list"),
+        (
+            ["export", "scene.json", "--format", "gligen", "--local_files_only"],
+            "--local_files_only has no effect on a layout",
+        ),
+        (["import", "scene.json", "--local_files_only"], "--local_files_only has no effect on a layout"),
+        (["import", "scene.json", "--color", "red=a", "#f00=b"], "given twice in --color"),
     ],
 )
 def test_mistakes_are_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

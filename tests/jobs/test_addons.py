@@ -179,11 +179,22 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
             "2 values for 1 controlnets",
         ),
         ("--controlnet net --controlnet_condition_image photo.png --controlnet_mask region:cat", "no region 'cat' in"),
+        (
+            "--controlnet net --controlnet_image red.png --controlnet_condition canny "
+            "--controlnet_condition_detector x",
+            "leave --controlnet_condition_detector out",
+        ),
+        (
+            "--controlnet gray --controlnet_image photo.png --controlnet_condition palette",
+            "takes 1; give the --controlnet_condition",
+        ),
+        ("--controlnet gray --controlnet_condition_image photo.png", "ControlNet takes 1 .*or use --controlnet_image"),
         ("--controlnet base/unet --controlnet_condition_image photo.png", "There is no ControlNet 'base/unet'"),
         ("--ip_adapter ip", "has no image to follow"),
         ("--ip_adapter_image red.png", "give --ip_adapter"),
         ("--ip_adapter ip ip --ip_adapter_image red.png", "1 values of --ip_adapter_image for 2 IP-Adapters"),
         ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_mask wide.png", "wide.png is 64x32 pixels but"),
+        ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_mask edge.png", "edge.png is black everywhere in"),
         ("--ip_adapter ip --ip_adapter_image red.png --ip_adapter_start 1", "start < end"),
         ("--lora_per_prompt a", "--lora_per_prompt is for a --lora"),
         ("--lora a.safetensors --lora_per_prompt a a", "2 values for 1 prompts"),
@@ -221,10 +232,14 @@ def addon_places(_sd_session: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     """One of each addon, which fits the tiny base."""
     folder = tmp_path_factory.mktemp("addons")
     random_controlnet(_sd_session).save_pretrained(folder / "net")
+    random_controlnet(_sd_session, conditioning_channels=1).save_pretrained(folder / "gray")
     save_ip_adapter(folder / "ip", _sd_session)
     save_lora(folder / "a.safetensors", _sd_session)
     save_word(folder / "toy.safetensors", 16)
     Image.new("L", (64, 32), 255).save(folder / "wide.png")
+    edge = np.zeros((131, 128), np.uint8)
+    edge[0] = 255  # cut off at 64x64
+    Image.fromarray(edge).save(folder / "edge.png")
     options = {"in_channels": 1, "channels": list(CHANNELS), "num_res_blocks": 1}
     LocalAdapter(**options, condition={"kind": "canny"}).save_pretrained(folder / "adapter")
     return folder
