@@ -7,25 +7,25 @@ Needs the extra `dev` (playwright) and a Chromium: apt-get install -y chromium
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw
+from localctl.cli.arguments import Arguments
+from localctl.cli.program import one_sentence
 
-from localctl.drawing import LINE, write
-from localctl.studio.config import StudioConfig
+if TYPE_CHECKING:  # imported after the flags are read
+    from PIL import Image
 
+PROGRAM = "research.studio_tour"
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))  # what the tests do on the page
 FOLDER = Path("docs/studio")
 DESKTOP, PHONE = (1280, 1180), (390, 844)
 TOUR_SIDE = 720  # pixels of its width
-BAR = LINE + 8  # pixels of the text below a frame
 SECONDS = 60  # of the whole tour
 # Whether the training has made at least so many steps.
 REACHED = r"""(least) => {
@@ -43,9 +43,13 @@ class Tour:
 
     def show(self, text: str, weight: float = 1.0) -> None:
         """Take a frame of what the page shows now. weight: how long it is shown, relative to the others."""
+        from PIL import Image, ImageDraw
+
+        from localctl.drawing import LINE, write
+
         shot = Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
         shot = shot.resize((TOUR_SIDE, round(shot.height * TOUR_SIDE / shot.width)), Image.Resampling.LANCZOS)
-        frame = Image.new("RGB", (shot.width, shot.height + BAR), "white")
+        frame = Image.new("RGB", (shot.width, shot.height + LINE + 8), "white")
         frame.paste(shot)
         ImageDraw.Draw(frame).line((0, shot.height, shot.width, shot.height), fill="lightgray")
         write(frame, (10, shot.height + 5), text, shot.width - 20)
@@ -65,6 +69,7 @@ def opened(folder: str) -> Iterator[tuple[Any, str]]:
     from browser import find_chromium, free_port
     from playwright.sync_api import sync_playwright
 
+    from localctl.studio.config import StudioConfig
     from localctl.studio.server import serve
 
     path = find_chromium()
@@ -158,11 +163,12 @@ def train(page: Any, show: Callable[..., None], steps: int) -> None:
     show("Stopped, with a checkpoint.", 1.5)
 
 
-def main() -> int:
+@one_sentence(PROGRAM)
+def main(argv: Sequence[str] | None = None) -> int:
     """Write all images; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=32, help="of the training that the tour shows")
-    steps = parser.parse_args().steps
+    parser = Arguments(PROGRAM, __doc__)
+    parser.add_argument("--steps", type=int, default=32, help="of the training that the tour shows (default 32)")
+    steps = parser.read(argv).steps
     FOLDER.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as runs, opened(runs) as (browser, url):
         context = browser.new_context(viewport={"width": DESKTOP[0], "height": DESKTOP[1]})
