@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from localctl.bases import DtypeName
 from localctl.files import first_line
@@ -101,6 +101,12 @@ class StudioConfig:
         """Return how a condition of one of the kinds of ``condition_models`` is computed from a photo."""
         detector = self.condition_detector if kind == "pose" else None
         return ConditionConfig(kind=cast(ConditionKind, kind), model=self.condition_models[kind], detector=detector)
+
+    @property
+    def run_settings(self) -> dict[str, Any]:
+        """The settings of a run of ``sample.py`` that the server, not the page, decides."""
+        names = ("base", "vae", "variant", "revision", "local_files_only", "dtype", "device")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def is_local(self) -> bool:

@@ -192,13 +192,7 @@ def settings_of(
             image.save(path)
             files[name].append(str(path))
     settings: dict[str, Any] = {
-        "base": config.base,
-        "vae": config.vae,
-        "variant": config.variant,
-        "revision": config.revision,
-        "local_files_only": config.local_files_only,
-        "dtype": config.dtype,
-        "device": config.device,
+        **config.run_settings,
         "adapter": [adapter.name for adapter in adapters],  # as the server was told, not its absolute path
         **files,
         "weight": [follow.weight for follow in order.follows],

@@ -149,13 +149,7 @@ def settings_for(
     compare: all methods, each with its presets, instead of the form's one. ValueError as for :meth:`PlaceForm.layout`.
     """
     settings: dict[str, Any] = {
-        "base": config.base,
-        "vae": config.vae,
-        "variant": config.variant,
-        "revision": config.revision,
-        "local_files_only": config.local_files_only,
-        "dtype": config.dtype,
-        "device": config.device,
+        **config.run_settings,
         "seeds": form.seeds,
         "num_inference_steps": form.steps,
         "guidance_scale": form.guidance_scale,
