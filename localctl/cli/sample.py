@@ -135,7 +135,8 @@ def _several(group: Any) -> Callable[..., None]:
 
 
 def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    add = _several(parser.add_argument_group("adapters", "one value for all adapters, or one for each"))
+    group = parser.add_argument_group("adapters", "one value for all adapters, or one for each")
+    add = _several(group)
     add("--adapter", metavar="PLACE", help="trained (or plain T2I-) adapters: folder, run, hub id or file of weights")
     add("--image", metavar="FILE", help="photos of any size, from which the conditions are computed")
     add("--condition_image", metavar="FILE", help="conditions that are already computed, instead of --image")
@@ -149,6 +150,10 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
     add("--end", type=float, help="active up to this fraction of the steps (default 1)")
+    text = "factor of the features beside the negative prompt (default 1); 0 makes control stronger"
+    add("--unconditional_scale", type=float, help=text)
+    text = "a guidance scale of the adapters' own, beside --guidance_scale; default: none"
+    group.add_argument("--control_guidance_scale", type=float, help=text)
 
 
 def _add_region_flags(parser: argparse.ArgumentParser) -> None:

@@ -125,17 +125,10 @@ class InnerForward:
 
     @contextmanager
     def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> Iterator[None]:
-        first, count = self.context.guided_rows.start, len(self.context.conditional)
-        rows = [first + image for image in images]
         installation = Installation()
         # Nothing can be differentiated in inference mode; tensors made in it are copied by _select.
         with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.denoiser.module):
-            args = _select(self.arguments[0], rows, count)
-            kwargs = {
-                name: value if name in self.denoiser.not_per_row else _select(value, rows, count)
-                for name, value in self.arguments[1].items()
-            }
-            args, kwargs = self.denoiser.write((args, kwargs), latents=latents)
+            args, kwargs = self.denoiser.write(self._arguments(images), latents=latents)
             try:
                 self._steer(installation, images, reader)
                 with suppress(EndOfRun):
@@ -144,13 +137,35 @@ class InnerForward:
             finally:
                 installation.undo()
 
-    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl) -> None:
+    def output(self) -> Tensor:
+        """Run the prompt rows of all images once more, as they are in ``arguments``, and return the model output."""
+        images = range(len(self.context.guided_layouts))
+        args, kwargs = self._arguments(images)
+        installation = Installation()
+        installation.eager = any(kwargs.get(name) for name in self.denoiser.not_per_row)
+        try:
+            self._steer(installation, images)
+            return self.denoiser.module.forward(*args, **kwargs)[0]
+        finally:
+            installation.undo()
+
+    def _arguments(self, images: Sequence[int]) -> Arguments:
+        """Return a copy of the call's arguments for the prompt rows of these images."""
+        first, count = self.context.guided_rows.start, len(self.context.conditional)
+        rows = [first + image for image in images]
+        kwargs = {
+            name: value if name in self.denoiser.not_per_row else _select(value, rows, count)
+            for name, value in self.arguments[1].items()
+        }
+        return _select(self.arguments[0], rows, count), kwargs
+
+    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl | None = None) -> None:
         context = self.context.only(images)
         own = [(control, context) for control in self.controls]
         for layer, attn in self.layers:
             users = [(user, at.only(images)) for user, at in users_of(attn)] + own
             users = [(user, at) for user, at in users if not user.is_reader and user.attends(at, layer)]
-            if reader.attends(context, layer):
+            if reader is not None and reader.attends(context, layer):
                 users.append((reader, context))
             installation.replace(attn, layer, users)
 

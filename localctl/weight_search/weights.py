@@ -153,6 +153,8 @@ def optimize_weights(
     with _sampling(pipe), attach(pipe, layout, [control.with_weights(weights), *controls]) as attached:
         if any(bound.moves_latents for bound in attached.bound):
             raise ValueError("Weights cannot be optimised with a control that moves latents; leave LayoutGuidance out.")
+        if any(bound.guidance_scale is not None for bound in attached.bound):
+            raise ValueError("Weights cannot be optimised with a control's own guidance_scale; leave that out.")
         conditioning = denoiser.condition(layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]

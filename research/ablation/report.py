@@ -24,7 +24,11 @@ from research.page import (
     written_by,
 )
 
-SHOWN = ("f1", CONTROL, "ssim", "lfmse_in", "leak", "region_accuracy", "relation", "clip_score")
+SHOWN = (
+    *("f1", CONTROL, "ssim", "lfmse_in", "leak", "color_in", "object_in", "color_out", "object_out"),
+    *("region_accuracy", "relation", "clip_score"),
+)
+OF_GUIDANCE = ("f1", CONTROL, "leak", "color_in", "object_in", "color_out", "object_out", "clip_score")
 COMPARED = ("f1", "ssim", "lfmse_in", "leak", "region_accuracy", "clip_score")
 
 
@@ -40,6 +44,7 @@ def write_report(results: Path, page: Path) -> str:
         _introduction(figures, page),
         _sentence(figures),
         _rows_section(figures, page),
+        _guidance_section(figures),
         _seeds_section(figures),
         _images(figures, results, page),
         sweep_section(figures, page),
@@ -51,6 +56,7 @@ def write_report(results: Path, page: Path) -> str:
 
 def _introduction(figures: Figures, page: Path) -> list[str]:
     protocol = figures.base["asked"]["protocol"]
+    scenes = "validation" if protocol.get("part") == "val" else "held-out"
     count, steps, guidance = (protocol[key] for key in ("count", "num_inference_steps", "guidance_scale"))
     return [
         "# Does each part of the method help?",
@@ -60,7 +66,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         "the",
         "embedded base and its small scenes: read it as a test of the parts, not of their size on other bases.",
         "",
-        f"{count} held-out scenes with the same masks and noise for every row; {protocol['scheduler']}, {steps} steps,",
+        f"{count} {scenes} scenes with the same masks and noise for every row; {protocol['scheduler']}, {steps} steps,",
         f"guidance {guidance:g}. Intervals are 95 % bootstrap intervals over scenes and, where there are several,",
         "seeds of training at once; few seeds make them too narrow, so their values stand below.",
         "[evaluation.md](evaluation.md) says what each figure is.",
@@ -111,6 +117,23 @@ def _rows_section(figures: Figures, page: Path) -> list[str]:
         "",
         *_differences(figures),
         figure(bars(panels), page, "rows", "bars with intervals"),
+        "",
+    ]
+
+
+def _guidance_section(figures: Figures) -> list[str]:
+    """Return the table of one adapter under several ways of guidance; without any, no lines."""
+    measured = sorted(figures.guidance, key=lambda result: int(result.name.rpartition("_")[2]))
+    if not measured:
+        return []
+    rows = [(r["title"], [_mean(figures, r.name, column) for column in OF_GUIDANCE]) for r in measured]
+    of_base = [_mean(figures, FLOOR, column) for column in OF_GUIDANCE]
+    return [
+        "## Guidance",
+        "",
+        "One adapter, the features of which take part in guidance in several ways; no training.",
+        "",
+        *table(map(headed, OF_GUIDANCE), [("base alone (floor)", of_base), *rows]),
         "",
     ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from localctl.cli.config import load_config
@@ -17,6 +17,7 @@ from research import flags
 FLOOR = "base"
 WITHOUT, METHOD = "feature_masked", "sobel"  # the two headline rows
 SWEEP = "sweep"
+GUIDANCE = "guidance"
 CHECKPOINTS = 100  # steps between two
 
 
@@ -26,6 +27,7 @@ class Protocol(flags.Protocol):
 
     LEAST: ClassVar[Mapping[str, int]] = {"count": 2, **flags.Protocol.LEAST}
 
+    part: str | None = None  # of the scenes; None: test
     count: int = 200
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
@@ -72,7 +74,8 @@ class Cell:
     """One training to measure.
 
     name: of its files. row: name of its row, or ``sweep``. title: its name in tables. overrides: of the training
-    settings, as on the command line.
+    settings, as on the command line. sampling: of the settings of its images. adapter: the folder of an adapter that
+    is trained already, in place of a training.
     """
 
     name: str
@@ -80,6 +83,8 @@ class Cell:
     title: str
     seed: int
     overrides: tuple[str, ...]
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
+    adapter: str | None = None
 
     def settings(self, base: str, output_dir: str) -> TrainSettings:
         """Return the settings of the training. Raises ValueError for overrides that are not valid."""
@@ -105,6 +110,29 @@ class Sweep:
 
 
 BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # not trained: the floor; its result has the ceiling, too
+
+
+# How an adapter's features take part in guidance: title -> settings of its images.
+GUIDANCES: dict[str, Mapping[str, float]] = {
+    "on all rows": {},
+    "half on the rows of the negative prompt": {"unconditional_scale": 0.5},
+    "on the rows of the prompt alone": {"unconditional_scale": 0.0},
+    "own guidance 1": {"control_guidance_scale": 1.0},
+    "own guidance 1.5": {"control_guidance_scale": 1.5},
+    "own guidance 3": {"control_guidance_scale": 3.0},
+    "weight 1.3": {"weight": 1.3},
+    "guidance 3, on all rows": {"guidance_scale": 3.0},
+    "guidance 3, own guidance 2": {"guidance_scale": 3.0, "control_guidance_scale": 2.0},
+    "guidance 3, on the rows of the prompt alone": {"guidance_scale": 3.0, "unconditional_scale": 0.0},
+}
+
+
+def guidance_cells(adapter: str) -> list[Cell]:
+    """Return the cells that sample a trained adapter with each of ``GUIDANCES``."""
+    return [
+        Cell(f"{GUIDANCE}_{number}", GUIDANCE, title, 0, (), sampling, adapter)
+        for number, (title, sampling) in enumerate(GUIDANCES.items())
+    ]
 
 
 def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:
