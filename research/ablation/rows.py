@@ -35,22 +35,29 @@ class Protocol(flags.Protocol):
     extractors: tuple[str, ...] = ("micro_clip", "efficientnet_lite0")
 
 
+PROMPT_ROWS = {"unconditional_scale": 0.0}  # the features are on the rows of the prompt alone
+
+
 @dataclass(frozen=True)
 class Row:
-    """A variant of the training. title: its name in tables."""
+    """A variant of the training, or of the sampling of one.
+
+    title: its name in tables. headline: whether it is trained with every seed, not with the first alone. against: the
+    row that lacks the one thing that this one adds. trained: the row whose trainings it samples; None: its own.
+    sampling: settings of its images.
+    """
 
     name: str
     title: str
+    headline: bool = False
+    against: str | None = None
+    trained: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def experiment(self) -> str:
         """The name of its experiment in ``config/experiment``."""
-        return f"ablation_{self.name}"
-
-    @property
-    def headline(self) -> bool:
-        """Whether it is trained with every seed, not with the first alone."""
-        return self.name in (WITHOUT, METHOD)
+        return f"ablation_{self.trained or self.name}"
 
 
 ROWS = {
@@ -58,13 +65,21 @@ ROWS = {
     for row in (
         Row("plain", "plain T2I-Adapter, whole condition"),
         Row("input_masked", "masked at the input"),
-        Row(WITHOUT, "features masked"),
+        Row(WITHOUT, "features masked", headline=True),
         Row("mse", "+ latent MSE in the mask"),
-        Row(METHOD, "+ Sobel in the mask (the method)"),
+        Row(METHOD, "+ Sobel in the mask (the method)", headline=True, against=WITHOUT),
         Row("sobel_snr", "the method, weighted by the SNR"),
         Row("sobel_nearest", "the method, mask_resize nearest"),
         Row("sobel_inside", "the method, mask_resize inside"),
         Row("sobel_cover", "the method, mask_resize cover"),
+        Row("edges", "+ edges of the decoded image in the mask", against=WITHOUT),
+        Row("logit_normal", "features masked, logit-normal timesteps", against=WITHOUT),
+        Row("inside_weight", "features masked, denoising weighted 3 in the mask", against=WITHOUT),
+        Row("cover", "features masked, mask_resize cover", headline=True, against=WITHOUT),
+        Row("cover_edges", "mask_resize cover + edges", headline=True, against="cover"),
+        Row("cover_prompt", "cover, on the prompt's rows", True, "cover", "cover", PROMPT_ROWS),
+        Row("cover_edges_prompt", "cover + edges, on the prompt's rows", True, "cover_prompt", "cover_edges", PROMPT_ROWS),
+        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
     )
 }
 
@@ -74,8 +89,8 @@ class Cell:
     """One training to measure.
 
     name: of its files. row: name of its row, or ``sweep``. title: its name in tables. overrides: of the training
-    settings, as on the command line. sampling: of the settings of its images. adapter: the folder of an adapter that
-    is trained already, in place of a training.
+    settings, as on the command line. sampling: of the settings of its images. trained: name of its training, which
+    other cells may share. adapter: the folder of an adapter that is there already, in place of a training.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Cell:
     overrides: tuple[str, ...]
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     adapter: str | None = None
+    trained: str | None = None
 
     def settings(self, base: str, output_dir: str) -> TrainSettings:
         """Return the settings of the training. Raises ValueError for overrides that are not valid."""
@@ -151,7 +167,15 @@ def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, mor
     length = () if steps is None else (f"max_train_steps={steps}",)
     rows = [row for name, row in ROWS.items() if name in names]
     return [
-        Cell(f"{row.name}_seed{seed}", row.name, row.title, seed, (f"experiment={row.experiment}", *length, *more))
+        Cell(
+            f"{row.name}_seed{seed}",
+            row.name,
+            row.title,
+            seed,
+            (f"experiment={row.experiment}", *length, *more),
+            row.sampling,
+            trained=f"{row.trained or row.name}_seed{seed}",
+        )
         for seed in seeds
         for row in rows
         if row.headline or seed == seeds[0]

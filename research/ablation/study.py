@@ -155,7 +155,7 @@ class Ablation(Study[Cell]):
 
     def training(self, cell: Cell) -> TrainSettings:
         """Return the training settings of ``cell``."""
-        return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
+        return cell.settings(self.protocol.base, str(self.work / "runs" / (cell.trained or cell.name)))
 
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
         """Generate the images that are missing, and return their folder."""
