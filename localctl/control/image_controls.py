@@ -87,8 +87,8 @@ def check_control_guidance(unconditional_scale: float, guidance_scale: float | N
     check_strength("guidance_scale", guidance_scale)
     if unconditional_scale not in (0, 1):
         raise ValueError(
-            f"A guidance scale of the control's own ({guidance_scale:g}) leaves the rows of the negative prompt without "
-            f"features, so unconditional_scale={unconditional_scale:g} has no meaning; give one of the two."
+            f"A guidance scale of its own, {guidance_scale:g}, leaves the negative prompt without features, so "
+            f"unconditional_scale={unconditional_scale:g} has no meaning; give one of the two."
         )
 
 
@@ -124,8 +124,8 @@ class _BoundLocalAdapter(BoundControl):
         scale = self.control.unconditional_scale
         if scale != 1 and self.guidance_scale is None and arguments.get("do_classifier_free_guidance") is False:
             raise ValueError(
-                f"unconditional_scale={scale:g} acts on the rows of the negative prompt, but this call has none without "
-                "classifier-free guidance; set guidance_scale above 1, or leave unconditional_scale out."
+                f"unconditional_scale={scale:g} acts on the rows of the negative prompt, but without classifier-free "
+                "guidance there are none; set guidance_scale above 1, or leave unconditional_scale out."
             )
 
     def down_residuals(self, context: CallContext) -> list[Tensor] | None:

@@ -174,13 +174,14 @@ def adapter_controls(
     adapters: Sequence[AdapterJob], models: JobModels, options: SampleSettings
 ) -> list[LocalAdapterControl]:
     """Return adapters as controls."""
-    return [
-        LocalAdapterControl(
-            models.adapters[item.saved.place][1], item.condition, item.mask, item.weight, item.start, item.end,
-            value_for(options, "unconditional_scale", index), options.control_guidance_scale,
-        )  # fmt: skip
-        for index, item in enumerate(adapters)
-    ]
+    controls = []
+    for index, item in enumerate(adapters):
+        scales = item.weight, item.start, item.end, value_for(options, "unconditional_scale", index)
+        adapter = models.adapters[item.saved.place][1]
+        controls.append(
+            LocalAdapterControl(adapter, item.condition, item.mask, *scales, options.control_guidance_scale)
+        )
+    return controls
 
 
 def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnStep | None = None) -> GenerateOutput:

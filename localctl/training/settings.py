@@ -228,8 +228,8 @@ class TrainSettings:
             raise ValueError(f"timestep_range needs low < high, not {list(self.timestep_range)}.")
         if self.loss.filter == "edges" and self.condition.kind not in EDGE_CONDITIONS:
             raise ValueError(
-                f"loss=edges compares edges, but condition={self.condition.kind} has none that an image can be compared "
-                f"with; choose condition={' or '.join(EDGE_CONDITIONS)}, or another loss."
+                f"loss=edges compares edges, but it can extract no condition={self.condition.kind} from an image; "
+                f"choose condition={' or '.join(EDGE_CONDITIONS)}, or another loss."
             )
         # Stored as numbers, so that a later default changes nothing.
         own = BASES.get(self.base.name, BaseSpec)

@@ -13,7 +13,7 @@ import numpy as np
 from localctl.evaluation.compare import CEILING
 from localctl.metrics.bootstrap import Interval
 from localctl.seeding import numpy_rng
-from research.ablation.rows import FLOOR, GUIDANCE, METHOD, ROWS, SWEEP, WITHOUT
+from research.ablation.rows import FLOOR, GUIDANCE, ROWS, SWEEP
 from research.harness import Result, as_table, read_results
 
 CONTROL = "control"  # (F1 - F1 of the base) / (F1 of the ceiling - F1 of the base)
@@ -146,14 +146,12 @@ class Figures:
 
     def distance(self, row: str, name: str) -> float:
         """Return the mean distance over the trainings; it is of whole sets, so it has no interval over scenes."""
-        trained = [self.base] if row == FLOOR else self.rows.get(row) or [r for r in (*self.sweep, *self.guidance) if r.name == row]
+        trained = (
+            [self.base]
+            if row == FLOOR
+            else self.rows.get(row) or [r for r in (*self.sweep, *self.guidance) if r.name == row]
+        )
         return float(np.mean([r["distances"][name] for r in trained]))
-
-    def headline(self, column: str = "f1") -> Interval | None:
-        """Return the method's gain over the same without its local term; None if they share no training seed yet."""
-        if METHOD not in self.rows or WITHOUT not in self.rows:
-            return None
-        return self.difference(METHOD, WITHOUT, column)
 
     def _means(self, row: str, column: str) -> np.ndarray:
         return self.resampler.means(self._column(row, column))

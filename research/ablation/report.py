@@ -10,6 +10,7 @@ from research.ablation.figures import CONTROL, Figures, read_figures
 from research.ablation.rows import FLOOR, ROWS, WITHOUT, Row
 from research.ablation.study import CONDITIONS
 from research.ablation.sweep import sweep_section
+from research.harness import of_first_base
 from research.page import (
     base_note,
     cell,
@@ -38,12 +39,16 @@ PROTOCOL = """
 
 Written before the first of these trainings.
 
-- Every training has the budget of `python train_adapter.py` on the embedded base: 700 steps of 8 scenes, learning rate 3e-3, cosine.
-- Choices are made on 60 validation scenes ([ablation_choices.md](ablation_choices.md)): ways of guidance with one adapter, and
-  trainings of 300 steps with one seed. Claims are measured on the 200 test scenes, with seeds 0, 1 and 2 of training.
-- The local term is claimed to help if, against the same training without it, F1 inside the mask gains at least 0.05 with an interval
-  over seeds and scenes above 0, the CLIP score is not more than 1 lower, and the interval of the leak's change covers 0.
-- The defaults are claimed to be strong if control is at least 0.85, `color_in` at least 0.95 of the base's, and the leak at most 0.05.
+- Every training has the budget of `python train_adapter.py` on the embedded base: 700 steps of 8 scenes, learning
+  rate 3e-3, cosine.
+- Choices are made on 60 validation scenes ([ablation_choices.md](ablation_choices.md)): ways of guidance with one
+  adapter, and trainings of 300 steps with one seed. Claims are measured on the 200 test scenes, with seeds 0, 1 and 2
+  of training.
+- The local term is claimed to help if, against the same training without it, F1 inside the mask gains at least 0.05
+  with an interval over seeds and scenes above 0, the CLIP score is not more than 1 lower, and the interval of the
+  leak's change covers 0.
+- The defaults are claimed to be strong if control is at least 0.85, `color_in` at least 0.95 of the base's, and the
+  leak at most 0.05.
 - The mask is claimed to cost little if F1 is at most 0.055 below that of a plain T2I-Adapter (0.11 on the first base).
 - Rows with one seed are hints, not claims.
 """
@@ -60,7 +65,7 @@ def write_report(results: Path, page: Path) -> str:
         page,
         _introduction(figures, page),
         _sentence(figures),
-        PROTOCOL.strip().splitlines() + [""],
+        [] if of_first_base(figures.base["asked"]) else [*PROTOCOL.strip().splitlines(), ""],
         _rows_section(figures, page),
         _guidance_section(figures),
         _seeds_section(figures),
@@ -196,7 +201,12 @@ def _seeds_section(figures: Figures) -> list[str]:
     several = [name for name, trained in figures.rows.items() if len(trained) > 1]
     if not several:
         return []
-    columns = ["f1", "leak", "clip_score", *(d for d in figures.base["distances"] if not d.startswith(("split_half", "kid_error")))]
+    columns = [
+        "f1",
+        "leak",
+        "clip_score",
+        *(d for d in figures.base["distances"] if not d.startswith(("split_half", "kid_error"))),
+    ]
     rows = []
     for name in several:
         values = {column: dict(figures.per_seed(name, column)) for column in columns}

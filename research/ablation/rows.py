@@ -78,7 +78,14 @@ ROWS = {
         Row("cover", "features masked, mask_resize cover", headline=True, against=WITHOUT),
         Row("cover_edges", "mask_resize cover + edges", headline=True, against="cover"),
         Row("cover_prompt", "cover, on the prompt's rows", True, "cover", "cover", PROMPT_ROWS),
-        Row("cover_edges_prompt", "cover + edges, on the prompt's rows", True, "cover_prompt", "cover_edges", PROMPT_ROWS),
+        Row(
+            "cover_edges_prompt",
+            "cover + edges, on the prompt's rows",
+            True,
+            "cover_prompt",
+            "cover_edges",
+            PROMPT_ROWS,
+        ),
         Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
     )
 }
