@@ -138,15 +138,12 @@ BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # not trained: the floor; its re
 # How an adapter's features take part in guidance: title -> settings of its images.
 GUIDANCES: dict[str, Mapping[str, float]] = {
     "on all rows": {},
-    "half on the rows of the negative prompt": {"unconditional_scale": 0.5},
     "on the rows of the prompt alone": {"unconditional_scale": 0.0},
-    "own guidance 1": {"control_guidance_scale": 1.0},
     "own guidance 1.5": {"control_guidance_scale": 1.5},
     "own guidance 3": {"control_guidance_scale": 3.0},
     "weight 1.3": {"weight": 1.3},
     "guidance 3, on all rows": {"guidance_scale": 3.0},
     "guidance 3, own guidance 2": {"guidance_scale": 3.0, "control_guidance_scale": 2.0},
-    "guidance 3, on the rows of the prompt alone": {"guidance_scale": 3.0, "unconditional_scale": 0.0},
 }
 
 

@@ -7,6 +7,7 @@ from diffusers.optimization import get_scheduler
 
 from localctl.bases import BASES, BaseConfig
 from localctl.data import DataConfig
+from localctl.settings import ConditionConfig, LossConfig
 from localctl.training.schedule import bound_steps, learning_rate_at, schedule_notes
 from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
 
