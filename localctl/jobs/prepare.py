@@ -280,8 +280,9 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
-        if options.control_guidance_scale is not None:
-            raise ValueError("--control_guidance_scale is for an adapter, but there is none; give --adapter.")
+        for name, default in (("control_guidance_scale", None), ("unconditional_scale", [1.0])):
+            if getattr(options, name) != default:
+                raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         for name in _WITHOUT_DEFAULT:
             if getattr(options, name):
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
