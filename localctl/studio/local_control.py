@@ -11,6 +11,7 @@ from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
 from localctl.studio.canvas import canvas
 from localctl.studio.config import StudioConfig
+from localctl.studio.latest import on_latest
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
@@ -18,7 +19,6 @@ from localctl.studio.studio import Studio
 from localctl.studio.uploads import photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_STORE = "localctl-studio-follow"
 _HINT = "Upload a photo, or choose an example"
 _CHOOSE = """element.addEventListener('click', (event) => {
   const chosen = event.target.closest('button');
@@ -202,28 +202,15 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     arrange = actions.arrange(studio, names)
     arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
     arranging += [tab.fields[name].input for name in ("source", "width", "height")]
-    arranged = gr.on(arranging, arrange, inputs, tab.arranged, **quick)
+    arranged = on_latest(arranging, arrange, inputs, tab.arranged)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
-        tab.buttons[name].click(actions.change_count(studio, names, change), inputs, tab.arranged, **quick)
+        on_latest([tab.buttons[name].click], actions.change_count(studio, names, change), inputs, tab.arranged)
     thresholds = [tab.fields[name].input for name in ("low", "high", "cells")]
-    gr.on(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress], **quick)
+    on_latest(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress])
     tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
     tab.files["mask"].upload(
         actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
     )
     refresh = actions.refresh_adapters(studio)
     tab.buttons["refresh"].click(refresh, tab.adapters, tab.adapters, queue=False, **PRIVATE)
-
-
-def remember(tab: FollowTab, studio: Studio, blocks: Any) -> None:
-    """Let the browser remember the fields, but for the photo, and put them back when the page is loaded again.
-
-    To be called outside the tabs: the memory of a tab that is not open would be empty.
-    """
-    memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
-    kept = {name: part for name, part in tab.fields.items() if name != "photo"}
-    changes = [part.input if name == "scene" else part.change for name, part in kept.items()]
-    script = f"(...values) => [Object.fromEntries({list(kept)}.map((name, i) => [name, values[i]]))]"
-    gr.on(changes, None, list(kept.values()), memory, js=script)
-    blocks.load(actions.restore(studio, list(kept)), memory, [*kept.values(), *tab.rows], queue=False, **PRIVATE)

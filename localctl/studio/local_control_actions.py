@@ -17,7 +17,7 @@ from localctl.adapter_files import SavedAdapter
 from localctl.drawing import EDGE_COLORS
 from localctl.images import load_image, open_gray
 from localctl.studio import limits, progress
-from localctl.studio.canvas import data_url
+from localctl.studio.canvas import data_url, show_shape
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.local_control_examples import examples
@@ -200,14 +200,13 @@ def _arranged(studio: Studio, given: dict[str, Any]) -> list[Any]:
         shown = [gr.update(visible=canny is not None, value=value) for value in (low, high)]
         shown.append(gr.update(visible=palette is not None, value=cells))
         given = {**given, "low": low, "high": high, "cells": cells}
-        value, background, strip = given["scene"], "", NO_CONDITION
+        size, background, strip = (scene.height, scene.width), "", NO_CONDITION
         if order.photo or order.condition:
             order = read_order(given)
             size = run_size(studio.config, adapters, order)
-            value = {**value, "height": size[0], "width": size[1]}
             background = data_url(scaled(order.source, size), _LONGEST)
             strip = _strip(conditions(order, adapters, size), adapters)
-        canvas = gr.update(value=value, background=background)
+        canvas = {**show_shape(size, first_regions(count)), "background": background}
         return [canvas, strip, *shown, *_rows(count), progress.IDLE]
     except Exception as error:
         return [gr.skip(), NO_CONDITION, *[gr.skip()] * 3, *_rows(count), progress.failed(sentence(error))]

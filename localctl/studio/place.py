@@ -12,6 +12,7 @@ from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
 from localctl.studio.canvas import canvas
+from localctl.studio.latest import on_latest
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
 from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_addons import add_fields as add_addons
@@ -22,7 +23,6 @@ from localctl.studio.studio import Studio
 from localctl.studio.uploads import photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_STORE = "localctl-studio-place"
 
 
 @dataclass
@@ -34,7 +34,6 @@ class PlaceTab:
     prompt_view: Any = None
     progress: Any = None
     gallery: Any = None
-    memory: Any = None
     buttons: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +41,7 @@ class PlaceTab:
     @property
     def outputs(self) -> list[Any]:
         """The components that :func:`localctl.studio.place_actions.filled` fills."""
-        return [*self.fields.values(), *self.groups.values(), self.prompt_view]
+        return [*self.fields.values(), *self.groups.values()]
 
     @property
     def names(self) -> list[str]:
@@ -64,7 +63,6 @@ def add(studio: Studio) -> PlaceTab:
             add_addons(tab.fields, studio.config)
             _loading_fields(tab)
             _study_fields(tab, studio)
-    tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
     _connect(tab, studio)
     return tab
 
@@ -208,14 +206,6 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
     tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     _connect_scene(tab, studio)
-    remembered = {name: part for name, part in tab.fields.items() if name not in photos_of(tab.fields)}
-    gr.on(
-        [part.input if hasattr(part, "input") else part.change for part in remembered.values()],
-        None,
-        list(remembered.values()),
-        tab.memory,
-        js=f"(...values) => [Object.fromEntries({list(remembered)}.map((name, i) => [name, values[i]]))]",
-    )
 
 
 def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
@@ -223,15 +213,16 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     looked: list[Any] = [fields["prompt"], fields["scene"]]
     marks = [tab.prompt_view, fields["scene"]]
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
-    gr.on([fields["prompt"].input, fields["scene"].input], actions.look(studio), looked, marks, **quick)
+    # Also what an example or a file has put there: the marks have one writer.
+    on_latest([fields["prompt"].change, fields["scene"].change], actions.look(studio), looked, marks)
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
+    shown_photo = on_latest([fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress])
     shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
     for name in photos_of(fields)[1:]:
         checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
         checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
-    loaded = [*looked, tab.prompt_view, tab.progress]
+    loaded = [*looked, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)
     for name, button in tab.examples.items():
