@@ -200,8 +200,9 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
         checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
         on_latest([tab.buttons[name].click], actions.change_count(studio, names, change), inputs, tab.arranged)
-    thresholds = [tab.fields[name].input for name in ("low", "high", "cells")]
-    on_latest(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress])
+    thresholds = [tab.fields[name] for name in ("low", "high", "cells")]
+    moved, shown = [part.input for part in thresholds], [tab.conditions, tab.progress]
+    on_latest(moved, actions.extract_again(studio, names), inputs, shown, chosen=thresholds)
     tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
     tab.files["mask"].upload(
         actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
