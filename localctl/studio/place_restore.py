@@ -28,8 +28,10 @@ _PLAIN = {
     "upscale": 1,
     "upscale_strength": 0.5,
 }
-_KNOWN = (*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask") + tuple(
-    f"use_{name}_sigmas" for name in SIGMAS
+_KNOWN = (
+    *(*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
+    *(f"use_{name}_sigmas" for name in SIGMAS),
+    *("weight", "start", "end"),  # of adapters; without one they do nothing
 )
 
 

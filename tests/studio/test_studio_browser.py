@@ -151,7 +151,7 @@ def test_what_is_typed_before_the_memory_is_back_is_not_lost(page: Page) -> None
     type_text(page, "#place-prompt textarea", "a pink star")
     page.wait_for_timeout(3000)  # until the browser has stored it
     asked: list[Route] = []
-    page.route("**/run/predict", asked.append)
+    page.route("**/run/predict", lambda route: asked.append(route))  # Playwright takes no method of a list
     page.reload()
     page.wait_for_timeout(3000)
     expect(page.locator("#place-prompt")).to_be_hidden()  # nothing to type into, which would then be replaced
