@@ -211,7 +211,8 @@ def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
     if kind not in PIPELINES:
-        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}.")
+        way = " (these repaint, too: --init_image and --inpaint_mask)" if "Inpaint" in kind else ""
+        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{way}.")
     return index
 
 

@@ -264,6 +264,9 @@ def parse(
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
     options = SampleSettings(**{**recorded, **typed})
+    for name in ("weight", "start", "end"):  # typed now; an older record may have them without an adapter
+        if name in typed and not options.adapter:
+            raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
     return options

@@ -174,7 +174,7 @@ def _check_channels(base: BaseConfig, shape: BaseShape) -> None:
     if own != latents:
         raise ValueError(
             f"The base {base.name} reads {own} channels, as bases for inpainting or editing do, and its latents have "
-            f"{latents}; choose a base that generates images from text."
+            f"{latents}; choose a base that generates images from text, which repaints, too (--inpaint_mask)."
         )
 
 

@@ -25,7 +25,7 @@ from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.layout import Layout
 from localctl.sampling_settings import FREE, Sampling
 
-_COMPARE_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
+COMPARED_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
 _MOST_CELLS = 64  # of the grid of a sweep
 
 
@@ -122,7 +122,7 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     as for :func:`plan`.
     """
     read = [_split_setting(item) for item in settings]
-    words = _COMPARE_ALL if list(words) == ["all"] else tuple(words)
+    words = COMPARED_ALL if list(words) == ["all"] else tuple(words)
     if len(set(words)) < len(words):
         raise ValueError("A control is given twice in --compare; give each one once.")
     plans = [(word, control_names(word)) for word in words]

@@ -15,8 +15,9 @@ import gradio as gr
 
 QUICK: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 _ASK = """(...values) => {
-  window.studioAsked = (window.studioAsked ?? 0) + 1;
-  return [...values.slice(0, -1), window.studioAsked];
+  const asked = (window.studioAsked = (window.studioAsked ?? 0) + 1);
+  for (const id of IDS) (window.studioShown ??= {})[`${id}.value`] = asked;
+  return [...values.slice(0, -1), asked];
 }"""
 _SHOW = """(answer) => {
   const shown = (window.studioShown ??= {});
@@ -32,12 +33,21 @@ _SHOW = """(answer) => {
 
 
 def on_latest(
-    events: Sequence[Any], handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
+    events: Sequence[Any],
+    handler: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    chosen: Sequence[Any] = (),
 ) -> Any:
     """Connect ``events`` to a handler whose answers are shown in the order they were asked for; return the event.
 
-    handler: takes the inputs alone. It returns, for each output, an update or a text as the page has it: Gradio writes
-    no file for it, and does not learn of other choices.
+    Args:
+        events: of the components.
+        handler: takes the inputs alone, and returns, for each output, an update or a text as the page has it: Gradio
+            writes no file for it, and does not learn of other choices.
+        inputs: of the handler.
+        outputs: of the handler.
+        chosen: the components in which the visitor has just chosen a value, which no older answer replaces.
     """
     asked, answer = gr.Number(0, visible=False), gr.JSON(visible=False)
 
@@ -46,10 +56,14 @@ def on_latest(
         parts = [parts] if len(outputs) == 1 else parts
         return {"asked": values[-1], "parts": [_update(*pair) for pair in zip(parts, outputs, strict=True)]}
 
-    event = gr.on(events, numbered, [*inputs, asked], answer, js=_ASK, trigger_mode="always_last", **QUICK)
-    show = _SHOW.replace("IDS", json.dumps([part._id for part in outputs]))
+    ask, show = _about(_ASK, chosen), _about(_SHOW, outputs)
+    event = gr.on(events, numbered, [*inputs, asked], answer, js=ask, trigger_mode="always_last", **QUICK)
     event.success(None, answer, outputs, js=show, **QUICK)
     return event
+
+
+def _about(script: str, parts: Sequence[Any]) -> str:
+    return script.replace("IDS", json.dumps([part._id for part in parts]))
 
 
 def _update(part: Any, output: Any) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import gradio as gr
 
 from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
+from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.config import StudioConfig
 from localctl.studio.latest import on_latest
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
-from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, first_regions
+from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import photo
+from localctl.studio.uploads import check_photo, photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = "Upload a photo, or choose an example"
@@ -32,7 +32,10 @@ _PAINT = (
 
 @dataclass
 class FollowTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results."""
+    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+
+    jobs: the events that generate images.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     rows: list[Any] = field(default_factory=list)
@@ -42,6 +45,7 @@ class FollowTab:
     progress: Any = None
     figures: Any = None
     gallery: Any = None
+    jobs: list[Any] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +75,7 @@ def add(studio: Studio) -> FollowTab:
             _adapter_rows(tab, studio)
             _condition_fields(tab)
             _sampling_fields(tab)
+            add_fields(tab.fields, studio.config, "follow", PLACES)
     _connect(tab, studio)
     return tab
 
@@ -102,19 +107,7 @@ def _photo_column(tab: FollowTab, studio: Studio) -> None:
         hint=_HINT,
         elem_id="follow-canvas",
     )
-    gr.HTML(f'<p class="studio-note">{_PAINT}{_unused(studio.config)}</p>')
-
-
-def _unused(config: StudioConfig) -> str:
-    """Return the sentence on what the server was started with and this tab does not use."""
-    kinds = {
-        "ControlNets": config.controlnet,
-        "IP-Adapters": config.ip_adapter,
-        "LoRAs": config.lora,
-        "learned words": config.textual_inversion,
-    }
-    names = [kind for kind, places in kinds.items() if places]
-    return f" The server's {', '.join(names)} act on the tab Place alone." if names else ""
+    gr.HTML(f'<p class="studio-note">{_PAINT}</p>')
 
 
 def _result_column(tab: FollowTab) -> None:
@@ -137,9 +130,7 @@ def _result_column(tab: FollowTab) -> None:
     )
     with gr.Row(elem_classes="studio-seeds"):
         tab.fields["images"] = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="follow-images")
-        tab.fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, label="Seed", elem_id="follow-seed", min_width=110
-        )
+        tab.fields["seed"] = gr.Textbox("0", label="Seed", max_lines=1, elem_id="follow-seed", min_width=110)
         tab.buttons["random"] = gr.Button("Random seed", size="sm", min_width=80)
 
 
@@ -194,9 +185,9 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     names, inputs = tab.names, list(tab.fields.values())
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
     results = [tab.progress, tab.figures, tab.gallery]
-    tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE)
+    tab.jobs.append(tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE))
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
+    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => String(Math.floor(Math.random() * 2 ** 32))")
     tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
 
     arrange = actions.arrange(studio, names)
@@ -204,10 +195,14 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     arranging += [tab.fields[name].input for name in ("source", "width", "height")]
     arranged = on_latest(arranging, arrange, inputs, tab.arranged)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    for name in photos_of(tab.fields)[1:]:
+        checked = on_latest([tab.fields[name].change], check_photo, [tab.fields[name]], [tab.progress])
+        checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
         on_latest([tab.buttons[name].click], actions.change_count(studio, names, change), inputs, tab.arranged)
-    thresholds = [tab.fields[name].input for name in ("low", "high", "cells")]
-    on_latest(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress])
+    thresholds = [tab.fields[name] for name in ("low", "high", "cells")]
+    moved, shown = [part.input for part in thresholds], [tab.conditions, tab.progress]
+    on_latest(moved, actions.extract_again(studio, names), inputs, shown, chosen=thresholds)
     tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
     tab.files["mask"].upload(
         actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE

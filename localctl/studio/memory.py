@@ -12,8 +12,8 @@ from typing import Any
 
 import gradio as gr
 
+from localctl.studio.addon_fields import photos_of
 from localctl.studio.latest import QUICK
-from localctl.studio.place_addons import photos_of
 
 _TABS = 2  # that are remembered
 _KEEP = """(kept, ...values) => [document.body.classList.contains('studio-ready')

@@ -11,29 +11,33 @@ from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
+from localctl.studio.addon_fields import add_fields as add_addons
+from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import canvas
 from localctl.studio.latest import on_latest
 from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
-from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
-from localctl.studio.place_addons import add_fields as add_addons
-from localctl.studio.place_addons import photos_of
+from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_examples import examples
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import photo
+from localctl.studio.uploads import check_photo, photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass
 class PlaceTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results."""
+    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+
+    jobs: the events that generate images.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     prompt_view: Any = None
     progress: Any = None
     gallery: Any = None
+    jobs: list[Any] = field(default_factory=list)
     buttons: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +64,7 @@ def add(studio: Studio) -> PlaceTab:
             _method_fields(tab, studio)
             _sampling_fields(tab)
             _photo_fields(tab)
-            add_addons(tab.fields, studio.config)
+            add_addons(tab.fields, studio.config, "place")
             _loading_fields(tab)
             _study_fields(tab, studio)
     _connect(tab, studio)
@@ -108,9 +112,7 @@ def _result_column(tab: PlaceTab) -> None:
         tab.fields["images"] = gr.Slider(
             1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
         )
-        tab.fields["seed"] = gr.Number(
-            value=0, step=1, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
-        )
+        tab.fields["seed"] = gr.Textbox("0", label="Seed", max_lines=1, elem_id="place-seed", min_width=100, scale=2)
         tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
 
 
@@ -185,7 +187,14 @@ def _loading_fields(tab: PlaceTab) -> None:
 def _study_fields(tab: PlaceTab, studio: Studio) -> None:
     with gr.Accordion("Compare and look inside", open=False):
         tab.fields["heat"] = gr.Checkbox(value=False, label="Heat map of each phrase, with the images")
-        tab.buttons["compare"] = gr.Button("Compare all methods on these seeds", size="sm", elem_id="place-compare")
+        tab.fields["compared"] = gr.Dropdown(
+            list(METHODS),
+            value=COMPARED_LABELS,
+            multiselect=True,
+            label="Methods to compare",
+            elem_id="place-compared",
+        )
+        tab.buttons["compare"] = gr.Button("Compare them on these seeds", size="sm", elem_id="place-compare")
         known = sweepable(METHODS[next(iter(METHODS))])
         with gr.Row():
             tab.fields["sweep_column"] = gr.Dropdown(known, value=known[0], label="Columns")
@@ -203,8 +212,9 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
         asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
         asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
+        tab.jobs.append(asked)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
+    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => String(Math.floor(Math.random() * 2 ** 32))")
     _connect_scene(tab, studio)
 
 
@@ -217,10 +227,12 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     on_latest([fields["prompt"].change, fields["scene"].change], actions.look(studio), looked, marks)
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    shown_photo = on_latest([fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress])
+    shown_photo = on_latest(
+        [fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress]
+    )
     shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
     for name in photos_of(fields)[1:]:
-        checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
+        checked = on_latest([fields[name].change], check_photo, [fields[name]], [tab.progress])
         checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
     loaded = [*looked, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):

@@ -12,12 +12,12 @@ from localctl.control.presets import control_names
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.studio import limits, progress
+from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.canvas import show_behind
 from localctl.studio.color_maps import regions_by_color
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.methods import METHODS, shown_presets
-from localctl.studio.place_addons import photos_of
 from localctl.studio.place_examples import example_scene, examples
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
@@ -146,15 +146,6 @@ def behind(photo: Any) -> tuple[Any, Any]:
         return show_behind(None), progress.failed(str(error))
 
 
-def check_photo(photo: Any) -> Any:
-    """Say at once that an upload cannot be used, or nothing."""
-    try:
-        read_photo("The image", photo)
-    except ValueError as error:
-        return progress.failed(str(error))
-    return gr.skip()
-
-
 def unreadable() -> tuple[str, None]:
     """Say that an upload is no image, and take it off the page: (progress, photo)."""
     return progress.failed(UNREADABLE), None
@@ -224,7 +215,7 @@ def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
         text = limits.text("The prompt", prompt).strip()
         if not text:
             raise ValueError("There is no prompt to predict a layout from; type one.")
-        number = limits.whole("The seed", seed, 0, limits.MAX_SEED)
+        number = limits.seed(seed)
         return _shown_layout(load_predictor().predict(text, number or None), limits.scene(scene))
 
     return _loaded(studio, make)

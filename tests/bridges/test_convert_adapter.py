@@ -263,6 +263,15 @@ def test_several_adapters_in_one_file_and_in_one_folder(tmp_path: Path) -> None:
         bundle_adapters({"a.b": places["edges"]}, tmp_path / "no.safetensors")
 
 
+def test_what_a_diffusers_folder_does_not_hold_is_said(tmp_path: Path) -> None:
+    place = _saved(make("full_adapter", condition={"kind": "canny"}, base="sd15", mask_resize="nearest"), tmp_path)
+    (note,) = convert_adapter(place, tmp_path / "a", "diffusers").notes
+    assert note.startswith(
+        "A diffusers folder does not hold condition=canny, base=sd15, mask_resize=nearest: give them"
+    )
+    assert convert_adapter(_saved(make("full_adapter"), tmp_path / "bare"), tmp_path / "b", "diffusers").notes == ()
+
+
 def test_what_a_pickled_file_does_not_hold_is_said(tmp_path: Path) -> None:
     """Reading a .pt file assumes nearest, as published, reading any other area."""
     place = _saved(make("full_adapter", condition={"kind": "canny"}, base="sd15", mask_resize="nearest"), tmp_path)
