@@ -86,19 +86,12 @@ def generate(
         ValueError: a reserved argument, several sizes, NaN in an image, or as for :class:`Sampling`, :func:`attach`.
     """
     layouts = as_layouts(layout)
-    for name in _RESERVED:
-        if name in pipeline_arguments:
-            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
-    named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
-    given = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
-    resolved = resolve_sampling(pipe, given, sampling)
+    resolved = resolve_sampling(pipe, _taken_from(pipeline_arguments, seeds, batch_size), sampling)
     images = _pairs(len(layouts), resolved.seeds, paired)
     size = image_size(pipe, layouts, pipeline_arguments, init)
-    if init is not None:
-        init = init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
-    texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
+    init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
+    texts, start = _texts(layouts, pipeline_arguments), _start(pipe, size, init)
     generated: list[Any] = []
-    start = _start(pipe, size, init)
     arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
@@ -107,19 +100,35 @@ def generate(
     ):
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
-            attached.select([index for index, _ in batch])
+            indices, own_seeds = [index for index, _ in batch], [seed for _, seed in batch]
+            attached.select(indices)
             begin()
-            output = caller(
-                prompt=[layouts[index].prompt for index, _ in batch],
-                **start(first, [seed for _, seed in batch]),
-                generator=[generator(seed, "steps") for _, seed in batch],
-                **{name: [text[index] for index, _ in batch] for name, text in texts.items() if text is not None},
-                **arguments,
-            )
+            noises = [generator(seed, "steps") for seed in own_seeds]
+            output = caller(**texts(indices), **start(first, own_seeds), generator=noises, **arguments)
             _check_finite(output.images, batch, layouts)
             generated.extend(convert(output.images))
     generated = generated if init is None else [init.finish(image) for image in generated]
     return GenerateOutput(generated, tuple(seed for _, seed in images), tuple(layouts[index] for index, _ in images))
+
+
+def _taken_from(
+    pipeline_arguments: dict[str, Any], seeds: int | Sequence[int] | None, batch_size: int | None
+) -> Sampling:
+    """Take the settings of :class:`Sampling` out of the arguments. ValueError for arguments that generate sets."""
+    for name in _RESERVED:
+        if name in pipeline_arguments:
+            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
+    named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
+    return Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
+
+
+def _texts(
+    layouts: Sequence[Layout], pipeline_arguments: dict[str, Any]
+) -> Callable[[Sequence[int]], dict[str, list[str]]]:
+    """Take the texts out of the arguments, and return a function of a batch's layouts: the texts as arguments."""
+    texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
+    texts["prompt"] = [layout.prompt for layout in layouts]
+    return lambda indices: {name: [own[i] for i in indices] for name, own in texts.items() if own is not None}
 
 
 def _start(

@@ -7,9 +7,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from localctl.compel_texts import has_compel, token_places
 from localctl.layout import Layout
 from localctl.prompt_syntax import WeightedText, read_weights
-from localctl.prompt_weights import has_compel, reads_weights, token_places
+from localctl.prompt_weights import reads_weights
 
 Span = tuple[int, int]  # [first, last) characters
 
