@@ -42,6 +42,7 @@ def build(config: StudioConfig | None = None) -> Any:
                 training_tab.add(studio, blocks, follow.adapters, tabs)
 
         leaving_bar.add(studio, tab, follow, tabs)
+
         def end(request: gr.Request) -> None:
             studio.sessions.end(request)
 
