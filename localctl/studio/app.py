@@ -42,7 +42,6 @@ def build(config: StudioConfig | None = None) -> Any:
                 training_tab.add(studio, blocks, follow.adapters, tabs)
 
         leaving_bar.add(studio, tab, follow, tabs)
-
         def end(request: gr.Request) -> None:
             studio.sessions.end(request)
 

@@ -31,7 +31,9 @@ _SHOW = """(answer) => {
 }"""
 
 
-def on_latest(events: Sequence[Any], handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+def on_latest(
+    events: Sequence[Any], handler: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> Any:
     """Connect ``events`` to a handler whose answers are shown in the order they were asked for; return the event.
 
     handler: takes the inputs alone. It returns, for each output, an update or a text as the page has it: Gradio writes

@@ -217,9 +217,7 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     on_latest([fields["prompt"].change, fields["scene"].change], actions.look(studio), looked, marks)
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    shown_photo = on_latest(
-        [fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress]
-    )
+    shown_photo = on_latest([fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress])
     shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
     for name in photos_of(fields)[1:]:
         checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
