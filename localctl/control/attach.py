@@ -290,7 +290,13 @@ class Attachment:
         share = self._guided[0].guidance_scale
         assert share is not None
         if context.guided_rows.start:  # else without classifier-free guidance
-            share /= self.pipe.guidance_scale
+            scale = getattr(self.pipe, "guidance_scale", None)
+            if not scale:
+                raise ValueError(
+                    f"A {type(self.pipe).__name__} does not tell its guidance scale, so a control cannot have one of its "
+                    "own; leave the control's guidance_scale out."
+                )
+            share /= scale
         if share != 1:
             run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
             self._unguided = share, run.output()

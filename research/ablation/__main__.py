@@ -60,6 +60,18 @@ def planned(args: argparse.Namespace) -> list[Cell]:
     return cells if args.guidance is None else [*guidance_cells(args.guidance), *cells]
 
 
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    """Return how everything is measured."""
+    return Protocol(
+        base=args.base,
+        part=args.part,
+        count=args.count,
+        num_inference_steps=args.num_inference_steps,
+        extractors=tuple(args.extractor),
+        references=args.references,
+    )
+
+
 @one_sentence(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the study. Returns 0; 2 after a user's error, 1 if the disk is full, 130 or 143 if a signal stopped it."""
@@ -70,15 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from research.ablation.report import write_report
         from research.ablation.study import Ablation, Interrupted
 
-    protocol = Protocol(
-        base=args.base,
-        part=args.part,
-        count=args.count,
-        num_inference_steps=args.num_inference_steps,
-        extractors=tuple(args.extractor),
-        references=args.references,
-    )
-    study = Ablation(protocol, folder, args.work_dir)
+    study = Ablation(protocol_of(args), folder, args.work_dir)
     try:
         study.run([BASE, *cells], lambda: write_report(folder, args.report))
     except Interrupted as stopped:

@@ -43,14 +43,23 @@ def on_the_first_base(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_results_of_another_base_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base.json was made with another base_sha256; choose another --report"):
-        Ablation(Protocol(), RESULTS / "ablation", tmp_path).run([BASE], lambda: None)
+        Ablation(Protocol(), RESULTS / "ablation_first_base", tmp_path).run([BASE], lambda: None)
 
 
-@pytest.mark.usefixtures("on_the_first_base")
-def test_results_of_the_ablation(tmp_path: Path) -> None:
-    cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("ablation", ""), ("ablation_choices", "--part val --count 60 --extractor micro_clip --references 256")],
+)
+def test_results_of_the_ablation(name: str, flags: str, tmp_path: Path) -> None:
+    """Not every row was trained: those with a result are not trained again."""
+    folder = RESULTS / name
+    guidance = [] if name == "ablation" else ["--guidance", str(PAGES.parent / "examples" / "adapter")]
+    args = ablation.parse([*flags.split(), *guidance, "--report", f"docs/{name}.md"])
+    study = Ablation(ablation.protocol_of(args), folder, tmp_path)
+    cells = [cell for cell in [BASE, *ablation.planned(args)] if study.file(cell.name).is_file()]
+    assert len(cells) == len(list(folder.glob("*.json"))) > 1
     said = logged()
-    Ablation(Protocol(), RESULTS / "ablation", tmp_path).run(cells, lambda: said.append("written"))
+    study.run(cells, lambda: said.append("written"))
     assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
@@ -66,7 +75,11 @@ def test_results_of_the_layout_benchmark(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("ablation", write_ablation), ("layout_benchmark", write_layout_benchmark)]
+    ("name", "write"),
+    [
+        *((name, write_ablation) for name in ("ablation", "ablation_choices", "ablation_first_base")),
+        ("layout_benchmark", write_layout_benchmark),
+    ],
 )
 def test_a_committed_page_is_made_of_the_committed_results(
     name: str, write: Callable[[Path, Path], str], tmp_path: Path
