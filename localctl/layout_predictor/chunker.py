@@ -73,6 +73,9 @@ def rule_chunks(prompt: str) -> list[Chunk]:
     position = 0
     while position < len(words):
         word = words[position]
+        if word.text in w.COMMENTS and position and words[position - 1].text == ",":
+            position = next((i for i in range(position, len(words)) if not words[i].is_word), len(words))
+            continue
         if word.is_break:
             position = _after_break(words, position)
             continue
@@ -168,6 +171,11 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     if first >= last or (all(words[i].text in w.VERBS for i in range(first, last)) and start == first):
         return None
     head = words[last - 1].text
+    if head in w.PLACES and last - first > 1 and words[last - 2].text.endswith(("'s", "s'")):
+        last -= 1  # "the dog's left": a place beside the dog
+        head = words[last - 1].text
+    if _is_no_object(words, start, first, last, end):
+        return None
     if head == "couple" or head in w.PLACES or head.isdigit():
         return None
     before = words[start - 1].text if start else ""
@@ -180,9 +188,22 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     if "couple" in (words[i].text for i in range(first, last)):
         count = 2
     stop = words[last - 1].end
-    if head.endswith("'s"):  # "the cat's on the mat": no thing follows, so this is the verb
-        head, stop = head[:-2], stop - 2
+    if head.endswith(("'s", "s'")):  # "the cat's on the mat": no thing follows, so this is the verb
+        cut = 2 if head.endswith("'s") else 1
+        head, stop = head[:-cut], stop - cut
     return Chunk(words[start].start, words[first].start, stop, head, count)
+
+
+def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int) -> bool:
+    """Return whether a phrase names a time, a part ("the top of"), a style (", oil") or an earlier thing ("the red one")."""
+    head = words[last - 1].text
+    following = words[end].text if end < len(words) else ""
+    before = words[start - 1].text if start else ""
+    if following in ("one", "ones") and all(words[i].text in w.ADJECTIVES for i in range(first, last)):
+        return True
+    if head in w.PARTS and following == "of":
+        return True
+    return head in w.NO_OBJECTS or (start == first and before in (",", "on") and head in w.STYLES)
 
 
 def _introduces_content(words: list[Word], end: int) -> bool:
@@ -199,7 +220,7 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
     last = end
     while last - first > 1 and words[last - 2].text != "of":
         text = words[last - 1].text
-        direction = text in w.PLACES and _is_direction(words, last, follower)
+        direction = text in w.PLACES and _is_direction(words, first, last, follower)
         verb = text in w.VERBS or (verb_place and _is_participle(text))
         verb = verb or (verb_place and _is_third_person(text, singular or transitive))
         adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
@@ -210,10 +231,12 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
     return last
 
 
-def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
+def _is_direction(words: list[Word], first: int, last: int, follower: Word | None) -> bool:
     """Return whether the last word is a direction ("a star left of") and not a place ("the top left")."""
     if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
         return False
+    if words[last - 1].text in ("left", "right") and (follower is None or not follower.is_word):
+        return first == 0 or words[first - 1].text not in w.DETERMINERS - w.SINGULAR  # "a cat left, a dog right"
     return follower is not None and follower.text in w.PREPOSITIONS
 
 

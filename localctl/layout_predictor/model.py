@@ -19,14 +19,18 @@ from torch.nn import functional as F
 
 from localctl.files import first_line
 from localctl.layout import Layout, Region
+from localctl.layout_predictor.arranging import arrange, box_sizes
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
-from localctl.layout_predictor.placing import PlaceDensity, Placement, place
+from localctl.layout_predictor.placing import Frame, PlaceDensity, Placement, place
+from localctl.layout_predictor.reading import read
+from localctl.seeding import generator
 from localctl.sizes import check_side, shown
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the image's side
 _MOST_OBJECTS = 32
+_VARIED = 0.7  # a sampled size is at least e^-0.7 of the likeliest one
 _LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the packaged one has 4 layers and 7e5 weights
 
 
@@ -77,6 +81,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         max_words: length of the longest prompt, including punctuation marks.
         reach: largest distance between two words with a bias of its own; longer distances share it.
         trained_on: name of the training data, for the record.
+        sizes: width and height by noun, as shares of the image's sides, as measured in the training data; None = none.
     """
 
     config_name = "config.json"
@@ -93,6 +98,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         max_words: int = 128,
         reach: int = 12,
         trained_on: str | None = None,
+        sizes: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(
@@ -185,18 +191,25 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         text = self.encode([prompt], [[item.span for item in objects]]).to(self.device)
         boxes = torch.zeros(1, len(objects), 4, device=self.device)
         known = torch.zeros(1, len(objects), dtype=torch.bool, device=self.device)
+        first = self(text, boxes, known).of(0)
+        plan = arrange(objects, read(prompt, objects), box_sizes(objects, first, self.config["sizes"]))
         placed: list[Placement] = []
-        owners: list[int] = []
-        for index, item in enumerate(objects):
+        sides = plan.sides
+        if seed is not None:
+            noise = torch.randn(len(sides), 2, generator=generator(seed, "layout sizes", prompt))
+            plan.sides = sides * (first.log_size_sigma[plan.owners] * noise).clamp(-_VARIED, 0).exp()
+        for box, index in enumerate(plan.owners):
             density = self(text, boxes, known).of(0, index)
-            for copy in range(item.count):
-                box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy))
-                placed.append(box)
-                owners.append(index)
-            # Condition the next objects as in training: on one box per object, before it was shrunk.
-            first = placed[owners.index(index)]
-            boxes[0, index] = torch.tensor([first.x, first.y, *density.log_size.exp().clamp(max=1).tolist()])
-            known[0, index] = True
+            frame = Frame(plan.sides[box], *plan.bounds(placed, box), plan.links(placed, box), plan.aim(box))
+            keys = None if seed is None else (seed, prompt, index, box - plan.owners.index(index))
+            new, placed = place(density, placed, keys, frame)
+            placed.append(new)
+            if not known[
+                0, index
+            ]:  # as in training, the next objects are given one box per object, before it is shrunk
+                boxes[0, index] = torch.tensor([new.x, new.y, *frame.sides.tolist()])
+            known[0, index] = box + 1 == len(plan.owners) or plan.owners[box + 1] != index
+        owners = plan.owners
         return [
             [box for box, owner in zip(placed, owners, strict=True) if owner == index] for index in range(len(objects))
         ]

@@ -71,3 +71,17 @@ NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a fe
     "scissors pants jeans shorts trousers stairs headphones binoculars sunglasses news alps tennis"
 )
 NO_ADVERBS = word_set("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")
+NO_OBJECTS = word_set(  # nouns for what has no place in the image
+    "air morning evening night day dawn dusk noon midnight afternoon summer winter spring autumn time times moment year "
+    "years century way shade atmosphere style touch sense contrast fun luck care law memory story honest life order total "
+    "glow beauty surroundings"
+)
+PARTS = word_set(
+    "head top edge foot base shoulder shoulders lap surface tip feet center centre middle bottom back side"
+)
+STYLES = word_set(  # after a comma or "on", without a determiner: "a fox, oil on canvas"
+    "watercolor watercolour oil canvas bokeh lighting light film style art illustration photography photo render painting "
+    "sketch detailed 4k 8k cinematic dramatic epic fantasy colors colours realistic hd resolution trending artstation anime "
+    "cartoon retro vintage minimalist postcard glowing storm"
+)
+COMMENTS = word_set("creating adding providing making giving bringing offering ready leaving surveying allowing")

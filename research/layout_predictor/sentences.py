@@ -87,7 +87,7 @@ def _published(names: str, relations: str, text: str) -> Sentence:
 
 def _search(text: str, name: str) -> Span:
     """Return where the object ``name`` stands in ``text``: its words, or its last word or another name of it."""
-    last = name.split()[-1]
+    last = name.rsplit(maxsplit=1)[-1]
     for words in (name, last, _OTHER_NAMES.get(last, last), last.rstrip("s")):
         if match := re.search(rf"\b{re.escape(words)}", text, re.IGNORECASE):
             return match.span()
@@ -105,7 +105,10 @@ class Verdict:
 
 def judge_sentence(model: LayoutPredictor, sentence: Sentence, seed: int | None = None) -> Verdict:
     """Predict a layout from the words alone, and judge it. Relations of objects that are not found do not hold."""
-    objects = parse(sentence.text, "rules")
+    try:
+        objects = parse(sentence.text, "rules")
+    except ValueError:  # no object is found
+        return Verdict(False, False, sentence.relations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a contradiction found in a sentence without one shows in the verdict
         placed = model.place_objects(sentence.text, objects, seed)
