@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from addon_files import random_controlnet, save_ip_adapter, save_lora, save_word
-from conftest import CHANNELS
+from conftest import CHANNELS, Copies
 from PIL import Image
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
@@ -250,13 +250,13 @@ def test_what_cannot_act_is_refused_before_anything_is_loaded(
 
 
 @pytest.fixture(scope="module")
-def addon_places(_sd_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def addon_places(_sd_session: Copies, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each addon, which fits the tiny base."""
     folder = tmp_path_factory.mktemp("addons")
-    random_controlnet(_sd_session).save_pretrained(folder / "net")
-    random_controlnet(_sd_session, conditioning_channels=1).save_pretrained(folder / "gray")
-    save_ip_adapter(folder / "ip", _sd_session)
-    save_lora(folder / "a.safetensors", _sd_session)
+    random_controlnet(_sd_session.pipe).save_pretrained(folder / "net")
+    random_controlnet(_sd_session.pipe, conditioning_channels=1).save_pretrained(folder / "gray")
+    save_ip_adapter(folder / "ip", _sd_session.pipe)
+    save_lora(folder / "a.safetensors", _sd_session.pipe)
     save_word(folder / "toy.safetensors", 16)
     Image.new("L", (64, 32), 255).save(folder / "wide.png")
     edge = np.zeros((131, 128), np.uint8)
