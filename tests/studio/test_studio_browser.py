@@ -151,12 +151,12 @@ def test_what_is_typed_before_the_memory_is_back_is_not_lost(page: Page) -> None
     type_text(page, "#place-prompt textarea", "a pink star")
     page.wait_for_timeout(3000)  # until the browser has stored it
     asked: list[Route] = []
-    page.route("**/run/predict", lambda route: asked.append(route))  # Playwright takes no method of a list
+    page.route("**/run/predict", lambda route: asked.append(route), times=2)  # one for the memory of each tab
     page.reload()
-    page.wait_for_timeout(3000)
+    while len(asked) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(500)
     expect(page.locator("#place-prompt")).to_be_hidden()  # nothing to type into, which would then be replaced
-    assert asked
-    page.unroute("**/run/predict")
     for route in asked:
         route.continue_()
     expect(page.locator("#place-prompt textarea")).to_have_value("a pink star")
