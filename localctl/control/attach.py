@@ -293,7 +293,7 @@ class Attachment:
             scale = getattr(self.pipe, "guidance_scale", None)
             if not scale:
                 raise ValueError(
-                    f"A {type(self.pipe).__name__} does not tell its guidance scale, so a control cannot have one of its "
+                    f"A {type(self.pipe).__name__} has no guidance_scale, so a control cannot have one of its "
                     "own; leave the control's guidance_scale out."
                 )
             share /= scale
