@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.base import BoundControl, CallContext, Control
+from localctl.control.base import CallContext, Control
 from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
 from localctl.control.compiled import MORE_GRAPHS, is_compiled
 from localctl.control.latents import (
@@ -26,10 +26,10 @@ from localctl.control.latents import (
     steps_of_call,
 )
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
-from localctl.control.own_guidance import OwnGuidance
+from localctl.control.own_guidance import OwnGuidance, residuals_of
 from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
+from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs
 from localctl.layout import Layout, as_layouts
 from localctl.prompt_weights import weighted_prompts
 from localctl.sizes import shown
@@ -242,7 +242,7 @@ class Attachment:
         arguments = self._add_residuals(context, inputs, (args, kwargs))
         arguments = self._add_images(context, inputs, arguments)
         arguments = unguided = self._replace_text(context, inputs.text, arguments)
-        residuals = self._residuals(context, self.guidance.controls)
+        residuals = residuals_of(self.guidance.controls, context)
         arguments = self.denoiser.write(arguments, residuals=residuals)
         arguments = self._shift_latents(context, inputs.latents, arguments)
         if residuals is not None:
@@ -260,17 +260,10 @@ class Attachment:
 
     def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
         """Add the controls' residuals to those already among the arguments, but for those with their own guidance."""
-        arguments = self.denoiser.write(arguments, residuals=self._residuals(context, self.guidance.others))
+        arguments = self.denoiser.write(arguments, residuals=residuals_of(self.guidance.others, context))
         for control in self.bound:
             arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
         return arguments
-
-    def _residuals(self, context: CallContext, controls: Sequence[BoundControl]) -> list[Tensor] | None:
-        """Return the sum of the controls' residuals; None without any."""
-        none: list[Tensor] | None = None
-        return functools.reduce(
-            lambda added, control: add_residuals(added, control.down_residuals(context)), controls, none
-        )
 
     def _add_images(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
         """Add the images of an IP-Adapter, of one control at most."""

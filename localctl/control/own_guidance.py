@@ -19,7 +19,7 @@ from torch import Tensor
 
 from localctl.control.base import BoundControl, CallContext
 from localctl.control.wrapping import InnerForward
-from localctl.denoisers.base import Denoiser
+from localctl.denoisers.base import Denoiser, add_residuals
 
 
 class OwnGuidance:
@@ -72,3 +72,11 @@ class OwnGuidance:
         found, first = output[0], len(output[0]) - len(without)
         mixed = torch.cat([found[:first], torch.lerp(without, found[first:], share)])
         return (mixed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=mixed)
+
+
+def residuals_of(controls: Sequence[BoundControl], context: CallContext) -> list[Tensor] | None:
+    """Return the sum of the controls' residuals; None without any."""
+    added: list[Tensor] | None = None
+    for control in controls:
+        added = add_residuals(added, control.down_residuals(context))
+    return added
