@@ -138,7 +138,8 @@ def test_one_adapter_is_sampled_in_several_ways_and_trainings_are_shared(sd_fold
     assert "## Guidance" in page and "| on all rows |" in page and "4 validation scenes" in page
     names = sorted(path.name for path in (tmp_path / "work" / "drawn").iterdir())
     assert names == [
-        "base", "base_guidance_scale_3", "cover_prompt_seed0", "cover_seed0", *(f"guidance_{i}" for i in range(3))
+        "base", "base_guidance_scale_3", "cover_prompt_seed0", "cover_seed0", *(f"guidance_{i}" for i in range(3)),
+        "reference",
     ]  # fmt: skip
     result = json.loads((tmp_path / "page" / "guidance_0.json").read_text())
     assert result["columns"][-4:] == list(study.OBJECTS) and len(result["samples"][0]) == len(result["columns"])
