@@ -7,7 +7,7 @@ from pathlib import Path
 from localctl.evaluation.compare import CEILING, LOWER_IS_BETTER, verdict
 from localctl.evaluation.plots import bars
 from research.ablation.figures import CONTROL, Figures, read_figures
-from research.ablation.rows import FLOOR, ROWS, WITHOUT, Row
+from research.ablation.rows import FLOOR, ROWS, WITHOUT, Protocol, Row
 from research.ablation.study import CONDITIONS
 from research.ablation.sweep import sweep_section
 from research.harness import of_first_base
@@ -86,7 +86,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
     return [
         "# Does each part of the method help?",
         "",
-        written_by("python -m research.ablation", page),
+        written_by(_command(figures), page),
         "from the results named below. Every row is an experiment (`config/experiment/ablation_*.yaml`), trained on "
         "the",
         "embedded base and its small scenes: read it as a test of the parts, not of their size on other bases.",
@@ -99,6 +99,19 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         *base_note(figures.base["asked"]),
         *reader_note(figures.base["asked"], "`leak`, `region_accuracy` and `relation` are read"),
     ]
+
+
+def _command(figures: Figures) -> str:
+    """Return the command that makes the page, but for ``--report``."""
+    protocol, own = figures.base["asked"]["protocol"], Protocol().plain()
+    if of_first_base(figures.base["asked"]):
+        return "python -m research.ablation"
+    flags = [
+        f"--{name} {protocol[name]}" for name in ("part", "count", "references") if protocol.get(name) != own.get(name)
+    ]
+    if figures.guidance:
+        flags.append("--guidance examples/adapter")
+    return " ".join(["python -m research.ablation", *flags, "--rows", *figures.rows])
 
 
 def _sentence(figures: Figures) -> list[str]:
