@@ -110,7 +110,7 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
     edges = FILTERS.get(config.filter)
     if edges is None:
         raise ValueError(
-            "The loss has no filter of latents, so there is no map to plot; choose sobel, laplacian or mse."
+            "The loss has no filter of latents, so nothing can be plotted; choose sobel, laplacian or mse."
         )
     example, sample, predicted = prediction.example, prediction.sample, prediction.predicted_x0
     assert example.mask is not None
