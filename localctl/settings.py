@@ -215,7 +215,7 @@ class LossConfig:
     t_min: NotNegative = 500
     t_max: int = 999
     snr_cap: Annotated[float, Field(gt=0)] = 5.0
-    snr_min: Rate = 0.05
+    snr_min: Rate = 0.02
     tolerances: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4)
     margin: NotNegative = 0
     mask_resize: MaskResize = "area"

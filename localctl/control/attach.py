@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from localctl.control.base import BoundControl, CallContext, Control
+from localctl.control.base import CallContext, Control
 from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
 from localctl.control.compiled import MORE_GRAPHS, is_compiled
 from localctl.control.latents import (
@@ -26,9 +26,10 @@ from localctl.control.latents import (
     steps_of_call,
 )
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
+from localctl.control.own_guidance import OwnGuidance, residuals_of
 from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
+from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs
 from localctl.layout import Layout, as_layouts
 from localctl.prompt_weights import weighted_prompts
 from localctl.sizes import shown
@@ -134,8 +135,7 @@ class Attachment:
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
         self._names = [type(control).__name__ for control in controls]
         self._movers = [control for control in self.bound if control.moves_latents]
-        self._guided = [control for control in self.bound if control.guidance_scale is not None]
-        self._check_guidance()
+        self.guidance = OwnGuidance(pipe, self.denoiser, self.bound)
         self._check_pipe()
         self.thread = threading.get_ident()
         self._installation = Installation(MaskCheck(self.denoiser))
@@ -146,7 +146,6 @@ class Attachment:
         self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and their number
         self._dtype: torch.dtype | None = None  # of the running call; slow to find, the denoiser looks at all layers
         self._compiled = False
-        self._unguided: tuple[float, Tensor] | None = None  # of the running call of the denoiser, see _run_unguided
         self._selected: tuple[int, ...] | None = None
         self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
 
@@ -202,23 +201,7 @@ class Attachment:
         """Remove the wrappers that an interrupted call of the denoiser or the scheduler may have left behind."""
         self._scheduler_shift.undo()
         self._installation.undo()
-        self._unguided = None
-
-    def _check_guidance(self) -> None:
-        """Raise a ValueError if controls have several guidance scales of their own, or are not attached at once."""
-        scales = sorted({control.guidance_scale for control in self._guided if control.guidance_scale is not None})
-        if len(scales) > 1:
-            raise ValueError(
-                f"The controls have guidance scales of their own, {' and '.join(f'{scale:g}' for scale in scales)}; "
-                "give all of them one."
-            )
-        hooks = self.denoiser.module._forward_pre_hooks.values()
-        outer = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Attachment)]
-        if any(owner._guided for owner in outer):
-            raise ValueError(
-                "A control with a guidance scale of its own is attached already, and others would be taken for a part "
-                "of it; give all controls to one attach."
-            )
+        self.guidance.applied(None)
 
     def _check_pipe(self) -> None:
         """Raise a ValueError if something in the pipeline would keep the controls from acting.
@@ -259,62 +242,28 @@ class Attachment:
         arguments = self._add_residuals(context, inputs, (args, kwargs))
         arguments = self._add_images(context, inputs, arguments)
         arguments = unguided = self._replace_text(context, inputs.text, arguments)
-        residuals = self._residuals(context, self._guided)
+        residuals = residuals_of(self.guidance.controls, context)
         arguments = self.denoiser.write(arguments, residuals=residuals)
         arguments = self._shift_latents(context, inputs.latents, arguments)
         if residuals is not None:
-            self._run_unguided(context, self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents))
+            own = self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents)
+            self.guidance.run(context, InnerForward(self.denoiser, self._layers_of(context), self.bound, context, own))
         # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
         self._installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
         self._steer_attention(context)
         return arguments
 
     def after_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Restore the processors of this call, and apply the controls' own guidance; a forward hook, called after
-        errors as well, then with None as ``output``."""
+        """Restore the processors, and apply the controls' own guidance; a forward hook, called after errors as well."""
         self._installation.undo()
-        unguided, self._unguided = self._unguided, None
-        if unguided is None or output is None:
-            return None
-        share, without = unguided
-        found = output[0]
-        mixed = torch.cat([found[: -len(without)], torch.lerp(without, found[-len(without) :], share)])
-        return (mixed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=mixed)
-
-    def _run_unguided(self, context: CallContext, arguments: Arguments) -> None:
-        """Run the prompt's rows of this call without the controls that have a guidance scale c of their own.
-
-        The pipeline multiplies what the rows of the prompt differ from the others by g, so that c / g of what these
-        controls change is to be taken: all of it where c = g, which needs no run.
-        """
-        share = self._guided[0].guidance_scale
-        assert share is not None
-        if context.guided_rows.start:  # else without classifier-free guidance
-            scale = getattr(self.pipe, "guidance_scale", None)
-            if not scale:
-                raise ValueError(
-                    f"A {type(self.pipe).__name__} does not tell its guidance scale, so a control cannot have one of its "
-                    "own; leave the control's guidance_scale out."
-                )
-            share /= scale
-        if share != 1:
-            run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
-            self._unguided = share, run.output()
+        return self.guidance.applied(output)
 
     def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
         """Add the controls' residuals to those already among the arguments, but for those with their own guidance."""
-        others = [control for control in self.bound if control not in self._guided]
-        arguments = self.denoiser.write(arguments, residuals=self._residuals(context, others))
+        arguments = self.denoiser.write(arguments, residuals=residuals_of(self.guidance.others, context))
         for control in self.bound:
             arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
         return arguments
-
-    def _residuals(self, context: CallContext, controls: Sequence[BoundControl]) -> list[Tensor] | None:
-        """Return the sum of the controls' residuals; None without any."""
-        added: list[Tensor] | None = None
-        for control in controls:
-            added = add_residuals(added, control.down_residuals(context))
-        return added
 
     def _add_images(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
         """Add the images of an IP-Adapter, of one control at most."""

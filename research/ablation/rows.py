@@ -28,11 +28,11 @@ class Protocol(flags.Protocol):
     LEAST: ClassVar[Mapping[str, int]] = {"count": 2, **flags.Protocol.LEAST}
 
     part: str | None = None  # of the scenes; None: test
-    count: int = 200
+    count: int = 100
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
     batch_size: int = 16
-    extractors: tuple[str, ...] = ("micro_clip", "efficientnet_lite0")
+    references: int = 512
 
 
 PROMPT_ROWS = {"unconditional_scale": 0.0}  # the features are on the rows of the prompt alone

@@ -48,7 +48,7 @@ def test_results_of_another_base_are_not_taken_for_those_of_this_one(tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("ablation", ""), ("ablation_choices", "--part val --count 60 --extractor micro_clip --references 256")],
+    [("ablation", ""), ("ablation_choices", "--part val --count 60")],
 )
 def test_results_of_the_ablation(name: str, flags: str, tmp_path: Path) -> None:
     """Not every row was trained: those with a result are not trained again."""
