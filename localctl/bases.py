@@ -50,6 +50,12 @@ SCHEDULERS: dict[str, str] = {
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }
+# Of flow-matching bases, by the names of the same solvers.
+FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "lcm": "FlowMatchLCMScheduler",
+}
 # Settings that tell schedulers of one class apart.
 SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},

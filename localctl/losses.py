@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from kornia.filters import laplacian
 from torch import Tensor
 
-from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
+from localctl.diffusion import FLOW, DiffusionSample, flow_alpha_bar, gather_alpha_bar, predict_x0, training_target
 from localctl.masks import resize_mask
 from localctl.settings import LossConfig
 
@@ -105,8 +105,8 @@ def local_control_loss(
         sample: the noised batch, latents (B,C,h,w).
         model_output: (B,C,h,w), of the kind ``prediction_type``.
         mask: (B,1,H,W) in [0,1] at pixel resolution (or any other), 1 = controlled.
-        alphas_cumprod: (T,) of the training scheduler.
-        prediction_type: one of ``diffusion.PREDICTION_TYPES``.
+        alphas_cumprod: (T,) of the training scheduler; sigma with flow matching.
+        prediction_type: one of ``diffusion.PREDICTION_TYPES``, or ``diffusion.FLOW``.
 
     Raises:
         ValueError: a mask of the wrong shape or an unknown prediction type.
@@ -132,5 +132,6 @@ def local_control_loss(
         else:
             # The filtered maps are masked, because masking before the filter would make the mask's border an edge.
             local_raw = _masked_error(edges(predicted_x0), edges(sample.latents.float()), mask, config)
-            local = config.weight * schedule_weight(config, sample.timesteps, alphas_cumprod) * local_raw
+            table = flow_alpha_bar(alphas_cumprod) if prediction_type == FLOW else alphas_cumprod
+            local = config.weight * schedule_weight(config, sample.timesteps, table) * local_raw
     return LossTerms(denoising=denoising, local=local, local_raw=local_raw, predicted_x0=predicted_x0)

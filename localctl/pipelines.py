@@ -19,6 +19,7 @@ from torch import nn
 
 from localctl.bases import (
     DTYPE_NAMES,
+    FLOW_SCHEDULERS,
     MOST_STEPS,
     SCHEDULER_OPTIONS,
     SCHEDULERS,
@@ -33,6 +34,7 @@ from localctl.bases import (
     vae_not_loaded,
 )
 from localctl.devices import send
+from localctl.diffusion import is_flow
 from localctl.messages import no_progress_bars
 from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 from localctl.prompt_syntax import WeightedText
@@ -217,10 +219,19 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown."""
+    """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown, or
+    if the base samples by flow matching and the scheduler does not."""
     if name not in SCHEDULERS:
         raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     config = dict(pipe.scheduler.config)
+    if is_flow(pipe.scheduler):
+        if name not in FLOW_SCHEDULERS:
+            raise ValueError(
+                f"The base samples by flow matching, which the scheduler {name} is not for; leave it out, or choose "
+                f"one of {', '.join(FLOW_SCHEDULERS)}."
+            )
+        pipe.scheduler = getattr(diffusers, FLOW_SCHEDULERS[name]).from_config(config)
+        return
     # Use the values of Stable Diffusion's configs if the present scheduler lacks these settings: by default the samples
     # are clipped to [-1, 1], which latents exceed, and PNDM starts with twelve Runge-Kutta calls.
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():

@@ -37,7 +37,7 @@ _WAYS_OUT = {
     "generator": "; give seeds=, one number for each image.",
     "num_images_per_prompt": "; give seeds=, one number for each image.",
 }
-_PER_LAYOUT = ("negative_prompt", "prompt_2", "negative_prompt_2")
+_PER_LAYOUT = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def generate(
     for any batch size, other images, device and dtype (up to rounding to that dtype).
 
     Args:
-        pipe: a stock text-to-image pipeline, Stable Diffusion 1.x, 2.x or XL.
+        pipe: a stock text-to-image pipeline of a base that :mod:`localctl.denoisers` knows.
         layout: a layout, a prompt, or a list of either; all of one size.
         controls: as for :func:`attach`.
         seeds: one seed or several; default 0.
@@ -80,7 +80,7 @@ def generate(
         on_step: called with a :class:`~localctl.previews.SamplingStep` after every step of every batch; an error that
             it raises ends the sampling there.
         pipeline_arguments: settings of :class:`Sampling`, and other arguments of ``pipe``. ``negative_prompt``,
-            ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
+            ``prompt_2``, ``negative_prompt_2`` and so on may be one text, or a list with one text per layout.
 
     Raises:
         ValueError: a reserved argument, several sizes, NaN in an image, or as for :class:`Sampling`, :func:`attach`.
@@ -99,7 +99,8 @@ def generate(
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
     start = _start(pipe, size, init)
-    arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
+    own = denoiser_of(pipe).own_arguments if init is None else {}
+    arguments, convert = _as_numbers(pipe, {**own, **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from localctl.records import NotNegative, Positive, Rate, Share, record
 
-AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
+AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter", "token_adapter"]
 ConditionKind = Literal[
     "canny", "sobel", "palette", "depth", "normals", "segmentation", "pose", "hed", "lineart", "column"
 ]
@@ -23,7 +23,7 @@ MaskKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "fu
 LossFilter = Literal["none", "mse", "sobel", "laplacian"]
 Schedule = Literal["constant", "step_unit", "time_unit", "snr"]
 Normalise = Literal["map", "mask"]
-TimestepSampling = Literal["uniform", "cubic"]
+TimestepSampling = Literal["uniform", "cubic", "logit_normal"]
 MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full"]  # a mask kind in a mixture
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 

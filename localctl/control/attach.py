@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from localctl.control.base import CallContext, Control
 from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
-from localctl.control.compiled import MORE_GRAPHS, is_compiled
+from localctl.control.compiled import EAGER_MODE, MORE_GRAPHS, is_compiled
 from localctl.control.latents import (
     Schedule,
     SchedulerShift,
@@ -26,10 +25,22 @@ from localctl.control.latents import (
     steps_of_call,
 )
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
+from localctl.control.processor import has_hook
+from localctl.control.twins import with_twins, without_twins
 from localctl.control.wrapping import InnerForward, Installation
-from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs, add_residuals
+from localctl.denoisers import SUPPORTED, denoiser_of
+from localctl.denoisers.base import (
+    RESIDUALS,
+    Arguments,
+    AttentionLayer,
+    Denoiser,
+    DenoiserInputs,
+    Residuals,
+    add_residuals,
+)
+from localctl.diffusion import is_flow
 from localctl.layout import Layout, as_layouts
+from localctl.prompt_syntax import read_weights
 from localctl.prompt_weights import weighted_prompts
 from localctl.sizes import shown
 
@@ -50,14 +61,15 @@ def attach(
     as if nothing were attached. Nested ``attach`` on one pipeline adds up.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline (anything with ``unet``, ``scheduler`` and ``encode_prompt``).
+        pipe: a pipeline of Stable Diffusion 1.x, 2.x or XL (anything with ``unet``, ``scheduler`` and
+            ``encode_prompt``), or of a transformer that :mod:`localctl.denoisers` knows.
         layout: a layout, a prompt, or a list of either. ``pipe`` must then be called with exactly the prompts of the
             layouts, in their order (or, for one layout, its prompt any number of times). Prompt embeddings passed in
             place of prompts are not checked.
         controls: one control or several; their contributions to the denoiser are summed.
         prompt_weighting: whether weights such as ``(word:1.3)`` act and prompts of any length are used
             (:func:`localctl.prompt_weights.weighted_prompts`). False: marks are text, long prompts are cut. None: as
-            for an outer ``attach``, else True.
+            for an outer ``attach``, else True; transformers know no weights.
 
     Raises:
         ValueError: at once, if the controls do not fit the layouts, an object is not a control, another thread has
@@ -66,22 +78,39 @@ def attach(
             prompt or size differ from the layout's, a condition does not fit the image or the denoiser, or the call
             comes from another thread.
     """
-    denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
     missing = [name for name in ("scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
-        raise ValueError(
-            f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL pipeline."
-        )
+        raise ValueError(f"{type(pipe).__name__} has no {missing[0]}; attach to a pipeline of {SUPPORTED}.")
     controls = list(controls) if isinstance(controls, Iterable) else [controls]
     for control in controls:
         if not isinstance(control, Control):
             way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
             raise ValueError(f"{control!r} is not a control; {way_out}.")
     with (
-        weighted_prompts(pipe, prompt_weighting),
+        weighted_prompts(pipe, _weighting(pipe, denoiser, prompt_weighting, as_layouts(layout))),
         _attached(Attachment(pipe, as_layouts(layout), controls)) as attachment,
     ):
         yield attachment
+
+
+def _weighting(
+    pipe: DiffusionPipeline, denoiser: Denoiser, wanted: bool | None, layouts: Sequence[Layout]
+) -> bool | None:
+    """Return whether weights in prompts are to be read, None for as an outer ``attach`` does.
+
+    ValueError for weights that the base cannot encode.
+    """
+    if denoiser.weighs_prompts or hasattr(pipe.encode_prompt, "reads_weights"):
+        return wanted
+    weighted = next((layout.prompt for layout in layouts if read_weights(layout.prompt).is_weighted), None)
+    if wanted or (wanted is None and weighted is not None):
+        subject = "prompt_weighting=True" if weighted is None else f"The prompt {shown(weighted)} has weights, which"
+        raise ValueError(
+            f"{subject} acts on Stable Diffusion 1.x, 2.x and XL only, not on a {denoiser.name}; give "
+            "prompt_weighting=False to read marks as text."
+        )
+    return False
 
 
 @contextmanager
@@ -105,6 +134,7 @@ def _attached(attachment: Attachment) -> Iterator[Attachment]:
             wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # called right before the first step
             # Every pipeline calls this last, on success; after an error the next call starts afresh.
             wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
+            attachment.denoiser.watched(),
             uncompiled(module),
             MORE_GRAPHS.used(),
         ):
@@ -138,8 +168,11 @@ class Attachment:
         self.thread = threading.get_ident()
         self._installation = Installation(MaskCheck(self.denoiser))
         self._scheduler_shift = SchedulerShift()
+        self._shift: Tensor | None = None  # the last one of the latents, (n, c, h, w)
+        self._running = ExitStack()  # of the running call of the denoiser
+        self._rows: int | None = None  # of the running call, if this attachment runs the denoiser: without twins
         self._schedule = Schedule()
-        self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Attention]]] = {}
+        self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Any]]] = {}
         self._visits: Visits = (None, None)  # of the running call
         self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and their number
         self._dtype: torch.dtype | None = None  # of the running call; slow to find, the denoiser looks at all layers
@@ -176,12 +209,15 @@ class Attachment:
                     f"The pipeline was called with the prompt {given!r} but the attached layout has the prompt "
                     f"{self.layouts[index].prompt!r}; call it with layout.prompt."
                 )
-        other = arguments.get("prompt_2")  # of SDXL, for its second text encoder
-        if other not in (None, prompt) and any(hasattr(control, "regions") for control in self.bound):
-            raise ValueError(
-                f"Phrases are found in the layout's prompt, but the second text encoder would read {shown(other)}; "
-                "leave prompt_2 out."
-            )
+        for name, which in (("prompt_2", "second"), ("prompt_3", "third")):  # for further text encoders
+            other = arguments.get(name)
+            if other not in (None, prompt) and any(hasattr(control, "regions") for control in self.bound):
+                raise ValueError(
+                    f"Phrases are found in the layout's prompt, but the {which} text encoder would read "
+                    f"{shown(other)}; leave {name} out."
+                )
+        if self.bound:
+            self.denoiser.check_call(arguments, [self.layouts[index] for index in chosen])
         copies = arguments.get("num_images_per_prompt") or 1
         for control in self.bound:
             control.begin_call(arguments)
@@ -196,7 +232,9 @@ class Attachment:
         self._layout_of_image = None
 
     def restore(self) -> None:
-        """Remove the wrappers that an interrupted call of the denoiser or the scheduler may have left behind."""
+        """Remove what an interrupted call of the denoiser or the scheduler may have left behind."""
+        self._running.close()
+        self._shift = None
         self._scheduler_shift.undo()
         self._installation.undo()
 
@@ -209,6 +247,8 @@ class Attachment:
             check_shiftable(self.pipe.scheduler)
         if self.bound:
             check_no_skipping(self.denoiser)
+        if any(has_hook(control, "attends") for control in self.bound):
+            self.denoiser.check_attention()
         for name, control in zip(self._names, self.bound, strict=True):
             if control.takes_gradients:
                 check_gradients(self.denoiser, name)
@@ -226,17 +266,20 @@ class Attachment:
             f"The pipeline was called with {prompts} prompts for {expected} layouts; give one prompt per layout."
         )
 
-    def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Apply the controls to the arguments of this call and steer its attention; a forward pre-hook."""
-        if self._layout_of_image is None:
-            return None
+        arguments: Arguments = (args, kwargs)
+        return self._run(arguments if self._layout_of_image is None else self._steered(arguments))
+
+    def _steered(self, arguments: Arguments) -> Arguments:
+        assert self._layout_of_image is not None
         if threading.get_ident() != self.thread:
             raise ValueError(
                 f"Another thread uses this {self.denoiser.name} while it is steered; load a pipeline per thread."
             )
-        inputs = self.denoiser.read(args, kwargs)
+        inputs = self.denoiser.read(*arguments)
         context = self._context(inputs, self._layout_of_image)
-        arguments = self._add_residuals(context, inputs, (args, kwargs))
+        arguments = self._add_residuals(context, inputs, arguments)
         arguments = self._add_images(context, inputs, arguments)
         arguments = self._replace_text(context, inputs.text, arguments)
         arguments = self._shift_latents(context, inputs.latents, arguments)
@@ -245,13 +288,31 @@ class Attachment:
         self._steer_attention(context)
         return arguments
 
-    def after_denoiser(self, *_: Any) -> None:
-        """Restore the processors of this call; a forward hook, called after errors as well."""
+    def _run(self, arguments: Arguments) -> Arguments:
+        """Return the arguments that the denoiser's ``forward`` takes, until :meth:`after_denoiser`; of nested
+        attachments, the innermost does so for all."""
+        owners = [getattr(hook, "__self__", None) for hook in self.denoiser.module._forward_pre_hooks.values()]
+        if [owner for owner in owners if isinstance(owner, Attachment)][-1] is not self:
+            return arguments
+        inputs = self.denoiser.read(*arguments)
+        rows = inputs.sample.shape[0]
+        height, width = inputs.latents.shape[-2:]
+        arguments = with_twins(self.denoiser, arguments, self._layers_at((height, width)), rows)
+        self._rows = rows
+        if RESIDUALS in arguments[1]:  # by hooks, for each of which compiled blocks would be compiled again
+            self._running.enter_context(EAGER_MODE.used())
+        return self._running.enter_context(self.denoiser.running(arguments))
+
+    def after_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Restore the denoiser after this call, and leave twins out; a forward hook, called after errors as well."""
+        self._running.close()
         self._installation.undo()
+        rows, self._rows = self._rows, None
+        return output if rows is None or output is None else without_twins(output, rows)
 
     def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
         """Add the controls' residuals to those already among the arguments."""
-        added: list[Tensor] | None = None
+        added: Residuals | None = None
         for control in self.bound:
             added = add_residuals(added, control.down_residuals(context))
         arguments = self.denoiser.write(arguments, residuals=added)
@@ -276,34 +337,45 @@ class Attachment:
         return self.denoiser.write(arguments, text=text)
 
     def _shift_latents(self, context: CallContext, given: Tensor, arguments: Arguments) -> Arguments:
-        """Shift the ``given`` latents (R, c, h, w): here for the denoiser, and in the scheduler's next step."""
+        """Shift the ``given`` latents (R, c, h, w): here for the denoiser, and in the scheduler's next step.
+
+        The shift is computed in the first call of a step that has rows of the prompt; further calls get the same.
+        """
         if not self._movers:
             return arguments
+        if self._shift is None or not self._scheduler_shift.pending:
+            self._shift = self._compute_shift(context, given, arguments)
+        if self._shift is None:
+            return arguments
+        total = self._shift.repeat(given.shape[0] // self._shift.shape[0], 1, 1, 1).to(given)  # both halves of guidance
+        return self.denoiser.write(arguments, latents=given + total)
+
+    def _compute_shift(self, context: CallContext, given: Tensor, arguments: Arguments) -> Tensor | None:
         latents = given[context.guided_rows].float()
-        run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
+        run = InnerForward(self.denoiser, self._layers_at(context.latent_size), self.bound, context, arguments)
         moved = latents
         for control in self._movers:
             shift = control.shift_latents(context, moved, run)
             moved = moved if shift is None else moved + shift
         if moved is latents:
-            return arguments
+            return None
         total = moved - latents
-        self._scheduler_shift.add(self.pipe.scheduler, total, context.sigma)
-        total = total.repeat(len(context.conditional) // total.shape[0], 1, 1, 1).to(given)  # both halves of guidance
-        return self.denoiser.write(arguments, latents=given + total)
+        self._scheduler_shift.add(self.pipe.scheduler, self.denoiser.packed(total), context.sigma)
+        return total
 
-    def _layers_of(self, context: CallContext) -> list[tuple[AttentionLayer, Attention]]:
-        if context.latent_size not in self._layers:
-            self._layers = {context.latent_size: self.denoiser.attention_layers(context.latent_size)}
-        return self._layers[context.latent_size]
+    def _layers_at(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
+        if latent_size not in self._layers:
+            self._layers = {latent_size: self.denoiser.attention_layers(latent_size)}
+        return self._layers[latent_size]
 
     def _steer_attention(self, context: CallContext) -> None:
-        for layer, attn in self._layers_of(context):
-            for control in self.bound:
-                if control.attends(context, layer):
-                    self._installation.add(attn, layer, control, context)
+        for layer, attn in self._layers_at(context.latent_size):
+            for half in layer.halves:
+                for control in self.bound:
+                    if control.attends(context, half):
+                        self._installation.add(attn, half, control, context)
         if self._compiled:
-            self._installation.complete(self._layers_of(context))
+            self._installation.complete(self._layers_at(context.latent_size))
 
     def _context(self, inputs: DenoiserInputs, layout_of_image: tuple[int, ...]) -> CallContext:
         images = len(layout_of_image)
@@ -336,4 +408,5 @@ class Attachment:
             device=inputs.sample.device,
             dtype=dtype,
             sigma=functools.partial(sigma_at, scheduler, time, times),
+            flow=is_flow(scheduler),
         )

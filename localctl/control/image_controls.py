@@ -95,7 +95,7 @@ class _BoundLocalAdapter(BoundControl):
         self._features: list[Tensor] = []
         self._index: tuple[tuple[object, ...], Tensor] | None = None  # rows and device; which features each row takes
 
-    def down_residuals(self, context: CallContext) -> list[Tensor] | None:
+    def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
         if not context.within(self.control.start, self.control.end):
             return None
         layouts = self._needed(context)
@@ -108,7 +108,7 @@ class _BoundLocalAdapter(BoundControl):
             chosen = [0 if self.shared else layouts.index(layout) for layout in context.layout_of_row]
             self._index = (rows, torch.tensor(chosen, device=context.device))
         index = self._index[1]
-        return [feature.index_select(0, index) for feature in self._features]  # always a copy
+        return self.denoiser.placed([feature.index_select(0, index) for feature in self._features])  # always a copy
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
         """Return the layouts whose features this call needs."""
