@@ -19,7 +19,6 @@ from torch import nn
 
 from localctl.bases import (
     DTYPE_NAMES,
-    FLOW_SCHEDULERS,
     MOST_STEPS,
     SCHEDULER_OPTIONS,
     SCHEDULERS,
@@ -41,6 +40,12 @@ from localctl.prompt_syntax import WeightedText
 from localctl.prompt_weights import Text, reads_weights, weighting
 
 _SOLVER = ("algorithm_type", "solver_order", "solver_type")
+# Of flow-matching bases, by the names of the same solvers.
+FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "lcm": "FlowMatchLCMScheduler",
+}
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -131,7 +136,7 @@ def load_pipeline(
         options: passed on to ``from_pretrained``.
 
     Returns:
-        A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+        A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or one of ``TRANSFORMER_PIPELINES``.
 
     Raises:
         ValueError: the base does not exist, cannot be fetched or loaded, or has an unsupported pipeline.
@@ -142,7 +147,7 @@ def load_pipeline(
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
     try:
-        index = read_index(spec, where)
+        index = read_index(spec, where, transformers=True)
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:

@@ -22,6 +22,7 @@ from localctl.denoisers.base import (
     argument,
     with_arguments,
 )
+from localctl.diffusion import FLOW
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 
@@ -111,6 +112,14 @@ class Transformer(Denoiser):
             f"The ControlNet was made for a U-Net, and the base has a {self.name}; use a LocalAdapter trained for it."
         )
 
+    @property
+    def image_adapters(self) -> int:
+        """None: raise a ValueError, since masks of IP-Adapters would be ignored."""
+        raise ValueError(
+            f"Image prompts with masks act on Stable Diffusion 1.x, 2.x and XL only, not on a {self.name}, which ignores "
+            "their masks; leave IPAdapterControl out."
+        )
+
     # One call
 
     @property
@@ -184,6 +193,10 @@ class Transformer(Denoiser):
         rows = torch.cat([latents] * len(conditioning.text))
         scale = getattr(self.pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
         return conditioning.combined(self.output(scale(rows, timestep), timestep.expand(len(rows)), conditioning))
+
+    def times(self, timesteps: Tensor, table: Tensor) -> Tensor:
+        """Return what the module takes as the times of ``timesteps`` (R,) int64, by the ``table`` (T,) of the noise."""
+        return table.to(timesteps.device)[timesteps] * len(table) if self.prediction_type == FLOW else timesteps
 
     def output(
         self,
