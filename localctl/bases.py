@@ -20,7 +20,7 @@ from localctl.sizes import shown
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-# Loaded from Python, for sampling and the steps of an adapter; the command line and the trainer need a U-Net.
+# Loaded from Python; the command line and the trainer need a U-Net.
 TRANSFORMER_PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline")
 DtypeName = Literal["float32", "float16", "bfloat16"]
 # fmt: off
@@ -211,10 +211,8 @@ def read_index(spec: BaseSpec, where: dict[str, Any], transformers: bool = False
     those of :data:`TRANSFORMER_PIPELINES` are, too."""
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
-    if transformers and kind in TRANSFORMER_PIPELINES:
-        return index
-    if kind not in PIPELINES:
-        also = "" if kind not in TRANSFORMER_PIPELINES else " here, and this kind from Python (docs/families.md)"
+    if kind not in (PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES):
+        also = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else ""
         raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{also}.")
     return index
 

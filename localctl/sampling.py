@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -98,7 +99,6 @@ def generate(
         init = init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
     texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
     generated: list[Any] = []
-    start = _start(pipe, size, init)
     own = denoiser_of(pipe).own_arguments if init is None else {}
     arguments, convert = _as_numbers(pipe, {**own, **resolved.arguments(), **pipeline_arguments})
     with (
@@ -106,6 +106,7 @@ def generate(
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,
         attach(caller, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
+        start = _start(caller, size, init)
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
             attached.select([index for index, _ in batch])
@@ -128,7 +129,10 @@ def _start(
 ) -> Callable[[int, Sequence[int]], dict[str, Any]]:
     """Return a function of a batch, by the index of its first image and its seeds: the arguments by which it starts."""
     if init is not None:
-        return lambda first, seeds: init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
+        # Some pipelines would take the base's own size.
+        sized = init.mask is None and "height" in inspect.signature(type(pipe).__call__).parameters
+        own = {"height": size[0], "width": size[1]} if sized else {}
+        return lambda first, seeds: own | init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
 
     def from_noise(first: int, seeds: Sequence[int]) -> dict[str, Any]:

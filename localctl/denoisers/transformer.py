@@ -116,8 +116,8 @@ class Transformer(Denoiser):
     def image_adapters(self) -> int:
         """None: raise a ValueError, since masks of IP-Adapters would be ignored."""
         raise ValueError(
-            f"Image prompts with masks act on Stable Diffusion 1.x, 2.x and XL only, not on a {self.name}, which ignores "
-            "their masks; leave IPAdapterControl out."
+            f"Image prompts with masks act on Stable Diffusion 1.x, 2.x and XL only, not on a {self.name}, which "
+            "ignores their masks; leave IPAdapterControl out."
         )
 
     # One call
@@ -165,7 +165,8 @@ class Transformer(Denoiser):
             argument((args, kwargs), self.order, name)
             for name in ("hidden_states", "encoder_hidden_states", "timestep")
         )
-        return DenoiserInputs(sample, sample, timestep, text, {})
+        latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, further channels may follow
+        return DenoiserInputs(sample, latents, timestep, text, {})
 
     def write(
         self,
@@ -181,7 +182,8 @@ class Transformer(Denoiser):
         assert skips is None and images is None, "refused when controls are bound"
         changed: dict[str, Any] = {}
         if latents is not None:
-            changed["hidden_states"] = latents.to(argument(arguments, self.order, "hidden_states").dtype)
+            own = argument(arguments, self.order, "hidden_states")
+            changed["hidden_states"] = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
         if text is not None:
             changed["encoder_hidden_states"] = text
         if residuals is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import PROMPT, SIDE, Family, latents_of, run, token_adapter
+from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -22,6 +24,7 @@ from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
 from localctl.denoisers import denoiser_of
+from localctl.image_to_image import InitImage
 from localctl.layout import Layout, Region
 from localctl.sampling import generate
 
@@ -229,6 +232,29 @@ def test_generate_makes_the_same_image_in_any_batch(family: Family, dit: Any) ->
     assert_same(both[1], alone[0])
     with pytest.raises(ValueError, match="The prompt 'a \\(cat:1.3\\)' has weights"):
         generate(dit, "a (cat:1.3)", control, **options)
+
+
+def test_sampling_begins_at_an_image_where_diffusers_has_a_pipeline(family: Family, dit: Any) -> None:
+    image = Image.fromarray(
+        (np.linspace(0, 255, SIDE * 2 * SIDE * 3) % 255).astype(np.uint8).reshape(SIDE, 2 * SIDE, 3)
+    )
+    options = {"num_inference_steps": 4, "output_type": "latent", "init": InitImage(image, 0.5)}
+    control = adapter_control(token_adapter(dit), left_half(SIDE, 2 * SIDE))
+    if not family.image_to_image:
+        with pytest.raises(ValueError, match="has no image-to-image pipeline beside"):
+            generate(dit, LAYOUT, control, **options)
+        return
+    call = {**options, "max_sequence_length": 24}
+    plain = generate(dit, LAYOUT, [], seeds=[1, 2], **call).images
+    assert tuple(plain[0].shape) == (4, 4, 8)
+    for steers in (control, RegionBias(strength=1.0), METHODS["guidance"](), METHODS["spacetime"]()):
+        found = generate(dit, LAYOUT, steers, seeds=[1, 2], **call).images
+        assert all((one - other).abs().max() > 1e-4 for one, other in zip(found, plain, strict=True))
+    idle = adapter_control(token_adapter(dit), torch.zeros(1, SIDE, 2 * SIDE))
+    same = generate(dit, LAYOUT, idle, seeds=[1, 2], **call).images
+    assert all(torch.equal(one, other) for one, other in zip(same, plain, strict=True))
+    inpainted = {**call, "init": InitImage(image, 0.5, left_half(SIDE, 2 * SIDE)), "output_type": "pil"}
+    assert generate(dit, LAYOUT, METHODS["guidance"](), **inpainted).images[0].size == (2 * SIDE, SIDE)
 
 
 def test_what_a_base_cannot_do_is_said(family: Family, dit: Any) -> None:
