@@ -228,11 +228,15 @@ class Denoiser(ABC):
         how many it generates. ValueError for another number of rows.
         """
         if rows not in (images, 2 * images):
-            raise ValueError(
-                f"The {self.name} was called with {rows} rows for {images} images; controls work with plain sampling "
-                "or classifier-free guidance, not with methods that add rows of their own."
-            )
+            raise self.wrong_rows(rows, images)
         return (False,) * (rows - images) + (True,) * images
+
+    def wrong_rows(self, rows: int, images: int) -> ValueError:
+        """Make the error for a call with another number of rows than the family's guidance has."""
+        return ValueError(
+            f"The {self.name} was called with {rows} rows for {images} images; controls work with plain sampling or "
+            "classifier-free guidance, not with methods that add rows of their own."
+        )
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,6 +223,44 @@ class Transformer(Denoiser):
     def without_weights(self, texts: Sequence[Text]) -> list[str]:
         """Return texts as these pipelines take them: weights are no part of them."""
         return [text if isinstance(text, str) else text.text for text in texts]
+
+
+class TwoCalls(Transformer):
+    """Guidance by two calls of the module, one after the other: that of the prompt, then, if there is guidance, that of
+    the negative prompt. The pipeline names each by the module's ``cache_context``. With distilled guidance, there is
+    the first alone."""
+
+    negative = "uncond"  # the name of the call of the negative prompt
+
+    def __init__(self, module: nn.Module, pipe: Any = None) -> None:
+        super().__init__(module, pipe)
+        self._call = ""  # the name of the running call
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which the names of calls are noted, by a wrapper of ``cache_context`` on this instance."""
+        module: Any = self.module
+        method, own = module.cache_context, vars(module).get("cache_context")
+
+        @functools.wraps(method)
+        def named(name: str, *args: Any, **kwargs: Any) -> Any:
+            self._call = name
+            return method(name, *args, **kwargs)
+
+        module.cache_context = named
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.cache_context
+            else:
+                module.cache_context = own
+
+    def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
+        """Return True for all rows of a call with the prompt, False for those with the negative prompt."""
+        if rows != images:
+            raise self.wrong_rows(rows, images)
+        return (self._call != self.negative,) * rows
 
 
 UNLIMITED = 1 << 30  # tokens: how many of them the pipeline reads is known once it is called

@@ -5,13 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from families import SIDE, Family, token_adapter
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
+from localctl.control.latents import Schedule, outer_step, sigma_at
 from localctl.denoisers import denoiser_of
-from localctl.diffusion import FLOW, add_noise, flow_shift, flow_sigmas, predict_x0, timesteps_from_uniform
+from localctl.diffusion import (
+    FLOW,
+    add_noise,
+    flow_alpha_bar,
+    flow_shift,
+    flow_sigmas,
+    predict_x0,
+    timesteps_from_uniform,
+)
 from localctl.losses import local_control_loss
 from localctl.settings import LossConfig
 
@@ -96,8 +107,6 @@ def test_a_new_adapter_begins_at_the_base_s_own_output(family: Family, dit: Any)
 
 def test_the_clean_image_is_the_scheduler_s_own_prediction(family: Family, dit: Any) -> None:
     """Stepping from z_t with the model output ends, in one step to no noise, at z0'."""
-    import diffusers
-
     denoiser = denoiser_of(dit)
     rng = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 4, 4, generator=rng)
@@ -115,8 +124,41 @@ def test_the_clean_image_is_the_scheduler_s_own_prediction(family: Family, dit: 
             noised = scheduler.scale_noise(latents[row : row + 1], scheduler.timesteps[:1], noise[row : row + 1])
             torch.testing.assert_close(sample.noisy[row], noised[0], rtol=1e-5, atol=1e-5)
         else:
-            scheduler = diffusers.DDIMScheduler.from_config(dit.scheduler.config, clip_sample=False)
+            scheduler = DDIMScheduler.from_config(dit.scheduler.config, clip_sample=False)
             scheduler.set_timesteps(1000)
             step = scheduler.step(sample.noisy[row].sin(), timestep, sample.noisy[row])
             expected = step.pred_original_sample
         torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sigma_is_the_ratio_of_noise_to_image_and_timesteps_may_be_rounded() -> None:
+    """At the first step there is no image; pipelines pass timesteps in the denoiser's dtype."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    schedule = Schedule()
+    for step, exact in enumerate(scheduler.timesteps):
+        given = exact.to(torch.bfloat16).float()[None]
+        time = schedule.time(scheduler, given)
+        share = float(scheduler.sigmas[step])
+        assert time == float(exact) and outer_step(scheduler, time) == (step, 4)
+        assert sigma_at(scheduler, time) == pytest.approx(min(share / max(1 - share, 1e-9), 4096))
+        scheduler.step(torch.zeros(1, 1), exact, torch.zeros(1, 1))
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="called at timestep 500.0, which is not on the pipeline's schedule"):
+        schedule.time(scheduler, torch.tensor([500.0]))
+
+
+def test_flow_timesteps_favour_the_middle_and_shift_with_the_resolution() -> None:
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    times = timesteps_from_uniform(u, 1000, "logit_normal").double() / 1000
+    logits = (times.clamp(0.0005, 0.9995) + 0.0005).logit()
+    assert abs(float(logits.mean())) < 0.01 and abs(float(logits.std()) - 1) < 0.02
+    fixed = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert flow_shift(fixed, 1024) == 3
+    torch.testing.assert_close(flow_sigmas(1000, 3.0).flip(0), fixed.sigmas, rtol=1e-5, atol=1e-6)
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    dynamic.set_timesteps(sigmas=[0.5], mu=0.5 + (1.15 - 0.5) * (1024 - 256) / (4096 - 256))
+    assert float(dynamic.sigmas[0]) == pytest.approx(float(flow_sigmas(1000, flow_shift(dynamic, 1024))[499]), rel=1e-5)
+    assert flow_shift(dynamic, 4096) > flow_shift(dynamic, 256)
+    abar = flow_alpha_bar(torch.tensor([0.5, 1.0]))
+    assert abar.tolist() == [0.5, 0.0]
