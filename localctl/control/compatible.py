@@ -13,7 +13,7 @@ from diffusers import T2IAdapter
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
-from localctl.adapter import SHAPE, check_level_weights
+from localctl.adapter import SHAPE, TOKENS, LocalAdapter, check_level_weights
 from localctl.adapter_files import SavedAdapter
 from localctl.architectures import BaseShape
 from localctl.control.attention import Scores
@@ -199,7 +199,9 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     # RuntimeError: levels that do not fit each other, as full_adapter_xl widens on its second and third only. The other
     # errors: configs written by hand.
     with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
-        features = T2IAdapter(**known)(torch.zeros(1, known.get("in_channels", 3), side, side))
+        mask = int(known.get("adapter_type") == TOKENS)  # one more channel
+        kind: Any = LocalAdapter if mask else T2IAdapter
+        features = kind(**known)(torch.zeros(1, known.get("in_channels", 3) + mask, side, side))
         made = [tuple(feature.shape[1:]) for feature in features]
     denoiser = bare_denoiser(shape.build("unet"))
     taken = denoiser.residual_shapes(latent_size(side, side, factor))
