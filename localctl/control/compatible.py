@@ -170,16 +170,20 @@ def uses_mask(attn: Attention, scores: Scores, bias: Tensor, output: Tensor) -> 
     None if the effect is too small to tell. Attention is computed again for a few queries of one row, with and without
     the bias as mask, by diffusers' plainest processor.
     """
-    if scores.mask is not None:
+    if scores.mask is not None and scores.mask.shape[1] != 1:
         return None
     row = scores.guided.start
+    given = None if scores.mask is None else scores.mask[row : row + 1]  # (1,1,K), of padding
     own = bias[0]  # (1 or H,Q,K)
     spread = (own.amax(dim=-1) - own.amin(dim=-1)).amax(dim=0)  # (Q,)
     queries = spread.topk(min(8, len(spread))).indices
     hidden, source = scores.hidden_states[row, queries][None], scores.source[row : row + 1]
     own = own[:, queries].to(torch.float32 if attn.upcast_attention else hidden.dtype)
     plain = AttnProcessor()
-    without = plain(attn, hidden, source).float()
+    if given is not None:
+        given = given.to(own.dtype).expand(-1, own.shape[1], -1)
+        own = own + given
+    without = plain(attn, hidden, source, given).float()
     away = (plain(attn, hidden, source, own).float() - without).abs().max()
     if not bool(away > 64 * torch.finfo(output.dtype).eps * without.abs().max()):
         return None

@@ -15,6 +15,7 @@ from diffusers.hooks import (
     apply_first_block_cache,
     apply_pyramid_attention_broadcast,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from families import FAMILIES, PROMPT, SIDE, Family, frozen, run, token_adapter
 from PIL import Image
 from torch import Tensor
@@ -173,3 +174,17 @@ def test_hidden_phrases_are_read_by_their_own_tokens_alone(sd3: Any) -> None:
     with attach(sd3, LAYOUT, dense):
         found = run(FAMILIES["sd3"], sd3)
     assert (found - run(FAMILIES["sd3"], sd3)).abs().max() > 1e-4
+
+
+class _Deaf(AttnProcessor2_0):
+    """Drops the bias that it is given, but not the mask of padding."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, text: Any = None, mask: Any = None, **kwargs: Any) -> Tensor:
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask.amin(dim=-2, keepdim=True) * (mask.amin(dim=-2, keepdim=True) < -1e3)
+        return super().__call__(attn, hidden_states, text, mask, **kwargs)
+
+
+def test_a_processor_that_ignores_the_bias_is_found_beside_padding(pixart: Any) -> None:
+    pixart.transformer.set_attn_processor(_Deaf())
+    refused(pixart, "pixart", "The attention processor _Deaf ignores the attention mask")
