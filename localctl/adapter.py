@@ -15,7 +15,9 @@ from torch import Tensor
 from localctl.masks import MASK_RESIZE, mask_feature
 from localctl.settings import ADAPTER_TYPES
 from localctl.sizes import shown
+from localctl.token_adapter import TokenAdapter
 
+TOKENS, TOKEN_WIDTH = "token_adapter", 384  # the type of adapters for transformers, and its default width
 # Bounds on the modules that an untrusted config can build. Published adapters have up to 8e7 weights in 4 or 5 levels.
 MAX_WEIGHTS, MAX_LEVELS, MAX_BLOCKS, MAX_FACTOR = 500_000_000, 8, 64, 64
 
@@ -37,6 +39,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         dim_condition: with ``mask_condition``, multiply the condition by the mask, as published, so that a soft mask
             dims it. False sets it to 0 where the mask is 0 and leaves it unchanged elsewhere, since a soft mask already
             scales the features.
+        token_width: of a ``token_adapter``, for transformers (:class:`~localctl.token_adapter.TokenAdapter`): channels
+            between its patches and its residuals. It takes the mask as an input, too.
         level_weights: a factor for each level's features, finest level first; saved with the adapter, so that training
             and sampling use the same. None: all 1.
         condition: how conditions were made in training (``kind`` and its options), the default when sampling.
@@ -63,9 +67,10 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         base: str | None = None,
         dim_condition: bool = False,
         level_weights: Sequence[float] | None = None,
+        token_width: int = TOKEN_WIDTH,
     ) -> None:
         super().__init__()
-        check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type)
+        check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type, token_width)
         if mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         for weight in level_weights or ():
@@ -73,6 +78,10 @@ class LocalAdapter(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"level_weights must be finite numbers of at least 0, one per level, not {level_weights!r}."
                 )
+        if adapter_type == TOKENS:
+            # The mask is one more channel.
+            self.adapter = TokenAdapter(in_channels + 1, list(channels), num_res_blocks, downscale_factor, token_width)
+            return
         self.adapter = T2IAdapter(
             in_channels=in_channels,
             channels=list(channels),
@@ -98,8 +107,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             x: (B, C + 1, H, W) in [0, 1], the last channel is the mask. H and W: multiples of ``size_multiple``.
 
         Returns:
-            One feature (B, c_i, h_i, w_i) per level of the U-Net; with ``mask_features`` exactly 0 where the resized
-            mask is 0. Halved sizes are rounded up, as in the U-Net.
+            One feature (B, c_i, h_i, w_i) per level of the U-Net, or per chosen block of a transformer; with
+            ``mask_features`` exactly 0 where the resized mask is 0. Halved sizes are rounded up, as in the U-Net.
 
         Raises:
             ValueError: a wrong number of channels, or a size that does not fit.
@@ -109,7 +118,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         if self.config["mask_condition"]:
             inside = condition * mask if self.config["dim_condition"] else condition
             condition = torch.where(mask > 0, inside, torch.zeros_like(condition))
-        features = list(self.adapter(condition))
+        tokens = self.config["adapter_type"] == TOKENS
+        features = list(self.adapter(torch.cat([condition, mask], dim=1) if tokens else condition))
         if self.config["mask_features"]:
             features = [mask_feature(f, mask, self.config["mask_resize"]) for f in features]
         weights = self.config["level_weights"]
@@ -121,7 +131,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
     @property
     def levels(self) -> int:
         """The number of levels of features: one for each of ``channels``, and one more for a light adapter."""
-        return len(self.adapter.adapter.body)
+        tokens = isinstance(self.adapter, TokenAdapter)
+        return len(self.adapter.body if tokens else self.adapter.adapter.body)
 
     def _check(self, x: Tensor) -> None:
         wanted = self.channels_of_condition + 1
@@ -146,7 +157,15 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         return wrapped
 
     def save_t2iadapter(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Save the inner adapter alone; ``T2IAdapter.from_pretrained`` loads it without this package."""
+        """Save the inner adapter alone; ``T2IAdapter.from_pretrained`` loads it without this package.
+
+        ValueError for an adapter for transformers, for which diffusers has no class.
+        """
+        if not isinstance(self.adapter, T2IAdapter):
+            raise ValueError(
+                "This adapter is for a transformer, which diffusers' T2IAdapter is not; use save_pretrained and "
+                "LocalAdapter.from_pretrained."
+            )
         self.adapter.save_pretrained(save_directory, **options)
 
 
@@ -156,7 +175,14 @@ def cast(adapter: LocalAdapter, dtype: torch.dtype) -> LocalAdapter:
     return torch.nn.Module.to(adapter, dtype)
 
 
-def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_factor: Any, adapter_type: Any) -> None:
+def check_shape(
+    in_channels: Any,
+    channels: Any,
+    num_res_blocks: Any,
+    downscale_factor: Any,
+    adapter_type: Any,
+    token_width: Any = TOKEN_WIDTH,
+) -> None:
     """Raise a ValueError unless these options describe an adapter of reasonable size; nothing is built."""
     if adapter_type not in ADAPTER_TYPES:
         raise ValueError(f"adapter_type must be one of {', '.join(ADAPTER_TYPES)}, not {shown(adapter_type)}.")
@@ -164,17 +190,22 @@ def check_shape(in_channels: Any, channels: Any, num_res_blocks: Any, downscale_
         ("in_channels", in_channels, MAX_WEIGHTS),
         ("num_res_blocks", num_res_blocks, MAX_BLOCKS),
         ("downscale_factor", downscale_factor, MAX_FACTOR),
+        ("token_width", token_width, MAX_WEIGHTS),
     ):
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} of an adapter must be a whole number from 1 to {most}, not {shown(value)}.")
-    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= MAX_LEVELS:
-        raise ValueError(f"channels of an adapter must be 1 to {MAX_LEVELS} whole numbers, not {shown(channels)}.")
+    levels = MAX_BLOCKS if adapter_type == TOKENS else MAX_LEVELS
+    if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= levels:
+        raise ValueError(f"channels of an adapter must be 1 to {levels} whole numbers, not {shown(channels)}.")
     for value in channels:
         if type(value) is not int or not 1 <= value <= MAX_WEIGHTS:
             raise ValueError(f"channels of an adapter must be positive whole numbers, not {shown(value)}.")
     # A 3x3 and a 1x1 convolution in each block, and the first convolution on pixels unshuffled into channels.
-    weights = 9 * in_channels * downscale_factor**2 * channels[0]
-    weights += sum(10 * num_res_blocks * value**2 for value in channels)
+    widths = [token_width] * len(channels) if adapter_type == TOKENS else channels
+    weights = 9 * in_channels * downscale_factor**2 * widths[0]
+    weights += sum(10 * num_res_blocks * value**2 for value in widths)
+    if adapter_type == TOKENS:
+        weights += sum(token_width * value for value in channels)
     if weights > MAX_WEIGHTS:
         raise ValueError(
             f"An adapter with in_channels {in_channels}, channels {shown(list(channels))} and num_res_blocks "
@@ -201,5 +232,6 @@ OPTIONS = (  # what a T2IAdapter does not have
     "base",
     "dim_condition",
     "level_weights",
+    "token_width",
 )
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

@@ -18,7 +18,7 @@ from diffusers import T2IAdapter
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
-from localctl.adapter import ADAPTERS, OPTIONS, SHAPE, LocalAdapter, cast, check_shape
+from localctl.adapter import ADAPTERS, OPTIONS, SHAPE, TOKEN_WIDTH, LocalAdapter, cast, check_shape
 from localctl.adapter_weights import (
     SUFFIXES,
     common_dtype,
@@ -298,7 +298,7 @@ def check_config(config: Any, place: str) -> dict[str, Any]:
     default = {name: value.default for name, value in inspect.signature(ADAPTERS[kind].__init__).parameters.items()}
     shape = {name: config.get(name, default[name]) for name in SHAPE}
     try:
-        check_shape(**shape)
+        check_shape(**shape, token_width=config.get("token_width", TOKEN_WIDTH))
         for name, types, what in (
             ("condition", dict, "an object with named fields"),
             ("base", str, "the name, id or folder of a base"),

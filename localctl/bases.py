@@ -20,6 +20,8 @@ from localctl.sizes import shown
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
 MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# Loaded from Python; the command line and the trainer need a U-Net.
+TRANSFORMER_PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "StableDiffusion3Pipeline")
 DtypeName = Literal["float32", "float16", "bfloat16"]
 # fmt: off
 SchedulerName = Literal[
@@ -62,17 +64,15 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
 SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
 MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for
 
+_WITH_WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Each part needs one of these files. Without them, transformers would silently make an empty tokenizer.
 _NEEDED = {
-    "unet": ("config.json",),
-    "vae": ("config.json",),
-    "text_encoder": ("config.json",),
-    "text_encoder_2": ("config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
+    **dict.fromkeys(_WITH_WEIGHTS, ("config.json",)),
+    "tokenizer": ("tokenizer.json", "vocab.json", "spiece.model"),
     "tokenizer_2": ("tokenizer.json", "vocab.json"),
+    "tokenizer_3": ("tokenizer.json", "spiece.model"),
     "scheduler": ("scheduler_config.json",),
 }
-_WITH_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")  # of layers; known bases: <= 32
 _MOST_LAYERS, _MOST_LEVELS = 256, 16
 
@@ -206,12 +206,14 @@ def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any
     return read_object(path, "The file", "fetch or save the base again")
 
 
-def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
-    """Read the ``model_index.json`` of a base; ValueError if its pipeline is not supported."""
+def read_index(spec: BaseSpec, where: dict[str, Any], transformers: bool = False) -> dict[str, Any]:
+    """Read the ``model_index.json`` of a base; ValueError if its pipeline is not supported. ``transformers``: whether
+    those of :data:`TRANSFORMER_PIPELINES` are, too."""
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
-    if kind not in PIPELINES:
+    if kind not in (PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES):
         way = " (these repaint, too: --init_image and --inpaint_mask)" if "Inpaint" in kind else ""
+        way = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else way
         raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{way}.")
     return index
 

@@ -1,5 +1,8 @@
 """The forward process, the conversions between epsilon, v and x0, and encoding and decoding with the VAE.
 
+With flow matching (arXiv 2403.03206), z_t = (1 - sigma) z0 + sigma eps  and the model output is eps - z0. Where other
+bases have the table ``alphas_cumprod``, (T,), those have that of sigma, see :func:`flow_sigmas`.
+
 With abar = ``alphas_cumprod[t]``:  z_t = sqrt(abar) z0 + sqrt(1 - abar) eps  (DDPM, arXiv 2006.11239, eq. 4)  and
 v = sqrt(abar) eps - sqrt(1 - abar) z0  (arXiv 2202.00512, appendix D).
 
@@ -19,6 +22,7 @@ from localctl.devices import send
 from localctl.settings import TIMESTEP_SAMPLINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW = "flow"  # the prediction type of flow matching, with a table of sigma in place of alphas_cumprod
 # The smallest root to divide by, for schedules that leave no signal or no noise: there diffusers' schedulers use
 # abar = 2**-24. The other roots of real schedules are larger.
 ROOT_FLOOR = 2**-12
@@ -36,11 +40,14 @@ class DiffusionSample:
 
 def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return sqrt(abar) and sqrt(1 - abar), broadcastable to ``like``, in its dtype or float32 if that is wider."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    alpha_bar = alpha_bar.to(device=like.device, dtype=wide)
-    if alpha_bar.ndim:
-        alpha_bar = alpha_bar.reshape(-1, *[1] * (like.ndim - 1))  # (B,1,1,1)
+    alpha_bar = _broadcast(alpha_bar, like)
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """Return () or (B,) values broadcastable to ``like``, in its dtype or float32 if that is wider."""
+    values = values.to(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values  # (B,1,1,1)
 
 
 def x0_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -93,10 +100,16 @@ def gather_alpha_bar(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     return alphas_cumprod.to(timesteps.device)[timesteps]
 
 
-def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor) -> DiffusionSample:
+def add_noise(
+    latents: Tensor, noise: Tensor, timesteps: Tensor, alphas_cumprod: Tensor, prediction_type: str = "epsilon"
+) -> DiffusionSample:
     """Add ``noise`` (B,C,h,w) to ``latents`` (B,C,h,w) at ``timesteps`` (B,) int64."""
     assert noise.shape == latents.shape and timesteps.shape == latents.shape[:1]
-    signal, sigma = _roots(gather_alpha_bar(alphas_cumprod, timesteps), latents)
+    if prediction_type == FLOW:
+        sigma = _broadcast(gather_alpha_bar(alphas_cumprod, timesteps), latents)
+        signal = 1 - sigma
+    else:
+        signal, sigma = _roots(gather_alpha_bar(alphas_cumprod, timesteps), latents)
     noisy = (signal * latents + sigma * noise).to(latents.dtype)  # (B,C,h,w)
     return DiffusionSample(latents=latents, noise=noise, noisy=noisy, timesteps=timesteps)
 
@@ -112,6 +125,8 @@ def predict_x0(
     """
     check_prediction_type(prediction_type)
     alpha_bar = gather_alpha_bar(alphas_cumprod, timesteps)
+    if prediction_type == FLOW:
+        return x0_from_flow(noisy, model_output, alpha_bar)
     if prediction_type == "epsilon":
         return x0_from_eps(noisy, model_output, alpha_bar)
     if prediction_type == "v_prediction":
@@ -120,8 +135,11 @@ def predict_x0(
 
 
 def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
-    """Return the target of the model output for ``sample``: eps, v or z0, (B,C,h,w). ValueError for an unknown type."""
+    """Return the target of the model output for ``sample``: eps, v, z0, or eps - z0, (B,C,h,w). ValueError for an
+    type."""
     check_prediction_type(prediction_type)
+    if prediction_type == FLOW:
+        return sample.noise - sample.latents
     if prediction_type == "epsilon":
         return sample.noise
     if prediction_type == "v_prediction":
@@ -129,9 +147,42 @@ def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_
     return sample.latents
 
 
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler is one of flow matching, z_t = (1 - sigma) z0 + sigma eps, for v = eps - z0."""
+    return "FlowMatch" in type(scheduler).__name__ or bool(getattr(scheduler.config, "use_flow_sigmas", False))
+
+
+def x0_from_flow(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """Return x0 = z_t - sigma v; ``sigma``: as ``alpha_bar`` of the other conversions."""
+    return (noisy - _broadcast(sigma, noisy) * velocity).to(noisy.dtype)
+
+
+def flow_sigmas(num_train_timesteps: int, shift: float = 1.0) -> Tensor:
+    """Return sigma at each timestep 0 .. T-1, (T,) float32, moved towards the noise by ``shift`` (arXiv 2403.03206,
+    eq. 23). A model is given ``sigma * T`` as its timestep."""
+    even = torch.arange(1, num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    return (shift * even / (1 + (shift - 1) * even)).float()
+
+
+def flow_shift(scheduler: Any, tokens: int) -> float:
+    """Return a flow-matching scheduler's shift for images of so many tokens: its own, or that of the resolution."""
+    config = scheduler.config
+    if not getattr(config, "use_dynamic_shifting", False):
+        return float(config.shift)
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    slope = (config.max_shift - config.base_shift) / (high - low)
+    mu = config.base_shift + slope * (tokens - low)
+    return mu if getattr(config, "time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+
+def flow_alpha_bar(sigmas: Tensor) -> Tensor:
+    """Return abar of the same ratio of image and noise as each sigma of flow matching has."""
+    return (1 - sigmas).square() / ((1 - sigmas).square() + sigmas.square())
+
+
 def check_prediction_type(prediction_type: str) -> None:
-    """Raise a ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES``."""
-    if prediction_type not in PREDICTION_TYPES:
+    """Raise a ValueError unless ``prediction_type`` is one of ``PREDICTION_TYPES`` or that of flow matching."""
+    if prediction_type not in (*PREDICTION_TYPES, FLOW):
         raise ValueError(f"Unknown prediction type {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
 
 

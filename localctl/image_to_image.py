@@ -81,7 +81,13 @@ class InitImage:
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting  # slow, and loads image processors
 
         kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
-        other = kind.from_pipe(pipe)
+        try:
+            other = kind.from_pipe(pipe)
+        except ValueError as error:
+            task = "image-to-image" if self.mask is None else "inpainting"
+            raise ValueError(
+                f"diffusers has no {task} pipeline beside {type(pipe).__name__}; start from noise, without init."
+            ) from error
         for name in given:
             if name not in inspect.signature(other.__call__).parameters:
                 raise ValueError(f"{type(other).__name__} has no {name}; leave it out, or start from noise.")

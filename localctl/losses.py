@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from kornia.filters import laplacian
 from torch import Tensor
 
-from localctl.diffusion import DiffusionSample, gather_alpha_bar, predict_x0, training_target
+from localctl.diffusion import FLOW, DiffusionSample, flow_alpha_bar, gather_alpha_bar, predict_x0, training_target
 from localctl.masks import resize_mask
 from localctl.settings import ConditionConfig, LossConfig
 
@@ -186,8 +186,8 @@ def local_control_loss(
         sample: the noised batch, latents (B,C,h,w).
         model_output: (B,C,h,w), of the kind ``prediction_type``.
         mask: (B,1,H,W) in [0,1] at pixel resolution (or any other), 1 = controlled.
-        alphas_cumprod: (T,) of the training scheduler.
-        prediction_type: one of ``diffusion.PREDICTION_TYPES``.
+        alphas_cumprod: (T,) of the training scheduler; sigma with flow matching.
+        prediction_type: one of ``diffusion.PREDICTION_TYPES``, or ``diffusion.FLOW``.
         target: for the filter ``edges`` alone, which needs the mask at pixel resolution.
 
     Raises:
@@ -207,7 +207,8 @@ def local_control_loss(
         if config.filter == "none":
             local_raw = local = torch.zeros_like(denoising)
         else:
-            scheduled = schedule_weight(config, sample.timesteps, alphas_cumprod)
+            table = flow_alpha_bar(alphas_cumprod) if prediction_type == FLOW else alphas_cumprod
+            scheduled = schedule_weight(config, sample.timesteps, table)
             edges = FILTERS.get(config.filter)
             if edges is None:
                 assert target is not None, "edges need a condition and a decoder"

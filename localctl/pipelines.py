@@ -33,12 +33,19 @@ from localctl.bases import (
     vae_not_loaded,
 )
 from localctl.devices import send
+from localctl.diffusion import is_flow
 from localctl.messages import no_progress_bars
 from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 from localctl.prompt_syntax import WeightedText
 from localctl.prompt_weights import Text, reads_weights, weighting
 
 _SOLVER = ("algorithm_type", "solver_order", "solver_type")
+# Of flow-matching bases, by the names of the same solvers.
+FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "lcm": "FlowMatchLCMScheduler",
+}
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -129,7 +136,7 @@ def load_pipeline(
         options: passed on to ``from_pretrained``.
 
     Returns:
-        A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``.
+        A ``StableDiffusionPipeline`` or ``StableDiffusionXLPipeline``, or one of ``TRANSFORMER_PIPELINES``.
 
     Raises:
         ValueError: the base does not exist, cannot be fetched or loaded, or has an unsupported pipeline.
@@ -140,7 +147,7 @@ def load_pipeline(
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
     try:
-        index = read_index(spec, where)
+        index = read_index(spec, where, transformers=True)
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:
@@ -217,10 +224,19 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
-    """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown."""
+    """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown, or
+    if the base samples by flow matching and the scheduler does not."""
     if name not in SCHEDULERS:
         raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     config = dict(pipe.scheduler.config)
+    if is_flow(pipe.scheduler):
+        if name not in FLOW_SCHEDULERS:
+            raise ValueError(
+                f"The base samples by flow matching, which the scheduler {name} is not for; leave it out, or choose "
+                f"one of {', '.join(FLOW_SCHEDULERS)}."
+            )
+        pipe.scheduler = getattr(diffusers, FLOW_SCHEDULERS[name]).from_config(config)
+        return
     # Use the values of Stable Diffusion's configs if the present scheduler lacks these settings: by default the samples
     # are clipped to [-1, 1], which latents exceed, and PNDM starts with twelve Runge-Kutta calls.
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():

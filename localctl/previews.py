@@ -18,7 +18,7 @@ from torch import Tensor
 from localctl.control.latents import Schedule, sigma_at
 from localctl.control.methods import wrapped
 from localctl.denoisers import denoiser_of
-from localctl.diffusion import decode, encode, x0_from_eps, x0_from_v
+from localctl.diffusion import FLOW, decode, encode, x0_from_eps, x0_from_flow, x0_from_v
 from localctl.seeding import numpy_rng
 
 _SMALL_VAE = 5_000_000  # weights; decoding takes about as long as a sampling step of the embedded base
@@ -76,6 +76,8 @@ def each_step(pipe: DiffusionPipeline, on_step: OnStep | None) -> Iterator[Calla
 
 def _clean(output: Tensor, sample: Tensor, sigma: float, scheduler: Any, prediction_type: str) -> Tensor:
     """Return the predicted z0' of a step; ``sample`` has the scale of the scheduler."""
+    if prediction_type == FLOW:
+        return x0_from_flow(sample, output, torch.tensor(sigma / (1 + sigma)))
     abar = torch.tensor(1 / (1 + sigma**2))
     if float(scheduler.init_noise_sigma) != 1:  # x = z / sqrt(abar)
         sample = sample * math.sqrt(float(abar))

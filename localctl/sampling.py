@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -37,7 +38,7 @@ _WAYS_OUT = {
     "generator": "; give seeds=, one number for each image.",
     "num_images_per_prompt": "; give seeds=, one number for each image.",
 }
-_PER_LAYOUT = ("negative_prompt", "prompt_2", "negative_prompt_2")
+_PER_LAYOUT = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def generate(
     for any batch size, other images, device and dtype (up to rounding to that dtype).
 
     Args:
-        pipe: a stock text-to-image pipeline, Stable Diffusion 1.x, 2.x or XL.
+        pipe: a stock text-to-image pipeline of a base that :mod:`localctl.denoisers` knows.
         layout: a layout, a prompt, or a list of either; all of one size.
         controls: as for :func:`attach`.
         seeds: one seed or several; default 0.
@@ -80,7 +81,7 @@ def generate(
         on_step: called with a :class:`~localctl.previews.SamplingStep` after every step of every batch; an error that
             it raises ends the sampling there.
         pipeline_arguments: settings of :class:`Sampling`, and other arguments of ``pipe``. ``negative_prompt``,
-            ``prompt_2`` and ``negative_prompt_2`` may be one text, or a list with one text per layout.
+            ``prompt_2``, ``negative_prompt_2`` and so on may be one text, or a list with one text per layout.
 
     Raises:
         ValueError: a reserved argument, several sizes, NaN in an image, or as for :class:`Sampling`, :func:`attach`.
@@ -90,14 +91,16 @@ def generate(
     images = _pairs(len(layouts), resolved.seeds, paired)
     size = image_size(pipe, layouts, pipeline_arguments, init)
     init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
-    texts, start = _texts(layouts, pipeline_arguments), _start(pipe, size, init)
+    texts = _texts(layouts, pipeline_arguments)
     generated: list[Any] = []
-    arguments, convert = _as_numbers(pipe, {**resolved.arguments(), **pipeline_arguments})
+    own = denoiser_of(pipe).own_arguments if init is None else {}
+    arguments, convert = _as_numbers(pipe, {**own, **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,
         attach(caller, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
+        start = _start(caller, size, init)
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
             indices, own_seeds = [index for index, _ in batch], [seed for _, seed in batch]
@@ -136,7 +139,10 @@ def _start(
 ) -> Callable[[int, Sequence[int]], dict[str, Any]]:
     """Return a function of a batch, by the index of its first image and its seeds: the arguments by which it starts."""
     if init is not None:
-        return lambda first, seeds: init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
+        # Some pipelines would take the base's own size.
+        sized = init.mask is None and "height" in inspect.signature(type(pipe).__call__).parameters
+        own = {"height": size[0], "width": size[1]} if sized else {}
+        return lambda first, seeds: own | init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
 
     def from_noise(first: int, seeds: Sequence[int]) -> dict[str, Any]:

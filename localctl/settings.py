@@ -11,7 +11,7 @@ from pydantic import Field
 
 from localctl.records import NotNegative, Positive, Rate, Share, record
 
-AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
+AdapterType = Literal["full_adapter", "full_adapter_xl", "light_adapter", "token_adapter"]
 ConditionKind = Literal[
     "canny", "sobel", "palette", "depth", "normals", "segmentation", "pose", "hed", "lineart", "column"
 ]

@@ -16,15 +16,23 @@ Span = tuple[int, int]  # [first, last) characters
 
 
 def token_positions(
-    tokenizer: Any, layout: Layout, convert: Callable[[str], str] | None = None, weighted: bool = False
+    tokenizer: Any,
+    layout: Layout,
+    convert: Callable[[str], str] | None = None,
+    weighted: bool = False,
+    *,
+    stripped: bool = False,
+    limit: int | None = None,
 ) -> list[tuple[int, ...]]:
     """Return for each region the positions of its phrase in the text encoder's output; () for one without words.
 
     Args:
-        tokenizer: a fast tokenizer (one with character offsets); its ``model_max_length`` is the limit.
-        layout: its prompt is tokenised as a whole, with the start token at position 0.
+        tokenizer: a fast tokenizer (one with character offsets).
+        layout: its prompt is tokenised as a whole, with the tokenizer's start token, if any, at position 0.
         convert: the pipeline's conversion of a prompt before it is tokenised, if any.
         weighted: the pipeline reads weights and prompts of any length.
+        stripped: the pipeline removes blanks around the prompt.
+        limit: how many tokens are read, with the end token; None: the tokenizer's ``model_max_length``.
 
     Raises:
         ValueError: more regions than tokens; a phrase beyond the limit, which the text encoder does not read; two
@@ -37,6 +45,8 @@ def token_positions(
     prompt, parts = read.text, read.spans
     if convert is not None:
         prompt, spans, parts = _converted(layout, read, spans, convert)
+    if stripped:
+        prompt, spans, parts = _stripped(prompt, spans)
     offsets = _offsets(tokenizer, prompt, parts)
     tokenised = " | ".join(prompt[first:last] for first, last in offsets if last > first)
     count = sum(last > first for first, last in offsets)
@@ -45,7 +55,7 @@ def token_positions(
         raise ValueError(
             f"There are {len(with_phrase)} regions with phrases for {count} tokens ({tokenised}); give fewer regions."
         )
-    limit = tokenizer.model_max_length - 1  # the end token takes the last position
+    limit = (limit or tokenizer.model_max_length) - 1  # the end token takes the last position
     places: Sequence[int] = range(len(offsets))
     if weighted and len(offsets) > limit + 1 and has_compel():
         places, limit = [0, *token_places(tokenizer, [prompt[first:last] for first, last in parts])], len(offsets)
@@ -118,6 +128,13 @@ def _converted(
         places[edge] = places[before] + len(part)
     moved = [None if span is None else (places[span[0]], places[span[1]]) for span in spans]
     return whole, moved, [(places[first], places[last]) for first, last in stretches]
+
+
+def _stripped(prompt: str, spans: list[Span | None]) -> tuple[str, list[Span | None], list[Span]]:
+    """Return a prompt of one part without the blanks around it, and ``spans`` moved alike."""
+    less = len(prompt) - len(prompt.lstrip())
+    moved = [None if span is None else (max(span[0] - less, 0), span[1] - less) for span in spans]
+    return prompt.strip(), moved, [(0, len(prompt.strip()))]
 
 
 def _within(offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
 
-from localctl.control.base import CallContext, Control
-from localctl.control.compatible import MaskCheck, check_gradients, check_no_skipping
-from localctl.control.compiled import MORE_GRAPHS, is_compiled
-from localctl.control.latents import (
-    Schedule,
-    SchedulerShift,
-    Visits,
-    check_shiftable,
-    outer_step,
-    sigma_at,
-    steps_of_call,
-)
+from localctl.control.attachment import Attachment as Attachment
+from localctl.control.base import Control
+from localctl.control.compiled import MORE_GRAPHS
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
-from localctl.control.own_guidance import OwnGuidance, residuals_of
-from localctl.control.wrapping import InnerForward, Installation
-from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser, DenoiserInputs
+from localctl.denoisers import SUPPORTED, denoiser_of
+from localctl.denoisers.base import Denoiser
 from localctl.layout import Layout, as_layouts
+from localctl.prompt_syntax import read_weights
 from localctl.prompt_weights import weighted_prompts
 from localctl.sizes import shown
 
@@ -51,14 +36,15 @@ def attach(
     as if nothing were attached. Nested ``attach`` on one pipeline adds up.
 
     Args:
-        pipe: a Stable Diffusion 1.x, 2.x or XL pipeline (anything with ``unet``, ``scheduler`` and ``encode_prompt``).
+        pipe: a pipeline of Stable Diffusion 1.x, 2.x or XL (anything with ``unet``, ``scheduler`` and
+            ``encode_prompt``), or of a transformer that :mod:`localctl.denoisers` knows.
         layout: a layout, a prompt, or a list of either. ``pipe`` must then be called with exactly the prompts of the
             layouts, in their order (or, for one layout, its prompt any number of times). Prompt embeddings passed in
             place of prompts are not checked.
         controls: one control or several; their contributions to the denoiser are summed.
         prompt_weighting: whether weights such as ``(word:1.3)`` act and prompts of any length are used
             (:func:`localctl.prompt_weights.weighted_prompts`). False: marks are text, long prompts are cut. None: as
-            for an outer ``attach``, else True.
+            for an outer ``attach``, else True; transformers know no weights.
 
     Raises:
         ValueError: at once, if the controls do not fit the layouts, an object is not a control, another thread has
@@ -67,22 +53,39 @@ def attach(
             prompt or size differ from the layout's, a condition does not fit the image or the denoiser, or the call
             comes from another thread.
     """
-    denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
     missing = [name for name in ("scheduler", "encode_prompt") if getattr(pipe, name, None) is None]
     if missing:
-        raise ValueError(
-            f"{type(pipe).__name__} has no {missing[0]}; attach to a Stable Diffusion 1.x, 2.x or XL pipeline."
-        )
+        raise ValueError(f"{type(pipe).__name__} has no {missing[0]}; attach to a pipeline of {SUPPORTED}.")
     controls = list(controls) if isinstance(controls, Iterable) else [controls]
     for control in controls:
         if not isinstance(control, Control):
             way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
             raise ValueError(f"{control!r} is not a control; {way_out}.")
     with (
-        weighted_prompts(pipe, prompt_weighting),
+        weighted_prompts(pipe, _weighting(pipe, denoiser, prompt_weighting, as_layouts(layout))),
         _attached(Attachment(pipe, as_layouts(layout), controls)) as attachment,
     ):
         yield attachment
+
+
+def _weighting(
+    pipe: DiffusionPipeline, denoiser: Denoiser, wanted: bool | None, layouts: Sequence[Layout]
+) -> bool | None:
+    """Return whether weights in prompts are to be read, None for as an outer ``attach`` does.
+
+    ValueError for weights that the base cannot encode.
+    """
+    if denoiser.weighs_prompts or hasattr(pipe.encode_prompt, "reads_weights"):
+        return wanted
+    weighted = next((layout.prompt for layout in layouts if read_weights(layout.prompt).is_weighted), None)
+    if wanted or (wanted is None and weighted is not None):
+        subject = "prompt_weighting=True" if weighted is None else f"The prompt {shown(weighted)} has weights, which"
+        raise ValueError(
+            f"{subject} acts on Stable Diffusion 1.x, 2.x and XL only, not on a {denoiser.name}; give "
+            "prompt_weighting=False to read marks as text."
+        )
+    return False
 
 
 @contextmanager
@@ -106,6 +109,7 @@ def _attached(attachment: Attachment) -> Iterator[Attachment]:
             wrapped(pipe, "progress_bar", before=attachment.begin_steps),  # called right before the first step
             # Every pipeline calls this last, on success; after an error the next call starts afresh.
             wrapped(pipe, "maybe_free_model_hooks", before=attachment.end_call),
+            attachment.denoiser.watched(),
             uncompiled(module),
             MORE_GRAPHS.used(),
         ):
@@ -123,223 +127,4 @@ def _check_thread(denoiser: Denoiser) -> None:
         raise ValueError(
             f"Another thread has attached controls to this {denoiser.name}; wait until it has finished, or load a "
             "pipeline per thread."
-        )
-
-
-class Attachment:
-    """The controls on one pipeline, while they are attached."""
-
-    def __init__(self, pipe: DiffusionPipeline, layouts: Sequence[Layout], controls: Sequence[Control]) -> None:
-        self.pipe, self.denoiser = pipe, denoiser_of(pipe)
-        self.layouts = tuple(layouts)
-        self.bound = [control.bind(pipe, self.layouts) for control in controls]
-        self._names = [type(control).__name__ for control in controls]
-        self._movers = [control for control in self.bound if control.moves_latents]
-        self.guidance = OwnGuidance(pipe, self.denoiser, self.bound)
-        self._check_pipe()
-        self.thread = threading.get_ident()
-        self._installation = Installation(MaskCheck(self.denoiser))
-        self._scheduler_shift = SchedulerShift()
-        self._schedule = Schedule()
-        self._layers: dict[tuple[int, int], list[tuple[AttentionLayer, Attention]]] = {}
-        self._visits: Visits = (None, None)  # of the running call
-        self._steps: tuple[int, int] | None = None  # of the running call: its first outer step, and their number
-        self._dtype: torch.dtype | None = None  # of the running call; slow to find, the denoiser looks at all layers
-        self._compiled = False
-        self._selected: tuple[int, ...] | None = None
-        self._layout_of_image: tuple[int, ...] | None = None  # of the running call; None between calls
-
-    def select(self, indices: Sequence[int] | None) -> None:
-        """Set which layouts the next calls generate, one index per prompt; None = all of them, in order."""
-        assert indices is None or all(0 <= index < len(self.layouts) for index in indices)
-        self._selected = None if indices is None else tuple(indices)
-
-    def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        """Find the layout of each image from the arguments of ``encode_prompt``, which a pipeline calls first."""
-        self._layout_of_image = self._steps = self._dtype = None
-        self._visits = (None, None)
-        if threading.get_ident() != self.thread:
-            raise ValueError(
-                "The pipeline was called from another thread than the one that attached to it; use one thread for both."
-            )
-        self.restore()  # an error in the previous call may have left wrappers behind
-        self._check_pipe()
-        self._compiled = is_compiled(self.denoiser.module)
-        prompt = arguments["prompt"]
-        if prompt is None:  # then there are prompt embeddings; the pipeline has checked that
-            chosen = self._chosen(len(arguments["prompt_embeds"]))
-            prompts = [self.layouts[index].prompt for index in chosen]
-        else:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            chosen = self._chosen(len(prompts))
-        for given, index in zip(prompts, chosen, strict=True):
-            if given != self.layouts[index].prompt:
-                raise ValueError(
-                    f"The pipeline was called with the prompt {given!r} but the attached layout has the prompt "
-                    f"{self.layouts[index].prompt!r}; call it with layout.prompt."
-                )
-        other = arguments.get("prompt_2")  # of SDXL, for its second text encoder
-        if other not in (None, prompt) and any(hasattr(control, "regions") for control in self.bound):
-            raise ValueError(
-                f"Phrases are found in the layout's prompt, but the second text encoder would read {shown(other)}; "
-                "leave prompt_2 out."
-            )
-        copies = arguments.get("num_images_per_prompt") or 1
-        for control in self.bound:
-            control.begin_call(arguments)
-        self._layout_of_image = tuple(index for index in chosen for _ in range(copies))  # as repeat_interleave
-
-    def begin_steps(self, arguments: Mapping[str, Any]) -> None:
-        """Note how many timesteps this call visits: image-to-image skips the first ones, ``denoising_end`` the last."""
-        self._visits = getattr(self.pipe, "_num_timesteps", None), arguments.get("total")
-
-    def end_call(self, arguments: Mapping[str, Any]) -> None:
-        """End a call of the pipeline: calls of the denoiser are not steered until the next one begins."""
-        self._layout_of_image = None
-
-    def restore(self) -> None:
-        """Remove the wrappers that an interrupted call of the denoiser or the scheduler may have left behind."""
-        self._scheduler_shift.undo()
-        self._installation.undo()
-        self.guidance.applied(None)
-
-    def _check_pipe(self) -> None:
-        """Raise a ValueError if something in the pipeline would keep the controls from acting.
-
-        Checked at each call, because it may have been added after ``attach``.
-        """
-        if self._movers:
-            check_shiftable(self.pipe.scheduler)
-        if self.bound:
-            check_no_skipping(self.denoiser)
-        for name, control in zip(self._names, self.bound, strict=True):
-            if control.takes_gradients:
-                check_gradients(self.denoiser, name)
-
-    def _chosen(self, prompts: int) -> tuple[int, ...]:
-        """Return the index of the layout of each of the prompts."""
-        if self._selected is not None and len(self._selected) == prompts:
-            return self._selected
-        if self._selected is None and prompts == len(self.layouts):
-            return tuple(range(prompts))
-        if self._selected is None and len(self.layouts) == 1:
-            return (0,) * prompts
-        expected = len(self.layouts if self._selected is None else self._selected)
-        raise ValueError(
-            f"The pipeline was called with {prompts} prompts for {expected} layouts; give one prompt per layout."
-        )
-
-    def before_denoiser(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Apply the controls to the arguments of this call and steer its attention; a forward pre-hook."""
-        if self._layout_of_image is None:
-            return None
-        if threading.get_ident() != self.thread:
-            raise ValueError(
-                f"Another thread uses this {self.denoiser.name} while it is steered; load a pipeline per thread."
-            )
-        inputs = self.denoiser.read(args, kwargs)
-        context = self._context(inputs, self._layout_of_image)
-        arguments = self._add_residuals(context, inputs, (args, kwargs))
-        arguments = self._add_images(context, inputs, arguments)
-        arguments = unguided = self._replace_text(context, inputs.text, arguments)
-        residuals = residuals_of(self.guidance.controls, context)
-        arguments = self.denoiser.write(arguments, residuals=residuals)
-        arguments = self._shift_latents(context, inputs.latents, arguments)
-        if residuals is not None:
-            own = self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents)
-            self.guidance.run(context, InnerForward(self.denoiser, self._layers_of(context), self.bound, context, own))
-        # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
-        self._installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
-        self._steer_attention(context)
-        return arguments
-
-    def after_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Restore the processors, and apply the controls' own guidance; a forward hook, called after errors as well."""
-        self._installation.undo()
-        return self.guidance.applied(output)
-
-    def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
-        """Add the controls' residuals to those already among the arguments, but for those with their own guidance."""
-        arguments = self.denoiser.write(arguments, residuals=residuals_of(self.guidance.others, context))
-        for control in self.bound:
-            arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
-        return arguments
-
-    def _add_images(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
-        """Add the images of an IP-Adapter, of one control at most."""
-        given = [images for control in self.bound if (images := control.image_embeds(context)) is not None]
-        if len(given) + ("image_embeds" in inputs.added) > 1:
-            raise ValueError(
-                "The images of an IP-Adapter are given twice; put all of them into one IPAdapterControl, and leave "
-                "ip_adapter_image out of the call."
-            )
-        return self.denoiser.write(arguments, images=given[0]) if given else arguments
-
-    def _replace_text(self, context: CallContext, text: Tensor, arguments: Arguments) -> Arguments:
-        for control in self.bound:
-            replaced = control.text(context, text)
-            text = text if replaced is None else replaced
-        return self.denoiser.write(arguments, text=text)
-
-    def _shift_latents(self, context: CallContext, given: Tensor, arguments: Arguments) -> Arguments:
-        """Shift the ``given`` latents (R, c, h, w): here for the denoiser, and in the scheduler's next step."""
-        if not self._movers:
-            return arguments
-        latents = given[context.guided_rows].float()
-        run = InnerForward(self.denoiser, self._layers_of(context), self.bound, context, arguments)
-        moved = latents
-        for control in self._movers:
-            shift = control.shift_latents(context, moved, run)
-            moved = moved if shift is None else moved + shift
-        if moved is latents:
-            return arguments
-        total = moved - latents
-        self._scheduler_shift.add(self.pipe.scheduler, total, context.sigma)
-        total = total.repeat(len(context.conditional) // total.shape[0], 1, 1, 1).to(given)  # both halves of guidance
-        return self.denoiser.write(arguments, latents=given + total)
-
-    def _layers_of(self, context: CallContext) -> list[tuple[AttentionLayer, Attention]]:
-        if context.latent_size not in self._layers:
-            self._layers = {context.latent_size: self.denoiser.attention_layers(context.latent_size)}
-        return self._layers[context.latent_size]
-
-    def _steer_attention(self, context: CallContext) -> None:
-        for layer, attn in self._layers_of(context):
-            for control in self.bound:
-                if control.attends(context, layer):
-                    self._installation.add(attn, layer, control, context)
-        if self._compiled:
-            self._installation.complete(self._layers_of(context))
-
-    def _context(self, inputs: DenoiserInputs, layout_of_image: tuple[int, ...]) -> CallContext:
-        images = len(layout_of_image)
-        conditional = self.denoiser.conditional(inputs.sample.shape[0], images)
-        scheduler = self.pipe.scheduler
-        times = self._schedule.times(scheduler)
-        time = self._schedule.time(scheduler, inputs.timestep)
-        step, _ = outer_step(scheduler, time, times)
-        if self._steps is None:
-            self._steps = steps_of_call(scheduler, time, self._visits, times)
-        first, num_steps = self._steps
-        dtype = self._dtype = self.denoiser.module.dtype if self._dtype is None else self._dtype
-        height, width = inputs.latents.shape[-2:]
-        factor = self.pipe.vae_scale_factor
-        image_size = (height * factor, width * factor)
-        for layout in self.layouts:
-            if layout.size not in (None, image_size):
-                raise ValueError(
-                    f"The pipeline generates {image_size[1]}x{image_size[0]} pixels but the layout is "
-                    f"{layout.width}x{layout.height}; pass height and width of the layout."
-                )
-        return CallContext(
-            step=step - first,
-            num_steps=num_steps,
-            timestep=time,
-            layout_of_row=layout_of_image * (len(conditional) // images),
-            conditional=conditional,
-            latent_size=(height, width),
-            image_size=image_size,
-            device=inputs.sample.device,
-            dtype=dtype,
-            sigma=functools.partial(sigma_at, scheduler, time, times),
         )

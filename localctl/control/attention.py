@@ -53,6 +53,21 @@ class Scores:
     def keys(self) -> int:
         return self.source.shape[1]
 
+    @property
+    def batch(self) -> int:
+        """The number R of all rows."""
+        return self.hidden_states.shape[0]
+
+    @property
+    def number(self) -> int:
+        """The number H of heads."""
+        return self.attn.heads
+
+    @property
+    def scale(self) -> float:
+        """The factor of q k^T."""
+        return self.attn.scale
+
     @cached_property
     def query(self) -> Tensor:
         """The projected queries (n, H, Q, d) of the rows that carry the prompt."""
@@ -73,7 +88,7 @@ class Scores:
 
     @cached_property
     def _guided(self) -> tuple[Tensor, Tensor]:
-        return self.query, self.key.float().transpose(-1, -2) * self.attn.scale
+        return self.query, self.key.float().transpose(-1, -2) * self.scale
 
     def block(self, queries: slice) -> Tensor:
         """Return the scores (n, H, q, K) float32 of these queries in the rows that carry the prompt.
@@ -84,18 +99,44 @@ class Scores:
         return query[:, :, queries].float() @ key
 
     @cached_property
+    def hidden(self) -> Tensor | None:
+        """Which keys are padding that the denoiser's own mask hides, (R, K) bool; None if there is no such key."""
+        if self.mask is None or self.mask.shape[1] != 1:
+            return None
+        rows = self.mask.reshape(self.batch, -1, self.mask.shape[-1])[:, 0] <= _HIDDEN
+        return rows if bool(rows.any()) else None
+
+    def probabilities(self, queries: slice, bias: Tensor | None) -> Tensor:
+        """Return the attention (n, H, q, K) float32 of these queries to the keys, under the denoiser's own mask and
+        ``bias``."""
+        block = self.block(queries)
+        if self.mask is not None:
+            mask = self.mask.reshape(self.batch, -1, *self.mask.shape[-2:])[self.guided].float()
+            block = block + (mask if mask.shape[2] == 1 else mask[:, :, queries])
+        return (block if bias is None else block + bias).softmax(dim=-1)
+
+    @cached_property
     def std(self) -> Tensor:
         """The unbiased standard deviation (n,) of each prompt row's unmasked scores, over heads and entries."""
-        return self.attn.scale * _std((self.query.float() @ self.key.float().mT).flatten(1))
+        if self.hidden is not None:
+            rows = zip(self.query.float(), self.key.float(), self.hidden[self.guided], strict=True)
+            return self.scale * torch.cat([_std((q @ k[:, ~off].mT).flatten()[None]) for q, k, off in rows])
+        return self.scale * _std((self.query.float() @ self.key.float().mT).flatten(1))
 
     @cached_property
     def global_std(self) -> Tensor:
         """One standard deviation () over all rows, heads and entries, as published; of the masked scores if masked."""
         query, key = self._query(slice(None)), self._key(slice(None))
-        scores = query.float() @ (key.float() * self.attn.scale).mT  # (R,H,Q,K)
+        scores = query.float() @ (key.float() * self.scale).mT  # (R,H,Q,K)
+        if self.hidden is not None:  # padding is no part of the prompts
+            return _std(scores[~self.hidden[:, None, None].expand_as(scores)][None])[0]
         if self.mask is not None:
             scores = scores + self.mask.float().reshape(self.mask.shape[0], -1, *self.mask.shape[-2:])
         return _std(scores.flatten()[None])[0]
+
+
+HIDE = -1e4  # the bias by which diffusers hides keys
+_HIDDEN = -1e3  # at most this: hidden
 
 
 def _std(values: Tensor) -> Tensor:

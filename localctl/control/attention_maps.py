@@ -173,7 +173,7 @@ class _BoundMaps(BoundControl):
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
         chosen = layer.cross and (self.layers is None or layer.name in self.layers)
-        return chosen and context.within(self.control.start, self.control.end)
+        return chosen and bool(context.guided_layouts) and context.within(self.control.start, self.control.end)
 
     @torch.no_grad()
     def read_attention(
@@ -185,8 +185,7 @@ class _BoundMaps(BoundControl):
         if record is None:
             record = self._record = _Record(context.guided_layouts, context.latent_size)
             self.control.recorder.records.append(record)
-        block = scores.block(queries)  # (n,H,q,K)
-        probabilities = (block if bias is None else block + bias).softmax(dim=-1).mean(dim=1)  # (n,q,K)
+        probabilities = scores.probabilities(queries, bias).mean(dim=1)  # (n,q,K)
         maps = words @ probabilities.transpose(1, 2)  # (n,r,q)
         if layer.size not in record.sums:
             record.sums[layer.size] = maps.new_zeros(*maps.shape[:2], layer.cells)

@@ -49,8 +49,9 @@ class CallContext:
     step, num_steps: the outer sampling step, 0 <= step < num_steps, counted over the steps of this call of the pipeline
         (fewer than the schedule has with image-to-image or ``denoising_end``). Second-order schedulers call the
         denoiser twice in one step.
-    timestep: the timestep passed to the denoiser. sigma: its noise level, sqrt((1 - abar) / abar), finite and above 0;
-        may be set to a function, which is called when a control first reads it.
+    timestep: the timestep passed to the denoiser. sigma: its noise level relative to the image, sqrt((1 - abar) /
+        abar), or s / (1 - s) with flow matching; finite and above 0. May be set to a function, which is called when a
+        control first reads it. flow: whether the base is one of flow matching.
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
@@ -67,11 +68,12 @@ class CallContext:
     device: torch.device
     dtype: torch.dtype
     sigma: _LazyNumber = _LazyNumber()
+    flow: bool = False
 
     @property
     def guided_rows(self) -> slice:
-        """The rows of the batch that carry the prompt; pipelines put them last."""
-        first = self.conditional.index(True)
+        """The rows of the batch that carry the prompt; pipelines put them last. Empty in a call without such rows."""
+        first = self.conditional.index(True) if any(self.conditional) else len(self.conditional)
         assert all(self.conditional[first:])
         return slice(first, len(self.conditional))
 
@@ -79,6 +81,11 @@ class CallContext:
     def guided_layouts(self) -> tuple[int, ...]:
         """For each row that carries the prompt, the index of its layout."""
         return self.layout_of_row[self.guided_rows]
+
+    @property
+    def growth(self) -> float:
+        """(x / z)^2, with z the denoiser's input and x = z0 + sigma eps, the same with the image at full strength."""
+        return (1 + float(self.sigma)) ** 2 if self.flow else 1 + float(self.sigma) ** 2
 
     def within(self, start: float, end: float) -> bool:
         """Return whether this step lies in [start, end), fractions of all outer steps.
@@ -140,6 +147,7 @@ class Mixture:
         texts: (pairs, K, C); the same tensor as long as the texts are the same. rows, bases: (pairs,), int64. share:
             (pairs, Q, 1).
         parts: all pairs, with the cells where the share may differ from 0.
+        mask: (pairs, 1, K), a bias that hides what shorter texts are filled up with; None for texts of one length.
     """
 
     texts: Tensor
@@ -147,6 +155,7 @@ class Mixture:
     bases: Tensor
     share: Tensor
     parts: tuple[Part, ...]
+    mask: Tensor | None = None
 
 
 class RunDenoiser(Protocol):
@@ -194,13 +203,16 @@ class BoundControl:
         """Return a shift (n, c, h, w) float32 of the noisy latents before this step, one row per image; or None.
 
         A hook on the latents, for controls with ``moves_latents`` set. ``latents`` are the denoiser's input (the c
-        latent channels only), z = sqrt(abar) z0 + sqrt(1 - abar) eps, whatever the scheduler's own scale; the shift
-        has the same scale.
+        latent channels only), z = sqrt(abar) z0 + sqrt(1 - abar) eps, whatever the scheduler's own scale, or z = (1 -
+        s) z0 + s eps with flow matching; the shift has the same scale.
         """
         return None
 
-    def down_residuals(self, context: CallContext) -> list[Tensor] | None:
+    def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
         """Return residuals to add within the down blocks: tensors (R, c, h, w), one per block, finest first; or None.
+
+        For a transformer, after its blocks, in the order they run, and to the tokens of the image. None within the list
+        leaves a block as it is.
 
         A hook on the denoiser's inputs. The denoiser may write to these tensors: return new ones at each call.
         """
@@ -262,6 +274,11 @@ class BoundControl:
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
     ) -> None:
         """Read the scores of these queries and the sum of all controls' biases; change neither."""
+
+    def token_bias(self, context: CallContext, layer: AttentionLayer, keys: int) -> Tensor | None:
+        """Return a bias (n, 1, K, K) on the scores of the text's tokens among each other, for the rows that carry the
+        prompt; or None. Called at joint attention only, where ``attends`` returned True for the half of the text."""
+        return None
 
     def mixture(self, context: CallContext, layer: AttentionLayer) -> Mixture | None:
         """Return other texts to mix into the layer's output; or None. Called at cross-attention only."""

@@ -13,7 +13,7 @@ from diffusers import T2IAdapter
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 
-from localctl.adapter import SHAPE, check_level_weights
+from localctl.adapter import SHAPE, TOKENS, LocalAdapter, check_level_weights
 from localctl.adapter_files import SavedAdapter
 from localctl.architectures import BaseShape
 from localctl.control.attention import Scores
@@ -170,16 +170,20 @@ def uses_mask(attn: Attention, scores: Scores, bias: Tensor, output: Tensor) -> 
     None if the effect is too small to tell. Attention is computed again for a few queries of one row, with and without
     the bias as mask, by diffusers' plainest processor.
     """
-    if scores.mask is not None:
+    if scores.mask is not None and scores.mask.shape[1] != 1:
         return None
     row = scores.guided.start
+    given = None if scores.mask is None else scores.mask[row : row + 1]  # (1,1,K), of padding
     own = bias[0]  # (1 or H,Q,K)
     spread = (own.amax(dim=-1) - own.amin(dim=-1)).amax(dim=0)  # (Q,)
     queries = spread.topk(min(8, len(spread))).indices
     hidden, source = scores.hidden_states[row, queries][None], scores.source[row : row + 1]
     own = own[:, queries].to(torch.float32 if attn.upcast_attention else hidden.dtype)
     plain = AttnProcessor()
-    without = plain(attn, hidden, source).float()
+    if given is not None:
+        given = given.to(own.dtype).expand(-1, own.shape[1], -1)
+        own = own + given
+    without = plain(attn, hidden, source, given).float()
     away = (plain(attn, hidden, source, own).float() - without).abs().max()
     if not bool(away > 64 * torch.finfo(output.dtype).eps * without.abs().max()):
         return None
@@ -199,7 +203,9 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     # RuntimeError: levels that do not fit each other, as full_adapter_xl widens on its second and third only. The other
     # errors: configs written by hand.
     with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
-        features = T2IAdapter(**known)(torch.zeros(1, known.get("in_channels", 3), side, side))
+        mask = int(known.get("adapter_type") == TOKENS)  # one more channel
+        kind: Any = LocalAdapter if mask else T2IAdapter
+        features = kind(**known)(torch.zeros(1, known.get("in_channels", 3) + mask, side, side))
         made = [tuple(feature.shape[1:]) for feature in features]
     denoiser = bare_denoiser(shape.build("unet"))
     taken = denoiser.residual_shapes(latent_size(side, side, factor))

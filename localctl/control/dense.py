@@ -135,11 +135,11 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
 
     def max_queries(self, layer: AttentionLayer, scores: Scores) -> int:
         # Four float32 tensors of this size at once: scores, their target, the mask of all rows, the processor's own.
-        return self._queries(layer, scores, 4 * scores.hidden_states.shape[0])
+        return self._queries(layer, scores, 4 * scores.batch)
 
     def _queries(self, layer: AttentionLayer, scores: Scores, rows: int) -> int:
         """Return for how many queries float32 scores of so many rows stay within the memory limit."""
-        per_query = 4 * rows * scores.attn.heads * scores.keys
+        per_query = 4 * rows * scores.number * scores.keys
         return max(1, int(min(self.control.memory_limit * 2**20 / per_query, layer.cells)))
 
     def attention_factors(self, context: CallContext, layer: AttentionLayer, scores: Scores) -> Factors | None:
@@ -176,7 +176,7 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         """Return the least and the greatest score of each query, (n, H, Q, 1)."""
         count = self._queries(layer, scores, scores.rows)
         if scores.query.device.type == "cpu":  # blocks that stay in its cache
-            count = min(count, max(1, 2**19 // (scores.rows * scores.attn.heads * scores.keys)))
+            count = min(count, max(1, 2**19 // (scores.rows * scores.number * scores.keys)))
         found = []
         for first in range(0, layer.cells, count):
             found.append(_least_and_greatest(scores.block(slice(first, first + count))))
@@ -192,7 +192,8 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
             pairs, member = (self._table(context, layer, name) for name in ("pairs", "member"))
             signed = pairs[:, queries] @ member.mT
         block = scores.block(queries)  # (n,H,q,K)
-        low, high = _least_and_greatest(block)
+        hidden = None if scores.hidden is None else scores.hidden[scores.guided, None, None]
+        low, high = _least_and_greatest(block, hidden)
         target = torch.where(signed[:, None] > 0, high, low)
         return target.sub_(block).mul_((signed.abs() * self._amount(context, layer))[:, None])
 
@@ -241,8 +242,12 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         return found
 
 
-def _least_and_greatest(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least and the greatest score of each query, (n, H, q, 1)."""
+def _least_and_greatest(block: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest score of each query, (n, H, q, 1), over all keys but ``hidden`` (n,1,1,K)."""
+    if hidden is not None:
+        infinity = torch.finfo(block.dtype).max
+        low = block.masked_fill(hidden, infinity).amin(dim=-1, keepdim=True)
+        return low, block.masked_fill(hidden, -infinity).amax(dim=-1, keepdim=True)
     if block.device.type == "cpu":  # where aminmax takes about three times as long
         return block.amin(dim=-1, keepdim=True), block.amax(dim=-1, keepdim=True)
     low, high = block.aminmax(dim=-1, keepdim=True)

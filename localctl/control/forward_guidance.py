@@ -59,7 +59,7 @@ class ForwardGuidance(RegionControl):
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         self.check_strengths(layouts, self.strength)
         regions = BoundRegions(pipe, layouts, self.mask_resize)
-        names = regions.denoiser.choose_layers(("down", "mid", "up") if self.sites is None else self.sites)
+        names = regions.denoiser.choose_layers(self.sites or regions.denoiser.groups)
         return _BoundForward(self, regions, names)
 
 
@@ -69,7 +69,7 @@ class _BoundForward(BoundRegionControl[ForwardGuidance]):
         self.layers = frozenset(layers)
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        return layer.name in self.layers and bool(self._active(context))
+        return layer.cross and layer.name in self.layers and bool(self._active(context))
 
     def steers(self, layout: int, context: CallContext) -> bool:
         return any(self._strengths(layout, context))
@@ -84,7 +84,7 @@ class _BoundForward(BoundRegionControl[ForwardGuidance]):
         if maps is None:
             return None
         share, window = maps[:, None].unbind(dim=2)  # (n,1,Q,K)
-        probabilities = scores.block(slice(None)).softmax(dim=-1)  # (n,H,Q,K)
+        probabilities = scores.probabilities(slice(None), None)  # (n,H,Q,K)
         mass = probabilities.sum(dim=2, keepdim=True)  # (n,H,1,K)
         mixed = (1 - share) + share * window * mass / probabilities.clamp(min=torch.finfo(torch.float32).tiny)
         bias = mixed.clamp(min=_FLOOR).log()

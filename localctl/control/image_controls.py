@@ -128,7 +128,7 @@ class _BoundLocalAdapter(BoundControl):
                 "guidance there are none; set guidance_scale above 1, or leave unconditional_scale out."
             )
 
-    def down_residuals(self, context: CallContext) -> list[Tensor] | None:
+    def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
         if not context.within(self.control.start, self.control.end) or self.guidance_scale == 0:
             return None
         layouts = self._needed(context)
@@ -147,7 +147,7 @@ class _BoundLocalAdapter(BoundControl):
         if scale != 1 and negative:
             for feature in found:
                 feature[:negative] *= scale
-        return found
+        return self.denoiser.placed(found)
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
         """Return the layouts whose features this call needs."""

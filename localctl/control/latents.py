@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localctl.diffusion import is_flow
+
 # Used in place of abar = 0 (rescale_betas_zero_snr), as diffusers' schedulers with finite noise levels do; sigma is
 # then 4096.
 SIGNAL_FLOOR = 2**-24
 
 # The scale of the scheduler's latents: variance preserving, as for the denoiser, or exploding, x = z / sqrt(abar).
 _PRESERVING = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler")
+_FLOW = ("FlowMatchEulerDiscreteScheduler",)  # those of flow matching have the denoiser's scale
+_ROUNDED = 2**-7  # a timestep's error in bfloat16, as a share of all
 _EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler")
 
 Visits = tuple[int | None, int | None]  # see steps_of_call
@@ -54,7 +58,8 @@ class Schedule:
                 and 0 <= place < len(times)
             ):
                 return times[place]
-        return float(torch.as_tensor(timestep).flatten()[0])
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        return times[_position(scheduler, times, value)] if is_flow(scheduler) else value
 
 
 def _address(tensor: Tensor) -> int:
@@ -114,6 +119,8 @@ def _outer_step(scheduler: Any, times: list[float], position: int) -> tuple[int,
 def sigma_at(scheduler: Any, timestep: float, times: list[float] | None = None) -> float:
     """Return the noise level of ``timestep`` in variance-exploding coordinates: sigma = sqrt((1 - abar) / abar), > 0.
 
+    With flow matching, s / (1 - s), where 1 - s is at least the root of ``SIGNAL_FLOOR``.
+
     For schedulers that have their own noise levels (``sigmas``: Euler, DPM++, LMS, also with Karras' spacing) these are
     used; for others, ``alphas_cumprod`` at the timestep. Where no signal is left, abar is ``SIGNAL_FLOOR``. ``times``
     and ValueError as for :func:`outer_step`.
@@ -124,6 +131,8 @@ def sigma_at(scheduler: Any, timestep: float, times: list[float] | None = None) 
     # DPM2 stores the levels of its intermediate steps elsewhere; for it, alphas_cumprod at the timestep is used.
     if sigmas is not None and len(sigmas) > position and not hasattr(scheduler, "sigmas_interpol"):
         sigma = float(sigmas[position])
+        if is_flow(scheduler):
+            return sigma / max(1 - sigma, math.sqrt(SIGNAL_FLOOR))
         return sigma if math.isfinite(sigma) else math.exp(_log_level(0.0))
     last = len(scheduler.alphas_cumprod) - 1
     timestep = min(max(timestep, 0.0), float(last))
@@ -144,6 +153,11 @@ def _times(scheduler: Any) -> list[float]:
 def _position(scheduler: Any, times: list[float], timestep: float) -> int:
     """Return the index of ``timestep`` in the schedule's ``times``."""
     found = [position for position, time in enumerate(times) if time == timestep]
+    if not found and is_flow(scheduler):
+        # Its timesteps are no whole numbers, and pipelines round them to the denoiser's dtype.
+        place = _next_place(scheduler)
+        if place < len(times) and abs(times[place] - timestep) <= _ROUNDED * scheduler.config.num_train_timesteps:
+            return place
     if not found:
         raise ValueError(
             f"The denoiser was called at timestep {timestep}, which is not on the pipeline's schedule; call it at the "
@@ -155,6 +169,12 @@ def _position(scheduler: Any, times: list[float], timestep: float) -> int:
         if index is not None:
             return index if index in found else found[0]
     return found[0]
+
+
+def _next_place(scheduler: Any) -> int:
+    """Return the index of the timestep that the scheduler's next step is for."""
+    known = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
+    return next((int(index) for index in known if index is not None), 0)
 
 
 def check_shiftable(scheduler: Any) -> None:
@@ -170,7 +190,12 @@ def check_shiftable(scheduler: Any) -> None:
 
 def check_shiftable_kind(name: str) -> None:
     """Do the part of :func:`check_shiftable` that needs only the name of the scheduler's class."""
-    if name not in (*_PRESERVING, *_EXPLODING):
+    if "FlowMatch" in name and name not in _FLOW:
+        raise ValueError(
+            f"{name} would lose a control's shift of the latents between steps; use {_FLOW[0]}, the scheduler of the "
+            "flow-matching bases."
+        )
+    if name not in (*_PRESERVING, *_EXPLODING, *_FLOW):
         raise ValueError(
             f"{name} would lose a control's shift of the latents between steps; use DDIM, DDPM, PNDM, Euler, Euler "
             "ancestral, DPM++ 2M (DPMSolverMultistepScheduler) or LMS."
@@ -187,8 +212,14 @@ class SchedulerShift:
         self._scheduler: Any = None
         self._own: Any = None
 
+    @property
+    def pending(self) -> bool:
+        """Whether the scheduler's step with the last shift is still to come."""
+        return self._scheduler is not None
+
     def add(self, scheduler: Any, shift: Tensor, sigma: float) -> None:
-        """Wrap ``scheduler.step``. ``shift``: (n, c, h, w) in the denoiser's scale, z; ``sigma``: the noise level."""
+        """Wrap ``scheduler.step``. ``shift``: as the scheduler's latents, in the denoiser's scale, z; ``sigma``: the
+        noise level."""
         self.undo()
         exploding = type(scheduler).__name__ in _EXPLODING
         if exploding:

@@ -7,6 +7,8 @@ The method of arXiv 2304.03373. With A_uk the cross-attention of cell u to token
 and up to five times before each of the first steps, in variance-exploding coordinates x = z / sqrt(abar),
 
     x <- x - scale * sigma^2 * grad_x E,   which is   z <- z - scale * (1 - abar) * grad_z E.
+
+With flow matching, z = (1 - s) z0 + s eps and x = z / (1 - s), that is z <- z - scale * s^2 * grad_z E.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ class LayoutGuidance(RegionControl):
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps); by default
             the first 10 of 50. Each region's own window applies within it; its strength weights its part of the energy.
         sites: the layers whose attention gives the energy, by the part of the denoiser and how much coarser than the
-            latents they are: ``mid``, ``up/4``, ``down/2`` ...; None: the middle block and the first up block with
-            cross-attention. :mod:`localctl.control.presets` has the sites of the known bases.
+            latents they are: ``mid``, ``up/4``, ``down/2`` ...; of a transformer ``early``, ``middle``, ``late`` or the
+            number of a block. None: the middle block and the first up block with cross-attention; of a transformer the
+            middle third. :mod:`localctl.control.presets` has the sites of the known bases.
         mask_resize: how regions are resized to each layer's grid; ``floor`` is the published form for boxes, which
             moves them by up to a cell.
         early_exit: end each run of the denoiser after the last layer that is needed.
@@ -98,7 +101,7 @@ class BoundGuidance(BoundRegionControl[LayoutGuidance]):
         wanted = [row for row, layout in enumerate(context.guided_layouts) if any(self.weights(layout, context))]
         left = [row for row in wanted if row not in self._done]
         # x -= scale * sigma^2 * grad_x, in the coordinates of the denoiser's input
-        size = control.scale * context.sigma**2 / (1 + context.sigma**2)
+        size = control.scale * context.sigma**2 / context.growth
         moved, any_move = latents.clone(), False
         for _ in range(control.iterations):
             if not left:
@@ -162,7 +165,7 @@ class EnergyReader(BoundControl):
         self._energies: dict[str, Tensor] = {}
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        return layer.name in self.guidance.layers
+        return layer.cross and layer.name in self.guidance.layers
 
     def read_attention(
         self, context: CallContext, layer: AttentionLayer, scores: Scores, queries: slice, bias: Tensor | None
@@ -172,8 +175,7 @@ class EnergyReader(BoundControl):
         regions, keys = self.guidance.regions, scores.keys
         masks = regions.per_row(context, ("masks", layer.size), lambda layout: self._masks(layout, layer))  # (n,r,Q)
         assert masks is not None
-        block = scores.block(queries)
-        probabilities = (block if bias is None else block + bias).softmax(dim=-1)  # (n,H,q,K)
+        probabilities = scores.probabilities(queries, bias)  # (n,H,q,K)
         inside = masks[:, None, :, queries] @ probabilities  # (n,H,r,K)
         everywhere = probabilities.sum(dim=2, keepdim=True)  # (n,H,1,K)
         parts = self._parts.setdefault(layer.name, [])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from localctl.control.attention import HIDE
 from localctl.control.base import CallContext, Mixture, Part
 from localctl.control.regions import BoundRegions
 from localctl.denoisers.base import AttentionLayer
@@ -26,13 +27,15 @@ class Pair(NamedTuple):
 class _Plan:
     """All of a :class:`Mixture` that does not depend on weights, sorted by the number of cells.
 
-    order: (pairs,), the place of each sorted pair among the given ones. masks: (pairs, Q) float32. indices: for each
+    order: (pairs,), the place of each sorted pair among the given ones. texts, hidden: as in a :class:`Mixture`, with
+    ``hidden`` for its mask. masks: (pairs, Q) float32. indices: for each
     part its pairs; its cells within all rows, those of the bases, and those within ``masks``, (g * m,); and (g * m, 1),
     1 for the cells of a region, 0 for those that only fill the part up.
     """
 
     order: Tensor
     texts: Tensor
+    hidden: Tensor | None
     rows: Tensor
     bases: Tensor
     masks: Tensor
@@ -80,7 +83,7 @@ class TextMixer:
         parts = tuple(
             Part(chosen, into, bases, flat[cells, None] * filled) for chosen, into, bases, cells, filled in plan.indices
         )
-        mixture = Mixture(plan.texts, plan.rows, plan.bases, share[..., None], parts)
+        mixture = Mixture(plan.texts, plan.rows, plan.bases, share[..., None], parts, plan.hidden)
         self._mixtures[layer.size] = (key, weights, mixture)
         return mixture
 
@@ -102,8 +105,20 @@ class TextMixer:
             moved = [tensor.flatten().to(place) for tensor in found]
             indices.append((part, *moved, filled.flatten()[:, None].to(place)))
         rows, bases = (torch.tensor([one[column] for one in chosen], device=place) for column in (0, 1))
-        texts = torch.stack([self.texts[one.region] for one in chosen]).to(place, context.dtype)
-        return _Plan(order.to(place), texts, rows, bases, masks.to(place), tuple(indices))
+        texts, hidden = _stacked([self.texts[one.region].to(place, context.dtype) for one in chosen])
+        texts = self.regions.denoiser.text_in_layers(texts)
+        return _Plan(order.to(place), texts, hidden, rows, bases, masks.to(place), tuple(indices))
+
+
+def _stacked(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return texts (K, C) of any lengths as one tensor (n, K, C), and the mask that hides the ends of shorter ones."""
+    longest = max(map(len, texts))
+    if all(len(text) == longest for text in texts):
+        return torch.stack(list(texts)), None
+    mask = texts[0].new_zeros(len(texts), 1, longest)
+    for row, text in enumerate(texts):
+        mask[row, :, len(text) :] = HIDE
+    return torch.stack([torch.nn.functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts]), mask
 
 
 def _alike(counts: Sequence[int]) -> list[slice]:

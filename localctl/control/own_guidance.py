@@ -19,7 +19,7 @@ from torch import Tensor
 
 from localctl.control.base import BoundControl, CallContext
 from localctl.control.wrapping import InnerForward
-from localctl.denoisers.base import Denoiser, add_residuals
+from localctl.denoisers.base import Denoiser, Residuals, add_residuals
 
 
 class OwnGuidance:
@@ -52,6 +52,8 @@ class OwnGuidance:
         which needs no run. ValueError for a pipeline that has no guidance scale."""
         share = self.controls[0].guidance_scale
         assert share is not None
+        if not context.guided_layouts:
+            return
         if context.guided_rows.start:  # else without classifier-free guidance
             scale = getattr(self.pipe, "guidance_scale", None)
             if not scale:
@@ -64,19 +66,19 @@ class OwnGuidance:
             self._unguided = share, without.output()
 
     def applied(self, output: Any) -> Any:
-        """Return what replaces the ``output`` of the call; None: nothing, also after an error, without output."""
+        """Return the ``output`` of the call with this guidance; None after an error."""
         unguided, self._unguided = self._unguided, None
         if unguided is None or output is None:
-            return None
+            return output
         share, without = unguided
         found, first = output[0], len(output[0]) - len(without)
         mixed = torch.cat([found[:first], torch.lerp(without, found[first:], share)])
         return (mixed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=mixed)
 
 
-def residuals_of(controls: Sequence[BoundControl], context: CallContext) -> list[Tensor] | None:
+def residuals_of(controls: Sequence[BoundControl], context: CallContext) -> Residuals | None:
     """Return the sum of the controls' residuals; None without any."""
-    added: list[Tensor] | None = None
+    added: Residuals | None = None
     for control in controls:
         added = add_residuals(added, control.down_residuals(context))
     return added

@@ -46,6 +46,7 @@ class SteeredProcessor(nn.Module):
         self.inner = inner
         self.place = (attn, layer)  # in a tuple: not a submodule, since it contains this module
         self.users: list[User] = []
+        self.twins: Tensor | None = None  # of joint attention: the rows that further rows belong to, (P,) int64
         self.check: MaskCheck | None = None  # called after a masked call
         self._texts: tuple[Tensor, Tensor, Tensor] | None = None  # of the last mixture, and their keys and values
         own_keywords = _keywords(_function(inner)) - _keywords(SteeredProcessor.__call__)
@@ -57,6 +58,10 @@ class SteeredProcessor(nn.Module):
         self.is_compilable = not own_keywords and not isinstance(inner, nn.Module)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             self.handle, self.operator = handle_of(self), operator()
+
+    def users_at(self, layer: AttentionLayer) -> list[User]:
+        """Return the controls of this layer, or of a half of it; the list may be changed."""
+        return self.users
 
     def __call__(
         self,
@@ -135,7 +140,7 @@ class SteeredProcessor(nn.Module):
         whole = bias is not None and bias.shape[2] == layer.cells
         if whole and self.check is not None and self.check.is_due(self.inner):
             self.check(attn, self.inner, scores, bias, heads.output(core, scores.hidden_states))
-        by_hand = any(_has(user, "mix_attention") for user, _ in self.users)
+        by_hand = any(has_hook(user, "mix_attention") for user, _ in self.users)
         for user, context in self.users if layer.cross and not by_hand else ():
             mixture = user.mixture(context, layer)
             if mixture is not None:
@@ -145,9 +150,9 @@ class SteeredProcessor(nn.Module):
 
     def _factors(self, scores: Scores) -> tuple[BoundControl | None, Factors | None]:
         """Return the one control that modulates this layer by factors, and these; or None and None."""
-        givers = [(user, context) for user, context in self.users if _has(user, "attention_factors")]
+        givers = [(user, context) for user, context in self.users if has_hook(user, "attention_factors")]
         # Those that read attention get a bias for all pairs.
-        if self.place[1].cross or len(givers) != 1 or any(_has(user, "read_attention") for user, _ in self.users):
+        if self.place[1].cross or len(givers) != 1 or any(has_hook(user, "read_attention") for user, _ in self.users):
             return None, None
         user, context = givers[0]
         factors = user.attention_factors(context, self.place[1], scores)
@@ -182,16 +187,17 @@ class SteeredProcessor(nn.Module):
     def _mixed(self, attn: Attention, hidden_states: Tensor, source: Any, output: Tensor, **kwargs: Any) -> Tensor:
         """Return the output after the controls that mix in other texts."""
 
-        def attend(text: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+        def attend(text: Tensor, rows: Sequence[int] | Tensor, mask: Tensor | None = None) -> Tensor:
             chosen = rows if isinstance(rows, Tensor) else list(rows)
             context = (text, [part[chosen] for part in source[1]]) if isinstance(source, tuple) else text
-            return self.inner(attn, hidden_states[chosen], context, **_of_rows(kwargs, chosen, len(hidden_states)))
+            given = _of_rows(kwargs, chosen, len(hidden_states))
+            return self.inner(attn, hidden_states[chosen], context, mask, **given)
 
         layer = self.place[1]
         for user, context in self.users if layer.cross else ():
             mixture = user.mixture(context, layer)
             if mixture is not None:
-                local = attend(mixture.texts, mixture.rows)  # (pairs,Q,C)
+                local = attend(mixture.texts, mixture.rows, mixture.mask)  # (pairs,Q,C)
                 change = mixture.share.to(output.dtype) * (local - output[mixture.bases])
                 output = output.index_add(0, mixture.rows, change)
             mixed = user.mix_attention(context, layer, output, attend)
@@ -283,6 +289,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return (torch.cat(given, dim=2) if len(given) > 1 else given[0]) if given else None
 
 
-def _has(user: BoundControl, hook: str) -> bool:
+def has_hook(user: BoundControl, hook: str) -> bool:
     """Return whether a control has this hook, rather than the one of the base class, which does nothing."""
     return getattr(type(user), hook) is not getattr(BoundControl, hook)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localctl.cells import CELL_MODES
+from localctl.control.attention import HIDE
 from localctl.control.base import BoundControl, CallContext, Control, check_choice, check_window
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import AttentionLayer
@@ -220,12 +221,20 @@ class HiddenPhrases:
             filled = empty.repeat(missing // len(empty), 1)
             self._texts = {index: torch.cat([text, filled]) for index, text in self._texts.items()}
 
+    def _filled(self, hidden: Tensor, keys: int) -> Tensor:
+        """Return a text (K, C) whose padding is masked out in calls, with as many tokens as the call's, by repeating
+        its end token: the call's own mask then hides as many as before."""
+        missing = keys - len(hidden)
+        if missing <= 0 or self.regions.denoiser.weighs_prompts:
+            return hidden
+        return torch.cat([hidden, hidden[-1:].expand(missing, -1)])
+
     def _hide(self, context: CallContext, text: Tensor, hiding: tuple[bool, ...]) -> Tensor:
         changed = text.clone()
         for index, layout in enumerate(context.guided_layouts):
             if not hiding[index]:
                 continue
-            hidden = self._texts[layout].to(text)
+            hidden = self._filled(self._texts[layout].to(text), text.shape[1])
             others = torch.ones(min(text.shape[1], len(hidden)), dtype=torch.bool)
             for region in range(len(self.regions.layouts[layout].regions) if self.keep else 0):
                 others[self.regions.tokens(layout, region, len(others))] = False
@@ -254,6 +263,27 @@ class BoundRegionControl(BoundControl, Generic[Settings]):
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
         return None if self.hidden is None else self.hidden.replace(context, text, self._active(context))
+
+    def token_bias(self, context: CallContext, layer: AttentionLayer, keys: int) -> Tensor | None:
+        if self.hidden is None or not self.keep_phrases or not self._active(context):
+            return None
+        active = tuple(layout in self._active(context) for layout in context.guided_layouts)
+
+        def make(layout: int) -> Tensor | None:
+            return self.hidden_columns(layout, keys) if layout in self._active(context) else None
+
+        found = self.regions.per_row(context, ("hidden columns", keys, active), make)
+        return None if found is None else found[:, None]
+
+    def hidden_columns(self, layout: int, keys: int) -> Tensor:
+        """Return a bias (K, K) that hides each phrase from all tokens but its own."""
+        bias = torch.zeros(keys, keys)
+        for region in range(len(self.regions.layouts[layout].regions)):
+            own = self.regions.tokens(layout, region, keys)
+            others = torch.ones(keys, dtype=torch.bool)
+            others[own] = False
+            bias[others.nonzero(), torch.tensor(own, dtype=torch.int64)] = HIDE
+        return bias
 
     def within(self, context: CallContext) -> bool:
         """Return whether this step is in the control's window."""

@@ -77,7 +77,8 @@ def mix_in(heads: Heads, core: Tensor, mixture: Mixture, key: Tensor, value: Ten
     for part in mixture.parts:
         count = part.pairs.stop - part.pairs.start
         query = queries.index_select(0, part.into).unflatten(0, (count, -1)).transpose(1, 2)  # (g,H,m,d)
-        local = merge(attend(query, key[part.pairs], value[part.pairs])).flatten(0, 1)  # (g*m,C)
+        mask = None if mixture.mask is None else mixture.mask[part.pairs, None]  # (g,1,1,K)
+        local = merge(attend(query, key[part.pairs], value[part.pairs], mask)).flatten(0, 1)  # (g*m,C)
         change = part.share.to(core.dtype) * (local - rows.index_select(0, part.bases))
         mixed = mixed.index_add(0, part.into, change)
     return mixed.view_as(core)

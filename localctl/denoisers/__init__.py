@@ -10,20 +10,28 @@ from typing import Any
 from torch import nn
 
 from localctl.denoisers.base import Denoiser
+from localctl.denoisers.pixart import PixArt
+from localctl.denoisers.sd3 import SD3
 from localctl.denoisers.unet import UNet
 
-FAMILIES: tuple[type[Denoiser], ...] = (UNet,)
+FAMILIES: tuple[type[Denoiser], ...] = (UNet, PixArt, SD3)
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x, or of PixArt"  # pipelines, for messages
 
 
 def denoiser_of(pipe: Any) -> Denoiser:
     """Return the denoiser of a diffusers pipeline. ValueError for a pipeline without one of a known family."""
     for family in FAMILIES:
         module = getattr(pipe, family.attribute, None)
-        if module is not None:
+        if module is not None and (not family.classes or class_name(module) in family.classes):
             return family(module, pipe)
-    raise ValueError(
-        f"{type(pipe).__name__} has no {FAMILIES[0].attribute}; attach to a Stable Diffusion 1.x, 2.x or XL pipeline."
-    )
+    other = getattr(pipe, "transformer", None)
+    without = "has no unet" if other is None else f"has no unet, and a transformer ({class_name(other)}) not known here"
+    raise ValueError(f"{type(pipe).__name__} {without}; attach to a pipeline of {SUPPORTED}.")
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of the class of a denoiser, compiled or not."""
+    return type(getattr(module, "_orig_mod", module)).__name__
 
 
 def bare_denoiser(module: nn.Module) -> Denoiser:
@@ -31,4 +39,5 @@ def bare_denoiser(module: nn.Module) -> Denoiser:
 
     ``module`` may be on the meta device.
     """
-    return UNet(module)
+    family = next((family for family in FAMILIES if class_name(module) in family.classes), UNet)
+    return family(module)

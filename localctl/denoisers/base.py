@@ -6,36 +6,69 @@ Symbols in shapes: R rows of a batch, K tokens, c latent channels, (h, w) the la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from localctl.diffusion import is_flow
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one call of the module, by position and by name
 
 
+StockAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of query, key, value and mask
+# The residuals of a transformer's blocks among the arguments of a call, taken out before its forward.
+RESIDUALS = "localctl_residuals"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """How a joint attention layer, whose queries and keys are image and text at once, arranges its sequence.
+
+    run: computes the layer, ``run(processor, attend, attn, *args, **kwargs)``, as its own processor does for these
+        arguments, but with ``attend(query, key, value, mask, stock)`` in place of its attention; all (R, H, S, d), see
+        :meth:`localctl.control.joint.JointProcessor.attend`. ValueError for a processor that it does not know.
+    text_first: whether the text comes before the image. multiple: the image's part is filled up to a multiple of this.
+    """
+
+    run: Callable[..., Any]
+    text_first: bool
+    multiple: int = 1
+
+    def places(self, cells: int, total: int) -> tuple[slice, slice]:
+        """Return the places of the image's cells and of the text's tokens in a sequence of ``total`` entries."""
+        if self.text_first:
+            return slice(total - cells, total), slice(0, total - cells)
+        return slice(0, cells), slice(min(cells + -cells % self.multiple, total), total)
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer of a denoiser.
+    """One attention layer of a denoiser, or one of the two halves of a joint one: image to text, and image to image.
 
     name: of the module in the denoiser. cross: True for cross-attention (to the text), False for self-attention. size:
-    (h, w) of its cells.
+    (h, w) of its cells. joint: for the halves of a joint layer.
     """
 
     name: str
     cross: bool
     size: tuple[int, int]
+    joint: Joint | None = None
 
     @property
     def cells(self) -> int:
         """The number of cells, h * w."""
         return self.size[0] * self.size[1]
+
+    @property
+    def halves(self) -> tuple[AttentionLayer, ...]:
+        """This layer; of a joint one with text, which is listed as cross-attention, its halves, first the text's."""
+        return (self,) if self.joint is None or not self.cross else (self, replace(self, cross=False))
 
 
 @dataclass(frozen=True)
@@ -69,18 +102,26 @@ class BlockResiduals:
 class Conditioning:
     """The inputs of the denoiser other than latents and timestep.
 
-    text: prompt embeddings (R, K, C), with guidance the negative prompt's row first. added: SDXL's further inputs by
-    name, or None. guidance_scale: of classifier-free guidance; there is guidance above 1.
+    text: prompt embeddings (R, K, C), with guidance the negative prompt's row first. added: further inputs by name (of
+    SDXL's U-Net, or the arguments of a transformer), or None. guidance_scale: of classifier-free guidance; there is
+    guidance above 1.
     """
 
     text: Tensor
-    added: dict[str, Tensor] | None
+    added: dict[str, Any] | None
     guidance_scale: float
 
     @property
     def guided(self) -> bool:
         """Return whether there is a row of the negative prompt."""
         return self.guidance_scale > 1
+
+    def combined(self, output: Tensor) -> Tensor:
+        """Return the model output after guidance for that of the rows."""
+        if not self.guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)
 
 
 class Denoiser(ABC):
@@ -93,7 +134,11 @@ class Denoiser(ABC):
 
     name: ClassVar[str]  # used in messages
     attribute: ClassVar[str]  # of the pipeline, which holds the module
+    classes: ClassVar[tuple[str, ...]] = ()  # names of the module's class; empty for any
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
+    groups: ClassVar[tuple[str, ...]]  # of layers, which hold all layers together, for choose_layers
+    weighs_prompts: ClassVar[bool] = False  # whether prompts with weights, and longer ones, can be encoded
+    own_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline, unlike its defaults, for sampling with controls
 
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:
         self.module = module
@@ -102,8 +147,9 @@ class Denoiser(ABC):
     # Layers and grids
 
     @abstractmethod
-    def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Attention]]:
-        """Return all attention layers that controls may steer, in the order they run, for latents of this (h, w)."""
+    def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
+        """Return all attention layers that controls may steer, each with its module, in the order they run, for latents
+        of this (h, w). A joint layer is listed once."""
 
     @abstractmethod
     def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -115,7 +161,11 @@ class Denoiser(ABC):
 
     @abstractmethod
     def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
-        """Return (c, h, w) of each residual that the denoiser takes between its blocks, finest first."""
+        """Return (c, h, w) of each residual that the denoiser takes between its blocks, in the order they run."""
+
+    def placed(self, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the features of an adapter as residuals, one for each of the first :meth:`residual_shapes`."""
+        return features
 
     @abstractmethod
     def is_block(self, module: nn.Module, name: str) -> bool:
@@ -132,6 +182,27 @@ class Denoiser(ABC):
 
     # One call
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which the calls of the pipeline are steered, for families whose calls are to be told apart."""
+        yield
+
+    def check_call(  # noqa: B027 - most families have nothing to check
+        self, arguments: Mapping[str, Any], layouts: Sequence[Layout]
+    ) -> None:
+        """Raise a ValueError if controls would not act in a call of the pipeline for these layouts.
+
+        ``arguments``: of its ``encode_prompt``.
+        """
+
+    def check_attention(self) -> None:  # noqa: B027 - as above
+        """Raise a ValueError if an attention layer takes no bias from controls."""
+
+    @contextmanager
+    def running(self, arguments: Arguments) -> Iterator[Arguments]:
+        """Context of one run of the module with ``arguments`` as written; yields those that its ``forward`` takes."""
+        yield arguments
+
     @abstractmethod
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
         """Return the inputs among the arguments of a call."""
@@ -143,19 +214,29 @@ class Denoiser(ABC):
         *,
         latents: Tensor | None = None,
         text: Tensor | None = None,
-        residuals: list[Tensor] | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
         skips: BlockResiduals | None = None,
         images: list[Tensor] | None = None,
     ) -> Arguments:
         """Return the arguments with these latents (R, c, h, w), text (R, K, C) and image embeddings (R, n, ...) of
         each IP-Adapter in place of their own, and with the residuals added to their own."""
 
-    @abstractmethod
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
-        """Return for each row of a call whether it carries the prompt; such rows come last, one per image.
+        """Return for each row of a call whether it carries the prompt; such rows come last, one per image or none.
 
-        ``rows``: of the call; ``images``: how many it generates. ValueError for an unsupported number of rows.
+        Here: one per image, or two, first all negative prompts, then all prompts. ``rows``: of the call; ``images``:
+        how many it generates. ValueError for another number of rows.
         """
+        if rows not in (images, 2 * images):
+            raise self.wrong_rows(rows, images)
+        return (False,) * (rows - images) + (True,) * images
+
+    def wrong_rows(self, rows: int, images: int) -> ValueError:
+        """Make the error for a call with another number of rows than the family's guidance has."""
+        return ValueError(
+            f"The {self.name} was called with {rows} rows for {images} images; controls work with plain sampling or "
+            "classifier-free guidance, not with methods that add rows of their own."
+        )
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -163,19 +244,27 @@ class Denoiser(ABC):
 
     # Latents and parameterisation
 
-    @abstractmethod
+    def packed(self, latents: Tensor) -> Tensor:
+        """Return latents (n, c, h, w) as the pipeline passes them to its scheduler."""
+        return latents
+
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of the ``latents`` that the pipeline takes for one image of height x width pixels."""
+        factor, config = self.pipe.vae_scale_factor, _config(self.module)
+        return 1, config.in_channels, height // factor, width // factor
 
     @property
-    @abstractmethod
     def own_size(self) -> tuple[int, int]:
         """The (H, W) of the images that the base was trained for."""
+        sample, factor = _config(self.module).sample_size, self.pipe.vae_scale_factor
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * factor, width * factor
 
     @property
     def prediction_type(self) -> str:
-        """The kind of the model output: ``epsilon``, ``v_prediction`` or ``sample``."""
-        return self.pipe.scheduler.config.prediction_type
+        """The kind of the model output: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``."""
+        scheduler = self.pipe.scheduler
+        return "flow" if is_flow(scheduler) else scheduler.config.prediction_type
 
     # Text
 
@@ -187,11 +276,15 @@ class Denoiser(ABC):
         """
 
     @abstractmethod
-    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> Tensor:
-        """Encode n texts as the pipeline encodes prompts; return (n, K, C).
+    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Encode n texts as the pipeline encodes prompts; return n times (K, C), without padding that is masked out.
 
         ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
         """
+
+    def text_in_layers(self, text: Tensor) -> Tensor:
+        """Return texts (n, K, C) as the cross-attention layers receive them, (n, K, C')."""
+        return text
 
     @abstractmethod
     def condition(
@@ -203,8 +296,33 @@ class Denoiser(ABC):
         """
 
 
-def add_residuals(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> list[Tensor] | None:
+Residuals = Sequence[Tensor | None]
+
+
+def add_residuals(first: Residuals | None, second: Residuals | None) -> list[Any] | None:
     """Return the sum of two lists of residuals, level by level, as a new list; None means no residuals."""
     if first is None or second is None:
         return list(first or second or ()) or None
     return [b if a is None else a if b is None else a + b for a, b in zip_longest(first, second)]
+
+
+def argument(arguments: Arguments, order: Sequence[str], name: str) -> Any:
+    """Return an argument of a call that may be passed by position. ``order``: the names of the first arguments."""
+    args, kwargs = arguments
+    place = order.index(name)
+    return args[place] if len(args) > place else kwargs[name]
+
+
+def with_arguments(arguments: Arguments, order: Sequence[str], changed: Mapping[str, Any]) -> Arguments:
+    """Return the arguments of a call with some changed, each where it was passed, by position or by name."""
+    args, kwargs = list(arguments[0]), dict(arguments[1])
+    for name, value in changed.items():
+        if name in order and len(args) > order.index(name):
+            args[order.index(name)] = value
+        else:
+            kwargs[name] = value
+    return tuple(args), kwargs
+
+
+def _config(module: nn.Module) -> Any:
+    return module.config

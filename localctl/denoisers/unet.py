@@ -18,6 +18,8 @@ from localctl.denoisers.base import (
     Denoiser,
     DenoiserInputs,
     add_residuals,
+    argument,
+    with_arguments,
 )
 from localctl.layout import Layout
 from localctl.pipelines import encode_prompts
@@ -39,6 +41,8 @@ class UNet(Denoiser):
     name = "U-Net"
     attribute = "unet"
     not_per_row = ("cross_attention_kwargs",)  # masks of an IP-Adapter belong to its images
+    groups = ("down", "mid", "up")
+    weighs_prompts = True
 
     def _level_sizes(self, latent_size: tuple[int, int]) -> list[tuple[int, int]]:
         """Return (h, w) within each down block and, last, the middle block; halving rounds up."""
@@ -118,9 +122,7 @@ class UNet(Denoiser):
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
         """Return the inputs; sample, timestep and text may be passed by position."""
-        sample, timestep, text = (
-            args[place] if len(args) > place else kwargs[name] for place, name in enumerate(_NAMES)
-        )
+        sample, timestep, text = (argument((args, kwargs), _NAMES, name) for name in _NAMES)
         latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, mask and image channels follow
         return DenoiserInputs(sample, latents, timestep, text, kwargs.get("added_cond_kwargs") or {})
 
@@ -130,23 +132,18 @@ class UNet(Denoiser):
         *,
         latents: Tensor | None = None,
         text: Tensor | None = None,
-        residuals: list[Tensor] | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
         skips: BlockResiduals | None = None,
         images: list[Tensor] | None = None,
     ) -> Arguments:
         """Return the changed arguments; ``residuals`` go into the down blocks, ``skips`` to the skip connections and
         the middle block, ``images`` beside SDXL's further inputs."""
-        sample = None
+        changed: dict[str, Any] = {} if text is None else {"encoder_hidden_states": text}
         if latents is not None:
             own = self.read(*arguments).sample
-            sample = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
-        args, kwargs = list(arguments[0]), dict(arguments[1])
-        for name, value in (("sample", sample), ("encoder_hidden_states", text)):
-            place = _NAMES.index(name)
-            if value is not None and len(args) > place:
-                args[place] = value
-            elif value is not None:
-                kwargs[name] = value
+            changed["sample"] = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
+        args, kwargs = with_arguments(arguments, _NAMES, changed)
+        kwargs = dict(kwargs)
         if residuals is not None:
             kwargs[_WITHIN] = add_residuals(kwargs.get(_WITHIN), residuals)
         if skips is not None:
@@ -155,16 +152,7 @@ class UNet(Denoiser):
             kwargs[_MIDDLE] = skips.middle if middle is None else middle + skips.middle
         if images is not None:
             kwargs["added_cond_kwargs"] = {**(kwargs.get("added_cond_kwargs") or {}), _IMAGES: images}
-        return tuple(args), kwargs
-
-    def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
-        """Return the kind of each row: one per image, or two, first all negative prompts, then all prompts."""
-        if rows not in (images, 2 * images):
-            raise ValueError(
-                f"The U-Net was called with {rows} rows for {images} images; controls work with plain sampling or "
-                "classifier-free guidance, not with methods that add rows of their own."
-            )
-        return (False,) * (rows - images) + (True,) * images
+        return args, kwargs
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the model output; the scheduler scales the latents for the U-Net."""
@@ -176,22 +164,7 @@ class UNet(Denoiser):
             added_cond_kwargs=conditioning.added,
             return_dict=False,
         )[0]
-        if not conditioning.guided:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + conditioning.guidance_scale * (positive - negative)
-
-    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Return (1, c, h, w)."""
-        factor = self.pipe.vae_scale_factor
-        return 1, self.module.config.in_channels, height // factor, width // factor
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """The (H, W) of the config's ``sample_size`` in pixels."""
-        sample, factor = self.module.config.sample_size, self.pipe.vae_scale_factor
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * factor, width * factor
+        return conditioning.combined(output)
 
     def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
         """Return the positions of each phrase; with two CLIP tokenizers (SDXL), those of both."""

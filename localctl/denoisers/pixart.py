@@ -1,0 +1,83 @@
+"""The transformers of PixArt-alpha and PixArt-Sigma (diffusers' ``PixArtTransformer2DModel``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from localctl.denoisers.base import AttentionLayer, Conditioning
+from localctl.denoisers.transformer import UNLIMITED, Transformer, has_phrases
+from localctl.layout import Layout
+from localctl.prompt_weights import Text
+from localctl.sizes import shown
+from localctl.tokens import token_positions
+
+
+class PixArt(Transformer):
+    """A transformer with text by cross-attention, as a U-Net; the text is T5's, and its padding is masked out."""
+
+    name = "PixArt transformer"
+    classes = ("PixArtTransformer2DModel",)
+    order = ("hidden_states", "encoder_hidden_states", "timestep")
+    image_output = None
+    # Binning would generate other sizes than the layouts'; cleaning depends on which packages are installed.
+    own_arguments: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
+
+    def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
+        """Return self- and cross-attention of each block."""
+        size = self.grid(latent_size)
+        return [
+            (AttentionLayer(f"{name}.{attn}", attn == "attn2", size), getattr(block, attn))
+            for name, block in self.blocks
+            for attn in ("attn1", "attn2")
+        ]
+
+    def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
+        """Raise a ValueError for a prompt that the pipeline rewrites, or cuts before a phrase."""
+        if arguments["prompt"] is None:
+            return
+        for layout in layouts if has_phrases(layouts) else ():
+            self._positions(layout, arguments["max_sequence_length"])
+            cleaned = arguments["clean_caption"] and self.pipe._text_preprocessing(layout.prompt, True)[0]
+            if cleaned and cleaned != layout.prompt.lower().strip():
+                raise ValueError(
+                    f"The pipeline rewrites the prompt to {shown(cleaned)}, in which phrases cannot be located; pass "
+                    "clean_caption=False."
+                )
+
+    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
+        """Return the positions of each phrase among T5's tokens."""
+        return self._positions(layout, UNLIMITED)
+
+    def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
+        # The pipeline lowers and strips the prompt.
+        return token_positions(self.pipe.tokenizer, layout, str.lower, stripped=True, limit=limit)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Return the embeddings (K, C) of each text up to its end token."""
+        options = {name: arguments[name] for name in ("device", "clean_caption", "max_sequence_length")}
+        states, mask, *_ = type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), False, **options)
+        return [state[own.bool()] for state, own in zip(states, mask, strict=True)]
+
+    def text_in_layers(self, text: Tensor) -> Tensor:
+        """Return texts as the projection of captions makes them."""
+        projection: Any = self.module.caption_projection
+        return text if projection is None else projection(text)
+
+    @torch.no_grad()
+    def condition(
+        self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
+    ) -> Conditioning:
+        """Return the conditioning, with the masks of padding."""
+        guided = guidance_scale > 1
+        text, mask, negative, negative_mask = self.pipe.encode_prompt(
+            prompt, guided, negative_prompt=negative_prompt or "", device=self.module.device
+        )
+        if guided:
+            text, mask = torch.cat([negative, text]), torch.cat([negative_mask, mask])
+        added = {"encoder_attention_mask": mask, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        return Conditioning(text, added, guidance_scale)

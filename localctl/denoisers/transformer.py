@@ -1,0 +1,271 @@
+"""What the families of transformers share: a grid of tokens, blocks in a row, residuals added between the blocks."""
+
+from __future__ import annotations
+
+import functools
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from localctl.denoisers.base import (
+    RESIDUALS,
+    Arguments,
+    BlockResiduals,
+    Conditioning,
+    Denoiser,
+    DenoiserInputs,
+    add_residuals,
+    argument,
+    with_arguments,
+)
+from localctl.diffusion import FLOW
+from localctl.layout import Layout
+from localctl.prompt_weights import Text
+
+_THIRDS = ("early", "middle", "late")
+
+
+class Transformer(Denoiser):
+    """A transformer on tokens, each a patch of the latents; with guidance, [negative; positive] rows.
+
+    A family names the arguments of ``forward`` that may be passed by position, and where its blocks are.
+    """
+
+    name = "transformer"
+    attribute = "transformer"
+    groups = _THIRDS
+    order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
+
+    # Layers and grids
+
+    @property
+    def blocks(self) -> list[tuple[str, Any]]:
+        """The name and module of each block, in the order they run."""
+        return [(f"{name}.{index}", block) for name in self.block_lists for index, block in enumerate(self._part(name))]
+
+    def _part(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    @property
+    def patch(self) -> int:
+        """The side of a token in latents."""
+        return self.module.config.patch_size  # type: ignore[union-attr, return-value]
+
+    @property
+    def width(self) -> int:
+        """The channels of a token between the blocks."""
+        return self.module.inner_dim  # type: ignore[return-value]
+
+    def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """Return (h, w) of the tokens."""
+        return latent_size[0] // self.patch, latent_size[1] // self.patch
+
+    def choose_layers(self, wanted: Sequence[str] | None) -> tuple[str, ...]:
+        """Choose by the place of their blocks.
+
+        ``wanted``: ``early``, ``middle``, ``late`` (thirds of the blocks), or the number of a block, from 0; None: the
+        middle third. ValueError for anything else.
+        """
+        blocks = [name for name, _ in self.blocks]
+        chosen: set[str] = set()
+        for one in ("middle",) if wanted is None else wanted:
+            chosen |= set(self._named(one, blocks))
+        layers = [layer.name for layer, _ in self.attention_layers((self.patch,) * 2) if layer.cross]
+        return tuple(name for name in layers if any(name.startswith(f"{block}.") for block in chosen))
+
+    def _named(self, wanted: str, blocks: Sequence[str]) -> Sequence[str]:
+        count = len(blocks)
+        if wanted in _THIRDS:
+            third = _THIRDS.index(wanted)
+            return blocks[third * count // 3 : (third + 1) * count // 3]
+        if wanted.isdecimal() and int(wanted) < count:
+            return [blocks[int(wanted)]]
+        raise ValueError(
+            f"The {self.name} has no attention at {wanted!r}; choose among {', '.join(_THIRDS)} and the numbers of its "
+            f"blocks, 0 to {count - 1}."
+        )
+
+    def residual_shapes(self, latent_size: tuple[int, int]) -> list[tuple[int, ...]]:
+        """Return (c, h, w) of the residual that can be added to the image's tokens after each block."""
+        return [(self.width, *self.grid(latent_size))] * len(self.blocks)
+
+    def placed(self, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the residual of each block: those of the features, in blocks at even distances from the first on."""
+        residuals: list[Tensor | None] = [None] * len(self.blocks)
+        for index, feature in enumerate(features):
+            residuals[index * len(residuals) // len(features)] = feature
+        return residuals
+
+    def is_block(self, module: nn.Module, name: str) -> bool:
+        """Return True for the transformer, its blocks and their attention layers."""
+        lists = "|".join(map(re.escape, self.block_lists))
+        return hasattr(module, "processor") or bool(re.fullmatch(rf"(({lists})\.\d+)?", name))
+
+    def check_controlnet(self, config: Mapping[str, Any]) -> None:
+        """Raise a ValueError: these ControlNets are networks for U-Nets."""
+        raise ValueError(
+            f"The ControlNet was made for a U-Net, and the base has a {self.name}; use a LocalAdapter trained for it."
+        )
+
+    @property
+    def image_adapters(self) -> int:
+        """None: raise a ValueError, since masks of IP-Adapters would be ignored."""
+        raise ValueError(
+            f"Image prompts with masks act on Stable Diffusion 1.x, 2.x and XL only, not on a {self.name}, which "
+            "ignores their masks; leave IPAdapterControl out."
+        )
+
+    # One call
+
+    @property
+    @abstractmethod
+    def image_output(self) -> int | None:
+        """The place of the image's tokens in what a block returns; None if it returns these alone."""
+
+    @contextmanager
+    def running(self, arguments: Arguments) -> Iterator[Arguments]:
+        """Context of one run; while it lasts, the blocks' outputs grow by the residuals among the arguments."""
+        kwargs = dict(arguments[1])
+        residuals = kwargs.pop(RESIDUALS, None) or ()
+        hooks = [
+            block.register_forward_hook(self._adder(residual))
+            for (_, block), residual in zip(self.blocks, residuals, strict=False)
+            if residual is not None
+        ]
+        try:
+            yield arguments[0], kwargs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _adder(self, residual: Tensor) -> Any:
+        """Return a forward hook that adds a residual (R, c, h, w) to the image's tokens of a block's output."""
+        tokens = residual.flatten(2).mT  # (R,Q,c)
+        place = self.image_output
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            if place is None:
+                return self.add_tokens(output, tokens)
+            return tuple(self.add_tokens(one, tokens) if at == place else one for at, one in enumerate(output))
+
+        return add
+
+    def add_tokens(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
+        """Return a block's ``hidden_states`` (R, S, c) with ``tokens`` (R, Q, c) added to those of the image."""
+        return hidden_states + tokens
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
+        """Return the inputs, by position or by name."""
+        sample, text, timestep = (
+            argument((args, kwargs), self.order, name)
+            for name in ("hidden_states", "encoder_hidden_states", "timestep")
+        )
+        latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, further channels may follow
+        return DenoiserInputs(sample, latents, timestep, text, {})
+
+    def write(
+        self,
+        arguments: Arguments,
+        *,
+        latents: Tensor | None = None,
+        text: Tensor | None = None,
+        residuals: Sequence[Tensor | None] | None = None,
+        skips: BlockResiduals | None = None,
+        images: list[Tensor] | None = None,
+    ) -> Arguments:
+        """Return the changed arguments; ``residuals`` are for :meth:`running`. A transformer has no ``skips``."""
+        assert skips is None and images is None, "refused when controls are bound"
+        changed: dict[str, Any] = {}
+        if latents is not None:
+            own = argument(arguments, self.order, "hidden_states")
+            changed["hidden_states"] = torch.cat([latents.to(own.dtype), own[:, latents.shape[1] :]], dim=1)
+        if text is not None:
+            changed["encoder_hidden_states"] = text
+        if residuals is not None:
+            changed[RESIDUALS] = add_residuals(arguments[1].get(RESIDUALS), residuals)
+        return with_arguments(arguments, self.order, changed)
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the model output; learned variances are left out."""
+        rows = torch.cat([latents] * len(conditioning.text))
+        scale = getattr(self.pipe.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        return conditioning.combined(self.output(scale(rows, timestep), timestep.expand(len(rows)), conditioning))
+
+    def times(self, timesteps: Tensor, table: Tensor) -> Tensor:
+        """Return what the module takes as the times of ``timesteps`` (R,) int64, by the ``table`` (T,) of the noise."""
+        return table.to(timesteps.device)[timesteps] * len(table) if self.prediction_type == FLOW else timesteps
+
+    def output(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        features: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the model output (R, c, h, w) without guidance, for ``noisy`` (R, c, h, w) at ``timesteps`` (R,), with
+        the ``features`` of an adapter; learned variances are left out."""
+        named = {"encoder_hidden_states": conditioning.text, "timestep": timesteps, **(conditioning.added or {})}
+        arguments = self.write(
+            ((), {"hidden_states": noisy, **named, "return_dict": False}),
+            residuals=None if features is None else self.placed(features),
+        )
+        with self.running(arguments) as (args, kwargs):
+            return self.module(*args, **kwargs)[0][:, : noisy.shape[1]]
+
+    # Text
+
+    def without_weights(self, texts: Sequence[Text]) -> list[str]:
+        """Return texts as these pipelines take them: weights are no part of them."""
+        return [text if isinstance(text, str) else text.text for text in texts]
+
+
+class TwoCalls(Transformer):
+    """Guidance by two calls of the module, one after the other: that of the prompt, then, if there is guidance, that of
+    the negative prompt. The pipeline names each by the module's ``cache_context``. With distilled guidance, there is
+    the first alone."""
+
+    negative = "uncond"  # the name of the call of the negative prompt
+
+    def __init__(self, module: nn.Module, pipe: Any = None) -> None:
+        super().__init__(module, pipe)
+        self._call = ""  # the name of the running call
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which the names of calls are noted, by a wrapper of ``cache_context`` on this instance."""
+        module: Any = self.module
+        method, own = module.cache_context, vars(module).get("cache_context")
+
+        @functools.wraps(method)
+        def named(name: str, *args: Any, **kwargs: Any) -> Any:
+            self._call = name
+            return method(name, *args, **kwargs)
+
+        module.cache_context = named
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.cache_context
+            else:
+                module.cache_context = own
+
+    def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
+        """Return True for all rows of a call with the prompt, False for those with the negative prompt."""
+        if rows != images:
+            raise self.wrong_rows(rows, images)
+        return (self._call != self.negative,) * rows
+
+
+UNLIMITED = 1 << 30  # tokens: how many of them the pipeline reads is known once it is called
+
+
+def has_phrases(layouts: Sequence[Layout]) -> bool:
+    """Return whether a region of the layouts has a phrase, which is to be found in the prompt."""
+    return any(region.phrase for layout in layouts for region in layout.regions)
