@@ -1,8 +1,11 @@
 """What is sampled for an update of the U-Net, its loss, and a training that follows the clock."""
 
 import copy
+import itertools
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from localctl.training.loop import NotFiniteError
-from research.micro_base import data
+from research.micro_base import clock, data
 from research.micro_base.__main__ import main
 from research.micro_base.clock import ClockConfig, train_by_clock
 from research.micro_base.data import scene_cache
@@ -109,7 +112,11 @@ def sampled(step: int, value: float = 1.0) -> Sampled:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_clock_learns_logs_and_starts_from_the_last_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_clock_learns_logs_and_starts_from_the_last_weights(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = SimpleNamespace(monotonic=partial(next, itertools.count(0, 0.0005)))  # as many steps on every machine
+    monkeypatch.setattr(clock, "time", ticks)
     model = Line()
     working = model if dtype == torch.float32 else copy.deepcopy(model).to(dtype)
     config = ClockConfig(seconds=0.6, learning_rate=0.2, ema=0.9, weight_decay=0.0)
