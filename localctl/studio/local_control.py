@@ -178,6 +178,13 @@ def _sampling_fields(tab: FollowTab) -> None:
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
             tab.fields["width"] = gr.Number(value=None, label="Width", placeholder="as the photo", precision=0)
             tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
+        with gr.Row():
+            tab.fields["unconditional_scale"] = gr.Slider(
+                0, 1, value=1, step=0.05, label="Control beside the negative prompt (0: stronger control)"
+            )
+            tab.fields["control_guidance_scale"] = gr.Number(
+                value=None, label="Guidance scale of the control", placeholder="none of its own", minimum=0, maximum=30
+            )
 
 
 def _connect(tab: FollowTab, studio: Studio) -> None:
