@@ -117,10 +117,8 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
     get = values.get
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
     seed = limits.seed(get("seed"))
-    count, unconditional = (
-        limits.whole("The images", get("images"), 1, limits.MAX_IMAGES),
-        get("unconditional_scale", 1),
-    )
+    count = limits.whole("The images", get("images"), 1, limits.MAX_IMAGES)
+    beside = "The control beside the negative prompt"
     return FollowForm(
         order=read_order(values),
         prompt=limits.text("The prompt", get("prompt")).strip(),
@@ -129,7 +127,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         seeds=[seed + index for index in range(count)],
-        unconditional_scale=limits.number("The control beside the negative prompt", unconditional, 0, 1),
+        unconditional_scale=limits.number(beside, get("unconditional_scale", 1), 0, 1),
         control_guidance_scale=limits.optional_number(
             "The guidance scale of the control", get("control_guidance_scale"), 0, 30
         ),

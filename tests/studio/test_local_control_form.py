@@ -83,7 +83,7 @@ def test_a_run_gets_the_photo_and_the_mask_and_gives_them_back(photo: Path, tmp_
     assert values["source"] == ("a photo" if high == 100 else "a finished condition")
     again = fields(photo, **{name: value for name, value in values.items() if name != "photo"}, high=high)
     assert np.array_equal(np.asarray(read_order(again).follows[0].mask), adapter.mask[0].numpy() * 255)
-    assert read_form(again, config).sampling == form.sampling | {"scheduler": None}
+    assert read_form(again, config).sampling == form.sampling
 
 
 def test_a_box_is_a_mask_and_nothing_painted_is_everywhere() -> None:
