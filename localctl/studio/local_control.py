@@ -12,9 +12,10 @@ from localctl.studio import local_control_actions as actions
 from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
 from localctl.studio.latest import on_latest
-from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
+from localctl.studio.limits import MAX_STEPS
 from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
+from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo
 
@@ -106,16 +107,18 @@ def _photo_column(tab: FollowTab, studio: Studio) -> None:
         sized=False,
         hint=_HINT,
         elem_id="follow-canvas",
+        elem_classes="studio-plain",
     )
-    gr.HTML(f'<p class="studio-note">{_PAINT}</p>')
+    gr.HTML(f'<p class="studio-note">{_PAINT}</p>', elem_classes="studio-plain", apply_default_css=False)
 
 
 def _result_column(tab: FollowTab) -> None:
     with gr.Row(elem_classes="studio-actions"):
         tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="follow-generate", scale=3)
         tab.buttons["cancel"] = gr.Button("Cancel", elem_id="follow-cancel", scale=1, min_width=90)
-    tab.progress = gr.HTML("", elem_id="follow-progress")
-    tab.figures = gr.HTML("", elem_id="follow-figures")
+    plain: dict[str, Any] = {"elem_classes": "studio-plain", "apply_default_css": False}
+    tab.progress = gr.HTML("", elem_id="follow-progress", **plain)
+    tab.figures = gr.HTML("", elem_id="follow-figures", **plain)
     tab.gallery = gr.Gallery(
         label="Results",
         show_label=False,
@@ -128,10 +131,7 @@ def _result_column(tab: FollowTab) -> None:
         buttons=["fullscreen"],
         elem_id="follow-gallery",
     )
-    with gr.Row(elem_classes="studio-seeds"):
-        tab.fields["images"] = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="follow-images")
-        tab.fields["seed"] = gr.Textbox("0", label="Seed", max_lines=1, elem_id="follow-seed", min_width=110)
-        tab.buttons["random"] = gr.Button("Random seed", size="sm", min_width=80)
+    add_seed_row(tab.fields, "follow")
 
 
 def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
@@ -146,7 +146,14 @@ def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
                     ("weight", "Strength", 1, 2), ("start", "Start", 0, 1), ("end", "End", 1, 1),
                 ):  # fmt: skip
                     tab.fields[f"{name}{number}"] = gr.Slider(
-                        0, most, value=value, step=0.05, label=label, min_width=110, elem_id=f"follow-{name}{number}"
+                        0,
+                        most,
+                        value=value,
+                        step=0.05,
+                        label=label,
+                        min_width=90,
+                        elem_id=f"follow-{name}{number}",
+                        buttons=[],
                     )
         tab.rows.append(row)
     with gr.Row():
@@ -178,6 +185,13 @@ def _sampling_fields(tab: FollowTab) -> None:
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
             tab.fields["width"] = gr.Number(value=None, label="Width", placeholder="as the photo", precision=0)
             tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
+        with gr.Row():
+            tab.fields["unconditional_scale"] = gr.Slider(
+                0, 1, value=1, step=0.05, label="Control beside the negative prompt (0: stronger control)"
+            )
+            tab.fields["control_guidance_scale"] = gr.Number(
+                value=None, label="Guidance scale of the control", placeholder="none of its own", minimum=0, maximum=30
+            )
 
 
 def _connect(tab: FollowTab, studio: Studio) -> None:
@@ -187,7 +201,6 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     results = [tab.progress, tab.figures, tab.gallery]
     tab.jobs.append(tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE))
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => String(Math.floor(Math.random() * 2 ** 32))")
     tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
 
     arrange = actions.arrange(studio, names)

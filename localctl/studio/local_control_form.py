@@ -36,6 +36,8 @@ class FollowForm:
     steps: int
     guidance_scale: float | None
     seeds: list[int]
+    unconditional_scale: float
+    control_guidance_scale: float | None
     addons: Addons
 
     @property
@@ -50,6 +52,8 @@ class FollowForm:
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "seeds": self.seeds,
+            "unconditional_scale": [self.unconditional_scale],
+            "control_guidance_scale": self.control_guidance_scale,
         }
 
 
@@ -114,6 +118,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
     seed = limits.seed(get("seed"))
     count = limits.whole("The images", get("images"), 1, limits.MAX_IMAGES)
+    beside = "The control beside the negative prompt"
     return FollowForm(
         order=read_order(values),
         prompt=limits.text("The prompt", get("prompt")).strip(),
@@ -122,6 +127,10 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         seeds=[seed + index for index in range(count)],
+        unconditional_scale=limits.number(beside, get("unconditional_scale", 1), 0, 1),
+        control_guidance_scale=limits.optional_number(
+            "The guidance scale of the control", get("control_guidance_scale"), 0, 30
+        ),
         addons=read_addons(values, config, PLACES),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from localctl.adapter_files import SavedAdapter
 from localctl.images import load_image
 from localctl.masks import load_mask, mask_to_pil
+from localctl.sizes import shown
 from localctl.studio.addon_restore import addon_values
 from localctl.studio.canvas import data_url
 from localctl.studio.canvas import scene as canvas_value
@@ -17,7 +18,9 @@ from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, USUAL, firs
 from localctl.studio.local_control_job import MOST_ADAPTERS, Order, Thresholds, adapter_places, find_adapters, run_size
 from localctl.studio.restoring import each, refuse_others, seed_values
 
-_KNOWN = ("image", "condition_image", "mask", "condition", "weight", "start", "end")
+_KNOWN = ("image", "condition_image", "mask", "condition", "weight", "start", "end") + (
+    "unconditional_scale", "control_guidance_scale"
+)  # fmt: skip
 
 
 def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str, Any]:
@@ -56,6 +59,8 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         "scheduler": options.get("scheduler") or AUTO,
         "steps": options.get("num_inference_steps", 30),
         "guidance_scale": options.get("guidance_scale"),
+        "control_guidance_scale": options.get("control_guidance_scale"),
+        "unconditional_scale": _for_all(options.get("unconditional_scale") or [1.0]),
         **seed_values(options)[0],
         **addon_values(options, config, "mask"),
     }
@@ -64,6 +69,16 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         for name, plain in (("weight", 1.0), ("start", 0.0), ("end", 1.0)):
             values[f"{name}{number}"] = each(options.get(name) or [plain], len(adapters))[number - 1]
     return values
+
+
+def _for_all(scales: Sequence[float]) -> float:
+    """Return the value that all adapters have beside the negative prompt. ValueError for several, or one over 1."""
+    if len(set(scales)) > 1 or not 0 <= scales[0] <= 1:
+        raise ValueError(
+            f"The image was made with --unconditional_scale {shown(list(scales))}, and the page has one value from 0 "
+            "to 1; repeat it with sample.py --from_json."
+        )
+    return scales[0]
 
 
 def _check_conditions(options: Mapping[str, Any], saved: Sequence[SavedAdapter]) -> None:

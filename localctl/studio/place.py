@@ -15,10 +15,11 @@ from localctl.studio.addon_fields import add_fields as add_addons
 from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import canvas
 from localctl.studio.latest import on_latest
-from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
+from localctl.studio.limits import MAX_STEPS
 from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_examples import examples
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
+from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo
 
@@ -108,12 +109,7 @@ def _result_column(tab: PlaceTab) -> None:
         buttons=["download", "fullscreen"],
         elem_id="place-gallery",
     )
-    with gr.Row(elem_classes="studio-seeds"):
-        tab.fields["images"] = gr.Slider(
-            1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
-        )
-        tab.fields["seed"] = gr.Textbox("0", label="Seed", max_lines=1, elem_id="place-seed", min_width=100, scale=2)
-        tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
+    add_seed_row(tab.fields, "place")
 
 
 def _method_fields(tab: PlaceTab, studio: Studio) -> None:
@@ -214,7 +210,6 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
         asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
         tab.jobs.append(asked)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => String(Math.floor(Math.random() * 2 ** 32))")
     _connect_scene(tab, studio)
 
 
