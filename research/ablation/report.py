@@ -43,7 +43,7 @@ Written before these trainings.
   rate 3e-3, cosine.
 - Choices are made on 60 validation scenes ([ablation_choices.md](ablation_choices.md)), claims are measured on test
   scenes, with seeds 0, 1 and 2 of training.
-- Changed before the first training, as computing time was short: 450 of the 700 steps, 100 of the 200 test scenes, and
+- Changed before the first training, as computing time was short: 250 of the 700 steps, 100 of the 200 test scenes, and
   no short trainings to choose weights by. The weight of the edges and the noise at which they count were set by the
   gradients of one adapter ([log.md](log.md)).
 - The local term is claimed to help if, against the same training without it, F1 inside the mask gains at least 0.05
