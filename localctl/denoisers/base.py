@@ -282,6 +282,10 @@ class Denoiser(ABC):
         ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
         """
 
+    def same_tokens(self, first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+        """Return pairs of the positions of a phrase's tokens in two texts, as far as they have the same tokens."""
+        return list(zip(first, second, strict=False))
+
     def text_in_layers(self, text: Tensor) -> Tensor:
         """Return texts (n, K, C) as the cross-attention layers receive them, (n, K, C')."""
         return text
