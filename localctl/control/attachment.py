@@ -66,6 +66,8 @@ class Attachment:
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Find the layout of each image from the arguments of ``encode_prompt``, which a pipeline calls first."""
+        if not self.denoiser.begins_call():
+            return
         self._layout_of_image = self._steps = self._dtype = None
         self._visits = (None, None)
         if threading.get_ident() != self.thread:
@@ -163,7 +165,8 @@ class Attachment:
         arguments = self._replace_text(context, inputs.text, arguments)
         arguments = self._shift_latents(context, inputs.latents, arguments)
         # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
-        self._installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
+        given = [arguments[1].get(name) for name in self.denoiser.not_per_row]
+        self._installation.eager = any(isinstance(value, dict) and bool(value) for value in given)
         self._steer_attention(context)
         return arguments
 

@@ -187,6 +187,11 @@ class Denoiser(ABC):
         """Context in which the calls of the pipeline are steered, for families whose calls are to be told apart."""
         yield
 
+    def begins_call(self) -> bool:
+        """Return whether a call of ``encode_prompt`` is that of the prompt, which begins a call of the pipeline; some
+        encode the negative prompt by a second one."""
+        return True
+
     def check_call(  # noqa: B027 - most families have nothing to check
         self, arguments: Mapping[str, Any], layouts: Sequence[Layout]
     ) -> None:
