@@ -68,6 +68,8 @@ class Attachment:
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Find the layout of each image from the arguments of ``encode_prompt``, which a pipeline calls first."""
+        if not self.denoiser.begins_call():
+            return
         self._layout_of_image = self._steps = self._dtype = None
         self._visits = (None, None)
         if threading.get_ident() != self.thread:
@@ -171,7 +173,8 @@ class Attachment:
             own = self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents)
             self.guidance.run(context, self._inner(context, own))
         # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
-        self._installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
+        given = [arguments[1].get(name) for name in self.denoiser.not_per_row]
+        self._installation.eager = any(isinstance(value, dict) and bool(value) for value in given)
         self._steer_attention(context)
         return arguments
 

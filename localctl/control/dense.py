@@ -94,7 +94,8 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
     def __init__(self, control: DenseModulation, regions: BoundRegions, scheduler: Any) -> None:
         super().__init__(control, regions)
         self.timesteps = scheduler.config.num_train_timesteps
-        self._texts: dict[tuple[int, int], Tensor] = {}  # (layout, region) -> (tokens, C)
+        # (layout, region) -> its phrase alone: the positions of its tokens, and their embeddings (tokens, C)
+        self._texts: dict[tuple[int, int], tuple[tuple[int, ...], Tensor]] = {}
         self._last: tuple[Any, Tensor, Tensor] | None = None  # rows and text of the last call, and the text returned
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
@@ -106,7 +107,8 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         for key, text in self.regions.encode(wanted, arguments).items():  # (77, C) each
             phrase = words.text if isinstance(words := wanted[key], WeightedText) else words
             alone = Layout(phrase, regions=(Region(phrase, (0, 0, 1, 1)),))
-            self._texts[key] = text[list(self.regions.denoiser.token_positions(alone)[0])]
+            places = self.regions.denoiser.token_positions(alone)[0]
+            self._texts[key] = places, text[list(places)]
 
     def text(self, context: CallContext, text: Tensor) -> Tensor | None:
         hidden = super().text(context, text) if self.control.w_cross or self.control.w_self else None
@@ -124,9 +126,10 @@ class _BoundDense(BoundRegionControl[DenseModulation]):
         for row, layout in zip(rows, context.guided_layouts, strict=True):
             for index in range(len(self.regions.layouts[layout].regions)):
                 if (layout, index) in self._texts:
-                    alone = self._texts[layout, index].to(text)
-                    positions = self.regions.tokens(layout, index, text.shape[1])[: len(alone)]
-                    changed[row, positions] = alone[: len(positions)]
+                    places, alone = self._texts[layout, index]
+                    pairs = self.regions.denoiser.same_tokens(places, self.regions.tokens(layout, index, text.shape[1]))
+                    chosen = [places.index(place) for place, _ in pairs]
+                    changed[row, [own for _, own in pairs]] = alone.to(text)[chosen]
         return changed
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:

@@ -187,6 +187,11 @@ class Denoiser(ABC):
         """Context in which the calls of the pipeline are steered, for families whose calls are to be told apart."""
         yield
 
+    def begins_call(self) -> bool:
+        """Return whether a call of ``encode_prompt`` is that of the prompt, which begins a call of the pipeline; some
+        encode the negative prompt by a second one."""
+        return True
+
     def check_call(  # noqa: B027 - most families have nothing to check
         self, arguments: Mapping[str, Any], layouts: Sequence[Layout]
     ) -> None:
@@ -281,6 +286,10 @@ class Denoiser(ABC):
 
         ``arguments``: of the running call's ``encode_prompt``, which give device and settings.
         """
+
+    def same_tokens(self, first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+        """Return pairs of the positions of a phrase's tokens in two texts, as far as they have the same tokens."""
+        return list(zip(first, second, strict=False))
 
     def text_in_layers(self, text: Tensor) -> Tensor:
         """Return texts (n, K, C) as the cross-attention layers receive them, (n, K, C')."""

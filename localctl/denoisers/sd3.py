@@ -78,6 +78,14 @@ class SD3(Transformer):
             found.append(tuple(sorted(places | {length + place for place in own if _fits(own, limit)})))
         return found
 
+    def same_tokens(self, first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:
+        """Return pairs of positions, those of CLIP's tokens and those of T5's apart: a text may have one part alone."""
+        length, pairs = self.pipe.tokenizer_max_length, []
+        for of_clip in (True, False):
+            parts = ([place for place in places if (place < length) is of_clip] for places in (first, second))
+            pairs += super().same_tokens(*parts)
+        return pairs
+
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> list[Tensor]:
         """Return the embeddings (K, C) of each text; padding is not masked out by these pipelines."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -228,39 +228,58 @@ class Transformer(Denoiser):
 class TwoCalls(Transformer):
     """Guidance by two calls of the module, one after the other: that of the prompt, then, if there is guidance, that of
     the negative prompt. The pipeline names each by the module's ``cache_context``. With distilled guidance, there is
-    the first alone."""
+    the first alone. The negative prompt is encoded by a second call of ``encode_prompt``."""
 
     negative = "uncond"  # the name of the call of the negative prompt
 
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:
         super().__init__(module, pipe)
-        self._call = ""  # the name of the running call
+        self._call = ""  # the name of the running call of the module
+        self._encoded = 0  # calls of encode_prompt in the running call of the pipeline
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which the names of calls are noted, by a wrapper of ``cache_context`` on this instance."""
-        module: Any = self.module
-        method, own = module.cache_context, vars(module).get("cache_context")
+        """Context in which calls are told apart, by wrappers of ``cache_context`` and of ``check_inputs``, with which a
+        call of the pipeline begins, on these instances."""
 
-        @functools.wraps(method)
-        def named(name: str, *args: Any, **kwargs: Any) -> Any:
-            self._call = name
-            return method(name, *args, **kwargs)
+        def name(call: str, *args: Any, **kwargs: Any) -> None:
+            self._call = call
 
-        module.cache_context = named
-        try:
+        def begin(*args: Any, **kwargs: Any) -> None:
+            self._encoded = 0
+
+        with _noted(self.module, "cache_context", name), _noted(self.pipe, "check_inputs", begin):
             yield
-        finally:
-            if own is None:
-                del module.cache_context
-            else:
-                module.cache_context = own
+
+    def begins_call(self) -> bool:
+        self._encoded += 1
+        return self._encoded == 1
 
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
         """Return True for all rows of a call with the prompt, False for those with the negative prompt."""
         if rows != images:
             raise self.wrong_rows(rows, images)
         return (self._call != self.negative,) * rows
+
+
+@contextmanager
+def _noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
+    """Call ``note`` with the arguments of each call of a method, on this instance only."""
+    method, own = getattr(instance, name), vars(instance).get(name)
+
+    @functools.wraps(method)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    setattr(instance, name, noting)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(instance, name)
+        else:
+            setattr(instance, name, own)
 
 
 UNLIMITED = 1 << 30  # tokens: how many of them the pipeline reads is known once it is called

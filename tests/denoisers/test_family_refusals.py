@@ -146,10 +146,13 @@ def test_a_phrase_that_is_cut_off_is_refused(pixart: Any, sd3: Any) -> None:
     late = Layout("s " * 40 + "cat", regions=(Region("cat", (0, 0, 1, 1)),))
     for name, pipe in (("pixart", pixart), ("sd3", sd3)):
         refused(pipe, name, "The phrase 'cat' comes after the first 24 tokens", layout=late)
-    # CLIP reads the phrase, T5 does not: it is steered where it is read.
+    # CLIP reads the phrase, T5 does not: it is steered where it is read, also by an embedding of its own.
     middle = Layout("s " * 30 + "cat", regions=(Region("cat", (0, 0, 1, 1)),))
-    with attach(sd3, middle, RegionBias(strength=1.0)):
+    denoiser = denoiser_of(sd3)
+    with attach(sd3, middle, [RegionBias(strength=1.0), DenseModulation(end=1.0)]):
         run(FAMILIES["sd3"], sd3, middle.prompt)
+    assert denoiser.same_tokens((1, 2, 78), (5, 6)) == [(1, 5), (2, 6)]
+    assert denoiser.same_tokens((1, 2, 78, 79), (90, 91)) == [(78, 90), (79, 91)]
     sd3.text_encoder_3 = None
     assert max(denoiser_of(sd3).token_positions(LAYOUT)[0]) < 77
 
