@@ -72,6 +72,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
     )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
+    add(
+        "--teacher",
+        type=Path,
+        help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",
+    )
     add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
     add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
     add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
@@ -83,6 +88,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
     if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
         raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
+    if args.teacher is not None and args.denoiser != "transformer":
+        raise ValueError("--teacher acts on --denoiser transformer; add that, or leave it out.")
+    if args.teacher is not None and not (args.teacher / "unet").is_dir():
+        raise ValueError(f"There is no folder {args.teacher / 'unet'}; give --teacher a base with a U-Net.")
     if args.unet_init is not None and not args.unet_init.is_file():
         raise ValueError(f"There is no file {args.unet_init} for --unet_init.")
     return args

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from research.micro_base.focus import Focus
-from research.micro_base.unet_loss import DenoiserLoss, LatentCache, Sampled
+from research.micro_base.unet_loss import DenoiserLoss, LatentCache, Sampled, text_batch
 
 # Without its third text encoder, SD3's pipeline appends ``max_sequence_length`` (256 if not given) tokens of zeros to
 # the text. They are equal in every layer, so n of them are one with log(n) added to its attention scores. Each row of a
@@ -54,6 +54,36 @@ def velocity(transformer: SD3Transformer2DModel, noisy: Tensor, timesteps: Tenso
     return transformer(noisy, words, states[:, -1], timesteps).sample
 
 
+class Teacher:
+    """A trained U-Net, whose predictions are velocities to learn from, without the noise of single scenes.
+
+    Flow matching learns the mean of eps - z0, given z_t; the U-Net, of another schedule, knows it at the timestep with
+    the same noise-to-signal ratio.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, cache: LatentCache, alphas: Tensor) -> None:
+        """``unet`` predicts v. cache: the U-Net's states of the same captions. alphas: cumulative, decreasing."""
+        self.unet, self.cache, self.ratios = unet, cache, ((1 - alphas) / alphas).sqrt()
+
+    @torch.no_grad()
+    def __call__(self, noisy: Tensor, sigma: Tensor, sampled: Sampled) -> Tensor:
+        """Return velocities (B, 4, 16, 16) of latents with the noise ``sigma`` (B, 1, 1, 1)."""
+        rows = self.cache.caption_of[sampled.scenes].masked_fill(sampled.is_empty, 0)
+        states = text_batch(self.cache, rows, sampled.bare)
+        scale = ((1 - sigma) ** 2 + sigma**2).sqrt()
+        signal, noise = (1 - sigma) / scale, sigma / scale  # of variance-preserving latents
+        scaled = noisy / scale
+        v = self.unet(scaled.to(self.unet.dtype), self._timesteps(sigma), states.to(self.unet.dtype)).sample.float()
+        return (noise - signal) * scaled + (noise + signal) * v  # eps = noise x + signal v, z0 = signal x - noise v
+
+    def _timesteps(self, sigma: Tensor) -> Tensor:
+        """Return the U-Net's timesteps (B,), between whole ones, with the ratios sigma / (1 - sigma)."""
+        ratio = (sigma / (1 - sigma)).flatten()
+        above = torch.searchsorted(self.ratios, ratio).clamp(1, len(self.ratios) - 1)
+        low, high = self.ratios[above - 1], self.ratios[above]
+        return above - 1 + ((ratio - low) / (high - low)).clamp(0, 1)
+
+
 class FlowLoss(DenoiserLoss):
     """The loss of the transformer, z_t = (1 - sigma) z0 + sigma eps and v = eps - z0, without weights.
 
@@ -63,10 +93,16 @@ class FlowLoss(DenoiserLoss):
     settled = (550.0, 720.0)
     seen = (860.0, 960.0)
 
-    def __init__(self, transformer: SD3Transformer2DModel, cache: LatentCache, focus: Focus | None) -> None:
-        """``focus``: objects of the cached scenes."""
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        cache: LatentCache,
+        focus: Focus | None,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """``focus``: objects of the cached scenes. teacher: gives the target in place of the scenes."""
         super().__init__(cache, focus)
-        self.transformer = transformer
+        self.transformer, self.teacher = transformer, teacher
         self.dtype = transformer.dtype
         self.attention = JointAttention(cache.states.shape[1] - 1, None if focus is None else self.recorded)
 
@@ -78,7 +114,8 @@ class FlowLoss(DenoiserLoss):
         with self.attention:
             output = velocity(self.transformer, noisy.to(self.dtype), t, states.to(self.dtype))
         del self.recorded[: len(self.recorded) // 3]  # the first blocks hardly know yet what is where
-        return output, sampled.noise - latents, torch.ones_like(t)
+        target = sampled.noise - latents if self.teacher is None else self.teacher(noisy, sigma, sampled)
+        return output, target, torch.ones_like(t)
 
     def release(self) -> None:
         """Do nothing: attention is recorded during a call only."""

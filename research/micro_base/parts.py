@@ -18,7 +18,7 @@ from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import make_focus
 from research.micro_base.loop import LoopConfig, read_weights
-from research.micro_base.transformer import TRANSFORMER, encoder, new_pipeline, new_transformer
+from research.micro_base.transformer import encoder, load_teacher, new_pipeline, new_transformer, transformer_kind
 from research.micro_base.unet import UNET, Encode, latent_cache, new_unet, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe
 from research.micro_base.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
@@ -115,8 +115,8 @@ def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
 
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
     """Train the denoiser; ``started``: ``time.monotonic()`` when --unet_minutes began."""
-    kind = {"unet": UNET, "transformer": TRANSFORMER}[args.denoiser]
-    recipe = Recipe("flow" if kind is TRANSFORMER else args.prediction_type, noisy=args.unet_noisy)
+    is_transformer = args.denoiser == "transformer"
+    recipe = Recipe("flow" if is_transformer else args.prediction_type, noisy=args.unet_noisy)
     cache, initial = latents(args, data), denoiser_weights(args, None)
     focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
     config: LoopConfig | ClockConfig
@@ -138,6 +138,11 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
             checkpoint_every=100,
         )
     device = process_device(args.device)
+    teacher = None
+    if args.teacher is not None:
+        captions, path = data.basic.captions[: len(cache.latents)], args.workdir / f"teacher-{len(cache.latents)}.pt"
+        teacher = load_teacher(args.teacher, cache, captions, path, device)
+    kind = transformer_kind(teacher) if is_transformer else UNET
     return train_denoiser(
         kind, cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16
     )[1]

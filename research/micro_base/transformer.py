@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from localctl.pipelines import choose_pil_processors
-from research.micro_base.flow import FlowLoss
-from research.micro_base.unet import Encode, Kind
-from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache
+from localctl.pipelines import BaseConfig, choose_pil_processors, load_pipeline
+from localctl.pipelines import encode_captions as encode_texts
+from research.micro_base.flow import FlowLoss, Teacher
+from research.micro_base.loop import save_tensors
+from research.micro_base.unet import Encode, Kind, encode_captions
+from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, to
 
 WORDS = 32  # tokens of a prompt; captions of basic scenes have up to 17
 HEADS, HEAD_DIM, BLOCKS, PATCH = 6, 32, 5, 1
@@ -52,7 +55,29 @@ def transformer_for(cache: LatentCache) -> SD3Transformer2DModel:
     return transformer
 
 
-TRANSFORMER = Kind("transformer", transformer_for, lambda model, cache, recipe, focus: FlowLoss(model, cache, focus))
+def transformer_kind(teacher: Teacher | None = None) -> Kind:
+    """Return the kind of denoiser, for its training with or without a teacher."""
+    return Kind(
+        "transformer", transformer_for, lambda model, cache, recipe, focus: FlowLoss(model, cache, focus, teacher)
+    )
+
+
+@torch.no_grad()
+def load_teacher(base: Path, cache: LatentCache, captions: list[str], path: Path, device: torch.device) -> Teacher:
+    """Return the U-Net of a base as a teacher for the scenes of a cache; ``path`` keeps its states of their captions.
+
+    Raises:
+        ValueError: the base cannot be loaded, or its U-Net does not predict v.
+    """
+    pipe = load_pipeline(BaseConfig(name=str(base)), device=device)
+    kind = pipe.scheduler.config.prediction_type
+    if kind != "v_prediction":
+        raise ValueError(f"The U-Net of {base} predicts {kind}, and a teacher must predict v_prediction.")
+    if not path.exists():
+        found = encode_captions(captions, lambda texts: encode_texts(pipe, texts).states, pipe.tokenizer)
+        save_tensors(path, dict(zip(("states", "lengths", "caption_of"), found, strict=True)))
+    known = LatentCache(latents=cache.latents[:0], **torch.load(path, weights_only=True))
+    return Teacher(pipe.unet, to(known, device), pipe.scheduler.alphas_cumprod.to(device))
 
 
 def text_towers(clip: CLIPModel) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:

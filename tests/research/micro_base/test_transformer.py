@@ -1,12 +1,14 @@
 """The transformer of the embedded base: flow matching, attention and text, and a training that exports a pipeline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors.torch import load_file
 from tolerances import rounding
 from torch import nn
@@ -15,18 +17,26 @@ from transformers import CLIPModel, CLIPTokenizer
 from localctl.bases import MICRO_WEIGHTS
 from research.micro_base.__main__ import main
 from research.micro_base.clock import ClockConfig
-from research.micro_base.flow import ZEROS, FlowLoss, JointAttention, velocity
+from research.micro_base.flow import ZEROS, FlowLoss, JointAttention, Teacher, velocity
 from research.micro_base.focus import Focus
 from research.micro_base.loop import LoopConfig, read_weights
 from research.micro_base.measure import padding_mass
 from research.micro_base.report import main as report
-from research.micro_base.transformer import TRANSFORMER, WORDS, encoder, new_pipeline, new_transformer, transformer_for
-from research.micro_base.unet import train_denoiser
+from research.micro_base.transformer import (
+    WORDS,
+    encoder,
+    new_pipeline,
+    new_transformer,
+    transformer_for,
+    transformer_kind,
+)
+from research.micro_base.unet import new_scheduler, train_denoiser
 from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, Recipe, Sampled, Sampler, sample_flow, to
 
 SCENES, WIDTH = 12, 256
 LAYERS = 40 * 9 * 192  # layers in a row, the longest sums of each
 RECIPE = Recipe("flow")
+TRANSFORMER = transformer_kind()
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,31 @@ def test_the_scheduler_integrates_the_target_to_the_clean_latents(transformer, c
         assert torch.allclose(clean, latents[row], atol=1e-5)
 
 
+class OneScene(nn.Module):
+    """A U-Net of the v that is right if there is but one image, ``clean``."""
+
+    def __init__(self, clean: torch.Tensor, alphas: torch.Tensor) -> None:
+        super().__init__()
+        self.clean, self.ratios, self.dtype = clean, ((1 - alphas) / alphas).sqrt(), torch.float32
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, states: torch.Tensor) -> UNet2DConditionOutput:
+        below = t.long().clamp(max=len(self.ratios) - 2)
+        ratio = torch.lerp(self.ratios[below], self.ratios[below + 1], t - below)[:, None, None, None]
+        signal = (1 + ratio**2) ** -0.5
+        noise = ratio * signal
+        return UNet2DConditionOutput(sample=signal * (x - signal * self.clean) / noise - noise * self.clean)
+
+
+def test_a_teacher_of_another_schedule_gives_the_velocity(transformer, cache: LatentCache) -> None:
+    alphas = new_scheduler().alphas_cumprod
+    sampled = Sampler(cache.latents.shape, None, 8, RECIPE, 0, torch.device("cpu"))(np.random.default_rng(0))
+    within = replace(sampled, timesteps=sampled.timesteps.clamp(15, 990))  # its schedule ends at 10 and 993.7
+    clean = cache.latents[5].float()
+    taught = FlowLoss(transformer, cache, None, Teacher(OneScene(clean, alphas), cache, alphas))
+    _, target, _ = taught.predict(clean.expand(8, -1, -1, -1), within, cache.states[:1].float().expand(8, -1, -1))
+    assert torch.allclose(target, sampled.noise - clean, atol=1e-3)
+
+
 def test_the_loss_stays_on_one_device_and_reads_no_value_back(cache: LatentCache, focus: Focus) -> None:
     """Tensors without values stand for those of a GPU, where both would break a graph."""
     device = torch.device("meta")
@@ -212,7 +247,7 @@ def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path) -> None:
     base = tmp_path / "base"
     flags = ["--denoiser", "transformer", "--workdir", str(tmp_path), "--scenes", "8", "--unet_scenes", "8"]
     flags += ["--unet_steps", "2", "--unet_batch", "2", "--output_dir", str(base), "--parts", "unet", "export"]
-    assert main([*flags, "--continue_from", str(MICRO_WEIGHTS)]) == 0
+    assert main([*flags, "--continue_from", str(MICRO_WEIGHTS), "--teacher", str(MICRO_WEIGHTS)]) == 0
     assert sum(file.stat().st_size for file in base.rglob("*")) < 22e6
     pipe = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
@@ -227,6 +262,8 @@ def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path) -> None:
     ("program", "flags", "sentence"),
     [
         (main, ["--denoiser", "transformer"], "give --output_dir"),
+        (main, ["--teacher", str(MICRO_WEIGHTS)], "acts on --denoiser transformer"),
+        (main, ["--denoiser", "transformer", "--output_dir", "x", "--teacher", "nowhere"], "no folder nowhere/unet"),
         (report, ["--guidance_scale", "3"], "add --images_only"),
         (report, ["--base", "nowhere"], "There is no CLIP"),
     ],
