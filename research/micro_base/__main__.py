@@ -73,6 +73,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
     add(
+        "--patch",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
+    )
+    add(
         "--teacher",
         type=Path,
         help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",

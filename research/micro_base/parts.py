@@ -18,8 +18,15 @@ from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import make_focus
 from research.micro_base.loop import LoopConfig, read_weights
-from research.micro_base.transformer import encoder, load_teacher, new_pipeline, new_transformer, transformer_kind
-from research.micro_base.unet import UNET, Encode, latent_cache, new_unet, train_denoiser
+from research.micro_base.transformer import (
+    encoder,
+    load_teacher,
+    new_pipeline,
+    new_transformer,
+    patch_of,
+    transformer_kind,
+)
+from research.micro_base.unet import UNET, Encode, Kind, latent_cache, new_unet, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe
 from research.micro_base.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
 from research.micro_base.words import train_words
@@ -113,10 +120,28 @@ def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
     return train_words(load_clip(args, tokenizer, words=False), tokenizer, captions, config, args.workdir)
 
 
+def check_patch(args: argparse.Namespace) -> None:
+    """Raise a ValueError if the transformer to go on with has other tokens than --patch says."""
+    weights = denoiser_weights(args, args.workdir / f"{args.denoiser}.pt") if args.denoiser == "transformer" else None
+    if weights is not None and patch_of(weights) != args.patch:
+        raise ValueError(f"--patch {args.patch} is not that of the weights to start from; give {patch_of(weights)}.")
+
+
+def denoiser_kind(args: argparse.Namespace, data: TrainingScenes, cache: LatentCache, device: torch.device) -> Kind:
+    """Return the kind of denoiser to train, with its teacher."""
+    if args.denoiser == "unet":
+        return UNET
+    if args.teacher is None:
+        return transformer_kind(args.patch)
+    count = len(cache.latents)
+    path = args.workdir / f"teacher-{count}.pt"
+    return transformer_kind(args.patch, load_teacher(args.teacher, cache, data.basic.captions[:count], path, device))
+
+
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
     """Train the denoiser; ``started``: ``time.monotonic()`` when --unet_minutes began."""
-    is_transformer = args.denoiser == "transformer"
-    recipe = Recipe("flow" if is_transformer else args.prediction_type, noisy=args.unet_noisy)
+    check_patch(args)
+    recipe = Recipe("flow" if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
     cache, initial = latents(args, data), denoiser_weights(args, None)
     focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
     config: LoopConfig | ClockConfig
@@ -138,11 +163,7 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
             checkpoint_every=100,
         )
     device = process_device(args.device)
-    teacher = None
-    if args.teacher is not None:
-        captions, path = data.basic.captions[: len(cache.latents)], args.workdir / f"teacher-{len(cache.latents)}.pt"
-        teacher = load_teacher(args.teacher, cache, captions, path, device)
-    kind = transformer_kind(teacher) if is_transformer else UNET
+    kind = denoiser_kind(args, data, cache, device)
     return train_denoiser(
         kind, cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16
     )[1]
@@ -167,7 +188,7 @@ def build_export(args: argparse.Namespace, data: TrainingScenes) -> int:
         name = {"unet": "U-Net", "transformer": "transformer"}[args.denoiser]
         raise ValueError(f"There is no {name} in {args.workdir}; train one with --parts unet, or give --continue_from.")
     if args.denoiser == "transformer":
-        transformer = new_transformer()
+        transformer = new_transformer(patch=patch_of(weights))
         transformer.load_state_dict(weights)
         return export_transformer(args.output_dir, vae, clip, tokenizer, transformer)
     unet = new_unet()

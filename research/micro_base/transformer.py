@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,17 @@ from research.micro_base.unet import Encode, Kind, encode_captions
 from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, to
 
 WORDS = 32  # tokens of a prompt; captions of basic scenes have up to 17
-HEADS, HEAD_DIM, BLOCKS, PATCH = 6, 32, 5, 1
+HEADS, HEAD_DIM, BLOCKS = 5, 32, 6
 
 
-def new_transformer(text_width: int = 256) -> SD3Transformer2DModel:
-    """Return an untrained transformer whose blocks change nothing yet (adaLN-Zero, arXiv 2212.09748)."""
+def new_transformer(text_width: int = 256, patch: int = 1) -> SD3Transformer2DModel:
+    """Return an untrained transformer whose blocks change nothing yet (adaLN-Zero, arXiv 2212.09748).
+
+    patch: side of a token in latents.
+    """
     transformer = SD3Transformer2DModel(
         sample_size=16,
-        patch_size=PATCH,
+        patch_size=patch,
         in_channels=4,
         out_channels=4,
         num_layers=BLOCKS,
@@ -45,20 +50,27 @@ def new_transformer(text_width: int = 256) -> SD3Transformer2DModel:
     return transformer
 
 
+def patch_of(weights: Mapping[str, Tensor]) -> int:
+    """Return the patch of a transformer's weights."""
+    return int(weights["pos_embed.proj.weight"].shape[-1])
+
+
 @torch.no_grad()
-def transformer_for(cache: LatentCache) -> SD3Transformer2DModel:
+def transformer_for(cache: LatentCache, patch: int = 1) -> SD3Transformer2DModel:
     """Return an untrained transformer that standardises the text states of a cache, which are far from 0."""
-    transformer = new_transformer(cache.states.shape[-1])
+    transformer = new_transformer(cache.states.shape[-1], patch)
     layer, text = transformer.context_embedder, cache.states[:, :-1].float().flatten(0, 1)  # without the pooled ones
     layer.weight /= text.std(0)
     layer.bias -= layer.weight @ text.mean(0)
     return transformer
 
 
-def transformer_kind(teacher: Teacher | None = None) -> Kind:
+def transformer_kind(patch: int = 1, teacher: Teacher | None = None) -> Kind:
     """Return the kind of denoiser, for its training with or without a teacher."""
     return Kind(
-        "transformer", transformer_for, lambda model, cache, recipe, focus: FlowLoss(model, cache, focus, teacher)
+        "transformer",
+        partial(transformer_for, patch=patch),
+        lambda model, cache, recipe, focus: FlowLoss(model, cache, focus, teacher),
     )
 
 

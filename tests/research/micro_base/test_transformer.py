@@ -27,6 +27,7 @@ from research.micro_base.transformer import (
     encoder,
     new_pipeline,
     new_transformer,
+    patch_of,
     transformer_for,
     transformer_kind,
 )
@@ -34,7 +35,7 @@ from research.micro_base.unet import new_scheduler, train_denoiser
 from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, Recipe, Sampled, Sampler, sample_flow, to
 
 SCENES, WIDTH = 12, 256
-LAYERS = 40 * 9 * 192  # layers in a row, the longest sums of each
+LAYERS = 40 * 9 * 160  # layers in a row, the longest sums of each
 RECIPE = Recipe("flow")
 TRANSFORMER = transformer_kind()
 
@@ -177,6 +178,13 @@ def test_the_loss_stays_on_one_device_and_reads_no_value_back(cache: LatentCache
     assert not silent
 
 
+def test_tokens_may_be_patches(tmp_path: Path, cache: LatentCache, focus: Focus) -> None:
+    config = LoopConfig(steps=1, learning_rate=1e-3)
+    model, _ = train_denoiser(transformer_kind(2), cache, config, tmp_path, 4, RECIPE, focus=focus)
+    assert model.config.patch_size == patch_of(read_weights(tmp_path / "transformer.pt")) == 2
+    assert velocity(model, *inputs(2)).shape == (2, 4, 16, 16)
+
+
 @torch.no_grad()
 def test_a_new_transformer_changes_nothing_and_standardises_its_text(cache: LatentCache) -> None:
     transformer = transformer_for(cache)
@@ -243,7 +251,7 @@ def test_a_transformer_is_trained_by_the_clock_in_bfloat16(tmp_path: Path, cache
     assert json.loads((tmp_path / "transformer.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
-def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path) -> None:
+def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     flags = ["--denoiser", "transformer", "--workdir", str(tmp_path), "--scenes", "8", "--unet_scenes", "8"]
     flags += ["--unet_steps", "2", "--unet_batch", "2", "--output_dir", str(base), "--parts", "unet", "export"]
@@ -256,6 +264,8 @@ def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path) -> None:
     trained = read_weights(tmp_path / "transformer.pt")
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, trained[name].half().float())
+    assert main([*flags, "--continue_from", str(MICRO_WEIGHTS), "--patch", "2"]) == 2
+    assert "--patch 2 is not that of the weights to start from; give 1." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
