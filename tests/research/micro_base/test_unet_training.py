@@ -20,7 +20,7 @@ from research.micro_base.clock import ClockConfig, train_by_clock
 from research.micro_base.data import scene_cache
 from research.micro_base.focus import Focus
 from research.micro_base.loop import read_weights
-from research.micro_base.unet import new_unet, train_unet
+from research.micro_base.unet import UNET, new_unet, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe, Sampled, Sampler, UNetLoss, sample_timesteps, to
 
 SCENES = 12
@@ -81,7 +81,7 @@ def test_the_loss_stays_on_one_device_and_reads_no_value_back(cache: LatentCache
 def test_a_unet_is_trained_by_the_clock_in_bfloat16(tmp_path: Path, cache: LatentCache, focus: Focus) -> None:
     initial = new_unet().state_dict()
     config = ClockConfig(seconds=1.0, learning_rate=1e-3, ema=0.5)
-    unet, _ = train_unet(cache, config, tmp_path, 4, initial=initial, focus=focus, bf16=True)
+    unet, _ = train_denoiser(UNET, cache, config, tmp_path, 4, initial=initial, focus=focus, bf16=True)
     weights = unet.state_dict()
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
     assert max(float((weights[name] - initial[name]).abs().max()) for name in weights) > 0
@@ -154,7 +154,6 @@ def test_the_loops_by_steps_and_by_the_clock_sample_the_same_scenes(focus: Focus
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--bf16"], "give --unet_minutes"),
         (["--unet_mix", "0.5", "0.5", "0.5"], "add up to at most 1"),
         (["--unet_noisy", "1"], "between 0 and 0.9"),
         (["--unet_init", "nowhere.pt"], "no file nowhere.pt"),
