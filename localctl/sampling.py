@@ -93,8 +93,7 @@ def generate(
     init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
     texts = _texts(layouts, pipeline_arguments)
     generated: list[Any] = []
-    own = denoiser_of(pipe).own_arguments if init is None else {}
-    arguments, convert = _as_numbers(pipe, {**own, **resolved.arguments(), **pipeline_arguments})
+    arguments, convert = _as_numbers(pipe, {**_own(pipe, init), **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,
@@ -106,8 +105,7 @@ def generate(
             indices, own_seeds = [index for index, _ in batch], [seed for _, seed in batch]
             attached.select(indices)
             begin()
-            noises = [generator(seed, "steps") for seed in own_seeds]
-            output = caller(**texts(indices), **start(first, own_seeds), generator=noises, **arguments)
+            output = caller(**texts(indices), **start(first, own_seeds), **arguments)
             _check_finite(output.images, batch, layouts)
             generated.extend(convert(output.images))
     generated = generated if init is None else [init.finish(image) for image in generated]
@@ -142,14 +140,20 @@ def _start(
         # Some pipelines would take the base's own size.
         sized = init.mask is None and "height" in inspect.signature(type(pipe).__call__).parameters
         own = {"height": size[0], "width": size[1]} if sized else {}
-        return lambda first, seeds: own | init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
+        factor = pipe.vae_scale_factor
+        return lambda first, seeds: own | init.arguments(first, len(seeds), size, factor) | _generators(seeds)
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
 
     def from_noise(first: int, seeds: Sequence[int]) -> dict[str, Any]:
         latents = torch.cat([initial_noise(pipe, seed, *size, dtype) for seed in seeds])
-        return {"height": size[0], "width": size[1], "latents": latents}
+        return {"height": size[0], "width": size[1], "latents": latents, **_generators(seeds)}
 
     return from_noise
+
+
+def _generators(seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the argument for the noise between the steps."""
+    return {"generator": [generator(seed, "steps") for seed in seeds]}
 
 
 def resolve_sampling(pipe: DiffusionPipeline, given: Sampling, sampling: Sampling | None = None) -> Any:
@@ -185,6 +189,11 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
                 "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
             )
         yield
+
+
+def _own(pipe: DiffusionPipeline, init: InitImage | None) -> dict[str, Any]:
+    """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
+    return denoiser_of(pipe).own_arguments if init is None else {}
 
 
 def _as_numbers(

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from localctl import __version__
 from localctl.messages import nearest
+from localctl.sizes import typed_size
 
 VERSION = f"localctl {__version__}"
 _SEVERAL = ("+", "*")
@@ -105,3 +106,18 @@ def boolean(text: str) -> bool:
         shown = text if len(text) <= 80 else f"{text[:77]}..."
         raise argparse.ArgumentTypeError(f"expected true or false, not {shown!r}")
     return BOOLS[text.lower()]
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
+    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{shortened(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768"
+        )
+    return found
+
+
+def shortened(text: str) -> str:
+    """Return ``text``, or the beginning of a long one."""
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -32,14 +32,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
-from localctl.cli.arguments import Arguments, boolean
+from localctl.cli.arguments import Arguments, boolean, shortened, size
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
 from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
 from localctl.png import is_png
 from localctl.settings import CHANNELS
-from localctl.sizes import typed_size
 
 PROGRAM = "sample.py"
 # A flag on the command line replaces these settings of a record.
@@ -182,7 +181,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         "else the image's if it suits the base, or the base's area in the image's aspect ratio; without either, the\n"
         "base's.",
     ).add_argument
-    add("--resolution", type=_size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
+    add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
     add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's aspect ratio")
     add("--width", type=int, help="as --height")
 
@@ -293,11 +292,11 @@ def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.Argume
     """Raise a ValueError for arguments that are no flags, nor values of one."""
     first = unknown[0]
     if not first.startswith("-"):
-        parser.error(f"{_short(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
+        parser.error(f"{shortened(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     meant = f"did you mean {_OTHER_FLAGS[name]}?" if name in _OTHER_FLAGS else nearest(name, flags, otherwise="")
-    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{meant and f' ({meant})'}")
+    parser.error(f"unrecognized arguments: {shortened(' '.join(unknown))}{meant and f' ({meant})'}")
 
 
 def _quoted(argv: Sequence[str], word: str) -> str:
@@ -310,7 +309,7 @@ def _quoted(argv: Sequence[str], word: str) -> str:
         words = [*([value] if value else []), *argv[flag + 1 : end]]
     else:
         name, words = "--prompt", list(argv[at:end])
-    return f'{name} "{_short(" ".join(words))}"'
+    return f'{name} "{shortened(" ".join(words))}"'
 
 
 def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
@@ -319,17 +318,13 @@ def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
     for group in groups:
         words_only = all(len(prompt.split()) <= 1 for prompt in group)
         if len(group) > 1 and (words_only or any(prompt.lower() in _FUNCTION_WORDS for prompt in group)):
-            words = _short(" ".join(group))
+            words = shortened(" ".join(group))
             apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
             raise ValueError(
                 f"--prompt has {len(group)} {'single words' if words_only else 'parts'}; put one prompt in quotes, "
-                f'--prompt "{words}", or repeat the flag for each of several: {_short(apart)} ...'
+                f'--prompt "{words}", or repeat the flag for each of several: {shortened(apart)} ...'
             )
     return [prompt for group in groups for prompt in group]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _seed(text: str) -> int:
@@ -337,16 +332,10 @@ def _seed(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {_short(text)!r}") from None
+        raise argparse.ArgumentTypeError(f"invalid int value: {shortened(text)!r}") from None
     try:
         return seed_in_bounds(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one") from None
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
-    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768")
-    return found
+        raise argparse.ArgumentTypeError(
+            f"the seed {shortened(text)} has more than 64 bits; give a smaller one"
+        ) from None

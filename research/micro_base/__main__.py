@@ -51,6 +51,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--decoder_steps", type=int, default=900, help="steps of the decoder alone, on the cached latents")
     add("--clip_vision_steps", type=int, default=500, help="steps of the vision tower alone")
+    _add_unet(parser)
+    add(
+        "--patch",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",
+    )
+    add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
+    add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
+    add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
+    add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
+    args = parser.read(argv)
+    _check(args)
+    return args
+
+
+def _add_unet(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     add("--unet_steps", type=int, default=20000, help="steps of the U-Net")
     add("--unet_batch", type=int, default=24, help="scenes per step of the U-Net")
@@ -72,23 +96,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
     )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
-    add(
-        "--patch",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
-    )
-    add(
-        "--teacher",
-        type=Path,
-        help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",
-    )
-    add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
-    add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
-    add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
-    add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
-    args = parser.read(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a ValueError for flags that cannot be followed."""
     if min(args.unet_mix) < 0 or sum(args.unet_mix) > 1:
         raise ValueError(f"--unet_mix {args.unet_mix} must be shares from 0 to 1 that add up to at most 1.")
     if not 0 < args.unet_noisy < 0.9:
@@ -101,7 +112,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ValueError(f"There is no folder {args.teacher / 'unet'}; give --teacher a base with a U-Net.")
     if args.unet_init is not None and not args.unet_init.is_file():
         raise ValueError(f"There is no file {args.unet_init} for --unet_init.")
-    return args
 
 
 @one_sentence(PROGRAM)

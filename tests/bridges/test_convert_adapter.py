@@ -20,15 +20,11 @@ from localctl.adapter_weights import as_metadata
 from localctl.bridges import bundle_adapters, convert_adapter
 
 # As published: canny (full), colour (light) and canny XL; small ones of the same forms for quick tests.
+FULL = {"channels": [320, 640, 1280, 1280], "num_res_blocks": 2}
 REAL: dict[str, dict[str, Any]] = {
-    "full_adapter": {"in_channels": 1, "channels": [320, 640, 1280, 1280], "num_res_blocks": 2, "downscale_factor": 8},
+    "full_adapter": {**FULL, "in_channels": 1, "downscale_factor": 8},
     "light_adapter": {"in_channels": 3, "channels": [320, 640, 1280], "num_res_blocks": 4, "downscale_factor": 8},
-    "full_adapter_xl": {
-        "in_channels": 3,
-        "channels": [320, 640, 1280, 1280],
-        "num_res_blocks": 2,
-        "downscale_factor": 16,
-    },
+    "full_adapter_xl": {**FULL, "in_channels": 3, "downscale_factor": 16},
 }
 SMALL = {
     kind: {**options, "channels": [width // 40 for width in options["channels"]]} for kind, options in REAL.items()
