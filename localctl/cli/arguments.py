@@ -103,8 +103,7 @@ def _truth(flag: str, value: str) -> bool:
 def boolean(text: str) -> bool:
     """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
     if text.lower() not in BOOLS:
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        raise argparse.ArgumentTypeError(f"expected true or false, not {shown!r}")
+        raise argparse.ArgumentTypeError(f"expected true or false, not {shortened(text)!r}")
     return BOOLS[text.lower()]
 
 
