@@ -23,6 +23,7 @@ from localctl.control.spacetime import SpaceTimeAttention
 from localctl.denoisers.unet import UNet
 from localctl.layout import Layout, Region
 
+pytest_plugins = ["families"]
 MakeAdapter = Callable[..., LocalAdapter]
 REGIONS = Layout(PROMPT, regions=(Region("cat", (0, 0, 0.5, 1)), Region("dogs", (0.5, 0.25, 1, 1))))
 
