@@ -77,6 +77,7 @@ ROWS = {
         Row("inside_weight", "features masked, denoising weighted 3 in the mask", against=WITHOUT),
         Row("cover", "features masked, mask_resize cover", headline=True, against=WITHOUT),
         Row("cover_edges", "mask_resize cover + edges", headline=True, against="cover"),
+        Row("cover_edges_strong", "mask_resize cover + edges, weight 0.5", headline=True, against="cover"),
         Row("cover_prompt", "cover, on the prompt's rows", True, "cover", "cover", PROMPT_ROWS),
         Row(
             "cover_edges_prompt",

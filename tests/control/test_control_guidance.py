@@ -6,19 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import control_helpers
+import families
 import pytest
 import torch
 from attachment_helpers import METHODS, OTHER, PROMPT, adapter_control, assert_same_draw, draw, noise, processors
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from families import Family
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
 from localctl.control.attach import attach
 from localctl.control.base import Control
+from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.spacetime import SpaceTimeAttention
+from localctl.denoisers.unet import UNet
 from localctl.layout import Layout, Region
 
+pytest_plugins = ["families"]
 MakeAdapter = Callable[..., LocalAdapter]
 REGIONS = Layout(PROMPT, regions=(Region("cat", (0, 0, 0.5, 1)), Region("dogs", (0.5, 0.25, 1, 1))))
 
@@ -174,3 +179,28 @@ def test_what_has_no_effect_or_no_meaning_is_refused(
         drawn(sd_pipe, adapter_control(adapter))
     with attach(sd_pipe, PROMPT, adapter_control(adapter)):  # the other way round each is applied
         assert not torch.allclose(drawn(sd_pipe, two[0]), draw(sd_pipe, guidance_scale=3.0), rtol=1e-3)
+
+
+def test_transformers_take_part_alike(family: Family, dit: Any) -> None:
+    adapter = families.token_adapter(dit)
+    torch.manual_seed(0)
+    condition, mask = torch.rand(1, families.SIDE, families.SIDE), torch.ones(1, families.SIDE, families.SIDE)
+
+    def images(**options: Any) -> Tensor:
+        with attach(dit, families.PROMPT, LocalAdapterControl(adapter, condition, mask, **options)):
+            return families.run(family, dit, guidance_scale=4.0)
+
+    alone = images(unconditional_scale=0)
+    assert torch.equal(images(guidance_scale=4.0), alone) and not torch.equal(images(), alone)
+    assert torch.equal(images(guidance_scale=0), families.run(family, dit, guidance_scale=4.0))
+    weaker, stronger = images(guidance_scale=2.0), images(guidance_scale=8.0)
+    assert not torch.allclose(weaker, alone, rtol=1e-3) and not torch.allclose(stronger, alone, rtol=1e-3)
+
+
+def test_where_guidance_is_two_calls_it_is_refused(
+    make_adapter: MakeAdapter, sd_pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UNet, "guides_in_one_call", False)
+    drawn(sd_pipe, adapter_control(make_adapter(), unconditional_scale=0))
+    with pytest.raises(ValueError, match="for the negative prompt in turn, so no control can have a guidance scale"):
+        drawn(sd_pipe, adapter_control(make_adapter(), guidance_scale=2.0))
