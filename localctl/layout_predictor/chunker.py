@@ -196,7 +196,7 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
 
 
 def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int) -> bool:
-    """Return whether a phrase names a time, a part ("the top of"), a style (", oil") or an earlier thing ("the red one")."""
+    """Return whether a phrase is a time, a part ("the top of"), a style (", oil") or is "the red" of "the red one"."""
     head = words[last - 1].text
     following = words[end].text if end < len(words) else ""
     before = words[start - 1].text if start else ""

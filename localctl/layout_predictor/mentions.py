@@ -116,7 +116,7 @@ class _Known:
         return self._other_word(plain, before, after), False
 
     def _other_word(self, text: str, before: str, after: str) -> Choices:
-        """Return what a word that is no personal pronoun may mean: "both", "the second", "above which", "the blue one"."""
+        """Return what a word may mean that is no personal pronoun: "both", "the second", "which", "the blue one"."""
         if text in _ORDINALS and before == "the" and len(self.introduced) > 1 and not _names(after):
             return ((self.introduced[-2:][_ORDINALS[text]],),)
         if text in ("both", "each") and len(self.introduced) > 1:

@@ -112,6 +112,9 @@ def _segments(tokens: list[str], mentions: list[Mention], sides: list[Side]) -> 
     return segments
 
 
+_Readings = tuple[list[_Item], list[_Item]]
+
+
 class _Reader:
     """Gives each side of each segment its figure, "A" of "A above B", and its ground, "B"."""
 
@@ -202,47 +205,49 @@ class _Reader:
             ):
                 self._relate(figure, name, ground, certain, side.touching)
 
-    def _figures(self, number: int, index: int, rest: list[_Item]) -> tuple[list[_Item], list[_Item]]:
+    def _figures(self, number: int, index: int, rest: list[_Item]) -> _Readings:
         """Return the things that the side at ``index`` is said of, and others that it may be said of."""
         segment = self.segments[number]
-        before = segment.things(0, index)
-        before = [item for item in before if not item.is_pronoun or item is before[0]]
+        before = [item for place, item in enumerate(segment.things(0, index)) if not item.is_pronoun or not place]
         if before:
-            direct = next(i for i in range(index - 1, -1, -1) if segment.items[i] is before[-1])
-            between = [item.word for item in segment.items[direct + 1 : index]]
-            nearest, first = before[-1], before[0]
-            finite = any(word in w.BE | w.VERBS for word in between)
-            outer = [self.subject] if self.subject is not None else []
-            if segment.opener in _RELATIVE or (segment.opener == "with" and finite):
-                # "the globe that my teacher gave me is", "the moped with the broken mirror is"
-                return (outer, [nearest]) if finite or nearest is first else ([nearest], outer)
-            if nearest is first:
-                return [first, *self._joined(number)], outer if segment.opener == "with" else []
-            earlier_side = any(item.side is not None for item in segment.items[:direct])
-            if finite or (between and not earlier_side and not segment.items[index].side.is_place):
-                return [first, *self._joined(number)], [] if finite else [nearest]
-            has = any(item.word in w.HAVE for item in segment.items[:direct])
-            ground = segment.items[index].side.ground
-            if ground is not None and not has and self.mentions[ground].choices[0] == nearest.choices[0]:
-                return [first], []  # "the bird flew away from the elephant to its left"
-            return [nearest], [first]
-        rest = [item for item in rest if not self._is_within_phrase(segment, item, segment.items[index])]
+            return self._figures_before(number, index, before)
+        side = segment.items[index]
+        rest = [item for item in rest if not self._is_within_phrase(segment, item, side)]
         if rest:
-            self.fronting = self.fronting or segment.items[index].side.sides != (NEAR,)
+            self.fronting = self.fronting or side.side is None or side.side.sides != (NEAR,)
             return rest[:1], []
-        following = self.segments[number + 1] if number + 1 < len(self.segments) else None
-        opens = segment.opener in _STRONG or self.fronting or (number == 0)
-        if following is not None and following.opener in (",", ":", "-") and opens and following.things():
-            head = next((item for item in following.items if item.choices or item.side), None)
-            if head is not None and head.choices:
+        following = self.segments[number + 1] if number + 1 < len(self.segments) else _Segment("")
+        if following.opener in (",", ":", "-") and (segment.opener in _STRONG or self.fronting):
+            head = next((item for item in following.items if item.choices or item.side), _Item())
+            if head.choices:  # "to the left of the barn, a horse"
                 self.fronting = True
                 return [head], []
-        if segment.opener in _RELATIVE and self.last is not None:
-            return [self.last], []
-        if segment.opener in _STRONG and self.last is not None and segment.opener in "(-–—:":
-            return [self.last], []
         found = [item for item in (self.subject, self.last) if item is not None]
+        if segment.opener in _RELATIVE or segment.opener in "(-–—:":
+            found = found[::-1][:1]
         return found[:1], found[1:]
+
+    def _figures_before(self, number: int, index: int, before: list[_Item]) -> _Readings:
+        """Return the same among the things ``before`` the side in its segment: the nearest, or the subject."""
+        segment = self.segments[number]
+        side, nearest, first = segment.items[index].side, before[-1], before[0]
+        direct = next(i for i in range(index - 1, -1, -1) if segment.items[i] is nearest)
+        between = [item.word for item in segment.items[direct + 1 : index]]
+        finite = any(word in w.BE | w.VERBS for word in between)
+        outer = [] if self.subject is None else [self.subject]
+        if segment.opener in _RELATIVE or (segment.opener == "with" and finite):
+            # "the globe that my teacher gave me is", "the moped with the broken mirror is"
+            return (outer, [nearest]) if finite or nearest is first else ([nearest], outer)
+        if nearest is first:
+            return [first, *self._joined(number)], outer if segment.opener == "with" else []
+        assert side is not None
+        follows_side = any(item.side is not None for item in segment.items[:direct])
+        if finite or (between and not follows_side and not side.is_place):
+            return [first, *self._joined(number)], [] if finite else [nearest]
+        has = any(item.word in w.HAVE for item in segment.items[:direct])
+        if side.ground is not None and not has and self.mentions[side.ground].choices[0] == nearest.choices[0]:
+            return [first], []  # "the bird flew away from the elephant to its left"
+        return [nearest], [first]
 
     @staticmethod
     def _is_within_phrase(segment: _Segment, thing: _Item, side: _Item) -> bool:
@@ -252,7 +257,7 @@ class _Reader:
         return (before.side is not None and before is not side) or before.word in w.PREPOSITIONS
 
     def _joined(self, number: int) -> list[_Item]:
-        """Return the things joined to the first one of a segment: A, for the segment of B in "A and B stand left of C"."""
+        """Return the things joined to the first one of a segment: A, for that of B in "A and B stand left of C"."""
         found: list[_Item] = []
         while number > 0 and self.segments[number].opener in ("and", ",") and self.segments[number - 1].is_one_thing:
             if self.segments[number].opener == "," and not found:

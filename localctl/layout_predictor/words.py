@@ -12,8 +12,9 @@ from localctl.phrases import word_set
 
 PRONOUNS = word_set(
     "i you he she it we they me him us them who whom someone somebody nobody something nothing everything anything "
-    "everyone itself himself herself themselves myself ourselves mine yours hers ours theirs ones what there here i'll you'll he'll she'll it'll we'll "
-    "they'll i'd you'd he'd she'd we'd they'd i've you've we've they've i'm you're we're they're"
+    "everyone itself himself herself themselves myself ourselves mine yours hers ours theirs ones what there here "
+    "i'll you'll he'll she'll it'll we'll they'll i'd you'd he'd she'd we'd they'd i've you've we've they've i'm "
+    "you're we're they're"
 )
 PREPOSITIONS = word_set(
     "about above across after against along alongside amid among around as at atop away before behind below beneath "
@@ -77,19 +78,20 @@ NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a fe
 )
 NO_ADVERBS = word_set("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")
 NO_OBJECTS = word_set(  # nouns for what has no place in the image
-    "air morning evening night day dawn dusk noon midnight afternoon summer winter spring autumn time times moment year "
-    "years century way shade atmosphere style touch sense contrast fun luck care law memory story honest life order total "
-    "glow beauty surroundings"
+    "air morning evening night day dawn dusk noon midnight afternoon sunrise sunset summer winter spring autumn time "
+    "times moment year years century way shade atmosphere style touch sense contrast fun luck care law memory story "
+    "honest life order total glow beauty surroundings row"
 )
 PARTS = word_set(
     "head top edge foot base shoulder shoulders lap surface tip feet center centre middle bottom back side"
 )
 STYLES = word_set(  # after a comma or "on", without a determiner: "a fox, oil on canvas"
-    "watercolor watercolour oil canvas bokeh lighting light film style art illustration photography photo render painting "
-    "sketch detailed 4k 8k cinematic dramatic epic fantasy colors colours realistic hd resolution trending artstation anime "
-    "cartoon retro vintage minimalist postcard glowing storm"
+    "watercolor watercolour oil canvas bokeh lighting light film style art illustration photography photo render "
+    "painting sketch detailed 4k 8k cinematic dramatic epic fantasy colors colours realistic hd resolution trending "
+    "artstation anime cartoon retro vintage minimalist postcard glowing macro"
 )
 COMMENTS = word_set("creating adding providing making giving bringing offering ready surveying allowing")
 BODY = word_set(
-    "foot feet hand hands head heads back lap side sides arm arms shoulder shoulders eye eyes face paw paws leg legs neck"
+    "foot feet hand hands head heads back lap side sides arm arms shoulder shoulders eye eyes face paw paws leg legs "
+    "neck"
 )  # after "his", "her", "its" or "their"
