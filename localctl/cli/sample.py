@@ -167,7 +167,8 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
         "--color", metavar="COLOR=PHRASE", help="with an image as --layout: what each colour is, '#ff0000=a red circle'"
     )
     group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
-    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: another layout predictor")
+    names_of = ("--predictor", "--layout_predictor")
+    group.add_argument(*names_of, metavar="DIR", help="with --layout auto: your own layout predictor")
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")

@@ -77,6 +77,7 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     add("--textual_inversion", nargs="+", metavar="PLACE", help="learned embeddings")
     add("--condition_model", nargs="+", metavar="KIND=PLACE", help="models that compute depth, pose ... from photos")
     add("--condition_detector", metavar="PLACE", help="detector of people for pose; default: the one of sample.py")
+    add("--layout_predictor", metavar="DIR", help="your own layout predictor; default: the one in the package")
     add("--runs", metavar="DIR", help="folder of training runs, for the tab Training (default: outputs)")
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")

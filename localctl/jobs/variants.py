@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from localctl.bases import SCHEDULERS
@@ -81,7 +80,7 @@ def _predict_layouts(options: SampleSettings) -> list[Layout]:
         raise ValueError(f"--layout {AUTO} predicts the layout from a prompt; give --prompt.")
     if options.color:
         raise ValueError("--color is for a --layout that is an image; leave it out.")
-    predictor = load_predictor(None if options.predictor is None else Path(options.predictor).expanduser())
+    predictor = load_predictor(options.predictor)
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 

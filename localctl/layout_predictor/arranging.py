@@ -1,8 +1,8 @@
 """Solve all relations of a layout together: which places are left for a box when all others must still fit.
 
-"A is left of B" means that A's box ends where B's begins, at most. Along an axis such relations form a graph. The longest
-path through it to a box bounds its centre, and any centre within its bounds leaves room for all other boxes, so boxes
-are placed one after the other without going back.
+"A is left of B" means that A's box ends where B's begins, at most. Along an axis such relations form a graph. The
+longest path through it to a box bounds its centre, and any centre within its bounds leaves room for all other boxes, so
+boxes are placed one after the other without going back.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def arrange(objects: Sequence[PromptObject], reading: Reading, sizes: Tensor) ->
             if relation.certain:
                 first, second = (objects[i].description for i in (relation.first, relation.second))
                 warnings.warn(
-                    f"The prompt says that {first!r} is {relation.side} {second!r}, and the opposite before; the layout "
-                    "follows what comes first. Say only one of them.",
+                    f"The prompt says that {first!r} is {relation.side} {second!r}, after the opposite; the "
+                    "layout follows what comes first. Say only one of them.",
                     stacklevel=4,
                 )
             continue

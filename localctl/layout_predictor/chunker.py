@@ -176,7 +176,8 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
         head = words[last - 1].text
     if _is_no_object(words, start, first, last, end):
         return None
-    if head == "couple" or head in w.PLACES or head.isdigit():
+    centre = head in ("center", "centre") and last - first > 1 and words[last - 2].text not in w.ADJECTIVES | w.PLACES
+    if head == "couple" or (head in w.PLACES and not centre) or head.isdigit():
         return None
     before = words[start - 1].text if start else ""
     if before == "as" and head == "well":
@@ -195,7 +196,7 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
 
 
 def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int) -> bool:
-    """Return whether a phrase names a time, a part ("the top of"), a style (", oil") or an earlier thing ("the red one")."""
+    """Return whether a phrase is a time, a part ("the top of"), a style (", oil") or is "the red" of "the red one"."""
     head = words[last - 1].text
     following = words[end].text if end < len(words) else ""
     before = words[start - 1].text if start else ""
@@ -203,7 +204,14 @@ def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int
         return True
     if head in w.PARTS and following == "of":
         return True
-    return head in w.NO_OBJECTS or (start == first and before in (",", "on") and head in w.STYLES)
+    if head in w.BODY and words[start].text in ("his", "her", "its", "their", "my", "your"):
+        return True
+    bare = start == first or words[start].text == "that"
+    if bare and last - first == 1 and _is_participle(head) and (start or end < len(words)):
+        return True  # "a kite that hovered", "a guitar, signed by the band"
+    return head in w.NO_OBJECTS or (
+        start == first and before in (",", "on", "and", "but") and head in w.STYLES | w.ADJECTIVES - {"orange"}
+    )
 
 
 def _introduces_content(words: list[Word], end: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from localctl.layout_predictor import words as w
 from localctl.layout_predictor.chunker import Word, split_words
@@ -21,8 +22,16 @@ _ORDINALS = {"former": 0, "first": 0, "latter": 1, "second": 1}
 _GROUPS = word_set("people crowd couple family team band class audience police crew trio choir")
 
 
-def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str], list[Choices]]:
-    """Return the words of ``prompt`` with each mention as "<number>", and what each number means.
+@dataclass(frozen=True)
+class Mention:
+    """A mention of an object: what it may mean, the likeliest first, and whether it is no noun."""
+
+    choices: Choices
+    is_pronoun: bool = False
+
+
+def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str], list[Mention]]:
+    """Return the words of ``prompt`` with each mention as "<number>", and the mentions by number.
 
     A mention takes in the determiners before it. A possessive is followed by the word "'s".
     """
@@ -30,12 +39,12 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
     words = split_words(prompt)
     known = _Known(objects)
     tokens: list[str] = []
-    mentions: list[Choices] = []
+    mentions: list[Mention] = []
     last: tuple[int, int] | None = None
 
-    def mention(choices: Choices, possessive: bool) -> None:
+    def add(mention: Mention, possessive: bool = False) -> None:
         tokens.append(f"<{len(mentions)}>")
-        mentions.append(choices)
+        mentions.append(mention)
         tokens.extend(["'s"] * possessive)
 
     for index, word in enumerate(words):
@@ -49,7 +58,7 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
                     if tokens.pop() == "that":
                         break
                 known.add(i)
-                mention(((i,),), False)
+                add(Mention(((i,),)))
             last = span
             if word.end > span[1] and word.text.endswith("'s"):
                 tokens.append("'s")
@@ -57,7 +66,7 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
         last = None
         choices, possessive = known.meant_by(words, index)
         if choices:
-            mention(choices, possessive)
+            add(Mention(choices, True), possessive)
         else:
             known.end_of(word.text)
             tokens.append(word.text)
@@ -107,7 +116,7 @@ class _Known:
         return self._other_word(plain, before, after), False
 
     def _other_word(self, text: str, before: str, after: str) -> Choices:
-        """Return what a word that is no personal pronoun may mean: "both", "the second", "above which", "the blue one"."""
+        """Return what a word may mean that is no personal pronoun: "both", "the second", "which", "the blue one"."""
         if text in _ORDINALS and before == "the" and len(self.introduced) > 1 and not _names(after):
             return ((self.introduced[-2:][_ORDINALS[text]],),)
         if text in ("both", "each") and len(self.introduced) > 1:
@@ -156,4 +165,4 @@ class _Known:
 
 def _names(text: str) -> bool:
     """Return whether a word may be the noun after "the first": no function word, verb or punctuation mark."""
-    return text[:1].isalnum() and text not in w.BREAKS | w.VERBS
+    return text[:1].isalnum() and text not in w.BREAKS | w.VERBS | w.PLACES

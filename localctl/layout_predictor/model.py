@@ -111,6 +111,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
             max_words=max_words,
             reach=reach,
         )
+        _check_noun_sizes(sizes)
         if width % heads:
             raise ValueError(f"The width {width} is not a multiple of the {heads} heads; choose another.")
         self.pieces = nn.Embedding(buckets, width, padding_idx=0)
@@ -260,12 +261,21 @@ def _check_sizes(**sizes: Any) -> None:
         )
 
 
+def _check_noun_sizes(sizes: Any) -> None:
+    """Raise a ValueError unless ``sizes`` is None or holds a width and height in (0, 1] by noun."""
+    pairs = sizes.values() if isinstance(sizes, dict) else () if sizes is None else (sizes,)
+    for pair in pairs:
+        numbers = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) in (int, float) for x in pair)
+        if not numbers or not all(0 < x <= 1 for x in pair):
+            raise ValueError(f"sizes of a layout predictor must be widths and heights in (0, 1], not {shown(pair)}.")
+
+
 def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
     """Load a trained predictor in float32 and eval mode: the packaged one, or that of a folder or hub id.
 
     ValueError when it does not exist or is damaged.
     """
-    source = WEIGHTS if place_of_weights is None else Path(place_of_weights)
+    source = WEIGHTS if place_of_weights is None else Path(place_of_weights).expanduser()
     if (source / "predictor").is_dir():  # the folder of a training run
         source = source / "predictor"
     is_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2

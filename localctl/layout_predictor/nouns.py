@@ -77,7 +77,8 @@ _KIND_WORDS = {
     "vehicle": ("vehicle",), "person": ("person",), "building": ("building",),
 }  # fmt: skip
 _IRREGULAR = {
-    "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth",
+    "men": "man",
+    "women": "woman", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot", "teeth": "tooth",
     "wolves": "wolf", "knives": "knife", "shelves": "shelf", "leaves": "leaf", "calves": "calf", "loaves": "loaf",
     "scarves": "scarf", "people": "people", "oxen": "ox", "cacti": "cactus", "fishermen": "fisherman",
 }  # fmt: skip

@@ -110,7 +110,7 @@ class Frame:
         return cls(sides, sides / 2, 1 - sides / 2)
 
     def preference(self, centres: Tensor) -> Tensor:
-        """Return the preference in nats for each of ``centres`` (n, 2): close to what it is related to, in line with it."""
+        """Return the preference (n,) in nats for ``centres`` (n, 2): near what the box is related to, and in line."""
         total = torch.zeros(len(centres))
         for axis, wanted in enumerate(self.aim):
             if wanted is not None:

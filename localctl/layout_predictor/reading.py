@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from localctl.layout_predictor import words as w
-from localctl.layout_predictor.mentions import Choices, mentions_of
+from localctl.layout_predictor.mentions import Choices, Mention, mentions_of
 from localctl.layout_predictor.parsing import PromptObject
 from localctl.layout_predictor.phrases import Side, find_sides
 from localctl.layout_predictor.relations import ABOVE, BELOW, INVERSE, LEFT, NEAR, RIGHT
@@ -58,6 +58,7 @@ class _Item:
 
     word: str = ""
     choices: Choices = ()
+    is_pronoun: bool = False
     side: Side | None = None
 
 
@@ -86,7 +87,7 @@ def read(prompt: str, objects: Sequence[PromptObject]) -> Reading:
     return reader.read()
 
 
-def _segments(tokens: list[str], mentions: list[Choices], sides: list[Side]) -> list[_Segment]:
+def _segments(tokens: list[str], mentions: list[Mention], sides: list[Side]) -> list[_Segment]:
     """Divide the tokens at commas, conjunctions and relative pronouns; tokens of sides are left out, but mentions."""
     segments = [_Segment(".")]
     by_start = {side.start: side for side in sides}
@@ -97,7 +98,8 @@ def _segments(tokens: list[str], mentions: list[Choices], sides: list[Side]) -> 
             segments[-1].items.append(_Item(side=by_start[index]))
         if token.startswith("<"):
             if index not in owners:
-                segments[-1].items.append(_Item(choices=mentions[int(token[1:-1])]))
+                found = mentions[int(token[1:-1])]
+                segments[-1].items.append(_Item(choices=found.choices, is_pronoun=found.is_pronoun))
         elif index in inside:
             continue
         elif token in _OPENERS:
@@ -110,10 +112,13 @@ def _segments(tokens: list[str], mentions: list[Choices], sides: list[Side]) -> 
     return segments
 
 
+_Readings = tuple[list[_Item], list[_Item]]
+
+
 class _Reader:
     """Gives each side of each segment its figure, "A" of "A above B", and its ground, "B"."""
 
-    def __init__(self, segments: list[_Segment], mentions: list[Choices]) -> None:
+    def __init__(self, segments: list[_Segment], mentions: list[Mention]) -> None:
         self.segments, self.mentions = segments, mentions
         self.certain: list[Relation] = []
         self.possible: list[Relation] = []
@@ -178,7 +183,7 @@ class _Reader:
             return
         after = segment.things(index)
         grounds = (
-            [_Item(choices=self.mentions[side.ground])]
+            [_Item(choices=self.mentions[side.ground].choices)]
             if side.ground is not None
             else after[:1]
             if side.forward
@@ -200,52 +205,59 @@ class _Reader:
             ):
                 self._relate(figure, name, ground, certain, side.touching)
 
-    def _figures(self, number: int, index: int, rest: list[_Item]) -> tuple[list[_Item], list[_Item]]:
+    def _figures(self, number: int, index: int, rest: list[_Item]) -> _Readings:
         """Return the things that the side at ``index`` is said of, and others that it may be said of."""
         segment = self.segments[number]
-        before = segment.things(0, index)
+        before = [item for place, item in enumerate(segment.things(0, index)) if not item.is_pronoun or not place]
         if before:
-            direct = next((i for i in range(index - 1, -1, -1) if segment.items[i].choices), 0)
-            between = [item.word for item in segment.items[direct + 1 : index]]
-            nearest, first = before[-1], before[0]
-            finite = any(word in w.BE | w.VERBS for word in between)
-            outer = [self.subject] if self.subject is not None else []
-            if segment.opener in _RELATIVE or (segment.opener == "with" and finite):
-                # "the globe that my teacher gave me is", "the moped with the broken mirror is"
-                return (outer, [nearest]) if finite or nearest is first else ([nearest], outer)
-            if nearest is first:
-                return [first, *self._joined(number)], outer if segment.opener == "with" else []
-            earlier_side = any(item.side is not None for item in segment.items[:direct])
-            if finite or (between and not earlier_side and not segment.items[index].side.is_place):
-                return [first, *self._joined(number)], [] if finite else [nearest]
-            return [nearest], [first]
-        rest = [item for item in rest if not self._is_within_phrase(segment, item)]
+            return self._figures_before(number, index, before)
+        side = segment.items[index]
+        rest = [item for item in rest if not self._is_within_phrase(segment, item, side)]
         if rest:
-            self.fronting = self.fronting or segment.items[index].side.sides != (NEAR,)
+            self.fronting = self.fronting or side.side is None or side.side.sides != (NEAR,)
             return rest[:1], []
-        following = self.segments[number + 1] if number + 1 < len(self.segments) else None
-        opens = segment.opener in _STRONG or self.fronting or (number == 0)
-        if following is not None and following.opener in (",", ":", "-") and opens and following.things():
-            head = next((item for item in following.items if item.choices or item.side), None)
-            if head is not None and head.choices:
+        following = self.segments[number + 1] if number + 1 < len(self.segments) else _Segment("")
+        if following.opener in (",", ":", "-") and (segment.opener in _STRONG or self.fronting):
+            head = next((item for item in following.items if item.choices or item.side), _Item())
+            if head.choices:  # "to the left of the barn, a horse"
                 self.fronting = True
                 return [head], []
-        if segment.opener in _RELATIVE and self.last is not None:
-            return [self.last], []
-        if segment.opener in _STRONG and self.last is not None and segment.opener in "(-–—:":
-            return [self.last], []
         found = [item for item in (self.subject, self.last) if item is not None]
+        if segment.opener in _RELATIVE or segment.opener in "(-–—:":
+            found = found[::-1][:1]
         return found[:1], found[1:]
 
+    def _figures_before(self, number: int, index: int, before: list[_Item]) -> _Readings:
+        """Return the same among the things ``before`` the side in its segment: the nearest, or the subject."""
+        segment = self.segments[number]
+        side, nearest, first = segment.items[index].side, before[-1], before[0]
+        direct = next(i for i in range(index - 1, -1, -1) if segment.items[i] is nearest)
+        between = [item.word for item in segment.items[direct + 1 : index]]
+        finite = any(word in w.BE | w.VERBS for word in between)
+        outer = [] if self.subject is None else [self.subject]
+        if segment.opener in _RELATIVE or (segment.opener == "with" and finite):
+            # "the globe that my teacher gave me is", "the moped with the broken mirror is"
+            return (outer, [nearest]) if finite or nearest is first else ([nearest], outer)
+        if nearest is first:
+            return [first, *self._joined(number)], outer if segment.opener == "with" else []
+        assert side is not None
+        follows_side = any(item.side is not None for item in segment.items[:direct])
+        if finite or (between and not follows_side and not side.is_place):
+            return [first, *self._joined(number)], [] if finite else [nearest]
+        has = any(item.word in w.HAVE for item in segment.items[:direct])
+        if side.ground is not None and not has and self.mentions[side.ground].choices[0] == nearest.choices[0]:
+            return [first], []  # "the bird flew away from the elephant to its left"
+        return [nearest], [first]
+
     @staticmethod
-    def _is_within_phrase(segment: _Segment, thing: _Item) -> bool:
+    def _is_within_phrase(segment: _Segment, thing: _Item, side: _Item) -> bool:
         """Return whether a thing belongs to a phrase about another one: the hat of "left of a man in a hat"."""
         index = next(i for i, item in enumerate(segment.items) if item is thing)
         before = segment.items[index - 1] if index else _Item()
-        return before.side is not None or before.word in w.PREPOSITIONS
+        return (before.side is not None and before is not side) or before.word in w.PREPOSITIONS
 
     def _joined(self, number: int) -> list[_Item]:
-        """Return the things joined to the first one of a segment: A, for the segment of B in "A and B stand left of C"."""
+        """Return the things joined to the first one of a segment: A, for that of B in "A and B stand left of C"."""
         found: list[_Item] = []
         while number > 0 and self.segments[number].opener in ("and", ",") and self.segments[number - 1].is_one_thing:
             if self.segments[number].opener == "," and not found:
@@ -265,7 +277,7 @@ class _Reader:
     def _relate(self, figure: _Item, side: str, ground: _Item, certain: bool, touching: bool) -> None:
         """Add the relation between the likeliest meanings of two mentions, and the others as possible."""
         pairs = [
-            (a, b) for b in ground.choices for a in figure.choices if not set(a) & set(b)
+            (a, b) for a in figure.choices for b in ground.choices if not set(a) & set(b)
         ]  # "the shelf has a lamp above it": it is not the lamp
         for rank, (a, b) in enumerate(pairs):
             for i, j in itertools.product(a, b):
@@ -278,7 +290,7 @@ class _Reader:
         side = segment.items[index].side
         before = segment.things(0, index)
         after = [item for one in self.segments[number:] for item in one.things(index if one is segment else 0)]
-        grounds = [] if side is None or side.ground is None else [_Item(choices=self.mentions[side.ground])]
+        grounds = [] if side is None or side.ground is None else [_Item(choices=self.mentions[side.ground].choices)]
         after = grounds + after[: 3 - len(grounds)]
         figure = (before[-1:] or after[1 if grounds else 2 :] or [self.subject or _Item()])[0]
         members = [i for item in after[: 1 if grounds else 2] for i in item.choices[0]][:2]

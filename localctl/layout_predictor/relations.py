@@ -1,8 +1,8 @@
 """The phrases that place one object relative to another, as data. docs/layout_predictor.md shows this table.
 
-"A *phrase* B" means that A is on that side of B. Phrases of verbs are listed once: ``OVER`` and ``UNDER`` hold verbs whose
-subject is above or below their object ("the castle overlooks the village"), and their passives state the inverse ("the
-village is overlooked by the castle"). "left" and "right" have a grammar of their own (``reading``).
+"A *phrase* B" means that A is on that side of B. ``OVER`` and ``UNDER`` hold verbs whose subject is above or below
+their object ("the castle overlooks the village"), and their passives state the inverse ("the village is overlooked by
+the castle"). "left" and "right" have a grammar of their own (``phrases``).
 """
 
 from __future__ import annotations

@@ -216,7 +216,8 @@ def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
         if not text:
             raise ValueError("There is no prompt to predict a layout from; type one.")
         number = limits.seed(seed)
-        return _shown_layout(load_predictor().predict(text, number or None), limits.scene(scene))
+        predictor = load_predictor(studio.config.layout_predictor)
+        return _shown_layout(predictor.predict(text, number or None), limits.scene(scene))
 
     return _loaded(studio, make)
 

@@ -1,7 +1,8 @@
 """Sentences written by hand, with the relations that a layout of them must keep, and how many layouts do.
 
 A line is ``[A lamp] hangs over [a desk] in {the hall}. | 0^1``: objects in brackets, words that may or may not become a
-region in braces, then relations between the objects by number (``<`` left of, ``>`` right of, ``^`` above, ``v`` below).
+region in braces, then relations between the objects by number (``<`` left of, ``>`` right of, ``^`` above, ``v``
+below).
 ``## name`` begins a family. Files with lines ``Objects:``, ``Relation:`` and ``Sentence:``, as published with arXiv
 2304.03869, are read too; their objects are searched for by their last word.
 """
