@@ -29,6 +29,7 @@ class JointAttention(TorchFunctionMode):
         """``words``: tokens of the text, which follow the image, before the last token. recorded: None = nothing."""
         super().__init__()
         self.words, self.recorded = words, recorded
+        self._bias: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call ``func``, with the last token's bias if it is the attention."""
@@ -39,10 +40,17 @@ class JointAttention(TorchFunctionMode):
         if self.recorded is not None:
             scores = query[:, :, :cells] @ key[:, :, cells:-1].mT * query.shape[-1] ** -0.5
             self.recorded.append(scores.float().softmax(-1).mean(1))
-        counts = torch.tensor(ZEROS, device=query.device).repeat(-(-len(query) // len(ZEROS)))[: len(query)]
-        bias = torch.zeros(len(query), 1, 1, key.shape[2], dtype=query.dtype, device=query.device)
-        bias[..., -1] = counts.log()[:, None, None]
-        return func(query, key, value, attn_mask=bias)
+        return func(query, key, value, attn_mask=self._bias_like(query))
+
+    def _bias_like(self, query: Tensor) -> Tensor:
+        """Return the bias (B, 1, 1, cells + words + 1), made once, as a CUDA graph cannot hold values of the host."""
+        shape = (len(query), 1, 1, query.shape[2])
+        if self._bias is None or self._bias.shape != shape or self._bias.dtype != query.dtype:
+            counts = [ZEROS[row % len(ZEROS)] for row in range(len(query))]
+            bias = torch.zeros(shape)
+            bias[..., -1] = torch.tensor(counts).log()[:, None, None]
+            self._bias = bias.to(query.device, query.dtype)
+        return self._bias
 
 
 def velocity(transformer: SD3Transformer2DModel, noisy: Tensor, timesteps: Tensor, states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from localctl.distributed import process_device
@@ -85,10 +85,9 @@ def denoiser_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[
     for path in (checkpoint, args.unet_init):
         if path is not None and path.exists():
             return read_weights(path)
-    if args.continue_from is None or not (args.continue_from / args.denoiser).is_dir():
+    if args.continue_from is None or args.denoiser == "transformer":  # that base has a U-Net
         return None
-    kind = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}[args.denoiser]
-    return kind.from_pretrained(args.continue_from / args.denoiser, dtype=torch.float32).state_dict()
+    return UNet2DConditionModel.from_pretrained(args.continue_from / "unet", dtype=torch.float32).state_dict()
 
 
 def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
