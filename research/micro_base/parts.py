@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from localctl.diffusion import FLOW
 from localctl.distributed import process_device
 from research.micro_base.clip import new_clip, new_tokenizer, token_ids, train_clip
 from research.micro_base.clock import ClockConfig
@@ -140,7 +141,7 @@ def denoiser_kind(args: argparse.Namespace, data: TrainingScenes, cache: LatentC
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
     """Train the denoiser; ``started``: ``time.monotonic()`` when --unet_minutes began."""
     check_patch(args)
-    recipe = Recipe("flow" if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
+    recipe = Recipe(FLOW if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
     cache, initial = latents(args, data), denoiser_weights(args, None)
     focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
     config: LoopConfig | ClockConfig
