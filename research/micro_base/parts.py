@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from localctl.diffusion import FLOW
 from localctl.distributed import process_device
 from research.micro_base.clip import new_clip, new_tokenizer, token_ids, train_clip
 from research.micro_base.clock import ClockConfig
@@ -85,10 +86,9 @@ def denoiser_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[
     for path in (checkpoint, args.unet_init):
         if path is not None and path.exists():
             return read_weights(path)
-    if args.continue_from is None or not (args.continue_from / args.denoiser).is_dir():
+    if args.continue_from is None or args.denoiser == "transformer":  # that base has a U-Net
         return None
-    kind = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}[args.denoiser]
-    return kind.from_pretrained(args.continue_from / args.denoiser, dtype=torch.float32).state_dict()
+    return UNet2DConditionModel.from_pretrained(args.continue_from / "unet", dtype=torch.float32).state_dict()
 
 
 def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
@@ -141,7 +141,7 @@ def denoiser_kind(args: argparse.Namespace, data: TrainingScenes, cache: LatentC
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
     """Train the denoiser; ``started``: ``time.monotonic()`` when --unet_minutes began."""
     check_patch(args)
-    recipe = Recipe("flow" if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
+    recipe = Recipe(FLOW if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
     cache, initial = latents(args, data), denoiser_weights(args, None)
     focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
     config: LoopConfig | ClockConfig

@@ -15,10 +15,10 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.pipelines import BaseConfig, choose_pil_processors, load_pipeline
 from localctl.pipelines import encode_captions as encode_texts
-from research.micro_base.flow import FlowLoss, Teacher
+from research.micro_base.flow import FLOW_SHIFT, FlowLoss, Teacher
 from research.micro_base.loop import save_tensors
 from research.micro_base.unet import Encode, Kind, encode_captions
-from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, to
+from research.micro_base.unet_loss import LatentCache, to
 
 WORDS = 32  # tokens of a prompt; captions of basic scenes have up to 17
 HEADS, HEAD_DIM, BLOCKS = 5, 32, 6

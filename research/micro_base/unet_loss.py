@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
@@ -11,10 +10,9 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from scipy.special import expit, ndtri
 from torch import Tensor
 
-from localctl.diffusion import add_noise, training_target
+from localctl.diffusion import FLOW, add_noise, timesteps_from_uniform, training_target
 from localctl.seeding import key_seed
 from research.micro_base.focus import Focus, focus_loss, record_attention
 
@@ -22,7 +20,6 @@ FOCUS_WEIGHT = 0.04
 FAR, NEAR = 0.25, 2.25  # weights of the error away from objects, and at objects
 SHAPES_FORM, PLACES_FORM = 190.0, 700.0  # from these timesteps on
 TEXTURE = 0.06  # share of the timesteps below both; there abar > 0.7
-FLOW_SHIFT = 3.0  # of the sigmas of flow matching, as in SD3 (arXiv 2403.03206, section 5.3.2)
 Record = TypeVar("Record")
 
 
@@ -42,8 +39,8 @@ class Recipe:
     noisy: float = 0.22
 
     def timesteps(self, batch: int, rng: np.random.Generator) -> np.ndarray:
-        """Sample timesteps (B,): int64 of the U-Net's schedule, or float32, 1000 sigma, of flow matching."""
-        return sample_flow(batch, rng) if self.prediction_type == "flow" else sample_timesteps(batch, rng, self.noisy)
+        """Sample timesteps (B,) int64 in [0, 1000)."""
+        return sample_flow(batch, rng) if self.prediction_type == FLOW else sample_timesteps(batch, rng, self.noisy)
 
 
 RECIPE = Recipe()
@@ -69,7 +66,7 @@ class Sampled:
     """What is random in an update of B scenes.
 
     scenes: (B,) int64. is_empty: bool (B,), replace the caption by the empty one. noise: (B, 4, 16, 16). timesteps:
-    (B,), of :meth:`Recipe.timesteps`. bare: bool (B,), replace the padding by that of the empty prompt.
+    (B,) int64. bare: bool (B,), replace the padding by that of the empty prompt.
     """
 
     scenes: Tensor
@@ -100,13 +97,9 @@ def sample_timesteps(batch: int, rng: np.random.Generator, noisy: float = RECIPE
 
 
 def sample_flow(batch: int, rng: np.random.Generator) -> np.ndarray:
-    """Sample timesteps 1000 sigma (B,) of flow matching, one stratum per row.
-
-    The sigmas are logit-normal, then shifted as the scheduler shifts those of its steps (arXiv 2403.03206, section 3.1
-    and eq. 23); a shift adds its logarithm to the logit.
-    """
-    u = (np.arange(batch) + rng.random(batch)) / batch
-    return (1000 * expit(ndtri(u) + math.log(FLOW_SHIFT))).astype(np.float32)
+    """Sample timesteps (B,) of flow matching in [0, 1000), before the shift, one stratum per row."""
+    u = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch)
+    return timesteps_from_uniform(u, 1000, "logit_normal").numpy()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.bases import MICRO_WEIGHTS
+from localctl.pipelines import load_pipeline
 from research.micro_base.__main__ import main
 from research.micro_base.clock import ClockConfig
-from research.micro_base.flow import ZEROS, FlowLoss, JointAttention, Teacher, velocity
+from research.micro_base.flow import FLOW_SHIFT, ZEROS, FlowLoss, JointAttention, Teacher, velocity
 from research.micro_base.focus import Focus
 from research.micro_base.loop import LoopConfig, read_weights
 from research.micro_base.measure import padding_mass
@@ -32,7 +33,7 @@ from research.micro_base.transformer import (
     transformer_kind,
 )
 from research.micro_base.unet import new_scheduler, train_denoiser
-from research.micro_base.unet_loss import FLOW_SHIFT, LatentCache, Recipe, Sampled, Sampler, sample_flow, to
+from research.micro_base.unet_loss import LatentCache, Recipe, Sampled, Sampler, sample_flow, to
 
 SCENES, WIDTH = 12, 256
 LAYERS = 40 * 9 * 160  # layers in a row, the longest sums of each
@@ -113,29 +114,30 @@ def test_the_recorded_attention_is_that_of_the_image_among_the_words(transformer
     assert torch.allclose(recorded[2], scores.softmax(-1).mean(1), atol=1e-6)
 
 
-def test_sigmas_are_logit_normal_and_shifted_as_the_schedulers() -> None:
+def test_noise_levels_are_those_of_the_schedulers_steps(transformer, cache: LatentCache) -> None:
+    """Half of them lie beyond sigma 0.75: logit-normal, and then shifted by 3."""
     t = sample_flow(1000, np.random.default_rng(0))
-    assert t.dtype == np.float32 and 0 < t.min() < 60 and 980 < t.max() < 1000
+    sigmas = FlowLoss(transformer, cache, None).sigmas
     scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
-    for share in (0.0228, 0.1587, 0.5, 0.8413, 0.9772):  # -2 to 2 standard deviations
-        sigma = 1 / (1 + np.exp(-torch.special.ndtri(torch.tensor(share)).item()))
-        shifted = scheduler.timesteps[round(1000 * (1 - sigma)) - 1].item()  # from 1000 downwards
-        assert np.quantile(t, share) == pytest.approx(shifted, abs=6)
+    assert torch.allclose(sigmas.flip(0), scheduler.sigmas, atol=1e-6)
+    assert float(sigmas[t].median()) == pytest.approx(0.75, abs=0.002)
+    assert (np.diff(np.sort(t)) <= 40).all(), "one in each stratum, to the ends"
 
 
 def test_the_scheduler_integrates_the_target_to_the_clean_latents(transformer, cache: LatentCache) -> None:
     sampled = Sampler(cache.latents.shape, None, 3, RECIPE, 0, torch.device("cpu"))(np.random.default_rng(0))
     latents = cache.latents[sampled.scenes].float()
     noisy: list[torch.Tensor] = []
+    loss = FlowLoss(transformer, cache, None)
     hook = transformer.register_forward_pre_hook(lambda module, args: noisy.append(args[0]))
     try:
-        output, target, weight = FlowLoss(transformer, cache, None).predict(latents, sampled, cache.states[:3].float())
+        output, target, weight = loss.predict(latents, sampled, cache.states[:3].float())
     finally:
         hook.remove()
     assert output.shape == target.shape and torch.equal(weight, torch.ones(3))
     for row, t in enumerate(sampled.timesteps.tolist()):
         scheduler = FlowMatchEulerDiscreteScheduler()  # no shift: the sigma is given
-        scheduler.set_timesteps(sigmas=[t / 1000])
+        scheduler.set_timesteps(sigmas=[float(loss.sigmas[t])])
         clean = scheduler.step(target[row], scheduler.timesteps[0], noisy[0][row]).prev_sample
         assert torch.allclose(clean, latents[row], atol=1e-5)
 
@@ -158,7 +160,7 @@ class OneScene(nn.Module):
 def test_a_teacher_of_another_schedule_gives_the_velocity(transformer, cache: LatentCache) -> None:
     alphas = new_scheduler().alphas_cumprod
     sampled = Sampler(cache.latents.shape, None, 8, RECIPE, 0, torch.device("cpu"))(np.random.default_rng(0))
-    within = replace(sampled, timesteps=sampled.timesteps.clamp(15, 990))  # its schedule ends at 10 and 993.7
+    within = replace(sampled, timesteps=sampled.timesteps.clamp(5, 980))  # its schedule ends at sigma 0.01 and 0.9937
     clean = cache.latents[5].float()
     taught = FlowLoss(transformer, cache, None, Teacher(OneScene(clean, alphas), cache, alphas))
     _, target, _ = taught.predict(clean.expand(8, -1, -1, -1), within, cache.states[:1].float().expand(8, -1, -1))
@@ -257,7 +259,8 @@ def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path, capsys: pytest
     flags += ["--unet_steps", "2", "--unet_batch", "2", "--output_dir", str(base), "--parts", "unet", "export"]
     assert main([*flags, "--continue_from", str(MICRO_WEIGHTS), "--teacher", str(MICRO_WEIGHTS)]) == 0
     assert sum(file.stat().st_size for file in base.rglob("*")) < 22e6
-    pipe = StableDiffusion3Pipeline.from_pretrained(base, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None)
+    pipe = load_pipeline(str(base))
+    assert type(pipe) is StableDiffusion3Pipeline and pipe.text_encoder_3 is None
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red circle", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)
