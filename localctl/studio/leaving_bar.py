@@ -50,7 +50,7 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
             command = gr.Textbox(
                 label="The command of the last image, to run where the ZIP was unpacked",
                 lines=1,
-                max_lines=3,
+                max_lines=8,
                 interactive=False,
                 buttons=["copy"],
                 elem_id="leaving-command",

@@ -121,6 +121,12 @@ def side(name: str, value: Any) -> int:
     return read
 
 
+def optional_side(name: str, value: Any) -> int | None:
+    """Read a side, also as text; None where nothing is given."""
+    read = optional_number(name, value, MIN_SIDE, MAX_SIDE)
+    return None if read is None else side(name, read)
+
+
 def upload(name: str, value: Any, most: int) -> bytes:
     """Read an uploaded file as the component for files gives it, of at most ``most`` bytes."""
     if not isinstance(value, bytes):

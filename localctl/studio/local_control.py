@@ -178,20 +178,23 @@ def _sampling_fields(tab: FollowTab) -> None:
         tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
         with gr.Row():
             tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="follow-steps")
-            tab.fields["guidance_scale"] = gr.Number(
-                value=None, label="Guidance scale", placeholder="what suits the base", minimum=0, maximum=30
-            )
+            tab.fields["guidance_scale"] = _number("Guidance scale", "auto: what suits the base")
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
-            tab.fields["width"] = gr.Number(value=None, label="Width", placeholder="as the photo", precision=0)
-            tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
+            tab.fields["width"] = _number("Width", "as the photo")
+            tab.fields["height"] = _number("Height", "as the photo")
         with gr.Row():
             tab.fields["unconditional_scale"] = gr.Slider(
-                0, 1, value=1, step=0.05, label="Control beside the negative prompt (0: stronger control)"
+                0, 1, value=1, step=0.05, label="Control beside the negative (0: stronger)", buttons=[]
             )
-            tab.fields["control_guidance_scale"] = gr.Number(
-                value=None, label="Guidance scale of the control", placeholder="none of its own", minimum=0, maximum=30
-            )
+            tab.fields["control_guidance_scale"] = _number("Guidance scale of the control", "none of its own")
+
+
+def _number(label: str, placeholder: str) -> Any:
+    """Return a field for a number or nothing: ``gr.Number`` has 0 for nothing as soon as it is shown."""
+    return gr.Textbox(
+        label=label, placeholder=placeholder, max_lines=1, elem_id=f"follow-{label.lower().replace(' ', '-')}"
+    )
 
 
 def _connect(tab: FollowTab, studio: Studio) -> None:

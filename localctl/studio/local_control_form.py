@@ -73,7 +73,7 @@ def read_order(values: Mapping[str, Any]) -> Order:
     low, high = (limits.number(f"The {name} threshold", get(name), 0, 400) for name in ("low", "high"))
     if low > high:
         raise ValueError(f"The low threshold {low:g} is above the high one, {high:g}; raise the high one.")
-    sides = {name: None if not get(name) else limits.side(f"The {name}", get(name)) for name in ("height", "width")}
+    sides = {name: limits.optional_side(f"The {name}", get(name)) for name in ("height", "width")}
     return Order(
         photo=image if is_photo else None,
         condition=None if is_photo else image,

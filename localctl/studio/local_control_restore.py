@@ -53,13 +53,13 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         "photo": source,
         "source": PHOTO if options.get("image") else next(name for name in SOURCES if name != PHOTO),
         "scene": canvas_value(size, regions),
-        "height": None if size == usual else size[0],
-        "width": None if size == usual else size[1],
+        "height": "" if size == usual else str(size[0]),
+        "width": "" if size == usual else str(size[1]),
         "negative_prompt": options.get("negative_prompt") or "",
         "scheduler": options.get("scheduler") or AUTO,
         "steps": options.get("num_inference_steps", 30),
-        "guidance_scale": options.get("guidance_scale"),
-        "control_guidance_scale": options.get("control_guidance_scale"),
+        "guidance_scale": _text(options.get("guidance_scale")),
+        "control_guidance_scale": _text(options.get("control_guidance_scale")),
         "unconditional_scale": _for_all(options.get("unconditional_scale") or [1.0]),
         **seed_values(options)[0],
         **addon_values(options, config, "mask"),
@@ -69,6 +69,10 @@ def follow_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str,
         for name, plain in (("weight", 1.0), ("start", 0.0), ("end", 1.0)):
             values[f"{name}{number}"] = each(options.get(name) or [plain], len(adapters))[number - 1]
     return values
+
+
+def _text(scale: float | None) -> str:
+    return "" if scale is None else f"{scale:g}"
 
 
 def _for_all(scales: Sequence[float]) -> float:

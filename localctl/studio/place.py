@@ -85,7 +85,7 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
         studio.base_size,
         elem_id="place-canvas",
         elem_classes="studio-plain",
-        hint="Drag to place a region, or brush its shape",
+        hint="Drag to place a region, brush its shape, or choose an example",
     )
     with gr.Row(elem_classes="studio-examples"):
         for name in examples(studio.config.base):
@@ -154,8 +154,12 @@ def _sampling_fields(tab: PlaceTab) -> None:
             tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
             tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
         with gr.Row():
-            tab.fields["upscale"] = gr.Slider(1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)")
-            tab.fields["upscale_strength"] = gr.Slider(0, 1, value=0.5, step=0.05, label="How much it changes")
+            tab.fields["upscale"] = gr.Slider(
+                1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)", buttons=[]
+            )
+            tab.fields["upscale_strength"] = gr.Slider(
+                0, 1, value=0.5, step=0.05, label="How much it changes", buttons=[]
+            )
 
 
 def _photo_fields(tab: PlaceTab) -> None:
