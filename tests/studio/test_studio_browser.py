@@ -93,7 +93,7 @@ def test_edges_are_followed_inside_a_brushed_mask(page: Page) -> None:
     assert "1 image" in finish_job(page, "follow")
     for field in ("guidance-scale", "width", "height"):  # what is left empty is not 0
         expect(page.locator(f"#follow-{field} textarea, #follow-{field} input")).to_have_value("")
-    expect(page.locator("#leaving-command textarea")).to_have_value(re.compile("--guidance_scale=4"))
+    expect(page.locator("#leaving-command textarea")).to_have_value(re.compile("--guidance_scale=2"))
     expect(page.locator("#follow-figures img")).to_have_count(3)  # condition, result, edges
     score = page.locator("#follow-figures .figures-score").inner_text()
     found = re.search(r"F1 inside the mask: ([\d.]+)", score)
