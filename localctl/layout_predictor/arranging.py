@@ -16,11 +16,12 @@ from torch import Tensor
 
 from localctl.layout_predictor.nouns import typical_size
 from localctl.layout_predictor.parsing import PromptObject
-from localctl.layout_predictor.placing import Aim, Link, PlaceDensity, Placement
+from localctl.layout_predictor.placing import Frame, Link, PlaceDensity, Placement
 from localctl.layout_predictor.reading import AXES, Reading, Relation
-from localctl.layout_predictor.relations import NEAR
+from localctl.layout_predictor.relations import INVERSE, NEAR
 
 _SMALLEST, _LARGEST = 0.1, 0.8  # sides of a box whose size is from the table
+_LEAST, _MOST = 0.04, 0.96  # sides of any box
 _COVERED, _MOST_COVERED, _LONGEST = 0.3, 0.5, 0.98  # shares of the image: of its area, and of its side
 _TARGETS = (0.2, 0.5, 0.8)  # centres of what is said to be on the left, in the middle, on the right
 
@@ -40,6 +41,13 @@ class Arrangement:
     relations: list[Relation]
     places: dict[int, tuple[int | None, int | None]]
 
+    def frame(self, placed: Sequence[Placement]) -> Frame:
+        """Return what is left for the next box, given the boxes placed so far."""
+        box = len(placed)
+        place = self.places.get(self.owners[box], (None, None))
+        x, y = (None if value is None else _TARGETS[value + 1] for value in place)
+        return Frame(self.sides[box], *self.bounds(placed, box), self.links(placed, box), (x, y))
+
     def bounds(self, placed: Sequence[Placement], box: int) -> tuple[Tensor, Tensor]:
         """Return the lowest and highest centre (2,) of a box, given the boxes placed so far."""
         low, high = torch.empty(2), torch.empty(2)
@@ -58,17 +66,8 @@ class Arrangement:
                 if (relation.first, relation.second) == (self.owners[box], self.owners[other]):
                     found.append(Link(placement, relation.side, relation.touching))
                 elif (relation.second, relation.first) == (self.owners[box], self.owners[other]):
-                    found.append(Link(placement, _INVERSE[relation.side], relation.touching))
+                    found.append(Link(placement, INVERSE[relation.side], relation.touching))
         return found
-
-    def aim(self, box: int) -> Aim:
-        """Return where in the image a box is said to be, per axis; None where nothing is said."""
-        place = self.places.get(self.owners[box], (None, None))
-        x, y = (None if value is None else _TARGETS[value + 1] for value in place)
-        return x, y
-
-
-_INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above", "near": "near"}
 
 
 def arrange(objects: Sequence[PromptObject], reading: Reading, sizes: Tensor) -> Arrangement:
@@ -86,8 +85,9 @@ def arrange(objects: Sequence[PromptObject], reading: Reading, sizes: Tensor) ->
         if relation.side != NEAR and not _add(edges, relation):
             if relation.certain:
                 first, second = (objects[i].description for i in (relation.first, relation.second))
+                side = relation.side + " of" * (relation.side in ("left", "right"))
                 warnings.warn(
-                    f"The prompt says that {first!r} is {relation.side} {second!r}, after the opposite; the "
+                    f"The prompt says that {first!r} is {side} {second!r}, after the opposite; the "
                     "layout follows what comes first. Say only one of them.",
                     stacklevel=4,
                 )
@@ -162,4 +162,4 @@ def box_sizes(objects: Sequence[PromptObject], density: PlaceDensity, known: dic
             if known and name in known:
                 sizes[index] = torch.tensor(known[name])
                 break
-    return sizes
+    return sizes.clamp(_LEAST, _MOST)

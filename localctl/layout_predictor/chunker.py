@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 
 from localctl.layout_predictor import words as w
+from localctl.layout_predictor.relations import PLACING_VERBS
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’.&][^\W_]+)*['’]?|[^\w\s]")
 _VOWEL = re.compile(r"[aeiouy]")
@@ -117,8 +118,10 @@ def _phrase_end(words: list[Word], start: int) -> int:
     end = start
     while end < len(words):
         word = words[end]
-        if end > start and word.text in w.DETERMINERS and word.text not in w.NUMBERS:
-            break
+        if end > start and word.text in w.DETERMINERS:
+            counts = word.text in w.NUMBERS and words[end - 1].text in w.DETERMINERS | w.PLACES | {"last", "next"}
+            if not counts:
+                break
         if word.is_break:
             if word.text == "of" and _joins(words, start, end):
                 end += 1
@@ -168,6 +171,8 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     last = _without_verbs(words, first, end, follower, singular)
     while first < last and words[first].text in w.VERBS and last - first > 1 and start == first:
         first = start = first + 1  # a phrase without determiner after a verb such as "sits"
+    while last > first and (not words[last - 1].is_word or words[last - 1].text == "and"):
+        last -= 1
     if first >= last or (all(words[i].text in w.VERBS for i in range(first, last)) and start == first):
         return None
     head = words[last - 1].text
@@ -200,7 +205,7 @@ def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int
     head = words[last - 1].text
     following = words[end].text if end < len(words) else ""
     before = words[start - 1].text if start else ""
-    if following in ("one", "ones") and all(words[i].text in w.ADJECTIVES for i in range(first, last)):
+    if following in ("one", "ones"):
         return True
     if head in w.PARTS and following == "of":
         return True
@@ -209,6 +214,8 @@ def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int
     bare = start == first or words[start].text == "that"
     if bare and last - first == 1 and _is_participle(head) and (start or end < len(words)):
         return True  # "a kite that hovered", "a guitar, signed by the band"
+    if bare and last - first == 1 and head.endswith("ly") and len(head) > 4 and head not in w.NO_ADVERBS:
+        return True
     return head in w.NO_OBJECTS or (
         start == first and before in (",", "on", "and", "but") and head in w.STYLES | w.ADJECTIVES - {"orange"}
     )
@@ -230,6 +237,7 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
         text = words[last - 1].text
         direction = text in w.PLACES and _is_direction(words, first, last, follower)
         verb = text in w.VERBS or (verb_place and _is_participle(text))
+        verb = verb or (transitive and text in PLACING_VERBS)
         verb = verb or (verb_place and _is_third_person(text, singular or transitive))
         adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
         if not (direction or verb or adverb):

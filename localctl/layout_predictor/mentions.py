@@ -66,6 +66,10 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
         last = None
         choices, possessive = known.meant_by(words, index)
         if choices:
+            if word.text == "one":
+                tokens.pop()  # "the blue one"
+            if tokens[-1:] == ["the"]:
+                tokens.pop()
             add(Mention(choices, True), possessive)
         else:
             known.end_of(word.text)
@@ -82,6 +86,7 @@ class _Known:
         self.recent: list[int] = []  # the last mentioned one at the end
         self.subject: int | None = None  # the first object of this sentence, or of the last one
         self.fresh = True
+        self.owner: Choices = ()  # of the last "its" of this sentence: "to its left a chair, to its right a lamp"
 
     def add(self, number: int) -> None:
         if number not in self.introduced:
@@ -94,7 +99,8 @@ class _Known:
 
     def end_of(self, word: str) -> None:
         """Note the end of a sentence: the next object is its subject."""
-        self.fresh = self.fresh or word in (".", ";", "!", "?")
+        if word in (".", ";", "!", "?"):
+            self.fresh, self.owner = True, ()
 
     def meant_by(self, words: Sequence[Word], index: int) -> tuple[Choices, bool]:
         """Return what the word at ``index`` may mean if it stands for an object, and whether it is possessive."""
@@ -107,13 +113,17 @@ class _Known:
             return (), False
         if plain == "both" and after in w.DETERMINERS:
             return (), False
+        found: Choices = ()
         if plain in _IT:
-            return self._choices(self._things(), self._any()), possessive
-        if plain in _PERSON:
-            return self._choices(self._people(), self._subject_first()), possessive
-        if plain in _THEY and not (plain in ("these", "those") and _names(after)):
-            return self._plural(), possessive
-        return self._other_word(plain, before, after), False
+            found = self._choices(self._things(), self._any())
+        elif plain in _PERSON:
+            found = self._choices(self._people(), self._subject_first())
+        elif plain in _THEY and not (plain in ("these", "those") and _names(after)):
+            found = self._plural()
+        if possessive and found:
+            found = tuple(dict.fromkeys((*(one for one in self.owner if one in found), *found)))
+            self.owner = found[:1]
+        return (found, possessive) if found else (self._other_word(plain, before, after), False)
 
     def _other_word(self, text: str, before: str, after: str) -> Choices:
         """Return what a word may mean that is no personal pronoun: "both", "the second", "which", "the blue one"."""

@@ -22,7 +22,7 @@ from localctl.layout import Layout, Region
 from localctl.layout_predictor.arranging import arrange, box_sizes
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
-from localctl.layout_predictor.placing import Frame, PlaceDensity, Placement, place
+from localctl.layout_predictor.placing import PlaceDensity, Placement, place
 from localctl.layout_predictor.reading import read
 from localctl.seeding import generator
 from localctl.sizes import check_side, shown
@@ -192,24 +192,22 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         text = self.encode([prompt], [[item.span for item in objects]]).to(self.device)
         boxes = torch.zeros(1, len(objects), 4, device=self.device)
         known = torch.zeros(1, len(objects), dtype=torch.bool, device=self.device)
-        first = self(text, boxes, known).of(0)
-        plan = arrange(objects, read(prompt, objects), box_sizes(objects, first, self.config["sizes"]))
-        placed: list[Placement] = []
-        sides = plan.sides
+        likeliest = self(text, boxes, known).of(0)
+        plan = arrange(objects, read(prompt, objects), box_sizes(objects, likeliest, self.config["sizes"]))
         if seed is not None:
-            noise = torch.randn(len(sides), 2, generator=generator(seed, "layout sizes", prompt))
-            plan.sides = sides * (first.log_size_sigma[plan.owners] * noise).clamp(-_VARIED, 0).exp()
-        for box, index in enumerate(plan.owners):
+            noise = torch.randn(len(plan.sides), 2, generator=generator(seed, "layout sizes", prompt))
+            plan.sides = plan.sides * (likeliest.log_size_sigma[plan.owners] * noise).clamp(-_VARIED, 0).exp()
+        placed: list[Placement] = []
+        for index, item in enumerate(objects):
             density = self(text, boxes, known).of(0, index)
-            frame = Frame(plan.sides[box], *plan.bounds(placed, box), plan.links(placed, box), plan.aim(box))
-            keys = None if seed is None else (seed, prompt, index, box - plan.owners.index(index))
-            new, placed = place(density, placed, keys, frame)
-            placed.append(new)
-            if not known[
-                0, index
-            ]:  # as in training, the next objects are given one box per object, before it is shrunk
-                boxes[0, index] = torch.tensor([new.x, new.y, *frame.sides.tolist()])
-            known[0, index] = box + 1 == len(plan.owners) or plan.owners[box + 1] != index
+            first = len(placed)
+            for copy in range(item.count):
+                frame = plan.frame(placed)
+                box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy), frame)
+                placed.append(box)
+            # Condition the next objects as in training: on one box per object, before it was shrunk.
+            boxes[0, index] = torch.tensor([placed[first].x, placed[first].y, *plan.sides[first].tolist()])
+            known[0, index] = True
         owners = plan.owners
         return [
             [box for box, owner in zip(placed, owners, strict=True) if owner == index] for index in range(len(objects))

@@ -15,6 +15,8 @@ _CORNER = r"(?P<row>upper|lower|top|bottom)[ -]"
 _ROWS = {"upper": r.ABOVE, "top": r.ABOVE, "lower": r.BELOW, "bottom": r.BELOW}
 _AT = r"\b(?:(?:the|at|in|to|on|from|its|my|your|far|very|extreme|immediate) )+"
 _IMAGE = r"(?: of (?:the )?(?:image|picture|photo|frame|scene|canvas|page|view))?"
+_OWN = r"(?:(?!to |on |at |in |the |a )\w+ ){0,2}?"  # "its immediate left", but not "the cat's to the left"
+_DENIED = re.compile(r"\b(?:not|never|isn't|wasn't|aren't|weren't)(?: (?:to|on|at|the|directly|exactly|quite))* $")
 _BODY = "(?:shoulder|foot|leg|eye|ear|hand|arm|hip|knee)"
 _VERTICAL = {"above": r.ABOVE, "over": r.ABOVE, "below": r.BELOW, "beneath": r.BELOW, "under": r.BELOW}
 
@@ -23,7 +25,8 @@ _VERTICAL = {"above": r.ABOVE, "over": r.ABOVE, "below": r.BELOW, "beneath": r.B
 class Side:
     """A phrase that places something: tokens [start, end).
 
-    kind: ``relation``, ``place`` (in the image), ``between`` or ``list`` (``order``: the side of the first of them).
+    kind: ``relation``, ``place`` (in the image), ``between``, ``stranded`` ("the bridge she sits on") or ``list``
+    (``order``: the side of the first of them).
     sides: usually one; "above and to the left of" has two. ground: number of a mention inside the phrase ("to its
     left"). forward: the ground follows. owned: tokens of mentions inside the phrase. certain: as in ``Relation``.
     """
@@ -65,7 +68,8 @@ def find_sides(tokens: list[str]) -> list[Side]:
             if first is None:
                 continue
             last = first + len(text[whole[0] : whole[1]].split())
-            if not taken & set(range(first, last)) and (side := make(match, first, last)) is not None:
+            denied = _DENIED.search(text[: whole[0]]) is not None
+            if not taken & set(range(first, last)) and not denied and (side := make(match, first, last)) is not None:
                 taken |= set(range(first, last))
                 found.append(side)
     return sorted(found, key=lambda side: side.start)
@@ -115,6 +119,11 @@ def _feet(match: re.Match[str], start: int, end: int) -> Side:
     return Side(start, end, "relation", (r.BELOW,), ground=int(match["ground"]))
 
 
+def _nothing(match: re.Match[str], start: int, end: int) -> Side:
+    """Return a phrase without a side: "over their left shoulder"."""
+    return Side(start, end, "relation", (), ground=int(match["ground"]))
+
+
 def _order(match: re.Match[str], start: int, end: int) -> Side | None:
     sides = {"left": r.LEFT, "right": r.RIGHT, "top": r.ABOVE, "bottom": r.BELOW}
     first, second = sides[match["first"]], sides[match["second"]]
@@ -158,16 +167,17 @@ def _patterns() -> list[tuple[re.Pattern[str], Maker]]:
     rows: list[tuple[str, Maker]] = [
         (r"\b(?:from )?(?P<first>left|right|top|bottom) to (?P<second>left|right|top|bottom)\b", _order),
         (r"\bin <(?P<ground>\d+)> 's (?P<side>left|right) (?:hand|arm|paw|palm)s?\b", _hand),
+        (rf"\b(?:over|on|across|in) <(?P<ground>\d+)> 's (?:left|right) {_BODY}s?\b", _nothing),
         (r"\bat <(?P<ground>\d+)> 's (?:feet|foot|base|toes|paws|hooves)\b", _feet),
         (rf"\b{vertical} and (?:\w+ ){{0,4}}?{_LATERAL} of {_THING}", _forward),
         (rf"\b{vertical} and (?:\w+ ){{0,3}}?<(?P<ground>\d+)> 's {_LATERAL}", _own),
-        (rf"(?:\b(?:to|on|at|in|by) )?<(?P<ground>\d+)> 's (?:\w+ ){{0,2}}?{_LATERAL}\b(?! {_BODY})", _own),
+        (rf"(?:\b(?:to|on|at|in|by) )?<(?P<ground>\d+)> 's {_OWN}{_LATERAL}\b(?! {_BODY})", _own),
         (rf"\b{_CORNER}{_LATERAL} of {_THING}", _forward),
         (rf"{_LATERAL} of {_THING}", _forward),
         (rf"{_LATERAL}(?: \w+){{0,2}}? than {_THING}", _forward),
         (rf"\b(?:on|from|at|to) (?:the )?{_LATERAL} by {_THING}", _inverse),
         (rf"\bfrom {vertical} by {_THING}", _inverse),
-        (r"\bbetween (?=<\d+> (?:[^<>.;]+ )?and )", _between),
+        (r"\bbetween (?=<\d+> (?:[^.;]+ )?and )", _between),
         (r"\b(?:in )?between <(?P<ground>\d+)> ", _between_them),
         (rf"\b(?P<phrase>{_any_of(list(table))}) {_THING}", _listed(table)),
         (rf"{_AT}{_CORNER}{_LATERAL}{_IMAGE}(?! of <)", _place),
@@ -179,6 +189,7 @@ def _patterns() -> list[tuple[re.Pattern[str], Maker]]:
         (rf"\b(?:{_any_of(r.TOP)}){_IMAGE}\b(?! of)", _fixed(r.ABOVE, "place")),
         (rf"\b(?:{_any_of(r.BOTTOM)}){_IMAGE}\b(?! of)", _fixed(r.BELOW, "place")),
         (rf"\b(?:{_any_of(r.MIDDLE)}){_IMAGE}\b(?! of <)", _fixed("middle", "place")),
+        (r"\b(?:on|upon|onto)(?= (?:[.,;:)]|is |are |was |were ))", _fixed(r.ABOVE, "stranded")),
         (r"\bon the other(?: side)?\b", _fixed("other", "place")),
         (rf"\b(?:above|overhead){bare}", _fixed(r.ABOVE, "place")),
         (rf"\b(?:below|beneath|underneath|under){bare}", _fixed(r.BELOW, "place")),

@@ -181,6 +181,12 @@ class _Reader:
         if side.kind == "between":
             self._between(number, index)
             return
+        stranded = self._stranded(number, index) if side.ground is None and not side.forward else None
+        if stranded is not None:
+            self._relate(*stranded, certain=True, touching=side.kind == "stranded")
+            return
+        if side.kind == "stranded":
+            return
         after = segment.things(index)
         grounds = (
             [_Item(choices=self.mentions[side.ground].choices)]
@@ -223,8 +229,11 @@ class _Reader:
                 self.fronting = True
                 return [head], []
         found = [item for item in (self.subject, self.last) if item is not None]
-        if segment.opener in _RELATIVE or segment.opener in "(-–—:":
+        owned = side.side is not None and side.side.ground is not None and len(segment.items) == 1
+        if owned or segment.opener in _RELATIVE or segment.opener in "(-–—:":  # "a fork, on its left, and"
             found = found[::-1][:1]
+        if not found:  # "look to the left of the sign and you will see a dog"
+            found = [item for later in self.segments[number + 1 :] for item in later.things()][:1]
         return found[:1], found[1:]
 
     def _figures_before(self, number: int, index: int, before: list[_Item]) -> _Readings:
@@ -244,8 +253,9 @@ class _Reader:
         follows_side = any(item.side is not None for item in segment.items[:direct])
         if finite or (between and not follows_side and not side.is_place):
             return [first, *self._joined(number)], [] if finite else [nearest]
-        has = any(item.word in w.HAVE for item in segment.items[:direct])
-        if side.ground is not None and not has and self.mentions[side.ground].choices[0] == nearest.choices[0]:
+        preceding = segment.items[direct - 1]
+        moves = preceding.side is not None or preceding.word in w.PREPOSITIONS - {"by"}
+        if side.ground is not None and moves and self.mentions[side.ground].choices[0] == nearest.choices[0]:
             return [first], []  # "the bird flew away from the elephant to its left"
         return [nearest], [first]
 
@@ -255,6 +265,19 @@ class _Reader:
         index = next(i for i, item in enumerate(segment.items) if item is thing)
         before = segment.items[index - 1] if index else _Item()
         return (before.side is not None and before is not side) or before.word in w.PREPOSITIONS
+
+    def _stranded(self, number: int, index: int) -> tuple[_Item, str, _Item] | None:
+        """Return figure, side and ground of "the bridge she sits on" or "the table that a cat hides under"."""
+        segment = self.segments[number]
+        items = segment.items[:index]
+        side = segment.items[index].side
+        place = next((i for i in range(index - 1, -1, -1) if items[i].choices), None)
+        if side is None or place is None or not 1 <= index - 1 - place <= 2 or side.sides[0] not in (ABOVE, BELOW):
+            return None
+        if place and items[place - 1].choices:
+            return items[place], side.sides[0], items[place - 1]
+        relative = segment.opener in ("that", "which") and place == 0 and self.last is not None
+        return (items[place], side.sides[0], self.last) if relative and self.last is not None else None
 
     def _joined(self, number: int) -> list[_Item]:
         """Return the things joined to the first one of a segment: A, for that of B in "A and B stand left of C"."""
@@ -317,8 +340,7 @@ class _Reader:
         for figure in figures[:1]:
             for i in figure.choices[0]:
                 place = list(self.places.get(i, (None, None)))
-                for name in names:
-                    axis, value = AXES.get(name, (0, 0))
+                for axis, value in [(0, 0), (1, 0)] if names == ("middle",) else [AXES[name] for name in names]:
                     place[axis] = value if place[axis] is None else place[axis]
                 self.places[i] = place[0], place[1]
 

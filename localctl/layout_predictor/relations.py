@@ -23,8 +23,8 @@ PREPOSITIONS = {
         above, over, atop, on, upon, onto, on top of, on the top of, higher than, higher up than,
         closer to the top than, up from, out of, rises from, rising from, rose from, emerges from,
         emerging from, grows from, growing from, down at, down on, down upon, down onto, down over, down toward,
-        down towards, astride, aboard, descends on, descends upon, descending on, descended on, lands on,
-        rains on, falls on
+        down towards, astride, aboard, pours into, pouring into, drips into, sprouts from, sprouting from,
+        north of, descends on, descends upon, descending on, descended on, lands on, rains on, falls on
         """
     ),
     BELOW: _lines(
@@ -35,14 +35,16 @@ PREPOSITIONS = {
         dangling from, dangle from, dangled from, suspended from, droops from, drooping from, drooped from,
         drips from, dripping from, sways from, swaying from, swings from, swinging from, trails from,
         trailing from, drops from, descends from, descending from, falls from, falling from, pours from,
-        pouring from, hangs off, hanging off, dangles off, in the shade of, in the shadow of, sat upon by,
-        sat on by, stood on by, lain on by, perched on by
+        pouring from, hangs off, hanging off, dangles off, in the shade of, in the shadow of, south of,
+        sat upon by, sat on by, stood on by, lain on by, perched on by
         """
     ),
+    LEFT: ("west of",),
+    RIGHT: ("east of",),
     NEAR: _lines(
         """
-        next to, beside, besides, near, close to, by, alongside, adjacent to, against, in, inside, into, within,
-        at, around, behind, in front of, facing, along, opposite, across from, past
+        next to, beside, besides, near, close to, alongside, adjacent to, against, in, inside, into, within, at,
+        around, behind, in front of, facing, along, opposite, across from, past
         """
     ),
 }
@@ -70,16 +72,18 @@ WITH = _lines(  # passives in which what follows lies on top: "a cake topped wit
 # places in the image, without another object
 TOP = _lines(
     """
-        at the top, at the very top, on the top, on top, up top, up high, high up, overhead, the upper part,
-        the upper half, the top part, the top half, the upper third, the top third, in the upper area,
-        the top edge, fills the top, up above, higher up, the top
+        at the top, at the very top, on the top, on top, up top, up high, high up, overhead, positioned higher,
+        placed higher, slightly higher, further up, the upper part, the upper half, the top part, the top half,
+        the upper third, the top third, in the upper area, the top edge, fills the top, up above, higher up,
+        the top
         """
 )
 BOTTOM = _lines(
     """
-        at the bottom, at the very bottom, on the bottom, down below, down low, low down, the lower part,
-        the lower half, the bottom part, the bottom half, the lower third, the bottom third, the bottom edge,
-        fills the bottom, lower down, down beneath, underfoot, the bottom
+        at the bottom, at the very bottom, on the bottom, down below, down low, low down, positioned lower,
+        placed lower, slightly lower, further down, the lower part, the lower half, the bottom part,
+        the bottom half, the lower third, the bottom third, the bottom edge, fills the bottom, lower down,
+        down beneath, underfoot, the bottom
         """
 )
 MIDDLE = _lines(
@@ -101,6 +105,9 @@ def _forms(verb: str) -> tuple[str, list[str]]:
         present = word[:-1] + "ies"
     active = [word + tail, present + tail, stem + "ing" + tail, irregular[0] if irregular else past + tail]
     return (irregular[1] if irregular else past + tail), active
+
+
+PLACING_VERBS = frozenset(form.split()[0] for verb in (*OVER, *UNDER) for form in _forms(verb)[1])
 
 
 def forward_phrases() -> dict[str, str]:

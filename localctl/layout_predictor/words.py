@@ -17,10 +17,10 @@ PRONOUNS = word_set(
     "you're we're they're"
 )
 PREPOSITIONS = word_set(
-    "about above across after against along alongside amid among around as at atop away before behind below beneath "
-    "beside besides between beyond by down during except far for from in inside into like near nearby next of off on "
-    "onto opposite out outside over past per than through throughout to toward towards under underneath until unto up "
-    "upon via with within without adjacent close further farther facing"
+    "aboard about above across after against along alongside amid among around as astride at atop away before behind "
+    "below beneath beside besides between beyond by down during except far for from in inside into like near nearby "
+    "next of off on onto opposite out outside over past per than through throughout to toward towards under "
+    "underneath until unto up upon via with within without adjacent close further farther facing"
 )
 CONJUNCTIONS = word_set("and or but nor so yet while whereas when where which if because although though then not both")
 BE = word_set("is are was were be been being am isn't aren't wasn't weren't it's there's that's")
@@ -57,7 +57,7 @@ ADJECTIVES = word_set(
     "tall short long wide narrow thin thick fat round square flat old new young ancient modern beautiful pretty cute "
     "ugly shiny dull clean dirty wet dry hot cold warm soft hard smooth rough heavy empty full open closed striped "
     "dotted spotted wooden metal metallic plastic leather happy sad angry nice lovely cozy cosy tired hungry thirsty "
-    "sleepy asleep awake silent visible still tall"
+    "sleepy asleep awake silent visible"
 )
 # Forms of verbs without -ed or -ing.
 VERBS = word_set(
@@ -67,7 +67,7 @@ VERBS = word_set(
     "rides rode carry carries carried put seen shown drawn found kept set built made left-aligned grow grows grew "
     "hover hovers grazes graze chases chase follows follow watches sees see surrounds faces touches meets holds pulls "
     "drive drives drove driven fell falls rose rises shone shines threw throws swung swings clung clings knelt kneels "
-    "leapt leaps bent points talk talks loves lives gave gives crouches crouch hides hid shines stretches stares gazes "
+    "leapt leaps bent slung points talk talks loves lives gave gives crouches crouch hides hid stretches stares gazes "
     "bring brings brought takes took goes went gone come comes came keeps keep stuck laid spread goes belongs"
 )
 NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a few adjectives
@@ -93,5 +93,5 @@ STYLES = word_set(  # after a comma or "on", without a determiner: "a fox, oil o
 COMMENTS = word_set("creating adding providing making giving bringing offering ready surveying allowing")
 BODY = word_set(
     "foot feet hand hands head heads back lap side sides arm arms shoulder shoulders eye eyes face paw paws leg legs "
-    "neck"
+    "neck waist chest knees hips"
 )  # after "his", "her", "its" or "their"

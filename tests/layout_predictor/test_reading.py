@@ -29,7 +29,7 @@ CASES = {
     "The twins look up because a balloon floats over them.": {"balloon ^ twins"},
     "A bird flew away from the elephant to its left.": {"bird < elephant"},
     "In the middle is a table, to its left a chair, to its right a lamp.": {
-        "chair < table", "lamp > table", "chair < lamp",
+        "chair < table", "lamp > table",
     },
     "In the square stands an obelisk, to the right of which is a stall.": {"stall > obelisk"},
     "The gate is guarded on its left by a sentry.": {"sentry < gate"},
@@ -49,7 +49,7 @@ CASES = {
     "A cow (to the left of a tractor) at dusk": {"cow < tractor"},
     "A star above and to the right of a moon": {"star ^ moon", "star > moon"},
     # verbs and passives
-    "The castle overlooks a village, which is spanned by a rainbow.": {"castle ^ village", "rainbow ^ village"},
+    "The castle overlooks a village, which is spanned by a rainbow.": {"castle ^ village", "village v rainbow"},
     "A bat dangles from a rafter.": {"bat v rafter"},
     "A cake topped with a cherry": {"cake v cherry"},
     "A toad looks up at a heron.": {"toad v heron"},
@@ -75,12 +75,13 @@ def test_relations_of_hard_sentences(prompt: str) -> None:
 
 
 def test_each_phrase_of_the_table_is_read_and_its_inverse_is_another_side() -> None:
+    missed = []
     for phrase, side in forward_phrases().items():
         objects = parse(prompt := f"a blorptang {phrase} a snizzle", "rules")
-        if len(objects) != 2:  # the rules take an unknown verb for a noun
-            continue
         found = {one.side for one in read(prompt, objects).relations if (one.first, one.second) == (0, 1)}
-        assert found == {side}, phrase
+        if found != {side}:
+            missed.append(phrase)
+    assert not missed
     assert all(INVERSE[INVERSE[side]] == side for side in INVERSE)
 
 
