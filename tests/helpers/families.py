@@ -179,7 +179,7 @@ def qwen_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str,
 
 
 def z_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
-    text, other = pipe.encode_prompt(prompt, negative_prompt=negative, max_sequence_length=48)
+    text, other = pipe.encode_prompt(prompt, negative_prompt=negative)
     return {"prompt_embeds": text, "negative_prompt_embeds": other}
 
 
