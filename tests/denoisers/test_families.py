@@ -207,7 +207,7 @@ def test_bias_and_heat_maps_are_those_of_queries_and_keys(family: Family, dit: A
 
 @pytest.mark.parametrize("kind", ["bias", "hidden", "dense", "forward"])
 def test_attention_moves_into_the_region(family: Family, dit: Any, kind: str) -> None:
-    plain, maps = AttentionMaps(sites=("middle",)), AttentionMaps(sites=("middle",))  # which guidance reads
+    plain, maps = AttentionMaps(), AttentionMaps()
     with attach(dit, LAYOUT, plain):
         run(family, dit)
     with attach(dit, LAYOUT, [METHODS[kind](), maps]):
