@@ -54,10 +54,9 @@ class Flux(Packed):
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
         """Raise a ValueError for masks that FLUX ignores, or shares between its calls, and for a phrase after the
         tokens that the call reads."""
-        options = [
-            getattr(self.pipe, f"_{name}attention_kwargs", None) for name in ("joint_", "")
-        ]  # FLUX.1's, FLUX.2's
-        for name in {name for given in options for name in given or ()} & set(_UNPLACED):
+        # FLUX.1 and FLUX.2 name them differently.
+        given = [getattr(self.pipe, name, None) or () for name in ("_joint_attention_kwargs", "_attention_kwargs")]
+        for name in (name for name in _UNPLACED if any(name in one for one in given)):
             why = "ignores" if name == "ip_adapter_masks" else "shares between prompt and negative prompt"
             raise ValueError(
                 f"The attention of FLUX {why} {name} in joint_attention_kwargs; leave it out, and place phrases by a "

@@ -260,7 +260,7 @@ class TwoCalls(Transformer):
             self._encoded += 1
         if self._encoded == 2:
             return False
-        self._call, self._calls = "", 0
+        self._call, self._calls, self._two = "", 0, False
         return True
 
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
@@ -294,15 +294,19 @@ def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]
             setattr(instance, name, own)
 
 
+_MARK = "\x1a"  # in place of a prompt, in no template
 UNLIMITED = 1 << 30  # tokens: how many of them the pipeline reads is known once it is called
 
 
 def chat_positions(tokenizer: Any, layout: Layout, limit: int, **options: Any) -> list[tuple[int, ...]]:
     """Return the positions of each phrase among the tokens of a chat template, in which the prompt is the user's."""
-    messages = [{"role": "user", "content": layout.prompt}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    before, found, after = whole.partition(layout.prompt)
-    if not found:
+
+    def templated(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+    before, after = templated(_MARK).split(_MARK)
+    if templated(layout.prompt) != layout.prompt.join((before, after)):
         raise ValueError(
             f"The base's chat template changes the prompt {shown(layout.prompt)}; give it without blanks around it."
         )

@@ -186,7 +186,7 @@ def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
 
 
-@pytest.mark.parametrize("prompt", ["A Cat, dogs", "Cat", "  A   Cat,  DOGS ", "the xx, a\nCat,dogs of"])
+@pytest.mark.parametrize("prompt", ["A Cat, dogs", "Cat", "user Cat", "  A   Cat,  DOGS ", "the xx, a\nCat,dogs of"])
 @pytest.mark.parametrize("name", NAMES)
 def test_phrases_are_found_within_the_template(load: Any, name: str, prompt: str) -> None:
     """At the places of the embeddings that the layers get."""
@@ -213,6 +213,14 @@ def test_the_tiny_template_has_as_many_tokens_as_the_real_one(load: Any) -> None
     before, after = pipe.prompt_template_encode.split("{}")
     assert len(pipe.tokenizer(before).input_ids) == pipe.prompt_template_encode_start_idx == 34
     assert len(pipe.tokenizer(after).input_ids) == 5
+
+
+def test_a_template_that_changes_the_prompt_is_refused(load: Any) -> None:
+    pipe = load("z_image")
+    template = pipe.tokenizer.chat_template
+    pipe.tokenizer.chat_template = template.replace("message.content", "message.content | trim")
+    with pytest.raises(ValueError, match="chat template changes the prompt ' Cat '; give it without blanks"):
+        denoiser_of(pipe).token_positions(Layout(" Cat ", regions=(Region("Cat", (0, 0, 1, 1)),)))
 
 
 @pytest.mark.parametrize("name", NAMES)
