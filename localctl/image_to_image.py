@@ -83,6 +83,8 @@ class InitImage:
         kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
         try:
             other = kind.from_pipe(pipe)
+            if "strength" not in inspect.signature(other.__call__).parameters:  # FLUX.2's, which edits images
+                raise ValueError(f"{type(other).__name__} has no strength")
         except ValueError as error:
             task = "image-to-image" if self.mask is None else "inpainting"
             raise ValueError(

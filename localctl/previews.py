@@ -43,8 +43,10 @@ OnStep = Callable[[SamplingStep], object]
 
 
 @contextmanager
-def each_step(pipe: DiffusionPipeline, on_step: OnStep | None) -> Iterator[Callable[[], None]]:
+def each_step(pipe: DiffusionPipeline, on_step: OnStep | None, size: tuple[int, int]) -> Iterator[Callable[[], None]]:
     """Call ``on_step`` after every step of the pipeline's present scheduler; an error that it raises ends the sampling.
+
+    ``size``: (H, W) of the images.
 
     Yields a function to call before each call of the pipeline, which begins to count anew.
     """
@@ -52,7 +54,7 @@ def each_step(pipe: DiffusionPipeline, on_step: OnStep | None) -> Iterator[Calla
         yield lambda: None
         return
     scheduler, schedule = pipe.scheduler, Schedule()
-    prediction_type = denoiser_of(pipe).prediction_type
+    denoiser = denoiser_of(pipe)
     count = 0
 
     @contextmanager
@@ -62,8 +64,9 @@ def each_step(pipe: DiffusionPipeline, on_step: OnStep | None) -> Iterator[Calla
         sigma = sigma_at(scheduler, schedule.time(scheduler, arguments["timestep"]), times)  # the step moves its index
         yield
         count += 1
-        clean = _clean(arguments["model_output"], arguments["sample"], sigma, scheduler, prediction_type)
-        on_step(SamplingStep(count, getattr(pipe, "_num_timesteps", None) or len(times), clean))
+        clean = _clean(arguments["model_output"], arguments["sample"], sigma, scheduler, denoiser.prediction_type)
+        of = getattr(pipe, "_num_timesteps", None) or len(times)
+        on_step(SamplingStep(count, of, denoiser.unpacked(clean, size)))
 
     def begin() -> None:
         nonlocal count

@@ -96,7 +96,7 @@ def generate(
     arguments, convert = _as_numbers(pipe, {**_own(pipe, init), **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
-        each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step) as begin,
+        each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step, size) as begin,
         attach(caller, layouts, controls, prompt_weighting=resolved.prompt_weighting) as attached,
     ):
         start = _start(caller, size, init)

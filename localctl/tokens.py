@@ -23,6 +23,8 @@ def token_positions(
     *,
     stripped: bool = False,
     limit: int | None = None,
+    around: tuple[str, str] = ("", ""),
+    dropped: int = 0,
 ) -> list[tuple[int, ...]]:
     """Return for each region the positions of its phrase in the text encoder's output; () for one without words.
 
@@ -33,6 +35,8 @@ def token_positions(
         weighted: the pipeline reads weights and prompts of any length.
         stripped: the pipeline removes blanks around the prompt.
         limit: how many tokens are read, with the end token; None: the tokenizer's ``model_max_length``.
+        around: what the pipeline's template puts before and after the prompt.
+        dropped: how many of the first tokens are left out of the text encoder's output.
 
     Raises:
         ValueError: more regions than tokens; a phrase beyond the limit, which the text encoder does not read; two
@@ -47,7 +51,10 @@ def token_positions(
         prompt, spans, parts = _converted(layout, read, spans, convert)
     if stripped:
         prompt, spans, parts = _stripped(prompt, spans)
-    offsets = _offsets(tokenizer, prompt, parts)
+    if any(around):
+        offsets = _within_template(tokenizer, prompt, around)[dropped:]
+    else:
+        offsets = _offsets(tokenizer, prompt, parts)
     tokenised = " | ".join(prompt[first:last] for first, last in offsets if last > first)
     _check_count(layout, sum(last > first for first, last in offsets), tokenised)
     limit = (limit or tokenizer.model_max_length) - 1  # the end token takes the last position
@@ -108,6 +115,13 @@ def _offsets(tokenizer: Any, prompt: str, parts: Sequence[Span]) -> list[Span]:
             return offsets
         found += [(start + first, start + last) for first, last in offsets[1:-1]]
     return [*found, (0, 0)]
+
+
+def _within_template(tokenizer: Any, prompt: str, around: tuple[str, str]) -> list[Span]:
+    """Return the characters of the prompt in each token of the prompt within its template; none in the template's."""
+    whole, less = prompt.join(around), len(around[0])
+    offsets = _offsets(tokenizer, whole, [(0, len(whole))])
+    return [tuple(min(max(place - less, 0), len(prompt)) for place in span) for span in offsets]  # type: ignore[misc]
 
 
 def _converted(

@@ -108,6 +108,11 @@ class Attachment:
 
     def begin_steps(self, arguments: Mapping[str, Any]) -> None:
         """Note how many timesteps this call visits: image-to-image skips the first ones, ``denoising_end`` the last."""
+        if self.bound and self._layout_of_image is None and not self.denoiser.encodes_always:
+            raise ValueError(
+                f"{type(self.pipe).__name__} was called with prompt embeddings alone, which do not tell the layout of "
+                "an image; pass prompts as text."
+            )
         self._visits = getattr(self.pipe, "_num_timesteps", None), arguments.get("total")
 
     def end_call(self, arguments: Mapping[str, Any]) -> None:
@@ -162,7 +167,7 @@ class Attachment:
                 f"Another thread uses this {self.denoiser.name} while it is steered; load a pipeline per thread."
             )
         inputs = self.denoiser.read(*arguments)
-        context = self._context(inputs, self._layout_of_image)
+        context = self._context(inputs, self.denoiser.copied(self._layout_of_image))
         arguments = self._add_residuals(context, inputs, arguments)
         arguments = self._add_images(context, inputs, arguments)
         arguments = unguided = self._replace_text(context, inputs.text, arguments)

@@ -72,10 +72,12 @@ class CallContext:
 
     @property
     def guided_rows(self) -> slice:
-        """The rows of the batch that carry the prompt; pipelines put them last. Empty in a call without such rows."""
+        """The rows of the batch that carry the prompt: the last ones, or the first ones (Z-Image's). Empty in a call
+        without such rows."""
         first = self.conditional.index(True) if any(self.conditional) else len(self.conditional)
-        assert all(self.conditional[first:])
-        return slice(first, len(self.conditional))
+        last = first + sum(self.conditional)
+        assert all(self.conditional[first:last])
+        return slice(first, last)
 
     @property
     def guided_layouts(self) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from localctl.control.attention import Scores, attend
 from localctl.control.base import Mixture
 from localctl.control.processor import SteeredProcessor, User, has_hook
-from localctl.denoisers.base import AttentionLayer, Joint, StockAttention
+from localctl.denoisers.base import AttentionLayer
+from localctl.denoisers.joint import Joint, StockAttention
 
 _MOST = 256 * 2**20  # bytes of float32 scores that controls read at once
 
@@ -148,14 +149,16 @@ class JointProcessor(SteeredProcessor):
         core[:, :, cells] = attend(rows[0][:, :, cells], *rows[1:], own) if image is None else image
         joined = _joined([(bias, tokens)], query.shape[2], own)
         core[:, :, tokens] = attend(rows[0][:, :, tokens], *rows[1:], joined)
-        filled = slice(cells.stop, tokens.start)  # entries between them, which nobody attends to
+        filled = slice(cells.stop, tokens.start)  # entries that fill the image's part up
         core[:, :, filled] = attend(rows[0][:, :, filled], *rows[1:], own)
-        if not guided.start:
-            return core
-        others = slice(0, guided.start)
-        return torch.cat(
-            [stock(query[others], key[others], value[others], None if mask is None else mask[others]), core]
-        )
+        before, after = slice(0, guided.start), slice(guided.stop, len(query))
+        unsteered = [
+            stock(query[others], key[others], value[others], None if mask is None else mask[others])
+            if others.start < others.stop
+            else query[others]
+            for others in (before, after)
+        ]
+        return torch.cat([unsteered[0], core, unsteered[1]]) if len(core) < len(query) else core
 
     def _places(self, total: int) -> tuple[slice, slice]:
         """Return the places of image and text in a sequence of ``total`` entries."""

@@ -230,7 +230,7 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
 
     def mixture(self, context: CallContext, layer: AttentionLayer) -> Mixture:
         pairs, weights = self._pairs(context)
-        if self.control.mix == "released" and not context.guided_rows.start:
+        if self.control.mix == "released" and all(context.conditional):
             raise ValueError(
                 'mix="released" subtracts the attention of the negative prompt, which this call of the denoiser '
                 "does not have; generate with a guidance_scale above 1 and no LayoutGuidance, or choose "
@@ -245,7 +245,9 @@ class _BoundSpaceTime(BoundRegionControl[SpaceTimeAttention]):
         The tensor is the same one for all layers of a call of the denoiser.
         """
         first = context.guided_rows.start
-        less = first if self.control.mix == "released" else 0  # there, the negative prompt's attention is replaced
+        less = 0
+        if self.control.mix == "released":  # there, the negative prompt's attention is replaced
+            less = first or -len(context.guided_layouts)
         pairs = [
             Pair(row, row - less, (layout, region))
             for row, layout in enumerate(context.guided_layouts, start=first)

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from localctl.control.attention import HIDE
+from localctl.control.base import Mixture
 from localctl.control.joint import JointProcessor
 from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser
 
@@ -28,19 +31,25 @@ def with_twins(
     if mixtures is None:
         return arguments
     twins = torch.cat([mixture.rows for mixture in mixtures])
-    texts = torch.cat([mixture.texts for mixture in mixtures])
+    texts, hidden = _stacked(mixtures)
     for processor in processors:
         processor.twins = twins
-    own = denoiser.read(*arguments).text
-    if own.shape[1:] != texts.shape[1:] or any(mixture.mask is not None for mixture in mixtures):
-        raise ValueError(
-            f"The texts of regions have {texts.shape[1]} tokens but the call's prompt has {own.shape[1]}; pass prompts "
-            "as text, and the same max_sequence_length throughout."
-        )
     chosen = [*range(rows), *twins.tolist()]
-    return denoiser.write(
-        select_rows(arguments, chosen, rows, denoiser.not_per_row), text=torch.cat([own, texts.to(own)])
-    )
+    return denoiser.join_texts(select_rows(arguments, chosen, rows, denoiser.not_per_row), texts, hidden)
+
+
+def _stacked(mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor | None]:
+    """Return the texts (pairs, K, C) of all mixtures, and the bias (pairs, 1, K) that hides the ends of shorter ones;
+    None if all have one length."""
+    longest = max(mixture.texts.shape[1] for mixture in mixtures)
+    texts, hidden = [], []
+    for mixture in mixtures:
+        missing = longest - mixture.texts.shape[1]
+        own = mixture.texts[..., :1].mT * 0 if mixture.mask is None else mixture.mask
+        texts.append(pad(mixture.texts, (0, 0, 0, missing)))
+        hidden.append(pad(own, (0, missing), value=HIDE))
+    mask = torch.cat(hidden)
+    return torch.cat(texts), mask if bool(mask.any()) else None
 
 
 def select_rows(arguments: Arguments, rows: list[int], count: int, but: Sequence[str]) -> Arguments:

@@ -10,12 +10,16 @@ from typing import Any
 from torch import nn
 
 from localctl.denoisers.base import Denoiser
+from localctl.denoisers.flux import Flux
+from localctl.denoisers.flux2 import Flux2
 from localctl.denoisers.pixart import PixArt
+from localctl.denoisers.qwen_image import QwenImage
 from localctl.denoisers.sd3 import SD3
 from localctl.denoisers.unet import UNet
+from localctl.denoisers.z_image import ZImage
 
-FAMILIES: tuple[type[Denoiser], ...] = (UNet, PixArt, SD3)
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x, or of PixArt"  # pipelines, for messages
+FAMILIES: tuple[type[Denoiser], ...] = (UNet, PixArt, SD3, Flux, Flux2, QwenImage, ZImage)
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x, of PixArt, FLUX, Qwen-Image or Z-Image"  # pipelines, for messages
 
 
 def denoiser_of(pipe: Any) -> Denoiser:

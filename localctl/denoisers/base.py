@@ -6,14 +6,16 @@ Symbols in shapes: R rows of a batch, K tokens, c latent channels, (h, w) the la
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from localctl.denoisers.joint import Joint
 from localctl.diffusion import is_flow
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
@@ -21,30 +23,8 @@ from localctl.prompt_weights import Text
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of one call of the module, by position and by name
 
 
-StockAttention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # of query, key, value and mask
 # The residuals of a transformer's blocks among the arguments of a call, taken out before its forward.
 RESIDUALS = "localctl_residuals"
-
-
-@dataclass(frozen=True)
-class Joint:
-    """How a joint attention layer, whose queries and keys are image and text at once, arranges its sequence.
-
-    run: computes the layer, ``run(processor, attend, attn, *args, **kwargs)``, as its own processor does for these
-        arguments, but with ``attend(query, key, value, mask, stock)`` in place of its attention; all (R, H, S, d), see
-        :meth:`localctl.control.joint.JointProcessor.attend`. ValueError for a processor that it does not know.
-    text_first: whether the text comes before the image. multiple: the image's part is filled up to a multiple of this.
-    """
-
-    run: Callable[..., Any]
-    text_first: bool
-    multiple: int = 1
-
-    def places(self, cells: int, total: int) -> tuple[slice, slice]:
-        """Return the places of the image's cells and of the text's tokens in a sequence of ``total`` entries."""
-        if self.text_first:
-            return slice(total - cells, total), slice(0, total - cells)
-        return slice(0, cells), slice(min(cells + -cells % self.multiple, total), total)
 
 
 @dataclass(frozen=True)
@@ -139,6 +119,7 @@ class Denoiser(ABC):
     guides_in_one_call: ClassVar[bool] = True  # rows of the negative prompt and of the prompt are of one call
     groups: ClassVar[tuple[str, ...]]  # of layers, which hold all layers together, for choose_layers
     weighs_prompts: ClassVar[bool] = False  # whether prompts with weights, and longer ones, can be encoded
+    encodes_always: ClassVar[bool] = True  # whether the pipeline calls ``encode_prompt`` with embeddings, too
     own_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline, unlike its defaults, for sampling with controls
 
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:
@@ -227,6 +208,24 @@ class Denoiser(ABC):
         """Return the arguments with these latents (R, c, h, w), text (R, K, C) and image embeddings (R, n, ...) of
         each IP-Adapter in place of their own, and with the residuals added to their own."""
 
+    def copied(self, layouts: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the layout of each image, for those that the arguments of ``encode_prompt`` tell of."""
+        return layouts
+
+    def join_texts(self, arguments: Arguments, texts: Tensor, hidden: Tensor | None) -> Arguments:
+        """Return the arguments of a call with ``texts`` (p, K, C) for its last p rows, whose own texts are left out.
+
+        ``hidden``: (p, 1, K), a bias that hides what shorter texts are filled up with; None for texts of one length.
+        ValueError for another length than the call's prompts have.
+        """
+        own = self.read(*arguments).text[: -len(texts)]
+        if own.shape[1:] != texts.shape[1:] or hidden is not None:
+            raise ValueError(
+                f"The texts of regions have {texts.shape[1]} tokens but the call's prompt has {own.shape[1]}; pass "
+                "prompts as text, and the same max_sequence_length throughout."
+            )
+        return self.write(arguments, text=torch.cat([own, texts.to(own)]))
+
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
         """Return for each row of a call whether it carries the prompt; such rows come last, one per image or none.
 
@@ -252,6 +251,10 @@ class Denoiser(ABC):
 
     def packed(self, latents: Tensor) -> Tensor:
         """Return latents (n, c, h, w) as the pipeline passes them to its scheduler."""
+        return latents
+
+    def unpacked(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the scheduler's latents of images of ``size`` = (H, W) pixels as (n, c, h, w)."""
         return latents
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:

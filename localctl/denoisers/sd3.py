@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from localctl.denoisers.base import AttentionLayer, Conditioning, Joint, StockAttention
+from localctl.denoisers.base import AttentionLayer, Conditioning
+from localctl.denoisers.joint import Attend, Joint
 from localctl.denoisers.transformer import UNLIMITED, Transformer, has_phrases
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, StockAttention], Tensor]
 _KNOWN = ("scale", "ip_adapter_image_embeds")  # of joint_attention_kwargs: what the transformer itself takes out
 
 

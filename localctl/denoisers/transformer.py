@@ -26,6 +26,8 @@ from localctl.denoisers.base import (
 from localctl.diffusion import FLOW
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
+from localctl.sizes import shown
+from localctl.tokens import token_positions
 
 _THIRDS = ("early", "middle", "late")
 
@@ -126,7 +128,7 @@ class Transformer(Denoiser):
     @property
     @abstractmethod
     def image_output(self) -> int | None:
-        """The place of the image's tokens in what a block returns; None if it returns these alone."""
+        """The place of the image's tokens in what a block returns; None if it returns one tensor."""
 
     @contextmanager
     def running(self, arguments: Arguments) -> Iterator[Arguments]:
@@ -150,7 +152,7 @@ class Transformer(Denoiser):
         place = self.image_output
 
         def add(module: nn.Module, args: Any, output: Any) -> Any:
-            if place is None:
+            if place is None or isinstance(output, Tensor):
                 return self.add_tokens(output, tokens)
             return tuple(self.add_tokens(one, tokens) if at == place else one for at, one in enumerate(output))
 
@@ -227,7 +229,7 @@ class Transformer(Denoiser):
 
 class TwoCalls(Transformer):
     """Guidance by two calls of the module, one after the other: that of the prompt, then, if there is guidance, that of
-    the negative prompt. The pipeline names each by the module's ``cache_context``. With distilled guidance, there is
+    the negative prompt. Most pipelines name each by the module's ``cache_context``. With distilled guidance, there is
     the first alone. The negative prompt is encoded by a second call of ``encode_prompt``."""
 
     guides_in_one_call = False
@@ -236,7 +238,9 @@ class TwoCalls(Transformer):
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:
         super().__init__(module, pipe)
         self._call = ""  # the name of the running call of the module
-        self._encoded = 0  # calls of encode_prompt in the running call of the pipeline
+        self._encoded: int | None = None  # calls of encode_prompt in a call of the pipeline; None outside and in steps
+        self._two = False  # whether there is guidance
+        self._calls = 0  # of the module, in that of the pipeline
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -249,22 +253,30 @@ class TwoCalls(Transformer):
         def begin(*args: Any, **kwargs: Any) -> None:
             self._encoded = 0
 
-        with _noted(self.module, "cache_context", name), _noted(self.pipe, "check_inputs", begin):
+        with noted(self.module, "cache_context", name), noted(self.pipe, "check_inputs", begin):
             yield
 
     def begins_call(self) -> bool:
-        self._encoded += 1
-        return self._encoded == 1
+        if self._encoded is not None:
+            self._encoded += 1
+        if self._encoded == 2:
+            return False
+        self._call, self._calls, self._two = "", 0, False
+        return True
 
     def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
         """Return True for all rows of a call with the prompt, False for those with the negative prompt."""
         if rows != images:
             raise self.wrong_rows(rows, images)
-        return (self._call != self.negative,) * rows
+        if self._encoded is not None:  # the first step: texts are encoded before it
+            self._two, self._encoded = self._encoded == 2, None
+        self._calls += 1
+        second = self._two and self._calls % 2 == 0  # of two calls without names
+        return (not (self._call == self.negative if self._call else second),) * rows
 
 
 @contextmanager
-def _noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
+def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
     """Call ``note`` with the arguments of each call of a method, on this instance only."""
     method, own = getattr(instance, name), vars(instance).get(name)
 
@@ -283,7 +295,23 @@ def _noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None
             setattr(instance, name, own)
 
 
+_MARK = "\x1a"  # in place of a prompt, in no template
 UNLIMITED = 1 << 30  # tokens: how many of them the pipeline reads is known once it is called
+
+
+def chat_positions(tokenizer: Any, layout: Layout, limit: int, **options: Any) -> list[tuple[int, ...]]:
+    """Return the positions of each phrase among the tokens of a chat template, in which the prompt is the user's."""
+
+    def templated(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+
+    before, after = templated(_MARK).split(_MARK)
+    if templated(layout.prompt) != layout.prompt.join((before, after)):
+        raise ValueError(
+            f"The base's chat template changes the prompt {shown(layout.prompt)}; give it without blanks around it."
+        )
+    return token_positions(tokenizer, layout, limit=limit, around=(before, after))
 
 
 def has_phrases(layouts: Sequence[Layout]) -> bool:

@@ -65,11 +65,12 @@ def state_of(pipe: Any) -> list[Any]:
     parts = [pipe.transformer, *pipe.transformer.modules()]
     hooks = [(dict(part._forward_hooks), dict(part._forward_pre_hooks), part.forward) for part in parts]
     own = sorted(set(vars(pipe)) - {name for name in vars(pipe) if name.startswith("_") or name == "config"})
-    return [dict(pipe.transformer.attn_processors), hooks, own, vars(pipe.scheduler).get("step")]
+    processors = [part.processor for part in parts if hasattr(part, "processor")]
+    return [processors, hooks, own, vars(pipe.scheduler).get("step")]
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_what_has_no_strength_changes_no_bit(family: Family, dit: Any, guidance_scale: float) -> None:
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_has_no_strength_changes_no_bit(family: Family, dit: Any, guided: bool) -> None:
     idle = [
         adapter_control(token_adapter(dit), 0.0),
         adapter_control(token_adapter(dit), weight=0.0),
@@ -79,8 +80,7 @@ def test_what_has_no_strength_changes_no_bit(family: Family, dit: Any, guidance_
         SpaceTimeAttention(weight=0.0),
         AttentionMaps(),
     ]
-    options = {"guidance_scale": guidance_scale, "negative_prompt": "dogs"} if guidance_scale > 1 else {}
-    options = {"guidance_scale": guidance_scale, **options}
+    options: dict[str, Any] = {"guided": guided, **({"negative_prompt": "dogs"} if guided else {})}
     plain, before = run(family, dit, **options), state_of(dit)
     with attach(dit, LAYOUT, idle):
         assert torch.equal(run(family, dit, **options), plain)
@@ -107,7 +107,7 @@ def test_each_method_acts_and_leaves_no_trace(family: Family, dit: Any, kind: st
     def stop(*args: Any) -> None:
         raise RuntimeError("stopped")
 
-    hook = dit.transformer.transformer_blocks[2].register_forward_hook(stop)
+    hook = denoiser_of(dit).blocks[2][1].register_forward_hook(stop)
     with pytest.raises(RuntimeError, match="stopped"), attach(dit, LAYOUT, METHODS[kind]()):
         run(family, dit)
     hook.remove()
@@ -128,9 +128,11 @@ def test_a_residual_is_the_feature_times_the_mask_on_the_image_s_tokens(family: 
     run(family, dit, num_inference_steps=1)
     with attach(dit, LAYOUT, control):
         run(family, dit, num_inference_steps=1)
-    plain, _, steered, _ = seen
+    plain, steered = seen[0], seen[len(seen) // 2]
     for hook in hooks:
         hook.remove()
+    assert torch.equal(steered[:, 4:], plain[:, 4:])  # of a sequence with text as well
+    plain, steered = plain[:, :4], steered[:, :4]
     feature = adapter(torch.cat([control.condition, control.mask], dim=1))[0].flatten(2).mT  # (1,Q,C)
     inside = mask[:, ::16, ::16].flatten(1).bool()[0]
     assert_same(steered - plain, feature.expand_as(plain))
@@ -172,18 +174,19 @@ def test_a_negative_prompt_of_the_whole_image_acts_as_that_of_the_call(family: F
 
 def test_bias_and_heat_maps_are_those_of_queries_and_keys(family: Family, dit: Any) -> None:
     """In the first layer, of the second of two steps: the bias in what it returns, and the map of its attention."""
-    denoiser, seen = denoiser_of(dit), {}
+    denoiser, seen = denoiser_of(dit), []
     layer, attn = next((layer, attn) for layer, attn in denoiser.attention_layers((4, 4)) if layer.cross)
 
     def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        seen["inputs"], seen["output"] = (args, kwargs), output
+        seen.append((args, kwargs, output))
 
     hook = attn.register_forward_hook(look, with_kwargs=True)
     maps = AttentionMaps(start=0.5, sites=("0",))
     with attach(dit, LAYOUT, [RegionBias(strength=1.0, outside_strength=0.5), maps]):
         run(family, dit)
     hook.remove()
-    query, key, value, text, mask = family.projections(attn, *seen["inputs"])  # of the row with the prompt, (H,*,d)
+    *inputs, output = seen[-family.calls]
+    query, key, value, text, mask = family.projections(attn, *inputs)  # of the row with the prompt, (H,*,d)
     scores = query @ key.mT * query.shape[-1] ** -0.5  # (H,Q,S)
     attended = scores[..., text][..., mask[text] == 0]
     bias = torch.zeros(4, scores.shape[-1])
@@ -196,7 +199,7 @@ def test_bias_and_heat_maps_are_those_of_queries_and_keys(family: Family, dit: A
         sigma = sigma / (1 - sigma)
     probabilities = (scores + mask + sigma * attended.std() * bias).softmax(dim=-1)
     expected = family.output(attn, (probabilities @ value).transpose(0, 1).flatten(1))  # (Q,C)
-    torch.testing.assert_close(family.image_of(seen["output"])[-1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(family.image_of(output)[family.row, :4], expected, rtol=1e-5, atol=1e-5)
     for region, tokens in enumerate(denoiser.token_positions(LAYOUT)):
         heat = probabilities[..., [text.start + place for place in tokens]].mean(dim=(0, 2))
         torch.testing.assert_close(maps.recorder.records[0].sums[layer.size][0, region], heat, rtol=1e-5, atol=1e-5)
@@ -253,9 +256,9 @@ def test_sampling_begins_at_an_image_where_diffusers_has_a_pipeline(family: Fami
         with pytest.raises(ValueError, match="has no image-to-image pipeline beside"):
             generate(dit, LAYOUT, control, **options)
         return
-    call = {**options, "max_sequence_length": 24}
+    call = {**options, **family.call}
     plain = generate(dit, LAYOUT, [], seeds=[1, 2], **call).images
-    assert tuple(plain[0].shape) == (4, 4, 8)
+    assert plain[0].numel() == 4 * 4 * 8
     for steers in (control, RegionBias(strength=1.0), METHODS["guidance"](), METHODS["spacetime"]()):
         found = generate(dit, LAYOUT, steers, seeds=[1, 2], **call).images
         assert all((one - other).abs().max() > 1e-4 for one, other in zip(found, plain, strict=True))
@@ -275,6 +278,6 @@ def test_what_a_base_cannot_do_is_said(family: Family, dit: Any) -> None:
         attach(dit, LAYOUT, adapter_control(token_adapter(dit, width=24))),
     ):
         run(family, dit)
-    dit.transformer.transformer_blocks[0].forward = lambda *args, **kwargs: None
+    denoiser_of(dit).blocks[0][1].forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="was replaced"), attach(dit, LAYOUT, RegionBias()):
         run(family, dit)

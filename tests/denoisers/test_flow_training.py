@@ -117,7 +117,7 @@ def test_the_clean_image_is_the_scheduler_s_own_prediction(family: Family, dit: 
     for row, timestep in enumerate(timesteps):
         if denoiser.prediction_type == FLOW:
             scheduler = dit.scheduler
-            scheduler.set_timesteps(sigmas=[float(table[timestep])])
+            scheduler.set_timesteps(sigmas=[float(table[timestep])], mu=0.0)
             # set_timesteps shifts what it is given
             scheduler.sigmas[0] = table[timestep]
             expected = scheduler.step(sample.noisy[row].sin(), scheduler.timesteps[0], sample.noisy[row]).prev_sample

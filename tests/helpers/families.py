@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from conftest import TEXT_WIDTH, tiny_scheduler, tiny_text_config, tiny_tokenizer, tiny_vae
 from diffusers import DiffusionPipeline
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tiny_transformers import flux, flux2, pixart, qwen_image, sd3, z_image
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
 from localctl.adapter import LocalAdapter
 from localctl.denoisers import denoiser_of
@@ -34,11 +31,13 @@ Projections = Callable[[Any, Any, Any], tuple[Tensor, Tensor, Tensor, slice, Ten
 class Family:
     """A family with a tiny pipeline.
 
-    build: makes it. projections: of an attention layer and its arguments, what its last row attends with, (H, *, d):
-    queries of the image, all keys and values, the place of the text, and a bias (S,) of its own. embeds: of a prompt, a
-    prompt for pooled embeddings and a negative prompt, the arguments that pass them as embeddings. image_at: the place
-    of the image in what an attention layer returns. call: arguments of every call. image_to_image: whether diffusers
-    has such a pipeline.
+    build: makes it. projections: of an attention layer and its arguments, what its row of the prompt attends with,
+    (H, *, d): queries of the image, all keys and values, the place of the text, and a bias (S,) of its own. embeds: of
+    a prompt, a prompt for pooled embeddings and a negative prompt, the arguments that pass them as embeddings.
+    image_at: the place of the image in what an attention layer returns. call: arguments of every call; guided, plain:
+    those of calls with guidance, and without. image_to_image: whether diffusers has such a pipeline. calls: of the
+    module in a step with guidance, that with the prompt first. row: of those of a call with guidance, that of the
+    prompt. negative: whether calls take a negative prompt.
     """
 
     name: str
@@ -47,7 +46,12 @@ class Family:
     embeds: Callable[[Any, str, str, str], dict[str, Any]]
     image_at: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
+    plain: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     image_to_image: bool = False
+    calls: int = 1
+    row: int = -1
+    negative: bool = True
 
     def image_input(self, args: Any, kwargs: Any) -> Tensor:
         """Return the image's tokens (R, Q, C) among the inputs of a block."""
@@ -62,90 +66,11 @@ class Family:
         return attn.to_out[0](core)
 
 
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """T5's fast tokenizer in small: single characters and some words, an end token and no start token."""
-    words = ["▁", "▁a", "▁cat", "▁dog", "s", ",", "▁dogs", *(chr(code) for code in range(97, 123)), "."]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, -float(len(words))) for word in words)]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-
-
-def tiny_t5(vocabulary: int, width: int = TEXT_WIDTH) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def pixart() -> DiffusionPipeline:
-    tokenizer = t5_tokenizer()
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=4,
-        cross_attention_dim=16,
-        caption_channels=TEXT_WIDTH,
-        sample_size=4,
-        patch_size=2,
-        use_additional_conditions=False,
-    )
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(tiny_scheduler().config)
-    return diffusers.PixArtSigmaPipeline(tokenizer, tiny_t5(len(tokenizer)), tiny_vae(), transformer, scheduler)
-
-
-def sd3(**options: Any) -> DiffusionPipeline:
-    first, second, third = tiny_tokenizer(), tiny_tokenizer(), t5_tokenizer()
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=4,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=2 * TEXT_WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-        **options,
-    )
-    vae = tiny_vae()
-    vae.register_to_config(shift_factor=0.1)
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=CLIPTextModelWithProjection(tiny_text_config(first)),
-        tokenizer=first,
-        text_encoder_2=CLIPTextModelWithProjection(tiny_text_config(second)),
-        tokenizer_2=second,
-        text_encoder_3=tiny_t5(len(third), 2 * TEXT_WIDTH),
-        tokenizer_3=third,
-    )
-
-
-def heads(attn: Any, states: Tensor, layers: Any) -> list[Tensor]:
-    """Return (H, S, d) of the last row, for each of the layers, which may be a pair with a norm."""
+def heads(attn: Any, states: Tensor, layers: Any, row: int = -1) -> list[Tensor]:
+    """Return (H, S, d) of a row, for each of the layers, which may be a pair with a norm."""
     found = []
     for layer, norm in layers:
-        one = layer(states[-1]).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
+        one = layer(states[row]).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
         found.append(one if norm is None else norm(one))
     return found
 
@@ -166,6 +91,49 @@ def sd3_projections(attn: Any, args: Any, kwargs: Any) -> Any:
     return own[0], key, value, slice(count, key.shape[1]), torch.zeros(key.shape[1])
 
 
+def flux_projections(attn: Any, args: Any, kwargs: Any) -> Any:
+    image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+    own = heads(attn, image, [(attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)])
+    more = [(attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None)]
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(heads(attn, text, more), own, strict=True))
+    cos, sin = kwargs["image_rotary_emb"]
+    count = text.shape[1]
+    return rotated(query, cos, sin)[:, count:], rotated(key, cos, sin), value, slice(0, count), torch.zeros(len(cos))
+
+
+def qwen_projections(attn: Any, args: Any, kwargs: Any) -> Any:
+    image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+    own = heads(attn, image, [(attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)])
+    more = [(attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k), (attn.add_v_proj, None)]
+    query, key, value = (torch.cat(pair, dim=1) for pair in zip(heads(attn, text, more), own, strict=True))
+    turn = torch.cat(kwargs["image_rotary_emb"][::-1]).repeat_interleave(2, dim=-1)
+    turned = [rotated(one, turn.real, turn.imag) for one in (query, key)]
+    count, mask = text.shape[1], kwargs["encoder_hidden_states_mask"]
+    return turned[0][:, count:], turned[1], value, slice(0, count), as_bias(mask, len(turn))
+
+
+def z_projections(attn: Any, args: Any, kwargs: Any) -> Any:
+    layers = [(attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)]
+    query, key, value = heads(attn, args[0], layers, 0)
+    turn = kwargs["freqs_cis"][0].repeat_interleave(2, dim=-1)
+    turned = [rotated(one, turn.real, turn.imag) for one in (query, key)]
+    return turned[0][:, :4], turned[1], value, slice(32, len(turn)), as_bias(kwargs["attention_mask"], len(turn))
+
+
+def as_bias(mask: Tensor | None, length: int) -> Tensor:
+    """Return the bias (S,) that hides what a mask of the first row hides; an image's part has none."""
+    bias = torch.zeros(length)
+    if mask is not None:
+        bias[: mask.shape[1]][~mask[0].bool()] = -torch.inf
+    return bias
+
+
+def rotated(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of neighbouring channels of ``states`` (H, S, d) by angles whose cosine and sine are (S, d)."""
+    turned = torch.stack([-states[..., 1::2], states[..., ::2]], dim=-1).flatten(-2)
+    return states * cos + turned * sin
+
+
 def pixart_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
     text, mask, other, other_mask = pipe.encode_prompt(prompt, True, negative_prompt=negative, max_sequence_length=24)
     return {
@@ -184,6 +152,37 @@ def sd3_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, 
     return dict(zip(names, (*texts[:2], *of_call[2:]), strict=True))
 
 
+def flux_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"negative_prompt": None}
+    for prefix, text, other in (("", prompt, pooled), ("negative_", negative, "")):
+        found[f"{prefix}prompt_embeds"] = pipe.encode_prompt(text, None, max_sequence_length=24)[0]
+        found[f"{prefix}pooled_prompt_embeds"] = pipe.encode_prompt(other, None, max_sequence_length=24)[1]
+    return found
+
+
+def flux2_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    texts = zip(names, (prompt, negative), strict=True)
+    return {name: pipe.encode_prompt(text, max_sequence_length=48)[0] for name, text in texts}
+
+
+def qwen_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
+    text, mask = pipe.encode_prompt(prompt)
+    other, other_mask = pipe.encode_prompt(negative)
+    return {
+        "prompt_embeds": text,
+        "prompt_embeds_mask": mask,
+        "negative_prompt": None,
+        "negative_prompt_embeds": other,
+        "negative_prompt_embeds_mask": other_mask,
+    }
+
+
+def z_embeds(pipe: Any, prompt: str, pooled: str, negative: str) -> dict[str, Any]:
+    text, other = pipe.encode_prompt(prompt, negative_prompt=negative)
+    return {"prompt_embeds": text, "negative_prompt_embeds": other}
+
+
 FAMILIES = {
     family.name: family
     for family in (
@@ -195,6 +194,50 @@ FAMILIES = {
             call={"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 24},
         ),
         Family("sd3", sd3, sd3_projections, sd3_embeds, 0, {"max_sequence_length": 24}, image_to_image=True),
+        Family(
+            "flux",
+            flux,
+            flux_projections,
+            flux_embeds,
+            0,
+            {"max_sequence_length": 24},
+            guided={"guidance_scale": 3.5, "true_cfg_scale": 4.0, "negative_prompt": ""},
+            plain={"guidance_scale": 3.5},
+            image_to_image=True,
+            calls=2,
+        ),
+        Family(
+            "flux2",
+            flux2,
+            flux_projections,
+            flux2_embeds,
+            0,
+            {"max_sequence_length": 48},
+            calls=2,
+            negative=False,
+        ),
+        Family(
+            "qwen_image",
+            qwen_image,
+            qwen_projections,
+            qwen_embeds,
+            0,
+            guided={"true_cfg_scale": 4.0, "negative_prompt": ""},
+            plain={},
+            image_to_image=True,
+            calls=2,
+        ),
+        Family(
+            "z_image",
+            z_image,
+            z_projections,
+            z_embeds,
+            call={"max_sequence_length": 48},
+            guided={"guidance_scale": 3.0},
+            plain={"guidance_scale": 0.0},
+            image_to_image=True,
+            row=0,
+        ),
     )
 }
 _LOADED: dict[str, DiffusionPipeline] = {}
@@ -224,7 +267,8 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
                     if parameter.ndim > 1:  # large enough that attention differs between cells
                         spread = 1.5 / parameter[0].numel() ** 0.5
                         parameter.copy_(spread * torch.randn_like(parameter))
-                pipe.transformer.proj_out.weight *= 0.2  # but the latents stay of order 1
+                last = getattr(pipe.transformer, "proj_out", None) or pipe.transformer.all_final_layer["2-1"].linear
+                last.weight *= 0.2  # but the latents stay of order 1
             pipe.save_pretrained(made[name])
         return made[name]
 
@@ -267,15 +311,21 @@ def latents_of(pipe: Any, count: int = 1, size: tuple[int, int] = (SIDE, SIDE), 
     return torch.randn(count, *shape[1:], generator=torch.Generator().manual_seed(seed))
 
 
-def run(family: Family, pipe: Any, prompt: Any = PROMPT, count: int = 1, **options: Any) -> Tensor:
-    """Return the latents after two steps from fixed noise, with guidance."""
+def run(family: Family, pipe: Any, prompt: Any = PROMPT, count: int = 1, guided: bool = True, **options: Any) -> Tensor:
+    """Return the latents after two steps from fixed noise."""
     size = options.get("height", SIDE), options.get("width", SIDE)
     given = {
         "height": SIDE,
         "width": SIDE,
         "num_inference_steps": 2,
         "output_type": "latent",
-        "guidance_scale": 4.0,
         "latents": latents_of(pipe, count, size),
     }
-    return pipe(prompt, **{**given, **family.call, **options}).images
+    guidance = family.guided if guided else family.plain
+    if isinstance(prompt, list) and "negative_prompt" in guidance:  # such pipelines need one for each
+        guidance = {**guidance, "negative_prompt": [guidance["negative_prompt"]] * len(prompt)}
+    arguments = {**given, **family.call, **guidance, **options}
+    if not family.negative:
+        arguments.pop("negative_prompt", None)
+    prompt = list(prompt) if isinstance(prompt, list) else prompt  # Z-Image's pipeline changes it
+    return pipe(prompt=prompt, **arguments).images

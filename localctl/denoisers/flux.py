@@ -1,0 +1,98 @@
+"""The transformers of FLUX.1 (diffusers' ``FluxTransformer2DModel``): dev, with distilled guidance, and schnell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from localctl.denoisers.base import Arguments, Conditioning
+from localctl.denoisers.packed import Packed
+from localctl.denoisers.transformer import UNLIMITED, has_phrases
+from localctl.layout import Layout
+from localctl.prompt_weights import Text
+from localctl.tokens import token_positions
+
+_UNPLACED = ("ip_adapter_masks", "attention_mask")  # of joint_attention_kwargs: what would not place anything
+
+
+class Flux(Packed):
+    """Blocks of two streams, then blocks of one; the tokens of text are T5's, and CLIP gives a pooled embedding."""
+
+    name = "FLUX transformer"
+    classes = ("FluxTransformer2DModel",)
+    order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
+    not_per_row = ("img_ids", "txt_ids")
+    block_lists: ClassVar = ("transformer_blocks", "single_transformer_blocks")
+
+    def __init__(self, module: Any, pipe: Any = None) -> None:
+        super().__init__(module, pipe)
+        self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))  # of the last call, and their grid
+
+    def grid_of(self, arguments: Arguments) -> tuple[int, int]:
+        """Return (h, w) of the tokens by their places, which are read once as long as they are the same tensor."""
+        ids = arguments[1]["img_ids"]
+        if self._ids[0] is not ids:
+            height, width = (int(last) + 1 for last in ids[..., 1:3].reshape(-1, 2).amax(dim=0).tolist())
+            if height * width != ids.shape[-2]:
+                raise ValueError(
+                    f"The {self.name} was called with tokens of further images, as in FluxKontext, among which "
+                    "controls cannot locate regions; use a pipeline that generates from text."
+                )
+            self._ids = ids, (height, width)
+        return self._ids[1]
+
+    def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
+        """Return the places of the tokens of image and text."""
+        text = conditioning.text
+        own = self.pipe._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
+        return {"img_ids": own, "txt_ids": text.new_zeros(text.shape[1], 3)}
+
+    def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
+        """Raise a ValueError for masks that FLUX ignores, or shares between its calls, and for a phrase after the
+        tokens that the call reads."""
+        # FLUX.1 and FLUX.2 name them differently.
+        given = [getattr(self.pipe, name, None) or () for name in ("_joint_attention_kwargs", "_attention_kwargs")]
+        for name in (name for name in _UNPLACED if any(name in one for one in given)):
+            why = "ignores" if name == "ip_adapter_masks" else "shares between prompt and negative prompt"
+            raise ValueError(
+                f"The attention of FLUX {why} {name} in joint_attention_kwargs; leave it out, and place phrases by a "
+                "layout with RegionBias."
+            )
+        if arguments["prompt"] is not None and has_phrases(layouts):
+            for layout in layouts:
+                self._positions(layout, arguments["max_sequence_length"])
+
+    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
+        """Return the positions of each phrase among T5's tokens."""
+        return self._positions(layout, UNLIMITED)
+
+    def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
+        tokenizer = self.pipe.tokenizer_2
+        # Textual-inversion words of several vectors are expanded, by the pipelines that know them.
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return token_positions(tokenizer, layout, convert and partial(convert, tokenizer=tokenizer), limit=limit)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Return the embeddings (K, C) of each text; padding is not masked out by these pipelines."""
+        options = {name: arguments[name] for name in ("device", "max_sequence_length", "lora_scale")}
+        states, *_ = type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), None, **options)
+        return list(states)
+
+    @torch.no_grad()
+    def condition(
+        self, prompt: str, size: tuple[int, int], guidance_scale: float, negative_prompt: str | None
+    ) -> Conditioning:
+        """Return the conditioning, with pooled embeddings and the scale of distilled guidance, which needs no row of a
+        negative prompt."""
+        if negative_prompt is not None:
+            raise ValueError("FLUX's own guidance is distilled and has no negative prompt; leave it out.")
+        text, pooled, _ = self.pipe.encode_prompt(prompt, None, device=self.module.device)
+        added = {"pooled_projections": pooled}
+        if self.module.config.guidance_embeds:
+            added["guidance"] = torch.full([len(text)], guidance_scale, device=text.device)
+        return Conditioning(text, added, 1.0)
