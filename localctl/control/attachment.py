@@ -305,4 +305,5 @@ class Attachment:
             dtype=dtype,
             sigma=functools.partial(sigma_at, scheduler, time, times),
             flow=is_flow(scheduler),
+            has_negative=self.denoiser.has_negative(conditional),
         )

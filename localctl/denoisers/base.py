@@ -236,6 +236,10 @@ class Denoiser(ABC):
             raise self.wrong_rows(rows, images)
         return (False,) * (rows - images) + (True,) * images
 
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the running call of the pipeline has a negative prompt, by the rows of the module's call."""
+        return not all(conditional)
+
     def wrong_rows(self, rows: int, images: int) -> ValueError:
         """Make the error for a call with another number of rows than the family's guidance has."""
         return ValueError(

@@ -274,6 +274,10 @@ class TwoCalls(Transformer):
         second = self._two and self._calls % 2 == 0  # of two calls without names
         return (not (self._call == self.negative if self._call else second),) * rows
 
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the running call of the pipeline has a negative prompt."""
+        return self._two
+
 
 @contextmanager
 def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
