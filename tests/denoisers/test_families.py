@@ -91,7 +91,7 @@ def test_what_has_no_strength_changes_no_bit(family: Family, dit: Any, guided: b
 @pytest.mark.parametrize("kind", METHODS)
 def test_each_method_acts_and_leaves_no_trace(family: Family, dit: Any, kind: str) -> None:
     """Also with several prompts and images each, not square, and after an error."""
-    size = {"height": SIDE, "width": 2 * SIDE}
+    size: dict[str, Any] = {"height": SIDE, "width": 2 * SIDE}
     prompts, before = [PROMPT, "dogs x"], state_of(dit)
     plain = run(family, dit, prompts, 4, num_images_per_prompt=2, negative_prompt=["s", "s"], **size)
     other = Layout("dogs x", regions=(Region("dogs", (0, 0, 1, 0.5), negative_prompt="cat"),))
