@@ -14,6 +14,11 @@ from safetensors import SafetensorError, safe_open
 from localctl.files import first_line, read_object
 from localctl.one_file import text_width
 from localctl.records import record
+from localctl.schedulers import MOST_STEPS as MOST_STEPS
+from localctl.schedulers import SCHEDULER_OPTIONS as SCHEDULER_OPTIONS
+from localctl.schedulers import SCHEDULERS as SCHEDULERS
+from localctl.schedulers import SIGMAS as SIGMAS
+from localctl.schedulers import SchedulerName as SchedulerName
 from localctl.settings import TimestepSampling
 from localctl.sizes import shown
 
@@ -32,46 +37,7 @@ TRANSFORMER_PIPELINES = (
     "ZImagePipeline",
 )
 DtypeName = Literal["float32", "float16", "bfloat16"]
-# fmt: off
-SchedulerName = Literal[
-    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "kdpm2", "kdpm2_ancestral",
-    "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_sde", "deis", "sa_solver", "lcm", "tcd",
-]
-# fmt: on
 DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
-SCHEDULERS: dict[str, str] = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "kdpm2": "KDPM2DiscreteScheduler",
-    "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
-    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
-    "dpmpp_3m": "DPMSolverMultistepScheduler",
-    "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
-    "dpmpp_2s": "DPMSolverSinglestepScheduler",
-    "dpmpp_sde": "DPMSolverSinglestepScheduler",
-    "deis": "DEISMultistepScheduler",
-    "sa_solver": "SASolverScheduler",
-    "lcm": "LCMScheduler",
-    "tcd": "TCDScheduler",
-}
-# Settings that tell schedulers of one class apart.
-SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
-    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-    "dpmpp_3m": {"algorithm_type": "dpmsolver++", "solver_order": 3},
-    "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-    "dpmpp_2s": {"algorithm_type": "dpmsolver++", "solver_order": 2},
-    "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
-}
-SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
-MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for
 
 _WITH_WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Each part needs one of these files. Without them, transformers would silently make an empty tokenizer.
@@ -221,8 +187,9 @@ def read_index(spec: BaseSpec, where: dict[str, Any], transformers: bool = False
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
     if kind not in (PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES):
-        also = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else ""
-        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{also}.")
+        way = " (these repaint, too: --init_image and --inpaint_mask)" if "Inpaint" in kind else ""
+        way = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else way
+        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{way}.")
     return index
 
 

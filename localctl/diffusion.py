@@ -199,19 +199,29 @@ def check_schedule(alphas_cumprod: Tensor, prediction_type: str) -> None:
         )
 
 
-def timesteps_from_uniform(u: Tensor, num_train_timesteps: int, sampling: str = "uniform") -> Tensor:
+def timesteps_from_uniform(
+    u: Tensor,
+    num_train_timesteps: int,
+    sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    timestep_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
     """Map ``u`` (B,) in [0,1) to timesteps (B,) int64 in [0, T-1].
 
     ``uniform``: t = u T. ``cubic``: t = (1 - u^3) T, which favours the noisy steps that determine structure
-    (T2I-Adapter, arXiv 2302.08453, section 3.4). ``logit_normal``: the logit of t / T is standard normal, which favours
-    the middle (arXiv 2403.03206, section 3.1). ValueError for an unknown ``sampling``.
+    (T2I-Adapter, arXiv 2302.08453, section 3.4). ``logit_normal``: t = sigmoid(n) T for n normal, of ``logit_mean`` and
+    ``logit_std`` (arXiv 2403.03206, section 3.1). ``timestep_range``: the fractions of T to which 0 and 1 are moved.
+    ValueError for an unknown ``sampling``.
     """
     if sampling not in TIMESTEP_SAMPLINGS:
         raise ValueError(f"Unknown timestep sampling {sampling!r}; choose one of {', '.join(TIMESTEP_SAMPLINGS)}.")
     if sampling == "logit_normal":
-        fraction = torch.special.ndtri(u).sigmoid()
+        fraction = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
     else:
         fraction = u if sampling == "uniform" else 1 - u**3
+    low, high = timestep_range
+    fraction = low + (high - low) * fraction
     # The clamp matters at the ends: u = 0 of the cubic form, and u just below 1, which may round up to T.
     return (fraction * num_train_timesteps).long().clamp(0, num_train_timesteps - 1)
 

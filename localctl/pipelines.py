@@ -162,8 +162,14 @@ def load_pipeline(
             if spec.file is not None:
                 pipe = _from_one_file(spec, str(index["_class_name"]), dtype, {**where, **options})
             else:
+                absent = {name: None for name, part in index.items() if part == [None, None]}  # such as SD3's T5
                 pipe = DiffusionPipeline.from_pretrained(
-                    spec.id_or_path, dtype=dtype, variant=config.variant, use_safetensors=True, **where, **options
+                    spec.id_or_path,
+                    dtype=dtype,
+                    variant=config.variant,
+                    use_safetensors=True,
+                    **where,
+                    **absent | options,
                 )
     except Exception as error:  # damaged files and foreign shapes each raise their own kind
         raise not_loaded(config, error) from error

@@ -87,20 +87,13 @@ def generate(
         ValueError: a reserved argument, several sizes, NaN in an image, or as for :class:`Sampling`, :func:`attach`.
     """
     layouts = as_layouts(layout)
-    for name in _RESERVED:
-        if name in pipeline_arguments:
-            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
-    named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
-    given = Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
-    resolved = resolve_sampling(pipe, given, sampling)
+    resolved = resolve_sampling(pipe, _taken_from(pipeline_arguments, seeds, batch_size), sampling)
     images = _pairs(len(layouts), resolved.seeds, paired)
     size = image_size(pipe, layouts, pipeline_arguments, init)
-    if init is not None:
-        init = init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
-    texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
+    init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
+    texts = _texts(layouts, pipeline_arguments)
     generated: list[Any] = []
-    own = denoiser_of(pipe).own_arguments if init is None else {}
-    arguments, convert = _as_numbers(pipe, {**own, **resolved.arguments(), **pipeline_arguments})
+    arguments, convert = _as_numbers(pipe, {**_own(pipe, init), **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step, size) as begin,
@@ -109,19 +102,34 @@ def generate(
         start = _start(caller, size, init)
         for first in range(0, len(images), resolved.batch_size):
             batch = images[first : first + resolved.batch_size]
-            attached.select([index for index, _ in batch])
+            indices, own_seeds = [index for index, _ in batch], [seed for _, seed in batch]
+            attached.select(indices)
             begin()
-            output = caller(
-                prompt=[layouts[index].prompt for index, _ in batch],
-                **start(first, [seed for _, seed in batch]),
-                generator=[generator(seed, "steps") for _, seed in batch],
-                **{name: [text[index] for index, _ in batch] for name, text in texts.items() if text is not None},
-                **arguments,
-            )
+            output = caller(**texts(indices), **start(first, own_seeds), **arguments)
             _check_finite(output.images, batch, layouts)
             generated.extend(convert(output.images))
     generated = generated if init is None else [init.finish(image) for image in generated]
     return GenerateOutput(generated, tuple(seed for _, seed in images), tuple(layouts[index] for index, _ in images))
+
+
+def _taken_from(
+    pipeline_arguments: dict[str, Any], seeds: int | Sequence[int] | None, batch_size: int | None
+) -> Sampling:
+    """Take the settings of :class:`Sampling` out of the arguments. ValueError for arguments that generate sets."""
+    for name in _RESERVED:
+        if name in pipeline_arguments:
+            raise ValueError(f"generate sets {name!r} itself from layouts and seeds{_WAYS_OUT.get(name, _WAY_OUT)}")
+    named = {field.name for field in fields(Sampling)} & set(pipeline_arguments)
+    return Sampling(seeds=seeds, batch_size=batch_size, **{name: pipeline_arguments.pop(name) for name in named})
+
+
+def _texts(
+    layouts: Sequence[Layout], pipeline_arguments: dict[str, Any]
+) -> Callable[[Sequence[int]], dict[str, list[str]]]:
+    """Take the texts out of the arguments, and return a function of a batch's layouts: the texts as arguments."""
+    texts = {name: _per_layout(name, pipeline_arguments.pop(name, None), len(layouts)) for name in _PER_LAYOUT}
+    texts["prompt"] = [layout.prompt for layout in layouts]
+    return lambda indices: {name: [own[i] for i in indices] for name, own in texts.items() if own is not None}
 
 
 def _start(
@@ -132,14 +140,20 @@ def _start(
         # Some pipelines would take the base's own size.
         sized = init.mask is None and "height" in inspect.signature(type(pipe).__call__).parameters
         own = {"height": size[0], "width": size[1]} if sized else {}
-        return lambda first, seeds: own | init.arguments(first, len(seeds), size, pipe.vae_scale_factor)
+        factor = pipe.vae_scale_factor
+        return lambda first, seeds: own | init.arguments(first, len(seeds), size, factor) | _generators(seeds)
     dtype = denoiser_of(pipe).module.dtype  # once: the property looks at all layers
 
     def from_noise(first: int, seeds: Sequence[int]) -> dict[str, Any]:
         latents = torch.cat([initial_noise(pipe, seed, *size, dtype) for seed in seeds])
-        return {"height": size[0], "width": size[1], "latents": latents}
+        return {"height": size[0], "width": size[1], "latents": latents, **_generators(seeds)}
 
     return from_noise
+
+
+def _generators(seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the argument for the noise between the steps."""
+    return {"generator": [generator(seed, "steps") for seed in seeds]}
 
 
 def resolve_sampling(pipe: DiffusionPipeline, given: Sampling, sampling: Sampling | None = None) -> Any:
@@ -175,6 +189,11 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
                 "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
             )
         yield
+
+
+def _own(pipe: DiffusionPipeline, init: InitImage | None) -> dict[str, Any]:
+    """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
+    return denoiser_of(pipe).own_arguments if init is None else {}
 
 
 def _as_numbers(

@@ -20,8 +20,8 @@ PaletteFilter = Literal["mean", "bicubic"]
 MaskResize = Literal["area", "nearest", "inside", "cover"]
 BoxLaw = Literal["sides", "corners"]
 MaskKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full", "mixture"]
-LossFilter = Literal["none", "mse", "sobel", "laplacian"]
-Schedule = Literal["constant", "step_unit", "time_unit", "snr"]
+LossFilter = Literal["none", "mse", "sobel", "laplacian", "edges"]
+Schedule = Literal["constant", "step_unit", "time_unit", "snr", "low_noise"]
 Normalise = Literal["map", "mask"]
 TimestepSampling = Literal["uniform", "cubic", "logit_normal"]
 MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full"]  # a mask kind in a mixture
@@ -33,6 +33,7 @@ CHANNELS: dict[str, int] = {
     **{"hed": 1, "lineart": 1, "column": 3},
 }
 FROM_IMAGE = ("canny", "sobel", "palette")  # without a model
+EDGE_CONDITIONS = ("canny", "sobel")  # edges that loss.filter=edges compares
 DEFAULT = "default"
 # The models that condition.model=default stands for.
 MODELS = {
@@ -182,15 +183,20 @@ class LossConfig:
     """Settings of both loss terms; ValueError for settings that contradict each other.
 
     filter: compared inside the mask: ``sobel`` or ``laplacian`` edges of the latents, ``mse`` the latents themselves;
-        ``none`` switches the local term off.
+        ``edges`` the edges of the decoded image, with those of the condition (canny or sobel); ``none`` switches the
+        local term off.
     schedule: the weight w(t): ``constant`` 1; ``step_unit`` 1 for t in [t_min, t_max] and 0 elsewhere; ``time_unit``
-        1 - abar; ``snr`` min(abar / (1 - abar), snr_cap), which cancels the growth of the z0' error with t.
+        1 - abar; ``snr`` min(abar / (1 - abar), snr_cap), which cancels the growth of the z0' error with t;
+        ``low_noise`` 1 where abar / (1 - abar) >= snr_min and 0 elsewhere, where nothing is decoded for ``edges``.
     normalise: ``mask`` divides the local term by the mask's area, so that small and large masks count equally; ``map``
         by the area of the whole image, as published.
     weight: factor of the local term; published value 1e-3.
     t_min: first timestep of ``step_unit``.
     t_max: last timestep of ``step_unit``.
     snr_cap: the largest weight of ``snr``.
+    snr_min: the smallest ratio of ``low_noise``.
+    tolerances: of ``edges``, how many pixels an edge may lie beside its place; the term is the mean over them.
+    margin: of ``edges``, how many pixels at the mask's border do not count.
     mask_resize: how the mask is resized to the latents: ``area`` the mean over a latent pixel, ``nearest`` one pixel
         of it, ``inside`` the minimum, ``cover`` the maximum.
     squared_mask: weight by m^2, as published: (m F(z0') - m F(z0))^2. This matters where m is neither 0 nor 1: for soft
@@ -199,6 +205,7 @@ class LossConfig:
     denoising_weight: factor of the denoising term.
     mask_denoising: restrict the denoising term to the mask, too. Then nothing is learned about the image outside, and
         nothing at all from all-zero masks.
+    masked_denoising_weight: how much the denoising term counts inside the mask, relative to outside.
     """
 
     filter: LossFilter = "sobel"
@@ -208,12 +215,29 @@ class LossConfig:
     t_min: NotNegative = 500
     t_max: int = 999
     snr_cap: Annotated[float, Field(gt=0)] = 5.0
+    snr_min: Rate = 0.02
+    tolerances: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4)
+    margin: NotNegative = 0
     mask_resize: MaskResize = "area"
     squared_mask: bool = False
     denoising_weight: Rate = 1.0
     mask_denoising: bool = False
+    masked_denoising_weight: Rate = 1.0
 
     def __post_init__(self) -> None:
+        if self.filter == "edges" and self.normalise != "mask":
+            raise ValueError(
+                "loss.filter=edges compares shares of the edges, whatever the mask's area; leave loss.normalise=mask."
+            )
+        if self.filter != "edges" and (self.margin or self.tolerances != (1, 2, 4)):
+            raise ValueError(
+                f"loss.margin and loss.tolerances are of loss.filter=edges, not {self.filter}; leave them out."
+            )
+        if self.mask_denoising and self.masked_denoising_weight != 1:
+            raise ValueError(
+                "With loss.mask_denoising only the mask counts, so loss.masked_denoising_weight has no effect; leave "
+                "one of them out."
+            )
         if not self.denoising_weight and (self.filter == "none" or not self.weight):
             raise ValueError("The loss is always 0; set loss.denoising_weight, or loss.filter and loss.weight.")
         if self.t_min > self.t_max:

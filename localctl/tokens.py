@@ -7,9 +7,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from localctl.compel_texts import has_compel, token_places
 from localctl.layout import Layout
 from localctl.prompt_syntax import WeightedText, read_weights
-from localctl.prompt_weights import has_compel, reads_weights, token_places
+from localctl.prompt_weights import reads_weights
 
 Span = tuple[int, int]  # [first, last) characters
 
@@ -55,12 +56,7 @@ def token_positions(
     else:
         offsets = _offsets(tokenizer, prompt, parts)
     tokenised = " | ".join(prompt[first:last] for first, last in offsets if last > first)
-    count = sum(last > first for first, last in offsets)
-    with_phrase = [region for region in layout.regions if region.phrase]
-    if len(with_phrase) > count:
-        raise ValueError(
-            f"There are {len(with_phrase)} regions with phrases for {count} tokens ({tokenised}); give fewer regions."
-        )
+    _check_count(layout, sum(last > first for first, last in offsets), tokenised)
     limit = (limit or tokenizer.model_max_length) - 1  # the end token takes the last position
     places: Sequence[int] = range(len(offsets))
     if weighted and len(offsets) > limit + 1 and has_compel():
@@ -83,6 +79,14 @@ def token_positions(
             owner[position] = region.phrase or ""
         positions.append(tuple(places[position] for position in own))
     return positions
+
+
+def _check_count(layout: Layout, count: int, tokenised: str) -> None:
+    with_phrase = [region for region in layout.regions if region.phrase]
+    if len(with_phrase) > count:
+        raise ValueError(
+            f"There are {len(with_phrase)} regions with phrases for {count} tokens ({tokenised}); give fewer regions."
+        )
 
 
 def positions_of(pipe: Any, layout: Layout) -> list[tuple[int, ...]]:

@@ -107,9 +107,11 @@ def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConf
     Raises:
         ValueError: the loss has no filter.
     """
-    edges = FILTERS[config.filter]
+    edges = FILTERS.get(config.filter)
     if edges is None:
-        raise ValueError("The loss has no filter, so there is no map to plot; choose sobel, laplacian or mse.")
+        raise ValueError(
+            "The loss has no filter of latents, so nothing can be plotted; choose sobel, laplacian or mse."
+        )
     example, sample, predicted = prediction.example, prediction.sample, prediction.predicted_x0
     assert example.mask is not None
     maps = [edges(latents.float()).abs() for latents in (sample.latents, predicted)]  # (T,c,h,w)

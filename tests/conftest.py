@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
@@ -21,6 +25,13 @@ from localctl.pipelines import choose_pil_processors
 TEXT_WIDTH = 16
 CHANNELS = (8, 16, 16, 24)  # of the tiny Stable Diffusion 1.5: differing, so that a mixed-up level shows
 XL_CHANNELS = (8, 16, 16)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported out of the searches for garbage, which take a tenth of the time otherwise."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def pytest_configure() -> None:
@@ -160,6 +171,41 @@ def _quiet(pipe: Any) -> Any:
     return pipe
 
 
+class Copies:
+    """Copies of a pipeline, made several times faster than by ``deepcopy``: it is pickled once, its tensors aside."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self._tensors: list[Tensor] = []
+        self._pickled = io.BytesIO()
+        _WithoutTensors(self._pickled, self._tensors).dump(pipe)
+
+    def copy(self) -> Any:
+        return _WithTensors(io.BytesIO(self._pickled.getvalue()), self._tensors).load()
+
+
+class _WithoutTensors(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        self._tensors.append(obj)
+        return len(self._tensors) - 1
+
+
+class _WithTensors(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+        self._known: dict[int, Any] = {}  # a tensor in two places is one in the copy
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return copy.deepcopy(self._tensors[pid], self._known)
+
+
 @pytest.fixture(scope="session")
 def ray_here() -> Iterator[None]:
     """Ray on this machine, started once for all tests of a process; what connects meanwhile uses it."""
@@ -170,36 +216,36 @@ def ray_here() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _sd_session() -> diffusers.StableDiffusionPipeline:
-    return tiny_sd()
+def _sd_session() -> Copies:
+    return Copies(tiny_sd())
 
 
 @pytest.fixture(scope="session")
-def _v_session() -> diffusers.StableDiffusionPipeline:
-    return tiny_sd("v_prediction")
+def _v_session() -> Copies:
+    return Copies(tiny_sd("v_prediction"))
 
 
 @pytest.fixture(scope="session")
-def _sdxl_session() -> diffusers.StableDiffusionXLPipeline:
-    return tiny_sdxl()
+def _sdxl_session() -> Copies:
+    return Copies(tiny_sdxl())
 
 
 @pytest.fixture
-def sd_pipe(_sd_session: diffusers.StableDiffusionPipeline) -> diffusers.StableDiffusionPipeline:
+def sd_pipe(_sd_session: Copies) -> diffusers.StableDiffusionPipeline:
     """A tiny Stable Diffusion 1.5, the test's own to change."""
-    return copy.deepcopy(_sd_session)
+    return _sd_session.copy()
 
 
 @pytest.fixture
-def v_pipe(_v_session: diffusers.StableDiffusionPipeline) -> diffusers.StableDiffusionPipeline:
+def v_pipe(_v_session: Copies) -> diffusers.StableDiffusionPipeline:
     """As ``sd_pipe``, with v-prediction."""
-    return copy.deepcopy(_v_session)
+    return _v_session.copy()
 
 
 @pytest.fixture
-def sdxl_pipe(_sdxl_session: diffusers.StableDiffusionXLPipeline) -> diffusers.StableDiffusionXLPipeline:
+def sdxl_pipe(_sdxl_session: Copies) -> diffusers.StableDiffusionXLPipeline:
     """A tiny Stable Diffusion XL, the test's own to change."""
-    return copy.deepcopy(_sdxl_session)
+    return _sdxl_session.copy()
 
 
 def _saved(pipe: Any, folder: Path) -> Path:
@@ -208,21 +254,21 @@ def _saved(pipe: Any, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd_folder(_sd_session: diffusers.StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd_folder(_sd_session: Copies, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion 1.5 as a diffusers folder; not to be written to."""
-    return _saved(_sd_session, tmp_path_factory.mktemp("sd"))
+    return _saved(_sd_session.pipe, tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="session")
-def v_folder(_v_session: diffusers.StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def v_folder(_v_session: Copies, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny v-prediction pipeline as a diffusers folder; not to be written to."""
-    return _saved(_v_session, tmp_path_factory.mktemp("v"))
+    return _saved(_v_session.pipe, tmp_path_factory.mktemp("v"))
 
 
 @pytest.fixture(scope="session")
-def sdxl_folder(_sdxl_session: diffusers.StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdxl_folder(_sdxl_session: Copies, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Stable Diffusion XL as a diffusers folder; not to be written to."""
-    return _saved(_sdxl_session, tmp_path_factory.mktemp("sdxl"))
+    return _saved(_sdxl_session.pipe, tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture

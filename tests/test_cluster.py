@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
-import localctl
 from localctl.cluster import available_cpus, connected, load_ray
-
-
-def test_workers_run_one_thread_and_import_this_package(capfd: pytest.CaptureFixture[str], ray_here: None) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    with connected() as ray:
-
-        def found(batch: dict[str, list[int]]) -> dict[str, list[object]]:
-            import localctl as package
-
-            return {"file": [package.__file__], "threads": [os.environ["OMP_NUM_THREADS"]]}
-
-        rows = ray.data.range(2).map_batches(found, batch_size=1).take_all()
-    assert {(row["file"], row["threads"]) for row in rows} == {(str(Path(localctl.__file__)), "1")}
-    assert ray.is_initialized()  # it was there before
-    assert signal.getsignal(signal.SIGTERM) is handler
-    shown = capfd.readouterr()
-    assert not shown.out and not shown.err
 
 
 def test_a_cluster_that_is_not_there_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,12 @@ def test_timesteps() -> None:
     assert cubic.min() >= 0 and cubic.max() == 999 and cubic.double().mean() == pytest.approx(749.5, abs=1)
     with pytest.raises(ValueError, match="'linear'.*uniform, cubic"):
         d.timesteps_from_uniform(u, 1000, "linear")
+    middle = d.timesteps_from_uniform(u, 1000, "logit_normal")
+    assert d.timesteps_from_uniform(ends, 1000, "logit_normal").tolist()[:2] == [0, 500]
+    assert abs(float(middle.float().median()) - 500) < 25 and float(middle.float().std()) < float(uniform.float().std())
+    high = d.timesteps_from_uniform(u, 1000, "logit_normal", 1.0, 0.5, (0.2, 0.8))
+    assert high.min() >= 200 and high.max() < 800
+    assert abs(float(high.float().median()) - (200 + 600 * 0.731)) < 25  # sigmoid(1)
 
 
 def test_latent_size_rounds_up() -> None:

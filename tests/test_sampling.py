@@ -166,14 +166,14 @@ def test_windows_count_outer_steps_with_every_scheduler(
     for item in (early, late):
         steps.clear()
         with attach(sd_pipe, "a b", item), watched(sd_pipe) as seen:
-            draw(sd_pipe, num_inference_steps=6)
+            draw(sd_pipe, num_inference_steps=4)
         active.append([residuals is not None for residuals in seen])
     # Second-order Heun and KDPM2 call twice per step but for the last; PNDM warms up with the second timestep.
-    second_order = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
-    calls = {"pndm": [0, 1, 1, 2, 3, 4, 5]} | dict.fromkeys(("heun", "kdpm2", "kdpm2_ancestral"), second_order)
-    expected = calls.get(scheduler, [0, 1, 2, 3, 4, 5])
-    assert steps == [(step, 6) for step in expected]
-    assert active == [[step < 3 for step in expected], [step >= 3 for step in expected]]
+    second_order = [0, 0, 1, 1, 2, 2, 3]
+    calls = {"pndm": [0, 1, 1, 2, 3]} | dict.fromkeys(("heun", "kdpm2", "kdpm2_ancestral"), second_order)
+    expected = calls.get(scheduler, [0, 1, 2, 3])
+    assert steps == [(step, 4) for step in expected]
+    assert active == [[step < 2 for step in expected], [step >= 2 for step in expected]]
 
 
 @pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"])

@@ -84,14 +84,17 @@ def convert_adapter(
     if format in FOLDERS:
         write = adapter.save_pretrained if format == "local" else adapter.save_t2iadapter
         _write_folder(output, write)
-        return Converted(output, (*notes, *(_lost(adapter) if format == "diffusers" else _unknown(saved, adapter))))
+        told = _unknown(saved, adapter)
+        if format == "diffusers":
+            told = (*_lost(adapter), *_not_held(adapter, "A diffusers folder", "choose the format local"))
+        return Converted(output, (*notes, *told))
     if format in _MASK_NOTES:
         _check_built(saved, adapter)
         notes += (_MASK_NOTES[format], *_lost(adapter))
     state = as_published(adapter.adapter.state_dict(), adapter.config["num_res_blocks"])
     if output.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin"):
         _write_pickle(output, state)
-        notes += (*(() if format in _MASK_NOTES else _lost(adapter)), *_unpickled(adapter, output.suffix))
+        notes += (*(() if format in _MASK_NOTES else _lost(adapter)), *_unpickled(adapter, output.suffix.lower()))
     else:
         _write_safetensors(output, state, {"": _config(adapter)})
     return Converted(output, notes)
@@ -209,15 +212,21 @@ def _lost(adapter: LocalAdapter) -> tuple[str, ...]:
 
 def _unpickled(adapter: LocalAdapter, suffix: str) -> tuple[str, ...]:
     """Return a sentence for what a pickled file, of weights alone, does not hold and reading it does not assume."""
+    return _not_held(adapter, f"A {suffix} file", "write .safetensors", "nearest" if suffix == ".pt" else "area")
+
+
+def _not_held(adapter: LocalAdapter, what: str, instead: str, assumed: str = "area") -> tuple[str, ...]:
+    """Return a sentence for the settings that ``what`` does not hold. assumed: the ``mask_resize`` that reading it
+    takes."""
     config = _config(adapter)
     resize, condition = config["mask_resize"], config["condition"]
     found = {"condition": condition and condition["kind"], "base": config["base"]}
-    if resize != ("nearest" if suffix.lower() == ".pt" else "area"):
+    if resize != assumed:
         found["mask_resize"] = resize
     lost = [f"{name}={value}" for name, value in found.items() if value]
     if not lost:
         return ()
-    return (f"A {suffix} file does not hold {', '.join(lost)}: give them when you import it, or write .safetensors.",)
+    return (f"{what} does not hold {', '.join(lost)}: give them when you import it, or {instead}.",)
 
 
 def _check_replaceable(output: Path) -> None:

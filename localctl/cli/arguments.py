@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from localctl import __version__
 from localctl.messages import nearest
+from localctl.sizes import typed_size
 
 VERSION = f"localctl {__version__}"
 _SEVERAL = ("+", "*")
@@ -102,6 +103,20 @@ def _truth(flag: str, value: str) -> bool:
 def boolean(text: str) -> bool:
     """Read true or false, in the spellings of all programs. ArgumentTypeError for other text."""
     if text.lower() not in BOOLS:
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        raise argparse.ArgumentTypeError(f"expected true or false, not {shown!r}")
+        raise argparse.ArgumentTypeError(f"expected true or false, not {shortened(text)!r}")
     return BOOLS[text.lower()]
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
+    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{shortened(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768"
+        )
+    return found
+
+
+def shortened(text: str) -> str:
+    """Return ``text``, or the beginning of a long one."""
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -49,7 +49,8 @@ def new_parser(program: str) -> Arguments:
         add("--condition", metavar="NAME", help="an adapter's condition, as condition=NAME of `localctl train`")
         add("--base", help="base that an adapter was trained on")
         add("--mask_resize", help="how an adapter resizes its mask: area, nearest, inside, cover")
-        add("--prompt", help="prompt of a layout, in place of the file's")
+        whole = "of regional-prompter and latent-couple the whole text, with its ADDCOL, ADDROW, BREAK or AND"
+        add("--prompt", help=f"prompt of a layout, in place of the file's; {whole}")
         add("--height", type=int, help="height of a layout in pixels, with --width")
         add("--width", type=int, help="width of a layout in pixels, with --height")
         add("--index", help="scene of a file or folder with several; of a folder, all by default")

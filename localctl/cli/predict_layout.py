@@ -35,7 +35,8 @@ def new_parser(program: str = PROGRAM) -> Arguments:
     add = parser.add_argument
     add("prompt", nargs="+", help="one sentence or several")
     add("--seed", type=int, help="sample a layout with this seed; default: the most likely layout")
-    add("--predictor", metavar="DIR", help="folder of a trained predictor; default: the one in the package")
+    own = "folder of a trained predictor; default: the one in the package"
+    add("--predictor", "--layout_predictor", metavar="DIR", help=own)
     add("--chunker", choices=CHUNKERS, default="auto", help="how to find the objects; auto: spaCy if it is installed")
     add("--height", type=int, help="height of the layout in pixels, with --width")
     add("--width", type=int, help="width of the layout in pixels, with --height")

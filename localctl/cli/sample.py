@@ -32,14 +32,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from localctl.bases import DTYPE_NAMES, SCHEDULERS, SIGMAS
-from localctl.cli.arguments import Arguments, boolean
+from localctl.cli.arguments import Arguments, boolean, shortened, size
 from localctl.cli.program import explained, one_sentence
 from localctl.cli.sample_addons import ADDON_OTHER_FLAGS, ADDON_REPLACED, add_addon_flags
 from localctl.jobs.settings import RECORD, SampleSettings, read_record, seed_in_bounds
 from localctl.messages import loading, log_to_screen, nearest
 from localctl.png import is_png
 from localctl.settings import CHANNELS
-from localctl.sizes import typed_size
 
 PROGRAM = "sample.py"
 # A flag on the command line replaces these settings of a record.
@@ -135,7 +134,8 @@ def _several(group: Any) -> Callable[..., None]:
 
 
 def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
-    add = _several(parser.add_argument_group("adapters", "one value for all adapters, or one for each"))
+    group = parser.add_argument_group("adapters", "one value for all adapters, or one for each")
+    add = _several(group)
     add("--adapter", metavar="PLACE", help="trained (or plain T2I-) adapters: folder, run, hub id or file of weights")
     add("--image", metavar="FILE", help="photos of any size, from which the conditions are computed")
     add("--condition_image", metavar="FILE", help="conditions that are already computed, instead of --image")
@@ -149,6 +149,8 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
     add("--end", type=float, help="active up to this fraction of the steps (default 1)")
+    add("--unconditional_scale", type=float, help="features beside the negative prompt (default 1); 0 = stronger")
+    group.add_argument("--control_guidance_scale", type=float, help="guidance of the adapters' own (default: none)")
 
 
 def _add_region_flags(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +167,8 @@ def _add_region_flags(parser: argparse.ArgumentParser) -> None:
         "--color", metavar="COLOR=PHRASE", help="with an image as --layout: what each colour is, '#ff0000=a red circle'"
     )
     group.add_argument("--layout_seed", type=int, help="with --layout auto: sample layouts; default: the most likely")
-    group.add_argument("--predictor", metavar="DIR", help="with --layout auto: another layout predictor")
+    names_of = ("--predictor", "--layout_predictor")
+    group.add_argument(*names_of, metavar="DIR", help="with --layout auto: your own layout predictor")
     add("--control", metavar="NAME", help=f"{names}, or several; default: bias")
     add("--set", metavar="NAME=VALUE", help="settings of the controls, such as strength=0.6")
     add("--sweep", metavar="NAME=V,V", help="vary one or two settings: a labelled grid per image")
@@ -179,7 +182,7 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         "else the image's if it suits the base, or the base's area in the image's aspect ratio; without either, the\n"
         "base's.",
     ).add_argument
-    add("--resolution", type=_size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
+    add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
     add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's aspect ratio")
     add("--width", type=int, help="as --height")
 
@@ -259,6 +262,9 @@ def parse(
             for other in _REPLACED.get(name, ()):
                 recorded.pop(other, None)
     options = SampleSettings(**{**recorded, **typed})
+    for name in ("weight", "start", "end"):  # typed now; an older record may have them without an adapter
+        if name in typed and not options.adapter:
+            raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
     if not options.prompt and not options.layout:
         raise ValueError("There is no prompt; give --prompt, or --layout for a scene with regions.")
     return options
@@ -287,11 +293,11 @@ def _refuse(argv: Sequence[str], unknown: Sequence[str], parser: argparse.Argume
     """Raise a ValueError for arguments that are no flags, nor values of one."""
     first = unknown[0]
     if not first.startswith("-"):
-        parser.error(f"{_short(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
+        parser.error(f"{shortened(first)!r} belongs to no flag; put text in quotes: {_quoted(argv, first)}")
     name = first.partition("=")[0]
     flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
     meant = f"did you mean {_OTHER_FLAGS[name]}?" if name in _OTHER_FLAGS else nearest(name, flags, otherwise="")
-    parser.error(f"unrecognized arguments: {_short(' '.join(unknown))}{meant and f' ({meant})'}")
+    parser.error(f"unrecognized arguments: {shortened(' '.join(unknown))}{meant and f' ({meant})'}")
 
 
 def _quoted(argv: Sequence[str], word: str) -> str:
@@ -304,7 +310,7 @@ def _quoted(argv: Sequence[str], word: str) -> str:
         words = [*([value] if value else []), *argv[flag + 1 : end]]
     else:
         name, words = "--prompt", list(argv[at:end])
-    return f'{name} "{_short(" ".join(words))}"'
+    return f'{name} "{shortened(" ".join(words))}"'
 
 
 def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
@@ -313,17 +319,13 @@ def _prompts(groups: Sequence[Sequence[str]]) -> list[str]:
     for group in groups:
         words_only = all(len(prompt.split()) <= 1 for prompt in group)
         if len(group) > 1 and (words_only or any(prompt.lower() in _FUNCTION_WORDS for prompt in group)):
-            words = _short(" ".join(group))
+            words = shortened(" ".join(group))
             apart = " ".join(f"--prompt {shlex.quote(part)}" for part in group[:2])
             raise ValueError(
                 f"--prompt has {len(group)} {'single words' if words_only else 'parts'}; put one prompt in quotes, "
-                f'--prompt "{words}", or repeat the flag for each of several: {_short(apart)} ...'
+                f'--prompt "{words}", or repeat the flag for each of several: {shortened(apart)} ...'
             )
     return [prompt for group in groups for prompt in group]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _seed(text: str) -> int:
@@ -331,16 +333,10 @@ def _seed(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"invalid int value: {_short(text)!r}") from None
+        raise argparse.ArgumentTypeError(f"invalid int value: {shortened(text)!r}") from None
     try:
         return seed_in_bounds(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"the seed {_short(text)} has more than 64 bits; give a smaller one") from None
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Read (height, width) from the side of a square or WIDTHxHEIGHT. ArgumentTypeError for other text."""
-    found = typed_size(text) or (typed_size(f"{text}x{text}") if text.strip().isascii() else None)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a size; write 512 or WIDTHxHEIGHT such as 512x768")
-    return found
+        raise argparse.ArgumentTypeError(
+            f"the seed {shortened(text)} has more than 64 bits; give a smaller one"
+        ) from None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from localctl.allocator import keep_freed_memory
 from localctl.cli.program import explained, report_error
 from localctl.messages import fail, loading, log_to_screen, plain_warnings
 from localctl.signals import Signalled, ending_at_once, exit_code, launcher
@@ -66,6 +67,8 @@ def _train(run: Any, program: str) -> int:
     from localctl.data.bad_rows import TooManyBadRows
     from localctl.training.loop import NotFiniteError
 
+    if run.state.accelerator.device.type == "cpu":
+        keep_freed_memory()
     try:
         result = run.train()
     except TooManyBadRows as error:  # a user's error, although it is found late

@@ -24,11 +24,12 @@ from localctl.control.latents import (
     sigma_at,
     steps_of_call,
 )
+from localctl.control.own_guidance import OwnGuidance, residuals_of
 from localctl.control.processor import has_hook
 from localctl.control.twins import with_twins, without_twins
 from localctl.control.wrapping import InnerForward, Installation
 from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import RESIDUALS, Arguments, AttentionLayer, DenoiserInputs, Residuals, add_residuals
+from localctl.denoisers.base import RESIDUALS, Arguments, AttentionLayer, DenoiserInputs
 from localctl.diffusion import is_flow
 from localctl.layout import Layout
 from localctl.sizes import shown
@@ -43,6 +44,7 @@ class Attachment:
         self.bound = [control.bind(pipe, self.layouts) for control in controls]
         self._names = [type(control).__name__ for control in controls]
         self._movers = [control for control in self.bound if control.moves_latents]
+        self.guidance = OwnGuidance(pipe, self.denoiser, self.bound)
         self._check_pipe()
         self.thread = threading.get_ident()
         self._installation = Installation(MaskCheck(self.denoiser))
@@ -123,6 +125,7 @@ class Attachment:
         self._shift = None
         self._scheduler_shift.undo()
         self._installation.undo()
+        self.guidance.applied(None)
 
     def _check_pipe(self) -> None:
         """Raise a ValueError if something in the pipeline would keep the controls from acting.
@@ -167,8 +170,13 @@ class Attachment:
         context = self._context(inputs, self.denoiser.copied(self._layout_of_image))
         arguments = self._add_residuals(context, inputs, arguments)
         arguments = self._add_images(context, inputs, arguments)
-        arguments = self._replace_text(context, inputs.text, arguments)
+        arguments = unguided = self._replace_text(context, inputs.text, arguments)
+        residuals = residuals_of(self.guidance.controls, context)
+        arguments = self.denoiser.write(arguments, residuals=residuals)
         arguments = self._shift_latents(context, inputs.latents, arguments)
+        if residuals is not None:
+            own = self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents)
+            self.guidance.run(context, self._inner(context, own))
         # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
         given = [arguments[1].get(name) for name in self.denoiser.not_per_row]
         self._installation.eager = any(isinstance(value, dict) and bool(value) for value in given)
@@ -191,18 +199,16 @@ class Attachment:
         return self._running.enter_context(self.denoiser.running(arguments))
 
     def after_denoiser(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Restore the denoiser after this call, and leave twins out; a forward hook, called after errors as well."""
+        """Restore the denoiser after this call, leave twins out, and apply the controls' own guidance; a forward hook,
+        called after errors as well."""
         self._running.close()
         self._installation.undo()
         rows, self._rows = self._rows, None
-        return output if rows is None or output is None else without_twins(output, rows)
+        return self.guidance.applied(output if rows is None or output is None else without_twins(output, rows))
 
     def _add_residuals(self, context: CallContext, inputs: DenoiserInputs, arguments: Arguments) -> Arguments:
-        """Add the controls' residuals to those already among the arguments."""
-        added: Residuals | None = None
-        for control in self.bound:
-            added = add_residuals(added, control.down_residuals(context))
-        arguments = self.denoiser.write(arguments, residuals=added)
+        """Add the controls' residuals to those already among the arguments, but for those with their own guidance."""
+        arguments = self.denoiser.write(arguments, residuals=residuals_of(self.guidance.others, context))
         for control in self.bound:
             arguments = self.denoiser.write(arguments, skips=control.block_residuals(context, inputs))
         return arguments
@@ -239,7 +245,7 @@ class Attachment:
 
     def _compute_shift(self, context: CallContext, given: Tensor, arguments: Arguments) -> Tensor | None:
         latents = given[context.guided_rows].float()
-        run = InnerForward(self.denoiser, self._layers_at(context.latent_size), self.bound, context, arguments)
+        run = self._inner(context, arguments)
         moved = latents
         for control in self._movers:
             shift = control.shift_latents(context, moved, run)
@@ -249,6 +255,9 @@ class Attachment:
         total = moved - latents
         self._scheduler_shift.add(self.pipe.scheduler, self.denoiser.packed(total), context.sigma)
         return total
+
+    def _inner(self, context: CallContext, arguments: Arguments) -> InnerForward:
+        return InnerForward(self.denoiser, self._layers_at(context.latent_size), self.bound, context, arguments)
 
     def _layers_at(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
         if latent_size not in self._layers:

@@ -188,11 +188,15 @@ class BoundControl:
     takes_gradients: whether it needs gradients through the denoiser, which not all kinds of weights support.
     is_reader: whether it only reads attention and changes nothing; such a control is left out when another control
         runs the denoiser for itself.
+    guidance_scale: how much of what ``down_residuals`` changes in the model output of the prompt's rows is taken,
+        as a guidance scale beside the pipeline's own; None: what it changes is the model output as it is. Its residuals
+        are 0 on the rows of the negative prompt.
     """
 
     moves_latents = False
     takes_gradients = False
     is_reader = False
+    guidance_scale: float | None = None
 
     def begin_call(self, arguments: Mapping[str, Any]) -> None:
         """Begin a call of the pipeline. ``arguments``: the arguments of its ``encode_prompt``, by name."""

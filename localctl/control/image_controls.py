@@ -3,8 +3,9 @@ baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
@@ -34,9 +35,16 @@ class LocalAdapterControl(Control):
         weight: factor of the features, or one factor per level, finest first. The features of several controls on one
             base are summed.
         start, end: active in the outer steps from start up to, not including, end (fractions of all steps).
+        unconditional_scale: factor of the features on the rows of the negative prompt; 1 = as on those of the prompt,
+            0 = none. Classifier-free guidance multiplies what differs between the two, so 0 makes control stronger.
+        guidance_scale: a guidance scale of the control's own, c, beside the pipeline's, g. The model output is then
+            negative + g (prompt - negative) + c (control - prompt), where only ``control`` has the features: with
+            c = g as with ``unconditional_scale=0``, and for other c one run more of the denoiser, on the rows of the
+            prompt. None: the features take part in the pipeline's guidance alone.
 
     Raises:
-        ValueError: an invalid window, or shapes, sizes, channels or ranges that do not fit.
+        ValueError: an invalid window, or shapes, sizes, channels or ranges that do not fit; both an
+            ``unconditional_scale`` and a ``guidance_scale``.
     """
 
     adapter: LocalAdapter
@@ -45,6 +53,8 @@ class LocalAdapterControl(Control):
     weight: float | Sequence[float] = 1.0
     start: float = 0.0
     end: float = 1.0
+    unconditional_scale: float = 1.0
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.adapter, LocalAdapter):
@@ -54,6 +64,7 @@ class LocalAdapterControl(Control):
             )
         check_window(self.start, self.end)
         self.weight = _checked_weight(self.weight, self.adapter.levels)
+        check_control_guidance(self.unconditional_scale, self.guidance_scale)
         channels = self.adapter.channels_of_condition
         self.condition, self.mask = as_condition(self.condition, channels), as_mask(self.mask)
         if self.condition.shape[1] != channels:
@@ -66,6 +77,19 @@ class LocalAdapterControl(Control):
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         _check_counts(self.condition, self.mask, layouts)
         return _BoundLocalAdapter(self, denoiser_of(pipe))
+
+
+def check_control_guidance(unconditional_scale: float, guidance_scale: float | None) -> None:
+    """Raise a ValueError unless both are finite, and at most one of them is set."""
+    check_strength("unconditional_scale", unconditional_scale)
+    if guidance_scale is None:
+        return
+    check_strength("guidance_scale", guidance_scale)
+    if unconditional_scale not in (0, 1):
+        raise ValueError(
+            f"A guidance scale of its own, {guidance_scale:g}, leaves the negative prompt without features, so "
+            f"unconditional_scale={unconditional_scale:g} has no meaning; give one of the two."
+        )
 
 
 def _checked_weight(weight: float | Sequence[float], levels: int) -> float | tuple[float, ...]:
@@ -90,13 +114,22 @@ class _BoundLocalAdapter(BoundControl):
     def __init__(self, control: LocalAdapterControl, denoiser: Denoiser) -> None:
         self.control = control
         self.denoiser = denoiser
+        self.guidance_scale = control.guidance_scale
         self.shared = control.condition.shape[0] == control.mask.shape[0] == 1  # one set of features for all layouts
         self._key: tuple[object, ...] | None = None
         self._features: list[Tensor] = []
         self._index: tuple[tuple[object, ...], Tensor] | None = None  # rows and device; which features each row takes
 
+    def begin_call(self, arguments: Mapping[str, Any]) -> None:
+        scale = self.control.unconditional_scale
+        if scale != 1 and self.guidance_scale is None and arguments.get("do_classifier_free_guidance") is False:
+            raise ValueError(
+                f"unconditional_scale={scale:g} acts on the rows of the negative prompt, but without classifier-free "
+                "guidance there are none; set guidance_scale above 1, or leave unconditional_scale out."
+            )
+
     def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
-        if not context.within(self.control.start, self.control.end):
+        if not context.within(self.control.start, self.control.end) or self.guidance_scale == 0:
             return None
         layouts = self._needed(context)
         key = (layouts, context.device, context.dtype, context.image_size, self.control.weight)
@@ -108,7 +141,13 @@ class _BoundLocalAdapter(BoundControl):
             chosen = [0 if self.shared else layouts.index(layout) for layout in context.layout_of_row]
             self._index = (rows, torch.tensor(chosen, device=context.device))
         index = self._index[1]
-        return self.denoiser.placed([feature.index_select(0, index) for feature in self._features])  # always a copy
+        found = [feature.index_select(0, index) for feature in self._features]  # always a copy
+        scale = self.control.unconditional_scale if self.guidance_scale is None else 0.0
+        negative = context.conditional.count(False)  # they come first
+        if scale != 1 and negative:
+            for feature in found:
+                feature[:negative] *= scale
+        return self.denoiser.placed(found)
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:
         """Return the layouts whose features this call needs."""

@@ -65,7 +65,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
                 "hide_phrases": True,
                 "decay": 0.0,
                 "end": 0.7,
-                "w_self": 1.0,
+                "w_self": 0.6,
+                "mask_resize": "area",
             },
             "guidance": {"sites": ("mid/4", "up/2"), "threshold": 0.02, "start": 0.2, "end": 0.7},
             # Its text encoder was trained on the names of the scenes' objects, not on "a photo of".

@@ -16,7 +16,7 @@ from localctl.control.compatible import MaskCheck, without_gradients
 from localctl.control.compiled import EAGER_MODE
 from localctl.control.joint import JointProcessor
 from localctl.control.processor import SteeredProcessor
-from localctl.control.twins import select_rows, with_twins
+from localctl.control.twins import select_rows, with_twins, without_twins
 from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser
 
 User = tuple[BoundControl, CallContext]
@@ -134,25 +134,44 @@ class InnerForward:
 
     @contextmanager
     def __call__(self, latents: Tensor, images: Sequence[int], reader: BoundControl) -> Iterator[None]:
+        # Nothing can be differentiated in inference mode; tensors made in it are copied by select_rows.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            without_gradients(self.denoiser.module),
+            self._ready(images, latents, reader) as (args, kwargs),
+        ):
+            with suppress(EndOfRun):
+                # Without the hooks, which serve the pipeline's calls.
+                self.denoiser.module.forward(*args, **kwargs)
+            yield
+
+    def output(self) -> Tensor:
+        """Run the prompt rows of all images once more, as they are in ``arguments``, and return the model output."""
+        images = range(len(self.context.guided_layouts))
+        with self._ready(images) as (args, kwargs):
+            return without_twins(self.denoiser.module.forward(*args, **kwargs), len(images))[0]
+
+    @contextmanager
+    def _ready(
+        self, images: Sequence[int], latents: Tensor | None = None, reader: BoundControl | None = None
+    ) -> Iterator[Arguments]:
+        """Steer the layers for the prompt rows of these images, and yield a copy of the arguments for them."""
         first, count = self.context.guided_rows.start, len(self.context.conditional)
         rows = [first + image for image in images]
+        arguments = select_rows(self.arguments, rows, count, self.denoiser.not_per_row)
+        arguments = self.denoiser.write(arguments, latents=latents)
         installation = Installation()
-        # Nothing can be differentiated in inference mode; tensors made in it are copied by _select.
-        with torch.inference_mode(False), torch.enable_grad(), without_gradients(self.denoiser.module):
-            arguments = select_rows(self.arguments, rows, count, self.denoiser.not_per_row)
-            arguments = self.denoiser.write(arguments, latents=latents)
-            try:
-                self._steer(installation, images, reader)
-                arguments = with_twins(self.denoiser, arguments, self.layers, len(rows))
-                with self.denoiser.running(arguments) as (args, kwargs):
-                    with suppress(EndOfRun):
-                        # Without the hooks, which serve the pipeline's calls.
-                        self.denoiser.module.forward(*args, **kwargs)
-                    yield
-            finally:
-                installation.undo()
+        installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
+        try:
+            self._steer(installation, images, reader)
+            arguments = with_twins(self.denoiser, arguments, self.layers, len(rows))
+            with self.denoiser.running(arguments) as ready:
+                yield ready
+        finally:
+            installation.undo()
 
-    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl) -> None:
+    def _steer(self, installation: Installation, images: Sequence[int], reader: BoundControl | None) -> None:
         context = self.context.only(images)
         own = [(control, context) for control in self.controls]
         for layer, attn in self.layers:
@@ -160,7 +179,7 @@ class InnerForward:
             for half in layer.halves:
                 users = [(user, at.only(images)) for user, at in users_of(attn, half)] + own
                 users = [(user, at) for user, at in users if not user.is_reader and user.attends(at, half)]
-                if reader.attends(context, half):
+                if reader is not None and reader.attends(context, half):
                     users.append((reader, context))
                 chosen[half] = users
             installation.replace(attn, chosen)

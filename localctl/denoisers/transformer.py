@@ -232,6 +232,7 @@ class TwoCalls(Transformer):
     the negative prompt. Most pipelines name each by the module's ``cache_context``. With distilled guidance, there is
     the first alone. The negative prompt is encoded by a second call of ``encode_prompt``."""
 
+    guides_in_one_call = False
     negative = "uncond"  # the name of the call of the negative prompt
 
     def __init__(self, module: nn.Module, pipe: Any = None) -> None:

@@ -169,7 +169,11 @@ def _generate_batch(
 ) -> None:
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
-    images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings))
+    guidance = {
+        "unconditional_scale": settings.unconditional_scale,
+        "guidance_scale": settings.control_guidance_scale,
+    }
+    images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings), **guidance)
     for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):
         name = image_id(index)
         record = {"key": example.key, "caption": example.caption, "prompt": prompt, "seed": seed}
@@ -228,6 +232,7 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the defaults of options that were introduced after the set was generated."""
     defaults = recorded(FidSettings())
     known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
+    settings = {name: defaults[name] for name in ("unconditional_scale", "control_guidance_scale")} | settings
     return settings | {name: defaults[name] | settings[name] for name in known}
 
 

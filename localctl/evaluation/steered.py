@@ -35,6 +35,7 @@ def generate_like(
     steering: LocalAdapter | ControlNetModel | None,
     weight: float = 1.0,
     sampling: Sampling | None = None,
+    **guidance: Any,
 ) -> list[Image.Image]:
     """Generate one image per example: its condition applies inside its mask.
 
@@ -42,12 +43,13 @@ def generate_like(
         prompts, seeds: one of each per example.
         steering: an adapter or a ControlNet; None: the base alone, without conditions and masks.
         weight: strength of ``steering``.
+        guidance: further settings of the adapter's :class:`LocalAdapterControl`.
     """
     masks = torch.stack([example.mask for example in examples if example.mask is not None])
     condition = torch.stack([example.condition for example in examples])
     controls: list[Control] = []
     if isinstance(steering, LocalAdapter):
-        controls.append(LocalAdapterControl(steering, condition, masks, weight=weight))
+        controls.append(LocalAdapterControl(steering, condition, masks, weight=weight, **guidance))
     elif steering is not None:
         controls.append(MaskedControlNet(steering, condition, masks, weight=weight))
     return generate(

@@ -19,9 +19,10 @@ from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons
-from localctl.jobs.inputs import AdapterJob
+from localctl.jobs.inputs import AdapterJob, value_for
 from localctl.jobs.placing import PlacedAddons
 from localctl.jobs.prepare import Job
+from localctl.jobs.settings import SampleSettings
 from localctl.jobs.starts import SecondPass
 from localctl.jobs.variants import Variant, optimized_controls
 from localctl.layout import Layout
@@ -169,14 +170,18 @@ def _batches(job: Job, size: int) -> list[tuple[tuple[int, ...], bool]]:
     return found
 
 
-def adapter_controls(adapters: Sequence[AdapterJob], models: JobModels) -> list[LocalAdapterControl]:
+def adapter_controls(
+    adapters: Sequence[AdapterJob], models: JobModels, options: SampleSettings
+) -> list[LocalAdapterControl]:
     """Return adapters as controls."""
-    return [
-        LocalAdapterControl(
-            models.adapters[item.saved.place][1], item.condition, item.mask, item.weight, item.start, item.end
+    controls = []
+    for index, item in enumerate(adapters):
+        scales = item.weight, item.start, item.end, value_for(options, "unconditional_scale", index)
+        adapter = models.adapters[item.saved.place][1]
+        controls.append(
+            LocalAdapterControl(adapter, item.condition, item.mask, *scales, options.control_guidance_scale)
         )
-        for item in adapters
-    ]
+    return controls
 
 
 def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnStep | None = None) -> GenerateOutput:
@@ -206,7 +211,7 @@ def _generate(
 
     def steered(of: Job | SecondPass) -> tuple[list[Layout], list[Control]]:
         addons = models.placed.controls(of.addons, indices)
-        controls: list[Control] = [*adapter_controls(of.adapters, models), *addons, *variant.controls]
+        controls: list[Control] = [*adapter_controls(of.adapters, models, job.options), *addons, *variant.controls]
         return [of.layouts[index] for index in indices], controls
 
     layouts, controls = steered(job)

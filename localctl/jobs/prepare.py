@@ -14,6 +14,7 @@ from localctl.adapter_files import SavedAdapter, find_adapter
 from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
+from localctl.control.image_controls import check_control_guidance
 from localctl.distributed import process_device
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
@@ -40,7 +41,7 @@ from localctl.sizes import check_side
 _WITHOUT_DEFAULT = (
     *("image", "condition_image", "mask", "condition", "condition_model", "condition_detector", "level_weights"),
 )
-_OF_ADAPTERS = (*_WITHOUT_DEFAULT, "weight", "start", "end")
+_OF_ADAPTERS = (*_WITHOUT_DEFAULT, "weight", "start", "end", "unconditional_scale")
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _check_channels(base: BaseConfig, shape: BaseShape) -> None:
     if own != latents:
         raise ValueError(
             f"The base {base.name} reads {own} channels, as bases for inpainting or editing do, and its latents have "
-            f"{latents}; choose a base that generates images from text."
+            f"{latents}; choose a base that generates images from text, which repaints, too (--inpaint_mask)."
         )
 
 
@@ -193,13 +194,15 @@ def _check_sampling(
 ) -> list[str]:
     """Raise a ValueError for a sampling setting that this run cannot use; return a note on one without effect."""
     if any(map(optimized_controls, variants)):
-        for name in ("clip_skip", "guidance_rescale"):
+        for name in ("clip_skip", "guidance_rescale", "control_guidance_scale"):
             if getattr(options, name):
                 raise ValueError(f"--{name} does not go together with spacetime_optimized; use spacetime.")
     if options.guidance_rescale and not shape.xl and (options.init_image or options.upscale):
         raise ValueError(
             "--guidance_rescale works with --init_image and --upscale on SDXL only; leave it out on other bases."
         )
+    if set(options.unconditional_scale) != {1.0} and options.guidance_scale is not None and options.guidance_scale <= 1:
+        raise ValueError("--unconditional_scale does nothing without guidance; give a --guidance_scale above 1.")
     if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
         raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
     layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
@@ -264,6 +267,8 @@ def _check_numbers(options: SampleSettings) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
+    for scale in options.unconditional_scale:
+        check_control_guidance(scale, options.control_guidance_scale)
     for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
         if not all(map(math.isfinite, getattr(options, name))):
             raise ValueError(f"--{name} must be finite numbers.")
@@ -275,6 +280,9 @@ def _check_counts(options: SampleSettings) -> None:
     """Raise a ValueError for flags of adapters without an adapter, for an adapter without an image, or for another
     number of values than adapters."""
     if not options.adapter:
+        for name, default in (("control_guidance_scale", None), ("unconditional_scale", [1.0])):
+            if getattr(options, name) != default:
+                raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")
         for name in _WITHOUT_DEFAULT:
             if getattr(options, name):
                 raise ValueError(f"--{name} is for an adapter, but there is none; give --adapter.")

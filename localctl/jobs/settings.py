@@ -82,6 +82,8 @@ class SampleSettings:
     start: _Numbers = field(default_factory=lambda: [0.0])
     end: _Numbers = field(default_factory=lambda: [1.0])
     level_weights: _Texts = None
+    unconditional_scale: _Numbers = field(default_factory=lambda: [1.0])
+    control_guidance_scale: _Number | None = None
     controlnet: _Texts = None
     controlnet_image: _Texts = None
     controlnet_condition_image: _Texts = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from localctl.bases import SCHEDULERS
@@ -25,7 +24,7 @@ from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.layout import Layout
 from localctl.sampling_settings import FREE, Sampling
 
-_COMPARE_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
+COMPARED_ALL = ("none", "bias", "dense", "guidance")  # the variants of --compare all
 _MOST_CELLS = 64  # of the grid of a sweep
 
 
@@ -81,7 +80,7 @@ def _predict_layouts(options: SampleSettings) -> list[Layout]:
         raise ValueError(f"--layout {AUTO} predicts the layout from a prompt; give --prompt.")
     if options.color:
         raise ValueError("--color is for a --layout that is an image; leave it out.")
-    predictor = load_predictor(None if options.predictor is None else Path(options.predictor).expanduser())
+    predictor = load_predictor(options.predictor)
     return [predictor.predict(prompt, options.layout_seed) for prompt in options.prompt]
 
 
@@ -122,7 +121,7 @@ def read_variants(words: Sequence[str], settings: Sequence[str], base: str) -> l
     as for :func:`plan`.
     """
     read = [_split_setting(item) for item in settings]
-    words = _COMPARE_ALL if list(words) == ["all"] else tuple(words)
+    words = COMPARED_ALL if list(words) == ["all"] else tuple(words)
     if len(set(words)) < len(words):
         raise ValueError("A control is given twice in --compare; give each one once.")
     plans = [(word, control_names(word)) for word in words]

@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 
 from localctl.layout_predictor import words as w
+from localctl.layout_predictor.relations import PLACING_VERBS
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’.&][^\W_]+)*['’]?|[^\w\s]")
 _VOWEL = re.compile(r"[aeiouy]")
@@ -73,6 +74,9 @@ def rule_chunks(prompt: str) -> list[Chunk]:
     position = 0
     while position < len(words):
         word = words[position]
+        if word.text in w.COMMENTS and position and words[position - 1].text == ",":
+            position = next((i for i in range(position, len(words)) if not words[i].is_word), len(words))
+            continue
         if word.is_break:
             position = _after_break(words, position)
             continue
@@ -114,8 +118,10 @@ def _phrase_end(words: list[Word], start: int) -> int:
     end = start
     while end < len(words):
         word = words[end]
-        if end > start and word.text in w.DETERMINERS and word.text not in w.NUMBERS:
-            break
+        if end > start and word.text in w.DETERMINERS:
+            counts = word.text in w.NUMBERS and words[end - 1].text in w.DETERMINERS | w.PLACES | {"last", "next"}
+            if not counts:
+                break
         if word.is_break:
             if word.text == "of" and _joins(words, start, end):
                 end += 1
@@ -165,10 +171,18 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     last = _without_verbs(words, first, end, follower, singular)
     while first < last and words[first].text in w.VERBS and last - first > 1 and start == first:
         first = start = first + 1  # a phrase without determiner after a verb such as "sits"
+    while last > first and (not words[last - 1].is_word or words[last - 1].text == "and"):
+        last -= 1
     if first >= last or (all(words[i].text in w.VERBS for i in range(first, last)) and start == first):
         return None
     head = words[last - 1].text
-    if head == "couple" or head in w.PLACES or head.isdigit():
+    if head in w.PLACES and last - first > 1 and words[last - 2].text.endswith(("'s", "s'")):
+        last -= 1  # "the dog's left": a place beside the dog
+        head = words[last - 1].text
+    if _is_no_object(words, start, first, last, end):
+        return None
+    centre = head in ("center", "centre") and last - first > 1 and words[last - 2].text not in w.ADJECTIVES | w.PLACES
+    if head == "couple" or (head in w.PLACES and not centre) or head.isdigit():
         return None
     before = words[start - 1].text if start else ""
     if before == "as" and head == "well":
@@ -180,9 +194,31 @@ def _chunk(words: list[Word], start: int, end: int) -> Chunk | None:
     if "couple" in (words[i].text for i in range(first, last)):
         count = 2
     stop = words[last - 1].end
-    if head.endswith("'s"):  # "the cat's on the mat": no thing follows, so this is the verb
-        head, stop = head[:-2], stop - 2
+    if head.endswith(("'s", "s'")):  # "the cat's on the mat": no thing follows, so this is the verb
+        cut = 2 if head.endswith("'s") else 1
+        head, stop = head[:-cut], stop - cut
     return Chunk(words[start].start, words[first].start, stop, head, count)
+
+
+def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int) -> bool:
+    """Return whether a phrase is a time, a part ("the top of"), a style (", oil") or is "the red" of "the red one"."""
+    head = words[last - 1].text
+    following = words[end].text if end < len(words) else ""
+    before = words[start - 1].text if start else ""
+    if following in ("one", "ones"):
+        return True
+    if head in w.PARTS and following == "of":
+        return True
+    if head in w.BODY and words[start].text in ("his", "her", "its", "their", "my", "your"):
+        return True
+    bare = start == first or words[start].text == "that"
+    if bare and last - first == 1 and _is_participle(head) and (start or end < len(words)):
+        return True  # "a kite that hovered", "a guitar, signed by the band"
+    if bare and last - first == 1 and head.endswith("ly") and len(head) > 4 and head not in w.NO_ADVERBS:
+        return True
+    return head in w.NO_OBJECTS or (
+        start == first and before in (",", "on", "and", "but") and head in w.STYLES | w.ADJECTIVES - {"orange"}
+    )
 
 
 def _introduces_content(words: list[Word], end: int) -> bool:
@@ -199,8 +235,9 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
     last = end
     while last - first > 1 and words[last - 2].text != "of":
         text = words[last - 1].text
-        direction = text in w.PLACES and _is_direction(words, last, follower)
+        direction = text in w.PLACES and _is_direction(words, first, last, follower)
         verb = text in w.VERBS or (verb_place and _is_participle(text))
+        verb = verb or (transitive and text in PLACING_VERBS)
         verb = verb or (verb_place and _is_third_person(text, singular or transitive))
         adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
         if not (direction or verb or adverb):
@@ -210,10 +247,12 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
     return last
 
 
-def _is_direction(words: list[Word], last: int, follower: Word | None) -> bool:
+def _is_direction(words: list[Word], first: int, last: int, follower: Word | None) -> bool:
     """Return whether the last word is a direction ("a star left of") and not a place ("the top left")."""
     if all(words[i].text in w.PLACES | w.DETERMINERS for i in range(max(0, last - 2), last)):
         return False
+    if words[last - 1].text in ("left", "right") and (follower is None or not follower.is_word):
+        return first == 0 or words[first - 1].text not in w.DETERMINERS - w.SINGULAR  # "a cat left, a dog right"
     return follower is not None and follower.text in w.PREPOSITIONS
 
 

@@ -19,14 +19,18 @@ from torch.nn import functional as F
 
 from localctl.files import first_line
 from localctl.layout import Layout, Region
+from localctl.layout_predictor.arranging import arrange, box_sizes
 from localctl.layout_predictor.encoding import Encoded, encode
 from localctl.layout_predictor.parsing import PromptObject, parse
 from localctl.layout_predictor.placing import PlaceDensity, Placement, place
+from localctl.layout_predictor.reading import read
+from localctl.seeding import generator
 from localctl.sizes import check_side, shown
 
 WEIGHTS = Path(__file__).parent / "weights"
 _SMALLEST_SIGMA = 0.02  # of the image's side
 _MOST_OBJECTS = 32
+_VARIED = 0.7  # a sampled size is at least e^-0.7 of the likeliest one
 _LARGEST, _MOST_LAYERS, _MOST_WEIGHTS = 1_000_000, 64, 100_000_000  # the packaged one has 4 layers and 7e5 weights
 
 
@@ -77,6 +81,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         max_words: length of the longest prompt, including punctuation marks.
         reach: largest distance between two words with a bias of its own; longer distances share it.
         trained_on: name of the training data, for the record.
+        sizes: width and height by noun, as shares of the image's sides, as measured in the training data; None = none.
     """
 
     config_name = "config.json"
@@ -93,6 +98,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         max_words: int = 128,
         reach: int = 12,
         trained_on: str | None = None,
+        sizes: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(
@@ -105,6 +111,7 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
             max_words=max_words,
             reach=reach,
         )
+        _check_noun_sizes(sizes)
         if width % heads:
             raise ValueError(f"The width {width} is not a multiple of the {heads} heads; choose another.")
         self.pieces = nn.Embedding(buckets, width, padding_idx=0)
@@ -185,18 +192,23 @@ class LayoutPredictor(ModelMixin, ConfigMixin):
         text = self.encode([prompt], [[item.span for item in objects]]).to(self.device)
         boxes = torch.zeros(1, len(objects), 4, device=self.device)
         known = torch.zeros(1, len(objects), dtype=torch.bool, device=self.device)
+        likeliest = self(text, boxes, known).of(0)
+        plan = arrange(objects, read(prompt, objects), box_sizes(objects, likeliest, self.config["sizes"]))
+        if seed is not None:
+            noise = torch.randn(len(plan.sides), 2, generator=generator(seed, "layout sizes", prompt))
+            plan.sides = plan.sides * (likeliest.log_size_sigma[plan.owners] * noise).clamp(-_VARIED, 0).exp()
         placed: list[Placement] = []
-        owners: list[int] = []
         for index, item in enumerate(objects):
             density = self(text, boxes, known).of(0, index)
+            first = len(placed)
             for copy in range(item.count):
-                box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy))
+                frame = plan.frame(placed)
+                box, placed = place(density, placed, None if seed is None else (seed, prompt, index, copy), frame)
                 placed.append(box)
-                owners.append(index)
             # Condition the next objects as in training: on one box per object, before it was shrunk.
-            first = placed[owners.index(index)]
-            boxes[0, index] = torch.tensor([first.x, first.y, *density.log_size.exp().clamp(max=1).tolist()])
+            boxes[0, index] = torch.tensor([placed[first].x, placed[first].y, *plan.sides[first].tolist()])
             known[0, index] = True
+        owners = plan.owners
         return [
             [box for box, owner in zip(placed, owners, strict=True) if owner == index] for index in range(len(objects))
         ]
@@ -247,12 +259,21 @@ def _check_sizes(**sizes: Any) -> None:
         )
 
 
+def _check_noun_sizes(sizes: Any) -> None:
+    """Raise a ValueError unless ``sizes`` is None or holds a width and height in (0, 1] by noun."""
+    pairs = sizes.values() if isinstance(sizes, dict) else () if sizes is None else (sizes,)
+    for pair in pairs:
+        numbers = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(x) in (int, float) for x in pair)
+        if not numbers or not all(0 < x <= 1 for x in pair):
+            raise ValueError(f"sizes of a layout predictor must be widths and heights in (0, 1], not {shown(pair)}.")
+
+
 def load_predictor(place_of_weights: str | Path | None = None) -> LayoutPredictor:
     """Load a trained predictor in float32 and eval mode: the packaged one, or that of a folder or hub id.
 
     ValueError when it does not exist or is damaged.
     """
-    source = WEIGHTS if place_of_weights is None else Path(place_of_weights)
+    source = WEIGHTS if place_of_weights is None else Path(place_of_weights).expanduser()
     if (source / "predictor").is_dir():  # the folder of a training run
         source = source / "predictor"
     is_hub_id = not source.exists() and not source.is_absolute() and len(source.parts) == 2

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from localctl.layout_checks import MAX_REGIONS, check_text
 from localctl.layout_predictor.chunker import Chunk, rule_chunks, split_words
+from localctl.layout_predictor.nouns import kind_of, names_kind, singular
 from localctl.layout_predictor.words import DENIALS, DETERMINERS, NUMBERS, PICTURES, PLACES, PRONOUNS
 from localctl.phrases import find_phrase
 from localctl.prompt_syntax import without_syntax
 from localctl.sizes import shown
 
+DEFINITE = frozenset(("the", "that", "this", "these", "those"))
 CHUNKERS = ("auto", "spacy", "rules")
 
 
@@ -24,6 +27,7 @@ class PromptObject:
     description: the local description, with the article ("the white couch").
     head: last word of the phrase, in lower case. count: number of copies (2 for "two dogs").
     occurrence: which occurrence of the phrase in the prompt this is, counted as in ``Region``.
+    again: [first, last) characters of later mentions by a noun: "the couch".
     """
 
     phrase: str
@@ -32,6 +36,7 @@ class PromptObject:
     head: str
     count: int = 1
     occurrence: int = 0
+    again: tuple[tuple[int, int], ...] = ()
 
 
 def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[PromptObject, ...]:
@@ -63,7 +68,7 @@ def parse(prompt: str, chunker: str = "auto", model: Any = None) -> tuple[Prompt
         )
     if len(chunks) > MAX_REGIONS:
         raise ValueError(f"The prompt names {len(chunks)} objects, more than {MAX_REGIONS}; name fewer.")
-    return tuple(_object(prompt, chunk) for chunk in _without_mentions(prompt, chunks))
+    return tuple(_object(prompt, chunk, again) for chunk, again in _mentions(prompt, chunks))
 
 
 def _without_denials(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
@@ -80,26 +85,43 @@ def _without_denials(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
     return result
 
 
-def _without_mentions(prompt: str, chunks: list[Chunk]) -> list[Chunk]:
-    """Remove repeated mentions of an object: "the X" after an earlier X."""
-    result: list[Chunk] = []
-    seen: set[str] = set()
+_Span = tuple[int, int]
+
+
+def _mentions(prompt: str, chunks: list[Chunk]) -> list[tuple[Chunk, tuple[_Span, ...]]]:
+    """Return the first mention of each object, and the characters of its later ones, as "the X" after an X."""
+    found: list[tuple[Chunk, list[_Span]]] = []
     for chunk in chunks:
-        phrase = " ".join(prompt[chunk.first : chunk.end].lower().split())
-        again = prompt[chunk.start : chunk.first].strip().lower() == "the"
-        if not (again and phrase in seen):
-            result.append(chunk)
-        seen.add(phrase)
-    return result
+        again = next((spans for first, spans in reversed(found) if _is_again(prompt, first, chunk)), None)
+        if again is None:
+            found.append((chunk, []))
+        else:
+            again.append((chunk.first, chunk.end))
+    return [(chunk, tuple(spans)) for chunk, spans in found]
 
 
-def _object(prompt: str, chunk: Chunk) -> PromptObject:
+def _is_again(prompt: str, first: Chunk, chunk: Chunk) -> bool:
+    """Return whether a later chunk mentions the object of the first again.
+
+    It is definite, and says the same words, or some of them with the noun ("the chest" after "a treasure chest"), or
+    names its kind ("the bird" after "an owl").
+    """
+    if not DEFINITE & set(prompt[chunk.start : chunk.first].lower().split()):
+        return False
+    old, new = ([singular(word) for word in prompt[item.first : item.end].lower().split()] for item in (first, chunk))
+    nouns = {old[-1], *(word for word, follower in pairwise(old) if follower == "of")}
+    if new[-1] in nouns:
+        return set(new) <= set(old)
+    return len(new) == 1 and names_kind(new[0], kind_of(prompt[first.first : first.end]))
+
+
+def _object(prompt: str, chunk: Chunk, again: tuple[_Span, ...]) -> PromptObject:
     phrase = prompt[chunk.first : chunk.end]
     starts = [first for first, _ in find_phrase(prompt, phrase)]
     assert chunk.first in starts, "the phrase must be found at its own position"
     description = prompt[chunk.start : chunk.end]
     return PromptObject(
-        phrase, (chunk.first, chunk.end), description, chunk.head, chunk.count, starts.index(chunk.first)
+        phrase, (chunk.first, chunk.end), description, chunk.head, chunk.count, starts.index(chunk.first), again
     )
 
 

@@ -22,6 +22,8 @@ _SMALLEST, _LARGEST = 0.04, 0.96  # sides of a box
 _BLUR = 0.08  # of the image's side: prefers places with much probability mass around them to narrow peaks
 _WORTH = 3.0  # cost in nats of a box that is shrunk to 1/e
 _LEAST_ROOM, _THINNEST, _NEVER = 0.2, 0.03, 1e6  # places that need more shrinking are the last choice
+_AIM, _CONTACT, _CLOSE, _IN_LINE = 0.12, 0.04, 0.15, 0.12  # widths of preferences, shares of the image's side
+_MOVED = 20.0  # cost in nats of a sample that had to be moved
 _APART = 1 - 1e-5  # so that adjacent boxes do not share a pixel after rounding
 
 
@@ -48,8 +50,8 @@ class PlaceDensity:
         """Return log p of the logarithm of sizes (..., 2), width and height: shape (...)."""
         return _normal_log_prob(sizes.clamp(min=1e-4).log(), self.log_size, self.log_size_sigma).sum(dim=-1)
 
-    def of(self, row: int, index: int) -> PlaceDensity:
-        """Return the density of one object on the CPU, without leading dimensions."""
+    def of(self, row: int, index: int | slice = slice(None)) -> PlaceDensity:
+        """Return the density of one object, or of all objects of a prompt, on the CPU."""
         return PlaceDensity(*(getattr(self, name)[row, index].cpu() for name in self.__dataclass_fields__))
 
 
@@ -79,36 +81,91 @@ class Placement:
         return left, top, min(1.0, self.x + half[0]), min(1.0, self.y + half[1])
 
 
+@dataclass(frozen=True)
+class Link:
+    """A box that the new one has a stated ``side`` of; ``touching``: as "on" and "atop" say."""
+
+    box: Placement
+    side: str
+    touching: bool = False
+
+
+Aim = tuple[float | None, float | None]  # a centre that the prompt asks for, per axis
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is left for a box: its sides (2,), bounds of its centre (2,), and what is preferred within them."""
+
+    sides: Tensor
+    low: Tensor
+    high: Tensor
+    links: Sequence[Link] = ()
+    aim: Aim = (None, None)
+
+    @classmethod
+    def of(cls, log_size: Tensor) -> Frame:
+        """Return the frame of a box that may be anywhere inside the image."""
+        sides = log_size.exp().clamp(_SMALLEST, _LARGEST)
+        return cls(sides, sides / 2, 1 - sides / 2)
+
+    def preference(self, centres: Tensor) -> Tensor:
+        """Return the preference (n,) in nats for ``centres`` (n, 2): near what the box is related to, and in line."""
+        total = torch.zeros(len(centres))
+        for axis, wanted in enumerate(self.aim):
+            if wanted is not None:
+                total = total - 0.5 * ((centres[:, axis] - wanted) / _AIM) ** 2
+        for link in self.links:
+            other = torch.tensor([link.box.x, link.box.y])
+            reach = (self.sides + torch.tensor([link.box.width, link.box.height])) / 2
+            gap = (centres - other).abs() - reach
+            floor = (
+                centres[:, 1] - other[1] + (self.sides[1] - link.box.height) / 2
+            )  # how far it stands below the other
+            if link.side in ("above", "below"):
+                total = total - 0.5 * (gap[:, 1] / (_CONTACT if link.touching else _CLOSE)) ** 2
+                total = total - 0.5 * ((centres[:, 0] - other[0]) / _IN_LINE) ** 2
+            else:
+                total = total - 0.5 * (gap[:, 0].clamp(min=0) / _CLOSE) ** 2 - 0.5 * (floor / _IN_LINE) ** 2
+        return total
+
+
 def place(
-    density: PlaceDensity, taken: Sequence[Placement], keys: tuple[int, str, int, int] | None
+    density: PlaceDensity,
+    taken: Sequence[Placement],
+    keys: tuple[int, str, int, int] | None,
+    frame: Frame | None = None,
 ) -> tuple[Placement, list[Placement]]:
     """Return a box for one object inside the image, and the boxes of ``taken``, some of them shrunk to avoid overlap.
 
     Args:
         density: of one object, without leading dimensions.
         taken: boxes placed before.
-        keys: None = the most likely place among the means of the mixture and a grid. (seed, prompt, object, copy) = the
-            first of 64 samples that is free and inside the image; if there is none, the sample of the highest score.
+        keys: None = the most likely place among the means of the mixture and a grid. (seed, prompt, object, copy) = one
+            of 64 samples, of those that are free and within the frame if there are any.
+        frame: size and bounds of the box; None: the size that the density has, anywhere inside the image.
     """
-    size, free_only = density.log_size, False
+    frame = Frame.of(density.log_size) if frame is None else frame
+    sides = frame.sides
     if keys is None:
         ticks = (torch.arange(_GRID) + 0.5) / _GRID
         centres = torch.cat([density.means, torch.cartesian_prod(ticks, ticks)])  # (n,2)
     else:
         random = generator(keys[0], "layout", *keys[1:])
-        size = size + density.log_size_sigma * torch.randn(2, generator=random)
-        centres, free_only = _sample(density, random), True
-    sides = size.exp().clamp(_SMALLEST, _LARGEST)
-    # Move boxes that would extend over the edge of the image inside.
-    inside = torch.maximum(torch.minimum(centres, 1 - sides / 2), sides / 2)
+        centres = _sample(density, random)
+    # Move boxes that would extend over the edge of the image or break a relation.
+    inside = torch.maximum(torch.minimum(centres, frame.high), frame.low)
     room = _room(inside, sides, taken)
-    free = (room >= 1) & (inside == centres).all(dim=-1)
-    if free_only and free.any():
-        index = int(free.nonzero()[0])
-    else:
-        thinnest = min([float(sides.min()), *(min(other.width, other.height) for other in taken)])
-        tight = room < max(_LEAST_ROOM, _THINNEST / thinnest)
-        index = int((density_at(density, inside, _BLUR) + _WORTH * room.log() - _NEVER * tight).argmax())
+    thinnest = min([float(sides.min()), *(min(other.width, other.height) for other in taken)])
+    tight = room < max(_LEAST_ROOM, _THINNEST / thinnest)
+    score = _WORTH * room.log() - _NEVER * tight + frame.preference(inside)
+    if keys is None:
+        score = score + density_at(density, inside, _BLUR)
+    else:  # the samples have the density; one is chosen by what else is preferred
+        moved = ~((room >= 1) & (inside == centres).all(dim=-1))
+        noise = -(-torch.rand(len(centres), generator=random).clamp(1e-9).log()).log()
+        score = score + noise - _MOVED * moved
+    index = int(score.argmax())
     box = Placement(*inside[index].tolist(), *sides.tolist())
     return _shrink_apart(box, taken)
 

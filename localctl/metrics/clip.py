@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +15,12 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 
 from localctl.bases import pickled_only
+from localctl.boxes import box_around
 from localctl.files import first_line, sha256_of_folder
+from localctl.layout import Layout
 from localctl.messages import no_progress_bars
 from localctl.metrics.per_sample import PerSample, rgb_batch
+from localctl.metrics.regions import check_image
 from localctl.metrics.weights import resize
 
 _FEWEST_TOKENS = 10
@@ -141,7 +145,41 @@ class CLIPScore(PerSample):
         images = rgb_batch(images)
         if len(captions) != len(images) or not all(isinstance(caption, str) for caption in captions):
             raise ValueError(f"There are {len(captions)} captions for {len(images)} images; give one text for each.")
-        pair = (self.clip.embed_images(images), self.clip.embed_texts(captions))
-        cosine = torch.nn.functional.cosine_similarity(*(x.double() for x in pair))  # (B,)
-        cut = [float(self.clip.is_cut(caption)) for caption in captions]
-        self.add(*zip((100 * cosine).tolist(), cut, strict=True))
+        self.add(*_scores(self.clip, images, captions))
+
+
+def _scores(clip: Clip, images: np.ndarray | Tensor, captions: Sequence[str]) -> list[tuple[float, float]]:
+    """Return (CLIP score, 1 where the caption was truncated) of each image."""
+    pair = (clip.embed_images(images), clip.embed_texts(captions))
+    cosine = F.cosine_similarity(*(x.double() for x in pair))  # (B,)
+    return list(zip((100 * cosine).tolist(), (float(clip.is_cut(caption)) for caption in captions), strict=True))
+
+
+class RegionCLIPScore(PerSample):
+    """The CLIP score of each segment, the local CLIP score of DenseDiffusion (arXiv 2308.12964): the box around a
+    region, cut out of the image, against its phrase. One row per region that has a phrase; ``cut`` as of
+    :class:`CLIPScore`.
+
+    NaN for a region of which nothing is left, as others lie over it.
+    """
+
+    columns = CLIPScore.columns
+    higher_is_better = True
+
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def update(self, image: np.ndarray, layout: Layout) -> None:
+        """Add the regions of one image, uint8 (H,W,3). ValueError for a layout without phrases."""
+        check_image(image)
+        masks = layout.masks(image.shape[:2])[:, 0].numpy()
+        placed = [(item.phrase, mask) for item, mask in zip(layout.regions, masks, strict=True) if item.phrase]
+        if not placed:
+            raise ValueError("The layout has no region with a phrase to compare its image with; give one.")
+        for phrase, mask in placed:
+            if not mask.any():
+                self.add((math.nan, float(self.clip.is_cut(phrase))))
+                continue
+            left, top, right, bottom = map(int, box_around(mask))
+            self.add(*_scores(self.clip, image[None, top:bottom, left:right], [phrase]))

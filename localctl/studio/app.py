@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 
 from localctl import __version__
-from localctl.studio import leaving_bar, local_control, place, place_actions, training_tab
+from localctl.studio import leaving_bar, local_control, local_control_actions, place, place_actions, training_tab
 from localctl.studio.config import StudioConfig, short_name
 from localctl.studio.jobs_queue import JobQueue
+from localctl.studio.memory import remember, remembered
 from localctl.studio.studio import Studio
 
 CACHE_SECONDS = (600, 3600)  # uploads are looked through this often, and deleted after that long
@@ -41,14 +42,16 @@ def build(config: StudioConfig | None = None) -> Any:
                 training_tab.add(studio, blocks, follow.adapters, tabs)
 
         leaving_bar.add(studio, tab, follow, tabs)
-        local_control.remember(follow, studio, blocks)
 
         def end(request: gr.Request) -> None:
             studio.sessions.end(request)
 
         blocks.unload(end)
         restore = place_actions.restore(studio, tab.names, list(tab.groups))
-        blocks.load(restore, tab.memory, tab.outputs, queue=False, **place.PRIVATE)
+        remember(blocks, "place", remembered(tab.fields), restore, tab.outputs)
+        kept = remembered(follow.fields)
+        restore = local_control_actions.restore(studio, list(kept))
+        remember(blocks, "follow", kept, restore, [*kept.values(), *follow.rows])
     blocks.studio, blocks.studio_tabs = studio, tabs
     blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=QUEUE_SIZE, api_open=False)
     return blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -57,6 +58,7 @@ def canvas(
         apply_default_css=False,
         marks={},
         background="",
+        shape={},
         **options,
     )
 
@@ -90,6 +92,10 @@ def show_behind(image: Image.Image | None) -> Any:
     return gr.update(background="" if image is None else data_url(image.convert("RGB"), _MAX_BACKGROUND))
 
 
-def show_marks(marks: Mapping[str, Mapping[str, str]]) -> Any:
-    """Return the update that writes a sentence below regions: id -> {"kind": "ok" or "bad", "text": ...}."""
-    return gr.update(marks={key: dict(mark) for key, mark in marks.items()})
+def show_shape(size: tuple[int, int], regions: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the update that gives the canvas another size, and as many regions as ``regions``; what is painted stays.
+
+    regions: those to add where there are fewer.
+    """
+    shape = {"height": size[0], "width": size[1], "regions": list(regions), "id": uuid.uuid4().hex}
+    return gr.update(shape=shape)  # with an id: the same shape acts again, after the canvas has had another

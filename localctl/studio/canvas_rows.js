@@ -104,7 +104,7 @@ function focusPhrase(id) {
 // ---- the start
 element.querySelector('.scene').append(toolbar, frame, status, rows);
 // Gradio takes a name in quotes for that of an event, so the watched ones stand in one text.
-const [VALUE, MARKS, BACKGROUND] = 'value marks background'.split(' ');
+const [VALUE, MARKS, BACKGROUND, SHAPE] = 'value marks background shape'.split(' ');
 watch(VALUE, () => {
   scene = sceneOf(props.value);
   past.length = future.length = 0;
@@ -114,6 +114,16 @@ watch(VALUE, () => {
 });
 watch(MARKS, refreshRows);
 watch(BACKGROUND, loadBackground);
+// The server knows the size and the number of masks; what was painted since it was asked is kept.
+watch(SHAPE, () => {
+  const { width, height, regions } = props.shape || {};
+  if (!regions) return;
+  if (scene.width === width && scene.height === height && scene.regions.length === regions.length) return;
+  scene = { width, height, regions: regions.map((region, index) => scene.regions[index] || { ...NEW_REGION, ...region }) };
+  past.length = future.length = 0;
+  if (!regionOf(selected)) selected = scene.regions[0].id;
+  publish();
+});
 new ResizeObserver(paint).observe(frame);
 new MutationObserver(paint).observe(document.body, { attributes: true, attributeFilter: ['class'] });
 if (options.fixed && scene.regions.length) selected = scene.regions[0].id;

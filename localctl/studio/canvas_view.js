@@ -136,7 +136,7 @@ function paintBackground(context, width, height) {
     context.stroke();
   }
   if (!shownRegions().length) {
-    context.fillStyle = dark ? '#8b867d' : '#8b867d';
+    context.fillStyle = getComputedStyle(element).getPropertyValue('--body-text-color-subdued');
     context.font = '15px system-ui, sans-serif';
     context.textAlign = 'center';
     context.fillText(options.hint || 'Drag to place a region', width / 2, height / 2);

@@ -55,6 +55,7 @@ class StudioConfig:
     textual_inversion: list[str] = field(default_factory=list)
     condition_model: list[str] = field(default_factory=list)
     condition_detector: str | None = None
+    layout_predictor: str | None = None
     runs: str = "outputs"
     host: str = "127.0.0.1"
     port: int | None = None
@@ -141,6 +142,7 @@ class StudioConfig:
         from localctl.addons.ip_adapters import find_ip_adapter
         from localctl.addons.loras import check_names, find_lora
         from localctl.condition_models import load_model
+        from localctl.layout_predictor.model import load_predictor
         from localctl.pipelines import resolve_base
 
         here = bool(self.local_files_only)
@@ -156,6 +158,8 @@ class StudioConfig:
             find_embedding(place, here)
         for kind in self.condition_models:
             load_model(self.computed(kind), here)
+        if self.layout_predictor is not None:
+            load_predictor(self.layout_predictor)
         runs = Path(self.runs).expanduser()
         try:
             if runs.exists() and not runs.is_dir():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from localctl.studio import limits, place_actions, progress
+from localctl.studio.addon_restore import addon_values
 from localctl.studio.jobs_queue import sentence
-from localctl.studio.leaving import Bundle, bundle_of, follow_values, settings_of_image
+from localctl.studio.leaving import Bundle, bundle_of, settings_of_image
 from localctl.studio.local_control import FollowTab
 from localctl.studio.local_control_job import MOST_ADAPTERS
+from localctl.studio.local_control_restore import follow_values
 from localctl.studio.place import PlaceTab
-from localctl.studio.place_restore import addon_values, values_of
+from localctl.studio.place_restore import values_of
+from localctl.studio.restoring import seed_values
 from localctl.studio.sessions import Session
 from localctl.studio.studio import Studio
 
@@ -47,15 +50,23 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
             command = gr.Textbox(
                 label="The command of the last image, to run where the ZIP was unpacked",
                 lines=1,
-                max_lines=3,
+                max_lines=8,
                 interactive=False,
                 buttons=["copy"],
                 elem_id="leaving-command",
             )
     outputs = [*buttons, command]
-    gr.on([place.gallery.change, follow.figures.change], offer(studio), None, outputs, queue=False, **_PRIVATE)
-    place.gallery.select(offer_chosen(studio), None, outputs, queue=False, **_PRIVATE)
-    follow.gallery.select(offer_chosen(studio), None, outputs, queue=False, **_PRIVATE)
+    for asked in (*place.jobs, *follow.jobs):
+        asked.then(offer(studio), None, outputs, queue=False, **_PRIVATE)
+    # In the queue, one at a time: in the order in which images are chosen.
+    chosen: dict[str, Any] = {
+        **_PRIVATE,
+        "concurrency_limit": 1,
+        "concurrency_id": "chosen",
+        "trigger_mode": "multiple",
+    }
+    for gallery in (place.gallery, follow.gallery):
+        gallery.select(offer_chosen(studio), None, outputs, **chosen)
     filled = [tabs, *place.outputs, *follow.fields.values(), *follow.rows, place.progress, follow.progress]
     dropped.upload(take_back(studio, place, follow), dropped, filled, **_PRIVATE)
 
@@ -89,7 +100,7 @@ def _offered(session: Session, path: Path | None) -> list[Any]:
     if path is None:
         return [gr.skip()] * 4
     try:
-        found: Bundle = bundle_of(path, session.new_folder())
+        found: Bundle = bundle_of(path, path.with_suffix(""))
     except (ValueError, OSError) as error:
         return [*[gr.update(value=None, interactive=False)] * 3, sentence(error)]
     files = (found.image, found.layout, found.bundle)
@@ -108,15 +119,16 @@ def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..
         try:
             folder = studio.sessions.of(request).new_folder()
             options = settings_of_image(limits.upload("The image", content, MAX_PNG), folder)
+            back = _back(options)
             if options.get("adapter"):
                 values = follow_values(options, studio.config)
                 count = len(options["adapter"])
                 updates = [gr.update(value=values[name]) if name in values else gr.skip() for name in follow.names]
                 rows = [gr.update(visible=index < count) for index in range(MOST_ADAPTERS)]
-                told[1] = progress.done("The settings of the image are back.")
+                told[1] = progress.done(back)
                 return [gr.update(selected="local_control"), *nothing_placed, *updates, *rows, *told]
             values = values_of(options, studio.config.base, studio.base_size) | addon_values(options, studio.config)
-            told[0] = progress.done("The settings of the image are back.")
+            told[0] = progress.done(back)
             placed = place_actions.filled(studio, names, groups, values)
             return [gr.update(selected="place"), *placed, *nothing_followed, *told]
         except Exception as error:  # of whatever file was dropped; a bug is in the log
@@ -124,3 +136,12 @@ def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..
             return [gr.skip(), *nothing_placed, *nothing_followed, failed, failed]
 
     return handler
+
+
+def _back(options: Mapping[str, Any]) -> str:
+    """Return what to tell of an image whose settings are back."""
+    text = "The settings of the image are back."
+    for name, button in (("sweep", "Sweep"), ("compare", "Compare them on these seeds")):
+        if options.get(name):
+            text += f" It is one of several: {button!r}, under 'Compare and look inside', makes them all again."
+    return " ".join(filter(None, (text, seed_values(options)[1])))

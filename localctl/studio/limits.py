@@ -51,6 +51,14 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     return int(_within(name, value if isinstance(value, int) else int(read), low, high))
 
 
+def seed(value: Any) -> int:
+    """Read the seed of the first image, as text: a browser rounds numbers over 2**53."""
+    digits = value.strip() if isinstance(value, str) else value
+    if isinstance(digits, str) and not (digits.isascii() and digits.isdigit() and len(digits) <= 20):
+        raise ValueError(f"The seed must be a whole number from 0, in digits, not {shown(value)}.")
+    return whole("The seed", int(digits) if isinstance(digits, str) else digits, 0, MAX_SEED - MAX_IMAGES)
+
+
 def number(name: str, value: Any, low: float, high: float) -> float:
     """Read a finite number from ``low`` to ``high``."""
     return float(_within(name, _finite(name, value), low, high))
@@ -111,6 +119,12 @@ def side(name: str, value: Any) -> int:
     if read % SIZE_MULTIPLE:
         raise ValueError(f"{name} {read} is not a multiple of {SIZE_MULTIPLE}; use {near_side(read)}, for example.")
     return read
+
+
+def optional_side(name: str, value: Any) -> int | None:
+    """Read a side, also as text; None where nothing is given."""
+    read = optional_number(name, value, MIN_SIDE, MAX_SIDE)
+    return None if read is None else side(name, read)
 
 
 def upload(name: str, value: Any, most: int) -> bytes:
@@ -244,5 +258,6 @@ def _finite(name: str, value: Any) -> float:
 
 def _within(name: str, value: float, low: float, high: float) -> float:
     if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, not {shown(value)}.")
+        bounds = " to ".join(str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in (low, high))
+        raise ValueError(f"{name} must be from {bounds}, not {shown(value)}.")
     return value

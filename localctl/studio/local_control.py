@@ -9,16 +9,17 @@ import gradio as gr
 
 from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
+from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.config import StudioConfig
-from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
-from localctl.studio.local_control_form import AUTO, PHOTO, SOURCES, first_regions
+from localctl.studio.latest import on_latest
+from localctl.studio.limits import MAX_STEPS
+from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
+from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import photo
+from localctl.studio.uploads import check_photo, photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_STORE = "localctl-studio-follow"
 _HINT = "Upload a photo, or choose an example"
 _CHOOSE = """element.addEventListener('click', (event) => {
   const chosen = event.target.closest('button');
@@ -32,7 +33,10 @@ _PAINT = (
 
 @dataclass
 class FollowTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results."""
+    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+
+    jobs: the events that generate images.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     rows: list[Any] = field(default_factory=list)
@@ -42,6 +46,7 @@ class FollowTab:
     progress: Any = None
     figures: Any = None
     gallery: Any = None
+    jobs: list[Any] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +76,7 @@ def add(studio: Studio) -> FollowTab:
             _adapter_rows(tab, studio)
             _condition_fields(tab)
             _sampling_fields(tab)
+            add_fields(tab.fields, studio.config, "follow", PLACES)
     _connect(tab, studio)
     return tab
 
@@ -101,28 +107,18 @@ def _photo_column(tab: FollowTab, studio: Studio) -> None:
         sized=False,
         hint=_HINT,
         elem_id="follow-canvas",
+        elem_classes="studio-plain",
     )
-    gr.HTML(f'<p class="studio-note">{_PAINT}{_unused(studio.config)}</p>')
-
-
-def _unused(config: StudioConfig) -> str:
-    """Return the sentence on what the server was started with and this tab does not use."""
-    kinds = {
-        "ControlNets": config.controlnet,
-        "IP-Adapters": config.ip_adapter,
-        "LoRAs": config.lora,
-        "learned words": config.textual_inversion,
-    }
-    names = [kind for kind, places in kinds.items() if places]
-    return f" The server's {', '.join(names)} act on the tab Place alone." if names else ""
+    gr.HTML(f'<p class="studio-note">{_PAINT}</p>', elem_classes="studio-plain", apply_default_css=False)
 
 
 def _result_column(tab: FollowTab) -> None:
     with gr.Row(elem_classes="studio-actions"):
         tab.buttons["generate"] = gr.Button("Generate", variant="primary", elem_id="follow-generate", scale=3)
         tab.buttons["cancel"] = gr.Button("Cancel", elem_id="follow-cancel", scale=1, min_width=90)
-    tab.progress = gr.HTML("", elem_id="follow-progress")
-    tab.figures = gr.HTML("", elem_id="follow-figures")
+    plain: dict[str, Any] = {"elem_classes": "studio-plain", "apply_default_css": False}
+    tab.progress = gr.HTML("", elem_id="follow-progress", **plain)
+    tab.figures = gr.HTML("", elem_id="follow-figures", **plain)
     tab.gallery = gr.Gallery(
         label="Results",
         show_label=False,
@@ -135,12 +131,7 @@ def _result_column(tab: FollowTab) -> None:
         buttons=["fullscreen"],
         elem_id="follow-gallery",
     )
-    with gr.Row(elem_classes="studio-seeds"):
-        tab.fields["images"] = gr.Slider(1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="follow-images")
-        tab.fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, label="Seed", elem_id="follow-seed", min_width=110
-        )
-        tab.buttons["random"] = gr.Button("Random seed", size="sm", min_width=80)
+    add_seed_row(tab.fields, "follow")
 
 
 def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
@@ -155,7 +146,14 @@ def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
                     ("weight", "Strength", 1, 2), ("start", "Start", 0, 1), ("end", "End", 1, 1),
                 ):  # fmt: skip
                     tab.fields[f"{name}{number}"] = gr.Slider(
-                        0, most, value=value, step=0.05, label=label, min_width=110, elem_id=f"follow-{name}{number}"
+                        0,
+                        most,
+                        value=value,
+                        step=0.05,
+                        label=label,
+                        min_width=90,
+                        elem_id=f"follow-{name}{number}",
+                        buttons=[],
                     )
         tab.rows.append(row)
     with gr.Row():
@@ -180,13 +178,23 @@ def _sampling_fields(tab: FollowTab) -> None:
         tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
         with gr.Row():
             tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="follow-steps")
-            tab.fields["guidance_scale"] = gr.Number(
-                value=None, label="Guidance scale", placeholder="what suits the base", minimum=0, maximum=30
-            )
+            tab.fields["guidance_scale"] = _number("Guidance scale", "auto: what suits the base")
         with gr.Row():
             tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
-            tab.fields["width"] = gr.Number(value=None, label="Width", placeholder="as the photo", precision=0)
-            tab.fields["height"] = gr.Number(value=None, label="Height", placeholder="as the photo", precision=0)
+            tab.fields["width"] = _number("Width", "as the photo")
+            tab.fields["height"] = _number("Height", "as the photo")
+        with gr.Row():
+            tab.fields["unconditional_scale"] = gr.Slider(
+                0, 1, value=1, step=0.05, label="Control beside the negative (0: stronger)", buttons=[]
+            )
+            tab.fields["control_guidance_scale"] = _number("Guidance scale of the control", "none of its own")
+
+
+def _number(label: str, placeholder: str) -> Any:
+    """Return a field for a number or nothing: ``gr.Number`` has 0 for nothing as soon as it is shown."""
+    return gr.Textbox(
+        label=label, placeholder=placeholder, max_lines=1, elem_id=f"follow-{label.lower().replace(' ', '-')}"
+    )
 
 
 def _connect(tab: FollowTab, studio: Studio) -> None:
@@ -194,36 +202,26 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     names, inputs = tab.names, list(tab.fields.values())
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
     results = [tab.progress, tab.figures, tab.gallery]
-    tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE)
+    tab.jobs.append(tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE))
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
 
     arrange = actions.arrange(studio, names)
     arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
     arranging += [tab.fields[name].input for name in ("source", "width", "height")]
-    arranged = gr.on(arranging, arrange, inputs, tab.arranged, **quick)
+    arranged = on_latest(arranging, arrange, inputs, tab.arranged)
     arranged.failure(actions.unreadable, None, tab.progress, **PRIVATE)
+    for name in photos_of(tab.fields)[1:]:
+        checked = on_latest([tab.fields[name].change], check_photo, [tab.fields[name]], [tab.progress])
+        checked.failure(actions.unreadable, None, tab.progress, **PRIVATE)
     for name, change in (("more", 1), ("fewer", -1)):
-        tab.buttons[name].click(actions.change_count(studio, names, change), inputs, tab.arranged, **quick)
-    thresholds = [tab.fields[name].input for name in ("low", "high", "cells")]
-    gr.on(thresholds, actions.extract_again(studio, names), inputs, [tab.conditions, tab.progress], **quick)
+        on_latest([tab.buttons[name].click], actions.change_count(studio, names, change), inputs, tab.arranged)
+    thresholds = [tab.fields[name] for name in ("low", "high", "cells")]
+    moved, shown = [part.input for part in thresholds], [tab.conditions, tab.progress]
+    on_latest(moved, actions.extract_again(studio, names), inputs, shown, chosen=thresholds)
     tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
     tab.files["mask"].upload(
         actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
     )
     refresh = actions.refresh_adapters(studio)
     tab.buttons["refresh"].click(refresh, tab.adapters, tab.adapters, queue=False, **PRIVATE)
-
-
-def remember(tab: FollowTab, studio: Studio, blocks: Any) -> None:
-    """Let the browser remember the fields, but for the photo, and put them back when the page is loaded again.
-
-    To be called outside the tabs: the memory of a tab that is not open would be empty.
-    """
-    memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
-    kept = {name: part for name, part in tab.fields.items() if name != "photo"}
-    changes = [part.input if name == "scene" else part.change for name, part in kept.items()]
-    script = f"(...values) => [Object.fromEntries({list(kept)}.map((name, i) => [name, values[i]]))]"
-    gr.on(changes, None, list(kept.values()), memory, js=script)
-    blocks.load(actions.restore(studio, list(kept)), memory, [*kept.values(), *tab.rows], queue=False, **PRIVATE)

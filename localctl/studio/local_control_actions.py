@@ -17,11 +17,11 @@ from localctl.adapter_files import SavedAdapter
 from localctl.drawing import EDGE_COLORS
 from localctl.images import load_image, open_gray
 from localctl.studio import limits, progress
-from localctl.studio.canvas import data_url
+from localctl.studio.canvas import data_url, show_shape
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.local_control_examples import examples
-from localctl.studio.local_control_form import PHOTO, USUAL, first_regions, read_form, read_order
+from localctl.studio.local_control_form import PHOTO, USUAL, first_regions, form_settings, read_form, read_order
 from localctl.studio.local_control_job import (
     MOST_ADAPTERS,
     Order,
@@ -32,7 +32,6 @@ from localctl.studio.local_control_job import (
     judge,
     run_size,
     scaled,
-    settings_of,
     target_edges,
 )
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
@@ -57,9 +56,9 @@ def generate(studio: Studio, names: Sequence[str]) -> Callable[..., Iterator[tup
     def handler(request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any, Any]]:
         session = studio.sessions.of(request)
         try:
-            form = read_form(dict(zip(names, values, strict=True)))
+            form = read_form(dict(zip(names, values, strict=True)), studio.config)
             folder = session.new_folder()
-            settings, found = settings_of(form.order, studio.config, folder, form.sampling)
+            settings, found = form_settings(form, studio.config, folder)
             judged = _Judge(studio, form.order, found, (settings["height"], settings["width"]))
             begun, shown, notes = time.monotonic(), list[Followed](), list[str]()
             for event in studio.run(
@@ -200,14 +199,13 @@ def _arranged(studio: Studio, given: dict[str, Any]) -> list[Any]:
         shown = [gr.update(visible=canny is not None, value=value) for value in (low, high)]
         shown.append(gr.update(visible=palette is not None, value=cells))
         given = {**given, "low": low, "high": high, "cells": cells}
-        value, background, strip = given["scene"], "", NO_CONDITION
+        size, background, strip = (scene.height, scene.width), "", NO_CONDITION
         if order.photo or order.condition:
             order = read_order(given)
             size = run_size(studio.config, adapters, order)
-            value = {**value, "height": size[0], "width": size[1]}
             background = data_url(scaled(order.source, size), _LONGEST)
             strip = _strip(conditions(order, adapters, size), adapters)
-        canvas = gr.update(value=value, background=background)
+        canvas = {**show_shape(size, first_regions(count)), "background": background}
         return [canvas, strip, *shown, *_rows(count), progress.IDLE]
     except Exception as error:
         return [gr.skip(), NO_CONDITION, *[gr.skip()] * 3, *_rows(count), progress.failed(sentence(error))]
@@ -307,7 +305,7 @@ def restore(studio: Studio, names: Sequence[str]) -> Callable[[Any], list[Any]]:
         try:
             # Photos are not remembered: one that a page sends here would be a path.
             kept = {"source": PHOTO, **{name: memory[name] for name in names if name in memory}}
-            count = len(read_form(kept).order.follows)
+            count = len(read_form(kept, studio.config).order.follows)
         except ValueError as error:
             gr.Warning(f"What the browser remembers cannot be used: {error}")
             return nothing

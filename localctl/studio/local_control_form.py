@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -11,14 +12,17 @@ from PIL import Image, ImageDraw
 from localctl.bases import SCHEDULERS
 from localctl.settings import ConditionConfig
 from localctl.studio import limits
+from localctl.studio.addon_fields import EVERYWHERE, Addons, addon_settings, read_addons
+from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene, SceneRegion
-from localctl.studio.local_control_job import MOST_ADAPTERS, Follow, Order, Thresholds
+from localctl.studio.local_control_job import MOST_ADAPTERS, Follow, Order, Thresholds, settings_of
 from localctl.studio.uploads import read_photo
 
 AUTO = "auto"
 PHOTO = "a photo"
 SOURCES = (PHOTO, "a finished condition")
 USUAL = ConditionConfig()
+PLACES = (EVERYWHERE, *(f"mask {number}" for number in range(1, MOST_ADAPTERS + 1)))  # of an addon
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class FollowForm:
     steps: int
     guidance_scale: float | None
     seeds: list[int]
+    unconditional_scale: float
+    control_guidance_scale: float | None
+    addons: Addons
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -45,6 +52,8 @@ class FollowForm:
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "seeds": self.seeds,
+            "unconditional_scale": [self.unconditional_scale],
+            "control_guidance_scale": self.control_guidance_scale,
         }
 
 
@@ -64,7 +73,7 @@ def read_order(values: Mapping[str, Any]) -> Order:
     low, high = (limits.number(f"The {name} threshold", get(name), 0, 400) for name in ("low", "high"))
     if low > high:
         raise ValueError(f"The low threshold {low:g} is above the high one, {high:g}; raise the high one.")
-    sides = {name: None if not get(name) else limits.side(f"The {name}", get(name)) for name in ("height", "width")}
+    sides = {name: limits.optional_side(f"The {name}", get(name)) for name in ("height", "width")}
     return Order(
         photo=image if is_photo else None,
         condition=None if is_photo else image,
@@ -103,12 +112,13 @@ def mask_of(region: SceneRegion, scene: Scene) -> Image.Image | None:
     return mask
 
 
-def read_form(values: Mapping[str, Any]) -> FollowForm:
+def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
     """Read all fields by name. ValueError in one sentence for the first that is out of bounds."""
     get = values.get
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
-    seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
+    seed = limits.seed(get("seed"))
     count = limits.whole("The images", get("images"), 1, limits.MAX_IMAGES)
+    beside = "The control beside the negative prompt"
     return FollowForm(
         order=read_order(values),
         prompt=limits.text("The prompt", get("prompt")).strip(),
@@ -117,4 +127,23 @@ def read_form(values: Mapping[str, Any]) -> FollowForm:
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
         seeds=[seed + index for index in range(count)],
+        unconditional_scale=limits.number(beside, get("unconditional_scale", 1), 0, 1),
+        control_guidance_scale=limits.optional_number(
+            "The guidance scale of the control", get("control_guidance_scale"), 0, 30
+        ),
+        addons=read_addons(values, config, PLACES),
     )
+
+
+def form_settings(form: FollowForm, config: StudioConfig, folder: Path) -> tuple[dict[str, Any], list[Image.Image]]:
+    """Return the settings of a run, and the conditions, with the inputs written to ``folder``. ValueError as of
+    :func:`~localctl.studio.local_control_job.settings_of`, and for a mask of an addon that is not there."""
+    settings, found = settings_of(form.order, config, folder, form.sampling)
+
+    def mask(index: int) -> str:
+        masks: list[str] = settings["mask"]
+        if index >= len(masks):
+            raise ValueError(f"There is no mask {index + 1} for an addon to act in; add an adapter, or choose another.")
+        return masks[index]
+
+    return settings | addon_settings(form.addons, mask, [form.prompt, form.negative_prompt], config, folder), found

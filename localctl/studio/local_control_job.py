@@ -26,8 +26,8 @@ from localctl.labels import one_line
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, canny, edge_scores, match_edges
 from localctl.pipelines import BaseConfig
 from localctl.settings import ConditionConfig
+from localctl.studio.addon_fields import model_settings
 from localctl.studio.config import StudioConfig
-from localctl.studio.place_addons import model_settings
 from localctl.studio.training_runs import adapters_of_runs
 
 MOST_ADAPTERS = 3

@@ -26,6 +26,7 @@ METHODS = {
     "None (the prompt alone)": NONE,
 }
 COMPARED = ("none", "bias", "dense", "guidance", "spacetime", "bias+guidance")
+COMPARED_LABELS = [next(label for label, other in METHODS.items() if other == name) for name in COMPARED]
 TITLES = {name: label for label, name in METHODS.items() if "+" not in name}
 # The settings that matter most, shown first.
 KEY = {

@@ -11,30 +11,34 @@ from localctl.bases import SCHEDULERS, SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
+from localctl.studio.addon_fields import add_fields as add_addons
+from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.limits import MAX_IMAGES, MAX_STEPS
-from localctl.studio.methods import KEY, METHODS, TITLES, Setting, presets_of, settings_of
-from localctl.studio.place_addons import add_fields as add_addons
-from localctl.studio.place_addons import photos_of
+from localctl.studio.latest import on_latest
+from localctl.studio.limits import MAX_STEPS
+from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_examples import examples
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
+from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import photo
+from localctl.studio.uploads import check_photo, photo
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-_STORE = "localctl-studio-place"
 
 
 @dataclass
 class PlaceTab:
-    """The tab's components: ``fields`` by name, those that make up its state, and what shows results."""
+    """The tab's components: ``fields`` by name, those that make up its state, and what shows results.
+
+    jobs: the events that generate images.
+    """
 
     fields: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, Any] = field(default_factory=dict)
     prompt_view: Any = None
     progress: Any = None
     gallery: Any = None
-    memory: Any = None
+    jobs: list[Any] = field(default_factory=list)
     buttons: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +46,7 @@ class PlaceTab:
     @property
     def outputs(self) -> list[Any]:
         """The components that :func:`localctl.studio.place_actions.filled` fills."""
-        return [*self.fields.values(), *self.groups.values(), self.prompt_view]
+        return [*self.fields.values(), *self.groups.values()]
 
     @property
     def names(self) -> list[str]:
@@ -61,10 +65,9 @@ def add(studio: Studio) -> PlaceTab:
             _method_fields(tab, studio)
             _sampling_fields(tab)
             _photo_fields(tab)
-            add_addons(tab.fields, studio.config)
+            add_addons(tab.fields, studio.config, "place")
             _loading_fields(tab)
             _study_fields(tab, studio)
-    tab.memory = gr.BrowserState(None, storage_key=_STORE, secret=_STORE)
     _connect(tab, studio)
     return tab
 
@@ -82,7 +85,7 @@ def _scene_column(tab: PlaceTab, studio: Studio) -> None:
         studio.base_size,
         elem_id="place-canvas",
         elem_classes="studio-plain",
-        hint="Drag to place a region, or brush its shape",
+        hint="Drag to place a region, brush its shape, or choose an example",
     )
     with gr.Row(elem_classes="studio-examples"):
         for name in examples(studio.config.base):
@@ -106,14 +109,7 @@ def _result_column(tab: PlaceTab) -> None:
         buttons=["download", "fullscreen"],
         elem_id="place-gallery",
     )
-    with gr.Row(elem_classes="studio-seeds"):
-        tab.fields["images"] = gr.Slider(
-            1, MAX_IMAGES, value=1, step=1, label="Images", elem_id="place-images", scale=3, buttons=[]
-        )
-        tab.fields["seed"] = gr.Number(
-            value=0, step=1, minimum=0, label="Seed", elem_id="place-seed", min_width=100, scale=2
-        )
-        tab.buttons["random"] = gr.Button("New seed", size="sm", min_width=70, scale=1)
+    add_seed_row(tab.fields, "place")
 
 
 def _method_fields(tab: PlaceTab, studio: Studio) -> None:
@@ -158,8 +154,12 @@ def _sampling_fields(tab: PlaceTab) -> None:
             tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
             tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
         with gr.Row():
-            tab.fields["upscale"] = gr.Slider(1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)")
-            tab.fields["upscale_strength"] = gr.Slider(0, 1, value=0.5, step=0.05, label="How much it changes")
+            tab.fields["upscale"] = gr.Slider(
+                1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)", buttons=[]
+            )
+            tab.fields["upscale_strength"] = gr.Slider(
+                0, 1, value=0.5, step=0.05, label="How much it changes", buttons=[]
+            )
 
 
 def _photo_fields(tab: PlaceTab) -> None:
@@ -187,7 +187,14 @@ def _loading_fields(tab: PlaceTab) -> None:
 def _study_fields(tab: PlaceTab, studio: Studio) -> None:
     with gr.Accordion("Compare and look inside", open=False):
         tab.fields["heat"] = gr.Checkbox(value=False, label="Heat map of each phrase, with the images")
-        tab.buttons["compare"] = gr.Button("Compare all methods on these seeds", size="sm", elem_id="place-compare")
+        tab.fields["compared"] = gr.Dropdown(
+            list(METHODS),
+            value=COMPARED_LABELS,
+            multiselect=True,
+            label="Methods to compare",
+            elem_id="place-compared",
+        )
+        tab.buttons["compare"] = gr.Button("Compare them on these seeds", size="sm", elem_id="place-compare")
         known = sweepable(METHODS[next(iter(METHODS))])
         with gr.Row():
             tab.fields["sweep_column"] = gr.Dropdown(known, value=known[0], label="Columns")
@@ -205,17 +212,9 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
         asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
         asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
+        tab.jobs.append(asked)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.buttons["random"].click(None, None, tab.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 32)")
     _connect_scene(tab, studio)
-    remembered = {name: part for name, part in tab.fields.items() if name not in photos_of(tab.fields)}
-    gr.on(
-        [part.input if hasattr(part, "input") else part.change for part in remembered.values()],
-        None,
-        list(remembered.values()),
-        tab.memory,
-        js=f"(...values) => [Object.fromEntries({list(remembered)}.map((name, i) => [name, values[i]]))]",
-    )
 
 
 def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
@@ -223,15 +222,18 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
     looked: list[Any] = [fields["prompt"], fields["scene"]]
     marks = [tab.prompt_view, fields["scene"]]
     quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
-    gr.on([fields["prompt"].input, fields["scene"].input], actions.look(studio), looked, marks, **quick)
+    # Also what an example or a file has put there: the marks have one writer.
+    on_latest([fields["prompt"].change, fields["scene"].change], actions.look(studio), looked, marks)
     shown = [*(fields[name] for name in actions.method_outputs(tab.names)), *tab.groups.values()]
     fields["method"].input(actions.choose_method(base, tab.names, list(tab.groups)), fields["method"], shown, **quick)
-    shown_photo = fields["photo"].change(actions.behind, fields["photo"], [fields["scene"], tab.progress], **quick)
+    shown_photo = on_latest(
+        [fields["photo"].change], actions.behind, [fields["photo"]], [fields["scene"], tab.progress]
+    )
     shown_photo.failure(actions.unreadable, None, [tab.progress, fields["photo"]], **PRIVATE)
     for name in photos_of(fields)[1:]:
-        checked = fields[name].change(actions.check_photo, fields[name], tab.progress, **quick)
+        checked = on_latest([fields[name].change], check_photo, [fields[name]], [tab.progress])
         checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
-    loaded = [*looked, tab.prompt_view, tab.progress]
+    loaded = [*looked, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
         tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)
     for name, button in tab.examples.items():

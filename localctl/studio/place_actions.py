@@ -12,12 +12,12 @@ from localctl.control.presets import control_names
 from localctl.layout import Layout
 from localctl.layout_io import load_layout
 from localctl.studio import limits, progress
+from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import scene as canvas_value
 from localctl.studio.canvas import show_behind
 from localctl.studio.color_maps import regions_by_color
 from localctl.studio.jobs_queue import Made, Stopped, Waiting, sentence
 from localctl.studio.methods import METHODS, shown_presets
-from localctl.studio.place_addons import photos_of
 from localctl.studio.place_examples import example_scene, examples
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
@@ -100,20 +100,15 @@ def look(studio: Studio) -> Callable[..., tuple[Any, Any]]:
 
     def handler(prompt: Any, scene: Any) -> tuple[Any, Any]:
         try:
-            view, marks = looked_at(studio, limits.text("The prompt", prompt), limits.scene(scene))
+            text, read = limits.text("The prompt", prompt), limits.scene(scene)
         except ValueError as error:
             return progress.failed(str(error)), gr.skip()
-        return view, gr.update(marks=marks)
+        tokens, limit = studio.tokens(prompt_of(read, text))
+        marks = marks_of(read, text, tokens)
+        shown = {key: {"kind": mark.kind, "text": mark.text} for key, mark in marks.items()}
+        return highlighted(read, text, marks, tokens, limit), gr.update(marks=shown)
 
     return handler
-
-
-def looked_at(studio: Studio, prompt: str, scene: limits.Scene) -> tuple[str, dict[str, dict[str, str]]]:
-    """Return the prompt as HTML with the phrases in their colours, and the mark of each region."""
-    tokens, limit = studio.tokens(prompt_of(scene, prompt))
-    marks = marks_of(scene, prompt, tokens)
-    view = highlighted(scene, prompt, marks, tokens, limit)
-    return view, {key: {"kind": mark.kind, "text": mark.text} for key, mark in marks.items()}
 
 
 def method_outputs(names: Sequence[str]) -> list[str]:
@@ -151,15 +146,6 @@ def behind(photo: Any) -> tuple[Any, Any]:
         return show_behind(None), progress.failed(str(error))
 
 
-def check_photo(photo: Any) -> Any:
-    """Say at once that an upload cannot be used, or nothing."""
-    try:
-        read_photo("The image", photo)
-    except ValueError as error:
-        return progress.failed(str(error))
-    return gr.skip()
-
-
 def unreadable() -> tuple[str, None]:
     """Say that an upload is no image, and take it off the page: (progress, photo)."""
     return progress.failed(UNREADABLE), None
@@ -186,15 +172,15 @@ def last_behind(studio: Studio) -> Callable[..., Any]:
 
 
 def _loaded(studio: Studio, make: Callable[..., tuple[str, dict[str, Any]]]) -> Callable[..., tuple[Any, ...]]:
-    """Return a handler for (prompt, canvas, prompt view, progress) from ``make``, which returns prompt and canvas."""
+    """Return a handler for (prompt, canvas, progress) from ``make``, which returns prompt and canvas."""
 
     def handler(request: gr.Request, *values: Any) -> tuple[Any, ...]:
         try:
             prompt, value = make(studio.sessions.of(request), *values)
-            view, marks = looked_at(studio, prompt, limits.scene(value))
+            limits.scene(value)
         except Exception as error:
-            return gr.skip(), gr.skip(), gr.skip(), progress.failed(sentence(error))
-        return prompt, gr.update(value=value, marks=marks), view, progress.IDLE
+            return gr.skip(), gr.skip(), progress.failed(sentence(error))
+        return prompt, value, progress.IDLE
 
     return handler
 
@@ -229,8 +215,9 @@ def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
         text = limits.text("The prompt", prompt).strip()
         if not text:
             raise ValueError("There is no prompt to predict a layout from; type one.")
-        number = limits.whole("The seed", seed, 0, limits.MAX_SEED)
-        return _shown_layout(load_predictor().predict(text, number or None), limits.scene(scene))
+        number = limits.seed(seed)
+        predictor = load_predictor(studio.config.layout_predictor)
+        return _shown_layout(predictor.predict(text, number or None), limits.scene(scene))
 
     return _loaded(studio, make)
 
@@ -273,12 +260,10 @@ def filled(studio: Studio, names: Sequence[str], groups: Sequence[str], values: 
         for name, choices in (("sweep_column", known), ("sweep_row", [*known, "none"])):
             value = values.get(name)
             updates[name] = gr.update(choices=choices, value=value if value in choices else next(iter(choices), None))
-    view = gr.skip()
     if "scene" in values:
-        scene, prompt = limits.scene(values["scene"]), limits.text("The prompt", values.get("prompt"))
-        view, marks = looked_at(studio, prompt, scene)
-        updates["scene"] = gr.update(value=values["scene"], marks=marks)
-    return [*updates.values(), *shown, view]
+        limits.scene(values["scene"])
+    limits.text("The prompt", values.get("prompt"))
+    return [*updates.values(), *shown]
 
 
 def restore(studio: Studio, names: Sequence[str], groups: Sequence[str]) -> Callable[[Any], list[Any]]:

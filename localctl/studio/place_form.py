@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from localctl.layout import Layout
 from localctl.layout_io import save_layout
 from localctl.masks import mask_to_pil
 from localctl.studio import limits
+from localctl.studio.addon_fields import Addons, addon_settings, read_addons, region_of
 from localctl.studio.config import StudioConfig
 from localctl.studio.limits import Scene
-from localctl.studio.methods import COMPARED, METHODS, changed_settings, settings_of
-from localctl.studio.place_addons import Addons, addon_settings, read_addons
+from localctl.studio.methods import COMPARED, COMPARED_LABELS, METHODS, changed_settings, settings_of
 from localctl.studio.scenes import layout_of, prompt_of
 from localctl.studio.uploads import read_photo
 
@@ -52,6 +53,7 @@ class PlaceForm:
     upscale: float
     upscale_strength: float
     addons: Addons
+    compared: tuple[str, ...] = COMPARED
 
     @property
     def seeds(self) -> list[int]:
@@ -75,7 +77,8 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
     method = METHODS[limits.choice("The method", get("method"), METHODS)]
     scheduler = limits.choice("The scheduler", get("scheduler"), (AUTO, *SCHEDULERS))
     sigmas = limits.choice("The noise levels", get("sigmas"), (AUTO, *SIGMAS))
-    seed = limits.whole("The seed", get("seed"), 0, limits.MAX_SEED - limits.MAX_IMAGES)
+    seed = limits.seed(get("seed"))
+    compared = get("compared", COMPARED_LABELS)
     scene, upscale = limits.scene(get("scene")), limits.number("The second pass", get("upscale"), 1, 4)
     if scene.width * scene.height * upscale**2 > MAX_PIXELS:
         raise ValueError(
@@ -103,6 +106,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         upscale=upscale,
         upscale_strength=limits.number("The strength of the second pass", get("upscale_strength"), 0, 1),
         addons=read_addons(values, config),
+        compared=tuple(METHODS[label] for label in limits.choices("The methods to compare", compared, METHODS)),
     )
 
 
@@ -146,7 +150,8 @@ def settings_for(
 ) -> dict[str, Any]:
     """Return the settings of a run of ``sample.py``, with the inputs written to ``folder``.
 
-    compare: all methods, each with its presets, instead of the form's one. ValueError as for :meth:`PlaceForm.layout`.
+    compare: the methods to compare, each with its presets, instead of the form's one. ValueError as for
+    :meth:`PlaceForm.layout`.
     """
     settings: dict[str, Any] = {
         **config.run_settings,
@@ -159,7 +164,7 @@ def settings_for(
         "scheduler": form.scheduler,
         **({f"use_{form.sigmas}_sigmas": True} if form.sigmas else {}),
         "output_dir": str(folder),
-        **addon_settings(form.addons, form.scene, form.texts, config, folder),
+        **addon_settings(form.addons, partial(region_of, form.scene), form.texts, config, folder),
         **_start_and_end(form, folder),
     }
     if not form.scene.regions:
@@ -170,7 +175,9 @@ def settings_for(
         return settings | {"prompt": [form.prompt], "height": form.scene.height, "width": form.scene.width}
     settings["layout"] = [str(save_layout(form.layout(), folder / "layout.json"))]
     if compare:
-        return settings | {"compare": list(COMPARED)}
+        if len(form.compared) < 2:
+            raise ValueError("A comparison needs two methods or more; choose them above the button.")
+        return settings | {"compare": list(form.compared)}
     names = control_names(form.method)
     swept = {sweep.column, sweep.row} if sweep else set()
     fixed = [item for item in form.settings if item.partition("=")[0] not in swept]

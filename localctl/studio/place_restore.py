@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Mapping
 from typing import Any
 
 from localctl.bases import SIGMAS
 from localctl.control.presets import NONE, control_names, setting_of
 from localctl.images import load_image
-from localctl.jobs.settings import REGION
+from localctl.jobs.variants import COMPARED_ALL
+from localctl.layout import Layout
 from localctl.layout_io import load_layout
+from localctl.masks import load_mask, mask_to_pil
 from localctl.sizes import shown
 from localctl.studio import limits
 from localctl.studio.canvas import scene as canvas_value
-from localctl.studio.config import StudioConfig
-from localctl.studio.leaving import each
 from localctl.studio.methods import METHODS, Setting, settings_of, shown_presets
-from localctl.studio.place_addons import EVERYWHERE, READY, conditions_of
-from localctl.studio.place_form import AUTO, PHOTO_USES
+from localctl.studio.place_form import AUTO, MAX_SWEEP, PHOTO_USES, sweepable
+from localctl.studio.restoring import refuse_others, seed_values
 from localctl.studio.scenes import scene_of
 
 _PLAIN = {
@@ -29,6 +28,11 @@ _PLAIN = {
     "upscale": 1,
     "upscale_strength": 0.5,
 }
+_KNOWN = (
+    *(*_PLAIN, "layout", "control", "set", "sweep", "compare", "init_image", "strength", "inpaint_mask"),
+    *(f"use_{name}_sigmas" for name in SIGMAS),
+    *("weight", "start", "end"),  # of adapters; without one they do nothing
+)
 
 
 def values_of(options: Mapping[str, Any], base: str, size: tuple[int, int]) -> dict[str, Any]:
@@ -40,20 +44,18 @@ def values_of(options: Mapping[str, Any], base: str, size: tuple[int, int]) -> d
         size: (height, width) where the settings have none.
 
     Raises:
-        ValueError: a run of several layouts, of a method that the page does not have, or more regions than it takes.
+        ValueError: a run of several layouts, of a method that the page does not have, more regions than it takes, or
+            anything else that the tab has no field for.
     """
+    refuse_others(options, _KNOWN, "Place")
     values: dict[str, Any] = {name: options.get(name) or usual for name, usual in _PLAIN.items()}
-    values |= {"steps": options.get("num_inference_steps", 30), **_seeds(options.get("seeds") or [0])}
+    values |= {"steps": options.get("num_inference_steps", 30), **seed_values(options)[0]}
     scale = options.get("guidance_scale")
     values["guidance_scale"] = "" if scale is None else f"{scale:g}"
     values["sigmas"] = next((name for name in SIGMAS if options.get(f"use_{name}_sigmas")), AUTO)
-    return values | _scene(options, size) | _method(options, base) | _photo(options)
-
-
-def _seeds(seeds: Sequence[int]) -> dict[str, int]:
-    """Return the first seed, and how many follow one another from it."""
-    count = next((index for index, seed in enumerate(seeds) if seed != seeds[0] + index), len(seeds))
-    return {"seed": seeds[0], "images": min(count, limits.MAX_IMAGES)}
+    values |= _scene(options, size)
+    shape = values["scene"]["height"], values["scene"]["width"]
+    return values | _method(options, base) | _photo(options, shape)
 
 
 def _scene(options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -68,24 +70,51 @@ def _scene(options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _method(options: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Return the method with the value of each of its settings."""
-    if not options.get("layout") or options.get("compare"):
+    """Return the method with the value of each of its settings, and its sweep; or the methods that are compared."""
+    if not options.get("layout"):
         return {}
+    if options.get("compare"):
+        if options.get("set"):
+            raise ValueError("The image compares methods with --set, and the page with their presets; use sample.py.")
+        words = options["compare"]
+        return {"compared": [_label(control_names(word)) for word in (COMPARED_ALL if words == ["all"] else words)]}
     names = control_names(options.get("control") or ["bias"])
-    wanted = "+".join(names) or NONE
-    label = next(
-        (label for label, name in METHODS.items() if sorted(name.split("+")) == sorted(wanted.split("+"))), None
-    )
-    if label is None:
-        raise ValueError(f"The page has no method {wanted}; use the command line for it.")
-    values = shown_presets(wanted, base)
-    fields = {(name, setting.field): setting for name in names for setting in settings_of(name)}
+    values = {"method": _label(names), **shown_presets("+".join(names) or NONE, base)}
     for item in options.get("set") or ():
         given, _, text = item.partition("=")
-        for (control, field), setting in fields.items():
-            if setting_of(control, given) == field:
-                values[setting.name] = _parsed(setting, text)
-    return {"method": label, **values}
+        for setting in _settings(names, given):
+            values[setting.name] = _parsed(setting, text)
+    return values | _sweep(options.get("sweep") or [], names)
+
+
+def _label(names: list[str]) -> str:
+    """Return what the page calls the method of these controls. ValueError for one that it does not have."""
+    for label, name in METHODS.items():
+        if sorted(control_names(name)) == sorted(names):
+            return label
+    raise ValueError(f"The page has no method {'+'.join(names)}; use the command line for it.")
+
+
+def _settings(names: list[str], given: str) -> list[Setting]:
+    """Return the settings of the controls that the name in ``--set`` or ``--sweep`` means."""
+    every = [(name, setting) for name in names for setting in settings_of(name)]
+    return [setting for name, setting in every if setting_of(name, given) == setting.field]
+
+
+def _sweep(sweep: list[str], names: list[str]) -> dict[str, Any]:
+    """Return the fields of a sweep. ValueError for one over anything but numbers of the page."""
+    values: dict[str, Any] = {"sweep_row": NONE} if sweep else {}
+    known = sweepable("+".join(names) or NONE)
+    for item, (field, of_field) in zip(sweep, (("column", "columns"), ("row", "rows")), strict=False):
+        given, _, texts = item.partition("=")
+        settings = [setting.name for setting in _settings(names, given)]
+        if len(settings) != 1 or settings[0] not in known:
+            raise ValueError(
+                f"The image is of a sweep over {shown(given)}, which the page does not have; use sample.py."
+            )
+        limits.numbers(f"The sweep over {given}", texts, -1000, 1000, MAX_SWEEP)
+        values |= {f"sweep_{field}": settings[0], f"sweep_{of_field}": texts.replace(",", ", ")}
+    return values
 
 
 def _parsed(setting: Setting, text: str) -> Any:
@@ -102,84 +131,22 @@ def _parsed(setting: Setting, text: str) -> Any:
         ) from None
 
 
-def addon_values(options: Mapping[str, Any], config: StudioConfig) -> dict[str, Any]:
-    """Return the values of the fields of the server's addons, by name, for the settings of a run; images are paths.
-
-    ValueError for an addon that the server does not have, or one that is used as the page cannot.
-    """
-    values: dict[str, Any] = {f"lora{index}_scale": 0 for index in range(len(config.lora))}
-    if config.controlnet:
-        values["guess_mode"] = bool(options.get("guess_mode"))
-    for kind in ("controlnet", "ip_adapter"):
-        values |= {f"{kind}{index}_image": None for index in range(len(getattr(config, kind)))}
-        values |= _images(kind, options, config)
-    for place in options.get("textual_inversion") or ():
-        _index("learned word", place, config.textual_inversion)
-    if options.get("lora_per_prompt"):
-        raise ValueError("The image has LoRAs of its own for each prompt, which the page does not; use sample.py.")
-    places = options.get("lora") or []
-    for place, scale in zip(places, each(options.get("lora_scale") or [1.0], len(places)), strict=True):
-        values[f"lora{_index('LoRA', place, config.lora)}_scale"] = scale
-    return values
-
-
-def _images(kind: str, options: Mapping[str, Any], config: StudioConfig) -> dict[str, Any]:
-    """Return the values of the fields of the addons of one kind that acted in a run."""
-    title = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter"}[kind]
-    places, values = options.get(kind) or [], dict[str, Any]()
-    images = options.get(f"{kind}_image") or options.get(f"{kind}_condition_image") or []
-    masks = options.get(f"{kind}_mask") or [None]
-    if len(images) not in (1, len(places)):
-        raise ValueError(f"The image has {len(images)} images for {len(places)} {title}s; use sample.py for it.")
-    for number, place in enumerate(places):
-        name = f"{kind}{_index(title, place, getattr(config, kind))}"
-        values[f"{name}_image"] = each(images, len(places))[number]
-        values[f"{name}_where"] = _where(each(masks, len(places))[number], options)
-        if kind == "controlnet":
-            conditions = options.get("controlnet_condition") or [READY]
-            values[f"{name}_condition"] = condition = each(conditions, len(places))[number]
-            if condition not in conditions_of(config):
-                raise ValueError(
-                    f"The image follows a {condition} condition of a photo, for which this server has no model; start "
-                    f"it with --condition_model {condition}=PLACE."
-                )
-        for field, usual in (("scale", 1.0), ("start", 0.0), ("end", 1.0)):
-            values[f"{name}_{field}"] = each(options.get(f"{kind}_{field}") or [usual], len(places))[number]
-    return values
-
-
-def _where(mask: str | None, options: Mapping[str, Any]) -> str:
-    """Return the place of an addon as the page calls it. ValueError for a mask that is no region of the layout."""
-    if mask is None:
-        return EVERYWHERE
-    phrases = [region.phrase for layout in options.get("layout") or () for region in load_layout(layout).regions]
-    if mask.removeprefix(REGION) not in phrases:
-        raise ValueError("The image has an addon with a mask that is no region, which the page has not; use sample.py.")
-    return f"region {phrases.index(mask.removeprefix(REGION)) + 1}"
-
-
-def _index(title: str, place: str, known: Sequence[str]) -> int:
-    """Return the number of an addon among those of the server, which may have it by another path or name."""
-    last = _last(place)
-    for number, other in enumerate(known):
-        if _last(other) == last:
-            return number
-    raise ValueError(
-        f"The image was made with the {title} {last!r}, which this server does not have; start it with it."
-    )
-
-
-def _last(place: str) -> str:
-    """Return the last part of NAME=PLACE or PLACE."""
-    return PurePath(place.rpartition("=")[2]).name
-
-
-def _photo(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the photo that the run started from, and its use."""
+def _photo(options: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Return the photo that the run started from, and its use. ValueError for a mask that is not its regions."""
     labels = {name: label for label, name in PHOTO_USES.items()}
     images = options.get("init_image") or []
     if not images:
         return {"photo": None, "photo_use": labels["behind"]}
     load_image(images[0])  # ValueError for a file that is not an image
-    use = "inpaint" if options.get("inpaint_mask") else "image"
+    use = "image"
+    if masks := options.get("inpaint_mask"):
+        use, layouts = "inpaint", [load_layout(path) for path in options.get("layout") or ()]
+        if not layouts or _repainted(layouts[0], size) != mask_to_pil(load_mask(masks[0], size)).tobytes():
+            raise ValueError(
+                "The image repaints a mask that is not its regions, which the page has not; use sample.py."
+            )
     return {"photo": images[0], "photo_use": labels[use], "photo_strength": options.get("strength") or 0.7}
+
+
+def _repainted(layout: Layout, size: tuple[int, int]) -> bytes:
+    return mask_to_pil(layout.masks(size).amax(dim=0)).tobytes()

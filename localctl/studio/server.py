@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from localctl.images import MAX_PIXELS
@@ -62,7 +64,6 @@ def serve(config: StudioConfig, block: bool = True) -> Any:
     """
     config.check_places()
     _own_environment()
-    _guard_decoding()
     from localctl.studio.app import build  # with gradio
 
     if config.exposed:
@@ -71,9 +72,13 @@ def serve(config: StudioConfig, block: bool = True) -> Any:
             "adapters, and upload images."
         )
     blocks = build(config)
+    guarded = ExitStack()
+    guarded.enter_context(_guarded_decoding())
+    blocks.studio.closing.append(guarded.close)
     try:
         _, url, link = blocks.launch(prevent_thread_lock=True, **launch_options(config))
     except OSError as error:
+        blocks.studio.close()
         port = config.port or DEFAULT_PORT
         raise ValueError(f"The port {port} cannot be used ({error}); choose another --port.") from error
     print(f"The studio is at {url}", flush=True)
@@ -97,12 +102,19 @@ def _own_environment() -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 
-def _guard_decoding() -> None:
+@contextmanager
+def _guarded_decoding() -> Iterator[None]:
     """Make Pillow refuse images of more than ``MAX_PIXELS`` in this process, whoever opens them."""
     from PIL import Image
 
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def _free_port(host: str) -> int | None:

@@ -45,6 +45,7 @@ class Session:
             name, _ = self.results.popitem(last=False)
             with suppress(FileNotFoundError):
                 (self.folder / name).unlink()
+            shutil.rmtree((self.folder / name).with_suffix(""), ignore_errors=True)  # what was offered with it
 
     def cancel(self) -> int:
         """Ask all jobs of this session to stop; return how many there were."""

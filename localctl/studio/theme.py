@@ -20,6 +20,9 @@ COLORS = (
     "#99ffdd",
     "#ccbb55",
 )
+# Of text that is less important; it has contrast on every ground of the page, which a test measures.
+SUBDUED, SUBDUED_DARK = "#6b665f", "#a8a29a"
+GROUNDS, GROUNDS_DARK = ("#f6f5f2", "#ffffff", "#fbfaf8"), ("#171716", "#222120", "#2b2a28")  # page, block, input
 _SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "Cantarell", "Noto Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -48,10 +51,12 @@ def theme() -> Any:
         spacing_size=themes.sizes.spacing_md,
         text_size=themes.sizes.text_md,
     ).set(
-        body_background_fill="#f6f5f2",
-        body_background_fill_dark="#171716",
-        block_background_fill="#ffffff",
-        block_background_fill_dark="#222120",
+        body_background_fill=GROUNDS[0],
+        body_background_fill_dark=GROUNDS_DARK[0],
+        body_text_color_subdued=SUBDUED,
+        body_text_color_subdued_dark=SUBDUED_DARK,
+        block_background_fill=GROUNDS[1],
+        block_background_fill_dark=GROUNDS_DARK[1],
         block_border_width="0px",
         block_shadow="none",
         block_label_background_fill="transparent",
@@ -62,8 +67,8 @@ def theme() -> Any:
         block_title_text_weight="500",
         block_title_text_color="*neutral_700",
         block_title_text_color_dark="*neutral_200",
-        input_background_fill="#fbfaf8",
-        input_background_fill_dark="#2b2a28",
+        input_background_fill=GROUNDS[2],
+        input_background_fill_dark=GROUNDS_DARK[2],
         input_border_color="*neutral_300",
         input_border_color_dark="*neutral_600",
         button_primary_background_fill="#0f766e",

@@ -31,6 +31,8 @@ from localctl.studio.training_runs import (
 MOST_RUNS = 6  # in one plot
 _PLOTS = ("denoising loss", "local loss", "validation F1", "learning rate")
 _POLL = 1.5  # seconds between two looks at a running training
+_RUNS = "The curves of all of them; sheets and adapters of the first one."
+_NO_RUNS = "There are no runs in the folder of --runs yet; train a quick adapter."
 _NOTE = (
     "A quick run trains 100 steps on the embedded scenes (minutes on a CPU): a look at the whole way from data to "
     "adapter, too short for a good one. It belongs to this server: everybody who opens this page sees it, and it goes "
@@ -61,7 +63,7 @@ def add(studio: Studio, blocks: Any, used_by: Sequence[Any] = (), tabs: Any = No
     with gr.Row(elem_classes="studio-bar"):
         runs = gr.Dropdown(
             [], multiselect=True, max_choices=MOST_RUNS, label="Runs", scale=5, elem_id="training-runs",
-            info="The curves of all of them; sheets and adapters of the first one.",
+            info=_RUNS,
         )  # fmt: skip
         refresh = gr.Button("Look again", size="md", scale=0, min_width=120)
     with gr.Row():
@@ -163,7 +165,7 @@ def _shown(root: Path, chosen: list[str] | None) -> list[Any]:
     adapters = list(run_adapters(first)) if first else []
     newest = steps[-1] if steps else None
     return [
-        gr.update(choices=list(known), value=names),
+        gr.update(choices=list(known), value=names, info=_RUNS if known else _NO_RUNS),
         *(gr.update(value=frame, visible=not frame.empty) for frame in frames),
         gr.update(choices=steps, value=newest, visible=bool(steps)),
         gr.update(value=_sheet(root, names, newest), visible=bool(steps)),
@@ -227,7 +229,10 @@ def _wire_training(view: _View, root: Path, trainer: Trainer, parts: tuple[Any, 
         if training is None or training.run not in list_runs(root):
             return [*state(), *[gr.skip()] * len(shown)]
         rest = [name for name in chosen or () if name != training.run]
-        return [*state(), *_shown(root, [training.run, *rest])]
+        updates = _shown(root, [training.run, *rest])
+        if (chosen or [])[:1] == [training.run]:
+            updates[0] = gr.skip()  # what is chosen meanwhile stays
+        return [*state(), *updates]
 
     quiet = {"api_visibility": "private", "show_progress": "hidden"}
     start.click(begin, None, controls, **quiet)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from localctl.images import load_image
 from localctl.sizes import shown
+from localctl.studio import progress
 
 UNREADABLE = "This file is not an image that can be read; save it as PNG, JPEG or WebP."
 
@@ -40,3 +41,12 @@ def read_photo(name: str, value: Any) -> Image.Image | None:
     except OSError as error:
         raise ValueError(f"{name} is not there any more ({error.strerror}); upload it again.") from None
     return load_image(content, name)
+
+
+def check_photo(photo: Any) -> Any:
+    """Say at once that an upload cannot be used, or nothing."""
+    try:
+        read_photo("The image", photo)
+    except ValueError as error:
+        return progress.failed(str(error))
+    return gr.skip()

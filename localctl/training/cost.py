@@ -121,6 +121,8 @@ def report(settings: TrainSettings) -> str:
     text = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows] + [""]
     if estimator.shape.from_table:
         text.append(f"None of the files of {base} are here yet; its well-known shape is counted.")
+    if settings.loss.filter == "edges":
+        text.append("Decoding by loss=edges, of the images with little noise, is not counted.")
     per_update = settings.gradient_accumulation_steps * settings.train_batch_size
     text += [
         f"An update of these settings takes {per_update} samples per process: "

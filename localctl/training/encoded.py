@@ -162,9 +162,11 @@ def plain(source: Source) -> Source:
 
 
 def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
-    """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated."""
+    """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated. The
+    VAE is used for edges in decoded images."""
     encoded = isinstance(source, EncodedSource) and not settings.generates_images
-    return () if not encoded else ("vae", "text_encoder", "text_encoder_2")
+    vae = () if settings.loss.filter == "edges" else ("vae",)
+    return () if not encoded else (*vae, "text_encoder", "text_encoder_2")
 
 
 def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:

@@ -14,6 +14,7 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import BaseConfig, vae_not_loaded
 from localctl.messages import no_progress_bars
 from localctl.pipelines import DTYPES, full_precision_vae, is_xl, load_pipeline
+from localctl.training.frozen_layers import keep_less
 from localctl.training.settings import TrainSettings
 
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -41,6 +42,8 @@ def load_frozen(
     if device.type == "cpu":  # on a GPU, normalisation copies every activation to the other format: 5 % slower
         for name in {"unet", "vae"} - set(absent):
             getattr(pipe, name).to(memory_format=torch.channels_last)
+        if "unet" not in absent:  # not measured on GPUs, where the host has little time to spare for each layer
+            keep_less(pipe.unet)
     return pipe
 
 

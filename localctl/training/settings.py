@@ -11,8 +11,9 @@ from pydantic import Field
 
 from localctl.bases import BASES, BaseConfig, BaseSpec
 from localctl.data.config import DataConfig
-from localctl.records import Decay, NotNegative, Positive, Rate, Share, record
+from localctl.records import Decay, Finite, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
+    EDGE_CONDITIONS,
     AdapterType,
     ConditionConfig,
     LossConfig,
@@ -136,8 +137,11 @@ class TrainSettings:
     adam_epsilon: AdamW's guard against dividing by zero.
     max_grad_norm: gradients are scaled down to this norm; null = they are not.
     proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
-    timestep_sampling: distribution of the timesteps: uniform, or cubic, which prefers noisy ones as published; null =
-        the base's own, uniform for micro and cubic for others.
+    timestep_sampling: distribution of the timesteps: uniform; cubic, which prefers noisy ones as published; or
+        logit_normal, which prefers those in the middle; null = the base's own, uniform for micro and cubic for others.
+    logit_mean: of logit_normal; above 0 = noisier.
+    logit_std: of logit_normal.
+    timestep_range: the timesteps sampled, as a part of all: [0, 1] = all, [0.2, 0.8] = none of the ends.
     logging_steps: steps between rows of the log.
     validation_steps: steps between validations; 0 = none.
     checkpointing_steps: steps between checkpoints; 0 = none.
@@ -196,6 +200,9 @@ class TrainSettings:
     max_grad_norm: float | None = 1.0
     proportion_empty_prompts: Share = 0.1
     timestep_sampling: TimestepSampling | None = None
+    logit_mean: Finite = 0.0
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    timestep_range: tuple[Share, Share] = (0.0, 1.0)
 
     logging_steps: Positive = 20
     validation_steps: NotNegative = 350
@@ -217,10 +224,22 @@ class TrainSettings:
             raise ValueError("The training has no end; set max_train_steps or num_train_epochs.")
         if self.lr_scheduler == "polynomial" and self.learning_rate <= LR_END:
             raise ValueError(f"The polynomial lr_scheduler ends at {LR_END:g}; choose a learning_rate above it.")
+        if not self.timestep_range[0] < self.timestep_range[1]:
+            raise ValueError(f"timestep_range needs low < high, not {list(self.timestep_range)}.")
+        if self.loss.filter == "edges" and self.condition.kind not in EDGE_CONDITIONS:
+            raise ValueError(
+                f"loss=edges compares edges, but it can extract no condition={self.condition.kind} from an image; "
+                f"choose condition={' or '.join(EDGE_CONDITIONS)}, or another loss."
+            )
         # Stored as numbers, so that a later default changes nothing.
         own = BASES.get(self.base.name, BaseSpec)
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
+        if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                f"logit_mean and logit_std are of timestep_sampling=logit_normal, not {self.timestep_sampling}; leave "
+                "them out."
+            )
         if self.validation.guidance_scale is None:
             self.validation = replace(self.validation, guidance_scale=own.guidance_scale)
         if self.early_stopping.guidance_scale is None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from localctl.data.sample import Batch
 from localctl.devices import send
-from localctl.diffusion import DiffusionSample, add_noise, timesteps_from_uniform
-from localctl.losses import LossTerms, local_control_loss
+from localctl.diffusion import DiffusionSample, add_noise, decode, timesteps_from_uniform
+from localctl.losses import EdgeTarget, LossTerms, local_control_loss
 from localctl.seeding import generator, noise
 from localctl.training.halves import mean_loss
 from localctl.training.models import Models
@@ -88,7 +89,14 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     """
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
     assert settings.timestep_sampling is not None  # the settings have replaced null
-    timesteps = timesteps_from_uniform(sampled.uniform, models.num_train_timesteps, settings.timestep_sampling)
+    timesteps = timesteps_from_uniform(
+        sampled.uniform,
+        models.num_train_timesteps,
+        settings.timestep_sampling,
+        settings.logit_mean,
+        settings.logit_std,
+        settings.timestep_range,
+    )
     sample = add_noise(latents, sampled.noise, timesteps, models.alphas_cumprod)
     with _statistics(models.plain_adapter.adapter) as statistics:
         features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
@@ -97,7 +105,8 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
 
     def compute(rows: slice, some: list[Tensor]) -> LossTerms:
         part = DiffusionSample(latents[rows], sampled.noise[rows], sample.noisy[rows], timesteps[rows])
-        return _loss_terms(models, settings, part, _rows_of(arguments, rows), batch.mask[rows], some)
+        inputs = batch.condition[rows], batch.mask[rows]
+        return _loss_terms(models, settings, part, _rows_of(arguments, rows), inputs, some)
 
     loss, terms = mean_loss(compute, features, whole=settings.compile)  # two threads would compile at once
     return StepOutput(loss, terms, timesteps, feature_mean, feature_var)
@@ -108,10 +117,12 @@ def _loss_terms(
     settings: TrainSettings,
     sample: DiffusionSample,
     arguments: dict[str, Any],
-    mask: Tensor,
+    inputs: tuple[Tensor, Tensor],
     features: list[Tensor],
 ) -> LossTerms:
-    """Return the terms of a noised batch, whose U-Net takes ``arguments`` and the adapter's ``features``."""
+    """Return the terms of a noised batch, whose U-Net takes ``arguments`` and the adapter's ``features`` of the
+    ``inputs``, condition and mask."""
+    condition, mask = inputs
     # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
     with torch.autocast(mask.device.type, enabled=False):
         output = models.unet(
@@ -120,7 +131,9 @@ def _loss_terms(
             **arguments,
             down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
         ).sample
-    return local_control_loss(sample, output, mask, models.alphas_cumprod, models.prediction_type, settings.loss)
+    target = EdgeTarget(condition, settings.condition, partial(decode, models.vae))
+    schedule = models.alphas_cumprod, models.prediction_type
+    return local_control_loss(sample, output, mask, *schedule, settings.loss, target)
 
 
 def _rows_of(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:

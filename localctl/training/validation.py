@@ -167,7 +167,12 @@ class Validator:
             controls = []
             if adapter is not None:
                 condition = torch.stack([case.example.condition for case in cases])
-                controls = [LocalAdapterControl(adapter, condition, torch.stack([case.mask for case in cases]))]
+                masks = torch.stack([case.mask for case in cases])
+                guidance = {
+                    "unconditional_scale": self.config.unconditional_scale,
+                    "guidance_scale": self.config.control_guidance_scale,
+                }
+                controls = [LocalAdapterControl(adapter, condition, masks, **guidance)]
             images += generate(
                 self.models.pipe,
                 [Layout(case.prompt, height, width) for case in cases],

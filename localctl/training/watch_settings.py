@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from localctl.bases import SchedulerName
-from localctl.records import NotNegative, Positive, Rate, Share, record
+from localctl.records import Finite, NotNegative, Positive, Rate, Share, record
 
 
 @record("validation")
@@ -21,6 +21,8 @@ class ValidationConfig:
     batch_size: images per batch; does not change them.
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
+    unconditional_scale: factor of the adapter's features beside the empty prompt; 0 makes control stronger.
+    control_guidance_scale: a guidance scale of the adapter's own, beside guidance_scale; null = none.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
         dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd.
     seed: of the noise.
@@ -33,6 +35,8 @@ class ValidationConfig:
     batch_size: Positive = 8
     num_inference_steps: Positive = 20
     guidance_scale: float | None = None
+    unconditional_scale: Finite = 1.0
+    control_guidance_scale: Finite | None = None
     scheduler: SchedulerName = "ddim"
     seed: int = 0
     proportion_empty_prompts: Share = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -139,10 +139,7 @@ def optimize_weights(
     """
     control = control or OptimizedSpaceTime()
     denoiser = denoiser_of(pipe)
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
-    if not any(description(region) for region in layout.regions):
-        raise ValueError("No region of the layout has a phrase or a prompt, so no weight can be optimised; add one.")
+    _check_optimizable(layout, num_inference_steps)
     check_gradients(denoiser, "An optimisation of weights")
     height, width = image_size(pipe, [layout], {})
     objective = ClipObjective(clip, layout, (height, width), control.region_factor, control.normalise_pixels)
@@ -153,26 +150,40 @@ def optimize_weights(
     with _sampling(pipe), attach(pipe, layout, [control.with_weights(weights), *controls]) as attached:
         if any(bound.moves_latents for bound in attached.bound):
             raise ValueError("Weights cannot be optimised with a control that moves latents; leave LayoutGuidance out.")
+        if any(bound.guidance_scale is not None for bound in attached.bound):
+            raise ValueError("Weights cannot be optimised with a control's own guidance_scale; leave that out.")
         conditioning = denoiser.condition(layout.prompt, (height, width), guidance_scale, negative_prompt)
         pipe.scheduler.set_timesteps(num_inference_steps)
         visited = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps.long().cpu()]
         check_schedule(visited, denoiser.prediction_type)
-        total, steps = control.epochs * len(pipe.scheduler.timesteps), itertools.count(1)
+        total = control.epochs * len(pipe.scheduler.timesteps)
         with tqdm(total=total, desc="optimising weights", unit="step", disable=not progress) as bar:
             options: dict[str, Any] = {"last_steps": control.last_steps or None, "checkpointing": checkpointing}
-
-            def after_call() -> None:
-                bar.update()
-                if on_step is not None:
-                    on_step(SamplingStep(next(steps), total, None))
-
+            options["after_call"] = _counted(bar, on_step)
             for _ in range(control.epochs):
-                latents = sample_latents(
-                    pipe, conditioning, noise, num_inference_steps, **options, after_call=after_call
-                )
+                latents = sample_latents(pipe, conditioning, noise, num_inference_steps, **options)
                 losses.append(_step(adam, objective(decode(pipe, latents)), weights, control.mix == "convex"))
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
     return OptimizedWeights(weights.detach().clone(), tuple(losses))
+
+
+def _check_optimizable(layout: Layout, num_inference_steps: int) -> None:
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
+    if not any(description(region) for region in layout.regions):
+        raise ValueError("No region of the layout has a phrase or a prompt, so no weight can be optimised; add one.")
+
+
+def _counted(bar: tqdm, on_step: OnStep | None) -> Callable[[], None]:
+    """Return a function that counts a step on ``bar``, and calls ``on_step``."""
+    steps = itertools.count(1)
+
+    def after_call() -> None:
+        bar.update()
+        if on_step is not None:
+            on_step(SamplingStep(next(steps), int(bar.total), None))
+
+    return after_call
 
 
 def _step(adam: torch.optim.Optimizer, loss: Tensor, weights: Tensor, convex: bool) -> float:

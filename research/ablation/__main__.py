@@ -2,6 +2,7 @@
 
   python -m research.ablation --report docs/ablation.md            all rows; run again to resume
   python -m research.ablation --report docs/ablation.md --sweep    also sweep the local term
+  python -m research.ablation --part val --count 60 --guidance examples/adapter --rows --report docs/ablation_choices.md
   python -m research.ablation --rows sobel feature_masked --max_train_steps 200
 
 The result of each training is written as soon as it is measured, and kept; a training that was stopped
@@ -19,7 +20,7 @@ from localctl.cli.arguments import Arguments
 from localctl.cli.program import one_sentence
 from localctl.messages import loading
 from localctl.settings import NORMALISE, SCHEDULES
-from research.ablation.rows import BASE, ROWS, Cell, Protocol, Sweep, row_cells, sweep_cells
+from research.ablation.rows import BASE, ROWS, Cell, Protocol, Sweep, guidance_cells, row_cells, sweep_cells
 from research.flags import REPORT_HELP, add_protocol, results_of
 
 PROGRAM = "research.ablation"
@@ -39,6 +40,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sweep_schedules", nargs="+", choices=SCHEDULES, default=["constant", "snr"], help="w(t) of the local term")
     add("--sweep_normalise", nargs="+", choices=NORMALISE, default=["map", "mask"], help="loss.normalise")
     add("--sweep_steps", type=int, default=250, help="steps of each training of the sweep")
+    add("--guidance", metavar="DIR", help="also sample this adapter with several ways of guidance")
+    add("--part", choices=("val", "test"), help="of the scenes: val for choices, test (default) for claims")
     add("--count", type=int, default=protocol.count, help="held-out scenes")
     add_protocol(parser, protocol)
     add("--report", type=Path, default=Path("outputs/ablation.md"), help=REPORT_HELP)
@@ -54,7 +57,19 @@ def planned(args: argparse.Namespace) -> list[Cell]:
         if min(sweep.weights) <= 0:
             raise ValueError("--sweep_weights must be above 0; the sweep trains without the local term anyway.")
         cells += sweep_cells(sweep, args.seeds[0], args.train)
-    return cells
+    return cells if args.guidance is None else [*guidance_cells(args.guidance), *cells]
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    """Return how everything is measured."""
+    return Protocol(
+        base=args.base,
+        part=args.part,
+        count=args.count,
+        num_inference_steps=args.num_inference_steps,
+        extractors=tuple(args.extractor),
+        references=args.references,
+    )
 
 
 @one_sentence(PROGRAM)
@@ -67,14 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from research.ablation.report import write_report
         from research.ablation.study import Ablation, Interrupted
 
-    protocol = Protocol(
-        base=args.base,
-        count=args.count,
-        num_inference_steps=args.num_inference_steps,
-        extractors=tuple(args.extractor),
-        references=args.references,
-    )
-    study = Ablation(protocol, folder, args.work_dir)
+    study = Ablation(protocol_of(args), folder, args.work_dir)
     try:
         study.run([BASE, *cells], lambda: write_report(folder, args.report))
     except Interrupted as stopped:

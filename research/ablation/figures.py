@@ -13,7 +13,7 @@ import numpy as np
 from localctl.evaluation.compare import CEILING
 from localctl.metrics.bootstrap import Interval
 from localctl.seeding import numpy_rng
-from research.ablation.rows import FLOOR, METHOD, ROWS, SWEEP, WITHOUT
+from research.ablation.rows import FLOOR, GUIDANCE, ROWS, SWEEP
 from research.harness import Result, as_table, read_results
 
 CONTROL = "control"  # (F1 - F1 of the base) / (F1 of the ceiling - F1 of the base)
@@ -85,6 +85,7 @@ class Figures:
                 found[result["row"]].append(result)
         self.rows = {name: trained for name, trained in found.items() if trained}
         self.sweep = [r for r in results.values() if r["row"] == SWEEP]
+        self.guidance = [r for r in results.values() if r["row"] == GUIDANCE]
         self.failed = [r for r in results.values() if r["failed"]]
         self.resampler = Resampler(len(self.base.ids))
 
@@ -97,7 +98,7 @@ class Figures:
         """The table (S, n, k) of each row: seeds, scenes, columns; also of the ceiling and of the sweep's settings."""
         tables = {FLOOR: self.base.samples[None], CEILING: as_table(self.base["ceiling"])[None]}
         tables |= {name: np.stack([r.samples for r in trained]) for name, trained in self.rows.items()}
-        return tables | {r.name: r.samples[None] for r in self.sweep if not r["failed"]}
+        return tables | {r.name: r.samples[None] for r in (*self.sweep, *self.guidance) if not r["failed"]}
 
     def mean(self, row: str, column: str) -> Interval | None:
         """Return the mean over seeds and scenes of a column, or of ``control``."""
@@ -145,14 +146,12 @@ class Figures:
 
     def distance(self, row: str, name: str) -> float:
         """Return the mean distance over the trainings; it is of whole sets, so it has no interval over scenes."""
-        trained = [self.base] if row == FLOOR else self.rows.get(row) or [r for r in self.sweep if r.name == row]
+        trained = (
+            [self.base]
+            if row == FLOOR
+            else self.rows.get(row) or [r for r in (*self.sweep, *self.guidance) if r.name == row]
+        )
         return float(np.mean([r["distances"][name] for r in trained]))
-
-    def headline(self, column: str = "f1") -> Interval | None:
-        """Return the method's gain over the same without its local term; None if they share no training seed yet."""
-        if METHOD not in self.rows or WITHOUT not in self.rows:
-            return None
-        return self.difference(METHOD, WITHOUT, column)
 
     def _means(self, row: str, column: str) -> np.ndarray:
         return self.resampler.means(self._column(row, column))

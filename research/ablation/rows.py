@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from localctl.cli.config import load_config
@@ -17,6 +17,7 @@ from research import flags
 FLOOR = "base"
 WITHOUT, METHOD = "feature_masked", "sobel"  # the two headline rows
 SWEEP = "sweep"
+GUIDANCE = "guidance"
 CHECKPOINTS = 100  # steps between two
 
 
@@ -26,29 +27,38 @@ class Protocol(flags.Protocol):
 
     LEAST: ClassVar[Mapping[str, int]] = {"count": 2, **flags.Protocol.LEAST}
 
-    count: int = 200
+    part: str | None = None  # of the scenes; None: test
+    count: int = 100
     num_inference_steps: int = 20
     guidance_scale: float = 2.0
     batch_size: int = 16
-    extractors: tuple[str, ...] = ("micro_clip", "efficientnet_lite0")
+    references: int = 512
+
+
+PROMPT_ROWS = {"unconditional_scale": 0.0}  # the features are on the rows of the prompt alone
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant of the training. title: its name in tables."""
+    """A variant of the training, or of the sampling of one.
+
+    title: its name in tables. headline: whether it is trained with every seed, not with the first alone. against: the
+    row that lacks the one thing that this one adds. trained: the row whose trainings it samples; None: its own.
+    sampling: settings of its images. own_experiment: an experiment that is not only for the ablation.
+    """
 
     name: str
     title: str
+    headline: bool = False
+    against: str | None = None
+    trained: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
+    own_experiment: str | None = None
 
     @property
     def experiment(self) -> str:
         """The name of its experiment in ``config/experiment``."""
-        return f"ablation_{self.name}"
-
-    @property
-    def headline(self) -> bool:
-        """Whether it is trained with every seed, not with the first alone."""
-        return self.name in (WITHOUT, METHOD)
+        return self.own_experiment or f"ablation_{self.trained or self.name}"
 
 
 ROWS = {
@@ -56,13 +66,30 @@ ROWS = {
     for row in (
         Row("plain", "plain T2I-Adapter, whole condition"),
         Row("input_masked", "masked at the input"),
-        Row(WITHOUT, "features masked"),
+        Row(WITHOUT, "features masked", headline=True),
         Row("mse", "+ latent MSE in the mask"),
-        Row(METHOD, "+ Sobel in the mask (the method)"),
+        Row(METHOD, "+ Sobel in the mask (the method)", headline=True, against=WITHOUT),
         Row("sobel_snr", "the method, weighted by the SNR"),
         Row("sobel_nearest", "the method, mask_resize nearest"),
         Row("sobel_inside", "the method, mask_resize inside"),
         Row("sobel_cover", "the method, mask_resize cover"),
+        Row("edges", "+ edges of the decoded image in the mask", against=WITHOUT),
+        Row("logit_normal", "features masked, logit-normal timesteps", against=WITHOUT),
+        Row("inside_weight", "features masked, denoising weighted 3 in the mask", against=WITHOUT),
+        Row("cover", "features masked, mask_resize cover", headline=True, against=WITHOUT),
+        Row("cover_edges", "mask_resize cover + edges", headline=True, against="cover"),
+        Row("cover_edges_strong", "mask_resize cover + edges, weight 0.5", headline=True, against="cover"),
+        Row("cover_prompt", "cover, on the prompt's rows", True, "cover", "cover", PROMPT_ROWS),
+        Row(
+            "cover_edges_prompt",
+            "cover + edges, on the prompt's rows",
+            True,
+            "cover_prompt",
+            "cover_edges",
+            PROMPT_ROWS,
+        ),
+        Row("best", "best_canny, 700 steps, prompt's rows", sampling=PROMPT_ROWS, own_experiment="best_canny"),
+        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
     )
 }
 
@@ -72,7 +99,8 @@ class Cell:
     """One training to measure.
 
     name: of its files. row: name of its row, or ``sweep``. title: its name in tables. overrides: of the training
-    settings, as on the command line.
+    settings, as on the command line. sampling: of the settings of its images. trained: name of its training, which
+    other cells may share. adapter: the folder of an adapter that is there already, in place of a training.
     """
 
     name: str
@@ -80,6 +108,9 @@ class Cell:
     title: str
     seed: int
     overrides: tuple[str, ...]
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
+    adapter: str | None = None
+    trained: str | None = None
 
     def settings(self, base: str, output_dir: str) -> TrainSettings:
         """Return the settings of the training. Raises ValueError for overrides that are not valid."""
@@ -107,6 +138,26 @@ class Sweep:
 BASE = Cell(FLOOR, FLOOR, "base alone", 0, ())  # not trained: the floor; its result has the ceiling, too
 
 
+# How an adapter's features take part in guidance: title -> settings of its images.
+GUIDANCES: dict[str, Mapping[str, float]] = {
+    "on all rows": {},
+    "on the rows of the prompt alone": {"unconditional_scale": 0.0},
+    "own guidance 1.5": {"control_guidance_scale": 1.5},
+    "own guidance 3": {"control_guidance_scale": 3.0},
+    "weight 1.3": {"weight": 1.3},
+    "guidance 3, on all rows": {"guidance_scale": 3.0},
+    "guidance 3, own guidance 2": {"guidance_scale": 3.0, "control_guidance_scale": 2.0},
+}
+
+
+def guidance_cells(adapter: str) -> list[Cell]:
+    """Return the cells that sample a trained adapter with each of ``GUIDANCES``."""
+    return [
+        Cell(f"{GUIDANCE}_{number}", GUIDANCE, title, 0, (), sampling, adapter)
+        for number, (title, sampling) in enumerate(GUIDANCES.items())
+    ]
+
+
 def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, more: Sequence[str] = ()) -> list[Cell]:
     """Return the cells of the rows in ``names``: headline rows with every seed, the others with the first alone.
 
@@ -123,7 +174,15 @@ def row_cells(names: Sequence[str], seeds: Sequence[int], steps: int | None, mor
     length = () if steps is None else (f"max_train_steps={steps}",)
     rows = [row for name, row in ROWS.items() if name in names]
     return [
-        Cell(f"{row.name}_seed{seed}", row.name, row.title, seed, (f"experiment={row.experiment}", *length, *more))
+        Cell(
+            f"{row.name}_seed{seed}",
+            row.name,
+            row.title,
+            seed,
+            (f"experiment={row.experiment}", *length, *more),
+            row.sampling,
+            trained=f"{row.trained or row.name}_seed{seed}",
+        )
         for seed in seeds
         for row in rows
         if row.headline or seed == seeds[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from localctl.boxes import Box
 from localctl.data import DataConfig
 from localctl.drawing import outline
 from localctl.evaluation.compare import CEILING, Comparison, compare
 from localctl.evaluation.fid import make_reference, score_set
 from localctl.evaluation.generated_set import generate_set, read_images, read_set
-from localctl.evaluation.measuring import read_targets
+from localctl.evaluation.measuring import Target, read_targets
 from localctl.evaluation.provenance import versions
 from localctl.evaluation.settings import FidSettings
+from localctl.files import sha256_of_folder
 from localctl.messages import log_to_screen
 from localctl.metrics.edges import canny
 from localctl.metrics.statistics import Statistics
+from localctl.micro.detect import detect
 from localctl.pipelines import BaseConfig
 from localctl.redaction import recorded
 from localctl.training.export import ADAPTER
@@ -37,6 +42,38 @@ logger = logging.getLogger(__name__)
 CONDITIONS = "conditions"  # the strip of conditions and masks
 SHOWN = 6  # scenes in the sheet
 _RECORDED = ("extractor", "weights_sha256", "preprocessing", "feature_dtype", "n_real", "n_fake")
+
+
+OBJECTS = ("color_in", "object_in", "color_out", "object_out")
+
+
+def objects_right(image: np.ndarray, target: Target) -> list[float]:
+    """Return the shares of the caption's objects that are in the image: by colour alone, and by colour and shape, first
+    of those whose place in the condition is mostly inside the mask, then of those mostly outside; NaN without any.
+
+    They count wherever they are, as the caption does not say where, so that the base's shares can be compared.
+    """
+    assert target.truth is not None
+    phrases = [item.phrase for item in detect(image, min_match=0).objects]
+    colors, whole = {phrase.split()[0] for phrase in phrases}, {item.phrase for item in detect(image).objects}
+    shares = []
+    for inside in (True, False):
+        chosen = [item.label for item in target.truth.objects if (_covered(item.box, target.mask) >= 0.5) == inside]
+        for found, names in ((colors, [label.split()[0] for label in chosen]), (whole, chosen)):
+            shares.append(float(np.mean([name in found for name in names])) if names else math.nan)
+    return shares
+
+
+def _covered(box: Box, mask: np.ndarray) -> float:
+    x0, y0, x1, y1 = box
+    return float(mask[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)].mean())
+
+
+def floor_of(cell: Cell) -> Cell:
+    """Return the base alone, sampled with the pipeline's settings of ``cell``, to compare it with."""
+    own = {name: value for name, value in cell.sampling.items() if name in ("guidance_scale", "num_inference_steps")}
+    name = "_".join([FLOOR, *(f"{key}_{value:g}" for key, value in own.items())])
+    return replace(BASE, name=name, sampling=own) if own else BASE
 
 
 class Interrupted(Exception):
@@ -65,6 +102,10 @@ class Ablation(Study[Cell]):
         asked = super().asked(variant)
         if variant == BASE:
             return asked
+        if variant.sampling:
+            asked["sampling"] = dict(variant.sampling)
+        if variant.adapter is not None:
+            return {**asked, "adapter_sha256": sha256_of_folder(variant.adapter)}
         settings = self.training(variant)
         overrides, steps = list(variant.overrides), settings.max_train_steps
         trained = {"overrides": overrides, "seed": variant.seed, "steps": steps, "config_sha256": config_hash(settings)}
@@ -72,6 +113,8 @@ class Ablation(Study[Cell]):
 
     def earlier(self, variant: Cell, content: Mapping[str, Any]) -> dict[str, Any]:
         asked = super().earlier(variant, content)
+        if variant.adapter is not None:
+            return asked
         trained = content.get("training", {}).get("settings")
         if trained and not setting_changes(trained, recorded(self.training(variant))):
             asked["config_sha256"] = config_hash(self.training(variant))
@@ -81,8 +124,8 @@ class Ablation(Study[Cell]):
         """Train, generate and measure. Raises Interrupted after a signal."""
         assert self.extractors  # loaded now, so that a missing one is an error before the training
         about = {"row": variant.row, "title": variant.title, "seed": variant.seed}
-        adapter, training = None, {}
-        if variant != BASE:
+        adapter, training = None if variant.adapter is None else Path(variant.adapter), {}
+        if variant != BASE and adapter is None:
             settings = self.training(variant)
             logger.info(f"{variant.name}: training {settings.max_train_steps} steps")
             try:
@@ -91,18 +134,20 @@ class Ablation(Study[Cell]):
                 return {"failed": str(error), **about, "provenance": {"versions": versions()}}
             training = {"settings": recorded(settings), "device": "cuda" if torch.cuda.is_available() else "cpu"}
         # The base may have been measured on another machine, which has its images.
-        floor = self.generated(BASE, None)
+        floor = self.generated(floor_of(variant), None)
         folder = floor if variant == BASE else self.generated(variant, adapter)
         comparison = compare({FLOOR: floor, variant.name: folder}, self.clip, self.cache.tables)
+        objects = self._objects(variant, folder, comparison.ids)
         if variant == BASE or variant.row in ROWS:
             self._save_strips(variant, folder, comparison)
         distances, features = self._distances(folder)
+        ceiling = np.full_like(objects, np.nan)
         return {
             **about,
             "ids": list(comparison.ids),
-            "columns": list(comparison.columns),
-            "samples": as_rows(comparison.tables[variant.name]),
-            "ceiling": as_rows(comparison.tables[CEILING]) if variant == BASE else None,
+            "columns": [*comparison.columns, *OBJECTS],
+            "samples": as_rows(np.hstack([comparison.tables[variant.name], objects])),
+            "ceiling": as_rows(np.hstack([comparison.tables[CEILING], ceiling])) if variant == BASE else None,
             "distances": distances,
             "training": training,
             "provenance": {**comparison.provenance, "distances": features},
@@ -110,11 +155,11 @@ class Ablation(Study[Cell]):
 
     def training(self, cell: Cell) -> TrainSettings:
         """Return the training settings of ``cell``."""
-        return cell.settings(self.protocol.base, str(self.work / "runs" / cell.name))
+        return cell.settings(self.protocol.base, str(self.work / "runs" / (cell.trained or cell.name)))
 
     def generated(self, cell: Cell, adapter: Path | None) -> Path:
         """Generate the images that are missing, and return their folder."""
-        settings = self._settings(cell.name, adapter)
+        settings = self._settings(cell.name, adapter, **cell.sampling)
         generate_set(settings, "with_prompts")
         return settings.folder / "with_prompts"
 
@@ -126,7 +171,7 @@ class Ablation(Study[Cell]):
             "condition": self.example.condition,
             "mask": self.example.mask,
             "output_dir": str(self.work / "drawn" / name),
-            "part": "test",
+            "part": protocol.part or "test",
             "adapter": None if adapter is None else str(adapter),
             "num_images": protocol.count,
             "batch_size": protocol.batch_size,
@@ -150,6 +195,12 @@ class Ablation(Study[Cell]):
             provenance[extractor.name] = {key: scored["provenance"][key] for key in _RECORDED}
             provenance[extractor.name]["warnings"] = scored["warnings"]
         return values, provenance
+
+    def _objects(self, cell: Cell, folder: Path, ids: Sequence[str]) -> np.ndarray:
+        """Return the figures ``OBJECTS`` of each image in ``folder``, (n, 4)."""
+        images = [item.image for item in read_images(folder, ids)]
+        targets = read_targets(self._settings(cell.name, None), folder, ids)
+        return np.array([objects_right(image, target) for image, target in zip(images, targets, strict=True)])
 
     def _save_strips(self, cell: Cell, folder: Path, comparison: Comparison) -> None:
         """Save the strip of the first scenes' images; with that of the base, the strip of conditions and masks."""

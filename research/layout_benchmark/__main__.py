@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tune", nargs="*", metavar="CONTROL", help=f"tune these controls; without a name: {' '.join(SINGLE)}")
     add("--grid", nargs="+", default=[], metavar="CONTROL.NAME=V,V", help="axes of the grid, over the built-in ones")
     add("--layouts", type=int, help=f"default: {protocol.layouts}; with --tune 24")
-    add("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, protocol.seeds))}; with --tune 0")
+    add("--seeds", nargs="+", type=int, default=list(protocol.seeds), help="of the noise, each for every layout")
     add_protocol(parser, protocol)
     add(
         "--scheduler",
@@ -67,7 +67,7 @@ def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
         split="val" if tune else "test",
         layouts=(24 if tune else Protocol.layouts) if args.layouts is None else args.layouts,
         regions=(2,) if tune else Protocol.regions,
-        seeds=tuple(((0,) if tune else Protocol.seeds) if args.seeds is None else args.seeds),
+        seeds=tuple(args.seeds),
         num_inference_steps=args.num_inference_steps,
         scheduler=args.scheduler or Protocol.scheduler,
         guidance_scale=args.guidance_scale,

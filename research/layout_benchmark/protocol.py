@@ -30,7 +30,7 @@ class Protocol(flags.Protocol):
     split: str = "test"
     layouts: int = 200
     regions: tuple[int, ...] = (2, 1, 2, 3)
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
     cost: bool = True
     guidance_scale: float | None = None
 

@@ -46,7 +46,7 @@ _MEANINGS = (
     "- `present`: the share of objects that are there, wherever",
     "- `binding`: of the objects whose colour and whose shape both appear, the share that has the two together",
     "- `color_*`: the same as `right`, `accuracy` and `iou` for blobs of the right colour, whatever their shape",
-    "- `clip_score`: 100 cos of picture and prompt under the base's own CLIP",
+    "- `clip_score`: 100 cos of image and prompt under the base's own CLIP",
 )
 
 
@@ -132,7 +132,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         *base_note(figures.plain["asked"]),
         *reader_note(figures.plain["asked"]),
         f"{len(figures.plain.ids)} held-out layouts by number of regions ({counts}); {_generating(figures)};",
-        "the same noise for every method. The prompt names the objects, their boxes were drawn at random. Intervals",
+        "the same noise for every method. The prompt names the objects, their boxes are random. Intervals",
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
         *_ways(figures),
         "",
@@ -148,7 +148,7 @@ def _ways(figures: Figures) -> list[str]:
         own = [name for name in _names(figures) if not is_plain(name) and figures.plain_of(name).name == plain]
         way = figures.results[plain]["asked"]["sampling"]
         words = " and ".join(f"{key.replace('_', ' ')} {value}" for key, value in way.items() if value is not None)
-        lines.append(f"Drawn with {words}, which suits them, and compared with `{plain}`: {', '.join(own)}.")
+        lines.append(f"Generated with {words}, which suits them, and compared with `{plain}`: {', '.join(own)}.")
     return lines
 
 
@@ -217,7 +217,7 @@ def _attention(figures: Figures) -> list[str]:
         "## Where the attention sits",
         "",
         "Shares of the cross-attention by kind of token, over layers, heads, cells and steps, and the share of the",
-        "phrases' that lies inside their boxes (a spread-out one: the boxes' area). Eight pictures of two regions.",
+        "phrases' that lies inside their boxes (a spread-out one: the boxes' area). Eight images of two regions.",
         "",
         *table(kinds, ((name, [f"{shares[kind]:.3f}" for kind in kinds]) for name, shares in found.items())),
         "",
@@ -239,7 +239,7 @@ def _costs(figures: Figures) -> list[str]:
         f"Measured on {device}, in turns with plain sampling, medians of a short run with",
         "the methods' own windows; memory is what a run holds beside what was there before.",
         "",
-        *table(["seconds per picture", "over plain", "peak MiB"], rows),
+        *table(["seconds per image", "over plain", "peak MiB"], rows),
         "",
     ]
 
@@ -255,7 +255,7 @@ def _sheet(figures: Figures, results: Path, page: Path) -> list[str]:
     """Return the sheet of the first layouts of several regions under every method, with the first seed."""
     image, rows = sheet({name: results / f"{file_label(name)}.png" for name in _names(figures)})
     shown = figure(image, page, "pictures", "every method")
-    return ["## Pictures", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
+    return ["## Images", "", f"The first {min(SHOWN, rows)} layouts.", "", shown, ""]
 
 
 def _sources(figures: Figures, results: Path, page: Path) -> list[str]:

@@ -60,6 +60,14 @@ class CocoLayouts:
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def sizes(self) -> dict[str, list[float]]:
+        """Return the median width and height of each class in the scenes, as shares of the image's sides."""
+        found: dict[str, list[np.ndarray]] = {}
+        for scene in self.scenes:
+            for name, box in zip(scene.names, scene.boxes, strict=True):
+                found.setdefault(name, []).append(box[2:])
+        return {name: [round(float(x), 4) for x in np.median(found[name], axis=0)] for name in sorted(found)}
+
     def __getitem__(self, index: int) -> PlacedScene:
         return self.scenes[index]
 

@@ -118,7 +118,8 @@ class Run:
         self.step = 0
         state = torch.random.get_rng_state()
         torch.manual_seed(generator(settings.seed, "weights").initial_seed())
-        self.model = LayoutPredictor(**asdict(settings.predictor), trained_on=settings.data.name)
+        sizes = scenes.sizes() if isinstance(scenes, CocoLayouts) else None
+        self.model = LayoutPredictor(**asdict(settings.predictor), trained_on=settings.data.name, sizes=sizes)
         torch.random.set_rng_state(state)
         self.model.to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=settings.adam_weight_decay)

@@ -5,6 +5,8 @@ python -m research.micro_base --parts unet export --minutes 60        # train th
 python -m research.micro_base --continue_from localctl/micro/weights --parts unet export      # from shipped weights
 python -m research.micro_base --continue_from localctl/micro/weights --parts unet export --device cuda --bf16 \
     --unet_minutes 4 --scenes 60000 --unet_scenes 60000 --unet_batch 256                       # minutes on a GPU
+python -m research.micro_base --denoiser transformer --continue_from localctl/micro/weights --parts unet export \
+    --workdir outputs/micro_dit --output_dir outputs/micro_dit/base                    # SD3's transformer in its place
 """
 
 from __future__ import annotations
@@ -31,6 +33,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", type=Path, default=MICRO_WEIGHTS, help="folder to write the finished base to")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to train or export")
     add(
+        "--denoiser",
+        choices=("unet", "transformer"),
+        default="unet",
+        help="what the part `unet` trains and `export` writes: the U-Net, or a transformer of SD3's class by flow "
+        "matching; the flags --unet_* are for either",
+    )
+    add(
         "--minutes", type=float, default=0, help="stop each part after so many minutes (0 = never); run again to resume"
     )
     add("--threads", type=int, default=0, help="CPU threads (0 = all)")
@@ -42,6 +51,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--decoder_steps", type=int, default=900, help="steps of the decoder alone, on the cached latents")
     add("--clip_vision_steps", type=int, default=500, help="steps of the vision tower alone")
+    _add_unet(parser)
+    add(
+        "--patch",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",
+    )
+    add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
+    add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
+    add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
+    add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
+    args = parser.read(argv)
+    _check(args)
+    return args
+
+
+def _add_unet(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     add("--unet_steps", type=int, default=20000, help="steps of the U-Net")
     add("--unet_batch", type=int, default=24, help="scenes per step of the U-Net")
@@ -63,20 +96,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
     )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
-    add("--bf16", action="store_true", help="compute the U-Net in bfloat16 (with --unet_minutes)")
-    add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
-    add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
-    add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
-    args = parser.read(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise a ValueError for flags that cannot be followed."""
     if min(args.unet_mix) < 0 or sum(args.unet_mix) > 1:
         raise ValueError(f"--unet_mix {args.unet_mix} must be shares from 0 to 1 that add up to at most 1.")
     if not 0 < args.unet_noisy < 0.9:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
-    if args.bf16 and not args.unet_minutes:
-        raise ValueError("--bf16 acts on a training by the clock; give --unet_minutes, or leave it out.")
+    if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
+        raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
+    if args.teacher is not None and args.denoiser != "transformer":
+        raise ValueError("--teacher acts on --denoiser transformer; add that, or leave it out.")
+    if args.teacher is not None and not (args.teacher / "unet").is_dir():
+        raise ValueError(f"There is no folder {args.teacher / 'unet'}; give --teacher a base with a U-Net.")
     if args.unet_init is not None and not args.unet_init.is_file():
         raise ValueError(f"There is no file {args.unet_init} for --unet_init.")
-    return args
 
 
 @one_sentence(PROGRAM)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from localctl.pipelines import choose_pil_processors
+from research.micro_base.transformer import new_pipeline
 from research.micro_base.unet import new_scheduler
 
 
@@ -35,8 +37,6 @@ def export(
     choose_pil_processors()
     from diffusers import StableDiffusionPipeline  # only now: importing it chooses the processors
 
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_tower(clip),
@@ -47,9 +47,23 @@ def export(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    return _save(pipeline, folder, clip, tokenizer)
+
+
+def export_transformer(
+    folder: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, transformer: SD3Transformer2DModel
+) -> int:
+    """Write the pipeline of the transformer to ``folder``; return the size in bytes."""
+    return _save(new_pipeline(vae, clip, tokenizer, transformer), folder)
+
+
+def _save(pipeline: Any, folder: Path, clip: CLIPModel | None = None, tokenizer: CLIPTokenizer | None = None) -> int:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(temporary)
-    clip.half().save_pretrained(temporary / "clip")
-    tokenizer.save_pretrained(temporary / "clip")
+    if clip is not None and tokenizer is not None:
+        clip.half().save_pretrained(temporary / "clip")
+        tokenizer.save_pretrained(temporary / "clip")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -27,6 +27,8 @@ from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler
 from research.flags import RESULTS
 from research.harness import Case, first_scenes, generate_cases
 from research.micro_base.clip import retrieval_top1
+from research.micro_base.flow import JointAttention, velocity
+from research.micro_base.transformer import encoder
 
 BATCH, BATCH_ON_GPU = 16, 100  # images at once
 STEPS, GUIDANCE, SCHEDULER = 30, BASES["micro"].guidance_scale, "ddim"
@@ -82,14 +84,21 @@ def vae_figures(images: np.ndarray, decoded: np.ndarray) -> tuple[Interval, Inte
     return bootstrap(10 * np.log10(255**2 / error)), bootstrap(np.asarray(f1))
 
 
+def is_transformer(pipe: Any) -> bool:
+    """Return whether the base is the transformer of ``research.micro_base.transformer``."""
+    return hasattr(pipe, "transformer")
+
+
 def _holds(count: int, item: Scene) -> bool:
     return len(item.objects) == count
 
 
-def generate_captions(pipe: Any, scenes: list[Scene]) -> list[np.ndarray]:
+def generate_captions(pipe: Any, scenes: list[Scene], guidance: float = GUIDANCE) -> list[np.ndarray]:
     """Generate an image per caption; image i from the noise of seed i."""
     cases = [Case(str(item.index), item, Layout(item.caption), seed) for seed, item in enumerate(scenes)]
-    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": guidance}
+    if is_transformer(pipe):
+        options["max_sequence_length"] = 0  # tokens for the third text encoder, which it does not have
     size = BATCH if pipe.device.type == "cpu" else BATCH_ON_GPU
     return generate_cases(pipe, cases, lambda _: (), size, "captions", **options)
 
@@ -130,12 +139,21 @@ def three_object_figures(scenes: list[Scene], readings: list[Reading]) -> dict[s
 
 @torch.no_grad()
 def padding_mass(pipe: Any, captions: list[str]) -> float:
-    """Return the share of cross-attention on end and padding tokens, over all layers, at t = 500."""
-    ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(pipe.device)
-    states = pipe.text_encoder(ids).last_hidden_state
-    words = (ids != pipe.tokenizer.eos_token_id).to(states.dtype)  # (B, 77), the start token counts as a word
+    """Return the share of cross-attention on end and padding tokens, over all layers, at t = 500.
+
+    Of the transformer, the share among the attention of the image to words and padding.
+    """
+    ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)  # (B, T)
+    words = (ids != pipe.tokenizer.eos_token_id).float()  # (B, T), the start token counts as a word
     latents = torch.randn(len(captions), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(pipe.device)
     shares: list[float] = []
+    if is_transformer(pipe):
+        recorded: list[torch.Tensor] = []
+        with JointAttention(ids.shape[1], recorded):
+            t = torch.full((len(captions),), 770.0, device=pipe.device)  # as much noise as the U-Net's t = 500
+            velocity(pipe.transformer, latents, t, encoder(pipe)(captions))
+        return float(np.mean([float(1 - (attention * words[:, None]).sum(-1).mean()) for attention in recorded]))
+    states = pipe.text_encoder(ids).last_hidden_state
 
     def record(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query, key = module.to_q(args[0]), module.to_k(kwargs["encoder_hidden_states"])
@@ -189,14 +207,15 @@ def true_scene_figures(pipe: Any, clip: CLIPModel, tokenizer: CLIPTokenizer, sha
     return figures, {"vae": grid([[Image.fromarray(x) for x in rows[:8]] for rows in (images, decoded)])}
 
 
-def generated_figures(pipe: Any, share: float) -> tuple[Figures, Sheets]:
-    """Return the figures and sheets of generated images, all that depends on the U-Net; ``share`` as above."""
+def generated_figures(pipe: Any, share: float, guidance: float = GUIDANCE) -> tuple[Figures, Sheets]:
+    """Return the figures and sheets of generated images, all that depends on the denoiser; ``share`` as above."""
     captions = [scene_plan(i, "basic", "test").caption for i in range(32)]
-    figures: Figures = {"U-Net: attention on end and padding": padding_mass(pipe, captions)}
+    name = "transformer" if is_transformer(pipe) else "U-Net"
+    figures: Figures = {f"{name}: attention on end and padding": padding_mass(pipe, captions)}
     sheets: Sheets = {}
     for count, judge in enumerate((one_object_figures, two_object_figures, three_object_figures), start=1):
         chosen = first_scenes(int(200 * share), partial(_holds, count))
-        generated = generate_captions(pipe, chosen)
+        generated = generate_captions(pipe, chosen, guidance)
         readings = [detect(image) for image in generated]
         figures.update(judge(chosen, readings))
         sheets[f"objects{count}"] = sheet(chosen[:25], list(map(Image.fromarray, generated[:25])), readings[:25])
@@ -251,7 +270,7 @@ Eight scenes (top) and their round trip through the autoencoder (bottom):
 """
 
 
-def run(base: str, quick: bool, images_only: bool, output_dir: Path, device: str) -> None:
+def run(base: str, quick: bool, images_only: bool, output_dir: Path, device: str, guidance: float) -> None:
     """Measure and print the figures; unless ``quick``, write card, figures and sheets.
 
     Figures and sheets of the shipped base are written to research/results/, else beside the card.
@@ -261,15 +280,17 @@ def run(base: str, quick: bool, images_only: bool, output_dir: Path, device: str
         images_only: measure generated images only, and write no card.
 
     Raises:
-        ValueError: there is no such base.
+        ValueError: there is no such base, or it has no CLIP and not only images are to be measured.
     """
     folder = (MICRO_WEIGHTS if base == "micro" else Path(base)) / "clip"
-    if not folder.is_dir():
+    if not images_only and not folder.is_dir():
         raise ValueError(
-            f"There is no CLIP in {folder}; give --base micro, or a folder that research.micro_base has exported."
+            f"There is no CLIP in {folder}; give --base micro, a folder that research.micro_base has exported with its "
+            "U-Net, or --images_only."
         )
     pipe = load_pipeline(BaseConfig(name=base), device=process_device(device))
-    set_scheduler(pipe, SCHEDULER)
+    if not is_transformer(pipe):  # that has flow matching's own
+        set_scheduler(pipe, SCHEDULER)
     pipe.set_progress_bar_config(disable=True)
     share = 0.2 if quick else 1.0
     figures: Figures = {}
@@ -277,7 +298,7 @@ def run(base: str, quick: bool, images_only: bool, output_dir: Path, device: str
     if not images_only:
         clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         figures, sheets = true_scene_figures(pipe, clip, CLIPTokenizer.from_pretrained(folder), share)
-    generated, more = generated_figures(pipe, share)
+    generated, more = generated_figures(pipe, share, guidance)
     figures, sheets = figures | generated, sheets | more
     print(table(figures))
     if not quick:

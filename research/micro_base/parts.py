@@ -9,16 +9,25 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from localctl.diffusion import FLOW
 from localctl.distributed import process_device
-from research.micro_base.clip import new_clip, new_tokenizer, train_clip
+from research.micro_base.clip import new_clip, new_tokenizer, token_ids, train_clip
 from research.micro_base.clock import ClockConfig
 from research.micro_base.data import TrainingScenes
-from research.micro_base.export import export, text_tower
+from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import make_focus
 from research.micro_base.loop import LoopConfig, read_weights
-from research.micro_base.unet import latent_cache, new_unet, train_unet
+from research.micro_base.transformer import (
+    encoder,
+    load_teacher,
+    new_pipeline,
+    new_transformer,
+    patch_of,
+    transformer_kind,
+)
+from research.micro_base.unet import UNET, Encode, Kind, latent_cache, new_unet, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe
 from research.micro_base.vae import load_decoder, new_vae, set_scaling, train_decoder, train_vae
 from research.micro_base.words import train_words
@@ -72,12 +81,12 @@ def load(args: argparse.Namespace, data: TrainingScenes) -> tuple[CLIPTokenizer,
     return tokenizer, clip, vae
 
 
-def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, torch.Tensor] | None:
+def denoiser_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str, torch.Tensor] | None:
     """Return the weights of a checkpoint, else of --unet_init, else of the base to continue from; None without any."""
     for path in (checkpoint, args.unet_init):
         if path is not None and path.exists():
             return read_weights(path)
-    if args.continue_from is None:
+    if args.continue_from is None or args.denoiser == "transformer":  # that base has a U-Net
         return None
     return UNet2DConditionModel.from_pretrained(args.continue_from / "unet", dtype=torch.float32).state_dict()
 
@@ -85,13 +94,23 @@ def unet_weights(args: argparse.Namespace, checkpoint: Path | None) -> dict[str,
 def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
     """Return the cached latents; the file name has a hash of all they depend on, so changed weights get new ones."""
     tokenizer, clip, vae = load(args, data)
-    digest = hashlib.sha256(str((args.scenes, args.unet_scenes)).encode())
+    is_transformer = args.denoiser == "transformer"
+    digest = hashlib.sha256(str((args.scenes, args.unet_scenes, *[args.denoiser] * is_transformer)).encode())
     for part in (vae.encoder, vae.quant_conv, clip.text_model):
         for value in part.state_dict().values():
             digest.update(value.contiguous().numpy().tobytes())
     path = args.workdir / f"latents-{digest.hexdigest()[:12]}.pt"
     device = process_device(args.device)
-    return latent_cache(data.basic.head(args.unet_scenes), vae.to(device), text_tower(clip).to(device), tokenizer, path)
+    if is_transformer:
+        encode = encoder(new_pipeline(vae, clip, tokenizer, new_transformer()).to(device))
+    else:
+        encode = _last_states(text_tower(clip).to(device), tokenizer)
+    return latent_cache(data.basic.head(args.unet_scenes), vae.to(device), encode, tokenizer, path)
+
+
+def _last_states(text: CLIPTextModel, tokenizer: CLIPTokenizer) -> Encode:
+    """Return a function that encodes texts as Stable Diffusion 1's pipeline does."""
+    return lambda texts: text(token_ids(tokenizer, texts).to(text.device)).last_hidden_state
 
 
 def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
@@ -101,10 +120,29 @@ def build_words(args: argparse.Namespace, data: TrainingScenes) -> bool:
     return train_words(load_clip(args, tokenizer, words=False), tokenizer, captions, config, args.workdir)
 
 
+def check_patch(args: argparse.Namespace) -> None:
+    """Raise a ValueError if the transformer to go on with has other tokens than --patch says."""
+    weights = denoiser_weights(args, args.workdir / f"{args.denoiser}.pt") if args.denoiser == "transformer" else None
+    if weights is not None and patch_of(weights) != args.patch:
+        raise ValueError(f"--patch {args.patch} is not that of the weights to start from; give {patch_of(weights)}.")
+
+
+def denoiser_kind(args: argparse.Namespace, data: TrainingScenes, cache: LatentCache, device: torch.device) -> Kind:
+    """Return the kind of denoiser to train, with its teacher."""
+    if args.denoiser == "unet":
+        return UNET
+    if args.teacher is None:
+        return transformer_kind(args.patch)
+    count = len(cache.latents)
+    path = args.workdir / f"teacher-{count}.pt"
+    return transformer_kind(args.patch, load_teacher(args.teacher, cache, data.basic.captions[:count], path, device))
+
+
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:
-    """Train the U-Net; ``started``: ``time.monotonic()`` when --unet_minutes began."""
-    recipe = Recipe(args.prediction_type, noisy=args.unet_noisy)
-    cache, initial = latents(args, data), unet_weights(args, None)
+    """Train the denoiser; ``started``: ``time.monotonic()`` when --unet_minutes began."""
+    check_patch(args)
+    recipe = Recipe(FLOW if args.denoiser == "transformer" else args.prediction_type, noisy=args.unet_noisy)
+    cache, initial = latents(args, data), denoiser_weights(args, None)
     focus = make_focus(len(cache.latents), args.workdir / f"objects-{len(cache.latents)}.pt", args.unet_mix)
     config: LoopConfig | ClockConfig
     if args.unet_minutes:
@@ -117,10 +155,18 @@ def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -
         config = ClockConfig(seconds=seconds, learning_rate=args.unet_lr)
     else:
         config = LoopConfig(
-            steps=args.unet_steps, learning_rate=args.unet_lr, ema=0.999, warmup=200, minutes=args.minutes
+            steps=args.unet_steps,
+            learning_rate=args.unet_lr,
+            ema=0.999,
+            warmup=200,
+            minutes=args.minutes,
+            checkpoint_every=100,
         )
     device = process_device(args.device)
-    return train_unet(cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16)[1]
+    kind = denoiser_kind(args, data, cache, device)
+    return train_denoiser(
+        kind, cache, config, args.workdir, args.unet_batch, recipe, initial, focus, device, args.bf16
+    )[1]
 
 
 def build_decoder(args: argparse.Namespace, data: TrainingScenes) -> bool:
@@ -137,9 +183,14 @@ def build_clip_vision(args: argparse.Namespace, data: TrainingScenes) -> bool:
 
 def build_export(args: argparse.Namespace, data: TrainingScenes) -> int:
     tokenizer, clip, vae = load(args, data)
-    weights = unet_weights(args, args.workdir / "unet.pt")
+    weights = denoiser_weights(args, args.workdir / f"{args.denoiser}.pt")
     if weights is None:
-        raise ValueError(f"There is no U-Net in {args.workdir}; train one with --parts unet, or give --continue_from.")
+        name = {"unet": "U-Net", "transformer": "transformer"}[args.denoiser]
+        raise ValueError(f"There is no {name} in {args.workdir}; train one with --parts unet, or give --continue_from.")
+    if args.denoiser == "transformer":
+        transformer = new_transformer(patch=patch_of(weights))
+        transformer.load_state_dict(weights)
+        return export_transformer(args.output_dir, vae, clip, tokenizer, transformer)
     unet = new_unet()
     unet.load_state_dict(weights)
     return export(args.output_dir, vae, clip, tokenizer, unet, args.prediction_type)

@@ -30,15 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="only figures of generated images, and no card",
     )
+    parser.add_argument("--guidance_scale", type=float, help="default: that of the embedded base")
     parser.add_argument("--output_dir", type=Path, default=MICRO_WEIGHTS.parent, help="folder to write the card to")
     parser.add_argument("--device", default="cpu", help="device to generate on: cpu, cuda or auto")
     args = parser.read(argv)
     if args.images_only and not args.quick and args.output_dir == MICRO_WEIGHTS.parent:
         raise ValueError("--images_only would replace the shipped base's figures by a part of them; give --output_dir.")
+    if args.guidance_scale is not None and not (args.images_only or args.quick):
+        raise ValueError("--guidance_scale is not that of the card; add --images_only, or leave it out.")
     with loading():
-        from research.micro_base.measure import run
+        from research.micro_base.measure import GUIDANCE, run
 
-    run(args.base, args.quick, args.images_only, args.output_dir, args.device)
+    guidance = GUIDANCE if args.guidance_scale is None else args.guidance_scale
+    run(args.base, args.quick, args.images_only, args.output_dir, args.device, guidance)
     return 0
 
 

@@ -1,23 +1,31 @@
-"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), timesteps, text states (B, 77, 128) -> v or epsilon."""
+"""The U-Net of the embedded base: noisy latents (B, 4, 16, 16), timesteps, text states (B, 77, 128) -> v or epsilon.
+
+And what every denoiser needs: encoded scenes, and a training by steps or by the clock.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from research.micro_base.clip import token_ids
 from research.micro_base.clock import ClockConfig, train_by_clock
 from research.micro_base.data import SceneCache
 from research.micro_base.focus import Focus
 from research.micro_base.loop import LoopConfig, save_tensors, train
-from research.micro_base.unet_loss import RECIPE, LatentCache, Recipe, Sampler, UNetLoss, to
+from research.micro_base.unet_loss import RECIPE, DenoiserLoss, LatentCache, Recipe, Sampler, UNetLoss, to
+
+Encode = Callable[[list[str]], Tensor]  # texts to states (B, T, width)
 
 
 def new_unet(text_width: int = 128) -> UNet2DConditionModel:
@@ -57,7 +65,7 @@ def new_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
 
 @torch.no_grad()
 def latent_cache(
-    cache: SceneCache, vae: AutoencoderKL, text: CLIPTextModel, tokenizer: CLIPTokenizer, path: Path
+    cache: SceneCache, vae: AutoencoderKL, encode: Encode, tokenizer: CLIPTokenizer, path: Path
 ) -> LatentCache:
     """Encode every image and every distinct caption, or read them from the file ``path``."""
     if path.exists():
@@ -71,29 +79,44 @@ def latent_cache(
         pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist
         latents.append((posterior.mean * vae.config.scaling_factor).half().contiguous().cpu())
-    states, lengths, rows = encode_captions(cache.captions, text, tokenizer)
+    states, lengths, rows = encode_captions(cache.captions, encode, tokenizer)
     content = {"latents": torch.cat(latents), "states": states, "lengths": lengths, "caption_of": rows}
     save_tensors(path, content)
     return LatentCache(**content)
 
 
 @torch.no_grad()
-def encode_captions(
-    captions: list[str], text: CLIPTextModel, tokenizer: CLIPTokenizer
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode_captions(captions: list[str], encode: Encode, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``states``, ``lengths`` and ``caption_of`` of :class:`LatentCache`."""
-    text.eval()
     unique = list(dict.fromkeys(["", *captions]))
     states, lengths = [], []
     for start in tqdm(range(0, len(unique), 128), desc="encoding captions", mininterval=10):
         ids = token_ids(tokenizer, unique[start : start + 128])
-        states.append(text(ids.to(text.device)).last_hidden_state.half().cpu())
+        states.append(encode(unique[start : start + 128]).half().cpu())
         lengths.append((ids != tokenizer.eos_token_id).sum(1))
     row = {caption: i for i, caption in enumerate(unique)}
     return torch.cat(states), torch.cat(lengths), torch.tensor([row[c] for c in captions])
 
 
-def train_unet(
+@dataclass(frozen=True)
+class Kind:
+    """A kind of denoiser: its name, a new one for a cache of scenes, and its loss."""
+
+    name: str
+    new: Callable[[LatentCache], Any]
+    loss: Callable[[Any, LatentCache, Recipe, Focus | None], DenoiserLoss]
+
+
+def _unet_loss(unet: Any, cache: LatentCache, recipe: Recipe, focus: Focus | None) -> UNetLoss:
+    alphas = new_scheduler(recipe.prediction_type).alphas_cumprod
+    return UNetLoss(unet, cache, alphas.to(cache.latents.device), recipe, focus)
+
+
+UNET = Kind("unet", lambda cache: new_unet(cache.states.shape[-1]), _unet_loss)
+
+
+def train_denoiser(
+    kind: Kind,
     cache: LatentCache,
     config: LoopConfig | ClockConfig,
     folder: Path,
@@ -103,31 +126,35 @@ def train_unet(
     focus: Focus | None = None,
     device: torch.device | str = "cpu",
     bf16: bool = False,
-) -> tuple[UNet2DConditionModel, bool]:
-    """Train the U-Net; return it, and whether all steps are done.
+) -> tuple[Any, bool]:
+    """Train a denoiser; return it, and whether all steps are done.
 
     Args:
         config: of a training by steps, or by the clock.
         initial: weights to start from.
         focus: objects of the cached scenes, for the losses of ``research.micro_base.focus``.
-        bf16: compute in bfloat16, by the clock only; the weights are updated in float32.
+        bf16: compute in bfloat16, in a training by steps under autocast; the weights are updated in float32.
     """
     torch.manual_seed(config.seed)
-    unet = new_unet(cache.states.shape[-1])
+    model = kind.new(cache)
     if initial:
-        unet.load_state_dict(initial)
+        model.load_state_dict(initial)
     device = torch.device(device)
-    unet.to(device)
+    model.to(device)
     if device.type == "cuda":  # there, convolutions are fastest in this format; on a CPU, results stay those of before
-        unet.to(memory_format=torch.channels_last)
-    working = copy.deepcopy(unet).to(torch.bfloat16) if bf16 else unet
+        model.to(memory_format=torch.channels_last)
+    working = copy.deepcopy(model).to(torch.bfloat16) if bf16 and isinstance(config, ClockConfig) else model
     odds = None if focus is None else focus.odds.cumsum(0)
-    alphas = new_scheduler(recipe.prediction_type).alphas_cumprod
-    loss = UNetLoss(working, to(cache, device), alphas.to(device), recipe, None if focus is None else to(focus, device))
+    loss = kind.loss(working, to(cache, device), recipe, None if focus is None else to(focus, device))
     sampler = Sampler(cache.latents.shape, odds, batch, recipe, config.seed, device)
+
+    def step_loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return loss(to(sampler(rng), device))
+
     if isinstance(config, ClockConfig):
-        done = train_by_clock("unet", unet, working, loss, sampler.on_device, config, folder)
+        done = train_by_clock(kind.name, model, working, loss, sampler.on_device, config, folder)
     else:
-        done = train("unet", unet, lambda step, rng: loss(to(sampler(rng), device)), config, folder)
-    unet.set_attn_processor(AttnProcessor2_0())
-    return unet, done
+        done = train(kind.name, model, step_loss, config, folder)
+    loss.release()
+    return model, done

@@ -1,16 +1,18 @@
-"""What is random in an update of the U-Net, and its loss, a function of tensors that a CUDA graph can hold."""
+"""What is random in an update of a denoiser, and its loss, a function of tensors that a CUDA graph can hold."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from localctl.diffusion import add_noise, training_target
+from localctl.diffusion import FLOW, add_noise, timesteps_from_uniform, training_target
 from localctl.seeding import key_seed
 from research.micro_base.focus import Focus, focus_loss, record_attention
 
@@ -23,9 +25,10 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the U-Net is trained.
+    """How a denoiser is trained.
 
-    It predicts epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) without a weight.
+    The U-Net predicts epsilon with the min-SNR weight, gamma 5 (arXiv 2303.09556), or v (arXiv 2202.00512) without a
+    weight; the transformer predicts the velocity of flow matching (``flow``). noisy is of the U-Net's timesteps alone.
     empty: share of empty captions. padding_dropout: share of captions with the padding of the empty prompt. noisy:
     share of timesteps from 700 on, where the number and the places of objects form.
     """
@@ -35,6 +38,10 @@ class Recipe:
     padding_dropout: float = 0.5
     noisy: float = 0.22
 
+    def timesteps(self, batch: int, rng: np.random.Generator) -> np.ndarray:
+        """Sample timesteps (B,) int64 in [0, 1000)."""
+        return sample_flow(batch, rng) if self.prediction_type == FLOW else sample_timesteps(batch, rng, self.noisy)
+
 
 RECIPE = Recipe()
 
@@ -43,8 +50,9 @@ RECIPE = Recipe()
 class LatentCache:
     """Encoded images and captions.
 
-    latents: fp16 (n, 4, 16, 16), scaled. states: fp16 (captions, 77, width); row 0 is the empty prompt. lengths:
-    (captions,), tokens before the padding. caption_of: (n,), row of ``states`` for each scene.
+    latents: fp16 (n, 4, 16, 16), scaled. states: fp16 (captions, T, width), of T tokens, for the transformer with the
+    pooled embedding as the last one; row 0 is the empty prompt. lengths: (captions,), tokens before the padding.
+    caption_of: (n,), row of ``states`` for each scene.
     """
 
     latents: Tensor
@@ -88,6 +96,12 @@ def sample_timesteps(batch: int, rng: np.random.Generator, noisy: float = RECIPE
     return np.interp(u, [0.0, TEXTURE, 1 - noisy, 1.0], knots).astype(np.int64)
 
 
+def sample_flow(batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Sample timesteps (B,) of flow matching in [0, 1000), before the shift, one stratum per row."""
+    u = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch)
+    return timesteps_from_uniform(u, 1000, "logit_normal").numpy()
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Samples updates of ``batch`` scenes of a cache.
@@ -108,7 +122,7 @@ class Sampler:
         is_empty = torch.from_numpy(rng.random(self.batch) < self.recipe.empty)
         if noise is None:
             noise = torch.from_numpy(rng.standard_normal((self.batch, *self.shape[1:]), dtype=np.float32))
-        timesteps = torch.from_numpy(rng.permutation(sample_timesteps(self.batch, rng, self.recipe.noisy)))
+        timesteps = torch.from_numpy(rng.permutation(self.recipe.timesteps(self.batch, rng)))
         bare = torch.from_numpy(rng.random(self.batch) < self.recipe.padding_dropout)
         return Sampled(scenes, is_empty, noise, timesteps, bare)
 
@@ -128,9 +142,9 @@ class Sampler:
 
 
 def text_batch(cache: LatentCache, rows: Tensor, bare: Tensor) -> Tensor:
-    """Return text states (B, 77, width), in the rows ``bare`` (bool (B,)) with the empty prompt's states as padding.
+    """Return text states (B, T, width), in the rows ``bare`` (bool (B,)) with the empty prompt's states as padding.
 
-    This makes the U-Net attend to the words, not to the summary in the padding: region control steers words.
+    This makes the denoiser attend to the words, not to the summary in the padding: region control steers words.
     """
     states = cache.states[rows].float()
     position = torch.arange(states.shape[1], device=states.device)
@@ -138,43 +152,84 @@ def text_batch(cache: LatentCache, rows: Tensor, bare: Tensor) -> Tensor:
     return torch.where((is_padding & bare[:, None])[..., None], cache.states[0].float(), states)
 
 
-class UNetLoss:
-    """The loss of an update and its terms, of what was sampled; all tensors are on the U-Net's device."""
+class DenoiserLoss(ABC):
+    """The loss of an update and its terms, of what was sampled; all tensors are on the denoiser's device.
+
+    settled, seen: timesteps between which the weight of objects, and that of attention, fall from 1 to 0.
+    """
+
+    settled: ClassVar[tuple[float, float]]
+    seen: ClassVar[tuple[float, float]]
+
+    def __init__(self, cache: LatentCache, focus: Focus | None) -> None:
+        """``focus``: objects of the cached scenes."""
+        self.cache, self.focus = cache, focus
+        self.recorded: list[Tensor] = []
+
+    @abstractmethod
+    def predict(self, latents: Tensor, sampled: Sampled, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the denoiser's output of noised latents, its target, and the weight of each sample's error."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Take off what records attention."""
+
+    def __call__(self, sampled: Sampled) -> dict[str, Tensor]:
+        """Return the loss and its terms, scalars."""
+        self.recorded.clear()
+        rows = self.cache.caption_of[sampled.scenes].masked_fill(sampled.is_empty, 0)
+        latents = self.cache.latents[sampled.scenes].float()
+        states = text_batch(self.cache, rows, sampled.bare)
+        output, target, weight = self.predict(latents, sampled, states)
+        error = (output.float() - target).square().mean(1)  # (B, 16, 16)
+        mse = error.mean((1, 2))  # (B,)
+        if self.focus is None:
+            return {"loss": (mse * weight).mean(), "mse": mse.mean()}
+        return self._focused(self.focus, sampled, error, weight) | {"mse": mse.mean()}
+
+    def _focused(self, focus: Focus, sampled: Sampled, error: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        scenes, t = sampled.scenes, sampled.timesteps.float()
+        near = focus.near[scenes].float()
+        # With much noise, the places of objects are not determined: a larger weight there would favour objects.
+        settled = _fading(t, *self.settled)[:, None, None]
+        weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
+        seen = _fading(t, *self.seen) * ~sampled.is_empty
+        attention, share = focus_loss(self.recorded, focus.masks[scenes].float(), focus.tokens[scenes], seen)
+        loss = (weighted * weight).mean() + FOCUS_WEIGHT * attention
+        objects = (error * near).sum() / near.sum().clamp(min=1)
+        return {"loss": loss, "objects": objects, "attention": share}
+
+
+def _fading(t: Tensor, start: float, end: float) -> Tensor:
+    """Return weights that fall from 1 at ``start`` to 0 at ``end``."""
+    return ((end - t) / (end - start)).clamp(0, 1)
+
+
+class UNetLoss(DenoiserLoss):
+    """The loss of the U-Net."""
+
+    settled = (300.0, 450.0)
+    seen = (600.0, 800.0)
 
     def __init__(
         self, unet: UNet2DConditionModel, cache: LatentCache, alphas: Tensor, recipe: Recipe, focus: Focus | None
     ) -> None:
         """``alphas``: cumulative, (1000,). focus: objects of the cached scenes."""
-        self.unet, self.cache, self.alphas, self.recipe, self.focus = unet, cache, alphas, recipe, focus
+        super().__init__(cache, focus)
+        self.unet, self.alphas, self.recipe = unet, alphas, recipe
         self.dtype = unet.dtype  # once: the property looks at all layers
         snr = alphas / (1 - alphas)
         self.weight = snr.clamp(max=5) / snr if recipe.prediction_type == "epsilon" else torch.ones_like(snr)
         self.recorded = [] if focus is None else record_attention(unet)
 
-    def __call__(self, sampled: Sampled) -> dict[str, Tensor]:
-        """Return the loss and its terms, scalars."""
-        self.recorded.clear()
+    def predict(self, latents: Tensor, sampled: Sampled, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return output, target and weights, as the prediction type says."""
         t = sampled.timesteps
-        rows = self.cache.caption_of[sampled.scenes].masked_fill(sampled.is_empty, 0)
-        latents = self.cache.latents[sampled.scenes].float()
         sample = add_noise(latents, sampled.noise, t, self.alphas)
         target = training_target(sample, self.alphas, self.recipe.prediction_type)
-        states = text_batch(self.cache, rows, sampled.bare).to(self.dtype)
-        output = self.unet(sample.noisy.to(self.dtype), t, states).sample
-        error = (output.float() - target).square().mean(1)  # (B, 16, 16)
-        mse = error.mean((1, 2))  # (B,)
-        if self.focus is None:
-            return {"loss": (mse * self.weight[t]).mean(), "mse": mse.mean()}
-        return self._focused(self.focus, sampled, error) | {"mse": mse.mean()}
+        output = self.unet(sample.noisy.to(self.dtype), t, states.to(self.dtype)).sample
+        return output, target, self.weight[t]
 
-    def _focused(self, focus: Focus, sampled: Sampled, error: Tensor) -> dict[str, Tensor]:
-        scenes, t = sampled.scenes, sampled.timesteps
-        near = focus.near[scenes].float()
-        # At large t, the places of objects are not determined yet: a larger weight there would favour objects.
-        settled = ((450 - t.float()) / 150).clamp(0, 1)[:, None, None]
-        weighted = (error * (1 + settled * (FAR + (NEAR - FAR) * near - 1))).mean((1, 2))
-        seen = ((800 - t.float()) / 200).clamp(0, 1) * ~sampled.is_empty  # with more noise, places are not determined
-        attention, share = focus_loss(self.recorded, focus.masks[scenes].float(), focus.tokens[scenes], seen)
-        loss = (weighted * self.weight[t]).mean() + FOCUS_WEIGHT * attention
-        objects = (error * near).sum() / near.sum().clamp(min=1)
-        return {"loss": loss, "objects": objects, "attention": share}
+    def release(self) -> None:
+        """Set the attention processors that record nothing."""
+        self.unet.set_attn_processor(AttnProcessor2_0())

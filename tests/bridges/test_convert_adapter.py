@@ -20,15 +20,11 @@ from localctl.adapter_weights import as_metadata
 from localctl.bridges import bundle_adapters, convert_adapter
 
 # As published: canny (full), colour (light) and canny XL; small ones of the same forms for quick tests.
+FULL = {"channels": [320, 640, 1280, 1280], "num_res_blocks": 2}
 REAL: dict[str, dict[str, Any]] = {
-    "full_adapter": {"in_channels": 1, "channels": [320, 640, 1280, 1280], "num_res_blocks": 2, "downscale_factor": 8},
+    "full_adapter": {**FULL, "in_channels": 1, "downscale_factor": 8},
     "light_adapter": {"in_channels": 3, "channels": [320, 640, 1280], "num_res_blocks": 4, "downscale_factor": 8},
-    "full_adapter_xl": {
-        "in_channels": 3,
-        "channels": [320, 640, 1280, 1280],
-        "num_res_blocks": 2,
-        "downscale_factor": 16,
-    },
+    "full_adapter_xl": {**FULL, "in_channels": 3, "downscale_factor": 16},
 }
 SMALL = {
     kind: {**options, "channels": [width // 40 for width in options["channels"]]} for kind, options in REAL.items()
@@ -261,6 +257,15 @@ def test_several_adapters_in_one_file_and_in_one_folder(tmp_path: Path) -> None:
         find_adapter(tmp_path / "own" / "one.safetensors" / "x")
     with pytest.raises(ValueError, match="The name 'a.b' of an adapter must be of letters"):
         bundle_adapters({"a.b": places["edges"]}, tmp_path / "no.safetensors")
+
+
+def test_what_a_diffusers_folder_does_not_hold_is_said(tmp_path: Path) -> None:
+    place = _saved(make("full_adapter", condition={"kind": "canny"}, base="sd15", mask_resize="nearest"), tmp_path)
+    (note,) = convert_adapter(place, tmp_path / "a", "diffusers").notes
+    assert note.startswith(
+        "A diffusers folder does not hold condition=canny, base=sd15, mask_resize=nearest: give them"
+    )
+    assert convert_adapter(_saved(make("full_adapter"), tmp_path / "bare"), tmp_path / "b", "diffusers").notes == ()
 
 
 def test_what_a_pickled_file_does_not_hold_is_said(tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def test_records_of_all_versions_equal_their_flags(tmp_path: Path) -> None:
     assert replace(parse(["--from_json", str(path)]), from_json=None) == same
 
 
+def test_a_record_may_have_the_weight_of_an_adapter_that_it_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "sample.json"  # of a version that took the flag and did nothing with it
+    path.write_text(json.dumps({"options": {"prompt": "a b", "weight": [0.5]}}))
+    assert parse(["--from_json", str(path)]).weight == [0.5]
+    with pytest.raises(ValueError, match="--end is for an adapter, but there is none"):
+        parse(["--from_json", str(path), "--end", "0.5"])
+
+
 def test_values_of_a_record_are_never_flags(base_here: Path) -> None:
     prompts = ["a", "--output_dir", "--seeds=3", "-x"]
     record = {"prompt": prompts, "negative_prompt": "--base", "base": "base", "num_inference_steps": 1, "seeds": [4]}

@@ -76,7 +76,9 @@ def test_attention_controls_with_every_scheduler(name: str, spacing: str, v_pipe
         assert max(sigmas) == pytest.approx(LARGEST, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", pytest.param("DDPMScheduler", marks=pytest.mark.slow), "EulerDiscreteScheduler"]
+)
 def test_every_control_nested_and_generate(
     name: str, v_pipe: StableDiffusionPipeline, make_adapter: Callable[..., LocalAdapter]
 ) -> None:

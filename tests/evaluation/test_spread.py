@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +16,11 @@ import pytest
 from process_helpers import start, wait_for
 from set_helpers import SIDE, contents
 
+import localctl
 import localctl.evaluation.fid
 import localctl.evaluation.generated_set
 from localctl.cli import evaluate_fid
+from localctl.cluster import connected
 from localctl.data import DataConfig
 from localctl.evaluation.generated_set import SetGenerator
 from localctl.evaluation.settings import FidSettings
@@ -80,6 +83,24 @@ def test_what_cannot_be_spread_is_one_sentence(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="leave it out under torchrun"):
         next(spread(make(), make, (1,), 1))
+
+
+def test_workers_run_one_thread_and_import_this_package(capfd: pytest.CaptureFixture[str], ray_here: None) -> None:
+    """Here, as Ray runs for this file already."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with connected() as ray:
+
+        def found(batch: dict[str, list[int]]) -> dict[str, list[object]]:
+            import localctl as package
+
+            return {"file": [package.__file__], "threads": [os.environ["OMP_NUM_THREADS"]]}
+
+        rows = ray.data.range(2).map_batches(found, batch_size=1).take_all()
+    assert {(row["file"], row["threads"]) for row in rows} == {(str(Path(localctl.__file__)), "1")}
+    assert ray.is_initialized()  # it was there before
+    assert signal.getsignal(signal.SIGTERM) is handler
+    shown = capfd.readouterr()
+    assert not shown.out and not shown.err
 
 
 @pytest.mark.slow

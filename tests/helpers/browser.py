@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
 
 from localctl.studio.config import StudioConfig
@@ -37,7 +36,7 @@ def free_port() -> int:
 @contextmanager
 def running(**settings: Any) -> Iterator[Any]:
     """Serve the studio in this process on a free port; ``.url`` is its address. Everything is put back afterwards."""
-    before, pixels = dict(os.environ), Image.MAX_IMAGE_PIXELS
+    before = dict(os.environ)
     port = free_port()
     blocks = serve(StudioConfig(port=port, **settings), block=False)
     blocks.url = f"http://127.0.0.1:{port}/"
@@ -46,7 +45,6 @@ def running(**settings: Any) -> Iterator[Any]:
     finally:
         blocks.close()
         blocks.studio.close()
-        Image.MAX_IMAGE_PIXELS = pixels
         os.environ.clear()
         os.environ.update(before)
 

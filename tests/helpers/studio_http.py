@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
 from localctl.studio.config import StudioConfig
 from localctl.studio.server import serve
@@ -82,7 +81,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Any]:
     """The studio on the embedded base; ``served.url`` is its address."""
-    before, pixels = dict(os.environ), Image.MAX_IMAGE_PIXELS
+    before = dict(os.environ)
     os.environ.update(GRADIO_SHARE="True", GRADIO_ALLOWED_PATHS="/etc", GRADIO_MCP_SERVER="True")
     port = free_port()
     blocks = serve(StudioConfig(port=port), block=False)
@@ -90,7 +89,6 @@ def served() -> Iterator[Any]:
     yield blocks
     blocks.close()
     blocks.studio.close()
-    Image.MAX_IMAGE_PIXELS = pixels
     os.environ.clear()
     os.environ.update(before)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from addon_files import random_controlnet, save_ip_adapter, save_lora, save_word
-from conftest import CHANNELS
+from conftest import CHANNELS, Copies
 from PIL import Image
 from sample_helpers import PLAIN, QUICK, assert_same, pixels
 
@@ -139,6 +139,19 @@ def test_levels_have_weights_of_their_own(inputs: Path, make_adapter: Callable[.
     assert_same(some, repeated("some"))
 
 
+def test_control_takes_part_in_guidance_as_flags_say(inputs: Path, make_adapter: Callable[..., Any]) -> None:
+    make_adapter(condition={"kind": "canny", "low": 20, "high": 60}).save_pretrained("adapter")
+    adapter = ["--adapter", "adapter", "--image", "photo.png", "--weight", "2", "--guidance_scale", "3"]
+    plain = sampled("plain", *adapter)
+    assert_same(plain, sampled("one", *adapter, "--unconditional_scale", "1"))
+    alone = sampled("alone", *adapter, "--unconditional_scale", "0")
+    assert_same(alone, sampled("same", *adapter, "--control_guidance_scale", "3"))
+    own = sampled("own", *adapter, "--control_guidance_scale", "6")
+    assert differ(plain, alone) and differ(own, alone)
+    assert_same(own, repeated("own"))
+    assert_same(alone, repeated("alone"))
+
+
 def test_prompts_and_layouts_come_from_a_file(inputs: Path) -> None:
     Path("prompts.txt").write_text("a b\n\n  c d\n", encoding="utf-8")
     base = ["--base", "base", *QUICK]
@@ -209,6 +222,15 @@ def test_colours_of_an_image_are_regions(inputs: Path) -> None:
         ("--prompts_file none.txt", "cannot be read"),
         ("--adapter adapter --image photo.png --level_weights 1,1", "must be 4 finite numbers"),
         ("--adapter adapter --image photo.png --level_weights x", "numbers joined by commas"),
+        ("--control_guidance_scale 2", "--control_guidance_scale is for an adapter, but there is none"),
+        ("--unconditional_scale 0", "--unconditional_scale is for an adapter, but there is none"),
+        ("--adapter adapter --image photo.png --unconditional_scale 0 1", "2 values for 1 adapters"),
+        ("--adapter adapter --image photo.png --unconditional_scale 2 --control_guidance_scale 2", "has no meaning"),
+        (
+            "--adapter adapter --image photo.png --unconditional_scale 0 --guidance_scale 1",
+            "does nothing without guidance",
+        ),
+        ("--adapter adapter --image photo.png --control_guidance_scale nan", "must be a finite number"),
         ("--lora_weight 1", "did you mean --lora_scale"),
         ("--from-file x", "did you mean --prompts_file"),
     ],
@@ -228,13 +250,13 @@ def test_what_cannot_act_is_refused_before_anything_is_loaded(
 
 
 @pytest.fixture(scope="module")
-def addon_places(_sd_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def addon_places(_sd_session: Copies, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each addon, which fits the tiny base."""
     folder = tmp_path_factory.mktemp("addons")
-    random_controlnet(_sd_session).save_pretrained(folder / "net")
-    random_controlnet(_sd_session, conditioning_channels=1).save_pretrained(folder / "gray")
-    save_ip_adapter(folder / "ip", _sd_session)
-    save_lora(folder / "a.safetensors", _sd_session)
+    random_controlnet(_sd_session.pipe).save_pretrained(folder / "net")
+    random_controlnet(_sd_session.pipe, conditioning_channels=1).save_pretrained(folder / "gray")
+    save_ip_adapter(folder / "ip", _sd_session.pipe)
+    save_lora(folder / "a.safetensors", _sd_session.pipe)
     save_word(folder / "toy.safetensors", 16)
     Image.new("L", (64, 32), 255).save(folder / "wide.png")
     edge = np.zeros((131, 128), np.uint8)

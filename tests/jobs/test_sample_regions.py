@@ -229,6 +229,7 @@ def test_the_verdict_names_every_region() -> None:
         (["--sweep", "strength=" + ",".join(map(str, range(65)))], "65 images on a sheet"),
         (["--height", "128"], "layout is 64x64 pixels but the flags ask for 64x128"),
         (["--mask", "dogs.png"], "--mask is for an adapter"),
+        (["--weight", "0.5"], "--weight is for an adapter"),
         (["--compare", "all", "--scheduler", "heun"], "HeunDiscreteScheduler would lose a control's shift"),
     ],
 )

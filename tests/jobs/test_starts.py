@@ -183,6 +183,10 @@ def test_a_base_for_inpainting_is_refused(photo: np.ndarray, assert_refused_earl
     config = json.loads(Path("nine/unet/config.json").read_text())
     Path("nine/unet/config.json").write_text(json.dumps({**config, "in_channels": 9}))
     assert_refused_early(["--prompt", "a", "--base", "nine"], "The base nine reads 9 channels, as bases for inpainting")
+    index = json.loads(Path("nine/model_index.json").read_text())  # as published
+    Path("nine/model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
+    told = "(these repaint, too: --init_image and --inpaint_mask)"
+    assert_refused_early(["--prompt", "a", "--base", "nine"], told)
 
 
 def test_optimised_weights_start_from_noise(photo: np.ndarray, assert_refused_early: Callable[..., None]) -> None:

@@ -17,7 +17,8 @@ from torch import nn
 
 import localctl.metrics.extractors
 from localctl.files import sha256
-from localctl.metrics.clip import Clip, CLIPScore
+from localctl.layout import Layout, Region
+from localctl.metrics.clip import Clip, CLIPScore, RegionCLIPScore
 from localctl.metrics.extractors import (
     LITE0_NETWORK,
     LITE0_PACKAGE,
@@ -81,6 +82,30 @@ def test_clip_score_is_the_cosine_and_knows_whose_caption_it_is(clip: Clip, imag
     first = (clip.embed_images(images[:1])[0].double(), clip.embed_texts(captions[:1])[0].double())
     by_hand = 100 * float(first[0] @ first[1] / first[0].norm() / first[1].norm())
     assert matched.per_sample()[0, 0] == pytest.approx(by_hand, abs=100 * rounding(depth(clip.model)))
+
+
+def test_the_clip_score_of_a_segment_is_that_of_its_box(clip: Clip, images: np.ndarray) -> None:
+    captions = [scene(i, "basic", "test").caption for i in range(2)]
+    both = np.concatenate([images[0], images[1]], axis=1)
+    left, right, middle = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.1, 0.1, 0.2, 0.2)
+
+    def scores(*regions: Region, **options: Any) -> np.ndarray:
+        metric = RegionCLIPScore(clip)
+        prompt = ", ".join(region.phrase for region in regions if region.phrase)
+        metric.update(both, Layout(prompt, regions=regions, **options))
+        return metric.per_sample()[:, 0]
+
+    own, swapped = (
+        scores(Region(first, left), Region(second, right)) for first, second in (captions, reversed(captions))
+    )
+    alone = CLIPScore(clip)
+    alone.update(images[:2], captions)
+    np.testing.assert_allclose(own, alone.per_sample()[:, 0], atol=100 * rounding(depth(clip.model)))
+    assert (own > swapped + 10).all()
+    hidden = scores(Region("a red dot", middle), Region(captions[0], left), Region(None, right), overlap="last")
+    assert np.isnan(hidden[0]) and len(hidden) == 2
+    with pytest.raises(ValueError, match="no region with a phrase"):
+        scores(Region(None, left))
 
 
 def test_clip_score_takes_images_of_any_layout(clip: Clip, images: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ from PIL import Image
 
 from localctl.cli.config import CONFIG_DIR, schema_keys
 from localctl.evaluation.compare import CEILING
+from localctl.evaluation.measuring import Target
+from localctl.micro.detect import truth_of
+from localctl.micro.scenes import scene
+from localctl.settings import ConditionConfig
 from localctl.training.loop import NotFiniteError
 from localctl.training.settings import TrainSettings
-from research.ablation import study
+from research.ablation import rows, study
 from research.ablation.__main__ import main
 from research.ablation.figures import CONTROL, Figures, Resampler, interval, read_figures
 from research.ablation.report import write_report
@@ -20,6 +25,7 @@ from research.ablation.rows import ROWS, Sweep, row_cells, sweep_cells
 from research.ablation.sweep import best, loses
 from research.harness import Result, as_rows, write_result
 
+EDGES = {"loss.filter": "edges", "loss.schedule": "low_noise", "loss.weight": 0.1}
 # what each row changes of `feature_masked`
 CHANGES = {
     "feature_masked": {},
@@ -31,6 +37,12 @@ CHANGES = {
     "sobel_nearest": {"loss.filter": "sobel", "adapter.mask_resize": "nearest"},
     "sobel_inside": {"loss.filter": "sobel", "adapter.mask_resize": "inside"},
     "sobel_cover": {"loss.filter": "sobel", "adapter.mask_resize": "cover"},
+    "edges": EDGES,
+    "logit_normal": {"timestep_sampling": "logit_normal", "logit_mean": 0.2, "logit_std": 0.8},
+    "inside_weight": {"loss.masked_denoising_weight": 3.0},
+    "cover": {"adapter.mask_resize": "cover"},
+    "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
+    "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
 }
 
 
@@ -41,10 +53,12 @@ def value(settings, key):
 
 
 def test_every_row_is_an_experiment_that_changes_what_its_title_names():
-    assert set(CHANGES) == set(ROWS)
+    # the others sample a training of these, or are experiments in their own right
+    own = {name for name, row in ROWS.items() if row.trained is None and row.own_experiment is None}
+    assert set(CHANGES) == own and all(row.trained in own for row in ROWS.values() if row.trained)
     files = {path.stem.removeprefix("ablation_") for path in (CONFIG_DIR / "experiment").glob("ablation_*.yaml")}
-    assert files == set(ROWS)
-    trained = {cell.row: cell.settings("micro", "there") for cell in row_cells(list(ROWS), [3], None)}
+    assert files == own
+    trained = {cell.row: cell.settings("micro", "there") for cell in row_cells(sorted(own), [3], None)}
     plain = trained["feature_masked"]
     assert plain.loss.filter == "none" and plain.adapter.mask_features and plain.seed == 3
     for row, settings in trained.items():
@@ -54,8 +68,9 @@ def test_every_row_is_an_experiment_that_changes_what_its_title_names():
 
 def test_headline_rows_are_trained_with_every_seed_and_a_sweep_covers_all():
     cells = row_cells(list(ROWS), [4, 5], 7)
-    assert [cell.row for cell in cells if cell.seed == 5] == ["feature_masked", "sobel"]
-    assert len(cells) == len(ROWS) + 2 and cells[0].settings("micro", "x").max_train_steps == 7
+    headline = [name for name, row in ROWS.items() if row.headline]
+    assert [cell.row for cell in cells if cell.seed == 5] == headline and {"feature_masked", "sobel"} <= set(headline)
+    assert len(cells) == len(ROWS) + len(headline) and cells[0].settings("micro", "x").max_train_steps == 7
     swept = sweep_cells(Sweep([0.01, 0.1], ["constant", "snr"], ["map"], 9), 4)
     losses = [cell.settings("micro", "x").loss for cell in swept]
     assert losses[0].filter == "none"
@@ -82,13 +97,13 @@ def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_
         with pytest.raises(KeyboardInterrupt):
             main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0"))
     made = sorted(path.name for path in (tmp_path / "page").glob("*.json"))
-    assert made == ["base.json"] and "not both been trained" in (tmp_path / "page.md").read_text()
+    assert made == ["base.json"] and "No two headline rows have both been trained" in (tmp_path / "page.md").read_text()
     shutil.rmtree(tmp_path / "work" / "drawn" / "base")  # as on another machine, where the results alone are
     assert main(flags(sd_folder, tmp_path, *ROWS_FLAGS, "--seeds", "0")) == 0
     names = ["base", "feature_masked_seed0", "sobel_seed0"]
     results = {name: (tmp_path / "page" / f"{name}.json").read_bytes() for name in names}
     page = (tmp_path / "page.md").read_text()
-    assert "(Sobel in the mask; weight 0.3, constant, mask)" in page
+    assert "+ Sobel in the mask (the method) (weight 0.3, constant) against features masked: F1 inside" in page
     assert "1 seed, 4 scenes" in page and "| + Sobel in the mask (the method) | 1 |" in page
     assert "biased upwards" in page and "frechet_micro_clip" in page and "FID" not in page
     for name in ("rows", "pictures"):
@@ -104,6 +119,43 @@ def test_the_command_makes_every_result_once_and_writes_the_page(sd_folder, tmp_
         assert main(argv) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_one_adapter_is_sampled_in_several_ways_and_trainings_are_shared(
+    sd_folder, tmp_path, monkeypatch, make_adapter
+):
+    """And the objects of the caption are counted inside and outside the mask."""
+    monkeypatch.setattr(rows, "GUIDANCES", {"own": {"control_guidance_scale": 3.0}, "3": {"guidance_scale": 3.0}})
+    make_adapter(condition=ConditionConfig().recorded()).save_pretrained(tmp_path / "adapter")
+    few = ("--rows", "cover", "cover_prompt", "--seeds", "0", "--max_train_steps", "1", "--part", "val")
+    trained = []
+    train = study.train
+    monkeypatch.setattr(study, "train", lambda settings: (trained.append(settings), train(settings))[1])
+    assert main(flags(sd_folder, tmp_path, *few, "--guidance", str(tmp_path / "adapter"))) == 0
+    assert len({settings.output_dir for settings in trained}) == 1  # of both rows
+    images = [tmp_path / "work" / "drawn" / name / "with_prompts" for name in ("cover_seed0", "cover_prompt_seed0")]
+    first, second = (json.loads((folder / "settings.json").read_text()) for folder in images)
+    assert (first["unconditional_scale"], second["unconditional_scale"]) == (1.0, 0.0) and first["part"] == "val"
+    assert first["weights_sha256"] == second["weights_sha256"]
+    page = (tmp_path / "page.md").read_text()
+    assert "## Guidance" in page and "| own |" in page and "4 validation scenes" in page
+    names = sorted(path.name for path in (tmp_path / "work" / "drawn").iterdir())
+    assert names == [
+        "base", "base_guidance_scale_3", "cover_prompt_seed0", "cover_seed0", "guidance_0", "guidance_1", "reference"
+    ]  # fmt: skip
+    result = json.loads((tmp_path / "page" / "guidance_0.json").read_text())
+    assert result["columns"][-4:] == list(study.OBJECTS) and len(result["samples"][0]) == len(result["columns"])
+
+
+def test_objects_count_by_where_the_condition_has_them():
+    item = next(item for item in map(scene, range(50)) if len(item.objects) == 2 and item.relation is None)
+    mask = np.zeros((128, 128), bool)
+    x0, y0, x1, y1 = map(int, item.objects[0].box)
+    mask[y0:y1, x0:x1] = True
+    target = Target(item.image, mask, item.caption, truth_of(item))
+    assert study.objects_right(item.image, target) == [1, 1, 1, 1]
+    assert study.objects_right(np.full_like(item.image, 128), target) == [0, 0, 0, 0]
+    assert np.isnan(study.objects_right(item.image, replace(target, mask=np.ones_like(mask)))[2:]).all()
 
 
 def stop_at(name, generated):
@@ -183,12 +235,14 @@ def test_means_are_over_seeds_and_scenes_and_differences_are_paired():
     assert mean.value == pytest.approx(scenes.mean() + 0.01) and mean.low < mean.value < mean.high
     assert figures.mean("feature_masked", CONTROL).value == pytest.approx((mean.value - 0.2) / 0.8)
     assert figures.mean("base", CONTROL).value == 0 and figures.mean(CEILING, CONTROL).value == 1
-    paired = figures.headline()  # of seeds 1 and 2 alone: unpaired, the spread of scenes would hide it
+    paired = figures.difference(
+        "sobel", "feature_masked", "f1"
+    )  # of seeds 1 and 2 alone: unpaired, the spread of scenes would hide it
     assert figures.common_seeds("sobel", "feature_masked") == [1, 2]
     assert paired.value == pytest.approx(0.05, abs=1e-3) and paired.low > 0.04
     assert dict(figures.per_seed("sobel", "f1"))[2] == pytest.approx(scenes.mean() + 0.07, abs=1e-3)
     assert figures.distance("sobel", "kid_micro_clip") == pytest.approx(0.1)
-    assert figures_of(base, *without[:1], *method).headline() is None
+    assert figures_of(base, *without[:1], *method).difference("sobel", "feature_masked", "f1") is None
 
 
 def test_seeds_that_differ_widen_the_interval():

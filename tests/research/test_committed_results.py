@@ -23,6 +23,7 @@ from research.ablation.study import Ablation
 from research.flags import PAGES, RESULTS, results_of
 from research.harness import as_table, check_reader, reader_version
 from research.layout_benchmark import __main__ as layout_benchmark
+from research.layout_benchmark.figures import GATES
 from research.layout_benchmark.methods import methods
 from research.layout_benchmark.report import write_report as write_layout_benchmark
 from research.layout_benchmark.study import LayoutBenchmark
@@ -37,36 +38,49 @@ def test_pages_in_docs_are_of_the_committed_results(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def on_the_first_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The studies take the embedded base for the one that their committed results are of; their pages say so."""
+    """The ablation takes the embedded base for the one that its committed results are of; its page says so."""
     monkeypatch.setattr(harness, "sha256_of_base", lambda base: harness.FIRST_BASE)
 
 
 def test_results_of_another_base_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="base.json was made with another base_sha256; choose another --report"):
-        Ablation(Protocol(), RESULTS / "ablation", tmp_path).run([BASE], lambda: None)
+        Ablation(Protocol(), RESULTS / "ablation_first_base", tmp_path).run([BASE], lambda: None)
 
 
-@pytest.mark.usefixtures("on_the_first_base")
-def test_results_of_the_ablation(tmp_path: Path) -> None:
-    cells = [BASE, *ablation.planned(ablation.parse(["--report", "docs/ablation.md"]))]
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("ablation", ""), ("ablation_choices", "--part val --count 60")],
+)
+def test_results_of_the_ablation(name: str, flags: str, tmp_path: Path) -> None:
+    """Not every row was trained: those with a result are not trained again."""
+    folder = RESULTS / name
+    guidance = [] if name == "ablation" else ["--guidance", str(PAGES.parent / "examples" / "adapter")]
+    args = ablation.parse([*flags.split(), *guidance, "--report", f"docs/{name}.md"])
+    study = Ablation(ablation.protocol_of(args), folder, tmp_path)
+    cells = [cell for cell in [BASE, *ablation.planned(args)] if study.file(cell.name).is_file()]
+    assert len(cells) == len(list(folder.glob("*.json"))) > 1
     said = logged()
-    Ablation(Protocol(), RESULTS / "ablation", tmp_path).run(cells, lambda: said.append("written"))
+    study.run(cells, lambda: said.append("written"))
     assert said == [*(f"{cell.name}: done before" for cell in cells), "written"]
 
 
-@pytest.mark.usefixtures("on_the_first_base")
 def test_results_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said = logged()
     protocol = layout_benchmark.protocol_of(args, False)
     study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path)
-    chosen = methods(args.methods, ["bias.strength=2"], args.base)  # the preset on the first base
+    chosen = [m for m in methods(args.methods, args.set, args.base) if study.file(m.name).is_file()]
+    assert {"none", *GATES} <= {method.name for method in chosen}
     study.run(chosen, lambda: said.append("written"))
     assert said == [*(f"{method.name}: done before" for method in chosen), "written"]
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("ablation", write_ablation), ("layout_benchmark", write_layout_benchmark)]
+    ("name", "write"),
+    [
+        *((name, write_ablation) for name in ("ablation", "ablation_choices", "ablation_first_base")),
+        ("layout_benchmark", write_layout_benchmark),
+    ],
 )
 def test_a_committed_page_is_made_of_the_committed_results(
     name: str, write: Callable[[Path, Path], str], tmp_path: Path

@@ -16,10 +16,10 @@ from localctl.jobs.prepare import prepare
 from localctl.jobs.settings import SampleSettings
 from localctl.metrics.edges import canny
 from localctl.studio.config import StudioConfig
-from localctl.studio.leaving import follow_values
 from localctl.studio.limits import scene as read_scene
 from localctl.studio.local_control_form import first_regions, mask_of, read_form, read_order
 from localctl.studio.local_control_job import EXAMPLE, EXAMPLE_NAME, adapter_places, judge, settings_of
+from localctl.studio.local_control_restore import follow_values
 
 pytest_plugins = ["condition_models_here"]
 
@@ -60,7 +60,7 @@ def fields(path: Path | None, **changes: Any) -> dict[str, Any]:
 )
 def test_fields_out_of_bounds_are_refused(photo: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_form(fields(photo, **changes))
+        read_form(fields(photo, **changes), StudioConfig())
 
 
 def test_an_adapter_that_is_not_offered_is_refused(photo: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_an_adapter_that_is_not_offered_is_refused(photo: Path, tmp_path: Path) 
 @pytest.mark.parametrize("high", [100, 300])  # as trained: the photo is the input; else its condition
 def test_a_run_gets_the_photo_and_the_mask_and_gives_them_back(photo: Path, tmp_path: Path, high: int) -> None:
     config = StudioConfig(runs=str(tmp_path / "none"))
-    form = read_form(fields(photo, high=high))
+    form = read_form(fields(photo, high=high, unconditional_scale=0, control_guidance_scale=3), config)
     settings, _ = settings_of(form.order, config, tmp_path, form.sampling)
     job = prepare(SampleSettings(**settings))
     [adapter] = job.adapters
@@ -83,7 +83,7 @@ def test_a_run_gets_the_photo_and_the_mask_and_gives_them_back(photo: Path, tmp_
     assert values["source"] == ("a photo" if high == 100 else "a finished condition")
     again = fields(photo, **{name: value for name, value in values.items() if name != "photo"}, high=high)
     assert np.array_equal(np.asarray(read_order(again).follows[0].mask), adapter.mask[0].numpy() * 255)
-    assert read_form(again).sampling["seeds"] == [7, 8]
+    assert read_form(again, config).sampling == form.sampling
 
 
 def test_a_box_is_a_mask_and_nothing_painted_is_everywhere() -> None:
@@ -102,10 +102,13 @@ def test_a_copy_is_matched_and_an_empty_image_misses_everything(photo: Path) -> 
 
 
 def test_adapters_with_the_same_last_name_are_told_apart(tmp_path: Path) -> None:
-    config = StudioConfig(adapter=["runs/canny/adapter", "runs/palette/adapter", "other"], runs=str(tmp_path))
+    places = [str(tmp_path / name) for name in ("canny/adapter", "palette/adapter", "other")]
+    for place in places:
+        shutil.copytree(EXAMPLE, place)
+    config = StudioConfig(adapter=places, runs=str(tmp_path / "none"))
     assert list(adapter_places(config))[:3] == ["canny/adapter", "palette/adapter", "other"]
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
-    options = {"image": [str(tmp_path / "photo.png")], "adapter": ["runs/palette/adapter"]}
+    options = {"image": [str(tmp_path / "photo.png")], "adapter": [places[1]]}
     assert follow_values(options, config)["adapter1"] == "palette/adapter"
     with pytest.raises(ValueError, match="an adapter 'adapter', and this server has"):
         follow_values({**options, "adapter": ["adapter"]}, config)
@@ -126,7 +129,8 @@ def test_what_a_model_computed_in_training_is_computed_of_the_photo(
 ) -> None:
     trained = {"kind": "depth", "channels": 1, "model": str(condition_model("depth"))}
     config = StudioConfig(adapter=[str(adapter_of(tmp_path / "deep", trained))], runs=str(tmp_path / "none"))
-    form = read_form(fields(photo, adapter1="deep", low=10, high=300))  # thresholds are those of canny alone
+    asked = fields(photo, adapter1="deep", low=10, high=300)  # thresholds are those of canny alone
+    form = read_form(asked, config)
     settings, [shown] = settings_of(form.order, config, tmp_path, form.sampling)
     [adapter] = prepare(SampleSettings(**settings)).adapters
     values = np.asarray(shown)[..., 0]
@@ -134,7 +138,7 @@ def test_what_a_model_computed_in_training_is_computed_of_the_photo(
     assert settings.get("condition_model") is None  # the adapter names it
 
     without = str(adapter_of(tmp_path / "flat", {"kind": "depth", "channels": 1}))
-    form = read_form(fields(photo, adapter1="flat"))
+    form = read_form(fields(photo, adapter1="flat"), config)
     with pytest.raises(ValueError, match="flat follows a depth condition, which came with its data"):
         settings_of(form.order, StudioConfig(adapter=[without], runs=""), tmp_path, form.sampling)
     served = StudioConfig(adapter=[without], runs="", condition_model=[f"depth={trained['model']}"])
@@ -142,3 +146,39 @@ def test_what_a_model_computed_in_training_is_computed_of_the_photo(
     [adapter] = prepare(SampleSettings(**settings)).adapters
     assert settings["condition_model"] == [trained["model"]] and np.array_equal(np.asarray(again), np.asarray(shown))
     assert np.array_equal(adapter.condition[0].numpy() * 255, values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layout": ["scene.json"], "control": ["bias"]}, "made with --layout and --control, which the tab Local"),
+        ({"clip_skip": 1}, "made with --clip_skip, which the tab Local control does not have"),
+        ({"level_weights": ["1,1,1,0"]}, "--level_weights"),
+        ({"prompt_weighting": False}, "--prompt_weighting"),
+        ({"condition": ["sobel"]}, "follows a sobel condition with an adapter for canny"),
+        ({"prompt": ["a", "b"]}, "and 2 prompts"),
+        ({"seeds": [-1]}, "The seed must be from 0"),
+        ({"unconditional_scale": [2.0]}, "one value from 0 to 1"),
+        ({"controlnet": ["net"], "controlnet_image": ["photo.png"]}, "ControlNet 'net', which this server does not"),
+        ({"lora": ["style.safetensors"]}, "LoRA 'style.safetensors', which this server does not have"),
+    ],
+)
+def test_what_the_tab_cannot_show_of_an_image_is_one_sentence(
+    photo: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    config = StudioConfig(runs=str(tmp_path / "none"))
+    options = {"adapter": [str(EXAMPLE)], "image": [str(photo)], "prompt": ["a blue circle"], "dtype": "float32"}
+    assert follow_values(options, config)["prompt"] == "a blue circle"
+    with pytest.raises(ValueError, match=message):
+        follow_values({**options, **changes}, config)
+
+
+def test_another_size_than_the_photos_comes_back(photo: Path, tmp_path: Path) -> None:
+    config = StudioConfig(runs=str(tmp_path / "none"))
+    options = {"adapter": [str(EXAMPLE)], "image": [str(photo)], "prompt": ["a blue circle"]}
+    for height, width in ((128, 128), (64, 192)):
+        values = follow_values({**options, "height": height, "width": width}, config)
+        again = fields(photo, **{name: value for name, value in values.items() if name != "photo"})
+        form = read_form(again, config)
+        settings, _ = settings_of(form.order, config, tmp_path, form.sampling)
+        assert (settings["height"], settings["width"]) == (height, width)

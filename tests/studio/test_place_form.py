@@ -12,10 +12,11 @@ from PIL import Image
 from localctl.jobs.settings import SampleSettings
 from localctl.layout_io import load_layout
 from localctl.masks import load_mask
+from localctl.studio.addon_restore import addon_values
 from localctl.studio.config import StudioConfig
 from localctl.studio.methods import METHODS, changed_settings, presets_of, settings_of, shown_presets
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
-from localctl.studio.place_restore import addon_values, values_of
+from localctl.studio.place_restore import values_of
 
 REGION = {"id": "r1", "color": 0, "phrase": "a red circle", "box": [0.0, 0.0, 0.5, 1.0]}
 FIELDS: dict[str, Any] = {
@@ -236,6 +237,7 @@ def test_an_addon_that_cannot_act_is_refused(tmp_path: Path, photo: str, changes
         {"scene": {"width": 64, "height": 128, "regions": []}, "seed": 7, "images": 3, "negative_prompt": "text"},
         {"photo_use": "Repaint the regions", "photo_strength": 0.9},
         {"upscale": 1.5, "upscale_strength": 0.25, "guidance_rescale": 0.5},
+        {"seed": str(2**62 + 1)},  # which a number of a browser would round
     ],
 )
 def test_the_settings_of_a_run_put_the_fields_back(tmp_path: Path, photo: str, changes: dict[str, Any]) -> None:
@@ -251,6 +253,47 @@ def test_the_settings_of_a_run_put_the_fields_back(tmp_path: Path, photo: str, c
     for name in ("output_dir", "init_image", "inpaint_mask"):
         assert bool(made.pop(name, None)) == bool(repeated.pop(name, None))
     assert made == repeated
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "Bias + guidance"},
+        {"sweep_column": "bias.outside_strength", "sweep_columns": "0.5, 1", "sweep_row": "none"},
+        {"compared": ["None (the prompt alone)", "Bias + dense"]},
+    ],
+)
+def test_an_image_of_a_sweep_or_a_comparison_brings_it_back(tmp_path: Path, changes: dict[str, Any]) -> None:
+    def run(fields: dict[str, Any]) -> dict[str, Any]:
+        form = read_form(fields, CONFIG)
+        sweep = None if "compared" in changes else read_sweep(fields, form)
+        made = settings_for(form, tmp_path, CONFIG, compare=sweep is None, sweep=sweep)
+        return {name: value for name, value in made.items() if value is not None}
+
+    made = run({**FIELDS, "images": 1, **changes})
+    assert made.get("sweep") or made["compare"] == ["none", "bias+dense"]
+    others = {name: value for name, value in FIELDS.items() if not name.startswith("sweep")}
+    assert run({**others, **values_of(made, "micro", (64, 64))}) == made
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sweep": ["bias.std=global,sample"]}, "sweep over 'bias.std', which the page does not have"),
+        ({"sweep": ["strength=" + ",".join(map(str, range(17)))]}, "must be 1 to 16 different numbers"),
+        ({"compare": ["bias", "none"], "control": None, "set": ["bias.strength=2"]}, "compares methods with --set"),
+        ({"init_image": ["photo.png"], "inpaint_mask": ["photo.png"]}, "a mask that is not its regions"),
+        ({"level_weights": ["1,1,1,0"]}, "made with --level_weights, which the tab Place does not have"),
+    ],
+)
+def test_a_part_of_a_run_that_the_tab_has_no_field_for_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    made = settings(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (128, 64), "white").save("photo.png")
+    with pytest.raises(ValueError, match=message):
+        values_of({**made, **options}, "micro", (64, 64))
 
 
 def test_a_run_that_the_page_cannot_show_is_one_sentence(tmp_path: Path) -> None:

@@ -63,8 +63,10 @@ def test_old_results_are_deleted(sessions: Sessions) -> None:
     paths = [folder / f"{index}.png" for index in range(70)]
     for path in paths:
         path.touch()
+        path.with_suffix("").mkdir()  # what leaves with it
         session.keep(path, path.name)
     assert len(session.results) == 64
+    assert [path.with_suffix("").exists() for path in (paths[5], paths[6])] == [False, True]
     assert [path.exists() for path in (paths[5], paths[6], paths[69])] == [False, True, True]
 
 

@@ -1,4 +1,4 @@
-"""ControlNets, IP-Adapters, LoRAs and learned words on the tab Place: each acts, and the image repeats it."""
+"""ControlNets, IP-Adapters, LoRAs and learned words on both tabs: each acts, and the image brings it back."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from localctl.cli.sample import main as sample
 from localctl.conditions import extract
 from localctl.jobs.prepare import prepare
 from localctl.jobs.settings import SampleSettings
+from localctl.studio.addon_restore import _images, addon_values
 from localctl.studio.config import StudioConfig
 from localctl.studio.leaving import bundle_of, settings_of_image
-from localctl.studio.local_control import _unused
+from localctl.studio.local_control_actions import generate as follow
+from localctl.studio.local_control_form import first_regions
+from localctl.studio.local_control_restore import follow_values
 from localctl.studio.place_actions import generate
 from localctl.studio.place_form import read_form, settings_for
-from localctl.studio.place_restore import _images, addon_values, values_of
+from localctl.studio.place_restore import values_of
 from localctl.studio.studio import Studio
 
 pytest_plugins = ["condition_models_here"]
@@ -70,12 +73,6 @@ def generated(studio: Studio, **changes: Any) -> Path:
     return Path(gallery[0][0])
 
 
-def test_local_control_says_what_it_does_not_use(studio: Studio) -> None:
-    assert _unused(StudioConfig()) == ""
-    told = " The server's ControlNets, IP-Adapters, LoRAs, learned words act on the tab Place alone."
-    assert _unused(studio.config) == told
-
-
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
@@ -112,6 +109,54 @@ def test_each_addon_acts_and_the_command_of_the_page_makes_the_same_image(studio
             addon_values(options, replace(studio.config, **dict[str, Any]({kind: []})))
 
 
+def followed(studio: Studio, **changes: Any) -> Path | str:
+    """The image that Generate of the tab Local control makes of these fields, or what is said instead."""
+    regions = [{**first_regions(1)[0], "box": [0, 0, 0.5, 1]}]
+    fields = {
+        "prompt": "a cat and dogs", "photo": "photo.png", "source": "a photo", "images": 1, "seed": "3", "steps": 2,
+        "scene": {"width": 64, "height": 64, "regions": regions}, "low": 50, "high": 100, "cells": 8,
+        "scheduler": "auto", "adapter1": "follower", "weight1": 1.0, "start1": 0, "end1": 1, "lora0_scale": 0.0,
+    } | changes  # fmt: skip
+    request: Any = SimpleNamespace(session_hash="tab")
+    told = str(list(follow(studio, list(fields))(request, *fields.values()))[-1])
+    return next(reversed(studio.sessions.of(request).results.values())).path if "1 image in" in told else told
+
+
+def test_each_addon_acts_beside_an_adapter_and_comes_back(
+    studio: Studio, tmp_path: Path, make_adapter: Callable[..., Any]
+) -> None:
+    condition = {"kind": "canny", "low": 50, "high": 100, "cells": 8, "channels": 1}
+    make_adapter(condition=condition, base="base").save_pretrained("follower")
+    studio.config = replace(studio.config, adapter=["follower"], runs="none")
+    uses: list[dict[str, Any]] = [
+        {},
+        {"controlnet0_image": "photo.png", "controlnet0_condition": "canny", "controlnet0_where": "mask 1"},
+        {"ip_adapter0_image": "photo.png", "ip_adapter0_where": "mask 1", "ip_adapter0_end": 0.9},
+        {"lora0_scale": 0.5},
+        {"prompt": "a cat and <toy>"},
+    ]
+    together: dict[str, Any] = {}
+    made: list[Path] = []
+    for use in uses:  # each beside those before
+        together |= use
+        image = followed(studio, **together)
+        assert isinstance(image, Path), image
+        assert not made or not np.array_equal(pixels(made[-1]), pixels(image)), use
+        made.append(image)
+
+    options = settings_of_image(made[-1].read_bytes(), tmp_path)  # dropped on the page
+    values = follow_values(options, studio.config)
+    assert (values["controlnet0_where"], values["ip_adapter0_where"], values["lora0_scale"]) == (
+        "mask 1",
+        "mask 1",
+        0.5,
+    )
+    values["photo"].save("again.png")
+    again = followed(studio, **{**values, "photo": "again.png"})
+    assert isinstance(again, Path) and np.array_equal(pixels(made[-1]), pixels(again))
+    assert "There is no mask 3 for an addon" in str(followed(studio, **{**together, "controlnet0_where": "mask 3"}))
+
+
 def test_models_of_conditions_and_the_image_encoder_are_those_of_the_server(
     studio: Studio, tmp_path: Path, condition_model: Callable[[str], Path]
 ) -> None:
@@ -136,8 +181,8 @@ def test_models_of_conditions_and_the_image_encoder_are_those_of_the_server(
     photo = np.asarray(Image.open("photo.png"))
     assert np.array_equal(depth.condition[:1], extract(config.computed("depth"), photo))
     assert not np.array_equal(depth.condition, edges.condition)
-    assert _images("controlnet", settings, config)["controlnet1_condition"] == "depth"
+    assert _images("controlnet", settings, config, "region")["controlnet1_condition"] == "depth"
     with pytest.raises(ValueError, match="start it with --condition_model depth=PLACE"):
-        _images("controlnet", settings, replace(config, condition_model=models[1:]))
+        _images("controlnet", settings, replace(config, condition_model=models[1:]), "region")
     with pytest.raises(ValueError, match="must be one of it is the condition, canny, sobel, palette"):
         read_form({**ASKED, **used, **kinds}, replace(config, condition_model=models[1:]))

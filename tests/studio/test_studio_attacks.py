@@ -169,10 +169,10 @@ def test_a_field_out_of_bounds_makes_no_image(visitor: Visitor, changes: dict[st
 
 
 def test_markup_of_the_page_is_escaped(visitor: Visitor) -> None:
-    event = visitor.event("place-prompt", "input")
+    event = visitor.event("place-prompt", "change")
     markup = '<img src=x onerror="alert(1)">'
     scene = {**SCENE, "regions": [{**SCENE["regions"][0], "phrase": markup}]}
-    view = visitor.direct(event, [f"a {markup} there", scene]).json()["data"][0]
+    view = visitor.direct(event, [f"a {markup} there", scene, 1]).json()["data"][0]["parts"][0]["value"]
     assert "&lt;" in view and "<img" not in view
 
 
@@ -249,8 +249,8 @@ def fuzz(served: Any, requests: int) -> None:
         with with_tab.http.stream("POST", f"{served.url}{API}/{route}", **options) as answer:
             assert answer.status_code < 600
     assert with_tab.get("/config").status_code == 200
-    event = with_tab.event("place-prompt", "input")
-    assert "red" in with_tab.direct(event, ["a red circle", SCENE]).json()["data"][0]
+    event = with_tab.event("place-prompt", "change")
+    assert "red" in with_tab.direct(event, ["a red circle", SCENE, 1]).json()["data"][0]["parts"][0]["value"]
     with_tab.http.close()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from playwright.sync_api import Page, expect
+from playwright.sync_api import APIResponse, Page, Route, expect
 from studio_page import choose, drag_box, fill_number, finish_job, gallery_images, press_and_move, type_text, upload
 
 from localctl.boxes import Found
@@ -91,6 +91,9 @@ def test_edges_are_followed_inside_a_brushed_mask(page: Page) -> None:
     type_steps(page, "follow", 20)
     page.locator("#follow-generate").click()
     assert "1 image" in finish_job(page, "follow")
+    for field in ("guidance-scale", "width", "height"):  # what is left empty is not 0
+        expect(page.locator(f"#follow-{field} textarea, #follow-{field} input")).to_have_value("")
+    expect(page.locator("#leaving-command textarea")).to_have_value(re.compile("--guidance_scale=2"))
     expect(page.locator("#follow-figures img")).to_have_count(3)  # condition, result, edges
     score = page.locator("#follow-figures .figures-score").inner_text()
     found = re.search(r"F1 inside the mask: ([\d.]+)", score)
@@ -112,6 +115,55 @@ def test_thresholds_change_the_condition_at_once_and_adapters_are_added(page: Pa
     expect(page.locator("#follow-canvas .scene-choice")).to_have_count(2)  # a mask for each
     page.locator("#follow-fewer").click()
     expect(page.locator("#follow-adapter2")).to_be_hidden()
+
+
+def test_a_late_answer_replaces_neither_a_newer_one_nor_what_was_painted(page: Page) -> None:
+    open_local_control(page)
+    page.locator("#follow-examples button").first.click()
+    condition = page.locator("#follow-conditions img")
+    expect(condition).to_have_count(1)
+    held: list[tuple[Route, APIResponse]] = []
+
+    def hold(route: Route) -> None:
+        """Keep the first answer on the whole form back."""
+        if held or len(route.request.post_data_json["data"]) < 5:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    page.route("**/run/predict", hold)
+    page.locator("#follow-examples button").nth(5).click()
+    while not held:
+        page.wait_for_timeout(100)
+    before = condition.get_attribute("src") or ""
+    fill_number(page, "follow-high", 400)
+    fill_number(page, "follow-low", 400)
+    expect(condition).not_to_have_attribute("src", before)
+    press_and_move(page, "#follow-canvas", [(0.3, 0.3), (0.6, 0.6)])
+    page.wait_for_timeout(1000)  # until the last threshold is answered
+    newest = condition.get_attribute("src") or ""
+    with page.expect_response("**/run/predict"):
+        held[0][0].fulfill(response=held[0][1])
+    page.wait_for_timeout(1000)  # in which the older answer would be shown
+    expect(condition).to_have_attribute("src", newest)
+    expect(page.locator("#follow-high input[type=number]")).to_have_value("400")
+    page.wait_for_function(PAINTED, arg="#follow-canvas canvas")
+
+
+def test_what_is_typed_before_the_memory_is_back_is_not_lost(page: Page) -> None:
+    type_text(page, "#place-prompt textarea", "a pink star")
+    page.wait_for_timeout(3000)  # until the browser has stored it
+    asked: list[Route] = []
+    page.route("**/run/predict", lambda route: asked.append(route), times=2)  # one for the memory of each tab
+    page.reload()
+    while len(asked) < 2:
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(500)
+    expect(page.locator("#place-prompt")).to_be_hidden()  # nothing to type into, which would then be replaced
+    for route in asked:
+        route.continue_()
+    expect(page.locator("#place-prompt textarea")).to_have_value("a pink star")
+    expect(page.locator("#place-prompt")).to_be_visible()
 
 
 def test_photos_masks_layouts_and_colour_maps_are_uploaded(page: Page) -> None:

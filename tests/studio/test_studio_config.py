@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from localctl.cli.studio import main, new_parser
+from localctl.cli.studio import LOGIN, _with_login, main, new_parser
+from localctl.images import MAX_PIXELS
 from localctl.studio.config import StudioConfig
+from localctl.studio.server import _guarded_decoding
 
 
 def test_a_server_is_local_by_default() -> None:
@@ -89,3 +94,24 @@ def test_the_command_refuses_an_open_server_in_one_sentence(capsys: Any) -> None
     assert main(["--host", "0.0.0.0"]) == 2
     told = capsys.readouterr().err
     assert told.startswith("app.py: A server on 0.0.0.0") and told.count("\n") == 1
+
+
+def test_a_login_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "login").write_text("me:of-the-file\n")
+    monkeypatch.setenv(LOGIN, "me:of-the-environment")
+    assert _with_login({"auth_file": str(tmp_path / "login")}) == {"auth": "me:of-the-file"}
+    assert _with_login({}) == {"auth": "me:of-the-environment"}
+    assert _with_login({"auth": "me:typed"}) == {"auth": "me:typed"}
+    monkeypatch.delenv(LOGIN)
+    assert _with_login({"port": 1}) == {"port": 1}
+    with pytest.raises(ValueError, match="not both"):
+        _with_login({"auth_file": str(tmp_path / "login"), "auth": "me:typed"})
+    with pytest.raises(ValueError, match="cannot be read"):
+        _with_login({"auth_file": str(tmp_path / "none")})
+
+
+def test_a_server_that_has_ended_leaves_pillow_as_it_was() -> None:
+    before, pixels = list(warnings.filters), Image.MAX_IMAGE_PIXELS
+    with _guarded_decoding():
+        assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS and warnings.filters != before
+    assert (list(warnings.filters), Image.MAX_IMAGE_PIXELS) == (before, pixels)

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from localctl.studio.theme import COLORS, color_of, text_on
+from localctl.studio.theme import COLORS, GROUNDS, GROUNDS_DARK, SUBDUED, SUBDUED_DARK, color_of, text_on
 
 # Machado, Oliveira and Fernandes 2009, severity 1: from linear sRGB to what is seen.
 VISION = {
@@ -40,8 +40,18 @@ def test_there_are_twelve_colours_and_they_begin_anew() -> None:
     assert len(set(COLORS)) == 12 and color_of(12) == color_of(0)
 
 
+def contrast(first: str, second: str) -> float:
+    """As of WCAG 2."""
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    light, dark = sorted((weights @ linear(first), weights @ linear(second)), reverse=True)
+    return float((light + 0.05) / (dark + 0.05))
+
+
 @pytest.mark.parametrize("color", COLORS)
 def test_text_on_a_colour_has_contrast(color: str) -> None:
-    weights = np.array([0.2126, 0.7152, 0.0722])
-    light, dark = sorted((weights @ linear(color), weights @ linear(text_on(color))), reverse=True)
-    assert (light + 0.05) / (dark + 0.05) > 4.0
+    assert contrast(color, text_on(color)) > 4.0
+
+
+@pytest.mark.parametrize(("text", "grounds"), [(SUBDUED, GROUNDS), (SUBDUED_DARK, GROUNDS_DARK)])
+def test_less_important_text_has_contrast(text: str, grounds: tuple[str, ...]) -> None:
+    assert min(contrast(text, ground) for ground in grounds) >= 4.5

@@ -47,7 +47,12 @@ def settings(sd_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("can't measure\nmultiline"), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "full")]
+    "error",
+    [
+        ValueError("can't measure\nmultiline"),
+        pytest.param(OSError(28, "full"), marks=pytest.mark.slow),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
 )
 def test_a_validation_that_fails_is_said_and_the_training_goes_on(settings, tmp_path, monkeypatch, error):
     """The checkpoint of the step exists already; a resume at that step does not fail either."""

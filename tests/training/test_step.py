@@ -9,7 +9,8 @@ from tolerances import rounding
 from training_helpers import tiny_settings
 
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
-from localctl.diffusion import posterior
+from localctl.diffusion import decode, posterior
+from localctl.losses import edge_loss, soft_edges
 from localctl.masks import MaskConfig
 from localctl.pipelines import encode_text
 from localctl.prompt_embeds import PromptEmbeds
@@ -129,6 +130,43 @@ def test_the_loss_settings_reach_the_loss(samples, settings, models):
     with torch.no_grad():
         base, much, none = (training_step(batch, models, s, sampled).terms for s in (settings, heavy, plain))
     assert torch.allclose(much.local, base.local * 1000) and not none.local.any()
+
+
+EDGES = {"filter": "edges", "schedule": "constant", "weight": 0.5, "normalise": "mask"}
+
+
+def test_edges_of_the_decoded_image_are_compared_with_the_condition(samples, settings, models):
+    """In halves as well, and through the frozen VAE, which gets no gradient."""
+    batch = batch_of(samples, (0, 0), (1, 0))
+    edges = replace(settings, loss=replace(settings.loss, **EDGES), timestep_sampling="uniform")
+    output, gradients = step_and_gradients(batch, models, edges)
+    pixels = decode(models.vae, output.terms.predicted_x0)
+    expected = edge_loss(soft_edges(pixels, edges.condition), batch.condition, batch.mask, (1, 2, 4))
+    torch.testing.assert_close(output.terms.local_raw, expected)
+    _, without = step_and_gradients(batch, models, replace(edges, loss=replace(edges.loss, weight=0.0)))
+    assert any(not torch.equal(a, b) for a, b in zip(gradients, without, strict=True))
+    assert all(p.grad is None for p in models.vae.parameters())
+    torch.set_num_threads(2)
+    halves, _ = step_and_gradients(batch, models, edges)
+    assert torch.allclose(halves.terms.local, output.terms.local, rtol=1e-3)
+    other = replace(batch, condition=batch.condition.flip(-1))
+    assert not torch.equal(step_and_gradients(other, models, edges)[0].terms.local, halves.terms.local)
+
+
+def test_timesteps_are_sampled_as_the_settings_say(samples, settings, models):
+    batch = batch_of(samples, *((index % 4, index // 4) for index in range(8)))
+    sampled = sample_noise(batch, SHAPE, settings)
+
+    def times(**changes):
+        with torch.no_grad():
+            return training_step(batch, models, replace(settings, **changes), sampled).timesteps
+
+    uniform = times(timestep_sampling="uniform")
+    assert torch.equal(times(timestep_sampling="uniform", timestep_range=(0.0, 1.0)), uniform)
+    inside = times(timestep_sampling="uniform", timestep_range=(0.4, 0.6))
+    assert torch.equal(inside, ((0.4 + (0.6 - 0.4) * sampled.uniform) * 1000).long())
+    narrow = times(timestep_sampling="logit_normal", logit_mean=0.5, logit_std=0.01)
+    assert ((narrow - 622).abs() <= 10).all()  # 1000 / (1 + exp(-0.5))
 
 
 def cached(batch, models):

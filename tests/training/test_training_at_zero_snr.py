@@ -15,7 +15,9 @@ from localctl.training.settings import ValidationConfig
 from localctl.training.trackers import read_stats
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", pytest.param("DDPMScheduler", marks=pytest.mark.slow), "EulerDiscreteScheduler"]
+)
 def test_training_validates_and_scores(name: str, v_pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     v_pipe.scheduler = getattr(diffusers, name).from_config(v_pipe.scheduler.config, **options)

@@ -67,7 +67,7 @@ def settings_for(base, folder, output_dir, **changes):
     return tiny_settings(base, output_dir, **(options | changes))
 
 
-@pytest.mark.parametrize("base", ["sd_folder", "sdxl_folder"])
+@pytest.mark.parametrize("base", ["sd_folder", pytest.param("sdxl_folder", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_bit_for_bit(base, folder, tmp_path, request):
     settings = settings_for(request.getfixturevalue(base), folder, tmp_path / "whole", checkpointing_steps=6)
     said = logged()

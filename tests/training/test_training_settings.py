@@ -7,6 +7,7 @@ from diffusers.optimization import get_scheduler
 
 from localctl.bases import BASES, BaseConfig
 from localctl.data import DataConfig
+from localctl.settings import ConditionConfig, LossConfig
 from localctl.training.schedule import bound_steps, learning_rate_at, schedule_notes
 from localctl.training.settings import LR_SCHEDULERS, AdapterConfig, TrainSettings, ValidationConfig
 
@@ -72,6 +73,11 @@ def test_the_smaller_of_epochs_and_steps(epochs, steps, samples, processes, expe
         ({"lr_num_cycles": 0}, "lr_num_cycles"),
         ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "polynomial"),
         ({"ema_decay": 1.0}, "ema_decay"),
+        ({"timestep_range": (0.6, 0.4)}, "low < high"),
+        ({"timestep_range": (0.0, 1.5)}, "timestep_range"),
+        ({"timestep_sampling": "uniform", "logit_mean": 1.0}, "of timestep_sampling=logit_normal, not uniform"),
+        ({"timestep_sampling": "logit_normal", "logit_std": 0.0}, "logit_std"),
+        ({"loss": LossConfig(filter="edges"), "condition": ConditionConfig(kind="palette")}, "no condition=palette"),
     ],
 )
 def test_settings_that_make_no_sense(changes, word):

@@ -89,6 +89,17 @@ def test_a_share_of_the_cases_has_no_prompt(settings, validator):
     assert other.run().sheet
 
 
+def test_control_takes_part_in_guidance_as_the_settings_say(settings, validator):
+    def images(**guidance):
+        changed = replace(settings, validation=replace(settings.validation, **guidance))
+        other = Validator(validator.models, changed, MicroScenes("val", count=60))
+        return [np.asarray(image).tobytes() for image in other._generate(validator.models.plain_adapter)]
+
+    assert settings.validation.guidance_scale == 7.5
+    alone = images(unconditional_scale=0.0)
+    assert images(unconditional_scale=1.0) != alone == images(control_guidance_scale=7.5)
+
+
 def test_the_sheet_has_the_four_columns_and_the_asked_rows(validator):
     sheet = validator.run().sheet
     assert 4 * 128 <= sheet.width < 5 * 128 and 2 * 128 <= sheet.height < 3 * 128

@@ -36,6 +36,7 @@ def test_boxes_and_names(tmp_path: Path) -> None:
     scenes = CocoLayouts(tmp_path / "instances.json")
     assert len(scenes) == 1 and scenes[0].key == "coco-7"
     found = dict(zip(scenes[0].names, scenes[0].boxes.tolist(), strict=True))
+    assert scenes.sizes() == {"dining table": [0.5, 0.5], "dog": [0.1, 0.4]}
     assert found == {"dining table": [0.35, 0.35, 0.5, 0.5], "dog": [0.95, 0.8, pytest.approx(0.1), pytest.approx(0.4)]}
 
 

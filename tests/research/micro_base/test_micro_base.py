@@ -150,7 +150,10 @@ def test_padding_states_are_replaced_behind_the_caption_only() -> None:
     tokenizer = new_tokenizer()
     from research.micro_base.export import text_tower
 
-    states, lengths, rows = encode_captions(["a red circle", "a blue star"], text_tower(new_clip(tokenizer)), tokenizer)
+    tower = text_tower(new_clip(tokenizer))
+    states, lengths, rows = encode_captions(
+        ["a red circle", "a blue star"], lambda texts: tower(token_ids(tokenizer, texts)).last_hidden_state, tokenizer
+    )
     cache = LatentCache(torch.zeros(2, 4, 16, 16), states, lengths, rows)
     assert rows.tolist() == [1, 2] and lengths.tolist() == [1, 4, 4]
     batch = text_batch(cache, rows, torch.ones(2, dtype=torch.bool))

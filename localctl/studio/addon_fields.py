@@ -1,8 +1,8 @@
-"""The addons of the tab Place: the ControlNets, IP-Adapters and LoRAs that the server was started with."""
+"""The addons on the page: the ControlNets, IP-Adapters and LoRAs that the server was started with, on two tabs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from localctl.studio.limits import MAX_REGIONS, Scene
 from localctl.studio.uploads import photo, read_photo
 
 READY, EVERYWHERE = "it is the condition", "everywhere"
-_PLACES = (EVERYWHERE, *(f"region {number}" for number in range(1, MAX_REGIONS + 1)))
+PLACES = (EVERYWHERE, *(f"region {number}" for number in range(1, MAX_REGIONS + 1)))
 _KINDS = ("controlnet", "ip_adapter")
 
 
 @dataclass(frozen=True)
 class Addon:
-    """A ControlNet or IP-Adapter with its image. condition: what to compute from it; None: nothing. region: where it
-    acts, by index; None: everywhere."""
+    """A ControlNet or IP-Adapter with its image. condition: what to compute from it; None: nothing. region: the region
+    or mask where it acts, by index; None: everywhere."""
 
     place: str
     image: Image.Image
@@ -46,12 +46,17 @@ class Addons:
     loras: tuple[tuple[str, float], ...] = ()
 
 
-def add_fields(fields: dict[str, Any], config: StudioConfig) -> None:
-    """Add a fold for each addon of the server to the page, and its components to ``fields``."""
+def add_fields(fields: dict[str, Any], config: StudioConfig, tab: str, places: Sequence[str] = PLACES) -> None:
+    """Add a fold for each addon of the server to a tab, and its components to ``fields``.
+
+    tab: the beginning of their ids. places: where an addon may act, everywhere first.
+    """
     for kind, title in zip(_KINDS, ("ControlNet", "IP-Adapter"), strict=True):
         for index, place in enumerate(getattr(config, kind)):
             with gr.Accordion(f"{title}: {short_name(place)}", open=False):
-                _image_fields(fields, f"{kind}{index}", conditions_of(config) if kind == "controlnet" else ())
+                _image_fields(
+                    fields, f"{kind}{index}", conditions_of(config) if kind == "controlnet" else (), tab, places
+                )
     if config.controlnet:
         fields["guess_mode"] = gr.Checkbox(value=False, label="Guess mode: follow the conditions without the prompt")
     if config.lora:
@@ -65,15 +70,17 @@ def conditions_of(config: StudioConfig) -> tuple[str, ...]:
     return (READY, *FROM_IMAGE, *config.condition_models)
 
 
-def _image_fields(fields: dict[str, Any], name: str, conditions: Sequence[str]) -> None:
+def _image_fields(
+    fields: dict[str, Any], name: str, conditions: Sequence[str], tab: str, places: Sequence[str]
+) -> None:
     label = "Image; without one, this does not act"
-    fields[f"{name}_image"] = photo(label, height=180, elem_id=f"place-{name.replace('_', '-')}-image")
+    fields[f"{name}_image"] = photo(label, height=180, elem_id=f"{tab}-{name.replace('_', '-')}-image")
     with gr.Row():
         if conditions:
             fields[f"{name}_condition"] = gr.Dropdown(
                 list(conditions), value=FROM_IMAGE[0], label="What it follows of the image"
             )
-        fields[f"{name}_where"] = gr.Dropdown(list(_PLACES), value=EVERYWHERE, label="Where")
+        fields[f"{name}_where"] = gr.Dropdown(list(places), value=EVERYWHERE, label="Where")
     with gr.Row():
         fields[f"{name}_scale"] = gr.Slider(0, 2, value=1, step=0.05, label="Strength", min_width=90)
         fields[f"{name}_start"] = gr.Slider(0, 1, value=0, step=0.05, label="Start", min_width=90)
@@ -85,11 +92,11 @@ def photos_of(fields: Iterable[str]) -> list[str]:
     return [name for name in fields if name == "photo" or name.endswith("_image")]
 
 
-def read_addons(values: Mapping[str, Any], config: StudioConfig) -> Addons:
+def read_addons(values: Mapping[str, Any], config: StudioConfig, places: Sequence[str] = PLACES) -> Addons:
     """Read the fields by name. ValueError in one sentence for the first that is out of bounds."""
     return Addons(
-        controlnets=_with_images(values, config, "controlnet"),
-        ip_adapters=_with_images(values, config, "ip_adapter"),
+        controlnets=_with_images(values, config, "controlnet", places),
+        ip_adapters=_with_images(values, config, "ip_adapter", places),
         guess_mode=limits.flag("Guess mode", values.get("guess_mode")),
         loras=tuple(
             (place, limits.number(f"The scale of {short_name(place)}", values.get(f"lora{index}_scale", 1), 0, 2))
@@ -98,7 +105,9 @@ def read_addons(values: Mapping[str, Any], config: StudioConfig) -> Addons:
     )
 
 
-def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> tuple[Addon, ...]:
+def _with_images(
+    values: Mapping[str, Any], config: StudioConfig, kind: str, places: Sequence[str]
+) -> tuple[Addon, ...]:
     found = []
     for index, place in enumerate(getattr(config, kind)):
         name, title = f"{kind}{index}", short_name(place)
@@ -110,7 +119,7 @@ def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> 
         end = limits.number(f"The end of {title}", values.get(f"{name}_end", 1), 0, 1)
         if start >= end:
             raise ValueError(f"{title} needs a start before its end, not {start:g} and {end:g}.")
-        where = _PLACES.index(limits.choice(f"The place of {title}", values.get(f"{name}_where", EVERYWHERE), _PLACES))
+        where = places.index(limits.choice(f"The place of {title}", values.get(f"{name}_where", EVERYWHERE), places))
         condition = limits.choice(f"The condition of {title}", condition, conditions_of(config))
         scale = limits.number(f"The strength of {title}", values.get(f"{name}_scale", 1), 0, 2)
         found.append(
@@ -122,12 +131,12 @@ def _with_images(values: Mapping[str, Any], config: StudioConfig, kind: str) -> 
 
 
 def addon_settings(
-    addons: Addons, scene: Scene, texts: Sequence[str], config: StudioConfig, folder: Path
+    addons: Addons, mask_of: Callable[[int], str], texts: Sequence[str], config: StudioConfig, folder: Path
 ) -> dict[str, Any]:
     """Return the settings of a run for the addons that act, with their images written to ``folder``.
 
-    texts: all prompts of the run, which choose the learned words. ValueError for a region that is not there or has no
-    phrase, and for photos beside ready conditions.
+    mask_of: from the index of a place to the mask of an addon there. texts: all prompts of the run, which choose the
+    learned words. ValueError as of ``mask_of``, and for photos beside ready conditions.
     """
     settings: dict[str, Any] = {"textual_inversion": _words(texts, config) or None}
     if config.lora:
@@ -137,14 +146,14 @@ def addon_settings(
         if None in computed and any(computed):
             raise ValueError(f"Choose {READY!r} for all ControlNets or for none; they cannot be mixed in one run.")
         given = "controlnet_condition_image" if None in computed else "controlnet_image"
-        settings |= _shared("controlnet", addons.controlnets, given, scene, folder)
+        settings |= _shared("controlnet", addons.controlnets, given, mask_of, folder)
         settings |= {
             "controlnet_condition": None if None in computed else computed,
             "guess_mode": addons.guess_mode or None,
             **model_settings([config.computed(kind) if kind in config.condition_models else None for kind in computed]),
         }
     if addons.ip_adapters:
-        settings |= _shared("ip_adapter", addons.ip_adapters, "ip_adapter_image", scene, folder)
+        settings |= _shared("ip_adapter", addons.ip_adapters, "ip_adapter_image", mask_of, folder)
         settings |= {"ip_adapter_encoder": config.ip_adapter_encoder}
     return settings
 
@@ -168,13 +177,15 @@ def _words(texts: Sequence[str], config: StudioConfig) -> list[str]:
     return [place for place, word in words.items() if any(word in text for text in texts)]
 
 
-def _shared(kind: str, addons: Sequence[Addon], images: str, scene: Scene, folder: Path) -> dict[str, Any]:
+def _shared(
+    kind: str, addons: Sequence[Addon], images: str, mask_of: Callable[[int], str], folder: Path
+) -> dict[str, Any]:
     paths = [folder / f"{images}_{index}.png" for index in range(len(addons))]
     for path, item in zip(paths, addons, strict=True):
         item.image.save(path)
     if len({item.region is None for item in addons}) > 1:
-        raise ValueError("Choose a region for all of these, or everywhere for all; a run takes masks for all or none.")
-    masks = [_region(scene, item.region) for item in addons if item.region is not None]
+        raise ValueError("Choose a place for all of these, or everywhere for all; a run takes masks for all or none.")
+    masks = [mask_of(item.region) for item in addons if item.region is not None]
     return {
         kind: [item.place for item in addons],
         images: list(map(str, paths)),
@@ -185,7 +196,8 @@ def _shared(kind: str, addons: Sequence[Addon], images: str, scene: Scene, folde
     }
 
 
-def _region(scene: Scene, index: int) -> str:
+def region_of(scene: Scene, index: int) -> str:
+    """Return the region with this index as the mask of an addon. ValueError if it is not there or has no phrase."""
     if index >= len(scene.regions):
         raise ValueError(f"There is no region {index + 1} on the canvas for an addon to act in; choose another.")
     if not scene.regions[index].phrase:

@@ -1,0 +1,45 @@
+"""The schedulers by their names in flags and settings. This module loads neither models nor torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+# fmt: off
+SchedulerName = Literal[
+    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "kdpm2", "kdpm2_ancestral",
+    "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_sde", "deis", "sa_solver", "lcm", "tcd",
+]
+# fmt: on
+SCHEDULERS: dict[str, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "pndm": "PNDMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_3m": "DPMSolverMultistepScheduler",
+    "dpmpp_3m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "dpmpp_sde": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "sa_solver": "SASolverScheduler",
+    "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
+}
+# Settings that tell schedulers of one class apart.
+SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
+    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    "dpmpp_3m": {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    "dpmpp_3m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+    "dpmpp_2s": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+}
+SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
+MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for

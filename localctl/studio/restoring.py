@@ -1,0 +1,63 @@
+"""What both tabs share when an image brings its settings back: seeds, values for each model, what has no field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from localctl.jobs.settings import HERE, PLACES, SampleSettings
+from localctl.sizes import shown
+from localctl.studio import limits
+
+# Both tabs have a field for these; or the server decides them, or they do not change an image.
+_EVERYWHERE = frozenset(
+    (*HERE, *PLACES, "variant", "revision", "dtype", "batch_size", "save_steps", "prompt", "negative_prompt")
+    + ("height", "width", "seeds", "num_inference_steps", "guidance_scale", "scheduler")
+    + tuple(f"controlnet_{name}" for name in ("image", "condition_image", "condition", "mask", "scale", "start", "end"))
+    + tuple(f"ip_adapter_{name}" for name in ("image", "mask", "scale", "start", "end"))
+    + ("guess_mode", "lora_scale", "lora_per_prompt")
+)
+
+
+def refuse_others(options: Mapping[str, Any], known: Collection[str], tab: str) -> None:
+    """Raise a ValueError that names the settings of a run which ``tab`` has no field for: beside those of both tabs, it
+    has ``known``."""
+    usual = vars(SampleSettings())
+    others = [
+        name
+        for name, value in options.items()
+        if name not in _EVERYWHERE and name not in known and value and value != usual.get(name)
+    ]
+    if options.get("prompt_weighting") is False:
+        others.append("prompt_weighting=false")
+    if others:
+        names = " and ".join(f"--{name}" for name in others if name != "prompt_weighting")
+        raise ValueError(
+            f"The image was made with {names}, which the tab {tab} does not have; repeat it with sample.py --from_json."
+        )
+
+
+def seed_values(options: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the fields of the seed and of the number of images, and a sentence on seeds that the page does not have.
+
+    ValueError for a seed out of its bounds.
+    """
+    seeds = options.get("seeds") or [0]
+    limits.seed(seeds[0])
+    count = next((index for index, seed in enumerate(seeds) if seed != seeds[0] + index), len(seeds))
+    count = min(count, limits.MAX_IMAGES)
+    values = {"seed": str(seeds[0]), "images": count}
+    if count == len(seeds):
+        return values, ""
+    others = shown(seeds[count:])
+    return values, f"The run had the seeds {others}, too, which do not follow: the page takes up to 8 in a row."
+
+
+def each(values: Sequence[Any], count: int) -> list[Any]:
+    """Return one value for each adapter; a single value is for all. ValueError for another number of values."""
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"The record in the image has {len(values)} values for {count} models ({shown(list(values))}); give "
+            "another image."
+        )
+    return list(values) * count if len(values) == 1 else list(values)
