@@ -177,6 +177,16 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guidance_scale_of_a_control_is_refused(load: Any, name: str) -> None:
+    pipe = load(name)
+    own = LocalAdapterControl(
+        token_adapter(pipe), torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), guidance_scale=2.0
+    )
+    with pytest.raises(ValueError, match="no control can have a guidance scale of its own; leave it out"):
+        attach(pipe, LAYOUT, own).__enter__()
+
+
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
     """Z-Image's pipeline copies prompts after their encoding: two rows may be two images, or one with guidance."""
     pipe, family = load("z_image"), FAMILIES["z_image"]
@@ -287,4 +297,3 @@ def test_the_model_output_is_that_of_the_pipeline_s_call(load: Any, name: str) -
     adapter = token_adapter(pipe)
     features = adapter(torch.rand(1, 2, SIDE, SIDE))
     assert (denoiser.output(noisy, pipe.scheduler.timesteps[:1], conditioning, features) - found).abs().max() > 1e-4
-    assert isinstance(LocalAdapterControl(adapter, torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE)).weight, float)
