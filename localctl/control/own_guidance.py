@@ -42,8 +42,8 @@ class OwnGuidance:
             )
         if self.controls and not denoiser.guides_in_one_call:
             raise ValueError(
-                f"The {denoiser.name} is called for the prompt and for the negative prompt in turn, so no control can "
-                "have a guidance scale of its own; leave it out."
+                f"The pipelines of the {denoiser.name} do not compute negative + g (prompt - negative) from one call "
+                "for both, so no control can have a guidance scale of its own; leave it out."
             )
         owners = (getattr(hook, "__self__", None) for hook in denoiser.module._forward_pre_hooks.values())
         if any(own.controls for owner in owners if isinstance(own := getattr(owner, "guidance", None), OwnGuidance)):

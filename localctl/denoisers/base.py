@@ -116,7 +116,7 @@ class Denoiser(ABC):
     attribute: ClassVar[str]  # of the pipeline, which holds the module
     classes: ClassVar[tuple[str, ...]] = ()  # names of the module's class; empty for any
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
-    guides_in_one_call: ClassVar[bool] = True  # rows of the negative prompt and of the prompt are of one call
+    guides_in_one_call: ClassVar[bool] = True  # negative + g (prompt - negative), from rows of one call
     groups: ClassVar[tuple[str, ...]]  # of layers, which hold all layers together, for choose_layers
     weighs_prompts: ClassVar[bool] = False  # whether prompts with weights, and longer ones, can be encoded
     encodes_always: ClassVar[bool] = True  # whether the pipeline calls ``encode_prompt`` with embeddings, too

@@ -24,8 +24,15 @@ class Flux(Packed):
 
     name = "FLUX transformer"
     classes = ("FluxTransformer2DModel",)
-    order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
-    not_per_row = ("img_ids", "txt_ids")
+    order: ClassVar[tuple[str, ...]] = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "img_ids",
+        "txt_ids",
+    )
+    not_per_row: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
     block_lists: ClassVar = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, module: Any, pipe: Any = None) -> None:

@@ -85,7 +85,7 @@ def dispatched(processor: Any, attend: Attend, attn: Any, *args: Any, **kwargs: 
             heads = (one.transpose(1, 2) for one in (query, key, value))
             return dispatch(*heads, attn_mask=None if mask is None else mask == 0, **options).transpose(1, 2)
 
-        heads = (one.transpose(1, 2) for one in (query, key, value))
+        heads = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return attend(*heads, _as_bias(attn_mask, query), stock).transpose(1, 2)
 
     own = FunctionType(

@@ -45,6 +45,7 @@ class ZImage(Transformer):
     image_output = None
     patch = 2
     encodes_always = False
+    guides_in_one_call = False  # it adds its scale times the difference to the output with the prompt
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)

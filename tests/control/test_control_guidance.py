@@ -207,5 +207,5 @@ def test_where_guidance_is_two_calls_it_is_refused(
 ) -> None:
     monkeypatch.setattr(UNet, "guides_in_one_call", False)
     drawn(sd_pipe, adapter_control(make_adapter(), unconditional_scale=0))
-    with pytest.raises(ValueError, match="for the negative prompt in turn, so no control can have a guidance scale"):
+    with pytest.raises(ValueError, match="from one call for both, so no control can have a guidance scale"):
         drawn(sd_pipe, adapter_control(make_adapter(), guidance_scale=2.0))

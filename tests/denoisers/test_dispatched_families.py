@@ -77,7 +77,7 @@ def test_the_negative_prompt_s_call_is_not_biased(load: Any, name: str, start: s
 
     def call(*controls: Any) -> None:
         options = {**family.call, **family.guided, "num_inference_steps": 2, "output_type": "latent", "init": init}
-        size = {} if init else {"height": SIDE, "width": SIDE}
+        size: dict[str, Any] = {} if init else {"height": SIDE, "width": SIDE}
         generate(pipe, LAYOUT, controls, seeds=1, **options, **size)
 
     plain = outputs_of(pipe, call)[:2]
@@ -154,7 +154,7 @@ def test_what_flux_ignores_or_shares_is_refused(load: Any) -> None:
     refused(pipe, "flux", "shares between prompt and negative prompt attention_mask", joint_attention_kwargs=shared)
     refused(pipe, "flux", "the second text encoder would read 'dogs'; leave prompt_2 out", prompt_2="dogs")
     pipe._joint_attention_kwargs = None
-    denoiser = denoiser_of(pipe)
+    denoiser: Any = denoiser_of(pipe)
     ids = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)
     with pytest.raises(ValueError, match="with tokens of further images"):
         denoiser.read((), {"img_ids": torch.cat([ids, ids]), **dict.fromkeys(denoiser.order[:4], torch.zeros(1))})
@@ -175,6 +175,16 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         run(FAMILIES["z_image"], other, None, **texts)
     with pytest.raises(ValueError, match="called with further images"):
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_guidance_scale_of_a_control_is_refused(load: Any, name: str) -> None:
+    pipe = load(name)
+    own = LocalAdapterControl(
+        token_adapter(pipe), torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), guidance_scale=2.0
+    )
+    with pytest.raises(ValueError, match="no control can have a guidance scale of its own; leave it out"):
+        attach(pipe, LAYOUT, own).__enter__()
 
 
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
@@ -268,12 +278,14 @@ def test_each_step_shows_unpacked_latents(load: Any, name: str) -> None:
 def test_the_model_output_is_that_of_the_pipeline_s_call(load: Any, name: str) -> None:
     """For training: packed, signed and timed as the pipeline does it."""
     pipe, family = load(name), FAMILIES[name]
-    denoiser, noise = denoiser_of(pipe), latents_of(pipe)
-    seen: list[Tensor] = []
-    step = pipe.scheduler.step
-    pipe.scheduler.step = lambda output, *args, **kwargs: (seen.append(output.clone()), step(output, *args, **kwargs))[
-        1
-    ]
+    denoiser: Any = denoiser_of(pipe)
+    noise, seen, step = latents_of(pipe), [], pipe.scheduler.step
+
+    def noting(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(output.clone())
+        return step(output, *args, **kwargs)
+
+    pipe.scheduler.step = noting
     long = {"max_sequence_length": 512} if "flux" in name else {}
     run(family, pipe, guided=False, num_inference_steps=1, **long)
     del pipe.scheduler.step
@@ -285,4 +297,3 @@ def test_the_model_output_is_that_of_the_pipeline_s_call(load: Any, name: str) -
     adapter = token_adapter(pipe)
     features = adapter(torch.rand(1, 2, SIDE, SIDE))
     assert (denoiser.output(noisy, pipe.scheduler.timesteps[:1], conditioning, features) - found).abs().max() > 1e-4
-    assert isinstance(LocalAdapterControl(adapter, torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE)).weight, float)

@@ -66,7 +66,7 @@ def test_what_is_written_is_read(by_position: int, sd_pipe: StableDiffusionPipel
 
 
 def test_pipelines_of_no_known_family_are_refused() -> None:
-    with pytest.raises(ValueError, match="SimpleNamespace has no unet; attach to a Stable Diffusion"):
+    with pytest.raises(ValueError, match=r"SimpleNamespace has no unet, and a transformer \(Identity\) not known"):
         denoiser_of(SimpleNamespace(transformer=torch.nn.Identity()))
 
 
