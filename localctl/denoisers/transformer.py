@@ -41,6 +41,8 @@ class Transformer(Denoiser):
     name = "transformer"
     attribute = "transformer"
     groups = _THIRDS
+    # The last is for cross-attention alone; joint attention takes other texts by ``mixture``.
+    absent_hooks = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
     order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
 
