@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from localctl.layout_predictor import words as w
-from localctl.layout_predictor.mentions import Mention, mentions_of
+from localctl.layout_predictor.mentions import Group, Mention, mentions_of
 from localctl.layout_predictor.parsing import PromptObject
 from localctl.layout_predictor.phrases import Side, find_sides
 from localctl.layout_predictor.relations import ABOVE, BELOW, INVERSE, LEFT, NEAR, RIGHT
@@ -51,8 +51,8 @@ def read(prompt: str, objects: Sequence[PromptObject]) -> Reading:
     """Return what ``prompt`` says of the places of its ``objects``."""
     tokens, mentions = mentions_of(prompt, objects)
     sides = find_sides(tokens)
-    reader = _Reader(segments_of(tokens, mentions, sides), mentions)
-    return reader.read()
+    backdrops = {index for index, item in enumerate(objects) if item.head in w.BACKDROPS}
+    return _Reader(segments_of(tokens, mentions, sides), mentions, backdrops).read()
 
 
 _Readings = tuple[list[Item], list[Item]]
@@ -61,8 +61,8 @@ _Readings = tuple[list[Item], list[Item]]
 class _Reader:
     """Gives each side of each segment its figure, "A" of "A above B", and its ground, "B"."""
 
-    def __init__(self, segments: list[Segment], mentions: list[Mention]) -> None:
-        self.segments, self.mentions = segments, mentions
+    def __init__(self, segments: list[Segment], mentions: list[Mention], backdrops: set[int]) -> None:
+        self.segments, self.mentions, self.backdrops = segments, mentions, backdrops
         self.certain: list[Relation] = []
         self.possible: list[Relation] = []
         self.places: dict[int, tuple[int | None, int | None]] = {}
@@ -132,7 +132,11 @@ class _Reader:
         if stranded is not None:
             self._relate(*stranded, certain=True, touching=side.kind == "stranded")
             return
-        if side.kind == "stranded":
+        before = segment.things(0, index)
+        if side.kind == "from" and len(before) > 1:
+            for name in side.sides:
+                self._relate(before[0], name, before[-1], True, False)
+        if side.kind == "stranded" or (side.kind == "from" and len(before) > 1):
             return
         after = segment.things(index)
         grounds = after[:1] if side.forward else []
@@ -140,9 +144,13 @@ class _Reader:
             grounds = [Item(choices=self.mentions[side.ground].choices)]
         rest = after[1:] if side.forward and side.ground is None else after
         figures, others = self._figures(number, index, rest)
-        if side.ground is not None and rest and figures and figures[0].choices[0] in grounds[0].choices[:1]:
-            figures = rest[:1]  # "the gate is guarded on its left by a sentry"
-        if side.kind == "place":
+        later = [*rest, *(item for following in self.segments[number + 1 :] for item in following.things())]
+        if later and grounds and figures and not self._pairs(figures[0], grounds[0]):
+            if side.ground is not None or not before:
+                figures = later[:1]  # "the gate is guarded on its left by a sentry"
+            elif grounds[0].is_pronoun:
+                grounds = later[:1]  # "with a lantern above it, the gate ..."
+        if side.kind in ("place", "from"):
             self._set_place(side, figures)
             return
         extra = self._more_grounds(number, index) if side.forward else []
@@ -200,6 +208,8 @@ class _Reader:
         moves = preceding.side is not None or preceding.word in w.PREPOSITIONS - {"by"}
         if side.ground is not None and moves and self.mentions[side.ground].choices[0] == nearest.choices[0]:
             return [first], []  # "the bird flew away from the elephant to its left"
+        if self.backdrops & set(nearest.choices[0]):
+            return [first], [nearest]  # "a clock hangs on the wall above the sofa"
         return [nearest], [first]
 
     @staticmethod
@@ -240,12 +250,14 @@ class _Reader:
         following = self.segments[number + 1] if number + 1 < len(self.segments) else None
         return [following.items[0]] if following and following.opener == "and" and following.is_one_thing else []
 
+    @staticmethod
+    def _pairs(figure: Item, ground: Item) -> list[tuple[Group, Group]]:
+        """Return what two mentions may mean together: in "the shelf has a lamp above it", it is not the lamp."""
+        return [(a, b) for a in figure.choices for b in ground.choices if not set(a) & set(b)]
+
     def _relate(self, figure: Item, side: str, ground: Item, certain: bool, touching: bool) -> None:
         """Add the relation between the likeliest meanings of two mentions, and the others as possible."""
-        pairs = [
-            (a, b) for a in figure.choices for b in ground.choices if not set(a) & set(b)
-        ]  # "the shelf has a lamp above it": it is not the lamp
-        for rank, (a, b) in enumerate(pairs):
+        for rank, (a, b) in enumerate(self._pairs(figure, ground)):
             for i, j in itertools.product(a, b):
                 sure = certain and rank == 0
                 (self.certain if sure else self.possible).append(Relation(i, side, j, sure, touching))
