@@ -118,7 +118,7 @@ def known_noun(phrase: str) -> str | None:
     words = phrase.lower().replace("’", "'").split()
     if "of" in words[1:]:
         words = words[: words.index("of", 1)]
-    for word in (words[-1:] and (words[-1], singular(words[-1]))) or ():
+    for word in (words[-1], singular(words[-1])) if words else ():
         if word in nouns():
             return word
     return None
