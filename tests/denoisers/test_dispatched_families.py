@@ -17,6 +17,7 @@ from families import FAMILIES, PROMPT, SIDE, frozen, latents_of, run, token_adap
 from PIL import Image
 from torch import Tensor
 
+from localctl.bases import TRANSFORMER_PIPELINES
 from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.image_controls import LocalAdapterControl
@@ -27,6 +28,7 @@ from localctl.denoisers import denoiser_of
 from localctl.denoisers.joint import dispatched
 from localctl.image_to_image import InitImage
 from localctl.layout import Layout, Region
+from localctl.pipelines import load_pipeline
 from localctl.sampling import generate
 
 pytest_plugins = ["families"]
@@ -257,6 +259,12 @@ def test_an_image_prompt_of_flux_is_left_to_its_processor() -> None:
     found = dispatched(processor, attend, attn, image, text, ip_hidden_states=[prompt])
     assert seen == [(2, 2, 8, 8)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_loads_as_a_base(family_folders: Callable[[str], Any], name: str) -> None:
+    pipe = load_pipeline(str(family_folders(name)))
+    assert type(pipe).__name__ in TRANSFORMER_PIPELINES and denoiser_of(pipe).own_size == (1024, 1024)
 
 
 @pytest.mark.parametrize("name", NAMES)
