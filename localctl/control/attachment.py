@@ -139,6 +139,11 @@ class Attachment:
         if any(has_hook(control, "attends") for control in self.bound):
             self.denoiser.check_attention()
         for name, control in zip(self._names, self.bound, strict=True):
+            absent = next((hook for hook in self.denoiser.absent_hooks if has_hook(control, hook)), None)
+            if absent is not None:
+                raise ValueError(
+                    f"{name} acts by {absent}, for which a {self.denoiser.name} has no place; leave it out."
+                )
             if control.takes_gradients:
                 check_gradients(self.denoiser, name)
 
@@ -305,4 +310,5 @@ class Attachment:
             dtype=dtype,
             sigma=functools.partial(sigma_at, scheduler, time, times),
             flow=is_flow(scheduler),
+            has_negative=self.denoiser.has_negative(conditional),
         )

@@ -3,9 +3,8 @@ baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
@@ -120,15 +119,13 @@ class _BoundLocalAdapter(BoundControl):
         self._features: list[Tensor] = []
         self._index: tuple[tuple[object, ...], Tensor] | None = None  # rows and device; which features each row takes
 
-    def begin_call(self, arguments: Mapping[str, Any]) -> None:
-        scale = self.control.unconditional_scale
-        if scale != 1 and self.guidance_scale is None and arguments.get("do_classifier_free_guidance") is False:
+    def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
+        scale = self.control.unconditional_scale if self.guidance_scale is None else 0.0
+        if scale != 1 and self.guidance_scale is None and not context.has_negative:
             raise ValueError(
                 f"unconditional_scale={scale:g} acts on the rows of the negative prompt, but without classifier-free "
                 "guidance there are none; set guidance_scale above 1, or leave unconditional_scale out."
             )
-
-    def down_residuals(self, context: CallContext) -> Sequence[Tensor | None] | None:
         if not context.within(self.control.start, self.control.end) or self.guidance_scale == 0:
             return None
         layouts = self._needed(context)
@@ -142,11 +139,11 @@ class _BoundLocalAdapter(BoundControl):
             self._index = (rows, torch.tensor(chosen, device=context.device))
         index = self._index[1]
         found = [feature.index_select(0, index) for feature in self._features]  # always a copy
-        scale = self.control.unconditional_scale if self.guidance_scale is None else 0.0
-        negative = context.conditional.count(False)  # they come first
-        if scale != 1 and negative:
+        if scale != 1:
+            guided = context.guided_rows
             for feature in found:
-                feature[:negative] *= scale
+                feature[: guided.start] *= scale
+                feature[guided.stop :] *= scale
         return self.denoiser.placed(found)
 
     def _needed(self, context: CallContext) -> tuple[int, ...]:

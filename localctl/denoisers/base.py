@@ -118,6 +118,7 @@ class Denoiser(ABC):
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
     guides_in_one_call: ClassVar[bool] = True  # negative + g (prompt - negative), from rows of one call
     groups: ClassVar[tuple[str, ...]]  # of layers, which hold all layers together, for choose_layers
+    absent_hooks: ClassVar[tuple[str, ...]] = ()  # of bound controls, which have no place in this family
     weighs_prompts: ClassVar[bool] = False  # whether prompts with weights, and longer ones, can be encoded
     encodes_always: ClassVar[bool] = True  # whether the pipeline calls ``encode_prompt`` with embeddings, too
     own_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline, unlike its defaults, for sampling with controls
@@ -235,6 +236,10 @@ class Denoiser(ABC):
         if rows not in (images, 2 * images):
             raise self.wrong_rows(rows, images)
         return (False,) * (rows - images) + (True,) * images
+
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the running call of the pipeline has a negative prompt, by the rows of the module's call."""
+        return not all(conditional)
 
     def wrong_rows(self, rows: int, images: int) -> ValueError:
         """Make the error for a call with another number of rows than the family's guidance has."""

@@ -23,6 +23,7 @@ class PixArt(Transformer):
     classes = ("PixArtTransformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "timestep")
     image_output = None
+    absent_hooks = Transformer.absent_hooks[:-1]
     # Binning would generate other sizes than the layouts'; cleaning depends on which packages are installed.
     own_arguments: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
 

@@ -41,6 +41,8 @@ class Transformer(Denoiser):
     name = "transformer"
     attribute = "transformer"
     groups = _THIRDS
+    # The last is for cross-attention alone; joint attention takes other texts by ``mixture``.
+    absent_hooks = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
     order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
 
@@ -273,6 +275,10 @@ class TwoCalls(Transformer):
         self._calls += 1
         second = self._two and self._calls % 2 == 0  # of two calls without names
         return (not (self._call == self.negative if self._call else second),) * rows
+
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the running call of the pipeline has a negative prompt."""
+        return self._two
 
 
 @contextmanager

@@ -209,7 +209,7 @@ def _is_no_object(words: list[Word], start: int, first: int, last: int, end: int
         return True
     if head in w.PARTS and following == "of":
         return True
-    if head in w.BODY and words[start].text in ("his", "her", "its", "their", "my", "your"):
+    if head in w.BODY | w.PARTS and words[start].text in ("his", "her", "its", "their", "my", "your"):
         return True
     bare = start == first or words[start].text == "that"
     if bare and last - first == 1 and _is_participle(head) and (start or end < len(words)):
@@ -237,10 +237,11 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
         text = words[last - 1].text
         direction = text in w.PLACES and _is_direction(words, first, last, follower)
         verb = text in w.VERBS or (verb_place and _is_participle(text))
-        verb = verb or (transitive and text in PLACING_VERBS)
+        verb = verb or (text in PLACING_VERBS and (transitive or (follower and follower.text in ("up", "down"))))
         verb = verb or (verb_place and _is_third_person(text, singular or transitive))
         adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
-        if not (direction or verb or adverb):
+        stands_tall = text in w.ADJECTIVES and last - first > 2 and words[last - 2].text in w.VERBS
+        if not (direction or verb or adverb or stands_tall):
             break
         last -= 1
         transitive = False

@@ -129,8 +129,8 @@ class _Known:
         """Return what a word may mean that is no personal pronoun: "both", "the second", "which", "the blue one"."""
         if text in _ORDINALS and before == "the" and len(self.introduced) > 1 and not _names(after):
             return ((self.introduced[-2:][_ORDINALS[text]],),)
-        if text in ("both", "each") and len(self.introduced) > 1:
-            return (tuple(self.introduced[-2:]),)
+        if text in ("both", "each"):
+            return tuple(self._pairs())
         if text in ("which", "whom", "that") and before in w.PREPOSITIONS:
             return self._choices(self._any())
         if text == "one" and (same := [i for i in self.recent if before in self._words(i)]):
@@ -145,7 +145,8 @@ class _Known:
 
     def _things(self) -> list[int]:
         """Return what "it" may mean: single things, the nearest first, and the subject second."""
-        return [i for i in self.recent[::-1] if not self._is_plural(i) and self._kind(i) != "person"]
+        found = [i for i in self.recent[::-1] if not self._is_plural(i) and self._kind(i) != "person"]
+        return sorted(found, key=self._is_backdrop)
 
     def _people(self) -> list[int]:
         return [i for i in self.recent[::-1] if self._kind(i) == "person"]
@@ -157,9 +158,16 @@ class _Known:
     def _plural(self) -> Choices:
         """Return what "they" may mean: several things, a person, or all objects of the sentence."""
         fitting = [i for i in self.recent[::-1] if self._is_plural(i) or self._kind(i) == "person"]
-        pairs = [self.introduced[-2:], self.introduced[:-1][-2:]]
-        groups = [tuple(pair) for pair in pairs if len(pair) == 2]
+        groups = self._pairs()
         return (*((i,) for i in fitting), *groups) or ((self.recent[-1],),)
+
+    def _pairs(self) -> list[Group]:
+        """Return the last two objects introduced, and the two before the last: "a fox and a hen, a hawk above them"."""
+        salient = [i for i in self.introduced if not self._is_backdrop(i)]
+        return [tuple(pair) for pair in (salient[-2:], salient[:-1][-2:]) if len(pair) == 2]
+
+    def _is_backdrop(self, number: int) -> bool:
+        return self.objects[number].head in w.BACKDROPS
 
     @staticmethod
     def _choices(*lists: Iterable[int]) -> Choices:

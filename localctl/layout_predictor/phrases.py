@@ -25,8 +25,8 @@ _VERTICAL = {"above": r.ABOVE, "over": r.ABOVE, "below": r.BELOW, "beneath": r.B
 class Side:
     """A phrase that places something: tokens [start, end).
 
-    kind: ``relation``, ``place`` (in the image), ``between``, ``stranded`` ("the bridge she sits on") or ``list``
-    (``order``: the side of the first of them).
+    kind: ``relation``, ``place`` (in the image), ``between``, ``stranded`` ("the bridge she sits on"), ``from``
+    ("it watches her from above") or ``list`` (``order``: the side of the first of them).
     sides: usually one; "above and to the left of" has two. ground: number of a mention inside the phrase ("to its
     left"). forward: the ground follows. owned: tokens of mentions inside the phrase. certain: as in ``Relation``.
     """
@@ -115,6 +115,10 @@ def _place(match: re.Match[str], start: int, end: int) -> Side:
     return Side(start, end, "place", _names(match))
 
 
+def _from(match: re.Match[str], start: int, end: int) -> Side:
+    return Side(start, end, "from", _names(match))
+
+
 def _feet(match: re.Match[str], start: int, end: int) -> Side:
     return Side(start, end, "relation", (r.BELOW,), ground=int(match["ground"]))
 
@@ -177,6 +181,8 @@ def _patterns() -> list[tuple[re.Pattern[str], Maker]]:
         (rf"{_LATERAL}(?: \w+){{0,2}}? than {_THING}", _forward),
         (rf"\b(?:on|from|at|to) (?:the )?{_LATERAL} by {_THING}", _inverse),
         (rf"\bfrom {vertical} by {_THING}", _inverse),
+        (r"\bfrom (?:the )?(?P<side>left|right)\b", _from),
+        (r"\bfrom (?P<vertical>above|below|beneath)\b(?! <)", _from),
         (r"\bbetween (?=<\d+> (?:[^.;]+ )?and )", _between),
         (r"\b(?:in )?between <(?P<ground>\d+)> ", _between_them),
         (rf"\b(?P<phrase>{_any_of(list(table))}) {_THING}", _listed(table)),

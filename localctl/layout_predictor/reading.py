@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from localctl.layout_predictor import words as w
-from localctl.layout_predictor.mentions import Choices, Mention, mentions_of
+from localctl.layout_predictor.mentions import Group, Mention, mentions_of
 from localctl.layout_predictor.parsing import PromptObject
 from localctl.layout_predictor.phrases import Side, find_sides
 from localctl.layout_predictor.relations import ABOVE, BELOW, INVERSE, LEFT, NEAR, RIGHT
-from localctl.phrases import word_set
+from localctl.layout_predictor.segments import CONTINUING, RELATIVE, STRONG, SUBORDINATE, Item, Segment, segments_of
 
 AXES = {LEFT: (0, -1), RIGHT: (0, 1), ABOVE: (1, -1), BELOW: (1, 1)}
-_STRONG = frozenset(".;:!?()-–—")
-_RELATIVE = frozenset(("which", "who", "that"))
-_SUBORDINATE = word_set("because when whenever where although though if as since after before")
-_CONTINUING = word_set("and but or while whereas so then")
-_OPENERS = _STRONG | _RELATIVE | _SUBORDINATE | _CONTINUING | {",", "with"}
 
 
 @dataclass(frozen=True)
@@ -52,79 +47,27 @@ class Reading:
     places: dict[int, tuple[int | None, int | None]]
 
 
-@dataclass
-class _Item:
-    """A word, a mention (``choices``), or a phrase that places something (``side``)."""
-
-    word: str = ""
-    choices: Choices = ()
-    is_pronoun: bool = False
-    side: Side | None = None
-
-
-@dataclass
-class _Segment:
-    opener: str
-    items: list[_Item] = field(default_factory=list)
-
-    def things(self, first: int = 0, last: int | None = None) -> list[_Item]:
-        return [item for item in self.items[first:last] if item.choices]
-
-    @property
-    def sides(self) -> list[int]:
-        return [index for index, item in enumerate(self.items) if item.side is not None]
-
-    @property
-    def is_one_thing(self) -> bool:
-        return len(self.items) == 1 and bool(self.items[0].choices)
-
-
 def read(prompt: str, objects: Sequence[PromptObject]) -> Reading:
     """Return what ``prompt`` says of the places of its ``objects``."""
     tokens, mentions = mentions_of(prompt, objects)
     sides = find_sides(tokens)
-    reader = _Reader(_segments(tokens, mentions, sides), mentions)
-    return reader.read()
+    backdrops = {index for index, item in enumerate(objects) if item.head in w.BACKDROPS}
+    return _Reader(segments_of(tokens, mentions, sides), mentions, backdrops).read()
 
 
-def _segments(tokens: list[str], mentions: list[Mention], sides: list[Side]) -> list[_Segment]:
-    """Divide the tokens at commas, conjunctions and relative pronouns; tokens of sides are left out, but mentions."""
-    segments = [_Segment(".")]
-    by_start = {side.start: side for side in sides}
-    inside = {index for side in sides for index in range(side.start, side.end)}
-    owners = {index for side in sides for index in side.owned}
-    for index, token in enumerate(tokens):
-        if index in by_start:
-            segments[-1].items.append(_Item(side=by_start[index]))
-        if token.startswith("<"):
-            if index not in owners:
-                found = mentions[int(token[1:-1])]
-                segments[-1].items.append(_Item(choices=found.choices, is_pronoun=found.is_pronoun))
-        elif index in inside:
-            continue
-        elif token in _OPENERS:
-            if segments[-1].items:
-                segments.append(_Segment(token))
-            elif segments[-1].opener not in _STRONG or token in _STRONG | _RELATIVE | _SUBORDINATE or token == "with":
-                segments[-1].opener = token  # ", and", "and with", ". When"
-        else:
-            segments[-1].items.append(_Item(word=token))
-    return segments
-
-
-_Readings = tuple[list[_Item], list[_Item]]
+_Readings = tuple[list[Item], list[Item]]
 
 
 class _Reader:
     """Gives each side of each segment its figure, "A" of "A above B", and its ground, "B"."""
 
-    def __init__(self, segments: list[_Segment], mentions: list[Mention]) -> None:
-        self.segments, self.mentions = segments, mentions
+    def __init__(self, segments: list[Segment], mentions: list[Mention], backdrops: set[int]) -> None:
+        self.segments, self.mentions, self.backdrops = segments, mentions, backdrops
         self.certain: list[Relation] = []
         self.possible: list[Relation] = []
         self.places: dict[int, tuple[int | None, int | None]] = {}
-        self.subject: _Item | None = None  # of the clause so far
-        self.last: _Item | None = None  # the last thing mentioned
+        self.subject: Item | None = None  # of the clause so far
+        self.last: Item | None = None  # the last thing mentioned
         self.fronting = False  # whether this sentence says places first: "on the left, a cat, on the right, a dog"
         self.last_place: Side | None = None
         self.order: str | None = None  # "left" for "from left to right"
@@ -132,33 +75,37 @@ class _Reader:
         self.seen: list[int] = []
 
     def read(self) -> Reading:
+        """Read all segments in order."""
         for number, segment in enumerate(self.segments):
-            if segment.opener in _STRONG - {":", "(", ")"}:
+            if segment.opener in STRONG - {":", "(", ")"}:
                 self._end_list()
                 self.fronting = False
             outer = self.subject
-            if segment.opener in _RELATIVE and self.last is not None:
+            if segment.opener in RELATIVE and self.last is not None:
                 self.subject = self.last
             for index in segment.sides:
                 self._place(number, index)
-            things = segment.things()
-            for one in (thing.choices[0][0] for thing in things):
-                self.listed += [one] if one not in self.listed else []
-                self.seen += [one] if one not in self.seen else []
-            if things:
-                self.last = things[-1]
-            says = bool(segment.sides) or segment.opener in _STRONG
-            says = says or (segment.opener in _CONTINUING and bool(segment.items[0].choices if segment.items else ()))
-            if things and says and segment.opener not in _RELATIVE | _SUBORDINATE | {"with"}:
-                self.subject = self._subject_of(segment) or things[0]
-            elif segment.opener in _RELATIVE or segment.opener == "with":
-                self.subject = outer or (things[0] if things else None)
-            elif self.subject is None and things:
-                self.subject = things[0]
+            self._note(segment, outer)
         self._end_list()
         return Reading((*self.certain, *self._from_places(), *self.possible), self.places)
 
-    def _subject_of(self, segment: _Segment) -> _Item | None:
+    def _note(self, segment: Segment, outer: Item | None) -> None:
+        """Note the things of a segment, and the subject that the next one may continue; before, it was ``outer``."""
+        things = segment.things()
+        for one in (thing.choices[0][0] for thing in things):
+            self.listed += [one] if one not in self.listed else []
+            self.seen += [one] if one not in self.seen else []
+        starts_with_thing = bool(segment.items and segment.items[0].choices)
+        says = bool(segment.sides) or segment.opener in STRONG or (segment.opener in CONTINUING and starts_with_thing)
+        if segment.opener in RELATIVE or segment.opener == "with":
+            self.subject = outer or (things[0] if things else None)
+        elif things and says and segment.opener not in SUBORDINATE:
+            self.subject = self._subject_of(segment) or things[0]
+        elif things and self.subject is None:
+            self.subject = things[0]
+        self.last = things[-1] if things else self.last
+
+    def _subject_of(self, segment: Segment) -> Item | None:
         """Return the subject that the next segment continues with: of a fronted phrase, what it places."""
         first = segment.sides[0] if segment.sides else len(segment.items)
         before = segment.things(0, first)
@@ -185,21 +132,25 @@ class _Reader:
         if stranded is not None:
             self._relate(*stranded, certain=True, touching=side.kind == "stranded")
             return
-        if side.kind == "stranded":
+        before = segment.things(0, index)
+        if side.kind == "from" and len(before) > 1:
+            for name in side.sides:
+                self._relate(before[0], name, before[-1], True, False)
+        if side.kind == "stranded" or (side.kind == "from" and len(before) > 1):
             return
         after = segment.things(index)
-        grounds = (
-            [_Item(choices=self.mentions[side.ground].choices)]
-            if side.ground is not None
-            else after[:1]
-            if side.forward
-            else []
-        )
+        grounds = after[:1] if side.forward else []
+        if side.ground is not None:
+            grounds = [Item(choices=self.mentions[side.ground].choices)]
         rest = after[1:] if side.forward and side.ground is None else after
         figures, others = self._figures(number, index, rest)
-        if side.ground is not None and rest and figures and figures[0].choices[0] in grounds[0].choices[:1]:
-            figures = rest[:1]  # "the gate is guarded on its left by a sentry"
-        if side.kind == "place":
+        later = [*rest, *(item for following in self.segments[number + 1 :] for item in following.things())]
+        if later and grounds and figures and not self._pairs(figures[0], grounds[0]):
+            if side.ground is not None or not before:
+                figures = later[:1]  # "the gate is guarded on its left by a sentry"
+            elif grounds[0].is_pronoun:
+                grounds = later[:1]  # "with a lantern above it, the gate ..."
+        if side.kind in ("place", "from"):
             self._set_place(side, figures)
             return
         extra = self._more_grounds(number, index) if side.forward else []
@@ -211,7 +162,7 @@ class _Reader:
             ):
                 self._relate(figure, name, ground, certain, side.touching)
 
-    def _figures(self, number: int, index: int, rest: list[_Item]) -> _Readings:
+    def _figures(self, number: int, index: int, rest: list[Item]) -> _Readings:
         """Return the things that the side at ``index`` is said of, and others that it may be said of."""
         segment = self.segments[number]
         before = [item for place, item in enumerate(segment.things(0, index)) if not item.is_pronoun or not place]
@@ -222,21 +173,21 @@ class _Reader:
         if rest:
             self.fronting = self.fronting or side.side is None or side.side.sides != (NEAR,)
             return rest[:1], []
-        following = self.segments[number + 1] if number + 1 < len(self.segments) else _Segment("")
-        if following.opener in (",", ":", "-") and (segment.opener in _STRONG or self.fronting):
-            head = next((item for item in following.items if item.choices or item.side), _Item())
+        following = self.segments[number + 1] if number + 1 < len(self.segments) else Segment("")
+        if following.opener in (",", ":", "-") and (segment.opener in STRONG or self.fronting):
+            head = next((item for item in following.items if item.choices or item.side), Item())
             if head.choices:  # "to the left of the barn, a horse"
                 self.fronting = True
                 return [head], []
         found = [item for item in (self.subject, self.last) if item is not None]
         owned = side.side is not None and side.side.ground is not None and len(segment.items) == 1
-        if owned or segment.opener in _RELATIVE or segment.opener in "(-–—:":  # "a fork, on its left, and"
+        if owned or segment.opener in RELATIVE or segment.opener in "(-–—:":  # "a fork, on its left, and"
             found = found[::-1][:1]
         if not found:  # "look to the left of the sign and you will see a dog"
             found = [item for later in self.segments[number + 1 :] for item in later.things()][:1]
         return found[:1], found[1:]
 
-    def _figures_before(self, number: int, index: int, before: list[_Item]) -> _Readings:
+    def _figures_before(self, number: int, index: int, before: list[Item]) -> _Readings:
         """Return the same among the things ``before`` the side in its segment: the nearest, or the subject."""
         segment = self.segments[number]
         side, nearest, first = segment.items[index].side, before[-1], before[0]
@@ -244,7 +195,7 @@ class _Reader:
         between = [item.word for item in segment.items[direct + 1 : index]]
         finite = any(word in w.BE | w.VERBS for word in between)
         outer = [] if self.subject is None else [self.subject]
-        if segment.opener in _RELATIVE or (segment.opener == "with" and finite):
+        if segment.opener in RELATIVE or (segment.opener == "with" and finite):
             # "the globe that my teacher gave me is", "the moped with the broken mirror is"
             return (outer, [nearest]) if finite or nearest is first else ([nearest], outer)
         if nearest is first:
@@ -257,16 +208,18 @@ class _Reader:
         moves = preceding.side is not None or preceding.word in w.PREPOSITIONS - {"by"}
         if side.ground is not None and moves and self.mentions[side.ground].choices[0] == nearest.choices[0]:
             return [first], []  # "the bird flew away from the elephant to its left"
+        if self.backdrops & set(nearest.choices[0]):
+            return [first], [nearest]  # "a clock hangs on the wall above the sofa"
         return [nearest], [first]
 
     @staticmethod
-    def _is_within_phrase(segment: _Segment, thing: _Item, side: _Item) -> bool:
+    def _is_within_phrase(segment: Segment, thing: Item, side: Item) -> bool:
         """Return whether a thing belongs to a phrase about another one: the hat of "left of a man in a hat"."""
         index = next(i for i, item in enumerate(segment.items) if item is thing)
-        before = segment.items[index - 1] if index else _Item()
+        before = segment.items[index - 1] if index else Item()
         return (before.side is not None and before is not side) or before.word in w.PREPOSITIONS
 
-    def _stranded(self, number: int, index: int) -> tuple[_Item, str, _Item] | None:
+    def _stranded(self, number: int, index: int) -> tuple[Item, str, Item] | None:
         """Return figure, side and ground of "the bridge she sits on" or "the table that a cat hides under"."""
         segment = self.segments[number]
         items = segment.items[:index]
@@ -279,9 +232,9 @@ class _Reader:
         relative = segment.opener in ("that", "which") and place == 0 and self.last is not None
         return (items[place], side.sides[0], self.last) if relative and self.last is not None else None
 
-    def _joined(self, number: int) -> list[_Item]:
+    def _joined(self, number: int) -> list[Item]:
         """Return the things joined to the first one of a segment: A, for that of B in "A and B stand left of C"."""
-        found: list[_Item] = []
+        found: list[Item] = []
         while number > 0 and self.segments[number].opener in ("and", ",") and self.segments[number - 1].is_one_thing:
             if self.segments[number].opener == "," and not found:
                 break  # "a pear, a fig below it" is no list
@@ -289,7 +242,7 @@ class _Reader:
             found.append(self.segments[number].items[0])
         return found
 
-    def _more_grounds(self, number: int, index: int) -> list[_Item]:
+    def _more_grounds(self, number: int, index: int) -> list[Item]:
         """Return the things joined to a ground at the end of a segment: C, for "A above B and C"."""
         segment = self.segments[number]
         if segment.things(index)[-1:] != [segment.items[-1]] or len(segment.things(index)) != 1:
@@ -297,12 +250,14 @@ class _Reader:
         following = self.segments[number + 1] if number + 1 < len(self.segments) else None
         return [following.items[0]] if following and following.opener == "and" and following.is_one_thing else []
 
-    def _relate(self, figure: _Item, side: str, ground: _Item, certain: bool, touching: bool) -> None:
+    @staticmethod
+    def _pairs(figure: Item, ground: Item) -> list[tuple[Group, Group]]:
+        """Return what two mentions may mean together: in "the shelf has a lamp above it", it is not the lamp."""
+        return [(a, b) for a in figure.choices for b in ground.choices if not set(a) & set(b)]
+
+    def _relate(self, figure: Item, side: str, ground: Item, certain: bool, touching: bool) -> None:
         """Add the relation between the likeliest meanings of two mentions, and the others as possible."""
-        pairs = [
-            (a, b) for a in figure.choices for b in ground.choices if not set(a) & set(b)
-        ]  # "the shelf has a lamp above it": it is not the lamp
-        for rank, (a, b) in enumerate(pairs):
+        for rank, (a, b) in enumerate(self._pairs(figure, ground)):
             for i, j in itertools.product(a, b):
                 sure = certain and rank == 0
                 (self.certain if sure else self.possible).append(Relation(i, side, j, sure, touching))
@@ -313,9 +268,9 @@ class _Reader:
         side = segment.items[index].side
         before = segment.things(0, index)
         after = [item for one in self.segments[number:] for item in one.things(index if one is segment else 0)]
-        grounds = [] if side is None or side.ground is None else [_Item(choices=self.mentions[side.ground].choices)]
+        grounds = [] if side is None or side.ground is None else [Item(choices=self.mentions[side.ground].choices)]
         after = grounds + after[: 3 - len(grounds)]
-        figure = (before[-1:] or after[1 if grounds else 2 :] or [self.subject or _Item()])[0]
+        figure = (before[-1:] or after[1 if grounds else 2 :] or [self.subject or Item()])[0]
         members = [i for item in after[: 1 if grounds else 2] for i in item.choices[0]][:2]
         for group in after[0].choices if grounds else ():
             if len(group) == 2 and not (figure.choices and set(group) & set(figure.choices[0])):
@@ -330,7 +285,7 @@ class _Reader:
         for i in set(figure.choices[0]) - {first, second}:
             self.possible += [Relation(first, name, i, False), Relation(i, name, second, False)]
 
-    def _set_place(self, side: Side, figures: list[_Item]) -> None:
+    def _set_place(self, side: Side, figures: list[Item]) -> None:
         """Note the place of the figure in the image."""
         names = side.sides
         if names == ("other",):

@@ -30,8 +30,8 @@ VERBS_AHEAD = word_set(  # words before a verb
 HAVE = word_set("has have had having shows showing depicts depicting contains containing features featuring")
 ADVERBS = word_set(
     "just very too also only directly immediately slightly exactly now still always never almost quite rather "
-    "somewhere together apart again both even straight there here somewhat furthermore ahead forward upward upwards "
-    "downward downwards yesterday today tomorrow enough alone maybe perhaps"
+    "somewhere together apart again both even straight there here somewhat furthermore overhead underfoot aloft ahead "
+    "forward upward upwards downward downwards yesterday today tomorrow enough alone maybe perhaps"
 )
 DENIALS = word_set(
     "no not without neither nor never minus except excluding isn't aren't wasn't weren't"
@@ -67,9 +67,17 @@ VERBS = word_set(
     "rides rode carry carries carried put seen shown drawn found kept set built made left-aligned grow grows grew "
     "hover hovers grazes graze chases chase follows follow watches sees see surrounds faces touches meets holds pulls "
     "drive drives drove driven fell falls rose rises shone shines threw throws swung swings clung clings knelt kneels "
-    "leapt leaps bent slung points talk talks loves lives gave gives crouches crouch hides hid stretches stares gazes "
-    "bring brings brought takes took goes went gone come comes came keeps keep stuck laid spread goes belongs"
+    "leapt leaps bent slung ridden overhung strewn laden borne upheld dangle points talk talks loves lives gave gives "
+    "crouches crouch hides hid stretches stares gazes bring brings brought takes took goes went gone come comes came "
+    "keeps keep stuck laid spread goes belongs"
 )
+_REGULAR = word_set(  # regular verbs whose form in -s is hardly ever a plural noun
+    "peer gaze glance leer swoop soar glide drift creep hop dive perch kneel squat lounge balance dangle sway loom "
+    "lurk bounce climb descend glow hover chug trot gallop stroll wander pose smile bloom sprout crackle spin whir "
+    "hum howl sing flap flutter recline slumber snooze doze bask huddle cling sprawl swim wade scamper scurry gleam "
+    "shimmer roost nestle teeter loiter sparkle linger stoop crouch hang grin bob tilt"
+)
+VERBS |= _REGULAR | {verb + ("es" if verb.endswith("ch") else "s") for verb in _REGULAR}
 NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a few adjectives
     "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving "
     "dwelling bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning "
@@ -77,13 +85,16 @@ NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a fe
     "scissors pants jeans shorts trousers stairs headphones binoculars sunglasses news alps tennis"
 )
 NO_ADVERBS = word_set("fly butterfly dragonfly firefly lily family jelly belly bully ally doily")
+BACKDROPS = word_set(  # seldom what "it" means
+    "floor ground wall ceiling sky street road grass sidewalk pavement room field snow water beach sand air yard scene"
+)
 NO_OBJECTS = word_set(  # nouns for what has no place in the image
     "air morning evening night day dawn dusk noon midnight afternoon sunrise sunset summer winter spring autumn time "
     "times moment year years century way shade atmosphere style touch sense contrast fun luck care law memory story "
     "honest life order total glow beauty surroundings row"
 )
 PARTS = word_set(
-    "head top edge foot base shoulder shoulders lap surface tip feet center centre middle bottom back side"
+    "shade shadow head top edge foot base shoulder shoulders lap surface tip feet center centre middle bottom back side"
 )
 STYLES = word_set(  # after a comma or "on", without a determiner: "a fox, oil on canvas"
     "watercolor watercolour oil canvas bokeh lighting light film style art illustration photography photo render "

@@ -33,6 +33,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=200, help="held-out scenes")
     add("--num_inference_steps", type=int, default=30, help="sampling steps of each image")
     add("--guidance_scale", type=float, help="default: that of the base")
+    add("--unconditional_scale", type=float, default=1.0, help="features beside the empty prompt; 0 = stronger control")
+    add("--control_guidance_scale", type=float, help="a guidance scale of the adapters' own; default: none")
     add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
     add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
     add("--seed", type=int, default=0, help="seed of the masks")

@@ -84,9 +84,17 @@ def cases(count: int, mask: MaskConfig, seed: int = 0, split: str = SPLIT) -> li
 
 
 def sample_all(
-    pipe: Any, chosen: Sequence[Case], adapter: LocalAdapter | None, arguments: dict[str, Any], name: str = "base"
+    pipe: Any,
+    chosen: Sequence[Case],
+    adapter: LocalAdapter | None,
+    arguments: dict[str, Any],
+    name: str = "base",
+    **guidance: Any,
 ) -> np.ndarray:
-    """Return images uint8 (n, H, W, 3), each from the noise of its own seed, with or without the adapter."""
+    """Return images uint8 (n, H, W, 3), each from the noise of its own seed, with or without the adapter.
+
+    ``guidance``: further settings of its :class:`LocalAdapterControl`.
+    """
 
     def controls(some: Sequence[harness.Case]) -> list[LocalAdapterControl]:
         if adapter is None:
@@ -97,7 +105,7 @@ def sample_all(
         scenes = MicroScenes(held_out[0].split, PROFILE, count, settings, keep=False)
         condition = torch.stack([scenes[case.item.index].condition for case in held_out])
         masks = torch.stack([case.mask for case in held_out])
-        return [LocalAdapterControl(adapter, condition, masks)]
+        return [LocalAdapterControl(adapter, condition, masks, **guidance)]
 
     return np.stack(generate_cases(pipe, chosen, controls, name=name, **arguments))
 
@@ -205,9 +213,10 @@ def run(args: argparse.Namespace) -> str:
     arguments = {name: getattr(args, name) for name in names}
     ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
     base = sample_all(pipe, chosen, None, arguments)
+    guidance = {"unconditional_scale": args.unconditional_scale, "guidance_scale": args.control_guidance_scale}
     results = []
     for number, (name, adapter) in enumerate(adapters.items()):
-        images = sample_all(pipe, chosen, adapter, arguments, name)
+        images = sample_all(pipe, chosen, adapter, arguments, name, **guidance)
         results.append(compare(name, chosen, base, ceiling, images))
         image_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
     settings = {**vars(args), "adapter": list(map(str, args.adapter)), "output_dir": str(args.output_dir)}

@@ -149,9 +149,10 @@ def padding_mass(pipe: Any, captions: list[str]) -> float:
     shares: list[float] = []
     if is_transformer(pipe):
         recorded: list[torch.Tensor] = []
+        t = torch.full((len(captions),), 770.0, device=pipe.device)  # as much noise as the U-Net's t = 500
+        states = encoder(pipe)(captions)
         with JointAttention(ids.shape[1], recorded):
-            t = torch.full((len(captions),), 770.0, device=pipe.device)  # as much noise as the U-Net's t = 500
-            velocity(pipe.transformer, latents, t, encoder(pipe)(captions))
+            velocity(pipe.transformer, latents, t, states)
         return float(np.mean([float(1 - (attention * words[:, None]).sum(-1).mean()) for attention in recorded]))
     states = pipe.text_encoder(ids).last_hidden_state
 

@@ -29,7 +29,7 @@ STRONG: dict[str, Any] = {"threshold": 0.0, "scale": 300.0, "end": 0.5, "iterati
 def given(probabilities: Tensor) -> Any:
     """Return scores of one image with these probabilities (H,Q,K)."""
     logs = probabilities.log()[None]
-    return SimpleNamespace(keys=logs.shape[-1], block=lambda queries: logs[:, :, queries])
+    return SimpleNamespace(keys=logs.shape[-1], probabilities=lambda queries, bias: logs[:, :, queries].softmax(dim=-1))
 
 
 def published_energy(chunk: int = 1000, **options: Any) -> Tensor:
@@ -73,7 +73,8 @@ def test_a_token_that_nothing_attends_to_counts_no_more_than_its_weight() -> Non
     for token in (5, 1):  # the words stand behind the first, special token
         block = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(0))
         block[..., token] = -200.0  # whose exponential is 0
-        scores = SimpleNamespace(keys=8, block=block.requires_grad_().__getitem__)
+        block.requires_grad_()
+        scores = SimpleNamespace(keys=8, probabilities=lambda queries, bias, given=block: given.softmax(dim=-1))
         reader = EnergyReader(bound)
         with pytest.raises(EndOfRun):
             reader.read_attention(where, layer, scores, slice(None), None)

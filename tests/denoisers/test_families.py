@@ -88,6 +88,23 @@ def test_what_has_no_strength_changes_no_bit(family: Family, dit: Any, guided: b
     assert torch.equal(run(family, dit, **options), plain)
 
 
+def test_features_may_leave_out_the_negative_prompt(family: Family, dit: Any) -> None:
+    def first_step(*controls: Control) -> list[Tensor]:
+        """Return what the transformer returns for the row of the prompt and for that of the negative prompt."""
+        seen: list[Tensor] = []
+        hook = dit.transformer.register_forward_hook(lambda module, args, output: seen.extend(output[0]))
+        with attach(dit, LAYOUT, controls):
+            run(family, dit)
+        hook.remove()
+        return seen[:2] if family.calls == 2 or family.row == 0 else seen[1::-1]
+
+    control = adapter_control(token_adapter(dit), unconditional_scale=0)
+    plain, found = first_step(), first_step(control)
+    assert (found[0] - plain[0]).abs().max() > 1e-4 and torch.equal(found[1], plain[1])
+    with pytest.raises(ValueError, match="unconditional_scale=0 acts on the rows of"), attach(dit, LAYOUT, control):
+        run(family, dit, guided=False)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_each_method_acts_and_leaves_no_trace(family: Family, dit: Any, kind: str) -> None:
     """Also with several prompts and images each, not square, and after an error."""

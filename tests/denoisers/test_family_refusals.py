@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.control.attach import attach
+from localctl.control.base import BoundControl, Control
 from localctl.control.dense import DenseModulation
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.ip_adapter import ImagePrompt, IPAdapterControl
@@ -32,6 +33,17 @@ from localctl.pipelines import set_scheduler
 
 pytest_plugins = ["families"]
 LAYOUT = Layout(PROMPT, regions=(Region("Cat", (0, 0, 0.5, 1)), Region("dogs", (0.5, 0, 1, 1))))
+
+
+class Skips(Control):
+    """Changes skip connections, which only U-Nets have."""
+
+    def bind(self, pipe: Any, layouts: Any) -> BoundControl:
+        class Bound(BoundControl):
+            def block_residuals(self, context: Any, inputs: Any) -> None:
+                return None
+
+        return Bound()
 
 
 @pytest.fixture
@@ -71,6 +83,8 @@ def test_caches_that_skip_layers_are_refused(family: Family, dit: Any, kind: str
 def test_what_is_for_other_denoisers_is_refused(family: Family, dit: Any) -> None:
     with pytest.raises(ValueError, match="was made for a U-Net, and the base has a"):
         denoiser_of(dit).check_controlnet({})
+    with pytest.raises(ValueError, match="Skips acts by block_residuals, for which a"):
+        attach(dit, LAYOUT, Skips()).__enter__()
     with pytest.raises(ValueError, match="which ignores their masks; leave IPAdapterControl out"):
         IPAdapterControl([ImagePrompt(Image.new("RGB", (8, 8)))]).bind(dit, [LAYOUT])
     with pytest.raises(ValueError, match=f"prompt_weighting=True acts on .* not on a {denoiser_of(dit).name}"):

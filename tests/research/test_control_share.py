@@ -132,7 +132,8 @@ def test_conditions_that_come_with_the_scene_are_measured_too(
         return SimpleNamespace(images=[case.item.image for case in chosen[5:8]])
 
     monkeypatch.setattr(harness, "generate", generated)
-    sample_all(None, chosen[5:8], adapter, {"batch_size": 4})
+    sample_all(None, chosen[5:8], adapter, {"batch_size": 4}, unconditional_scale=0.5)
+    assert seen[0].unconditional_scale == 0.5
     items = [case.item for case in chosen[5:8]]
     truth = [item.depth[None] if kind == "depth" else item.segmentation.transpose(2, 0, 1) / 255 for item in items]
     assert np.abs(seen[0].condition.numpy() - np.stack(truth)).max() < 0.003

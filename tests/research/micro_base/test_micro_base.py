@@ -167,6 +167,7 @@ def test_the_schedule_ends_in_noise() -> None:
     assert new_scheduler().alphas_cumprod[-1] < 1e-4
 
 
+@pytest.mark.slow
 def test_all_parts_run_resume_and_export_a_stock_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--workdir", str(tmp_path / "work"), "--output_dir", str(tmp_path / "base"), "--scenes", "34"]
     steps = ["--vae_steps", "2", "--clip_steps", "1", "--unet_steps", "2", "--unet_scenes", "8", "--unet_batch", "2"]

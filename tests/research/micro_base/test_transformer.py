@@ -1,6 +1,7 @@
 """The transformer of the embedded base: flow matching, attention and text, and a training that exports a pipeline."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tolerances import rounding
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
+import research.micro_base.transformer
 from localctl.bases import MICRO_WEIGHTS
 from localctl.pipelines import load_pipeline
 from research.micro_base.__main__ import main
@@ -35,14 +37,23 @@ from research.micro_base.transformer import (
 from research.micro_base.unet import new_scheduler, train_denoiser
 from research.micro_base.unet_loss import LatentCache, Recipe, Sampled, Sampler, sample_flow, to
 
+BLOCKS = research.micro_base.transformer.BLOCKS
 SCENES, WIDTH = 12, 256
 LAYERS = 40 * 9 * 160  # layers in a row, the longest sums of each
 RECIPE = Recipe("flow")
 TRANSFORMER = transformer_kind()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_blocks() -> Iterator[None]:
+    """Let new transformers have three blocks, for short tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(research.micro_base.transformer, "BLOCKS", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
-def transformer():
+def transformer(few_blocks):
     """Return a transformer whose blocks act, as a new one's do not yet."""
     torch.manual_seed(0)
     transformer = new_transformer()
@@ -83,15 +94,16 @@ def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_one_weighted_token_is_as_many_tokens_of_zeros_as_the_stock_pipeline_appends(transformer) -> None:
-    noisy, t, states = inputs(len(ZEROS))
+    noisy, t, states = inputs(4)
     with JointAttention(WORDS, None):
         weighted = velocity(transformer, noisy, t, states)
-    for row in (0, 1, 3, 4):
+    for row in (0, 1, 3):
         words = torch.cat([states[:, :-1], torch.zeros(len(states), ZEROS[row], WIDTH)], 1)
         one = slice(row, row + 1)
         stock = transformer(noisy[one], words[one], states[one, -1], t[one]).sample
         assert torch.allclose(weighted[one], stock, rtol=0, atol=float(stock.abs().max()) * rounding(LAYERS))
-    assert float((weighted[:1] - stock).abs().max()) > 0.01
+    none = transformer(noisy[:1], states[:1, :-1], states[:1, -1], t[:1]).sample
+    assert not torch.allclose(weighted[:1], none, atol=0.01), "their number matters before a training"
 
 
 @torch.no_grad()
@@ -219,28 +231,28 @@ def test_the_attention_on_padding_is_a_share(pipe) -> None:
 def test_a_transformer_learns_and_resumes_exactly(tmp_path: Path, cache: LatentCache, focus: Focus) -> None:
     settings = {"learning_rate": 1e-3, "ema": 0.9, "warmup": 2}
     straight, done = train_denoiser(
-        TRANSFORMER, cache, LoopConfig(steps=4, **settings), tmp_path, 4, RECIPE, None, focus
+        TRANSFORMER, cache, LoopConfig(steps=3, **settings), tmp_path, 4, RECIPE, None, focus
     )
     assert done
-    stopped = LoopConfig(steps=4, minutes=1e-9, **settings)  # a step in each call
-    for _ in range(4):
+    stopped = LoopConfig(steps=3, minutes=1e-9, **settings)  # a step in each call
+    for _ in range(3):
         resumed, done = train_denoiser(TRANSFORMER, cache, stopped, tmp_path / "stopped", 4, RECIPE, None, focus)
     assert done
     states = (straight.state_dict(), resumed.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     start = transformer_for(cache).proj_out.weight
-    assert float((states[0]["proj_out.weight"] - start).abs().max()) > 0
+    assert not torch.equal(states[0]["proj_out.weight"], start)
 
 
 def test_a_training_by_steps_computes_in_bfloat16(tmp_path: Path, cache: LatentCache, focus: Focus) -> None:
-    config = LoopConfig(steps=2, learning_rate=1e-3, warmup=1)
+    config = LoopConfig(steps=1, learning_rate=1e-3, warmup=1)
     weights = []
     for bf16 in (False, True):
         folder = tmp_path / str(bf16)
         model, _ = train_denoiser(TRANSFORMER, cache, config, folder, 4, RECIPE, focus=focus, bf16=bf16)
         weights.append(model.proj_out.weight)
     assert weights[1].dtype == torch.float32 and weights[1].isfinite().all()
-    assert not torch.equal(*weights) and torch.allclose(*weights, atol=2.1e-3)  # two updates of Adam apart at most
+    assert not torch.equal(*weights) and torch.allclose(*weights, atol=2.1e-3)  # an update of Adam moves by the rate
 
 
 def test_a_transformer_is_trained_by_the_clock_in_bfloat16(tmp_path: Path, cache: LatentCache, focus: Focus) -> None:
@@ -253,12 +265,15 @@ def test_a_transformer_is_trained_by_the_clock_in_bfloat16(tmp_path: Path, cache
     assert json.loads((tmp_path / "transformer.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
-def test_a_stock_pipeline_is_trained_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stock_pipeline_is_trained_and_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(research.micro_base.transformer, "BLOCKS", BLOCKS)
     base = tmp_path / "base"
     flags = ["--denoiser", "transformer", "--workdir", str(tmp_path), "--scenes", "8", "--unet_scenes", "8"]
     flags += ["--unet_steps", "2", "--unet_batch", "2", "--output_dir", str(base), "--parts", "unet", "export"]
     assert main([*flags, "--continue_from", str(MICRO_WEIGHTS), "--teacher", str(MICRO_WEIGHTS)]) == 0
-    assert sum(file.stat().st_size for file in base.rglob("*")) < 22e6
+    assert sum(file.stat().st_size for file in base.rglob("*")) < 20e6
     pipe = load_pipeline(str(base))
     assert type(pipe) is StableDiffusion3Pipeline and pipe.text_encoder_3 is None
     pipe.set_progress_bar_config(disable=True)
