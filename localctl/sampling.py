@@ -193,7 +193,7 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
 
 def _own(pipe: DiffusionPipeline, init: InitImage | None) -> dict[str, Any]:
     """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
-    return denoiser_of(pipe).own_arguments if init is None else {}
+    return dict(denoiser_of(pipe).own_arguments) if init is None else {}
 
 
 def _as_numbers(

@@ -53,8 +53,8 @@ class CallContext:
         abar), or s / (1 - s) with flow matching; finite and above 0. May be set to a function, which is called when a
         control first reads it. flow: whether the base is one of flow matching.
     layout_of_row: for each of the R rows of the batch, the index of its layout.
-    conditional: for each row, whether it carries the prompt (True) or the negative prompt (False). has_negative: whether
-        the running call of the pipeline has a negative prompt, in this call of the denoiser or in another.
+    conditional: for each row, whether it carries the prompt (True) or the negative prompt (False). has_negative:
+        whether the running call of the pipeline has a negative prompt, in this call of the denoiser or in another.
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
     device, dtype: required of tensors that are passed to the denoiser.
     """

@@ -115,7 +115,7 @@ class JointProcessor(SteeredProcessor):
         core = self._steer(query[rows], key[rows], value[rows], masks[0], stock).clone()
         local = stock(query[others], key[others], value[others], masks[1]).clone()
         cells, _ = self._places(query.shape[2])
-        core[:, :, cells] = self._mixed(core[:, :, cells], local[:, :, cells])
+        core[:, :, cells] = self._with_twins(core[:, :, cells], local[:, :, cells])
         local[:, :, cells] = core[self.twins.to(core.device)][:, :, cells]
         return torch.cat([core, local])
 
@@ -124,7 +124,7 @@ class JointProcessor(SteeredProcessor):
         found = (user.mixture(context, self.text_layer) for user, context in self.users if self.place[1].cross)
         return [mixture for mixture in found if mixture is not None]
 
-    def _mixed(self, image: Tensor, local: Tensor) -> Tensor:
+    def _with_twins(self, image: Tensor, local: Tensor) -> Tensor:
         """Return what the image's cells get, (R, H, Q, d), with that of the twins (P, H, Q, d) mixed in."""
         first = 0
         for mixture in self.mixtures():

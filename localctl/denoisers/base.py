@@ -324,7 +324,7 @@ def add_residuals(first: Residuals | None, second: Residuals | None) -> list[Any
     return [b if a is None else a if b is None else a + b for a, b in zip_longest(first, second)]
 
 
-def argument(arguments: Arguments, order: Sequence[str], name: str) -> Any:
+def argument(arguments: tuple[tuple[Any, ...], Mapping[str, Any]], order: Sequence[str], name: str) -> Any:
     """Return an argument of a call that may be passed by position. ``order``: the names of the first arguments."""
     args, kwargs = arguments
     place = order.index(name)

@@ -65,6 +65,7 @@ class SD3(Transformer):
         clips = [
             token_positions(tokenizer, layout, limit=UNLIMITED) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)
         ]
+        last: list[tuple[int, ...]]
         if pipe.text_encoder_3 is None:  # then the tokens after CLIP's are zeros
             whole = token_positions(pipe.tokenizer, layout)
             clips, last = [whole, *clips[1:]], [()] * len(whole)

@@ -42,7 +42,7 @@ class Transformer(Denoiser):
     attribute = "transformer"
     groups = _THIRDS
     # The last is for cross-attention alone; joint attention takes other texts by ``mixture``.
-    absent_hooks = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
+    absent_hooks: ClassVar[tuple[str, ...]] = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
     order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
 

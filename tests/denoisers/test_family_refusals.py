@@ -16,7 +16,7 @@ from diffusers.hooks import (
     apply_pyramid_attention_broadcast,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
-from families import FAMILIES, PROMPT, SIDE, Family, frozen, run, token_adapter
+from families import FAMILIES, PROMPT, SIDE, Family, frozen, latents_of, run, token_adapter
 from PIL import Image
 from torch import Tensor
 
@@ -27,9 +27,11 @@ from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.ip_adapter import ImagePrompt, IPAdapterControl
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.region_bias import RegionBias
+from localctl.control.spacetime import SpaceTimeAttention
 from localctl.denoisers import denoiser_of
 from localctl.layout import Layout, Region
 from localctl.pipelines import set_scheduler
+from localctl.weight_search.differentiable import sample_latents
 
 pytest_plugins = ["families"]
 LAYOUT = Layout(PROMPT, regions=(Region("Cat", (0, 0, 0.5, 1)), Region("dogs", (0.5, 0, 1, 1))))
@@ -210,3 +212,17 @@ class _Deaf(AttnProcessor2_0):
 def test_a_processor_that_ignores_the_bias_is_found_beside_padding(pixart: Any) -> None:
     pixart.transformer.set_attn_processor(_Deaf())
     refused(pixart, "pixart", "The attention processor _Deaf ignores the attention mask")
+
+
+def test_weights_of_descriptions_can_be_optimised_on_pixart(pixart: Any) -> None:
+    """The differentiable steps are the pipeline's, and the weights get gradients."""
+    set_scheduler(pixart, "ddim")
+    weights = torch.full((2, 2), 0.5, requires_grad=True)
+    with attach(pixart, LAYOUT, SpaceTimeAttention(weights=weights)), torch.enable_grad():
+        conditioning = denoiser_of(pixart).condition(PROMPT, (SIDE, SIDE), 4.0, None)
+        found = sample_latents(pixart, conditioning, latents_of(pixart), 2)
+        found.square().sum().backward()
+    assert weights.grad is not None and (weights.grad.abs() > 0).all()
+    with attach(pixart, LAYOUT, SpaceTimeAttention(weights=weights.detach())):
+        expected = run(FAMILIES["pixart"], pixart)
+    torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
