@@ -20,7 +20,6 @@ from torch import Tensor
 from localctl.bases import TRANSFORMER_PIPELINES
 from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
-from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
@@ -177,16 +176,6 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         run(FAMILIES["z_image"], other, None, **texts)
     with pytest.raises(ValueError, match="called with further images"):
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_guidance_scale_of_a_control_is_refused(load: Any, name: str) -> None:
-    pipe = load(name)
-    own = LocalAdapterControl(
-        token_adapter(pipe), torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), guidance_scale=2.0
-    )
-    with pytest.raises(ValueError, match="no control can have a guidance scale of its own; leave it out"):
-        attach(pipe, LAYOUT, own).__enter__()
 
 
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
