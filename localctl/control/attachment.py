@@ -27,7 +27,7 @@ from localctl.control.latents import (
 from localctl.control.own_guidance import OwnGuidance, residuals_of
 from localctl.control.processor import has_hook
 from localctl.control.twins import with_twins, without_twins
-from localctl.control.wrapping import InnerForward, Installation
+from localctl.control.wrapping import InnerForward, Installation, has_settings
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import RESIDUALS, Arguments, AttentionLayer, DenoiserInputs
 from localctl.diffusion import is_flow
@@ -182,9 +182,7 @@ class Attachment:
         if residuals is not None:
             own = self.denoiser.write(unguided, latents=self.denoiser.read(*arguments).latents)
             self.guidance.run(context, self._inner(context, own))
-        # What only some processors take, such as the masks of an IP-Adapter, is no argument of the graphs' operator.
-        given = [arguments[1].get(name) for name in self.denoiser.not_per_row]
-        self._installation.eager = any(isinstance(value, dict) and bool(value) for value in given)
+        self._installation.eager = has_settings(self.denoiser, arguments)
         self._steer_attention(context)
         return arguments
 

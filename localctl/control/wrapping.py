@@ -118,6 +118,13 @@ class Installation:
             EAGER_MODE.leave()
 
 
+def has_settings(denoiser: Denoiser, arguments: Arguments) -> bool:
+    """Return whether a call has settings for processors, such as the masks of an IP-Adapter, which are no arguments of
+    the graphs' operator."""
+    given = (arguments[1].get(name) for name in denoiser.not_per_row)
+    return any(isinstance(value, dict) and bool(value) for value in given)
+
+
 @dataclass
 class InnerForward:
     """One call of the denoiser, ready to be run again on the prompt rows of some of its images (see ``RunDenoiser``).
@@ -162,7 +169,7 @@ class InnerForward:
         arguments = select_rows(self.arguments, rows, count, self.denoiser.not_per_row)
         arguments = self.denoiser.write(arguments, latents=latents)
         installation = Installation()
-        installation.eager = any(arguments[1].get(name) for name in self.denoiser.not_per_row)
+        installation.eager = has_settings(self.denoiser, arguments)
         try:
             self._steer(installation, images, reader)
             arguments = with_twins(self.denoiser, arguments, self.layers, len(rows))

@@ -17,9 +17,9 @@ from families import FAMILIES, PROMPT, SIDE, frozen, latents_of, run, token_adap
 from PIL import Image
 from torch import Tensor
 
+from localctl.bases import TRANSFORMER_PIPELINES
 from localctl.control.attach import attach
 from localctl.control.attention_maps import AttentionMaps
-from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.negative_prompts import NegativePrompts
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
@@ -27,6 +27,7 @@ from localctl.denoisers import denoiser_of
 from localctl.denoisers.joint import dispatched
 from localctl.image_to_image import InitImage
 from localctl.layout import Layout, Region
+from localctl.pipelines import load_pipeline
 from localctl.sampling import generate
 
 pytest_plugins = ["families"]
@@ -177,16 +178,6 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_guidance_scale_of_a_control_is_refused(load: Any, name: str) -> None:
-    pipe = load(name)
-    own = LocalAdapterControl(
-        token_adapter(pipe), torch.rand(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), guidance_scale=2.0
-    )
-    with pytest.raises(ValueError, match="no control can have a guidance scale of its own; leave it out"):
-        attach(pipe, LAYOUT, own).__enter__()
-
-
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
     """Z-Image's pipeline copies prompts after their encoding: two rows may be two images, or one with guidance."""
     pipe, family = load("z_image"), FAMILIES["z_image"]
@@ -257,6 +248,12 @@ def test_an_image_prompt_of_flux_is_left_to_its_processor() -> None:
     found = dispatched(processor, attend, attn, image, text, ip_hidden_states=[prompt])
     assert seen == [(2, 2, 8, 8)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_loads_as_a_base(family_folders: Callable[[str], Any], name: str) -> None:
+    pipe = load_pipeline(str(family_folders(name)))
+    assert type(pipe).__name__ in TRANSFORMER_PIPELINES and denoiser_of(pipe).own_size == (1024, 1024)
 
 
 @pytest.mark.parametrize("name", NAMES)
