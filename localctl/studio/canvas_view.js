@@ -135,11 +135,13 @@ function paintBackground(context, width, height) {
     context.lineTo(width, Math.round((i * height) / 8) + 0.5);
     context.stroke();
   }
-  if (!shownRegions().length) {
+  if (!shownRegions().some(boxOf)) {
     context.fillStyle = getComputedStyle(element).getPropertyValue('--body-text-color-subdued');
     context.font = '15px system-ui, sans-serif';
     context.textAlign = 'center';
-    context.fillText(options.hint || 'Drag to place a region', width / 2, height / 2);
+    const hint = options.hint || 'Drag to place a region';
+    const lines = context.measureText(hint).width > width - 20 ? hint.split(/(?<=,) /) : [hint];
+    lines.forEach((line, index) => context.fillText(line, width / 2, height / 2 + 22 * (index - (lines.length - 1) / 2)));
     context.textAlign = 'left';
   }
 }

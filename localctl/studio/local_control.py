@@ -151,7 +151,7 @@ def _adapter_rows(tab: FollowTab, studio: Studio) -> None:
                         value=value,
                         step=0.05,
                         label=label,
-                        min_width=90,
+                        min_width=110,
                         elem_id=f"follow-{name}{number}",
                         buttons=[],
                     )

@@ -53,6 +53,8 @@ def theme() -> Any:
     ).set(
         body_background_fill=GROUNDS[0],
         body_background_fill_dark=GROUNDS_DARK[0],
+        input_placeholder_color=SUBDUED,
+        input_placeholder_color_dark=SUBDUED_DARK,
         body_text_color_subdued=SUBDUED,
         body_text_color_subdued_dark=SUBDUED_DARK,
         block_background_fill=GROUNDS[1],
