@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -191,7 +191,7 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
         yield
 
 
-def _own(pipe: DiffusionPipeline, init: InitImage | None) -> dict[str, Any]:
+def _own(pipe: DiffusionPipeline, init: InitImage | None) -> Mapping[str, Any]:
     """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
     return dict(denoiser_of(pipe).own_arguments) if init is None else {}
 
