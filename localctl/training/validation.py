@@ -168,7 +168,7 @@ class Validator:
             if adapter is not None:
                 condition = torch.stack([case.example.condition for case in cases])
                 masks = torch.stack([case.mask for case in cases])
-                guidance = {
+                guidance: dict[str, Any] = {
                     "unconditional_scale": self.config.unconditional_scale,
                     "guidance_scale": self.config.control_guidance_scale,
                 }
