@@ -311,7 +311,7 @@ class _Reader:
     def _from_places(self) -> Iterator[Relation]:
         """Yield the relations between objects at different places of the image, then those to objects without one."""
         for axis, (low, high) in enumerate(((LEFT, RIGHT), (ABOVE, BELOW))):
-            values = {i: place[axis] for i, place in self.places.items() if place[axis] is not None}
+            values = {i: value for i, place in self.places.items() if (value := place[axis]) is not None}
             for (i, a), (j, b) in itertools.combinations(values.items(), 2):
                 if a != b:
                     yield Relation(i, low if a < b else high, j)
