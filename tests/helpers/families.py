@@ -275,7 +275,7 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return folder
 
 
-# All that is proven for each family is proven for these in slow tests; what is theirs alone, in test_dispatched_families.
+# Whole proofs of these are slow tests; what is theirs alone is tested each time, in test_dispatched_families.
 _SLOW = ("flux", "flux2", "qwen_image")
 
 
