@@ -70,15 +70,20 @@ def token_positions(
                 f"The phrase {region.phrase!r} comes after the first {limit + 1} tokens, and this base reads no more "
                 f"of the prompt's {len(offsets)} ({tokenised}); shorten the prompt or move the phrase forward."
             )
-        for position in own:
-            if position in owner:
-                raise ValueError(
-                    f"The phrases {owner[position]!r} and {region.phrase!r} share a token of the prompt ({tokenised}); "
-                    "put a space between them."
-                )
-            owner[position] = region.phrase or ""
+        _claim(own, region.phrase or "", owner, tokenised)
         positions.append(tuple(places[position] for position in own))
     return positions
+
+
+def _claim(own: Sequence[int], phrase: str, owner: dict[int, str], tokenised: str) -> None:
+    """Note that the tokens at ``own`` are the phrase's. ValueError if another has one of them already."""
+    for position in own:
+        if position in owner:
+            raise ValueError(
+                f"The phrases {owner[position]!r} and {phrase!r} share a token of the prompt ({tokenised}); "
+                "put a space between them."
+            )
+        owner[position] = phrase
 
 
 def _check_count(layout: Layout, count: int, tokenised: str) -> None:

@@ -23,6 +23,7 @@ from localctl.layout_predictor import words as w
 from localctl.layout_predictor.relations import PLACING_VERBS
 
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’.&][^\W_]+)*['’]?|[^\w\s]")
+_PARTICLES = ("up", "down", "from", "into", "off")
 _VOWEL = re.compile(r"[aeiouy]")
 
 
@@ -237,7 +238,9 @@ def _without_verbs(words: list[Word], first: int, end: int, follower: Word | Non
         text = words[last - 1].text
         direction = text in w.PLACES and _is_direction(words, first, last, follower)
         verb = text in w.VERBS or (verb_place and _is_participle(text))
-        verb = verb or (text in PLACING_VERBS and (transitive or (follower and follower.text in ("up", "down"))))
+        followed = transitive or (follower is not None and follower.text in _PARTICLES)
+        plural = words[last - 2].text.endswith("s")  # "vines cover the wall", but "a pink cross the size of"
+        verb = verb or (text in PLACING_VERBS and followed and plural)
         verb = verb or (verb_place and _is_third_person(text, singular or transitive))
         adverb = text.endswith("ly") and len(text) > 4 and text not in w.NO_ADVERBS
         stands_tall = text in w.ADJECTIVES and last - first > 2 and words[last - 2].text in w.VERBS

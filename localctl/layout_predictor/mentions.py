@@ -19,6 +19,7 @@ _PERSON = word_set("he him she her himself herself")
 _POSSESSIVE = {"its": "it", "their": "them", "his": "him", "her": "her", "theirs": "them", "hers": "her"}
 _OWNED = word_set("left right immediate own feet foot base head side back shoulder lap far lower upper top bottom")
 _ORDINALS = {"former": 0, "first": 0, "latter": 1, "second": 1}
+_INTRODUCE = word_set("with between and , while has have had")
 _GROUPS = word_set("people crowd couple family team band class audience police crew trio choir")
 
 
@@ -64,7 +65,7 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
                 tokens.append("'s")
             continue
         last = None
-        choices, possessive = known.meant_by(words, index)
+        choices, possessive = known.meant_by(words, index, _placed(tokens, mentions))
         if choices:
             if word.text == "one":
                 tokens.pop()  # "the blue one"
@@ -75,6 +76,13 @@ def mentions_of(prompt: str, objects: Sequence[PromptObject]) -> tuple[list[str]
             known.end_of(word.text)
             tokens.append(word.text)
     return tokens, mentions
+
+
+def _placed(tokens: list[str], mentions: list[Mention]) -> Group:
+    """Return the last object if a word such as "with" makes it what is placed: "with a lamp to its left"."""
+    last = next((i for i in range(len(tokens) - 1, 0, -1) if tokens[i].startswith("<")), 0)
+    introduces = last > 0 and tokens[last - 1] in _INTRODUCE
+    return mentions[int(tokens[last][1:-1])].choices[0] if introduces else ()
 
 
 class _Known:
@@ -102,8 +110,11 @@ class _Known:
         if word in (".", ";", "!", "?"):
             self.fresh, self.owner = True, ()
 
-    def meant_by(self, words: Sequence[Word], index: int) -> tuple[Choices, bool]:
-        """Return what the word at ``index`` may mean if it stands for an object, and whether it is possessive."""
+    def meant_by(self, words: Sequence[Word], index: int, placed: Group) -> tuple[Choices, bool]:
+        """Return what the word at ``index`` may mean if it stands for an object, and whether it is possessive.
+
+        ``placed``: the object that is placed just now, and is therefore not the owner of its place.
+        """
         text = words[index].text
         before = words[index - 1].text if index else ""
         after = words[index + 1].text if index + 1 < len(words) else "."
@@ -121,6 +132,7 @@ class _Known:
         elif plain in _THEY and not (plain in ("these", "those") and _names(after)):
             found = self._plural()
         if possessive and found:
+            found = tuple(sorted(found, key=lambda one: one == placed))
             found = tuple(dict.fromkeys((*(one for one in self.owner if one in found), *found)))
             self.owner = found[:1]
         return (found, possessive) if found else (self._other_word(plain, before, after), False)

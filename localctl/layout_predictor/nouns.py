@@ -118,7 +118,7 @@ def known_noun(phrase: str) -> str | None:
     words = phrase.lower().replace("’", "'").split()
     if "of" in words[1:]:
         words = words[: words.index("of", 1)]
-    for word in (words[-1:] and (words[-1], singular(words[-1]))) or ():
+    for word in (words[-1], singular(words[-1])) if words else ():
         if word in nouns():
             return word
     return None
@@ -138,12 +138,13 @@ def names_kind(word: str, kind: str | None) -> bool:
 def typical_size(phrase: str) -> tuple[float, float] | None:
     """Return the width and height in an image, up to a common factor, of what ``phrase`` names; None if unknown.
 
-    Photographers step back for large things, so sizes in an image differ less than sizes in metres: to the power 0.4.
+    Photographers step back for large things, so sizes in an image differ less than sizes in metres: to the power 0.4,
+    and no more than for a thing of seven metres.
     """
     noun = known_noun(phrase)
     if noun is None:
         return None
     _, width, height = nouns()[noun]
-    scale = math.sqrt(width * height) ** 0.4
+    scale = min(7.0, math.sqrt(width * height)) ** 0.4
     aspect = min(3.0, max(1 / 3, width / height)) ** 0.5
     return scale * aspect, scale / aspect

@@ -104,7 +104,7 @@ def _is_again(prompt: str, first: Chunk, chunk: Chunk) -> bool:
     """Return whether a later chunk mentions the object of the first again.
 
     It is definite, and says the same words, or some of them with the noun ("the chest" after "a treasure chest"), or
-    names its kind ("the bird" after "an owl").
+    names its kind ("the bird" after "an owl", "the board" after "a surfboard").
     """
     if not DEFINITE & set(prompt[chunk.start : chunk.first].lower().split()):
         return False
@@ -112,6 +112,8 @@ def _is_again(prompt: str, first: Chunk, chunk: Chunk) -> bool:
     nouns = {old[-1], *(word for word, follower in pairwise(old) if follower == "of")}
     if new[-1] in nouns:
         return set(new) <= set(old)
+    if len(new) == 1 and len(new[0]) > 3 and old[-1].endswith(new[0]):
+        return True
     return len(new) == 1 and names_kind(new[0], kind_of(prompt[first.first : first.end]))
 
 

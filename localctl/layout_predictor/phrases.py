@@ -185,7 +185,7 @@ def _patterns() -> list[tuple[re.Pattern[str], Maker]]:
         (r"\bfrom (?P<vertical>above|below|beneath)\b(?! <)", _from),
         (r"\bbetween (?=<\d+> (?:[^.;]+ )?and )", _between),
         (r"\b(?:in )?between <(?P<ground>\d+)> ", _between_them),
-        (rf"\b(?P<phrase>{_any_of(list(table))}) {_THING}", _listed(table)),
+        (rf"\b(?<!the )(?P<phrase>{_any_of(list(table))}) {_THING}", _listed(table)),
         (rf"{_AT}{_CORNER}{_LATERAL}{_IMAGE}(?! of <)", _place),
         (rf"{_AT}{_LATERAL}{_IMAGE}\b(?! (?:of|hand|shoulder|arm))", _place),
         (rf"(?:^|(?<=[.,;:] )){_LATERAL}(?= :)", _place),

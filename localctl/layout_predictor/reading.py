@@ -67,6 +67,7 @@ class _Reader:
         self.possible: list[Relation] = []
         self.places: dict[int, tuple[int | None, int | None]] = {}
         self.subject: Item | None = None  # of the clause so far
+        self.inner: Item | None = None  # the subject of a clause with "with" or "which", while "and" continues it
         self.last: Item | None = None  # the last thing mentioned
         self.fronting = False  # whether this sentence says places first: "on the left, a cat, on the right, a dog"
         self.last_place: Side | None = None
@@ -98,11 +99,15 @@ class _Reader:
         starts_with_thing = bool(segment.items and segment.items[0].choices)
         says = bool(segment.sides) or segment.opener in STRONG or (segment.opener in CONTINUING and starts_with_thing)
         if segment.opener in RELATIVE or segment.opener == "with":
+            self.inner = things[0] if things and segment.opener == "with" else self.subject
             self.subject = outer or (things[0] if things else None)
-        elif things and says and segment.opener not in SUBORDINATE:
-            self.subject = self._subject_of(segment) or things[0]
-        elif things and self.subject is None:
-            self.subject = things[0]
+        else:
+            if segment.opener != "and" or starts_with_thing:
+                self.inner = None
+            if things and says and segment.opener not in SUBORDINATE:
+                self.subject = self._subject_of(segment) or things[0]
+            elif things and self.subject is None:
+                self.subject = things[0]
         self.last = things[-1] if things else self.last
 
     def _subject_of(self, segment: Segment) -> Item | None:
@@ -174,12 +179,14 @@ class _Reader:
             self.fronting = self.fronting or side.side is None or side.side.sides != (NEAR,)
             return rest[:1], []
         following = self.segments[number + 1] if number + 1 < len(self.segments) else Segment("")
-        if following.opener in (",", ":", "-") and (segment.opener in STRONG or self.fronting):
+        starts = segment.opener in STRONG or self.fronting or (segment.opener in CONTINUING and len(segment.items) == 1)
+        if following.opener in (",", ":", "-") and starts:
             head = next((item for item in following.items if item.choices or item.side), Item())
             if head.choices:  # "to the left of the barn, a horse"
                 self.fronting = True
                 return [head], []
-        found = [item for item in (self.subject, self.last) if item is not None]
+        inner = self.inner if segment.opener in ("and", "but") else None
+        found = [item for item in (inner, self.subject, self.last) if item is not None]
         owned = side.side is not None and side.side.ground is not None and len(segment.items) == 1
         if owned or segment.opener in RELATIVE or segment.opener in "(-–—:":  # "a fork, on its left, and"
             found = found[::-1][:1]
@@ -192,8 +199,8 @@ class _Reader:
         segment = self.segments[number]
         side, nearest, first = segment.items[index].side, before[-1], before[0]
         direct = next(i for i in range(index - 1, -1, -1) if segment.items[i] is nearest)
-        between = [item.word for item in segment.items[direct + 1 : index]]
-        finite = any(word in w.BE | w.VERBS for word in between)
+        between = {item.word for item in segment.items[direct + 1 : index]} - w.PREPOSITIONS - w.ADVERBS - {"the"}
+        finite = bool(between & (w.BE | (w.VERBS - w.PARTICIPLES)))
         outer = [] if self.subject is None else [self.subject]
         if segment.opener in RELATIVE or (segment.opener == "with" and finite):
             # "the globe that my teacher gave me is", "the moped with the broken mirror is"
@@ -205,7 +212,9 @@ class _Reader:
         if finite or (between and not follows_side and not side.is_place):
             return [first, *self._joined(number)], [] if finite else [nearest]
         preceding = segment.items[direct - 1]
-        moves = preceding.side is not None or preceding.word in w.PREPOSITIONS - {"by"}
+        moves = preceding.word in w.PREPOSITIONS - {"by"} or (
+            preceding.side is not None and preceding.side.kind == "relation"
+        )
         if side.ground is not None and moves and self.mentions[side.ground].choices[0] == nearest.choices[0]:
             return [first], []  # "the bird flew away from the elephant to its left"
         if self.backdrops & set(nearest.choices[0]):

@@ -21,21 +21,15 @@ PREPOSITIONS = {
     ABOVE: _lines(
         """
         above, over, atop, on, upon, onto, on top of, on the top of, higher than, higher up than,
-        closer to the top than, up from, out of, rises from, rising from, rose from, emerges from,
-        emerging from, grows from, growing from, down at, down on, down upon, down onto, down over, down toward,
-        down towards, astride, aboard, pours into, pouring into, drips into, sprouts from, sprouting from,
-        north of, descends on, descends upon, descending on, descended on, lands on, rains on, falls on
+        closer to the top than, up from, out of, down at, down on, down upon, down onto, down over, down toward,
+        down towards, astride, aboard, north of, rains on
         """
     ),
     BELOW: _lines(
         """
         below, under, beneath, underneath, lower than, lower down than, closer to the bottom than,
         at the foot of, at the feet of, at the base of, at the bottom of, down from, from under, from beneath,
-        from below, up at, up toward, up towards, hangs from, hanging from, hung from, hang from, dangles from,
-        dangling from, dangle from, dangled from, suspended from, droops from, drooping from, drooped from,
-        drips from, dripping from, sways from, swaying from, swings from, swinging from, trails from,
-        trailing from, drops from, descends from, descending from, falls from, falling from, pours from,
-        pouring from, hangs off, hanging off, dangles off, in the shade of, in the shadow of, south of,
+        from below, up at, up toward, up towards, suspended from, in the shade of, in the shadow of, south of,
         sat upon by, sat on by, stood on by, lain on by, perched on by
         """
     ),
@@ -56,10 +50,19 @@ OVER = _lines(
         overlook, top, crown, cap, straddle, ride/rode/ridden, mount, span, overhang/overhung/overhung,
         surmount, overshadow, shade, cover, dwarf, bestride, blanket, cross, bridge, overtop, roof, canopy,
         arch over, tower over, tower above, loom over, watch over, hover over, drape over, pin down, press down,
-        weigh down, crush, trample, adorn, decorate, illuminate, occupy, eclipse, shelter
+        weigh down, crush, trample, adorn, decorate, illuminate, occupy, eclipse, shelter,
+        rise from/rose from/risen from, emerge from, grow from/grew from/grown from, sprout from, pour into,
+        drip into, descend on, descend upon, land on, fall on/fell on/fallen on
         """
 )
-UNDER = _lines("support, underlie, underpin, hold up/held up/held up, prop up, uphold/upheld/upheld, lift, hoist")
+UNDER = _lines(
+    """
+        support, underlie, underpin, hold up/held up/held up, prop up, uphold/upheld/upheld, lift, hoist,
+        hang from/hung from/hung from, hang off/hung off/hung off, dangle from, dangle off, droop from,
+        drip from, sway from, swing from/swung from/swung from, trail from, drop from, descend from,
+        fall from/fell from/fallen from, pour from
+        """
+)
 CARRIERS = _lines("carried by, borne by, transported by, cushioned by")  # but "she carries a bag" says no side
 WITH = _lines(  # passives in which what follows lies on top: "a cake topped with cherries"
     """
@@ -116,6 +119,8 @@ def forward_phrases() -> dict[str, str]:
     for side, verbs in ((ABOVE, OVER), (BELOW, UNDER)):
         for verb in verbs:
             participle, active = _forms(verb)
-            found |= dict.fromkeys(active, side) | {f"{participle} by": INVERSE[side]}
+            found |= dict.fromkeys(active, side)
+            if verb.rpartition(" ")[2] not in ("from", "into", "on", "upon", "off"):
+                found[f"{participle} by"] = INVERSE[side]
     found |= dict.fromkeys(CARRIERS, ABOVE)
     return found | {f"{word} {by}": BELOW for word in WITH for by in ("with", "by", "in")}

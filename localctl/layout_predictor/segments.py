@@ -65,7 +65,7 @@ def segments_of(tokens: list[str], mentions: list[Mention], sides: list[Side]) -
         elif token in _OPENERS:
             if segments[-1].items:
                 segments.append(Segment(token))
-            elif segments[-1].opener not in STRONG or token in STRONG | RELATIVE | SUBORDINATE or token == "with":
+            elif token != "," and (segments[-1].opener not in STRONG or token not in CONTINUING):
                 segments[-1].opener = token  # ", and", "and with", ". When"
         else:
             segments[-1].items.append(Item(word=token))

@@ -78,6 +78,10 @@ _REGULAR = word_set(  # regular verbs whose form in -s is hardly ever a plural n
     "shimmer roost nestle teeter loiter sparkle linger stoop crouch hang grin bob tilt"
 )
 VERBS |= _REGULAR | {verb + ("es" if verb.endswith("ch") else "s") for verb in _REGULAR}
+PARTICIPLES = word_set(  # of irregular verbs: "a lamp held above"
+    "held put seen shown drawn found kept set built made worn spread laid stuck ridden slung overhung strewn laden "
+    "borne upheld hung lain driven"
+)
 NO_PARTICIPLES = word_set(  # nouns that end like participles or verbs, and a few adjectives
     "building painting ceiling railing clothing wedding evening morning drawing pudding awning earring carving "
     "dwelling bedding topping dressing filling duckling dumpling sapling seedling stocking parking crossing lightning "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -159,8 +158,6 @@ class RegionCLIPScore(PerSample):
     """The CLIP score of each segment, the local CLIP score of DenseDiffusion (arXiv 2308.12964): the box around a
     region, cut out of the image, against its phrase. One row per region that has a phrase; ``cut`` as of
     :class:`CLIPScore`.
-
-    NaN for a region of which nothing is left, as others lie over it.
     """
 
     columns = CLIPScore.columns
@@ -171,15 +168,13 @@ class RegionCLIPScore(PerSample):
         self.clip = clip
 
     def update(self, image: np.ndarray, layout: Layout) -> None:
-        """Add the regions of one image, uint8 (H,W,3). ValueError for a layout without phrases."""
+        """Add the regions of one image, uint8 (H,W,3). ValueError for a layout without phrases, or one that
+        hides a region."""
         check_image(image)
         masks = layout.masks(image.shape[:2])[:, 0].numpy()
         placed = [(item.phrase, mask) for item, mask in zip(layout.regions, masks, strict=True) if item.phrase]
         if not placed:
             raise ValueError("The layout has no region with a phrase to compare its image with; give one.")
         for phrase, mask in placed:
-            if not mask.any():
-                self.add((math.nan, float(self.clip.is_cut(phrase))))
-                continue
             left, top, right, bottom = map(int, box_around(mask))
             self.add(*_scores(self.clip, image[None, top:bottom, left:right], [phrase]))

@@ -52,28 +52,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--decoder_steps", type=int, default=900, help="steps of the decoder alone, on the cached latents")
     add("--clip_vision_steps", type=int, default=500, help="steps of the vision tower alone")
     _add_unet(parser)
-    add(
-        "--patch",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
-    )
-    add(
-        "--teacher",
-        type=Path,
-        help="base whose U-Net gives the transformer's targets, in place of single scenes; it learns in fewer steps",
-    )
     add("--bf16", action="store_true", help="compute the denoiser in bfloat16")
     add("--device", default="cpu", help="device for encoding and the U-Net: cpu, cuda or auto; other parts use the CPU")
     add("--continue_from", type=Path, help="exported base to start from, for parts without a checkpoint in --workdir")
     add("--prediction_type", choices=("epsilon", "v_prediction"), default="v_prediction", help="output of the U-Net")
     args = parser.read(argv)
-    _check(args)
+    _check(args, parser)
     return args
 
 
 def _add_unet(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the denoiser."""
     add = parser.add_argument
     add("--unet_scenes", type=int, default=20000, help="scenes whose latents are cached")
     add("--unet_steps", type=int, default=20000, help="steps of the U-Net")
@@ -96,9 +85,21 @@ def _add_unet(parser: argparse.ArgumentParser) -> None:
         help="share of scenes with 1, 2 and 3 objects and a full caption; the rest are any scenes",
     )
     add("--unet_noisy", type=float, default=0.22, help="share of timesteps from 700 on, where objects are placed")
+    add(
+        "--patch",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="side of the transformer's tokens in latents of 8 px; 2 takes a third of the time, and sees less detail",
+    )
+    add(
+        "--teacher",
+        type=Path,
+        help="base whose U-Net gives the transformer's targets, in place of single scenes; less noisy ones",
+    )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Raise a ValueError for flags that cannot be followed."""
     if min(args.unet_mix) < 0 or sum(args.unet_mix) > 1:
         raise ValueError(f"--unet_mix {args.unet_mix} must be shares from 0 to 1 that add up to at most 1.")
@@ -106,8 +107,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--unet_noisy {args.unet_noisy:g} must be between 0 and 0.9.")
     if args.denoiser == "transformer" and args.output_dir == MICRO_WEIGHTS:
         raise ValueError("--denoiser transformer would replace the shipped U-Net's base; give --output_dir.")
-    if args.teacher is not None and args.denoiser != "transformer":
-        raise ValueError("--teacher acts on --denoiser transformer; add that, or leave it out.")
+    for name in ("patch", "teacher") if args.denoiser == "unet" else ("prediction_type", "unet_noisy"):
+        if getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name} does not act on --denoiser {args.denoiser}; leave it out, or change that.")
     if args.teacher is not None and not (args.teacher / "unet").is_dir():
         raise ValueError(f"There is no folder {args.teacher / 'unet'}; give --teacher a base with a U-Net.")
     if args.unet_init is not None and not args.unet_init.is_file():

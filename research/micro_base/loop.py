@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -96,6 +97,15 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, avera
     for key, value in state["ema"].items():
         average[key].copy_(value)
     return int(state["step"])
+
+
+def digest(text: str, *modules: nn.Module) -> str:
+    """Return a short hash of a text and of all weights."""
+    found = hashlib.sha256(text.encode())
+    for module in modules:
+        for value in module.state_dict().values():
+            found.update(value.contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def save_tensors(path: Path, state: dict[str, object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from research.micro_base.clock import ClockConfig
 from research.micro_base.data import TrainingScenes
 from research.micro_base.export import export, export_transformer, text_tower
 from research.micro_base.focus import make_focus
-from research.micro_base.loop import LoopConfig, read_weights
+from research.micro_base.loop import LoopConfig, digest, read_weights
 from research.micro_base.transformer import (
     encoder,
     load_teacher,
@@ -95,11 +94,8 @@ def latents(args: argparse.Namespace, data: TrainingScenes) -> LatentCache:
     """Return the cached latents; the file name has a hash of all they depend on, so changed weights get new ones."""
     tokenizer, clip, vae = load(args, data)
     is_transformer = args.denoiser == "transformer"
-    digest = hashlib.sha256(str((args.scenes, args.unet_scenes, *[args.denoiser] * is_transformer)).encode())
-    for part in (vae.encoder, vae.quant_conv, clip.text_model):
-        for value in part.state_dict().values():
-            digest.update(value.contiguous().numpy().tobytes())
-    path = args.workdir / f"latents-{digest.hexdigest()[:12]}.pt"
+    of = str((args.scenes, args.unet_scenes, *[args.denoiser] * is_transformer))
+    path = args.workdir / f"latents-{digest(of, vae.encoder, vae.quant_conv, clip.text_model)}.pt"
     device = process_device(args.device)
     if is_transformer:
         encode = encoder(new_pipeline(vae, clip, tokenizer, new_transformer()).to(device))
@@ -133,9 +129,8 @@ def denoiser_kind(args: argparse.Namespace, data: TrainingScenes, cache: LatentC
         return UNET
     if args.teacher is None:
         return transformer_kind(args.patch)
-    count = len(cache.latents)
-    path = args.workdir / f"teacher-{count}.pt"
-    return transformer_kind(args.patch, load_teacher(args.teacher, cache, data.basic.captions[:count], path, device))
+    captions = data.basic.captions[: len(cache.latents)]
+    return transformer_kind(args.patch, load_teacher(args.teacher, cache, captions, args.workdir, device))
 
 
 def build_unet(args: argparse.Namespace, data: TrainingScenes, started: float) -> bool:

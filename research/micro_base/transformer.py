@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from localctl.pipelines import BaseConfig, choose_pil_processors, load_pipeline
 from localctl.pipelines import encode_captions as encode_texts
 from research.micro_base.flow import FLOW_SHIFT, FlowLoss, Teacher
-from research.micro_base.loop import save_tensors
+from research.micro_base.loop import digest, save_tensors
 from research.micro_base.unet import Encode, Kind, encode_captions
 from research.micro_base.unet_loss import LatentCache, to
 
@@ -75,8 +75,10 @@ def transformer_kind(patch: int = 1, teacher: Teacher | None = None) -> Kind:
 
 
 @torch.no_grad()
-def load_teacher(base: Path, cache: LatentCache, captions: list[str], path: Path, device: torch.device) -> Teacher:
-    """Return the U-Net of a base as a teacher for the scenes of a cache; ``path`` keeps its states of their captions.
+def load_teacher(base: Path, cache: LatentCache, captions: list[str], folder: Path, device: torch.device) -> Teacher:
+    """Return the U-Net of a base as a teacher for the scenes of a cache.
+
+    folder: keeps the states of the captions.
 
     Raises:
         ValueError: the base cannot be loaded, or its U-Net does not predict v.
@@ -85,6 +87,7 @@ def load_teacher(base: Path, cache: LatentCache, captions: list[str], path: Path
     kind = pipe.scheduler.config.prediction_type
     if kind != "v_prediction":
         raise ValueError(f"The U-Net of {base} predicts {kind}, and a teacher must predict v_prediction.")
+    path = folder / f"teacher-{digest(str(captions), pipe.text_encoder)}.pt"
     if not path.exists():
         found = encode_captions(captions, lambda texts: encode_texts(pipe, texts).states, pipe.tokenizer)
         save_tensors(path, dict(zip(("states", "lengths", "caption_of"), found, strict=True)))

@@ -267,6 +267,7 @@ def test_clip_skip_and_the_base_settings_are_passed_on(base_here: Path, monkeypa
         (["--vae", "other"], "makes latents of another shape"),
         (["--predictor", "x"], "--predictor needs a layout with regions"),
         (["--layout", "auto", "--predictor", "nowhere"], "no layout predictor in nowhere"),
+        (["--layout", "auto", "--layout_predictor", "nowhere"], "no layout predictor in nowhere"),
         (["--layout", "scene.json", "--predictor", "x"], "--predictor is for --layout auto"),
         (["--control", "bias"], "--control needs a layout with regions"),
         (["--control", "none", "bias"], "--control needs a layout with regions"),

@@ -59,6 +59,8 @@ def test_places_are_checked_before_the_server_starts(tmp_path: Any) -> None:
     for kind in ("controlnet", "ip_adapter", "lora", "textual_inversion"):
         with pytest.raises(ValueError, match="no_addon"):
             StudioConfig(**dict[str, Any]({kind: [str(tmp_path / "no_addon")]})).check_places()
+    with pytest.raises(ValueError, match="no layout predictor in .*no_predictor"):
+        StudioConfig(layout_predictor=str(tmp_path / "no_predictor")).check_places()
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(ValueError, match="is a file"):

@@ -290,7 +290,8 @@ def test_a_stock_pipeline_is_trained_and_exported(
     ("program", "flags", "sentence"),
     [
         (main, ["--denoiser", "transformer"], "give --output_dir"),
-        (main, ["--teacher", str(MICRO_WEIGHTS)], "acts on --denoiser transformer"),
+        (main, ["--teacher", str(MICRO_WEIGHTS)], "--teacher does not act on --denoiser unet"),
+        (main, ["--denoiser", "transformer", "--output_dir", "x", "--unet_noisy", "0.3"], "does not act on --denoiser"),
         (main, ["--denoiser", "transformer", "--output_dir", "x", "--teacher", "nowhere"], "no folder nowhere/unet"),
         (report, ["--guidance_scale", "3"], "add --images_only"),
         (report, ["--base", "nowhere"], "There is no CLIP"),
