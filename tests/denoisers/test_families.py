@@ -60,6 +60,11 @@ def left_half(height: int = SIDE, width: int = SIDE) -> Tensor:
     return mask
 
 
+def blocks_of(pipe: Any) -> list[Any]:
+    denoiser: Any = denoiser_of(pipe)
+    return [block for _, block in denoiser.blocks]
+
+
 def state_of(pipe: Any) -> list[Any]:
     """All that attach touches: processors, hooks and attributes of every part."""
     parts = [pipe.transformer, *pipe.transformer.modules()]
@@ -124,7 +129,7 @@ def test_each_method_acts_and_leaves_no_trace(family: Family, dit: Any, kind: st
     def stop(*args: Any) -> None:
         raise RuntimeError("stopped")
 
-    hook = denoiser_of(dit).blocks[2][1].register_forward_hook(stop)
+    hook = blocks_of(dit)[2].register_forward_hook(stop)
     with pytest.raises(RuntimeError, match="stopped"), attach(dit, LAYOUT, METHODS[kind]()):
         run(family, dit)
     hook.remove()
@@ -140,7 +145,7 @@ def test_a_residual_is_the_feature_times_the_mask_on_the_image_s_tokens(family: 
     def look(module: Any, args: Any, kwargs: Any) -> None:
         seen.append(family.image_input(args, kwargs).clone())
 
-    hooks = [denoiser_of(dit).blocks[place][1].register_forward_pre_hook(look, with_kwargs=True) for place in (1, 2)]
+    hooks = [blocks_of(dit)[place].register_forward_pre_hook(look, with_kwargs=True) for place in (1, 2)]
     control = adapter_control(adapter, mask)
     run(family, dit, num_inference_steps=1)
     with attach(dit, LAYOUT, control):
@@ -267,7 +272,7 @@ def test_generate_makes_the_same_image_in_any_batch(family: Family, dit: Any) ->
 
 def test_sampling_begins_at_an_image_where_diffusers_has_a_pipeline(family: Family, dit: Any) -> None:
     image = Image.fromarray(np.arange(SIDE * 2 * SIDE * 3).astype(np.uint8).reshape(SIDE, 2 * SIDE, 3))
-    options = {"num_inference_steps": 4, "output_type": "latent", "init": InitImage(image, 0.5)}
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "init": InitImage(image, 0.5)}
     control = adapter_control(token_adapter(dit), left_half(SIDE, 2 * SIDE))
     if not family.image_to_image:
         with pytest.raises(ValueError, match="has no image-to-image pipeline beside"):
@@ -295,6 +300,6 @@ def test_what_a_base_cannot_do_is_said(family: Family, dit: Any) -> None:
         attach(dit, LAYOUT, adapter_control(token_adapter(dit, width=24))),
     ):
         run(family, dit)
-    denoiser_of(dit).blocks[0][1].forward = lambda *args, **kwargs: None
+    blocks_of(dit)[0].forward = lambda *args, **kwargs: None
     with pytest.raises(ValueError, match="was replaced"), attach(dit, LAYOUT, RegionBias()):
         run(family, dit)

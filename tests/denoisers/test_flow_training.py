@@ -39,7 +39,8 @@ def table_of(pipe: Any) -> Tensor:
 
 def steps(pipe: Any, adapter: LocalAdapter, optimizer: torch.optim.Optimizer, numbers: range) -> list[float]:
     """Train on random latents, conditions and masks, each keyed by the number of its step; return the losses."""
-    denoiser, table = denoiser_of(pipe), table_of(pipe)
+    denoiser: Any = denoiser_of(pipe)
+    table = table_of(pipe)
     conditioning = denoiser.condition("a cat", (SIDE, SIDE), 1.0, None)
     losses = []
     for number in numbers:
@@ -95,7 +96,7 @@ def _saved(state: Any, folder: Path) -> Path:
 
 
 def test_a_new_adapter_begins_at_the_base_s_own_output(family: Family, dit: Any) -> None:
-    denoiser = denoiser_of(dit)
+    denoiser: Any = denoiser_of(dit)
     conditioning = denoiser.condition("a cat", (SIDE, SIDE), 1.0, None)
     noisy, times = torch.randn(1, 4, 4, 4), torch.tensor([500.0])
     adapter, _ = fresh(dit)

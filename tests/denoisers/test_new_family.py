@@ -114,6 +114,6 @@ def test_another_family_is_steered_alike(
     monkeypatch.setattr(denoisers, "FAMILIES", (PackedFamily, UNet))
     pipe = PackedPipeline(**sd_pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    vars(pipe)["transformer"] = Packed(sd_pipe.unet)
+    pipe.__dict__["transformer"] = Packed(sd_pipe.unet)
     found = both(pipe)
     assert torch.equal(found[0], expected[0]) and found[1] == expected[1]

@@ -275,7 +275,11 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return folder
 
 
-@pytest.fixture(params=list(FAMILIES))
+# Whole proofs of these are slow tests; what is theirs alone is tested each time, in test_dispatched_families.
+_SLOW = ("flux", "flux2", "qwen_image")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in FAMILIES])
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
 
