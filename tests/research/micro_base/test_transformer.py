@@ -18,12 +18,13 @@ from transformers import CLIPModel, CLIPTokenizer
 import research.micro_base.transformer
 from localctl.bases import MICRO_WEIGHTS
 from localctl.pipelines import load_pipeline
+from research.harness import first_scenes
+from research.micro_base import measure
 from research.micro_base.__main__ import main
 from research.micro_base.clock import ClockConfig
 from research.micro_base.flow import FLOW_SHIFT, ZEROS, FlowLoss, JointAttention, Teacher, velocity
 from research.micro_base.focus import Focus
 from research.micro_base.loop import LoopConfig, read_weights
-from research.micro_base.measure import padding_mass
 from research.micro_base.report import main as report
 from research.micro_base.transformer import (
     WORDS,
@@ -224,7 +225,7 @@ def test_the_text_of_the_training_is_that_of_the_stock_pipeline(pipe) -> None:
 
 
 def test_the_attention_on_padding_is_a_share(pipe) -> None:
-    share = padding_mass(pipe, ["a red circle", "a blue star on a black background"])
+    share = measure.padding_mass(pipe, ["a red circle", "a blue star on a black background"])
     assert 0.3 < share < 0.95  # 28 and 23 of 32 tokens, and attention without training
 
 
@@ -279,6 +280,9 @@ def test_a_stock_pipeline_is_trained_and_exported(
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red circle", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (128, 128)
+    monkeypatch.setattr(measure, "STEPS", 1)
+    (found,) = measure.generate_captions(pipe, first_scenes(1, lambda item: True))
+    assert found.shape == (128, 128, 3)
     trained = read_weights(tmp_path / "transformer.pt")
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, trained[name].half().float())
