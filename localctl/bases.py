@@ -186,10 +186,11 @@ def read_index(spec: BaseSpec, where: dict[str, Any], transformers: bool = False
     those of :data:`TRANSFORMER_PIPELINES` are, too."""
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
-    if kind not in (PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES):
+    supported = PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES
+    if kind not in supported:
         way = " (these repaint, too: --init_image and --inpaint_mask)" if "Inpaint" in kind else ""
         way = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else way
-        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {' and '.join(PIPELINES)}{way}.")
+        raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {', '.join(supported)}{way}.")
     return index
 
 

@@ -63,7 +63,8 @@ class AdapterConfig:
     null: as in the adapter to continue from, or else what fits the base's U-Net: ``full_adapter`` for SD 1.x and
     2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
 
-    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what fits the base.
+    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what fits the base. (token_adapter is for
+        transformers, which are trained from Python.)
     channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's.
     num_res_blocks: residual blocks per level; null = 2.
     downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16).

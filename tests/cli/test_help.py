@@ -80,4 +80,4 @@ def test_the_words_name_every_choice() -> None:
 
 
 def test_every_filter_of_the_loss_is_there() -> None:
-    assert tuple(FILTERS) == LOSS_FILTERS
+    assert (*FILTERS, "edges") == LOSS_FILTERS

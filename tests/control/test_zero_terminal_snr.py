@@ -107,7 +107,7 @@ def test_the_noise_level_is_computed_only_when_it_is_read(
         asked.append(timestep)
         return sigma_at(scheduler, timestep, times)
 
-    monkeypatch.setattr("localctl.control.attach.sigma_at", counted)
+    monkeypatch.setattr("localctl.control.attachment.sigma_at", counted)
     with attach(v_pipe, LAYOUT, [adapter_control(make_adapter()), METHODS["spacetime"](), METHODS["dense"]()]):
         draw(v_pipe)
     assert not asked

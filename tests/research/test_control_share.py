@@ -210,7 +210,8 @@ def test_figures_of_images_alone_make_no_card_and_never_replace_the_shipped_ones
     from research.micro_base import measure, report
 
     figures = {"three objects: all right": 0.25}
-    monkeypatch.setattr(measure, "generated_figures", lambda pipe, share: (figures, {"a": Image.new("RGB", (8, 8))}))
+    images = {"a": Image.new("RGB", (8, 8))}
+    monkeypatch.setattr(measure, "generated_figures", lambda pipe, share, guidance: (figures, images))
     assert report.main(["--images_only", "--output_dir", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "report.json").read_text()) == figures
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report_a.png"}
