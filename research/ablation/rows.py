@@ -44,7 +44,7 @@ class Row:
 
     title: its name in tables. headline: whether it is trained with every seed, not with the first alone. against: the
     row that lacks the one thing that this one adds. trained: the row whose trainings it samples; None: its own.
-    sampling: settings of its images. own_experiment: an experiment that is not only for the ablation.
+    sampling: settings of its images.
     """
 
     name: str
@@ -53,12 +53,11 @@ class Row:
     against: str | None = None
     trained: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
-    own_experiment: str | None = None
 
     @property
     def experiment(self) -> str:
         """The name of its experiment in ``config/experiment``."""
-        return self.own_experiment or f"ablation_{self.trained or self.name}"
+        return f"ablation_{self.trained or self.name}"
 
 
 ROWS = {
@@ -88,7 +87,6 @@ ROWS = {
             "cover_edges",
             PROMPT_ROWS,
         ),
-        Row("best", "best_canny, 700 steps, prompt's rows", sampling=PROMPT_ROWS, own_experiment="best_canny"),
         Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
     )
 }
