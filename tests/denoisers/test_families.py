@@ -308,6 +308,9 @@ def test_sampling_begins_at_an_image_where_diffusers_has_a_pipeline(family: Fami
 def test_what_a_base_cannot_do_is_said(family: Family, dit: Any) -> None:
     with pytest.raises(ValueError, match="choose among early, middle, late and the numbers of its blocks, 0 to 3"):
         attach(dit, LAYOUT, LayoutGuidance(sites=("mid",))).__enter__()
+    for control in (LayoutGuidance(sites=()), ForwardGuidance(sites=())):
+        with pytest.raises(ValueError, match="needs at least one layer"):
+            attach(dit, LAYOUT, control).__enter__()
     with (
         pytest.raises(ValueError, match="makes features of shapes .* takes"),
         attach(dit, LAYOUT, adapter_control(token_adapter(dit, width=24))),
