@@ -194,6 +194,8 @@ def check_shape(
     ):
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} of an adapter must be a whole number from 1 to {most}, not {shown(value)}.")
+    if adapter_type != TOKENS and token_width != TOKEN_WIDTH:
+        raise ValueError(f"token_width belongs to a {TOKENS}, not to a {adapter_type}; leave it out.")
     levels = MAX_BLOCKS if adapter_type == TOKENS else MAX_LEVELS
     if not isinstance(channels, (list, tuple)) or not 1 <= len(channels) <= levels:
         raise ValueError(f"channels of an adapter must be 1 to {levels} whole numbers, not {shown(channels)}.")

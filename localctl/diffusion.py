@@ -136,7 +136,7 @@ def predict_x0(
 
 def training_target(sample: DiffusionSample, alphas_cumprod: Tensor, prediction_type: str) -> Tensor:
     """Return the target of the model output for ``sample``: eps, v, z0, or eps - z0, (B,C,h,w). ValueError for an
-    type."""
+    unknown type."""
     check_prediction_type(prediction_type)
     if prediction_type == FLOW:
         return sample.noise - sample.latents

@@ -46,6 +46,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"downscale_factor": 10**9}, "downscale_factor .* not 1000000000"),
     ({"downscale_factor": "8"}, "downscale_factor .* not '8'"),
     ({"adapter_type": ["full_adapter"]}, "adapter_type must be one of"),
+    ({"token_width": 8}, "token_width belongs to a token_adapter, not to a full_adapter; leave it out"),
     ({"adapter_type": "os.system"}, "adapter_type must be one of .*, not 'os.system'"),
     ({"condition": ["canny"]}, "condition must be an object with named fields, not .'canny'."),
     ({"condition": "canny"}, "condition must be an object"),

@@ -272,7 +272,7 @@ class Attachment:
             for half in layer.halves:
                 for control in self.bound:
                     if control.attends(context, half):
-                        self._installation.add(attn, half, control, context)
+                        self._installation.add(attn, layer, half, control, context)
         if self._compiled:
             self._installation.complete(self._layers_at(context.latent_size))
 

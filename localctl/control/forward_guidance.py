@@ -59,7 +59,7 @@ class ForwardGuidance(RegionControl):
     def bind(self, pipe: DiffusionPipeline, layouts: Sequence[Layout]) -> BoundControl:
         self.check_strengths(layouts, self.strength)
         regions = BoundRegions(pipe, layouts, self.mask_resize)
-        names = regions.denoiser.choose_layers(self.sites or regions.denoiser.groups)
+        names = regions.denoiser.choose_layers(regions.denoiser.groups if self.sites is None else self.sites)
         return _BoundForward(self, regions, names)
 
 

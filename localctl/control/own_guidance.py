@@ -59,7 +59,7 @@ class OwnGuidance:
         assert share is not None
         if not context.guided_layouts:
             return
-        if context.guided_rows.start:  # else without classifier-free guidance
+        if context.has_negative:
             scale = getattr(self.pipe, "guidance_scale", None)
             if not scale:
                 raise ValueError(

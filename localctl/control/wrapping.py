@@ -55,14 +55,17 @@ class Installation:
         self._originals: list[tuple[dict[str, Any], Any]] = []
         self._entered = False
 
-    def add(self, attn: Any, layer: AttentionLayer, user: BoundControl, context: CallContext) -> None:
-        """Let ``user`` steer this layer; the controls of a layer share one wrapper, the outer ``attach`` first."""
+    def add(
+        self, attn: Any, layer: AttentionLayer, half: AttentionLayer, user: BoundControl, context: CallContext
+    ) -> None:
+        """Let ``user`` steer a half of this layer; all controls of a layer share one wrapper, the outer ``attach``
+        first."""
         holder = _holder(attn)
         current = holder["processor"]
         if not isinstance(current, SteeredProcessor):
             current = self._wrap(holder, attn, layer)
             current.check = self.check
-        current.users_at(layer).append((user, context))
+        current.users_at(half).append((user, context))
 
     def complete(self, layers: Sequence[tuple[AttentionLayer, Any]]) -> None:
         """If any of the layers is steered, wrap the others as well, without controls.

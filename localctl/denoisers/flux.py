@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from localctl.denoisers.base import Arguments, Conditioning
+from localctl.denoisers.base import Arguments, Conditioning, argument
 from localctl.denoisers.packed import Packed
 from localctl.denoisers.transformer import UNLIMITED, has_phrases
 from localctl.layout import Layout
@@ -41,10 +41,11 @@ class Flux(Packed):
 
     def grid_of(self, arguments: Arguments) -> tuple[int, int]:
         """Return (h, w) of the tokens by their places, which are read once as long as they are the same tensor."""
-        ids = arguments[1]["img_ids"]
+        ids = argument(arguments, self.order, "img_ids")
         if self._ids[0] is not ids:
-            height, width = (int(last) + 1 for last in ids[..., 1:3].reshape(-1, 2).amax(dim=0).tolist())
-            if height * width != ids.shape[-2]:
+            further, *last = map(int, ids[..., :3].reshape(-1, 3).amax(dim=0).tolist())
+            height, width = (place + 1 for place in last)
+            if further or height * width != ids.shape[-2]:
                 raise ValueError(
                     f"The {self.name} was called with tokens of further images, as in FluxKontext, among which "
                     "controls cannot locate regions; use a pipeline that generates from text."

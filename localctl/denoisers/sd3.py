@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
-from localctl.denoisers.base import AttentionLayer, Conditioning
+from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
 from localctl.denoisers.joint import Attend, Joint
 from localctl.denoisers.transformer import UNLIMITED, Transformer, has_phrases
 from localctl.layout import Layout
@@ -27,6 +27,10 @@ class SD3(Transformer):
     order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     image_output = 1
 
+    def __init__(self, module: Any, pipe: Any = None) -> None:
+        super().__init__(module, pipe)
+        self._skips = False  # whether the running call is that of skip-layer guidance
+
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
         """Return the joint attention of each block, and in some blocks of SD3.5 a second one of the image alone."""
         size, joint, layers = self.grid(latent_size), Joint(joint_attention, text_first=False), []
@@ -41,6 +45,15 @@ class SD3(Transformer):
         for name, attn in self.module.named_modules():
             if hasattr(attn, "processor"):
                 _check_processor(attn.processor, name)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
+        """Return the inputs, and note whether layers are skipped."""
+        self._skips = bool(kwargs.get("skip_layers"))
+        return super().read(args, kwargs)
+
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the call has a negative prompt; that of skip-layer guidance follows one that has."""
+        return self._skips or super().has_negative(conditional)
 
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
         """Raise a ValueError for a phrase after the tokens that the call reads, or for settings of attention that the

@@ -74,8 +74,10 @@ class Transformer(Denoiser):
         """Choose by the place of their blocks.
 
         ``wanted``: ``early``, ``middle``, ``late`` (thirds of the blocks), or the number of a block, from 0; None: the
-        middle third. ValueError for anything else.
+        middle third. ValueError for anything else, or for no name at all.
         """
+        if wanted is not None and not wanted:
+            raise ValueError("A control of attention needs at least one layer; name some in sites.")
         blocks = [name for name, _ in self.blocks]
         chosen: set[str] = set()
         for one in ("middle",) if wanted is None else wanted:

@@ -159,6 +159,10 @@ def test_what_flux_ignores_or_shares_is_refused(load: Any) -> None:
     ids = pipe._prepare_latent_image_ids(1, 2, 2, "cpu", torch.float32)
     with pytest.raises(ValueError, match="with tokens of further images"):
         denoiser.read((), {"img_ids": torch.cat([ids, ids]), **dict.fromkeys(denoiser.order[:4], torch.zeros(1))})
+    wide, high = (pipe._prepare_latent_image_ids(1, *size, "cpu", torch.float32) for size in ((1, 2), (2, 1)))
+    high[:, 0] = 1  # as many tokens as an image of 2 x 2 has
+    with pytest.raises(ValueError, match="with tokens of further images"):
+        denoiser.grid_of(((*[torch.zeros(1)] * 4, torch.cat([wide, high])), {}))
     with pytest.raises(ValueError, match="FLUX's own guidance is distilled"):
         denoiser.condition("a cat", (SIDE, SIDE), 3.5, "dogs")
 

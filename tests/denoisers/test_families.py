@@ -176,6 +176,19 @@ def test_two_adapters_add_up(family: Family, dit: Any) -> None:
         assert run(family, dit).isfinite().all()
 
 
+def test_nested_controls_of_both_halves_of_attention_add_up(family: Family, dit: Any) -> None:
+    """The outer one steers image to image alone, the inner one text; after the inner one, the outer is alone again."""
+    outer, inner = DenseModulation(end=1.0, w_cross=0.0, w_self=1.0, decay=0.0), SpaceTimeAttention(weight=0.8)
+    with attach(dit, LAYOUT, [outer, inner]):
+        both = run(family, dit)
+    with attach(dit, LAYOUT, outer):
+        alone = run(family, dit)
+        with attach(dit, LAYOUT, inner):
+            assert_same(run(family, dit), both)
+        assert torch.equal(run(family, dit), alone)
+    assert (both - alone).abs().max() > 1e-4
+
+
 def test_a_description_of_the_whole_image_acts_as_the_prompt(family: Family, dit: Any) -> None:
     """At full weight everywhere; pooled embeddings stay those of the call."""
     whole = Layout(PROMPT, regions=(Region("Cat", (0, 0, 1, 1), prompt="s dog, a dog"),))
@@ -295,6 +308,9 @@ def test_sampling_begins_at_an_image_where_diffusers_has_a_pipeline(family: Fami
 def test_what_a_base_cannot_do_is_said(family: Family, dit: Any) -> None:
     with pytest.raises(ValueError, match="choose among early, middle, late and the numbers of its blocks, 0 to 3"):
         attach(dit, LAYOUT, LayoutGuidance(sites=("mid",))).__enter__()
+    for control in (LayoutGuidance(sites=()), ForwardGuidance(sites=())):
+        with pytest.raises(ValueError, match="needs at least one layer"):
+            attach(dit, LAYOUT, control).__enter__()
     with (
         pytest.raises(ValueError, match="makes features of shapes .* takes"),
         attach(dit, LAYOUT, adapter_control(token_adapter(dit, width=24))),

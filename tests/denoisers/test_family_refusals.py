@@ -137,6 +137,19 @@ def test_all_calls_of_a_step_get_the_same_shift(sd3: Any) -> None:
         assert both.shape[0] == 2 and torch.equal(both[1:], one)
 
 
+def test_guidance_of_a_control_is_the_same_in_the_call_that_skips_layers(sd3: Any) -> None:
+    """There, all rows are those of prompts, but the call of the pipeline has a negative prompt."""
+    adapter = token_adapter(sd3)
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 2}
+    found = []
+    for options in ({"unconditional_scale": 0.0}, {"guidance_scale": 4.0}, {"guidance_scale": 2.0}):
+        control = LocalAdapterControl(adapter, torch.ones(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), **options)
+        with attach(sd3, LAYOUT, control):
+            found.append(run(FAMILIES["sd3"], sd3, guidance_scale=4.0, **skipping))
+    torch.testing.assert_close(found[1], found[0])
+    assert (found[2] - found[0]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("prompt", ["A Cat, dogs", "  A   Cat,  DOGS ", "xx, a\tCat,dogs"])
 def test_phrases_are_found_in_t5_s_tokens(pixart: Any, sd3: Any, prompt: str) -> None:
     """However they are written, at the places of the embeddings that the layers get."""
