@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in glibc
-_NEVER = 2**30  # bytes
+_NEVER = (2**30, 2**25)  # bytes; glibc before 2.35 allows no larger _MMAP_THRESHOLD than the second
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
@@ -22,4 +22,5 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    return all([mallopt(option, _NEVER) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)])
+    # In this order: the first choice ends the C library's own adaptation of the other threshold.
+    return all(any(mallopt(option, size) for size in _NEVER) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))

@@ -233,6 +233,10 @@ class LossConfig:
             raise ValueError(
                 f"loss.margin and loss.tolerances are of loss.filter=edges, not {self.filter}; leave them out."
             )
+        if self.schedule != "low_noise" and self.snr_min != 0.02:
+            raise ValueError(f"loss.snr_min is of loss.schedule=low_noise, not {self.schedule}; leave it out.")
+        if self.filter == "edges" and self.squared_mask and not self.mask_denoising:
+            raise ValueError("loss.squared_mask has no effect on loss.filter=edges; leave it out.")
         if self.mask_denoising and self.masked_denoising_weight != 1:
             raise ValueError(
                 "With loss.mask_denoising only the mask counts, so loss.masked_denoising_weight has no effect; leave "

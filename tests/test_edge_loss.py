@@ -177,6 +177,8 @@ def test_the_weight_inside_the_mask_is_a_weighted_mean_and_one_changes_nothing()
         ({"filter": "mse", "tolerances": (3,)}, "are of loss.filter=edges, not mse"),
         ({"mask_denoising": True, "masked_denoising_weight": 2.0}, "leave one of them out"),
         ({"tolerances": ()}, "tolerances"),
+        ({"filter": "edges", "snr_min": 0.5}, "of loss.schedule=low_noise, not constant"),
+        ({"filter": "edges", "squared_mask": True}, "no effect on loss.filter=edges"),
     ],
 )
 def test_settings_without_effect_are_refused(options: dict, message: str) -> None:
