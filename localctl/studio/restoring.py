@@ -23,15 +23,12 @@ def refuse_others(options: Mapping[str, Any], known: Collection[str], tab: str) 
     """Raise a ValueError that names the settings of a run which ``tab`` has no field for: beside those of both tabs, it
     has ``known``."""
     usual = vars(SampleSettings())
-    others = [
-        name
-        for name, value in options.items()
-        if name not in _EVERYWHERE and name not in known and value and value != usual.get(name)
-    ]
+    known = {*_EVERYWHERE, *known, "prompt_weighting"}
+    others = [name for name, value in options.items() if name not in known and value and value != usual.get(name)]
     if options.get("prompt_weighting") is False:
         others.append("prompt_weighting=false")
     if others:
-        names = " and ".join(f"--{name}" for name in others if name != "prompt_weighting")
+        names = " and ".join(f"--{name}" for name in others)
         raise ValueError(
             f"The image was made with {names}, which the tab {tab} does not have; repeat it with sample.py --from_json."
         )

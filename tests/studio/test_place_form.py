@@ -255,6 +255,13 @@ def test_the_settings_of_a_run_put_the_fields_back(tmp_path: Path, photo: str, c
     assert made == repeated
 
 
+def test_an_image_of_weighted_prompts_comes_back_and_one_of_plain_prompts_is_refused() -> None:
+    options = {"prompt": ["a (red:1.2) circle"], "prompt_weighting": True}
+    assert values_of(options, "micro", (64, 64))["prompt"] == "a (red:1.2) circle"
+    with pytest.raises(ValueError, match="made with --prompt_weighting=false, which"):
+        values_of({**options, "prompt_weighting": False}, "micro", (64, 64))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
