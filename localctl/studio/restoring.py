@@ -58,3 +58,14 @@ def each(values: Sequence[Any], count: int) -> list[Any]:
             "another image."
         )
     return list(values) * count if len(values) == 1 else list(values)
+
+
+def check_bounds(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a number that the field of its name cannot show, as ``sample.py`` takes more."""
+    for name, value in values.items():
+        low, high = (getattr(fields.get(name), bound, None) for bound in ("minimum", "maximum"))
+        if low is not None and high is not None and not low <= value <= high:
+            raise ValueError(
+                f"The image was made with {value:g} for {fields[name].label!r}, and the page has {low:g} to {high:g}; "
+                "repeat it with sample.py --from_json."
+            )
