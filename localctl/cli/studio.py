@@ -57,11 +57,14 @@ def _with_login(options: dict[str, Any]) -> dict[str, Any]:
     if "auth" in options:
         raise ValueError("Give either --auth or --auth_file, not both.")
     try:
-        return {**options, "auth": Path(place).expanduser().read_text(encoding="utf-8").strip()}
+        login = Path(place).expanduser().read_text(encoding="utf-8").strip()
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"The --auth_file {place} cannot be read ({error}); give a file with USER:PASSWORD."
         ) from error
+    if len(login.splitlines()) != 1:
+        raise ValueError(f"The --auth_file {place} must be one line, USER:PASSWORD; it has {len(login.splitlines())}.")
+    return {**options, "auth": login}
 
 
 def new_parser(description: str | None = None, program: str = PROGRAM) -> Arguments:

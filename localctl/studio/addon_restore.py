@@ -43,8 +43,13 @@ def _images(kind: str, options: Mapping[str, Any], config: StudioConfig, noun: s
     masks = options.get(f"{kind}_mask") or [None]
     if len(images) not in (1, len(places)):
         raise ValueError(f"The image has {len(images)} images for {len(places)} {title}s; use sample.py for it.")
-    for number, place in enumerate(places):
-        name = f"{kind}{_index(title, place, getattr(config, kind))}"
+    found = [_index(title, place, getattr(config, kind)) for place in places]
+    if len(set(found)) < len(found):
+        raise ValueError(
+            f"The image was made with one {title} twice, which the page has once; repeat it with sample.py --from_json."
+        )
+    for number, index in enumerate(found):
+        name = f"{kind}{index}"
         values[f"{name}_image"] = each(images, len(places))[number]
         values[f"{name}_where"] = _where(each(masks, len(places))[number], options, noun)
         if kind == "controlnet":
@@ -85,12 +90,18 @@ def _where(mask: str | None, options: Mapping[str, Any], noun: str) -> str:
 def _index(title: str, place: str, known: Sequence[str]) -> int:
     """Return the number of an addon among those of the server, which may have it by another path or name."""
     last = _last(place)
-    for number, other in enumerate(known):
-        if _last(other) == last:
-            return number
-    raise ValueError(
-        f"The image was made with the {title} {last!r}, which this server does not have; start it with it."
-    )
+    found = [number for number, other in enumerate(known) if other == place]
+    found = found[:1] or [number for number, other in enumerate(known) if _last(other) == last]
+    if len(found) > 1:
+        raise ValueError(
+            f"The image was made with a {title} {last!r}, and this server has {len(found)} of that name; repeat it "
+            "with sample.py --from_json."
+        )
+    if not found:
+        raise ValueError(
+            f"The image was made with the {title} {last!r}, which this server does not have; start it with it."
+        )
+    return found[0]
 
 
 def _last(place: str) -> str:

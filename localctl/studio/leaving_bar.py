@@ -12,12 +12,12 @@ from localctl.studio import limits, place_actions, progress
 from localctl.studio.addon_restore import addon_values
 from localctl.studio.jobs_queue import sentence
 from localctl.studio.leaving import Bundle, bundle_of, settings_of_image
-from localctl.studio.local_control import FollowTab
+from localctl.studio.local_control import CHOSEN, FollowTab
 from localctl.studio.local_control_job import MOST_ADAPTERS
 from localctl.studio.local_control_restore import follow_values
 from localctl.studio.place import PlaceTab
 from localctl.studio.place_restore import values_of
-from localctl.studio.restoring import seed_values
+from localctl.studio.restoring import check_bounds, seed_values
 from localctl.studio.sessions import Session
 from localctl.studio.studio import Studio
 
@@ -58,15 +58,8 @@ def add(studio: Studio, place: PlaceTab, follow: FollowTab, tabs: Any) -> None:
     outputs = [*buttons, command]
     for asked in (*place.jobs, *follow.jobs):
         asked.then(offer(studio), None, outputs, queue=False, **_PRIVATE)
-    # In the queue, one at a time: in the order in which images are chosen.
-    chosen: dict[str, Any] = {
-        **_PRIVATE,
-        "concurrency_limit": 1,
-        "concurrency_id": "chosen",
-        "trigger_mode": "multiple",
-    }
     for gallery in (place.gallery, follow.gallery):
-        gallery.select(offer_chosen(studio), None, outputs, **chosen)
+        gallery.select(offer_chosen(studio), None, outputs, **CHOSEN)
     filled = [tabs, *place.outputs, *follow.fields.values(), *follow.rows, place.progress, follow.progress]
     dropped.upload(take_back(studio, place, follow), dropped, filled, **_PRIVATE)
 
@@ -122,12 +115,14 @@ def take_back(studio: Studio, place: PlaceTab, follow: FollowTab) -> Callable[..
             back = _back(options)
             if options.get("adapter"):
                 values = follow_values(options, studio.config)
+                check_bounds(values, follow.fields)
                 count = len(options["adapter"])
                 updates = [gr.update(value=values[name]) if name in values else gr.skip() for name in follow.names]
                 rows = [gr.update(visible=index < count) for index in range(MOST_ADAPTERS)]
                 told[1] = progress.done(back)
                 return [gr.update(selected="local_control"), *nothing_placed, *updates, *rows, *told]
             values = values_of(options, studio.config.base, studio.base_size) | addon_values(options, studio.config)
+            check_bounds(values, place.fields)
             told[0] = progress.done(back)
             placed = place_actions.filled(studio, names, groups, values)
             return [gr.update(selected="place"), *placed, *nothing_followed, *told]

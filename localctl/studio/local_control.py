@@ -17,9 +17,11 @@ from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, fir
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
 from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import check_photo, photo
+from localctl.studio.uploads import check_photo, photo, unreadable_form
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+# What is chosen: one at a time, in order. "always_last" would send the choice before the last one again.
+CHOSEN: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "chosen", "trigger_mode": "multiple"}
 _HINT = "Upload a photo, or choose an example"
 _CHOOSE = """element.addEventListener('click', (event) => {
   const chosen = event.target.closest('button');
@@ -200,11 +202,12 @@ def _number(label: str, placeholder: str) -> Any:
 def _connect(tab: FollowTab, studio: Studio) -> None:
     """Connect the components to the handlers."""
     names, inputs = tab.names, list(tab.fields.values())
-    quick: dict[str, Any] = {**PRIVATE, "trigger_mode": "always_last", "queue": False}
     results = [tab.progress, tab.figures, tab.gallery]
-    tab.jobs.append(tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE))
+    asked = tab.buttons["generate"].click(actions.generate(studio, names), inputs, results, **PRIVATE)
+    asked.failure(unreadable_form, None, tab.progress, **PRIVATE)
+    tab.jobs.append(asked)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
-    tab.gallery.select(actions.choose(studio), None, tab.figures, queue=False, **PRIVATE)
+    tab.gallery.select(actions.choose(studio), None, tab.figures, **CHOSEN)
 
     arrange = actions.arrange(studio, names)
     arranging = [tab.fields["photo"].change, *(adapter.input for adapter in tab.adapters)]
@@ -219,7 +222,7 @@ def _connect(tab: FollowTab, studio: Studio) -> None:
     thresholds = [tab.fields[name] for name in ("low", "high", "cells")]
     moved, shown = [part.input for part in thresholds], [tab.conditions, tab.progress]
     on_latest(moved, actions.extract_again(studio, names), inputs, shown, chosen=thresholds)
-    tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **quick)
+    tab.files["example"].select(actions.choose_example, None, [tab.fields["photo"], tab.fields["prompt"]], **CHOSEN)
     tab.files["mask"].upload(
         actions.load_mask(studio, names), [tab.files["mask"], *inputs], [tab.fields["scene"], tab.progress], **PRIVATE
     )

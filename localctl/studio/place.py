@@ -21,7 +21,7 @@ from localctl.studio.place_examples import examples
 from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
 from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
-from localctl.studio.uploads import check_photo, photo
+from localctl.studio.uploads import check_photo, photo, unreadable_form
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
@@ -211,7 +211,7 @@ def _connect(tab: PlaceTab, studio: Studio) -> None:
     results = [tab.progress, tab.gallery]
     for button, kind in (("generate", "images"), ("compare", "compare"), ("sweep", "sweep")):
         asked = tab.buttons[button].click(actions.generate(studio, names, kind), inputs, results, **PRIVATE)
-        asked.failure(actions.unreadable_form, None, tab.progress, **PRIVATE)
+        asked.failure(unreadable_form, None, tab.progress, **PRIVATE)
         tab.jobs.append(asked)
     tab.buttons["cancel"].click(actions.cancel(studio), None, None, queue=False, **PRIVATE)
     _connect_scene(tab, studio)

@@ -151,11 +151,6 @@ def unreadable() -> tuple[str, None]:
     return progress.failed(UNREADABLE), None
 
 
-def unreadable_form() -> str:
-    """Say that the page sent what none of its fields can hold."""
-    return progress.failed("A field cannot be read; remove its upload, or reload the page.")
-
-
 def last_behind(studio: Studio) -> Callable[..., Any]:
     """Return the handler that shows the last image of a tab behind its regions."""
 

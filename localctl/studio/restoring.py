@@ -23,15 +23,12 @@ def refuse_others(options: Mapping[str, Any], known: Collection[str], tab: str) 
     """Raise a ValueError that names the settings of a run which ``tab`` has no field for: beside those of both tabs, it
     has ``known``."""
     usual = vars(SampleSettings())
-    others = [
-        name
-        for name, value in options.items()
-        if name not in _EVERYWHERE and name not in known and value and value != usual.get(name)
-    ]
+    known = {*_EVERYWHERE, *known, "prompt_weighting"}
+    others = [name for name, value in options.items() if name not in known and value and value != usual.get(name)]
     if options.get("prompt_weighting") is False:
         others.append("prompt_weighting=false")
     if others:
-        names = " and ".join(f"--{name}" for name in others if name != "prompt_weighting")
+        names = " and ".join(f"--{name}" for name in others)
         raise ValueError(
             f"The image was made with {names}, which the tab {tab} does not have; repeat it with sample.py --from_json."
         )
@@ -61,3 +58,14 @@ def each(values: Sequence[Any], count: int) -> list[Any]:
             "another image."
         )
     return list(values) * count if len(values) == 1 else list(values)
+
+
+def check_bounds(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a number that the field of its name cannot show, as ``sample.py`` takes more."""
+    for name, value in values.items():
+        low, high = (getattr(fields.get(name), bound, None) for bound in ("minimum", "maximum"))
+        if low is not None and high is not None and not low <= value <= high:
+            raise ValueError(
+                f"The image was made with {value:g} for {fields[name].label!r}, and the page has {low:g} to {high:g}; "
+                "repeat it with sample.py --from_json."
+            )

@@ -81,6 +81,9 @@ def serve(config: StudioConfig, block: bool = True) -> Any:
         blocks.studio.close()
         port = config.port or DEFAULT_PORT
         raise ValueError(f"The port {port} cannot be used ({error}); choose another --port.") from error
+    except BaseException:
+        blocks.studio.close()
+        raise
     print(f"The studio is at {url}", flush=True)
     if link:
         print(f"and at {link}", flush=True)

@@ -50,3 +50,8 @@ def check_photo(photo: Any) -> Any:
     except ValueError as error:
         return progress.failed(str(error))
     return gr.skip()
+
+
+def unreadable_form() -> str:
+    """Say that the page sent what none of its fields can hold."""
+    return progress.failed("A field cannot be read; remove its upload, or reload the page.")

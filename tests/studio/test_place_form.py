@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from localctl.studio.config import StudioConfig
 from localctl.studio.methods import METHODS, changed_settings, presets_of, settings_of, shown_presets
 from localctl.studio.place_form import read_form, read_sweep, settings_for, sweepable
 from localctl.studio.place_restore import values_of
+from localctl.studio.restoring import check_bounds
 
 REGION = {"id": "r1", "color": 0, "phrase": "a red circle", "box": [0.0, 0.0, 0.5, 1.0]}
 FIELDS: dict[str, Any] = {
@@ -255,6 +257,13 @@ def test_the_settings_of_a_run_put_the_fields_back(tmp_path: Path, photo: str, c
     assert made == repeated
 
 
+def test_an_image_of_weighted_prompts_comes_back_and_one_of_plain_prompts_is_refused() -> None:
+    options = {"prompt": ["a (red:1.2) circle"], "prompt_weighting": True}
+    assert values_of(options, "micro", (64, 64))["prompt"] == "a (red:1.2) circle"
+    with pytest.raises(ValueError, match="made with --prompt_weighting=false, which"):
+        values_of({**options, "prompt_weighting": False}, "micro", (64, 64))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -312,3 +321,21 @@ def test_an_odd_record_is_one_sentence(tmp_path: Path) -> None:
             values_of(odd, "micro", (64, 64))
     with pytest.raises(ValueError, match=r"3 values for 2 models \(\[0.1, 0.2, 0.3\]\)"):
         addon_values({"lora": ["a", "b"], "lora_scale": [0.1, 0.2, 0.3]}, StudioConfig(lora=["a", "b"]))
+
+
+def test_an_addon_that_is_there_twice_is_not_taken_for_another() -> None:
+    config = StudioConfig(lora=["one/style.safetensors", "two/style.safetensors"], ip_adapter=["ip"])
+    options: dict[str, Any] = {"lora": ["two/style.safetensors"], "lora_scale": [0.5]}
+    assert [addon_values(options, config)[f"lora{index}_scale"] for index in (0, 1)] == [0, 0.5]
+    with pytest.raises(ValueError, match="a LoRA 'style.safetensors', and this server has 2 of that name"):
+        addon_values({"lora": ["style.safetensors"]}, config)
+    with pytest.raises(ValueError, match="made with one IP-Adapter twice, which the page has once"):
+        addon_values({"ip_adapter": ["ip", "ip"], "ip_adapter_image": ["a.png", "b.png"]}, config)
+
+
+def test_a_number_that_the_page_cannot_show_is_one_sentence() -> None:
+    with gr.Blocks():
+        fields = {"weight1": gr.Slider(0, 2, label="Strength"), "prompt": gr.Textbox()}
+    check_bounds({"weight1": 2, "prompt": "a cat", "scene": {}}, fields)
+    with pytest.raises(ValueError, match="made with 2.5 for 'Strength', and the page has 0 to 2; repeat it"):
+        check_bounds({"weight1": 2.5}, fields)

@@ -110,6 +110,10 @@ def test_a_login_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypa
         _with_login({"auth_file": str(tmp_path / "login"), "auth": "me:typed"})
     with pytest.raises(ValueError, match="cannot be read"):
         _with_login({"auth_file": str(tmp_path / "none")})
+    for text, count in (("\n", 0), ("me:secret\nyou:secret\n", 2)):
+        (tmp_path / "login").write_text(text)
+        with pytest.raises(ValueError, match=f"must be one line, USER:PASSWORD; it has {count}"):
+            _with_login({"auth_file": str(tmp_path / "login")})
 
 
 def test_a_server_that_has_ended_leaves_pillow_as_it_was() -> None:
