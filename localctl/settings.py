@@ -177,6 +177,22 @@ def _check_mixture(mixture: Mapping[MixedKind, float] | None, needed: bool) -> N
         raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
 
 
+def check_own_guidance(unconditional_scale: float, own_scale: float | None, guidance_scale: float | None) -> None:
+    """Raise a ValueError for settings of an adapter's part in guidance that would have no effect or no meaning."""
+    if unconditional_scale == 1:
+        return
+    if guidance_scale is not None and guidance_scale <= 1 and own_scale is None:
+        raise ValueError(
+            f"unconditional_scale={unconditional_scale:g} does nothing without guidance; set guidance_scale above 1, "
+            "or leave it out."
+        )
+    if unconditional_scale != 0 and own_scale is not None:
+        raise ValueError(
+            f"control_guidance_scale={own_scale:g} leaves the negative prompt without features, so "
+            f"unconditional_scale={unconditional_scale:g} has no meaning; give one of the two."
+        )
+
+
 @record("loss")
 @dataclass(kw_only=True)
 class LossConfig:

@@ -11,7 +11,7 @@ from pydantic import Field
 from localctl.bases import BASES, BaseConfig, SchedulerName
 from localctl.data.config import DataConfig
 from localctl.records import Finite, Positive, record
-from localctl.settings import ConditionConfig, MaskConfig
+from localctl.settings import ConditionConfig, MaskConfig, check_own_guidance
 
 Prompts = Literal["with", "without", "both"]
 PROMPTS: tuple[str, ...] = get_args(Prompts)
@@ -87,6 +87,7 @@ class FidSettings:
                 raise ValueError(f"{name} is for an adapter, but there is none; give adapter, or leave it out.")
         if self.guidance_scale is None:
             self.guidance_scale = BASES[self.base.name].guidance_scale if self.base.name in BASES else 7.5
+        check_own_guidance(self.unconditional_scale, self.control_guidance_scale, self.guidance_scale)
 
     @property
     def folder(self) -> Path:

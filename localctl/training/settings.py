@@ -21,6 +21,7 @@ from localctl.settings import (
     MaskResize,
     ReportTo,
     TimestepSampling,
+    check_own_guidance,
 )
 from localctl.training.watch_settings import EarlyStoppingConfig as EarlyStoppingConfig
 from localctl.training.watch_settings import ValidationConfig as ValidationConfig
@@ -245,6 +246,8 @@ class TrainSettings:
             self.validation = replace(self.validation, guidance_scale=own.guidance_scale)
         if self.early_stopping.guidance_scale is None:
             self.early_stopping = replace(self.early_stopping, guidance_scale=own.guidance_scale)
+        shown = self.validation
+        check_own_guidance(shown.unconditional_scale, shown.control_guidance_scale, shown.guidance_scale)
 
     @property
     def workers(self) -> int:

@@ -111,6 +111,9 @@ def _command(figures: Figures) -> str:
     ]
     if figures.guidance:
         flags.append("--guidance examples/adapter")
+    seeds = sorted({result["seed"] for trained in figures.rows.values() for result in trained})
+    if figures.rows and len(seeds) == 1:
+        flags.append(f"--seeds {seeds[0]}")
     return " ".join(["python -m research.ablation", *flags, "--rows", *figures.rows])
 
 

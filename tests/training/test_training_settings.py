@@ -77,6 +77,8 @@ def test_the_smaller_of_epochs_and_steps(epochs, steps, samples, processes, expe
         ({"timestep_range": (0.0, 1.5)}, "timestep_range"),
         ({"timestep_sampling": "uniform", "logit_mean": 1.0}, "of timestep_sampling=logit_normal, not uniform"),
         ({"timestep_sampling": "logit_normal", "logit_std": 0.0}, "logit_std"),
+        ({"validation": ValidationConfig(unconditional_scale=0, guidance_scale=1)}, "does nothing without guidance"),
+        ({"validation": ValidationConfig(unconditional_scale=0.5, control_guidance_scale=3)}, "give one of the two"),
         ({"loss": LossConfig(filter="edges"), "condition": ConditionConfig(kind="palette")}, "no condition=palette"),
     ],
 )
