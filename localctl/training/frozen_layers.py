@@ -16,10 +16,11 @@ class FrozenConv2d(nn.Conv2d):
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if (
             trained
+            or input.device.type != "cpu"
             or not (torch.is_grad_enabled() and input.requires_grad)
             or self.padding_mode != "zeros"
             or isinstance(self.padding, str)
-            or torch.is_autocast_enabled(input.device.type)
+            or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()  # the compiler finds by itself what need not be kept
         ):
             return super()._conv_forward(input, weight, bias)

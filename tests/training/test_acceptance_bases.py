@@ -29,7 +29,7 @@ SHRUNK = {
     "v": ("adapter.channels=[8, 16, 16, 24]",),
     "sdxl": ("adapter=auto",),  # SDXL's kind of adapter, not the recipe's
 }
-STEPS = 10
+STEPS = 20
 
 
 def write_scenes(root, data, count=8):
@@ -74,7 +74,7 @@ SQUARE, WIDE = (64, 64), (64, 96)
         pytest.param("sdxl", "parquet", SQUARE, marks=pytest.mark.slow),
     ],
 )
-def test_ten_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeypatch):
+def test_twenty_steps_of_the_recipe(kind, data, size, request, tmp_path, monkeypatch):
     datasets.disable_progress_bars()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     base, place = request.getfixturevalue(f"{kind}_folder"), write_scenes(tmp_path / "data", data)
