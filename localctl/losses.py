@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from kornia.filters import laplacian
 from torch import Tensor
 
+from localctl.devices import send
 from localctl.diffusion import FLOW, DiffusionSample, flow_alpha_bar, gather_alpha_bar, predict_x0, training_target
 from localctl.masks import resize_mask
 from localctl.settings import ConditionConfig, LossConfig
@@ -111,7 +112,8 @@ def soft_edges(pixels: Tensor, config: ConditionConfig) -> Tensor:
     """
     values = pixels / 2 + 0.5
     if config.channels_used == "gray" or config.kind == "sobel":
-        values = (values * values.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+        luma = send(torch.tensor(_LUMA, dtype=values.dtype), values.device)
+        values = (values * luma[:, None, None]).sum(dim=1, keepdim=True)
     strength = 8 * sobel(values).amax(dim=1, keepdim=True)  # of a kernel with the weights 1, 2, 1
     if config.kind == "sobel":
         return (strength / 4).clamp(max=1)
@@ -141,7 +143,7 @@ def edge_loss(edges: Tensor, wanted: Tensor, mask: Tensor, tolerances: Sequence[
 
 def _local_edges(predicted: Tensor, weight: Tensor, mask: Tensor, target: EdgeTarget, config: LossConfig) -> Tensor:
     """Return :func:`edge_loss` (B,) of the decoded ``predicted`` z0'; 0 where ``weight`` (B,) is 0, undecoded."""
-    rows = weight.nonzero()[:, 0]
+    rows = weight.nonzero()[:, 0]  # waits for a GPU, but decoding all rows would take longer
     found = predicted.new_zeros(len(predicted))
     if not len(rows):
         return found

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from localctl.layout_predictor.nouns import typical_size
+from localctl.layout_predictor.nouns import singular, typical_size
 from localctl.layout_predictor.parsing import PromptObject
 from localctl.layout_predictor.placing import Frame, Link, PlaceDensity, Placement
 from localctl.layout_predictor.reading import AXES, Reading, Relation
@@ -158,7 +158,7 @@ def box_sizes(objects: Sequence[PromptObject], density: PlaceDensity, known: dic
     for index, size in typical.items():
         sizes[index] = (torch.tensor(size) * (_COVERED / area) ** 0.5).clamp(_SMALLEST, _LARGEST)
     for index, item in enumerate(objects):
-        for name in (item.phrase.lower(), item.head):
+        for name in (item.phrase.lower(), singular(item.phrase.lower()), item.head, singular(item.head)):
             if known and name in known:
                 sizes[index] = torch.tensor(known[name])
                 break

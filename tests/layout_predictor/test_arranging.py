@@ -99,6 +99,12 @@ def test_what_is_on_stands_on_it() -> None:
     assert table.width > vase.width
 
 
+def test_copies_have_the_size_that_annotations_give_one() -> None:
+    objects = parse("two cats above three wine glasses", "rules")
+    known = {"cat": [0.3, 0.2], "wine glass": [0.1, 0.25]}
+    torch.testing.assert_close(box_sizes(objects, density(2), known), torch.tensor([*known.values()]))
+
+
 def test_sizes_from_annotations_are_checked() -> None:
     with pytest.raises(ValueError, match=r"widths and heights in \(0, 1\], not \[2, 0.1\]"):
         LayoutPredictor(sizes={"cat": [2, 0.1]})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from localctl.training.frozen_layers import FrozenConv2d, keep_less
@@ -38,6 +39,28 @@ def test_results_and_gradients_are_those_of_torch(options: dict[str, Any], memor
     inputs = torch.randn(3, 8, 10, 12).to(memory_format=memory_format)
     assert type(frozen) is FrozenConv2d and frozen.state_dict().keys() == plain.state_dict().keys()
     assert all(torch.equal(*pair) for pair in zip(results(plain, inputs), results(frozen, inputs), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_autocast_and_checkpointing_change_nothing(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 1)).requires_grad_(False).to(dtype)
+    frozen = copy.deepcopy(plain)
+    keep_less(frozen)
+    inputs = torch.randn(2, 4, 8, 8, dtype=dtype)
+    assert all(torch.equal(*pair) for pair in zip(results(plain, inputs), results(frozen, inputs), strict=True))
+
+    class Again(nn.Module):
+        def __init__(self, layers: nn.Module) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float64):
+                return torch.utils.checkpoint.checkpoint(self.layers, x, use_reentrant=False)
+
+    pairs = zip(results(Again(plain), inputs), results(Again(frozen), inputs), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
 
 
 def kept(layer: nn.Module) -> int:
