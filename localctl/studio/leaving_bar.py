@@ -11,8 +11,9 @@ import gradio as gr
 from localctl.studio import limits, place_actions, progress
 from localctl.studio.addon_restore import addon_values
 from localctl.studio.jobs_queue import sentence
+from localctl.studio.latest import CHOSEN
 from localctl.studio.leaving import Bundle, bundle_of, settings_of_image
-from localctl.studio.local_control import CHOSEN, FollowTab
+from localctl.studio.local_control import FollowTab
 from localctl.studio.local_control_job import MOST_ADAPTERS
 from localctl.studio.local_control_restore import follow_values
 from localctl.studio.place import PlaceTab

@@ -11,7 +11,7 @@ from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
 from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.latest import on_latest
+from localctl.studio.latest import CHOSEN, on_latest
 from localctl.studio.limits import MAX_STEPS
 from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
@@ -20,8 +20,6 @@ from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo, unreadable_form
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-# What is chosen: one at a time, in order. "always_last" would send the choice before the last one again.
-CHOSEN: dict[str, Any] = {**PRIVATE, "concurrency_limit": 1, "concurrency_id": "chosen", "trigger_mode": "multiple"}
 _HINT = "Upload a photo, or choose an example"
 _CHOOSE = """element.addEventListener('click', (event) => {
   const chosen = event.target.closest('button');

@@ -14,7 +14,7 @@ from localctl.studio import progress
 from localctl.studio.addon_fields import add_fields as add_addons
 from localctl.studio.addon_fields import photos_of
 from localctl.studio.canvas import canvas
-from localctl.studio.latest import on_latest
+from localctl.studio.latest import CHOSEN, on_latest
 from localctl.studio.limits import MAX_STEPS
 from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_examples import examples
@@ -235,9 +235,9 @@ def _connect_scene(tab: PlaceTab, studio: Studio) -> None:
         checked.failure(actions.unreadable, None, [tab.progress, fields[name]], **PRIVATE)
     loaded = [*looked, tab.progress]
     for name, load in (("layout", actions.load_json(studio)), ("colors", actions.load_colors(studio))):
-        tab.files[name].upload(load, [tab.files[name], *looked], loaded, **PRIVATE)
+        tab.files[name].upload(load, [tab.files[name], *looked], loaded, **CHOSEN)
     for name, button in tab.examples.items():
-        button.click(actions.load_example(studio), [gr.State(name), *looked], loaded, **PRIVATE)
-    tab.buttons["predict"].click(actions.predict(studio), [*looked, fields["seed"]], loaded, **PRIVATE)
-    tab.buttons["behind"].click(actions.last_behind(studio), None, fields["scene"], queue=False, **PRIVATE)
-    tab.buttons["clear"].click(actions.clear(studio), looked, loaded, queue=False, **PRIVATE)
+        button.click(actions.load_example(studio), [gr.State(name), *looked], loaded, **CHOSEN)
+    tab.buttons["predict"].click(actions.predict(studio), [*looked, fields["seed"]], loaded, **CHOSEN)
+    tab.buttons["behind"].click(actions.last_behind(studio), None, fields["scene"], **CHOSEN)
+    tab.buttons["clear"].click(actions.clear(studio), looked, loaded, **CHOSEN)
