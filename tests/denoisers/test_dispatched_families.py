@@ -100,6 +100,20 @@ def test_a_call_without_negative_prompt_is_one_call_a_step(load: Any) -> None:
     assert all((one - other).abs().max() > 1e-4 for one, other in zip(distilled, plain, strict=True))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_negative_prompts_of_regions_need_one_of_the_call(load: Any, name: str) -> None:
+    pipe = load(name)
+    with pytest.raises(ValueError, match="this call with the .* has none"), attach(pipe, LAYOUT, NegativePrompts()):
+        run(FAMILIES[name], pipe, guided=False)
+
+
+def test_z_image_may_leave_the_negative_prompt_out_in_some_steps(load: Any) -> None:
+    pipe = load("z_image")
+    with attach(pipe, LAYOUT, NegativePrompts()):
+        found = run(FAMILIES["z_image"], pipe, cfg_truncation=0.4)
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["qwen_image", "z_image"])
 def test_texts_of_other_lengths_are_mixed_in_and_masked(load: Any, name: str) -> None:
     """Shorter and longer than the prompt, whose negative prompt is shorter, in a batch with a shorter prompt."""
