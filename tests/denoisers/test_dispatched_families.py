@@ -105,6 +105,8 @@ def test_a_scheduler_that_takes_no_noise_levels_is_refused(load: Any, name: str)
     pipe = load(name)
     with pytest.raises(ValueError, match="which the scheduler heun is not for; .* choose one of euler, lcm"):
         set_scheduler(pipe, "heun")
+    with pytest.raises(ValueError, match="FlowMatchLCMScheduler samples noise between the steps that the seeds cannot"):
+        generate(pipe, LAYOUT, [], seeds=1, scheduler="lcm", height=SIDE, width=SIDE)
     set_scheduler(pipe, "lcm")
     assert run(FAMILIES[name], pipe).isfinite().all()
 
