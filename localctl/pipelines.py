@@ -236,10 +236,13 @@ def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
         raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
     config = dict(pipe.scheduler.config)
     if is_flow(pipe.scheduler):
-        if name not in FLOW_SCHEDULERS:
+        # All but SD3's pipelines pass noise levels of their own, which Heun's does not take.
+        own_levels = "StableDiffusion3" not in type(pipe).__name__
+        known = [known for known in FLOW_SCHEDULERS if not (own_levels and known == "heun")]
+        if name not in known:
             raise ValueError(
-                f"The base samples by flow matching, which the scheduler {name} is not for; leave it out, or choose "
-                f"one of {', '.join(FLOW_SCHEDULERS)}."
+                f"The {type(pipe).__name__} samples by flow matching, which the scheduler {name} is not for; leave it "
+                f"out, or choose one of {', '.join(known)}."
             )
         pipe.scheduler = getattr(diffusers, FLOW_SCHEDULERS[name]).from_config(config)
         return

@@ -103,6 +103,10 @@ class ZImage(Transformer):
             raise self.wrong_rows(rows, images)
         return (True,) * images + (False,) * (rows - images)
 
+    def has_negative(self, conditional: Sequence[bool]) -> bool:
+        """Return whether the call of the pipeline has a negative prompt, also in steps where it is left out."""
+        return super().has_negative(conditional) or bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+
     def _opened(self, arguments: Arguments) -> dict[str, Any]:
         """Return the arguments by name, with tensors of all rows in place of lists."""
         args, kwargs = arguments

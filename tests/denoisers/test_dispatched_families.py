@@ -27,7 +27,7 @@ from localctl.denoisers import denoiser_of
 from localctl.denoisers.joint import dispatched
 from localctl.image_to_image import InitImage
 from localctl.layout import Layout, Region
-from localctl.pipelines import load_pipeline
+from localctl.pipelines import load_pipeline, set_scheduler
 from localctl.sampling import generate
 
 pytest_plugins = ["families"]
@@ -98,6 +98,31 @@ def test_a_call_without_negative_prompt_is_one_call_a_step(load: Any) -> None:
     plain = outputs_of(pipe, lambda: run(family, pipe, guided=False))
     assert len(distilled) == len(plain) == 2
     assert all((one - other).abs().max() > 1e-4 for one, other in zip(distilled, plain, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scheduler_that_takes_no_noise_levels_is_refused(load: Any, name: str) -> None:
+    pipe = load(name)
+    with pytest.raises(ValueError, match="which the scheduler heun is not for; .* choose one of euler, lcm"):
+        set_scheduler(pipe, "heun")
+    with pytest.raises(ValueError, match="FlowMatchLCMScheduler samples noise between the steps that the seeds cannot"):
+        generate(pipe, LAYOUT, [], seeds=1, scheduler="lcm", height=SIDE, width=SIDE)
+    set_scheduler(pipe, "lcm")
+    assert run(FAMILIES[name], pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_negative_prompts_of_regions_need_one_of_the_call(load: Any, name: str) -> None:
+    pipe = load(name)
+    with pytest.raises(ValueError, match="this call with the .* has none"), attach(pipe, LAYOUT, NegativePrompts()):
+        run(FAMILIES[name], pipe, guided=False)
+
+
+def test_z_image_may_leave_the_negative_prompt_out_in_some_steps(load: Any) -> None:
+    pipe = load("z_image")
+    with attach(pipe, LAYOUT, NegativePrompts()):
+        found = run(FAMILIES["z_image"], pipe, cfg_truncation=0.4)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "z_image"])
