@@ -183,17 +183,17 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
                 raise no_sigmas(type(pipe.scheduler).__name__, sampling.sigmas)
             spacing = {f"use_{name}_sigmas": name == sampling.sigmas for name in SIGMAS}
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **spacing)
-        # The pipelines of flow-matching bases pass no generator to their scheduler.
         kind = type(pipe.scheduler).__name__
-        if kind == "FlowMatchLCMScheduler" or getattr(pipe.scheduler.config, "stochastic_sampling", False):
-            raise ValueError(
-                f"{kind} samples noise between the steps that the seeds cannot set on a {type(pipe).__name__}; use "
-                "euler without stochastic_sampling, or call the pipeline inside attach."
-            )
         if kind in _OWN_NOISE:
             raise ValueError(
                 f"{kind} samples noise that the seeds cannot set; "
                 "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
+            )
+        # The pipelines of flow-matching bases pass no generator to their scheduler.
+        if kind == "FlowMatchLCMScheduler" or getattr(pipe.scheduler.config, "stochastic_sampling", False):
+            raise ValueError(
+                f"{kind} samples noise between the steps that the seeds cannot set on a {type(pipe).__name__}; use "
+                "euler without stochastic_sampling, or call the pipeline inside attach."
             )
         yield
 
