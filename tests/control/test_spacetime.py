@@ -59,7 +59,7 @@ def mixed(control: SpaceTimeAttention, attn: Attention, layout: Any = SCENE, **w
     layer = AttentionLayer("attn2", True, SIZE)
     try:
         if bound.attends(place, layer):
-            installation.add(attn, layer, bound, place)
+            installation.add(attn, layer, layer, bound, place)
         return attn(cells, text), cells, text
     finally:
         installation.undo()

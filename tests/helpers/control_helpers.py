@@ -106,7 +106,7 @@ def steered(
         for item in controls:
             bound = item.bind(bare_pipe(), layouts)
             if bound.attends(where, layer):
-                installation.add(attn, layer, bound, where)
+                installation.add(attn, layer, layer, bound, where)
         return attn(*inputs)
     finally:
         installation.undo()
