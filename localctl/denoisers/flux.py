@@ -11,7 +11,6 @@ from torch import Tensor
 
 from localctl.denoisers.base import Arguments, Conditioning, argument
 from localctl.denoisers.packed import Packed
-from localctl.denoisers.transformer import UNLIMITED, has_phrases
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
@@ -70,13 +69,7 @@ class Flux(Packed):
                 f"The attention of FLUX {why} {name} in joint_attention_kwargs; leave it out, and place phrases by a "
                 "layout with RegionBias."
             )
-        if arguments["prompt"] is not None and has_phrases(layouts):
-            for layout in layouts:
-                self._positions(layout, arguments["max_sequence_length"])
-
-    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Return the positions of each phrase among T5's tokens."""
-        return self._positions(layout, UNLIMITED)
+        self.check_phrases(arguments, layouts)
 
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         tokenizer = self.pipe.tokenizer_2

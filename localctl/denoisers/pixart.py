@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from localctl.denoisers.base import AttentionLayer, Conditioning
-from localctl.denoisers.transformer import UNLIMITED, Transformer, has_phrases
+from localctl.denoisers.transformer import Transformer, has_phrases
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 from localctl.sizes import shown
@@ -48,10 +48,6 @@ class PixArt(Transformer):
                     f"The pipeline rewrites the prompt to {shown(cleaned)}, in which phrases cannot be located; pass "
                     "clean_caption=False."
                 )
-
-    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Return the positions of each phrase among T5's tokens."""
-        return self._positions(layout, UNLIMITED)
 
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         # The pipeline lowers and strips the prompt.

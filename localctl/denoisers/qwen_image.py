@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 
 from localctl.denoisers.base import Arguments, Conditioning, argument, with_arguments
 from localctl.denoisers.packed import Packed
-from localctl.denoisers.transformer import UNLIMITED, has_phrases
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
@@ -48,13 +47,7 @@ class QwenImage(Packed):
             raise ValueError(
                 "Qwen-Image ignores guidance_scale; pass true_cfg_scale, and a negative_prompt, in place of it."
             )
-        if arguments["prompt"] is not None and has_phrases(layouts):
-            for layout in layouts:
-                self._positions(layout, arguments["max_sequence_length"])
-
-    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Return the positions of each phrase among the tokens after those that are left out."""
-        return self._positions(layout, UNLIMITED)
+        self.check_phrases(arguments, layouts)
 
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         before, after = self.pipe.prompt_template_encode.split("{}")

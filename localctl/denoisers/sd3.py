@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
 from localctl.denoisers.joint import Attend, Joint
-from localctl.denoisers.transformer import UNLIMITED, Transformer, has_phrases
+from localctl.denoisers.transformer import UNLIMITED, Transformer
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
@@ -64,13 +64,7 @@ class SD3(Transformer):
                 f"The attention of SD3 ignores {ignored[0]} in joint_attention_kwargs; leave it out, and place phrases "
                 "by a layout with RegionBias."
             )
-        if arguments["prompt"] is not None and has_phrases(layouts):
-            for layout in layouts:
-                self._positions(layout, arguments["max_sequence_length"])
-
-    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Return the positions of each phrase: those of CLIP's tokens, as far as CLIP reads it, and those of T5's."""
-        return self._positions(layout, UNLIMITED)
+        self.check_phrases(arguments, layouts)
 
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         pipe = self.pipe

@@ -226,6 +226,20 @@ class Transformer(Denoiser):
 
     # Text
 
+    def check_phrases(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
+        """Raise a ValueError for a phrase after the tokens that a call reads; ``arguments``: of its encode_prompt."""
+        if arguments["prompt"] is not None and has_phrases(layouts):
+            for layout in layouts:
+                self._positions(layout, arguments["max_sequence_length"])
+
+    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
+        """Return the positions of each phrase among the tokens of the text, however many of them a call reads."""
+        return self._positions(layout, UNLIMITED)
+
+    @abstractmethod
+    def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
+        """Return the same; ValueError for a phrase after the first ``limit`` tokens."""
+
     def without_weights(self, texts: Sequence[Text]) -> list[str]:
         """Return texts as these pipelines take them: weights are no part of them."""
         return [text if isinstance(text, str) else text.text for text in texts]

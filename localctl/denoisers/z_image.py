@@ -22,7 +22,7 @@ from localctl.denoisers.base import (
     add_residuals,
 )
 from localctl.denoisers.joint import Joint, check_dispatch, dispatched
-from localctl.denoisers.transformer import UNLIMITED, Transformer, chat_positions, has_phrases, noted
+from localctl.denoisers.transformer import Transformer, chat_positions, noted
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
 
@@ -197,13 +197,7 @@ class ZImage(Transformer):
 
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
         """Raise a ValueError for a phrase after the tokens that the call reads."""
-        if arguments["prompt"] is not None and has_phrases(layouts):
-            for layout in layouts:
-                self._positions(layout, arguments["max_sequence_length"])
-
-    def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
-        """Return the positions of each phrase among the tokens of the whole template."""
-        return self._positions(layout, UNLIMITED)
+        self.check_phrases(arguments, layouts)
 
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         return chat_positions(self.pipe.tokenizer, layout, limit, enable_thinking=True)
