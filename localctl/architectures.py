@@ -14,23 +14,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from localctl.bases import BASES, BaseConfig, check_folder, not_loaded, read_index, read_json, resolve_base
+from localctl.bases import (
+    BASES,
+    TRANSFORMER_PIPELINES,
+    BaseConfig,
+    check_folder,
+    not_loaded,
+    read_index,
+    read_json,
+    resolve_base,
+)
+from localctl.sizes import shown
 
 Config = Mapping[str, Any]
 
 TABLE: Mapping[str, Mapping[str, Config]] = yaml.safe_load((Path(__file__).parent / "known_bases.yaml").read_text())
 TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+CLASS = "_class_name"  # in the config of a part
+_DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2") + tuple(
+    f"{name}Transformer2DModel" for name in ("PixArt", "SD3", "Flux", "Flux2", "QwenImage", "ZImage")
+)
+_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model", "Qwen3ForCausalLM") + (
+    *("Qwen2_5_VLForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+)
+_QWEN_DOWNSAMPLE = (False, True, True)  # by default, of the frames; each level also halves the sides
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_PARTS = ("unet", "transformer", "vae", *TEXT_PARTS)
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The configs of a base's parts: ``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``.
+    """The configs of a base's parts: ``unet`` or ``transformer``, ``vae``, ``text_encoder``, ``text_encoder_2`` of
+    SDXL, and so on.
 
     from_table: whether they come from known_bases.yaml, as the files of the base are not here.
     """
@@ -41,12 +62,20 @@ class BaseShape:
     @property
     def xl(self) -> bool:
         """Whether the U-Net takes pooled prompt embeddings and sizes, as SDXL's does."""
-        return self.parts["unet"].get("addition_embed_type") == "text_time"
+        return self.parts.get("unet", {}).get("addition_embed_type") == "text_time"
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the part that denoises."""
+        return "unet" if "unet" in self.parts else "transformer"
 
     @property
     def vae_scale_factor(self) -> int:
         """Width of a latent pixel in image pixels."""
-        return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
+        vae = self.parts["vae"]
+        if vae.get(CLASS) == "AutoencoderKLQwenImage":
+            return 2 ** len(vae.get("temperal_downsample", _QWEN_DOWNSAMPLE))
+        return 2 ** (len(vae["block_out_channels"]) - 1)
 
     def build(self, part: str) -> nn.Module:
         """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once for
@@ -61,12 +90,13 @@ def _built(part: str, config: str) -> nn.Module:
 
 
 def _new(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "unet":
-        return UNet2DConditionModel.from_config(config)
-    if part == "vae":
-        return AutoencoderKL.from_config(config)
-    transformers = importlib.import_module("transformers")  # slow to import
-    return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
+    kind = config.get(CLASS) or {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **TEXT_CLASSES}[part]
+    if kind in _DIFFUSERS:
+        return getattr(diffusers, kind).from_config(config)
+    if kind not in _TRANSFORMERS:
+        raise ValueError(f"The {part} of the base is a {shown(kind)}, which is not known here; choose another base.")
+    model = getattr(importlib.import_module("transformers"), kind)  # slow to import
+    return model(model.config_class(**{name: value for name, value in config.items() if name != CLASS}))
 
 
 def read_shape(base: BaseConfig) -> BaseShape:
@@ -97,5 +127,8 @@ def _read_parts(base: BaseConfig, local_files_only: bool) -> dict[str, Config]:
     )
     index = read_index(spec, where)
     check_folder(base, index)
-    names = [name for name in ("unet", "vae", *TEXT_CLASSES) if name in index]
-    return {name: read_json(spec, f"{name}/config.json", where) for name in names}
+    names = [name for name in _PARTS if index.get(name) not in (None, [None, None])]
+    parts = {name: read_json(spec, f"{name}/config.json", where) for name in names}
+    if index["_class_name"] in TRANSFORMER_PIPELINES:  # the classes of text encoders stand in the index alone
+        parts = {name: {**config, CLASS: index[name][1]} for name, config in parts.items()}
+    return parts

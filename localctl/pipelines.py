@@ -147,7 +147,7 @@ def load_pipeline(
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
     try:
-        index = read_index(spec, where, transformers=True)
+        index = read_index(spec, where)
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
 from localctl.denoisers.joint import Attend, Joint
+from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import UNLIMITED, Transformer
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
 
@@ -26,6 +28,8 @@ class SD3(Transformer):
     classes = ("SD3Transformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     image_output = 1
+    last_tokenizer = "tokenizer_3"
+    longest_text = 256
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)
@@ -102,6 +106,18 @@ class SD3(Transformer):
         encode = type(self.pipe).encode_prompt
         states, *_ = encode(self.pipe, plain, None, None, do_classifier_free_guidance=False, **options)
         return list(states)
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, **options
+        )
+        return PromptEmbeds(states, pooled)
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with pooled embeddings."""
+        return Conditioning(texts.states, {"pooled_projections": texts.pooled}, 1.0)
 
     @torch.no_grad()
     def condition(

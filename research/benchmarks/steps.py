@@ -21,10 +21,10 @@ from localctl.diffusion import latent_size, posterior, scale_latents, timesteps_
 from localctl.pipelines import encode_captions, encode_prompts
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.signals import Interrupt
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
 from localctl.training.loop import Run
-from localctl.training.models import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from research.benchmarks.shapes import shape_of

@@ -9,7 +9,8 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.pipelines import BaseConfig
 from localctl.sampling import generate
-from localctl.training.models import load_models, plan_adapter
+from localctl.training.adapter_plan import plan_adapter
+from localctl.training.models import load_models
 from localctl.training.settings import AdapterConfig
 from localctl.training.state import check_trainable, set_cpu_threads
 
