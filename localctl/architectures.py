@@ -10,10 +10,11 @@ import functools
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -26,27 +27,37 @@ Config = Mapping[str, Any]
 
 TABLE: Mapping[str, Mapping[str, Config]] = yaml.safe_load((Path(__file__).parent / "known_bases.yaml").read_text())
 TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
+_PARTS = ("unet", "transformer", "vae", *TEXT_CLASSES, "text_encoder_3")
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The configs of a base's parts: ``unet``, ``vae``, ``text_encoder`` and, for SDXL, ``text_encoder_2``.
+    """The configs of a base's parts: ``unet`` or ``transformer``, ``vae``, and its text encoders.
 
-    from_table: whether they come from known_bases.yaml, as the files of the base are not here.
+    from_table: whether they come from known_bases.yaml, as the files of the base are not here. index: its
+    ``model_index.json``, if they are.
     """
 
     parts: Mapping[str, Config]
     from_table: bool = False
+    index: Config = field(default_factory=dict)
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the part that denoises: ``unet`` or ``transformer``."""
+        return "unet" if "unet" in self.parts else "transformer"
 
     @property
     def xl(self) -> bool:
         """Whether the U-Net takes pooled prompt embeddings and sizes, as SDXL's does."""
-        return self.parts["unet"].get("addition_embed_type") == "text_time"
+        return self.parts.get("unet", {}).get("addition_embed_type") == "text_time"
 
     @property
     def vae_scale_factor(self) -> int:
         """Width of a latent pixel in image pixels."""
-        return 2 ** (len(self.parts["vae"]["block_out_channels"]) - 1)
+        vae = self.parts["vae"]
+        halved = vae.get("temperal_downsample")  # of Qwen-Image's, one for videos
+        return 2 ** (len(vae["block_out_channels"]) - 1 if halved is None else len(halved))
 
     def build(self, part: str) -> nn.Module:
         """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once for
@@ -63,8 +74,8 @@ def _built(part: str, config: str) -> nn.Module:
 def _new(part: str, config: dict[str, Any]) -> nn.Module:
     if part == "unet":
         return UNet2DConditionModel.from_config(config)
-    if part == "vae":
-        return AutoencoderKL.from_config(config)
+    if part in ("transformer", "vae"):
+        return getattr(diffusers, config.get("_class_name", AutoencoderKL.__name__)).from_config(config)
     transformers = importlib.import_module("transformers")  # slow to import
     return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
 
@@ -75,7 +86,7 @@ def read_shape(base: BaseConfig) -> BaseShape:
     ValueError when the base cannot be found, or has an unsupported pipeline.
     """
     try:
-        return BaseShape(_read_parts(base, local_files_only=True))
+        return _read(base, local_files_only=True)
     except LocalEntryNotFoundError as error:
         for name, parts in TABLE.items():
             if BASES[name].id_or_path == resolve_base(base.name, one_file=True).id_or_path:
@@ -85,17 +96,17 @@ def read_shape(base: BaseConfig) -> BaseShape:
     except OSError as error:
         raise not_loaded(base, error) from error
     try:
-        return BaseShape(_read_parts(base, local_files_only=False))
+        return _read(base, local_files_only=False)
     except OSError as error:
         raise not_loaded(base, error) from error
 
 
-def _read_parts(base: BaseConfig, local_files_only: bool) -> dict[str, Config]:
+def _read(base: BaseConfig, local_files_only: bool) -> BaseShape:
     spec, where = (
         resolve_base(base.name, one_file=True),
         {"revision": base.revision, "local_files_only": local_files_only},
     )
-    index = read_index(spec, where)
+    index = read_index(spec, where, transformers=True)
     check_folder(base, index)
-    names = [name for name in ("unet", "vae", *TEXT_CLASSES) if name in index]
-    return {name: read_json(spec, f"{name}/config.json", where) for name in names}
+    names = [name for name in _PARTS if index.get(name) not in (None, [None, None])]
+    return BaseShape({name: read_json(spec, f"{name}/config.json", where) for name in names}, index=index)

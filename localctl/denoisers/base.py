@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from localctl.denoisers.configs import Configured
 from localctl.denoisers.joint import Joint
 from localctl.diffusion import is_flow
 from localctl.layout import Layout
@@ -104,7 +105,7 @@ class Conditioning:
         return negative + self.guidance_scale * (positive - negative)
 
 
-class Denoiser(ABC):
+class Denoiser(Configured, ABC):
     """The denoiser of one pipeline.
 
     Args:
@@ -112,7 +113,6 @@ class Denoiser(ABC):
         pipe: its pipeline; may be None where only the network's shapes are needed.
     """
 
-    name: ClassVar[str]  # used in messages
     attribute: ClassVar[str]  # of the pipeline, which holds the module
     classes: ClassVar[tuple[str, ...]] = ()  # names of the module's class; empty for any
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
@@ -175,15 +175,13 @@ class Denoiser(ABC):
         encode the negative prompt by a second one."""
         return True
 
-    def check_call(  # noqa: B027 - most families have nothing to check
-        self, arguments: Mapping[str, Any], layouts: Sequence[Layout]
-    ) -> None:
+    def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
         """Raise a ValueError if controls would not act in a call of the pipeline for these layouts.
 
         ``arguments``: of its ``encode_prompt``.
         """
 
-    def check_attention(self) -> None:  # noqa: B027 - as above
+    def check_attention(self) -> None:
         """Raise a ValueError if an attention layer takes no bias from controls."""
 
     @contextmanager
@@ -270,9 +268,7 @@ class Denoiser(ABC):
     @property
     def own_size(self) -> tuple[int, int]:
         """The (H, W) of the images that the base was trained for."""
-        sample, factor = _config(self.module).sample_size, self.pipe.vae_scale_factor
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * factor, width * factor
+        return self.size_of(_config(self.module), self.pipe.vae_scale_factor)
 
     @property
     def prediction_type(self) -> str:

@@ -45,6 +45,12 @@ class Transformer(Denoiser):
     absent_hooks: ClassVar[tuple[str, ...]] = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
     order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
+    latents_of_token: ClassVar[int | None] = None  # the side of a token; None: as the config says
+
+    @classmethod
+    def multiple_of(cls, config: Mapping[str, Any], factor: int) -> int:
+        """Return the side of a token in pixels."""
+        return factor * (cls.latents_of_token or config["patch_size"])
 
     # Layers and grids
 
@@ -59,7 +65,7 @@ class Transformer(Denoiser):
     @property
     def patch(self) -> int:
         """The side of a token in latents."""
-        return self.module.config.patch_size  # type: ignore[union-attr, return-value]
+        return self.latents_of_token or self.module.config.patch_size  # type: ignore[union-attr, return-value]
 
     @property
     def width(self) -> int:
