@@ -10,7 +10,7 @@ import functools
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,26 @@ _DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderKLQwenImage",
 _TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model", "Qwen3ForCausalLM") + (
     *("Qwen2_5_VLForConditionalGeneration", "Mistral3ForConditionalGeneration"),
 )
-_QWEN_DOWNSAMPLE = (False, True, True)  # by default, of the frames; each level also halves the sides
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 _PARTS = ("unet", "transformer", "vae", *TEXT_PARTS)
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The configs of a base's parts: ``unet`` or ``transformer``, ``vae``, ``text_encoder``, ``text_encoder_2`` of
-    SDXL, and so on.
+    """The configs of a base's parts: ``unet`` or ``transformer``, ``vae``, and its text encoders.
 
-    from_table: whether they come from known_bases.yaml, as the files of the base are not here.
+    from_table: whether they come from known_bases.yaml, as the files of the base are not here. index: its
+    ``model_index.json``, if they are.
     """
 
     parts: Mapping[str, Config]
     from_table: bool = False
+    index: Config = field(default_factory=dict)
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the part that denoises: ``unet`` or ``transformer``."""
+        return "unet" if "unet" in self.parts else "transformer"
 
     @property
     def xl(self) -> bool:
@@ -65,17 +70,11 @@ class BaseShape:
         return self.parts.get("unet", {}).get("addition_embed_type") == "text_time"
 
     @property
-    def denoiser(self) -> str:
-        """The name of the part that denoises."""
-        return "unet" if "unet" in self.parts else "transformer"
-
-    @property
     def vae_scale_factor(self) -> int:
         """Width of a latent pixel in image pixels."""
         vae = self.parts["vae"]
-        if vae.get(CLASS) == "AutoencoderKLQwenImage":
-            return 2 ** len(vae.get("temperal_downsample", _QWEN_DOWNSAMPLE))
-        return 2 ** (len(vae["block_out_channels"]) - 1)
+        halved = vae.get("temperal_downsample")  # of Qwen-Image's, one for videos
+        return 2 ** (len(vae["block_out_channels"]) - 1 if halved is None else len(halved))
 
     def build(self, part: str) -> nn.Module:
         """Return a part on the meta device: float32 shapes without weights, frozen, in eval mode. It is built once for
@@ -105,7 +104,7 @@ def read_shape(base: BaseConfig) -> BaseShape:
     ValueError when the base cannot be found, or has an unsupported pipeline.
     """
     try:
-        return BaseShape(_read_parts(base, local_files_only=True))
+        return _read(base, local_files_only=True)
     except LocalEntryNotFoundError as error:
         for name, parts in TABLE.items():
             if BASES[name].id_or_path == resolve_base(base.name, one_file=True).id_or_path:
@@ -115,12 +114,12 @@ def read_shape(base: BaseConfig) -> BaseShape:
     except OSError as error:
         raise not_loaded(base, error) from error
     try:
-        return BaseShape(_read_parts(base, local_files_only=False))
+        return _read(base, local_files_only=False)
     except OSError as error:
         raise not_loaded(base, error) from error
 
 
-def _read_parts(base: BaseConfig, local_files_only: bool) -> dict[str, Config]:
+def _read(base: BaseConfig, local_files_only: bool) -> BaseShape:
     spec, where = (
         resolve_base(base.name, one_file=True),
         {"revision": base.revision, "local_files_only": local_files_only},
@@ -131,4 +130,4 @@ def _read_parts(base: BaseConfig, local_files_only: bool) -> dict[str, Config]:
     parts = {name: read_json(spec, f"{name}/config.json", where) for name in names}
     if index["_class_name"] in TRANSFORMER_PIPELINES:  # the classes of text encoders stand in the index alone
         parts = {name: {**config, CLASS: index[name][1]} for name, config in parts.items()}
-    return parts
+    return BaseShape(parts, index=index)

@@ -20,6 +20,7 @@ from torch import nn
 from localctl.bases import (
     DTYPE_NAMES,
     MOST_STEPS,
+    PIPELINES,
     SCHEDULER_OPTIONS,
     SCHEDULERS,
     BaseConfig,
@@ -38,14 +39,9 @@ from localctl.messages import no_progress_bars
 from localctl.prompt_embeds import PromptEmbeds as PromptEmbeds
 from localctl.prompt_syntax import WeightedText
 from localctl.prompt_weights import Text, reads_weights, weighting
+from localctl.schedulers import FLOW_SCHEDULERS, scheduler_class
 
 _SOLVER = ("algorithm_type", "solver_order", "solver_type")
-# Of flow-matching bases, by the names of the same solvers.
-FLOW_SCHEDULERS = {
-    "euler": "FlowMatchEulerDiscreteScheduler",
-    "heun": "FlowMatchHeunDiscreteScheduler",
-    "lcm": "FlowMatchLCMScheduler",
-}
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
@@ -232,27 +228,17 @@ def freeze(module: nn.Module) -> nn.Module:
 def set_scheduler(pipe: DiffusionPipeline, name: str) -> None:
     """Set the scheduler of ``pipe`` by its name in ``SCHEDULERS``; the noise schedule stays. ValueError if unknown, or
     if the base samples by flow matching and the scheduler does not."""
-    if name not in SCHEDULERS:
-        raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
-    config = dict(pipe.scheduler.config)
+    chosen, config = scheduler_class(name, type(pipe).__name__, is_flow(pipe.scheduler)), dict(pipe.scheduler.config)
     if is_flow(pipe.scheduler):
-        # All but SD3's pipelines pass noise levels of their own, which Heun's does not take.
-        own_levels = "StableDiffusion3" not in type(pipe).__name__
-        known = [known for known in FLOW_SCHEDULERS if not (own_levels and known == "heun")]
-        if name not in known:
-            raise ValueError(
-                f"The {type(pipe).__name__} samples by flow matching, which the scheduler {name} is not for; leave it "
-                f"out, or choose one of {', '.join(known)}."
-            )
-        pipe.scheduler = getattr(diffusers, FLOW_SCHEDULERS[name]).from_config(config)
+        pipe.scheduler = getattr(diffusers, chosen).from_config(config)
         return
     # Use the values of Stable Diffusion's configs if the present scheduler lacks these settings: by default the samples
     # are clipped to [-1, 1], which latents exceed, and PNDM starts with twelve Runge-Kutta calls.
     for setting, value in {"clip_sample": False, "skip_prk_steps": True}.items():
         config.setdefault(setting, value)
-    if type(pipe.scheduler).__name__ != SCHEDULERS[name]:  # each class has solvers of its own
+    if type(pipe.scheduler).__name__ != chosen:  # each class has solvers of its own
         config = {key: value for key, value in config.items() if key not in _SOLVER}
-    kind = getattr(diffusers, SCHEDULERS[name])
+    kind = getattr(diffusers, chosen)
     if name in MOST_STEPS:  # these classes warn of settings of others
         config = {key: value for key, value in config.items() if key in inspect.signature(kind.__init__).parameters}
     pipe.scheduler = kind.from_config(config, **SCHEDULER_OPTIONS.get(name, {}))
@@ -276,23 +262,33 @@ def knows_sigmas(kind: str, spacing: str) -> bool:
     return found is not None and f"use_{spacing}_sigmas" in inspect.signature(found.__init__).parameters
 
 
-def check_sigmas(base: BaseConfig, scheduler: str | None, spacing: str) -> None:
-    """Raise a ValueError unless ``scheduler`` (None = the base's own) supports this spacing of its sigmas."""
-    if scheduler is not None:
-        kind = SCHEDULERS[scheduler]
-    else:
-        try:
-            where = {"revision": base.revision, "local_files_only": base.local_files_only}
-            kind = read_json(resolve_base(base.name), "scheduler/scheduler_config.json", where).get("_class_name", "")
-        except OSError:
-            return  # loading the base will report this
-    if not knows_sigmas(kind, spacing):
+def scheduler_of(base: BaseConfig, scheduler: str | None, pipeline: str) -> str | None:
+    """Return the name of the class of ``scheduler`` (None = the base's own) on a base, without loading it; None if the
+    files of the base are not here.
+
+    ``pipeline``: the name of its class. ValueError for a scheduler that is not for this base.
+    """
+    if scheduler is not None and pipeline in PIPELINES:
+        return SCHEDULERS[scheduler]
+    try:
+        where = {"revision": base.revision, "local_files_only": base.local_files_only}
+        spec = resolve_base(base.name, one_file=True)
+        own = str(read_json(spec, "scheduler/scheduler_config.json", where).get("_class_name", ""))
+    except OSError:
+        return None  # loading the base will report this
+    return own if scheduler is None else scheduler_class(scheduler, pipeline, "FlowMatch" in own)
+
+
+def check_sigmas(kind: str | None, spacing: str) -> None:
+    """Raise a ValueError unless the scheduler class ``kind``, if it is known, supports this spacing of its sigmas."""
+    if kind is not None and not knows_sigmas(kind, spacing):
         raise no_sigmas(kind, spacing)
 
 
 def no_sigmas(kind: str, spacing: str) -> ValueError:
     """Make the error for a scheduler class without this spacing."""
-    known = ", ".join(name for name, one in sorted(SCHEDULERS.items()) if knows_sigmas(one, spacing))
+    every = FLOW_SCHEDULERS if "FlowMatch" in kind else SCHEDULERS
+    known = ", ".join(name for name, one in sorted(every.items()) if knows_sigmas(one, spacing))
     named = spacing.capitalize() if spacing == "karras" else spacing
     return ValueError(f"{kind or 'The scheduler'} has no {named} sigmas; choose a --scheduler of these: {known}.")
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from localctl.bases import BASES, MOST_STEPS, SCHEDULERS, SIGMAS, same_base
 
-_OF_THE_CALL = ("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta")
+_OF_THE_CALL = (
+    *("num_inference_steps", "guidance_scale", "guidance_rescale", "clip_skip", "eta"),
+    *("true_cfg_scale", "max_sequence_length"),
+)
 _AT_LEAST_ONE = ("num_inference_steps", "batch_size")
 
 
@@ -22,6 +25,8 @@ class Sampling:
         guidance_scale: of classifier-free guidance.
         num_inference_steps: number of denoising steps.
         guidance_rescale, clip_skip, eta: as diffusers' pipelines define them.
+        true_cfg_scale: of guidance by a second call, on FLUX and Qwen-Image.
+        max_sequence_length: how many tokens of T5's or Qwen's a transformer reads.
         use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: the spacing of noise levels; at most one.
         seeds: one seed or several; each image starts from the noise of its seed.
         batch_size: at most this many images at once; changes no image beyond rounding.
@@ -44,6 +49,8 @@ class Sampling:
     seeds: int | Sequence[int] | None = None
     batch_size: int | None = None
     prompt_weighting: bool | None = None
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.seeds is not None:
@@ -56,7 +63,9 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"The {name.replace('_', ' ')} must be at least 1, not {value}.")
-        for name in ("guidance_scale", "guidance_rescale", "eta"):
+        if self.max_sequence_length is not None and self.max_sequence_length < 0:
+            raise ValueError(f"The max sequence length must be at least 0, not {self.max_sequence_length}.")
+        for name in ("guidance_scale", "guidance_rescale", "eta", "true_cfg_scale"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"The {name} must be a finite number, not {value}.")

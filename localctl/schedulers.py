@@ -41,5 +41,36 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "dpmpp_2s": {"algorithm_type": "dpmsolver++", "solver_order": 2},
     "dpmpp_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
 }
+# Of flow-matching bases, by the names of the same solvers.
+FLOW_SCHEDULERS = {
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "lcm": "FlowMatchLCMScheduler",
+}
 SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
 MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for
+
+
+def scheduler_class(name: str, pipeline: str, flow: bool) -> str:
+    """Return the name of diffusers' class for the scheduler ``name``.
+
+    Args:
+        pipeline: the name of the pipeline's class.
+        flow: whether its base samples by flow matching.
+
+    Raises:
+        ValueError: an unknown name, or one that is not for flow matching.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"Unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}.")
+    if not flow:
+        return SCHEDULERS[name]
+    # All but SD3's pipelines pass noise levels of their own, which Heun's does not take.
+    own_levels = "StableDiffusion3" not in pipeline
+    known = [one for one in FLOW_SCHEDULERS if not (own_levels and one == "heun")]
+    if name not in known:
+        raise ValueError(
+            f"The {pipeline} samples by flow matching, which the scheduler {name} is not for; leave it out, or choose "
+            f"one of {', '.join(known)}."
+        )
+    return FLOW_SCHEDULERS[name]

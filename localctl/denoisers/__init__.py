@@ -5,6 +5,7 @@ A new family is one module with a subclass of :class:`~localctl.denoisers.base.D
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -45,3 +46,12 @@ def bare_denoiser(module: nn.Module) -> Denoiser:
     """
     family = next((family for family in FAMILIES if class_name(module) in family.classes), UNet)
     return family(module)
+
+
+def family_of(config: Mapping[str, Any]) -> type[Denoiser]:
+    """Return the family of a denoiser by its config, without building it. ValueError for a transformer not known."""
+    name = config.get("_class_name", "UNet2DConditionModel")
+    found = next((family for family in FAMILIES if name in family.classes), None)
+    if found is None and "UNet" not in name:
+        raise ValueError(f"The base has a {name}, which is not known here; choose one of {SUPPORTED}.")
+    return found or UNet

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from localctl.denoisers.configs import Configured
 from localctl.denoisers.joint import Joint
 from localctl.denoisers.trained import Conditioning as Conditioning
 from localctl.denoisers.trained import Trained
@@ -80,7 +81,7 @@ class BlockResiduals:
     middle: Tensor
 
 
-class Denoiser(Trained):
+class Denoiser(Configured, Trained):
     """The denoiser of one pipeline.
 
     Args:
@@ -88,7 +89,6 @@ class Denoiser(Trained):
         pipe: its pipeline; may be None where only the network's shapes are needed.
     """
 
-    name: ClassVar[str]  # used in messages
     attribute: ClassVar[str]  # of the pipeline, which holds the module
     classes: ClassVar[tuple[str, ...]] = ()  # names of the module's class; empty for any
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
@@ -244,9 +244,7 @@ class Denoiser(Trained):
     @property
     def own_size(self) -> tuple[int, int]:
         """The (H, W) of the images that the base was trained for."""
-        sample, factor = _config(self.module).sample_size, self.pipe.vae_scale_factor
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * factor, width * factor
+        return self.size_of(_config(self.module), self.pipe.vae_scale_factor)
 
     @property
     def prediction_type(self) -> str:

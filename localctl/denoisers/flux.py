@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localctl.denoisers.base import Arguments, Conditioning, argument
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.packed import Packed
 from localctl.denoisers.trained import Original
 from localctl.layout import Layout
@@ -40,6 +41,11 @@ class Flux(Packed):
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)
         self._ids: tuple[Tensor | None, tuple[int, int]] = (None, (0, 0))  # of the last call, and their grid
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return distilled guidance, which schnell does not have; a negative prompt acts by a second call."""
+        return Guidance(3.5 if config.get("guidance_embeds") else None, "true_cfg_scale", negative_prompt="")
 
     def grid_of(self, arguments: Arguments) -> tuple[int, int]:
         """Return (h, w) of the tokens by their places, which are read once as long as they are the same tensor."""

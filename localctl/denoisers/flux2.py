@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from localctl.denoisers.base import Conditioning
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.flux import Flux
 from localctl.denoisers.transformer import chat_positions
 from localctl.layout import Layout
@@ -25,6 +26,14 @@ class Flux2(Flux):
     order = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
     not_per_row = ()
     last_tokenizer = "tokenizer"
+    no_phrases = ("Flux2Pipeline",)
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return that of these pipelines: distilled in dev, by a second call in Klein, none in a distilled Klein."""
+        if index.get("is_distilled"):
+            return Guidance(None, None)
+        return Guidance(4.0, "guidance_scale" if "Klein" in str(index.get("_class_name")) else None)
 
     def add_tokens(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
         """Return ``hidden_states`` (R, S, c), whose last entries are the image's, with ``tokens`` (R, Q, c) added."""
@@ -48,11 +57,7 @@ class Flux2(Flux):
     def _positions(self, layout: Layout, limit: int) -> list[tuple[int, ...]]:
         if not layout.regions or not any(region.phrase for region in layout.regions):
             return [()] * len(layout.regions)
-        if "Klein" not in type(self.pipe).__name__:
-            raise ValueError(
-                f"Phrases cannot be located in the tokens of a {type(self.pipe).__name__}; use a base of FLUX.2 Klein, "
-                "or regions without phrases."
-            )
+        self.check_located(type(self.pipe).__name__)
         return chat_positions(self.pipe.tokenizer, layout, limit, enable_thinking=False)
 
     @torch.no_grad()

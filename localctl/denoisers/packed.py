@@ -28,7 +28,7 @@ class Packed(TwoCalls):
     """A transformer with joint attention, text first, whose tokens are packed latents (R, Q, 4 c)."""
 
     image_output = 1
-    patch = 2
+    latents_of_token, latents_of_side = 2, 128
 
     # Layers and grids
 
@@ -46,12 +46,6 @@ class Packed(TwoCalls):
     def channels(self) -> int:
         """The number c of channels of the latents."""
         return self.module.proj_out.out_features // self.patch**2  # type: ignore[union-attr, operator, return-value]
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """The (H, W) of the images that the base was trained for."""
-        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return side, side
 
     # One call
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from localctl.denoisers.base import AttentionLayer, Conditioning
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import Transformer, has_phrases
 from localctl.devices import send
@@ -31,6 +32,11 @@ class PixArt(Transformer):
     absent_hooks = Transformer.absent_hooks[:-1]
     # Binning would generate other sizes than the layouts'; cleaning depends on which packages are installed.
     own_arguments: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return that of these pipelines."""
+        return Guidance(4.5)
 
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
         """Return self- and cross-attention of each block."""

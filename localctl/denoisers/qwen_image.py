@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from localctl.denoisers.base import Arguments, Conditioning, argument, with_arguments
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.packed import Packed
 from localctl.denoisers.trained import Original
 from localctl.layout import Layout
@@ -28,6 +29,11 @@ class QwenImage(Packed):
     order = ("hidden_states", "encoder_hidden_states", _MASK, "timestep", "img_shapes")
     not_per_row = ("img_shapes",)
     longest_text = 1024
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return guidance by a second call, which needs a negative prompt, were it a blank."""
+        return Guidance(1.0 if config.get("guidance_embeds") else None, "true_cfg_scale", 1.0, 4.0, " ")
 
     def grid_of(self, arguments: Arguments) -> tuple[int, int]:
         """Return (h, w) of the tokens by the shapes of the images."""

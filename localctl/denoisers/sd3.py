@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 
 from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Attend, Joint
 from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import UNLIMITED, Transformer
@@ -34,6 +35,11 @@ class SD3(Transformer):
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)
         self._skips = False  # whether the running call is that of skip-layer guidance
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return that of these pipelines."""
+        return Guidance(7.0)
 
     def attention_layers(self, latent_size: tuple[int, int]) -> list[tuple[AttentionLayer, Any]]:
         """Return the joint attention of each block, and in some blocks of SD3.5 a second one of the image alone."""

@@ -49,6 +49,12 @@ class Transformer(Denoiser):
     by_flow = True
     last_tokenizer: ClassVar[str] = "tokenizer"  # of the text encoder that reads most of a caption
     longest_text: ClassVar[int] = 512  # tokens that are read by default
+    latents_of_token: ClassVar[int | None] = None  # the side of a token; None: as the config says
+
+    @classmethod
+    def multiple_of(cls, config: Mapping[str, Any], factor: int) -> int:
+        """Return the side of a token in pixels."""
+        return factor * (cls.latents_of_token or config["patch_size"])
 
     # Layers and grids
 
@@ -63,7 +69,7 @@ class Transformer(Denoiser):
     @property
     def patch(self) -> int:
         """The side of a token in latents."""
-        return self.module.config.patch_size  # type: ignore[union-attr, return-value]
+        return self.latents_of_token or self.module.config.patch_size  # type: ignore[union-attr, return-value]
 
     @property
     def width(self) -> int:

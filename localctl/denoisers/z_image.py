@@ -21,6 +21,7 @@ from localctl.denoisers.base import (
     DenoiserInputs,
     add_residuals,
 )
+from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Joint, check_dispatch, dispatched
 from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import Transformer, chat_positions
@@ -46,13 +47,18 @@ class ZImage(Transformer):
     order = ("x", "t", "cap_feats")
     block_lists: ClassVar = ("layers",)
     image_output = None
-    patch = 2
+    latents_of_token, latents_of_side = 2, 128
     encodes_always = False
     guides_in_one_call = False  # it adds its scale times the difference to the output with the prompt
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)
         self._images = 0  # of the running call of the pipeline
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return that of these pipelines, which is on above 0; bases in few steps are made for 0."""
+        return Guidance(5.0, above=0.0)
 
     # Layers and grids
 
@@ -72,11 +78,6 @@ class ZImage(Transformer):
         """Raise a ValueError for a processor, or a backend, that takes no bias."""
         for name, block in self.blocks:
             check_dispatch(block.attention, f"The attention {name}.attention of the {self.name}")
-
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """The (H, W) of the images that the base was trained for."""
-        return 1024, 1024
 
     # One call
 

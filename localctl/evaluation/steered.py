@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def generate_like(
     steering: LocalAdapter | ControlNetModel | None,
     weight: float = 1.0,
     sampling: Sampling | None = None,
+    *,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
     **guidance: Any,
 ) -> list[Image.Image]:
     """Generate one image per example: its condition applies inside its mask.
@@ -43,6 +46,7 @@ def generate_like(
         prompts, seeds: one of each per example.
         steering: an adapter or a ControlNet; None: the base alone, without conditions and masks.
         weight: strength of ``steering``.
+        arguments: further ones of the pipeline.
         guidance: further settings of the adapter's :class:`LocalAdapterControl`.
     """
     masks = torch.stack([example.mask for example in examples if example.mask is not None])
@@ -60,6 +64,7 @@ def generate_like(
         paired=True,
         sampling=sampling,
         prompt_weighting=False,  # captions of data, encoded as in training
+        **arguments,
     ).images
 
 

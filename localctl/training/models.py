@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from localctl.diffusion import (
     scale_latents,
 )
 from localctl.prompt_embeds import PromptEmbeds
+from localctl.sampling_settings import Sampling
 from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import load_frozen
 from localctl.training.halves import in_halves
@@ -177,6 +179,18 @@ class Models:
         height, width = batch.pixels.shape[-2:]
         originals = batch.sizes or (None,) * len(batch)
         return self.denoiser.conditioning(self.texts(batch, dropped), (height, width), originals)
+
+    def sampling(self, config: object) -> tuple[Sampling, dict[str, Any]]:
+        """Return how to generate images by ``config``, whose ``guidance_scale`` is that of whatever guides the base,
+        and further arguments of the pipeline."""
+        sampling = Sampling.of(config)
+        own = self.denoiser.guidance(dict(self.network.config), dict(self.pipe.config))
+        arguments: dict[str, Any] = {}
+        if own.scale is None:
+            scale = sampling.guidance_scale if own.true_cfg_scale is not None else None
+            sampling = replace(sampling, guidance_scale=None, true_cfg_scale=scale)
+            arguments = {} if scale is None else {"negative_prompt": own.negative_prompt}
+        return replace(sampling, max_sequence_length=self.denoiser.text_length), arguments
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if the adapter cannot process images of this size in pixels."""

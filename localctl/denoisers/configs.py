@@ -1,0 +1,62 @@
+"""What the configs of a base tell of its family, before anything is loaded: sizes, and how it is guided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the pipelines of a base are guided.
+
+    scale: ``guidance_scale`` where none is given; None: the base ignores it. by: the argument that guides away from the
+    negative prompt, where it is above ``above``; None: nothing does. true_cfg_scale: that argument where none is given.
+    negative_prompt: the one without which there is no such guidance; None: any base has one.
+    """
+
+    scale: float | None
+    by: str | None = "guidance_scale"
+    above: float = 1.0
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+
+    def is_on(self, settings: object) -> bool:
+        """Return whether settings with these names guide away from the negative prompt."""
+        value = None if self.by is None else getattr(settings, self.by)
+        return value is not None and value > self.above
+
+
+class Configured:
+    """A family, by the configs of its bases alone."""
+
+    name: ClassVar[str]  # used in messages
+    no_phrases: ClassVar[tuple[str, ...]] = ()  # pipelines in whose tokens phrases cannot be located
+    latents_of_side: ClassVar[int | None] = None  # of images that the base was trained for; None: as its config says
+
+    @classmethod
+    def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
+        """Return how a base is guided. ``config``: of the denoiser; ``index``: the base's ``model_index.json``."""
+        return Guidance(7.5)
+
+    @classmethod
+    def size_of(cls, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+        """Return the (H, W) of the images that a base was trained for. ``factor``: pixels per latent."""
+        sample = cls.latents_of_side or config.get("sample_size") or 64  # the default of the U-Net's class
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return height * factor, width * factor
+
+    @classmethod
+    def multiple_of(cls, config: Mapping[str, Any], factor: int) -> int:
+        """Return the pixels that height and width must be multiples of. ``factor``: pixels per latent."""
+        return factor
+
+    @classmethod
+    def check_located(cls, pipeline: str) -> None:
+        """Raise a ValueError if phrases cannot be located in the tokens of a pipeline of this class."""
+        if pipeline in cls.no_phrases:
+            raise ValueError(
+                f"Phrases cannot be located in the tokens of a {pipeline}; use a base of FLUX.2 Klein, or regions "
+                "without phrases."
+            )
