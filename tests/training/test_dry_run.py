@@ -46,7 +46,7 @@ def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
     """Count the operations of a real training step with torch, attention as matrix products."""
     settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)
     models = load_models(settings, torch.device("cpu"), None)
-    models.unet.set_attn_processor(eager_attention())
+    models.network.set_attn_processor(eager_attention())
     models.vae.set_attn_processor(eager_attention())
     batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
     batch = replace(batch, mask=torch.ones_like(batch.mask))
