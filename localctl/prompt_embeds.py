@@ -67,6 +67,8 @@ class PromptEmbeds:
         lengths = [length for part in parts for length in part.lengths or ()]
         assert len(pooled) in (0, len(parts))
         longest = max(part.states.shape[1] for part in parts)
-        assert lengths or all(part.states.shape[1] == longest for part in parts)
-        states = [pad(part.states, (0, 0, 0, longest - part.states.shape[1])) for part in parts]
+        states = [part.states for part in parts]
+        if any(one.shape[1] < longest for one in states):
+            assert lengths
+            states = [pad(one, (0, 0, 0, longest - one.shape[1])) for one in states]
         return cls(torch.cat(states), torch.cat(pooled) if pooled else None, tuple(lengths) or None)
