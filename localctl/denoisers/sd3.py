@@ -31,6 +31,7 @@ class SD3(Transformer):
     image_output = 1
     last_tokenizer = "tokenizer_3"
     longest_text = 256
+    further_tokens = 77
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)

@@ -28,6 +28,7 @@ from localctl.encodings.source import (
 )
 from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
 from localctl.labels import shorten
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import dtype_name
 from localctl.training.settings import TrainSettings
 
@@ -165,11 +166,13 @@ def plain(source: Source) -> Source:
 
 def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated. The
-    VAE is used for edges in decoded images, and to scale the latents of FLUX.2, by statistics among its weights."""
+    VAE is used for edges in decoded images, for conditions as latents, and to scale the latents of FLUX.2, by
+    statistics among its weights."""
     if not isinstance(source, EncodedSource) or settings.generates_images:
         return ()
+    encodes = plan_adapter(settings).options.get("latent_channels") or settings.loss.filter == "edges"
     scales = read_shape(settings.base).parts["vae"].get(CLASS) == "AutoencoderKLFlux2"
-    return TEXT_PARTS if scales or settings.loss.filter == "edges" else ("vae", *TEXT_PARTS)
+    return TEXT_PARTS if scales or encodes else ("vae", *TEXT_PARTS)
 
 
 def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:
