@@ -93,22 +93,17 @@ def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
     denoiser = bare_denoiser(shape.build(shape.denoiser))
     transformer = isinstance(denoiser, Transformer)
     distilled = shape.parts[shape.denoiser].get("guidance_embeds", False)
-    for name, value, acts, why in (
-        ("flow_shift", settings.flow_shift, denoiser.by_flow, "moves the noise levels of flow matching"),
-        ("distilled_guidance", settings.distilled_guidance, distilled, "is an input of FLUX.1 dev and the like"),
-        ("max_sequence_length", settings.max_sequence_length, transformer, "is of transformers"),
-        ("adapter.token_width", settings.adapter.token_width, transformer, f"is of a {TOKENS}, for transformers"),
-        (
-            "adapter.condition_space",
-            settings.adapter.condition_space,
-            transformer,
-            f"is of a {TOKENS}, for transformers",
-        ),
-        ("quantization", settings.quantization, transformer, "is for transformers"),
-        ("offload_base", settings.offload_base or None, transformer, "is for transformers"),
+    for name, value, acts, which in (
+        ("flow_shift", settings.flow_shift, denoiser.by_flow, "bases of flow matching"),
+        ("distilled_guidance", settings.distilled_guidance, distilled, "bases that take it, such as FLUX.1 dev"),
+        ("max_sequence_length", settings.max_sequence_length, transformer, "transformers"),
+        ("adapter.token_width", settings.adapter.token_width, transformer, "transformers"),
+        ("adapter.condition_space", settings.adapter.condition_space, transformer, "transformers"),
+        ("quantization", settings.quantization, transformer, "transformers"),
+        ("offload_base", settings.offload_base or None, transformer, "transformers"),
     ):
         if value is not None and not acts:
-            raise ValueError(f"{name}={value} {why}, which {settings.base.name} is not; leave it out.")
+            raise ValueError(f"{name}={value} is for {which}, and {settings.base.name} is none of these; leave it out.")
     if settings.quantization is not None:
         check_package(settings.quantization)
     if settings.compile and transformer:

@@ -73,6 +73,7 @@ def model_card(run: Finished, for_unet: bool = True) -> str:
     """
     settings, condition, base = run.settings, run.settings.condition, _public_name(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
+    kind = "A T2I-Adapter" if for_unet else "An adapter for a transformer"
     title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
     metadata = ModelCardData(
         library_name="diffusers",
@@ -83,7 +84,7 @@ def model_card(run: Finished, for_unet: bool = True) -> str:
     )
     body = f"""# {title}
 
-{"A T2I-Adapter" if for_unet else "An adapter for a transformer"} that makes the base follow a {condition.kind} condition inside a mask and leaves it free outside
+{kind} that makes the base follow a {condition.kind} condition inside a mask and leaves it free outside
 (white = controlled). Trained with localctl for {run.step} steps.
 
 | trained with | |
