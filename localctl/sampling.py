@@ -93,6 +93,7 @@ def generate(
     init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
     texts = _texts(layouts, pipeline_arguments)
     generated: list[Any] = []
+    _check_taken(pipe, resolved)
     arguments, convert = _as_numbers(pipe, {**_own(pipe, init), **resolved.arguments(), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
@@ -183,24 +184,39 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
                 raise no_sigmas(type(pipe.scheduler).__name__, sampling.sigmas)
             spacing = {f"use_{name}_sigmas": name == sampling.sigmas for name in SIGMAS}
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **spacing)
-        kind = type(pipe.scheduler).__name__
-        if kind in _OWN_NOISE:
-            raise ValueError(
-                f"{kind} samples noise that the seeds cannot set; "
-                "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
-            )
-        # The pipelines of flow-matching bases pass no generator to their scheduler.
-        if kind == "FlowMatchLCMScheduler" or getattr(pipe.scheduler.config, "stochastic_sampling", False):
-            raise ValueError(
-                f"{kind} samples noise between the steps that the seeds cannot set on a {type(pipe).__name__}; use "
-                "euler without stochastic_sampling, or call the pipeline inside attach."
-            )
+        stochastic = getattr(pipe.scheduler.config, "stochastic_sampling", False)
+        check_seedable(type(pipe.scheduler).__name__, type(pipe).__name__, stochastic)
         yield
+
+
+def check_seedable(kind: str, pipeline: str, stochastic: bool = False) -> None:
+    """Raise a ValueError for a scheduler whose noise cannot be set image by image.
+
+    kind, pipeline: names of their classes. stochastic: whether one for flow matching samples noise in each step.
+    """
+    if kind in _OWN_NOISE:
+        raise ValueError(
+            f"{kind} samples noise that the seeds cannot set; "
+            "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
+        )
+    # The pipelines of flow-matching bases pass no generator to their scheduler.
+    if kind == "FlowMatchLCMScheduler" or stochastic:
+        raise ValueError(
+            f"{kind} samples noise between the steps that the seeds cannot set on a {pipeline}; use euler without "
+            "stochastic_sampling, or call the pipeline inside attach."
+        )
 
 
 def _own(pipe: DiffusionPipeline, init: InitImage | None) -> Mapping[str, Any]:
     """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
     return dict(denoiser_of(pipe).own_arguments) if init is None else {}
+
+
+def _check_taken(pipe: DiffusionPipeline, sampling: Sampling) -> None:
+    """Raise a ValueError for a setting of some families that this pipeline does not take."""
+    for name in ("true_cfg_scale", "max_sequence_length"):
+        if getattr(sampling, name) is not None and name not in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(f"A {type(pipe).__name__} takes no {name}; leave it out.")
 
 
 def _as_numbers(

@@ -63,13 +63,14 @@ class Studio:
     def base_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the base was trained at; 512 where its files are not here yet."""
         from localctl.architectures import read_shape
-        from localctl.jobs.prepare import base_size
+        from localctl.jobs.abilities import Abilities
 
         known = next((size for name, size in _SIZES.items() if same_base(self.config.base, name)), None)
         if known is not None:
             return known
         try:
-            return base_size(read_shape(BaseConfig(name=self.config.base, local_files_only=True)))
+            base = BaseConfig(name=self.config.base, local_files_only=True)
+            return Abilities(base, read_shape(base)).size
         except (ValueError, OSError) as error:
             logger.info(f"the size of the base is not known yet ({first_line(error)}); the canvas begins at 512x512")
             return 512, 512
