@@ -296,8 +296,8 @@ def no_sigmas(kind: str, spacing: str) -> ValueError:
 def choose_pil_processors() -> None:
     """Make transformers use its PIL image processors if torchvision is not installed.
 
-    diffusers imports such processors by the names of their torchvision versions; transformers then falls back to the PIL
-    versions with a warning at every start. Choosing these explicitly avoids the warning; the result is the same.
+    diffusers imports some by the names of their torchvision versions; transformers then falls back to the PIL versions
+    with a warning at every start. Choosing these explicitly avoids the warning; the result is the same.
     """
     if importlib.util.find_spec("torchvision") is not None:
         return

@@ -24,13 +24,12 @@ from localctl.pipelines import knows_sigmas, no_sigmas, with_scheduler
 from localctl.previews import OnStep, each_step
 from localctl.sampling_settings import FREE, own_sampling
 from localctl.sampling_settings import Sampling as Sampling
+from localctl.schedulers import check_seedable
 from localctl.seeding import generator, noise
 from localctl.sizes import near_side, shown
 
 __all__ = ["Attachment", "GenerateOutput", "Layouts", "attach", "generate", "image_size", "initial_noise", "outer_step"]
 
-# These schedulers sample one noise for the whole batch from their own seed, which the images' seeds cannot set.
-_OWN_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 # Arguments of the pipeline that generate sets itself.
 _RESERVED = ("prompt", "prompt_embeds", "latents", "generator", "num_images_per_prompt", "return_dict")
 _WAY_OUT = "; call the pipeline inside attach."
@@ -187,24 +186,6 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
         stochastic = getattr(pipe.scheduler.config, "stochastic_sampling", False)
         check_seedable(type(pipe.scheduler).__name__, type(pipe).__name__, stochastic)
         yield
-
-
-def check_seedable(kind: str, pipeline: str, stochastic: bool = False) -> None:
-    """Raise a ValueError for a scheduler whose noise cannot be set image by image.
-
-    kind, pipeline: names of their classes. stochastic: whether one for flow matching samples noise in each step.
-    """
-    if kind in _OWN_NOISE:
-        raise ValueError(
-            f"{kind} samples noise that the seeds cannot set; "
-            "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
-        )
-    # The pipelines of flow-matching bases pass no generator to their scheduler.
-    if kind == "FlowMatchLCMScheduler" or stochastic:
-        raise ValueError(
-            f"{kind} samples noise between the steps that the seeds cannot set on a {pipeline}; use euler without "
-            "stochastic_sampling, or call the pipeline inside attach."
-        )
 
 
 def _own(pipe: DiffusionPipeline, init: InitImage | None) -> Mapping[str, Any]:

@@ -207,8 +207,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     text = "weights such as (word:1.3) act, long prompts are read whole (default); false: marks are text"
     add("--prompt_weighting", type=boolean, nargs="?", const=True, metavar="BOOL", help=text)
-    words = "tokens of T5's or Qwen's that a transformer reads (default: its pipeline's)"
-    add("--max_sequence_length", type=int, metavar="N", help=words)
+    add("--max_sequence_length", type=int, metavar="N", help="tokens of T5's or Qwen's that a transformer reads")
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}

@@ -41,7 +41,7 @@ class OwnGuidance:
                 "give all of them one."
             )
         if self.controls:
-            check_one_call(denoiser)
+            denoiser.check_one_call()
         owners = (getattr(hook, "__self__", None) for hook in denoiser.module._forward_pre_hooks.values())
         if any(own.controls for owner in owners if isinstance(own := getattr(owner, "guidance", None), OwnGuidance)):
             raise ValueError(
@@ -76,23 +76,6 @@ class OwnGuidance:
         found, first = output[0], len(output[0]) - len(without)
         mixed = torch.cat([found[:first], torch.lerp(without, found[first:], share)])
         return (mixed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=mixed)
-
-
-def check_one_call(family: Denoiser | type[Denoiser], tells_scale: bool = True) -> None:
-    """Raise a ValueError for a family with whose pipelines no control can have a guidance scale of its own.
-
-    ``tells_scale``: whether the pipeline has its guidance scale as an attribute.
-    """
-    if not family.guides_in_one_call:
-        raise ValueError(
-            f"The pipelines of the {family.name} do not compute negative + g (prompt - negative) from one call for "
-            "both, so no control can have a guidance scale of its own; leave it out."
-        )
-    if not tells_scale:
-        raise ValueError(
-            f"The pipelines of the {family.name} do not tell their guidance scale, so no control can have one of its "
-            "own; leave it out."
-        )
 
 
 def residuals_of(controls: Sequence[BoundControl], context: CallContext) -> Residuals | None:

@@ -33,6 +33,7 @@ class Flux(Packed):
         "txt_ids",
     )
     not_per_row: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+    tokenizers: ClassVar = ("tokenizer_2",)
     block_lists: ClassVar = ("transformer_blocks", "single_transformer_blocks")
 
     def __init__(self, module: Any, pipe: Any = None) -> None:

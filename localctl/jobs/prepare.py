@@ -15,10 +15,11 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import check_control_guidance
+from localctl.denoisers.abilities import Abilities
 from localctl.distributed import process_device
 from localctl.image_to_image import InitImage
-from localctl.jobs.abilities import Abilities, check_abilities
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
+from localctl.jobs.checks import check_abilities
 from localctl.jobs.inputs import (
     AdapterJob,
     Size,
@@ -219,13 +220,12 @@ def _check_sampling(options: SampleSettings, variants: Sequence[Variant], base: 
     open_scale = guidance.by == "guidance_scale" and options.guidance_scale is None
     without = not open_scale and not guidance.is_on(options)
     if without:
-        needed = f"give a --{guidance.by} above {guidance.above:g}" if guidance.by else "leave it out on this base"
         for name, wanted in (
             ("unconditional_scale", set(options.unconditional_scale) != {1.0}),
             ("guidance_rescale", bool(options.guidance_rescale)),
         ):
             if wanted:
-                raise ValueError(f"--{name} does nothing without guidance; {needed}.")
+                raise ValueError(f"--{name} does nothing without guidance; {guidance.way_on()}.")
     encoders = [shape.parts[part] for part in shape.parts if part.startswith("text")]
     layers = min(encoder.get("num_hidden_layers", 12) for encoder in encoders)
     most = layers - ("text_encoder_2" in shape.parts)  # SDXL and SD3 read the last but one layer without a skip

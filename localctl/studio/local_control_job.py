@@ -18,9 +18,9 @@ from localctl.bases import same_base
 from localctl.condition_models import load_model
 from localctl.conditions import extract
 from localctl.data.geometry import IMAGE, geometry
+from localctl.denoisers.abilities import Abilities
 from localctl.drawing import overlay_edges
 from localctl.images import condition_to_pil
-from localctl.jobs.abilities import Abilities
 from localctl.jobs.inputs import Size, choose_size, size_multiple
 from localctl.labels import one_line
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, canny, edge_scores, match_edges
