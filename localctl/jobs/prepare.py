@@ -278,7 +278,6 @@ def _check_numbers(options: SampleSettings) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
-    Sampling.of(options)  # ValueError for others out of range
     for scale in options.unconditional_scale:
         check_control_guidance(scale, options.control_guidance_scale)
     for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
@@ -286,6 +285,7 @@ def _check_numbers(options: SampleSettings) -> None:
             raise ValueError(f"--{name} must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
+    Sampling.of(options)  # ValueError for others out of range
 
 
 def _check_counts(options: SampleSettings) -> None:

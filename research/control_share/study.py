@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> str:
     """Load, generate, measure and write; return the table."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
-    adapters = {adapter.name: adapter.load() for adapter in found}
+    adapters = {label_of(adapter.name): adapter.load() for adapter in found}
     own = harness.suits(args.base)
     for name in ("guidance_scale", "scheduler"):
         if getattr(args, name) is None:
@@ -249,6 +249,6 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
         edges=YARDSTICK,
         weights_sha256={
             "base": harness.sha256_of_base(Path(resolve_base(args.base).id_or_path)),
-            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
+            **{label_of(adapter.name): sha256_of_folder(adapter.place) for adapter in found},
         },
     )

@@ -75,10 +75,19 @@ def test_an_adapter_is_followed_inside_its_mask(family_folders: Folders, tmp_pat
     adapter.register_to_config(base=str(folder), condition=CANNY)
     adapter.save_pretrained(tmp_path / "follows")
     studio = studio_on(folder, adapter=[str(tmp_path / "follows")], runs=str(tmp_path / "runs"))
-    photo = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    cells = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    Image.fromarray(np.kron(cells, np.ones((8, 8, 1))).astype(np.uint8)).save(tmp_path / "photo.png")
     left = {"id": "m1", "color": 0, "phrase": "adapter 1", "box": [0, 0, 0.5, 1]}
     values: dict[str, Any] = {
-        **{"prompt": "a cat", "photo": photo, "source": "a photo", "low": 20, "high": 60, "cells": 8, "steps": 2},
+        **{
+            "prompt": "a cat",
+            "photo": str(tmp_path / "photo.png"),
+            "source": "a photo",
+            "low": 20,
+            "high": 60,
+            "cells": 8,
+            "steps": 2,
+        },
         **{"scene": {"width": 64, "height": 64, "regions": [left]}, "seed": "1", "images": 1, "scheduler": "auto"},
         **{"adapter1": "follows", "weight1": 1, "start1": 0, "end1": 1, "unconditional_scale": 0},
     }
