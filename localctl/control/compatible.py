@@ -198,12 +198,14 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     """
     factor = shape.vae_scale_factor
     side = 64 * factor
-    known = {name: options[name] for name in SHAPE if name in options}
+    known = {name: options[name] for name in (*SHAPE, "token_width") if name in options}
     made: list[tuple[int, ...]] | None = None
     # RuntimeError: levels that do not fit each other, as full_adapter_xl widens on its second and third only. The other
     # errors: configs written by hand.
     with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
         mask = int(known.get("adapter_type") == TOKENS)  # one more channel
+        if not mask:
+            known.pop("token_width", None)
         kind: Any = LocalAdapter if mask else T2IAdapter
         features = kind(**known)(torch.zeros(1, known.get("in_channels", 3) + mask, side, side))
         made = [tuple(feature.shape[1:]) for feature in features]

@@ -14,6 +14,7 @@ from localctl.denoisers.configs import Guidance
 from localctl.denoisers.flux import Flux
 from localctl.denoisers.transformer import chat_positions
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 
 
@@ -44,7 +45,7 @@ class Flux2(Flux):
         return {
             "img_ids": image.to(text.device),
             "txt_ids": self.pipe._prepare_text_ids(text).to(text.device),
-            "guidance": None,
+            "guidance": (conditioning.added or {}).get("guidance"),
         }
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -63,6 +64,9 @@ class Flux2(Flux):
         """Return the embeddings (K, C) of each text; padding is not masked out by these pipelines."""
         options = {name: arguments[name] for name in ("device", "max_sequence_length", "text_encoder_out_layers")}
         return list(type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), **options)[0])
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        return PromptEmbeds(self.pipe.encode_prompt(captions, **options)[0])
 
     @torch.no_grad()
     def condition(

@@ -89,8 +89,9 @@ class FidSettings:
         for name, default in (("unconditional_scale", 1.0), ("control_guidance_scale", None)):
             if self.adapter is None and getattr(self, name) != default:
                 raise ValueError(f"{name} is for an adapter, but there is none; give adapter, or leave it out.")
-        if self.guidance_scale is None and self.base.name in BASES:
-            self.guidance_scale = BASES[self.base.name].guidance_scale
+        known = BASES.get(self.base.name)
+        if self.guidance_scale is None and known is not None and not known.pipelines:
+            self.guidance_scale = known.guidance_scale
         check_own_guidance(self.unconditional_scale, self.control_guidance_scale, self.guidance_scale)
 
     @property

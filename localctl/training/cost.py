@@ -26,7 +26,7 @@ from localctl.adapter import LocalAdapter
 from localctl.architectures import TABLE, BaseShape, read_shape
 from localctl.diffusion import latent_size
 from localctl.pipelines import DTYPES, BaseConfig
-from localctl.training.models import plan_adapter
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.settings import AdapterConfig, TrainSettings
 
 SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024}  # the image sides at which these bases were trained

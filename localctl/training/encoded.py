@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from localctl.architectures import TEXT_PARTS
 from localctl.bases import not_loaded
 from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
@@ -166,7 +167,7 @@ def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     VAE is used for edges in decoded images."""
     encoded = isinstance(source, EncodedSource) and not settings.generates_images
     vae = () if settings.loss.filter == "edges" else ("vae",)
-    return () if not encoded else (*vae, "text_encoder", "text_encoder_2")
+    return () if not encoded else (*vae, *TEXT_PARTS)
 
 
 def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:

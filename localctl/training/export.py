@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import TOKENS, LocalAdapter
 from localctl.bases import BASES
 from localctl.files import first_line, read_json, remove, write_json, write_text
 from localctl.redaction import recorded
@@ -44,12 +44,14 @@ class Finished:
 
 
 def export(adapter: LocalAdapter, run: Finished, folder: Path) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none.
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none. An adapter for a
+    transformer, for which diffusers has no class, is written once.
 
     Raises:
         OSError: a file could not be written; the message names it, and earlier files stay.
     """
-    write_folders(folder, {ADAPTER: adapter.save_pretrained, T2IADAPTER: adapter.save_t2iadapter})
+    plain = {} if adapter.config["adapter_type"] == TOKENS else {T2IADAPTER: adapter.save_t2iadapter}
+    write_folders(folder, {ADAPTER: adapter.save_pretrained, **plain})
     write_text(folder / CARD, model_card(run))
 
 

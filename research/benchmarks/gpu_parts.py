@@ -191,7 +191,7 @@ class Comparison:
             made[variant.name] = one
             rows[variant.name] = {
                 "base": self.base, "side": side, "batch": batch, "variant": variant.name,
-                "compiled": any(module._compiled_call_impl for module in one.state.models.unet.modules()),
+                "compiled": any(module._compiled_call_impl for module in one.state.models.network.modules()),
                 "gib": bench.allocated() - before, "first_step_seconds": first,
                 "start_seconds": time.perf_counter() - begun,
             }  # fmt: skip

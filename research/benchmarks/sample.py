@@ -36,7 +36,7 @@ from localctl.control.spacetime import SpaceTimeAttention
 from localctl.layout import Layout, Region
 from localctl.pipelines import load_pipeline, resolve_base
 from localctl.sampling import generate
-from localctl.training.models import plan_adapter
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.settings import TrainSettings
 from research.benchmarks.shapes import random_pipeline, shape_of
 from research.benchmarks.timing import Deadline, Spread, in_turns, peak_of, ratios

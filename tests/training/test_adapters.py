@@ -8,7 +8,8 @@ from training_helpers import tiny_settings
 from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
 from localctl.conditions import ConditionConfig
-from localctl.training.models import load_models, plan_adapter
+from localctl.training.adapter_plan import plan_adapter
+from localctl.training.models import load_models
 from localctl.training.settings import AdapterConfig
 
 CPU = torch.device("cpu")
