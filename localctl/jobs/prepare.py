@@ -95,6 +95,8 @@ def prepare(options: SampleSettings) -> Job:
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     init = read_init(options, variants)
+    if any(region.negative_prompt for layout in layouts for region in layout.regions):
+        notes.append("Negative prompts of regions do nothing here; they act in Python, by the control NegativePrompts.")
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, known)
     followed: list[Any] = [*sources, *of_nets, *([init] if init else [])]

@@ -28,6 +28,7 @@ from localctl.denoisers.joint import dispatched
 from localctl.image_to_image import InitImage
 from localctl.layout import Layout, Region
 from localctl.pipelines import load_pipeline, set_scheduler
+from localctl.previews import LatentPreview
 from localctl.sampling import generate
 
 pytest_plugins = ["families"]
@@ -318,6 +319,17 @@ def test_each_step_shows_unpacked_latents(load: Any, name: str) -> None:
     last = denoiser.unpacked(last, (SIDE, 2 * SIDE)) if name != "flux2" else last  # whose pipeline unpacks them
     torch.testing.assert_close(last, shown[-1].latents, rtol=0, atol=1e-3)
     assert torch.equal(denoiser.unpacked(denoiser.packed(last), (SIDE, 2 * SIDE)), last)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_preview_of_the_last_step_is_the_image(load: Any, name: str) -> None:
+    """By a small VAE, also one for videos, or of patches with a norm of their own."""
+    shown: list[Any] = []
+    pipe, size = load(name), {"height": SIDE, "width": 2 * SIDE}
+    options = {**FAMILIES[name].call, "num_inference_steps": 2, **size}
+    (image,) = generate(pipe, LAYOUT, [], seeds=1, on_step=shown.append, **options).images
+    (preview,) = LatentPreview(pipe)(shown[-1].latents)
+    assert np.abs(np.asarray(preview).astype(int) - np.asarray(image)).max() <= 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,13 +53,12 @@ def reports_of(studio: Studio, settings: Any, folder: Path, heat: bool = False) 
 def test_a_layout_is_generated_with_heat_maps_and_its_image_repeats(
     family_folders: Folders, tmp_path: Path, name: str
 ) -> None:
-    """Of Qwen-Image's latents there are no previews."""
     studio = studio_on(family_folders(name))
     form = read_place({**PLACE, **({"true_cfg_scale": "3"} if name == "qwen_image" else {})}, studio.config)
     (tmp_path / "page").mkdir()
     reports = reports_of(studio, settings_for(form, tmp_path / "page", studio.config), tmp_path / "page", heat=True)
     steps = [item for item in reports if isinstance(item, Step)]
-    assert len(steps) == 2 and {len(step.previews) for step in steps} == {int(name == "sd3")}
+    assert len(steps) == 2 and {len(step.previews) for step in steps} == {1}
     shown = [item for item in reports if isinstance(item, Shown)]
     assert [item.kind for item in shown] == ["image", "heat", "heat"]
     again = tmp_path / "again"
