@@ -1,4 +1,4 @@
-"""The studies on a transformer of the embedded scenes: how it is sampled, and results that name it without its folder."""
+"""The studies on a transformer of the embedded scenes: its sampling, and results that name it without its folder."""
 
 from __future__ import annotations
 
