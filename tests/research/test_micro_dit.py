@@ -12,9 +12,9 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
 from localctl.bases import MICRO_WEIGHTS
+from research.bases import sha256_of_base, suits
 from research.control_share.__main__ import main as control_share
 from research.flags import label_of
-from research.harness import sha256_of_base, suits
 from research.layout_benchmark.__main__ import main as layout_benchmark
 from research.micro_base.export import export_transformer
 from research.micro_base.transformer import new_transformer
