@@ -14,8 +14,8 @@ from localctl.sampling_settings import Sampling
 
 def sha256_of_base(base: Path) -> str:
     """Return the hash of the weights that images depend on: denoiser, text encoders and VAE."""
-    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
-    parts = parts if (base / parts[0]).is_dir() else ("unet", "text_encoder", "vae")
+    transformer = (base / "transformer").is_dir()
+    parts = ["transformer", "text_encoder", "text_encoder_2", "vae"] if transformer else ["unet", "text_encoder", "vae"]
     return sha256("".join(sha256_of_folder(base / part) for part in parts))
 
 

@@ -104,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = methods(args.methods, args.set, args.base, fixed)
     work = args.work_dir or Path(f"outputs/{name}_work")
     study = LayoutBenchmark(
-        protocol_of(args, tune, suits(args.base).scheduler), folder, work, args.batch_size, args.device
+        protocol_of(args, tune, suits(args.base).scheduler or Protocol.scheduler),
+        folder,
+        work,
+        args.batch_size,
+        args.device,
     )
     write = write_tuning if tune else write_report
     study.run(chosen, lambda: write(folder, page))
