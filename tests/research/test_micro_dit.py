@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from localctl.adapter import LocalAdapter
 from localctl.bases import MICRO_WEIGHTS
+from research import heat_maps
 from research.bases import sha256_of_base, suits
 from research.control_share.__main__ import main as control_share
 from research.flags import label_of
@@ -54,7 +55,7 @@ def test_each_base_is_sampled_as_suits_it(base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_studies_run_on_it(base: Path, tmp_path: Path) -> None:
+def test_the_studies_run_on_it(base: Path, tmp_path: Path) -> None:
     page = tmp_path / "micro_dit_layouts.md"
     few = ["--layouts", "3", "--references", "8", "--methods", "bias", "guidance"]
     given = ["--base", str(base), "--num_inference_steps", "2"]
@@ -75,3 +76,8 @@ def test_both_studies_run_on_it(base: Path, tmp_path: Path) -> None:
     assert [result["adapter"] for result in content["results"]] == ["run"]
     assert content["results"][0]["control"]["value"] == 0  # untrained: as without it
     assert str(tmp_path) not in json.dumps([content, results])
+    sheet = tmp_path / "heat.png"
+    assert (
+        heat_maps.main([*given, "--layout", "examples/scene.json", "--controls", "bias", "--output", str(sheet)]) == 0
+    )
+    assert sheet.is_file()
