@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from localctl.schedulers import SchedulerName
@@ -22,7 +22,8 @@ class BaseSpec:
         Diffusion settles the layout; on the schedules of micro and PixArt, almost nothing of the image is left at most
         of them. Logit-normal, which prefers the middle, is for flow matching (arXiv 2403.03206).
     scheduler: default for the images that a training generates.
-    pipelines: the classes of pipelines with transformers for which these are the defaults.
+    pipelines: the classes of pipelines with transformers for which these are the defaults. guided_by: the argument of
+        theirs that the guidance scale is.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BaseSpec:
     file: str | None = None
     scheduler: SchedulerName = "ddim"
     pipelines: tuple[str, ...] = ()
+    guided_by: str = "guidance_scale"
 
 
 def _flow(name: str, id: str, guidance_scale: float, *pipelines: str) -> BaseSpec:
@@ -54,7 +56,7 @@ BASES = {
     "sd3": _flow("sd3", "stabilityai/stable-diffusion-3.5-medium", 4.5, "StableDiffusion3Pipeline"),
     "flux": _flow("flux", "black-forest-labs/FLUX.1-dev", 3.5, "FluxPipeline"),
     "flux2": _flow("flux2", "black-forest-labs/FLUX.2-klein-4B", 4.0, "Flux2KleinPipeline", "Flux2Pipeline"),
-    "qwen_image": _flow("qwen_image", "Qwen/Qwen-Image", 4.0, "QwenImagePipeline"),
+    "qwen_image": replace(_flow("qwen_image", "Qwen/Qwen-Image", 4.0, "QwenImagePipeline"), guided_by="true_cfg_scale"),
     "z_image": _flow("z_image", "Tongyi-MAI/Z-Image-Turbo", 0.0, "ZImagePipeline"),
 }
 TRANSFORMER_PIPELINES = tuple(name for spec in BASES.values() for name in spec.pipelines)

@@ -80,19 +80,12 @@ class InitImage:
         """
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting  # slow, and loads image processors
 
+        check_task(type(pipe), self.mask is not None, given)
         kind: Any = AutoPipelineForImage2Image if self.mask is None else AutoPipelineForInpainting
-        try:
-            other = kind.from_pipe(pipe)
-            if "strength" not in inspect.signature(other.__call__).parameters:  # FLUX.2's, which edits images
-                raise ValueError(f"{type(other).__name__} has no strength")
-        except ValueError as error:
-            task = "image-to-image" if self.mask is None else "inpainting"
-            raise ValueError(
-                f"diffusers has no {task} pipeline beside {type(pipe).__name__}; start from noise, without init."
-            ) from error
-        for name in given:
-            if name not in inspect.signature(other.__call__).parameters:
-                raise ValueError(f"{type(other).__name__} has no {name}; leave it out, or start from noise.")
+        other = kind.from_pipe(pipe)
+        channels = getattr(other.vae.config, "latent_channels", None)
+        if channels is not None:  # by which latents are told from pixels; Z-Image's pipeline leaves it at 4
+            other.image_processor.register_to_config(vae_latent_channels=channels)
         other.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return other
 
@@ -117,3 +110,23 @@ class InitImage:
         share = self.mask[0].numpy()[..., None]  # (H, W, 1)
         mixed = np.asarray(image, np.float32) * share + np.asarray(self.image, np.float32) * (1 - share)
         return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def check_task(pipeline: type[Any], repaints: bool, given: Iterable[str] = ()) -> None:
+    """Raise a ValueError if diffusers has no pipeline that starts from an image beside this class of pipelines, or for
+    an argument among those ``given`` that it does not take. ``repaints``: whether within a mask."""
+    from diffusers.pipelines import auto_pipeline as known  # slow, and loads image processors
+
+    images, repainted = known.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, known.AUTO_INPAINT_PIPELINES_MAPPING
+    tables = (known.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, images, repainted)
+    families = [name for table in tables for name, kind in table.items() if kind.__name__ == pipeline.__name__]
+    found = (repainted if repaints else images).get(families[0]) if families else None
+    taken = () if found is None else inspect.signature(found.__call__).parameters
+    if found is None or "strength" not in taken:  # FLUX.2's edits images
+        task = "inpainting" if repaints else "image-to-image"
+        raise ValueError(
+            f"diffusers has no {task} pipeline beside {pipeline.__name__}; start from noise, without init."
+        )
+    for name in given:
+        if name not in taken:
+            raise ValueError(f"{found.__name__} has no {name}; leave it out, or start from noise.")

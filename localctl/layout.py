@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -269,6 +269,15 @@ def as_layouts(layout: Layout | str | Sequence[Layout | str]) -> tuple[Layout, .
     if not several:
         raise ValueError("There is no layout to generate an image from; give at least one prompt.")
     return tuple(item if isinstance(item, Layout) else Layout(item) for item in several)
+
+
+def texts_of(layouts: Iterable[Layout]) -> list[str]:
+    """Return all texts of layouts: their prompts, and those of their regions."""
+    several = [
+        (layout.prompt, *(text for region in layout.regions for text in (region.prompt, region.negative_prompt)))
+        for layout in layouts
+    ]
+    return [text for texts in several for text in texts if text]
 
 
 def find_words(prompt: str, phrase: str) -> list[tuple[int, int]]:

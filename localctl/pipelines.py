@@ -290,13 +290,13 @@ def no_sigmas(kind: str, spacing: str) -> ValueError:
 def choose_pil_processors() -> None:
     """Make transformers use its PIL image processors if torchvision is not installed.
 
-    diffusers imports two processors by the names of their torchvision versions; transformers then falls back to the PIL
-    versions with a warning at every start. Choosing these explicitly avoids the warning; the result is the same.
+    diffusers imports some by the names of their torchvision versions; transformers then falls back to the PIL versions
+    with a warning at every start. Choosing these explicitly avoids the warning; the result is the same.
     """
     if importlib.util.find_spec("torchvision") is not None:
         return
     # Not imported at the top, as diffusers replaces the module object while it is imported.
     transformers = importlib.import_module("transformers")
-    for name in ("CLIPImageProcessor", "SiglipImageProcessor"):
+    for name in ("CLIPImageProcessor", "SiglipImageProcessor", "Siglip2ImageProcessor"):
         if name not in vars(transformers) and hasattr(transformers, f"{name}Pil"):
             setattr(transformers, name, getattr(transformers, f"{name}Pil"))

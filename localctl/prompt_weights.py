@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,20 @@ def check_prompt(prompt: Text) -> WeightedText:
             "them as text with prompt_weighting=false."
         )
     return text
+
+
+def refuse_weights(denoiser: str, texts: Iterable[str | None], wanted: bool | None = None) -> None:
+    """Raise a ValueError for weights in texts of a base that cannot encode them, or if they are ``wanted`` there.
+
+    ``denoiser``: what the base has, for the sentence.
+    """
+    weighted = next((text for text in texts if text and read_weights(text).is_weighted), None)
+    if weighted is not None or wanted:
+        subject = "prompt_weighting=True" if weighted is None else f"The prompt {shown(weighted)} has weights, which"
+        raise ValueError(
+            f"{subject} acts on Stable Diffusion 1.x, 2.x and XL only, not on a {denoiser}; give "
+            "prompt_weighting=False to read marks as text."
+        )
 
 
 def reads_weights(pipe: Any) -> bool:

@@ -47,6 +47,8 @@ FLOW_SCHEDULERS = {
     "heun": "FlowMatchHeunDiscreteScheduler",
     "lcm": "FlowMatchLCMScheduler",
 }
+# These schedulers sample one noise for the whole batch from their own seed, which the images' seeds cannot set.
+_OWN_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 SIGMAS = ("karras", "exponential", "beta")  # spacings of the steps, by diffusers' settings use_karras_sigmas and so on
 MOST_STEPS = {"lcm": 50, "tcd": 50}  # of the models that these were made for
 
@@ -74,3 +76,21 @@ def scheduler_class(name: str, pipeline: str, flow: bool) -> str:
             f"one of {', '.join(known)}."
         )
     return FLOW_SCHEDULERS[name]
+
+
+def check_seedable(kind: str, pipeline: str, stochastic: bool = False) -> None:
+    """Raise a ValueError for a scheduler whose noise cannot be set image by image.
+
+    kind, pipeline: names of their classes. stochastic: whether one for flow matching samples noise in each step.
+    """
+    if kind in _OWN_NOISE:
+        raise ValueError(
+            f"{kind} samples noise that the seeds cannot set; "
+            "use DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++'."
+        )
+    # The pipelines of flow-matching bases pass no generator to their scheduler.
+    if kind == "FlowMatchLCMScheduler" or stochastic:
+        raise ValueError(
+            f"{kind} samples noise between the steps that the seeds cannot set on a {pipeline}; use euler without "
+            "stochastic_sampling, or call the pipeline inside attach."
+        )

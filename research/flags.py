@@ -38,9 +38,19 @@ class Protocol:
         check_least(self, self.LEAST)
 
     def plain(self) -> dict[str, Any]:
-        """Return the values as JSON would read them back (tuples as lists), leaving out None."""
+        """Return the values as JSON would read them back (tuples as lists), leaving out None, with the base's label."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
+        values["base"] = label_of(self.base)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def label_of(place: str | Path) -> str:
+    """Return what pages and results call a base or an adapter: a folder without the folders it lies in, and without a
+    last part that says only what it is."""
+    path = Path(place)
+    if not path.is_absolute():
+        return str(place)
+    return path.parent.name if path.name in ("base", "adapter") else path.name
 
 
 def add_protocol(parser: ArgumentParser, protocol: Protocol) -> None:

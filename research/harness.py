@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from localctl.control.base import Control
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
-from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image, png_bytes
 from localctl.jobs.variants import file_label
 from localctl.layout import Layout
@@ -33,6 +32,7 @@ from localctl.micro.scenes import SIZE, Scene, scene
 from localctl.pipelines import resolve_base
 from localctl.sampling import generate
 from research import flags
+from research.bases import sha256_of_base
 
 logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
@@ -338,9 +338,3 @@ def provenance(
 def of_first_base(asked: Mapping[str, Any]) -> bool:
     """Return whether a result was measured on the embedded base before its second training."""
     return asked["protocol"]["base"] == "micro" and asked.get("base_sha256", FIRST_BASE) == FIRST_BASE
-
-
-def sha256_of_base(base: Path) -> str:
-    """Return the hash of the weights that images depend on: U-Net, text encoder and VAE."""
-    parts = (sha256_of_folder(base / part) for part in ("unet", "text_encoder", "vae"))
-    return sha256("".join(parts))

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,9 +37,11 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure() -> None:
     """One thread, from before the first picture: tests fork processes, which cannot use the pools of threads of their
-    parent, and runs that are to be equal bit for bit must sum in the same order."""
+    parent, and runs that are to be equal bit for bit must sum in the same order. Nothing waits for the disk, which
+    matters for a power cut alone."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    os.fsync = lambda descriptor: None
     choose_pil_processors()  # pipelines are not to be imported before it
 
 

@@ -183,7 +183,11 @@ def _add_size_flags(parser: argparse.ArgumentParser) -> None:
         "base's.",
     ).add_argument
     add("--resolution", type=size, metavar="SIZE", help="512 (a square) or WIDTHxHEIGHT such as 512x768")
-    add("--height", type=int, help="pixels, a multiple of 8; alone, the width follows the image's aspect ratio")
+    add(
+        "--height",
+        type=int,
+        help="pixels, a multiple of 8 (16 on most transformers); alone, the width follows the image's aspect ratio",
+    )
     add("--width", type=int, help="as --height")
 
 
@@ -193,15 +197,16 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     _several(group)(
         "--seeds",
         type=_seed,
-        help="one image per prompt and seed (default 0). A seed gives the same noise whatever the other images, the "
-        "batch size and the device; -1 is a seed like any other, not a random one",
+        help="one image per prompt and seed (default 0); a seed gives the same noise in any batch and on any device",
     )
     add("--num_inference_steps", type=int, help="default: 30")
-    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5)")
+    add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5 or less)")
+    add("--true_cfg_scale", type=float, help="guidance by a negative prompt on FLUX (default: none) and Qwen-Image (4)")
     add("--guidance_rescale", type=float, help="0 to 1, against over-exposed images; 0.7 is usual with v prediction")
     add("--negative_prompt", metavar="TEXT", help="what to guide away from")
     text = "weights such as (word:1.3) act, long prompts are read whole (default); false: marks are text"
     add("--prompt_weighting", type=boolean, nargs="?", const=True, metavar="BOOL", help=text)
+    add("--max_sequence_length", type=int, metavar="N", help="tokens of T5's or Qwen's that a transformer reads")
     add("--clip_skip", type=int, metavar="N", help="leave out the last N layers of the text encoder")
     add("--scheduler", choices=sorted(SCHEDULERS), help="default: what suits base and control")
     spacings = {"karras": "as Karras et al. do", "exponential": "evenly in log sigma", "beta": "by a beta distribution"}
@@ -228,7 +233,10 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_base_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("base").add_argument
-    add("--base", help="micro, sd15, sd21, sdxl, folder, file or hub id; default: the adapter's, or micro")
+    add(
+        "--base",
+        help="micro, sd15, sd21, sdxl, folder, file or hub id, also of transformers; default: the adapter's, or micro",
+    )
     add("--vae", metavar="PLACE", help="another VAE: a diffusers folder or a hub id")
     add("--variant", help="variant of the base's files, such as fp16")
     add("--revision", help="revision of the base on the hub")

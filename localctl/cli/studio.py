@@ -51,8 +51,8 @@ def _with_login(options: dict[str, Any]) -> dict[str, Any]:
     ValueError for a file that cannot be read, or two logins.
     """
     place = options.pop("auth_file", None)
+    login = os.environ.pop(LOGIN, None)  # processes that are started later do not inherit it
     if place is None:
-        login = os.environ.get(LOGIN)
         return {"auth": login, **options} if login else options
     if "auth" in options:
         raise ValueError("Give either --auth or --auth_file, not both.")

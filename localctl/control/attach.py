@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -14,10 +15,8 @@ from localctl.control.compiled import MORE_GRAPHS
 from localctl.control.methods import skipping_layers, uncompiled, wrapped
 from localctl.denoisers import SUPPORTED, denoiser_of
 from localctl.denoisers.base import Denoiser
-from localctl.layout import Layout, as_layouts
-from localctl.prompt_syntax import read_weights
-from localctl.prompt_weights import weighted_prompts
-from localctl.sizes import shown
+from localctl.layout import Layout, as_layouts, texts_of
+from localctl.prompt_weights import refuse_weights, weighted_prompts
 
 Layouts = Layout | str | Sequence[Layout | str]
 
@@ -63,6 +62,7 @@ def attach(
             way_out = getattr(control, "not_attached", "give objects such as LocalAdapterControl(...)")
             raise ValueError(f"{control!r} is not a control; {way_out}.")
     with (
+        _refusing(pipe, denoiser, prompt_weighting),
         weighted_prompts(pipe, _weighting(pipe, denoiser, prompt_weighting, as_layouts(layout))),
         _attached(Attachment(pipe, as_layouts(layout), controls)) as attachment,
     ):
@@ -78,14 +78,23 @@ def _weighting(
     """
     if denoiser.weighs_prompts or hasattr(pipe.encode_prompt, "reads_weights"):
         return wanted
-    weighted = next((layout.prompt for layout in layouts if read_weights(layout.prompt).is_weighted), None)
-    if wanted or (wanted is None and weighted is not None):
-        subject = "prompt_weighting=True" if weighted is None else f"The prompt {shown(weighted)} has weights, which"
-        raise ValueError(
-            f"{subject} acts on Stable Diffusion 1.x, 2.x and XL only, not on a {denoiser.name}; give "
-            "prompt_weighting=False to read marks as text."
-        )
+    if wanted is not False:
+        refuse_weights(denoiser.name, texts_of(layouts), wanted)
     return False
+
+
+def _refusing(pipe: DiffusionPipeline, denoiser: Denoiser, wanted: bool | None) -> AbstractContextManager[None]:
+    """Context in which weights in the texts of a call, a negative prompt among them, are refused where they would be
+    read as text."""
+    if denoiser.weighs_prompts or wanted is False or hasattr(pipe.encode_prompt, "reads_weights"):
+        return nullcontext()
+
+    def check(arguments: Mapping[str, Any]) -> None:
+        given = [value for name, value in arguments.items() if "prompt" in name and isinstance(value, (str, list))]
+        texts = [text for value in given for text in ([value] if isinstance(value, str) else value)]
+        refuse_weights(denoiser.name, (text for text in texts if isinstance(text, str)))
+
+    return wrapped(pipe, "encode_prompt", before=check)
 
 
 @contextmanager

@@ -309,4 +309,5 @@ class Attachment:
             sigma=functools.partial(sigma_at, scheduler, time, times),
             flow=is_flow(scheduler),
             has_negative=self.denoiser.has_negative(conditional),
+            again=self.denoiser.repeats,
         )

@@ -7,6 +7,7 @@ Symbols in shapes: R rows of the batch, n of them with the prompt, H heads, Q qu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,6 +137,21 @@ class Scores:
 
 
 HIDE = -1e4  # the bias by which diffusers hides keys
+
+
+def padded(texts: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Return texts (n_i, K_i, C) of any lengths as one tensor (n, K, C), and the bias (n, 1, K) that hides the ends of
+    shorter ones, or what the ``masks`` (n_i, 1, K_i) hide; None if that is nothing."""
+    longest = max(text.shape[1] for text in texts)
+    hidden = []
+    for text, mask in zip(texts, masks, strict=True):
+        own = text.new_zeros(len(text), 1, text.shape[1]) if mask is None else mask
+        hidden.append(nn.functional.pad(own, (0, longest - text.shape[1]), value=HIDE))
+    filled = [nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+    shorter = any(text.shape[1] < longest for text in texts) or any(mask is not None for mask in masks)
+    return torch.cat(filled), torch.cat(hidden) if shorter else None
+
+
 _HIDDEN = -1e3  # at most this: hidden
 
 

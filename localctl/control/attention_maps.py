@@ -172,7 +172,7 @@ class _BoundMaps(BoundControl):
         self._record = None
 
     def attends(self, context: CallContext, layer: AttentionLayer) -> bool:
-        chosen = layer.cross and (self.layers is None or layer.name in self.layers)
+        chosen = layer.cross and not context.again and (self.layers is None or layer.name in self.layers)
         return chosen and bool(context.guided_layouts) and context.within(self.control.start, self.control.end)
 
     @torch.no_grad()

@@ -55,6 +55,7 @@ class CallContext:
     layout_of_row: for each of the R rows of the batch, the index of its layout.
     conditional: for each row, whether it carries the prompt (True) or the negative prompt (False). has_negative:
         whether the running call of the pipeline has a negative prompt, in this call of the denoiser or in another.
+    again: whether this call repeats another of its step with blocks left out (SD3's skip-layer guidance).
     latent_size: (h, w) of the noisy latents. image_size: (H, W) in pixels.
     device, dtype: required of tensors that are passed to the denoiser.
     """
@@ -71,6 +72,7 @@ class CallContext:
     sigma: _LazyNumber = _LazyNumber()
     flow: bool = False
     has_negative: bool = True
+    again: bool = False
 
     @property
     def guided_rows(self) -> slice:

@@ -217,9 +217,15 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     if made is None or made != taken[: len(made)]:
         raise ValueError(
             f"For {side}x{side} pixels the adapter would make features of shapes "
-            f"{made or 'that do not fit each other'} but the base's {denoiser.name} takes {taken}; {way_out}."
+            f"{made or 'that do not fit each other'} but the base's {denoiser.name} takes {_brief(taken)}; {way_out}."
         )
     check_level_weights(options.get("level_weights"), len(made))
+
+
+def _brief(shapes: list[tuple[int, ...]]) -> str:
+    """Return shapes as a sentence shows them; those of a transformer's many blocks are all alike."""
+    alike = len(shapes) > 1 and len(set(shapes)) == 1
+    return f"{shapes[0]} after any of its {len(shapes)} blocks" if alike else str(shapes)
 
 
 def check_base(adapter: SavedAdapter, base: str, shape: BaseShape) -> str | None:

@@ -152,29 +152,33 @@ def _times(scheduler: Any) -> list[float]:
 
 def _position(scheduler: Any, times: list[float], timestep: float) -> int:
     """Return the index of ``timestep`` in the schedule's ``times``."""
+    # Timesteps of flow matching are no whole numbers, and pipelines round them to the denoiser's dtype, by which one of
+    # many may become another's. The scheduler counts its steps.
+    place = _next_place(scheduler) if is_flow(scheduler) else None
+    if place is not None and _rounded(scheduler, times, timestep, place):
+        return place
     found = [position for position, time in enumerate(times) if time == timestep]
-    if not found and is_flow(scheduler):
-        # Its timesteps are no whole numbers, and pipelines round them to the denoiser's dtype.
-        place = _next_place(scheduler)
-        if place < len(times) and abs(times[place] - timestep) <= _ROUNDED * scheduler.config.num_train_timesteps:
-            return place
+    if not found and is_flow(scheduler) and _rounded(scheduler, times, timestep, 0):
+        return 0  # before the first step
     if not found:
         raise ValueError(
             f"The denoiser was called at timestep {timestep}, which is not on the pipeline's schedule; call it at the "
             "scheduler's timesteps."
         )
     # Before the first step only begin_index is known, and only where a call does not begin at 0.
-    for name in ("step_index", "begin_index"):
-        index: Any = getattr(scheduler, name, None)
-        if index is not None:
-            return index if index in found else found[0]
-    return found[0]
+    place = _next_place(scheduler)
+    return place if place in found else found[0]
 
 
-def _next_place(scheduler: Any) -> int:
-    """Return the index of the timestep that the scheduler's next step is for."""
+def _rounded(scheduler: Any, times: list[float], timestep: float, place: int) -> bool:
+    """Return whether a timestep may be the one at ``place``, rounded to bfloat16."""
+    return place < len(times) and abs(times[place] - timestep) <= _ROUNDED * scheduler.config.num_train_timesteps
+
+
+def _next_place(scheduler: Any) -> int | None:
+    """Return the index of the timestep that the scheduler's next step is for; None where it is not known."""
     known = [getattr(scheduler, name, None) for name in ("step_index", "begin_index")]
-    return next((int(index) for index in known if index is not None), 0)
+    return next((int(index) for index in known if index is not None), None)
 
 
 def check_shiftable(scheduler: Any) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from localctl.control.attention import HIDE
+from localctl.control.attention import padded
 from localctl.control.base import CallContext, Mixture, Part
 from localctl.control.regions import BoundRegions
 from localctl.denoisers.base import AttentionLayer
@@ -105,20 +105,10 @@ class TextMixer:
             moved = [tensor.flatten().to(place) for tensor in found]
             indices.append((part, *moved, filled.flatten()[:, None].to(place)))
         rows, bases = (torch.tensor([one[column] for one in chosen], device=place) for column in (0, 1))
-        texts, hidden = _stacked([self.texts[one.region].to(place, context.dtype) for one in chosen])
+        own = [self.texts[one.region].to(place, context.dtype)[None] for one in chosen]
+        texts, hidden = padded(own, [None] * len(own))
         texts = self.regions.denoiser.text_in_layers(texts)
         return _Plan(order.to(place), texts, hidden, rows, bases, masks.to(place), tuple(indices))
-
-
-def _stacked(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return texts (K, C) of any lengths as one tensor (n, K, C), and the mask that hides the ends of shorter ones."""
-    longest = max(map(len, texts))
-    if all(len(text) == longest for text in texts):
-        return torch.stack(list(texts)), None
-    mask = texts[0].new_zeros(len(texts), 1, longest)
-    for row, text in enumerate(texts):
-        mask[row, :, len(text) :] = HIDE
-    return torch.stack([torch.nn.functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts]), mask
 
 
 def _alike(counts: Sequence[int]) -> list[slice]:

@@ -21,16 +21,14 @@ class NegativePrompts(RegionControl):
 
     The cross-attention of the rows of the negative prompt becomes (1 - sum_r m_r) a + sum_r m_r a_r, with a_r the
     layer's output for the text of region r and m_r its mask (divided by their sum where that exceeds 1). The pooled
-    text embedding of SDXL stays that of the call. Without classifier-free guidance this has no effect; on FLUX,
-    Qwen-Image and Z-Image, some of which never have a negative prompt, it is refused then.
+    text embedding of SDXL stays that of the call. Without guidance, there is no negative prompt, and it is refused.
 
     Args:
         start, end: active in the outer steps from start up to, not including, end (fractions of the steps).
         mask_resize: how regions are resized to each layer's grid, as for :func:`localctl.masks.resize_mask`.
 
     Raises:
-        ValueError: an unknown ``mask_resize`` or an invalid window; when the pipeline is called, no negative prompt on
-            those bases.
+        ValueError: an unknown ``mask_resize`` or an invalid window; when the pipeline is called, no negative prompt.
     """
 
     start: float = 0.0
@@ -60,10 +58,10 @@ class _BoundNegatives(BoundRegionControl[NegativePrompts]):
     @once_per_call
     def _pairs(self, context: CallContext) -> list[Pair]:
         """Return the texts to mix in: rows of the negative prompt, regions active in this step."""
-        denoiser = self.regions.denoiser
-        if self.mixer.texts and not context.has_negative and not denoiser.guides_in_one_call:
+        if self.mixer.texts and not context.has_negative:
+            name = self.regions.denoiser.name
             raise ValueError(
-                f"NegativePrompts changes the negative prompt, but this call with the {denoiser.name} has none; turn "
+                f"NegativePrompts changes the negative prompt, but this call with the {name} has none; turn "
                 "guidance with a negative prompt on (true_cfg_scale or guidance_scale), or leave NegativePrompts out."
             )
         rows = [row for row, conditional in enumerate(context.conditional) if not conditional]

@@ -40,11 +40,8 @@ class OwnGuidance:
                 f"The controls have guidance scales of their own, {' and '.join(f'{scale:g}' for scale in scales)}; "
                 "give all of them one."
             )
-        if self.controls and not denoiser.guides_in_one_call:
-            raise ValueError(
-                f"The pipelines of the {denoiser.name} do not compute negative + g (prompt - negative) from one call "
-                "for both, so no control can have a guidance scale of its own; leave it out."
-            )
+        if self.controls:
+            denoiser.check_one_call()
         owners = (getattr(hook, "__self__", None) for hook in denoiser.module._forward_pre_hooks.values())
         if any(own.controls for owner in owners if isinstance(own := getattr(owner, "guidance", None), OwnGuidance)):
             raise ValueError(

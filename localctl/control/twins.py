@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from localctl.control.attention import HIDE
-from localctl.control.base import Mixture
+from localctl.control.attention import padded
 from localctl.control.joint import JointProcessor
 from localctl.denoisers.base import Arguments, AttentionLayer, Denoiser
 
@@ -31,25 +29,11 @@ def with_twins(
     if mixtures is None:
         return arguments
     twins = torch.cat([mixture.rows for mixture in mixtures])
-    texts, hidden = _stacked(mixtures)
+    texts, hidden = padded([mixture.texts for mixture in mixtures], [mixture.mask for mixture in mixtures])
     for processor in processors:
         processor.twins = twins
     chosen = [*range(rows), *twins.tolist()]
     return denoiser.join_texts(select_rows(arguments, chosen, rows, denoiser.not_per_row), texts, hidden)
-
-
-def _stacked(mixtures: Sequence[Mixture]) -> tuple[Tensor, Tensor | None]:
-    """Return the texts (pairs, K, C) of all mixtures, and the bias (pairs, 1, K) that hides the ends of shorter ones;
-    None if all have one length."""
-    longest = max(mixture.texts.shape[1] for mixture in mixtures)
-    texts, hidden = [], []
-    for mixture in mixtures:
-        missing = longest - mixture.texts.shape[1]
-        own = mixture.texts[..., :1].mT * 0 if mixture.mask is None else mixture.mask
-        texts.append(pad(mixture.texts, (0, 0, 0, missing)))
-        hidden.append(pad(own, (0, missing), value=HIDE))
-    mask = torch.cat(hidden)
-    return torch.cat(texts), mask if bool(mask.any()) else None
 
 
 def select_rows(arguments: Arguments, rows: list[int], count: int, but: Sequence[str]) -> Arguments:

@@ -92,10 +92,10 @@ class Denoiser(Configured, Trained):
     attribute: ClassVar[str]  # of the pipeline, which holds the module
     classes: ClassVar[tuple[str, ...]] = ()  # names of the module's class; empty for any
     not_per_row: ClassVar[tuple[str, ...]] = ()  # arguments of a call whose first axis is not the batch's rows
-    guides_in_one_call: ClassVar[bool] = True  # negative + g (prompt - negative), from rows of one call
     groups: ClassVar[tuple[str, ...]]  # of layers, which hold all layers together, for choose_layers
     absent_hooks: ClassVar[tuple[str, ...]] = ()  # of bound controls, which have no place in this family
     weighs_prompts: ClassVar[bool] = False  # whether prompts with weights, and longer ones, can be encoded
+    repeats = False  # whether the running call repeats another of its step, with blocks left out
     encodes_always: ClassVar[bool] = True  # whether the pipeline calls ``encode_prompt`` with embeddings, too
     own_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline, unlike its defaults, for sampling with controls
 

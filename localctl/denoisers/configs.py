@@ -27,11 +27,17 @@ class Guidance:
         value = None if self.by is None else getattr(settings, self.by)
         return value is not None and value > self.above
 
+    def way_on(self, flag: str = "--") -> str:
+        """Return what to do to be guided, as a part of a sentence; ``flag``: what names of settings begin with."""
+        return f"give a {flag}{self.by} above {self.above:g}" if self.by else "choose a base with guidance"
+
 
 class Configured:
     """A family, by the configs of its bases alone."""
 
     name: ClassVar[str]  # used in messages
+    guides_in_one_call: ClassVar[bool] = True  # negative + g (prompt - negative), from rows of one call
+    tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)  # the first that a base has tells what is read of a prompt
     no_phrases: ClassVar[tuple[str, ...]] = ()  # pipelines in whose tokens phrases cannot be located
     latents_of_side: ClassVar[int | None] = None  # of images that the base was trained for; None: as its config says
 
@@ -59,4 +65,21 @@ class Configured:
             raise ValueError(
                 f"Phrases cannot be located in the tokens of a {pipeline}; use a base of FLUX.2 Klein, or regions "
                 "without phrases."
+            )
+
+    @classmethod
+    def check_one_call(cls, tells_scale: bool = True) -> None:
+        """Raise a ValueError if, with the pipelines of this family, no control can have a guidance scale of its own.
+
+        ``tells_scale``: whether the pipeline has its guidance scale as an attribute.
+        """
+        if not cls.guides_in_one_call:
+            raise ValueError(
+                f"The pipelines of the {cls.name} do not compute negative + g (prompt - negative) from one call for "
+                "both, so no control can have a guidance scale of its own; leave it out."
+            )
+        if not tells_scale:
+            raise ValueError(
+                f"The pipelines of the {cls.name} do not tell their guidance scale, so no control can have one of its "
+                "own; leave it out."
             )

@@ -36,8 +36,8 @@ class Flux(Packed):
         "txt_ids",
     )
     not_per_row: ClassVar[tuple[str, ...]] = ("img_ids", "txt_ids")
+    tokenizers: ClassVar = ("tokenizer_2",)
     block_lists: ClassVar = ("transformer_blocks", "single_transformer_blocks")
-    last_tokenizer = "tokenizer_2"
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
         super().__init__(module, pipe)

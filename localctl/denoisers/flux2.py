@@ -26,8 +26,7 @@ class Flux2(Flux):
     classes = ("Flux2Transformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
     not_per_row = ()
-    last_tokenizer = "tokenizer"
-    no_phrases = ("Flux2Pipeline",)
+    no_phrases, tokenizers = ("Flux2Pipeline",), ("tokenizer",)
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:

@@ -29,13 +29,9 @@ class SD3(Transformer):
     classes = ("SD3Transformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     image_output = 1
-    last_tokenizer = "tokenizer_3"
+    tokenizers = ("tokenizer_3", "tokenizer")
     longest_text = 256
     further_tokens = 77
-
-    def __init__(self, module: Any, pipe: Any = None) -> None:
-        super().__init__(module, pipe)
-        self._skips = False  # whether the running call is that of skip-layer guidance
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
@@ -58,13 +54,13 @@ class SD3(Transformer):
                 _check_processor(attn.processor, name)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> DenoiserInputs:
-        """Return the inputs, and note whether layers are skipped."""
-        self._skips = bool(kwargs.get("skip_layers"))
+        """Return the inputs, and note whether the call is that of skip-layer guidance."""
+        self.repeats = bool(kwargs.get("skip_layers"))
         return super().read(args, kwargs)
 
     def has_negative(self, conditional: Sequence[bool]) -> bool:
         """Return whether the call has a negative prompt; that of skip-layer guidance follows one that has."""
-        return self._skips or super().has_negative(conditional)
+        return self.repeats or super().has_negative(conditional)
 
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
         """Raise a ValueError for a phrase after the tokens that the call reads, or for settings of attention that the

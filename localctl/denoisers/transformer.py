@@ -49,7 +49,6 @@ class Transformer(Denoiser):
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
     in_halves = False  # residuals are added by hooks
     by_flow = True
-    last_tokenizer: ClassVar[str] = "tokenizer"  # of the text encoder that reads most of a caption
     longest_text: ClassVar[int] = 512  # tokens that are read by default
     further_tokens: ClassVar[int] = 0  # of CLIP, beside them
     fills_texts: ClassVar[bool] = False  # whether shorter texts have fewer tokens
@@ -273,7 +272,7 @@ class Transformer(Denoiser):
     @property
     def caption_tokens(self) -> tuple[Any, int]:
         """The tokenizer of the text encoder that reads most of a caption, and how many of its tokens are read."""
-        tokenizer = getattr(self.pipe, self.last_tokenizer) or self.pipe.tokenizer
+        tokenizer = next(one for name in self.tokenizers if (one := getattr(self.pipe, name)) is not None)
         return tokenizer, min(self.text_length or self.longest_text, tokenizer.model_max_length)
 
     # Text

@@ -31,7 +31,7 @@ from localctl.data import Example, MaskedSamples, SampleRef, Source, open_data
 from localctl.distributed import process_device, processes
 from localctl.evaluation.provenance import read_json, versions, write_bytes, write_json, write_json_once
 from localctl.evaluation.settings import FidSettings
-from localctl.evaluation.steered import generate_like, load_adapter, load_controlnet
+from localctl.evaluation.steered import generate_like, load_adapter, load_controlnet, suited
 from localctl.evaluation.workers import spread
 from localctl.files import sha256_of_folder
 from localctl.images import ImageError, load_image, png_bytes
@@ -91,8 +91,8 @@ class SetGenerator:
     """
 
     def __init__(self, settings: FidSettings, name: str) -> None:
+        settings, self.negative_prompt = suited(settings)
         self.settings, self.folder = settings, settings.folder / name
-        resolve_base(settings.base.name)
         adapter = None if settings.adapter is None else find_adapter(settings.adapter, settings.base.local_files_only)
         self.steering = load_controlnet(settings) if adapter is None else load_adapter(adapter, settings)
         self.samples = MaskedSamples(open_source(settings), settings.mask, settings.seed)
@@ -119,7 +119,7 @@ class SetGenerator:
             self.pipe.set_progress_bar_config(disable=True)
         began = time.perf_counter()
         examples = [example_of(self.samples, index, self.single) for index in batch]
-        _generate_batch(self.pipe, self.steering, examples, batch, self.folder, self.settings)
+        _generate_batch(self.pipe, self.steering, examples, batch, self.folder, self.settings, self.negative_prompt)
         count = self.settings.num_workers or processes()[1]
         timing = {"pictures": len(batch), "seconds": time.perf_counter() - began, "processes": count}
         path = self.folder / "timing" / f"{image_id(batch[0])}.json"
@@ -166,12 +166,14 @@ def _generate_batch(
     indices: Sequence[int],
     folder: Path,
     settings: FidSettings,
+    negative_prompt: str | None,
 ) -> None:
     prompts = [e.caption if folder.name == "with_prompts" else "" for e in examples]
     seeds = [key_seed(settings.seed, "picture", index) for index in indices]
-    guidance = {
+    guidance: dict[str, Any] = {
         "unconditional_scale": settings.unconditional_scale,
         "guidance_scale": settings.control_guidance_scale,
+        "arguments": {} if negative_prompt is None else {"negative_prompt": negative_prompt},
     }
     images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings), **guidance)
     for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):
@@ -210,8 +212,10 @@ def claim(folder: Path, settings: FidSettings, name: str, adapter: SavedAdapter 
     """Record in settings.json what the images in ``folder`` are generated with. ValueError when the folder holds images
     of other settings."""
     content = {k: v for k, v in recorded(settings).items() if k not in _NOT_RECORDED} | {"set": name}
+    base = Path(resolve_base(settings.base.name).id_or_path)
+    part = "transformer" if (base / "transformer").is_dir() else "unet"
     content["weights_sha256"] = {
-        "unet": sha256_of_folder(Path(resolve_base(settings.base.name).id_or_path) / "unet"),
+        part: sha256_of_folder(base / part),
         "adapter": None if adapter is None else sha256_of_folder(adapter.place),
     }
     if settings.controlnet is not None:
@@ -232,7 +236,8 @@ def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the defaults of options that were introduced after the set was generated."""
     defaults = recorded(FidSettings())
     known = [name for name in ("condition", "mask") if isinstance(settings.get(name), dict)]
-    settings = {name: defaults[name] for name in ("unconditional_scale", "control_guidance_scale")} | settings
+    newer = ("unconditional_scale", "control_guidance_scale", "true_cfg_scale", "max_sequence_length")
+    settings = {name: defaults[name] for name in newer} | settings
     return settings | {name: defaults[name] | settings[name] for name in known}
 
 

@@ -42,6 +42,8 @@ class FidSettings:
     batch_size: images generated at once; does not change them beyond rounding.
     num_inference_steps: sampling steps per image.
     guidance_scale: scale of classifier-free guidance; null = the default of the base.
+    true_cfg_scale: the same by a second call, on FLUX (default: none) and Qwen-Image (4).
+    max_sequence_length: tokens of T5's or Qwen's that a transformer reads; null = its pipeline's default.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
         dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd; null = the base's own.
     device: auto, cpu, cuda, ...
@@ -71,6 +73,8 @@ class FidSettings:
     batch_size: Positive = 16
     num_inference_steps: Positive = 30
     guidance_scale: Finite | None = None
+    true_cfg_scale: Finite | None = None
+    max_sequence_length: Annotated[int, Field(ge=0)] | None = None
     scheduler: SchedulerName | None = None
     device: str = "auto"
     num_workers: Positive | None = None
@@ -85,8 +89,9 @@ class FidSettings:
         for name, default in (("unconditional_scale", 1.0), ("control_guidance_scale", None)):
             if self.adapter is None and getattr(self, name) != default:
                 raise ValueError(f"{name} is for an adapter, but there is none; give adapter, or leave it out.")
-        if self.guidance_scale is None:
-            self.guidance_scale = BASES[self.base.name].guidance_scale if self.base.name in BASES else 7.5
+        known = BASES.get(self.base.name)
+        if self.guidance_scale is None and known is not None and not known.pipelines:
+            self.guidance_scale = known.guidance_scale
         check_own_guidance(self.unconditional_scale, self.control_guidance_scale, self.guidance_scale)
 
     @property

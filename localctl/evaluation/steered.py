@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,13 +20,15 @@ from localctl.control.base import Control
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import LocalAdapterControl, MaskedControlNet
 from localctl.data import Example
+from localctl.denoisers.abilities import ONLY_UNETS, Abilities
 from localctl.distributed import process_device
 from localctl.evaluation.settings import FidSettings
 from localctl.files import first_line
 from localctl.layout import Layout
 from localctl.messages import no_progress_bars
-from localctl.pipelines import DTYPES, freeze
+from localctl.pipelines import DTYPES, freeze, resolve_base
 from localctl.sampling import Sampling, generate
+from localctl.schedulers import check_seedable
 
 
 def generate_like(
@@ -81,6 +84,36 @@ def load_adapter(adapter: SavedAdapter, settings: FidSettings) -> LocalAdapter:
     if sentence := check_base(adapter, settings.base.name, read_shape(settings.base)):
         warnings.warn(sentence, stacklevel=2)
     return adapter.load()
+
+
+def suited(settings: FidSettings) -> tuple[FidSettings, str | None]:
+    """Return the settings with the guidance that suits the base, where they leave it open, and the negative prompt.
+
+    ValueError for settings that the base would ignore, or a size or a ControlNet that is not for it.
+    """
+    resolve_base(settings.base.name)
+    known = Abilities(settings.base, read_shape(settings.base))
+    known.check_settings(settings, "")
+    names = [name for name in ("guidance_scale", "true_cfg_scale") if getattr(settings, name) is None]
+    settings = replace(settings, **{name: getattr(known.sampling, name) for name in names})
+    if settings.scheduler or not known.is_unet:
+        check_seedable(known.scheduler(settings.scheduler) or "", known.pipeline)
+    if settings.control_guidance_scale is not None:
+        known.check_own_guidance()
+    guided = known.guidance.is_on(settings)
+    if settings.unconditional_scale != 1 and not guided:
+        raise ValueError(
+            f"unconditional_scale={settings.unconditional_scale:g} does nothing without guidance; "
+            f"{known.guidance.way_on('')}, or leave it out."
+        )
+    if any(side % known.multiple for side in settings.data.size):
+        raise ValueError(
+            f"The base {settings.base.name} generates sides that are multiples of {known.multiple} pixels, not "
+            f"{settings.data.size[1]}x{settings.data.size[0]}; set data.resolution."
+        )
+    if settings.controlnet is not None and not known.is_unet:
+        raise ValueError(f"ControlNets act {ONLY_UNETS}, not on a {known.family.name}; use an adapter trained for it.")
+    return settings, known.guidance.negative_prompt if guided else None
 
 
 def load_controlnet(settings: FidSettings) -> ControlNetModel | None:

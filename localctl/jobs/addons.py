@@ -21,7 +21,7 @@ from localctl.data.geometry import geometry, same_shape
 from localctl.images import load_image
 from localctl.jobs.inputs import AdapterJob, Size, Source, prepare_inputs, read_sources, value_for
 from localctl.jobs.settings import REGION, SampleSettings
-from localctl.layout import Layout
+from localctl.layout import Layout, texts_of
 from localctl.masks import load_mask
 
 _INPUTS = (
@@ -145,12 +145,7 @@ def check_addons(addons: Addons, shape: BaseShape, layouts: Sequence[Layout], ne
     items: list[SavedControlNet | SavedIPAdapter | SavedLora] = [*addons.nets, *addons.ip_adapters, *addons.loras]
     for item in items:
         item.check(shape)
-    texts = [
-        text
-        for layout in layouts
-        for text in (layout.prompt, *(t for region in layout.regions for t in (region.prompt, region.negative_prompt)))
-        if text
-    ]
+    texts = texts_of(layouts)
     for embedding in addons.embeddings:
         embedding.check(shape, [*texts, negative_prompt or ""])
 

@@ -17,6 +17,7 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import SavedAdapter
 from localctl.control.base import Control
 from localctl.control.image_controls import LocalAdapterControl
+from localctl.denoisers import denoiser_of
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons
 from localctl.jobs.inputs import AdapterJob, value_for
@@ -187,8 +188,8 @@ def adapter_controls(
 def generate_variant(job: Job, variant: Variant, models: JobModels, on_step: OnStep | None = None) -> GenerateOutput:
     """Generate the images of one variant, with the adapters too; weights that are to be optimised are optimised for
     each image. The pipeline has its own scheduler again afterwards."""
-    options, own = job.options, Sampling(guidance_scale=resolve_base(job.base.name, one_file=True).guidance_scale)
-    sampling = Sampling.of(options).over(variant.sampling).over(own)
+    options = job.options
+    sampling = Sampling.of(options).over(variant.sampling).over(job.own)
     sampling = replace(sampling, clip_skip=sampling.clip_skip or None)  # 0 skips nothing
     shared: Mapping[str, Any] = {
         "sampling": sampling, "negative_prompt": options.negative_prompt, "on_step": on_step
@@ -222,12 +223,13 @@ def _generate(
     if job.second is None:
         return generate(pipe, layouts, controls, init=job.init, **shared)
     first = generate(pipe, layouts, controls, init=job.init, output_type="latent", **shared)
-    start = InitImage(_enlarged(first.images, job.second.size, pipe.vae_scale_factor), job.second.strength)
+    latents = denoiser_of(pipe).unpacked(torch.stack(list(first.images)), job.size)
+    start = InitImage(_enlarged(latents, job.second.size, pipe.vae_scale_factor), job.second.strength)
     return generate(pipe, *steered(job.second), init=start, **shared)
 
 
-def _enlarged(latents: Sequence[Tensor], size: tuple[int, int], factor: int) -> list[Tensor]:
-    """Return latents (c, h, w) interpolated for images of ``size``; ``factor``: pixels per latent."""
+def _enlarged(latents: Tensor, size: tuple[int, int], factor: int) -> list[Tensor]:
+    """Return latents (n, c, h, w) interpolated for images of ``size``, each; ``factor``: pixels per latent."""
     grid = size[0] // factor, size[1] // factor
     return [torch.nn.functional.interpolate(item[None], size=grid, mode="bicubic")[0] for item in latents]
 

@@ -157,12 +157,14 @@ def _with_channels(image: Image.Image, path: str, channels: int, prefix: str) ->
     return image.convert("L")
 
 
-def size_multiple(adapters: Sequence[SavedAdapter]) -> int:
+def size_multiple(adapters: Sequence[SavedAdapter], of_base: int = SIZE_MULTIPLE) -> int:
     """Return the number of pixels that height and width must be multiples of, for the base and all adapters."""
-    return math.lcm(SIZE_MULTIPLE, *(adapter.config.get("downscale_factor", 8) for adapter in adapters))
+    return math.lcm(SIZE_MULTIPLE, of_base, *(adapter.config.get("downscale_factor", 8) for adapter in adapters))
 
 
-def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: Size, multiple: int) -> Size:
+def choose_size(
+    asked: tuple[int | None, int | None], source: Size | None, own: Size, multiple: int, needed_by: str = "adapter"
+) -> Size:
     """Choose the (height, width) of the run in pixels.
 
     An image that suits the base (multiples on both sides, a quarter to four times the base's area) keeps its size; any
@@ -172,7 +174,7 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
         asked: by flags or layout; None for a side left open.
         source: size of the image to follow, if any.
         own: size of the base.
-        multiple: both sides are multiples of it.
+        multiple: both sides are multiples of it. needed_by: what needs that, in the error sentence.
 
     Raises:
         ValueError: a side that was asked for is not a multiple.
@@ -181,7 +183,7 @@ def choose_size(asked: tuple[int | None, int | None], source: Size | None, own: 
     for name, side in (("height", height), ("width", width)):
         if side is not None and side % multiple:
             raise ValueError(
-                f"The {name} {side} is not a multiple of {multiple}, which the adapter needs; use "
+                f"The {name} {side} is not a multiple of {multiple}, which the {needed_by} needs; use "
                 f"{near_side(side, multiple)}, for example."
             )
     if height is not None and width is not None:

@@ -15,9 +15,11 @@ from localctl.architectures import BaseShape, read_shape
 from localctl.bases import SchedulerName, check_vae, lasting_name
 from localctl.control.compatible import check_base
 from localctl.control.image_controls import check_control_guidance
+from localctl.denoisers.abilities import Abilities
 from localctl.distributed import process_device
 from localctl.image_to_image import InitImage
 from localctl.jobs.addons import Addons, check_addons, controlnet_sources, find_addons, prepare_addons
+from localctl.jobs.checks import check_abilities
 from localctl.jobs.inputs import (
     AdapterJob,
     Size,
@@ -31,11 +33,11 @@ from localctl.jobs.inputs import (
 from localctl.jobs.settings import AUTO, SampleSettings
 from localctl.jobs.starts import SecondPass, check_save_steps, fit_init, read_init, second_size
 from localctl.jobs.variants import Variant, load_layouts, optimized_controls, plan
-from localctl.layout import Layout
-from localctl.pipelines import BaseConfig, check_sigmas, resolve_base
+from localctl.layout import Layout, texts_of
+from localctl.pipelines import BaseConfig, resolve_base
 from localctl.prompt_syntax import warn_of_syntax
-from localctl.prompt_weights import check_prompt
-from localctl.sampling_settings import Sampling
+from localctl.prompt_weights import check_prompt, refuse_weights
+from localctl.sampling_settings import FREE, Sampling
 from localctl.sizes import check_side
 
 _WITHOUT_DEFAULT = (
@@ -50,7 +52,8 @@ class Job:
 
     options: the settings that reproduce it. variants: the controls to generate all images with, in turn. size:
     (height, width) of the images in pixels, before a second pass. init: the image to start from, if any. second: the
-    second pass, if any. notes: sentences for the user, on what may be unexpected.
+    second pass, if any. notes: sentences for the user, on what may be unexpected. own: what suits the base, where
+    neither options nor variant say.
     """
 
     layouts: list[Layout]
@@ -64,6 +67,7 @@ class Job:
     addons: Addons = Addons()
     init: InitImage | None = None
     second: SecondPass | None = None
+    own: Sampling = FREE
 
     @property
     def image_count(self) -> int:
@@ -75,7 +79,6 @@ def prepare(options: SampleSettings) -> Job:
     """Check everything that can be checked without loading a model, and return the job. ValueError in one sentence."""
     notes = _clean_texts(options)
     layouts = load_layouts(options)
-    _check_prompts(options, layouts)
     _check_numbers(options)
     _check_counts(options)
     found = find_addons(options)
@@ -83,17 +86,23 @@ def prepare(options: SampleSettings) -> Job:
     saved = [find_adapter(path, bool(options.local_files_only)) for path in options.adapter or ()]
     base = _base_config(options, saved)
     variants = plan(options, base.name)
-    _fill_sampling(options, variants, resolve_base(base.name, one_file=True).guidance_scale)
     shape = read_shape(base)
+    known = Abilities(base, shape)
+    _check_prompts(options, layouts, known)
+    check_abilities(known, options, variants, layouts)
+    _fill_sampling(options, variants, known)
     _check_channels(base, shape)
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     init = read_init(options, variants)
+    if any(region.negative_prompt for layout in layouts for region in layout.regions):
+        notes.append("Negative prompts of regions do nothing here; they act in Python, by the control NegativePrompts.")
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
-    notes += _check_sampling(options, variants, base, shape)
+    notes += _check_sampling(options, variants, known)
     followed: list[Any] = [*sources, *of_nets, *([init] if init else [])]
-    asked, multiple = _requested_size(options, layouts), size_multiple(saved)
-    size = choose_size(asked, followed[0].size if followed else None, base_size(shape), multiple)
+    asked, multiple = _requested_size(options, layouts), size_multiple(saved, known.multiple)
+    needed_by = "base" if multiple == size_multiple((), known.multiple) else "adapter"
+    size = choose_size(asked, followed[0].size if followed else None, known.size, multiple, needed_by)
     if None in asked:
         check_same_aspect_ratio(followed)
     size_chosen = asked == (None, None) and bool(followed) and followed[0].size != size
@@ -114,7 +123,8 @@ def prepare(options: SampleSettings) -> Job:
     large = second_size(options, variants, size, multiple)
     check_save_steps(options)
     second = SecondPass(large, *fitted(large)[0], options.upscale_strength or 0.0) if large else None
-    return Job(of_size, adapters, base, device, options, variants, size, [*notes, *scaled], addons, init, second)
+    own = known.sampling
+    return Job(of_size, adapters, base, device, options, variants, size, [*notes, *scaled], addons, init, second, own)
 
 
 def _clean_texts(options: SampleSettings) -> list[str]:
@@ -133,13 +143,14 @@ def _clean_texts(options: SampleSettings) -> list[str]:
     return notes
 
 
-def _check_prompts(options: SampleSettings, layouts: Sequence[Layout]) -> None:
+def _check_prompts(options: SampleSettings, layouts: Sequence[Layout], base: Abilities) -> None:
     """Raise a ValueError for a prompt whose marks cannot act; warn of marks that are read as text."""
-    own = [text for layout in layouts for region in layout.regions for text in (region.prompt, region.negative_prompt)]
-    texts = [*(options.prompt or ()), options.negative_prompt, *(layout.prompt for layout in layouts), *own]
+    texts = [*(options.prompt or ()), options.negative_prompt, *texts_of(layouts)]
     prompts = list(dict.fromkeys(filter(None, texts)))
     if options.prompt_weighting is False:
         return warn_of_syntax(prompts)
+    if not base.is_unet:
+        refuse_weights(base.family.name, prompts, options.prompt_weighting)
     for prompt in prompts:
         check_prompt(prompt)
 
@@ -169,7 +180,10 @@ def _base_config(options: SampleSettings, adapters: Sequence[SavedAdapter]) -> B
 
 
 def _check_channels(base: BaseConfig, shape: BaseShape) -> None:
-    """Raise a ValueError for a base that reads more than latents, such as one for inpainting."""
+    """Raise a ValueError for a base that reads more than latents, such as one for inpainting. Of transformers, those
+    have pipelines of their own, which are not supported."""
+    if shape.denoiser != "unet":
+        return
     own, latents = shape.parts["unet"].get("in_channels", 4), shape.parts["vae"].get("latent_channels", 4)
     if own != latents:
         raise ValueError(
@@ -178,21 +192,24 @@ def _check_channels(base: BaseConfig, shape: BaseShape) -> None:
         )
 
 
-def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], guidance_scale: float) -> None:
-    """Write guidance scale and scheduler into the options where all variants share them, so that the record repeats
-    the run even if a default changes."""
-    scales = {variant.sampling.guidance_scale or guidance_scale for variant in variants}
+def _fill_sampling(options: SampleSettings, variants: Sequence[Variant], base: Abilities) -> None:
+    """Write guidance and scheduler into the options where all variants share them, so that the record repeats the run
+    even if a default changes."""
+    scales = {variant.sampling.guidance_scale or base.guidance.scale for variant in variants}
     schedulers = {variant.sampling.scheduler for variant in variants}
     if options.guidance_scale is None and len(scales) == 1:
         options.guidance_scale = scales.pop()
     if options.scheduler is None and len(schedulers) == 1:
         options.scheduler = cast(SchedulerName, schedulers.pop())
+    if options.true_cfg_scale is None:
+        options.true_cfg_scale = base.guidance.true_cfg_scale
+    if options.negative_prompt is None and base.guidance.is_on(options):
+        options.negative_prompt = base.guidance.negative_prompt
 
 
-def _check_sampling(
-    options: SampleSettings, variants: Sequence[Variant], base: BaseConfig, shape: BaseShape
-) -> list[str]:
+def _check_sampling(options: SampleSettings, variants: Sequence[Variant], base: Abilities) -> list[str]:
     """Raise a ValueError for a sampling setting that this run cannot use; return a note on one without effect."""
+    shape, guidance = base.shape, base.guidance
     if any(map(optimized_controls, variants)):
         for name in ("clip_skip", "guidance_rescale", "control_guidance_scale"):
             if getattr(options, name):
@@ -201,23 +218,26 @@ def _check_sampling(
         raise ValueError(
             "--guidance_rescale works with --init_image and --upscale on SDXL only; leave it out on other bases."
         )
-    if set(options.unconditional_scale) != {1.0} and options.guidance_scale is not None and options.guidance_scale <= 1:
-        raise ValueError("--unconditional_scale does nothing without guidance; give a --guidance_scale above 1.")
-    if options.guidance_rescale and options.guidance_scale is not None and options.guidance_scale <= 1:
-        raise ValueError("--guidance_rescale does nothing without guidance; give a --guidance_scale above 1.")
-    layers = min(shape.parts[part].get("num_hidden_layers", 12) for part in shape.parts if part.startswith("text"))
-    most = layers - shape.xl  # SDXL reads the last but one layer without a skip
+    # Variants may have scales of their own, which are not written into the options.
+    open_scale = guidance.by == "guidance_scale" and options.guidance_scale is None
+    without = not open_scale and not guidance.is_on(options)
+    if without:
+        for name, wanted in (
+            ("unconditional_scale", set(options.unconditional_scale) != {1.0}),
+            ("guidance_rescale", bool(options.guidance_rescale)),
+        ):
+            if wanted:
+                raise ValueError(f"--{name} does nothing without guidance; {guidance.way_on()}.")
+    encoders = [shape.parts[part] for part in shape.parts if part.startswith("text")]
+    layers = min(encoder.get("num_hidden_layers", 12) for encoder in encoders)
+    most = layers - ("text_encoder_2" in shape.parts)  # SDXL and SD3 read the last but one layer without a skip
     if options.clip_skip is not None and not 0 <= options.clip_skip <= most:
         raise ValueError(
             f"--clip_skip must be a whole number from 0 to {most} with this base, not {options.clip_skip}."
         )
-    for scheduler in dict.fromkeys(options.scheduler or variant.sampling.scheduler for variant in variants):
-        own = Sampling.of(options).over(Sampling(scheduler))
-        if own.sigmas is not None:
-            check_sigmas(base, scheduler, own.sigmas)
-    check_vae(base, shape.parts["vae"])
-    if options.negative_prompt and options.guidance_scale is not None and options.guidance_scale <= 1:
-        return ["--negative_prompt does nothing with a --guidance_scale of 1 or less."]
+    check_vae(base.base, shape.parts["vae"])
+    if options.negative_prompt and without:
+        return [f"--negative_prompt does nothing with a --{guidance.by} of {guidance.above:g} or less."]
     return []
 
 
@@ -250,13 +270,6 @@ def _recorded_size(options: SampleSettings, follows: bool, size: Size) -> tuple[
     return (None, None) if free and not follows else size
 
 
-def base_size(shape: BaseShape) -> Size:
-    """Return the (height, width) in pixels that the base was trained at."""
-    sample = shape.parts["unet"].get("sample_size") or 64  # the default of its class
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    return height * shape.vae_scale_factor, width * shape.vae_scale_factor
-
-
 def _check_numbers(options: SampleSettings) -> None:
     """Raise a ValueError for numbers out of range, or a seed that is given twice."""
     for name in ("num_inference_steps", "batch_size", "save_steps"):
@@ -274,6 +287,7 @@ def _check_numbers(options: SampleSettings) -> None:
             raise ValueError(f"--{name} must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
+    Sampling.of(options)  # ValueError for others out of range
 
 
 def _check_counts(options: SampleSettings) -> None:

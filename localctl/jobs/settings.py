@@ -127,9 +127,11 @@ class SampleSettings:
     )
     num_inference_steps: _Whole = 30
     guidance_scale: _Number | None = None
+    true_cfg_scale: _Number | None = None
     guidance_rescale: _Number | None = None
     negative_prompt: _Text | None = None
     prompt_weighting: bool | None = None
+    max_sequence_length: _Whole | None = None
     clip_skip: _Whole | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: bool | None = None

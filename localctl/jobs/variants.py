@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from localctl.bases import SCHEDULERS
 from localctl.control.base import Control
-from localctl.control.latents import check_shiftable_kind
 from localctl.control.presets import (
     CONTROLS,
     NONE,
@@ -87,18 +85,8 @@ def _predict_layouts(options: SampleSettings) -> list[Layout]:
 def plan(options: SampleSettings, base: str) -> list[Variant]:
     """Return the variants that the flags ask for, at least one; settings not given come from the preset of the base.
 
-    ValueError for unknown controls, settings or values, flags that exclude each other, or a scheduler that does not
-    carry latents that a control moves.
+    ValueError for unknown controls, settings or values, or flags that exclude each other.
     """
-    variants = _requested_variants(options, base)
-    if options.scheduler is not None:
-        for variant in variants:
-            if any(CONTROLS.name_of(type(control)) == "guidance" for control in variant.controls):
-                check_shiftable_kind(SCHEDULERS[options.scheduler])
-    return variants
-
-
-def _requested_variants(options: SampleSettings, base: str) -> list[Variant]:
     if not options.layout:
         return [Variant(NONE, ())]
     if options.compare:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from localctl.bases import DtypeName
+from localctl.bases import BaseConfig, DtypeName
 from localctl.files import first_line
 from localctl.records import Positive, record
 from localctl.settings import MODELS, ConditionConfig, ConditionKind
 
+if TYPE_CHECKING:
+    from localctl.denoisers.abilities import Abilities
+
+logger = logging.getLogger(__name__)
 DEFAULT_PORT = 7860
 _LOCAL_NAMES = ("localhost", "localhost.localdomain")
 
@@ -134,19 +139,35 @@ class StudioConfig:
         user, _, password = self.auth.partition(":")
         return user, password
 
+    def abilities(self) -> Abilities | None:
+        """Return what the base can do; None where its files are not on this machine yet."""
+        from localctl.architectures import read_shape
+        from localctl.denoisers.abilities import Abilities
+
+        base = BaseConfig(name=self.base, revision=self.revision, local_files_only=True)
+        try:
+            return Abilities(base, read_shape(base))
+        except (ValueError, OSError) as error:
+            logger.info(f"the base is not known yet ({first_line(error)}); the canvas begins at 512x512")
+            return None
+
     def check_places(self) -> None:
-        """Raise a ValueError for a base, an adapter or an addon that is not there, before the server starts."""
+        """Raise a ValueError for a base, an adapter or an addon that is not there, or for an addon that does not act on
+        the base, before the server starts."""
         from localctl.adapter_files import find_adapter
         from localctl.addons.controlnets import find_controlnet
         from localctl.addons.embeddings import find_embedding
         from localctl.addons.ip_adapters import find_ip_adapter
         from localctl.addons.loras import check_names, find_lora
         from localctl.condition_models import load_model
+        from localctl.jobs.checks import check_addons_act
         from localctl.layout_predictor.model import load_predictor
         from localctl.pipelines import resolve_base
 
         here = bool(self.local_files_only)
         resolve_base(self.base, one_file=True)
+        if any((self.controlnet, self.ip_adapter, self.lora, self.textual_inversion)) and (known := self.abilities()):
+            check_addons_act(known, self)
         for place in self.adapter:
             find_adapter(place, here)
         for place in self.controlnet:

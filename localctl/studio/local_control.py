@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from localctl.bases import SCHEDULERS
 from localctl.studio import local_control_actions as actions
 from localctl.studio.addon_fields import add_fields, photos_of
 from localctl.studio.canvas import canvas
@@ -15,6 +14,7 @@ from localctl.studio.latest import CHOSEN, on_latest
 from localctl.studio.limits import MAX_STEPS
 from localctl.studio.local_control_form import AUTO, PHOTO, PLACES, SOURCES, first_regions
 from localctl.studio.local_control_job import MOST_ADAPTERS, adapter_places
+from localctl.studio.place_form import TRUE_CFG
 from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo, unreadable_form
@@ -75,7 +75,7 @@ def add(studio: Studio) -> FollowTab:
             _result_column(tab)
             _adapter_rows(tab, studio)
             _condition_fields(tab)
-            _sampling_fields(tab)
+            _sampling_fields(tab, studio)
             add_fields(tab.fields, studio.config, "follow", PLACES)
     _connect(tab, studio)
     return tab
@@ -173,27 +173,44 @@ def _condition_fields(tab: FollowTab) -> None:
         )
 
 
-def _sampling_fields(tab: FollowTab) -> None:
+def _sampling_fields(tab: FollowTab, studio: Studio) -> None:
+    shown = studio.offers
     with gr.Accordion("Sampling", open=False):
-        tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
+        tab.fields["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", max_lines=2, visible=shown("negative_prompt")
+        )
         with gr.Row():
             tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="follow-steps")
-            tab.fields["guidance_scale"] = _number("Guidance scale", "auto: what suits the base")
+            suits = "auto: what suits the base"
+            tab.fields["guidance_scale"] = _number("Guidance scale", suits, shown("guidance_scale"))
+            tab.fields["true_cfg_scale"] = _number(TRUE_CFG, suits, shown("true_cfg_scale"))
         with gr.Row():
-            tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
+            tab.fields["scheduler"] = gr.Dropdown([AUTO, *studio.schedulers], value=AUTO, label="Scheduler")
             tab.fields["width"] = _number("Width", "as the photo")
             tab.fields["height"] = _number("Height", "as the photo")
         with gr.Row():
             tab.fields["unconditional_scale"] = gr.Slider(
-                0, 1, value=1, step=0.05, label="Control beside the negative (0: stronger)", buttons=[]
+                0,
+                1,
+                value=1,
+                step=0.05,
+                label="Control beside the negative (0: stronger)",
+                buttons=[],
+                visible=shown("unconditional_scale"),
             )
-            tab.fields["control_guidance_scale"] = _number("Guidance scale of the control", "none of its own")
+            tab.fields["control_guidance_scale"] = _number(
+                "Guidance scale of the control", "none of its own", shown("control_guidance_scale")
+            )
 
 
-def _number(label: str, placeholder: str) -> Any:
+def _number(label: str, placeholder: str, visible: bool = True) -> Any:
     """Return a field for a number or nothing: ``gr.Number`` has 0 for nothing as soon as it is shown."""
     return gr.Textbox(
-        label=label, placeholder=placeholder, max_lines=1, elem_id=f"follow-{label.lower().replace(' ', '-')}"
+        label=label,
+        placeholder=placeholder,
+        max_lines=1,
+        visible=visible,
+        elem_id=f"follow-{label.lower().replace(' ', '-')}",
     )
 
 

@@ -35,6 +35,7 @@ class FollowForm:
     scheduler: str | None
     steps: int
     guidance_scale: float | None
+    true_cfg_scale: float | None
     seeds: list[int]
     unconditional_scale: float
     control_guidance_scale: float | None
@@ -51,6 +52,7 @@ class FollowForm:
             "scheduler": self.scheduler,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "true_cfg_scale": self.true_cfg_scale,
             "seeds": self.seeds,
             "unconditional_scale": [self.unconditional_scale],
             "control_guidance_scale": self.control_guidance_scale,
@@ -126,6 +128,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> FollowForm:
         scheduler=None if scheduler == AUTO else scheduler,
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
+        true_cfg_scale=limits.optional_number("The true CFG scale", get("true_cfg_scale"), 0, 30),
         seeds=[seed + index for index in range(count)],
         unconditional_scale=limits.number(beside, get("unconditional_scale", 1), 0, 1),
         control_guidance_scale=limits.optional_number(

@@ -18,10 +18,10 @@ from localctl.bases import same_base
 from localctl.condition_models import load_model
 from localctl.conditions import extract
 from localctl.data.geometry import IMAGE, geometry
+from localctl.denoisers.abilities import Abilities
 from localctl.drawing import overlay_edges
 from localctl.images import condition_to_pil
 from localctl.jobs.inputs import Size, choose_size, size_multiple
-from localctl.jobs.prepare import base_size
 from localctl.labels import one_line
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, canny, edge_scores, match_edges
 from localctl.pipelines import BaseConfig
@@ -126,7 +126,8 @@ def run_size(config: StudioConfig, adapters: Sequence[SavedAdapter], order: Orde
         local_files_only=bool(config.local_files_only),
     )
     source = (order.source.height, order.source.width)
-    return choose_size((order.height, order.width), source, base_size(read_shape(base)), size_multiple(adapters))
+    known = Abilities(base, read_shape(base))
+    return choose_size((order.height, order.width), source, known.size, size_multiple(adapters, known.multiple))
 
 
 def conditions(order: Order, adapters: Sequence[SavedAdapter], size: Size) -> list[Image.Image]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from localctl.bases import SCHEDULERS, SIGMAS
+from localctl.bases import SIGMAS
 from localctl.control.presets import CONTROLS, NONE, control_names
 from localctl.studio import place_actions as actions
 from localctl.studio import progress
@@ -18,7 +18,7 @@ from localctl.studio.latest import CHOSEN, on_latest
 from localctl.studio.limits import MAX_STEPS
 from localctl.studio.methods import COMPARED_LABELS, KEY, METHODS, TITLES, Setting, presets_of, settings_of
 from localctl.studio.place_examples import examples
-from localctl.studio.place_form import AUTO, PHOTO_USES, sweepable
+from localctl.studio.place_form import AUTO, PHOTO_USES, TRUE_CFG, sweepable
 from localctl.studio.seeds import add_seed_row
 from localctl.studio.studio import Studio
 from localctl.studio.uploads import check_photo, photo, unreadable_form
@@ -63,7 +63,7 @@ def add(studio: Studio) -> PlaceTab:
         with gr.Column(scale=5, min_width=320):
             _result_column(tab)
             _method_fields(tab, studio)
-            _sampling_fields(tab)
+            _sampling_fields(tab, studio)
             _photo_fields(tab)
             add_addons(tab.fields, studio.config, "place")
             _loading_fields(tab)
@@ -114,7 +114,7 @@ def _result_column(tab: PlaceTab) -> None:
 
 def _method_fields(tab: PlaceTab, studio: Studio) -> None:
     first = next(iter(METHODS))
-    tab.fields["method"] = gr.Dropdown(list(METHODS), value=first, label="Method", elem_id="place-method")
+    tab.fields["method"] = gr.Dropdown(_methods(studio), value=first, label="Method", elem_id="place-method")
     values = presets_of(METHODS[first], studio.config.base)
     for control in CONTROLS:
         settings = settings_of(control)
@@ -130,29 +130,46 @@ def _method_fields(tab: PlaceTab, studio: Studio) -> None:
         tab.groups[control] = group
 
 
+def _methods(studio: Studio) -> list[str]:
+    """Return what the page calls the methods that the base takes: weights are optimised through DDIM or PNDM."""
+    flow = studio.abilities is not None and studio.abilities.is_flow
+    return [label for label, name in METHODS.items() if not (flow and name == "spacetime_optimized")]
+
+
 def _setting(tab: PlaceTab, setting: Setting, values: dict[str, Any], studio: Studio) -> None:
     control = setting.name.partition(".")[0]
     usual = presets_of(control, studio.config.base)[setting.name]
     tab.fields[setting.name] = setting.component(values.get(setting.name, usual))
 
 
-def _sampling_fields(tab: PlaceTab) -> None:
+def _sampling_fields(tab: PlaceTab, studio: Studio) -> None:
+    shown = studio.offers
     with gr.Accordion("Sampling", open=False):
-        tab.fields["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=2)
+        tab.fields["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", max_lines=2, visible=shown("negative_prompt")
+        )
         with gr.Row():
             tab.fields["steps"] = gr.Slider(1, MAX_STEPS, value=30, step=1, label="Steps", elem_id="place-steps")
             tab.fields["guidance_scale"] = gr.Textbox(
-                label="Guidance scale", placeholder="auto: what suits the method", max_lines=1
+                label="Guidance scale",
+                placeholder="auto: what suits the method",
+                max_lines=1,
+                visible=shown("guidance_scale"),
+            )
+            tab.fields["true_cfg_scale"] = gr.Textbox(
+                label=TRUE_CFG, placeholder="auto: what suits the base", max_lines=1, visible=shown("true_cfg_scale")
             )
         with gr.Row():
-            tab.fields["scheduler"] = gr.Dropdown([AUTO, *SCHEDULERS], value=AUTO, label="Scheduler")
+            tab.fields["scheduler"] = gr.Dropdown([AUTO, *studio.schedulers], value=AUTO, label="Scheduler")
             tab.fields["sigmas"] = gr.Dropdown([AUTO, *SIGMAS], value=AUTO, label="Noise levels")
             tab.fields["overlap"] = gr.Dropdown(
                 ["share", "first", "last", "smallest"], value="share", label="Where regions overlap"
             )
         with gr.Row():
-            tab.fields["guidance_rescale"] = gr.Slider(0, 1, value=0, step=0.05, label="Guidance rescale")
-            tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip")
+            tab.fields["guidance_rescale"] = gr.Slider(
+                0, 1, value=0, step=0.05, label="Guidance rescale", visible=shown("guidance_rescale")
+            )
+            tab.fields["clip_skip"] = gr.Slider(0, 12, value=0, step=1, label="CLIP skip", visible=shown("clip_skip"))
         with gr.Row():
             tab.fields["upscale"] = gr.Slider(
                 1, 4, value=1, step=0.25, label="Second pass, times the size (1: none)", buttons=[]
@@ -188,7 +205,7 @@ def _study_fields(tab: PlaceTab, studio: Studio) -> None:
     with gr.Accordion("Compare and look inside", open=False):
         tab.fields["heat"] = gr.Checkbox(value=False, label="Heat map of each phrase, with the images")
         tab.fields["compared"] = gr.Dropdown(
-            list(METHODS),
+            _methods(studio),
             value=COMPARED_LABELS,
             multiselect=True,
             label="Methods to compare",

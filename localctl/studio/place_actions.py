@@ -166,8 +166,9 @@ def last_behind(studio: Studio) -> Callable[..., Any]:
     return handler
 
 
-def _loaded(studio: Studio, make: Callable[..., tuple[str, dict[str, Any]]]) -> Callable[..., tuple[Any, ...]]:
-    """Return a handler for (prompt, canvas, progress) from ``make``, which returns prompt and canvas."""
+def _loaded(studio: Studio, make: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., tuple[Any, ...]]:
+    """Return a handler for (prompt, canvas, progress) from ``make``, which returns prompt and canvas; ``gr.skip()`` for
+    a prompt that stays as it is, with what was typed meanwhile."""
 
     def handler(request: gr.Request, *values: Any) -> tuple[Any, ...]:
         try:
@@ -194,9 +195,9 @@ def load_json(studio: Studio) -> Callable[..., tuple[Any, ...]]:
 def load_colors(studio: Studio) -> Callable[..., tuple[Any, ...]]:
     """Return the handler that makes a region of each colour of an uploaded image."""
 
-    def make(session: Session, content: Any, prompt: Any, scene: Any) -> tuple[str, dict[str, Any]]:
+    def make(session: Session, content: Any, prompt: Any, scene: Any) -> tuple[Any, dict[str, Any]]:
         size, regions = regions_by_color(limits.upload("The colour map", content, 10_000_000))
-        return limits.text("The prompt", prompt), canvas_value(size, regions)
+        return gr.skip(), canvas_value(size, regions)
 
     return _loaded(studio, make)
 
@@ -204,7 +205,7 @@ def load_colors(studio: Studio) -> Callable[..., tuple[Any, ...]]:
 def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
     """Return the handler that predicts a layout from the prompt; seed 0 is the most likely one."""
 
-    def make(session: Session, prompt: Any, scene: Any, seed: Any) -> tuple[str, dict[str, Any]]:
+    def make(session: Session, prompt: Any, scene: Any, seed: Any) -> tuple[Any, dict[str, Any]]:
         from localctl.layout_predictor.model import load_predictor
 
         text = limits.text("The prompt", prompt).strip()
@@ -212,7 +213,7 @@ def predict(studio: Studio) -> Callable[..., tuple[Any, ...]]:
             raise ValueError("There is no prompt to predict a layout from; type one.")
         number = limits.seed(seed)
         predictor = load_predictor(studio.config.layout_predictor)
-        return _shown_layout(predictor.predict(text, number or None), limits.scene(scene))
+        return gr.skip(), _shown_layout(predictor.predict(text, number or None), limits.scene(scene))[1]
 
     return _loaded(studio, make)
 

@@ -25,6 +25,7 @@ from localctl.studio.scenes import layout_of, prompt_of
 from localctl.studio.uploads import read_photo
 
 AUTO = "auto"
+TRUE_CFG = "Guidance by the negative prompt (true CFG)"
 PHOTO_USES = {"Behind the regions": "behind", "Image to image": "image", "Repaint the regions": "inpaint"}
 MAX_SWEEP = 16  # images
 
@@ -42,6 +43,7 @@ class PlaceForm:
     sigmas: str | None
     steps: int
     guidance_scale: float | None
+    true_cfg_scale: float | None
     guidance_rescale: float
     clip_skip: int
     seed: int
@@ -95,6 +97,7 @@ def read_form(values: Mapping[str, Any], config: StudioConfig) -> PlaceForm:
         sigmas=None if sigmas == AUTO else sigmas,
         steps=limits.whole("The steps", get("steps"), 1, limits.MAX_STEPS),
         guidance_scale=limits.optional_number("The guidance scale", get("guidance_scale"), 0, 30),
+        true_cfg_scale=limits.optional_number("The true CFG scale", get("true_cfg_scale"), 0, 30),
         guidance_rescale=limits.number("The guidance rescale", get("guidance_rescale"), 0, 1),
         clip_skip=limits.whole("CLIP skip", get("clip_skip"), 0, 12),
         seed=seed,
@@ -158,6 +161,7 @@ def settings_for(
         "seeds": form.seeds,
         "num_inference_steps": form.steps,
         "guidance_scale": form.guidance_scale,
+        "true_cfg_scale": form.true_cfg_scale,
         "guidance_rescale": form.guidance_rescale or None,
         "negative_prompt": form.negative_prompt or None,
         "clip_skip": form.clip_skip or None,

@@ -50,8 +50,9 @@ def values_of(options: Mapping[str, Any], base: str, size: tuple[int, int]) -> d
     refuse_others(options, _KNOWN, "Place")
     values: dict[str, Any] = {name: options.get(name) or usual for name, usual in _PLAIN.items()}
     values |= {"steps": options.get("num_inference_steps", 30), **seed_values(options)[0]}
-    scale = options.get("guidance_scale")
-    values["guidance_scale"] = "" if scale is None else f"{scale:g}"
+    for name in ("guidance_scale", "true_cfg_scale"):
+        scale = options.get(name)
+        values[name] = "" if scale is None else f"{scale:g}"
     values["sigmas"] = next((name for name in SIGMAS if options.get(f"use_{name}_sigmas")), AUTO)
     values |= _scene(options, size)
     shape = values["scene"]["height"], values["scene"]["width"]

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from localctl.bases import BaseConfig, same_base
+from localctl.bases import SCHEDULERS, same_base
 from localctl.files import first_line
 from localctl.messages import is_out_of_memory
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import Check, JobQueue, Made, Waiting
 from localctl.studio.sessions import Session, Sessions
+
+if TYPE_CHECKING:
+    from localctl.denoisers.abilities import Abilities
 
 logger = logging.getLogger(__name__)
 _SIZES = {"micro": (128, 128), "sd15": (512, 512), "sd21": (768, 768), "sdxl": (1024, 1024)}
@@ -62,29 +65,39 @@ class Studio:
     @cached_property
     def base_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the base was trained at; 512 where its files are not here yet."""
-        from localctl.architectures import read_shape
-        from localctl.jobs.prepare import base_size
-
         known = next((size for name, size in _SIZES.items() if same_base(self.config.base, name)), None)
         if known is not None:
             return known
-        try:
-            return base_size(read_shape(BaseConfig(name=self.config.base, local_files_only=True)))
-        except (ValueError, OSError) as error:
-            logger.info(f"the size of the base is not known yet ({first_line(error)}); the canvas begins at 512x512")
-            return 512, 512
+        return (512, 512) if self.abilities is None else self.abilities.size
+
+    @cached_property
+    def abilities(self) -> Abilities | None:
+        """What the base can do; None for the bases known by name, which do all, and where its files are not here."""
+        return None if any(same_base(self.config.base, name) for name in _SIZES) else self.config.abilities()
+
+    def offers(self, setting: str) -> bool:
+        """Return whether the page shows a setting: all but those that the base is known to ignore, and those that only
+        some transformers have."""
+        return setting != "true_cfg_scale" if self.abilities is None else self.abilities.offers(setting)
+
+    @cached_property
+    def schedulers(self) -> list[str]:
+        """The schedulers that the page offers."""
+        return list(SCHEDULERS) if self.abilities is None else self.abilities.schedulers
 
     def tokens(self, text: str) -> tuple[list[tuple[int, int]], int]:
         """Return the characters of each token of a prompt, and how many tokens the text encoder reads.
 
         By words where the tokenizer of the base is not on this machine yet.
         """
-        tokenizer = getattr(getattr(self.models, "pipe", None), "tokenizer", None) or self._tokenizer
+        name = "tokenizer" if self.abilities is None else self.abilities.tokenizer
+        tokenizer = getattr(getattr(self.models, "pipe", None), name, None) or self._tokenizer
         if tokenizer is None:
             return [match.span() for match in re.finditer(r"\S+", text)], 75
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
         spans = [(first, last) for first, last in encoded["offset_mapping"] if last > first]
-        return spans, tokenizer.model_max_length - 2  # the start and the end take one each
+        limit = None if self.abilities is None else self.abilities.tokens
+        return spans, tokenizer.model_max_length - 2 if limit is None else limit - 1  # start and end, or the end alone
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -94,7 +107,8 @@ class Studio:
 
         place = resolve_base(self.config.base, one_file=True).id_or_path
         try:
-            return AutoTokenizer.from_pretrained(place, subfolder="tokenizer", local_files_only=True)
+            name = "tokenizer" if self.abilities is None else self.abilities.tokenizer
+            return AutoTokenizer.from_pretrained(place, subfolder=name, local_files_only=True)
         except (ValueError, OSError) as error:
             logger.info(f"the tokenizer of the base is not here yet ({first_line(error)}); phrases are marked by words")
             return None

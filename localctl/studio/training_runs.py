@@ -163,12 +163,13 @@ class Trainer:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115, closed by close()
         command = [sys.executable, "-m", "localctl", "train", "experiment=quick", f"output_dir={self.root / self._run}"]
         path = [str(Path(localctl.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}  # the bar is read
         self._process = subprocess.Popen(
             [*command, *overrides],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            env={**kept, "PYTHONPATH": os.pathsep.join(path)},
             start_new_session=True,  # Ctrl-C in the server's terminal reaches it once, through close()
         )
         return self._run

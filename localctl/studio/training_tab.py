@@ -72,6 +72,7 @@ def add(studio: Studio, blocks: Any, used_by: Sequence[Any] = (), tabs: Any = No
             step = gr.Dropdown([], label="Validation sheet of step", elem_id="training-step")
             sheet = gr.Image(
                 label="Validation sheet",
+                show_label=False,  # it would cover the first words; the choice above says what it is
                 interactive=False,
                 format="png",
                 buttons=["fullscreen"],

@@ -35,13 +35,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance_scale", type=float, help="default: that of the base")
     add("--unconditional_scale", type=float, default=1.0, help="features beside the empty prompt; 0 = stronger control")
     add("--control_guidance_scale", type=float, help="a guidance scale of the adapters' own; default: none")
-    add("--scheduler", default="ddim", metavar="NAME", help=f"one of {', '.join(SCHEDULERS)}")
+    known = ", ".join(SCHEDULERS)
+    add("--scheduler", metavar="NAME", help=f"one of {known}; default: ddim, of a flow-matching base euler")
     add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
     add("--seed", type=int, default=0, help="seed of the masks")
     add("--output_dir", type=Path, default=Path("outputs/control"), help="folder of the figures and sheets")
     args = parser.read(argv)
     check_least(args, {"count": 1, "num_inference_steps": 1, "batch_size": 1}, "--")
-    if args.scheduler not in SCHEDULERS:
+    if args.scheduler not in (None, *SCHEDULERS):
         raise ValueError(f"Unknown scheduler {args.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
     make_folder(args.output_dir)
     return args

@@ -36,6 +36,8 @@ from localctl.micro.scenes import SceneObject, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.seeding import numpy_rng
 from research import harness
+from research.bases import sha256_of_base, suits
+from research.flags import label_of
 from research.harness import PROFILE, SPLIT, generate_cases, provenance
 from research.page import table
 
@@ -202,15 +204,17 @@ def run(args: argparse.Namespace) -> str:
     """Load, generate, measure and write; return the table."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
-    adapters = {adapter.name: adapter.load() for adapter in found}
-    if args.guidance_scale is None:
-        args.guidance_scale = resolve_base(args.base).guidance_scale
+    adapters = {label_of(adapter.name): adapter.load() for adapter in found}
+    own = suits(args.base)
+    for name in ("guidance_scale", "scheduler"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(own, name))
     pipe = load_pipeline(BaseConfig(name=args.base))
     set_scheduler(pipe, args.scheduler)
     pipe.set_progress_bar_config(disable=True)
     chosen = cases(args.count, MaskConfig(kind="box"), args.seed)
     names = ("num_inference_steps", "guidance_scale", "batch_size")
-    arguments = {name: getattr(args, name) for name in names}
+    arguments = {**{name: getattr(args, name) for name in names}, "max_sequence_length": own.max_sequence_length}
     ceiling = round_trip(pipe.vae, np.stack([case.item.image for case in chosen]))
     base = sample_all(pipe, chosen, None, arguments)
     guidance = {"unconditional_scale": args.unconditional_scale, "guidance_scale": args.control_guidance_scale}
@@ -219,7 +223,12 @@ def run(args: argparse.Namespace) -> str:
         images = sample_all(pipe, chosen, adapter, arguments, name, **guidance)
         results.append(compare(name, chosen, base, ceiling, images))
         image_sheet(chosen, base, images).save(args.output_dir / f"sheet_{number}.png")
-    settings = {**vars(args), "adapter": list(map(str, args.adapter)), "output_dir": str(args.output_dir)}
+    settings = {
+        **vars(args),
+        "base": label_of(args.base),
+        "adapter": list(map(label_of, args.adapter)),
+        "output_dir": label_of(args.output_dir),
+    }
     about = _provenance(args, found, chosen)
     content = {"settings": settings, "results": [asdict(r) for r in results], "provenance": about}
     check_provenance("of this evaluation", content, REQUIRED)
@@ -240,7 +249,7 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
         image_format="8 bit RGB, in memory",
         edges=YARDSTICK,
         weights_sha256={
-            "unet": sha256_of_folder(Path(resolve_base(args.base).id_or_path) / "unet"),
-            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
+            "base": sha256_of_base(Path(resolve_base(args.base).id_or_path)),
+            **{label_of(adapter.name): sha256_of_folder(adapter.place) for adapter in found},
         },
     )

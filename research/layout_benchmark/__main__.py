@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--scheduler",
         choices=sorted(SCHEDULERS),
-        help=f"of all methods; default: that of each method's preset, or {protocol.scheduler}",
+        help=f"of all methods; default: that of each method's preset, or {protocol.scheduler}; euler for flow",
     )
     add("--guidance_scale", type=float, help="of all methods; default: that of each method's preset, or the base")
     add("--batch_size", type=int, default=16, help="images generated at once; does not change them")
@@ -56,8 +56,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
+def protocol_of(args: argparse.Namespace, tune: bool, scheduler: str = Protocol.scheduler) -> Protocol:
     """Return the protocol; tuning uses other layouts than the benchmark, all of two regions.
+
+    ``scheduler``: where the flags give none.
 
     Raises:
         ValueError: a value is out of range.
@@ -69,7 +71,7 @@ def protocol_of(args: argparse.Namespace, tune: bool) -> Protocol:
         regions=(2,) if tune else Protocol.regions,
         seeds=tuple(args.seeds),
         num_inference_steps=args.num_inference_steps,
-        scheduler=args.scheduler or Protocol.scheduler,
+        scheduler=args.scheduler or scheduler,
         guidance_scale=args.guidance_scale,
         extractors=tuple(args.extractor),
         references=args.references,
@@ -89,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = results_of(page)
     with loading():
         from localctl.sampling_settings import Sampling
+        from research.bases import suits
         from research.layout_benchmark.figures import read_figures
         from research.layout_benchmark.methods import grids, methods
         from research.layout_benchmark.report import write_report, write_tuning
@@ -100,7 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         chosen = methods(args.methods, args.set, args.base, fixed)
     work = args.work_dir or Path(f"outputs/{name}_work")
-    study = LayoutBenchmark(protocol_of(args, tune), folder, work, args.batch_size, args.device)
+    study = LayoutBenchmark(
+        protocol_of(args, tune, suits(args.base).scheduler or Protocol.scheduler),
+        folder,
+        work,
+        args.batch_size,
+        args.device,
+    )
     write = write_tuning if tune else write_report
     study.run(chosen, lambda: write(folder, page))
     print(page)

@@ -13,10 +13,10 @@ from torch import Tensor
 from localctl.control.attention import Scores
 from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, CallContext, Control
+from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import AttentionLayer
 from localctl.layout import Layout
 from localctl.sampling import generate
-from localctl.tokens import positions_of
 
 KINDS = ("phrases", "other words", "start", "end", "padding")
 
@@ -70,7 +70,7 @@ def token_kinds(pipe: Any, layout: Layout) -> Tensor:
     kinds[0, KINDS.index("start")] = kinds[end, KINDS.index("end")] = 1
     kinds[end + 1 :, KINDS.index("padding")] = 1
     kinds[1:end, KINDS.index("other words")] = 1
-    for positions in positions_of(pipe, layout):
+    for positions in denoiser_of(pipe).token_positions(layout):
         kinds[list(positions), KINDS.index("other words")] = 0
         kinds[list(positions), KINDS.index("phrases")] = 1
     return kinds

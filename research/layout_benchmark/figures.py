@@ -81,6 +81,11 @@ class Figures:
         return self.results[name]["distances"][key] / self.plain_of(name)["distances"][key]
 
     @property
+    def base(self) -> str:
+        """The label of the base."""
+        return str(self.plain["asked"].get("protocol", {}).get("base", "micro"))
+
+    @property
     def several(self) -> list[str]:
         """Compositions of two methods, the best first."""
         names = [name for name in self.results if "+" in name]
@@ -110,11 +115,11 @@ class Gate:
 
 
 def gates(figures: Figures) -> list[Gate]:
-    """Return the gates of the methods that were measured."""
+    """Return the gates of the methods that were measured; they are for the embedded base alone."""
     return [
         Gate(name, wanted, figures.difference(name, "right", 2), figures.frechet(name))
         for name, wanted in GATES.items()
-        if name in figures.results
+        if name in figures.results and figures.base == "micro"
     ]
 
 

@@ -46,7 +46,7 @@ _MEANINGS = (
     "- `present`: the share of objects that are there, wherever",
     "- `binding`: of the objects whose colour and whose shape both appear, the share that has the two together",
     "- `color_*`: the same as `right`, `accuracy` and `iou` for blobs of the right colour, whatever their shape",
-    "- `clip_score`: 100 cos of image and prompt under the base's own CLIP",
+    "- `clip_score`: 100 cos of image and prompt under the {clip}'s own CLIP",
 )
 
 
@@ -78,9 +78,9 @@ def write_tuning(results: Path, page: Path) -> str:
     """
     figures = read_figures(results)
     introduction = [
-        "# Settings of the controls on the embedded base",
+        f"# Settings of the controls on {_base(figures)}",
         "",
-        f"Written by `{COMMAND} --tune`:",
+        f"Written by `{_command(figures)} --tune`:",
         f"{len(figures.plain.ids)} layouts of two regions that the benchmark does not use, {_generating(figures)}.",
         f"Plain sampling first, then by the sum of {', '.join(f'`{column}`' for column in RANKED)};",
         f"settings with a Fréchet distance over {MOST_FRECHET:g} times plain's come last.",
@@ -88,6 +88,14 @@ def write_tuning(results: Path, page: Path) -> str:
         "",
     ]
     return write_page(page, introduction, *_tuned(figures))
+
+
+def _base(figures: Figures) -> str:
+    return "the embedded base" if figures.base == "micro" else f"the base `{figures.base}`"
+
+
+def _command(figures: Figures) -> str:
+    return COMMAND if figures.base == "micro" else f"{COMMAND} --base {figures.base}"
 
 
 def _tuned(figures: Figures) -> Iterator[list[str]]:
@@ -126,8 +134,8 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
     return [
         "# Do objects stand where the layout asks for them?",
         "",
-        written_by(COMMAND, page),
-        "from the results named below, on the embedded base and its small scenes.",
+        written_by(_command(figures), page),
+        f"from the results named below, on {_base(figures)} and its small scenes.",
         "",
         *base_note(figures.plain["asked"]),
         *reader_note(figures.plain["asked"]),
@@ -136,7 +144,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
         *_ways(figures),
         "",
-        *_MEANINGS,
+        *(line.format(clip="base" if figures.base == "micro" else "embedded base") for line in _MEANINGS),
         "",
     ]
 

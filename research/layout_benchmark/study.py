@@ -23,9 +23,10 @@ from localctl.metrics.clip import CLIPScore
 from localctl.metrics.extractors import Extractor, describe
 from localctl.metrics.statistics import Statistics, distances
 from localctl.micro.scenes import scene
-from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler, with_scheduler
+from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler, with_scheduler
 from localctl.sampling import generate
 from localctl.sampling_settings import FREE
+from research.bases import suits
 from research.harness import (
     DIGITS,
     PROFILE,
@@ -65,7 +66,7 @@ class LayoutBenchmark(Study[Method]):
         if batch_size < 1:
             raise ValueError(f"The batch size must be at least 1, not {batch_size}.")
         super().__init__(protocol, folder, work)
-        self.batch_size, self.device = batch_size, process_device(device)
+        self.batch_size, self.device, self.own = batch_size, process_device(device), suits(protocol.base)
         assert self.extractors  # loaded now, so that a missing one is an error before any slow work
         self.cases = cases(protocol.layouts, protocol.split, protocol.regions)
         # Ordered by layout, then by seed.
@@ -134,7 +135,8 @@ class LayoutBenchmark(Study[Method]):
         scale = method.sampling.guidance_scale or self.protocol.guidance_scale
         return {
             "num_inference_steps": steps or self.protocol.num_inference_steps,
-            "guidance_scale": resolve_base(self.protocol.base).guidance_scale if scale is None else scale,
+            "guidance_scale": self.own.guidance_scale if scale is None else scale,
+            "max_sequence_length": self.own.max_sequence_length,
             "batch_size": self.batch_size,
         }
 

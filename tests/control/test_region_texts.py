@@ -41,6 +41,13 @@ def test_a_regions_negative_prompt_rules_inside_it(sd_pipe: StableDiffusionPipel
         assert torch.equal(draw(sd_pipe, **options), draw(sd_pipe, **options))
 
 
+def test_a_regions_negative_prompt_is_refused_without_guidance(sd_pipe: StableDiffusionPipeline) -> None:
+    layout = Layout(PROMPT, regions=(Region("cat", (0, 0, 1, 1), negative_prompt="boats"),))
+    message = "NegativePrompts changes the negative prompt, but this call with the U-Net has none"
+    with pytest.raises(ValueError, match=message), attach(sd_pipe, layout, NegativePrompts()):
+        draw(sd_pipe, guidance_scale=1.0)
+
+
 @pytest.mark.parametrize("kind", ["sd_pipe", "sdxl_pipe"])
 def test_phrases_are_encoded_alone(kind: str, request: pytest.FixtureRequest) -> None:
     """The tokens of each phrase carry the phrase's own embedding; the rest and the negative rows stay."""

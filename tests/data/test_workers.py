@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from localctl.data.workers import WorkerError, loading
 
@@ -62,7 +63,8 @@ def test_everything_is_read_in_order_and_nobody_is_left(workers):
 
 
 @pytest.mark.parametrize(("trouble", "words"), [(die, r"SIGKILL; out of memory\?"), (end, "exit code 3")])
-def test_a_killed_worker_is_one_sentence(trouble, words):
+def test_a_killed_worker_is_one_sentence(trouble, words, monkeypatch):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))  # seconds; torch's are 5
     with pytest.raises(WorkerError, match=f"A data worker was killed \\({words}\\)"):
         read(trouble)
     assert multiprocessing.active_children() == []

@@ -207,6 +207,10 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
 
 
+def test_weights_in_the_second_call_s_negative_prompt_are_refused(load: Any) -> None:
+    refused(load("flux"), "flux", r"The prompt '\(x:1.3\)' has weights, which acts on", negative_prompt="(x:1.3)")
+
+
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:
     """Z-Image's pipeline copies prompts after their encoding: two rows may be two images, or one with guidance."""
     pipe, family = load("z_image"), FAMILIES["z_image"]

@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from localctl.control.attach import attach
+from localctl.control.attention_maps import AttentionMaps
 from localctl.control.base import BoundControl, Control
 from localctl.control.dense import DenseModulation
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.control.ip_adapter import ImagePrompt, IPAdapterControl
+from localctl.control.latents import outer_step
 from localctl.control.layout_guidance import LayoutGuidance
 from localctl.control.region_bias import RegionBias
 from localctl.control.spacetime import SpaceTimeAttention
@@ -148,6 +150,38 @@ def test_guidance_of_a_control_is_the_same_in_the_call_that_skips_layers(sd3: An
             found.append(run(FAMILIES["sd3"], sd3, guidance_scale=4.0, **skipping))
     torch.testing.assert_close(found[1], found[0])
     assert (found[2] - found[0]).abs().max() > 1e-4
+
+
+def test_heat_maps_are_of_the_call_that_skips_no_layers(sd3: Any) -> None:
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 2}
+    heat = []
+    for options in ({}, skipping):
+        maps = AttentionMaps()
+        with attach(sd3, LAYOUT, maps):
+            run(FAMILIES["sd3"], sd3, num_inference_steps=1, **options)
+        heat.append(maps.heat(0, 1))
+    assert torch.equal(*heat) and heat[0].max() > 0
+
+
+def test_weights_in_any_text_of_a_call_are_refused(sd3: Any) -> None:
+    """Otherwise their marks would be read as text."""
+    refused(sd3, "sd3", r"The prompt '\(x:1.3\)' has weights, which acts on", negative_prompt="(x:1.3)")
+    for name in ("prompt", "negative_prompt"):
+        own = Layout(PROMPT, regions=(Region("Cat", (0, 0, 1, 1), **{name: "((dog))"}),))  # type: ignore[arg-type]
+        refused(sd3, "sd3", r"The prompt '\(\(dog\)\)' has weights, which acts on", layout=own)
+    with attach(sd3, LAYOUT, RegionBias(strength=1.0), prompt_weighting=False):
+        assert run(FAMILIES["sd3"], sd3, negative_prompt="(x:1.3)").isfinite().all()
+    assert "encode_prompt" not in vars(sd3)
+
+
+@pytest.mark.parametrize("steps", [20, 250, 1000])
+def test_a_timestep_that_is_rounded_to_bfloat16_is_still_its_own_step(steps: int) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    sample = torch.zeros(1)
+    for place, time in enumerate(scheduler.timesteps):
+        assert outer_step(scheduler, float(time.bfloat16())) == (place, steps)
+        scheduler.step(sample, time, sample)
 
 
 @pytest.mark.parametrize("prompt", ["A Cat, dogs", "  A   Cat,  DOGS ", "xx, a\tCat,dogs"])

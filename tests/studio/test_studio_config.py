@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,13 @@ def test_the_command_refuses_an_open_server_in_one_sentence(capsys: Any) -> None
 
 def test_a_login_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "login").write_text("me:of-the-file\n")
-    monkeypatch.setenv(LOGIN, "me:of-the-environment")
-    assert _with_login({"auth_file": str(tmp_path / "login")}) == {"auth": "me:of-the-file"}
-    assert _with_login({}) == {"auth": "me:of-the-environment"}
-    assert _with_login({"auth": "me:typed"}) == {"auth": "me:typed"}
-    monkeypatch.delenv(LOGIN)
+    for options, login in (
+        ({"auth_file": str(tmp_path / "login")}, "of-the-file"), ({}, "of-the-environment"),
+        ({"auth": "me:typed"}, "typed"),
+    ):  # fmt: skip
+        monkeypatch.setenv(LOGIN, "me:of-the-environment")
+        assert _with_login(options) == {"auth": f"me:{login}"}
+        assert LOGIN not in os.environ  # nor in that of a training that the page starts
     assert _with_login({"port": 1}) == {"port": 1}
     with pytest.raises(ValueError, match="not both"):
         _with_login({"auth_file": str(tmp_path / "login"), "auth": "me:typed"})

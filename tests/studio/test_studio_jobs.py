@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import zipfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +21,7 @@ from localctl.jobs.embedded import read_embedded
 from localctl.studio.config import StudioConfig
 from localctl.studio.jobs_queue import Stopped
 from localctl.studio.leaving import bundle_of
-from localctl.studio.place_actions import generate
+from localctl.studio.place_actions import generate, load_colors, predict
 from localctl.studio.place_form import read_form, read_sweep, settings_for
 from localctl.studio.place_jobs import Note, Shown, Step, run_job
 from localctl.studio.studio import Studio
@@ -194,3 +196,15 @@ def test_a_mistake_is_one_sentence_and_the_next_job_works(studio: Studio) -> Non
     (progress, _), = told(studio, scene=scene)  # fmt: skip
     assert "job-failed" in progress and "not in the prompt" in progress
     assert "1 image in" in told(studio)[-1][0]
+
+
+def test_a_predicted_layout_and_a_colour_map_leave_the_prompt_to_who_types_it(studio: Studio) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((64, 64, 3), (200, 30, 30), np.uint8)).save(file, "png")
+    request: Any = SimpleNamespace(session_hash="tab")
+    for values in (
+        predict(studio)(request, "a red circle left of a blue star", SCENE, 0),
+        load_colors(studio)(request, file.getvalue(), "a red circle", SCENE),
+    ):
+        prompt, scene, progress = values
+        assert prompt == gr.skip() and scene["regions"] and "job-failed" not in progress

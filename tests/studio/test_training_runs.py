@@ -83,7 +83,8 @@ def test_nothing_runs_at_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_quick_run_is_followed_and_stopped_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_quick_run_is_followed_and_stopped_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # the server's terminal shows no bars; the page follows one all the same
     trainer = Trainer(tmp_path)
     try:
         assert trainer.start("data.count=32", "validation.count=2") == "quick-1"

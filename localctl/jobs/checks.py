@@ -1,0 +1,77 @@
+"""Checks of a run against what its base can do: what it would ignore is refused before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import diffusers
+
+from localctl.control.latents import check_shiftable_kind
+from localctl.control.presets import CONTROLS
+from localctl.denoisers.abilities import ONLY_UNETS, Abilities
+from localctl.image_to_image import check_task
+from localctl.jobs.settings import SampleSettings
+from localctl.jobs.variants import Variant
+from localctl.layout import Layout
+from localctl.pipelines import check_sigmas
+from localctl.sampling_settings import Sampling
+from localctl.schedulers import check_seedable
+
+_ADDONS = {
+    "controlnet": "ControlNets act",
+    "ip_adapter": "IP-Adapters act in regions",
+    "lora": "LoRAs are loaded",
+    "textual_inversion": "learned words are loaded",
+}
+
+
+def check_abilities(
+    base: Abilities, options: SampleSettings, variants: Sequence[Variant], layouts: Sequence[Layout]
+) -> None:
+    """Raise a ValueError for settings or controls that a base would ignore, or cannot act on.
+
+    ``options``: as given, before those that are left open are filled in.
+    """
+    base.check_settings(options)
+    _check_controls(base, options, variants, layouts)
+    if base.is_unet:
+        return
+    check_addons_act(base, options)
+    if options.init_image or options.upscale is not None:
+        check_task(getattr(diffusers, base.pipeline), repaints=bool(options.inpaint_mask))
+    own = base.shape.parts["vae"].get("_class_name", "AutoencoderKL")
+    if options.vae is not None and own != "AutoencoderKL":
+        raise ValueError(f"--vae replaces an AutoencoderKL, and the base has an {own}; leave it out.")
+
+
+def check_addons_act(base: Abilities, options: object) -> None:
+    """Raise a ValueError for addons, by the names of their settings, that do not act on a base."""
+    for addon, what in _ADDONS.items():
+        if getattr(options, addon) and not base.is_unet:
+            way_out = "load it in Python, by pipe.load_lora_weights" if addon == "lora" else "leave it out"
+            raise ValueError(f"--{addon}: {what} {ONLY_UNETS}, not on a {base.family.name}; {way_out}.")
+
+
+def _check_controls(
+    base: Abilities, options: SampleSettings, variants: Sequence[Variant], layouts: Sequence[Layout]
+) -> None:
+    phrases = any(region.phrase for layout in layouts for region in layout.regions)
+    for variant in variants:
+        chosen, spacing = options.scheduler or variant.sampling.scheduler, Sampling.of(options).sigmas
+        # A U-Net's own scheduler may not be here yet, and is checked when it is.
+        kind = None if base.is_unet and chosen is None and spacing is None else base.scheduler(chosen)
+        check_seedable(kind or "", base.pipeline)
+        if spacing is not None:
+            check_sigmas(kind, spacing)
+        names = {CONTROLS.name_of(type(control)) for control in variant.controls}
+        if "guidance" in names and kind is not None:
+            check_shiftable_kind(kind)
+        if "spacetime_optimized" in names and "FlowMatch" in (kind or ""):
+            raise ValueError(
+                f"spacetime_optimized optimises weights through DDIM or PNDM, and a {base.pipeline} samples by flow "
+                "matching; use spacetime."
+            )
+        if names and phrases:
+            base.family.check_located(base.pipeline)
+    if options.control_guidance_scale is not None:
+        base.check_own_guidance()
