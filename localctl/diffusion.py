@@ -65,30 +65,6 @@ def x0_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
     return (signal * noisy - sigma * v).to(noisy.dtype)
 
 
-def eps_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return eps = (z_t - sqrt(abar) x0) / sqrt(1-abar); finite at abar = 1."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((noisy - signal * x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
-def eps_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return eps = sqrt(abar) v + sqrt(1-abar) z_t; defined for every abar in [0, 1]."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return (signal * v + sigma * noisy).to(noisy.dtype)
-
-
-def v_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return v = (sqrt(abar) z_t - x0) / sqrt(1-abar); finite at abar = 1."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((signal * noisy - x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
-def v_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return v = (eps - sqrt(1-abar) z_t) / sqrt(abar); finite at abar = 0."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((eps - sigma * noisy) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return v = sqrt(abar) eps - sqrt(1-abar) z0; defined for every abar in [0, 1]."""
     signal, sigma = _roots(alpha_bar, latents)
