@@ -22,15 +22,15 @@ def read_rows(folder: Path) -> list[Row]:
     return [json.loads(text) for path in sorted(folder.glob("*.jsonl")) for text in path.read_text().splitlines()]
 
 
-def gib(parameters: int, width: float) -> str:
-    """Return the GiB of parameters of ``width`` bytes."""
-    return f"{parameters * width / GIB:.1f}"
+def weights(row: Row, name: str) -> str:
+    """Return the GiB of the frozen transformer in a format of weights."""
+    return f"{row['parameters'] * BYTES[name] / GIB:.1f}"
 
 
-def needed(row: Row, weights: str) -> str:
-    """Return the GiB of training with checkpointing, the frozen transformer in ``weights``: all but text encoders, VAE
-    and the needs of the device itself."""
-    frozen = row["parameters"] * BYTES[weights]
+def needed(row: Row, name: str) -> str:
+    """Return the GiB of training with checkpointing, the frozen transformer in a format of weights; text encoders, VAE
+    and the needs of the device itself come on top."""
+    frozen = row["parameters"] * BYTES[name]
     return f"{(frozen + row['adapter_parameters'] * TRAINED) / GIB + row['activations_checkpointed_gib']:.1f}"
 
 
@@ -39,10 +39,7 @@ _BASES: Sequence[Column] = (
     ("parameters", lambda row: f"{row['parameters'] / 1e9:.2f} billion"),
     ("blocks", lambda row: str(row["blocks"])),
     ("width", lambda row: f"{row['width']:,}"),
-    *(
-        (f"weights, {name}, GiB", lambda row, width=width: gib(row["parameters"], width))
-        for name, width in BYTES.items()
-    ),
+    *((f"weights, {name}, GiB", lambda row, name=name: weights(row, name)) for name in BYTES),
     ("adapter", lambda row: f"{row['adapter_parameters'] / 1e6:.1f} million, {row['levels']} residuals"),
 )
 _SIZES: Sequence[Column] = (

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    CLIPModel,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -63,11 +64,30 @@ def family_pipeline(
     flow = diffusers.FlowMatchEulerDiscreteScheduler
     scheduler = flow(shift=3.0, use_dynamic_shifting=family in ("flux", "flux2"))
     parts: Parts = {"transformer": transformer, "scheduler": scheduler, **_REST[family](transformer.config, clip)}
-    for part in parts.values():
+    return _frozen(getattr(diffusers, CLASSES[family][1])(**parts), place, dtype)
+
+
+def small_sd3(device: torch.device, dtype: torch.dtype, patch: int = 2) -> Any:
+    """Return the pipeline of the transformer that can be trained in the place of the embedded base's U-Net, with random
+    weights and the other parts of that base. patch: side of a token in latents."""
+    choose_pil_processors()
+    from research.micro_base.transformer import new_pipeline, new_transformer
+
+    clip = CLIPModel.from_pretrained(MICRO_WEIGHTS / "clip")
+    vae = diffusers.AutoencoderKL.from_pretrained(MICRO_WEIGHTS / "vae")
+    transformer = new_transformer(patch=patch)
+    for parameter in transformer.parameters():
+        if not parameter.any():  # a block that changes nothing has no gradients either
+            nn.init.normal_(parameter, std=0.02)
+    pipe = new_pipeline(vae, clip, CLIPTokenizer.from_pretrained(MICRO_WEIGHTS / "tokenizer"), transformer)
+    return _frozen(pipe, device, dtype)
+
+
+def _frozen(pipe: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            nn.Module.to(part, place, dtype)  # diffusers' own .to() warns of modules to keep in float32
+            nn.Module.to(part, device, dtype)  # diffusers' own .to() warns of modules to keep in float32
             part.eval().requires_grad_(False)
-    pipe: Any = getattr(diffusers, CLASSES[family][1])(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
