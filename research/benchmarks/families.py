@@ -25,15 +25,15 @@ from torch import Tensor
 from localctl.denoisers import denoiser_of
 from localctl.evaluation.provenance import write_text
 from localctl.training.cost import GIB, _count
-from research.benchmarks.families_report import read_rows, report
+from research.benchmarks.families_report import MARKS, read_rows, report
 from research.benchmarks.family_shapes import (
     SHAPES,
-    TINY,
     Shape,
     bare_pipeline,
     empty_conditioning,
     latent_channels,
     new_transformer,
+    shape_named,
     token_adapter,
 )
 from research.benchmarks.gpu_report import write_page
@@ -115,8 +115,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 def cost_rows(names: Sequence[str], sizes: Sequence[int], tiny: bool) -> Iterator[Row]:
     """Yield a row for each base and size."""
     for name in names:
-        shape = SHAPES[name]
-        counted = Counted(name, Shape(shape.family, TINY[shape.family], shape.tokens) if tiny else shape)
+        counted = Counted(name, shape_named(name, tiny))
         for side in sizes:
             yield counted.row(side)
 
@@ -140,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count, measure or report; return 0."""
     options = parse(argv)
     if options.report:
-        write_page(options.page, report(read_rows(options.output_dir)))
+        write_page(options.page, report(read_rows(options.output_dir)), MARKS)
         return 0
     if options.overheads:
         from research.benchmarks.families_overhead import overhead_rows  # only now: it loads text encoders

@@ -14,6 +14,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 GIB = 2**30
 BYTES: Mapping[str, float] = {"bf16": 2, "8 bit": 1, "4 bit": 0.5}  # of a frozen weight, without scales
+MARKS = ("<!-- cost tables -->", "<!-- end of cost tables -->")  # on the page
 TRAINED = 16  # bytes of a trained float32 parameter: itself, its gradient, both moments of AdamW
 
 

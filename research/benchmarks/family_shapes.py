@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -171,6 +171,12 @@ TINY: Mapping[str, Config] = MappingProxyType(
         },
     }
 )
+
+
+def shape_named(base: str, tiny: bool = False) -> Shape:
+    """Return the shape of a base. tiny: a small transformer of its family."""
+    shape = SHAPES[base]
+    return replace(shape, config=TINY[shape.family]) if tiny else shape
 
 
 def new_transformer(family: str, config: Config, device: torch.device, dtype: torch.dtype) -> Any:
