@@ -73,7 +73,8 @@ def overheads(rows: Sequence[Row]) -> str:
     body = []
     for base in dict.fromkeys(row["base"] for row in rows):
         own = {row["control"]: row for row in rows if row["base"] == base}
-        body.append(line([base, *(_overhead(own.get(name)) for name in names)]))
+        pixels = next(iter(own.values()))["pixels"]
+        body.append(line([f"`{base}`, {pixels} px", *(_overhead(own.get(name)) for name in names)]))
     return "\n".join([*head(["base", *names]), *body])
 
 

@@ -97,4 +97,4 @@ def test_controls_are_timed_beside_a_run_without_any_and_refusals_are_kept(tmp_p
     assert "negative prompt" in rows[-1]["refused"]
     (tmp_path / "overheads.jsonl").write_text("\n".join(map(json.dumps, rows)))
     line = report(read_rows(tmp_path)).splitlines()[-1]
-    assert line.startswith("| flux |") and line.endswith("| refused |")
+    assert line.startswith("| `flux`, 64 px |") and line.endswith("| refused |")
