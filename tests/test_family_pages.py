@@ -1,10 +1,13 @@
 """The pages of the families of transformers: their examples run, on tiny pipelines loaded from a folder."""
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+from localctl.cli import sample
 
 PAGES = Path(__file__).parents[1] / "docs"
 SIDE = 64
@@ -35,6 +38,19 @@ def test_the_examples_of_a_page_run(family, family_folders, tmp_path, monkeypatc
     assert tmp_path / "fox.png" in images
     for image in images:
         assert Image.open(image).size == (SIDE, SIDE)
+
+
+def test_the_commands_of_a_page_run(family, family_folders, tmp_path, monkeypatch):
+    text = (PAGES / "families" / f"{family.name}.md").read_text().replace("\\\n", "")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python sample.py ")]
+    assert commands
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        given = dict(zip(command[2::2], command[3::2], strict=True))
+        given |= {"--base": str(family_folders(family.name)), "--dtype": "float32", "--resolution": str(SIDE)}
+        given |= {"--num_inference_steps": "2"}
+        assert sample.main([word for pair in given.items() for word in pair]) == 0
+        assert list(Path(given["--output_dir"]).glob("00_seed*.png"))
 
 
 def test_the_adapter_of_the_overview_fits(family, dit):

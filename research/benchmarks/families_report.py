@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,13 @@ def overheads(rows: Sequence[Row]) -> str:
         own = {row["control"]: row for row in rows if row["base"] == base}
         pixels = next(iter(own.values()))["pixels"]
         body.append(line([f"`{base}`, {pixels} px", *(_overhead(own.get(name)) for name in names)]))
-    return "\n".join([*head(["base", *names]), *body])
+    return "\n".join([*head(["base", *names]), *body, "", _memory(rows)])
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    plain = {row["base"]: row["peak_mib"] for row in rows if row["control"] == "none"}
+    more = max(row["peak_mib"] - plain[row["base"]] for row in rows if "peak_mib" in row)
+    return f"Live tensors take at most {math.ceil(more)} MiB more than without controls."
 
 
 def _overhead(row: Row | None) -> str:

@@ -96,5 +96,6 @@ def test_controls_are_timed_beside_a_run_without_any_and_refusals_are_kept(tmp_p
     assert rows[0]["overhead"] == 0 and rows[5]["overhead"] > 0.3
     assert "negative prompt" in rows[-1]["refused"]
     (tmp_path / "overheads.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    line = report(read_rows(tmp_path)).splitlines()[-1]
+    *_, line, _, memory = report(read_rows(tmp_path)).splitlines()
+    assert memory.startswith("Live tensors take at most ")
     assert line.startswith("| `flux`, 64 px |") and line.endswith("| refused |")
