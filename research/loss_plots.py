@@ -79,7 +79,10 @@ def predict(
     conditioning = denoiser.conditioning(PromptEmbeds.join([texts] * count), size, [example.original] * count)
     features = None
     if adapter is not None:
-        x = torch.cat([example.condition, example.mask])[None].to(adapter.device, adapter.dtype)  # (1,C+1,H,W)
+        x = adapter.inputs(
+            example.condition[None], example.mask[None], lambda pixels: diffusion.encode(pipe.vae, pixels)
+        )
+        x = x.to(adapter.device, adapter.dtype)  # (1,C+1,H,W)
         features = [f.to(pipe.unet.device, pipe.unet.dtype).expand(count, -1, -1, -1) for f in adapter(x)]
     output = denoiser.output(sample.noisy.to(pipe.unet.dtype), sample.timesteps, conditioning, features)
     return Prediction(example, sample, output, alphas, pipe.scheduler.config.prediction_type)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from localctl.denoisers.base import Arguments, Conditioning, argument
@@ -64,7 +65,7 @@ class Flux(Packed):
     def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
         """Return the places of the tokens of image and text."""
         text = conditioning.text
-        own = self.pipe._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
+        own = FluxPipeline._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
         return {"img_ids": own, "txt_ids": text.new_zeros(text.shape[1], 3)}
 
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -41,10 +42,10 @@ class Flux2(Flux):
     def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
         """Return the places of the tokens of image and text."""
         text = conditioning.text
-        image = self.pipe._prepare_latent_ids(torch.empty(rows, 1, *size))
+        image = Flux2KleinPipeline._prepare_latent_ids(torch.empty(rows, 1, *size))
         return {
             "img_ids": image.to(text.device),
-            "txt_ids": self.pipe._prepare_text_ids(text).to(text.device),
+            "txt_ids": Flux2KleinPipeline._prepare_text_ids(text).to(text.device),
             "guidance": (conditioning.added or {}).get("guidance"),
         }
 

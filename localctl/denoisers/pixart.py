@@ -20,6 +20,8 @@ from localctl.prompt_weights import Text
 from localctl.sizes import shown
 from localctl.tokens import token_positions
 
+_LONGEST = 300  # tokens that Sigma reads; alpha reads 120
+
 
 class PixArt(Transformer):
     """A transformer with text by cross-attention, as a U-Net; the text is T5's, and its padding is masked out."""
@@ -79,6 +81,8 @@ class PixArt(Transformer):
     @property
     def longest_text(self) -> int:  # type: ignore[override]
         """The number of tokens that the pipeline reads by default, which differs between alpha and Sigma."""
+        if self.pipe is None:
+            return _LONGEST
         return inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default
 
     def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:

@@ -29,6 +29,7 @@ class QwenImage(Packed):
     order = ("hidden_states", "encoder_hidden_states", _MASK, "timestep", "img_shapes")
     not_per_row = ("img_shapes",)
     longest_text = 1024
+    fills_texts = True
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:

@@ -31,6 +31,7 @@ class SD3(Transformer):
     image_output = 1
     tokenizers = ("tokenizer_3", "tokenizer")
     longest_text = 256
+    further_tokens = 77
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:

@@ -15,6 +15,7 @@ from torch import Tensor
 from localctl.prompt_embeds import PromptEmbeds
 
 Original = tuple[int, int, int, int]  # height and width of an image before its crop, top and left of the crop
+TYPICAL_TEXT = 128  # tokens of a caption
 DISTILLED_GUIDANCE = 3.5  # of images of FLUX.1 dev, as its authors suggest
 
 
@@ -84,6 +85,11 @@ class Trained(ABC):
     @abstractmethod
     def caption_tokens(self) -> tuple[Any, int]:
         """The tokenizer by which captions are cut, and how many of its tokens are read."""
+
+    @abstractmethod
+    def blank_texts(self) -> PromptEmbeds:
+        """Return embeddings of one caption, without values on the meta device: of the length that a call reads, or
+        where that is the caption's own, of ``TYPICAL_TEXT`` tokens."""
 
     @abstractmethod
     def conditioning(

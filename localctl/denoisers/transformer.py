@@ -22,6 +22,7 @@ from localctl.denoisers.base import (
     argument,
     with_arguments,
 )
+from localctl.denoisers.trained import TYPICAL_TEXT
 from localctl.diffusion import FLOW, latent_channels
 from localctl.layout import Layout
 from localctl.prompt_embeds import PromptEmbeds
@@ -29,6 +30,7 @@ from localctl.prompt_weights import Text
 from localctl.sizes import shown
 from localctl.tokens import token_positions
 
+_TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "cap_feat_dim")
 _THIRDS = ("early", "middle", "late")
 
 
@@ -48,6 +50,8 @@ class Transformer(Denoiser):
     in_halves = False  # residuals are added by hooks
     by_flow = True
     longest_text: ClassVar[int] = 512  # tokens that are read by default
+    further_tokens: ClassVar[int] = 0  # of CLIP, beside them
+    fills_texts: ClassVar[bool] = False  # whether shorter texts have fewer tokens
     latents_of_token: ClassVar[int | None] = None  # the side of a token; None: as the config says
 
     @classmethod
@@ -250,6 +254,20 @@ class Transformer(Denoiser):
     @abstractmethod
     def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
         """Encode captions by the pipeline's ``encode_prompt`` with these options."""
+
+    def blank_texts(self) -> PromptEmbeds:
+        """Return embeddings of one caption without values."""
+        config, length = self.module.config, self.text_length
+        width = next(getattr(config, name) for name in _TEXT_WIDTHS if hasattr(config, name))
+        tokens = (self.longest_text if length is None else length) + self.further_tokens
+        if self.fills_texts:
+            tokens = min(tokens, TYPICAL_TEXT)
+        pooled = getattr(config, "pooled_projection_dim", None)
+        return PromptEmbeds(
+            torch.empty(1, tokens, width, device="meta"),
+            None if pooled is None else torch.empty(1, pooled, device="meta"),
+            (tokens,),
+        )
 
     @property
     def caption_tokens(self) -> tuple[Any, int]:

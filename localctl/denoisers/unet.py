@@ -34,6 +34,7 @@ _WITHIN = "down_intrablock_additional_residuals"
 _SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 _GROUP = re.compile(r"(down|mid|up)(?:/(\d+))?")
 _IMAGES = "image_embeds"
+TOKENS = 77  # that CLIP reads
 _LARGE = 1 << 12  # a side of latents that halves evenly at every level
 
 
@@ -190,6 +191,14 @@ class UNet(Denoiser):
         pipe = self.pipe
         embeds, negative = encode_prompts(pipe, "", guided=is_xl(pipe), call={"device": pipe.text_encoder.device})
         return negative or embeds
+
+    def blank_texts(self) -> PromptEmbeds:
+        """Return embeddings of one caption without values: 77 tokens."""
+        config, pooled = self.module.config, None
+        if config.addition_embed_type == "text_time":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = torch.empty(1, width, device="meta")
+        return PromptEmbeds(torch.empty(1, TOKENS, config.cross_attention_dim, device="meta"), pooled)
 
     @property
     def caption_tokens(self) -> tuple[Any, int]:

@@ -49,6 +49,7 @@ class ZImage(Transformer):
     image_output = None
     latents_of_token, latents_of_side = 2, 128
     encodes_always = False
+    fills_texts = True
     guides_in_one_call = False  # it adds its scale times the difference to the output with the prompt
 
     def __init__(self, module: Any, pipe: Any = None) -> None:

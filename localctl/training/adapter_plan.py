@@ -17,7 +17,10 @@ from localctl.bases import lasting_name
 from localctl.control.compatible import check_fit
 from localctl.denoisers import bare_denoiser
 from localctl.denoisers.transformer import Transformer
+from localctl.diffusion import latent_channels
 from localctl.seeding import key_seed
+from localctl.settings import ConditionSpace
+from localctl.training.large_bases import check_package
 from localctl.training.settings import TrainSettings
 
 TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
@@ -62,6 +65,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     if options["adapter_type"] == TOKENS:
         own = saved.config.get("token_width", TOKEN_WIDTH) if saved else TOKEN_WIDTH
         options["token_width"] = wanted["token_width"] or own
+        options |= _latents(wanted["condition_space"], saved, shape)
     weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
     options["level_weights"] = weights and list(weights)
     options["in_channels"] = settings.condition.channels
@@ -71,19 +75,37 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     return AdapterPlan(options, saved)
 
 
+def _latents(space: ConditionSpace | None, saved: SavedAdapter | None, shape: BaseShape) -> dict[str, int]:
+    """Return the options of a token adapter that say how it gets the condition."""
+    own = saved.config.get("latent_channels", 0) if saved else 0
+    if saved and space is not None and (space == "latents") is not bool(own):
+        raise ValueError(
+            f"adapter.condition_space is {space} but the adapter {saved.name} takes "
+            f"{'latents' if own else 'pixels'}; leave it out to use its own."
+        )
+    if not own and space != "latents":
+        return {}
+    return {"latent_channels": latent_channels(shape.build("vae")), "latent_factor": shape.vae_scale_factor}
+
+
 def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
     """Raise a ValueError for settings that would have no effect on a base of this shape."""
     denoiser = bare_denoiser(shape.build(shape.denoiser))
     transformer = isinstance(denoiser, Transformer)
     distilled = shape.parts[shape.denoiser].get("guidance_embeds", False)
-    for name, value, acts, why in (
-        ("flow_shift", settings.flow_shift, denoiser.by_flow, "moves the noise levels of flow matching"),
-        ("distilled_guidance", settings.distilled_guidance, distilled, "is an input of FLUX.1 dev and the like"),
-        ("max_sequence_length", settings.max_sequence_length, transformer, "is of transformers"),
-        ("adapter.token_width", settings.adapter.token_width, transformer, f"is of a {TOKENS}, for transformers"),
+    for name, value, acts, which in (
+        ("flow_shift", settings.flow_shift, denoiser.by_flow, "bases of flow matching"),
+        ("distilled_guidance", settings.distilled_guidance, distilled, "bases that take it, such as FLUX.1 dev"),
+        ("max_sequence_length", settings.max_sequence_length, transformer, "transformers"),
+        ("adapter.token_width", settings.adapter.token_width, transformer, "transformers"),
+        ("adapter.condition_space", settings.adapter.condition_space, transformer, "transformers"),
+        ("quantization", settings.quantization, transformer, "transformers"),
+        ("offload_base", settings.offload_base or None, transformer, "transformers"),
     ):
         if value is not None and not acts:
-            raise ValueError(f"{name}={value} {why}, which {settings.base.name} is not; leave it out.")
+            raise ValueError(f"{name}={value} is for {which}, and {settings.base.name} is none of these; leave it out.")
+    if settings.quantization is not None:
+        check_package(settings.quantization)
     if settings.compile and transformer:
         raise ValueError(
             "compile=true compiles the blocks of a U-Net, while residuals are added between those of a transformer by "

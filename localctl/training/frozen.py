@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -16,6 +17,7 @@ from localctl.diffusion import is_for_videos
 from localctl.messages import no_progress_bars
 from localctl.pipelines import DTYPES, full_precision_vae, is_xl, load_pipeline
 from localctl.training.frozen_layers import keep_less
+from localctl.training.large_bases import offload, quantized
 from localctl.training.settings import TrainSettings
 
 WEIGHTS = ("unet", "transformer", "vae", *TEXT_PARTS)
@@ -31,8 +33,16 @@ def load_frozen(
         without: parts whose weights are not read; shapes and config on the meta device stand in for them.
     """
     absent = _absent(settings.base, without)
+    options: dict[str, Any] = dict.fromkeys(absent)
+    offloaded = settings.offload_base and "transformer" not in without
+    if settings.quantization is not None and "transformer" not in without:
+        own = dtype or DTYPES[settings.base.dtype]
+        options["quantization_config"] = quantized(settings.quantization, own)
     with no_progress_bars():
-        pipe = load_pipeline(settings.base, dtype=dtype, device=device, **dict.fromkeys(absent))
+        place = torch.device("cpu") if offloaded else device
+        pipe = load_pipeline(settings.base, dtype=dtype, device=place, **options)
+    if offloaded:
+        offload(pipe, device)
     for name, part in absent.items():
         pipe.register_modules(**{name: part})
     pipe.set_progress_bar_config(disable=True)

@@ -56,6 +56,7 @@ FREE = {
     "data.path": "the same files may lie elsewhere; their fingerprint is compared",
     "data.max_bad_fraction": "when to give up",
     "gradient_checkpointing": "the same activations, computed again",
+    "offload_base": "the same weights, which wait elsewhere",
     "compile": "changes no more than the last bits of a sum",
     "dry_run": "trains nothing",
     "push_to_hub": "where the result goes",

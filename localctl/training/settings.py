@@ -16,9 +16,11 @@ from localctl.settings import (
     EDGE_CONDITIONS,
     AdapterType,
     ConditionConfig,
+    ConditionSpace,
     LossConfig,
     MaskConfig,
     MaskResize,
+    Quantization,
     ReportTo,
     TimestepSampling,
     check_own_guidance,
@@ -72,6 +74,7 @@ class AdapterConfig:
     num_res_blocks: residual blocks per level; null = 2, or 1 of a token_adapter.
     downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16), or the side of a token.
     token_width: channels of a token_adapter between its patches and its residuals; null = 384.
+    condition_space: how a token_adapter gets the condition, as pixels or as latents of the base's VAE; null = pixels.
     mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover.
     mask_condition: also blank the condition outside the mask.
     mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
@@ -84,6 +87,7 @@ class AdapterConfig:
     num_res_blocks: Positive | None = None
     downscale_factor: Positive | None = None
     token_width: Positive | None = None
+    condition_space: ConditionSpace | None = None
     mask_resize: MaskResize = "area"
     mask_condition: bool = False
     mask_features: bool = True
@@ -125,6 +129,10 @@ class TrainSettings:
         scenes, which stay in memory, and one per core that is left for files, up to 4.
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
     gradient_checkpointing: the denoiser recomputes its activations instead of storing them.
+    quantization: how the weights of a frozen transformer are stored: bitsandbytes_8bit, bitsandbytes_4bit (NF4) or
+        torchao_int8, by diffusers with the package of that name; null = in base.dtype or mixed_precision.
+    offload_base: a frozen transformer's weights wait in the host's memory, and come to the device block by block; needs
+        gradient_checkpointing.
     allow_tf32: faster float32 on NVIDIA GPUs, less exact.
     compile: torch compiles the repeated blocks of the U-Net and the adapter; the first step of each image size takes
         minutes longer, all others are faster.
@@ -192,6 +200,8 @@ class TrainSettings:
     dataloader_num_workers: NotNegative | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
+    quantization: Quantization | None = None
+    offload_base: bool = False
     allow_tf32: bool = False
     compile: bool = False
     use_8bit_adam: bool = False
@@ -244,6 +254,11 @@ class TrainSettings:
             raise ValueError(
                 f"loss=edges compares edges, but it can extract no condition={self.condition.kind} from an image; "
                 f"choose condition={' or '.join(EDGE_CONDITIONS)}, or another loss."
+            )
+        if self.offload_base and not self.gradient_checkpointing:
+            raise ValueError(
+                "offload_base=true moves weights away that gradients need, unless their block is computed again; set "
+                "gradient_checkpointing, too."
             )
         own = defaults_of(self.base.name, {"revision": self.base.revision, "local_files_only": True})
         if own is not None:

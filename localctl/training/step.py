@@ -102,7 +102,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     table = models.noise_table((height, width))
     sample = add_noise(latents, sampled.noise, timesteps, table, models.prediction_type)
     with _statistics(models.plain_adapter.adapter) as statistics:
-        features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
+        features = models.adapter(models.adapter_inputs(batch.condition, batch.mask))  # one (B,c_i,h_i,w_i) per level
     feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
     conditioning = models.conditioning(batch, sampled.empty_prompt.tolist())
 
@@ -130,12 +130,7 @@ def _loss_terms(
     condition, mask = inputs
     # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
     with torch.autocast(mask.device.type, enabled=False):
-        output = models.denoiser.output(
-            sample.noisy.to(models.dtype),
-            models.denoiser.times(sample.timesteps, table),
-            conditioning,
-            [feature.to(models.dtype) for feature in features],
-        )
+        output = models.output(sample.noisy, models.denoiser.times(sample.timesteps, table), conditioning, features)
     target = EdgeTarget(condition, settings.condition, partial(decode, models.vae))
     return local_control_loss(sample, output, mask, table, models.prediction_type, settings.loss, target)
 
