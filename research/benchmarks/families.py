@@ -30,8 +30,8 @@ from research.benchmarks.family_shapes import (
     SHAPES,
     Shape,
     bare_pipeline,
-    empty_conditioning,
     latent_channels,
+    made_texts,
     new_transformer,
     shape_named,
     token_adapter,
@@ -93,7 +93,9 @@ class Counted:
         }
 
     def _output(self, noisy: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
-        conditioning = empty_conditioning(self.shape.family, self.transformer.config, self.shape.tokens, _empty)
+        texts = made_texts(self.shape.family, self.transformer.config, self.shape.tokens, _empty)
+        side = noisy.shape[-1] * self.pipe.vae_scale_factor
+        conditioning = self.denoiser.conditioning(texts, (side, side), [None])
         with torch.set_grad_enabled(features is not None):
             return self.denoiser.output(noisy, _empty(1), conditioning, features)
 

@@ -20,11 +20,10 @@ from torch import Tensor
 from localctl.adapter import TOKEN_WIDTH, TOKENS, LocalAdapter
 from localctl.architectures import Config
 from localctl.denoisers import denoiser_of
-from localctl.denoisers.base import Conditioning
 from localctl.denoisers.packed import Packed
-from localctl.denoisers.z_image import _LENGTHS
+from localctl.prompt_embeds import PromptEmbeds
+from localctl.training.adapter_plan import TOKEN_LEVELS
 
-LEVELS = 8  # residuals of an adapter: the default of these benchmarks
 CLASSES: Mapping[str, tuple[str, str]] = MappingProxyType(  # of a family's transformer and of its pipeline
     {
         "pixart": ("PixArtTransformer2DModel", "PixArtSigmaPipeline"),
@@ -209,24 +208,13 @@ def text_width(family: str, config: Any) -> int:
     return getattr(config, name)
 
 
-def empty_conditioning(family: str, config: Any, tokens: int, make: Callable[..., Tensor]) -> Conditioning:
-    """Return the conditioning of one image, its tensors by ``make(*sides)``."""
-    added: dict[str, dict[str, Any]] = {
-        "pixart": {
-            "encoder_attention_mask": make(1, tokens),
-            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        },
-        "qwen_image": {"encoder_hidden_states_mask": None},
-        "z_image": {_LENGTHS: torch.tensor([tokens])},
-    }
-    if family in ("sd3", "flux"):
-        added[family] = {"pooled_projections": make(1, config.pooled_projection_dim)}
-    if family == "flux":
-        added[family]["guidance"] = make(1)
-    return Conditioning(make(1, tokens, text_width(family, config)), added.get(family), 1.0)
+def made_texts(family: str, config: Any, tokens: int, make: Callable[..., Tensor]) -> PromptEmbeds:
+    """Return the prompt embeddings of one image, its tensors by ``make(*sides)``."""
+    pooled = make(1, config.pooled_projection_dim) if family in ("sd3", "flux") else None
+    return PromptEmbeds(make(1, tokens, text_width(family, config)), pooled, (tokens,))
 
 
-def token_adapter(pipe: Any, levels: int = LEVELS, width: int = TOKEN_WIDTH) -> LocalAdapter:
+def token_adapter(pipe: Any, levels: int = TOKEN_LEVELS, width: int = TOKEN_WIDTH) -> LocalAdapter:
     """Return a new adapter for a pipeline's transformer, with one channel of condition."""
     denoiser: Any = denoiser_of(pipe)
     return LocalAdapter(
