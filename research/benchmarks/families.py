@@ -84,7 +84,7 @@ class Counted:
             **self.base(),
             "side": side,
             "image_tokens": (side // factor // self.denoiser.patch) ** 2,
-            "text_tokens": self.shape.tokens,
+            "text_tokens": self.denoiser.blank_texts().states.shape[1],
             "forward_tflop": forward / 1e12,
             "step_tflop": step / 1e12,
             "step_checkpointed_tflop": repeated / 1e12,
@@ -93,9 +93,8 @@ class Counted:
         }
 
     def _output(self, noisy: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
-        texts = made_texts(self.shape.family, self.transformer.config, self.shape.tokens, _empty)
         side = noisy.shape[-1] * self.pipe.vae_scale_factor
-        conditioning = self.denoiser.conditioning(texts, (side, side), [None])
+        conditioning = self.denoiser.conditioning(made_texts(self.denoiser, _empty), (side, side), [None])
         with torch.set_grad_enabled(features is not None):
             return self.denoiser.output(noisy, _empty(1), conditioning, features)
 

@@ -48,8 +48,7 @@ class AdapterSteps:
         self._adapter = token_adapter(pipe).to(device).train()
         self._optimizer = torch.optim.AdamW(self._adapter.parameters(), lr=1e-5, fused=device.type == "cuda")
         rest = partial(torch.randn, device=device, dtype=transformer.dtype)
-        texts = made_texts(shape.family, transformer.config, shape.tokens, rest)
-        self._conditioning = self._denoiser.conditioning(texts, (side, side), [None])
+        self._conditioning = self._denoiser.conditioning(made_texts(self._denoiser, rest), (side, side), [None])
         latent = side // pipe.vae_scale_factor
         self._latents = torch.randn(1, latent_channels(self._denoiser), latent, latent, device=device)
         self._inputs = torch.rand(1, self._adapter.channels_of_condition + 1, side, side, device=device)
