@@ -63,7 +63,7 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("plain", "plain T2I-Adapter, whole condition"),
+        Row("plain", "plain T2I-Adapter, whole condition", headline=True),
         Row("input_masked", "masked at the input"),
         Row(WITHOUT, "features masked", headline=True),
         Row("mse", "+ latent MSE in the mask"),
@@ -87,7 +87,7 @@ ROWS = {
             "cover_edges",
             PROMPT_ROWS,
         ),
-        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", trained="plain", sampling=PROMPT_ROWS),
+        Row("plain_prompt", "plain T2I-Adapter, on the prompt's rows", True, "cover_prompt", "plain", PROMPT_ROWS),
     )
 }
 
