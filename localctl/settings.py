@@ -177,9 +177,11 @@ def _check_mixture(mixture: Mapping[MixedKind, float] | None, needed: bool) -> N
         raise ValueError("The weights of the mask mixture are all zero; give at least one kind a positive weight.")
 
 
-def check_own_guidance(unconditional_scale: float, own_scale: float | None, guidance_scale: float | None) -> None:
+def check_own_guidance(
+    unconditional_scale: float | None, own_scale: float | None, guidance_scale: float | None
+) -> None:
     """Raise a ValueError for settings of an adapter's part in guidance that would have no effect or no meaning."""
-    if unconditional_scale == 1:
+    if unconditional_scale in (None, 1):
         return
     if guidance_scale is not None and guidance_scale <= 1 and own_scale is None:
         raise ValueError(

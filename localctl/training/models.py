@@ -203,6 +203,9 @@ def load_models(
     return Models(pipe, adapter.train())
 
 
+OF_SETTINGS = ("mask_resize", "mask_condition", "mask_features", "dim_condition", "unconditional_scale")
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """The configuration of the adapter, checked against the base. options: of ``LocalAdapter``. saved: the source of
@@ -235,7 +238,7 @@ def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> Ada
     fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
     options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
     options["channels"] = list(options["channels"])
-    options |= {name: wanted[name] for name in ("mask_resize", "mask_condition", "mask_features", "dim_condition")}
+    options |= {name: wanted[name] for name in OF_SETTINGS}
     weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
     options["level_weights"] = weights and list(weights)
     options["in_channels"] = settings.condition.channels

@@ -74,6 +74,8 @@ class AdapterConfig:
     mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
     dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
     level_weights: a factor of each level's features, finest first; null = all 1.
+    unconditional_scale: factor of the features beside the negative prompt when images are generated, saved with the
+        adapter; null = the base's own.
     """
 
     adapter_type: AdapterType | None = None
@@ -85,6 +87,7 @@ class AdapterConfig:
     mask_features: bool = True
     dim_condition: bool = False
     level_weights: tuple[Rate, ...] | None = None
+    unconditional_scale: Finite | None = None
 
     def __post_init__(self) -> None:
         if self.dim_condition and not self.mask_condition:
@@ -237,6 +240,8 @@ class TrainSettings:
         own = BASES.get(self.base.name, BaseSpec)
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
+        if self.adapter.unconditional_scale is None:
+            self.adapter = replace(self.adapter, unconditional_scale=own.unconditional_scale)
         if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
             raise ValueError(
                 f"logit_mean and logit_std are of timestep_sampling=logit_normal, not {self.timestep_sampling}; leave "

@@ -178,6 +178,7 @@ class Ablation(Study[Cell]):
             "num_inference_steps": protocol.num_inference_steps,
             "guidance_scale": protocol.guidance_scale,
             "scheduler": protocol.scheduler,
+            "unconditional_scale": 1.0,  # not the adapter's own
         }
         return FidSettings(**(options | changes))
 
