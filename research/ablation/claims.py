@@ -10,8 +10,12 @@ from research.ablation.rows import FLOOR, ROWS
 from research.page import signed
 
 # Of each claim the rows, the first pair of which both were trained counts: the row, and the row without it.
-LOCAL_TERM = (("cover_edges_prompt", "cover_prompt"), ("cover_edges", "cover"))
-DEFAULTS = ("cover_edges_prompt", "cover_prompt")
+LOCAL_TERM = (
+    ("cover_edges_late_prompt", "cover_prompt"),
+    ("cover_edges_prompt", "cover_prompt"),
+    ("cover_edges", "cover"),
+)
+DEFAULTS = ("cover_prompt",)
 MASK = (("cover_prompt", "plain_prompt"), ("cover", "plain"))
 CLAIMS = """
 - The local term is claimed to help if, against the same training without it, F1 inside the mask gains at least 0.05

@@ -42,6 +42,7 @@ CHANGES = {
     "inside_weight": {"loss.masked_denoising_weight": 3.0},
     "cover": {"adapter.mask_resize": "cover"},
     "cover_edges": {"adapter.mask_resize": "cover", **EDGES},
+    "cover_edges_late": {"adapter.mask_resize": "cover", **EDGES, "loss.start": 0.5},
     "cover_edges_strong": {"adapter.mask_resize": "cover", **EDGES, "loss.weight": 0.5},
 }
 
