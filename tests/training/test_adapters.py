@@ -100,7 +100,8 @@ def test_the_base_says_how_an_adapter_takes_part_in_guidance(sd_folder, tmp_path
         return plan_adapter(tiny_settings(sd_folder, tmp_path, **options)).options["unconditional_scale"]
 
     assert scale() == 1 and scale(adapter=AdapterConfig(unconditional_scale=0.5)) == 0.5
-    assert TrainSettings().adapter.unconditional_scale == 0  # of the embedded base
+    assert TrainSettings().adapter.unconditional_scale == 0 and TrainSettings().adapter.mask_resize == "cover"
+    assert TrainSettings(base=BaseConfig(name="sd15")).adapter.mask_resize == "area"
     assert TrainSettings(base=BaseConfig(name="sd15")).adapter.unconditional_scale == 1
     assert is_free("adapter.unconditional_scale")  # a checkpoint without it can be resumed
 
