@@ -118,7 +118,8 @@ class Ablation(Study[Cell]):
         trained = content.get("training", {}).get("settings")
         if trained and not setting_changes(trained, recorded(self.training(variant))):
             asked["config_sha256"] = config_hash(self.training(variant))
-            asked["overrides"] = list(variant.overrides)  # the same settings, written otherwise
+            if asked.get("steps") == trained["max_train_steps"] == self.training(variant).max_train_steps:
+                asked["overrides"] = list(variant.overrides)  # the same settings, written otherwise
         return asked
 
     def measured(self, variant: Cell) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_control_takes_part_in_guidance_as_flags_say(inputs: Path, make_adapter:
     assert_same(plain, sampled("whole", *adapter, "--unconditional_scale", "1"))
     sampled("unguided", *adapter, "--guidance_scale", "1")
     for name, scale in (("default", 0.0), ("whole", 1.0), ("unguided", 1.0)):
-        assert json.loads(Path(name, "sample.json").read_text())["unconditional_scale"] == [scale]
+        assert json.loads(Path(name, "sample.json").read_text())["options"]["unconditional_scale"] == [scale]
     assert_same(alone, repeated("default"))
 
 
