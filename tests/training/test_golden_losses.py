@@ -29,7 +29,8 @@ NAMES = ("loss", "denoising", "local_raw", "learning_rate", "grad_norm")
 def train(folder: Path) -> None:
     """The default run, except for its length, its size and the mask on coarse grids, in float32 on one thread."""
     settings = TrainSettings(
-        base=BaseConfig(name="micro"), adapter=AdapterConfig(mask_resize="area"), data=DataConfig(count=20), output_dir=str(folder), max_train_steps=50,
+        base=BaseConfig(name="micro"), adapter=AdapterConfig(mask_resize="area"), data=DataConfig(count=20),
+        output_dir=str(folder), max_train_steps=50,
         train_batch_size=1, lr_warmup_steps=10, logging_steps=1, validation_steps=0, checkpointing_steps=0,
         report_to="none", mixed_precision="no",
     )  # fmt: skip
