@@ -41,7 +41,7 @@ FULL = """
 - Choices are made on 60 validation scenes with seed 0 ([ablation_choices.md](ablation_choices.md)), at most four
   trainings. Claims are measured on 100 test scenes, 200 if the time allows, with seeds 0, 1 and 2 of training.
 - The local term begins in the second half of the training (`loss.start=0.5`), as decoding nearly doubles the time of a
-  step: 0.9 s of one core, not 0.5 s. The first half is that of the twin without it, bit for bit, and was trained once
+  step: 0.9 s of CPU time, not 0.5 s. The first half is that of the twin without it, bit for bit, and was trained once
   for seeds 1 and 2. Its weight is 0.1, and `mask_resize` is cover, as in the trainings of 250 steps.
 - Claimed are the best setting with a local term, the same without it, and a plain T2I-Adapter. Each is sampled with
   the features on the rows of the prompt alone (`unconditional_scale=0`) and on all rows; the former decides.

@@ -76,7 +76,7 @@ def test_results_of_the_ablation(name: str, flags: str, tmp_path: Path) -> None:
 def test_results_of_the_layout_benchmark(tmp_path: Path) -> None:
     args = layout_benchmark.parse(["--report", "docs/layout_benchmark.md"])
     said = logged()
-    protocol = layout_benchmark.protocol_of(args, False)
+    protocol = layout_benchmark.protocol_of(args, False, harness.suits(args.base).scheduler)
     study = LayoutBenchmark(protocol, RESULTS / "layout_benchmark", tmp_path)
     chosen = [m for m in methods(args.methods, args.set, args.base) if study.file(m.name).is_file()]
     assert {"none", *GATES} <= {method.name for method in chosen}
