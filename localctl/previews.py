@@ -89,11 +89,6 @@ def _clean(output: Tensor, sample: Tensor, sigma: float, scheduler: Any, predict
     return (x0_from_v if prediction_type == "v_prediction" else x0_from_eps)(sample, output, abar)
 
 
-def has_previews(vae: str) -> bool:
-    """Return whether there are previews of the latents of a VAE of this class."""
-    return vae == "AutoencoderKL"
-
-
 class LatentPreview:
     """What latents show, at little cost.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -92,8 +92,7 @@ def generate(
     init = init and init.prepared(size, resolved.num_inference_steps, pipeline_arguments.get("output_type", "pil"))
     texts = _texts(layouts, pipeline_arguments)
     generated: list[Any] = []
-    _check_taken(pipe, resolved)
-    arguments, convert = _as_numbers(pipe, {**_own(pipe, init), **resolved.arguments(), **pipeline_arguments})
+    arguments, convert = _as_numbers(pipe, {**_own(pipe, init, resolved), **pipeline_arguments})
     with (
         scheduled(pipe, resolved),
         each_step(caller := pipe if init is None else init.pipeline(pipe, arguments), on_step, size) as begin,
@@ -183,21 +182,18 @@ def scheduled(pipe: DiffusionPipeline, sampling: Sampling) -> Iterator[None]:
                 raise no_sigmas(type(pipe.scheduler).__name__, sampling.sigmas)
             spacing = {f"use_{name}_sigmas": name == sampling.sigmas for name in SIGMAS}
             pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **spacing)
-        stochastic = getattr(pipe.scheduler.config, "stochastic_sampling", False)
+        stochastic = getattr(getattr(pipe.scheduler, "config", None), "stochastic_sampling", False)
         check_seedable(type(pipe.scheduler).__name__, type(pipe).__name__, stochastic)
         yield
 
 
-def _own(pipe: DiffusionPipeline, init: InitImage | None) -> Mapping[str, Any]:
-    """Return the arguments that the pipeline's own family needs, if it is the one that is called."""
-    return dict(denoiser_of(pipe).own_arguments) if init is None else {}
-
-
-def _check_taken(pipe: DiffusionPipeline, sampling: Sampling) -> None:
-    """Raise a ValueError for a setting of some families that this pipeline does not take."""
+def _own(pipe: DiffusionPipeline, init: InitImage | None, sampling: Sampling) -> dict[str, Any]:
+    """Return the arguments of a call for these settings, and those that the pipeline's own family needs, if it is the
+    one that is called. ValueError for a setting of some families that this one does not take."""
     for name in ("true_cfg_scale", "max_sequence_length"):
         if getattr(sampling, name) is not None and name not in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(f"A {type(pipe).__name__} takes no {name}; leave it out.")
+    return {**(denoiser_of(pipe).own_arguments if init is None else {}), **sampling.arguments()}
 
 
 def _as_numbers(

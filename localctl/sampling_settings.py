@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from localctl.bases import BASES, MOST_STEPS, SCHEDULERS, SIGMAS, same_base
@@ -104,4 +104,4 @@ FREE = Sampling()  # leaves every setting open
 def own_sampling(base: str) -> Sampling:
     """Return the default sampling settings of a base, by name or folder; :data:`FREE` for an unknown one."""
     known = next((spec for name, spec in BASES.items() if base and same_base(name, base)), None)
-    return FREE if known is None else Sampling(guidance_scale=known.guidance_scale)
+    return FREE if known is None else replace(FREE, **{known.guided_by: known.guidance_scale})

@@ -25,6 +25,8 @@ Schedule = Literal["constant", "step_unit", "time_unit", "snr", "low_noise"]
 Normalise = Literal["map", "mask"]
 TimestepSampling = Literal["uniform", "cubic", "logit_normal"]
 MixedKind = Literal["box", "fixed", "circle", "square", "strokes", "objects", "full"]  # a mask kind in a mixture
+ConditionSpace = Literal["pixels", "latents"]
+Quantization = Literal["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8"]
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
 
 ADAPTER_TYPES: tuple[str, ...] = get_args(AdapterType)

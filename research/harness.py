@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -19,11 +19,8 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from localctl.architectures import read_shape
 from localctl.control.base import Control
-from localctl.denoisers.abilities import Abilities
 from localctl.evaluation.provenance import REQUIRED, check_provenance, read_json, versions, write_bytes, write_text
-from localctl.files import sha256, sha256_of_folder
 from localctl.images import load_image, png_bytes
 from localctl.jobs.variants import file_label
 from localctl.layout import Layout
@@ -32,10 +29,10 @@ from localctl.metrics.extractors import MICRO_CLIP, Extractor, describe, load_ex
 from localctl.metrics.statistics import FeatureStatistics, Statistics
 from localctl.micro.detect import VERSION
 from localctl.micro.scenes import SIZE, Scene, scene
-from localctl.pipelines import BaseConfig, resolve_base
+from localctl.pipelines import resolve_base
 from localctl.sampling import generate
-from localctl.sampling_settings import Sampling
 from research import flags
+from research.bases import sha256_of_base
 
 logger = logging.getLogger(__name__)
 PROFILE, SPLIT = "basic", "test"  # of the scenes in all studies
@@ -341,21 +338,3 @@ def provenance(
 def of_first_base(asked: Mapping[str, Any]) -> bool:
     """Return whether a result was measured on the embedded base before its second training."""
     return asked["protocol"]["base"] == "micro" and asked.get("base_sha256", FIRST_BASE) == FIRST_BASE
-
-
-def sha256_of_base(base: Path) -> str:
-    """Return the hash of the weights that images depend on: denoiser, text encoders and VAE."""
-    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
-    parts = parts if (base / parts[0]).is_dir() else ("unet", "text_encoder", "vae")
-    return sha256("".join(sha256_of_folder(base / part) for part in parts))
-
-
-def suits(base: str) -> Sampling:
-    """Return scheduler, guidance scale and text length for a base: DDIM, of flow matching its own.
-
-    A micro base without T5 was trained with any number of its zeros, which cost time only (``flow.ZEROS``).
-    """
-    config = BaseConfig(name=base)
-    known = Abilities(config, read_shape(config))
-    short = 0 if known.shape.index.get("text_encoder_3") == [None, None] else None
-    return replace(known.sampling, scheduler="euler" if known.is_flow else "ddim", max_sequence_length=short)

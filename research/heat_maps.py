@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,24 +48,23 @@ def heat_rows(options: argparse.Namespace, variants: Sequence[Variant]) -> list[
     from localctl.control.attention_maps import AttentionMaps
     from localctl.drawing import captioned, render_layout
     from localctl.layout_io import load_layout
-    from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, with_scheduler
+    from localctl.pipelines import BaseConfig, load_pipeline
     from localctl.sampling import generate
+    from research.bases import suits
 
     layout = load_layout(options.layout)
-    pipe = load_pipeline(BaseConfig(name=options.base))
+    pipe, own = load_pipeline(BaseConfig(name=options.base)), replace(suits(options.base), scheduler=None)
     rows = []
     for variant in variants:
         maps = AttentionMaps(end=options.end)
-        scale = variant.sampling.guidance_scale or resolve_base(options.base).guidance_scale
-        with with_scheduler(pipe, variant.sampling.scheduler):
-            image = generate(
-                pipe,
-                layout,
-                [*variant.controls, maps],
-                options.seed,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=scale,
-            ).images[0]
+        image = generate(
+            pipe,
+            layout,
+            [*variant.controls, maps],
+            options.seed,
+            sampling=variant.sampling.over(own),
+            num_inference_steps=options.num_inference_steps,
+        ).images[0]
         factor = -(-_SMALLEST // image.width)
         image = image.resize((factor * image.width, factor * image.height))
         labeled = [(variant.label, render_layout(layout, image)), *maps.overlays(0, image)]

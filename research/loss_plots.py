@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from localctl import diffusion
 from localctl.adapter import LocalAdapter
 from localctl.data import Example
+from localctl.denoisers import denoiser_of
 from localctl.diffusion import DiffusionSample, add_noise, predict_x0
 from localctl.drawing import grid, heat_colors, outline
 from localctl.evaluation.plots import curves
@@ -22,10 +22,9 @@ from localctl.images import condition_to_pil, to_pil
 from localctl.losses import FILTERS, LossConfig, LossTerms, local_control_loss, schedule_weight
 from localctl.masks import resize_mask
 from localctl.metrics.bootstrap import Interval, bootstrap
-from localctl.pipelines import encode_text, is_xl
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.seeding import noise
 from localctl.settings import Schedule
-from localctl.training.models import time_ids, unet_arguments
 
 COLUMNS = ("z_t", "z0'", "filter of z0", "filter of z0'", "difference in mask")
 
@@ -75,26 +74,18 @@ def predict(
     latents = diffusion.encode(pipe.vae, example.pixels[None]).expand(count, -1, -1, -1)  # (T,c,h,w)
     same = noise(latents.shape[1:], seed, "noise", example.key).to(latents).expand_as(latents)
     sample = add_noise(latents, same, torch.tensor(timesteps, device=latents.device), alphas)
-    arguments = unet_arguments(encode_text(pipe, example.caption), _ids(pipe, example))
+    denoiser, size = denoiser_of(pipe), (example.pixels.shape[-2], example.pixels.shape[-1])
+    texts = denoiser.encode_captions([example.caption]) if example.caption else denoiser.empty_caption()
+    conditioning = denoiser.conditioning(PromptEmbeds.join([texts] * count), size, [example.original] * count)
+    features = None
     if adapter is not None:
-        x = torch.cat([example.condition, example.mask])[None].to(adapter.device, adapter.dtype)  # (1,C+1,H,W)
-        features = [f.to(pipe.unet.device, pipe.unet.dtype) for f in adapter(x)]
-        arguments["down_intrablock_additional_residuals"] = [f.expand(count, -1, -1, -1) for f in features]
-    arguments = {name: _repeated(value, count) for name, value in arguments.items()}
-    output = pipe.unet(sample.noisy.to(pipe.unet.dtype), sample.timesteps, **arguments).sample
+        x = adapter.inputs(
+            example.condition[None], example.mask[None], lambda pixels: diffusion.encode(pipe.vae, pixels)
+        )
+        x = x.to(adapter.device, adapter.dtype)  # (1,C+1,H,W)
+        features = [f.to(pipe.unet.device, pipe.unet.dtype).expand(count, -1, -1, -1) for f in adapter(x)]
+    output = denoiser.output(sample.noisy.to(pipe.unet.dtype), sample.timesteps, conditioning, features)
     return Prediction(example, sample, output, alphas, pipe.scheduler.config.prediction_type)
-
-
-def _ids(pipe: DiffusionPipeline, example: Example) -> Tensor | None:
-    height, width = example.pixels.shape[-2:]
-    return time_ids([example.original], (height, width)) if is_xl(pipe) else None
-
-
-def _repeated(value: Any, count: int) -> Any:
-    """Return tensors of one row as ``count`` rows; lists (of features) have them already."""
-    if isinstance(value, Tensor):
-        return value.expand(count, *value.shape[1:])
-    return {name: _repeated(item, count) for name, item in value.items()} if isinstance(value, Mapping) else value
 
 
 def loss_sheet(pipe: DiffusionPipeline, prediction: Prediction, config: LossConfig, side: int = 128) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from localctl.architectures import BaseShape, read_shape
+from localctl.architectures import TEXT_PARTS, BaseShape, read_shape
 from localctl.caching.cache import check_place
 from localctl.caching.settings import CacheSettings
 from localctl.cluster import available_cpus
@@ -20,11 +20,13 @@ from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
 from localctl.data.plan import SampleRef
 from localctl.data.sample import Source
-from localctl.diffusion import latent_size
+from localctl.denoisers import bare_denoiser
+from localctl.denoisers.unet import TOKENS
+from localctl.diffusion import is_for_videos, latent_channels, latent_size
 from localctl.encodings.captions import each_caption
 from localctl.encodings.codec import pack
 from localctl.encodings.source import caption_id, visited
-from localctl.training.cost import TOKENS, count_flops
+from localctl.training.cost import count_flops
 from localctl.training.data import make_source
 from localctl.training.encoded import recipes_of
 from localctl.training.frozen import dtype_of
@@ -81,11 +83,12 @@ def _expenses(
     settings: CacheSettings, source: Source, shape: BaseShape, rate: float, reading: float, stored: float
 ) -> list[Expense]:
     height, width = settings.data.size
-    channels, half = shape.parts["vae"].get("latent_channels", 4), dtype_of(settings, settings.precision).itemsize
-    moments = 2 * channels * _area(latent_size(height, width, shape.vae_scale_factor)) * half
-    images = len(source) * (settings.num_variants if recipes_of(settings).varies else 1)
+    half = dtype_of(settings, settings.precision).itemsize
     vae: Any = shape.build("vae")
-    vae_flops = count_flops(partial(vae.encode, torch.empty(1, 3, height, width, device="meta")))
+    moments = 2 * latent_channels(vae) * _area(latent_size(height, width, shape.vae_scale_factor)) * half
+    images = len(source) * (settings.num_variants if recipes_of(settings).varies else 1)
+    pixels = torch.empty(1, 3, height, width, device="meta")
+    vae_flops = count_flops(partial(vae.encode, pixels.unsqueeze(2) if is_for_videos(vae) else pixels))
     text_flops, text_bytes = _of_text(shape)
     many = _captions(settings, source)
     found = [Expense("images", images, moments, vae_flops / rate + reading)]
@@ -100,17 +103,15 @@ def _area(size: tuple[int, int]) -> int:
 
 def _of_text(shape: BaseShape) -> tuple[float, int]:
     """Return FLOPs and number of values of the embeddings of a caption."""
-    flops, values = 0.0, 0
-    for name in ("text_encoder", "text_encoder_2"):
+    texts = bare_denoiser(shape.build(shape.denoiser)).blank_texts()
+    flops = 0.0
+    for name in TEXT_PARTS:
         if name in shape.parts:
             encoder: Any = shape.build(name)
-            flops += count_flops(
-                lambda encoder=encoder: encoder(torch.zeros(1, TOKENS, dtype=torch.long, device="meta"))
-            )
-            config = shape.parts[name]
-            values += TOKENS * config["hidden_size"]
-    pooled = shape.parts["text_encoder_2"].get("projection_dim", 0) if shape.xl else 0
-    return flops, values + pooled
+            clip = type(encoder).__name__.startswith("CLIP")
+            tokens = torch.zeros(1, TOKENS if clip else texts.states.shape[1], dtype=torch.long, device="meta")
+            flops += count_flops(lambda encoder=encoder, tokens=tokens: encoder(tokens))
+    return flops, texts.states.numel() + (0 if texts.pooled is None else texts.pooled.numel())
 
 
 def _captions(settings: CacheSettings, source: Source) -> int:

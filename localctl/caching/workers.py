@@ -24,14 +24,13 @@ from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
 from localctl.data.plan import SampleRef
 from localctl.data.sample import Source
+from localctl.denoisers import denoiser_of
 from localctl.diffusion import posterior
 from localctl.encodings.codec import pack, pack_text
 from localctl.encodings.recipes import CONDITIONS, ENCODERS, TEXTS
 from localctl.encodings.source import content_of, files_of, visited
 from localctl.encodings.store import EncodedRow, as_batch
 from localctl.files import first_line, remove, write_json
-from localctl.pipelines import encode_captions, encode_prompts, is_xl
-from localctl.prompt_embeds import PromptEmbeds
 from localctl.training.data import make_source
 from localctl.training.frozen import WEIGHTS, dtype_of, load_frozen
 from localctl.training.resume import fingerprints
@@ -125,6 +124,8 @@ class Encoder(Writer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         without = [part for part in WEIGHTS if part not in ENCODERS[work.kind]]
         self.device, self.pipe = device, load_frozen(work.settings, device, dtype, without)
+        self.denoiser = denoiser_of(self.pipe)
+        self.denoiser.text_length = work.settings.max_sequence_length
         self.half = dtype if dtype != torch.float32 else None
         facts = work.parts.parent / FACTS
         if not facts.exists():
@@ -161,15 +162,11 @@ class Encoder(Writer):
 
     def _captions(self, rows: Sequence[EncodedRow]) -> Iterator[EncodedRow]:
         for group, filled in _groups(rows, self.work.group):
-            texts = encode_captions(self.pipe, [row.about["caption"] or "-" for row in filled]).to("cpu")
+            texts = self.denoiser.encode_captions([row.about["caption"] or "-" for row in filled]).to("cpu")
             for place, row in enumerate(group):
-                text = texts[place : place + 1] if row.about["caption"] else self._empty()
+                text = texts[place : place + 1] if row.about["caption"] else self.denoiser.empty_caption().to("cpu")
                 about, payload = pack_text(text)
                 yield EncodedRow(row.id, row.content, about, payload)
-
-    def _empty(self) -> PromptEmbeds:
-        embeds, negative = encode_prompts(self.pipe, "", guided=is_xl(self.pipe), call={"device": self.device})
-        return (negative or embeds).to("cpu")
 
 
 def _pixels(row: EncodedRow) -> Tensor:

@@ -201,7 +201,7 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     _several(group)(
         "--seeds",
         type=_seed,
-        help="one image per prompt and seed (default 0); the noise of a seed is the same in any batch and on any device",
+        help="one image per prompt and seed (default 0); a seed gives the same noise in any batch and on any device",
     )
     add("--num_inference_steps", type=int, help="default: 30")
     add("--guidance_scale", type=float, help="default: what suits base and control (micro 2 or 4, others 7.5 or less)")

@@ -87,6 +87,8 @@ def new_parser(description: str | None = None, program: str = PROGRAM) -> Argume
     add("--revision", help="revision of the base on the hub")
     add("--local_files_only", action="store_true", help="never ask the network for models")
     add("--dtype", choices=DTYPE_NAMES, help="default: float32")
+    words = "tokens of T5's or Qwen's that a transformer reads (default: its pipeline's)"
+    add("--max_sequence_length", type=int, metavar="N", help=words)
     add("--device", help="auto (default), cpu, cuda, ...")
     add = parser.add_argument_group("server").add_argument
     add("--host", help="address to listen on (default: 127.0.0.1, this machine alone)")

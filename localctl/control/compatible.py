@@ -19,7 +19,7 @@ from localctl.architectures import BaseShape
 from localctl.control.attention import Scores
 from localctl.denoisers import bare_denoiser
 from localctl.denoisers.base import Denoiser
-from localctl.diffusion import latent_size
+from localctl.diffusion import latent_channels, latent_size
 from localctl.files import first_line
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -198,15 +198,20 @@ def check_fit(options: Mapping[str, Any], shape: BaseShape, way_out: str) -> Non
     """
     factor = shape.vae_scale_factor
     side = 64 * factor
-    known = {name: options[name] for name in SHAPE if name in options}
+    tokens = options.get("adapter_type") == TOKENS
+    names = (*SHAPE, "token_width", "latent_channels", "latent_factor") if tokens else SHAPE
+    known = {name: options[name] for name in names if name in options}
     made: list[tuple[int, ...]] | None = None
     # RuntimeError: levels that do not fit each other, as full_adapter_xl widens on its second and third only. The other
-    # errors: configs written by hand.
-    with suppress(RuntimeError, TypeError, IndexError, ZeroDivisionError), torch.device("meta"):
-        mask = int(known.get("adapter_type") == TOKENS)  # one more channel
-        kind: Any = LocalAdapter if mask else T2IAdapter
-        features = kind(**known)(torch.zeros(1, known.get("in_channels", 3) + mask, side, side))
-        made = [tuple(feature.shape[1:]) for feature in features]
+    # errors: configs written by hand, or latents of another VAE.
+    kinds = (RuntimeError, TypeError, IndexError, ZeroDivisionError, ValueError)
+    with suppress(*kinds), torch.device("meta"):
+        kind: Any = LocalAdapter if tokens else T2IAdapter
+        adapter, x = kind(**known), torch.zeros(1, known.get("in_channels", 3), side, side)
+        if tokens:
+            channels = latent_channels(shape.build("vae"))
+            x = adapter.inputs(x, x[:, :1], lambda _: torch.zeros(1, channels, *latent_size(side, side, factor)))
+        made = [tuple(feature.shape[1:]) for feature in adapter(x)]
     denoiser = bare_denoiser(shape.build(shape.denoiser))
     taken = denoiser.residual_shapes(latent_size(side, side, factor))
     if made is None or made != taken[: len(made)]:

@@ -14,6 +14,7 @@ from localctl.adapter import LocalAdapter
 from localctl.control.base import BoundControl, CallContext, Control, check_choice, check_strength, check_window
 from localctl.denoisers import denoiser_of
 from localctl.denoisers.base import BlockResiduals, Denoiser, DenoiserInputs
+from localctl.diffusion import encode
 from localctl.inputs import ImageField, as_condition, as_mask
 from localctl.layout import Layout
 from localctl.masks import MASK_RESIZE, mask_feature, resize_mask
@@ -164,7 +165,8 @@ class _BoundLocalAdapter(BoundControl):
         control, adapter = self.control, self.control.adapter
         _check_size(control.condition, context.image_size)
         condition, mask = (_rows_of(tensor, layouts) for tensor in (control.condition, control.mask))
-        x = torch.cat([condition, mask], dim=1).to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
+        x = adapter.inputs(condition, mask, lambda pixels: encode(self.denoiser.pipe.vae, pixels))
+        x = x.to(adapter.device, adapter.dtype)  # (n, C+1, H, W)
         features = adapter(x)
         self._check_shapes([tuple(feature.shape[1:]) for feature in features], context.latent_size)
         weights = control.weight if isinstance(control.weight, tuple) else [control.weight] * len(features)

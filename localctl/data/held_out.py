@@ -10,14 +10,8 @@ from localctl.labels import shorten
 from localctl.seeding import key_seeds
 
 
-def is_held_out(key: str, share: float) -> bool:
-    """Return whether an example belongs to the validation part. A hash of its key alone decides, so it stays there when
-    other rows are added or removed. Repeated rows of one image (key#2) stay together."""
-    return bool(places_of([key])[0] < share)
-
-
 def places_of(keys: Iterable[str]) -> np.ndarray:
-    """Map each key to [0, 1] by a hash, (n,) float64."""
+    """Map each key to [0, 1] by a hash, (n,) float64. Repeated rows of one image (key#2) are at one place."""
     return np.fromiter((seed / 2**63 for seed in key_seeds(0, "validation", map(_image, keys))), np.float64)
 
 
@@ -30,8 +24,9 @@ def _image(key: str) -> str:
 def held_out(keys: Sequence[str], share: float, places: np.ndarray | None = None) -> tuple[np.ndarray, str]:
     """Return for each key whether it is held out for validation, (n,) bool, and a note.
 
-    :func:`is_held_out` decides; but if a share above 0 selects none of a small dataset, the key nearest to it is held
-    out, and the note says so. A single key is not held out, unless the share is 1.
+    A key is where its place is below the share: it stays there when other rows are added or removed. But if a share
+    above 0 selects none of a small dataset, the key nearest to it is held out, and the note says so. A single key is
+    not held out, unless the share is 1.
 
     places: from :func:`places_of`, if known.
     """

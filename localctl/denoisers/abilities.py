@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from localctl.denoisers import family_of
 from localctl.denoisers.base import Denoiser
 from localctl.denoisers.configs import Guidance
 from localctl.pipelines import BaseConfig, choose_pil_processors, resolve_base, scheduler_of
-from localctl.sampling_settings import Sampling
+from localctl.sampling_settings import Sampling, own_sampling
 from localctl.schedulers import check_seedable
 
 ONLY_UNETS = "on Stable Diffusion 1.x, 2.x and XL only"
@@ -66,7 +66,10 @@ class Abilities:
         """How it is guided."""
         if self.is_unet:
             return Guidance(resolve_base(self.base.name, one_file=True).guidance_scale)
-        return self.family.guidance(self.config, self.shape.index)
+        found = self.family.guidance(self.config, self.shape.index)
+        if found.scale is None or (scale := own_sampling(self.base.name).guidance_scale) is None:
+            return found
+        return replace(found, scale=scale)
 
     @property
     def sampling(self) -> Sampling:

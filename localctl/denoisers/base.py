@@ -5,7 +5,7 @@ Symbols in shapes: R rows of a batch, K tokens, c latent channels, (h, w) the la
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from localctl.denoisers.configs import Configured
 from localctl.denoisers.joint import Joint
+from localctl.denoisers.trained import Conditioning as Conditioning
+from localctl.denoisers.trained import Trained
 from localctl.diffusion import is_flow
 from localctl.layout import Layout
 from localctl.prompt_weights import Text
@@ -79,33 +81,7 @@ class BlockResiduals:
     middle: Tensor
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """The inputs of the denoiser other than latents and timestep.
-
-    text: prompt embeddings (R, K, C), with guidance the negative prompt's row first. added: further inputs by name (of
-    SDXL's U-Net, or the arguments of a transformer), or None. guidance_scale: of classifier-free guidance; there is
-    guidance above 1.
-    """
-
-    text: Tensor
-    added: dict[str, Any] | None
-    guidance_scale: float
-
-    @property
-    def guided(self) -> bool:
-        """Return whether there is a row of the negative prompt."""
-        return self.guidance_scale > 1
-
-    def combined(self, output: Tensor) -> Tensor:
-        """Return the model output after guidance for that of the rows."""
-        if not self.guided:
-            return output
-        negative, positive = output.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
-
-
-class Denoiser(Configured, ABC):
+class Denoiser(Configured, Trained):
     """The denoiser of one pipeline.
 
     Args:

@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from localctl.denoisers.base import Arguments, Conditioning, argument
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.packed import Packed
+from localctl.denoisers.trained import Original
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
 
@@ -62,7 +65,7 @@ class Flux(Packed):
     def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
         """Return the places of the tokens of image and text."""
         text = conditioning.text
-        own = self.pipe._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
+        own = FluxPipeline._prepare_latent_image_ids(rows, *size, text.device, text.dtype)
         return {"img_ids": own, "txt_ids": text.new_zeros(text.shape[1], 3)}
 
     def check_call(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
@@ -90,6 +93,20 @@ class Flux(Packed):
         options = {name: arguments[name] for name in ("device", "max_sequence_length", "lora_scale")}
         states, *_ = type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), None, **options)
         return list(states)
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        states, pooled, _ = self.pipe.encode_prompt(captions, None, **options)
+        return PromptEmbeds(states, pooled)
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with pooled embeddings and the scale of distilled guidance."""
+        added: dict[str, Any] = {} if texts.pooled is None else {"pooled_projections": texts.pooled}
+        if self.module.config.guidance_embeds:
+            states = texts.states
+            added["guidance"] = torch.full([len(texts)], self.distilled_guidance, device=states.device)
+        return Conditioning(texts.states, added, 1.0)
 
     @torch.no_grad()
     def condition(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,6 +15,7 @@ from localctl.denoisers.configs import Guidance
 from localctl.denoisers.flux import Flux
 from localctl.denoisers.transformer import chat_positions
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 
 
@@ -40,11 +42,11 @@ class Flux2(Flux):
     def places(self, size: tuple[int, int], rows: int, conditioning: Conditioning) -> dict[str, Any]:
         """Return the places of the tokens of image and text."""
         text = conditioning.text
-        image = self.pipe._prepare_latent_ids(torch.empty(rows, 1, *size))
+        image = Flux2KleinPipeline._prepare_latent_ids(torch.empty(rows, 1, *size))
         return {
             "img_ids": image.to(text.device),
-            "txt_ids": self.pipe._prepare_text_ids(text).to(text.device),
-            "guidance": None,
+            "txt_ids": Flux2KleinPipeline._prepare_text_ids(text).to(text.device),
+            "guidance": (conditioning.added or {}).get("guidance"),
         }
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -63,6 +65,9 @@ class Flux2(Flux):
         """Return the embeddings (K, C) of each text; padding is not masked out by these pipelines."""
         options = {name: arguments[name] for name in ("device", "max_sequence_length", "text_encoder_out_layers")}
         return list(type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), **options)[0])
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        return PromptEmbeds(self.pipe.encode_prompt(captions, **options)[0])
 
     @torch.no_grad()
     def condition(

@@ -19,7 +19,7 @@ from localctl.denoisers.base import (
     with_arguments,
 )
 from localctl.denoisers.joint import Joint, check_dispatch, dispatched
-from localctl.denoisers.transformer import TwoCalls
+from localctl.denoisers.two_calls import TwoCalls
 
 _SCALE = 1000  # of the scheduler's timesteps, which these pipelines divide by it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,11 +11,16 @@ from torch import Tensor
 
 from localctl.denoisers.base import AttentionLayer, Conditioning
 from localctl.denoisers.configs import Guidance
+from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import Transformer, has_phrases
+from localctl.devices import send
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.sizes import shown
 from localctl.tokens import token_positions
+
+_LONGEST = 300  # tokens that Sigma reads; alpha reads 120
 
 
 class PixArt(Transformer):
@@ -24,6 +30,7 @@ class PixArt(Transformer):
     classes = ("PixArtTransformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", "timestep")
     image_output = None
+    by_flow = False
     absent_hooks = Transformer.absent_hooks[:-1]
     # Binning would generate other sizes than the layouts'; cleaning depends on which packages are installed.
     own_arguments: ClassVar = {"use_resolution_binning": False, "clean_caption": False}
@@ -70,6 +77,30 @@ class PixArt(Transformer):
         """Return texts as the projection of captions makes them."""
         projection: Any = self.module.caption_projection
         return text if projection is None else projection(text)
+
+    @property
+    def longest_text(self) -> int:  # type: ignore[override]
+        """The number of tokens that the pipeline reads by default, which differs between alpha and Sigma."""
+        if self.pipe is None:
+            return _LONGEST
+        return inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        states, mask, *_ = self.pipe.encode_prompt(captions, False, **options)
+        return PromptEmbeds(states, lengths=tuple(mask.sum(dim=1).tolist()))
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with masks of padding and, for PixArt-alpha at 1,024 pixels, the size."""
+        states = texts.states
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.module.use_additional_conditions:
+            rows = torch.tensor([[*size, size[0] / size[1]]] * len(texts))
+            of_rows = send(rows, states.device).to(states)
+            sizes = {"resolution": of_rows[:, :2], "aspect_ratio": of_rows[:, 2:]}
+        added = {"encoder_attention_mask": texts.mask(states.dtype), "added_cond_kwargs": sizes}
+        return Conditioning(states, added, 1.0)
 
     @torch.no_grad()
     def condition(

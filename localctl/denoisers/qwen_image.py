@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 from localctl.denoisers.base import Arguments, Conditioning, argument, with_arguments
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.packed import Packed
+from localctl.denoisers.trained import Original
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
 
@@ -26,6 +28,8 @@ class QwenImage(Packed):
     classes = ("QwenImageTransformer2DModel",)
     order = ("hidden_states", "encoder_hidden_states", _MASK, "timestep", "img_shapes")
     not_per_row = ("img_shapes",)
+    longest_text = 1024
+    fills_texts = True
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
@@ -82,6 +86,19 @@ class QwenImage(Packed):
         options = {name: arguments[name] for name in ("device", "max_sequence_length")}
         states, mask = type(self.pipe).encode_prompt(self.pipe, self.without_weights(texts), **options)
         return list(states) if mask is None else [state[own.bool()] for state, own in zip(states, mask, strict=True)]
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        # One by one: the pipeline fills texts up to the longest of them, on which their last bits would depend.
+        found = [self.pipe.encode_prompt(caption or " ", **options)[0] for caption in captions]
+        return PromptEmbeds.join([PromptEmbeds(states, lengths=(states.shape[1],)) for states in found])
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with the mask of padding."""
+        longest = texts.states.shape[1]
+        filled = texts.lengths is not None and any(length < longest for length in texts.lengths)
+        return Conditioning(texts.states, {_MASK: texts.mask(torch.bool) if filled else None}, 1.0)
 
     @torch.no_grad()
     def condition(

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from localctl.denoisers.base import AttentionLayer, Conditioning, DenoiserInputs
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Attend, Joint
+from localctl.denoisers.trained import Original
 from localctl.denoisers.transformer import UNLIMITED, Transformer
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.tokens import token_positions
 
@@ -28,6 +30,8 @@ class SD3(Transformer):
     order = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     image_output = 1
     tokenizers = ("tokenizer_3", "tokenizer")
+    longest_text = 256
+    further_tokens = 77
 
     @classmethod
     def guidance(cls, config: Mapping[str, Any], index: Mapping[str, Any]) -> Guidance:
@@ -105,6 +109,18 @@ class SD3(Transformer):
         encode = type(self.pipe).encode_prompt
         states, *_ = encode(self.pipe, plain, None, None, do_classifier_free_guidance=False, **options)
         return list(states)
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        states, _, pooled, _ = self.pipe.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, **options
+        )
+        return PromptEmbeds(states, pooled)
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with pooled embeddings."""
+        return Conditioning(texts.states, {"pooled_projections": texts.pooled}, 1.0)
 
     @torch.no_grad()
     def condition(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -23,12 +22,15 @@ from localctl.denoisers.base import (
     argument,
     with_arguments,
 )
-from localctl.diffusion import FLOW
+from localctl.denoisers.trained import TYPICAL_TEXT
+from localctl.diffusion import FLOW, latent_channels
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.sizes import shown
 from localctl.tokens import token_positions
 
+_TEXT_WIDTHS = ("joint_attention_dim", "caption_channels", "cap_feat_dim")
 _THIRDS = ("early", "middle", "late")
 
 
@@ -45,6 +47,11 @@ class Transformer(Denoiser):
     absent_hooks: ClassVar[tuple[str, ...]] = ("block_residuals", "image_embeds", "image_masks", "mix_attention")
     order: ClassVar[tuple[str, ...]]  # the first arguments of the module's forward
     block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)  # in the order they run
+    in_halves = False  # residuals are added by hooks
+    by_flow = True
+    longest_text: ClassVar[int] = 512  # tokens that are read by default
+    further_tokens: ClassVar[int] = 0  # of CLIP, beside them
+    fills_texts: ClassVar[bool] = False  # whether shorter texts have fewer tokens
     latents_of_token: ClassVar[int | None] = None  # the side of a token; None: as the config says
 
     @classmethod
@@ -178,7 +185,7 @@ class Transformer(Denoiser):
             argument((args, kwargs), self.order, name)
             for name in ("hidden_states", "encoder_hidden_states", "timestep")
         )
-        latents = sample[:, : self.pipe.vae.config.latent_channels]  # with inpainting, further channels may follow
+        latents = sample[:, : latent_channels(self.pipe.vae)]  # with inpainting, further channels may follow
         return DenoiserInputs(sample, latents, timestep, text, {})
 
     def write(
@@ -230,6 +237,44 @@ class Transformer(Denoiser):
         with self.running(arguments) as (args, kwargs):
             return self.module(*args, **kwargs)[0][:, : noisy.shape[1]]
 
+    # Captions
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
+        """Encode captions by the pipeline."""
+        encoder = self.pipe.text_encoder
+        options = {} if self.text_length is None else {"max_sequence_length": self.text_length}
+        with torch.autocast(encoder.device.type, enabled=False):  # on a GPU, it would return float32
+            return self._encode(list(captions), device=encoder.device, **options)
+
+    def empty_caption(self) -> PromptEmbeds:
+        """Encode an empty caption."""
+        return self.encode_captions([""])
+
+    @abstractmethod
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        """Encode captions by the pipeline's ``encode_prompt`` with these options."""
+
+    def blank_texts(self) -> PromptEmbeds:
+        """Return embeddings of one caption without values."""
+        config, length = self.module.config, self.text_length
+        width = next(getattr(config, name) for name in _TEXT_WIDTHS if hasattr(config, name))
+        tokens = (self.longest_text if length is None else length) + self.further_tokens
+        if self.fills_texts:
+            tokens = min(tokens, TYPICAL_TEXT)
+        pooled = getattr(config, "pooled_projection_dim", None)
+        return PromptEmbeds(
+            torch.empty(1, tokens, width, device="meta"),
+            None if pooled is None else torch.empty(1, pooled, device="meta"),
+            (tokens,),
+        )
+
+    @property
+    def caption_tokens(self) -> tuple[Any, int]:
+        """The tokenizer of the text encoder that reads most of a caption, and how many of its tokens are read."""
+        tokenizer = next(one for name in self.tokenizers if (one := getattr(self.pipe, name)) is not None)
+        return tokenizer, min(self.text_length or self.longest_text, tokenizer.model_max_length)
+
     # Text
 
     def check_phrases(self, arguments: Mapping[str, Any], layouts: Sequence[Layout]) -> None:
@@ -249,78 +294,6 @@ class Transformer(Denoiser):
     def without_weights(self, texts: Sequence[Text]) -> list[str]:
         """Return texts as these pipelines take them: weights are no part of them."""
         return [text if isinstance(text, str) else text.text for text in texts]
-
-
-class TwoCalls(Transformer):
-    """Guidance by two calls of the module, one after the other: that of the prompt, then, if there is guidance, that of
-    the negative prompt. Most pipelines name each by the module's ``cache_context``. With distilled guidance, there is
-    the first alone. The negative prompt is encoded by a second call of ``encode_prompt``."""
-
-    guides_in_one_call = False
-    negative = "uncond"  # the name of the call of the negative prompt
-
-    def __init__(self, module: nn.Module, pipe: Any = None) -> None:
-        super().__init__(module, pipe)
-        self._call = ""  # the name of the running call of the module
-        self._encoded: int | None = None  # calls of encode_prompt in a call of the pipeline; None outside and in steps
-        self._two = False  # whether there is guidance
-        self._calls = 0  # of the module, in that of the pipeline
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Context in which calls are told apart, by wrappers of ``cache_context`` and of ``check_inputs``, with which a
-        call of the pipeline begins, on these instances."""
-
-        def name(call: str, *args: Any, **kwargs: Any) -> None:
-            self._call = call
-
-        def begin(*args: Any, **kwargs: Any) -> None:
-            self._encoded = 0
-
-        with noted(self.module, "cache_context", name), noted(self.pipe, "check_inputs", begin):
-            yield
-
-    def begins_call(self) -> bool:
-        if self._encoded is not None:
-            self._encoded += 1
-        if self._encoded == 2:
-            return False
-        self._call, self._calls, self._two = "", 0, False
-        return True
-
-    def conditional(self, rows: int, images: int) -> tuple[bool, ...]:
-        """Return True for all rows of a call with the prompt, False for those with the negative prompt."""
-        if rows != images:
-            raise self.wrong_rows(rows, images)
-        if self._encoded is not None:  # the first step: texts are encoded before it
-            self._two, self._encoded = self._encoded == 2, None
-        self._calls += 1
-        second = self._two and self._calls % 2 == 0  # of two calls without names
-        return (not (self._call == self.negative if self._call else second),) * rows
-
-    def has_negative(self, conditional: Sequence[bool]) -> bool:
-        """Return whether the running call of the pipeline has a negative prompt."""
-        return self._two
-
-
-@contextmanager
-def noted(instance: Any, name: str, note: Callable[..., None]) -> Iterator[None]:
-    """Call ``note`` with the arguments of each call of a method, on this instance only."""
-    method, own = getattr(instance, name), vars(instance).get(name)
-
-    @functools.wraps(method)
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        note(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    setattr(instance, name, noting)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(instance, name)
-        else:
-            setattr(instance, name, own)
 
 
 _MARK = "\x1a"  # in place of a prompt, in no template

@@ -21,8 +21,10 @@ from localctl.denoisers.base import (
     argument,
     with_arguments,
 )
+from localctl.denoisers.trained import Original
+from localctl.devices import send
 from localctl.layout import Layout
-from localctl.pipelines import encode_prompts
+from localctl.pipelines import encode_captions, encode_prompts, is_xl
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 from localctl.tokens import positions_of
@@ -32,6 +34,7 @@ _WITHIN = "down_intrablock_additional_residuals"
 _SKIPS, _MIDDLE = "down_block_additional_residuals", "mid_block_additional_residual"
 _GROUP = re.compile(r"(down|mid|up)(?:/(\d+))?")
 _IMAGES = "image_embeds"
+TOKENS = 77  # that CLIP reads
 _LARGE = 1 << 12  # a side of latents that halves evenly at every level
 
 
@@ -165,6 +168,54 @@ class UNet(Denoiser):
             return_dict=False,
         )[0]
         return conditioning.combined(output)
+
+    def output(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, features: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Return the model output for latents as the scheduler would scale them."""
+        arguments: dict[str, Any] = {"encoder_hidden_states": conditioning.text}
+        if conditioning.added is not None:
+            arguments["added_cond_kwargs"] = conditioning.added
+        if features is not None:
+            arguments[_WITHIN] = list(features)  # the U-Net takes them out
+        return self.module(noisy, timesteps, **arguments).sample
+
+    # Text
+
+    def encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
+        """Encode captions in one call of each text encoder."""
+        return encode_captions(self.pipe, captions)
+
+    def empty_caption(self) -> PromptEmbeds:
+        """Encode an empty caption; of SDXL, zeros where its config says so."""
+        pipe = self.pipe
+        embeds, negative = encode_prompts(pipe, "", guided=is_xl(pipe), call={"device": pipe.text_encoder.device})
+        return negative or embeds
+
+    def blank_texts(self) -> PromptEmbeds:
+        """Return embeddings of one caption without values: 77 tokens."""
+        config, pooled = self.module.config, None
+        if config.addition_embed_type == "text_time":
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = torch.empty(1, width, device="meta")
+        return PromptEmbeds(torch.empty(1, TOKENS, config.cross_attention_dim, device="meta"), pooled)
+
+    @property
+    def caption_tokens(self) -> tuple[Any, int]:
+        """CLIP's tokenizer, and its 77 tokens."""
+        return self.pipe.tokenizer, self.pipe.tokenizer.model_max_length
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, for SDXL with pooled embeddings and sizes: those of the images, or uncropped."""
+        if texts.pooled is None:
+            return Conditioning(texts.states, None, 1.0)
+        # Sizes stay float32: half precision cannot represent every number of pixels.
+        ids = torch.tensor([[*(four or (*size, 0, 0)), *size] for four in originals], dtype=torch.float32)
+        return Conditioning(
+            texts.states, {"text_embeds": texts.pooled, "time_ids": send(ids, texts.states.device)}, 1.0
+        )
 
     def token_positions(self, layout: Layout) -> list[tuple[int, ...]]:
         """Return the positions of each phrase; with two CLIP tokenizers (SDXL), those of both."""

@@ -23,8 +23,11 @@ from localctl.denoisers.base import (
 )
 from localctl.denoisers.configs import Guidance
 from localctl.denoisers.joint import Joint, check_dispatch, dispatched
-from localctl.denoisers.transformer import Transformer, chat_positions, noted
+from localctl.denoisers.trained import Original
+from localctl.denoisers.transformer import Transformer, chat_positions
+from localctl.denoisers.two_calls import noted
 from localctl.layout import Layout
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.prompt_weights import Text
 
 _SCALE = 1000  # of the scheduler's timesteps
@@ -46,6 +49,7 @@ class ZImage(Transformer):
     image_output = None
     latents_of_token, latents_of_side = 2, 128
     encodes_always = False
+    fills_texts = True
     guides_in_one_call = False  # it adds its scale times the difference to the output with the prompt
 
     def __init__(self, module: Any, pipe: Any = None) -> None:
@@ -209,6 +213,16 @@ class ZImage(Transformer):
         options = {name: arguments[name] for name in ("device", "max_sequence_length")}
         plain = self.without_weights(texts)
         return type(self.pipe).encode_prompt(self.pipe, plain, do_classifier_free_guidance=False, **options)[0]
+
+    def _encode(self, captions: list[str], **options: Any) -> PromptEmbeds:
+        found, _ = self.pipe.encode_prompt(captions, do_classifier_free_guidance=False, **options)
+        return PromptEmbeds(pad_sequence(found, batch_first=True), lengths=tuple(map(len, found)))
+
+    def conditioning(
+        self, texts: PromptEmbeds, size: tuple[int, int], originals: Sequence[Original | None]
+    ) -> Conditioning:
+        """Return the inputs, with the lengths of the texts."""
+        return Conditioning(texts.states, {_LENGTHS: torch.tensor(texts.lengths)}, 1.0)
 
     @torch.no_grad()
     def condition(

@@ -53,11 +53,13 @@ def unpack(about: Mapping[str, Any], payload: Any) -> dict[str, Tensor | None]:
 
 def pack_text(text: PromptEmbeds) -> tuple[dict[str, Any], bytes]:
     """Return the description and bytes of the embeddings of one caption."""
-    return pack({"states": text.states, "pooled": text.pooled})
+    about, payload = pack({"states": text.states, "pooled": text.pooled})
+    return (about if text.lengths is None else {**about, "lengths": list(text.lengths)}), payload
 
 
 def unpack_text(about: Mapping[str, Any], payload: Any) -> PromptEmbeds:
     """Return the embeddings that :func:`pack_text` described."""
     found = unpack(about, payload)
     assert found["states"] is not None
-    return PromptEmbeds(found["states"], found["pooled"])
+    lengths = about.get("lengths")
+    return PromptEmbeds(found["states"], found["pooled"], None if lengths is None else tuple(lengths))

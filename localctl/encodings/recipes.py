@@ -4,6 +4,7 @@ encodings; where recipes differ, the difference has a name."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,28 @@ from typing import Any
 from localctl.bases import BaseConfig, read_index, resolve_base
 from localctl.condition_models import fingerprint
 from localctl.data.config import DataConfig
-from localctl.files import sha256, sha256_of_json
+from localctl.files import read_json, sha256, sha256_of_json
 from localctl.settings import ConditionConfig
 
 IMAGES, TEXTS, CONDITIONS = "images", "captions", "conditions"
-ENCODERS = {IMAGES: ("vae",), TEXTS: ("text_encoder", "text_encoder_2"), CONDITIONS: ()}
-_VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+ENCODERS = {IMAGES: ("vae",), TEXTS: ("text_encoder", "text_encoder_2", "text_encoder_3"), CONDITIONS: ()}
+_VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """The recipes for a base and a dataset. precision: dtype of the frozen parts, such as bfloat16."""
+    """The recipes for a base and a dataset.
+
+    precision: dtype of the frozen parts, such as bfloat16. text_length: the most tokens of a caption that are read;
+    None = as many as the pipeline reads.
+    """
 
     base: BaseConfig
     data: DataConfig
     condition: ConditionConfig
     seed: int
     precision: str
+    text_length: int | None = None
 
     @property
     def varies(self) -> bool:
@@ -56,8 +62,10 @@ class Recipes:
 
     def _texts(self) -> dict[str, Any]:
         index = read_index(resolve_base(self.base.name), _where(self.base))
-        parts = [name for name in ENCODERS[TEXTS] if name in index]
+        parts = [name for name in ENCODERS[TEXTS] if index.get(name) not in (None, [None, None])]
         recipe: dict[str, Any] = {"kind": TEXTS, "precision": self.precision}
+        if self.text_length is not None:
+            recipe["tokens"] = self.text_length
         for part in parts:
             recipe[part.replace("_", " ")] = weights_of(self.base, part, self.precision)
             recipe[part.replace("text_encoder", "tokenizer").replace("_", " ")] = _vocabulary_of(self.base, part)
@@ -106,9 +114,15 @@ def weights_of(base: BaseConfig, part: str, precision: str) -> str:
     local = Path(place).expanduser() / folder
     if not local.is_dir():
         from huggingface_hub import hf_hub_download  # slow to import
+        from huggingface_hub.errors import EntryNotFoundError
 
-        inside = f"{folder}/{wanted}" if folder else wanted
-        return sha256(Path(hf_hub_download(place, inside, **where)))
+        inside = f"{folder}/" if folder else ""
+        try:
+            return sha256(Path(hf_hub_download(place, inside + wanted, **where)))
+        except EntryNotFoundError:  # large models are in several files
+            listed = read_json(Path(hf_hub_download(place, f"{inside}{wanted}.index.json", **where)), "The index")
+            shards = sorted(set(listed["weight_map"].values()))
+            return sha256("".join(sha256(Path(hf_hub_download(place, inside + one, **where))) for one in shards))
     files = [local / wanted] if (local / wanted).is_file() else sorted(local.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"There are no weights (*.safetensors) in {local}.")
@@ -132,9 +146,13 @@ def _vocabulary_of(base: BaseConfig, part: str) -> str:
     if local.is_dir():
         return sha256("".join(sha256(local / name) for name in _VOCABULARY if (local / name).is_file()))
     from huggingface_hub import hf_hub_download  # slow to import
+    from huggingface_hub.errors import EntryNotFoundError
 
-    paths = [Path(hf_hub_download(place, f"{folder}/{name}", **_where(base))) for name in _VOCABULARY[:2]]
-    return sha256("".join(map(sha256, paths)))
+    for names in (_VOCABULARY[:2], _VOCABULARY[2:3], _VOCABULARY[-1:]):  # CLIP's and Qwen's, then T5's
+        with suppress(EntryNotFoundError):
+            paths = [Path(hf_hub_download(place, f"{folder}/{name}", **_where(base))) for name in names]
+            return sha256("".join(map(sha256, paths)))
+    raise FileNotFoundError(f"There is no vocabulary in {place}/{folder}.")
 
 
 def _where(base: BaseConfig) -> dict[str, Any]:

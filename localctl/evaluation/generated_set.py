@@ -173,7 +173,7 @@ def _generate_batch(
     guidance: dict[str, Any] = {
         "unconditional_scale": settings.unconditional_scale,
         "guidance_scale": settings.control_guidance_scale,
-        "negative_prompt": negative_prompt,
+        "arguments": {} if negative_prompt is None else {"negative_prompt": negative_prompt},
     }
     images = generate_like(pipe, examples, prompts, seeds, steering, settings.weight, Sampling.of(settings), **guidance)
     for index, example, prompt, seed, image in zip(indices, examples, prompts, seeds, images, strict=True):

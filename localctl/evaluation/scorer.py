@@ -20,7 +20,6 @@ from localctl.messages import no_progress_bars
 from localctl.metrics.distances import frechet_distance
 from localctl.metrics.extractors import EXTRACTORS, Extractor, describe, load_extractor
 from localctl.metrics.statistics import FeatureStatistics, Statistics, frechet_name
-from localctl.sampling import Sampling
 from localctl.seeding import key_seed
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings
@@ -153,6 +152,8 @@ class FrechetScorer:
         examples = [example_of(self.samples, index) for index in indices]
         captions = [example.caption for example in examples]
         seeds = [key_seed(self.config.seed, "score", index) for index in indices]
-        sampling = Sampling.of(self.config)
-        images = generate_like(models.pipe, examples, captions, seeds, models.plain_adapter, sampling=sampling)
+        sampling, arguments = models.sampling(self.config)
+        images = generate_like(
+            models.pipe, examples, captions, seeds, models.plain_adapter, sampling=sampling, arguments=arguments
+        )
         return [image_id(index) for index in indices], np.stack([np.asarray(image) for image in images])

@@ -90,8 +90,9 @@ class FidSettings:
         for name, without in (("unconditional_scale", (None, 1)), ("control_guidance_scale", (None,))):
             if self.adapter is None and getattr(self, name) not in without:
                 raise ValueError(f"{name} is for an adapter, but there is none; give adapter, or leave it out.")
-        if self.guidance_scale is None and self.base.name in BASES:
-            self.guidance_scale = BASES[self.base.name].guidance_scale
+        known = BASES.get(self.base.name)
+        if self.guidance_scale is None and known is not None and not known.pipelines:
+            self.guidance_scale = known.guidance_scale
         check_own_guidance(self.unconditional_scale, self.control_guidance_scale, self.guidance_scale)
 
     @property

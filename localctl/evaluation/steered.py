@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def generate_like(
     weight: float = 1.0,
     sampling: Sampling | None = None,
     *,
-    negative_prompt: str | None = None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
     **guidance: Any,
 ) -> list[Image.Image]:
     """Generate one image per example: its condition applies inside its mask.
@@ -48,6 +49,7 @@ def generate_like(
         prompts, seeds: one of each per example.
         steering: an adapter or a ControlNet; None: the base alone, without conditions and masks.
         weight: strength of ``steering``.
+        arguments: further ones of the pipeline.
         guidance: further settings of the adapter's :class:`LocalAdapterControl`.
     """
     masks = torch.stack([example.mask for example in examples if example.mask is not None])
@@ -64,8 +66,8 @@ def generate_like(
         seeds,
         paired=True,
         sampling=sampling,
-        negative_prompt=negative_prompt,
         prompt_weighting=False,  # captions of data, encoded as in training
+        **arguments,
     ).images
 
 

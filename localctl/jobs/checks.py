@@ -14,7 +14,6 @@ from localctl.jobs.settings import SampleSettings
 from localctl.jobs.variants import Variant
 from localctl.layout import Layout
 from localctl.pipelines import check_sigmas
-from localctl.previews import has_previews
 from localctl.sampling_settings import Sampling
 from localctl.schedulers import check_seedable
 
@@ -41,8 +40,6 @@ def check_abilities(
     if options.init_image or options.upscale is not None:
         check_task(getattr(diffusers, base.pipeline), repaints=bool(options.inpaint_mask))
     own = base.shape.parts["vae"].get("_class_name", "AutoencoderKL")
-    if options.save_steps is not None and not has_previews(own):
-        raise ValueError(f"--save_steps writes previews, which the latents of an {own} do not have; leave it out.")
     if options.vae is not None and own != "AutoencoderKL":
         raise ValueError(f"--vae replaces an AutoencoderKL, and the base has an {own}; leave it out.")
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from localctl.adapter import LocalAdapter
@@ -29,7 +28,7 @@ from localctl.jobs.starts import SecondPass
 from localctl.jobs.variants import Variant, optimized_controls
 from localctl.layout import Layout
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base
-from localctl.previews import LatentPreview, OnStep, SamplingStep, has_previews
+from localctl.previews import LatentPreview, OnStep, SamplingStep
 from localctl.sampling import GenerateOutput, Sampling, generate
 
 if TYPE_CHECKING:  # imported where weights are optimised
@@ -80,11 +79,9 @@ class JobModels:
     clips: dict[str, Clip] = field(default_factory=dict)
 
     @cached_property
-    def preview(self) -> Callable[[Tensor], Sequence[Image.Image]]:
-        """Previews of this base's latents, fitted at the first use: ``models.preview(progress.latents)`` are images;
-        none of latents that no plain VAE decodes."""
-        assert self.pipe is not None
-        return LatentPreview(self.pipe) if has_previews(type(self.pipe.vae).__name__) else lambda latents: ()
+    def preview(self) -> LatentPreview:
+        """Previews of this base's latents, fitted at the first use: ``models.preview(progress.latents)`` are images."""
+        return LatentPreview(self.pipe)
 
 
 def load_models(job: Job, before: JobModels | None = None) -> JobModels:

@@ -96,6 +96,8 @@ def prepare(options: SampleSettings) -> Job:
     check_addons(found, shape, layouts or [Layout(prompt) for prompt in options.prompt or ()], options.negative_prompt)
     sources, of_nets = read_sources(options, saved), controlnet_sources(options, found)
     init = read_init(options, variants)
+    if any(region.negative_prompt for layout in layouts for region in layout.regions):
+        notes.append("Negative prompts of regions do nothing here; they act in Python, by the control NegativePrompts.")
     notes += [note for adapter in saved if (note := check_base(adapter, base.name, shape))]
     notes += _check_sampling(options, variants, known)
     options.unconditional_scale = options.unconditional_scale or _own_scales(options, saved, known.guidance)
@@ -292,7 +294,6 @@ def _check_numbers(options: SampleSettings) -> None:
         raise ValueError("A seed is given twice in --seeds; give each one once.")
     if not all(map(math.isfinite, [options.guidance_scale or 0.0, *options.weight])):
         raise ValueError("--guidance_scale and --weight must be finite numbers.")
-    Sampling.of(options)  # ValueError for others out of range
     for scale in options.unconditional_scale or (None,):
         check_control_guidance(scale, options.control_guidance_scale)
     for name in ("controlnet_scale", "ip_adapter_scale", "lora_scale"):
@@ -300,6 +301,7 @@ def _check_numbers(options: SampleSettings) -> None:
             raise ValueError(f"--{name} must be finite numbers.")
     if not 0 <= (options.guidance_rescale or 0.0) <= 1:
         raise ValueError(f"--guidance_rescale must be between 0 and 1, not {options.guidance_rescale}.")
+    Sampling.of(options)  # ValueError for others out of range
 
 
 def _check_counts(options: SampleSettings) -> None:

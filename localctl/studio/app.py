@@ -52,7 +52,7 @@ def build(config: StudioConfig | None = None) -> Any:
         kept = remembered(follow.fields)
         restore = local_control_actions.restore(studio, list(kept))
         remember(blocks, "follow", kept, restore, [*kept.values(), *follow.rows])
-    blocks.studio, blocks.studio_tabs = studio, tabs
+    blocks.studio = studio
     blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=QUEUE_SIZE, api_open=False)
     return blocks
 

@@ -38,7 +38,7 @@ class Compilation:
         self._tried: set[torch.Size] = set()
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, GRAPHS)
-        for module in models.unet.modules():
+        for module in models.network.modules():
             if isinstance(module, BLOCKS):
                 module.compile(fullgraph=True, dynamic=False)
         models.plain_adapter.adapter.adapter.compile(fullgraph=True, dynamic=False)
@@ -64,6 +64,6 @@ class Compilation:
 
     def _stop(self) -> None:
         self.active = False
-        for part in (self.models.unet, self.models.plain_adapter):
+        for part in (self.models.network, self.models.plain_adapter):
             for module in part.modules():
                 module._compiled_call_impl = None

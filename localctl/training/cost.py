@@ -18,19 +18,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from localctl.adapter import LocalAdapter
 from localctl.architectures import TABLE, BaseShape, read_shape
-from localctl.diffusion import latent_size
+from localctl.denoisers import bare_denoiser
+from localctl.denoisers.base import Denoiser
+from localctl.diffusion import is_for_videos, latent_channels, latent_size
 from localctl.pipelines import DTYPES, BaseConfig
-from localctl.training.models import plan_adapter
+from localctl.training.adapter_plan import plan_adapter
+from localctl.training.large_bases import BYTES
 from localctl.training.settings import AdapterConfig, TrainSettings
 
-SIZES = {"sd15": 512, "sd21": 768, "sdxl": 1024}  # the image sides at which these bases were trained
-TOKENS = 77
+SIZES = {  # the image sides at which these bases were trained
+    **{"sd15": 512, "sd21": 768, "sdxl": 1024},
+    **dict.fromkeys(("pixart", "sd3", "flux", "qwen_image", "z_image"), 1024),
+}
 GIB = 2**30
 _HALF = ("fp16", "bf16")
 _HEAD = (
@@ -80,7 +85,11 @@ class Estimator:
         self.cost = cache(lambda size, checkpointing: count_step(shape, self.options, size, checkpointing))
         with torch.device("meta"):
             self.trained = sum(p.numel() for p in LocalAdapter(**self.options).parameters())
+        denoiser: Any = bare_denoiser(shape.build(shape.denoiser))
+        blocks = [sum(p.numel() for p in block.parameters()) for _, block in getattr(denoiser, "blocks", ())]
         self.frozen = {part: sum(p.numel() for p in shape.build(part).parameters()) for part in shape.parts}
+        # Of the denoiser's weights, the share that is on the device at once when they are offloaded.
+        self.resident = 1 - (sum(blocks) - max(blocks)) / self.frozen[shape.denoiser] if blocks else 1.0
 
     def estimate(self, settings: TrainSettings, size: tuple[int, int]) -> Estimate:
         """Estimate training with ``settings`` at ``size`` (height, width); activations are proportional to the batch
@@ -89,14 +98,21 @@ class Estimator:
         width = 2 if settings.precision in _HALF else DTYPES[settings.base.dtype].itemsize
         vae_width = 4 if self.shape.xl else width
         encodes = settings.data.encodings_dir is None
-        loaded = self.frozen if encodes or settings.generates_images else {"unet": self.frozen["unet"]}
-        frozen = sum(count * (vae_width if part == "vae" else width) for part, count in loaded.items())
-        alive = max(cost.activations * width, cost.vae_bytes * vae_width * encodes) // 4
+        denoiser = self.shape.denoiser
+        loaded = self.frozen if encodes or settings.generates_images else {denoiser: self.frozen[denoiser]}
+        widths = dict.fromkeys(loaded, float(width)) | {"vae": vae_width}
+        if settings.quantization is not None:
+            widths[denoiser] = BYTES[settings.quantization]
+        frozen = int(sum(count * widths[part] for part, count in loaded.items()))
+        if settings.offload_base:  # a block at a time, and the few weights outside of the blocks
+            frozen -= int(self.frozen[denoiser] * widths[denoiser] * (1 - self.resident))
+        conditions = bool(self.options.get("latent_channels"))  # which the VAE encodes, too
+        alive = max(cost.activations * width, cost.vae_bytes * vae_width * (encodes or conditions)) // 4
         return Estimate(
             trained=self.trained,
             frozen=sum(loaded.values()),
             flops=cost.flops,
-            vae_flops=cost.vae_flops * encodes,
+            vae_flops=cost.vae_flops * (encodes + conditions),
             weights=frozen + self.trained * (8 if settings.use_ema else 4),
             gradients=self.trained * 4,
             optimizer=self.trained * (2 if settings.use_8bit_adam else 8),  # both moments
@@ -118,6 +134,7 @@ def report(settings: TrainSettings) -> str:
     now = estimator.estimate(settings, size)
     rows = [_HEAD, _row(f"these settings: {base}", settings, size, now), *_known_bases(settings)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    part = "U-Net" if estimator.shape.denoiser == "unet" else "transformer"
     text = ["  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows] + [""]
     if estimator.shape.from_table:
         text.append(f"None of the files of {base} are here yet; its well-known shape is counted.")
@@ -127,9 +144,9 @@ def report(settings: TrainSettings) -> str:
     text += [
         f"An update of these settings takes {per_update} samples per process: "
         f"{per_update * (now.flops + now.vae_flops) / 1e12:.2f} TFLOP.",
-        "A product with its addition counts as 2 FLOP; `step` is forward and backward of U-Net and adapter, where the",
-        "frozen U-Net pays for no gradients of weights; `vae` is its encoder, once per image if latents are kept, and",
-        "0 with data.encodings_dir.",
+        f"A product with its addition counts as 2 FLOP; `step` is forward and backward of {part} and adapter, where",
+        f"the frozen {part} pays for no gradients of weights; `vae` is its encoder, once per image if latents are",
+        "kept, and 0 with data.encodings_dir.",
         "Memory is weights, gradients, optimizer and activations with fused attention; the device's own needs (a",
         "context, work space of kernels, fragments: often 1 to 2 GiB) and generating validation images come on top.",
         "",
@@ -141,8 +158,12 @@ def report(settings: TrainSettings) -> str:
 def _known_bases(settings: TrainSettings) -> Iterator[tuple[str, ...]]:
     """Yield rows of the table: well-known bases at the size at which they were trained."""
     plain = {"adapter": AdapterConfig(), "adapter_model_name_or_path": None, "gradient_checkpointing": False}
-    plain |= {"use_8bit_adam": False, "use_ema": False}
+    plain |= {"use_8bit_adam": False, "use_ema": False, "flow_shift": None, "distilled_guidance": None}
+    plain |= {"quantization": None, "offload_base": False, "max_sequence_length": None}
+    kind = read_shape(settings.base).denoiser
     for name, side in SIZES.items():
+        if kind not in TABLE[name]:
+            continue
         other = replace(settings, base=BaseConfig(name=name), **plain)  # type: ignore[arg-type]
         estimator = Estimator(other, BaseShape(TABLE[name], from_table=True))
         for precision in ("no", "bf16"):
@@ -162,6 +183,7 @@ def _row(name: str, settings: TrainSettings, size: tuple[int, int], estimate: Es
 def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, int]) -> list[str]:
     """Return flags with the memory that each would need, and all of them together."""
     steps = settings.gradient_accumulation_steps * settings.train_batch_size
+    transformer = estimator.shape.denoiser == "transformer"
     plain, more = (estimator.cost(size, checkpointing).flops for checkpointing in (False, True))
     half = settings.precision in _HALF or DTYPES[settings.base.dtype] != torch.float32
     offers: list[tuple[bool, str, dict[str, Any], str]] = [
@@ -169,6 +191,14 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
         (
             not settings.gradient_checkpointing, "--gradient_checkpointing", {"gradient_checkpointing": True},
             f"{more / plain - 1:.0%} more FLOP",
+        ),
+        (
+            transformer and settings.quantization is None, "--quantization bitsandbytes_4bit --mixed_precision bf16",
+            {"quantization": "bitsandbytes_4bit", "mixed_precision": "bf16"}, "needs bitsandbytes",
+        ),
+        (
+            transformer and not settings.offload_base, "--offload_base --gradient_checkpointing",
+            {"offload_base": True, "gradient_checkpointing": True}, "slower: weights are copied in each step",
         ),
         (
             settings.train_batch_size > 1, f"--train_batch_size 1 --gradient_accumulation_steps {steps}",
@@ -195,13 +225,13 @@ def _ways_out(estimator: Estimator, settings: TrainSettings, size: tuple[int, in
 
 def count_step(shape: BaseShape, options: dict[str, Any], size: tuple[int, int], checkpointing: bool = False) -> Cost:
     """Count the cost of one sample of ``size`` (height, width) in pixels; options: of ``LocalAdapter``."""
-    unet: Any = shape.build("unet")
-    unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+    network: Any = shape.build(shape.denoiser)
+    network.enable_gradient_checkpointing() if checkpointing else network.disable_gradient_checkpointing()
     with torch.device("meta"):
         adapter = LocalAdapter(**options)
     for parameter in adapter.parameters():  # the caller counts the gradients of weights
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    flops, activations = _count(lambda: _unet_step(unet, adapter, shape, size))
+    flops, activations = _count(lambda: _step(bare_denoiser(network), adapter, shape, size))
     vae: Any = shape.build("vae")
     vae_flops, vae_bytes = _count(lambda: _encode(vae, size))
     return Cost(flops, vae_flops, activations, vae_bytes)
@@ -211,26 +241,20 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _unet_step(unet: nn.Module, adapter: LocalAdapter, shape: BaseShape, size: tuple[int, int]) -> None:
-    config = shape.parts["unet"]
-
-    def empty(*sides: int) -> Tensor:
-        return torch.empty(1, *sides, device="meta")
-
-    arguments: dict[str, Any] = {"encoder_hidden_states": empty(TOKENS, config["cross_attention_dim"])}
-    if shape.xl:
-        width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        arguments["added_cond_kwargs"] = {"text_embeds": empty(width), "time_ids": empty(6)}
-    noisy = empty(unet.config.in_channels, *latent_size(*size, shape.vae_scale_factor))
-    features = adapter(empty(adapter.channels_of_condition + 1, *size))
-    step = torch.empty(1, device="meta", dtype=torch.long)
-    output = unet(noisy, step, **arguments, down_intrablock_additional_residuals=features).sample
+def _step(denoiser: Denoiser, adapter: LocalAdapter, shape: BaseShape, size: tuple[int, int]) -> None:
+    texts, channels = denoiser.blank_texts(), latent_channels(shape.build("vae"))
+    noisy = torch.empty(1, channels, *latent_size(*size, shape.vae_scale_factor), device="meta")
+    condition = torch.empty(1, adapter.channels_of_condition, *size, device="meta")
+    features = adapter(adapter.inputs(condition, condition[:, :1], lambda pixels: torch.empty_like(noisy)))
+    step = torch.empty(1, device="meta", dtype=torch.float32 if denoiser.by_flow else torch.long)
+    output = denoiser.output(noisy, step, denoiser.conditioning(texts, size, [None]), features)
     output.float().square().mean().backward()
 
 
 @torch.no_grad()
 def _encode(vae: Any, size: tuple[int, int]) -> None:
-    vae.encode(torch.empty(1, 3, *size, device="meta"))
+    pixels = torch.empty(1, 3, *size, device="meta")
+    vae.encode(pixels.unsqueeze(2) if is_for_videos(vae) else pixels)
 
 
 @torch.no_grad()

@@ -159,10 +159,11 @@ class DataWatch:
 
     Args:
         tokenizer: finds truncated captions. None = count neither these nor empty masks, as for the embedded scenes.
+        limit: how many tokens of a caption are read.
     """
 
-    def __init__(self, quarantine: Quarantine, tokenizer: Any) -> None:
-        self.quarantine, self.tokenizer = quarantine, tokenizer
+    def __init__(self, quarantine: Quarantine, tokenizer: Any, limit: int) -> None:
+        self.quarantine, self.tokenizer, self.limit = quarantine, tokenizer, limit
         self._seen: set[int] = set()
         self.long_captions = self.masks = self.empty_masks = 0
 
@@ -180,8 +181,7 @@ class DataWatch:
         """Return the lines to log at the end of a run; empty if nothing was wrong."""
         lines = [self.quarantine.summary()] if self.quarantine.problems else []
         if self.long_captions:
-            limit = self.tokenizer.model_max_length
-            lines.append(f"{self.long_captions} captions seen were longer than {limit} tokens and truncated")
+            lines.append(f"{self.long_captions} captions seen were longer than {self.limit} tokens and truncated")
         if self.empty_masks > MOSTLY * self.masks:
             lines.append(
                 warning(f"{self.empty_masks} of {self.masks} masks seen were empty: nothing was learned from them")
@@ -206,12 +206,11 @@ class DataWatch:
             visited = hash((key, caption))
             if visited not in self._seen:
                 self._seen.add(visited)
-                self.long_captions += is_cut(self.tokenizer, caption)
+                self.long_captions += is_cut(self.tokenizer, caption, self.limit)
 
 
-def is_cut(tokenizer: Any, caption: str) -> bool:
-    """Return whether the text encoder reads only the beginning of ``caption``."""
-    limit = tokenizer.model_max_length
+def is_cut(tokenizer: Any, caption: str, limit: int) -> bool:
+    """Return whether the text encoder reads only the first ``limit`` tokens of ``caption``."""
     return len(tokenizer(caption, truncation=True, max_length=limit + 1, verbose=False).input_ids) > limit
 
 

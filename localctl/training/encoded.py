@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from localctl.architectures import CLASS, TEXT_PARTS, read_shape
 from localctl.bases import not_loaded
 from localctl.data.bad_rows import BadRow
 from localctl.data.files import FileSource
@@ -27,6 +28,7 @@ from localctl.encodings.source import (
 )
 from localctl.encodings.store import MANIFEST, Store, folder_of, recipes_in
 from localctl.labels import shorten
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import dtype_name
 from localctl.training.settings import TrainSettings
 
@@ -42,7 +44,8 @@ _LOOKED_AT = 8  # scenes, which have no files to compare
 def recipes_of(settings: TrainSettings) -> Recipes:
     """Return the recipes of the encodings that a training with ``settings`` reads."""
     precision = dtype_name(settings, settings.precision)
-    return Recipes(settings.base, settings.data, settings.condition, settings.seed, precision)
+    length = settings.max_sequence_length
+    return Recipes(settings.base, settings.data, settings.condition, settings.seed, precision, length)
 
 
 def recipe_of(recipes: Recipes, kind: str) -> dict[str, Any]:
@@ -163,10 +166,13 @@ def plain(source: Source) -> Source:
 
 def not_needed(source: Source, settings: TrainSettings) -> Collection[str]:
     """Return the parts of the base that a run does not use: its encoders, if all is encoded and no image generated. The
-    VAE is used for edges in decoded images."""
-    encoded = isinstance(source, EncodedSource) and not settings.generates_images
-    vae = () if settings.loss.filter == "edges" else ("vae",)
-    return () if not encoded else (*vae, "text_encoder", "text_encoder_2")
+    VAE is used for edges in decoded images, for conditions as latents, and to scale the latents of FLUX.2, by
+    statistics among its weights."""
+    if not isinstance(source, EncodedSource) or settings.generates_images:
+        return ()
+    encodes = plan_adapter(settings).options.get("latent_channels") or settings.loss.filter == "edges"
+    scales = read_shape(settings.base).parts["vae"].get(CLASS) == "AutoencoderKLFlux2"
+    return TEXT_PARTS if scales or encodes else ("vae", *TEXT_PARTS)
 
 
 def describe_encoded(info: dict[str, Any], source: Source, absent: Collection[str]) -> None:

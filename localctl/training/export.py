@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 
-from localctl.adapter import LocalAdapter
+from localctl.adapter import TOKENS, LocalAdapter
 from localctl.bases import BASES
 from localctl.files import first_line, read_json, remove, write_json, write_text
 from localctl.redaction import recorded
@@ -44,13 +44,15 @@ class Finished:
 
 
 def export(adapter: LocalAdapter, run: Finished, folder: Path) -> None:
-    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none.
+    """Write ``adapter/``, ``t2iadapter/`` and ``README.md`` into ``folder``; both adapters or none. An adapter for a
+    transformer, for which diffusers has no class, is written once.
 
     Raises:
         OSError: a file could not be written; the message names it, and earlier files stay.
     """
-    write_folders(folder, {ADAPTER: adapter.save_pretrained, T2IADAPTER: adapter.save_t2iadapter})
-    write_text(folder / CARD, model_card(run))
+    plain = {} if adapter.config["adapter_type"] == TOKENS else {T2IADAPTER: adapter.save_t2iadapter}
+    write_folders(folder, {ADAPTER: adapter.save_pretrained, **plain})
+    write_text(folder / CARD, model_card(run, for_unet=bool(plain)))
 
 
 def published(run: Finished) -> list[str]:
@@ -64,21 +66,25 @@ def sheet_name(step: int) -> str:
     return f"validation/step-{step:06d}.png"
 
 
-def model_card(run: Finished) -> str:
-    """Write the model card: Markdown with the metadata block that the Hugging Face hub reads."""
+def model_card(run: Finished, for_unet: bool = True) -> str:
+    """Write the model card: Markdown with the metadata block that the Hugging Face hub reads.
+
+    for_unet: whether it is a T2I-Adapter, not one for a transformer.
+    """
     settings, condition, base = run.settings, run.settings.condition, _public_name(run.settings.base.name)
     place = str(BASES[base].id_or_path) if base in BASES else settings.base.name
+    kind = "A T2I-Adapter" if for_unet else "An adapter for a transformer"
     title, evaluation = f"Local {condition.kind} adapter for {base}", _evaluation(run)
     metadata = ModelCardData(
         library_name="diffusers",
         base_model=None if is_local(place) else place,  # the hub accepts ids only
-        tags=["t2iadapter", "localctl", "text-to-image", "diffusers-training", condition.kind],
+        tags=[*(["t2iadapter"] if for_unet else []), "localctl", "text-to-image", "diffusers-training", condition.kind],
         model_name=title if evaluation else None,  # required beside eval_results
         eval_results=evaluation or None,
     )
     body = f"""# {title}
 
-A T2I-Adapter that makes the base follow a {condition.kind} condition inside a mask and leaves it free outside
+{kind} that makes the base follow a {condition.kind} condition inside a mask and leaves it free outside
 (white = controlled). Trained with localctl for {run.step} steps.
 
 | trained with | |
@@ -91,7 +97,7 @@ A T2I-Adapter that makes the base follow a {condition.kind} condition inside a m
 | timesteps | {settings.timestep_sampling}; {settings.proportion_empty_prompts:.0%} empty prompts |
 | seed | {settings.seed} |
 """
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}{_figures(run)}{_usage(settings)}"))
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}{_figures(run)}{_usage(settings, for_unet)}"))
 
 
 def effective_batch(settings: TrainSettings) -> int:
@@ -143,9 +149,13 @@ examples are for watching a run; measure with more before comparing.
 """
 
 
-def _usage(settings: TrainSettings) -> str:
+def _usage(settings: TrainSettings, for_unet: bool) -> str:
     weights = settings.adapter.level_weights
     levels = "" if weights is None else f" and the weights of the levels, {', '.join(f'{w:g}' for w in weights)}"
+    inner = (
+        f"\n`{T2IADAPTER}/` holds the same weights for `diffusers.T2IAdapter.from_pretrained`, without the masking"
+        f"{levels}.\n"
+    )
     return f"""
 ## Use
 
@@ -157,9 +167,7 @@ adapter = LocalAdapter.from_pretrained("{ADAPTER}")
 control = LocalAdapterControl(adapter, condition, mask)  # (C, H, W) and (1, H, W), both in [0, 1]
 image = generate(pipe, "a prompt", control, seeds=[0]).images[0]
 ```
-
-`{T2IADAPTER}/` holds the same weights for `diffusers.T2IAdapter.from_pretrained`, without the masking{levels}.
-"""
+{inner if for_unet else ""}"""
 
 
 def _public_name(base: str) -> str:

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
-from localctl.architectures import BaseShape, read_shape
+from localctl.architectures import TEXT_PARTS, BaseShape, read_shape
 from localctl.bases import BaseConfig, vae_not_loaded
+from localctl.diffusion import is_for_videos
 from localctl.messages import no_progress_bars
 from localctl.pipelines import DTYPES, full_precision_vae, is_xl, load_pipeline
 from localctl.training.frozen_layers import keep_less
+from localctl.training.large_bases import offload, quantized
 from localctl.training.settings import TrainSettings
 
-WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHTS = ("unet", "transformer", "vae", *TEXT_PARTS)
 
 
 def load_frozen(
@@ -30,20 +33,30 @@ def load_frozen(
         without: parts whose weights are not read; shapes and config on the meta device stand in for them.
     """
     absent = _absent(settings.base, without)
+    options: dict[str, Any] = dict.fromkeys(absent)
+    offloaded = settings.offload_base and "transformer" not in without
+    if settings.quantization is not None and "transformer" not in without:
+        own = dtype or DTYPES[settings.base.dtype]
+        options["quantization_config"] = quantized(settings.quantization, own)
     with no_progress_bars():
-        pipe = load_pipeline(settings.base, dtype=dtype, device=device, **dict.fromkeys(absent))
+        place = torch.device("cpu") if offloaded else device
+        pipe = load_pipeline(settings.base, dtype=dtype, device=place, **options)
+    if offloaded:
+        offload(pipe, device)
     for name, part in absent.items():
         pipe.register_modules(**{name: part})
     pipe.set_progress_bar_config(disable=True)
+    unet = getattr(pipe, "unet", None)
     if "vae" in absent:
-        pipe.vae_scale_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    elif is_xl(pipe) and pipe.vae.dtype != torch.float32 and pipe.vae.config.force_upcast:
+        pipe.vae_scale_factor = read_shape(settings.base).vae_scale_factor
+    elif unet is not None and is_xl(pipe) and pipe.vae.dtype != torch.float32 and pipe.vae.config.force_upcast:
         full_precision_vae(pipe)
     if device.type == "cpu":  # on a GPU, normalisation copies every activation to the other format: 5 % slower
         for name in {"unet", "vae"} - set(absent):
-            getattr(pipe, name).to(memory_format=torch.channels_last)
-        if "unet" not in absent:  # not measured on GPUs, where the host has little time to spare for each layer
-            keep_less(pipe.unet)
+            if hasattr(pipe, name) and not is_for_videos(pipe.vae):
+                getattr(pipe, name).to(memory_format=torch.channels_last)
+        if unet is not None and "unet" not in absent:
+            keep_less(unet)  # not measured on GPUs, where the host has little time to spare for each layer
     return pipe
 
 

@@ -73,6 +73,7 @@ def prepare(settings: TrainSettings, scorer: Scorer | None = None, parent: int |
         OSError: the disk cannot be read or written.
     """
     resolve_base(settings.base.name)
+    settings = settings.completed()
     if settings.push_to_hub:
         check_hub(settings.hub_token)
     check_report_to(settings.report_to, asdict(settings.wandb))
@@ -141,8 +142,7 @@ class Run:
         self.main = state.accelerator.is_main_process
         data = self.settings.data
         bad = shared_quarantine(state.accelerator, folder.path, len(train), data.max_bad_fraction, state.step)
-        tokenizer = None if data.is_micro else state.models.pipe.tokenizer
-        self.watch = DataWatch(bad, tokenizer)
+        self.watch = DataWatch(bad, *((None, 0) if data.is_micro else state.models.denoiser.caption_tokens))
         self.updates = Updates(state)
         self.interrupt = interrupt
         validator = None if val is None or not self.main else Validator(state.models, self.settings, val)

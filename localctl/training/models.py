@@ -1,30 +1,39 @@
-"""The models of a training run: the frozen base, with cached encodings, and the adapter to train, new or from a
-published T2IAdapter or LocalAdapter. A misfit is found before slow work."""
+"""The models of a training run: the frozen base, with cached encodings, and the adapter to train."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from localctl.adapter import CHOSEN, SHAPE, LocalAdapter
-from localctl.adapter_files import SavedAdapter, find_adapter
-from localctl.architectures import BaseShape, read_shape
-from localctl.bases import lasting_name
-from localctl.control.compatible import check_fit
+from localctl.adapter import LocalAdapter
 from localctl.data.sample import Batch
+from localctl.denoisers import denoiser_of
+from localctl.denoisers.base import Conditioning
 from localctl.devices import send
-from localctl.diffusion import check_schedule, latent_size, posterior, scale_latents
-from localctl.pipelines import encode_captions, encode_text, is_xl
+from localctl.diffusion import (
+    FLOW,
+    check_schedule,
+    encode,
+    flow_shift,
+    flow_sigmas,
+    latent_channels,
+    latent_size,
+    posterior,
+    scale_latents,
+)
 from localctl.prompt_embeds import PromptEmbeds
-from localctl.seeding import key_seed
+from localctl.sampling_settings import Sampling
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.frozen import load_frozen
 from localctl.training.halves import in_halves
+from localctl.training.large_bases import keeping_weights
 from localctl.training.memo import MEMO_BYTES, Memo
 from localctl.training.settings import TrainSettings
 
@@ -33,32 +42,37 @@ class Models:
     """A frozen base with an adapter on it.
 
     adapter: what the training step calls; with several processes a wrapper around ``plain_adapter``.
-    alphas_cumprod (T,), prediction_type, num_train_timesteps: of the base's own scheduler; stored here because
-        validation replaces the pipeline's.
+    network: the frozen U-Net or transformer, which ``denoiser`` knows how to call.
+    prediction_type, num_train_timesteps: of the base's own scheduler.
+    flow_shift: of the noise levels of flow matching; None = that of the scheduler for each size.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, adapter: LocalAdapter) -> None:
+    def __init__(self, pipe: DiffusionPipeline, adapter: LocalAdapter, flow_shift: float | None = None) -> None:
         self.pipe = pipe
         self.plain_adapter = adapter
         self.adapter: Callable[[Tensor], list[Tensor]] = adapter
-        self.unet, self.vae = pipe.unet, pipe.vae
-        self.prediction_type = pipe.scheduler.config.prediction_type
-        check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
-        self.alphas_cumprod = pipe.scheduler.alphas_cumprod.float().to(self.device)
-        self.num_train_timesteps = len(self.alphas_cumprod)
-        self.xl = is_xl(pipe)
+        self.denoiser = denoiser_of(pipe)
+        self.network: Any = self.denoiser.module
+        self.vae = pipe.vae
+        self.prediction_type = self.denoiser.prediction_type
+        self._scheduler, self._flow_shift = pipe.scheduler, flow_shift  # validation replaces the pipeline's
+        self.num_train_timesteps = int(pipe.scheduler.config.num_train_timesteps)
+        self.offloaded = False  # the weights of the network wait in the host's memory
+        self._tables: dict[tuple[int, int], Tensor] = {}
+        if self.prediction_type != FLOW:
+            check_schedule(pipe.scheduler.alphas_cumprod, self.prediction_type)
         self._empty_text: PromptEmbeds | None = None
         self._texts: Memo[PromptEmbeds] | None = None
         self._moments: Memo[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the frozen parts."""
-        return self.unet.dtype
+        return self.network.dtype
 
     @property
     def frozen(self) -> dict[str, nn.Module]:
@@ -68,7 +82,20 @@ class Models:
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return (c, h, w) of the latents for images of this size in pixels."""
-        return (self.vae.config.latent_channels, *latent_size(height, width, self.pipe.vae_scale_factor))
+        return (latent_channels(self.vae), *latent_size(height, width, self.pipe.vae_scale_factor))
+
+    def noise_table(self, size: tuple[int, int]) -> Tensor:
+        """Return alphas_cumprod (T,), or sigma of flow matching at each timestep, for images of ``size`` (height,
+        width)."""
+        if size not in self._tables:
+            if self.prediction_type == FLOW:
+                shapes = self.denoiser.residual_shapes(self.latent_shape(*size)[1:])
+                shift = self._flow_shift or flow_shift(self._scheduler, math.prod(shapes[0][1:]))
+                table = flow_sigmas(self.num_train_timesteps, shift)
+            else:
+                table = self._scheduler.alphas_cumprod.float()
+            self._tables[size] = table.to(self.device)
+        return self._tables[size]
 
     def keep_encodings(self, samples: int, size: tuple[int, int], *, images: bool) -> None:
         """Keep encodings in memory from now on: captions if those of ``samples`` fit in ``MEMO_BYTES``, and, with
@@ -116,12 +143,15 @@ class Models:
         texts: dict[str, PromptEmbeds] = {}
         if distinct and self._texts is not None:
             texts = self._texts.get(
-                distinct, lambda places: encode_captions(self.pipe, [distinct[i] for i in places]), len(captions)
+                distinct, lambda places: self._encode_captions([distinct[i] for i in places]), len(captions)
             )
         elif distinct:
-            found = encode_captions(self.pipe, distinct)
+            found = self._encode_captions(distinct)
             texts = {caption: found[row : row + 1] for row, caption in enumerate(distinct)}
         return PromptEmbeds.join([texts[caption] if caption else self.empty_text for caption in captions])
+
+    def _encode_captions(self, captions: Sequence[str]) -> PromptEmbeds:
+        return self.denoiser.encode_captions(captions).to(self.device, self.dtype)
 
     def texts(self, batch: Batch, dropped: Sequence[bool]) -> PromptEmbeds:
         """Return the prompt embeddings of the batch's captions, of an empty one where ``dropped``. Embeddings that
@@ -141,19 +171,42 @@ class Models:
     def empty_text(self) -> PromptEmbeds:
         """The embeddings of an empty caption, one row: encoded on first use, unless those of a cache were set."""
         if self._empty_text is None:
-            self._empty_text = encode_text(self.pipe, "")
+            self._empty_text = self.denoiser.empty_caption().to(self.device, self.dtype)
         return self._empty_text
 
     @empty_text.setter
     def empty_text(self, cached: PromptEmbeds) -> None:
         self._empty_text = cached.to(self.device, self.dtype)
 
-    def unet_arguments(self, batch: Batch, dropped: Sequence[bool]) -> dict[str, Any]:
-        """Return keyword arguments of the U-Net: the prompt embeddings, see :meth:`texts`, and, for SDXL, the sizes of
-        the batch's images."""
+    def conditioning(self, batch: Batch, dropped: Sequence[bool]) -> Conditioning:
+        """Return the denoiser's inputs: the prompt embeddings, see :meth:`texts`, and what goes with them."""
         height, width = batch.pixels.shape[-2:]
-        sizes = batch.sizes or (None,) * len(batch)
-        return unet_arguments(self.texts(batch, dropped), time_ids(sizes, (height, width)) if self.xl else None)
+        originals = batch.sizes or (None,) * len(batch)
+        return self.denoiser.conditioning(self.texts(batch, dropped), (height, width), originals)
+
+    def adapter_inputs(self, condition: Tensor, mask: Tensor) -> Tensor:
+        """Return what the adapter takes for a condition (B,C,H,W) and a mask (B,1,H,W)."""
+        return self.plain_adapter.inputs(condition, mask, lambda pixels: encode(self.vae, pixels))
+
+    def output(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, features: Sequence[Tensor]) -> Tensor:
+        """Return the output (B,c,h,w) of the frozen denoiser for ``noisy`` (B,c,h,w), with the adapter's ``features``;
+        both are converted to its dtype."""
+        with keeping_weights() if self.offloaded else nullcontext():
+            return self.denoiser.output(
+                noisy.to(self.dtype), times, conditioning, [feature.to(self.dtype) for feature in features]
+            )
+
+    def sampling(self, config: object) -> tuple[Sampling, dict[str, Any]]:
+        """Return how to generate images by ``config``, whose ``guidance_scale`` is that of whatever guides the base,
+        and further arguments of the pipeline."""
+        sampling = Sampling.of(config)
+        own = self.denoiser.guidance(dict(self.network.config), dict(self.pipe.config))
+        arguments: dict[str, Any] = {}
+        if own.scale is None:
+            scale = sampling.guidance_scale if own.true_cfg_scale is not None else None
+            sampling = replace(sampling, guidance_scale=None, true_cfg_scale=scale)
+            arguments = {} if scale is None else {"negative_prompt": own.negative_prompt}
+        return replace(sampling, max_sequence_length=self.denoiser.text_length), arguments
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError if the adapter cannot process images of this size in pixels."""
@@ -163,28 +216,6 @@ class Models:
                 f"The images are {width}x{height} pixels (width x height), but this adapter needs multiples of "
                 f"{multiple}; choose another resolution."
             )
-
-
-def time_ids(sizes: Sequence[tuple[int, int, int, int] | None], size: tuple[int, int]) -> Tensor:
-    """Return SDXL's six numbers per image, (B,6) float32: original height and width, top and left of the crop, target
-    height and width.
-
-    Args:
-        sizes: the first four for each image; None where unknown: uncropped at ``size``, the pipeline's default.
-        size: (height, width) of the batch in pixels.
-    """
-    known = [(*size, 0, 0) if four is None else four for four in sizes]
-    return torch.tensor([[*four, *size] for four in known], dtype=torch.float32)
-
-
-def unet_arguments(texts: PromptEmbeds, ids: Tensor | None) -> dict[str, Any]:
-    """Return the keyword arguments of the U-Net for ``texts`` and, for SDXL, ``ids`` (B,6) of :func:`time_ids`."""
-    arguments: dict[str, Any] = {"encoder_hidden_states": texts.states}
-    if texts.pooled is not None:
-        assert ids is not None
-        # Sizes stay float32: half precision cannot represent every number of pixels.
-        arguments["added_cond_kwargs"] = {"text_embeds": texts.pooled, "time_ids": send(ids, texts.states.device)}
-    return arguments
 
 
 def load_models(
@@ -199,76 +230,11 @@ def load_models(
     adapter = plan_adapter(settings).make(settings.seed).to(device)
     pipe = load_frozen(settings, device, dtype, without)
     if settings.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    return Models(pipe, adapter.train())
-
-
-OF_SETTINGS = ("mask_resize", "mask_condition", "mask_features", "dim_condition", "unconditional_scale")
-
-
-@dataclass(frozen=True)
-class AdapterPlan:
-    """The configuration of the adapter, checked against the base. options: of ``LocalAdapter``. saved: the source of
-    its weights; None = initialize them from the seed."""
-
-    options: dict[str, Any]
-    saved: SavedAdapter | None = None
-
-    def make(self, seed: int) -> LocalAdapter:
-        """Return the adapter, float32 and trainable, without using the global random state."""
-        if self.saved is not None:
-            kept = {name: value for name, value in self.options.items() if name not in SHAPE}
-            return LocalAdapter.from_t2iadapter(self.saved.load().adapter, **kept).requires_grad_(True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key_seed(seed, "adapter"))
-            return LocalAdapter(**self.options)
-
-
-def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> AdapterPlan:
-    """Plan the adapter of a run from configs alone. ValueError if settings, saved adapter and base do not fit.
-
-    shape: of the base; None = read it from the base's configs.
-    """
-    wanted = asdict(settings.adapter)
-    saved = None
-    if settings.adapter_model_name_or_path is not None:
-        saved = find_adapter(settings.adapter_model_name_or_path, settings.base.local_files_only)
-        _check_saved(settings, saved)
-    shape = shape or read_shape(settings.base)
-    fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
-    options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
-    options["channels"] = list(options["channels"])
-    options |= {name: wanted[name] for name in OF_SETTINGS}
-    weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
-    options["level_weights"] = weights and list(weights)
-    options["in_channels"] = settings.condition.channels
-    way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
-    check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
-    options |= {"condition": settings.condition.recorded(), "base": lasting_name(settings.base.name)}
-    return AdapterPlan(options, saved)
-
-
-def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
-    """Return what fits the U-Net: one feature per level for SD, two on the finest level that attends for SDXL."""
-    kind = adapter_type or ("full_adapter_xl" if shape.xl else "full_adapter")
-    channels = tuple(shape.parts["unet"]["block_out_channels"])
-    if kind == "full_adapter_xl":
-        channels = (*channels, channels[-1])
-    elif kind == "light_adapter":  # it repeats its last level itself
-        channels = channels[:-1]
-    factor = shape.vae_scale_factor * (2 if shape.xl else 1)
-    return {"adapter_type": kind, "channels": channels, "num_res_blocks": 2, "downscale_factor": factor}
-
-
-def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
-    """Raise ValueError if the settings ask for another shape than the saved adapter has."""
-    saved.check_channels(settings.condition)
-    name = saved.name
-    for key in CHOSEN:
-        wanted, actual = getattr(settings.adapter, key), saved.config.get(key)
-        actual = tuple(actual) if isinstance(actual, list) else actual
-        if wanted is not None and wanted != actual:
-            raise ValueError(
-                f"adapter.{key} is {wanted} but the adapter {name} has {actual}; set adapter.{key}=null to use "
-                "its own value."
-            )
+        network: Any = denoiser_of(pipe).module
+        network.enable_gradient_checkpointing()
+    models = Models(pipe, adapter.train(), settings.flow_shift)
+    models.offloaded = settings.offload_base
+    models.denoiser.text_length = settings.max_sequence_length
+    if settings.distilled_guidance is not None:
+        models.denoiser.distilled_guidance = settings.distilled_guidance
+    return models

@@ -57,6 +57,7 @@ FREE = {
     "data.path": "the same files may lie elsewhere; their fingerprint is compared",
     "data.max_bad_fraction": "when to give up",
     "gradient_checkpointing": "the same activations, computed again",
+    "offload_base": "the same weights, which wait elsewhere",
     "compile": "changes no more than the last bits of a sum",
     "dry_run": "trains nothing",
     "push_to_hub": "where the result goes",
@@ -71,17 +72,20 @@ _LOOKED_AT = 8  # samples of a dataset
 
 # The only config values that training reads of these parts:
 _SCHEDULER = (
-    "prediction_type num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr"
+    "prediction_type num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr "
+    "shift use_dynamic_shifting base_shift max_shift base_image_seq_len max_image_seq_len time_shift_type"
 )
 _TEXT_ENCODER = (
     "hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads layer_norm_eps eos_token_id "
-    "max_position_embeddings projection_dim"
+    "max_position_embeddings projection_dim "
+    "d_ff d_kv d_model num_heads num_layers feed_forward_proj layer_norm_epsilon relative_attention_num_buckets"
 )
 _READ = {
     "pipeline": ("force_zeros_for_empty_prompt",),
     "scheduler": tuple(_SCHEDULER.split()),
     "text_encoder": tuple(_TEXT_ENCODER.split()),
     "text_encoder_2": tuple(_TEXT_ENCODER.split()),
+    "text_encoder_3": tuple(_TEXT_ENCODER.split()),
 }
 _NOT_READ = ("sample_size", "force_upcast")  # of other parts: the default image size and a hint on the dtype
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")

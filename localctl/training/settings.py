@@ -9,16 +9,18 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from localctl.bases import BASES, BaseConfig, BaseSpec
+from localctl.bases import BaseConfig, BaseSpec, defaults_of
 from localctl.data.config import DataConfig
 from localctl.records import Decay, Finite, NotNegative, Positive, Rate, Share, record
 from localctl.settings import (
     EDGE_CONDITIONS,
     AdapterType,
     ConditionConfig,
+    ConditionSpace,
     LossConfig,
     MaskConfig,
     MaskResize,
+    Quantization,
     ReportTo,
     TimestepSampling,
     check_own_guidance,
@@ -61,14 +63,18 @@ FREE_GROUPS = {"base": "base.name", "data": "data.name"}
 class AdapterConfig:
     """Shape of the inner T2I-Adapter, and how its features are masked (``LocalAdapter`` documents each option).
 
-    null: as in the adapter to continue from, or else what fits the base's U-Net: ``full_adapter`` for SD 1.x and
-    2.x, ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16).
+    null: as in the adapter to continue from, or else what fits the base: ``full_adapter`` for SD 1.x and 2.x,
+    ``full_adapter_xl`` for SDXL, the U-Net's channels, 2 residual blocks, downscale factor 8 (SDXL: 16); a
+    ``token_adapter`` for transformers.
 
-    adapter_type: full_adapter, full_adapter_xl or light_adapter; null = what fits the base. (token_adapter is for
-        transformers, which are trained from Python.)
-    channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's.
-    num_res_blocks: residual blocks per level; null = 2.
-    downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16).
+    adapter_type: full_adapter, full_adapter_xl or light_adapter, or token_adapter for transformers; null = what fits
+        the base.
+    channels: of each feature level, like [320, 640, 1280, 1280]; null = the U-Net's, or for a transformer its width, 8
+        times, for as many blocks.
+    num_res_blocks: residual blocks per level; null = 2, or 1 of a token_adapter.
+    downscale_factor: pixels per cell of the finest level; null = 8 (SDXL: 16), or the side of a token.
+    token_width: channels of a token_adapter between its patches and its residuals; null = 384.
+    condition_space: how a token_adapter gets the condition, as pixels or as latents of the base's VAE; null = pixels.
     mask_resize: how the mask is resized to each feature map's grid: area, nearest, inside or cover; null = the base's
         own.
     mask_condition: also blank the condition outside the mask.
@@ -83,6 +89,8 @@ class AdapterConfig:
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     num_res_blocks: Positive | None = None
     downscale_factor: Positive | None = None
+    token_width: Positive | None = None
+    condition_space: ConditionSpace | None = None
     mask_resize: MaskResize | None = None
     mask_condition: bool = False
     mask_features: bool = True
@@ -124,7 +132,11 @@ class TrainSettings:
     dataloader_num_workers: processes that prepare samples; 0 = the training process itself; null = 0 for the embedded
         scenes, which stay in memory, and one per core that is left for files, up to 4.
     mixed_precision: no, fp16, bf16, or null for what `accelerate` was configured with; trained weights stay float32.
-    gradient_checkpointing: the U-Net recomputes its activations instead of storing them.
+    gradient_checkpointing: the denoiser recomputes its activations instead of storing them.
+    quantization: how the weights of a frozen transformer are stored: bitsandbytes_8bit, bitsandbytes_4bit (NF4) or
+        torchao_int8, by diffusers with the package of that name; null = in base.dtype or mixed_precision.
+    offload_base: a frozen transformer's weights wait in the host's memory, and come to the device block by block; needs
+        gradient_checkpointing.
     allow_tf32: faster float32 on NVIDIA GPUs, less exact.
     compile: torch compiles the repeated blocks of the U-Net and the adapter; the first step of each image size takes
         minutes longer, all others are faster.
@@ -144,10 +156,15 @@ class TrainSettings:
     max_grad_norm: gradients are scaled down to this norm; null = they are not.
     proportion_empty_prompts: share of the captions that are replaced by an empty prompt.
     timestep_sampling: distribution of the timesteps: uniform; cubic, which prefers noisy ones as published; or
-        logit_normal, which prefers those in the middle; null = the base's own, uniform for micro and cubic for others.
+        logit_normal, which prefers those in the middle; null = the base's own, uniform for micro and pixart,
+        logit_normal for flow matching and cubic for others.
     logit_mean: of logit_normal; above 0 = noisier.
     logit_std: of logit_normal.
     timestep_range: the timesteps sampled, as a part of all: [0, 1] = all, [0.2, 0.8] = none of the ends.
+    flow_shift: of bases of flow matching, how far noise levels are moved towards noise; null = as the base's scheduler
+        moves them, for each size of image.
+    distilled_guidance: the guidance scale that FLUX.1 dev takes as an input; null = 3.5.
+    max_sequence_length: the most tokens of a caption that a transformer reads; null = as many as its pipeline does.
     logging_steps: steps between rows of the log.
     validation_steps: steps between validations; 0 = none.
     checkpointing_steps: steps between checkpoints; 0 = none.
@@ -187,6 +204,8 @@ class TrainSettings:
     dataloader_num_workers: NotNegative | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
+    quantization: Quantization | None = None
+    offload_base: bool = False
     allow_tf32: bool = False
     compile: bool = False
     use_8bit_adam: bool = False
@@ -209,6 +228,9 @@ class TrainSettings:
     logit_mean: Finite = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0
     timestep_range: tuple[Share, Share] = (0.0, 1.0)
+    flow_shift: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    distilled_guidance: Rate | None = None
+    max_sequence_length: NotNegative | None = None
 
     logging_steps: Positive = 20
     validation_steps: NotNegative = 350
@@ -237,25 +259,46 @@ class TrainSettings:
                 f"loss=edges compares edges, but it can extract no condition={self.condition.kind} from an image; "
                 f"choose condition={' or '.join(EDGE_CONDITIONS)}, or another loss."
             )
-        # Stored as numbers, so that a later default changes nothing.
-        own = BASES.get(self.base.name, BaseSpec)
-        if self.timestep_sampling is None:
-            self.timestep_sampling = own.timestep_sampling
-        if self.adapter.mask_resize is None:
-            self.adapter = replace(self.adapter, mask_resize=own.mask_resize)
-        if self.adapter.unconditional_scale is None:
-            self.adapter = replace(self.adapter, unconditional_scale=own.unconditional_scale)
-        if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+        if self.offload_base and not self.gradient_checkpointing:
             raise ValueError(
-                f"logit_mean and logit_std are of timestep_sampling=logit_normal, not {self.timestep_sampling}; leave "
-                "them out."
+                "offload_base=true moves weights away that gradients need, unless their block is computed again; set "
+                "gradient_checkpointing, too."
             )
-        if self.validation.guidance_scale is None:
-            self.validation = replace(self.validation, guidance_scale=own.guidance_scale)
-        if self.early_stopping.guidance_scale is None:
-            self.early_stopping = replace(self.early_stopping, guidance_scale=own.guidance_scale)
+        own = defaults_of(self.base.name, {"revision": self.base.revision, "local_files_only": True})
+        if own is not None:
+            self._take(own)
+        sampled = self.timestep_sampling or "logit_normal"  # not known yet
+        if sampled != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                f"logit_mean and logit_std are of timestep_sampling=logit_normal, not {sampled}; leave them out."
+            )
         shown = self.validation
         check_own_guidance(shown.unconditional_scale, shown.control_guidance_scale, shown.guidance_scale)
+
+    def _take(self, own: BaseSpec) -> None:
+        """Take what null stands for from a base. Stored as numbers, so that a later default changes nothing."""
+        if self.timestep_sampling is None:
+            self.timestep_sampling = own.timestep_sampling
+        taken = {name: getattr(own, name) for name in ("mask_resize", "unconditional_scale")}
+        left = {name: value for name, value in taken.items() if getattr(self.adapter, name) is None}
+        self.adapter = replace(self.adapter, **left)
+        self.validation, self.early_stopping = (
+            replace(
+                part,
+                guidance_scale=own.guidance_scale if part.guidance_scale is None else part.guidance_scale,
+                scheduler=part.scheduler or own.scheduler,
+            )
+            for part in (self.validation, self.early_stopping)
+        )
+
+    def completed(self) -> TrainSettings:
+        """Return the settings with the defaults of a base whose files had yet to be fetched."""
+        if self.timestep_sampling is not None and self.validation.scheduler is not None:
+            return self
+        where = {"revision": self.base.revision, "local_files_only": self.base.local_files_only}
+        found = replace(self)
+        found._take(defaults_of(self.base.name, where) or BaseSpec(self.base.name, self.base.name))
+        return found
 
     @property
     def workers(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from localctl.data.sample import Batch
+from localctl.denoisers.base import Conditioning
 from localctl.devices import send
 from localctl.diffusion import DiffusionSample, add_noise, decode, timesteps_from_uniform
 from localctl.losses import EdgeTarget, LossTerms, local_control_loss
@@ -85,7 +86,7 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
     """Compute the loss of ``batch`` with the random numbers ``sampled``, as a pure function of the arguments, which
     :meth:`Batch.to` and :meth:`StepNoise.to` bring to the models' device.
 
-    Only the adapter gets gradients, which flow through the frozen U-Net.
+    Only the adapter gets gradients, which flow through the frozen denoiser.
     """
     latents = models.encode(batch, sampled.posterior)  # (B,c,h,w)
     assert settings.timestep_sampling is not None  # the settings have replaced null
@@ -97,18 +98,21 @@ def training_step(batch: Batch, models: Models, settings: TrainSettings, sampled
         settings.logit_std,
         settings.timestep_range,
     )
-    sample = add_noise(latents, sampled.noise, timesteps, models.alphas_cumprod)
+    height, width = batch.pixels.shape[-2:]
+    table = models.noise_table((height, width))
+    sample = add_noise(latents, sampled.noise, timesteps, table, models.prediction_type)
     with _statistics(models.plain_adapter.adapter) as statistics:
-        features = models.adapter(torch.cat([batch.condition, batch.mask], dim=1))  # one (B,c_i,h_i,w_i) per level
+        features = models.adapter(models.adapter_inputs(batch.condition, batch.mask))  # one (B,c_i,h_i,w_i) per level
     feature_var, feature_mean = (torch.stack(column, dim=1) for column in zip(*statistics, strict=True))
-    arguments = models.unet_arguments(batch, sampled.empty_prompt.tolist())
+    conditioning = models.conditioning(batch, sampled.empty_prompt.tolist())
 
     def compute(rows: slice, some: list[Tensor]) -> LossTerms:
         part = DiffusionSample(latents[rows], sampled.noise[rows], sample.noisy[rows], timesteps[rows])
         inputs = batch.condition[rows], batch.mask[rows]
-        return _loss_terms(models, settings, part, _rows_of(arguments, rows), inputs, some)
+        return _loss_terms(models, settings, part, table, conditioning.rows(rows), inputs, some)
 
-    loss, terms = mean_loss(compute, features, whole=settings.compile)  # two threads would compile at once
+    whole = settings.compile or not models.denoiser.in_halves  # two threads would compile at once
+    loss, terms = mean_loss(compute, features, whole=whole)
     return StepOutput(loss, terms, timesteps, feature_mean, feature_var)
 
 
@@ -116,31 +120,19 @@ def _loss_terms(
     models: Models,
     settings: TrainSettings,
     sample: DiffusionSample,
-    arguments: dict[str, Any],
+    table: Tensor,
+    conditioning: Conditioning,
     inputs: tuple[Tensor, Tensor],
     features: list[Tensor],
 ) -> LossTerms:
-    """Return the terms of a noised batch, whose U-Net takes ``arguments`` and the adapter's ``features`` of the
-    ``inputs``, condition and mask."""
+    """Return the terms of a noised batch, by the ``table`` of its noise, whose denoiser takes ``conditioning`` and the
+    adapter's ``features`` of the ``inputs``, condition and mask."""
     condition, mask = inputs
     # In its own dtype throughout, as while sampling: autocast would keep some activations in float32.
     with torch.autocast(mask.device.type, enabled=False):
-        output = models.unet(
-            sample.noisy.to(models.dtype),
-            sample.timesteps,
-            **arguments,
-            down_intrablock_additional_residuals=[feature.to(models.dtype) for feature in features],  # U-Net pops it
-        ).sample
+        output = models.output(sample.noisy, models.denoiser.times(sample.timesteps, table), conditioning, features)
     target = EdgeTarget(condition, settings.condition, partial(decode, models.vae))
-    schedule = models.alphas_cumprod, models.prediction_type
-    return local_control_loss(sample, output, mask, *schedule, settings.loss, target)
-
-
-def _rows_of(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:
-    """Return keyword arguments of the U-Net, nested or not, for some rows of the batch."""
-    return {
-        name: _rows_of(value, rows) if isinstance(value, dict) else value[rows] for name, value in arguments.items()
-    }
+    return local_control_loss(sample, output, mask, table, models.prediction_type, settings.loss, target)
 
 
 @contextmanager

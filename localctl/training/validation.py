@@ -25,7 +25,7 @@ from localctl.images import condition_to_pil, png_bytes, to_pil
 from localctl.layout import Layout
 from localctl.masks import sample_mask
 from localctl.metrics.edges import MIN_EDGES, EdgeScores, edge_scores
-from localctl.sampling import Sampling, generate
+from localctl.sampling import generate
 from localctl.seeding import numpy_rng
 from localctl.training.models import Models
 from localctl.training.settings import TrainSettings, ValidationConfig
@@ -161,6 +161,7 @@ class Validator:
             return values
 
         images: list[Image.Image] = []
+        sampling, arguments = self.models.sampling(self.config)
         for start in range(0, len(self.cases), self.config.batch_size):
             cases = self.cases[start : start + self.config.batch_size]
             height, width = cases[0].mask.shape[-2:]
@@ -178,9 +179,10 @@ class Validator:
                 [Layout(case.prompt, height, width) for case in cases],
                 controls,
                 seeds=self.config.seed + start,
-                sampling=Sampling.of(self.config),
+                sampling=sampling,
                 prompt_weighting=False,  # captions of data, encoded as in training
                 callback_on_step_end=after_step,
+                **arguments,
             ).images
         return images
 

@@ -25,7 +25,8 @@ class ValidationConfig:
         adapter.unconditional_scale.
     control_guidance_scale: a guidance scale of the adapter's own, beside guidance_scale; null = none.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
-        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd.
+        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd; null = ddim, or euler
+        for bases of flow matching.
     seed: of the noise.
     proportion_empty_prompts: this share of them, always the same ones, is generated without its caption, which
         shows the adapter's effect alone.
@@ -38,7 +39,7 @@ class ValidationConfig:
     guidance_scale: float | None = None
     unconditional_scale: Finite | None = None
     control_guidance_scale: Finite | None = None
-    scheduler: SchedulerName = "ddim"
+    scheduler: SchedulerName | None = None
     seed: int = 0
     proportion_empty_prompts: Share = 0.0
 
@@ -61,7 +62,8 @@ class EarlyStoppingConfig:
     num_inference_steps: sampling steps of each.
     guidance_scale: of classifier-free guidance; null = the base's own.
     scheduler: ddim, ddpm, pndm, lms, euler, euler_ancestral, heun, dpmpp_2m, unipc, kdpm2, kdpm2_ancestral,
-        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd.
+        dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde, dpmpp_2s, dpmpp_sde, deis, sa_solver, lcm or tcd; null = ddim, or euler
+        for bases of flow matching.
     seed: of masks and noise.
     """
 
@@ -76,7 +78,7 @@ class EarlyStoppingConfig:
     batch_size: Positive = 8
     num_inference_steps: Positive = 30
     guidance_scale: float | None = None
-    scheduler: SchedulerName = "ddim"
+    scheduler: SchedulerName | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

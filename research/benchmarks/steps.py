@@ -21,10 +21,10 @@ from localctl.diffusion import latent_size, posterior, scale_latents, timesteps_
 from localctl.pipelines import encode_captions, encode_prompts
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.signals import Interrupt
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.cost import Cost, count_step
 from localctl.training.folder import RunFolder
 from localctl.training.loop import Run
-from localctl.training.models import plan_adapter
 from localctl.training.settings import TrainSettings
 from localctl.training.state import TrainState, new_accelerator, new_state
 from research.benchmarks.shapes import shape_of
@@ -51,7 +51,7 @@ class Variant:
 
 
 def _in_format(memory_format: torch.memory_format, state: TrainState) -> None:
-    for part in (state.models.unet, state.models.vae):
+    for part in (state.models.network, state.models.vae):
         part.to(memory_format=memory_format)
 
 
@@ -68,11 +68,11 @@ def _one_by_one(state: TrainState) -> None:
 
 
 def _trained_unet(state: TrainState) -> None:
-    state.models.unet.requires_grad_(True)
+    state.models.network.requires_grad_(True)
 
 
 def _frozen_unet(state: TrainState) -> None:
-    state.models.unet.requires_grad_(False)
+    state.models.network.requires_grad_(False)
 
 
 PLAIN = Variant("plain step", cached=False, plain=True)
@@ -163,7 +163,7 @@ class Steps:
         noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
         with self.accelerator.autocast():
             features = models.plain_adapter.adapter(batch.condition.to(device))
-            output = models.unet(
+            output = models.network(
                 noisy.to(models.dtype),
                 timesteps,
                 encoder_hidden_states=texts.states,
@@ -187,7 +187,7 @@ class Steps:
 def _make_plain(state: TrainState, settings: TrainSettings) -> torch.optim.Optimizer:
     """Undo what the plain step does not have, and return its optimizer."""
     _in_format(torch.contiguous_format, state)
-    state.models.unet.requires_grad_(True)
+    state.models.network.requires_grad_(True)
     return torch.optim.AdamW(
         state.models.plain_adapter.parameters(), lr=settings.learning_rate, weight_decay=settings.adam_weight_decay
     )

@@ -36,6 +36,7 @@ from localctl.micro.scenes import SceneObject, scene
 from localctl.pipelines import BaseConfig, load_pipeline, resolve_base, set_scheduler
 from localctl.seeding import numpy_rng
 from research import harness
+from research.bases import sha256_of_base, suits
 from research.flags import label_of
 from research.harness import PROFILE, SPLIT, generate_cases, provenance
 from research.page import table
@@ -203,8 +204,8 @@ def run(args: argparse.Namespace) -> str:
     """Load, generate, measure and write; return the table."""
     found = [find(path) for path in args.adapter]
     args.base = base_of(args.base, found)
-    adapters = {adapter.name: adapter.load() for adapter in found}
-    own = harness.suits(args.base)
+    adapters = {label_of(adapter.name): adapter.load() for adapter in found}
+    own = suits(args.base)
     for name in ("guidance_scale", "scheduler"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(own, name))
@@ -248,7 +249,7 @@ def _provenance(args: argparse.Namespace, found: Sequence[SavedAdapter], chosen:
         image_format="8 bit RGB, in memory",
         edges=YARDSTICK,
         weights_sha256={
-            "base": harness.sha256_of_base(Path(resolve_base(args.base).id_or_path)),
-            **{adapter.name: sha256_of_folder(adapter.place) for adapter in found},
+            "base": sha256_of_base(Path(resolve_base(args.base).id_or_path)),
+            **{label_of(adapter.name): sha256_of_folder(adapter.place) for adapter in found},
         },
     )

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.read(argv)
 
 
-def protocol_of(args: argparse.Namespace, tune: bool, scheduler: str) -> Protocol:
+def protocol_of(args: argparse.Namespace, tune: bool, scheduler: str = Protocol.scheduler) -> Protocol:
     """Return the protocol; tuning uses other layouts than the benchmark, all of two regions.
 
     ``scheduler``: where the flags give none.
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = results_of(page)
     with loading():
         from localctl.sampling_settings import Sampling
-        from research.harness import suits
+        from research.bases import suits
         from research.layout_benchmark.figures import read_figures
         from research.layout_benchmark.methods import grids, methods
         from research.layout_benchmark.report import write_report, write_tuning
@@ -104,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = methods(args.methods, args.set, args.base, fixed)
     work = args.work_dir or Path(f"outputs/{name}_work")
     study = LayoutBenchmark(
-        protocol_of(args, tune, suits(args.base).scheduler), folder, work, args.batch_size, args.device
+        protocol_of(args, tune, suits(args.base).scheduler or Protocol.scheduler),
+        folder,
+        work,
+        args.batch_size,
+        args.device,
     )
     write = write_tuning if tune else write_report
     study.run(chosen, lambda: write(folder, page))

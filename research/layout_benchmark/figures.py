@@ -83,7 +83,7 @@ class Figures:
     @property
     def base(self) -> str:
         """The label of the base."""
-        return str(self.plain["asked"]["protocol"]["base"])
+        return str(self.plain["asked"].get("protocol", {}).get("base", "micro"))
 
     @property
     def several(self) -> list[str]:

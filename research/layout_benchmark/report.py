@@ -46,7 +46,7 @@ _MEANINGS = (
     "- `present`: the share of objects that are there, wherever",
     "- `binding`: of the objects whose colour and whose shape both appear, the share that has the two together",
     "- `color_*`: the same as `right`, `accuracy` and `iou` for blobs of the right colour, whatever their shape",
-    "- `clip_score`: 100 cos of image and prompt under the base's own CLIP",
+    "- `clip_score`: 100 cos of image and prompt under the {clip}'s own CLIP",
 )
 
 
@@ -144,7 +144,7 @@ def _introduction(figures: Figures, page: Path) -> list[str]:
         "are 95 % bootstrap intervals over layouts, differences to plain sampling (`none`) paired.",
         *_ways(figures),
         "",
-        *_MEANINGS,
+        *(line.format(clip="base" if figures.base == "micro" else "embedded base") for line in _MEANINGS),
         "",
     ]
 

@@ -26,6 +26,7 @@ from localctl.micro.scenes import scene
 from localctl.pipelines import BaseConfig, load_pipeline, set_scheduler, with_scheduler
 from localctl.sampling import generate
 from localctl.sampling_settings import FREE
+from research.bases import suits
 from research.harness import (
     DIGITS,
     PROFILE,
@@ -35,7 +36,6 @@ from research.harness import (
     generate_cases,
     provenance,
     statistics_of,
-    suits,
 )
 from research.layout_benchmark.attention import attention_of
 from research.layout_benchmark.cases import COLUMNS, cases, read

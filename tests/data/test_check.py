@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 from localctl.adapter import LocalAdapter
 from localctl.data.__main__ import main
 from localctl.data.bad_rows import way_out
-from localctl.data.held_out import is_held_out
+from localctl.data.held_out import places_of
 from localctl.images import load_image
 
 
@@ -140,7 +140,7 @@ def test_what_a_training_would_stop_with_and_say(tmp_path, capsys):
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1e-9")
     assert "7 to train on, 1 for validation" in out and "one is held out for validation: images/" in out
     assert "no held-out mask contains 40 edge pixels" in out
-    share = next(s for s in np.arange(0.01, 1, 0.01) if any(is_held_out(f"images/{i:03}.png", s) for i in range(8)))
+    share = places_of(f"images/{i:03}.png" for i in range(8)).min() + 0.01
     assert "held out for validation: images/" in run(folder, tmp_path, capsys, f"data.validation_share={share}")[1]
     _, out, _ = run(folder, tmp_path, capsys, "data.validation_share=1")
     assert "training would stop: None of the 8 rows" in out and "lower it" in out

@@ -15,7 +15,7 @@ from file_data import picture, png, read_metadata, to_folders, to_parquet, write
 from localctl.conditions import ConditionConfig
 from localctl.data import DataConfig, open_files
 from localctl.data.folders import SPLIT_WORDS, Walk, count_words, split_named
-from localctl.data.held_out import held_out, is_held_out
+from localctl.data.held_out import held_out, places_of
 from localctl.data.lists import metadata_lines
 
 COLUMN = ConditionConfig(kind="column", channels=1)
@@ -317,7 +317,7 @@ def test_shards_with_other_columns_are_named(tmp_path):
 def test_of_a_small_set_one_example_is_held_out(tmp_path):
     root = write_imagefolder(tmp_path / "data", 15)
     names = [line["file_name"] for line in read_metadata(root)]
-    share = min(filter(lambda s: any(is_held_out(n, s) for n in names), (i / 10_000 for i in range(10_000)))) / 2
+    share = places_of(names).min() / 2
     train, val = (opened(root, part=part, validation_share=share) for part in ("train", "val"))
     assert (len(train), len(val)) == (14, 1) and not set(keys(train)) & set(keys(val))
     assert train.note == val.note and "selects none of 15 rows, so one is held out" in train.note

@@ -207,24 +207,8 @@ def test_what_qwen_and_z_image_cannot_do_is_refused(load: Any) -> None:
         denoiser_of(other).read(([[torch.zeros(4, 1, 4, 4)]], torch.zeros(1), []), {})
 
 
-@pytest.mark.parametrize("name", ["flux", "z_image"])
-def test_latents_to_start_from_are_told_from_pixels(load: Any, name: str) -> None:
-    """By their channels, of which real bases have 16."""
-    pipe, latents = load(name), torch.randn(1, 16, 4, 4)
-    pipe.vae.register_to_config(latent_channels=16)
-    other: Any = InitImage(list(latents), 0.5).pipeline(pipe)
-    assert torch.equal(other.image_processor.preprocess(latents), latents)
-
-
 def test_weights_in_the_second_call_s_negative_prompt_are_refused(load: Any) -> None:
     refused(load("flux"), "flux", r"The prompt '\(x:1.3\)' has weights, which acts on", negative_prompt="(x:1.3)")
-
-
-def test_a_setting_that_a_pipeline_does_not_take_is_refused(load: Any, sd_pipe: Any) -> None:
-    with pytest.raises(ValueError, match="A ZImagePipeline takes no true_cfg_scale; leave it out"):
-        generate(load("z_image"), LAYOUT, [], seeds=1, true_cfg_scale=2.0, height=SIDE, width=SIDE)
-    with pytest.raises(ValueError, match="A StableDiffusionPipeline takes no max_sequence_length; leave it out"):
-        generate(sd_pipe, PROMPT, [], seeds=1, max_sequence_length=8)
 
 
 def test_copies_of_a_prompt_are_no_guidance(load: Any) -> None:

@@ -176,7 +176,6 @@ def test_a_size_is_the_base_s_or_a_multiple_of_its_tokens(here: Path, family_fol
         ("flux2", "--negative_prompt x", "A Flux2KleinPipeline takes no negative_prompt; leave --negative_prompt out"),
         ("pixart", "--init_image photo.png", "has no image-to-image pipeline beside PixArtSigmaPipeline"),
         ("flux2", "--upscale 2", "has no image-to-image pipeline beside Flux2KleinPipeline"),
-        ("qwen_image", "--save_steps 1", "previews, which the latents of an AutoencoderKLQwenImage do not have"),
         ("qwen_image", "--vae vae", "--vae replaces an AutoencoderKL, and the base has an AutoencoderKLQwenImage"),
         ("sd3", "--prompt (cat:1.3)", r"The prompt '\(cat:1.3\)' has weights, which acts on .* not on a SD3 tr"),
         ("sd3", "--negative_prompt (x:1.3)", r"The prompt '\(x:1.3\)' has weights, which acts on Stable Diffusion 1.x"),

@@ -53,13 +53,12 @@ def reports_of(studio: Studio, settings: Any, folder: Path, heat: bool = False) 
 def test_a_layout_is_generated_with_heat_maps_and_its_image_repeats(
     family_folders: Folders, tmp_path: Path, name: str
 ) -> None:
-    """Of Qwen-Image's latents there are no previews."""
     studio = studio_on(family_folders(name))
     form = read_place({**PLACE, **({"true_cfg_scale": "3"} if name == "qwen_image" else {})}, studio.config)
     (tmp_path / "page").mkdir()
     reports = reports_of(studio, settings_for(form, tmp_path / "page", studio.config), tmp_path / "page", heat=True)
     steps = [item for item in reports if isinstance(item, Step)]
-    assert len(steps) == 2 and {len(step.previews) for step in steps} == {int(name == "sd3")}
+    assert len(steps) == 2 and {len(step.previews) for step in steps} == {1}
     shown = [item for item in reports if isinstance(item, Shown)]
     assert [item.kind for item in shown] == ["image", "heat", "heat"]
     again = tmp_path / "again"
@@ -75,10 +74,19 @@ def test_an_adapter_is_followed_inside_its_mask(family_folders: Folders, tmp_pat
     adapter.register_to_config(base=str(folder), condition=CANNY)
     adapter.save_pretrained(tmp_path / "follows")
     studio = studio_on(folder, adapter=[str(tmp_path / "follows")], runs=str(tmp_path / "runs"))
-    photo = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    cells = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    Image.fromarray(np.kron(cells, np.ones((8, 8, 1))).astype(np.uint8)).save(tmp_path / "photo.png")
     left = {"id": "m1", "color": 0, "phrase": "adapter 1", "box": [0, 0, 0.5, 1]}
     values: dict[str, Any] = {
-        **{"prompt": "a cat", "photo": photo, "source": "a photo", "low": 20, "high": 60, "cells": 8, "steps": 2},
+        **{
+            "prompt": "a cat",
+            "photo": str(tmp_path / "photo.png"),
+            "source": "a photo",
+            "low": 20,
+            "high": 60,
+            "cells": 8,
+            "steps": 2,
+        },
         **{"scene": {"width": 64, "height": 64, "regions": [left]}, "seed": "1", "images": 1, "scheduler": "auto"},
         **{"adapter1": "follows", "weight1": 1, "start1": 0, "end1": 1, "unconditional_scale": 0},
     }
@@ -140,6 +148,9 @@ def test_the_prompt_is_marked_by_the_tokens_that_are_read(family_folders: Folder
 
 
 def test_addons_that_do_not_act_are_refused_before_the_server_starts(family_folders: Folders) -> None:
+    with pytest.raises(ValueError, match="A StableDiffusionPipeline takes no max_sequence_length"):
+        StudioConfig(max_sequence_length=8).check_places()
+    StudioConfig(base=str(family_folders("sd3")), max_sequence_length=8).check_places()
     config = StudioConfig(base=str(family_folders("sd3")), lora=["style.safetensors"])
     with pytest.raises(
         ValueError, match="--lora: LoRAs are loaded on Stable Diffusion 1.x, 2.x and XL only, not on a SD3"

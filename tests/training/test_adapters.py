@@ -9,7 +9,8 @@ from localctl.adapter import LocalAdapter
 from localctl.adapter_files import find_adapter
 from localctl.bases import BaseConfig
 from localctl.conditions import ConditionConfig
-from localctl.training.models import load_models, plan_adapter
+from localctl.training.adapter_plan import plan_adapter
+from localctl.training.models import load_models
 from localctl.training.resume import is_free
 from localctl.training.settings import AdapterConfig, TrainSettings
 

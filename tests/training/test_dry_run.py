@@ -12,8 +12,9 @@ from localctl.cli import train as train_adapter
 from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.pipelines import BaseConfig
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.cost import Estimator, OperationWatch, count_step, report
-from localctl.training.models import load_models, plan_adapter
+from localctl.training.models import load_models
 from localctl.training.step import sample_noise, training_step
 
 PARAMETERS = {
@@ -45,7 +46,7 @@ def test_flops_are_those_of_the_real_step(kind, request, tmp_path):
     """Count the operations of a real training step with torch, attention as matrix products."""
     settings = tiny_settings(request.getfixturevalue(f"{kind}_folder"), tmp_path)
     models = load_models(settings, torch.device("cpu"), None)
-    models.unet.set_attn_processor(eager_attention())
+    models.network.set_attn_processor(eager_attention())
     models.vae.set_attn_processor(eager_attention())
     batch = collate([MaskedSamples(MicroScenes(count=1), MaskConfig(), 0)[SampleRef(0, 0)]])
     batch = replace(batch, mask=torch.ones_like(batch.mask))

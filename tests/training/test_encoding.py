@@ -13,6 +13,7 @@ from training_helpers import silent_run, tiny_settings
 
 from localctl.data import Batch, MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
+from localctl.pipelines import is_xl
 from localctl.training.memo import Memo
 from localctl.training.models import Models, load_models
 
@@ -85,7 +86,7 @@ def test_kept_or_not_encodings_are_those_of_the_pipeline(models, scenes):
         latents, states, pooled = encoded(one, batch)
         own = models.pipe.encode_prompt(list(batch.captions), device="cpu", num_images_per_prompt=1,
                                         do_classifier_free_guidance=False)  # fmt: skip
-        assert torch.equal(states, own[0]) and (not models.xl or torch.equal(pooled, own[2]))
+        assert torch.equal(states, own[0]) and (not is_xl(models.pipe) or torch.equal(pooled, own[2]))
         with torch.no_grad():
             expected = models.vae.encode(batch.pixels).latent_dist.mean * models.vae.config.scaling_factor
         atol = expected.abs().max().item() * rounding(passed)
@@ -100,7 +101,7 @@ def test_an_empty_caption_is_the_unconditional_prompt(models, scenes):
     for one in (models, keeping(models)):
         own, mixed = one.texts(batch, [False] * 3), one.texts(batch, [False, True, False])
         assert torch.equal(mixed.states[1], negative[1][0]) and torch.equal(mixed.states[[0, 2]], own.states[[0, 2]])
-        assert not models.xl or torch.equal(mixed.pooled[1], negative[3][0])
+        assert not is_xl(models.pipe) or torch.equal(mixed.pooled[1], negative[3][0])
         assert torch.equal(one.text_states(["", "", ""]).states, negative[1].expand(3, -1, -1))
 
 

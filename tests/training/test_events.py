@@ -299,7 +299,7 @@ def test_a_folder_taken_over_meanwhile_is_not_written_to(settings, tmp_path):
 
 def watched(masks):
     said = logged()
-    watch = DataWatch(Quarantine(None, 10, 0.5), None)
+    watch = DataWatch(Quarantine(None, 10, 0.5), None, 0)
     for number, mask in enumerate(masks):
         example = Example(str(number), torch.zeros(3, 8, 8), torch.zeros(1, 8, 8), "", mask=mask)
         watch._count_empty(collate([example, example]))

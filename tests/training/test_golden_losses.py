@@ -37,7 +37,7 @@ def train(folder: Path) -> None:
     run = silent_run(settings)
     models = run.state.models
     (folder / "base").write_text(weights_fingerprint(models.frozen))
-    passed = (models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
+    passed = (models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.network)
     (folder / "depth").write_text(str(depth(*passed)))
     run.train()
 

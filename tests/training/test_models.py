@@ -9,7 +9,8 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.masks import MaskConfig
 from localctl.pipelines import BaseConfig
 from localctl.sampling import generate
-from localctl.training.models import load_models, plan_adapter
+from localctl.training.adapter_plan import plan_adapter
+from localctl.training.models import load_models
 from localctl.training.settings import AdapterConfig
 from localctl.training.state import check_trainable, set_cpu_threads
 
@@ -28,7 +29,7 @@ def test_the_adapter_fits_the_unet_and_is_made_from_the_seed(sd_folder, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
     config = first.plain_adapter.config
-    assert list(config.channels) == list(first.unet.config.block_out_channels)
+    assert list(config.channels) == list(first.network.config.block_out_channels)
     assert config.condition["kind"] == "canny" and config.base == str(sd_folder)
     assert first.prediction_type == "epsilon" and first.num_train_timesteps == 1000
 
@@ -43,7 +44,7 @@ def test_half_precision_bases_leave_the_adapter_float32(sd_folder, tmp_path):
     models = load_models(tiny_settings(sd_folder, tmp_path), CPU, torch.bfloat16)
     assert models.dtype == models.vae.dtype == torch.bfloat16
     assert {p.dtype for p in models.plain_adapter.parameters()} == {torch.float32}
-    assert models.alphas_cumprod.dtype == torch.float32
+    assert models.noise_table((64, 64)).dtype == torch.float32
 
 
 def test_a_fit_is_demanded_before_any_weights_are_read(sd_folder, sdxl_folder, tmp_path, monkeypatch):
@@ -107,7 +108,7 @@ def test_trainable_and_updated_must_be_the_same(sd_folder, tmp_path):
     check_trainable(torch.optim.SGD(adapter, lr=1), modules)
     with pytest.raises(AssertionError, match="differ"):
         check_trainable(torch.optim.SGD(adapter[1:], lr=1), modules)
-    models.unet.conv_in.weight.requires_grad_(True)
+    models.network.conv_in.weight.requires_grad_(True)
     with pytest.raises(AssertionError, match="unet"):
         check_trainable(torch.optim.SGD(adapter, lr=1), modules)
 

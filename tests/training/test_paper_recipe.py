@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from localctl.cli.config import CONFIG_DIR, load_config, schema_keys
-from localctl.training.models import plan_adapter
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.schedule import bound_steps, learning_rate_at
 from localctl.training.settings import ALIASES, FREE_GROUPS, TrainSettings, WandbConfig
 

@@ -299,7 +299,7 @@ def watched_batches(folder, usable):
     """Rank 1 meets a bad row in step 1 and two more in step 2 (of 10 rows, a fifth may be bad), or no usable one."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    watch = DataWatch(shared_quarantine(accelerator, folder, 10, 0.2, start=0), None)
+    watch = DataWatch(shared_quarantine(accelerator, folder, 10, 0.2, start=0), None, 0)
     state = SimpleNamespace(accelerator=accelerator, agree=Messages(WAIT).largest)
     bad = [Problem(f"row-{i}", "damaged", "it is damaged") for i in range(3)]
     try:

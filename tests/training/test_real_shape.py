@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from localctl.architectures import TABLE, BaseShape
 from localctl.data import Batch
 from localctl.pipelines import freeze
+from localctl.training.adapter_plan import plan_adapter
 from localctl.training.cost import GIB, Estimator
-from localctl.training.models import Models, plan_adapter
+from localctl.training.models import Models
 from localctl.training.optimizer import make_optimizer, optimizer_class
 from localctl.training.step import sample_noise, training_step
 

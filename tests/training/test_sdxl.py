@@ -12,9 +12,11 @@ from training_helpers import tiny_settings
 from localctl.adapter import LocalAdapter
 from localctl.control.image_controls import LocalAdapterControl
 from localctl.data import Example, MaskedSamples, SampleRef, collate
+from localctl.denoisers.unet import UNet
 from localctl.masks import MaskConfig
+from localctl.prompt_embeds import PromptEmbeds
 from localctl.sampling import generate
-from localctl.training.models import encode_text, load_models, time_ids
+from localctl.training.models import load_models
 from localctl.training.step import sample_noise, training_step
 
 HEIGHT, WIDTH = 64, 96
@@ -69,7 +71,7 @@ def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
             ]
         )
         features = models.plain_adapter(torch.cat([batch.condition, batch.mask], dim=1))
-        predicted = models.unet(
+        predicted = models.network(
             noisy,
             steps,
             torch.cat([states, empty]),
@@ -78,7 +80,7 @@ def test_the_step_is_the_pipelines_own_arithmetic(batch, settings, models):
         ).sample
     expected = (predicted - sampled.noise).square().mean(dim=(1, 2, 3))
     texts = (pipe.text_encoder, pipe.text_encoder_2)
-    passed = depth(models.vae.encoder, *texts, models.plain_adapter, models.unet)
+    passed = depth(models.vae.encoder, *texts, models.plain_adapter, models.network)
     assert torch.allclose(output.terms.denoising, expected, rtol=rounding(passed))
     output.loss.backward()
     for name, parameter in models.plain_adapter.named_parameters():
@@ -102,18 +104,19 @@ def test_texts_and_sizes_matter(batch, settings, models):
 
 
 def test_the_empty_text_is_what_the_pipeline_guides_away_from(models):
-    empty = encode_text(models.pipe, "")
+    empty = models.denoiser.empty_caption()
     assert not empty.states.any() and not empty.pooled.any()
-    assert empty.states.shape == encode_text(models.pipe, "a").states.shape
+    assert empty.states.shape == models.denoiser.encode_captions(["a"]).states.shape
     models.pipe.register_to_config(force_zeros_for_empty_prompt=False)
     try:
-        assert encode_text(models.pipe, "").states.any()
+        assert models.denoiser.empty_caption().states.any()
     finally:
         models.pipe.register_to_config(force_zeros_for_empty_prompt=True)
 
 
 def test_time_ids_are_original_crop_and_target():
-    ids = time_ids([None, (1000, 1001, 3, 4)], (64, 96))
+    texts = PromptEmbeds(torch.zeros(2, 1, 8), torch.zeros(2, 8))
+    ids = UNet(torch.nn.Module()).conditioning(texts, (64, 96), [None, (1000, 1001, 3, 4)]).added["time_ids"]
     assert ids.tolist() == [[64, 96, 0, 0, 64, 96], [1000, 1001, 3, 4, 64, 96]] and ids.dtype == torch.float32
 
 

@@ -12,7 +12,6 @@ from localctl.data import MaskedSamples, MicroScenes, SampleRef, collate
 from localctl.diffusion import decode, posterior
 from localctl.losses import edge_loss, soft_edges
 from localctl.masks import MaskConfig
-from localctl.pipelines import encode_text
 from localctl.prompt_embeds import PromptEmbeds
 from localctl.training.models import load_models
 from localctl.training.step import StepNoise, sample_noise, training_step
@@ -91,10 +90,10 @@ def test_the_step_is_the_diffusion_loss_with_the_adapter_in_the_unet(samples, se
         noisy = scheduler.add_noise(z0, sampled.noise, steps)
         states, _ = models.pipe.encode_prompt([batch.captions[0], ""], "cpu", 1, False)
         features = models.plain_adapter(torch.cat([batch.condition, batch.mask], dim=1))
-        predicted = models.unet(noisy, steps, states, down_intrablock_additional_residuals=features).sample
+        predicted = models.network(noisy, steps, states, down_intrablock_additional_residuals=features).sample
     expected = (predicted - sampled.noise).square().mean(dim=(1, 2, 3))
     assert torch.equal(output.timesteps, steps)
-    passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
+    passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.network)
     assert torch.allclose(output.terms.denoising, expected, rtol=rounding(passed))
     assert torch.allclose(output.loss, (output.terms.denoising + output.terms.local).mean())
     assert (output.terms.local > 0).all()
@@ -172,7 +171,7 @@ def test_timesteps_are_sampled_as_the_settings_say(samples, settings, models):
 def cached(batch, models):
     """The batch as it comes from a cache: its moments and the embeddings of its captions with it."""
     mean, std = posterior(models.vae, batch.pixels)
-    texts = PromptEmbeds.join([encode_text(models.pipe, caption) for caption in batch.captions])
+    texts = PromptEmbeds.join([models.denoiser.encode_captions([caption]) for caption in batch.captions])
     return replace(batch, moments=torch.cat([mean, std], dim=1), texts=texts)
 
 
@@ -185,7 +184,7 @@ def test_what_was_encoded_before_is_not_encoded_again(kind, samples, request, tm
     made = replace(made, empty_prompt=torch.tensor([False, True, False]))
     live = training_step(batch, models, settings, made).terms.total
     ready = cached(batch, models)
-    empty = encode_text(models.pipe, "")
+    empty = models.denoiser.empty_caption()
     for part in ("vae", "text_encoder", "text_encoder_2"):
         if hasattr(models.pipe, part):
             monkeypatch.setattr(getattr(models.pipe, part), "forward", None)
@@ -234,7 +233,7 @@ def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(sampl
     torch.set_num_threads(2)
     halves, their_gradients = step_and_gradients(batch, models, settings)
     assert not halves.terms.denoising.requires_grad and torch.get_num_threads() == 2
-    passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.unet)
+    passed = depth(models.vae.encoder, models.pipe.text_encoder, models.plain_adapter, models.network)
     for name in ("denoising", "local", "local_raw"):
         assert torch.allclose(getattr(halves.terms, name), getattr(whole.terms, name), rtol=rounding(passed)), name
     assert halves.loss.item() == pytest.approx(whole.loss.item(), rel=rounding(passed))
@@ -248,13 +247,13 @@ def test_halves_at_once_give_the_loss_and_the_gradients_of_the_whole_batch(sampl
 def test_halves_at_once_share_the_threads(samples, settings, models, monkeypatch):
     torch.set_num_threads(2)
     seen = []
-    forward = models.unet.forward
+    forward = models.network.forward
 
     def watched(sample, *arguments, **options):
         seen.append((threading.get_ident(), torch.get_num_threads(), len(sample)))
         return forward(sample, *arguments, **options)
 
-    monkeypatch.setattr(models.unet, "forward", watched)
+    monkeypatch.setattr(models.network, "forward", watched)
     batch = batch_of(samples, (0, 0), (1, 0), (2, 0), (3, 0))
     with torch.no_grad():
         assert not training_step(batch, models, settings, sample_noise(batch, SHAPE, settings)).loss.requires_grad
@@ -284,8 +283,8 @@ def test_an_error_in_a_half_is_raised_and_threads_are_restored(samples, settings
             raise MemoryError("in the second half")
         return forward(*arguments, **options)
 
-    forward = models.unet.forward
-    monkeypatch.setattr(models.unet, "forward", broken)
+    forward = models.network.forward
+    monkeypatch.setattr(models.network, "forward", broken)
     batch = batch_of(samples, (0, 0), (1, 0))
     with pytest.raises(MemoryError, match="in the second half"):
         training_step(batch, models, settings, sample_noise(batch, SHAPE, settings))

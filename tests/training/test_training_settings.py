@@ -152,5 +152,12 @@ def test_files_are_read_by_the_cores_that_are_left(cores, processes, workers, mo
 
 def test_timesteps_are_sampled_as_suits_the_base_unless_the_user_says_how():
     found = {name: TrainSettings(base=BaseConfig(name=name)).timestep_sampling for name in (*BASES, "owner/other")}
-    assert found == {"micro": "uniform", "sd15": "cubic", "sd21": "cubic", "sdxl": "cubic", "owner/other": "cubic"}
+    flows = dict.fromkeys(("sd3", "flux", "flux2", "qwen_image", "z_image"), "logit_normal")
+    cubic = dict.fromkeys(("sd15", "sd21", "sdxl"), "cubic")
+    # That of a base whose files are not here yet follows from its index, once that can be read.
+    assert found == {"micro": "uniform", "pixart": "uniform", **cubic, **flows, "owner/other": None}
+    assert (
+        TrainSettings(base=BaseConfig(name="owner/other", local_files_only=True)).completed().timestep_sampling
+        == "cubic"
+    )
     assert TrainSettings(timestep_sampling="cubic").timestep_sampling == "cubic"

@@ -148,7 +148,7 @@ def test_conditions_no_image_yields_are_scored_by_edges(settings):
 
 
 def test_it_can_be_given_up_between_any_two_denoising_steps(validator):
-    processors = dict(validator.models.unet.attn_processors)
+    processors = dict(validator.models.network.attn_processors)
     beats = 0
 
     def count():
@@ -164,5 +164,5 @@ def test_it_can_be_given_up_between_any_two_denoising_steps(validator):
 
     with pytest.raises(KeyError, match="enough"):
         validator.run(give_up)
-    assert validator.models.unet.attn_processors == processors
+    assert validator.models.network.attn_processors == processors
     assert validator.run().sheet.tobytes() == whole.tobytes()

@@ -1,0 +1,153 @@
+"""The adapter of a training run, planned from configs alone: new, or from a published T2IAdapter or LocalAdapter.
+
+A misfit is found before slow work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from localctl.adapter import CHOSEN, TOKEN_WIDTH, TOKENS, LocalAdapter
+from localctl.adapter_files import SavedAdapter, find_adapter
+from localctl.architectures import BaseShape, read_shape
+from localctl.bases import lasting_name
+from localctl.control.compatible import check_fit
+from localctl.denoisers import bare_denoiser
+from localctl.denoisers.transformer import Transformer
+from localctl.diffusion import latent_channels
+from localctl.seeding import key_seed
+from localctl.settings import ConditionSpace
+from localctl.training.large_bases import check_package
+from localctl.training.settings import TrainSettings
+
+OF_SETTINGS = ("mask_resize", "mask_condition", "mask_features", "dim_condition", "unconditional_scale")
+TOKEN_LEVELS = 8  # blocks of a transformer that get a residual
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The configuration of the adapter, checked against the base. options: of ``LocalAdapter``. saved: the source of
+    its weights; None = initialize them from the seed."""
+
+    options: dict[str, Any]
+    saved: SavedAdapter | None = None
+
+    def make(self, seed: int) -> LocalAdapter:
+        """Return the adapter, float32 and trainable, without using the global random state."""
+        if self.saved is not None:
+            with torch.device("meta"):  # only the shapes: the weights are replaced below
+                adapter = LocalAdapter(**self.options)
+            adapter.adapter = self.saved.load().adapter
+            return adapter.requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key_seed(seed, "adapter"))
+            return LocalAdapter(**self.options)
+
+
+def plan_adapter(settings: TrainSettings, shape: BaseShape | None = None) -> AdapterPlan:
+    """Plan the adapter of a run from configs alone. ValueError if settings, saved adapter and base do not fit.
+
+    shape: of the base; None = read it from the base's configs.
+    """
+    wanted = asdict(settings.adapter)
+    saved = None
+    if settings.adapter_model_name_or_path is not None:
+        saved = find_adapter(settings.adapter_model_name_or_path, settings.base.local_files_only)
+        _check_saved(settings, saved)
+    shape = shape or read_shape(settings.base)
+    check_base_settings(settings, shape)
+    fallback = saved.config if saved else _defaults(wanted["adapter_type"], shape)
+    options: dict[str, Any] = {name: fallback[name] if wanted[name] is None else wanted[name] for name in CHOSEN}
+    options["channels"] = list(options["channels"])
+    options |= {name: wanted[name] for name in OF_SETTINGS if wanted[name] is not None}
+    if options["adapter_type"] == TOKENS:
+        own = saved.config.get("token_width", TOKEN_WIDTH) if saved else TOKEN_WIDTH
+        options["token_width"] = wanted["token_width"] or own
+        options |= _latents(wanted["condition_space"], saved, shape)
+    weights = wanted["level_weights"] or (saved.config.get("level_weights") if saved else None)
+    options["level_weights"] = weights and list(weights)
+    options["in_channels"] = settings.condition.channels
+    way_out = "choose adapter=auto, which takes type, channels and downscale factor from the base"
+    check_fit(options, shape, f"the adapter {saved.place} belongs to another kind of base" if saved else way_out)
+    options |= {"condition": settings.condition.recorded(), "base": lasting_name(settings.base.name)}
+    return AdapterPlan(options, saved)
+
+
+def _latents(space: ConditionSpace | None, saved: SavedAdapter | None, shape: BaseShape) -> dict[str, int]:
+    """Return the options of a token adapter that say how it gets the condition."""
+    own = saved.config.get("latent_channels", 0) if saved else 0
+    if saved and space is not None and (space == "latents") is not bool(own):
+        raise ValueError(
+            f"adapter.condition_space is {space} but the adapter {saved.name} takes "
+            f"{'latents' if own else 'pixels'}; leave it out to use its own."
+        )
+    if not own and space != "latents":
+        return {}
+    return {"latent_channels": latent_channels(shape.build("vae")), "latent_factor": shape.vae_scale_factor}
+
+
+def check_base_settings(settings: TrainSettings, shape: BaseShape) -> None:
+    """Raise a ValueError for settings that would have no effect on a base of this shape."""
+    denoiser = bare_denoiser(shape.build(shape.denoiser))
+    transformer = isinstance(denoiser, Transformer)
+    distilled = shape.parts[shape.denoiser].get("guidance_embeds", False)
+    for name, value, acts, which in (
+        ("flow_shift", settings.flow_shift, denoiser.by_flow, "bases of flow matching"),
+        ("distilled_guidance", settings.distilled_guidance, distilled, "bases that take it, such as FLUX.1 dev"),
+        ("max_sequence_length", settings.max_sequence_length, transformer, "transformers"),
+        ("adapter.token_width", settings.adapter.token_width, transformer, "transformers"),
+        ("adapter.condition_space", settings.adapter.condition_space, transformer, "transformers"),
+        ("quantization", settings.quantization, transformer, "transformers"),
+        ("offload_base", settings.offload_base or None, transformer, "transformers"),
+    ):
+        if value is not None and not acts:
+            raise ValueError(f"{name}={value} is for {which}, and {settings.base.name} is none of these; leave it out.")
+    if settings.quantization is not None:
+        check_package(settings.quantization)
+    if settings.compile and transformer:
+        raise ValueError(
+            "compile=true compiles the blocks of a U-Net, while residuals are added between those of a transformer by "
+            "hooks; leave compile out."
+        )
+    kind = settings.adapter.adapter_type
+    if kind is not None and (kind == TOKENS) is not transformer:
+        raise ValueError(
+            f"adapter.adapter_type={kind} does not fit {settings.base.name}, which has a {denoiser.name}; leave it "
+            f"out, or choose {TOKENS if transformer else 'full_adapter, full_adapter_xl or light_adapter'}."
+        )
+
+
+def _defaults(adapter_type: str | None, shape: BaseShape) -> dict[str, Any]:
+    """Return what fits the base: one feature per level for SD, two on the finest level that attends for SDXL, one for
+    each of 8 blocks of a transformer, at even distances."""
+    denoiser = bare_denoiser(shape.build(shape.denoiser))
+    if isinstance(denoiser, Transformer):
+        side = shape.vae_scale_factor * denoiser.patch
+        (width, *_), *more = denoiser.residual_shapes((denoiser.patch,) * 2)
+        levels = min(TOKEN_LEVELS, 1 + len(more))
+        return {"adapter_type": TOKENS, "channels": (width,) * levels, "num_res_blocks": 1, "downscale_factor": side}
+    kind = adapter_type or ("full_adapter_xl" if shape.xl else "full_adapter")
+    channels = tuple(shape.parts["unet"]["block_out_channels"])
+    if kind == "full_adapter_xl":
+        channels = (*channels, channels[-1])
+    elif kind == "light_adapter":  # it repeats its last level itself
+        channels = channels[:-1]
+    factor = shape.vae_scale_factor * (2 if shape.xl else 1)
+    return {"adapter_type": kind, "channels": channels, "num_res_blocks": 2, "downscale_factor": factor}
+
+
+def _check_saved(settings: TrainSettings, saved: SavedAdapter) -> None:
+    """Raise ValueError if the settings ask for another shape than the saved adapter has."""
+    saved.check_channels(settings.condition)
+    name = saved.name
+    for key in (*CHOSEN, "token_width"):
+        wanted, actual = getattr(settings.adapter, key), saved.config.get(key)
+        actual = tuple(actual) if isinstance(actual, list) else actual
+        if wanted is not None and wanted != actual:
+            raise ValueError(
+                f"adapter.{key} is {wanted} but the adapter {name} has {actual}; set adapter.{key}=null to use "
+                "its own value."
+            )

@@ -1,0 +1,77 @@
+"""Frozen transformers of many billion parameters: quantised weights, and weights that wait in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localctl.settings import Quantization
+
+BYTES: dict[Quantization, float] = {  # of a weight, with its scales
+    "bitsandbytes_8bit": 1.0,
+    "bitsandbytes_4bit": 0.57,
+    "torchao_int8": 1.0,
+}
+
+
+def check_package(quantization: Quantization) -> None:
+    """Raise a ValueError if the package that quantises is not installed."""
+    package = quantization.partition("_")[0]
+    if find_spec(package) is None:
+        raise ValueError(
+            f"quantization={quantization} needs the package {package}, which is not installed; run pip install "
+            f'"localctl[{package}]", or leave it out.'
+        )
+
+
+def quantized(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """Return diffusers' description of a pipeline whose transformer is quantised as it is loaded.
+
+    dtype: of everything that is not quantised, in which the products are computed.
+    """
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+
+    own: Any
+    if quantization == "torchao_int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        own = TorchAoConfig(Int8WeightOnlyConfig())
+    elif quantization == "bitsandbytes_8bit":
+        own = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return PipelineQuantizationConfig(quant_mapping={"transformer": own})
+
+
+def offload(pipe: Any, device: torch.device) -> None:
+    """Move all parts but the transformer to ``device``; a block of that is there only while it is computed (diffusers'
+    group offloading)."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not pipe.transformer and not _is_absent(part):
+            part.to(device)
+    options = {"onload_device": device, "offload_device": torch.device("cpu")}
+    pipe.transformer.enable_group_offload(**options, offload_type="block_level", num_blocks_per_group=1)
+
+
+def _is_absent(part: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in part.parameters())
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """Within, what is kept for the gradients refers to the weights where they are now, not to where they are moved.
+
+    With gradient checkpointing, these are the few weights outside of the blocks; a block is computed, and so loaded,
+    again for its gradients.
+    """
+
+    def keep(tensor: Tensor) -> Tensor:
+        return tensor.detach() if isinstance(tensor, nn.Parameter) else tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
