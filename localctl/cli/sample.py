@@ -149,7 +149,11 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add("--level_weights", metavar="W,W,...", help="factors of the weight for each level of features, finest first")
     add("--start", type=float, help="active from this fraction of the steps (default 0)")
     add("--end", type=float, help="active up to this fraction of the steps (default 1)")
-    add("--unconditional_scale", type=float, help="features beside the negative prompt (default 1); 0 = stronger")
+    add(
+        "--unconditional_scale",
+        type=float,
+        help="features beside the negative prompt (default: the adapter's own); 0 = stronger",
+    )
     group.add_argument("--control_guidance_scale", type=float, help="guidance of the adapters' own (default: none)")
 
 
