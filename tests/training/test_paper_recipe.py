@@ -1,5 +1,6 @@
 """The published recipe is what it says, whatever the defaults become."""
 
+import functools
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,7 @@ FREE = {
 PINNED_DATA = {"data.resolution", "data.keep_latents", "data.center_crop", "data.random_flip"}
 
 
+@functools.cache
 def load(*argv, config_dir=CONFIG_DIR):
     return load_config(argv, TrainSettings, aliases=ALIASES, free_groups=FREE_GROUPS, config_dir=config_dir)
 
